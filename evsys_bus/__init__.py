@@ -1,0 +1,126 @@
+"""evsys-bus: an event bus for training loops, whose callbacks and loggers never stall, kill or lose a run.
+
+The public names; each is loaded when it is first asked for, so that ``evsys-bus --help`` answers at once.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from evsys_bus.bus import EventBus, Health, Receipt
+    from evsys_bus.callback import Callback, dispatch
+    from evsys_bus.context import (
+        ArmResult,
+        EvalResult,
+        ExperimentResult,
+        LogContext,
+        LoopArtifacts,
+        LoopState,
+        ManifestRow,
+        RunResult,
+        TrainingBatch,
+    )
+    from evsys_bus.errors import EvsysBusError
+    from evsys_bus.events import (
+        BenchmarkEval,
+        Checkpoint,
+        Envelope,
+        Eval,
+        Event,
+        ExperimentEnd,
+        ExperimentStart,
+        GroupStart,
+        RunEnd,
+        RunStart,
+        StepEnd,
+        TrainEnd,
+        TrainStart,
+    )
+    from evsys_bus.training import TrainingLoop
+    from evsys_bus.wiring import CallbackSpec, build_callbacks, register_callback
+
+__version__: Final = "0.1.0"
+
+_HOMES: Final = {
+    "bus": ("EventBus", "Health", "Receipt"),
+    "callback": ("Callback", "dispatch"),
+    "context": (
+        "ArmResult",
+        "EvalResult",
+        "ExperimentResult",
+        "LogContext",
+        "LoopArtifacts",
+        "LoopState",
+        "ManifestRow",
+        "RunResult",
+        "TrainingBatch",
+    ),
+    "errors": ("EvsysBusError",),
+    "events": (
+        "BenchmarkEval",
+        "Checkpoint",
+        "Envelope",
+        "Eval",
+        "Event",
+        "ExperimentEnd",
+        "ExperimentStart",
+        "GroupStart",
+        "RunEnd",
+        "RunStart",
+        "StepEnd",
+        "TrainEnd",
+        "TrainStart",
+    ),
+    "training": ("TrainingLoop",),
+    "wiring": ("CallbackSpec", "build_callbacks", "register_callback"),
+}
+_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # spelt out: type checkers do not follow the table
+    "ArmResult",
+    "BenchmarkEval",
+    "Callback",
+    "CallbackSpec",
+    "Checkpoint",
+    "Envelope",
+    "Eval",
+    "EvalResult",
+    "Event",
+    "EventBus",
+    "EvsysBusError",
+    "ExperimentEnd",
+    "ExperimentResult",
+    "ExperimentStart",
+    "GroupStart",
+    "Health",
+    "LogContext",
+    "LoopArtifacts",
+    "LoopState",
+    "ManifestRow",
+    "Receipt",
+    "RunEnd",
+    "RunResult",
+    "RunStart",
+    "StepEnd",
+    "TrainEnd",
+    "TrainStart",
+    "TrainingBatch",
+    "TrainingLoop",
+    "build_callbacks",
+    "dispatch",
+    "register_callback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name. Any: what the name stands for; type checkers read the imports above."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,282 @@
+"""The contract for callback authors: `Callback`, its eleven hooks, and what happens when one raises.
+
+This module owns the contract and its checks, and `dispatch`, which calls one hook on many callbacks. The bus calls
+hooks by itself, faster, with the same isolation (`isolate`).
+"""
+
+import difflib
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, ClassVar, Final, Protocol
+
+import msgspec
+
+from evsys_bus.context import (
+    ArmResult,
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    Prediction,
+    RunResult,
+    TrainingBatch,
+)
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookError, NotAttachedError
+from evsys_bus.events import Event, declared_events
+
+RetryPolicy = Callable[..., Awaitable[object]]
+"""Called as ``await policy(fn, *args)``: a bound caller of stamina, an ``AsyncRetrying`` of tenacity, or your own."""
+
+
+class Spawner(Protocol):
+    """What a callback is attached to: an open bus."""
+
+    def spawn(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, object]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        lane: str | None = None,
+        owner: str | None = None,
+    ) -> bool:
+        """As `Callback.spawn`. Any: the arguments are those of ``fn``."""
+        ...
+
+    def publishes_here(self) -> bool:
+        """Whether this thread is inside a hook that this bus called."""
+        ...
+
+
+class Callback:
+    """Hooks of a training, all sync, all no-ops: override the ones you need.
+
+    Hooks run inside ``publish``, on the thread that publishes, in the order in which the callbacks were given. What one
+    raises is logged and isolated. Keep what belongs to a run under the run's key (``ctx.run_key``), never bare on the
+    instance: runs may be trained at the same time.
+
+    Async work goes to `spawn`. A bare ``asyncio.create_task`` in a hook works too where an event loop runs: the bus
+    adopts the task, logs what it raises, and waits for it at the end.
+
+    Example:
+        >>> class Loss(Callback):
+        ...     def on_step_end(self, state, step_idx, batch, metrics):
+        ...         print(step_idx, metrics["loss"])
+        >>> dispatch([Loss()], "on_step_end", None, 3, None, {"loss": 0.5})
+        3 0.5
+    """
+
+    name: ClassVar[str] = ""
+    """The kind under which the callback is registered."""
+    Config: ClassVar[type | None] = None
+    """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
+
+    _attached: tuple[Spawner, ...] = ()
+
+    def attach(self, bus: Spawner) -> None:
+        """Called by a bus that takes this callback on."""
+        self._attached += (bus,)
+
+    def detach(self, bus: Spawner) -> None:
+        """Called by a bus that lets this callback go."""
+        self._attached = tuple(each for each in self._attached if each is not bus)
+
+    def on_experiment_start(self, ctx: LogContext) -> None:
+        """Fires once at the start of an experiment, before any arm. Write ``ctx.ids["experiment_id"]`` here."""
+
+    def on_group_start(self, ctx: LogContext, group_name: str) -> None:
+        """Fires when a new group of runs is needed. Write ``ctx.ids[f"group:{group_name}"]`` here."""
+
+    def on_run_start(self, ctx: LogContext) -> None:
+        """Fires per run, before training; ``ctx.run_config`` is set. Write ``ctx.ids["run_id"]`` here."""
+
+    def on_train_start(self, state: LoopState) -> None:
+        """Fires once before the first step; ``state.step`` is that step."""
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Fires after every step's metrics row is written; keys added to ``metrics`` reach later callbacks."""
+
+    def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
+        """Fires after each checkpoint's manifest row is recorded."""
+
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+        """Fires per evaluator after each in-loop eval."""
+
+    def on_benchmark_eval(
+        self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
+    ) -> None:
+        """Fires per benchmark scored: in-loop (``step`` = the train step) or after training (``step=None``)."""
+
+    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
+        """Fires once after the loop, the final checkpoint's save included; also when it raised (``state.error``)."""
+
+    def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
+        """Fires per run, after eval, before the run is marked completed."""
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
+        """Fires once at the end of the experiment."""
+
+    def spawn(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, object]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        lane: str | None = None,
+    ) -> bool:
+        """Run ``fn(*args)`` beside the loop; the bus owns the task, logs its failure and waits for it at the end.
+
+        Any: the arguments are those of ``fn``.
+
+        Args:
+            fn: A coroutine function. Pass the function and its arguments, not a coroutine.
+            name: What it is called in receipts and logs; default: the function's name.
+            timeout: Seconds, over all attempts; after that it is cancelled and counted as failed.
+            retry: A policy object, called as ``await retry(fn, *args)``; see `RetryPolicy`.
+            lane: Tasks of one lane run one after another, in order.
+
+        Returns:
+            False if it was refused, because too many wait already: logged, and counted in ``health()``.
+
+        Raises:
+            NotAttachedError: The callback was not given to a bus, or the bus is closed.
+            SpawnError: ``fn`` is no coroutine function.
+        """
+        attached = self._attached
+        if not attached:
+            raise NotAttachedError(
+                f"{type(self).__name__}.spawn() needs an open bus to run the task",
+                fix="give the callback to an EventBus (or a TrainingLoop) and spawn from inside a hook",
+            )
+        bus = attached[-1]
+        if len(attached) > 1:
+            bus = next((each for each in attached if each.publishes_here()), bus)
+        return bus.spawn(fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=callback_name(self))
+
+
+def callback_name(callback: object) -> str:
+    """How a callback is called in logs, health and receipts: the name in its spec, or its class's."""
+    return getattr(callback, "spec_name", None) or type(callback).__name__
+
+
+def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs: Any) -> None:
+    """Call one hook on every callback, in order; a raising one is logged at WARNING and the next one runs.
+
+    A callback without that hook is skipped; a hook that nobody has is a no-op. KeyboardInterrupt and SystemExit are
+    raised after the remaining callbacks ran. Any: the arguments are those of the hook.
+    """
+    leave: BaseException | None = None
+    for callback in callbacks or ():
+        function = getattr(callback, hook, None)
+        if not callable(function):
+            continue
+        try:
+            function(*args, **kwargs)
+        except BaseException as error:
+            leave = isolate(callback, hook, error) or leave
+    if leave is not None:
+        raise leave
+
+
+def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog | None = None) -> BaseException | None:
+    """The wall around every hook: log what it raised at WARNING, with the callback's and the hook's name.
+
+    Returns the error if it must reach the caller once the remaining hooks ran (KeyboardInterrupt and SystemExit), else
+    None. ``asyncio.CancelledError`` stays inside: sync code cannot be cancelled, so a hook that raises it is at fault.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return error
+    facts: dict[str, object] = {"callback": callback_name(callback), "hook": hook}
+    if isinstance(error, RuntimeError) and "no running event loop" in str(error):
+        facts["fix"] = "no event loop runs in this hook's thread: use self.spawn(coroutine_function, *args)"
+    if faults is None:
+        log().warning("hook.failed", **facts, exc_info=error)
+    else:
+        faults.warn("hook.failed", (id(callback), hook), error=error, **facts)
+    return None
+
+
+def hook_of(callback: object, event_type: type[Event]) -> Callable[..., object] | None:
+    """The callback's own method for this event, or None where it has none or only the no-op it inherits."""
+    method = getattr(callback, event_type.hook, None)
+    default = getattr(Callback, event_type.hook, None)
+    if not callable(method) or (default is not None and getattr(method, "__func__", None) is default):
+        return None
+    return method
+
+
+_PLACEHOLDER: Final = object()
+
+
+def check_hooks(callback: object) -> None:
+    """Check a callback's hooks before it is added, so that a mistake shows in second 1 and not after the first epoch.
+
+    Methods called ``on_…`` that are no hook, and nearly none, are logged once and left alone: callbacks written for
+    older or newer references still run.
+
+    Raises:
+        AsyncHookError: A hook is ``async def``.
+        HookSignatureError: A hook cannot take its event's arguments.
+        MisspeltHookError: A method's name nearly is a hook's.
+    """
+    events = {event.hook: event for event in declared_events().values()}
+    owner = type(callback).__name__
+    for hook in sorted(each for each in dir(callback) if each.startswith("on")):
+        method = getattr(callback, hook, None)
+        if not callable(method):
+            continue
+        event = events.get(hook)
+        if event is not None:
+            _check_hook(owner, hook, method, event)
+            continue
+        near = _near_miss(hook, events)
+        if near is not None:
+            raise MisspeltHookError(
+                f"{owner}.{hook} is not a hook, so it would never be called",
+                fix=f'did you mean "{near}"? If it is not meant as a hook, choose a name that is further from it',
+            )
+        if hook.startswith("on_"):
+            log().warning("callback.unknown_hook", callback=owner, hook=hook, known=", ".join(events))
+
+
+def _check_hook(owner: str, hook: str, method: Callable[..., object], event: type[Event]) -> None:
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        raise AsyncHookError(
+            f"{owner}.{hook} is async, but hooks are sync",
+            why="the loop never waits for a callback, so nobody would await it",
+            fix=f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)",
+        )
+    positional = [name for name in event.__struct_fields__ if name not in event.keywords]
+    try:
+        signature = inspect.signature(method)
+    except (TypeError, ValueError):
+        return  # a callable written in C may have none; its first call will tell
+    try:
+        signature.bind(*(_PLACEHOLDER for _ in positional), **dict.fromkeys(event.keywords, _PLACEHOLDER))
+    except TypeError as error:
+        named = [f"{field.name}=..." for field in msgspec.structs.fields(event) if field.name in event.keywords]
+        arguments = ", ".join([*positional, *(["*", *named] if named else [])])
+        raise HookSignatureError(
+            f"{owner}.{hook}{signature} cannot be called with the event's arguments",
+            why=str(error),
+            fix=f"write `def {hook}(self, {arguments})`; the names of positional arguments are free, *args works too",
+        ) from None
+
+
+def _near_miss(name: str, hooks: Iterable[str]) -> str | None:
+    """The hook that ``name`` was meant to be, if it is a slip of the pen away from one."""
+    plain = {hook.replace("_", ""): hook for hook in hooks}
+    squeezed = name.lower().replace("_", "").replace("begin", "start")
+    if squeezed in plain:
+        return plain[squeezed]
+    if not name.startswith("on_"):
+        return None
+    near = difflib.get_close_matches(name, list(plain.values()), n=1, cutoff=0.85)
+    return near[0] if near else None

@@ -1,0 +1,252 @@
+"""What hooks are handed: the two handles of a run in progress, and the results it leaves.
+
+`LoopState`, `LogContext` and `TrainingBatch` are *handles*: live, mutable, shared by every inline callback. They are
+never encoded; an envelope carries a reference to them, and the far side gets a detached twin with the same attributes
+(`detached`). Everything else here is a frozen value. In the order of a training:
+
+    experiment  LogContext ─┬─ run  LogContext ── LoopState ── TrainingBatch, ManifestRow, EvalResult ── LoopArtifacts
+                            │                                                       RunResult, ArmResult
+                            └─ ExperimentResult
+
+Status words, everywhere: pending, running, completed, failed, cancelled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+import msgspec
+
+from evsys_bus.errors import DetachedError
+
+Status = Literal["pending", "running", "completed", "failed", "cancelled"]
+"""How far an arm, a run or an experiment has got."""
+
+Prediction = dict[str, Any]
+"""One task of a benchmark: task_id, instruction, expected, output, reward, metadata, any of which may be absent.
+
+Any: the values are the benchmark's own."""
+
+
+class _Handle:
+    """A live object that cannot leave its process; its detached twin says so when a live part is asked for."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, attribute: str) -> NoReturn:
+            # Only reached when the ordinary look-up fails: a live object has all its slots filled.
+            kind = type(self).__name__
+            if attribute not in {each.name for each in fields(self)}:
+                raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
+            raise DetachedError(
+                f"{kind}.{attribute} is a live object; this {kind} is detached, read from a record of the run",
+                fix='place the callback "inline" if it needs live objects',
+            )
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class LogContext(_Handle):
+    """What a logger needs to know of the experiment and the run it logs; one per run, and one for the experiment."""
+
+    output_dir: Path
+    """The experiment's directory; a run's is ``<output_dir>/<run_key>``."""
+    config: Any = None
+    """The experiment's configuration, as it was given. Any: it is the host's own type."""
+    store: Any = None
+    """The host's store of experiments, live. Any: it is the host's own type."""
+    run_key: str | None = None
+    """Names the run: its folder, and the ``run`` of an envelope. None in the experiment's own context."""
+    run_config: Any = None
+    """The configuration of this run. Any: it is the host's own type."""
+    group_name: str | None = None
+    """The group (replicates of one arm, or one continual stage) that the run belongs to."""
+    ids: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Identifiers written by callbacks: ``experiment_id``, ``group:<name>``, ``run_id``."""
+    extras: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Scratch handed from one callback to a later one, for example ``wandb_url``."""
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.output_dir)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's own directory, or the experiment's where there is no run."""
+        return self.output_dir if self.run_key is None else self.output_dir / self.run_key
+
+    def for_run(self, run_key: str, run_config: Any = None, group_name: str | None = None) -> "LogContext":
+        """A context for one run: same experiment, ids and extras copied so that runs do not mix."""
+        return LogContext(
+            output_dir=self.output_dir,
+            config=self.config,
+            store=self.store,
+            run_key=run_key,
+            run_config=run_config,
+            group_name=group_name,
+            ids=dict(self.ids),
+            extras=dict(self.extras),
+        )
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class LoopState(_Handle):
+    """The loop in progress; every loop hook but the experiment's is handed the same object."""
+
+    step: int
+    """The step that runs or ran last, 0-based. At TrainStart: the first step to run, so not 0 after a resume."""
+    num_steps: int
+    """The horizon asked for."""
+    output_dir: Path
+    """The run's directory."""
+    backend: Any = None
+    """What trains, live. Any: it is the host's own type."""
+    log_store: Any = None
+    """Where the loop writes its metrics rows, live. Any: it is the host's own type."""
+    checkpoint_mgr: Any = None
+    """What saves checkpoints, live. Any: it is the host's own type."""
+    stop_requested: bool = False
+    """Whether some hook asked to stop after the current step."""
+    stop_reason: str | None = None
+    """Why, in the words of the first hook that gave a reason."""
+    error: BaseException | None = None
+    """What the loop raised, from TrainEnd on."""
+    ctx: LogContext | None = None
+    """The context of the run, where there is one."""
+
+    def __post_init__(self) -> None:
+        self.output_dir = Path(self.output_dir)
+
+    def request_stop(self, reason: str | None = None) -> None:
+        """Ask the loop to break after the current step; its writes, due checkpoint and due evals still happen."""
+        self.stop_requested = True
+        if self.stop_reason is None:
+            self.stop_reason = reason
+
+
+class DetachedLoopState(LoopState):
+    """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over."""
+
+    __slots__ = ()
+
+    def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
+        """Raises: DetachedError, always."""
+        raise DetachedError(
+            "request_stop() on a detached LoopState cannot reach the loop",
+            fix='place the callback "inline": only inline callbacks may stop a run',
+        )
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class TrainingBatch(_Handle):
+    """What one step trained on."""
+
+    data: Any = None
+    """The examples, live. Any: they are the host's own type."""
+    loss_fn: str | None = None
+    """The name of the loss."""
+    loss_fn_config: dict[str, Any] | None = None
+    """Its parameters."""
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
+    """What is known of the batch before the step: sizes, token counts."""
+
+
+HandleT = TypeVar("HandleT", bound=_Handle)
+
+
+def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
+    """A handle that holds just these attributes; any other one raises `DetachedError` when it is asked for.
+
+    Any: attributes are of every type.
+    """
+    twin = object.__new__(kind)
+    for attribute, value in attributes.items():
+        setattr(twin, attribute, value)
+    return twin
+
+
+class ManifestRow(msgspec.Struct, frozen=True):
+    """One row of ``checkpoints.jsonl``."""
+
+    name: str
+    """Unique within the run; the last one is always ``final``."""
+    batch: int = 0
+    """The 0-based step after which it was saved."""
+    epoch: int = 0
+    """0-based."""
+    state_path: str | None = None
+    """The full state, to resume from: a path or a URI."""
+    sampler_path: str | None = None
+    """The weights alone, for inference: a path or a URI."""
+
+
+class LoopArtifacts(msgspec.Struct, frozen=True):
+    """What a training loop leaves behind."""
+
+    run_dir: str = ""
+    manifest_path: str | None = None
+    """``checkpoints.jsonl`` of the run."""
+    checkpoints: list[ManifestRow] = msgspec.field(default_factory=list[ManifestRow])
+    """In the order in which they were saved."""
+    total_requested_steps: int = 0
+    """The horizon asked for, not the steps run."""
+    train_seconds: float = 0.0
+
+
+class EvalResult(msgspec.Struct, frozen=True):
+    """One benchmark, scored once."""
+
+    name: str
+    benchmark_id: str | None = None
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    breakdowns: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """Metrics by category, as the benchmark names them. Any: the shape is the benchmark's own."""
+    eval_seconds: float = 0.0
+    step: int | None = None
+    """The 0-based train step it was scored at; None after training."""
+    tags: list[str] = msgspec.field(default_factory=list[str])
+    """``val`` marks a validation benchmark."""
+
+
+class RunResult(msgspec.Struct, frozen=True):
+    """How one run ended."""
+
+    run_id: str | None = None
+    status: Status = "completed"
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    """The last training metrics."""
+    artifacts: LoopArtifacts | None = None
+    error: str | None = None
+    """What it raised, as text, if it failed."""
+
+
+class ArmResult(msgspec.Struct, frozen=True):
+    """How one run of one arm ended, evaluation included."""
+
+    name: str
+    run_config: Any = None
+    """Any: the host's own type."""
+    status: Status = "completed"
+    metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    eval_metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
+    evals: list[EvalResult] = msgspec.field(default_factory=list[EvalResult])
+    run_id: str | None = None
+    group_name: str | None = None
+    error: str | None = None
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    run_result: RunResult | None = None
+
+
+class ExperimentResult(msgspec.Struct, frozen=True):
+    """How the experiment ended."""
+
+    name: str
+    status: Status = "completed"
+    arms: list[ArmResult] = msgspec.field(default_factory=list[ArmResult])
+    best_arm: str | None = None
+    best_score: float | None = None
+    conclusion: str | None = None
+    experiment_id: str | None = None
+    hypothesis: str | None = None

@@ -1,0 +1,94 @@
+"""How the project speaks of trouble: structlog over the standard logging, under the name ``evsys_bus``.
+
+The host program's logging configuration rules; nothing here configures output. structlog is imported when the first
+line is logged, not before: it would add a third to the time of ``import evsys_bus``.
+"""
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable, MutableMapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from structlog.stdlib import BoundLogger
+
+LOGGER_NAME: Final = "evsys_bus"
+
+_RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+
+
+def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
+    """Structlog's last processor: a readable message, and every fact as an attribute of the log record.
+
+    Any: the signature is structlog's (logger, method name, event dict).
+    """
+    phrase = facts.pop("event")
+    passed = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
+    shown = " ".join(f"{key}={value}" for key, value in facts.items())
+    # "%" would be taken for a format directive by handlers that merge args; there are none to merge.
+    message = f"{phrase} {shown}".rstrip()
+    extra = {f"{key}_" if key in _RECORD_FIELDS else key: value for key, value in facts.items()}
+    return (message,), {"extra": extra, **passed}
+
+
+@functools.cache
+def log() -> "BoundLogger":
+    """The project's logger: a constant phrase, and facts as keys: ``log().warning("hook.failed", hook=…)``."""
+    import structlog
+
+    return structlog.wrap_logger(
+        logging.getLogger(LOGGER_NAME),
+        processors=[structlog.stdlib.filter_by_level, _to_stdlib],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        context_class=dict,
+        cache_logger_on_first_use=True,
+    )
+
+
+class FaultLog:
+    """WARNINGs that repeat: the first of a kind is logged at once, then at most one a second, with the exact count.
+
+    Safe from any thread. What is still unsaid goes out with `flush`.
+    """
+
+    def __init__(self, *, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = every_seconds
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: dict[Hashable, _Kind] = {}
+
+    def warn(self, phrase: str, key: Hashable, *, error: BaseException | None = None, **facts: object) -> None:
+        """Count one fault of the kind (phrase, key), and log it unless one was logged less than a second ago."""
+        now = self._clock()
+        with self._lock:
+            kind = self._kinds.setdefault((phrase, key), _Kind())
+            kind.count += 1
+            if kind.count > 1 and now - kind.logged_at < self._every:
+                kind.unsaid = (phrase, facts)
+                return
+            kind.logged_at = now
+            kind.unsaid = None
+            count = kind.count
+        log().warning(phrase, **facts, count=count, exc_info=error)
+
+    def flush(self) -> None:
+        """Log the last count of every kind that repeated since it was last logged."""
+        with self._lock:
+            unsaid = [(kind.unsaid, kind.count) for kind in self._kinds.values() if kind.unsaid is not None]
+            for kind in self._kinds.values():
+                kind.unsaid = None
+        for (phrase, facts), count in unsaid:
+            log().warning(phrase, **facts, count=count)
+
+
+class _Kind:
+    """One kind of fault, as seen so far."""
+
+    __slots__ = ("count", "logged_at", "unsaid")
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.logged_at = 0.0
+        self.unsaid: tuple[str, dict[str, object]] | None = None

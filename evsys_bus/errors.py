@@ -1,0 +1,230 @@
+"""The error tree: what went wrong, where, and what to do next.
+
+    EvsysBusError
+    ├── ConfigError (ValueError)             a spec, a params dict or a file says something that cannot be built
+    │   ├── UnknownKindError     EB101       no adapter is registered under this kind
+    │   ├── UnknownParamError    EB102       the adapter has no such parameter
+    │   ├── WrongParamError      EB103       a parameter has the wrong type or lies out of range
+    │   ├── BadSpecError         EB104       not a {kind, params} at all
+    │   ├── DuplicateKindError   EB105       the kind is registered already
+    │   ├── BrokenAdapterError   EB106       the adapter is known but cannot be loaded or constructed
+    │   └── ConfigErrors                     several of the above, found in one pass
+    ├── HookError (TypeError)                a hook that could never be called, found when the callback is added
+    │   ├── AsyncHookError       EB201       ``async def`` where hooks are sync
+    │   ├── HookSignatureError   EB202       the hook cannot take its event's arguments
+    │   └── MisspeltHookError    EB203       the method's name nearly is a hook's
+    ├── EventError (TypeError)   EB301       what was published or declared is not an event
+    ├── BusError (RuntimeError)
+    │   ├── BusNotOpenError      EB501       the bus was not entered yet, or is closed
+    │   ├── ForkedBusError       EB502       the bus belongs to the parent process
+    │   ├── PublishLoopError     EB503       hooks publish inside hooks without end
+    │   └── NotAttachedError     EB504       ``spawn`` on a callback that no open bus holds
+    ├── SpawnError (TypeError)   EB505       ``spawn`` was given something that is no coroutine function
+    ├── DetachedError (AttributeError) EB506 a live object was asked of a detached one
+    ├── CodecError (ValueError)  EB601       bytes that are no envelope
+    └── TrainingError (RuntimeError) EB701   the reference loop was given something it cannot train with
+
+Every error carries a ``code``, the ``where`` it was found (if that is a place in a config) and the ``fix``.
+This module owns their one shape in text; who prints them, and in which colours, is the command line's business.
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import msgspec
+
+
+class Where(msgspec.Struct, frozen=True):
+    """A place in a configuration."""
+
+    path: str
+    """JSON path, ``$`` being the whole: ``$.callbacks[1].kind``."""
+    file: str | None = None
+    """The file it was read from, if it was read from one."""
+    line: int | None = None
+    """1-based line in that file."""
+    column: int | None = None
+    """1-based column of the token."""
+    text: str | None = None
+    """The line itself, so that a caret can be drawn under the token."""
+    width: int = 1
+    """Length of the token in characters."""
+
+    def __str__(self) -> str:
+        if self.file is None:
+            return f" --> {self.path}"
+        head = f" --> {self.file}:{self.line}:{self.column}   {self.path}"
+        if self.text is None or self.line is None or self.column is None:
+            return head
+        gutter = " " * len(str(self.line))
+        caret = " " * (self.column - 1) + "^" * self.width
+        return f"{head}\n{gutter} |\n{self.line} | {self.text}\n{gutter} | {caret}"
+
+
+class EvsysBusError(Exception):
+    """The root of the tree.
+
+    ``str(error)`` is the one shape that people see: code and what, where, why, the exact fix.
+    """
+
+    code: ClassVar[str] = "EB000"
+
+    def __init__(self, what: str, *, fix: str, where: Where | None = None, why: str | None = None) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+        self.where = where
+        self.why = why
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.what}"]
+        if self.where is not None:
+            lines.append(str(self.where))
+        if self.why is not None:
+            lines.append(f"why: {self.why}")
+        lines.append(f"fix: {self.fix}")
+        return "\n".join(lines)
+
+
+class ConfigError(EvsysBusError, ValueError):
+    """A spec, a params dict or a file says something that cannot be built."""
+
+
+class UnknownKindError(ConfigError):
+    """No adapter is registered under this kind."""
+
+    code = "EB101"
+
+
+class UnknownParamError(ConfigError):
+    """The adapter has no such parameter."""
+
+    code = "EB102"
+
+
+class WrongParamError(ConfigError):
+    """A parameter has the wrong type or lies out of range."""
+
+    code = "EB103"
+
+
+class BadSpecError(ConfigError):
+    """Not a ``{kind, params}`` at all."""
+
+    code = "EB104"
+
+
+class DuplicateKindError(ConfigError):
+    """The kind is registered already."""
+
+    code = "EB105"
+
+
+class BrokenAdapterError(ConfigError):
+    """The adapter is known but cannot be loaded or constructed; the cause is chained."""
+
+    code = "EB106"
+
+
+class ConfigErrors(ConfigError):  # noqa: N818 # several errors, and the name says so
+    """Several config errors, found in one pass, in the order of the file."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        super().__init__(f"{len(errors)} config errors", fix="see each of them")
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n\n".join(str(error) for error in self.errors)
+
+
+class HookError(EvsysBusError, TypeError):
+    """A hook that could never be called."""
+
+
+class AsyncHookError(HookError):
+    """``async def`` where hooks are sync."""
+
+    code = "EB201"
+
+
+class HookSignatureError(HookError):
+    """The hook cannot take its event's arguments."""
+
+    code = "EB202"
+
+
+class MisspeltHookError(HookError):
+    """The method's name nearly is a hook's."""
+
+    code = "EB203"
+
+
+class EventError(EvsysBusError, TypeError):
+    """What was published or declared is not an event."""
+
+    code = "EB301"
+
+
+class BusError(EvsysBusError, RuntimeError):
+    """The bus cannot do this in the state it is in."""
+
+
+class BusNotOpenError(BusError):
+    """The bus was not entered yet, or is closed."""
+
+    code = "EB501"
+
+
+class ForkedBusError(BusError):
+    """The bus belongs to the parent process."""
+
+    code = "EB502"
+
+
+class PublishLoopError(BusError):
+    """Hooks publish inside hooks without end."""
+
+    code = "EB503"
+
+
+class NotAttachedError(BusError):
+    """``spawn`` on a callback that no open bus holds."""
+
+    code = "EB504"
+
+
+class SpawnError(EvsysBusError, TypeError):
+    """``spawn`` was given something that is no coroutine function."""
+
+    code = "EB505"
+
+
+class DetachedError(EvsysBusError, AttributeError):
+    """A live object was asked of a detached one.
+
+    It is an ``AttributeError``, so ``getattr(state, "backend", None)`` gives the default.
+    """
+
+    code = "EB506"
+
+
+class CodecError(EvsysBusError, ValueError):
+    """Bytes that are no envelope."""
+
+    code = "EB601"
+
+
+class TrainingError(EvsysBusError, RuntimeError):
+    """The reference loop was given something it cannot train with."""
+
+    code = "EB701"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``did you mean "x"?``, or the known words when none is near, or an empty string when there are none."""
+    words = sorted(known)
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if near:
+        return f'did you mean "{near[0]}"?'
+    return f"known: {', '.join(words)}" if words else ""

@@ -1,0 +1,196 @@
+"""The events of a training, one Struct per hook, and the envelope that carries one.
+
+The timeline; each event calls the hook ``on_<name>`` with its fields, in their order:
+
+    ExperimentStart                                  once, before any arm
+    │  GroupStart                                    when a new group of runs is needed
+    │  │  RunStart                                   per run, before training; ctx.run_config is set
+    │  │  │  TrainStart                              once, before the first step
+    │  │  │  │  StepEnd                              every step, after its metrics row is written
+    │  │  │  │  Checkpoint                           after each checkpoint's manifest row is recorded
+    │  │  │  │  Eval, then BenchmarkEval(step=n)     per evaluator; per benchmark, in-loop
+    │  │  │  TrainEnd                                once, the final checkpoint's save included
+    │  │  │  BenchmarkEval(step=None)                per benchmark, after training
+    │  │  RunEnd                                     after eval, before the run is marked completed
+    ExperimentEnd                                    once, at the end
+
+An event of your own is a subclass; its hook is named after it, and callbacks that have such a method are called.
+It takes positional arguments in the order of the fields; fields listed in ``keywords`` are passed by name.
+
+Example:
+    >>> class RolloutEnd(Event, frozen=True):
+    ...     state: LoopState
+    ...     reward: float
+    >>> RolloutEnd.hook
+    'on_rollout_end'
+"""
+
+import re
+from typing import Any, ClassVar
+
+import msgspec
+
+from evsys_bus.context import (
+    ArmResult,
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    Prediction,
+    RunResult,
+    TrainingBatch,
+)
+from evsys_bus.errors import EventError
+
+_declared: dict[str, type["Event"]] = {}
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+
+
+class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
+    """What happened. Subclass it to declare an event of your own.
+
+    Events are not tracked by the garbage collector (it would tax every step), so one that points back at itself is
+    never freed; handles and metrics are fine.
+
+    Raises:
+        EventError: the subclass's name makes the same hook as one of the events that ship with the library.
+    """
+
+    hook: ClassVar[str] = ""
+    """The method of a callback that this event calls: ``on_`` and the class's name in snake case."""
+    keywords: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the hook takes by keyword only."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        tag = _snake(cls.__name__)
+        earlier = _declared.get(tag)
+        if earlier is not None and earlier.__module__ == __name__:
+            raise EventError(
+                f"event {cls.__qualname__} has the name of an event that ships with evsys-bus",
+                fix="give it another name, or publish the one that ships",
+            )
+        cls.hook = f"on_{tag}"
+        _declared[tag] = cls
+
+
+def declared_events() -> dict[str, type[Event]]:
+    """Every event type known so far, by its tag on the wire (``step_end``); the last declaration of a tag counts."""
+    return dict(_declared)
+
+
+class ExperimentStart(Event, frozen=True):
+    """Once, before any arm; a logger writes ``ctx.ids["experiment_id"]``."""
+
+    ctx: LogContext
+
+
+class GroupStart(Event, frozen=True):
+    """When a new group of runs is needed; a logger writes ``ctx.ids[f"group:{group_name}"]``."""
+
+    ctx: LogContext
+    group_name: str
+
+
+class RunStart(Event, frozen=True):
+    """Per run, before training; a logger opens its run and writes ``ctx.ids["run_id"]``."""
+
+    ctx: LogContext
+
+
+class TrainStart(Event, frozen=True):
+    """Once, before the first step; ``state.step`` is that step, so not 0 after a resume."""
+
+    state: LoopState
+
+
+class StepEnd(Event, frozen=True):
+    """After every step's metrics row is written."""
+
+    state: LoopState
+    step_idx: int
+    """0-based. Async loops may publish several rows for one step, late and out of order."""
+    batch: TrainingBatch
+    metrics: dict[str, float]
+    """Inline callbacks may add keys; later callbacks and every sink see them."""
+
+
+class Checkpoint(Event, frozen=True):
+    """After each checkpoint's manifest row is recorded."""
+
+    state: LoopState
+    row: ManifestRow
+
+
+class Eval(Event, frozen=True):
+    """Per evaluator, after each in-loop eval."""
+
+    state: LoopState
+    step_idx: int
+    eval_name: str
+    metrics: dict[str, float]
+
+
+class BenchmarkEval(Event, frozen=True):
+    """Per benchmark scored, in-loop or after training."""
+
+    keywords: ClassVar[frozenset[str]] = frozenset({"step"})
+
+    ctx: LogContext
+    eval_result: EvalResult
+    predictions: list[Prediction]
+    step: int | None = None
+    """The 0-based train step; None after training."""
+
+
+class TrainEnd(Event, frozen=True):
+    """Once, after the loop; also when it raised (then ``state.error`` is set)."""
+
+    state: LoopState
+    artifacts: LoopArtifacts
+
+
+class RunEnd(Event, frozen=True):
+    """Per run, after eval, before the run is marked completed."""
+
+    ctx: LogContext
+    run_result: RunResult
+    arm: ArmResult
+
+
+class ExperimentEnd(Event, frozen=True):
+    """Once, at the end."""
+
+    ctx: LogContext
+    result: ExperimentResult
+
+
+class UnknownEvent(msgspec.Struct, frozen=True):
+    """An event of a type that this process does not know, kept as it was read."""
+
+    type: str
+    """Its tag on the wire."""
+    fields: dict[str, Any]
+    """What it carried. Any: whatever the writer put there."""
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """An event on its way. ``(stream, seq)`` names it for ever; order is total within a stream."""
+
+    stream: str
+    """One publishing process."""
+    seq: int
+    """From 1, without gaps."""
+    time: float
+    """When the event was published: seconds since the epoch, wall clock, for display only."""
+    event: Event | UnknownEvent
+    run: str | None = None
+    """The run key; None for experiment-wide events."""
+    rank: int = 0
+    replaced: dict[str, str] = msgspec.field(default_factory=dict[str, str])
+    """Values that could not travel: path within the event (``metrics.loss``) -> why, in words."""

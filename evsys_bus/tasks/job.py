@@ -1,0 +1,80 @@
+"""One spawned task, from acceptance to its end, and what may be spawned at all."""
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from evsys_bus.errors import SpawnError
+
+
+class Job:
+    """What `spawn` was given, and how far it has got."""
+
+    __slots__ = ("args", "attempts", "context", "fn", "lane", "name", "owner", "retry", "timeout")
+
+    def __init__(
+        self,
+        fn: Callable[..., Awaitable[object]],
+        args: tuple[object, ...],
+        *,
+        owner: str,
+        name: str | None,
+        timeout: float | None,
+        retry: Callable[..., Awaitable[object]] | None,
+        lane: str | None,
+    ) -> None:
+        _check(fn)
+        self.fn = fn
+        self.args = args
+        self.owner = owner
+        self.name = name or _name_of(fn)
+        self.timeout = timeout
+        self.retry = retry
+        self.lane = None if lane is None else (owner, lane)
+        self.context = contextvars.copy_context()
+        self.attempts = 0
+
+    def __str__(self) -> str:
+        return f"{self.owner}:{self.name}"
+
+    async def run(self) -> None:
+        """All attempts, within the timeout."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                await (self._attempt(*self.args) if self.retry is None else self.retry(self._attempt, *self.args))
+        except SystemExit as error:  # asyncio would let it out of the loop, and end the program for a task's sake
+            raise RuntimeError(f"the task called sys.exit({error.code!r})") from error
+
+    async def _attempt(self, *args: object) -> object:
+        self.attempts += 1
+        awaitable = self.fn(*args)
+        if not inspect.isawaitable(awaitable):
+            raise _not_async(self.name)
+        return await awaitable
+
+
+def _check(fn: object) -> None:
+    if inspect.iscoroutine(fn):
+        fn.close()
+        raise SpawnError(
+            f"spawn() was given the coroutine {fn.__qualname__}(...), not the function",
+            fix="pass the function and its arguments: self.spawn(upload, path), not self.spawn(upload(path))",
+        )
+    # A wrapper that forgot functools.wraps cannot be told from an ordinary function here; its first call will tell.
+    if not callable(fn) or inspect.isasyncgenfunction(fn) or inspect.isclass(fn) or inspect.isbuiltin(fn):
+        raise _not_async(_name_of(fn))
+
+
+def _not_async(name: str) -> SpawnError:
+    return SpawnError(
+        f"spawn() takes a coroutine function; {name} is none",
+        fix="define it with `async def`; blocking code: self.spawn(anyio.to_thread.run_sync, function, argument)",
+    )
+
+
+def _name_of(fn: object) -> str:
+    while isinstance(fn, partial):
+        fn = fn.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # a partial of anything
+    return getattr(fn, "__name__", None) or type(fn).__name__

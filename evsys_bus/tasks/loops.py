@@ -1,0 +1,69 @@
+"""Event loops as the task room sees them: the one that runs here, and one of our own on a thread."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from typing import Final
+
+STOP_SECONDS: Final = 1.0
+"""How long the loop's thread may take to end; one that a task blocks is left behind."""
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """The loop that runs on this thread, or None."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Have ``call`` run on the loop's thread, from any thread; nothing happens once the loop is closed."""
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        pass  # closed, and with it everything that could have cared
+
+
+class LoopThread:
+    """An event loop on a daemon thread, started when it is first needed; uvloop where there is one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, running."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = _new_loop()
+                self._thread = threading.Thread(target=_run, args=(self._loop,), name="evsys-bus-loop", daemon=True)
+                self._thread.start()
+            return self._loop
+
+    def stop(self) -> None:
+        """End the loop and its thread."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            call_soon(loop, loop.stop)
+            thread.join(STOP_SECONDS)
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()

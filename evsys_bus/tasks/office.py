@@ -1,0 +1,235 @@
+"""The only file that starts tasks: the managed task group of one bus.
+
+Spawned tasks run on the bus's loop: the caller's under ``async with``, a thread of our own under ``with``. What the
+office holds is guarded by one lock, because hooks run on any thread; nothing is awaited under it.
+"""
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.tasks.job import Job
+from evsys_bus.tasks.loops import call_soon, running_loop
+from evsys_bus.tasks.receipt import Draining, Receipt, TaskCounts
+
+CANCEL_GRACE_SECONDS: Final = 1.0
+"""How long a cancelled task may take to end before it is left."""
+
+
+class TaskOffice:
+    """Owners, bounds, lanes, isolation, counts, and the drain."""
+
+    def __init__(
+        self,
+        loop: Callable[[], asyncio.AbstractEventLoop],
+        faults: FaultLog,
+        *,
+        max_running: int = 32,
+        max_waiting: int = 10_000,
+    ) -> None:
+        self._loop = loop
+        self._faults = faults
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._lock = threading.RLock()
+        self._ready: deque[Job] = deque()
+        self._lanes: dict[tuple[str, str], deque[Job]] = {}  # a key is a lane at work, its jobs wait behind that one
+        self._behind = 0  # how many wait in lanes
+        self._running: dict[
+            asyncio.Task[Any], Job
+        ] = {}  # Any, here and below: what a task returns is nobody's business
+        self._adopted: dict[asyncio.Task[Any], str] = {}
+        self._owners: dict[str, TaskCounts] = {}
+        self._watchers: list[Callable[[], object]] = []  # called whenever a task has ended
+        self._closed = False
+
+    def spawn(self, job: Job) -> bool:
+        """Take a job on; False if it was refused, which is logged and counted."""
+        with self._lock:
+            counts = self._counts(job.owner)
+            if self._closed or len(self._ready) + self._behind >= self._max_waiting:
+                counts.refused += 1
+                why = "the bus is closed" if self._closed else f"{self._max_waiting} tasks wait already"
+                self._faults.warn("task.refused", job.owner, owner=job.owner, task=job.name, why=why)
+                return False
+            counts.spawned += 1
+            if job.lane in self._lanes:
+                self._lanes[job.lane].append(job)
+                self._behind += 1
+                return True
+            if job.lane is not None:
+                self._lanes[job.lane] = deque()
+            self._ready.append(job)
+        self._wake()
+        return True
+
+    def adopt(self, task: "asyncio.Task[Any]", owner: str) -> None:
+        """Take on a task that a hook made bare. Called on the thread of the task's loop."""
+        with self._lock:
+            self._counts(owner).adopted += 1
+            self._adopted[task] = owner
+        task.add_done_callback(self._ended)
+
+    def counts(self) -> tuple[TaskCounts, dict[str, TaskCounts]]:
+        """All counts, and those by owner."""
+        with self._lock:
+            owners = {owner: msgspec.structs.replace(counts) for owner, counts in self._owners.items()}
+        fields = TaskCounts.__struct_fields__
+        total = TaskCounts(*(sum(getattr(counts, field) for counts in owners.values()) for field in fields))
+        return total, owners
+
+    def load(self) -> tuple[int, int]:
+        """How many tasks run (adopted ones included), how many wait for their turn."""
+        with self._lock:
+            return len(self._running) + len(self._adopted), len(self._ready) + self._behind
+
+    def cancel_all(self) -> None:
+        """Cancel every task that has begun, and drop those that have not, from any thread."""
+        with self._lock:
+            for job in [*self._ready, *(job for lane in self._lanes.values() for job in lane)]:
+                self._counts(job.owner).cancelled += 1
+            self._ready.clear()
+            self._lanes.clear()
+            self._behind = 0
+            tasks = [*self._running, *self._adopted]
+        for task in tasks:
+            if task.get_loop() is running_loop():
+                task.cancel()
+            else:
+                call_soon(task.get_loop(), task.cancel)
+
+    def drain(self, timeout: float, *, close: bool, stalled: asyncio.AbstractEventLoop | None = None) -> Draining:
+        """Begin to wait for every task, at most ``timeout`` seconds; may be called on any thread.
+
+        With ``close``, nothing more is taken on from the deadline on, and what has not ended by then is cancelled and
+        given `CANCEL_GRACE_SECONDS`. ``stalled`` is a loop that cannot turn meanwhile: its tasks are not waited for.
+        """
+        with self._lock:
+            if not self._unended(stalled):  # the usual end: no loop, and no thread of our own, is started for it
+                self._closed = self._closed or close
+                draining = Draining()
+                draining.set_result(self._receipt(0.0))
+                return draining
+        loop = self._loop()
+        draining = Draining(loop)
+
+        def begin() -> None:
+            task = loop.create_task(self._drain(timeout, close=close, stalled=stalled), name="evsys-bus:drain")
+            task.add_done_callback(hand_over)
+
+        def hand_over(task: asyncio.Task[Receipt]) -> None:
+            # Cancelled means that the host tears its loop down, as after a second Ctrl-C: tell what is known.
+            draining.set_result(self.close_now() if task.cancelled() else task.result())
+
+        if running_loop() is loop:
+            begin()
+        else:
+            loop.call_soon_threadsafe(begin)
+        return draining
+
+    def close_now(self) -> Receipt:
+        """Take nothing more on, cancel all, wait for nothing."""
+        with self._lock:
+            self._closed = True
+        self.cancel_all()
+        return self._receipt(0.0)
+
+    async def _drain(self, timeout: float, *, close: bool, stalled: asyncio.AbstractEventLoop | None) -> Receipt:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        self._start_ready()
+        await self._until_ended(began + timeout, stalled)
+        if close:
+            with self._lock:
+                self._closed = True
+            self.cancel_all()
+            await self._until_ended(loop.time() + CANCEL_GRACE_SECONDS, stalled)
+        return self._receipt(loop.time() - began)
+
+    async def _until_ended(self, deadline: float, stalled: asyncio.AbstractEventLoop | None) -> None:
+        ended = asyncio.Event()
+        watcher = partial(call_soon, asyncio.get_running_loop(), ended.set)
+        self._watchers.append(watcher)
+        try:
+            async with asyncio.timeout_at(deadline):
+                while self._unended(stalled):
+                    await ended.wait()
+                    ended.clear()
+        except TimeoutError:
+            pass  # the receipt names what is left
+        finally:
+            self._watchers.remove(watcher)
+
+    def _unended(self, stalled: asyncio.AbstractEventLoop | None) -> bool:
+        with self._lock:
+            if self._running or self._ready:
+                return True
+            return any(task.get_loop() is not stalled for task in self._adopted)
+
+    def _receipt(self, seconds: float) -> Receipt:
+        total, owners = self.counts()
+        with self._lock:
+            left = [str(job) for job in self._running.values()]
+            left += [f"{owner}:{task.get_name()}" for task, owner in self._adopted.items()]
+        if left:
+            log().warning("tasks.left", count=len(left), tasks=", ".join(sorted(left)[:10]))
+        return Receipt(total=total, owners=owners, left=tuple(sorted(left)), seconds=seconds)
+
+    def _counts(self, owner: str) -> TaskCounts:
+        counts = self._owners.get(owner)
+        if counts is None:
+            counts = self._owners[owner] = TaskCounts()
+        return counts
+
+    def _wake(self) -> None:
+        """See to it that ready jobs start, on the loop's thread."""
+        loop = self._loop()
+        if running_loop() is loop:
+            self._start_ready()
+        else:
+            call_soon(loop, self._start_ready)
+
+    def _start_ready(self) -> None:
+        loop = self._loop()
+        with self._lock:
+            while self._ready and len(self._running) < self._max_running:
+                job = self._ready.popleft()
+                task = loop.create_task(job.run(), name=str(job), context=job.context)
+                self._running[task] = job
+                # Not a `finally` in the coroutine: one that is cancelled before its first step never runs.
+                task.add_done_callback(self._ended)
+
+    def _ended(self, task: "asyncio.Task[Any]") -> None:
+        """The wall around a task, spawned or adopted: what it raised is counted and logged, and goes no further."""
+        error = None if task.cancelled() else task.exception()
+        with self._lock:
+            job = self._running.pop(task, None)
+            owner = self._adopted.pop(task) if job is None else job.owner
+            counts = self._counts(owner)
+            counts.cancelled += task.cancelled()
+            counts.failed += error is not None
+            counts.completed += error is None and not task.cancelled()
+            if job is not None:
+                counts.retries += max(0, job.attempts - 1)
+                self._leave_lane(job)
+        if error is not None:
+            name = task.get_name() if job is None else job.name
+            self._faults.warn("task.failed", (owner, name), error=error, owner=owner, task=name)
+        if self._ready:
+            self._wake()
+        for watcher in tuple(self._watchers):
+            watcher()
+
+    def _leave_lane(self, job: Job) -> None:
+        behind = self._lanes.get(job.lane) if job.lane is not None else None
+        if behind:
+            self._ready.append(behind.popleft())
+            self._behind -= 1
+        elif job.lane is not None:
+            self._lanes.pop(job.lane, None)
