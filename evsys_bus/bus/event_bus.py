@@ -1,0 +1,327 @@
+"""`EventBus`: what a program enters, publishes to, and leaves with everything done."""
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from evsys_bus.bus import adoption
+from evsys_bus.bus.health import Adoption, Health
+from evsys_bus.bus.publisher import Publisher
+from evsys_bus.bus.signals import TermSignal
+from evsys_bus.callback import Callback, check_hooks
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import BusNotOpenError
+from evsys_bus.events import Event, ExperimentStart, RunStart, TrainStart
+from evsys_bus.tasks import Draining, Job, LoopThread, Receipt, TaskOffice, running_loop, wait_shielded
+from evsys_bus.watchdog import Watchdog
+
+_LOOP_MAY_BE_NEW: Final = (ExperimentStart, RunStart, TrainStart)
+_EXIT_SLACK_SECONDS: Final = 2.0
+
+
+class EventBus:
+    """Callbacks in their order, each isolated; tasks that are waited for; one deadline at the end.
+
+    Enter it with ``async with`` where an event loop runs: spawned tasks run on that loop. Enter it with ``with`` in a
+    program without one: they run on a thread of the bus's own. `publish`, `spawn`, `health` and `drain` are the same in
+    both, and may be called from any thread.
+
+    Args:
+        callbacks: Called in this order. Any object with hooks will do; `Callback` has them all, typed.
+        drain_timeout: Seconds that leaving the block may take, over all tasks. What has not ended by then is cancelled,
+            and what has not ended one second later is left, and named in the receipt.
+        handle_signals: On SIGTERM, where the program has no handler of its own: leave the block as if cancelled, drain,
+            and end by the signal. Only where the bus is entered on the main thread.
+        blocked_hook_seconds: A hook that lasts longer is named, with its stack, while it blocks.
+        publish_patience_seconds: How long a publish waits for another thread's; after that its event is left to that
+            thread, in order, and counted as ``handed_over``.
+        max_running_tasks: How many spawned tasks run at a time.
+        max_waiting_tasks: How many wait for their turn; one more is refused, logged and counted.
+
+    Raises:
+        HookError: A callback has a hook that could never be called.
+
+    Example:
+        >>> class Loss(Callback):
+        ...     def on_eval(self, state, step_idx, eval_name, metrics):
+        ...         print(eval_name, metrics)
+        >>> from evsys_bus.events import Eval
+        >>> with EventBus([Loss()]) as bus:
+        ...     bus.publish(Eval(None, 10, "val", {"acc": 0.9}))
+        val {'acc': 0.9}
+    """
+
+    if TYPE_CHECKING:
+
+        def publish(self, event: Event) -> None:
+            """Call the event's hook on every callback that has it, in order; return when they have returned.
+
+            What a hook raises is logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
+            remaining hooks ran. Published from inside a hook, the event runs after the current one, before the
+            outermost publish returns. Never call it from two loops' callbacks to synchronise them: it takes turns.
+
+            Raises:
+                BusNotOpenError: The bus was not entered yet, or is closed.
+                ForkedBusError: In a child process forked from the one that entered the bus.
+                EventError: That is no event.
+                PublishLoopError: In a hook, if hooks publish inside hooks without end.
+            """
+
+    else:
+        __slots__ = {  # sorted; the linter and Python disagree on where "_" stands
+            "__weakref__": "",
+            "_adoption_ended": "",
+            "_drain_timeout": "",
+            "_faults": "",
+            "_handle_signals": "",
+            "_home": "",
+            "_loops": "",
+            "_main_task": "",
+            "_office": "",
+            "_publisher": "",
+            "_term": "",
+            "_thread": "",
+            "_watchdog": "",
+            "publish": "Call the event's hook on every callback that has it, in order; see the class.",
+            "receipt": "What the drain at the end handed back; None before that.",
+        }
+
+    def __init__(
+        self,
+        callbacks: Iterable[object] = (),
+        *,
+        drain_timeout: float = 20.0,
+        handle_signals: bool = True,
+        blocked_hook_seconds: float = 1.0,
+        publish_patience_seconds: float = 1.0,
+        max_running_tasks: int = 32,
+        max_waiting_tasks: int = 10_000,
+    ) -> None:
+        self.receipt: Receipt | None = None
+        self._drain_timeout = drain_timeout
+        self._handle_signals = handle_signals
+        self._faults = FaultLog()
+        self._publisher = Publisher(
+            tuple(callbacks),
+            self._faults,
+            patience_seconds=publish_patience_seconds,
+            expose=self._expose,
+            before=self._before,
+        )
+        self._office = TaskOffice(
+            self._loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
+        )
+        self._watchdog = Watchdog(
+            self._publisher.look, self._publisher.tell_blocked, self._look_after, blocked_seconds=blocked_hook_seconds
+        )
+        self._thread = LoopThread()
+        self._home: asyncio.AbstractEventLoop | None = None  # the caller's loop, under `async with`
+        self._loops: set[asyncio.AbstractEventLoop] = set()  # where bare tasks are adopted
+        self._adoption_ended = False
+        self._main_task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
+        self._term: TermSignal | None = None
+
+    # -- what hooks and programs call ---------------------------------------------------------------------------------
+
+    @property
+    def callbacks(self) -> tuple[object, ...]:
+        """The callbacks, in the order in which they are called."""
+        return self._publisher.callbacks
+
+    def add(self, callback: object) -> None:
+        """Call this callback too, after the others; from inside a hook: from the next publish on.
+
+        Raises:
+            HookError: It has a hook that could never be called.
+        """
+        check_hooks(callback)
+        self._attach((callback,))
+        self._publisher.change(lambda callbacks: (*callbacks, callback))
+
+    def remove(self, callback: object) -> None:
+        """Call this callback no more; from inside a hook: from the next publish on."""
+        self._detach((callback,))
+        self._publisher.change(lambda callbacks: tuple(each for each in callbacks if each is not callback))
+
+    def spawn(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, object]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: Callable[..., Awaitable[object]] | None = None,
+        lane: str | None = None,
+        owner: str | None = None,
+    ) -> bool:
+        """Run ``fn(*args)`` beside the loop; see `Callback.spawn`. Any: the arguments are those of ``fn``.
+
+        Raises:
+            BusNotOpenError: The bus was not entered yet, or is closed.
+            SpawnError: ``fn`` is no coroutine function.
+        """
+        job = Job(fn, args, owner=owner or "program", name=name, timeout=timeout, retry=retry, lane=lane)
+        if self._publisher.state != "open":
+            raise BusNotOpenError(
+                f"spawn on a bus that is {self._publisher.state}", fix="spawn inside the `with` block of the bus"
+            )
+        return self._office.spawn(job)
+
+    def drain(self, timeout: float | None = None) -> Draining:
+        """Wait for the tasks so far: ``await bus.drain()``, or ``bus.drain().result()`` on a thread without the loop.
+
+        The bus stays open and nothing is cancelled; what has not ended after ``timeout`` seconds (default: the bus's
+        ``drain_timeout``) is named in the receipt. Cancelling the wait leaves the tasks alone.
+        """
+        return self._office.drain(self._drain_timeout if timeout is None else timeout, close=False)
+
+    def health(self) -> Health:
+        """Every count, now."""
+        tasks, by_owner = self._office.counts()
+        running, waiting = self._office.load()
+        return Health(
+            state=self._publisher.state,
+            published=self._publisher.units.published(),
+            hooks=self._publisher.units.hooks(),
+            tasks=tasks,
+            tasks_by_owner=by_owner,
+            tasks_running=running,
+            tasks_waiting=waiting,
+            handed_over=self._publisher.handed_over,
+            refused=self._publisher.refused,
+            adoption=self._adoption(),
+        )
+
+    def publishes_here(self) -> bool:
+        """Whether the code that calls this runs inside a hook that this bus called."""
+        return self._publisher.hook_around(inspect.currentframe()) is not None
+
+    # -- entering and leaving -----------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        self._home = asyncio.get_running_loop()
+        self._main_task = asyncio.current_task()
+        self._open(self._cancel_main_task)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._publisher.state == "forked":
+            return
+        draining = self._office.drain(self._drain_timeout, close=True)
+        self.receipt, cancelled = await wait_shielded(draining)
+        self._close()
+        if cancelled:
+            raise asyncio.CancelledError
+
+    def __enter__(self) -> Self:
+        self._open(_raise_system_exit)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._publisher.state == "forked":
+            return
+        # A loop that runs on this very thread (a notebook's) cannot turn while we wait, so its tasks are only named.
+        draining = self._office.drain(self._drain_timeout, close=True, stalled=running_loop())
+        try:
+            self.receipt = draining.result(self._drain_timeout + _EXIT_SLACK_SECONDS)
+        except TimeoutError:  # a task blocks the thread that should drain
+            self.receipt = self._office.close_now()
+        except BaseException:  # Ctrl-C, while draining
+            self.receipt = self._office.close_now()
+            raise
+        finally:
+            self._thread.stop()
+            self._close()
+
+    def _open(self, stop: Callable[[], None]) -> None:
+        if self._publisher.state != "new":
+            raise BusNotOpenError(
+                "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
+            )
+        self._attach(self._publisher.callbacks)
+        self._publisher.open()
+        self._adopt_on_this_loop()
+        self._watchdog.start()
+        if self._handle_signals:
+            self._term = TermSignal(stop)
+            self._term.install()
+
+    def _close(self) -> None:
+        self._publisher.close()
+        self._watchdog.stop()
+        for loop in self._loops:
+            adoption.end(loop, self)
+        self._detach(self._publisher.callbacks)
+        self._faults.flush()
+        if self._term is not None:
+            self._term.remove()
+            self._term.raise_again()
+
+    def _cancel_main_task(self) -> None:
+        if self._home is not None and self._main_task is not None:
+            self._home.call_soon_threadsafe(self._main_task.cancel, "SIGTERM")
+
+    def _attach(self, callbacks: Iterable[object]) -> None:
+        for callback in callbacks:
+            if isinstance(callback, Callback):
+                callback.attach(self)
+
+    def _detach(self, callbacks: Iterable[object]) -> None:
+        for callback in callbacks:
+            if isinstance(callback, Callback):
+                callback.detach(self)
+
+    # -- what the parts need ------------------------------------------------------------------------------------------
+
+    def _expose(self, publish: Callable[[Event], None]) -> None:
+        self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for those who read it
+
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        return self._thread.loop() if self._home is None else self._home
+
+    def _before(self, event: Event) -> None:
+        if type(event) in _LOOP_MAY_BE_NEW:
+            self._adopt_on_this_loop()
+
+    def _adopt_on_this_loop(self) -> None:
+        loop = running_loop()
+        if loop is not None and loop not in self._loops:
+            adoption.begin(loop, self)
+            self._loops.add(loop)
+
+    def publishing(self) -> bool:
+        """Whether some thread is inside a publish; a hint, for the task factory."""
+        return self._publisher.publishing()
+
+    def adopt_from(self, frame: FrameType, task: "asyncio.Task[Any]") -> bool:
+        """Take a bare task on, if this frame runs inside one of our hooks. Any: its result is nobody's business."""
+        account = self._publisher.hook_around(frame)
+        if account is not None:
+            self._office.adopt(task, account.owner)
+        return account is not None
+
+    def _adoption(self) -> Adoption:
+        if not self._loops:
+            return "off"
+        return "ended" if self._adoption_ended else "on"
+
+    def _look_after(self) -> None:
+        """Between two looks of the watchdog, off every thread that matters."""
+        self._publisher.units.fold()
+        if not self._adoption_ended and not all(adoption.in_force(loop, self) for loop in tuple(self._loops)):
+            self._adoption_ended = True
+            log().warning(
+                "adoption.ended",
+                why="the program set a task factory of its own after the bus was entered",
+                fix="set it before, or use self.spawn in hooks; bare tasks are not waited for from here on",
+            )
+
+
+def _raise_system_exit() -> None:
+    raise SystemExit(128 + 15)

@@ -1,0 +1,80 @@
+"""The compiled units of a bus and the accounts of its hooks: which code runs for an event, and how often it did."""
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from evsys_bus.bus.account import HookAccount, HookHealth
+from evsys_bus.bus.compile import Unit
+from evsys_bus.callback import callback_name, hook_of
+from evsys_bus.events import Event
+
+
+class DispatchTable(dict[type[Event], Callable[[Event], None]]):
+    """Event type -> the compiled dispatch; ``first_of`` compiles a missing one, or raises."""
+
+    def __init__(self, first_of: Callable[[type[Event]], Callable[[Event], None]]) -> None:
+        super().__init__()
+        self._first_of = first_of
+
+    def __missing__(self, event_type: type[Event]) -> Callable[[Event], None]:
+        return self._first_of(event_type)
+
+
+class Units:
+    """All units in use. Changed with the token held; read from any thread."""
+
+    def __init__(self, first_of: Callable[[type[Event]], Callable[[Event], None]]) -> None:
+        self.dispatch_of = DispatchTable(first_of)
+        self.by_file: dict[str, Unit] = {}
+        self._accounts: dict[tuple[int, str], HookAccount] = {}
+        self._published: dict[str, int] = {}  # by units that are gone
+        self._folding = threading.Lock()
+
+    def compile(self, event_type: type[Event], callbacks: Iterable[object], *, hot: bool, **parts: Any) -> Unit:
+        """Compile the hooks of these callbacks for one event type. Any: what `Unit` takes."""
+        accounts = [account for callback in callbacks if (account := self._account(callback, event_type)) is not None]
+        unit = Unit(event_type, accounts, hot=hot, **parts)
+        self.by_file[unit.filename] = unit
+        self.dispatch_of[event_type] = unit.dispatch
+        return unit
+
+    def forget(self) -> None:
+        """End all units; their counts stay."""
+        with self._folding:
+            self.dispatch_of.clear()
+            for unit in self.by_file.values():
+                unit.forget()
+                self._published[unit.tag] = self._published.get(unit.tag, 0) + unit.count()
+            self.by_file.clear()
+
+    def fold(self) -> None:
+        """Bring sampled times into the accounts; the watchdog does so a few times a second."""
+        with self._folding:
+            for unit in tuple(self.by_file.values()):
+                unit.fold()
+
+    def published(self) -> dict[str, int]:
+        """How many events were dispatched, by type, exactly."""
+        counts = dict(self._published)
+        for unit in tuple(self.by_file.values()):
+            counts[unit.tag] = counts.get(unit.tag, 0) + unit.count()
+        return {tag: count for tag, count in counts.items() if count}
+
+    def hooks(self) -> tuple[HookHealth, ...]:
+        """Every hook that a callback overrides and that could be called so far."""
+        self.fold()
+        counting = {id(account): unit for unit in tuple(self.by_file.values()) for account in unit.accounts}
+        return tuple(
+            account.health(counting[id(account)].count() if id(account) in counting else 0)
+            for account in tuple(self._accounts.values())
+        )
+
+    def _account(self, callback: object, event_type: type[Event]) -> HookAccount | None:
+        method = hook_of(callback, event_type)
+        if method is None:
+            return None
+        key = (id(callback), event_type.hook)  # the account holds the callback, so the id stays its own
+        if key not in self._accounts:
+            self._accounts[key] = HookAccount(callback, callback_name(callback), event_type.hook, method)
+        return self._accounts[key]

@@ -1,0 +1,182 @@
+"""How a real program ends: 200 tasks of 50 ms, started in the last hook, and then the end comes."""
+
+import signal
+
+import pytest
+
+PROGRAM = """
+    import asyncio, os, sys, time
+    from evsys_bus import Callback, EventBus, StepEnd
+
+    how, bare, ready = sys.argv[1], sys.argv[2] == "bare", sys.argv[3]
+
+    class LastHook(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            for _ in range(200):
+                asyncio.create_task(self.work()) if bare else self.spawn(self.work)
+            open(ready, "w").close()
+
+        async def work(self):
+            await asyncio.sleep(0.05)
+            os.write(1, b".")
+
+    bus = EventBus([LastHook()])
+
+    def publish():
+        bus.publish(StepEnd(None, 0, None, {}))
+
+    async def train():
+        try:
+            async with bus:
+                publish()
+                if how == "normal":
+                    return
+                if how == "raises":
+                    raise ValueError("training failed")
+                await asyncio.sleep(30)
+        finally:
+            os.write(2, str(bus.receipt.total).encode())
+
+    if how == "sync":
+        with bus:
+            publish()
+            time.sleep(30)
+    elif sys.argv[4] == "uvloop":
+        import uvloop
+        uvloop.run(train())
+    elif sys.argv[4] == "anyio":
+        import anyio
+        anyio.run(train)
+    else:
+        asyncio.run(train())
+"""
+
+
+def wait_for(path, process):
+    import time
+
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("runner", ["asyncio", "uvloop", "anyio"])
+@pytest.mark.parametrize("bare", ["bare", "spawned"])
+@pytest.mark.parametrize(("how", "code"), [("normal", 0), ("raises", 1)])
+def test_R2_all_200_complete_at_a_normal_end_and_when_the_body_raises(program, tmp_path, how, code, bare, runner):
+    process = program(PROGRAM, how, bare, str(tmp_path / "ready"), runner)
+    out, err = process.communicate(timeout=18)
+    assert out.count(".") == 200, err
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("runner", ["asyncio", "uvloop", "anyio"])
+@pytest.mark.parametrize("bare", ["bare", "spawned"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_R2_all_200_complete_on_sigterm_and_on_one_sigint(program, tmp_path, number, bare, runner):
+    process = program(PROGRAM, "signal", bare, str(tmp_path / "ready"), runner)
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=18)
+    assert out.count(".") == 200, err
+    # The sender of a signal sees what it would have seen without us; Python turns SIGINT into KeyboardInterrupt.
+    assert process.returncode in ((-number,) if number == signal.SIGTERM else (1, 130, -number))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_200_complete_on_a_signal_in_a_program_without_a_loop(program, tmp_path, number):
+    process = program(PROGRAM, "sync", "spawned", str(tmp_path / "ready"))
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=18)
+    assert out.count(".") == 200, err
+    assert process.returncode in ((-number,) if number == signal.SIGTERM else (1, 130, -number))
+
+
+@pytest.mark.parametrize("how", ["signal", "sync"])
+def test_a_second_ctrl_c_ends_at_once(program, tmp_path, how):
+    process = program(
+        PROGRAM.replace("asyncio.sleep(0.05)", "asyncio.sleep(3600)").replace(
+            "EventBus([LastHook()])", "EventBus([LastHook()], drain_timeout=3600)"
+        ),
+        how,
+        "spawned",
+        str(tmp_path / "ready"),
+        "asyncio",
+    )
+    wait_for(tmp_path / "ready", process)
+    import time
+
+    while process.poll() is None:  # the first one begins the drain, any later one ends it
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    out, _ = process.communicate(timeout=18)
+    assert out == ""
+    assert process.returncode != 0
+
+
+def test_the_handler_of_a_host_that_has_one_runs_and_is_given_back(program, tmp_path):
+    process = program(
+        """
+        import os, signal, sys, time
+        from evsys_bus import EventBus
+        seen = []
+        def theirs(number, frame):
+            seen.append(number)
+        signal.signal(signal.SIGTERM, theirs)
+        with EventBus([]) as bus:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+        assert signal.getsignal(signal.SIGTERM) is theirs
+        print(len(seen))
+        """
+    )
+    out, err = process.communicate(timeout=18)
+    assert (out, process.returncode) == ("1\n", 0), err
+
+
+def test_handle_signals_false_leaves_them_alone(program, tmp_path):
+    process = program(
+        """
+        import signal
+        from evsys_bus import EventBus
+        with EventBus([], handle_signals=False):
+            print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)
+        """
+    )
+    out, err = process.communicate(timeout=18)
+    assert out == "True\n", err
+
+
+def test_a_bus_in_a_thread_and_a_bus_in_a_running_notebook_loop_work_too(program):
+    """`with` inside a running loop: its bare tasks cannot turn while the exit waits, so they are named, not lost."""
+    process = program(
+        """
+        import asyncio, threading
+        from evsys_bus import Callback, EventBus, StepEnd
+
+        class Hook(Callback):
+            def on_step_end(self, state, step_idx, batch, metrics):
+                self.spawn(asyncio.sleep, 0.01)
+                if step_idx == 1:
+                    asyncio.create_task(asyncio.sleep(0.01), name="bare")
+
+        def plain():
+            with EventBus([Hook()]) as bus:
+                bus.publish(StepEnd(None, 0, None, {}))
+            print(bus.receipt.total.completed, bus.receipt.left)
+
+        thread = threading.Thread(target=plain)
+        thread.start()
+        thread.join()
+
+        async def notebook():
+            with EventBus([Hook()]) as bus:
+                bus.publish(StepEnd(None, 1, None, {}))
+            print(bus.receipt.total.completed, bus.receipt.left)
+
+        asyncio.run(notebook())
+        """
+    )
+    out, err = process.communicate(timeout=18)
+    assert out == "1 ()\n1 ('Hook:bare',)\n", err
