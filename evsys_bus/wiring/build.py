@@ -1,0 +1,131 @@
+"""``build_callbacks``: a list of specs, checked as a whole, then constructed in order."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final, cast
+
+from evsys_bus.callback import Callback
+from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where
+from evsys_bus.wiring.params import check_params
+from evsys_bus.wiring.registry import REGISTRY, Registry
+from evsys_bus.wiring.report import param_errors
+from evsys_bus.wiring.spec import CallbackSpec, join, read_spec, together
+
+_NAME: Final = "spec_name"
+"""Where a built callback keeps its spec's label; logs, health and receipts call it by that."""
+
+
+def build_callbacks(
+    specs: Iterable[object] | None, *, at: str = "$.callbacks", registry: Registry = REGISTRY
+) -> list[Callback]:
+    """Build the callbacks that specs describe, in their order; nothing is constructed unless all of them are right.
+
+    Args:
+        specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``, or a `Callback`, which is
+            passed through. None is no callbacks.
+        at: The JSON path of the list, for errors: ``error.where.path`` starts with it. Who knows the file sets
+            ``error.where`` anew, with the line.
+        registry: Where kinds are looked up.
+
+    Raises:
+        UnknownKindError: No callback has this kind.
+        UnknownParamError: A key that the callback's Config does not have, whatever that Config says about extra keys.
+        WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
+        BadSpecError: Not a spec, or two of them with the same name.
+        DuplicateKindError: Two installed packages offer the kind.
+        BrokenAdapterError: The callback cannot be imported, or its constructor raised (chained).
+        ConfigErrors: Several of these.
+    """
+    if specs is None:
+        return []
+    if isinstance(specs, str | bytes | Mapping) or hasattr(specs, "kind") or not hasattr(specs, "__iter__"):
+        what = f"callbacks must be a list of specs, not a {type(cast('object', specs)).__name__}"
+        raise BadSpecError(what, where=Where(at), fix="wrap it in a list")
+    errors: list[ConfigError] = []
+    plans: list[Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]] = []
+    held: dict[str, str] = {}
+    for index, item in enumerate(specs):
+        path = join(at, index)
+        try:
+            if isinstance(item, Callback):
+                _hold(held, getattr(item, _NAME, None), path, path)
+                plans.append(item)
+            else:
+                plans.append(_plan(item, path, held, registry))
+        except ConfigError as error:
+            errors.extend(_each(error))
+    if errors:
+        raise together(errors)
+
+    built: list[Callback] = []
+    for index, plan in enumerate(plans):
+        try:
+            built.append(plan if isinstance(plan, Callback) else _construct(*plan, join(at, index), registry))
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise together(errors)
+    return built
+
+
+def _plan(
+    item: object, path: str, held: dict[str, str], registry: Registry
+) -> tuple[CallbackSpec, type[Callback], dict[str, Any]]:
+    """What to construct and with which arguments. Any: the arguments are the callback's own."""
+    spec = read_spec(item, path)
+    errors: list[ConfigError] = []
+    try:
+        _hold(held, spec.label, path, join(path, "name" if spec.name else "kind"))
+    except BadSpecError as error:
+        errors.append(error)
+    try:
+        cls = registry.find(spec.kind, Where(join(path, "kind")))
+        arguments, wrong = _check(cls, spec, path, registry)
+        errors += wrong
+        if not errors:
+            return spec, cls, arguments
+    except ConfigError as error:
+        errors.append(error)
+    raise together(errors)
+
+
+def _check(
+    cls: type[Callback], spec: CallbackSpec, path: str, registry: Registry
+) -> tuple[dict[str, Any], list[ConfigError]]:
+    place = join(path, "params")
+    try:
+        arguments, findings = check_params(cls, spec.params)
+        return arguments, param_errors(spec.kind, cls, spec.params, findings, place) if findings else []
+    except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
+        raise registry.broken(spec.kind, error, Where(place)) from error
+
+
+def _construct(
+    spec: CallbackSpec, cls: type[Callback], arguments: dict[str, Any], path: str, registry: Registry
+) -> Callback:
+    try:
+        callback = cls(**arguments)
+    except Exception as error:  # a wall: whatever a constructor raises is that callback's fault
+        raise registry.broken(spec.kind, error, Where(path)) from error
+    try:
+        setattr(callback, _NAME, spec.label)
+    except AttributeError:
+        pass  # slots or frozen: it is called by its class's name then
+    return callback
+
+
+def _hold(held: dict[str, str], label: str | None, path: str, place: str) -> None:
+    """Two callbacks of one name would share a cursor and counters."""
+    if label is None:
+        return
+    if label in held:
+        raise BadSpecError(
+            f'two callbacks are called "{label}": {held[label]} and {path}',
+            where=Where(place),
+            why="the name keys a callback's cursor and counters (default: its kind)",
+            fix=f'give one of them a name of its own: name: "{label}_2"',
+        )
+    held[label] = path
+
+
+def _each(error: ConfigError) -> tuple[ConfigError, ...]:
+    return error.errors if isinstance(error, ConfigErrors) else (error,)

@@ -1,0 +1,153 @@
+"""Params against a Config: the values to construct with, or findings about each key that does not fit.
+
+Strict: "1" is no int and True is no int, an int is a float. Unknown keys are findings whatever the Config says, at any
+depth. What the findings are called in an error is not known here.
+"""
+
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Final, Literal, cast
+
+import msgspec
+
+from evsys_bus.callback import Callback
+from evsys_bus.wiring.fields import Field, fields_of, is_config, is_pydantic, signature_fields
+from evsys_bus.wiring.spec import PathPart
+
+# Any, throughout: params are whatever a user wrote, and a built Config whatever its author made of them.
+Params = Mapping[str, Any]
+
+_PLACE: Final = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
+_PART: Final = re.compile(r"\.(?P<key>[^.\[]+)|\[(?:(?P<index>\d+)|\.\.\.)\]")
+_FIELD: Final = re.compile(r"Object (?P<trouble>contains unknown|missing required) field `(?P<key>.*)`")
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One thing that is wrong with the params."""
+
+    trouble: Literal["unknown", "missing", "wrong"]
+    path: tuple[PathPart, ...]
+    """Within the params; the last part is the key."""
+    why: str | None = None
+    """In the validator's words."""
+
+
+def check_params(cls: type[Callback], params: Params) -> tuple[dict[str, Any], list[Finding]]:
+    """The keyword arguments for ``cls``, as its Config converted them, and only those that were given; or findings."""
+    config = cls.Config
+    fields = signature_fields(cls) if config is None else fields_of(config)
+    if fields is None:
+        return dict(params), []
+    findings = [Finding("unknown", (key,)) for key in params if key not in fields]
+    known = {key: value for key, value in params.items() if key in fields}
+    if config is None:
+        findings += _missing(fields, known)
+        return known, findings
+    built, wrong = _by_pydantic(config, known) if is_pydantic(config) else _by_msgspec(config, fields, known)
+    findings += wrong
+    if not wrong:
+        findings += _stray(known, built, ())
+    if findings:
+        return {}, findings
+    attributes = [attribute for key in known if (attribute := fields[key].attribute) is not None]
+    return {attribute: getattr(built, attribute) for attribute in attributes}, []
+
+
+def _missing(fields: dict[str, Field], params: Params) -> list[Finding]:
+    return [Finding("missing", (key,)) for key, field in fields.items() if field.required and key not in params]
+
+
+def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> tuple[Any, list[Finding]]:
+    """Each key by itself first, because msgspec stops at the first error; then the whole, for ``__post_init__``."""
+    findings = _missing(fields, params)
+    for key, value in params.items():
+        try:
+            msgspec.convert(value, fields[key].type, dec_hook=_convert_other)
+        except msgspec.ValidationError as error:
+            findings.append(_finding(str(error), (key,)))
+    if findings:
+        return None, findings
+    try:
+        return msgspec.convert(params, config, dec_hook=_convert_other), []
+    except msgspec.ValidationError as error:
+        return None, [_finding(str(error), ())]
+
+
+def _convert_other(wanted: Any, value: object) -> object:
+    """What msgspec has no rule for: paths from text, live objects as they are."""
+    cls = typing.get_origin(wanted) or wanted
+    if isinstance(value, cls):
+        return value
+    if isinstance(value, str) and issubclass(cls, PurePath):
+        return cls(value)
+    raise TypeError(f"Expected `{cls.__name__}`, got `{type(value).__name__}`")
+
+
+def _finding(text: str, at: tuple[PathPart, ...]) -> Finding:
+    """Read msgspec's one-line error: what, and where within the value."""
+    place = _PLACE.search(text)
+    if place is not None:
+        at += tuple(
+            part["key"] or (int(part["index"]) if part["index"] else "...") for part in _PART.finditer(place["path"])
+        )
+        text = text[: place.start()]
+    field = _FIELD.fullmatch(text)
+    if field is not None:
+        return Finding("unknown" if field["trouble"] == "contains unknown" else "missing", (*at, field["key"]))
+    return Finding("wrong", at, text)
+
+
+def _by_pydantic(config: type[Any], params: Params) -> tuple[Any, list[Finding]]:
+    """Strict as Python first, so that live objects stay what they are; then strict as JSON, which is what YAML gives.
+
+    Only the second takes text for a path or an enum, and a list for a tuple.
+    """
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic_core import PydanticSerializationError, to_json
+
+    adapter: TypeAdapter[Any] = TypeAdapter(config)
+    try:
+        return adapter.validate_python(params, strict=True), []
+    except ValidationError as error:
+        problem = error
+    try:
+        return adapter.validate_json(to_json(params, inf_nan_mode="constants"), strict=True), []
+    except PydanticSerializationError:
+        pass  # a live object among them: the first verdict stands
+    except ValidationError as error:
+        problem = error
+    troubles: dict[str, Literal["unknown", "missing"]] = {"extra_forbidden": "unknown", "missing": "missing"}
+    return None, [
+        Finding(troubles.get(each["type"], "wrong"), each["loc"], each["msg"])
+        for each in problem.errors(include_url=False)
+    ]
+
+
+def _stray(given: Any, built: Any, at: tuple[PathPart, ...]) -> list[Finding]:
+    """Keys that were given but that the built value has no place for: a lenient Config drops or collects them."""
+    if getattr(built, "__pydantic_root_model__", False):
+        return _stray(given, built.root, at)
+    if isinstance(given, Mapping):
+        given = cast("Mapping[Any, Any]", given)
+        cls = cast("type[Any]", type(built))
+        if is_config(cls):
+            fields = fields_of(cls)
+            strays = [Finding("unknown", (*at, str(key))) for key in given if key not in fields]
+            inner = [(key, value, fields[key].attribute) for key, value in given.items() if key in fields]
+            pairs = [(key, value, getattr(built, name)) for key, value, name in inner if name is not None]
+        elif isinstance(built, Mapping):
+            built = cast("Mapping[Any, Any]", built)
+            # A TypedDict loses keys; any other mapping keeps them, in order, perhaps converted.
+            lost = len(given) != len(built)
+            strays = [Finding("unknown", (*at, str(key))) for key in given if lost and key not in built]
+            kept = [(key, value) for key, value in given.items() if not lost or key in built]
+            pairs = [(key, value, each) for (key, value), each in zip(kept, built.values(), strict=False)]
+        else:
+            return []
+        return strays + [each for key, value, part in pairs for each in _stray(value, part, (*at, str(key)))]
+    if isinstance(given, Sequence) and isinstance(built, Sequence) and not isinstance(given, str | bytes):
+        both = zip(cast("Sequence[Any]", given), cast("Sequence[Any]", built), strict=False)
+        return [each for index, (value, part) in enumerate(both) for each in _stray(value, part, (*at, index))]
+    return []

@@ -1,0 +1,114 @@
+"""What stands in a list of callbacks: `CallbackSpec`, and how anything that looks like one is read.
+
+Whether the kind exists and the params fit is not known here.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final, Literal, cast, get_args
+
+import msgspec
+
+from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where, did_you_mean
+
+Placement = Literal["inline", "follow"]
+"""Where a callback runs: in ``publish`` with live objects, or off the loop, from the journal."""
+
+PathPart = str | int
+"""A key or an index; ``"..."`` is a key that the validator did not name."""
+
+_EXAMPLE: Final = "{kind: print_progress, params: {every: 10}}"
+_PLAIN: Final = re.compile(r"[A-Za-z_][\w-]*")
+
+
+class CallbackSpec(msgspec.Struct, frozen=True):
+    """Which callback to build, and with what.
+
+    Example:
+        >>> CallbackSpec("print_progress", {"every": 10}).label
+        'print_progress'
+    """
+
+    kind: str
+    """Its name in the registry."""
+    params: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """Keyword arguments of the callback. Any: the callback's Config says what they are."""
+    name: str | None = None
+    """Keys its cursor and its counters; None means the kind. Two callbacks of one kind need a name each."""
+    placement: Placement | None = None
+    """None leaves the choice to the bus."""
+
+    @property
+    def label(self) -> str:
+        """The name, or the kind where none was given."""
+        return self.name or self.kind
+
+
+def join(path: str, *parts: PathPart) -> str:
+    """A place further down: ``join("$.callbacks", 1, "kind")`` is ``$.callbacks[1].kind``."""
+    for part in parts:
+        if isinstance(part, int) or part == "...":
+            path = f"{path}[{part}]"
+        elif _PLAIN.fullmatch(part):
+            path = f"{path}.{part}"
+        else:
+            path = f"{path}[{msgspec.json.encode(part).decode()}]"
+    return path
+
+
+def together(errors: list[ConfigError]) -> ConfigError:
+    """What to raise for these: one error itself, several as one `ConfigErrors`."""
+    return errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
+
+def read_spec(item: object, path: str) -> CallbackSpec:
+    """Read a `CallbackSpec`, a mapping, or any object with ``kind`` (and ``params``, ``name``, ``placement``).
+
+    Raises:
+        BadSpecError: It is none of these, or has a key that a spec does not have; several as `ConfigErrors`.
+    """
+    known = CallbackSpec.__struct_fields__
+    errors: list[ConfigError] = []
+    if isinstance(item, Mapping):
+        item = cast("Mapping[Any, Any]", item)  # Any: what it holds is found out below
+        found = {str(key): value for key, value in item.items()}
+        errors.extend(_stray_key(key, path) for key in found if key not in known)
+    else:
+        found = {} if isinstance(item, type) else {key: getattr(item, key) for key in known if hasattr(item, key)}
+    if "kind" not in found:
+        errors.insert(0, _no_kind(item, path))
+        raise together(errors)
+
+    for key, expected, fits in (
+        ("kind", "a string that is not empty", isinstance(found["kind"], str) and found["kind"] != ""),
+        ("params", "a mapping", isinstance(found.get("params") or {}, Mapping)),
+        ("name", "a string that is not empty", found.get("name") is None or _is_text(found["name"])),
+        ("placement", '"inline" or "follow"', found.get("placement") in (None, *get_args(Placement))),
+    ):
+        if not fits:
+            what = f'"{key}" of a callback spec must be {expected}, not {type(found[key]).__name__} {found[key]!r:.60}'
+            errors.append(BadSpecError(what, where=Where(join(path, key)), fix=f"write it like {_EXAMPLE}"))
+    if errors:
+        raise together(errors)
+    return CallbackSpec(found["kind"], dict(found.get("params") or {}), found.get("name"), found.get("placement"))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _stray_key(key: str, path: str) -> BadSpecError:
+    hint = did_you_mean(key, CallbackSpec.__struct_fields__)
+    fix = f"{hint}   the callback's own parameters go under params: {{{key}: ...}}"
+    return BadSpecError(f'a callback spec has no key "{key}"', where=Where(join(path, key)), fix=fix)
+
+
+def _no_kind(item: object, path: str) -> BadSpecError:
+    if isinstance(item, type):
+        what, fix = f"{item.__name__} is a class, not a callback spec", f"give an instance, or a spec: {_EXAMPLE}"
+    elif isinstance(item, Mapping):
+        what, fix = 'a callback spec needs a "kind"', f"write it like {_EXAMPLE}   all kinds: evsys-bus adapters"
+    else:
+        what = f"{type(item).__name__} {item!r:.60} is not a callback spec"
+        fix = f"give a spec ({_EXAMPLE}) or an instance of a subclass of Callback"
+    return BadSpecError(what, where=Where(path), fix=fix)
