@@ -1,0 +1,1 @@
+"""The benchmarks that need more than the package installs: ``python -m benchmarks``."""

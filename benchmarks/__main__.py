@@ -1,0 +1,21 @@
+"""``python -m benchmarks``: the questions of ``evsys-bus bench``, with the frameworks as peers, and ``survival``."""
+
+from collections.abc import Mapping
+
+from benchmarks.frameworks import FRAMEWORKS
+from benchmarks.survival import Survival
+from evsys_bus.bench.costs import COSTS
+from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_question
+from evsys_bus.bench.imports import IMPORTS
+from evsys_bus.bench.question import Question
+from evsys_bus.cli.bench import bench_command
+
+
+def _questions() -> Mapping[str, Question]:
+    dispatch = dispatch_question(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
+    asked: tuple[Question, ...] = (dispatch, IMPORTS, COSTS, Survival())
+    return {question.name: question for question in asked}
+
+
+if __name__ == "__main__":
+    bench_command(_questions, doc="Ask the questions of `evsys-bus bench`, beside heavier peers, and `survival`.")()

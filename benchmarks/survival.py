@@ -1,0 +1,160 @@
+"""What becomes of 200 uploads that a callback starts in the very last hook, when the program then ends.
+
+Each way of starting them and of ending is a process of its own. An upload is 50 ms of waiting and then one byte
+appended to a file, so the size of the file is the number of uploads that were finished. Ours must finish all of them.
+
+As a script it is one of these processes: ``survival.py SCENARIO FILE``.
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from evsys_bus import Callback, EventBus, ExperimentEnd, ExperimentResult, LogContext
+from evsys_bus.bench.harness import Spread
+from evsys_bus.bench.question import Effort, Row, Table, Verdict
+
+UPLOADS: Final = 200
+SECONDS: Final = 0.05
+DEADLINE: Final = 60.0
+
+Upload = Callable[[], Coroutine[Any, Any, None]]
+Scenario = Callable[[Upload], Coroutine[Any, Any, None]]
+
+
+async def bare_create_task(upload: Upload) -> None:
+    """The main coroutine returns; asyncio.run cancels what is left."""
+    _started.update(asyncio.create_task(upload()) for _ in range(UPLOADS))  # noqa: TID251 - what the reference advises
+
+
+async def task_group(upload: Upload) -> None:
+    """Nothing goes wrong."""
+    async with asyncio.TaskGroup() as group:
+        _start(group, upload)
+
+
+async def task_group_body_raises(upload: Upload) -> None:
+    """The training fails after the hook."""
+    async with asyncio.TaskGroup() as group:
+        _start(group, upload)
+        await _training_fails()
+
+
+async def task_group_sigterm(upload: Upload) -> None:
+    """The scheduler ends the job."""
+    async with asyncio.TaskGroup() as group:
+        _start(group, upload)
+        await _job_is_ended()
+
+
+def _start(group: asyncio.TaskGroup, upload: Upload) -> None:
+    for _ in range(UPLOADS):
+        group.create_task(upload())
+
+
+class Adopted(Callback):
+    """Starts the uploads as the reference advises: by a bare ``create_task``."""
+
+    def __init__(self, upload: Upload) -> None:
+        self.upload = upload
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the hook's shape
+        """Start all of them, keep none."""
+        for _ in range(UPLOADS):
+            asyncio.create_task(self.upload())  # noqa: TID251, RUF006 - the bus adopts them
+
+
+class Spawned(Adopted):
+    """Starts the uploads by `Callback.spawn`."""
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the hook's shape
+        """Start all of them."""
+        for _ in range(UPLOADS):
+            self.spawn(self.upload)
+
+
+def on_the_bus(kind: type[Adopted], ending: Callable[[], Awaitable[None]]) -> Scenario:
+    """The last event is published, then the program ends in one way or another."""
+
+    async def scenario(upload: Upload) -> None:
+        async with EventBus([kind(upload)]) as bus:
+            bus.publish(ExperimentEnd(LogContext(output_dir=Path()), ExperimentResult("survival")))
+            await ending()
+
+    return scenario
+
+
+async def _nothing_happens() -> None:
+    pass
+
+
+async def _training_fails() -> None:
+    await asyncio.sleep(0.01)
+    raise ValueError("the training failed")
+
+
+async def _job_is_ended() -> None:
+    await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(DEADLINE)
+
+
+_started: set[asyncio.Task[Any]] = set()
+SCENARIOS: Final[dict[str, Scenario]] = {
+    "asyncio.run, bare create_task": bare_create_task,
+    "asyncio.TaskGroup": task_group,
+    "asyncio.TaskGroup, body raises": task_group_body_raises,
+    "asyncio.TaskGroup, SIGTERM": task_group_sigterm,
+    "evsys-bus, adopted create_task": on_the_bus(Adopted, _nothing_happens),
+    "evsys-bus, adopted, body raises": on_the_bus(Adopted, _training_fails),
+    "evsys-bus, adopted, SIGTERM": on_the_bus(Adopted, _job_is_ended),
+    "evsys-bus, spawn": on_the_bus(Spawned, _nothing_happens),
+    "evsys-bus, spawn, body raises": on_the_bus(Spawned, _training_fails),
+    "evsys-bus, spawn, SIGTERM": on_the_bus(Spawned, _job_is_ended),
+}
+
+
+def survivors(scenario: str) -> int:
+    """How many uploads one process finished."""
+    with tempfile.NamedTemporaryFile() as finished:
+        command = [sys.executable, __file__, scenario, finished.name]
+        # The way in which it ends is the point, so its exit code and its traceback are not.
+        subprocess.run(command, check=False, capture_output=True, timeout=DEADLINE)  # noqa: S603 - our own command
+        return Path(finished.name).stat().st_size
+
+
+class Survival:
+    """The question; counts do not vary with the effort, so each process runs once."""
+
+    name = "survival"
+    promise = f"Of {UPLOADS} uploads of {SECONDS * 1000:.0f} ms started in the last hook, all are finished"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - a count is a count
+        """One table: every scenario, and a verdict for each of ours."""
+        counts = {scenario: survivors(scenario) for scenario in SCENARIOS}
+        ours = {scenario: count for scenario, count in counts.items() if scenario.startswith("evsys-bus")}
+        yield Table(
+            title="uploads finished, by how they were started and how the program ended",
+            unit=f"of {UPLOADS}",
+            rows=[Row(name, Spread(count, count, count), ours=name in ours) for name, count in counts.items()],
+            verdicts=[
+                Verdict(f"{name} finishes every upload", count, count == UPLOADS, f"of {UPLOADS}")
+                for name, count in ours.items()
+            ],
+        )
+
+
+if __name__ == "__main__":
+    with Path(sys.argv[2]).open("ab", buffering=0) as sink:
+
+        async def _upload() -> None:
+            await asyncio.sleep(SECONDS)
+            sink.write(b"x")
+
+        asyncio.run(SCENARIOS[sys.argv[1]](_upload))

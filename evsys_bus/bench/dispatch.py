@@ -1,0 +1,230 @@
+"""P1: what it costs to tell K callbacks, which do nothing, that a step has ended.
+
+All contenders call K methods of one shape with the same four arguments. The floor is a bare loop over bound methods: no
+isolation, no order of types, nothing. Ours builds the event each time, as a training loop does.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, Final
+
+from evsys_bus.bench.harness import Run
+from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bus import EventBus
+from evsys_bus.callback import Callback, dispatch
+from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.diagnostics import log
+from evsys_bus.events import StepEnd
+
+STATE: Final = LoopState(step=0, num_steps=1_000, output_dir=Path())
+BATCH: Final = TrainingBatch(data=[1, 2, 3])
+METRICS: Final = {f"metric_{i}": 0.1 * i for i in range(8)}
+
+BARE: Final = "bare loop"
+OURS: Final = "EventBus.publish"
+REFERENCE: Final = "reference dispatch"
+
+
+class NoOp(Callback):
+    """The hook that is called; it does nothing."""
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def bare_loop(k: int) -> Generator[Run, None, None]:
+    """The floor: K calls and no more."""
+    hooks = [NoOp().on_step_end for _ in range(k)]
+
+    def run(operations: int) -> int:
+        state, batch, metrics = STATE, BATCH, METRICS
+        begun = perf_counter_ns()
+        for i in range(operations):
+            for hook in hooks:
+                hook(state, i, batch, metrics)
+        return perf_counter_ns() - begun
+
+    yield run
+
+
+@contextmanager
+def publish(k: int) -> Generator[Run, None, None]:
+    """Ours: a bus as it is by default, without a loop; the event is built each time."""
+    with EventBus([NoOp() for _ in range(k)]) as bus:
+
+        def run(operations: int) -> int:
+            state, batch, metrics = STATE, BATCH, METRICS
+            begun = perf_counter_ns()
+            for i in range(operations):
+                bus.publish(StepEnd(state, i, batch, metrics))
+            return perf_counter_ns() - begun
+
+        yield run
+
+
+@contextmanager
+def our_dispatch(k: int) -> Generator[Run, None, None]:
+    """Ours for those without a bus: `evsys_bus.dispatch`."""
+    yield _by_name(dispatch, [NoOp() for _ in range(k)])
+
+
+@contextmanager
+def reference_dispatch(k: int) -> Generator[Run, None, None]:
+    """The reference implementation's way: look the hook up by its name, call it in a try, for every callback."""
+
+    # Any: the arguments are those of the hook.
+    def by_name(callbacks: list[NoOp], hook: str, *args: Any, **kwargs: Any) -> None:
+        for callback in callbacks:
+            function = getattr(callback, hook, None)
+            if function is None:
+                continue
+            try:
+                function(*args, **kwargs)
+            except Exception:
+                log().warning("hook.failed", callback=callback, hook=hook, exc_info=True)
+
+    yield _by_name(by_name, [NoOp() for _ in range(k)])
+
+
+def _by_name(call: Callable[..., None], callbacks: list[NoOp]) -> Run:
+    def run(operations: int) -> int:
+        state, batch, metrics = STATE, BATCH, METRICS
+        begun = perf_counter_ns()
+        for i in range(operations):
+            call(callbacks, "on_step_end", state, i, batch, metrics)
+        return perf_counter_ns() - begun
+
+    return run
+
+
+@contextmanager
+def pluggy_hook(k: int) -> Generator[Run, None, None]:
+    """The hook call of pluggy; it takes keyword arguments only, and collects what the hooks return."""
+    import pluggy
+
+    class Spec:
+        @pluggy.HookspecMarker("bench")
+        def on_step_end(
+            self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]
+        ) -> None: ...
+
+    class Plugin:
+        @pluggy.HookimplMarker("bench")
+        def on_step_end(
+            self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]
+        ) -> None: ...
+
+    plugins = pluggy.PluginManager("bench")
+    plugins.add_hookspecs(Spec)
+    for _ in range(k):
+        plugins.register(Plugin())
+
+    def run(operations: int) -> int:
+        hook = plugins.hook
+        state, batch, metrics = STATE, BATCH, METRICS
+        begun = perf_counter_ns()
+        for i in range(operations):
+            hook.on_step_end(state=state, step_idx=i, batch=batch, metrics=metrics)
+        return perf_counter_ns() - begun
+
+    yield run
+
+
+@contextmanager
+def blinker_signal(k: int) -> Generator[Run, None, None]:
+    """A signal of blinker with weak references, which are its default; a receiver gets the sender besides."""
+    import blinker
+
+    class Receiver:
+        def on_step_end(
+            self, sender: object, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]
+        ) -> None: ...
+
+    receivers = [Receiver() for _ in range(k)]
+    signal = blinker.Signal("step_end")
+    for receiver in receivers:
+        signal.connect(receiver.on_step_end)
+
+    def run(operations: int) -> int:
+        sender = receivers
+        state, batch, metrics = STATE, BATCH, METRICS
+        begun = perf_counter_ns()
+        for i in range(operations):
+            signal.send(sender, state=state, step_idx=i, batch=batch, metrics=metrics)
+        return perf_counter_ns() - begun
+
+    yield run
+
+
+@contextmanager
+def pyee_emitter(k: int) -> Generator[Run, None, None]:
+    """An emitter of pyee; a raising listener ends the round."""
+    from pyee.base import EventEmitter
+
+    emitter = EventEmitter()
+    for _ in range(k):
+        emitter.on("step_end", NoOp().on_step_end)
+
+    def run(operations: int) -> int:
+        state, batch, metrics = STATE, BATCH, METRICS
+        begun = perf_counter_ns()
+        for i in range(operations):
+            emitter.emit("step_end", state, i, batch, metrics)
+        return perf_counter_ns() - begun
+
+    yield run
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Somebody else's dispatch."""
+
+    open: Callable[[int], AbstractContextManager[Run]]
+    """Takes K."""
+    package: str
+
+
+LIGHT_PEERS: Final = {
+    "pluggy": Peer(pluggy_hook, "pluggy"),
+    "blinker": Peer(blinker_signal, "blinker"),
+    "pyee": Peer(pyee_emitter, "pyee"),
+}
+
+
+def dispatch_question(peers: Mapping[str, Peer], at_least: Mapping[str, float]) -> TimedQuestion:
+    """The question with these peers; ``at_least``: how many times as long as ours a peer must take at K = 8."""
+
+    def case(k: int, *targets: Target, beside: Mapping[str, Peer] = peers) -> Case:
+        contenders = {
+            BARE: Contender(partial(bare_loop, k)),
+            OURS: Contender(partial(publish, k), ours=True),
+            "dispatch()": Contender(partial(our_dispatch, k), ours=True),
+            REFERENCE: Contender(partial(reference_dispatch, k)),
+        }
+        contenders |= {name: Contender(partial(peer.open, k), peer.package) for name, peer in beside.items()}
+        return Case(title=f"K = {k}", contenders=contenders, floor=BARE, targets=targets)
+
+    below_reference = Target(of=OURS, to=REFERENCE, at_most=1.0)
+    return TimedQuestion(
+        name="dispatch",
+        promise="P1: a step event reaches K callbacks, isolated and counted, for about the cost of calling them",
+        cases=(
+            case(1, Target(of=OURS, to=REFERENCE, at_most=1.2)),
+            case(4, below_reference, beside={}),
+            case(
+                8,
+                Target(of=OURS, to=BARE, at_most=1.6),
+                below_reference,
+                *(Target(of=peer, to=OURS, at_least=times) for peer, times in at_least.items()),
+            ),
+            case(32, below_reference),
+        ),
+    )
+
+
+DISPATCH: Final = dispatch_question(LIGHT_PEERS, {"pluggy": 8})

@@ -1,0 +1,104 @@
+"""What was measured, on which machine, as a table for a terminal or a pipe."""
+
+import os
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from typing import Final
+
+import msgspec
+
+from evsys_bus.bench.harness import Spread
+from evsys_bus.bench.question import Answer, Table, Verdict
+
+_PACKAGES: Final = ("evsys-bus", "msgspec", "anyio", "uvloop", "pluggy", "blinker", "pyee")
+
+
+class Machine(msgspec.Struct, frozen=True):
+    """Where the numbers are from."""
+
+    python: str
+    cores: int
+    """That this process may use."""
+    platform: str
+    packages: dict[str, str]
+    """Installed version by name."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """Everything that one call of the benchmark found; what ``--json`` writes."""
+
+    machine: Machine
+    answers: list[Answer]
+
+
+def this_machine(packages: Iterable[str] = ()) -> Machine:
+    """This machine, and what is installed of ours, of what we stand on, of the peers and of ``packages``."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        python=platform.python_version(),
+        cores=cores,
+        platform=f"{platform.system()} {platform.machine()}",
+        packages={name: version for name in (*_PACKAGES, *packages) if (version := _version(name)) is not None},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def amount(value: float, unit: str) -> str:
+    """A value in a unit that suits its size: ``412 ns``, ``12.3 µs``; counts stay counts."""
+    if unit != "ns":
+        return f"{value:g} {unit}"
+    for size, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
+        if value >= size * 0.9995:  # 999.7 ns would be told as 1e+03 ns
+            return f"{value / size:.3g} {name}"
+    return f"{value:.3g} ns"
+
+
+def as_text(report: Report) -> str:
+    """The report, aligned, without colour or control characters; ends with a newline."""
+    return "\n".join([*_head(report.machine), *(line for answer in report.answers for line in _answer(answer)), ""])
+
+
+def _head(machine: Machine) -> list[str]:
+    packages = [f"{name} {version}" for name, version in machine.packages.items()]
+    return [
+        f"Python {machine.python}, {machine.platform}, {machine.cores} cores",
+        ", ".join(packages),
+        "Times are medians; ratios are medians of the ratios within each round, with the quartiles.",
+    ]
+
+
+def _answer(answer: Answer) -> list[str]:
+    lines = ["", f"{answer.question}   {answer.promise}"]
+    for table in answer.tables:
+        lines += ["", *_table(table)]
+    return lines
+
+
+def _table(table: Table) -> list[str]:
+    rows = [(row.contender, amount(row.value.median, table.unit), *_ratio(row.ratio)) for row in table.rows]
+    name, value, ratio = (max((len(row[column]) for row in rows), default=0) for column in range(3))
+    return [
+        f"  {table.title}" + (f", in multiples of {table.floor}" if table.floor else ""),
+        *(f"    {a:{name}}  {b:>{value}}  {c:>{ratio}}  {d}".rstrip() for a, b, c, d in rows),
+        *(f"    {absent}: not measured, {reason}" for absent, reason in table.absent.items()),
+        *(_verdict(verdict) for verdict in table.verdicts),
+    ]
+
+
+def _ratio(ratio: Spread | None) -> tuple[str, str]:
+    if ratio is None:
+        return "", ""
+    return f"{ratio.median:.2f} x", f"{ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _verdict(verdict: Verdict) -> str:
+    if verdict.kept is None or verdict.measured is None:
+        return f"    ----  {verdict.promise}: not judged"
+    return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {verdict.measured:.3g} {verdict.unit}"
