@@ -76,6 +76,9 @@ class Callback:
     Config: ClassVar[type | None] = None
     """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
 
+    spec_name: str | None = None
+    """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""
+
     _attached: tuple[Spawner, ...] = ()
 
     def attach(self, bus: Spawner) -> None:

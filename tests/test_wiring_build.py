@@ -145,6 +145,13 @@ def test_R7_a_spec_is_a_struct_a_mapping_or_any_object_with_kind_and_params(spec
     assert callback.spec_name == "thing"
 
 
+def test_callbacks_of_one_kind_are_numbered_where_they_have_no_names_of_their_own():
+    registry = Registry(entry_points=lambda: ())
+    registry.register("thing")(type("Thing", (Callback,), {}))
+    specs = [{"kind": "thing"}, {"kind": "thing", "name": "thing_2"}, {"kind": "thing"}]
+    assert [each.spec_name for each in build_callbacks(specs, registry=registry)] == ["thing", "thing_2", "thing_3"]
+
+
 def test_a_name_in_the_spec_is_what_the_callback_is_called():
     registry = registry_for(StructConfig)
     first, second = build_callbacks(
@@ -408,5 +415,9 @@ def test_R7_a_malformed_spec_fails_and_names_the_place(spec, path):
 def test_a_ready_callback_that_was_built_from_a_spec_holds_its_name():
     registry = registry_for(None)
     [ready] = build_callbacks([{"kind": "thing"}], registry=registry)
+    assert [each.spec_name for each in build_callbacks([{"kind": "thing"}, ready], registry=registry)] == [
+        "thing_2",
+        "thing",
+    ]
     with pytest.raises(BadSpecError, match=r"\$\.callbacks\[0\] and \$\.callbacks\[1\]"):
-        build_callbacks([ready, {"kind": "thing"}], registry=registry)
+        build_callbacks([ready, {"kind": "thing", "name": "thing"}], registry=registry)

@@ -116,12 +116,12 @@ def test_params_beside_the_kind_instead_of_under_params():
 
 
 def test_duplicate_name():
-    spec = {"kind": "wandb_logger", "params": {"project": "p"}}
+    spec = {"kind": "wandb_logger", "params": {"project": "p"}, "name": "ours"}
     assert errors_of(spec, spec) == (
-        'error[EB104]: two callbacks are called "wandb_logger": $.callbacks[0] and $.callbacks[1]\n'
-        " --> $.callbacks[1].kind\n"
+        'error[EB104]: two callbacks are called "ours": $.callbacks[0] and $.callbacks[1]\n'
+        " --> $.callbacks[1].name\n"
         "why: the name keys a callback's cursor and counters (default: its kind)\n"
-        'fix: give one of them a name of its own: name: "wandb_logger_2"'
+        'fix: give one of them a name of its own: name: "ours_2"'
     )
 
 

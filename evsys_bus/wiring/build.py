@@ -1,7 +1,8 @@
 """``build_callbacks``: a list of specs, checked as a whole, then constructed in order."""
 
+import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from evsys_bus.callback import Callback
 from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where
@@ -10,8 +11,9 @@ from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.report import param_errors
 from evsys_bus.wiring.spec import CallbackSpec, join, read_spec, together
 
-_NAME: Final = "spec_name"
-"""Where a built callback keeps its spec's label; logs, health and receipts call it by that."""
+
+_Plan = Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]
+"""A ready callback, or what to construct and with which arguments. Any: the arguments are the callback's own."""
 
 
 def build_callbacks(
@@ -25,6 +27,8 @@ def build_callbacks(
         at: The JSON path of the list, for errors: ``error.where.path`` starts with it. Who knows the file sets
             ``error.where`` anew, with the line.
         registry: Where kinds are looked up.
+
+    Callbacks of one kind without names of their own are called ``kind``, ``kind_2``, ``kind_3``, in their order.
 
     Raises:
         UnknownKindError: No callback has this kind.
@@ -41,13 +45,13 @@ def build_callbacks(
         what = f"callbacks must be a list of specs, not a {type(cast('object', specs)).__name__}"
         raise BadSpecError(what, where=Where(at), fix="wrap it in a list")
     errors: list[ConfigError] = []
-    plans: list[Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]] = []
-    held: dict[str, str] = {}
+    plans: list[_Plan] = []
+    held: dict[str, str] = {}  # the names that were given, and where
     for index, item in enumerate(specs):
         path = join(at, index)
         try:
             if isinstance(item, Callback):
-                _hold(held, getattr(item, _NAME, None), path, path)
+                _hold(held, item.spec_name, path, path)
                 plans.append(item)
             else:
                 plans.append(_plan(item, path, held, registry))
@@ -56,10 +60,20 @@ def build_callbacks(
     if errors:
         raise together(errors)
 
+    return _construct_all(plans, at, set(held), registry)
+
+
+def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Registry) -> list[Callback]:
+    errors: list[ConfigError] = []
     built: list[Callback] = []
     for index, plan in enumerate(plans):
+        if isinstance(plan, Callback):
+            built.append(plan)
+            continue
+        spec, cls, arguments = plan
+        label = spec.name or _number(spec.kind, taken)
         try:
-            built.append(plan if isinstance(plan, Callback) else _construct(*plan, join(at, index), registry))
+            built.append(_construct(spec.kind, cls, arguments, label, join(at, index), registry))
         except ConfigError as error:
             errors.append(error)
     if errors:
@@ -74,7 +88,7 @@ def _plan(
     spec = read_spec(item, path)
     errors: list[ConfigError] = []
     try:
-        _hold(held, spec.label, path, join(path, "name" if spec.name else "kind"))
+        _hold(held, spec.name, path, join(path, "name"))
     except BadSpecError as error:
         errors.append(error)
     try:
@@ -100,14 +114,14 @@ def _check(
 
 
 def _construct(
-    spec: CallbackSpec, cls: type[Callback], arguments: dict[str, Any], path: str, registry: Registry
+    kind: str, cls: type[Callback], arguments: dict[str, Any], label: str, path: str, registry: Registry
 ) -> Callback:
     try:
         callback = cls(**arguments)
     except Exception as error:  # a wall: whatever a constructor raises is that callback's fault
-        raise registry.broken(spec.kind, error, Where(path)) from error
+        raise registry.broken(kind, error, Where(path)) from error
     try:
-        setattr(callback, _NAME, spec.label)
+        callback.spec_name = label
     except AttributeError:
         pass  # slots or frozen: it is called by its class's name then
     return callback
@@ -125,6 +139,14 @@ def _hold(held: dict[str, str], label: str | None, path: str, place: str) -> Non
             fix=f'give one of them a name of its own: name: "{label}_2"',
         )
     held[label] = path
+
+
+def _number(kind: str, taken: set[str]) -> str:
+    """The kind, or the first of kind_2, kind_3, … that nobody has yet."""
+    candidates = itertools.chain([kind], (f"{kind}_{number}" for number in itertools.count(2)))
+    label = next(each for each in candidates if each not in taken)
+    taken.add(label)
+    return label
 
 
 def _each(error: ConfigError) -> tuple[ConfigError, ...]:

@@ -34,7 +34,7 @@ class CallbackSpec(msgspec.Struct, frozen=True):
     params: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
     """Keyword arguments of the callback. Any: the callback's Config says what they are."""
     name: str | None = None
-    """Keys its cursor and its counters; None means the kind. Two callbacks of one kind need a name each."""
+    """Keys its cursor and its counters; None means the kind, numbered where there are several."""
     placement: Placement | None = None
     """None leaves the choice to the bus."""
 
