@@ -1,4 +1,4 @@
-"""The only file that starts tasks: the managed task group of one bus.
+"""The managed task group of one bus.
 
 Spawned tasks run on the bus's loop: the caller's under ``async with``, a thread of our own under ``with``. What the
 office holds is guarded by one lock, because hooks run on any thread; nothing is awaited under it.

@@ -11,7 +11,6 @@ from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.report import param_errors
 from evsys_bus.wiring.spec import CallbackSpec, join, read_spec, together
 
-
 _Plan = Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]
 """A ready callback, or what to construct and with which arguments. Any: the arguments are the callback's own."""
 

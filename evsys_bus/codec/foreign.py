@@ -1,0 +1,72 @@
+"""How values of other people's types are looked at: their fields, their picture in a line, a copy while they change.
+
+Types are recognised by their class, never through the value's ``__class__`` (which may raise or lie) and never by
+importing their library.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Final, TypeVar, cast
+
+import msgspec
+
+from evsys_bus.codec.bounds import MAX_SHOWN_CHARS
+from evsys_bus.codec.references import HANDLES, attributes, parts_of
+
+T = TypeVar("T")
+
+_ATTEMPTS: Final = 5
+
+
+def fields_of(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 - a line for each kind of thing
+    """The fields of what has named fields, one level deep; None for anything else. Any: known by its class alone."""
+    if issubclass(kind, HANDLES):
+        return parts_of(value, kind)
+    if issubclass(kind, msgspec.Struct):
+        return struct_fields(value)
+    if hasattr(kind, "_asdict"):
+        return value._asdict()
+    if hasattr(kind, "__dataclass_fields__"):
+        return attributes(value, kind.__dataclass_fields__)
+    if hasattr(kind, "__attrs_attrs__"):
+        return attributes(value, (each.name for each in kind.__attrs_attrs__))
+    if hasattr(kind, "model_fields"):
+        return dict(value)  # pydantic: iterating a model gives its fields and extras
+    if issubclass(kind, SimpleNamespace) or (kind.__module__, kind.__name__) == ("argparse", "Namespace"):
+        return value.__dict__.copy()
+    return None
+
+
+def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
+    """The fields of a Struct under the names, and with the tag, that msgspec would give them. Any: of all types."""
+    config = value.__struct_config__
+    fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+    tag = {} if config.tag is None else {cast("str", config.tag_field): config.tag}
+    return tag | {encoded: getattr(value, name) for encoded, name in fields}
+
+
+def snapshot(take: Callable[[], T]) -> T:
+    """What ``take`` returns, tried again when another thread changed the original meanwhile."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return take()
+        except RuntimeError:
+            continue
+    return take()
+
+
+def shown(value: object) -> str:
+    """What a value looks like, in a line: a name where it has one, else its repr. Never raises."""
+    try:
+        name = getattr(value, "__qualname__", None)
+        line = f"{cast('Any', value).__module__}.{name}" if type(name) is str else repr(value)
+        return without_surrogates(line[:MAX_SHOWN_CHARS])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # the value's own code ran, and may raise what it likes
+        return f"<{type(value).__name__}>"
+
+
+def without_surrogates(text: str) -> str:
+    r"""The text with lone surrogates written out (``\udc80``), so that it is valid UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,64 @@
+"""Rows of ``metrics.jsonl`` and its like: one JSON object on a line, from whatever a training puts into a row.
+
+JSON has no NaN: such a number becomes null, and a ``nonfinite`` key beside it says what it was.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, Final, cast
+
+import msgspec
+
+from evsys_bus.codec.flat import fits, flat
+from evsys_bus.codec.plain import Plain, dotted, entries, to_plain
+
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """One row as a JSON object, without the newline. Never raises. Any: rows hold what people put into them.
+
+    A value that JSON cannot carry is replaced, a ``replaced`` key says why; NaN and infinities become null, a
+    ``nonfinite`` key says which. Where the row has keys of these names itself, it keeps its own.
+
+    Example:
+        >>> json_line({"step": 3, "loss": float("nan")})
+        b'{"step":3,"loss":null,"nonfinite":{"loss":"nan"}}'
+    """
+    try:
+        own = flat(row)
+        line = _encode(own)
+    except Exception:  # whatever it is, the thorough way tells
+        return _thorough_line(row)
+    if not fits(len(line), own):
+        return _thorough_line(row)
+    return _flagged(own) if b"null" in line else line
+
+
+def _thorough_line(row: object) -> bytes:
+    plain, replaced = to_plain(row)
+    own = entries(plain) if type(plain) is dict else {"row": plain}
+    if replaced:
+        own.setdefault("replaced", replaced)
+    return _flagged(own)
+
+
+def _flagged(row: dict[str, Plain]) -> bytes:
+    flags = nonfinite(row)
+    if flags:
+        row.setdefault("nonfinite", flags)
+    return _encode(row)
+
+
+def nonfinite(value: Plain, path: str = "") -> dict[str, str]:
+    """Where plain data holds NaN or an infinity, which JSON cannot say: path -> ``nan``, ``inf`` or ``-inf``."""
+    found: dict[str, str] = {}
+    items = cast("list[Plain]", value) if type(value) is list else []
+    for step, item in itertools.chain(entries(value).items(), enumerate(items)):
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                found[dotted(path, (step,))] = str(item)
+        elif isinstance(item, dict | list):
+            found |= nonfinite(item, dotted(path, (step,)))
+    return found

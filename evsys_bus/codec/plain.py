@@ -1,0 +1,299 @@
+"""Any value, copied into plain data: what msgspec encodes without running anybody's code.
+
+`to_plain` is for what people put into metrics, configs and predictions: numpy and torch scalars, dataclasses, pydantic
+models, paths, and the occasional circular, hostile or 50 MB object. One bad value never costs its neighbours: it is
+replaced, and the reason is told. The copy is by value, so a thread that keeps changing the original cannot reach the
+encoder.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import UTC, date, datetime, time, timedelta, timezone
+from enum import Enum
+from itertools import islice
+from pathlib import PurePath
+from typing import Any, Final, TypeAlias, cast
+from uuid import UUID
+
+from evsys_bus.codec.bounds import (
+    INT_MAX,
+    INT_MIN,
+    MAX_DEPTH,
+    MAX_EVENT_BYTES,
+    MAX_KEY_CHARS,
+    MAX_PATH_CHARS,
+    MAX_REASONS,
+    MAX_SHOWN_CHARS,
+    MAX_TEXT_CHARS,
+)
+from evsys_bus.codec.foreign import fields_of, shown, snapshot, without_surrogates
+
+Plain: TypeAlias = Any
+"""None, bool, int, float, str, bytes, dates, and dicts (text keys) and lists of them. Any: a recursive union would make
+every reader of decoded data narrow at each level."""
+
+_ITEM_BYTES: Final = 10
+"""What msgpack needs at most for a number, or for the head of a text or a container."""
+
+
+def to_plain(value: object, path: str = "", *, max_bytes: int = MAX_EVENT_BYTES) -> tuple[Plain, dict[str, str]]:
+    """Copy a value into plain data, within bounds, and say what had to be replaced.
+
+    Faithful changes are made silently: scalars of numpy and torch become numbers, sets and tuples lists; dataclasses,
+    Structs, models and named tuples dicts; enums their values, paths and keys text. A handle becomes its scalars. Never
+    raises, whatever the value does when it is looked at, but for KeyboardInterrupt and SystemExit.
+
+    Args:
+        value: Anything.
+        path: Where the value stands, put before the paths of what was replaced.
+        max_bytes: What the copy may take as msgpack, roughly; it bounds the number of items too. The numbers of a
+            mapping are kept before its texts and containers.
+
+    Returns:
+        The copy, and for every value that could not be carried: its path (``metrics.grads[3]``) -> why, in words.
+    """
+    copying = _Copying(path, max_bytes)
+    plain = copying.plain(value)
+    if copying.untold:
+        copying.reasons["…"] = f"and {copying.untold} more"
+    return plain, copying.reasons
+
+
+def dotted(path: str, steps: Iterable[str | int]) -> str:
+    """A path in the form that people know: ``metrics.grads[3]``."""
+    for step in steps:
+        path = f"{path}[{step}]" if type(step) is int else f"{path}.{step}" if path else str(step)
+    return path
+
+
+def entries(plain: Plain) -> dict[str, Plain]:
+    """Plain data that should be a dict; an empty one if it is something else."""
+    return cast("dict[str, Plain]", plain) if type(plain) is dict else {}
+
+
+class _Copying:
+    """One copy under way: where it stands, what it may still use, what it had to replace."""
+
+    __slots__ = ("_above", "_left", "_path", "_trail", "reasons", "untold")
+
+    def __init__(self, path: str, max_bytes: int) -> None:
+        self._path = path
+        self._trail: list[str | int] = []
+        self._above: set[int] = set()
+        self._left = max_bytes
+        self.reasons: dict[str, str] = {}
+        self.untold = 0
+
+    def plain(self, value: object) -> Plain:
+        """The value as plain data, or what stands in for it."""
+        kind = type(value)
+        if kind is float or kind is bool or value is None:
+            return value
+        depth = len(self._trail)
+        try:
+            copy = _EXACT.get(kind)
+            return self._other(value, kind) if copy is None else copy(self, value)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the value's own code ran, and may raise what it likes
+            del self._trail[depth:]
+            self._above.discard(id(value))
+            return self._replaced(shown(value), f"{type(error).__name__} when it was read")
+
+    def integer(self, value: int) -> Plain:
+        if INT_MIN <= value <= INT_MAX:
+            return value
+        try:
+            near = float(value)
+        except OverflowError:
+            return self._replaced(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
+        return self._replaced(near, "an integer beyond 64 bits, kept as a float")
+
+    def text(self, value: str) -> str:
+        if len(value) > MAX_TEXT_CHARS:
+            self._replace(f"a text of {len(value)} characters, cut to {MAX_TEXT_CHARS}")
+            value = value[:MAX_TEXT_CHARS]
+        size = len(value)
+        if not value.isascii():
+            try:
+                size = len(value.encode())
+            except UnicodeEncodeError:
+                value = without_surrogates(value)
+                size = len(value.encode())
+                self._replace("lone surrogates, written out as \\udc80")
+        if size > self._left:
+            kept = max(self._left // 4, 0)
+            self._replace(f"a text of {len(value)} characters, cut to {kept}: the whole is too large")
+            value = value[:kept]
+            size = 4 * kept
+        self._left -= size
+        return value
+
+    def octets(self, value: bytes) -> bytes:
+        kept = min(MAX_TEXT_CHARS, max(self._left, 0))
+        if len(value) > kept:
+            self._replace(f"{len(value)} bytes, cut to {kept}")
+        self._left -= min(len(value), kept)
+        return value[:kept]
+
+    def moment(self, value: datetime) -> datetime:
+        # Any other tzinfo may be Python code, which must not run inside the encoder.
+        return value if value.tzinfo is None or type(value.tzinfo) is timezone else value.astimezone(UTC)
+
+    def mapping(self, source: object, entries: Mapping[Any, Any]) -> Plain:
+        """A copy of ``entries``, which nobody else may hold; ``source`` is what they were taken from. Any: as found."""
+        if self._barred(source):
+            return self._left_out(source)
+        self._above.add(id(source))
+        out: dict[str, Plain] = {}
+        later: list[tuple[str, Any]] = []
+        for key, value in islice(entries.items(), self._room(len(entries))):
+            name = key if type(key) is str and len(key) <= MAX_KEY_CHARS and key.isascii() else self._key(key)
+            if name in out:
+                name = self._another(name, out)
+            self._left -= len(name)
+            kind: type = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+            if kind is float or kind is bool or value is None or (kind is int and INT_MIN <= value <= INT_MAX):
+                out[name] = value
+            elif issubclass(kind, float):
+                out[name] = float.__float__(value)
+            else:
+                out[name] = None  # its place; numbers come first, lest a neighbour use up all the room
+                later.append((name, value))
+            if self._left < 0:
+                self._replace(f"cut after {len(out)} of {len(entries)} entries: the whole is too large")
+                break
+        for name, value in later:
+            self._trail.append(name)
+            out[name] = self.plain(value)
+            self._trail.pop()
+        self._above.discard(id(source))
+        return out
+
+    def sequence(self, source: object, items: Sequence[object]) -> Plain:
+        """A copy of ``items``, which nobody else may hold; ``source`` is what they were taken from."""
+        if self._barred(source):
+            return self._left_out(source)
+        self._above.add(id(source))
+        out: list[Plain] = []
+        for index, value in enumerate(islice(items, self._room(len(items)))):
+            self._trail.append(index)
+            out.append(self.plain(value))
+            self._trail.pop()
+        self._above.discard(id(source))
+        return out
+
+    def _other(self, value: Any, kind: Any) -> Plain:  # noqa: C901, PLR0911 - a line for each kind of thing
+        """Subclasses and foreign types. Any: each branch knows what it has."""
+        if issubclass(kind, float):
+            return float.__float__(value)
+        if issubclass(kind, str):
+            return self.text(str.__str__(value))
+        if issubclass(kind, int):
+            return self.integer(int.__int__(value))
+        if hasattr(kind, "item"):
+            return self._array(value, kind)
+        if issubclass(kind, Enum):
+            return self.plain(value.value)
+        if issubclass(kind, PurePath):
+            return self.text(str(value))
+        fields = fields_of(value, kind)
+        if fields is not None:
+            return self.mapping(value, fields)
+        if issubclass(kind, Mapping):
+            return self.mapping(value, snapshot(lambda: dict(value.items())))
+        if issubclass(kind, Sequence | AbstractSet):
+            return self.sequence(value, snapshot(lambda: list(islice(value, max(self._left, 0) // _ITEM_BYTES + 1))))
+        if issubclass(kind, date | time):
+            return self.text(value.isoformat())
+        if hasattr(kind, "__float__"):
+            return self._replaced(float.__float__(float(value)), f"a {kind.__name__}, kept as a float")
+        return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
+
+    def _array(self, value: Any, kind: Any) -> Plain:
+        """A scalar or an array of numpy, torch, jax or their like. Any: known by its attributes alone."""
+        shape = getattr(value, "shape", ())
+        count = math.prod(shape)
+        if count == 1:
+            single = value.item()
+            if type(single) in _EXACT:
+                return self.plain(single)
+            if hasattr(type(single), "__float__"):  # np.longdouble's item is another one
+                return float.__float__(float(single))
+            return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
+        picture = f"{kind.__name__}(shape={tuple(shape)}, dtype={getattr(value, 'dtype', '?')})"[:MAX_SHOWN_CHARS]
+        return self._replaced(picture, f"an array of {count} values; record numbers, or a list of a few")
+
+    def _key(self, key: Any) -> str:
+        """A key as text. Any: it is looked at only behind the wall."""
+        try:
+            name = without_surrogates(str.__str__(str(key.value if issubclass(type(key), Enum) else key)))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the key's own code ran, and may raise what it likes
+            name = f"<{type(key).__name__}>"
+            self._replace(f"{type(error).__name__} when a key was read", name)
+        if len(name) > MAX_KEY_CHARS:
+            length, name = len(name), f"{name[: MAX_KEY_CHARS - 9]}…{zlib.crc32(name.encode()):08x}"
+            self._replace(f"a name of {length} characters, cut to {MAX_KEY_CHARS}", name)
+        self._left -= 3 * len(name)  # mapping() counts a byte for each character; here there may be four
+        return name
+
+    def _another(self, name: str, taken: Mapping[str, object]) -> str:
+        number = next(n for n in range(2, len(taken) + 3) if f"{name}#{n}" not in taken)
+        self._replace("two keys that are the same as text", f"{name}#{number}")
+        return f"{name}#{number}"
+
+    def _barred(self, container: object) -> bool:
+        return id(container) in self._above or len(self._trail) >= MAX_DEPTH
+
+    def _left_out(self, container: object) -> Plain:
+        circular = id(container) in self._above
+        why = "it contains itself" if circular else f"nested deeper than {MAX_DEPTH} levels"
+        return self._replaced(f"<{type(container).__name__}>", why)
+
+    def _room(self, count: int) -> int:
+        room = min(count, max(self._left, 0) // _ITEM_BYTES)
+        if room < count:
+            self._replace(f"cut after {room} of {count} items: the whole is too large")
+        self._left -= room * _ITEM_BYTES
+        return room
+
+    def _replaced(self, stand_in: Plain, why: str) -> Plain:
+        if type(stand_in) is str:
+            self._left -= len(stand_in)
+        self._replace(why)
+        return stand_in
+
+    def _replace(self, why: str, *within: str) -> None:
+        if len(self.reasons) >= MAX_REASONS:
+            self.untold += 1
+            return
+        path = dotted(self._path, (*self._trail, *within))
+        path = without_surrogates(path if len(path) <= MAX_PATH_CHARS else f"{path[:MAX_PATH_CHARS]}…")
+        self.reasons[path] = why
+        self._left -= len(path) + len(why)
+
+
+_EXACT: Final[dict[type, Callable[[_Copying, Any], Plain]]] = {
+    int: _Copying.integer,
+    str: _Copying.text,
+    bytes: _Copying.octets,
+    dict: lambda copying, value: copying.mapping(value, snapshot(value.copy)),
+    list: lambda copying, value: copying.sequence(value, value[:]),
+    tuple: lambda copying, value: copying.sequence(value, value),
+    set: lambda copying, value: copying.sequence(value, snapshot(lambda: list(value))),
+    frozenset: lambda copying, value: copying.sequence(value, list(value)),
+    bytearray: lambda copying, value: copying.octets(bytes(value)),
+    memoryview: lambda copying, value: copying.octets(value.tobytes()),
+    float: lambda _, value: value,
+    bool: lambda _, value: value,
+    type(None): lambda _, value: value,
+    datetime: _Copying.moment,
+    date: lambda _, value: value,
+    timedelta: lambda _, value: value,
+    UUID: lambda _, value: value,
+}
+"""How each exact type is copied. Any: the key says the type."""

@@ -1,0 +1,185 @@
+"""Bytes to envelopes: real event classes with detached handles, tolerant of older and newer writers.
+
+Only the envelope itself is strict. In an event, unknown fields are ignored, absent ones take their defaults, and a
+value that is not of the type it should be is kept as it was read: a hook sees the row rather than nothing.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePath
+from typing import Any, Final, TypeAlias, TypeVar, cast, get_args, get_origin
+
+import msgspec
+
+from evsys_bus.codec.plain import Plain, entries
+from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
+from evsys_bus.context import DetachedLoopState, LogContext, LoopState, TrainingBatch, detached
+from evsys_bus.errors import CodecError
+from evsys_bus.events import Envelope, Event, UnknownEvent, declared_events
+
+Contexts: TypeAlias = Mapping[str, LogContext] | None
+"""The context of each run, by its key."""
+
+Reader: TypeAlias = Callable[[dict[str, Plain], str | None, Contexts], Event]
+
+H = TypeVar("H", DetachedLoopState, LogContext, TrainingBatch)
+
+_path: Final = functools.lru_cache(maxsize=256)(Path)
+
+
+class _Head(msgspec.Struct, gc=False):
+    stream: str
+    seq: int
+    time: float
+    event: dict[str, Any]  # Any: as it was written
+    run: str | None = None
+    rank: int = 0
+    replaced: dict[str, str] = {}
+
+
+_unpack: Final = msgspec.msgpack.Decoder(_Head).decode
+
+
+def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
+    """The envelope that was encoded; its event is of its own class, or an `UnknownEvent` where this process has none.
+
+    Handles are detached: their scalars are there, live parts raise `DetachedError`.
+
+    Args:
+        data: What `encode` made.
+        contexts: Gives ``state.ctx``, by the run's key; without it a detached state has no ``ctx``.
+
+    Raises:
+        CodecError: The bytes are no envelope.
+    """
+    try:
+        head = _unpack(data)
+        fields = head.event
+        tag = fields.pop("type")
+    except Exception as error:
+        raise _no_envelope(f"{type(error).__name__}: {error}") from error
+    if type(tag) is not str:
+        raise _no_envelope("its event has no type")
+    event_type = declared_events().get(tag)
+    event = None if event_type is None else _read(event_type, fields, head.run, contexts)
+    if event is None:
+        event = UnknownEvent(tag, fields)
+    return Envelope(head.stream, head.seq, head.time, event, head.run, head.rank, head.replaced)
+
+
+def _no_envelope(why: str) -> CodecError:
+    fix = "read with decode() only what encode() wrote; if a newer evsys-bus wrote it, update this one"
+    return CodecError("these bytes are no envelope", why=why, fix=fix)
+
+
+def _read(event_type: type[Event], fields: dict[str, Plain], run: str | None, contexts: Contexts) -> Event | None:
+    """The event, or None if a field that it needs is absent or refused."""
+    reader, parts = _reader(event_type)
+    try:
+        return reader(fields, run, contexts)
+    except Exception:  # a field is absent, or the event's __post_init__ refuses what it is given
+        present = {name: part(fields[name], run, contexts) for name, part in parts.items() if name in fields}
+    try:
+        return event_type(**present)
+    except Exception:
+        return None
+
+
+Part: TypeAlias = Callable[[Plain, str | None, Contexts], Any]
+"""Reads one field. Any: it makes what the field is annotated with."""
+
+
+@functools.cache
+def _reader(event_type: type[Event]) -> tuple[Reader, dict[str, Part]]:
+    """The function that reads an event with all its fields, and what reads each field of an incomplete one."""
+    parts: dict[str, Part] = {}
+    calls: list[str] = []
+    for name, annotation in annotations_of(event_type).items():
+        part = parts[name] = _part(annotation)
+        read = f"fields[{name!r}]" if part is _as_it_is else f"parts[{name!r}](fields[{name!r}], run, contexts)"
+        calls.append(f"{name}={read}")
+    # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
+    source = f"lambda fields, run, contexts: event_type({', '.join(calls)})"
+    return eval(source, {"event_type": event_type, "parts": parts}), parts  # noqa: S307 - made of identifiers
+
+
+def _part(annotation: Any) -> Part:
+    """What reads a field of this annotation. Any: annotations."""
+    handle = handle_in(annotation)
+    if handle is None:
+        return _as_it_is if is_plain(annotation) else lambda value, _, __: typed(value, annotation)
+    if issubclass(handle, LoopState):
+        return _state
+    return _context if issubclass(handle, LogContext) else _batch
+
+
+def _as_it_is(value: Plain, _: str | None, __: Contexts) -> Plain:
+    return value
+
+
+def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
+    if ref is None:
+        return None
+    parts = entries(ref)
+    own: Any = parts.pop("run", None) or run  # Any: as it was written
+    state = _handle(DetachedLoopState, parts)
+    if contexts is not None and own in contexts:
+        state.ctx = contexts[own]
+    return state
+
+
+def _context(ref: Plain, _: str | None, __: Contexts) -> LogContext | None:
+    return None if ref is None else _handle(LogContext, entries(ref))
+
+
+def _batch(ref: Plain, _: str | None, __: Contexts) -> TrainingBatch | None:
+    return None if ref is None else _handle(TrainingBatch, entries(ref))
+
+
+def _handle(kind: type[H], parts: dict[str, Plain]) -> H:
+    output_dir = parts.get("output_dir")
+    if type(output_dir) is str:
+        parts["output_dir"] = _path(output_dir)
+    try:
+        return detached(kind, parts)
+    except (AttributeError, TypeError):  # a newer writer's: take what this version knows
+        known = {field.name for field in dataclasses.fields(kind)}
+        return detached(kind, {name: part for name, part in parts.items() if name in known})
+
+
+def typed(value: Plain, annotation: Any) -> Any:
+    """The value as its annotation has it; where that fails, as much of it as possible. Any: annotations, and theirs."""
+    try:
+        return msgspec.convert(value, annotation, str_keys=True, dec_hook=_foreign)
+    except Exception:  # it is not as promised, or an __post_init__ or validator refuses it
+        return _typed_in_part(value, annotation)
+
+
+def _typed_in_part(value: Plain, annotation: Any) -> Any:
+    """Structs and lists of them, each field read by itself; anything else as it is. Any: as for `typed`."""
+    if get_origin(annotation) is list and type(value) is list:
+        return [typed(each, get_args(annotation)[0]) for each in cast("list[Plain]", value)]
+    struct = next((each for each in (annotation, *get_args(annotation)) if _is_struct(each)), None)
+    if struct is None or type(value) is not dict:
+        return value
+    fields = entries(value)
+    kinds = annotations_of(struct)
+    names = zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True)
+    try:
+        return struct(**{name: typed(fields[key], kinds[name]) for key, name in names if key in fields})
+    except TypeError:  # a field without a default is absent
+        return fields
+
+
+def _is_struct(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, msgspec.Struct)
+
+
+def _foreign(kind: Any, value: Plain) -> Any:
+    """Types that msgspec leaves to us. Any: that is what they are."""
+    if issubclass(kind, PurePath):
+        return kind(value)
+    if hasattr(kind, "model_validate"):
+        return kind.model_validate(value)
+    raise NotImplementedError

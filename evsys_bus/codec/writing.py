@@ -1,0 +1,102 @@
+"""Envelopes to bytes: the fast way for what is flat, the thorough way for everything else; neither ever raises.
+
+On the wire an envelope is one map, the same in msgpack and JSON:
+``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced"}``, the last only if not empty.
+"""
+
+from typing import Any, Final, cast
+
+import msgspec
+
+from evsys_bus.codec.bounds import MAX_EVENT_BYTES, MAX_KEY_CHARS
+from evsys_bus.codec.flat import fits
+from evsys_bus.codec.json_line import nonfinite
+from evsys_bus.codec.plain import Plain, entries, to_plain
+from evsys_bus.codec.references import HANDLES, parts_of
+from evsys_bus.codec.shapes import annotations_of, handle_in
+from evsys_bus.codec.twins import dicts_of, twin_maker
+from evsys_bus.events import Envelope, Event, UnknownEvent
+
+# No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
+_pack: Final = msgspec.msgpack.Encoder().encode
+_unpack: Final = msgspec.msgpack.Decoder().decode
+_to_json: Final = msgspec.json.Encoder().encode
+
+_SHARES: Final = (1, 2, 8, 64)
+"""Parts of the room that the thorough way tries to fill with the event; reasons and the head take some as well."""
+
+
+class _Wire(msgspec.Struct, gc=False):
+    stream: str
+    seq: int
+    time: float
+    run: str | None
+    rank: int
+    event: msgspec.Struct | Plain
+    replaced: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+
+
+def encode(envelope: Envelope, *, max_event_bytes: int = MAX_EVENT_BYTES) -> bytes:
+    """The envelope as msgpack. Whatever the event holds, it neither raises nor loses the good values beside a bad one.
+
+    Args:
+        envelope: Its event is read, never changed; where the event has containers inside containers, or values of
+            foreign types, they are copied by value first.
+        max_event_bytes: More than this is cut to fit, texts and long lists first; ``replaced`` says what.
+    """
+    event = envelope.event
+    try:
+        twin = twin_maker(type(cast("Event", event)))(event)  # pyright: ignore[reportArgumentType]
+        replaced = envelope.replaced or msgspec.UNSET
+        data = _pack(_Wire(envelope.stream, envelope.seq, envelope.time, envelope.run, envelope.rank, twin, replaced))
+    except Exception:  # not flat, or refused by msgspec: the thorough way finds out what
+        return _thorough(envelope, max_event_bytes)
+    size = len(data)
+    if size <= max_event_bytes and (size <= MAX_KEY_CHARS or fits(size, *dicts_of(twin))):
+        return data
+    return _thorough(envelope, max_event_bytes)
+
+
+def to_json(envelope: Envelope) -> bytes:
+    """The envelope as one JSON object, in the shape and within the bounds that it has as msgpack.
+
+    NaN and infinities become null; ``nonfinite`` beside the event then says which (``{"metrics.loss": "nan"}``).
+    """
+    row = _unpack(encode(envelope))
+    flags = nonfinite(row["event"])
+    if flags:
+        row["nonfinite"] = flags
+    return _to_json(row)
+
+
+def _thorough(envelope: Envelope, max_event_bytes: int) -> bytes:
+    tag, fields = _opened(envelope.event)
+    names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
+    head, _ = to_plain(names, max_bytes=max(max_event_bytes // 8, 1024))
+    for share in _SHARES:
+        plain, reasons = to_plain(fields, max_bytes=max_event_bytes // share)
+        data = _packed(envelope, head, entries(plain), {**envelope.replaced, **reasons})
+        if len(data) <= max_event_bytes:
+            return data
+    return _packed(envelope, head, {}, {"": f"the event is larger than {max_event_bytes} bytes"})
+
+
+def _packed(envelope: Envelope, head: Plain, body: dict[str, Plain], replaced: dict[str, str]) -> bytes:
+    event = {"type": head["tag"], **body}
+    wire = _Wire(
+        head["stream"], envelope.seq, envelope.time, head["run"], envelope.rank, event, replaced or msgspec.UNSET
+    )
+    return _pack(wire)
+
+
+def _opened(event: Event | UnknownEvent) -> tuple[str, dict[str, Any]]:
+    """The tag and the live fields of an event; what stands where a handle belongs, opened as one. Any: of all types."""
+    if isinstance(event, UnknownEvent):
+        return event.type, event.fields
+    fields: dict[str, Any] = {}
+    for name, annotation in annotations_of(type(event)).items():
+        value = getattr(event, name)
+        kind = handle_in(annotation)
+        foreign = kind is not None and value is not None and not issubclass(type(value), HANDLES)
+        fields[name] = parts_of(value, kind) if foreign and kind else value
+    return event.hook.removeprefix("on_"), fields

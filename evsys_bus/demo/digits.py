@@ -1,0 +1,204 @@
+"""The demo's job: a small network that learns to read handwritten digits, behind the protocols of the training loop.
+
+It owns the data, the network and the benchmarks. scikit-learn brings the digits (1,797 images of 8x8 pixels, from the
+UCI repository), so nothing is downloaded; numpy does the arithmetic. Everything follows from the seed.
+"""
+
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits  # pyright: ignore[reportUnknownVariableType] # it has no types
+
+from evsys_bus.context import EvalResult, LoopState, Prediction, TrainingBatch
+from evsys_bus.training import Benchmark
+
+Floats: TypeAlias = NDArray[np.float64]
+Labels: TypeAlias = NDArray[np.int64]
+
+BATCH_SIZE: Final = 64
+HIDDEN: Final = 128
+LEARNING_RATE: Final = 0.003
+BETA1: Final = 0.9
+BETA2: Final = 0.999
+EPSILON: Final = 1e-8
+"""Adam's constants are those of its paper (Kingma and Ba, 2015)."""
+
+
+class Images(NamedTuple):
+    """Some of the digits."""
+
+    ids: Labels
+    """Which of the 1,797 they are."""
+    pixels: Floats
+    """(n, 64), from 0 to 1."""
+    labels: Labels
+    """(n,), from 0 to 9."""
+
+    def some(self, places: Labels) -> "Images":
+        """Those at these places."""
+        return Images(self.ids[places], self.pixels[places], self.labels[places])
+
+
+class Split(NamedTuple):
+    """The digits in three parts that share no image."""
+
+    train: Images
+    val: Images
+    test: Images
+
+
+def load_split(seed: int) -> Split:
+    """Two thirds to train on; the rest in halves, to validate on and to test on. The seed shuffles them."""
+    bunch = cast("Any", load_digits())  # Any: scikit-learn has no types
+    digits = Images(np.arange(len(bunch.target)), bunch.data / 16, bunch.target)
+    order = np.random.default_rng((seed, 0)).permutation(len(digits.labels))
+    train, val, test = np.split(order, [len(order) * 2 // 3, len(order) * 5 // 6])
+    return Split(digits.some(train), digits.some(val), digits.some(test))
+
+
+class DigitBatches:
+    """The batches of a run: each epoch a fresh shuffle, each made from its step's index alone."""
+
+    def __init__(self, images: Images, seed: int) -> None:
+        self._images = images
+        self._seed = seed
+        self.steps_per_epoch = len(images.labels) // BATCH_SIZE
+
+    async def build_batch(self, step_idx: int) -> TrainingBatch:
+        """The batch of this step; what does not fill a batch at the end of an epoch sits that epoch out."""
+        epoch, place = divmod(step_idx, self.steps_per_epoch)
+        order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._images.labels))
+        chosen = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
+        return TrainingBatch(data=self._images.some(chosen), loss_fn="cross_entropy", metrics={"epoch": epoch})
+
+
+class DigitNetwork:
+    """Two layers and Adam: the backend.
+
+    A step takes a fraction of a millisecond, so it runs where it is awaited; a longer one would belong in a thread.
+    """
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        generator = np.random.default_rng((seed, 2))
+        self.weights: dict[str, Floats] = {
+            "hidden": generator.normal(0, np.sqrt(2 / 64), (64, HIDDEN)),
+            "hidden_bias": np.zeros(HIDDEN),
+            "out": generator.normal(0, np.sqrt(2 / HIDDEN), (HIDDEN, 10)),
+            "out_bias": np.zeros(10),
+        }
+        self._mean = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
+        self._square = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
+        self._updates = 0
+        self._gradients: dict[str, Floats] = {}
+        self._directory = directory
+
+    async def forward_backward(self, batch: TrainingBatch) -> dict[str, float]:
+        """Cross entropy of the batch, and its gradients."""
+        images: Images = batch.data
+        hidden, chances = self._forward(images.pixels)
+        rows = np.arange(len(images.labels))
+        loss = -np.log(chances[rows, images.labels] + 1e-12).mean()
+        accuracy = (chances.argmax(axis=1) == images.labels).mean()
+        slope = chances.copy()
+        slope[rows, images.labels] -= 1
+        slope /= len(rows)
+        slope_hidden = (slope @ self.weights["out"].T) * (hidden > 0)
+        self._gradients = {
+            "hidden": images.pixels.T @ slope_hidden,
+            "hidden_bias": slope_hidden.sum(axis=0),
+            "out": hidden.T @ slope,
+            "out_bias": slope.sum(axis=0),
+        }
+        return {"loss": float(loss), "accuracy": float(accuracy)}
+
+    async def optim_step(self) -> dict[str, float]:
+        """One update by Adam."""
+        self._updates += 1
+        for name, gradient in self._gradients.items():
+            mean, square = self._mean[name], self._square[name]
+            mean += (1 - BETA1) * (gradient - mean)
+            square += (1 - BETA2) * (gradient**2 - square)
+            unbiased = mean / (1 - BETA1**self._updates), square / (1 - BETA2**self._updates)
+            self.weights[name] -= LEARNING_RATE * unbiased[0] / (np.sqrt(unbiased[1]) + EPSILON)
+        norm = np.sqrt(sum((gradient**2).sum() for gradient in self._gradients.values()))
+        self._gradients = {}
+        return {"grad_norm": float(norm)}
+
+    async def save_state(self, name: str) -> str:
+        """Weights, both moments and the number of updates, as ``<name>.state.npz``."""
+        moments = {f"mean.{key}": value for key, value in self._mean.items()}
+        moments |= {f"square.{key}": value for key, value in self._square.items()}
+        return self._write(f"{name}.state.npz", {**self.weights, **moments, "updates": np.array(self._updates)})
+
+    async def save_weights_for_sampler(self, name: str) -> str:
+        """The weights, as ``<name>.weights.npz``."""
+        return self._write(f"{name}.weights.npz", self.weights)
+
+    async def load_state(self, path: str) -> None:
+        """Exactly what `save_state` saved."""
+        with np.load(path) as saved:
+            self.weights = {name: saved[name] for name in self.weights}
+            self._mean = {name: saved[f"mean.{name}"] for name in self.weights}
+            self._square = {name: saved[f"square.{name}"] for name in self.weights}
+            self._updates = int(saved["updates"])
+
+    def predict(self, pixels: Floats) -> Labels:
+        """The likeliest digit of each image."""
+        return self._forward(pixels)[1].argmax(axis=1)
+
+    def _forward(self, pixels: Floats) -> tuple[Floats, Floats]:
+        hidden = np.maximum(pixels @ self.weights["hidden"] + self.weights["hidden_bias"], 0)
+        scores = hidden @ self.weights["out"] + self.weights["out_bias"]
+        likely = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return hidden, likely / likely.sum(axis=1, keepdims=True)
+
+    def _write(self, name: str, arrays: "dict[str, Floats]") -> str:
+        """A file appears whole or not at all, so that a kill in the middle never leaves half a checkpoint."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        path, beside = self._directory / name, self._directory / f".{name}"
+        with beside.open("wb") as file:
+            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] # its keyword allow_pickle is no array
+        beside.replace(path)
+        return str(path)
+
+
+class DigitBenchmark:
+    """How many digits of a part the network reads right: overall, per digit, and image by image."""
+
+    def __init__(self, name: str, images: Images, *, tag: str, every: int = 0) -> None:
+        self.name = name
+        self.every = every
+        self._images = images
+        self._tag = tag
+
+    async def evaluate(self, state: LoopState) -> Benchmark:
+        """Score the state's backend."""
+        network: DigitNetwork = state.backend
+        return self.score(network)
+
+    def score(self, network: DigitNetwork) -> Benchmark:
+        """Accuracy, accuracy by digit, and one row per image: its number, its label, what was read, 1 for right."""
+        ids, pixels, labels = self._images
+        outputs = network.predict(pixels)
+        right = outputs == labels
+        result = EvalResult(
+            name=self.name,
+            benchmark_id=f"sklearn-digits/{self._tag}",
+            metrics={"accuracy": float(right.mean()), "images": float(len(labels))},
+            breakdowns={"digit": {str(digit): float(right[labels == digit].mean()) for digit in range(10)}},
+            tags=[self._tag],
+        )
+        rows = zip(ids.tolist(), labels.tolist(), outputs.tolist(), strict=True)
+        return Benchmark(result, [_prediction(*row) for row in rows])
+
+
+def _prediction(image: int, expected: int, output: int) -> Prediction:
+    return {
+        "task_id": f"digit-{image:04d}",
+        "instruction": f"Which digit does image {image} show?",
+        "expected": str(expected),
+        "output": str(output),
+        "reward": float(expected == output),
+    }

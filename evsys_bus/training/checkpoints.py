@@ -1,0 +1,90 @@
+"""`Checkpoints`: what the run has saved, as ``checkpoints.jsonl`` says.
+
+The backend makes the files; this module owns their names and the manifest, and finds the one to resume from.
+"""
+
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from evsys_bus.context import ManifestRow
+from evsys_bus.diagnostics import log
+from evsys_bus.training.protocols import Backend
+from evsys_bus.training.rows import Row, RowFile
+
+FINAL: Final = "final"
+"""The name of the checkpoint that every run ends with, unless it raised."""
+
+
+class Checkpoints:
+    """Saves, records and remembers the checkpoints of one run."""
+
+    def __init__(self, backend: Backend, manifest: Path) -> None:
+        self.rows: list[ManifestRow] = []
+        """Those on record, in the order in which they were saved."""
+        self._backend = backend
+        self._file = RowFile(manifest)
+
+    @property
+    def manifest(self) -> Path:
+        """The file that lists the checkpoints."""
+        return self._file.path
+
+    async def save(self, name: str, *, step_idx: int, epoch: int) -> ManifestRow:
+        """Save the full state and the weights, and put them on record.
+
+        What is on record is never overwritten: a second ``final`` gets files of its own, and takes the first one's
+        place on record once it is whole.
+        """
+        known = any(row.name == name for row in self.rows)
+        saved_as = f"{name}-{step_idx:06d}" if known else name
+        row = ManifestRow(
+            name=name,
+            batch=step_idx,
+            epoch=epoch,
+            state_path=await self._backend.save_state(saved_as),
+            sampler_path=await self._backend.save_weights_for_sampler(saved_as),
+        )
+        if known:
+            self._forget(name)
+        self.rows.append(row)
+        self._file.append(msgspec.structs.asdict(row))
+        return row
+
+    async def resume(self) -> int:
+        """Load the last full state on record, cut the record after it, and return the first step to run.
+
+        The ``final`` of a run that was stopped stays on record until the next ``final`` takes its place: until then it
+        may be all there is to resume from.
+
+        Raises:
+            Exception: Whatever the backend raises when it cannot load that state.
+        """
+        on_record = [row for row in map(_manifest_row, self._file.rows()) if row is not None]
+        full = [row for row in on_record if row.state_path is not None]
+        last = max(full, key=lambda row: row.batch, default=None)
+        if last is not None and last.state_path is not None:
+            await self._backend.load_state(last.state_path)
+        first_step = 0 if last is None else last.batch + 1
+        self._file.keep(lambda row: (it := _manifest_row(row)) is not None and it.batch < first_step)
+        self.rows = [row for row in on_record if row.batch < first_step]
+        return first_step
+
+    def flush(self) -> None:
+        """Try once more to write the rows that the disk refused."""
+        self._file.flush()
+
+    def _forget(self, name: str) -> None:
+        self.rows = [row for row in self.rows if row.name != name]
+        try:
+            self._file.keep(lambda row: row.get("name") != name)
+        except OSError as error:
+            log().warning("checkpoints.stale_row", file=str(self.manifest), name=name, error=str(error))
+
+
+def _manifest_row(row: Row) -> ManifestRow | None:
+    try:
+        return msgspec.convert(row, ManifestRow)
+    except msgspec.ValidationError:
+        return None

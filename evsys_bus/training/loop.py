@@ -1,0 +1,237 @@
+"""`TrainingLoop`: the reference loop. Read it from top to bottom, and copy what you need.
+
+It owns the order of things: what is written, what is saved and what is published when.
+
+    TrainStart
+    every step:    build_batch, forward_backward, optim_step
+                   metrics.jsonl,      then StepEnd
+                   checkpoints.jsonl,  then Checkpoint                       where one is due
+                   each evaluator due, then Eval, then BenchmarkEval         where it is a benchmark
+    final:         checkpoints.jsonl,  then Checkpoint                       unless it raised
+    TrainEnd                                                                 also when it raised
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+
+import msgspec
+
+from evsys_bus.bus import EventBus
+from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import TrainingError
+from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
+from evsys_bus.tasks import see_through
+from evsys_bus.training.checkpoints import FINAL, Checkpoints
+from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
+from evsys_bus.training.rows import RowFile
+
+
+class TrainingLoop:
+    """Trains for ``num_steps`` steps; writes what happens to the run's directory, and publishes it.
+
+    Args:
+        backend: What trains.
+        step_builder: Makes the batch of each step.
+        num_steps: The horizon of the whole run, the steps before a resume included.
+        output_dir: The run's directory, made if need be. Default: ``ctx.run_dir``.
+        evaluators: Score the model while it trains, each at its own cadence, one after another.
+        callbacks: For a bus of the loop's own, open while it runs.
+        bus: An open bus to publish to instead; it stays open.
+        ctx: The run's context. Default: one for a run that is named after its directory.
+        save_every: A checkpoint is due after every so many steps; 0 for none but the final one.
+        steps_per_epoch: How many steps pass over the data once; for the manifest.
+        resume: Continue what the directory holds, from the last full state, or from the start if it holds none.
+
+    Raises:
+        TrainingError: The arguments do not fit together.
+        HookError: A callback has a hook that could never be called.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        step_builder: StepBuilder,
+        *,
+        num_steps: int,
+        output_dir: Path | str | None = None,
+        evaluators: Iterable[Evaluator] = (),
+        callbacks: Iterable[object] | None = None,
+        bus: EventBus | None = None,
+        ctx: LogContext | None = None,
+        save_every: int = 0,
+        steps_per_epoch: int | None = None,
+        resume: bool = False,
+    ) -> None:
+        if bus is not None and callbacks is not None:
+            raise TrainingError("a loop takes a bus or callbacks, not both", fix="give the callbacks to the bus")
+        run_dir = Path(output_dir or (ctx and ctx.run_dir) or _nowhere()).absolute()
+        self.backend = backend
+        self.step_builder = step_builder
+        self.evaluators = tuple(evaluators)
+        self.save_every = save_every
+        self.steps_per_epoch = steps_per_epoch
+        self.resume = resume
+        self.metrics = RowFile(run_dir / "metrics.jsonl")
+        self.checkpoints = Checkpoints(backend, run_dir / "checkpoints.jsonl")
+        self.state = LoopState(
+            step=0,
+            num_steps=num_steps,
+            output_dir=run_dir,
+            backend=backend,
+            log_store=self.metrics,
+            checkpoint_mgr=self.checkpoints,
+            ctx=ctx or LogContext(output_dir=run_dir.parent, run_key=run_dir.name),
+        )
+        self.skipped_steps = 0
+        """Steps that had no data."""
+        self.failed_evals: Counter[str] = Counter()
+        """How often each evaluator raised, by name."""
+        self._bus = EventBus(callbacks or ()) if bus is None else nullcontext(bus)
+        self._faults = FaultLog()
+        self._done = 0  # steps done, so the next one to run
+        self._began = 0.0
+
+    async def run(self) -> LoopArtifacts:
+        """Train to the end, or until some hook asks to stop. A loop runs once.
+
+        When it is cancelled (as the bus does on SIGTERM) it finishes the step in hand, saves ``final`` and publishes
+        TrainEnd before it raises CancelledError. A second cancellation ends it at once.
+
+        Raises:
+            TrainingError: The directory cannot be written, or holds a run and ``resume`` was not asked for.
+            BaseException: Whatever the backend or the step builder raised, after TrainEnd.
+        """
+        self._open_run_dir()
+        async with self._bus as bus:
+            return await see_through(self._train(bus), on_cancel=lambda: self.state.request_stop("cancelled"))
+
+    async def _train(self, bus: EventBus) -> LoopArtifacts:
+        state = self.state
+        self._began = time.monotonic()
+        try:
+            if self.resume:
+                await self._go_back()
+            bus.publish(TrainStart(state))
+            while self._done < state.num_steps and not state.stop_requested:
+                await self._step(bus, self._done)
+                self._done += 1
+                # A backend may never really wait; hooks' tasks and a cancellation get their turn here.
+                await asyncio.sleep(0)
+            await self._save(bus, FINAL, self._done - 1)
+        except BaseException as error:
+            state.error = error
+            raise
+        finally:
+            self.metrics.flush()
+            self.checkpoints.flush()
+            self._faults.flush()
+            bus.publish(TrainEnd(state, self._artifacts()))
+        return self._artifacts()
+
+    async def _step(self, bus: EventBus, step_idx: int) -> None:
+        self.state.step = step_idx
+        batch = await self.step_builder.build_batch(step_idx)
+        if batch is None or _is_empty(batch):
+            self.skipped_steps += 1
+            self._faults.warn("step.skipped", "empty", step=step_idx, why="the batch is empty")
+        else:
+            metrics = await self._train_on(batch)
+            # The step stands first in its row, and is ours even where the backend has a metric of that name.
+            self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
+            bus.publish(StepEnd(self.state, step_idx, batch, metrics))
+        if _due(self.save_every, step_idx):
+            await self._save(bus, f"step-{step_idx:06d}", step_idx)
+        for evaluator in self.evaluators:
+            if _due(evaluator.every, step_idx):
+                await self._evaluate(bus, evaluator, step_idx)
+
+    async def _train_on(self, batch: TrainingBatch) -> dict[str, float]:
+        began = time.perf_counter()
+        metrics = {**batch.metrics, **await self.backend.forward_backward(batch)}
+        metrics.update(await self.backend.optim_step() or {})
+        return metrics | {"step_seconds": time.perf_counter() - began}
+
+    async def _save(self, bus: EventBus, name: str, step_idx: int) -> None:
+        epoch = max(step_idx, 0) // self.steps_per_epoch if self.steps_per_epoch else 0
+        row = await self.checkpoints.save(name, step_idx=step_idx, epoch=epoch)
+        bus.publish(Checkpoint(self.state, row))
+
+    async def _evaluate(self, bus: EventBus, evaluator: Evaluator, step_idx: int) -> None:
+        began = time.perf_counter()
+        try:
+            score = await evaluator.evaluate(self.state)
+            events = list(self._eval_events(evaluator.name, step_idx, score, time.perf_counter() - began))
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+                raise
+            self.failed_evals[evaluator.name] += 1
+            self._faults.warn("evaluator.failed", evaluator.name, error=error, evaluator=evaluator.name, step=step_idx)
+        else:
+            for event in events:
+                bus.publish(event)
+
+    def _eval_events(
+        self, name: str, step_idx: int, score: Mapping[str, float] | Benchmark, seconds: float
+    ) -> Iterable[Event]:
+        if isinstance(score, Mapping):
+            yield Eval(self.state, step_idx, name, dict(score))
+            return
+        result, predictions = score
+        result = msgspec.structs.replace(result, step=step_idx, eval_seconds=result.eval_seconds or seconds)
+        yield Eval(self.state, step_idx, result.name, dict(result.metrics))
+        assert self.state.ctx is not None
+        yield BenchmarkEval(self.state.ctx, result, predictions, step=step_idx)
+
+    async def _go_back(self) -> None:
+        """To the last full state; what was written of the steps after it is cut, for they will run again."""
+        self._done = self.state.step = first = await self.checkpoints.resume()
+        cut = self.metrics.keep(lambda row: isinstance(row.get("step"), int) and row["step"] < first)
+        log().info("training.resumed", run=self.state.ctx and self.state.ctx.run_key, first_step=first, rows_cut=cut)
+
+    def _open_run_dir(self) -> None:
+        run_dir = self.state.output_dir
+        if self._began:
+            raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
+        if not self.resume and (self.metrics.path.exists() or self.checkpoints.manifest.exists()):
+            raise TrainingError(
+                f"{run_dir} holds a run already", fix="resume it (resume=True), or choose another output_dir"
+            )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self.metrics.path.touch()
+        except OSError as error:
+            raise TrainingError(
+                f"the run's directory {run_dir} cannot be written: {error.strerror}", fix="choose another output_dir"
+            ) from error
+
+    def _artifacts(self) -> LoopArtifacts:
+        return LoopArtifacts(
+            run_dir=str(self.state.output_dir),
+            manifest_path=str(self.checkpoints.manifest),
+            checkpoints=list(self.checkpoints.rows),
+            total_requested_steps=self.state.num_steps,
+            train_seconds=time.monotonic() - self._began,
+        )
+
+
+def _due(every: int, step_idx: int) -> bool:
+    return every > 0 and (step_idx + 1) % every == 0
+
+
+def _is_empty(batch: TrainingBatch) -> bool:
+    """No data at all is fine (the backend may hold it); a batch of none is not."""
+    return hasattr(batch.data, "__len__") and len(batch.data) == 0
+
+
+def _being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _nowhere() -> Path:
+    raise TrainingError("the loop has nowhere to write", fix="give it an output_dir or a ctx")

@@ -1,0 +1,121 @@
+"""`RowFile`: a file of JSON rows that grows by one ``os.write`` per row, and never troubles the training.
+
+It owns the file's bytes and what happens when the disk refuses them; what the rows mean is its caller's business.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.codec import json_line
+from evsys_bus.diagnostics import log
+
+MAX_WAITING: Final = 10_000
+"""Rows kept in memory while the disk refuses them; beyond it the oldest are given up, and counted."""
+
+Row = dict[str, Any]
+"""One row. Any: the values are whatever was measured."""
+
+_decode = msgspec.json.Decoder(Row).decode
+
+
+class RowFile:
+    """An append-only file of JSON objects, one per line.
+
+    The file is opened for every row (about 10 microseconds), so that one whose directory went away or whose disk is
+    full is noticed, and works again as soon as the cause is gone. A row that cannot be written waits in memory and
+    goes out, in order, with the next one.
+    """
+
+    def __init__(self, path: Path, *, max_waiting: int = MAX_WAITING) -> None:
+        self.path = path
+        self.lost = 0
+        """Rows given up because too many were waiting."""
+        self._waiting: deque[bytes] = deque()
+        self._max_waiting = max_waiting
+
+    @property
+    def waiting(self) -> int:
+        """Rows that the disk has refused so far and that wait in memory."""
+        return len(self._waiting)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row; never raises. Any: values of every type, see `evsys_bus.codec.json_line`."""
+        troubled = bool(self._waiting)
+        if len(self._waiting) >= self._max_waiting:
+            self._waiting.popleft()
+            self.lost += 1
+        self._waiting.append(json_line(row) + b"\n")
+        self._write_waiting(troubled=troubled)
+
+    def flush(self) -> None:
+        """Try once more to write what waits, and say how much is left."""
+        if self._waiting:
+            self._write_waiting(troubled=True)
+        if self._waiting or self.lost:
+            log().warning("rows.unwritten", file=str(self.path), waiting=self.waiting, lost=self.lost)
+
+    def rows(self) -> Iterator[Row]:
+        """The rows, in order; a torn or damaged line is passed over. A missing file has none."""
+        for line in self._lines():
+            row = _parsed(line)
+            if row is not None:
+                yield row
+
+    def keep(self, wanted: Callable[[Row], bool]) -> int:
+        """Cut the rows that are not wanted, and torn or damaged lines with them; return how many.
+
+        The file is replaced in one move, and left alone if there is nothing to cut.
+
+        Raises:
+            OSError: The new file could not be written; the old one is untouched.
+        """
+        lines = list(self._lines())
+        kept = [line for line in lines if (row := _parsed(line)) is not None and wanted(row)]
+        if len(kept) < len(lines):
+            beside = self.path.with_name(f"{self.path.name}.new")
+            beside.write_bytes(b"".join(kept))
+            beside.replace(self.path)
+        return len(lines) - len(kept)
+
+    def _lines(self) -> Iterator[bytes]:
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                yield from file
+
+    def _write_waiting(self, *, troubled: bool) -> None:
+        try:
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                while self._waiting:
+                    _write_whole(file, self._waiting[0])
+                    self._waiting.popleft()
+            finally:
+                os.close(file)
+        except OSError as error:
+            if not troubled:
+                log().warning("rows.waiting", file=str(self.path), error=str(error), max_waiting=self._max_waiting)
+        else:
+            if troubled:
+                log().info("rows.written_again", file=str(self.path), lost=self.lost)
+
+
+def _write_whole(file: int, line: bytes) -> None:
+    """One write; what a full disk took of the line is cut off again, so that the next one does not join it."""
+    written = os.write(file, line)
+    if written < len(line):
+        os.ftruncate(file, os.fstat(file).st_size - written)
+        raise OSError(f"the disk took {written} of {len(line)} bytes")
+
+
+def _parsed(line: bytes) -> Row | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return _decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
