@@ -113,7 +113,9 @@ def test_R3_isolation_is_the_same_for_a_bus_and_for_dispatch(caplog):
     assert by_bus.exc_info is not None
 
 
-@pytest.mark.parametrize("error", [asyncio.CancelledError, GeneratorExit, MemoryError, type("Own", (BaseException,), {})])
+@pytest.mark.parametrize(
+    "error", [asyncio.CancelledError, GeneratorExit, MemoryError, type("Own", (BaseException,), {})]
+)
 def test_R3_even_what_is_no_exception_stays_inside(error, caplog):
     class Odd(Callback):
         def on_step_end(self, state, step_idx, batch, metrics):

@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import threading
 
 import anyio
@@ -157,14 +158,42 @@ async def test_adoption_works_beside_another_task_factory_and_gives_it_back():
     assert len(made) >= 2
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+@pytest.mark.asyncio(loop_factories=["asyncio"])  # uvloop and eager tasks do not go together on 3.13.0
+async def test_adoption_works_beside_eager_tasks():
+    loop, tally, order = asyncio.get_running_loop(), Tally(), []
+
+    async def at_once():
+        order.append("began")
+
+    def start(_):
+        asyncio.create_task(at_once())
+        order.append("made")
+        asyncio.create_task(tally.work())
+
+    loop.set_task_factory(asyncio.eager_task_factory)
+    try:
+        async with EventBus([Starts(start)]) as bus:
+            publish_one(bus)
+            bus.spawn(tally.work)
+    finally:
+        loop.set_task_factory(None)
+    assert order == ["began", "made"]
+    assert tally.done == 2
+    assert bus.receipt.total == TaskCounts(spawned=1, adopted=2, completed=3)
+
+
 async def test_the_factory_drops_eager_start_none_that_newer_pythons_pass():
     def strict(loop, coro, *, context=None):
         return asyncio.Task(coro, loop=loop, context=context)
 
     loop = asyncio.get_running_loop()
     loop.set_task_factory(strict)
-    async with EventBus([]):
-        await loop.get_task_factory()(loop, asyncio.sleep(0), eager_start=None)
+    try:
+        async with EventBus([]):
+            await loop.get_task_factory()(loop, asyncio.sleep(0), eager_start=None)
+    finally:
+        loop.set_task_factory(None)
 
 
 async def test_two_buses_on_one_loop_each_adopt_their_own_and_the_last_gives_the_factory_back():

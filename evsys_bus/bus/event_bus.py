@@ -244,6 +244,7 @@ class EventBus:
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
+        log()  # the first warning must not import structlog in the middle of a step
         self._attach(self._publisher.callbacks)
         self._publisher.open()
         self._adopt_on_this_loop()
