@@ -1,1 +1,35 @@
 """The callbacks that ship with evsys-bus, each in a file of its own, loaded when it is first asked for."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from evsys_adapters.csv_metrics import CsvMetricsCallback
+    from evsys_adapters.debug_logger import DebugLoggerCallback
+    from evsys_adapters.early_stopping import EarlyStoppingCallback
+    from evsys_adapters.local_logger import LocalLoggerCallback
+    from evsys_adapters.print_progress import PrintProgressCallback
+
+_HOME_OF: Final = {
+    "CsvMetricsCallback": "csv_metrics",
+    "DebugLoggerCallback": "debug_logger",
+    "EarlyStoppingCallback": "early_stopping",
+    "LocalLoggerCallback": "local_logger",
+    "PrintProgressCallback": "print_progress",
+}
+
+__all__ = [
+    "CsvMetricsCallback",
+    "DebugLoggerCallback",
+    "EarlyStoppingCallback",
+    "LocalLoggerCallback",
+    "PrintProgressCallback",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a callback, and only that one. Any: a class; type checkers read the imports above."""
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)

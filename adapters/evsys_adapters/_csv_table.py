@@ -1,0 +1,220 @@
+"""`CsvTable`: a CSV file whose rows always have the width of its header, though columns appear while it grows.
+
+It owns the layout and its cost. A row is one append. A new column changes the header, so the file is written again; a
+large one only if it has grown enough since the last time to pay for that. Until it has, new metrics stand as a JSON
+object in a last column ``more_metrics``, which is made when it is first needed; they move to columns of their own when
+the file is next written, or closed. So every byte is copied a bounded number of times, whatever appears when, and every
+metric is in the file after every row.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from itertools import count, islice
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from evsys_adapters._csv_cells import MORE, STEP
+from evsys_adapters._line_file import LineFile
+from evsys_bus.diagnostics import log
+
+MAX_COLUMNS: Final = 4_096
+"""Every row pays for every column; metrics beyond stay in ``more_metrics``."""
+CHEAP_BYTES: Final = 1 << 18
+"""A file up to this size is written again whenever a column appears."""
+MAX_COPIES: Final = 4
+"""A larger one, if it is at most so many times what was appended since it was last written."""
+_ROWS_BETWEEN_TRIES: Final = 64
+"""A full disk is not asked with every row to take the whole file again."""
+
+_decode_more = msgspec.json.Decoder(dict[str, str]).decode
+
+
+class CsvTable:
+    """One CSV file with one writer. A method that raises OSError has not changed what is in the file."""
+
+    def __init__(
+        self,
+        path: Path,
+        delimiter: str,
+        *,
+        max_columns: int = MAX_COLUMNS,
+        cheap_bytes: int = CHEAP_BYTES,
+        max_copies: int = MAX_COPIES,
+    ) -> None:
+        self._file = LineFile(path)
+        self._delimiter = delimiter
+        self._max_columns = max_columns
+        self._cheap_bytes = cheap_bytes
+        self._max_copies = max_copies
+        self._columns: list[str] = []
+        self._known: frozenset[str] = frozenset()
+        self._looked = False
+        self._has_rows = False
+        self._more: dict[str, None] = {}
+        """Metrics that have stood in ``more_metrics`` in some row, in the order of their appearance."""
+        self._size = 0
+        self._grown = 0
+        """Bytes appended since the file was last written as a whole."""
+        self._refusal: tuple[OSError, int] | None = None
+        """Why the file could not be written again, and how many rows to let pass before the next try."""
+
+    def append(self, step: int, cells: Mapping[str, str]) -> None:
+        """Add one row, and the columns that it needs; ``cells`` as `evsys_adapters._csv_cells` makes them."""
+        self._look()
+        if not self._known.issuperset(cells) or not self._has_rows:
+            self._make_room(cells)
+        line = self._line(self._spread({STEP: str(step), **cells}, self._columns))
+        if self._has_rows:
+            self._size = self._file.append(line, head=self._line(self._columns)) + len(line)
+            self._grown += len(line)
+        else:
+            self._size = self._grown = self._file.rewrite([self._line(self._columns), line])
+            self._has_rows = True
+
+    def cut(self, first_step: int) -> None:
+        """Drop the rows of that step and of later ones."""
+        self._look()
+        self._file.keep(lambda line: (step := self._step(line)) is None or step < first_step)
+        self._count()
+
+    def close(self) -> None:
+        """Give every metric its column, as far as there is room, and close the file."""
+        try:
+            columns = self._with(())
+            if columns != self._columns:
+                self._rewrite(columns)
+        finally:
+            self._file.close()
+
+    def try_again(self) -> None:
+        """Do not wait any longer before the file is written again, though the disk refused it lately."""
+        self._refusal = None
+
+    def _look(self) -> None:
+        """Learn what is in the file; one that is no table of ours is set aside."""
+        if self._looked:
+            return
+        header = self._header()
+        if header and (header[0] != STEP or MORE in header[:-1] or len(set(header)) < len(header)):
+            path = self._file.path
+            aside = next(each for n in count(1) if not (each := path.with_name(f"{path.name}.{n}.set-aside")).exists())
+            path.replace(aside)
+            log().warning("csv_metrics.file_set_aside", file=str(path), kept_as=str(aside), why="not a table of steps")
+            header = []
+        self._use(header)
+        self._count()
+        if MORE in self._known:
+            for line in self._file.lines():
+                self._more.update(dict.fromkeys(self._parted(line)[1]))
+        self._looked = True
+
+    def _header(self) -> list[str]:
+        """The cells of the first line, whole or torn; none if there is no file or nothing in it."""
+        try:
+            with self._file.path.open("rb") as file:
+                line = file.readline()
+        except FileNotFoundError:
+            return []
+        return self._cells(line) or ([""] if line else [])
+
+    def _count(self) -> None:
+        self._has_rows = any(islice(self._file.lines(), 1, None))
+        self._size = self._grown = self._file.path.stat().st_size if self._has_rows else 0
+
+    def _make_room(self, names: Iterable[str]) -> None:
+        """Make columns for new metrics, or else a place for them in ``more_metrics``."""
+        if not self._has_rows:  # a header without rows was left by a cut; it goes with them
+            self._more = {}
+            self._use([STEP])
+            self._use(self._with(names))
+            return
+        affordable = self._size <= max(self._cheap_bytes, self._max_copies * self._grown)
+        if MORE in self._known and not affordable:
+            return
+        columns = self._with(names)
+        if MORE not in columns and (MORE in self._known or not affordable):
+            columns.append(MORE)
+        if columns != self._columns:
+            self._rewrite(columns)
+
+    def _with(self, names: Iterable[str]) -> list[str]:
+        """The columns, and more for what stands in ``more_metrics`` and for ``names``, as far as there is room."""
+        wanted = dict.fromkeys([*self._columns, *self._more, *names])
+        wanted.pop(MORE, None)
+        return [*islice(wanted, self._max_columns), *([MORE] if len(wanted) > self._max_columns else [])]
+
+    def _rewrite(self, columns: list[str]) -> None:
+        """Write the file again with more columns, ``more_metrics`` being the last or none."""
+        if self._refusal is not None:
+            error, rows = self._refusal
+            if rows:
+                self._refusal = (error, rows - 1)
+                raise error
+        try:
+            self._size = self._file.rewrite(self._widened(columns))
+        except OSError as error:
+            self._refusal = (error, _ROWS_BETWEEN_TRIES)
+            raise
+        self._use(columns)
+        self._refusal = None
+        self._grown = 0
+
+    def _widened(self, columns: list[str]) -> Iterator[bytes]:
+        yield self._line(columns)
+        # Where more_metrics is empty, new columns after it and new columns before it are the same bytes.
+        padding = self._delimiter.encode() * len(columns)
+        spare = len(padding) - len(self._delimiter.encode()) * len(self._columns)
+        for line in islice(self._file.lines(), 1, None):
+            cells, more = self._parted(line) if MORE in self._known else ([], {})
+            if more:
+                yield self._line(self._spread(dict(zip(self._columns, cells, strict=False)) | more, columns))
+            elif spare >= 0:
+                yield line.rstrip(b"\r\n") + padding[:spare] + b"\n"
+            else:
+                yield line.rstrip(b"\r\n")[:spare] + b"\n"
+
+    def _parted(self, line: bytes) -> tuple[list[str], dict[str, str]]:
+        """The cells of a row and what stands in its ``more_metrics``, which may be too long for the csv module.
+
+        Inside a quoted cell quotes are doubled, so a delimiter, a quote and a brace are always the beginning of one.
+        """
+        row, mark, more = line.rstrip(b"\r\n").rpartition(self._delimiter.encode() + b'"{')
+        if not mark or not more.endswith(b'}"'):
+            return [], {}
+        with suppress(msgspec.DecodeError):
+            return self._cells(row), _decode_more(b"{" + more[:-1].replace(b'""', b'"'))
+        return [], {}
+
+    def _spread(self, row: Mapping[str, str], columns: list[str]) -> list[str]:
+        """The cells of a row in the order of the columns; what has no column goes to ``more_metrics``."""
+        known = self._known if columns is self._columns else frozenset(columns)
+        if not known.issuperset(row):
+            more = {name: text for name, text in row.items() if name not in known}
+            row = {**row, MORE: msgspec.json.encode(more).decode()}
+            self._more.update(dict.fromkeys(more))
+        return [row.get(name, "") for name in columns]
+
+    def _use(self, columns: list[str]) -> None:
+        self._columns = columns
+        self._known = frozenset(columns)
+
+    def _line(self, cells: list[str]) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerow(cells)
+        return text.getvalue().encode()
+
+    def _cells(self, line: bytes) -> list[str]:
+        """The cells of a line; none if it is not to be read, as one with a cell beyond the csv module's limit."""
+        with suppress(csv.Error):
+            return next(csv.reader([line.decode(errors="replace")], delimiter=self._delimiter), list[str]())
+        return []
+
+    def _step(self, line: bytes) -> int | None:
+        try:
+            return int(line.partition(self._delimiter.encode())[0])
+        except ValueError:
+            return None

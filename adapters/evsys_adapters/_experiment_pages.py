@@ -1,0 +1,168 @@
+"""The pages that local_logger leaves: a run's conclusion, and the experiment with its arms side by side.
+
+Pure functions from results, which may lack any field, to Markdown. Names cannot break out of their cells; hypothesis
+and conclusion are Markdown of the user's own and stand as they were written.
+"""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+from evsys_adapters._result_fields import field, fields, items
+
+_MAX_COLUMNS: Final = 6
+"""Metrics in a table of arms; the rows of the runs have them all."""
+_MAX_TEXT: Final = 200
+_MARKUP: Final = str.maketrans({letter: f"\\{letter}" for letter in "\\|<>[]*`"})
+
+Ended = Sequence[tuple[Path, Any]]
+"""Folders of runs and how they ended. Any: an ArmResult, or what the host has instead."""
+
+
+def hypothesis_of(config: object) -> str | None:
+    """``config.metadata["hypothesis"]``, where both may be objects or mappings."""
+    said = field(field(config, "metadata"), "hypothesis")
+    return str(said) if said else None
+
+
+def conclusion_page(result: object, run: str, run_result: object, arm: object) -> str:
+    """What came out of the experiment, and of this run."""
+    status = field(arm, "status") or field(run_result, "status")
+    error = field(arm, "error") or field(run_result, "error")
+    metrics = fields(field(run_result, "metrics")) | fields(field(arm, "metrics")) | fields(field(arm, "eval_metrics"))
+    facts = [
+        f"- experiment: {_cell(field(result, 'name'))} ({_cell(field(result, 'status'))})",
+        *_best(result),
+        f"- this run: {_cell(run)}" + (f" ({_cell(status)})" if status else ""),
+        *([f"- error: {_cell(error)}"] if error else []),
+    ]
+    table = _table(["metric", "value"], [[_cell(name), number(value)] for name, value in metrics.items()])
+    return _page("# Conclusion", _said(field(result, "conclusion")), "\n".join(facts), table if metrics else "")
+
+
+def experiment_page(result: object, root: Path, ended: Ended, hypothesis: str | None) -> str:
+    """The experiment: status, hypothesis, arms, runs with links to their folders, conclusion."""
+    runs = items(field(result, "arms")) or [arm for _, arm in ended]
+    facts = [f"- status: {_cell(field(result, 'status'))}", *_best(result)]
+    return _page(
+        f"# {_cell(field(result, 'name') or root.name)}",
+        "\n".join(facts),
+        "## Hypothesis",
+        _said(field(result, "hypothesis") or hypothesis),
+        "## Arms",
+        _arms(runs, field(result, "best_arm")) if runs else "None has ended.",
+        "## Runs",
+        _runs(runs, root, ended) if runs else "None has ended.",
+        "## Conclusion",
+        _said(field(result, "conclusion")),
+    )
+
+
+def number(value: object) -> str:
+    """A number in five significant digits, nothing for None, anything else as one line of bounded text."""
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "" if value is None else _cell(value)
+
+
+def _arms(runs: Iterable[object], best: object) -> str:
+    """One row per arm: its metrics as the mean over its runs."""
+    arms: dict[str, list[object]] = {}
+    for run in runs:
+        arms.setdefault(str(field(run, "name")), []).append(run)
+    metrics = _main_metrics([run for each in arms.values() for run in each])[:_MAX_COLUMNS]
+    rows: list[list[str]] = []
+    for name, replicates in arms.items():
+        states = Counter(str(field(run, "status") or "unknown") for run in replicates)
+        rows.append(
+            [
+                f"**{_cell(name)}** (best)" if name == best else _cell(name),
+                ", ".join(f"{count} {_cell(status)}" for status, count in states.items()),
+                ", ".join(filter(None, map(_seed, replicates))),
+                *(_mean([_metrics(run).get(metric) for run in replicates]) for metric in metrics),
+            ]
+        )
+    return _table(["arm", "runs", "seeds", *map(_cell, metrics)], rows)
+
+
+def _runs(runs: Sequence[object], root: Path, ended: Ended) -> str:
+    metrics = _main_metrics(runs)[: 2 * _MAX_COLUMNS]
+    rows: list[list[str]] = []
+    for run in runs:
+        folder = _folder(run, root, ended)
+        name = _cell(folder.name if folder else field(run, "name"))
+        link = f"[{name}]({quote(folder.relative_to(root).as_posix())}/)" if folder else name
+        values = _metrics(run)
+        rows.append(
+            [
+                link,
+                _cell(field(run, "name")),
+                _cell(field(run, "status") or "unknown"),
+                *(number(values.get(metric)) for metric in metrics),
+                _cell(field(run, "error") or ""),
+            ]
+        )
+    return _table(["run", "arm", "status", *map(_cell, metrics), "error"], rows)
+
+
+def _folder(run: object, root: Path, ended: Ended) -> Path | None:
+    """The folder of a run inside the experiment's: the one its events came from, or the one its result names."""
+    said = field(field(field(run, "run_result"), "artifacts"), "run_dir")
+    candidates = [
+        *(folder for folder, arm in ended if arm is run),
+        *([Path(str(said))] if said else []),
+        *(folder for folder, arm in ended if arm == run),  # as after a journey through a record
+        root / str(field(run, "name")),
+    ]
+    return next((each for each in candidates if each.is_relative_to(root) and each != root and each.is_dir()), None)
+
+
+def _metrics(run: object) -> dict[str, Any]:
+    """What an arm is judged by: its eval metrics, or else its training metrics. Any: values of every type."""
+    return fields(field(run, "eval_metrics")) or fields(field(run, "metrics"))
+
+
+def _main_metrics(runs: Iterable[object]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for name in _metrics(run)))
+
+
+def _mean(values: Iterable[object]) -> str:
+    numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    if not numbers:
+        return ""
+    spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
+    return f"{statistics.fmean(numbers):.5g}{spread}"
+
+
+def _seed(run: object) -> str:
+    seed = field(field(run, "run_config"), "seed")
+    return "" if seed is None else _cell(seed)
+
+
+def _best(result: object) -> list[str]:
+    best = field(result, "best_arm")
+    score = field(result, "best_score")
+    return [f"- best arm: {_cell(best)}" + ("" if score is None else f" ({number(score)})")] if best else []
+
+
+def _said(text: object) -> str:
+    return str(text).strip() if text else "Not given."
+
+
+def _cell(value: object) -> str:
+    text = " ".join(str(value).split())
+    text = text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+    return text.translate(_MARKUP)
+
+
+def _table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _page(*parts: str) -> str:
+    return "\n\n".join(filter(None, parts)) + "\n"

@@ -1,0 +1,179 @@
+"""Files of lines that survive full disks, kills and resumes: what csv_metrics and local_logger write through.
+
+`LineFile` owns the bytes of one file, `Backlog` the writes that a disk refused. What a line means is their users'
+business.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from evsys_bus.diagnostics import FaultLog, log
+
+_BLOCK: Final = 1 << 16
+_MAX_WAITING_BYTES: Final = 16 << 20
+
+
+class LineFile:
+    """A file of whole lines with one writer.
+
+    Nothing is touched before the first call; the folder is made when it is needed. The file stays open between writes
+    (closing costs a round trip on network file systems); one that was removed meanwhile is made anew. A last line
+    without an end, torn by a kill, is cut off when the file is opened. Every method may raise OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def append(self, lines: bytes, *, head: bytes = b"") -> int:
+        """Append whole lines by one ``os.write``: all of them, or none and OSError.
+
+        ``head`` goes in front if the file is empty. Returns the size of the file before.
+        """
+        fd = self._open()
+        size = os.fstat(fd).st_size
+        rest = memoryview(lines if size else head + lines)
+        try:
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+        finally:
+            if rest:
+                os.ftruncate(fd, size)
+        return size
+
+    def replace_tail(self, start: int, lines: bytes) -> None:
+        """Put ``lines`` where the last lines, from byte ``start`` on, were, in one write.
+
+        Shorter lines are padded with spaces. On OSError the old lines are gone, and the file ends at ``start``.
+        """
+        size = os.fstat(self._open()).st_size
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(start)
+            rest = memoryview(lines[:-1].ljust(size - start - 1) + b"\n")
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            finally:
+                if rest:
+                    file.truncate(start)
+
+    def lines(self) -> Iterator[bytes]:
+        """Every whole line, its end included; none if there is no file."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+    def rewrite(self, lines: Iterable[bytes]) -> int:
+        """Replace the whole file in one move, and return its new size; until then, and on an error, it is as it was."""
+        self.close()
+        target = self.path.resolve()  # a link stays a link
+        beside = target.with_name(f".{target.name}.new")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with beside.open("wb") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())  # else a power cut could leave an empty file where a full one was
+                size = file.tell()
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+        return size
+
+    def keep(self, wanted: Callable[[bytes], bool]) -> None:
+        """Cut the lines that are not wanted; a file that loses none is left alone."""
+        if not all(map(wanted, self.lines())):
+            self.rewrite(filter(wanted, self.lines()))
+
+    def close(self) -> None:
+        """Close the file; the next write opens it again."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _open(self) -> int:
+        if self._fd is not None:
+            if os.fstat(self._fd).st_nlink:
+                return self._fd
+            self.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        _cut_torn_line(self._fd)
+        return self._fd
+
+
+def _cut_torn_line(fd: int) -> None:
+    size = start = os.fstat(fd).st_size
+    newline = -1
+    while start and newline < 0:
+        end, start = start, max(0, start - _BLOCK)
+        newline = os.pread(fd, end - start, start).rfind(b"\n")
+    whole = start + newline + 1
+    if whole < size:
+        os.ftruncate(fd, whole)
+
+
+class Backlog:
+    """Writes to one file, in order; what the disk refuses waits in memory and is tried again with the next write.
+
+    Bounded: beyond ``max_bytes`` the newest write is given up. The first refusal is logged at once, repeated ones at
+    most once a second with their count, and so is every write given up.
+    """
+
+    def __init__(self, file: str, *, max_bytes: int = _MAX_WAITING_BYTES) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self._faults = FaultLog()
+        self._waiting: deque[tuple[Callable[[], object], int]] = deque()
+        self._bytes = 0
+        self.lost = 0
+        """Writes given up, because too much was waiting."""
+
+    @property
+    def waiting(self) -> int:
+        """Writes that the disk has refused so far."""
+        return len(self._waiting)
+
+    def write(self, action: Callable[[], object], size: int) -> None:
+        """Run ``action`` after those that wait; one that raises OSError, having done nothing, is kept and run again.
+
+        ``size`` is about how many bytes it holds on to. What else it raises is a bug, and reaches the caller.
+        """
+        troubled = bool(self._waiting)
+        self._waiting.append((action, size))
+        self._bytes += size
+        self._run(troubled=troubled)
+        if self._waiting and self._bytes > self._max_bytes:
+            self._bytes -= self._waiting.pop()[1]
+            self.lost += 1
+            self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._waiting))
+
+    def flush(self) -> None:
+        """Try once more to write what waits, and log how much is left."""
+        if self._waiting:
+            self._run(troubled=True)
+        self._faults.flush()
+        if self._waiting:
+            log().warning("rows.unwritten", file=self._file, waiting=len(self._waiting), lost=self.lost)
+
+    def _run(self, *, troubled: bool) -> None:
+        while self._waiting:
+            action, size = self._waiting.popleft()
+            self._bytes -= size
+            try:
+                action()
+            except OSError as error:
+                self._waiting.appendleft((action, size))
+                self._bytes += size
+                self._faults.warn(
+                    "rows.waiting", "refused", file=self._file, why=str(error), waiting=len(self._waiting)
+                )
+                return
+        if troubled:
+            log().info("rows.written_again", file=self._file, lost=self.lost)

@@ -1,0 +1,157 @@
+"""`DebugLoggerCallback`: every hook and its arguments in the log, bounded, for finding out what fires when."""
+
+import logging
+import reprlib
+from typing import Annotated, ClassVar, Final
+
+import msgspec
+
+from evsys_adapters._params import checked
+from evsys_adapters._runs import run_id
+from evsys_bus.callback import Callback
+from evsys_bus.context import (
+    ArmResult,
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    Prediction,
+    RunResult,
+    TrainingBatch,
+)
+from evsys_bus.diagnostics import LOGGER_NAME, log
+
+_MAX_ITEMS: Final = 30
+"""Entries of a mapping or a sequence; the text is cut to ``max_len`` anyway, but need not be made in full first."""
+
+
+class DebugLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `DebugLoggerCallback` can be told."""
+
+    max_len: Annotated[int, msgspec.Meta(ge=10)] = 400
+    """Characters of one argument."""
+    max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 3
+    """Prediction rows of a benchmark that are shown."""
+
+
+class DebugLoggerCallback(Callback):
+    """Logs every hook and its arguments at DEBUG, under the logger ``evsys_bus``.
+
+    Arguments may hold whatever people put into metrics and predictions, so they are shown at DEBUG only, cut to
+    ``max_len`` characters; configs, which hold credentials, are not shown. Where the logger is above DEBUG nothing is
+    formatted, and one WARNING tells how to see the lines.
+    """
+
+    name: ClassVar[str] = "debug_logger"
+    Config: ClassVar[type | None] = DebugLoggerConfig
+
+    def __init__(self, max_len: int = 400, max_pred_rows: int = 3) -> None:
+        config = checked(DebugLoggerConfig, {"max_len": max_len, "max_pred_rows": max_pred_rows})
+        self._max_pred_rows = config.max_pred_rows
+        self._max_len = config.max_len
+        self._brief = _Brief(config.max_len)
+        self._told = False
+
+    def on_experiment_start(self, ctx: LogContext) -> None:
+        """Log it."""
+        self._log("on_experiment_start", ctx=ctx)
+
+    def on_group_start(self, ctx: LogContext, group_name: str) -> None:
+        """Log it."""
+        self._log("on_group_start", ctx=ctx, group_name=group_name)
+
+    def on_run_start(self, ctx: LogContext) -> None:
+        """Log it."""
+        self._log("on_run_start", ctx=ctx)
+
+    def on_train_start(self, state: LoopState) -> None:
+        """Log it."""
+        self._log("on_train_start", state=state)
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Log it."""
+        self._log("on_step_end", state=state, step_idx=step_idx, batch=batch, metrics=metrics)
+
+    def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
+        """Log it."""
+        self._log("on_checkpoint", state=state, row=row)
+
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+        """Log it."""
+        self._log("on_eval", state=state, step_idx=step_idx, eval_name=eval_name, metrics=metrics)
+
+    def on_benchmark_eval(
+        self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
+    ) -> None:
+        """Log it, and the first few predictions on lines of their own."""
+        rows = list(predictions or ())
+        self._log("on_benchmark_eval", ctx=ctx, eval_result=eval_result, predictions=len(rows), step=step)
+        for index, row in enumerate(rows[: self._max_pred_rows]):
+            self._log("on_benchmark_eval", prediction=index, row=row)
+
+    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
+        """Log it."""
+        self._log("on_train_end", state=state, artifacts=artifacts)
+
+    def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
+        """Log it."""
+        self._log("on_run_end", ctx=ctx, run_result=run_result, arm=arm)
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
+        """Log it."""
+        self._log("on_experiment_end", ctx=ctx, result=result)
+
+    def _log(self, hook: str, **arguments: object) -> None:
+        if logging.getLogger(LOGGER_NAME).isEnabledFor(logging.DEBUG):
+            log().debug("hook.called", hook=hook, **{name: self._shown(value) for name, value in arguments.items()})
+        elif not self._told:
+            self._told = True
+            fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
+            log().warning("debug_logger.not_shown", why="its lines are at DEBUG, the log is above", fix=fix)
+
+    def _shown(self, value: object) -> str:
+        """One line of at most ``max_len`` characters, whatever the value does when it is looked at."""
+        try:
+            text = self._brief.repr(value)
+        except Exception as error:  # the repr of a stranger
+            text = f"<{type(value).__name__}: {type(error).__name__} when it was looked at>"
+        text = text if len(text) <= self._max_len else f"{text[: self._max_len - 1]}…"
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+class _Brief(reprlib.Repr):
+    """Bounded reprs, in which handles and results show what tells them apart, and no config.
+
+    A method ``repr_X`` of a ``reprlib.Repr`` is asked for values whose type is called X, also inside containers.
+    """
+
+    def __init__(self, max_len: int) -> None:
+        super().__init__()
+        self.maxlevel = 5
+        self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = _MAX_ITEMS
+        self.maxstring = self.maxother = self.maxlong = max_len
+
+    def repr_LoopState(self, state: LoopState, level: int) -> str:  # noqa: N802  # reprlib's naming
+        run = run_id(state)
+        return self._fields(state, level, "step", "num_steps", "stop_requested", "stop_reason", "error", run=run)
+
+    repr_DetachedLoopState = repr_LoopState  # noqa: N815  # reprlib's naming
+
+    def repr_LogContext(self, ctx: LogContext, level: int) -> str:  # noqa: N802  # reprlib's naming
+        return self._fields(ctx, level, "output_dir", "run_key", "group_name", "ids")
+
+    def repr_TrainingBatch(self, batch: TrainingBatch, level: int) -> str:  # noqa: N802  # reprlib's naming
+        return self._fields(batch, level, "loss_fn", "metrics", "data")
+
+    def repr_ArmResult(self, arm: ArmResult, level: int) -> str:  # noqa: N802  # reprlib's naming
+        return self._fields(arm, level, "name", "status", "group_name", "run_id", "metrics", "eval_metrics", "error")
+
+    def repr_ExperimentResult(self, result: ExperimentResult, level: int) -> str:  # noqa: N802  # reprlib's naming
+        return self._fields(result, level, "name", "status", "best_arm", "best_score", "conclusion", "arms")
+
+    def _fields(self, value: object, level: int, *names: str, **first: object) -> str:
+        shown = first | {name: getattr(value, name, None) for name in names}
+        pairs = ", ".join(f"{name}={self.repr1(each, level - 1)}" for name, each in shown.items())
+        return f"{type(value).__name__}({pairs})"

@@ -1,0 +1,206 @@
+"""`EarlyStoppingCallback`: stop a run when a metric of its evals no longer improves.
+
+It owns the judgement; the loop decides what stopping means (`LoopState.request_stop`).
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Annotated, ClassVar, Literal, SupportsFloat
+
+import msgspec
+
+from evsys_adapters._params import checked
+from evsys_adapters._runs import run_id
+from evsys_bus.callback import Callback
+from evsys_bus.context import LogContext, LoopArtifacts, LoopState
+from evsys_bus.diagnostics import log
+
+
+class EarlyStoppingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `EarlyStoppingCallback` can be told."""
+
+    metric: Annotated[str, msgspec.Meta(min_length=1)]
+    """The metric to watch, by its name in the eval's metrics."""
+    eval_name: str | None = None
+    """The eval to watch. Default: every eval that has the metric, each judged by itself; the first to stall stops."""
+    patience: Annotated[int, msgspec.Meta(ge=1)] = 3
+    """Stop after so many evals without improvement."""
+    mode: Literal["max", "min"] = "max"
+    """Whether larger or smaller is better."""
+    min_delta: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    """A change counts as improvement only if it is larger than this."""
+
+
+class EvalHistory:
+    """The watched metric of one eval in one run, in the order of the steps, however late some of them came."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, float]] = []
+        """``(step, value)``, one for each step; NaN included."""
+        self.best: float | None = None
+        """The best value so far; None while there was no finite one."""
+        self.best_step: int | None = None
+        """The 0-based step of the best value."""
+        self.evals_since_best: int = 0
+        """Evals at later steps than the best; all of them while there is no best."""
+
+
+class EarlyStoppingCallback(Callback):
+    """Asks the run to stop after ``patience`` evals without improvement of a metric.
+
+    NaN and infinities are never the best value and count as no improvement. An eval of an older step that comes late
+    takes its place among the steps, so the order of arrival does not matter; one of the same step replaces the earlier.
+    A resumed run is judged by the evals since it was resumed.
+
+    Subclass it for a policy of your own: `improved` says what is better, `should_stop` when it is enough.
+
+    Example:
+        >>> class StopAtTarget(EarlyStoppingCallback):
+        ...     def should_stop(self, history):
+        ...         return history.best is not None and history.best >= 0.9
+        >>> stopping, state = StopAtTarget("accuracy"), LoopState(step=7, num_steps=100, output_dir="run")
+        >>> stopping.on_eval(state, 7, "validation", {"accuracy": 0.95})
+        >>> state.stop_requested, stopping.history(state).best
+        (True, 0.95)
+    """
+
+    name: ClassVar[str] = "early_stopping"
+    Config: ClassVar[type | None] = EarlyStoppingConfig
+
+    def __init__(
+        self,
+        metric: str,
+        eval_name: str | None = None,
+        patience: int = 3,
+        mode: Literal["max", "min"] = "max",
+        min_delta: float = 0.0,
+    ) -> None:
+        params = {"metric": metric, "eval_name": eval_name, "patience": patience, "mode": mode, "min_delta": min_delta}
+        self.config = checked(EarlyStoppingConfig, params)
+        self._runs: dict[str, _Run] = {}
+
+    def improved(self, value: float, best: float) -> bool:
+        """Whether a finite value is better than the best one so far."""
+        gain = value - best if self.config.mode == "max" else best - value
+        return gain > self.config.min_delta
+
+    def should_stop(self, history: EvalHistory) -> bool:
+        """Whether it is enough; asked after every eval that has the metric."""
+        return history.evals_since_best >= self.config.patience
+
+    def history(self, run: LoopState | LogContext, eval_name: str | None = None) -> EvalHistory:
+        """What was seen of a run: in the given eval, else the configured one, else the first that had the metric."""
+        histories = self._run(run).histories
+        name = eval_name or self.config.eval_name or next(iter(histories), None)
+        return histories.get(name, EvalHistory()) if name else EvalHistory()
+
+    def on_train_start(self, state: LoopState) -> None:
+        """Forget what will be run again."""
+        run = self._run(state)
+        for history in run.histories.values():
+            history.points = [point for point in history.points if point[0] < state.step]
+            self._judge(history)
+
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+        """Judge the eval, and ask the run to stop if it is enough."""
+        if self.config.eval_name not in {None, eval_name}:
+            self._run(state).others.add(eval_name)
+            return
+        run = self._run(state)
+        value = _number(metrics.get(self.config.metric))
+        if value is None:
+            self._miss(run, state, eval_name, metrics)
+            return
+        history = run.histories.setdefault(eval_name, EvalHistory())
+        self._add(history, step_idx, value)
+        if self.should_stop(history):
+            state.request_stop(self._reason(history))
+
+    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
+        """Say so if there were evals and none could be judged."""
+        del artifacts
+        run = self._run(state)
+        if run.others and not run.histories:
+            log().warning(
+                "early_stopping.never_judged",
+                run=run_id(state),
+                metric=self.config.metric,
+                eval_name=self.config.eval_name,
+                evals=", ".join(sorted(run.others)),
+            )
+
+    def _add(self, history: EvalHistory, step: int, value: float) -> None:
+        points = history.points
+        at = bisect_left(points, step, key=itemgetter(0))
+        if at == len(points):
+            points.append((step, value))
+            self._see(history, step, value)
+            return
+        if points[at][0] == step:
+            points[at] = (step, value)
+        else:
+            points.insert(at, (step, value))
+        self._judge(history)
+
+    def _judge(self, history: EvalHistory) -> None:
+        """Go over all evals again, in the order of the steps."""
+        history.best = history.best_step = None
+        history.evals_since_best = 0
+        for step, value in history.points:
+            self._see(history, step, value)
+
+    def _see(self, history: EvalHistory, step: int, value: float) -> None:
+        if math.isfinite(value) and (history.best is None or self.improved(value, history.best)):
+            history.best, history.best_step, history.evals_since_best = value, step, 0
+        else:
+            history.evals_since_best += 1
+
+    def _reason(self, history: EvalHistory) -> str:
+        what = self.config.metric
+        if history.best is None:
+            return f"no finite value of {what} in {len(history.points)} evals"
+        best = f"best {history.best:.6g} at step {history.best_step}"
+        if history.evals_since_best == 0:
+            return f"{what} is good enough: {best}"
+        return f"no improvement of {what} for {history.evals_since_best} evals; {best}"
+
+    def _miss(self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]) -> None:
+        """Warn once; where every eval is watched, only after they all had their turn and none had the metric."""
+        expected = self.config.eval_name is not None or (eval_name in run.others and not run.histories)
+        run.others.add(eval_name)
+        if expected and not run.warned:
+            run.warned = True
+            log().warning(
+                "early_stopping.metric_missing",
+                run=run_id(state),
+                eval_name=eval_name,
+                metric=self.config.metric,
+                there=", ".join(map(str, metrics)) or "no metrics",
+            )
+
+    def _run(self, handle: LoopState | LogContext) -> "_Run":
+        return self._runs.setdefault(run_id(handle), _Run())
+
+
+class _Run:
+    """What is known of one run."""
+
+    __slots__ = ("histories", "others", "warned")
+
+    def __init__(self) -> None:
+        self.histories: dict[str, EvalHistory] = {}
+        self.others: set[str] = set()
+        """Evals that could not be judged."""
+        self.warned = False
+
+
+def _number(value: object) -> float | None:
+    """A number of any kind, those of numpy and torch included; None for what is none."""
+    if isinstance(value, str) or not isinstance(value, SupportsFloat):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several values
+        return None
