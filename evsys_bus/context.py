@@ -13,7 +13,7 @@ Status words, everywhere: pending, running, completed, failed, cancelled.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -34,6 +34,12 @@ class _Handle:
 
     __slots__ = ()
 
+    def __repr__(self) -> str:
+        """Scalars only: configs may hold credentials, and live parts may be anything."""
+        parts = ((each.name, getattr(self, each.name, None)) for each in fields(self))  # pyright: ignore[reportArgumentType] # subclasses are dataclasses
+        shown = (f"{name}={value!r}" for name, value in parts if isinstance(value, str | int | PurePath))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     if not TYPE_CHECKING:
 
         def __getattr__(self, attribute: str) -> NoReturn:
@@ -47,7 +53,7 @@ class _Handle:
             )
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class LogContext(_Handle):
     """What a logger needs to know of the experiment and the run it logs; one per run, and one for the experiment."""
 
@@ -90,7 +96,7 @@ class LogContext(_Handle):
         )
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class LoopState(_Handle):
     """The loop in progress; every loop hook but the experiment's is handed the same object."""
 
@@ -138,7 +144,7 @@ class DetachedLoopState(LoopState):
         )
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class TrainingBatch(_Handle):
     """What one step trained on."""
 

@@ -29,7 +29,9 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     try:
         own = flat(row)
         line = _encode(own)
-    except Exception:  # whatever it is, the thorough way tells
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
         return _thorough_line(row)
     if not fits(len(line), own):
         return _thorough_line(row)

@@ -173,7 +173,7 @@ class _Copying:
         return out
 
     def sequence(self, source: object, items: Sequence[object]) -> Plain:
-        """A copy of ``items``, which nobody else may hold; ``source`` is what they were taken from."""
+        """A copy of ``items``, which may change meanwhile; ``source`` is what they were taken from."""
         if self._barred(source):
             return self._left_out(source)
         self._above.add(id(source))
@@ -220,7 +220,7 @@ class _Copying:
             single = value.item()
             if type(single) in _EXACT:
                 return self.plain(single)
-            if hasattr(type(single), "__float__"):  # np.longdouble's item is another one
+            if hasattr(single, "__float__"):  # np.longdouble's item is another one
                 return float.__float__(float(single))
             return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
         picture = f"{kind.__name__}(shape={tuple(shape)}, dtype={getattr(value, 'dtype', '?')})"[:MAX_SHOWN_CHARS]
@@ -282,7 +282,7 @@ _EXACT: Final[dict[type, Callable[[_Copying, Any], Plain]]] = {
     str: _Copying.text,
     bytes: _Copying.octets,
     dict: lambda copying, value: copying.mapping(value, snapshot(value.copy)),
-    list: lambda copying, value: copying.sequence(value, value[:]),
+    list: lambda copying, value: copying.sequence(value, value),
     tuple: lambda copying, value: copying.sequence(value, value),
     set: lambda copying, value: copying.sequence(value, snapshot(lambda: list(value))),
     frozenset: lambda copying, value: copying.sequence(value, list(value)),

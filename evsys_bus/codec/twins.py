@@ -15,12 +15,14 @@ from evsys_bus.codec.flat import SCALARS, NotFlat, flat
 from evsys_bus.codec.references import BatchRef, StateRef, batch_ref, state_ref
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_flat, is_scalar
 from evsys_bus.context import LoopState, TrainingBatch
-from evsys_bus.events import Event
+from evsys_bus.events import Event, UnknownEvent
 
 
 @functools.cache
-def twin_maker(event_type: type[Event]) -> Callable[[Event], msgspec.Struct]:
+def twin_maker(event_type: type[Event] | type[UnknownEvent]) -> Callable[[Event | UnknownEvent], msgspec.Struct]:
     """The function that makes the twin of an event of this type; it raises `NotFlat`, or anything, where it cannot."""
+    if not issubclass(event_type, Event):
+        return _no_twin
     fields: list[tuple[str, Any]] = []  # Any: annotations
     parts: list[str] = []
     for name, annotation in annotations_of(event_type).items():
@@ -67,5 +69,5 @@ def _form(annotation: Any) -> tuple[Any, Callable[..., object]] | None:
     return (dict[str, Any], flat) if is_flat(annotation) else None
 
 
-def _no_twin(_: Event) -> msgspec.Struct:
+def _no_twin(_: object) -> msgspec.Struct:
     raise NotFlat
