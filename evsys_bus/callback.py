@@ -4,7 +4,6 @@ This module owns the contract and its checks, and `dispatch`, which calls one ho
 hooks by itself, faster, with the same isolation (`isolate`).
 """
 
-import difflib
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, ClassVar, Final, Protocol
@@ -281,5 +280,7 @@ def _near_miss(name: str, hooks: Iterable[str]) -> str | None:
         return plain[squeezed]
     if not name.startswith("on_"):
         return None
+    import difflib  # only for a method that is no hook
+
     near = difflib.get_close_matches(name, list(plain.values()), n=1, cutoff=0.85)
     return near[0] if near else None

@@ -8,6 +8,7 @@
     │   ├── BadSpecError         EB104       not a {kind, params} at all
     │   ├── DuplicateKindError   EB105       the kind is registered already
     │   ├── BrokenAdapterError   EB106       the adapter is known but cannot be loaded or constructed
+    │   ├── DocumentError        EB107       an experiment that cannot be read, or that does not fit together
     │   └── ConfigErrors                     several of the above, found in one pass
     ├── HookError (TypeError)                a hook that could never be called, found when the callback is added
     │   ├── AsyncHookError       EB201       ``async def`` where hooks are sync
@@ -28,7 +29,6 @@ Every error carries a ``code``, the ``where`` it was found (if that is a place i
 This module owns their one shape in text; who prints them, and in which colours, is the command line's business.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
@@ -41,7 +41,7 @@ class Where(msgspec.Struct, frozen=True):
     path: str
     """JSON path, ``$`` being the whole: ``$.callbacks[1].kind``."""
     file: str | None = None
-    """The file it was read from, if it was read from one."""
+    """The file it was read from, if it was read from one; or the option of the command line."""
     line: int | None = None
     """1-based line in that file."""
     column: int | None = None
@@ -54,8 +54,10 @@ class Where(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         if self.file is None:
             return f" --> {self.path}"
+        if self.line is None or self.column is None:
+            return f" --> {self.file}   {self.path}"
         head = f" --> {self.file}:{self.line}:{self.column}   {self.path}"
-        if self.text is None or self.line is None or self.column is None:
+        if self.text is None:
             return head
         gutter = " " * len(str(self.line))
         caret = " " * (self.column - 1) + "^" * self.width
@@ -125,6 +127,12 @@ class BrokenAdapterError(ConfigError):
     """The adapter is known but cannot be loaded or constructed; the cause is chained."""
 
     code = "EB106"
+
+
+class DocumentError(ConfigError):
+    """An experiment that cannot be read, names a recipe that is not there, or does not fit together."""
+
+    code = "EB107"
 
 
 class ConfigErrors(ConfigError):  # noqa: N818 # several errors, and the name says so
@@ -223,6 +231,8 @@ class TrainingError(EvsysBusError, RuntimeError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``did you mean "x"?``, or the known words when none is near, or an empty string when there are none."""
+    import difflib  # only when something went wrong
+
     words = sorted(known)
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if near:
