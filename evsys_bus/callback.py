@@ -82,7 +82,8 @@ class Callback:
 
     def attach(self, bus: Spawner) -> None:
         """Called by a bus that takes this callback on."""
-        self._attached += (bus,)
+        if bus not in self._attached:
+            self._attached += (bus,)
 
     def detach(self, bus: Spawner) -> None:
         """Called by a bus that lets this callback go."""

@@ -135,6 +135,45 @@ def test_the_handler_of_a_host_that_has_one_runs_and_is_given_back(program, tmp_
     assert (out, process.returncode) == ("1\n", 0), err
 
 
+@pytest.mark.parametrize("entered", ["async with", "with"])
+def test_a_forked_child_ends_by_sigterm_and_the_parents_tasks_complete(program, tmp_path, entered):
+    process = program(
+        """
+        import asyncio, os, signal, sys, time, warnings
+        from evsys_bus import EventBus
+        warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside a thread
+
+        def fork():
+            reading, writing = os.pipe()
+            child = os.fork()
+            if child == 0:
+                os.write(writing, b"up")
+                time.sleep(10)
+                os._exit(0)
+            os.read(reading, 2)
+            os.kill(child, signal.SIGTERM)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+        async def main():
+            async with EventBus([]) as bus:
+                bus.spawn(asyncio.sleep, 0.05)
+                print(fork() == -signal.SIGTERM)
+            print(bus.receipt.total.completed)
+
+        if sys.argv[1] == "async with":
+            asyncio.run(main())
+        else:
+            with EventBus([]) as bus:
+                bus.spawn(asyncio.sleep, 0.05)
+                print(fork() == -signal.SIGTERM)
+            print(bus.receipt.total.completed)
+        """,
+        entered,
+    )
+    out, err = process.communicate(timeout=18)
+    assert out == "True\n1\n", err
+
+
 def test_handle_signals_false_leaves_them_alone(program, tmp_path):
     process = program(
         """

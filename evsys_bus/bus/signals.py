@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -21,6 +22,7 @@ class TermSignal:
         self._stop = stop
         self._earlier: Any = None  # Any: a handler, or one of the signal module's two constants
         self._installed = False
+        self._pid = os.getpid()
         self.received = False
 
     def install(self) -> None:
@@ -32,12 +34,14 @@ class TermSignal:
             return  # set outside Python, or meant to be ignored
         signal.signal(signal.SIGTERM, self._handle)
         self._installed = True
+        _installed.add(self)
 
     def remove(self) -> None:
         """Give the host its handler back, unless it has set another one since."""
         if self._installed and signal.getsignal(signal.SIGTERM) == self._handle:
             signal.signal(signal.SIGTERM, self._earlier)
         self._installed = False
+        _installed.discard(self)
 
     def raise_again(self) -> None:
         """After `remove`: end as the signal would have ended the process, had we not been there."""
@@ -51,7 +55,23 @@ class TermSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.received = not self.received, True
-        if self._earlier is not signal.SIG_DFL:
+        if os.getpid() != self._pid:  # it came in a forked child before the child could remove us
+            self.remove()
+            self.raise_again()
+        elif self._earlier is not signal.SIG_DFL:
             self._earlier(number, frame)
         elif first:
             self._stop()
+
+
+_installed: "weakref.WeakSet[TermSignal]" = weakref.WeakSet()
+
+
+def _remove_in_child() -> None:
+    """A forked child has no bus to drain: the signal has to end it as it would have ended it without us."""
+    for each in list(_installed):
+        each.remove()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_remove_in_child)
