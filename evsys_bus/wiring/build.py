@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from evsys_bus.callback import Callback
-from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import BadSpecError, ConfigError, Where
 from evsys_bus.wiring.params import check_params
 from evsys_bus.wiring.registry import REGISTRY, Registry
-from evsys_bus.wiring.report import param_errors
-from evsys_bus.wiring.spec import CallbackSpec, join, read_spec, together
+from evsys_bus.wiring.report import callback_subject, param_errors
+from evsys_bus.wiring.spec import CallbackSpec, each_of, join, read_spec, together
 
 _Plan = Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]
 """A ready callback, or what to construct and with which arguments. Any: the arguments are the callback's own."""
@@ -38,8 +39,19 @@ def build_callbacks(
         BrokenAdapterError: The callback cannot be imported, or its constructor raised (chained).
         ConfigErrors: Several of these.
     """
+    plans, held = _plan_all(specs, at, registry)
+    return _construct_all(plans, at, set(held), registry)
+
+
+def check_callbacks(specs: Iterable[object] | None, *, at: str = "$.callbacks", registry: Registry = REGISTRY) -> None:
+    """Raise what `build_callbacks` would raise before it constructs anything."""
+    _plan_all(specs, at, registry)
+
+
+def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tuple[list[_Plan], dict[str, str]]:
+    """The plans, and the names that were given."""
     if specs is None:
-        return []
+        return [], {}
     if isinstance(specs, str | bytes | Mapping) or hasattr(specs, "kind") or not hasattr(specs, "__iter__"):
         what = f"callbacks must be a list of specs, not a {type(cast('object', specs)).__name__}"
         raise BadSpecError(what, where=Where(at), fix="wrap it in a list")
@@ -55,11 +67,10 @@ def build_callbacks(
             else:
                 plans.append(_plan(item, path, held, registry))
         except ConfigError as error:
-            errors.extend(_each(error))
+            errors.extend(each_of(error))
     if errors:
         raise together(errors)
-
-    return _construct_all(plans, at, set(held), registry)
+    return plans, held
 
 
 def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Registry) -> list[Callback]:
@@ -71,6 +82,9 @@ def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Regis
             continue
         spec, cls, arguments = plan
         label = spec.name or _number(spec.kind, taken)
+        if spec.placement == "follow":
+            why = "this version runs every callback inline, inside publish"
+            log().warning("callback.placed_inline", callback=label, place=join(at, index, "placement"), why=why)
         try:
             built.append(_construct(spec.kind, cls, arguments, label, join(at, index), registry))
         except ConfigError as error:
@@ -107,7 +121,10 @@ def _check(
     place = join(path, "params")
     try:
         arguments, findings = check_params(cls, spec.params)
-        return arguments, param_errors(spec.kind, cls, spec.params, findings, place) if findings else []
+        if not findings:
+            return arguments, []
+        subject = callback_subject(spec.kind, cls)
+        return arguments, param_errors(subject, spec.params, findings, lambda path: join(place, *path))
     except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
         raise registry.broken(spec.kind, error, Where(place)) from error
 
@@ -146,7 +163,3 @@ def _number(kind: str, taken: set[str]) -> str:
     label = next(each for each in candidates if each not in taken)
     taken.add(label)
     return label
-
-
-def _each(error: ConfigError) -> tuple[ConfigError, ...]:
-    return error.errors if isinstance(error, ConfigErrors) else (error,)

@@ -5,6 +5,7 @@ depth. What the findings are called in an error is not known here.
 """
 
 import re
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
@@ -37,22 +38,32 @@ class Finding(msgspec.Struct, frozen=True):
 def check_params(cls: type[Callback], params: Params) -> tuple[dict[str, Any], list[Finding]]:
     """The keyword arguments for ``cls``, as its Config converted them, and only those that were given; or findings."""
     config = cls.Config
-    fields = signature_fields(cls) if config is None else fields_of(config)
+    if config is not None:
+        built, findings = check_config(config, params)
+        if findings:
+            return {}, findings
+        fields = fields_of(config)
+        attributes = [attribute for key in params if (attribute := fields[key].attribute) is not None]
+        return {attribute: getattr(built, attribute) for attribute in attributes}, []
+    fields = signature_fields(cls)
     if fields is None:
         return dict(params), []
-    findings = [Finding("unknown", (key,)) for key in params if key not in fields]
     known = {key: value for key, value in params.items() if key in fields}
-    if config is None:
-        findings += _missing(fields, known)
-        return known, findings
+    return known, [*_unknown(fields, params), *_missing(fields, known)]
+
+
+def check_config(config: type[Any], params: Params) -> tuple[Any, list[Finding]]:
+    """The built Config, or findings and whatever could be built."""
+    fields = fields_of(config)
+    findings = _unknown(fields, params)
+    known = {key: value for key, value in params.items() if key in fields}
     built, wrong = _by_pydantic(config, known) if is_pydantic(config) else _by_msgspec(config, fields, known)
-    findings += wrong
-    if not wrong:
-        findings += _stray(known, built, ())
-    if findings:
-        return {}, findings
-    attributes = [attribute for key in known if (attribute := fields[key].attribute) is not None]
-    return {attribute: getattr(built, attribute) for attribute in attributes}, []
+    findings += wrong or _stray(known, built, ())
+    return built, findings
+
+
+def _unknown(fields: dict[str, Field], params: Params) -> list[Finding]:
+    return [Finding("unknown", (key,)) for key in params if key not in fields]
 
 
 def _missing(fields: dict[str, Field], params: Params) -> list[Finding]:
@@ -63,16 +74,44 @@ def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> 
     """Each key by itself first, because msgspec stops at the first error; then the whole, for ``__post_init__``."""
     findings = _missing(fields, params)
     for key, value in params.items():
-        try:
-            msgspec.convert(value, fields[key].type, dec_hook=_convert_other)
-        except msgspec.ValidationError as error:
-            findings.append(_finding(str(error), (key,)))
+        findings += _wrong(fields[key].type, value, (key,))
     if findings:
         return None, findings
     try:
         return msgspec.convert(params, config, dec_hook=_convert_other), []
     except msgspec.ValidationError as error:
         return None, [_finding(str(error), ())]
+
+
+def _wrong(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Finding]:
+    """What is wrong with a value: all of it, where its type is a plain Config or a list or mapping of something."""
+    try:
+        msgspec.convert(value, wanted, dec_hook=_convert_other)
+    except msgspec.ValidationError as error:
+        return _within(wanted, value, at) or [_finding(str(error), at)]
+    return []
+
+
+def _within(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Finding]:
+    options = [each for each in typing.get_args(wanted) if each is not type(None)]
+    if typing.get_origin(wanted) in {typing.Union, types.UnionType} and len(options) == 1:
+        wanted = options[0]
+    inner = typing.get_args(wanted)
+    if isinstance(value, list) and typing.get_origin(wanted) is list:
+        items = enumerate(cast("list[object]", value))
+        return [each for index, item in items for each in _wrong(inner[0], item, (*at, index))]
+    if not isinstance(value, Mapping):
+        return []
+    value = cast("Mapping[Any, Any]", value)
+    if typing.get_origin(wanted) is dict:
+        return [each for key, item in value.items() for each in _wrong(inner[1], item, (*at, str(key)))]
+    if not (isinstance(wanted, type) and is_config(wanted)) or is_pydantic(wanted):
+        return []
+    fields = fields_of(wanted)
+    findings = [*_unknown(fields, value), *_missing(fields, value)]
+    known = [(key, item) for key, item in value.items() if key in fields]
+    findings = [Finding(each.trouble, (*at, *each.path)) for each in findings]
+    return findings + [each for key, item in known for each in _wrong(fields[key].type, item, (*at, str(key)))]
 
 
 def _convert_other(wanted: Any, value: object) -> object:

@@ -1,8 +1,10 @@
 """Findings about params as errors that people can act on: the place, what was expected, what was given, an example."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, cast
+
+import msgspec
 
 from evsys_bus.callback import Callback
 from evsys_bus.errors import ConfigError, UnknownParamError, Where, WrongParamError, did_you_mean
@@ -16,67 +18,96 @@ _SECRET_ENDINGS: Final = frozenset(
 _SHOWN: Final = 60
 """Characters of a given value that an error repeats."""
 
+_Place = Callable[[Sequence[PathPart]], str]
+
+
+class Subject(msgspec.Struct, frozen=True):
+    """What the params are those of, as errors speak of it."""
+
+    label: str
+    """``callback "print_progress"``."""
+    schema: Schema
+    help: str
+    """Where all params are told; ends every fix."""
+    noun: str = "param"
+
+
+def callback_subject(kind: str, cls: type[Callback]) -> Subject:
+    """A callback, by its kind."""
+    return Subject(f'callback "{kind}"', schema_of(cls), f"all params: evsys-bus adapters {kind}")
+
 
 def param_errors(
-    kind: str, cls: type[Callback], params: Mapping[str, Any], findings: Iterable[Finding], path: str
+    subject: Subject,
+    params: Mapping[str, Any],
+    findings: Iterable[Finding],
+    place: Callable[[Sequence[PathPart]], str],
 ) -> list[ConfigError]:
     """One error per finding, in order. Any: the params are whatever a user wrote.
 
     A required key is not reported as missing where an unknown one nearly is it: that is one slip, not two.
+
+    Args:
+        subject: Whose params they are.
+        params: What was given.
+        findings: What is wrong with it.
+        place: The JSON path of a place within the params.
     """
     findings = list(findings)
-    schema = schema_of(cls)
     slips = {
         (*each.path[:-1], near)
         for each in findings
         if each.trouble == "unknown"
-        for near in difflib.get_close_matches(str(each.path[-1]), keys_at(schema, each.path[:-1]), n=1)
+        for near in difflib.get_close_matches(str(each.path[-1]), keys_at(subject.schema, each.path[:-1]), n=1)
     }
     reports = {"unknown": _unknown, "missing": _missing, "wrong": _wrong}
     return [
-        reports[each.trouble](kind, each, schema, params, path)
+        reports[each.trouble](subject, each, params, place)
         for each in findings
         if not (each.trouble == "missing" and each.path in slips)
     ]
 
 
-def _unknown(kind: str, finding: Finding, schema: Schema, _params: Mapping[str, Any], path: str) -> ConfigError:
+def _unknown(subject: Subject, finding: Finding, _params: Mapping[str, Any], place: _Place) -> ConfigError:
     *outer, key = finding.path
-    known = keys_at(schema, outer)
+    known = keys_at(subject.schema, outer)
     near = difflib.get_close_matches(str(key), known, n=1)
-    hint = did_you_mean(str(key), known) if known or outer else "it takes no params"
-    parts = [hint or "leave it out", *(_usage((*outer, each), schema) for each in near), _all(kind)]
-    subject = f'"{_dotted(outer)}" of callback "{kind}"' if outer else f'callback "{kind}"'
-    what = f'{subject} has no {"key" if outer else "param"} "{key}"'
-    return UnknownParamError(what, where=Where(join(path, *finding.path)), fix="   ".join(parts))
+    hint = did_you_mean(str(key), known) if known or outer else f"it takes no {subject.noun}s"
+    parts = [hint or "leave it out", *(_usage((*outer, each), subject.schema) for each in near), subject.help]
+    owner = f'"{_dotted(outer)}" of {subject.label}' if outer else subject.label
+    what = f'{owner} has no {"key" if outer else subject.noun} "{key}"'
+    return UnknownParamError(what, where=Where(place(finding.path)), fix=_sentence(*parts))
 
 
-def _missing(kind: str, finding: Finding, schema: Schema, params: Mapping[str, Any], path: str) -> ConfigError:
-    part = locate(schema, finding.path)
-    what = f'callback "{kind}" needs "{_dotted(finding.path)}": {expected(part, schema)}'
+def _missing(subject: Subject, finding: Finding, params: Mapping[str, Any], place: _Place) -> ConfigError:
+    part = locate(subject.schema, finding.path)
+    what = f'{subject.label} needs "{_dotted(finding.path)}": {expected(part, subject.schema)}'
     *outer, key = finding.path
     given = _given(params, outer)
     beside = [str(each) for each in cast("Mapping[Any, Any]", given)] if isinstance(given, Mapping) else []
-    strays = set(beside).difference(keys_at(schema, outer))
+    strays = set(beside).difference(keys_at(subject.schema, outer))
     near = difflib.get_close_matches(str(key), strays, n=1)
-    hint = f'rename "{near[0]}" to "{key}"' if near else f"add {_line(finding.path, schema)}"
-    return WrongParamError(what, where=Where(join(path, *outer)), fix=f"{hint}   {_all(kind)}")
+    hint = f'rename "{near[0]}" to "{key}"' if near else f"add {_line(finding.path, subject.schema)}"
+    return WrongParamError(what, where=Where(place(outer)), fix=_sentence(hint, subject.help))
 
 
-def _wrong(kind: str, finding: Finding, schema: Schema, params: Mapping[str, Any], path: str) -> ConfigError:
-    where = Where(join(path, *finding.path))
+def _wrong(subject: Subject, finding: Finding, params: Mapping[str, Any], place: _Place) -> ConfigError:
+    where = Where(place(finding.path))
     if not finding.path:
-        what = f'the params of callback "{kind}" do not fit together'
-        return WrongParamError(what, where=where, why=finding.why, fix=f"see why   {_all(kind)}")
-    part = locate(schema, finding.path)
+        what = f"the {subject.noun}s of {subject.label} do not fit together"
+        return WrongParamError(what, where=where, why=finding.why, fix=_sentence("see why", subject.help))
+    part = locate(subject.schema, finding.path)
     given = _given(params, finding.path)
-    what = (
-        f'"{_dotted(finding.path)}" of callback "{kind}" must be {expected(part, schema)}, not {_shown(given, finding)}'
-    )
+    must = expected(part, subject.schema)
+    what = f'"{_dotted(finding.path)}" of {subject.label} must be {must}, not {_shown(given, finding)}'
     choices = [each for each in part.get("enum", ()) if isinstance(each, str)]
-    hint = f"{did_you_mean(given, choices)}   " if choices and isinstance(given, str) else ""
-    fix = f"{hint}for example {_line(finding.path, schema)}   {_all(kind)}"
+    hint = did_you_mean(given, choices) if choices and isinstance(given, str) else ""
+    fix = _sentence(hint, f"for example {_line(finding.path, subject.schema)}", subject.help)
     return WrongParamError(what, where=where, why=finding.why, fix=fix)
+
+
+def _sentence(*parts: str) -> str:
+    return "   ".join(each for each in parts if each)
 
 
 def _usage(path: Iterable[PathPart], schema: Schema) -> str:
@@ -88,10 +119,6 @@ def _line(path: Sequence[PathPart], schema: Schema) -> str:
     """A line of a spec that fits at this place; within a list it is the value alone."""
     value = as_json(sample(locate(schema, path), schema))
     return value if isinstance(path[-1], int) else f"{path[-1]}: {value}"
-
-
-def _all(kind: str) -> str:
-    return f"all params: evsys-bus adapters {kind}"
 
 
 def _dotted(path: Iterable[PathPart]) -> str:

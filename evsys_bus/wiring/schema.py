@@ -54,9 +54,11 @@ def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
 
 def schema_of(cls: type[Callback]) -> Schema:
     """The schema of a class's params: its Config's, or the names and defaults of its constructor's arguments."""
-    config = cls.Config
-    if config is None:
-        return _from_fields(cls, signature_fields(cls))
+    return _from_fields(cls, signature_fields(cls)) if cls.Config is None else config_schema(cls.Config)
+
+
+def config_schema(config: type[Any]) -> Schema:
+    """The schema of a Config by itself. Any: whatever a Config is made of."""
     if not is_pydantic(config):
         return _from_fields(config, fields_of(config))
     whole = _from_pydantic(config)

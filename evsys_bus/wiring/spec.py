@@ -19,6 +19,9 @@ PathPart = str | int
 
 _EXAMPLE: Final = "{kind: print_progress, params: {every: 10}}"
 _PLAIN: Final = re.compile(r"[A-Za-z_][\w-]*")
+_STEP: Final = re.compile(
+    r"""\.(?P<key>[^.\[\]="\s]+)|\[(?P<index>[0-9]{1,9})\]|\[(?P<quoted>"(?:[^"\\]|\\.)*")\]|\[\.\.\.\]"""
+)
 
 
 class CallbackSpec(msgspec.Struct, frozen=True):
@@ -56,9 +59,39 @@ def join(path: str, *parts: PathPart) -> str:
     return path
 
 
+def split(path: str) -> tuple[PathPart, ...]:
+    """The parts of a place, as `join` put them together.
+
+    Raises:
+        ValueError: It is not written like one.
+    """
+    parts: list[PathPart] = []
+    position = 1
+    while position < len(path):
+        step = _STEP.match(path, position)
+        if step is None:
+            raise ValueError(f"{path!r:.100} is not a path: see character {position}")
+        if step["index"] is not None:
+            parts.append(int(step["index"]))
+        elif step["quoted"] is not None:
+            try:
+                parts.append(msgspec.json.decode(step["quoted"], type=str))
+            except msgspec.DecodeError as error:
+                raise ValueError(f"{path!r:.100} is not a path: {error}") from None
+        else:
+            parts.append(step["key"] or "...")
+        position = step.end()
+    return tuple(parts)
+
+
 def together(errors: list[ConfigError]) -> ConfigError:
     """What to raise for these: one error itself, several as one `ConfigErrors`."""
     return errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
+
+def each_of(error: ConfigError) -> tuple[ConfigError, ...]:
+    """The errors that `together` made one of."""
+    return error.errors if isinstance(error, ConfigErrors) else (error,)
 
 
 def read_spec(item: object, path: str) -> CallbackSpec:

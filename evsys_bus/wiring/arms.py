@@ -1,0 +1,80 @@
+"""Which runs an experiment has: its arms, with their params, and its seeds."""
+
+import hashlib
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from evsys_bus.wiring.experiment import ExperimentConfig, Params
+from evsys_bus.wiring.schema import as_json
+from evsys_bus.wiring.spec import join
+
+ONLY_ARM: Final = "run"
+"""What the arm of an experiment that has just one is called."""
+_LONGEST_NAME: Final = 80
+_UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=,+-]+")
+
+
+class Arm(msgspec.Struct, frozen=True):
+    """One configuration."""
+
+    name: str
+    """As in ``runs``; of a ``matrix``: ``lr=0.001,hidden=64``, fit for the name of a folder."""
+    params: Params
+    """The arm's own over those of ``run``, key by key; a mapping is replaced as a whole."""
+    place: str
+    """The JSON path of what makes it differ."""
+    places: dict[str, str]
+    """Param -> the JSON path where its value is said."""
+
+
+def arms_of(config: ExperimentConfig) -> list[Arm]:
+    """The arms: of ``matrix``, the last key varying fastest; else of ``runs``, in their order; else the one of ``run``.
+
+    Example:
+        >>> config = ExperimentConfig(name="x", recipe="m:f", run={"steps": 9}, matrix={"lr": [0.1, 0.2], "width": [8]})
+        >>> [arm.name for arm in arms_of(config)], arms_of(config)[1].params
+        (['lr=0.1,width=8', 'lr=0.2,width=8'], {'steps': 9, 'lr': 0.2, 'width': 8})
+    """
+    shared = {key: join("$.run", key) for key in config.run}
+    if config.matrix:
+        return list(_matrix_arms(config, shared))
+    if not config.runs:
+        return [Arm(ONLY_ARM, dict(config.run), "$.run", shared)]
+    return [
+        Arm(name, config.run | params, place, shared | {key: join(place, key) for key in params})
+        for name, params in config.runs.items()
+        for place in [join("$.runs", name)]
+    ]
+
+
+def arm_count(config: ExperimentConfig) -> int:
+    """How many arms there are, without making them."""
+    return math.prod(map(len, config.matrix.values())) if config.matrix else max(1, len(config.runs))
+
+
+def seeds_of(config: ExperimentConfig) -> list[int]:
+    """The seeds of every arm's runs: the first ``n_repeats`` of ``seeds``, or 0, 1, 2 and so on."""
+    return list(range(config.n_repeats)) if config.seeds is None else config.seeds[: config.n_repeats]
+
+
+def _matrix_arms(config: ExperimentConfig, shared: dict[str, str]) -> Iterator[Arm]:
+    keys = list(config.matrix)
+    for chosen in itertools.product(*(enumerate(values) for values in config.matrix.values())):
+        params = {key: value for key, (_, value) in zip(keys, chosen, strict=True)}
+        places = {key: join("$.matrix", key, index) for key, (index, _) in zip(keys, chosen, strict=True)}
+        yield Arm(_name(params), config.run | params, "$.matrix", shared | places)
+
+
+def _name(params: Params) -> str:
+    """What cannot stand in a folder's name is replaced, and a digest of the whole keeps different arms apart."""
+    whole = ",".join(f"{key}={value if isinstance(value, str) else as_json(value)}" for key, value in params.items())
+    safe = _UNSAFE.sub("_", whole)
+    if safe == whole and len(whole) <= _LONGEST_NAME and not whole.startswith("."):
+        return whole
+    digest = hashlib.sha256(whole.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{safe[: _LONGEST_NAME - 9].lstrip('.')}-{digest}"

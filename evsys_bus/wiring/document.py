@@ -1,0 +1,184 @@
+"""`Document`: a YAML (or JSON) file as a plain value that knows where each part of it stands.
+
+Values given on the command line take the place of those in the file, and say so. What the values mean is `load`'s
+business.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.errors import ConfigError, DocumentError, Where, did_you_mean
+from evsys_bus.wiring.compose import compose
+from evsys_bus.wiring.nodes import Entry, Node, Source, Token, listing, mapping
+from evsys_bus.wiring.spec import PathPart, join, split, together
+
+MAX_BYTES: Final = 1 << 20
+"""Of one file."""
+
+
+class Document(msgspec.Struct, frozen=True):
+    """A mapping as it was written."""
+
+    root: Node
+
+    @property
+    def value(self) -> dict[str, Any]:
+        """The plain value, made anew each time. Any: it is whatever was written."""
+        return self.root.plain()
+
+    def where(self, path: str, *, key: bool = False) -> Where:
+        """The place of a value: the value itself where it is a scalar, else its key.
+
+        Args:
+            path: As errors have it: ``$.callbacks[1].kind``. Where it does not exist, its nearest existing parent's
+                place is given.
+            key: Give the place of the key in any case.
+        """
+        node, token = self.root, self.root.token
+        try:
+            parts = split(path)
+        except ValueError:
+            parts = ()
+        for part in parts:
+            if isinstance(node.content, dict) and part in node.content:
+                token, node = node.content[str(part)]
+            elif isinstance(node.content, tuple) and isinstance(part, int) and part < len(node.content):
+                node = node.content[part]
+                token = node.token
+            else:
+                return token.where(path)
+        at_key = key or isinstance(node.content, dict | tuple) or node.token.width == 0
+        return (token if at_key else node.token).where(path)
+
+
+def read_document(path: str | Path) -> Document:
+    """Read a file.
+
+    Raises:
+        DocumentError: It cannot be read, is larger than `MAX_BYTES`, is not UTF-8, is not YAML, holds what `compose`
+            refuses, or is not a mapping.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            read = file.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        why = getattr(error, "strerror", None) or str(error)
+        fix = "give the path of an experiment file that you may read"
+        raise DocumentError("the file cannot be read", where=Where("$", str(path)), why=why, fix=fix) from None
+    if len(read) > MAX_BYTES:
+        what = f"the file is larger than {MAX_BYTES:,} bytes"
+        raise DocumentError(what, where=Where("$", str(path)), fix="keep data in files of its own, and name them here")
+    try:
+        text = read.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = read[: error.start].decode("utf-8", "replace")
+        lines = tuple(before.splitlines() or ("",))
+        where = Source(str(path), lines).where("$", len(lines) - 1, len(lines[-1]))
+        what = f"the file is not UTF-8: byte 0x{read[error.start]:02X}"
+        raise DocumentError(what, where=where, fix="save it as UTF-8") from None
+    root = compose(text, str(path))
+    if not isinstance(root.content, dict):
+        what = f"an experiment file must hold a mapping, not {_kind(root)}"
+        raise DocumentError(what, where=root.token.where("$"), fix='begin it with a line like "name: my-experiment"')
+    return Document(root)
+
+
+def with_overrides(document: Document, sets: Iterable[str]) -> Document:
+    """The document with values put in the place of others: ``["run.lr=1e-3", "callbacks[0].params.every=5"]``.
+
+    What is right of the ``=`` is read as YAML. The last key of a path may be new, and so may a single mapping below the
+    top; any other part of it must exist. Later ones see what earlier ones did.
+
+    Raises:
+        DocumentError: One of them is not written like this, or its path leads nowhere; several as `ConfigErrors`.
+    """
+    root = document.root
+    errors: list[ConfigError] = []
+    for each in sets:
+        said = f"--set {each}"
+        try:
+            way, text = _halves(each, said)
+            value = compose(text, said, one_value=True)
+            root = _put(root, way, value, Token(Source(said), 0, 0, 1), ())
+        except DocumentError as error:
+            errors.append(error)
+    if errors:
+        raise together(errors)
+    return Document(root)
+
+
+def _halves(text: str, said: str) -> tuple[tuple[PathPart, ...], str]:
+    """The path and the value. A quoted key may hold an ``=``, so the first one that follows a whole path counts."""
+    position = text.find("=")
+    while position > 0:
+        try:
+            path = text[:position]
+            return split(f"${path}" if path.startswith("[") else f"$.{path}"), text[position + 1 :]
+        except ValueError:
+            position = text.find("=", position + 1)
+    fix = "write it like --set run.lr=1e-3, --set callbacks[0].params.every=5 or --set 'runs[\"a.b\"].hidden=64'"
+    raise DocumentError("this is not path=value", where=Where("$", said), fix=fix)
+
+
+def _put(node: Node, way: tuple[PathPart, ...], value: Node, token: Token, at: tuple[PathPart, ...]) -> Node:
+    if not way:
+        return value
+    part, rest, here = way[0], way[1:], (*at, way[0])
+    content = node.content
+    if isinstance(part, int):
+        if not isinstance(content, tuple):
+            raise _astray(f'"{_dotted(at)}" is {_kind(node)}, not a list', here, token, f"its keys: {_keys(node)}")
+        if part >= len(content):
+            raise _astray(
+                f'"{_dotted(at)}" has {len(content)} items',
+                here,
+                token,
+                f"they are counted from 0, the first is {_dotted((*at, 0))}",
+            )
+        return listing(
+            node.token, (*content[:part], _put(content[part], rest, value, token, here), *content[part + 1 :])
+        )
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        what = f'"{_dotted(at)}" is {_kind(node)}, not a mapping'
+        fix = f'write "{_dotted(at)}[0]" for its first item' if isinstance(content, tuple) else "set it as a whole"
+        raise _astray(what, here, token, fix)
+    old = content.get(part)
+    if old is None and rest and at:
+        hint = did_you_mean(part, content) or f'set "{_dotted(here)}" as a whole'
+        raise _astray(f'"{_dotted(at)}" has no "{part}"', here, token, hint)
+    child = Node(token, None) if old is None else old.node
+    key = token if old is None or not rest else old.key
+    return mapping(node.token, content | {part: Entry(key, _put(child, rest, value, token, here))})
+
+
+def _astray(what: str, at: tuple[PathPart, ...], token: Token, fix: str) -> DocumentError:
+    return DocumentError(what, where=token.where(join("$", *at)), fix=fix)
+
+
+def _dotted(at: tuple[PathPart, ...]) -> str:
+    return join("$", *at).removeprefix("$").removeprefix(".")
+
+
+def _keys(node: Node) -> str:
+    return ", ".join(node.content) if isinstance(node.content, dict) else "none"
+
+
+def _kind(node: Node) -> str:
+    match node.content:
+        case None:
+            return "nothing"
+        case dict():
+            return "a mapping"
+        case tuple():
+            return "a list"
+        case str():
+            return "text"
+        case bool():
+            return "true or false"
+        case _:
+            return "a number"

@@ -1,0 +1,214 @@
+"""An experiment from a file or a mapping: decoded and checked as a whole, every error in one pass.
+
+Checking imports what the experiment names (plugins, callbacks, the recipe's module), and constructs and starts nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+from evsys_bus.errors import BadSpecError, ConfigError, DocumentError, UnknownParamError, Where
+from evsys_bus.wiring.arms import Arm, arm_count, arms_of
+from evsys_bus.wiring.build import check_callbacks
+from evsys_bus.wiring.document import Document
+from evsys_bus.wiring.experiment import ExperimentConfig
+from evsys_bus.wiring.params import check_config
+from evsys_bus.wiring.recipe import Recipe, import_module, load_recipe
+from evsys_bus.wiring.registry import REGISTRY, Registry
+from evsys_bus.wiring.report import Subject, param_errors
+from evsys_bus.wiring.schema import config_schema
+from evsys_bus.wiring.spec import CallbackSpec, each_of, join, split, together
+
+MAX_RUNS: Final = 10_000
+"""Runs of one experiment: arms times seeds times stages."""
+
+
+def load_experiment(document: Document, *, registry: Registry = REGISTRY) -> ExperimentConfig:
+    """The experiment that a document describes.
+
+    Args:
+        document: It says where in the file, or on the command line, an error stands.
+        registry: Where the kinds of callbacks are looked up.
+
+    Raises:
+        ConfigError: As `read_experiment`, each with file, line and column.
+    """
+    try:
+        return read_experiment(document.value, registry=registry)
+    except ConfigError as error:
+        errors = list(each_of(error))
+        for each in errors:
+            if each.where is not None:
+                each.where = document.where(each.where.path, key=_is_about_the_key(each, each.where.path))
+        raise together(sorted(errors, key=_position)) from error.__cause__
+
+
+def read_experiment(
+    value: Mapping[str, Any], *, recipe: Callable[..., Any] | None = None, registry: Registry = REGISTRY
+) -> ExperimentConfig:
+    """The experiment that a mapping describes. Any: whatever a user wrote.
+
+    Args:
+        value: Keys as in `ExperimentConfig`.
+        recipe: Takes the place of the one that ``value`` names; then it need not name one.
+        registry: Where the kinds of callbacks are looked up.
+
+    Raises:
+        UnknownParamError: A key that an experiment, or the recipe's Config, does not have.
+        WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
+        DocumentError: The recipe or a plugin cannot be loaded, or the parts do not fit together.
+        ConfigError: What `build_callbacks` finds wrong with the callbacks.
+        ConfigErrors: Several of these.
+    """
+    value = {"recipe": ""} | dict(value) if recipe is not None else dict(value)
+    _, findings = check_config(ExperimentConfig, value)
+    subject = Subject("the experiment", config_schema(ExperimentConfig), "", noun="key")
+    errors = param_errors(subject, value, findings, lambda path: join("$", *path))
+
+    wrong = {finding.path[0] for finding in findings}
+    sound = {key: part for key, part in value.items() if key not in wrong}
+    config, _ = check_config(ExperimentConfig, {"name": "unknown", "recipe": ""} | sound)
+    for check in (_names, _arms, _seeds, _stages, _plugins):
+        errors += check(config)
+    if "n_repeats" not in value and config.seeds is not None and len(config.seeds) > 1:
+        errors.append(_seeds_alone(len(config.seeds)))
+    try:
+        check_callbacks(config.callbacks, registry=registry)
+    except ConfigError as error:
+        errors += each_of(error)
+    if recipe is not None or "recipe" in sound:
+        errors += _recipe(config, recipe or config.recipe)
+    if errors:
+        raise together(errors)
+    return config
+
+
+def _position(error: ConfigError) -> tuple[int, int]:
+    """As in the file; what was said on the command line comes first."""
+    where = error.where
+    return (0, 0) if where is None or where.line is None else (where.line, where.column or 0)
+
+
+def _is_about_the_key(error: ConfigError, path: str) -> bool:
+    """Whether the caret belongs under the key: it is the key that is wrong, and not its value."""
+    *_, last = split(path) or ("",)
+    return isinstance(error, UnknownParamError) or (
+        isinstance(error, BadSpecError) and last not in CallbackSpec.__struct_fields__
+    )
+
+
+def _names(config: ExperimentConfig) -> Iterator[ConfigError]:
+    """A name becomes that of a folder."""
+    if (
+        not config.name.strip()
+        or config.name in {".", ".."}
+        or any(each in "/\\" or not each.isprintable() for each in config.name)
+    ):
+        what = f"{config.name!r:.60} is no name for an experiment"
+        why = "it names the folder that results go to"
+        yield DocumentError(what, where=Where("$.name"), why=why, fix="use letters, digits, - and _: name: lr-sweep")
+    if config.success_metric is not None and not config.success_metric.name:
+        fix = "write <benchmark>/<metric>, or the name of a training metric"
+        yield DocumentError("the success metric has no name", where=Where("$.success_metric.name"), fix=fix)
+
+
+def _arms(config: ExperimentConfig) -> Iterator[ConfigError]:
+    if config.runs and config.matrix:
+        what = "an experiment has either runs or a matrix, and this one has both"
+        fix = "remove one; a matrix makes an arm of every combination of its values"
+        yield DocumentError(what, where=Where("$.matrix"), fix=fix)
+    for key, values in config.matrix.items():
+        if not values:
+            fix = f"give it at least one value, or remove it: {key}: [1, 2]"
+            yield DocumentError(f'"{key}" of the matrix has no values', where=Where(join("$.matrix", key)), fix=fix)
+    if "" in config.runs:
+        yield DocumentError("an arm needs a name", where=Where("$.runs"), fix="write its name before the colon")
+    runs = arm_count(config) * config.n_repeats * max(1, len(config.continual))
+    if runs > MAX_RUNS:
+        where = Where("$.matrix" if config.matrix else "$.n_repeats")
+        why = f"{arm_count(config):,} arms, {config.n_repeats:,} repeats, {max(1, len(config.continual)):,} stages"
+        what = f"{runs:,} runs in one experiment; at most {MAX_RUNS:,}"
+        yield DocumentError(what, where=where, why=why, fix="split it into several experiments")
+        return
+    seen: dict[str, Arm] = {}
+    for arm in arms_of(config) if config.matrix else ():
+        if arm.name in seen:
+            key = next((key for key, place in arm.places.items() if seen[arm.name].places[key] != place), "")
+            what = f'two arms are called "{arm.name}"'
+            fix = "remove the value that is there twice"
+            yield DocumentError(what, where=Where(arm.places.get(key, arm.place)), fix=fix)
+            return
+        seen[arm.name] = arm
+
+
+def _seeds(config: ExperimentConfig) -> Iterator[ConfigError]:
+    if config.seeds is None:
+        return
+    count = len(config.seeds)
+    if count < config.n_repeats:
+        what = f"n_repeats is {config.n_repeats}, but there are {count} seeds"
+        yield DocumentError(what, where=Where("$.seeds"), fix="give a seed for every repeat, or leave seeds out")
+    twice = next((each for index, each in enumerate(config.seeds) if each in config.seeds[:index]), None)
+    if twice is not None:
+        index = len(config.seeds) - 1 - config.seeds[::-1].index(twice)
+        what = f"seed {twice} is there twice"
+        why = "two runs of an arm would be the same run"
+        yield DocumentError(what, where=Where(join("$.seeds", index)), why=why, fix="choose another")
+
+
+def _seeds_alone(count: int) -> ConfigError:
+    what = f"{count} seeds, but n_repeats is not given, so only the first would be used"
+    return DocumentError(what, where=Where("$.seeds"), fix=f"add n_repeats: {count}")
+
+
+def _stages(config: ExperimentConfig) -> Iterator[ConfigError]:
+    seen: set[str] = set()
+    for index, stage in enumerate(config.continual):
+        where = Where(join("$.continual", index, "name"))
+        if not stage.name:
+            yield DocumentError("a stage needs a name", where=where, fix="for example name: pretrain")
+        elif stage.name in seen:
+            yield DocumentError(f'two stages are called "{stage.name}"', where=where, fix="rename one of them")
+        seen.add(stage.name)
+
+
+def _plugins(config: ExperimentConfig) -> Iterator[ConfigError]:
+    for index, plugin in enumerate(config.plugins):
+        try:
+            import_module(plugin, Where(join("$.plugins", index)), "plugin")
+        except DocumentError as error:
+            yield error
+
+
+def _recipe(config: ExperimentConfig, target: str | Callable[..., Any]) -> list[ConfigError]:
+    """What is wrong with the recipe, or with the params that each arm and stage would give it; each thing once."""
+    try:
+        recipe = load_recipe(target)
+    except DocumentError as error:
+        return [error]
+    if recipe.config is None or arm_count(config) * max(1, len(config.continual)) > MAX_RUNS:
+        return []
+    found: dict[tuple[str, str], ConfigError] = {}
+    for arm in arms_of(config):
+        for error in _param_errors(recipe, config, arm):
+            found.setdefault((error.where.path if error.where else "", error.what), error)
+    return list(found.values())
+
+
+def _param_errors(recipe: Recipe, config: ExperimentConfig, arm: Arm) -> Iterator[ConfigError]:
+    plans = [(arm.params, arm.places, arm.place)]
+    if config.continual:
+        plans = [
+            (arm.params | stage.params, arm.places | {key: join(place, key) for key in stage.params}, arm.place)
+            for index, stage in enumerate(config.continual)
+            for place in [join("$.continual", index, "params")]
+        ]
+    for params, places, default in plans:
+        try:
+            recipe.params(
+                params,
+                place=lambda path, places=places, default=default: (
+                    join(places.get(str(path[0]), default), *path[1:]) if path else default
+                ),
+            )
+        except ConfigError as error:
+            yield from each_of(error)

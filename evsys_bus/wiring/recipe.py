@@ -1,0 +1,157 @@
+"""`Recipe`: the function that makes what a run needs, and the check of the params that it is given.
+
+A recipe is called as ``recipe(params, run)``. If its first parameter is annotated with a msgspec Struct, a dataclass or
+a pydantic model, params are validated against that, unknown keys fail whatever it says, and the built object is passed;
+otherwise it gets a dict, unchecked. What it returns is not known here.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any, Final, cast
+
+import msgspec
+
+from evsys_bus.errors import DocumentError, Where, did_you_mean
+from evsys_bus.wiring.fields import is_config
+from evsys_bus.wiring.params import check_config
+from evsys_bus.wiring.report import Subject, param_errors
+from evsys_bus.wiring.schema import config_schema
+from evsys_bus.wiring.spec import PathPart, join, together
+
+_CONTRACT: Final = "a recipe is called as recipe(params, run)"
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """A recipe that was found. Any: what it returns, and what its params become, is its author's."""
+
+    name: str
+    """``module:function``."""
+    function: Callable[..., Any]
+    config: type[Any] | None
+    """What params are built as; None: they stay a dict."""
+
+    def params(self, values: Mapping[str, Any], *, place: Callable[[Sequence[PathPart]], str] | None = None) -> Any:
+        """The first argument of the recipe for these params.
+
+        Args:
+            values: Any: whatever a user wrote.
+            place: The JSON path of a place within them, for errors. Default: below ``$.run``.
+
+        Raises:
+            UnknownParamError: A key that the recipe's Config does not have.
+            WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
+            DocumentError: The Config's own code raised; the cause is chained.
+            ConfigErrors: Several of these.
+        """
+        if self.config is None:
+            return dict(values)
+        place = place or (lambda path: join("$.run", *path))
+        try:
+            built, findings = check_config(self.config, values)
+        except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
+            why = f"{type(error).__name__}: {error}"
+            what = f'{self.config.__name__} of recipe "{self.name}" cannot be built'
+            raise DocumentError(what, where=Where(place(())), why=why, fix="see the cause") from error
+        if findings:
+            subject = Subject(f'recipe "{self.name}"', config_schema(self.config), "")
+            raise together(param_errors(subject, values, findings, place))
+        return built
+
+
+def load_recipe(target: str | Callable[..., Any], *, at: str = "$.recipe") -> Recipe:
+    """The recipe that ``module:function`` names, or that a function is. Imports the module.
+
+    Raises:
+        DocumentError: It cannot be imported, is not there, is no function, or cannot be called with two arguments.
+    """
+    where = Where(at)
+    if isinstance(target, str):
+        name, function = target, _find(target, where)
+    else:
+        name, function = _name(target), target
+    return Recipe(name, function, _config_of(name, function, where))
+
+
+def import_module(name: str, where: Where, what: str) -> ModuleType:
+    """Import a module that an experiment names.
+
+    Raises:
+        DocumentError: It is not there, or its import raised; the cause is chained.
+    """
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:  # a wall: whatever a module's import raises is that module's fault
+        absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        fix = (
+            "check the name; install its package, or start from the folder that it is in with PYTHONPATH=."
+            if absent
+            else f'see the cause: python -c "import {name}"'
+        )
+        why = f"{type(error).__name__}: {error}"
+        raise DocumentError(f'{what} "{name}" cannot be imported', where=where, why=why, fix=fix) from error
+
+
+def _find(target: str, where: Where) -> Callable[..., Any]:
+    """Any: what a recipe returns is its author's."""
+    module_name, colon, path = target.partition(":")
+    if not (colon and module_name and path):
+        what = f'a recipe is written as "module:function", not {target!r:.60}'
+        raise DocumentError(what, where=where, fix="for example recipe: my_project.training:recipe")
+    found: object = import_module(module_name, where, "the recipe's module")
+    for part in path.split("."):
+        if not hasattr(found, part):
+            known = [
+                key for key, value in vars(found).items() if _is_own(value, module_name) and not key.startswith("_")
+            ]
+            hint = did_you_mean(part, known) or "it has no functions"
+            raise DocumentError(f'module "{module_name}" has no recipe "{path}"', where=where, fix=hint)
+        found = getattr(found, part)
+    if not callable(found):
+        what = f'recipe "{target}" is a {type(found).__name__}, not a function'
+        raise DocumentError(what, where=where, why=_CONTRACT, fix="name a function")
+    return found
+
+
+def _is_own(value: object, module: str) -> bool:
+    """Whether it may be a recipe of this module, and not something that it imported."""
+    return callable(value) and not isinstance(value, type) and getattr(value, "__module__", None) == module
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def _config_of(name: str, function: Callable[..., Any], where: Where) -> type[Any] | None:
+    """The annotation of the first parameter, if params can be validated against it. Any: as `Recipe`."""
+    try:
+        signature = inspect.signature(function)
+        signature.bind(None, None)
+    except ValueError:
+        return None  # written in C: its first call will tell
+    except TypeError as error:
+        what = f'recipe "{name}" cannot be called with two arguments'
+        raise DocumentError(what, where=where, why=str(error), fix="define it as def recipe(params, run)") from None
+    annotation = next(iter(signature.parameters.values())).annotation
+    if isinstance(annotation, str):
+        annotation = _resolved(annotation, name, function, where)
+    return annotation if isinstance(annotation, type) and is_config(annotation) else None
+
+
+def _resolved(annotation: str, name: str, function: Callable[..., Any], where: Where) -> Any:
+    """Only the first parameter's: the others may name what is imported for type checkers alone. Any: an annotation."""
+    inner: Any = inspect.unwrap(function)
+    while isinstance(inner, functools.partial):
+        inner = cast("Any", inner.func)
+    module = sys.modules.get(getattr(inner, "__module__", ""))
+    names = getattr(inner, "__globals__", None) or (vars(module) if module else {})
+    try:
+        return typing.get_type_hints(SimpleNamespace(__annotations__={"params": annotation}), names)["params"]
+    except Exception as error:  # a wall: an annotation is code of the recipe's author
+        what = f'the annotation "{annotation}" of recipe "{name}" cannot be resolved'
+        fix = "define that class at the top level of the recipe's module, and import it there at run time"
+        raise DocumentError(what, where=where, why=f"{type(error).__name__}: {error}", fix=fix) from error
