@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         TrainEnd,
         TrainStart,
     )
-    from evsys_bus.training import TrainingLoop
+    from evsys_bus.training import Experiment, TrainingLoop
     from evsys_bus.wiring import CallbackSpec, build_callbacks, register_callback
 
 __version__: Final = "0.1.0"
@@ -71,7 +71,7 @@ _HOMES: Final = {
         "TrainEnd",
         "TrainStart",
     ),
-    "training": ("TrainingLoop",),
+    "training": ("Experiment", "TrainingLoop"),
     "wiring": ("CallbackSpec", "build_callbacks", "register_callback"),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
@@ -88,6 +88,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "Event",
     "EventBus",
     "EvsysBusError",
+    "Experiment",
     "ExperimentEnd",
     "ExperimentResult",
     "ExperimentStart",

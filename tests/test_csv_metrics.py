@@ -351,6 +351,14 @@ def test_run_in_out_path_stands_for_the_key_of_the_run_which_leads_nowhere_else(
     assert sorted(each.name for each in tmp_path.iterdir()) == ["tables"]
 
 
+def test_run_dir_in_out_path_stands_for_the_folder_of_the_run(tmp_path):
+    table = CsvMetricsCallback("{run_dir}/tables/{run}.csv")
+    for key in ("a", "b"):
+        step(table, state_of(tmp_path, key), 0, {"loss": 0})
+    assert (tmp_path / "a" / "tables" / "a.csv").exists()
+    assert (tmp_path / "b" / "tables" / "b.csv").exists()
+
+
 @pytest.mark.usefixtures("quiet")
 def test_a_detached_state_without_a_context_is_enough(tmp_path, out):
     state = detached(DetachedLoopState, {"step": 0, "num_steps": 2, "output_dir": tmp_path / "run"})

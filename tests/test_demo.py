@@ -1,17 +1,26 @@
+"""The demo as an experiment: what it learns, that seeds decide every number, that a kill in the middle costs none."""
+
 import asyncio
+import csv
 import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evsys_bus.callback import Callback
 from evsys_bus.context import LoopState
-from evsys_bus.demo import run_demo
+from evsys_bus.demo import DEMO_FILE, demo_config, run_demo
 from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
 from evsys_bus.events import BenchmarkEval
+from evsys_bus.training import Experiment
+from evsys_bus.wiring import CallbackSpec, build_callbacks
+
+PATHS = ("state_path", "sampler_path")
+RUNS = [f"{arm}-s{seed}" for arm in ("baseline", "wide", "lr-high") for seed in (0, 1)]
 
 
 class Benchmarks(Callback):
@@ -22,37 +31,73 @@ class Benchmarks(Callback):
         self.scored.append(BenchmarkEval(ctx, eval_result, predictions, step))
 
 
-def metrics_of(run_dir):
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "step_seconds"} for row in rows]
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def cli(*arguments):
-    return [sys.executable, "-c", "from evsys_bus.cli import main; main()", "demo", *map(str, arguments)]
+def on_disk(folder):
+    return {path.name for path in folder.iterdir()}
 
 
-async def test_the_demo_reads_more_than_95_percent_of_digits_it_never_saw(tmp_path):
-    result = await run_demo(tmp_path / "run")
-    assert result.test.metrics["accuracy"] > 0.95
-    assert result.steps_done == 1000
-    assert result.seconds < 15
+def metrics_of(run_dir, name="metrics.jsonl"):
+    return [{key: value for key, value in row.items() if key != "step_seconds"} for row in rows(run_dir / name)]
 
 
-async def test_the_seed_decides_every_number(tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        await run_demo(tmp_path / name, num_steps=30, seed=seed)
-    assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
-    assert metrics_of(tmp_path / "a") != metrics_of(tmp_path / "c")
+def logs_of(run_dir, name):
+    timed = {"step_seconds", "eval_seconds"}
+    found = [{key: value for key, value in row.items() if key not in timed} for row in rows(run_dir / "logs" / name)]
+    return sorted(found, key=json.dumps) if name.startswith(("validation", "test")) else found
+
+
+def csv_of(path):
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if key != "step_seconds"} for row in csv.DictReader(file)]
+
+
+async def small(folder, *callbacks, arm="baseline", seed=0, **params):
+    """One run of the demo."""
+    settings = demo_config(folder, **params)
+    return await Experiment(settings, callbacks=callbacks, only_arms=[arm], only_seeds=[seed]).run()
+
+
+async def test_the_demo_trains_three_arms_with_two_seeds_and_reads_more_than_95_percent_of_digits_it_never_saw(
+    tmp_path,
+):
+    result = await run_demo(tmp_path, [])
+    assert (result.status, len(result.arms)) == ("completed", 6)
+    assert {arm.name for arm in result.arms} == {"baseline", "wide", "lr-high"}
+    assert all(arm.eval_metrics["digits-test/accuracy"] > 0.95 for arm in result.arms)
+    assert result.best_score == max(
+        np.mean([arm.eval_metrics["digits-test/accuracy"] for arm in result.arms if arm.name == name])
+        for name in ("baseline", "wide", "lr-high")
+    )
+    assert result.hypothesis.startswith("A hidden layer twice as wide")
+    assert result.conclusion.startswith(f"{result.best_arm} is best: digits-test/accuracy 0.9")
+    for run in RUNS:
+        checkpoints = rows(tmp_path / run / "checkpoints.jsonl")
+        assert checkpoints[-1]["name"] == "final"
+        assert {Path(row[path]).name for row in checkpoints for path in PATHS} == on_disk(
+            tmp_path / run / "checkpoints"
+        )
+
+
+async def test_the_seed_decides_every_number_also_beside_another_run(tmp_path):
+    await small(tmp_path / "a", steps=30)
+    await small(tmp_path / "b", seed=1, steps=30)
+    await run_demo(tmp_path / "c", [], steps=30)
+    assert metrics_of(tmp_path / "a" / "baseline-s0") == metrics_of(tmp_path / "c" / "baseline-s0")
+    assert metrics_of(tmp_path / "b" / "baseline-s1") == metrics_of(tmp_path / "c" / "baseline-s1")
+    assert metrics_of(tmp_path / "c" / "baseline-s0") != metrics_of(tmp_path / "c" / "baseline-s1")
 
 
 async def test_R12_the_validation_benchmark_runs_in_the_loop_and_the_test_benchmark_after_it(tmp_path):
     seen = Benchmarks()
-    await run_demo(tmp_path / "run", [seen], num_steps=60)
+    await small(tmp_path, seen, steps=60, eval_every=10)
     *in_loop, after = seen.scored
     assert [(each.step, each.eval_result.step) for each in in_loop] == [(step, step) for step in range(9, 60, 10)]
     assert {each.eval_result.name for each in in_loop} == {"digits-val"}
     assert (after.step, after.eval_result.step, after.eval_result.tags) == (None, None, ["test"])
-    assert after.ctx.run_key == "run"
+    assert after.ctx.run_key == "baseline-s0"
     assert len(after.predictions) == 300
     row = after.predictions[0]
     assert set(row) == {"task_id", "instruction", "expected", "output", "reward"}
@@ -113,54 +158,107 @@ async def test_weights_for_sampling_predict_what_the_network_predicts(tmp_path):
         assert set(saved) == set(network.weights)
     state = LoopState(step=0, num_steps=1, output_dir=tmp_path, backend=network)
     benchmark = await DigitBenchmark("digits-val", split.val, tag="val").evaluate(state)
-    assert [row["output"] for row in benchmark.predictions] == [str(n) for n in network.predict(split.val.pixels)]
+    assert [row["output"] for row in benchmark.predictions] == [
+        str(n) for n in network.chances(split.val.pixels).argmax(axis=1)
+    ]
 
 
-def test_the_demo_killed_by_sigterm_in_the_middle_and_resumed_is_an_undisturbed_run(tmp_path):
-    run_dir = tmp_path / "run"
-    with subprocess.Popen(cli("--steps", 1500, "--output-dir", run_dir), stdout=subprocess.PIPE, text=True) as demo:
-        for line in demo.stdout:
-            if line.startswith("step 125/"):
+DEMO = """
+import asyncio, os, sys
+from evsys_bus.demo import run_demo
+for folder in sys.argv[1:]:
+    os.chdir(folder)
+    asyncio.run(run_demo("e", resume=os.path.exists("e"), steps=400))
+"""
+
+
+def demo(*folders):
+    """The demo in a process of its own, with the callbacks of its file, in one folder after another."""
+    command = [sys.executable, "-c", DEMO, *map(str, folders)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_demo_killed_by_sigterm_in_the_middle_and_resumed_is_an_undisturbed_run_in_every_file(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    with demo(here) as first:
+        for line in first.stdout:
+            if line.startswith("wide-s0  step 200/"):
                 break
-        demo.send_signal(signal.SIGTERM)
-        demo.communicate(timeout=10)
-    assert demo.returncode == -signal.SIGTERM
-    stopped = metrics_of(run_dir)
-    assert 125 <= len(stopped) < 1500, "it was not in the middle"
-    last = json.loads((run_dir / "checkpoints.jsonl").read_text().splitlines()[-1])
-    assert (last["name"], last["batch"]) == ("final", len(stopped) - 1)
+        first.send_signal(signal.SIGTERM)
+        _, errors = first.communicate(timeout=10)
+    assert first.returncode == -signal.SIGTERM, errors
+    stopped = json.loads((here / "e" / "experiment.json").read_text())
+    assert stopped["status"] == "cancelled"
+    assert [entry["status"] for entry in stopped["runs"].values()] == ["completed"] * 2 + ["cancelled"] * 4
+    for run in ("wide-s0", "wide-s1"):
+        done = len(metrics_of(here / "e" / run))
+        assert 200 <= done < 400, "it was not in the middle"
+        last = rows(here / "e" / run / "checkpoints.jsonl")[-1]
+        assert (last["name"], last["batch"]) == ("final", done - 1)
+    assert not (here / "e" / "lr-high-s0").exists()
 
-    resumed = subprocess.run(
-        cli("--steps", 1500, "--output-dir", run_dir, "--resume"), capture_output=True, text=True, check=True
-    )
-    asyncio.run(run_demo(tmp_path / "undisturbed", num_steps=1500))
-    assert metrics_of(run_dir) == metrics_of(tmp_path / "undisturbed")
-    manifests = [tmp_path / name / "checkpoints.jsonl" for name in ("run", "undisturbed")]
-    names = [[json.loads(line)["name"] for line in path.read_text().splitlines()] for path in manifests]
-    assert names[0] == names[1]
-    assert f"step {len(stopped) + 1}/1500" in resumed.stdout
+    with demo(here, there) as process:
+        _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
+    for run in RUNS:
+        one, other = here / "e" / run, there / "e" / run
+        assert metrics_of(one) == metrics_of(other)
+        assert [row["step"] for row in metrics_of(one)] == list(range(400))
+        names = [[row["name"] for row in rows(each / "checkpoints.jsonl")] for each in (one, other)]
+        assert names[0] == names[1]
+        for name in ("training", "validation", "test"):
+            assert logs_of(one, f"{name}/metrics.jsonl") == logs_of(other, f"{name}/metrics.jsonl")
+        for name in ("validation", "test"):
+            assert logs_of(one, f"{name}/rollouts.jsonl") == logs_of(other, f"{name}/rollouts.jsonl")
+        tables = [csv_of(folder / "runs" / "digits" / run / "metrics.csv") for folder in (here, there)]
+        assert tables[0] == tables[1]
+        assert len(tables[0]) == 400
+        scores = [json.loads((each / "result.json").read_text())["eval_metrics"] for each in (one, other)]
+        assert scores[0] == scores[1]
+    pages = [(folder / "e" / "experiment.md").read_text() for folder in (here, there)]
+    assert pages[0] == pages[1]
+    ends = [json.loads((folder / "e" / "experiment.json").read_text()) for folder in (here, there)]
+    assert [end["conclusion"] for end in ends] == [ends[0]["conclusion"]] * 2
+    assert [end["status"] for end in ends] == ["completed"] * 2
 
 
-def test_the_demo_says_where_everything_is_and_needs_no_terminal(tmp_path):
-    done = subprocess.run(
-        cli("--steps", 40, "--output-dir", tmp_path / "run"), capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("step 1/40  epoch 0  loss ")
-    assert "test accuracy  0." in done.stdout
-    assert str(tmp_path / "run" / "metrics.jsonl") in done.stdout
-    assert str(tmp_path / "run" / "checkpoints.jsonl") in done.stdout
-    assert "\r" not in done.stdout
-    assert "\x1b" not in done.stdout
+KILLED = """
+import asyncio, os, signal, sys
+from evsys_bus import Callback
+from evsys_bus.demo import run_demo
+
+class Kill(Callback):
+    def on_step_end(self, state, step_idx, batch, metrics):
+        if (state.ctx.run_key, step_idx) == ("wide-s0", 17):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(run_demo(sys.argv[1], [Kill()], steps=30, eval_every=5))
+"""
 
 
-def test_a_reader_that_leaves_does_not_end_the_training_or_its_good_exit_code(tmp_path):
-    with subprocess.Popen(
-        cli("--steps", 400, "--output-dir", tmp_path / "run"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as demo:
-        demo.stdout.readline()
-        demo.stdout.close()
-        errors = demo.stderr.read()
-    assert demo.returncode == 0, errors
-    assert len(metrics_of(tmp_path / "run")) == 400
-    assert "Traceback" not in errors
-    assert "Exception ignored" not in errors
+def test_the_demo_killed_without_warning_goes_on_from_the_last_checkpoints_and_counts_no_step_twice(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "e")], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    left = json.loads((tmp_path / "e" / "experiment.json").read_text())
+    assert left["status"] == "running"
+    assert [entry["status"] for entry in left["runs"].values()] == ["completed"] * 2 + ["running"] * 2 + ["pending"] * 2
+    asyncio.run(run_demo(tmp_path / "e", [], resume=True, steps=30, eval_every=5))
+    asyncio.run(run_demo(tmp_path / "undisturbed", [], steps=30, eval_every=5))
+    for run in RUNS:
+        assert metrics_of(tmp_path / "e" / run) == metrics_of(tmp_path / "undisturbed" / run)
+        manifests = [rows(tmp_path / folder / run / "checkpoints.jsonl") for folder in ("e", "undisturbed")]
+        assert [row["name"] for row in manifests[0]] == [row["name"] for row in manifests[1]]
+
+
+def test_the_example_is_the_file_that_the_demo_runs():
+    example = Path(__file__).parent.parent / "examples" / "digits.yaml"
+    assert example.resolve() == DEMO_FILE.resolve()
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_the_callbacks_of_the_demo_can_be_built(index):
+    spec = demo_config().callbacks[index]
+    (built,) = build_callbacks([spec])
+    assert built.name == CallbackSpec(**spec).kind

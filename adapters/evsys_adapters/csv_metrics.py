@@ -18,19 +18,21 @@ from evsys_adapters._csv_cells import cells_of
 from evsys_adapters._csv_table import CsvTable
 from evsys_adapters._line_file import Backlog
 from evsys_adapters._params import checked
-from evsys_adapters._runs import digest, run_id, run_name
+from evsys_adapters._runs import digest, run_folder, run_id, run_name
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
 
-_PLACE: Final = "{run}"
+_RUN: Final = "{run}"
+_RUN_DIR: Final = "{run_dir}"
 
 
 class CsvMetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `CsvMetricsCallback` can be told."""
 
     out_path: Annotated[str, msgspec.Meta(min_length=1)]
-    """The file, relative to the current directory; ``{run}`` stands for the run's key. Folders are made."""
+    """The file, relative to the current directory; folders are made. ``{run_dir}`` stands for the run's own folder,
+    ``{run}`` for its key."""
     delimiter: Annotated[str, msgspec.Meta(pattern=r'^[^\w\s\x00-\x1f\x7f".+-]$|^[ \t]$')] = ","
     """What separates the cells: one character that no number contains."""
 
@@ -67,7 +69,8 @@ class CsvMetricsCallback(Callback):
 
     def __init__(self, out_path: str | os.PathLike[str], delimiter: str = ",") -> None:
         config = checked(CsvMetricsConfig, {"out_path": os.fspath(out_path), "delimiter": delimiter})
-        self._out_path = Path(config.out_path).absolute()
+        self._out_path = config.out_path
+        self._here = Path.cwd()  # what a relative path was relative to when it was given
         self._delimiter = config.delimiter
         self._runs: dict[str, _RunTable] = {}
 
@@ -101,21 +104,20 @@ class CsvMetricsCallback(Callback):
         key = run_id(state)
         run = self._runs.get(key)
         if run is None:
-            owner = os.path.abspath(key)  # noqa: PTH100  # a Path would follow no dots
-            name = run_name(state)
-            run = self._runs[key] = _RunTable(owner, list(self._places(name, owner)), self._delimiter)
+            run = self._runs[key] = _RunTable(os.path.abspath(key), list(self._places(state)), self._delimiter)  # noqa: PTH100  # a Path would follow no dots
         return run
 
-    def _places(self, name: str, owner: str) -> Iterator[Path]:
+    def _places(self, state: LoopState) -> Iterator[Path]:
         """Where the run's file may lie; the first that is not another run's is taken."""
-        place = self._out_path
-        if _PLACE in str(place):
-            place = Path(str(place).replace(_PLACE, name))
-        else:
-            yield place
-            place = place.with_name(f"{place.stem}-{name}{place.suffix}")
+        name, text = run_name(state), self._out_path
+        if _RUN_DIR in text:
+            text = text.replace(_RUN_DIR, str(run_folder(state)))
+        place = self._here / text.replace(_RUN, name)
         yield place
-        yield place.with_name(f"{place.stem}-{digest(owner)}{place.suffix}")
+        if _RUN not in self._out_path:
+            place = place.with_name(f"{place.stem}-{name}{place.suffix}")
+            yield place
+        yield place.with_name(f"{place.stem}-{digest(os.path.abspath(run_id(state)))}{place.suffix}")  # noqa: PTH100  # as above
 
 
 class _RunTable:
@@ -157,7 +159,7 @@ class _RunTable:
                     run=self._owner,
                     taken=str(self._places[0]),
                     file=str(place),
-                    fix=f"write {_PLACE} into out_path to name the files yourself",
+                    fix=f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself",
                 )
             self._table = CsvTable(place, self._delimiter)
         return self._table

@@ -1,70 +1,50 @@
-"""The demo: a real training run over the bus, on real data, in a few seconds, with nothing to download.
+"""The demo: a real experiment on real data, in a few seconds, with nothing to download.
 
-It shows how an orchestrator uses the pieces: a bus around it all, the reference loop, and a benchmark afterwards.
+``digits.yaml`` is the experiment; this module is its recipe, and runs it from Python.
 """
 
-import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.bus import EventBus
-from evsys_bus.context import EvalResult, LogContext, LoopArtifacts
-from evsys_bus.errors import TrainingError
-from evsys_bus.events import BenchmarkEval
-from evsys_bus.training import TrainingLoop
+from evsys_bus.context import ExperimentResult
+from evsys_bus.demo.digits_run import DigitsRun, recipe, require_extra
+from evsys_bus.training import Experiment
+from evsys_bus.wiring import ExperimentConfig, load_experiment, read_document
+
+DEMO_FILE: Final = Path(__file__).with_name("digits.yaml")
+"""The experiment; copy it to make one of your own."""
+
+__all__ = ["DEMO_FILE", "DigitsRun", "demo_config", "recipe", "run_demo"]
 
 
-class DemoResult(msgspec.Struct, frozen=True):
-    """How the demo went."""
+def demo_config(output_dir: Path | str | None = None, **params: Any) -> ExperimentConfig:
+    """The experiment as its file says, with some parameters over those of all arms. Any: as `DigitsRun` has them.
 
-    artifacts: LoopArtifacts
-    test: EvalResult
-    """The held-out images, after training."""
-    steps_done: int
-    seconds: float
-    """Everything but the imports."""
+    Raises:
+        TrainingError: numpy or scikit-learn is missing.
+    """
+    require_extra()
+    config = load_experiment(read_document(DEMO_FILE))
+    if output_dir is not None:
+        config = msgspec.structs.replace(config, output_dir=str(output_dir))
+    return msgspec.structs.replace(config, run={**config.run, **params})
 
 
 async def run_demo(
-    output_dir: Path, callbacks: Iterable[object] = (), *, num_steps: int = 1000, seed: int = 0, resume: bool = False
-) -> DemoResult:
-    """Train on the handwritten digits, then score the held-out ones; the seed decides every number but the times.
+    output_dir: Path | str, callbacks: Iterable[object] | None = None, *, resume: bool = False, **params: Any
+) -> ExperimentResult:
+    """Train every arm with every seed. Any: as `DigitsRun` has them.
+
+    Args:
+        output_dir: Where everything goes.
+        callbacks: Default: those of the file.
+        resume: Continue what ``output_dir`` holds.
+        **params: Over those of all arms: ``steps=50``.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing, or ``output_dir`` cannot be used.
     """
-    try:
-        from threadpoolctl import threadpool_limits
-
-        from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
-    except ModuleNotFoundError as error:
-        raise TrainingError(
-            f"the demo needs {error.name}, which is not installed",
-            fix="pip install 'evsys-bus[demo]'   or   uv add 'evsys-bus[demo]'",
-        ) from error
-
-    began = time.perf_counter()
-    split = load_split(seed)
-    batches = DigitBatches(split.train, seed)
-    network = DigitNetwork(output_dir / "checkpoints", seed)
-    ctx = LogContext(output_dir=output_dir.parent, run_key=output_dir.name, run_config={"seed": seed})
-    every = max(num_steps // 6, 1)
-    # On matrices this small, more BLAS threads than one only cost; and the sums come out the same everywhere.
-    with threadpool_limits(limits=1):
-        async with EventBus(callbacks) as bus:
-            artifacts = await TrainingLoop(
-                network,
-                batches,
-                num_steps=num_steps,
-                evaluators=[DigitBenchmark("digits-val", split.val, tag="val", every=every)],
-                bus=bus,
-                ctx=ctx,
-                save_every=every,
-                steps_per_epoch=batches.steps_per_epoch,
-                resume=resume,
-            ).run()
-            result, predictions = DigitBenchmark("digits-test", split.test, tag="test").score(network)
-            bus.publish(BenchmarkEval(ctx, result, predictions))
-    return DemoResult(artifacts, result, artifacts.checkpoints[-1].batch + 1, time.perf_counter() - began)
+    return await Experiment(demo_config(output_dir, **params), callbacks=callbacks, resume=resume).run()

@@ -17,9 +17,6 @@ from evsys_bus.training import Benchmark
 Floats: TypeAlias = NDArray[np.float64]
 Labels: TypeAlias = NDArray[np.int64]
 
-BATCH_SIZE: Final = 64
-HIDDEN: Final = 128
-LEARNING_RATE: Final = 0.003
 BETA1: Final = 0.9
 BETA2: Final = 0.999
 EPSILON: Final = 1e-8
@@ -61,16 +58,17 @@ def load_split(seed: int) -> Split:
 class DigitBatches:
     """The batches of a run: each epoch a fresh shuffle, each made from its step's index alone."""
 
-    def __init__(self, images: Images, seed: int) -> None:
+    def __init__(self, images: Images, seed: int, batch_size: int = 64) -> None:
         self._images = images
         self._seed = seed
-        self.steps_per_epoch = len(images.labels) // BATCH_SIZE
+        self._size = min(batch_size, len(images.labels))
+        self.steps_per_epoch = len(images.labels) // self._size
 
     async def build_batch(self, step_idx: int) -> TrainingBatch:
         """The batch of this step; what does not fill a batch at the end of an epoch sits that epoch out."""
         epoch, place = divmod(step_idx, self.steps_per_epoch)
         order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._images.labels))
-        chosen = order[place * BATCH_SIZE : (place + 1) * BATCH_SIZE]
+        chosen = order[place * self._size : (place + 1) * self._size]
         return TrainingBatch(data=self._images.some(chosen), loss_fn="cross_entropy", metrics={"epoch": epoch})
 
 
@@ -80,16 +78,17 @@ class DigitNetwork:
     A step takes a fraction of a millisecond, so it runs where it is awaited; a longer one would belong in a thread.
     """
 
-    def __init__(self, directory: Path, seed: int) -> None:
+    def __init__(self, directory: Path, seed: int, *, hidden: int = 128, lr: float = 0.003) -> None:
         generator = np.random.default_rng((seed, 2))
         self.weights: dict[str, Floats] = {
-            "hidden": generator.normal(0, np.sqrt(2 / 64), (64, HIDDEN)),
-            "hidden_bias": np.zeros(HIDDEN),
-            "out": generator.normal(0, np.sqrt(2 / HIDDEN), (HIDDEN, 10)),
+            "hidden": generator.normal(0, np.sqrt(2 / 64), (64, hidden)),
+            "hidden_bias": np.zeros(hidden),
+            "out": generator.normal(0, np.sqrt(2 / hidden), (hidden, 10)),
             "out_bias": np.zeros(10),
         }
         self._mean = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
         self._square = {name: np.zeros_like(weight) for name, weight in self.weights.items()}
+        self._lr = lr
         self._updates = 0
         self._gradients: dict[str, Floats] = {}
         self._directory = directory
@@ -99,7 +98,7 @@ class DigitNetwork:
         images: Images = batch.data
         hidden, chances = self._forward(images.pixels)
         rows = np.arange(len(images.labels))
-        loss = -np.log(chances[rows, images.labels] + 1e-12).mean()
+        loss = _cross_entropy(chances, images.labels)
         accuracy = (chances.argmax(axis=1) == images.labels).mean()
         slope = chances.copy()
         slope[rows, images.labels] -= 1
@@ -111,7 +110,7 @@ class DigitNetwork:
             "out": hidden.T @ slope,
             "out_bias": slope.sum(axis=0),
         }
-        return {"loss": float(loss), "accuracy": float(accuracy)}
+        return {"loss": loss, "accuracy": float(accuracy)}
 
     async def optim_step(self) -> dict[str, float]:
         """One update by Adam."""
@@ -121,7 +120,7 @@ class DigitNetwork:
             mean += (1 - BETA1) * (gradient - mean)
             square += (1 - BETA2) * (gradient**2 - square)
             unbiased = mean / (1 - BETA1**self._updates), square / (1 - BETA2**self._updates)
-            self.weights[name] -= LEARNING_RATE * unbiased[0] / (np.sqrt(unbiased[1]) + EPSILON)
+            self.weights[name] -= self._lr * unbiased[0] / (np.sqrt(unbiased[1]) + EPSILON)
         norm = np.sqrt(sum((gradient**2).sum() for gradient in self._gradients.values()))
         self._gradients = {}
         return {"grad_norm": float(norm)}
@@ -144,9 +143,9 @@ class DigitNetwork:
             self._square = {name: saved[f"square.{name}"] for name in self.weights}
             self._updates = int(saved["updates"])
 
-    def predict(self, pixels: Floats) -> Labels:
-        """The likeliest digit of each image."""
-        return self._forward(pixels)[1].argmax(axis=1)
+    def chances(self, pixels: Floats) -> Floats:
+        """(n, 10): how likely each image shows each digit."""
+        return self._forward(pixels)[1]
 
     def _forward(self, pixels: Floats) -> tuple[Floats, Floats]:
         hidden = np.maximum(pixels @ self.weights["hidden"] + self.weights["hidden_bias"], 0)
@@ -179,19 +178,24 @@ class DigitBenchmark:
         return self.score(network)
 
     def score(self, network: DigitNetwork) -> Benchmark:
-        """Accuracy, accuracy by digit, and one row per image: its number, its label, what was read, 1 for right."""
+        """Accuracy, cross entropy, accuracy by digit; per image a row: its number, its label, what was read."""
         ids, pixels, labels = self._images
-        outputs = network.predict(pixels)
+        chances = network.chances(pixels)
+        outputs = chances.argmax(axis=1)
         right = outputs == labels
         result = EvalResult(
             name=self.name,
             benchmark_id=f"sklearn-digits/{self._tag}",
-            metrics={"accuracy": float(right.mean()), "images": float(len(labels))},
+            metrics={"accuracy": float(right.mean()), "loss": _cross_entropy(chances, labels)},
             breakdowns={"digit": {str(digit): float(right[labels == digit].mean()) for digit in range(10)}},
             tags=[self._tag],
         )
         rows = zip(ids.tolist(), labels.tolist(), outputs.tolist(), strict=True)
         return Benchmark(result, [_prediction(*row) for row in rows])
+
+
+def _cross_entropy(chances: Floats, labels: Labels) -> float:
+    return float(-np.log(chances[np.arange(len(labels)), labels] + 1e-12).mean())
 
 
 def _prediction(image: int, expected: int, output: int) -> Prediction:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -91,6 +92,10 @@ class TrainingLoop:
         """Steps that had no data."""
         self.failed_evals: Counter[str] = Counter()
         """How often each evaluator raised, by name."""
+        self.last_metrics: dict[str, Any] = {}
+        """Of the last step, and what hooks derived from them. Any: what backends measure."""
+        self.artifacts: LoopArtifacts | None = None
+        """What the loop left behind, also when it raised; None until it has ended."""
         self._bus = EventBus(callbacks or ()) if bus is None else nullcontext(bus)
         self._faults = FaultLog()
         self._done = 0  # steps done, so the next one to run
@@ -130,8 +135,9 @@ class TrainingLoop:
             self.metrics.flush()
             self.checkpoints.flush()
             self._faults.flush()
-            bus.publish(TrainEnd(state, self._artifacts()))
-        return self._artifacts()
+            self.artifacts = self._artifacts()
+            bus.publish(TrainEnd(state, self.artifacts))
+        return self.artifacts
 
     async def _step(self, bus: EventBus, step_idx: int) -> None:
         self.state.step = step_idx
@@ -143,6 +149,7 @@ class TrainingLoop:
             metrics = await self._train_on(batch)
             # The step stands first in its row, and is ours even where the backend has a metric of that name.
             self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
+            self.last_metrics = metrics
             bus.publish(StepEnd(self.state, step_idx, batch, metrics))
         if _due(self.save_every, step_idx):
             await self._save(bus, f"step-{step_idx:06d}", step_idx)
@@ -191,6 +198,8 @@ class TrainingLoop:
         """To the last full state; what was written of the steps after it is cut, for they will run again."""
         self._done = self.state.step = first = await self.checkpoints.resume()
         cut = self.metrics.keep(lambda row: isinstance(row.get("step"), int) and row["step"] < first)
+        for row in self.metrics.rows():
+            self.last_metrics = row
         log().info("training.resumed", run=self.state.ctx and self.state.ctx.run_key, first_step=first, rows_cut=cut)
 
     def _open_run_dir(self) -> None:

@@ -52,24 +52,28 @@ class Benchmark(NamedTuple):
     """What an evaluator returns when it has more to say than a few numbers."""
 
     result: EvalResult
-    """Its ``step`` is filled in by the loop."""
+    """Its ``step`` is filled in by who asked for it."""
     predictions: list[Prediction]
     """One row per task."""
 
 
-class Evaluator(Protocol):
-    """Scores the model while it trains. What it raises is logged, and the training goes on."""
+class Scorer(Protocol):
+    """Scores a model. What it raises is logged, and everything else goes on."""
 
     @property
     def name(self) -> str:
         """What its results are called."""
         ...
 
+    async def evaluate(self, state: LoopState) -> Mapping[str, float] | Benchmark:
+        """Score ``state.backend`` as it is after ``state.step``."""
+        ...
+
+
+class Evaluator(Scorer, Protocol):
+    """Scores the model while it trains."""
+
     @property
     def every(self) -> int:
         """It is due after every so many steps; 0 for never."""
-        ...
-
-    async def evaluate(self, state: LoopState) -> Mapping[str, float] | Benchmark:
-        """Score ``state.backend`` as it is after ``state.step``."""
         ...

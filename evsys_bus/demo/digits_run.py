@@ -1,0 +1,72 @@
+"""The demo's recipe: from the parameters of an arm to the pieces of a run."""
+
+import functools
+from typing import Annotated
+
+import msgspec
+
+from evsys_bus.errors import TrainingError
+from evsys_bus.training import RunParts, RunPlan
+
+
+class DigitsRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What an arm of the digits can be told."""
+
+    lr: Annotated[float, msgspec.Meta(gt=0)] = 0.003
+    """Adam's learning rate."""
+    hidden: Annotated[int, msgspec.Meta(ge=1)] = 128
+    """Units of the hidden layer."""
+    steps: Annotated[int, msgspec.Meta(ge=1)] = 600
+    batch_size: Annotated[int, msgspec.Meta(ge=1)] = 64
+    eval_every: Annotated[int, msgspec.Meta(ge=0)] = 100
+    """Validate, and save a checkpoint, after every so many steps; 0 for never."""
+    split_seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Which images are held out: the same for every run, so that runs can be compared."""
+
+
+def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
+    """A network, its batches, and the two benchmarks; the run's seed decides its every number but the times.
+
+    Raises:
+        TrainingError: numpy or scikit-learn is missing.
+    """
+    require_extra()
+    from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
+
+    _one_blas_thread()
+    split = load_split(params.split_seed)
+    batches = DigitBatches(split.train, run.seed, params.batch_size)
+    return RunParts(
+        backend=DigitNetwork(run.run_dir / "checkpoints", run.seed, hidden=params.hidden, lr=params.lr),
+        step_builder=batches,
+        num_steps=params.steps,
+        evaluators=[DigitBenchmark("digits-val", split.val, tag="val", every=params.eval_every)],
+        benchmarks=[DigitBenchmark("digits-test", split.test, tag="test")],
+        save_every=params.eval_every,
+        steps_per_epoch=batches.steps_per_epoch,
+    )
+
+
+def require_extra() -> None:
+    """Say how to install what the digits need.
+
+    Raises:
+        TrainingError: numpy or scikit-learn is missing.
+    """
+    try:
+        import numpy as np
+        import sklearn
+    except ModuleNotFoundError as error:
+        raise TrainingError(
+            f"the demo needs {error.name}, which is not installed",
+            fix="pip install 'evsys-bus[demo]'   or   uv add 'evsys-bus[demo]'",
+        ) from error
+    del np, sklearn
+
+
+@functools.cache
+def _one_blas_thread() -> None:
+    """For the whole process, for good: on matrices this small more threads only cost, and sums come out the same."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(limits=1)

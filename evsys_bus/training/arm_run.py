@@ -1,0 +1,209 @@
+"""`ArmRun`: one run of an experiment, from RunStart to RunEnd.
+
+    RunStart
+    the recipe          makes the parts
+    TrainingLoop        TrainStart … TrainEnd
+    each benchmark      BenchmarkEval(step=None)
+    the parts' close
+    RunEnd              whatever happened in between
+
+It is the wall around a run: what the recipe, the backend or the disk raises ends this run and no other.
+"""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, cast
+
+import anyio
+import msgspec
+
+from evsys_bus.bus import EventBus
+from evsys_bus.codec import to_plain
+from evsys_bus.context import ArmResult, EvalResult, LogContext, RunResult, Status
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import EvsysBusError, TrainingError
+from evsys_bus.events import BenchmarkEval, RunEnd, RunStart
+from evsys_bus.training.checkpoints import FINAL
+from evsys_bus.training.loop import TrainingLoop
+from evsys_bus.training.plan import RunParts, RunPlan
+from evsys_bus.training.protocols import Benchmark, Scorer
+from evsys_bus.wiring.recipe import Recipe
+
+CLOSE_SECONDS: Final = 10.0
+"""What ``RunParts.close`` may take."""
+_MAX_ERROR_CHARS: Final = 2_000
+_NO_METRICS: Final = ("step", "nonfinite", "replaced")
+"""Keys of a row in ``metrics.jsonl`` that were not measured."""
+
+
+class ArmRun:
+    """One run under way.
+
+    Args:
+        plan: What to run.
+        recipe: Makes its parts.
+        ctx: Its own context.
+        bus: An open bus.
+        stopping: Whether the experiment is being cancelled; a CancelledError at any other time is a failure of the run.
+    """
+
+    def __init__(
+        self, plan: RunPlan, recipe: Recipe, *, ctx: LogContext, bus: EventBus, stopping: Callable[[], bool]
+    ) -> None:
+        self.plan = plan
+        self.recipe = recipe
+        self.ctx = ctx
+        self._bus = bus
+        self._stopping = stopping
+        self._loop: TrainingLoop | None = None
+        self._evals: list[EvalResult] = []
+        self._eval_seconds = 0.0
+
+    async def go(self, *, begin_from: str | None, resume: bool) -> ArmResult:
+        """Train, score, and tell how it ended; never raises what the run raised.
+
+        Args:
+            begin_from: A full state to load first: that of the stage before.
+            resume: Continue what the run's directory holds, if it holds anything.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: After RunEnd.
+        """
+        self._bus.publish(RunStart(self.ctx))
+        status: Status = "completed"
+        error: str | None = None
+        try:
+            await self._train_and_score(begin_from, resume=resume)
+        except (KeyboardInterrupt, SystemExit) as leave:
+            self._end("cancelled", type(leave).__name__)
+            raise
+        except (Exception, asyncio.CancelledError) as raised:
+            stopped = isinstance(raised, asyncio.CancelledError) and self._stopping()
+            status, error = ("cancelled", "the experiment was stopped") if stopped else ("failed", _in_words(raised))
+            if not stopped:
+                log().warning("run.failed", run=self.plan.run_key, error=error, exc_info=raised)
+        return self._end(status, error)
+
+    async def _train_and_score(self, begin_from: str | None, *, resume: bool) -> None:
+        parts = await self._parts()
+        try:
+            if begin_from is not None:
+                await parts.backend.load_state(begin_from)
+            self._loop = TrainingLoop(
+                parts.backend,
+                parts.step_builder,
+                num_steps=parts.num_steps,
+                evaluators=parts.evaluators,
+                bus=self._bus,
+                ctx=self.ctx,
+                save_every=parts.save_every,
+                steps_per_epoch=parts.steps_per_epoch,
+                resume=resume,
+            )
+            await self._loop.run()
+            for benchmark in parts.benchmarks:
+                await self._score(benchmark, self._loop)
+        finally:
+            if parts.close is not None:
+                await self._close(parts.close)
+
+    async def _parts(self) -> RunParts:
+        made = cast("object", self.recipe.function(self.recipe.params(self.plan.params), self.plan))
+        if inspect.isawaitable(made):
+            made = await made
+        if not isinstance(made, RunParts):
+            raise TrainingError(
+                f"the recipe returned {type(made).__name__}, not RunParts",
+                fix="return RunParts(backend=…, step_builder=…, num_steps=…)",
+            )
+        return made
+
+    async def _score(self, benchmark: Scorer, loop: TrainingLoop) -> None:
+        began = time.perf_counter()
+        try:
+            score = await benchmark.evaluate(loop.state)
+            if isinstance(score, Mapping):
+                score = Benchmark(EvalResult(benchmark.name, metrics=dict(score)), [])
+            result, predictions = score
+            seconds = time.perf_counter() - began
+            result = msgspec.structs.replace(result, step=None, eval_seconds=result.eval_seconds or seconds)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and self._stopping():
+                raise
+            log().warning(
+                "benchmark.failed", run=self.plan.run_key, benchmark=benchmark.name, error=str(error), exc_info=error
+            )
+        else:
+            self._evals.append(result)
+            self._eval_seconds += result.eval_seconds
+            self._bus.publish(BenchmarkEval(self.ctx, result, predictions))
+
+    async def _close(self, close: Callable[[], Awaitable[object]]) -> None:
+        with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
+            try:
+                await close()
+            except Exception as error:
+                log().warning("run.close_failed", run=self.plan.run_key, error=str(error), exc_info=error)
+        if scope.cancelled_caught:
+            log().warning("run.close_abandoned", run=self.plan.run_key, after_seconds=CLOSE_SECONDS)
+
+    def _end(self, status: Status, error: str | None) -> ArmResult:
+        loop = self._loop
+        run_result = RunResult(
+            run_id=self.ctx.ids.get("run_id"),
+            status=status,
+            metrics={} if loop is None else _numbers(loop.last_metrics),
+            artifacts=None if loop is None else loop.artifacts,
+            error=error,
+        )
+        arm = ArmResult(
+            name=self.plan.arm,
+            run_config=self.ctx.run_config,
+            status=status,
+            metrics=run_result.metrics,
+            eval_metrics={
+                f"{result.name}/{metric}": value for result in self._evals for metric, value in result.metrics.items()
+            },
+            evals=self._evals,
+            run_id=run_result.run_id,
+            group_name=self.plan.group_name,
+            error=error,
+            train_seconds=run_result.artifacts.train_seconds if run_result.artifacts else 0.0,
+            eval_seconds=self._eval_seconds,
+            run_result=run_result,
+        )
+        self._bus.publish(RunEnd(self.ctx, run_result, arm))
+        return arm
+
+
+def not_run(plan: RunPlan, why: str) -> ArmResult:
+    """The result of a run that did not begin."""
+    return ArmResult(plan.arm, run_config=plan.run_config, status="cancelled", group_name=plan.group_name, error=why)
+
+
+def final_state(arm: ArmResult) -> str | None:
+    """Where the full state lies that the run ended with."""
+    artifacts = arm.run_result and arm.run_result.artifacts
+    rows = artifacts.checkpoints if artifacts else []
+    return next((row.state_path for row in reversed(rows) if row.name == FINAL), None)
+
+
+def _in_words(error: BaseException) -> str:
+    said = error.what if isinstance(error, EvsysBusError) else str(error)
+    return f"{type(error).__name__}: {said}".rstrip(": ")[:_MAX_ERROR_CHARS]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What can be averaged. Any: what backends measure; a row that was read back says of its nulls what they were."""
+    plain, _ = to_plain(dict(metrics))
+    row = cast("dict[str, Any]", plain)
+    flags = row.get("nonfinite")
+    words = cast("dict[str, str]", flags) if isinstance(flags, dict) else {}
+    values = {key: float(words[key]) if value is None and key in words else value for key, value in row.items()}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in _NO_METRICS and isinstance(value, int | float) and not isinstance(value, bool)
+    }

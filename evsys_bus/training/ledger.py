@@ -1,0 +1,194 @@
+"""`Ledger`: how far an experiment has got, in ``experiment.json``, and how each run ended, in its ``result.json``.
+
+It owns these files: what is read from them when an experiment is resumed, and what happens when the disk refuses them.
+"""
+
+import math
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, cast
+
+import msgspec
+
+from evsys_bus.codec import to_plain
+from evsys_bus.context import ArmResult, ExperimentResult, Status
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import TrainingError
+from evsys_bus.training.plan import RunPlan
+
+LEDGER: Final = "experiment.json"
+RESULT: Final = "result.json"
+
+
+class RunEntry(msgspec.Struct):
+    """How far one run has got."""
+
+    arm: str
+    seed: int
+    stage: str | None = None
+    group_name: str | None = None
+    status: Status = "pending"
+    error: str | None = None
+    """Why it failed, or did not begin."""
+    run_config: dict[str, Any] = {}
+    """What it was begun with; empty while it is pending. Any: as `RunPlan.params`."""
+
+
+class Page(msgspec.Struct):
+    """What ``experiment.json`` says."""
+
+    name: str
+    status: Status = "running"
+    started: str = ""
+    """ISO 8601, UTC; of the first start."""
+    ended: str | None = None
+    hypothesis: str | None = None
+    best_arm: str | None = None
+    best_score: float | None = None
+    conclusion: str | None = None
+    runs: dict[str, RunEntry] = {}
+    """By run key, in the order in which they were planned."""
+
+
+_decode: Final = msgspec.json.Decoder(Page).decode
+
+
+class Ledger:
+    """The record of one experiment.
+
+    Raises:
+        TrainingError: The directory cannot be written; it holds an experiment and ``resume`` was not asked for; or it
+            is resumed under another name, or with other parameters for a run that has begun.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, plans: Iterable[RunPlan], *, resume: bool, hypothesis: str | None = None
+    ) -> None:
+        self.path = folder / LEDGER
+        self.unwritten = 0
+        """How often the disk refused the ledger or a result."""
+        earlier = self._read()
+        if earlier is not None and not resume:
+            raise TrainingError(
+                f"{folder} holds an experiment already", fix="resume it (resume=True), or choose another output_dir"
+            )
+        page = earlier or Page(name, started=_now())
+        if page.name != name:
+            raise TrainingError(
+                f'{folder} holds the experiment "{page.name}", not "{name}"', fix="choose another output_dir"
+            )
+        page.status, page.ended, page.hypothesis = "running", None, hypothesis
+        for plan in plans:
+            entry = page.runs.setdefault(plan.run_key, RunEntry(plan.arm, plan.seed, plan.stage, plan.group_name))
+            _check_same(plan, entry, folder)
+        self._page = page
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _replace(self.path, msgspec.json.encode(page))
+        except OSError as error:
+            raise TrainingError(
+                f"the experiment's directory {folder} cannot be written: {error.strerror}",
+                fix="choose another output_dir",
+            ) from error
+
+    def finished(self, plan: RunPlan) -> ArmResult | None:
+        """How this run ended, if it was completed; anything less is to be run, or run on."""
+        if self._page.runs[plan.run_key].status != "completed":
+            return None
+        return read_result(plan.run_dir)
+
+    def began(self, plan: RunPlan) -> None:
+        """This run is under way."""
+        entry = self._page.runs[plan.run_key]
+        entry.status, entry.error, entry.run_config = "running", None, _plain_config(plan)
+        self._write()
+
+    def ended(self, plan: RunPlan, arm: ArmResult) -> None:
+        """This run has ended, or will not begin."""
+        entry = self._page.runs[plan.run_key]
+        entry.status, entry.error = arm.status, arm.error
+        if entry.run_config:
+            self._try(plan.run_dir / RESULT, _encode(arm))
+        self._write()
+
+    def close(self, result: ExperimentResult) -> None:
+        """The experiment has ended."""
+        page = self._page
+        page.status, page.ended, page.conclusion = result.status, _now(), result.conclusion
+        page.best_arm, page.best_score = result.best_arm, result.best_score
+        self._write()
+
+    def _write(self) -> None:
+        self._try(self.path, msgspec.json.encode(self._page))
+
+    def _try(self, path: Path, content: bytes) -> None:
+        """A disk that refuses the record ends no run: the next change writes the whole ledger anew."""
+        try:
+            _replace(path, content)
+        except OSError as error:
+            self.unwritten += 1
+            log().warning("ledger.unwritten", file=str(path), error=str(error))
+
+    def _read(self) -> Page | None:
+        try:
+            return _decode(self.path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, msgspec.DecodeError) as error:
+            raise TrainingError(
+                f"{self.path} cannot be read: {error}", fix="choose another output_dir, or put the file right"
+            ) from error
+
+
+def read_result(run_dir: Path) -> ArmResult | None:
+    """How the run in this folder ended; None where its ``result.json`` is missing or damaged."""
+    try:
+        plain: object = msgspec.json.decode((run_dir / RESULT).read_bytes())
+        # Not strict: JSON has no NaN, so they stand there as text.
+        return msgspec.convert(plain, ArmResult, strict=False)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        log().warning("ledger.result_unreadable", file=str(run_dir / RESULT), error=str(error))
+        return None
+
+
+def _encode(arm: ArmResult) -> bytes:
+    plain = msgspec.to_builtins(arm, str_keys=True, enc_hook=lambda value: to_plain(value)[0])
+    return msgspec.json.encode(_with_words(plain))
+
+
+def _with_words(plain: object) -> object:
+    """NaN and infinities as text."""
+    if isinstance(plain, dict):
+        return {key: _with_words(value) for key, value in cast("dict[str, object]", plain).items()}
+    if isinstance(plain, list):
+        return [_with_words(value) for value in cast("list[object]", plain)]
+    return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _plain_config(plan: RunPlan) -> dict[str, Any]:
+    """What a run is begun with, as it reads back from the ledger. Any: as `RunPlan.params`."""
+    return msgspec.json.decode(msgspec.json.encode(to_plain(plan.run_config)[0]), type=dict[str, Any])
+
+
+def _check_same(plan: RunPlan, entry: RunEntry, folder: Path) -> None:
+    now, then = _plain_config(plan), entry.run_config
+    changed = [key for key in {**then, **now} if now.get(key) != then.get(key)]
+    if then and changed:
+        said = ", ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
+        raise TrainingError(
+            f"run {plan.run_key} in {folder} was begun with other parameters: {said}",
+            fix="resume with the parameters that it was begun with, or choose another output_dir",
+        )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_bytes(content + b"\n")
+    beside.replace(path)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

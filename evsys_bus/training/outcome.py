@@ -1,0 +1,192 @@
+"""What came out of an experiment: arms side by side, the best of them, and a conclusion in words.
+
+Pure functions from results; nothing is read, written or published here. NaN and infinities are counted, never averaged,
+and an arm that has them, or runs that failed, is best only where no arm is whole: a mean over the seeds that happened
+to survive says little.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import msgspec
+
+from evsys_bus.context import ArmResult
+from evsys_bus.errors import did_you_mean
+from evsys_bus.wiring.experiment import SuccessMetric
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A metric over the runs of an arm."""
+
+    mean: float | None
+    """Over the finite values; None where there are none."""
+    sd: float | None
+    """The sample standard deviation; None below two finite values."""
+    n: int
+    """How many runs have a finite value."""
+    nonfinite: int = 0
+    """How many have NaN or an infinity."""
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "NaN" if self.nonfinite else "-"
+        return f"{self.mean:.4g}" if self.sd is None else f"{self.mean:.4g} ± {self.sd:.2g}"
+
+
+class ArmSummary(msgspec.Struct, frozen=True):
+    """One arm over its runs."""
+
+    name: str
+    runs: int
+    completed: int
+    failed: int
+    cancelled: int
+    """Stopped, or never begun."""
+    metrics: dict[str, Spread]
+    """Of its completed runs, the success metric first; evaluations after training, or training metrics if none has any.
+    """
+    score: Spread | None = None
+    """The success metric; None where none was asked for."""
+    score_runs: int = 0
+    """How many runs should have a score: those of the last stage, where there are stages."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every run was completed and, where a success metric was asked for, has a finite score."""
+        return self.completed == self.runs and (self.score is None or self.score.n == self.score_runs)
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """Which arm is best, and what to say of it."""
+
+    best_arm: str | None
+    best_score: float | None
+    conclusion: str
+    """One or two plain sentences."""
+
+
+def summarise(arms: Iterable[ArmResult], success: SuccessMetric | None = None) -> list[ArmSummary]:
+    """One row per arm, in the order of their first runs. Of a continual experiment the last stage's metrics count."""
+    results = list(arms)
+    last_stage = next((_stage(run) for run in reversed(results)), None)
+    by_arm: dict[str, list[ArmResult]] = {}
+    for run in results:
+        by_arm.setdefault(run.name, []).append(run)
+    return [_summary(name, runs, last_stage, success) for name, runs in by_arm.items()]
+
+
+def conclude(summaries: Sequence[ArmSummary], success: SuccessMetric | None = None) -> Verdict:
+    """The best arm by the mean over its seeds, and the conclusion."""
+    if success is None:
+        return Verdict(None, None, f"{_count(summaries)} No success metric was asked for, so no arm is called best.")
+    scored = [each for each in summaries if each.score is not None and each.score.mean is not None]
+    if not scored:
+        return Verdict(None, None, f"{_count(summaries)} {_unscored(summaries, success.name)}")
+    sign = 1 if success.mode == "max" else -1
+    ranked = sorted(scored, key=lambda each: (not each.whole, -sign * _mean(each)))
+    best, rest = ranked[0], ranked[1:]
+    sentence = f"{best.name} is best: {success.name} {best.score}{_over(best)}"
+    if len(summaries) == 1:
+        sentence = f"{best.name} reached {success.name} {best.score}{_over(best)}"
+    elif rest:
+        next_best = rest[0]
+        if next_best.whole or not best.whole:
+            sentence += f", ahead of {next_best.name} ({next_best.score}){_within_spread(best, next_best)}"
+        else:
+            sentence += f", before {next_best.name} ({next_best.score}, not whole)"
+    return Verdict(best.name, _mean(best), " ".join([f"{sentence}.", *_troubles(summaries)]))
+
+
+def _summary(name: str, runs: list[ArmResult], last_stage: object, success: SuccessMetric | None) -> ArmSummary:
+    last = [run for run in runs if _stage(run) == last_stage]
+    done = [run for run in last if run.status == "completed"]
+    evals = any(run.eval_metrics for run in done)
+    names = dict.fromkeys(metric for run in done for metric in (run.eval_metrics if evals else run.metrics))
+    score = None if success is None else _spread(success.name, done)
+    if success is not None:
+        names = {success.name: None} | names if score and (score.n or score.nonfinite) else names
+    return ArmSummary(
+        name=name,
+        runs=len(runs),
+        completed=sum(run.status == "completed" for run in runs),
+        failed=sum(run.status == "failed" for run in runs),
+        cancelled=sum(run.status not in {"completed", "failed"} for run in runs),
+        metrics={metric: _spread(metric, done) for metric in names},
+        score=score,
+        score_runs=len(last),
+    )
+
+
+def _spread(metric: str, runs: Iterable[ArmResult]) -> Spread:
+    values = [run.eval_metrics.get(metric, run.metrics.get(metric)) for run in runs]
+    known = [float(value) for value in values if value is not None]
+    finite = [value for value in known if math.isfinite(value)]
+    return Spread(
+        mean=statistics.fmean(finite) if finite else None,
+        sd=statistics.stdev(finite) if len(finite) > 1 else None,
+        n=len(finite),
+        nonfinite=len(known) - len(finite),
+    )
+
+
+def _stage(run: ArmResult) -> object:
+    """The stage of a continual experiment, which is the run's group; a parameter may have that name too."""
+    config = cast("object", run.run_config)
+    stage = cast("dict[str, object]", config).get("stage") if isinstance(config, dict) else None
+    return stage if stage == run.group_name else None
+
+
+def _mean(summary: ArmSummary) -> float:
+    assert summary.score is not None
+    assert summary.score.mean is not None
+    return summary.score.mean
+
+
+def _over(summary: ArmSummary) -> str:
+    assert summary.score is not None
+    return f" over {summary.score.n} seeds" if summary.score.n > 1 else ""
+
+
+def _within_spread(best: ArmSummary, next_best: ArmSummary) -> str:
+    """A word of caution where the seeds differ more than the arms."""
+    assert best.score is not None
+    assert next_best.score is not None
+    spreads = [each.sd for each in (best.score, next_best.score) if each.sd is not None]
+    close = spreads and abs(_mean(best) - _mean(next_best)) <= max(spreads)
+    return ", which is no more than the seeds differ" if close else ""
+
+
+def _troubles(summaries: Iterable[ArmSummary]) -> list[str]:
+    """One sentence on each arm that is not whole."""
+    found: list[str] = []
+    for each in summaries:
+        nonfinite = 0 if each.score is None else each.score.nonfinite
+        unscored = (
+            0 if each.score is None else each.completed - (each.runs - each.score_runs) - each.score.n - nonfinite
+        )
+        counts = ((each.failed, "failed"), (each.cancelled, "not finished"), (nonfinite, "NaN or infinite"))
+        parts = [f"{count} {word}" for count, word in (*counts, (unscored, "without a score")) if count > 0]
+        if parts:
+            found.append(f"{each.name}: {', '.join(parts)} of {_runs(each.runs)}.")
+    return found
+
+
+def _unscored(summaries: Sequence[ArmSummary], wanted: str) -> str:
+    if any(each.score is not None and each.score.nonfinite for each in summaries):
+        return f"{wanted} is NaN or infinite in every run that has it, so no arm is called best."
+    known = {metric for each in summaries for metric in each.metrics}
+    hint = did_you_mean(wanted, known)
+    return f"No completed run has {wanted}, so no arm is called best{f'; {hint}' if hint else '.'}"
+
+
+def _count(summaries: Sequence[ArmSummary]) -> str:
+    runs, completed = sum(each.runs for each in summaries), sum(each.completed for each in summaries)
+    arms = f"{len(summaries)} arm{'s' if len(summaries) != 1 else ''}"
+    said = f"{arms}, {_runs(runs)}, {'all' if completed == runs else completed} completed."
+    return " ".join([said, *(_troubles(summaries) if completed < runs else [])])
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' if count != 1 else ''}"
