@@ -4,6 +4,10 @@ import sys
 
 import pytest
 
+from evsys_bus.cli import COMMANDS
+from evsys_bus.cli.explain import codes, page
+from evsys_bus.errors import EvsysBusError
+
 
 def evsys_bus(*arguments, before="", cwd=None):
     """The command in a process of its own; ``before`` runs first in it."""
@@ -13,19 +17,30 @@ def evsys_bus(*arguments, before="", cwd=None):
     )
 
 
-HEAVY = ["anyio", "asyncio", "importlib.metadata", "msgspec", "numpy", "structlog", "evsys_bus.bus", "evsys_bus.wiring"]
+HEAVY = [
+    "anyio",
+    "asyncio",
+    "rich",
+    "ruamel",
+    "importlib.metadata",
+    "msgspec",
+    "numpy",
+    "structlog",
+    "evsys_bus.bus",
+    "evsys_bus.wiring",
+]
 
 
 @pytest.mark.parametrize("heavy", [HEAVY])
 def test_help_lists_every_command_without_importing_what_they_need(heavy):
     done = evsys_bus("--help", before=f"import atexit; atexit.register(lambda: print(set({heavy}) & set(sys.modules)))")
     assert done.returncode == 0
-    for command in ("demo", "adapters", "bench"):
+    for command in COMMANDS:
         assert f"\n  {command}" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("command", ["demo", "adapters", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_that_is_listed_has_help_of_its_own(command):
     done = evsys_bus(command, "--help")
     assert done.returncode == 0, done.stderr
@@ -39,7 +54,7 @@ def test_version_is_the_installed_one():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["dmeo"], ["demo", "--stpes", "3"], ["demo", "--steps", "0"], ["demo", "--resume"]]
+    "arguments", [["dmeo"], ["demo", "--stpes", "3"], ["run"], ["run", "x", "--seed", "-1"], ["demo", "--resume"]]
 )
 def test_a_usage_error_says_what_is_wrong_on_stderr_and_exits_2(arguments):
     done = evsys_bus(*arguments)
@@ -67,45 +82,113 @@ def test_a_missing_package_of_the_demo_names_the_install_command_and_exits_3(tmp
     assert "Traceback" not in done.stderr
 
 
-def test_an_output_dir_that_cannot_be_made_exits_3(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = evsys_bus("demo", "--steps", 2, "--output-dir", tmp_path / "file" / "run")
-    assert done.returncode == 3
-    assert "error[EB701]: the run's directory" in done.stderr
-    assert "fix: choose another output_dir" in done.stderr
-
-
-def test_an_output_dir_that_holds_a_run_is_refused_with_2_and_left_alone(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step":0}\n')
-    done = evsys_bus("demo", "--steps", 2, "--output-dir", tmp_path)
-    assert done.returncode == 2
-    assert "holds a run already" in done.stderr
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step":0}\n'
-
-
-def test_what_training_code_raises_exits_1_with_its_traceback(tmp_path):
-    raises = "from evsys_bus.demo.digits import DigitNetwork\n"
-    raises += "async def no(self): raise ZeroDivisionError('x')\nDigitNetwork.optim_step = no"
-    done = evsys_bus("demo", "--output-dir", tmp_path, before=raises)
+def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
+    done = evsys_bus(
+        "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.codes = no"
+    )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
-    assert done.stderr.rstrip().endswith("ZeroDivisionError: x")
+    assert done.stderr.rstrip().endswith("ZeroDivisionError")
 
 
-def test_ctrl_c_exits_130_after_the_step_and_its_final_checkpoint(tmp_path):
-    soon = "import signal\nfrom evsys_adapters.print_progress import PrintProgressCallback as P\n"
-    soon += "P.on_checkpoint = lambda self, state, row: row.name == 'final' or signal.raise_signal(signal.SIGINT)"
-    done = evsys_bus("demo", "--steps", 60, "--output-dir", tmp_path, before=soon)
-    assert done.returncode == 130
-    assert done.stderr.endswith("interrupted\n")
-    assert json.loads((tmp_path / "checkpoints.jsonl").read_text().splitlines()[-1])["name"] == "final"
+def test_an_os_error_is_the_machine_s_fault_and_exits_3():
+    before = (
+        "import evsys_bus.cli.explain as e\ndef no(): raise OSError(28, 'No space left on device', 'x')\ne.codes = no"
+    )
+    done = evsys_bus("explain", before=before)
+    assert (done.returncode, done.stderr) == (3, "error: No space left on device: x\n")
 
 
-def test_the_default_output_dir_is_a_new_one_under_runs(tmp_path):
-    done = evsys_bus("demo", "--steps", 2, cwd=tmp_path)
-    (run_dir,) = (tmp_path / "runs").iterdir()
-    assert run_dir.name.startswith("demo-")
-    assert str(run_dir) in done.stderr
+def test_a_reader_of_stdout_that_leaves_early_is_no_error(tmp_path):
+    program = f"{sys.executable} -c 'from evsys_bus.cli import main; main()' explain EB101; echo $? > {tmp_path}/code"
+    done = subprocess.run(["bash", "-c", f"({program}) | true"], capture_output=True, text=True, check=False)
+    assert (done.stderr, (tmp_path / "code").read_text()) == ("", "0\n")
+
+
+def subclasses(error):
+    return {error, *(each for child in error.__subclasses__() for each in subclasses(child))}
+
+
+def test_every_error_code_has_a_page_of_help_and_every_page_a_code():
+    raised = {each.code for each in subclasses(EvsysBusError) if each.__module__ == "evsys_bus.errors"}
+    assert set(codes()) == raised
+    for code in codes():
+        head, blank, *body = page(code).splitlines()
+        assert head.startswith(f"{code}  ")
+        assert (blank, body[0]) == ("", "What happened")
+        assert "What to do" in body
+        assert max(map(len, [head, *body])) <= 120
+
+
+@pytest.mark.parametrize("code", ["EB101", "eb101", "101", "error[EB101]"])
+def test_a_page_is_found_however_its_code_is_written(code):
+    done = evsys_bus("explain", code)
+    assert (done.returncode, done.stdout) == (0, page("EB101"))
+
+
+def test_explain_without_a_code_lists_them_and_with_an_unknown_one_names_the_nearest():
+    assert [line[:5] for line in evsys_bus("explain").stdout.splitlines()] == codes()
+    done = evsys_bus("explain", "EB110")
+    assert done.returncode == 2
+    assert 'did you mean "EB10' in done.stderr
+
+
+def test_doctor_reports_and_hides_secrets():
+    secrets = "import os; os.environ.update(WANDB_API_KEY='hush-hush', HTTPS_PROXY='http://me:hush-hush@proxy:1')"
+    done = evsys_bus("doctor", before=secrets)
+    assert done.returncode == 0, done.stdout
+    assert "hush-hush" not in done.stdout
+    assert "WANDB_API_KEY   set (9 characters, hidden)" in done.stdout
+    assert "http://(hidden)@proxy:1" in done.stdout
+    report = json.loads(evsys_bus("doctor", "--json", before=secrets).stdout)
+    assert "hush-hush" not in str(report)
+    assert (report["disk"]["append"], report["disk"]["lock"], report["faults"]) == ("works", "works", [])
+    assert report["machine"]["python"].startswith(f"{sys.version_info.major}.")
+
+
+def test_doctor_names_the_install_command_of_what_is_missing_and_leaves_nothing_behind(tmp_path):
+    hidden = "import importlib.metadata as m; v = m.version\n"
+    hidden += "def version(name):\n if name == 'numpy': raise m.PackageNotFoundError(name)\n return v(name)\n"
+    hidden += "m.version = version"
+    done = evsys_bus("doctor", before=hidden, cwd=tmp_path)
+    assert "extra demo   install: pip install 'evsys-bus[demo]'   or   uv add 'evsys-bus[demo]'" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"name": 1}'])
+def test_show_says_what_is_wrong_with_a_folder_that_it_cannot_read(tmp_path, content):
+    if content is not None:
+        (tmp_path / "experiment.json").write_text(content)
+    done = evsys_bus("show", tmp_path)
+    assert done.returncode in {1, 2}
+    assert "Error: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_show_reads_a_lone_run_with_nan_and_torn_lines(tmp_path):
+    rows = [
+        '{"step":0,"loss":2.0}',
+        '{"step":1,"loss":null,"nonfinite":{"loss":"nan"}}',
+        '{"step":2,"loss":0.5}',
+        '{"st',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    done = evsys_bus("show", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (loss,) = [line.split() for line in done.stdout.splitlines() if line.startswith("loss")]
+    assert loss == ["loss", "3", "(1", "NaN)", "2.000", "0.500", "0.500", "2", "2.000", "0"]
+    row = json.loads(evsys_bus("show", tmp_path, "--json").stdout)
+    assert (row["type"], row["last_step"], row["metrics"][0]["nonfinite"]) == ("run", 2, 1)
+
+
+def test_show_suggests_the_nearest_name_below_runs(tmp_path):
+    for name in ("baseline-s0", "wide-s0"):
+        (tmp_path / "runs" / "digits" / name).mkdir(parents=True)
+        (tmp_path / "runs" / "digits" / name / "metrics.jsonl").write_text("")
+    done = evsys_bus("show", "wied-s0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "there is no run wied-s0; did you mean wide-s0?" in done.stderr
+    assert evsys_bus("show", "digits/wide-s0", cwd=tmp_path).returncode == 0
 
 
 def test_adapters_lists_kinds_with_a_summary_line_each():
@@ -128,11 +211,7 @@ def test_an_adapter_that_cannot_be_loaded_does_not_hide_the_others(tmp_path):
     assert "print_progress  " in done.stdout
 
 
-def test_adapters_with_a_kind_shows_schema_defaults_and_an_example():
-    text = evsys_bus("adapters", "print_progress").stdout
-    assert '"additionalProperties": false' in text
-    assert "defaults\n  every  1\n  keys   null\n" in text
-    assert "  - kind: print_progress\n" in text
+def test_adapters_with_a_kind_gives_its_schema_as_json():
     page = json.loads(evsys_bus("adapters", "print_progress", "--json").stdout)
     assert page["schema"]["properties"]["every"]["minimum"] == 1
     assert page["defaults"] == {"every": 1, "keys": None}

@@ -1,23 +1,36 @@
 """The command line: one file per command, each imported only when it is called.
 
-This module owns the list of commands, how errors are told, and the exit codes:
+This module owns the list of commands and the way of one command line, from its arguments to its exit code:
 
-    0 ok · 1 the training code raised · 2 usage or config · 3 local environment · 130 interrupted
+    0 ok · 1 the training code raised · 2 usage or config · 3 local environment · 5 deliveries pending (--strict)
+    130 interrupted
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 import click
 
+from evsys_bus.cli.screen import Screen
+
 COMMANDS: Final[Mapping[str, str]] = {
-    "demo": "train a small network on handwritten digits, over the bus, in seconds",
+    "demo": "three small networks learn to read handwritten digits, in seconds: a run to look at",
+    "run": "run an experiment file",
+    "check": "check an experiment file and show what it would run; start nothing",
+    "show": "what is known of a run or an experiment: status, metrics, checkpoints, evals",
     "adapters": "the kinds of callbacks there are; with KIND its schema, defaults and an example",
+    "doctor": "what this machine has and lacks",
     "bench": "dispatch latency and costs on this machine, as a table and a plot",
+    "explain": "the page of help for an error code",
 }
 """What each command does. The command itself is ``command`` in ``evsys_bus.cli.<name>``."""
+
+
+class _ReaderLeft(Exception):  # noqa: N818 # it is no error
+    """Whoever read stdout has gone."""
 
 
 class LazyGroup(click.Group):
@@ -34,6 +47,13 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         return importlib.import_module(f"evsys_bus.cli.{cmd_name}").command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command. That nobody reads its result any more is no fault of its own, as click would have it."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise _ReaderLeft from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in ``--help``; click's own would import every command for its help text."""
@@ -58,34 +78,28 @@ def root() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; return its exit code."""
+    screen = Screen()
     try:
-        outcome = root.main(list(arguments), prog_name="evsys-bus", standalone_mode=False)
+        outcome = root.main(list(arguments), prog_name="evsys-bus", standalone_mode=False, obj=screen)
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except _ReaderLeft:
+        outcome = 0
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        screen.note("interrupted")
         return 130
     except Exception as error:
-        return _told(error)
+        from evsys_bus.cli.telling import tell
+
+        return tell(error, screen)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return outcome if isinstance(outcome, int) else 0
 
 
 def main() -> None:
     """The ``evsys-bus`` command."""
     sys.exit(run(sys.argv[1:]))
-
-
-def _told(error: Exception) -> int:
-    """Tell the error on stderr; ours in their own shape, a stranger's with its traceback."""
-    from evsys_bus.errors import ConfigError, EvsysBusError, HookError, TrainingError
-
-    if not isinstance(error, EvsysBusError):
-        import traceback
-
-        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
-        return 1
-    click.echo(str(error), err=True)
-    if isinstance(error.__cause__, OSError | ImportError):
-        return 3
-    return 2 if isinstance(error, ConfigError | HookError | TrainingError) else 1

@@ -6,6 +6,7 @@ from typing import Any
 import click
 import msgspec
 
+from evsys_bus.cli.screen import color_option
 from evsys_bus.errors import EvsysBusError
 from evsys_bus.wiring import Origin, callback_kinds, example, json_schema
 from evsys_bus.wiring.registry import REGISTRY
@@ -37,6 +38,7 @@ class _Page(msgspec.Struct):
 @click.command("adapters")
 @click.argument("kind", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per kind.")
+@color_option
 def command(kind: str | None, as_json: bool) -> None:
     """List the kinds of callbacks; with KIND, show its schema, its defaults and an example."""
     if kind is not None:

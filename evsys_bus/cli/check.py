@@ -1,0 +1,24 @@
+"""``evsys-bus check``: an experiment file, checked and spread out; nothing is started."""
+
+from pathlib import Path
+
+import click
+
+from evsys_bus.cli.options import json_option, set_option
+from evsys_bus.cli.screen import color_option
+
+
+@click.command("check")
+@click.argument("file", type=click.Path(path_type=Path))
+@set_option
+@json_option
+@color_option
+def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
+    """Check the experiment that FILE describes, and show what it would run.
+
+    Everything that is wrong is told in one pass, with its line. Nothing is started or written.
+    """
+    from evsys_bus.cli.planned import plan_json, plan_lines, planned
+
+    plan = planned(file, sets=sets)
+    click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))

@@ -1,0 +1,192 @@
+"""``evsys-bus doctor``: what this machine has and lacks; secrets are never shown."""
+
+import sys
+from pathlib import Path
+from typing import Final
+
+import click
+
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import Screen, color_option
+
+PACKAGES: Final = ("anyio", "click", "msgspec", "rich", "ruamel.yaml", "structlog", "uvloop")
+EXTRAS: Final = {"demo": ("numpy", "scikit-learn", "threadpoolctl"), "testing": ("pytest", "pytest-asyncio")}
+"""Extra -> the packages that it brings."""
+VARIABLES: Final = (
+    "PYTHONPATH",
+    "PYTHONASYNCIODEBUG",
+    "NO_COLOR",
+    "FORCE_COLOR",
+    "TERM",
+    "TMPDIR",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "SLURM_JOB_ID",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+)
+_PREFIXES: Final = ("EVSYS_", "AWS_", "S3_", "WANDB_")
+_SECRET_WORDS: Final = ("AUTH", "CREDENTIAL", "KEY", "PASS", "SECRET", "TOKEN")
+
+
+@click.command("doctor")
+@json_option
+@color_option
+@click.pass_obj
+def command(screen: Screen, as_json: bool) -> int:
+    """Report on Python, packages, the event loop, the disk of the working directory, and the environment.
+
+    Exits with 3 if something that evsys-bus needs does not work here.
+    """
+    from evsys_bus.cli.tables import columns
+
+    sections = {
+        "machine": _machine(),
+        "packages": _versions(PACKAGES),
+        **{f"extra {name}": _versions(packages) for name, packages in EXTRAS.items()},
+        "disk": _disk(Path.cwd()),
+        "environment": _environment(),
+    }
+    faults = _faults(sections)
+    if as_json:
+        import msgspec
+
+        click.echo(msgspec.json.encode({**sections, "faults": faults}))
+        return 3 if faults else 0
+    for name, facts in sections.items():
+        note = _note(name, facts)
+        rows = [[key, value] for key, value in facts.items()]
+        click.echo("\n".join([f"{name}{note}", *columns(rows, indent="  "), ""]))
+    for fault in faults:
+        click.echo(f"{screen.style('!', sys.stdout, fg='red', bold=True)} {fault}")
+    if not faults:
+        click.echo("all that evsys-bus needs works here")
+    return 3 if faults else 0
+
+
+def _machine() -> dict[str, str]:
+    import os
+    import platform
+
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "evsys-bus": _version("evsys-bus"),
+        "python": f"{platform.python_version()} {platform.python_implementation()}   {sys.executable}",
+        "platform": platform.platform(),
+        "cores": f"{affinity} of {os.cpu_count()}",
+        "event loop": _event_loop(),
+    }
+
+
+def _event_loop() -> str:
+    import asyncio
+
+    loop = asyncio.new_event_loop()
+    loop.close()
+    return f"{type(loop).__module__}.{type(loop).__name__}   (uvloop {_version('uvloop')})"
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {package: _version(package) for package in packages}
+
+
+def _disk(folder: Path) -> dict[str, str]:
+    import os
+    import shutil
+    import tempfile
+
+    facts = {"folder": str(folder)}
+    try:
+        facts["free"] = f"{shutil.disk_usage(folder).free / 2**30:,.1f} GiB"
+    except OSError as error:
+        facts["free"] = f"unknown: {error.strerror}"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".evsys-bus-doctor-", dir=folder) as probe:
+            facts["append"] = _append_works(os.path.join(probe, "append"))  # noqa: PTH118 # os.open takes it as it is
+            facts["lock"] = _lock_works(os.path.join(probe, "lock"))  # noqa: PTH118 # as above
+    except OSError as error:
+        facts["write"] = f"fails: {error.strerror}"
+    return facts
+
+
+def _append_works(path: str) -> str:
+    """Two descriptors that append by turns, as a writer and its resumed self do; network file systems may lose one."""
+    import os
+
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    first, second = os.open(path, flags, 0o600), os.open(path, flags, 0o600)
+    try:
+        for file, part in ((first, b"a"), (second, b"b"), (first, b"c")):
+            os.write(file, part)
+    finally:
+        os.close(first)
+        os.close(second)
+    return "works" if Path(path).read_bytes() == b"abc" else "fails: one writer overwrote the other"
+
+
+def _lock_works(path: str) -> str:
+    """A second descriptor must not get a lock that the first one holds."""
+    import os
+
+    try:
+        import fcntl
+    except ImportError:
+        return "fails: this platform has no flock"
+    first, second = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), os.open(path, os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return "works"
+    except OSError as error:
+        return f"fails: {error.strerror}"
+    else:
+        return "fails: two writers hold one lock"
+    finally:
+        os.close(first)
+        os.close(second)
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    names = sorted(name for name in os.environ if name in VARIABLES or name.startswith(_PREFIXES))
+    return {name: _redacted(name, os.environ[name]) for name in names}
+
+
+def _redacted(name: str, value: str) -> str:
+    """The value; only its length where the name or an address with a password says that it is a secret."""
+    import re
+
+    if any(word in name.upper() for word in _SECRET_WORDS):
+        return f"set ({len(value)} characters, hidden)"
+    return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
+
+
+def _note(name: str, facts: dict[str, str]) -> str:
+    kind, _, extra = name.partition(" ")
+    if kind != "extra" or "missing" not in facts.values():
+        return ""
+    return f"   install: pip install 'evsys-bus[{extra}]'   or   uv add 'evsys-bus[{extra}]'"
+
+
+def _faults(sections: dict[str, dict[str, str]]) -> list[str]:
+    faults = [f"{name} is missing" for name, found in sections["packages"].items() if found == "missing"]
+    disk = sections["disk"]
+    faults += [f"{what} {found}: choose another directory" for what, found in disk.items() if found.startswith("fails")]
+    return faults

@@ -1,0 +1,55 @@
+"""Options that several commands share, and how a command line is written down again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import click
+
+from evsys_bus.cli.screen import color_option
+
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+PROGRESS: Final = ["auto", "live", "plain", "json", "off"]
+
+set_option: Final = click.option(
+    "--set", "sets", multiple=True, metavar="A.B=C", help="Override a value of the file: --set run.lr=1e-3; repeatable."
+)
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object per line.")
+
+
+def running_options(command: _CommandT) -> _CommandT:
+    """Those of every command that starts an experiment."""
+    for option in (
+        color_option,
+        json_option,
+        click.option(
+            "--progress",
+            type=click.Choice(PROGRESS),
+            default="auto",
+            show_default=True,
+            help="How it shows itself on stderr. auto: live on a terminal, plain otherwise.",
+        ),
+        click.option("--strict", is_flag=True, help="Exit with 5 if a callback's task was not finished."),
+        click.option("--resume", is_flag=True, help="Go on with what the output directory holds."),
+        set_option,
+        click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),
+        click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable."),
+    ):
+        command = option(command)
+    return command
+
+
+def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
+    """``--output-dir``."""
+    return click.option("--output-dir", type=click.Path(path_type=Path, file_okay=True), help=help_text)
+
+
+def written(*words: object, **options: Any) -> list[str]:
+    """The command line, from its options as they were given. Any: text, numbers, paths, and tuples of them."""
+    line = ["evsys-bus", *map(str, words)]
+    for name, value in options.items():
+        given = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+        for each in given:
+            if each is not None:
+                line += [f"--{name.replace('_', '-')}", str(each)]
+    return line

@@ -1,0 +1,227 @@
+"""`Board`: how far every run has got, kept by a callback.
+
+Its hooks store and return; nothing is formatted or printed here. Views read it from a thread of their own, so every
+field is replaced whole and never changed in place.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, NamedTuple, cast
+
+import msgspec
+
+from evsys_bus.callback import Callback
+from evsys_bus.context import (
+    ArmResult,
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    Prediction,
+    RunResult,
+    Status,
+    TrainingBatch,
+)
+
+MAX_NEWS: Final = 10_000
+"""News that wait for a view; beyond it the oldest are dropped, and counted."""
+
+
+class PlannedRun(NamedTuple):
+    """A run before it began."""
+
+    key: str
+    arm: str
+    seed: int
+    stage: str | None = None
+    status: Status = "pending"
+    """``completed`` where a resumed experiment has it already."""
+
+
+class RunProgress:
+    """One run, as far as it has got."""
+
+    __slots__ = (
+        "arm",
+        "began",
+        "checkpoints",
+        "ended",
+        "error",
+        "evals",
+        "first_step",
+        "key",
+        "last_checkpoint",
+        "metrics",
+        "num_steps",
+        "seed",
+        "stage",
+        "status",
+        "step",
+    )
+
+    def __init__(self, plan: PlannedRun) -> None:
+        self.key, self.arm, self.seed, self.stage, self.status = plan
+        self.step = 0
+        """Steps done."""
+        self.first_step = 0
+        self.num_steps = 0
+        self.began: float | None = None
+        self.ended: float | None = None
+        self.metrics: Mapping[str, Any] = {}  # Any: a backend may measure more than numbers
+        self.evals: dict[str, tuple[int | None, Mapping[str, Any]]] = {}
+        self.checkpoints = 0
+        self.last_checkpoint: str | None = None
+        self.error: str | None = None
+
+    def rate(self, now: float) -> float | None:
+        """Steps per second since training began, or None before the first."""
+        seconds = 0.0 if self.began is None else (self.ended or now) - self.began
+        done = self.step - self.first_step
+        return done / seconds if done > 0 and seconds > 0 else None
+
+    def eta(self, now: float) -> float | None:
+        """Seconds to the horizon."""
+        rate = self.rate(now)
+        return None if rate is None else max(self.num_steps - self.step, 0) / rate
+
+
+class News(msgspec.Struct, frozen=True):
+    """Something worth a line of its own."""
+
+    time: float
+    """Seconds since the epoch."""
+    event: str
+    run: str | None = None
+    step: int = 0
+    """Steps done then; an eval's or a checkpoint's own, which in async training lie behind the run's."""
+    num_steps: int = 0
+    facts: dict[str, Any] = {}
+    """Any: metrics, names, paths."""
+
+
+class Board(Callback):
+    """Keeps the state of every run. Place it last, so that it sees what earlier callbacks derived."""
+
+    def __init__(
+        self,
+        planned: Iterable[PlannedRun],
+        *,
+        folder: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        keep_news: bool = True,
+    ) -> None:
+        self.runs: dict[str, RunProgress] = {plan.key: RunProgress(plan) for plan in planned}
+        self.folder = folder
+        """Where the runs' folders are, as it is told to people."""
+        self.began = clock()
+        self.clock = clock
+        self.news: deque[News] = deque(maxlen=MAX_NEWS)
+        self.news_dropped = 0
+        self.notice: str | None = None
+        """What the person at the terminal should know now."""
+        self._keep_news = keep_news
+
+    def say(self, event: str, run: RunProgress | None = None, *, at_step: int | None = None, **facts: Any) -> None:
+        """Add to the news. Any: facts are of every type."""
+        if not self._keep_news:
+            return
+        if len(self.news) == MAX_NEWS:
+            self.news_dropped += 1
+        if run is None:
+            self.news.append(News(time.time(), event, facts=facts))
+        else:
+            step = run.step if at_step is None else at_step + 1
+            self.news.append(News(time.time(), event, run.key, step, run.num_steps, facts))
+
+    def on_run_start(self, ctx: LogContext) -> None:
+        """The run begins."""
+        run = self._run(ctx.run_key or "", ctx.run_config)
+        run.status = "running"
+        self.say("run_started", run)
+
+    def on_train_start(self, state: LoopState) -> None:
+        """The clock of the run starts."""
+        run = self._run_of(state)
+        run.step = run.first_step = state.step
+        run.num_steps = state.num_steps
+        run.began, run.ended = self.clock(), None
+        if state.step:
+            self.say("resumed", run)
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """One step further; late and repeated steps do not set the run back."""
+        del batch
+        run = self._run_of(state)
+        run.num_steps = state.num_steps
+        run.metrics = metrics
+        if step_idx >= run.step:
+            run.step = step_idx + 1
+
+    def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
+        """One checkpoint more."""
+        run = self._run_of(state)
+        run.checkpoints += 1
+        run.last_checkpoint = row.name
+        self.say("checkpoint", run, name=row.name, at_step=row.batch)
+
+    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
+        """The latest of each eval counts."""
+        run = self._run_of(state)
+        run.evals = {**run.evals, eval_name: (step_idx, metrics)}
+        self.say("eval", run, eval=eval_name, at_step=step_idx, metrics=metrics)
+
+    def on_benchmark_eval(
+        self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
+    ) -> None:
+        """After training; those before it came as evals already."""
+        del predictions
+        if step is None:
+            run = self._run(ctx.run_key or "", ctx.run_config)
+            run.evals = {**run.evals, eval_result.name: (None, eval_result.metrics)}
+            self.say("benchmark", run, eval=eval_result.name, metrics=eval_result.metrics)
+
+    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
+        """The clock of the run stops."""
+        del artifacts
+        run = self._run_of(state)
+        run.ended = self.clock()
+        if state.stop_requested and state.error is None:
+            self.say("stopped", run, reason=state.stop_reason or "a callback asked for it")
+
+    def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
+        """How it ended."""
+        run = self._run(ctx.run_key or "", ctx.run_config)
+        run.status = run_result.status
+        run.error = run_result.error or arm.error
+        self.say("run_ended", run, status=run.status, error=run.error)
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
+        """All of it is over."""
+        del ctx
+        self.say("experiment_ended", status=result.status, best_arm=result.best_arm, best_score=result.best_score)
+
+    def _run_of(self, state: LoopState) -> RunProgress:
+        ctx = state.ctx
+        if ctx is None or ctx.run_key is None:
+            return self._run(state.output_dir.name, None)
+        return self.runs.get(ctx.run_key) or self._run(ctx.run_key, ctx.run_config)
+
+    def _run(self, key: str, run_config: Any) -> RunProgress:
+        """The run of this key; one that was not planned is taken on. Any: a run's config is the host's own."""
+        run = self.runs.get(key)
+        if run is None:
+            arm = _fact(run_config, "arm") or key
+            seed = _fact(run_config, "seed")
+            run = RunProgress(PlannedRun(key, str(arm), seed if isinstance(seed, int) else 0))
+            self.runs = {**self.runs, key: run}
+        return run
+
+
+def _fact(config: Any, name: str) -> Any:
+    """Any: a mapping, an object, or nothing."""
+    if isinstance(config, Mapping):
+        return cast("Mapping[str, Any]", config).get(name)
+    return getattr(config, name, None)

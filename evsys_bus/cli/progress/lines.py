@@ -1,0 +1,118 @@
+"""Progress as lines, for pipes, batch jobs and other programs: plain ``key=value``, or JSON.
+
+A line for every eval, checkpoint and change of state; every so often one for each run under way.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TextIO, cast
+
+import msgspec
+
+from evsys_bus.cli.progress.board import Board, News, RunProgress
+from evsys_bus.cli.screen import printable
+from evsys_bus.codec import json_line, to_plain
+
+PULSE_SECONDS: Final = 30.0
+_PLAIN: Final = re.compile(r"[^\s\"'=\\]+")
+
+Facts = dict[str, Any]
+"""One line. Any: numbers and text."""
+
+
+class LineView:
+    """Writes what is new on the board, each time it is asked to."""
+
+    def __init__(
+        self, board: Board, stream: TextIO, form: Callable[[Facts], str], *, pulse_seconds: float = PULSE_SECONDS
+    ) -> None:
+        self._board = board
+        self._stream = stream
+        self._form = form
+        self._pulse_seconds = pulse_seconds
+        self._pulsed = board.clock()
+        self._dropped = 0
+
+    def tick(self) -> None:
+        """Write the news, and the pulse if it is due."""
+        board = self._board
+        lines: list[str] = []
+        while board.news:
+            lines.append(self._form(_news_facts(board.news.popleft())))
+        if board.news_dropped > self._dropped:
+            dropped, self._dropped = board.news_dropped - self._dropped, board.news_dropped
+            lines.append(self._form({"time": _now(time.time()), "event": "lines_dropped", "count": dropped}))
+        if board.clock() - self._pulsed >= self._pulse_seconds:
+            self._pulsed = board.clock()
+            lines += [
+                self._form({"time": _now(time.time()), "event": "progress"} | run_facts(run, board.clock()))
+                for run in list(board.runs.values())
+                if run.status == "running"
+            ]
+        if lines:
+            self._stream.write("".join(f"{line}\n" for line in lines))
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self.tick()
+
+
+def run_facts(run: RunProgress, now: float) -> Facts:
+    """Where a run is."""
+    facts: Facts = {"run": run.key}
+    if run.num_steps:
+        facts["step"] = f"{run.step}/{run.num_steps}"
+    facts["metrics"] = dict(run.metrics)
+    rate = run.rate(now)
+    if rate is not None:
+        facts |= {"steps_per_second": round(rate, 2), "eta_seconds": round(run.eta(now) or 0)}
+    return facts
+
+
+def plain(facts: Facts) -> str:
+    """``key=value`` pairs on one line; metrics stand among them, under their own names."""
+    flat: Facts = {}
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            flat |= {name: each for name, each in cast("Facts", value).items() if name not in flat}
+        else:
+            flat[key] = value
+    return " ".join(f"{_word(str(key))}={_word(_text(value))}" for key, value in flat.items())
+
+
+def as_json(facts: Facts) -> str:
+    """One JSON object; ``step`` and ``num_steps`` as numbers, metrics in an object of their own."""
+    numbers: Facts = {}
+    for key, value in facts.items():
+        if key == "step":
+            numbers["step"], numbers["num_steps"] = map(int, value.split("/"))
+        else:
+            numbers[key] = value
+    return json_line(numbers).decode()
+
+
+def _news_facts(news: News) -> Facts:
+    facts: Facts = {"time": _now(news.time), "event": news.event}
+    if news.run is not None:
+        facts["run"] = news.run
+    if news.num_steps:
+        facts["step"] = f"{news.step}/{news.num_steps}"
+    return facts | {key: value for key, value in news.facts.items() if value is not None}
+
+
+def _now(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
+
+
+def _text(value: object) -> str:
+    plain = to_plain(value)[0]
+    return f"{plain:.6g}" if isinstance(plain, float) else str(plain)
+
+
+def _word(text: str) -> str:
+    """As it is, or quoted where a blank or a quote would break the line up."""
+    if _PLAIN.fullmatch(text):
+        return printable(text)
+    return msgspec.json.encode(text).decode()

@@ -1,0 +1,82 @@
+"""Which view it is, and its timer: a thread, so that no training step ever draws anything."""
+
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Final, Literal, Protocol, TextIO
+
+from evsys_bus.cli.progress.board import Board
+from evsys_bus.cli.screen import Screen, is_terminal
+from evsys_bus.diagnostics import log
+
+ProgressMode = Literal["auto", "live", "plain", "json", "off"]
+
+REDRAW_SECONDS: Final = 0.2
+"""Five times a second: a redraw takes a few milliseconds, and the loop waits for the interpreter meanwhile."""
+
+
+class View(Protocol):
+    """Reads the board when it is told to."""
+
+    def tick(self) -> None:
+        """Show what has changed."""
+        ...
+
+    def close(self) -> None:
+        """Show the rest, and leave."""
+        ...
+
+
+@contextmanager
+def shown(
+    board: Board, mode: ProgressMode, screen: Screen, *, title: str, success_metric: str | None
+) -> Generator[None]:
+    """Show the board on stderr while the block lasts."""
+    view = _view(board, mode, screen, sys.stderr, title=title, success_metric=success_metric)
+    if view is None:
+        yield
+        return
+    over = threading.Event()
+    timer = threading.Thread(target=_keep_ticking, args=(view, over), name="evsys-bus-progress", daemon=True)
+    timer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        timer.join()
+
+
+def resolved(mode: ProgressMode, stream: TextIO) -> ProgressMode:
+    """What ``auto`` means on this stream."""
+    if mode != "auto":
+        return mode
+    return "live" if is_terminal(stream) else "plain"
+
+
+def _view(
+    board: Board, mode: ProgressMode, screen: Screen, stream: TextIO, *, title: str, success_metric: str | None
+) -> View | None:
+    mode = resolved(mode, stream)
+    if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
+        return None
+    if mode == "live":
+        from evsys_bus.cli.progress.live import LiveView
+
+        return LiveView(board, stream, title=title, success_metric=success_metric, color=screen.colourful(stream))
+    from evsys_bus.cli.progress.lines import LineView, as_json, plain
+
+    return LineView(board, stream, as_json if mode == "json" else plain)
+
+
+def _keep_ticking(view: View, over: threading.Event) -> None:
+    """The life of the view. All of it is on this thread: a fault of the view ends the thread, and nothing else."""
+    try:
+        try:
+            while not over.is_set():
+                view.tick()
+                over.wait(REDRAW_SECONDS)
+        finally:
+            view.close()
+    except (OSError, ValueError) as error:  # a terminal that was closed, a log on a full disk
+        log().warning("progress.closed", error=str(error))

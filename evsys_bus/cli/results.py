@@ -1,0 +1,99 @@
+"""How an experiment ended, on stdout: the arms side by side, the conclusion, and where everything is."""
+
+from typing import Any, Final
+
+from evsys_bus.cli.planned import Planned
+from evsys_bus.cli.progress import figures
+from evsys_bus.cli.progress.figures import NONE, duration, pair
+from evsys_bus.cli.progress.live import first_line
+from evsys_bus.cli.screen import printable
+from evsys_bus.cli.tables import columns
+from evsys_bus.codec import json_line
+from evsys_bus.context import ArmResult, ExperimentResult
+from evsys_bus.training.outcome import ArmSummary, Spread, summarise
+from evsys_bus.training.plan import RunPlan
+
+_MAX_METRICS: Final = 4
+_MAX_FAILURES: Final = 10
+_UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
+
+
+def result_lines(plan: Planned, result: ExperimentResult, seconds: float) -> list[str]:
+    """The result, for people."""
+    arms = summarise(result.arms, plan.config.success_metric)
+    metrics = [name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _UNTOLD]
+    shown = metrics[:_MAX_METRICS]
+    head = ["arm", "runs", *map(printable, shown)]
+    rows = [head, *(_row(arm, shown, result.best_arm) for arm in arms)]
+    lines = [f"{result.name}   {result.status} in {duration(seconds)}", "", *columns(rows)]
+    failed = [(run, arm) for run, arm in _pairs(plan, result) if arm.status == "failed"]
+    lines += ["", *(_failure(run, arm, plan) for run, arm in failed[:_MAX_FAILURES])] if failed else []
+    if len(failed) > _MAX_FAILURES:
+        lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
+    facts = [
+        *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
+        *([["conclusion", result.conclusion]] if result.conclusion else []),
+        ["data", plan.shown_folder],
+        ["a run", f"evsys-bus show {plan.shown_folder}/{plan.runs[0].run_key}"],
+    ]
+    return [*lines, "", *columns([[name, printable(text)] for name, text in facts])]
+
+
+def result_json(plan: Planned, result: ExperimentResult, seconds: float) -> list[str]:
+    """The result as JSON: a line for each run and for each arm, and one for the experiment."""
+    rows: list[dict[str, Any]] = [  # Any: JSON
+        {
+            "type": "run",
+            "run": run.run_key,
+            "arm": run.arm,
+            "seed": run.seed,
+            "stage": run.stage,
+            "status": arm.status,
+            "metrics": arm.metrics,
+            "eval_metrics": arm.eval_metrics,
+            "error": arm.error,
+            "run_dir": str(run.run_dir),
+        }
+        for run, arm in _pairs(plan, result)
+    ]
+    for arm in summarise(result.arms, plan.config.success_metric):
+        spreads = {name: {"mean": each.mean, "sd": each.sd, "n": each.n} for name, each in arm.metrics.items()}
+        counts = {"runs": arm.runs, "completed": arm.completed, "failed": arm.failed}
+        rows.append({"type": "arm", "arm": arm.name, **counts, "metrics": spreads})
+    rows.append(
+        {
+            "type": "experiment",
+            "name": result.name,
+            "status": result.status,
+            "best_arm": result.best_arm,
+            "best_score": result.best_score,
+            "conclusion": result.conclusion,
+            "output_dir": str(plan.folder),
+            "seconds": round(seconds, 3),
+        }
+    )
+    return [json_line(row).decode() for row in rows]
+
+
+def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
+    mark = "!" if arm.failed else "*" if arm.name == best else " "
+    seeds = f"{arm.completed}/{arm.runs} {mark}".rstrip()
+    return [printable(arm.name), seeds, *(_spread(arm.metrics.get(name)) for name in metrics)]
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None or spread.mean is None:
+        return "NaN" if spread is not None and spread.nonfinite else NONE
+    text = pair(figures.Spread(spread.mean, spread.sd, spread.n))
+    return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
+
+
+def _failure(run: RunPlan, arm: ArmResult, plan: Planned) -> str:
+    name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
+    show = f"show: evsys-bus show {plan.shown_folder}/{run.run_key}"
+    return f"! {printable(name)} failed: {first_line(arm.error)}   {show}"
+
+
+def _pairs(plan: Planned, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:
+    """Both are in the order of the plan."""
+    return list(zip(plan.runs, result.arms, strict=True))

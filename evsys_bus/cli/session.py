@@ -1,0 +1,185 @@
+"""One experiment from its plan to its exit code: what ``run`` and ``demo`` share."""
+
+import asyncio
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Final, NamedTuple
+
+import anyio
+import click
+
+from evsys_bus.bus import EventBus, Health, Receipt
+from evsys_bus.cli.interrupts import Interrupts
+from evsys_bus.cli.planned import Planned, earlier_page
+from evsys_bus.cli.progress import Board, PlannedRun, ProgressMode, resolved, shown
+from evsys_bus.cli.results import result_json, result_lines
+from evsys_bus.cli.screen import Screen
+from evsys_bus.cli.tables import counted
+from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED
+from evsys_bus.cli.warnings_log import warnings_shown
+from evsys_bus.context import ExperimentResult
+from evsys_bus.errors import ConfigError, TrainingError
+from evsys_bus.training.experiment import Experiment
+from evsys_bus.training.ledger import LEDGER
+from evsys_bus.wiring import build_callbacks
+
+_MAX_STOPPED: Final = 4
+
+
+class Wishes(NamedTuple):
+    """How the experiment is to be run and shown."""
+
+    resume: bool = False
+    strict: bool = False
+    progress: ProgressMode = "auto"
+    as_json: bool = False
+    command: Sequence[str] = ()
+    """The command line without ``--resume``, to be repeated with it."""
+
+
+def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
+    """Run it, show it, tell how it ended.
+
+    Raises:
+        EvsysBusError: It could not be started.
+    """
+    again = shlex.join([*wishes.command, "--resume"])
+    _refuse_used(plan, wishes, again)
+    callbacks = _built(plan)
+    board = _board(plan, wishes)
+    as_json = wishes.progress == "json"
+    if resolved(wishes.progress, sys.stderr) == "plain":  # the table says it itself
+        screen.note(f"{plan.title}\nCtrl-C stops after the step in hand; go on with: {again}")
+
+    def told(received: signal.Signals) -> None:
+        board.notice = f"{received.name}: stopping after the steps in hand; once more ends it at once"
+        board.say("stopping", signal=received.name)
+
+    began = time.monotonic()
+    outcome: _Outcome | None = None
+    with (
+        Interrupts(told) as interrupts,
+        _stdout_to_stderr(wishes.as_json),
+        shown(board, wishes.progress, screen, title=plan.title, success_metric=_metric(plan)),
+        warnings_shown(screen, as_json=as_json),
+    ):
+        try:
+            outcome = anyio.run(_train, plan, wishes, [*callbacks, board], interrupts)
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            if interrupts.received is None:
+                raise
+    if outcome is None:
+        _tell_interrupted(board, plan, again, screen)
+        return INTERRUPTED
+    lines = (result_json if wishes.as_json else result_lines)(plan, outcome.result, time.monotonic() - began)
+    with suppress(BrokenPipeError):  # nobody reads it any more; the exit code is the training's all the same
+        click.echo("\n".join(lines))
+    unfinished = _tell_troubles(outcome, screen)
+    if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
+        return RAISED
+    return PENDING if unfinished and wishes.strict else OK
+
+
+class _Outcome(NamedTuple):
+    result: ExperimentResult
+    health: Health
+    receipt: Receipt | None
+
+
+async def _train(plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts) -> _Outcome:
+    interrupts.stop_this_task()
+    async with EventBus(callbacks) as bus:
+        result = await Experiment(
+            plan.config,
+            bus=bus,
+            resume=wishes.resume,
+            output_dir=plan.folder,
+            only_arms=list(dict.fromkeys(run.arm for run in plan.runs)),
+            only_seeds=list(dict.fromkeys(run.seed for run in plan.runs)),
+        ).run()
+        health = bus.health()
+    return _Outcome(result, health, bus.receipt)
+
+
+def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
+    """Before anything else, and with the command line that goes on."""
+    if not wishes.resume and (plan.folder / LEDGER).exists():
+        page = earlier_page(plan.folder)
+        why = None if page is None else f'it is "{page.name}", {page.status}, begun {page.started}'
+        raise TrainingError(
+            f"{plan.shown_folder} holds an experiment already",
+            why=why,
+            fix=f"go on with it: {again}   or choose another --output-dir",
+        )
+
+
+def _built(plan: Planned) -> list[object]:
+    """The callbacks; what their constructors refuse is told with the line of the file."""
+    try:
+        return list(build_callbacks(plan.config.callbacks))
+    except ConfigError as error:
+        for each in getattr(error, "errors", (error,)):
+            if each.where is not None and each.where.file is None:
+                each.where = plan.document.where(each.where.path)
+        raise
+
+
+def _board(plan: Planned, wishes: Wishes) -> Board:
+    page = earlier_page(plan.folder) if wishes.resume else None
+    done: set[str] = set() if page is None else {key for key, entry in page.runs.items() if entry.status == "completed"}
+    runs = [
+        PlannedRun(run.run_key, run.arm, run.seed, run.stage, "completed" if run.run_key in done else "pending")
+        for run in plan.runs
+    ]
+    return Board(runs, folder=plan.shown_folder, keep_news=wishes.progress != "off")
+
+
+def _metric(plan: Planned) -> str | None:
+    return plan.config.success_metric and plan.config.success_metric.name
+
+
+@contextmanager
+def _stdout_to_stderr(wanted: bool) -> Generator[None]:
+    """What callbacks print goes to stderr where stdout is for JSON."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -> None:
+    runs = list(board.runs.values())
+    done = sum(run.status == "completed" for run in runs)
+    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.began is not None]
+    at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
+    more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
+    screen.note(f"interrupted: {done} of {counted(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
+    screen.note(f"data: {plan.shown_folder}")
+    screen.note(f"go on with: {again}")
+
+
+def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
+    """What callbacks could not do; whether some of it was left undone."""
+    head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    for hook in outcome.health.hooks:
+        if hook.failures:
+            screen.note(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
+    receipt = outcome.receipt
+    if receipt is None:
+        return False
+    unfinished = False
+    for owner, tasks in receipt.owners.items():
+        counts = ((tasks.failed, "failed"), (tasks.cancelled, "cancelled"), (tasks.refused, "refused"))
+        parts = [f"{count:,} {word}" for count, word in counts if count]
+        if parts:
+            unfinished = True
+            screen.note(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
+    if receipt.left:
+        unfinished = True
+        screen.note(f"{head} still running at the end, and left: {', '.join(receipt.left)}")
+    return unfinished

@@ -1,0 +1,163 @@
+"""``evsys-bus show``: what is on record of a run or an experiment."""
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import color_option
+
+if TYPE_CHECKING:
+    from evsys_bus.cli.records import ExperimentRecord, RunRecord
+
+_MAX_CHECKPOINTS = 10
+
+
+@click.command("show")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@json_option
+@color_option
+def command(folder: Path, as_json: bool) -> None:
+    """Show what is on record of RUN: the folder of a run or of an experiment, or its name below ./runs.
+
+    Of every metric the first and last value are shown, and the least and greatest with their steps.
+    """
+    import msgspec
+
+    from evsys_bus.cli.records import read_experiment, read_run
+
+    folder = _found(folder)
+    try:
+        record = read_experiment(folder) or read_run(folder)
+    except msgspec.DecodeError as error:
+        raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
+    if record is None:
+        raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}")
+    if as_json:
+        from evsys_bus.codec import json_line, to_plain
+
+        kind = "run" if hasattr(record, "metrics") else "experiment"
+        click.echo(json_line({"type": kind, **to_plain(record)[0]}))
+        return
+    lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # told apart by what they have
+    click.echo("\n".join(lines))
+
+
+def _found(folder: Path) -> Path:
+    """The folder itself, or the one of this name below ``./runs``."""
+    if folder.is_dir():
+        return folder
+    from evsys_bus.cli.records import found_runs
+
+    named = [each for each in found_runs(Path("runs")) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise click.UsageError(f"several runs are called {folder}: {', '.join(map(str, named))}")
+    raise click.UsageError(f"there is no run {folder}{_others(folder)}")
+
+
+def _others(folder: Path) -> str:
+    from evsys_bus.cli.records import found_runs
+
+    known = {str(each) for each in found_runs(Path("runs"))}
+    near = difflib.get_close_matches(str(folder), [*known, *(Path(each).name for each in known)], n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(sorted(known)[:5])}" if known else ""
+
+
+def _experiment_lines(record: "ExperimentRecord") -> list[str]:
+    from evsys_bus.cli.progress.figures import NONE, number
+    from evsys_bus.cli.progress.live import first_line
+    from evsys_bus.cli.records import METRICS
+    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.tables import columns
+    from evsys_bus.training.ledger import read_result
+
+    page = record.page
+    best = NONE if page.best_arm is None else page.best_arm
+    score = "" if page.best_score is None else f" ({number(page.best_score)})"
+    facts = [
+        ["status", page.status],
+        ["started", page.started],
+        *([["ended", page.ended]] if page.ended else []),
+        *([["hypothesis", page.hypothesis]] if page.hypothesis else []),
+        *([["best arm", f"{best}{score}"]] if page.best_arm else []),
+        *([["conclusion", page.conclusion]] if page.conclusion else []),
+        ["data", str(record.folder)],
+    ]
+    rows = [["run", "status", "evaluation"]]
+    for key, entry in page.runs.items():
+        folder = record.folder / key
+        result = read_result(folder) if entry.status == "completed" and (folder / METRICS).exists() else None
+        scores = {} if result is None else result.eval_metrics or result.metrics
+        told = "  ".join(f"{name} {number(value)}" for name, value in list(scores.items())[:3])
+        rows.append([key, entry.status, printable(told or (first_line(entry.error) if entry.error else NONE))])
+    return [page.name, "", *columns([[name, printable(text)] for name, text in facts]), "", *columns(rows)]
+
+
+def _run_lines(record: "RunRecord") -> list[str]:
+    from evsys_bus.cli.planned import params_line
+    from evsys_bus.cli.progress.figures import NONE, duration, number
+    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.tables import columns
+
+    result, entry = record.result, record.entry
+    artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
+    status = result.status if result is not None else entry.status if entry is not None else "unknown"
+    config = result.run_config if result is not None else entry.run_config if entry is not None else None
+    steps = 0 if record.last_step is None else record.last_step + 1
+    of = f" of {artifacts.total_requested_steps:,}" if artifacts is not None else ""
+    error = (result.error if result is not None else None) or (entry.error if entry is not None else None)
+    facts = [
+        ["status", status],
+        *([["error", " ".join(error.split())]] if error else []),
+        *([["config", params_line(cast("dict[str, Any]", config))]] if isinstance(config, dict) else []),
+        ["steps", f"{steps:,}{of}"],
+        *([["trained in", duration(artifacts.train_seconds)]] if artifacts is not None else []),
+        ["data", str(record.folder)],
+    ]
+    lines = [record.folder.name, "", *columns([[name, printable(text)] for name, text in facts])]
+    if record.metrics:
+        rows = [["metric", "rows", "first", "last", "least", "at step", "greatest", "at step"]]
+        for each in record.metrics:
+            values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
+            rows.append([printable(each.name), f"{each.rows:,}{_nan(each.nonfinite)}", *map(_told, values)])
+        lines += ["", *columns(rows)]
+    if record.checkpoints:
+        last = record.checkpoints[-_MAX_CHECKPOINTS:]
+        earlier = len(record.checkpoints) - len(last)
+        rows = [["checkpoint", "after step", "state", "weights"]]
+        places = [[_near(path, record.folder) for path in (each.state_path, each.sampler_path)] for each in last]
+        rows += [[each.name, f"{each.batch:,}", *place] for each, place in zip(last, places, strict=True)]
+        lines += ["", *columns([[printable(cell) for cell in row] for row in rows])]
+        lines += [f"({earlier} earlier ones)"] if earlier else []
+    if result is not None and result.evals:
+        rows = [["eval", "tags", "metrics"]]
+        for scored in result.evals:
+            told = "  ".join(f"{name} {number(value)}" for name, value in scored.metrics.items())
+            rows.append([scored.name, ",".join(scored.tags) or NONE, told])
+        lines += ["", *columns([[printable(cell) for cell in row] for row in rows])]
+    return lines
+
+
+def _near(path: str | None, folder: Path) -> str:
+    """Relative to the run's folder where it lies in there."""
+    if path is None:
+        return "-"
+    return path.removeprefix(f"{folder.absolute()}/")
+
+
+def _told(value: float | None) -> str:
+    from evsys_bus.cli.progress.figures import NONE, number
+
+    if value is None:
+        return NONE
+    return f"{value:,}" if isinstance(value, int) else number(value)
+
+
+def _nan(count: int) -> str:
+    return f" ({count:,} NaN)" if count else ""

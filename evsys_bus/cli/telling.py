@@ -1,0 +1,89 @@
+"""How errors are told on stderr, and the exit code each of them means.
+
+Ours are shown in their one shape; a stranger's, which is training code that raised, with its traceback.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Final, cast
+
+import click
+
+from evsys_bus.cli.screen import Screen, printable
+from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError, EvsysBusError, HookError, TrainingError
+
+OK: Final = 0
+RAISED: Final = 1
+USAGE: Final = 2
+ENVIRONMENT: Final = 3
+PENDING: Final = 5
+INTERRUPTED: Final = 130
+
+
+def tell(error: BaseException, screen: Screen) -> int:
+    """Tell it, and return the exit code."""
+    told = sorted(_ours(error), key=_place)
+    if told:
+        screen.note("\n\n".join(_painted(each, screen) for each in told))
+        if len(told) > 1:
+            screen.note(f"\n{len(told)} errors")
+        return max(_exit_code(each) for each in told)
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename is not None else ""
+        screen.note(f"{_head('error', screen)}: {printable(f'{error.strerror or error}{place}')}")
+        return ENVIRONMENT
+    screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
+    return RAISED
+
+
+def _ours(error: BaseException) -> Iterator[EvsysBusError]:
+    """The errors of ours in it; none if there is a stranger among them, for then the traceback says more."""
+    if isinstance(error, ConfigErrors):
+        yield from error.errors
+    elif isinstance(error, EvsysBusError):
+        yield error
+    elif isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        parts = [list(_ours(each)) for each in group.exceptions]
+        if all(parts):
+            yield from (each for part in parts for each in part)
+
+
+def _place(error: EvsysBusError) -> tuple[str, int, int]:
+    """The order of the file; errors without a line keep theirs."""
+    where = error.where
+    return ("", 0, 0) if where is None else (where.file or "", where.line or 0, where.column or 0)
+
+
+def _exit_code(error: EvsysBusError) -> int:
+    if isinstance(error.__cause__, OSError | ImportError) and not isinstance(error, DocumentError):
+        return ENVIRONMENT
+    return USAGE if isinstance(error, ConfigError | HookError | TrainingError) else RAISED
+
+
+def _painted(error: EvsysBusError, screen: Screen) -> str:
+    text = printable(str(error))
+    if not screen.colourful(sys.stderr):
+        return text
+    return "\n".join(map(_painted_line, text.split("\n")))
+
+
+def _painted_line(line: str) -> str:
+    start, mark, rest = line.partition(" ")
+    if line.startswith("error["):
+        head, _, what = line.partition(": ")
+        return f"{click.style(head, fg='red', bold=True)}: {click.style(what, bold=True)}"
+    if line.startswith(("fix:", "why:")):
+        return f"{click.style(start, fg='green' if start == 'fix:' else 'yellow', bold=True)}{mark}{rest}"
+    if line.strip().startswith("-->"):
+        before, arrow, place = line.partition("-->")
+        return f"{before}{click.style(arrow, fg='blue')}{place}"
+    gutter, bar, under = line.partition("|")
+    if bar and under.strip(" ^") == "" and not gutter.strip():
+        return f"{gutter}{click.style(bar, fg='blue')}{click.style(under, fg='red', bold=True)}"
+    return line
+
+
+def _head(text: str, screen: Screen) -> str:
+    return screen.style(text, sys.stderr, fg="red", bold=True)

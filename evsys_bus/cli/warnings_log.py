@@ -1,0 +1,81 @@
+"""WARNINGs of the bus, its callbacks and everybody else, as lines on stderr while a command runs.
+
+The first of a kind comes with its traceback, a repeat as one line: a hook that fails every step must not bury the rest.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import evsys_bus
+from evsys_bus.cli.screen import Screen, printable
+from evsys_bus.codec import json_line
+
+_KINDS: Final = ("callback", "hook", "evaluator", "file", "task", "run")
+_MAX_KINDS: Final = 1000
+_OURS: Final = Path(evsys_bus.__file__).parent
+
+
+class _Lines(logging.Handler):
+    """Writes to what ``sys.stderr`` is at that moment, which while a table is shown is kept from tearing it."""
+
+    def __init__(self, screen: Screen, *, as_json: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+        self._as_json = as_json
+        self._seen: set[tuple[object, ...]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        try:
+            trace = self._trace(record)
+            sys.stderr.write(self._json(record, trace) if self._as_json else self._text(record, trace))
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # stderr is gone, and with it whoever would read this
+
+    def _trace(self, record: logging.LogRecord) -> str:
+        if not record.exc_info or record.exc_info[1] is None:
+            return ""
+        kind = (record.name, record.getMessage().partition(" ")[0], *(getattr(record, each, None) for each in _KINDS))
+        repeated = kind in self._seen
+        if len(self._seen) < _MAX_KINDS:
+            self._seen.add(kind)
+        if repeated:
+            return "".join(traceback.format_exception_only(record.exc_info[1])).rstrip()
+        return "".join(_foreign_part(record.exc_info[1]).format()).rstrip()
+
+    def _text(self, record: logging.LogRecord, trace: str) -> str:
+        level = record.levelname.lower()
+        head = self._screen.style(f"{level}:", sys.stderr, fg="yellow" if level == "warning" else "red", bold=True)
+        below = "".join(f"\n  {line}" for line in trace.splitlines())
+        return f"{head} {printable(record.getMessage() + below)}\n"
+
+    def _json(self, record: logging.LogRecord, trace: str) -> str:
+        facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": record.getMessage()}
+        return json_line(facts | ({"traceback": trace} if trace else {})).decode() + "\n"
+
+
+def _foreign_part(error: BaseException) -> traceback.TracebackException:
+    """The traceback without our own frames, which say nothing about what was raised; whole where it is all ours."""
+    told = traceback.TracebackException.from_exception(error)
+    foreign = [frame for frame in told.stack if not Path(frame.filename).is_relative_to(_OURS)]
+    if foreign:
+        told.stack = traceback.StackSummary.from_list(foreign)
+    return told
+
+
+@contextmanager
+def warnings_shown(screen: Screen, *, as_json: bool = False) -> Generator[None]:
+    """Show WARNINGs and worse on stderr while the block lasts."""
+    lines = _Lines(screen, as_json=as_json)
+    root = logging.getLogger()
+    root.addHandler(lines)
+    try:
+        yield
+    finally:
+        root.removeHandler(lines)

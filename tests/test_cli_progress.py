@@ -1,0 +1,212 @@
+"""The board and the views that read it, without a terminal."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
+from evsys_bus.cli.progress import Board, PlannedRun
+from evsys_bus.cli.progress.board import MAX_NEWS
+from evsys_bus.cli.progress.capture import MAX_LINES, Captured, CapturedStream
+from evsys_bus.cli.progress.figures import Spread, arm_figures, duration, headline, number, pair, spread
+from evsys_bus.cli.progress.lines import LineView, as_json, plain
+from evsys_bus.cli.progress.live import draw
+
+
+class Clock:
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+PLAN = [PlannedRun(f"{arm}-s{seed}", arm, seed) for arm in ("calm", "wild") for seed in (0, 1)]
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def board(clock):
+    return Board(PLAN, folder="runs/x", clock=clock)
+
+
+def begin(board, tmp_path, key, *, step=0, num_steps=100):
+    ctx = LogContext(output_dir=tmp_path, run_key=key)
+    state = LoopState(step=step, num_steps=num_steps, output_dir=tmp_path / key, ctx=ctx)
+    board.on_run_start(ctx)
+    board.on_train_start(state)
+    return state
+
+
+def end(board, state, status="completed", error=None):
+    board.on_train_end(state, LoopArtifacts())
+    board.on_run_end(state.ctx, RunResult(status=status, error=error), ArmResult(name="calm", status=status))
+
+
+def drawn(board, *, width=120, height=30, success_metric=None):
+    console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
+    console.print(draw(board, "title", success_metric, width=width, height=height))
+    return console.file.getvalue()
+
+
+def test_a_run_s_rate_counts_from_where_it_was_resumed(board, clock, tmp_path):
+    state = begin(board, tmp_path, "calm-s0", step=50)
+    clock.seconds = 5.0
+    board.on_step_end(state, 59, TrainingBatch(), {"loss": 1.0})
+    run = board.runs["calm-s0"]
+    assert (run.step, run.rate(5.0), run.eta(5.0)) == (60, 2.0, 20.0)
+
+
+def test_late_and_repeated_steps_do_not_set_a_run_back(board, tmp_path):
+    state = begin(board, tmp_path, "calm-s0")
+    for step_idx in (7, 3, 7):
+        board.on_step_end(state, step_idx, TrainingBatch(), {})
+    assert board.runs["calm-s0"].step == 8
+
+
+def test_a_step_leaves_nothing_behind_however_many_there_are(board, tmp_path):
+    state = begin(board, tmp_path, "calm-s0", num_steps=10**6)
+    before = len(board.news)
+    for step_idx in range(1000):
+        board.on_step_end(state, step_idx, TrainingBatch(), {"loss": 0.1})
+    assert len(board.news) == before
+
+
+def test_news_that_nobody_takes_are_bounded_and_counted(board, clock, tmp_path):
+    state = begin(board, tmp_path, "calm-s0")
+    for _ in range(MAX_NEWS + 5):
+        board.on_eval(state, 1, "val", {"acc": 0.5})
+    assert len(board.news) == MAX_NEWS
+    written = io.StringIO()
+    LineView(board, written, plain).tick()
+    assert f"event=lines_dropped count={board.news_dropped}" in written.getvalue()
+
+
+def test_an_eval_has_its_own_step_though_the_run_is_far_ahead(board, tmp_path):
+    state = begin(board, tmp_path, "calm-s0")
+    board.on_step_end(state, 79, TrainingBatch(), {})
+    board.on_eval(state, 9, "val", {"acc": 0.5})
+    written = io.StringIO()
+    LineView(board, written, as_json).tick()
+    row = json.loads(written.getvalue().splitlines()[-1])
+    assert (row["event"], row["step"], row["num_steps"]) == ("eval", 10, 100)
+
+
+def test_every_thirty_seconds_each_run_under_way_has_a_line_and_a_finished_one_has_none(board, clock, tmp_path):
+    written = io.StringIO()
+    view = LineView(board, written, plain)
+    done, running = begin(board, tmp_path, "calm-s0"), begin(board, tmp_path, "wild-s1")
+    end(board, done)
+    clock.seconds = 10.0
+    board.on_step_end(running, 19, TrainingBatch(), {"loss": 0.25, "note": "two words"})
+    view.tick()
+    assert "event=progress" not in written.getvalue()
+    clock.seconds = 30.0
+    view.tick()
+    view.tick()
+    (line,) = [line for line in written.getvalue().splitlines() if "event=progress" in line]
+    assert line.partition(" ")[2] == (
+        'event=progress run=wild-s1 step=20/100 loss=0.25 note="two words" steps_per_second=0.67 eta_seconds=120'
+    )
+
+
+def test_a_metric_that_is_called_like_a_fact_does_not_take_its_place():
+    assert plain({"run": "a", "metrics": {"run": 3.0, "x": 1.0}}) == "run=a x=1"
+
+
+def test_text_from_outside_cannot_steer_the_terminal_or_break_the_line():
+    assert plain({"error": "a\x1b[2Jb\nc", "x": "\x07"}) == r'error="a\u001b[2Jb\nc" x=\x07'
+
+
+def test_an_arm_s_figures_are_over_its_runs_without_the_failed_ones(board, clock, tmp_path):
+    for seed, loss in ((0, 0.2), (1, 0.4)):
+        state = begin(board, tmp_path, f"calm-s{seed}")
+        board.on_step_end(state, 9 + 10 * seed, TrainingBatch(), {"loss": np.float32(loss)})
+    failed = begin(board, tmp_path, "wild-s0")
+    board.on_step_end(failed, 4, TrainingBatch(), {"loss": math.inf})
+    end(board, failed, "failed", "boom")
+    clock.seconds = 10.0
+    calm, wild = arm_figures(board, headline(board, None), 10.0)
+    assert calm.train is not None
+    assert (round(calm.train.mean, 3), round(calm.train.sd or 0, 3), calm.train.runs) == (0.3, 0.141, 2)
+    assert (calm.completed, calm.running, calm.step, calm.num_steps) == (0, 2, 15, 100)
+    assert calm.eta == pytest.approx((90 + 80) / 3)
+    assert (wild.failed, wild.train, wild.step) == (1, None, 5)
+
+
+def test_the_headline_is_the_success_metric_as_soon_as_it_is_seen(board, tmp_path):
+    state = begin(board, tmp_path, "calm-s0")
+    board.on_step_end(state, 0, TrainingBatch(), {"epoch": 0, "entropy": 1.0})
+    assert headline(board, "val/acc") == ("entropy", None)
+    board.on_step_end(state, 1, TrainingBatch(), {"entropy": 1.0, "loss": 1.0})
+    board.on_eval(state, 1, "quick", {"f1": 0.1, "acc": 0.2})
+    assert headline(board, "val/acc") == ("loss", ("quick", "acc"))
+    board.on_eval(state, 1, "val", {"acc": 0.2})
+    assert headline(board, "val/acc") == ("loss", ("val", "acc"))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.812, "0.812"), (12.345, "12.35"), (12345.6, "12,346"), (1e-5, "1.00e-05"), (math.nan, "nan")],
+)
+def test_numbers_are_short_and_never_look_like_zero(value, text):
+    assert number(value) == text
+
+
+def test_a_spread_of_one_run_has_no_deviation_and_one_of_none_is_a_dash():
+    assert pair(spread([0.5])) == "0.500"
+    assert pair(spread([])) == "-"
+    assert pair(Spread(0.812, 0.0114, 4)) == "0.812 ± 0.011"
+    assert pair(Spread(0.812, 0.0114, 4), sd=False) == "0.812"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "0:42"), (3723, "1:02:03"), (273900, "3d 04:05"), (None, "-")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 30), (60, 20), (60, 12)])
+def test_the_table_fits_the_terminal_with_a_hundred_arms_and_many_failures(clock, tmp_path, width, height):
+    board = Board([PlannedRun(f"arm-{arm:03d}-s0", f"arm-{arm:03d}", 0) for arm in range(100)], clock=clock)
+    for arm in range(40, 60):
+        state = begin(board, tmp_path, f"arm-{arm:03d}-s0")
+        board.on_step_end(state, 12_399, TrainingBatch(), {"loss": 0.123})
+        if arm % 2:
+            end(board, state, "failed", "RuntimeError: " + "x" * 300)
+    lines = drawn(board, width=width, height=height).splitlines()
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    assert any("arm-040" in line for line in lines), "what runs is shown before what waits"
+    assert any("more arms" in line for line in lines)
+    assert any("more failed runs" in line for line in lines)
+
+
+def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
+    captured = Captured()
+    out, err = CapturedStream(io.StringIO(), captured), CapturedStream(io.StringIO(), captured)
+    print("one", file=out)
+    print("half", end="", file=out, flush=True)
+    print("two", file=err)
+    print(" a line\rdrawn anew", file=out)
+    assert captured.take() == ["one", "two", "drawn anew"]
+    out.write("\n".join(map(str, range(MAX_LINES + 11))) + "\n")
+    lines = captured.take()
+    assert lines[0] == "(11 lines were printed too fast to show)"
+    assert (lines[1], lines[-1], len(lines)) == ("11", str(MAX_LINES + 10), MAX_LINES + 1)
+
+
+def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
+    state = begin(board, tmp_path, "calm-s0")
+    board.on_checkpoint(state, ManifestRow("final", 9))
+    state.request_stop("val/acc has not improved")
+    board.on_train_end(state, LoopArtifacts())
+    assert [(news.event, news.step) for news in board.news] == [("run_started", 0), ("checkpoint", 10), ("stopped", 0)]
+    assert board.news[-1].facts == {"reason": "val/acc has not improved"}
