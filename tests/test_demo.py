@@ -212,7 +212,7 @@ def test_the_demo_killed_by_sigterm_in_the_middle_and_resumed_is_an_undisturbed_
             assert logs_of(one, f"{name}/metrics.jsonl") == logs_of(other, f"{name}/metrics.jsonl")
         for name in ("validation", "test"):
             assert logs_of(one, f"{name}/rollouts.jsonl") == logs_of(other, f"{name}/rollouts.jsonl")
-        tables = [csv_of(folder / "runs" / "digits" / run / "metrics.csv") for folder in (here, there)]
+        tables = [csv_of(folder / "e" / run / "metrics.csv") for folder in (here, there)]
         assert tables[0] == tables[1]
         assert len(tables[0]) == 400
         scores = [json.loads((each / "result.json").read_text())["eval_metrics"] for each in (one, other)]
@@ -262,3 +262,14 @@ def test_the_callbacks_of_the_demo_can_be_built(index):
     spec = demo_config().callbacks[index]
     (built,) = build_callbacks([spec])
     assert built.name == CallbackSpec(**spec).kind
+
+
+async def test_a_snapshot_for_the_sampler_is_not_trained_any_further(tmp_path):
+    split = load_split(0)
+    network, batches = DigitNetwork(tmp_path, 0), DigitBatches(split.train, 0)
+    snapshot = await network.snapshot_for_sampler()
+    before = snapshot.chances(split.val.pixels)
+    await network.forward_backward(await batches.build_batch(0))
+    await network.optim_step()
+    assert (snapshot.chances(split.val.pixels) == before).all()
+    assert (network.chances(split.val.pixels) != before).any()

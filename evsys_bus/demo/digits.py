@@ -4,6 +4,7 @@ It owns the data, the network and the benchmarks. scikit-learn brings the digits
 UCI repository), so nothing is downloaded; numpy does the arithmetic. Everything follows from the seed.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits  # pyright: ignore[reportUnknownVariableType] # it has no types
 
 from evsys_bus.context import EvalResult, LoopState, Prediction, TrainingBatch
-from evsys_bus.training import Benchmark
+from evsys_bus.training import Benchmark, SnapshotBackend
 
 Floats: TypeAlias = NDArray[np.float64]
 Labels: TypeAlias = NDArray[np.int64]
@@ -135,6 +136,12 @@ class DigitNetwork:
         """The weights, as ``<name>.weights.npz``."""
         return self._write(f"{name}.weights.npz", self.weights)
 
+    async def snapshot_for_sampler(self) -> "DigitNetwork":
+        """A network of its own with these weights; it is not trained any further with this one."""
+        twin = copy.copy(self)
+        twin.weights = {name: weight.copy() for name, weight in self.weights.items()}
+        return twin
+
     async def load_state(self, path: str) -> None:
         """Exactly what `save_state` saved."""
         with np.load(path) as saved:
@@ -174,8 +181,8 @@ class DigitBenchmark:
 
     async def evaluate(self, state: LoopState) -> Benchmark:
         """Score the state's backend."""
-        network: DigitNetwork = state.backend
-        return self.score(network)
+        backend: SnapshotBackend = state.backend
+        return self.score(cast("DigitNetwork", await backend.snapshot_for_sampler()))
 
     def score(self, network: DigitNetwork) -> Benchmark:
         """Accuracy, cross entropy, accuracy by digit; per image a row: its number, its label, what was read."""

@@ -16,7 +16,7 @@ from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.loop import TrainingLoop
 from evsys_bus.training.outcome import ArmSummary, Spread, conclude, summarise
 from evsys_bus.training.plan import RunParts, RunPlan
-from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, Scorer, StepBuilder
+from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, Scorer, SnapshotBackend, StepBuilder
 from evsys_bus.training.rows import RowFile
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "RunParts",
     "RunPlan",
     "Scorer",
+    "SnapshotBackend",
     "Spread",
     "StepBuilder",
     "TrainingLoop",

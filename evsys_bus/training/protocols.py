@@ -37,6 +37,14 @@ class Backend(Protocol):
         ...
 
 
+class SnapshotBackend(Backend, Protocol):
+    """A backend that can also hand out its weights as they are now, without a file."""
+
+    async def snapshot_for_sampler(self) -> object:
+        """Something to sample from that later steps do not change: for evals that run beside the loop and land late."""
+        ...
+
+
 class StepBuilder(Protocol):
     """Makes the batch of a step: from a dataset, or by rolling out the policy."""
 
