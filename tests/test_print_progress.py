@@ -112,7 +112,7 @@ def test_two_runs_at_once_are_named_and_keep_their_own_pace(tmp_path, capsys):
         "a  step 1/10  10 s/step  eta 0:01:30",
         "b  step 1/10  1 steps/s  eta 0:00:09",
         "b  step 2/10  1 steps/s  eta 0:00:08",
-        "step 3/10  1 steps/s  eta 0:00:07",
+        "b  step 3/10  1 steps/s  eta 0:00:07",
     ]
 
 
@@ -166,3 +166,12 @@ def test_values_are_compact_and_what_is_not_zero_never_looks_like_zero(value, te
 def test_the_config_refuses_what_the_callback_could_not_use(params):
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(params, PrintProgressConfig)
+
+
+def test_in_an_experiment_every_line_names_its_run(tmp_path, capsys):
+    progress = PrintProgressCallback(clock=lambda: 0.0)
+    ctx = LogContext(output_dir=tmp_path)
+    progress.on_experiment_start(ctx)
+    state = LoopState(step=0, num_steps=1, output_dir=tmp_path / "a-s0", ctx=ctx.for_run("a-s0"))
+    progress.on_step_end(state, 0, TrainingBatch(), {"loss": 1.0})
+    assert capsys.readouterr().out == "a-s0  step 1/1  loss 1\n"

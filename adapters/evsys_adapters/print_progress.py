@@ -14,7 +14,7 @@ from typing import Annotated, ClassVar, Final, SupportsFloat, TextIO
 import msgspec
 
 from evsys_bus.callback import Callback
-from evsys_bus.context import LoopArtifacts, LoopState, TrainingBatch
+from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
 
 _MAX_TEXT: Final = 40
@@ -32,7 +32,7 @@ class PrintProgressConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
 
 class PrintProgressCallback(Callback):
-    """Prints one line per step; a line names its run while several runs are under way.
+    """Prints one line per step; a line names its run in an experiment, and once there are several runs.
 
     Args:
         every: As in `PrintProgressConfig`.
@@ -64,6 +64,12 @@ class PrintProgressCallback(Callback):
         self._stream = stream
         self._closed = False
         self._runs: dict[str, _Pace] = {}
+        self._named = False  # whether lines name their run: once there are several, or may be
+
+    def on_experiment_start(self, ctx: LogContext) -> None:
+        """Name the run in every line from here on."""
+        del ctx
+        self._named = True
 
     def on_train_start(self, state: LoopState) -> None:
         """Start the clock of the run."""
@@ -100,7 +106,8 @@ class PrintProgressCallback(Callback):
         parts = [f"step {step_idx + 1}/{state.num_steps}"]
         parts += [f"{_bounded(key)} {_fmt_value(metrics[key])}" for key in keys]
         parts += pace.told(state.num_steps, self._clock())
-        if len(self._runs) > 1:
+        self._named = self._named or len(self._runs) > 1
+        if self._named:
             parts.insert(0, _run_name(state))
         try:
             print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
