@@ -23,6 +23,11 @@
     ├── SpawnError (TypeError)   EB505       ``spawn`` was given something that is no coroutine function
     ├── DetachedError (AttributeError) EB506 a live object was asked of a detached one
     ├── CodecError (ValueError)  EB601       bytes that are no envelope
+    ├── JournalError (OSError)
+    │   ├── JournalOpenError     EB801       the journal's directory cannot be written
+    │   ├── UnrecordedError      EB802       the disk did not take an event, and the journal was told to raise then
+    │   ├── JournalVersionError  EB803       written by a newer version
+    │   └── JournalClosedError   EB804       an append before the journal was opened, or after it was closed
     └── TrainingError (RuntimeError) EB701   the reference loop was given something it cannot train with
 
 Every error carries a ``code``, the ``where`` it was found (if that is a place in a config) and the ``fix``.
@@ -221,6 +226,34 @@ class CodecError(EvsysBusError, ValueError):
     """Bytes that are no envelope."""
 
     code = "EB601"
+
+
+class JournalError(EvsysBusError, OSError):
+    """The journal cannot be opened, written or read."""
+
+
+class JournalOpenError(JournalError):
+    """The journal's directory cannot be written."""
+
+    code = "EB801"
+
+
+class UnrecordedError(JournalError):
+    """The disk did not take an event, and the journal was told to raise then."""
+
+    code = "EB802"
+
+
+class JournalVersionError(JournalError):
+    """Written by a newer version."""
+
+    code = "EB803"
+
+
+class JournalClosedError(JournalError):
+    """An append before the journal was opened, or after it was closed."""
+
+    code = "EB804"
 
 
 class TrainingError(EvsysBusError, RuntimeError):

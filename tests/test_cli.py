@@ -138,7 +138,7 @@ def test_doctor_reports_and_hides_secrets():
     done = evsys_bus("doctor", before=secrets)
     assert done.returncode == 0, done.stdout
     assert "hush-hush" not in done.stdout
-    assert "WANDB_API_KEY   set (9 characters, hidden)" in done.stdout
+    assert "WANDB_API_KEY set (9 characters, hidden)" in " ".join(done.stdout.split())
     assert "http://(hidden)@proxy:1" in done.stdout
     report = json.loads(evsys_bus("doctor", "--json", before=secrets).stdout)
     assert "hush-hush" not in str(report)
