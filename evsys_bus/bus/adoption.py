@@ -12,12 +12,17 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from types import FrameType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Literal, Protocol, cast
 
 from evsys_bus.bus.compile import FILENAME
+from evsys_bus.diagnostics import log
+from evsys_bus.tasks import running_loop
 
 TaskFactory = Callable[..., "asyncio.Task[Any] | asyncio.Future[Any]"]
 """As asyncio has it. Any: a task's result is its maker's business."""
+
+AdoptionState = Literal["on", "off", "ended"]
+"""``off``: no event loop runs where the bus was entered. ``ended``: the host set a task factory of its own since."""
 
 _OWNED_ELSEWHERE: Final = frozenset({"asyncio.taskgroups", "anyio._backends._asyncio", "evsys_bus.tasks.office"})
 """Modules whose tasks have an owner already."""
@@ -107,3 +112,61 @@ def in_force(loop: asyncio.AbstractEventLoop, adopter: Adopter) -> bool:
     """Whether the loop still asks this adopter: a factory that the host sets later ends it."""
     adoption = _adoptions.get(loop)
     return adoption is not None and _factory_of(loop) is adoption and adopter in adoption.adopters
+
+
+class BareTasks:
+    """The bare tasks of one bus's hooks, on every loop where a hook may make them.
+
+    Args:
+        publishing: Whether some thread is inside a publish.
+        owner_around: The name of the callback in whose hook a frame runs, if it does.
+        adopt: Takes a task on for an owner.
+    """
+
+    def __init__(
+        self,
+        publishing: Callable[[], bool],
+        owner_around: Callable[[FrameType], str | None],
+        adopt: Callable[["asyncio.Task[Any]", str], None],
+    ) -> None:
+        self.publishing = publishing
+        self._owner_around = owner_around
+        self._adopt = adopt
+        self._loops: set[asyncio.AbstractEventLoop] = set()
+        self._ended = False
+
+    @property
+    def state(self) -> AdoptionState:
+        """How it stands."""
+        if not self._loops:
+            return "off"
+        return "ended" if self._ended else "on"
+
+    def adopt_from(self, frame: FrameType, task: "asyncio.Task[Any]") -> bool:
+        """As `Adopter`."""
+        owner = self._owner_around(frame)
+        if owner is not None:
+            self._adopt(task, owner)
+        return owner is not None
+
+    def begin_here(self) -> None:
+        """Adopt on the loop that runs on this thread, if one does, from here on."""
+        loop = running_loop()
+        if loop is not None and loop not in self._loops:
+            begin(loop, self)
+            self._loops.add(loop)
+
+    def look_after(self) -> None:
+        """Say so, once, when a factory that the host has set ended it."""
+        if not self._ended and not all(in_force(loop, self) for loop in tuple(self._loops)):
+            self._ended = True
+            log().warning(
+                "adoption.ended",
+                why="the program set a task factory of its own after the bus was entered",
+                fix="set it before, or use self.spawn in hooks; bare tasks are not waited for from here on",
+            )
+
+    def end(self) -> None:
+        """Give every loop its earlier factory back."""
+        for loop in self._loops:
+            end(loop, self)

@@ -4,7 +4,7 @@ One *unit* of code per event type: its hooks as local names, called one after an
 nothing until it catches. A callback that does not override the hook is not in it. In the unit of the hot event type the
 calls stand in `publish` itself, so that one publish is one Python frame around the hooks:
 
-    take the token · count · call, call, call · run what hooks published meanwhile · give the token back
+    take the token · count · call, call, call · record · run what hooks published meanwhile · give the token back
 
 The token makes publishes take turns (a lock costs five times as much). Counts are exact. Time is sampled: the first
 call of a unit and then every 64th goes through `timed`, which reads the clock between the hooks; with a hook that was
@@ -26,7 +26,9 @@ FILENAME: Final = "<evsys-bus publish"
 """What the filename of compiled code begins with."""
 
 _UNIT: Final = """\
-def unit(tokens, queue, contended, settle, dispatch_of, failed, before, hot, stride, sample, clock, {names}):
+def unit(
+    tokens, queue, contended, settle, dispatch_of, failed, before, record, hot, stride, sample, clock, wall, {names}
+):
     calls = 0
     due = 1
 
@@ -38,11 +40,13 @@ def unit(tokens, queue, contended, settle, dispatch_of, failed, before, hot, str
             return contended(event)
         try:
             if type(event) is hot:
+                {enter}
                 calls += 1
                 if calls >= due:
                     timed(event)
                 else:
                     {calls_in_publish}
+                {leave}
             else:
                 dispatch_of[type(event)](event)
             if queue:
@@ -52,12 +56,14 @@ def unit(tokens, queue, contended, settle, dispatch_of, failed, before, hot, str
 
     def dispatch(event):
         nonlocal calls
+        {enter}
         before(event)
         calls += 1
         if calls >= due:
             timed(event)
         else:
             {calls_in_dispatch}
+        {leave}
 
     def timed(event):
         nonlocal due
@@ -91,7 +97,16 @@ class Unit:
     retire: Callable[[], None]
     """Close the inlined path: a `publish` that somebody kept goes by the current units from here on."""
 
-    def __init__(self, event_type: type[Event], accounts: Sequence[HookAccount], *, hot: bool, **parts: Any) -> None:
+    def __init__(
+        self,
+        event_type: type[Event],
+        accounts: Sequence[HookAccount],
+        *,
+        hot: bool,
+        record: Callable[[Event, float], None] | None = None,
+        record_first: bool = False,
+        **parts: Any,
+    ) -> None:
         """Compile. Any: ``parts`` are the names that the template takes, given by the publisher."""
         self.tag = str(event_type.__struct_config__.tag)
         self.accounts = tuple(accounts)
@@ -100,7 +115,7 @@ class Unit:
         # Folded into the accounts a few times a second, off the publishing thread. At a million publishes a second
         # some are overwritten before that, which a sample can bear.
         self._samples: deque[tuple[int, ...]] = deque(maxlen=1024)
-        source = _source(event_type, len(self.accounts))
+        source = _source(event_type, len(self.accounts), recorded=record is not None, record_first=record_first)
         lines = source.splitlines()
         self.lines = {
             number: self.accounts[int(line.split("(")[0].rpartition("h")[2])]
@@ -114,6 +129,8 @@ class Unit:
             stride=self._stride,
             sample=self._samples.append,
             clock=time.perf_counter_ns,
+            wall=time.time,
+            record=record,
             **{f"h{index}": account.method for index, account in enumerate(self.accounts)},
             **{f"k{index}": account for index, account in enumerate(self.accounts)},
             **parts,
@@ -147,7 +164,7 @@ class _Source:
         return self._source
 
 
-def _source(event_type: type[Event], hooks: int) -> str:
+def _source(event_type: type[Event], hooks: int, *, recorded: bool, record_first: bool) -> str:
     fields = event_type.__struct_fields__
     locals_of = {name: f"a{index}" for index, name in enumerate(fields)}
     unpack = "; ".join(f"{local} = event.{name}" for name, local in locals_of.items())
@@ -158,7 +175,11 @@ def _source(event_type: type[Event], hooks: int) -> str:
         call = [f"try: h{index}({arguments})", f"except BaseException as error: failed(k{index}, error)"]
         calls += call
         timed_calls += [*call, f"t{index + 1} = clock()"]
+    enter = "record(event, wall())" if record_first else "now = wall()"
+    leave = "pass" if record_first else "record(event, now)"
     return _UNIT.format(
+        enter=enter if recorded else "pass",
+        leave=leave if recorded else "pass",
         names="*, " + ", ".join(f"h{index}, k{index}" for index in range(hooks)) if hooks else "*, _=None",
         calls_in_publish=_indented(calls, 20),
         calls_in_dispatch=_indented(calls, 12),

@@ -2,18 +2,24 @@
 
 import asyncio
 import inspect
+import os
+import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from evsys_bus.bus import adoption
-from evsys_bus.bus.health import Adoption, Health
+from evsys_bus.bus.adoption import BareTasks
+from evsys_bus.bus.health import Health
 from evsys_bus.bus.publisher import Publisher
+from evsys_bus.bus.recording import Recording, rank_of
 from evsys_bus.bus.signals import TermSignal
 from evsys_bus.callback import Callback, check_hooks
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError
 from evsys_bus.events import Event, ExperimentStart, RunStart, TrainStart
+from evsys_bus.journal import JournalWriter
 from evsys_bus.tasks import Draining, Job, LoopThread, Receipt, TaskOffice, running_loop, wait_shielded
 from evsys_bus.watchdog import Watchdog
 
@@ -30,6 +36,10 @@ class EventBus:
 
     Args:
         callbacks: Called in this order. Any object with hooks will do; `Callback` has them all, typed.
+        journal: A directory, or a `JournalWriter` that is not open yet: every event is on record there before `publish`
+            returns, and survives the end of the process. None records nothing.
+        rank: Which of several processes this is. Default: what the launcher says, else 0.
+        redact: Keys whose text is kept out of the journal in configs, besides those that look like a credential's.
         drain_timeout: Seconds that leaving the block may take, over all tasks. What has not ended by then is cancelled,
             and what has not ended one second later is left, and named in the receipt.
         handle_signals: On SIGTERM, where the program has no handler of its own: leave the block as if cancelled, drain,
@@ -60,7 +70,7 @@ class EventBus:
 
             What a hook raises is logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
             remaining hooks ran. Published from inside a hook, the event runs after the current one, before the
-            outermost publish returns. Never call it from two loops' callbacks to synchronise them: it takes turns.
+            outermost publish returns.
 
             Raises:
                 BusNotOpenError: The bus was not entered yet, or is closed.
@@ -72,15 +82,18 @@ class EventBus:
     else:
         __slots__ = {  # sorted; the linter and Python disagree on where "_" stands
             "__weakref__": "",
-            "_adoption_ended": "",
+            "_bare_tasks": "",
             "_drain_timeout": "",
             "_faults": "",
             "_handle_signals": "",
             "_home": "",
-            "_loops": "",
+            "_journal": "",
             "_main_task": "",
             "_office": "",
             "_publisher": "",
+            "_rank": "",
+            "_recording": "",
+            "_redact": "",
             "_term": "",
             "_thread": "",
             "_watchdog": "",
@@ -92,6 +105,9 @@ class EventBus:
         self,
         callbacks: Iterable[object] = (),
         *,
+        journal: JournalWriter | str | os.PathLike[str] | None = None,
+        rank: int | None = None,
+        redact: Iterable[str] = (),
         drain_timeout: float = 20.0,
         handle_signals: bool = True,
         blocked_hook_seconds: float = 1.0,
@@ -103,6 +119,10 @@ class EventBus:
         self._drain_timeout = drain_timeout
         self._handle_signals = handle_signals
         self._faults = FaultLog()
+        self._rank = rank_of() if rank is None else rank
+        self._journal = journal
+        self._recording: Recording | None = None
+        self._redact = frozenset(key.lower() for key in redact)
         self._publisher = Publisher(
             tuple(callbacks),
             self._faults,
@@ -113,13 +133,12 @@ class EventBus:
         self._office = TaskOffice(
             self._loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
         )
+        self._bare_tasks = BareTasks(self._publisher.publishing, self._owner_around, self._office.adopt)
         self._watchdog = Watchdog(
             self._publisher.look, self._publisher.tell_blocked, self._look_after, blocked_seconds=blocked_hook_seconds
         )
         self._thread = LoopThread()
         self._home: asyncio.AbstractEventLoop | None = None  # the caller's loop, under `async with`
-        self._loops: set[asyncio.AbstractEventLoop] = set()  # where bare tasks are adopted
-        self._adoption_ended = False
         self._main_task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
         self._term: TermSignal | None = None
 
@@ -191,12 +210,13 @@ class EventBus:
             tasks_waiting=waiting,
             handed_over=self._publisher.handed_over,
             refused=self._publisher.refused,
-            adoption=self._adoption(),
+            adoption=self._bare_tasks.state,
+            journal=None if self._recording is None else self._recording.health(),
         )
 
     def publishes_here(self) -> bool:
         """Whether the code that calls this runs inside a hook that this bus called."""
-        return self._publisher.hook_around(inspect.currentframe()) is not None
+        return self._owner_around(inspect.currentframe()) is not None
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
@@ -218,7 +238,7 @@ class EventBus:
             raise asyncio.CancelledError
 
     def __enter__(self) -> Self:
-        self._open(_raise_system_exit)
+        self._open(partial(sys.exit, 128 + signal.SIGTERM))
         return self
 
     def __exit__(
@@ -245,9 +265,11 @@ class EventBus:
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
         log()  # the first warning must not import structlog in the middle of a step
+        if self._journal is not None:
+            self._recording = Recording.open(self._journal, self._rank, self._publisher.raise_later, self._redact)
         self._attach(self._publisher.callbacks)
-        self._publisher.open()
-        self._adopt_on_this_loop()
+        self._publisher.open(self._recording)
+        self._bare_tasks.begin_here()
         self._watchdog.start()
         if self._handle_signals:
             self._term = TermSignal(stop)
@@ -255,9 +277,10 @@ class EventBus:
 
     def _close(self) -> None:
         self._publisher.close()
+        if self._recording is not None and self.receipt is not None:
+            self.receipt = self._recording.close(self.receipt, self._drain_timeout)
         self._watchdog.stop()
-        for loop in self._loops:
-            adoption.end(loop, self)
+        self._bare_tasks.end()
         self._detach(self._publisher.callbacks)
         self._faults.flush()
         if self._term is not None:
@@ -288,41 +311,13 @@ class EventBus:
 
     def _before(self, event: Event) -> None:
         if type(event) in _LOOP_MAY_BE_NEW:
-            self._adopt_on_this_loop()
+            self._bare_tasks.begin_here()
 
-    def _adopt_on_this_loop(self) -> None:
-        loop = running_loop()
-        if loop is not None and loop not in self._loops:
-            adoption.begin(loop, self)
-            self._loops.add(loop)
-
-    def publishing(self) -> bool:
-        """Whether some thread is inside a publish; a hint, for the task factory."""
-        return self._publisher.publishing()
-
-    def adopt_from(self, frame: FrameType, task: "asyncio.Task[Any]") -> bool:
-        """Take a bare task on, if this frame runs inside one of our hooks. Any: its result is nobody's business."""
+    def _owner_around(self, frame: FrameType | None) -> str | None:
         account = self._publisher.hook_around(frame)
-        if account is not None:
-            self._office.adopt(task, account.owner)
-        return account is not None
-
-    def _adoption(self) -> Adoption:
-        if not self._loops:
-            return "off"
-        return "ended" if self._adoption_ended else "on"
+        return None if account is None else account.owner
 
     def _look_after(self) -> None:
         """Between two looks of the watchdog, off every thread that matters."""
         self._publisher.units.fold()
-        if not self._adoption_ended and not all(adoption.in_force(loop, self) for loop in tuple(self._loops)):
-            self._adoption_ended = True
-            log().warning(
-                "adoption.ended",
-                why="the program set a task factory of its own after the bus was entered",
-                fix="set it before, or use self.spawn in hooks; bare tasks are not waited for from here on",
-            )
-
-
-def _raise_system_exit() -> None:
-    raise SystemExit(128 + 15)
+        self._bare_tasks.look_after()

@@ -5,10 +5,9 @@ from typing import Literal
 import msgspec
 
 from evsys_bus.bus.account import HookHealth
+from evsys_bus.bus.adoption import AdoptionState
+from evsys_bus.bus.recording import JournalHealth
 from evsys_bus.tasks import TaskCounts
-
-Adoption = Literal["on", "off", "ended"]
-"""``off``: no event loop runs where the bus was entered. ``ended``: the host set a task factory of its own since."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -29,4 +28,6 @@ class Health(msgspec.Struct, frozen=True):
     """Events of a thread that waited `publish_patience_seconds` in vain, left to the thread whose hook held the bus."""
     refused: int
     """Events that were not even handed over, because too many were."""
-    adoption: Adoption
+    adoption: AdoptionState
+    journal: JournalHealth | None = None
+    """None where nothing is recorded."""

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Final, Literal
 
 from evsys_bus.bus.account import HookAccount
+from evsys_bus.bus.recording import BEFORE_HOOKS, Recording
 from evsys_bus.bus.stack import StackReader
 from evsys_bus.bus.units import Units
 from evsys_bus.callback import check_hooks, isolate
@@ -59,6 +60,7 @@ class Publisher:
         self._patience = patience_seconds
         self._expose = expose
         self._before = before
+        self.recording: Recording | None = None
         self._tokens: list[None] = [None]
         self._queue: deque[Event | BaseException | Callable[[], None]] = deque()
         self._nested = 0
@@ -77,7 +79,7 @@ class Publisher:
         self._check_open()
         if not issubclass(event_type, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # what a caller really gives
             raise _no_event(event_type)
-        return self.units.compile(event_type, self.callbacks, hot=False, **self._parts()).dispatch
+        return self.units.compile(event_type, self.callbacks, hot=False, **self._parts(event_type)).dispatch
 
     def _contended(self, event: Event) -> None:
         """The token is taken: by this thread, which is in a hook, or by another one, or it was lost."""
@@ -152,11 +154,15 @@ class Publisher:
         if leave is not None:
             raise leave
 
+    def raise_later(self, error: BaseException) -> None:
+        """Raise it from the publish in progress, once its hooks have run and the token is given back."""
+        self._queue.append(error)
+
     def _failed(self, account: HookAccount, error: BaseException) -> None:
         account.failures += 1
         leave = isolate(account.callback, account.hook, error, self._faults)
         if leave is not None:
-            self._queue.append(leave)
+            self.raise_later(leave)
 
     def _check_open(self) -> None:
         if self.state == "open":
@@ -172,8 +178,9 @@ class Publisher:
 
     # -- opening, changing, closing -----------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Take events from here on."""
+    def open(self, recording: Recording | None) -> None:
+        """Take events from here on, and record them if there is where to."""
+        self.recording = recording
         self.state = "open"
         self._renew()
 
@@ -207,12 +214,12 @@ class Publisher:
         # While the bus is not open, no callback is compiled in and the inlined path is closed: every event comes by
         # `_first_of`, which says why it is refused.
         is_open = self.state == "open"
-        unit = self.units.compile(HOT, self.callbacks if is_open else (), hot=is_open, **self._parts())
+        unit = self.units.compile(HOT, self.callbacks if is_open else (), hot=is_open, **self._parts(HOT))
         if not is_open:
             self.units.forget()
         self._expose(unit.publish)
 
-    def _parts(self) -> dict[str, Any]:
+    def _parts(self, event_type: type[Event]) -> dict[str, Any]:
         """What the compiled code needs of here. Any: functions and containers of several types."""
         return {
             "tokens": self._tokens,
@@ -222,6 +229,8 @@ class Publisher:
             "dispatch_of": self.units.dispatch_of,
             "failed": self._failed,
             "before": self._before,
+            "record": None if self.recording is None else self.recording.way_of(event_type),
+            "record_first": self.recording is not None and event_type in BEFORE_HOOKS,
         }
 
     # -- who is inside ------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from evsys_bus.context import ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.ledger import LEDGER
+from evsys_bus.training.loop import JOURNAL
 from evsys_bus.wiring import build_callbacks
 
 _MAX_STOPPED: Final = 4
@@ -92,7 +93,7 @@ class _Outcome(NamedTuple):
 
 async def _train(plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts) -> _Outcome:
     interrupts.stop_this_task()
-    async with EventBus(callbacks) as bus:
+    async with EventBus(callbacks, journal=plan.folder / JOURNAL) as bus:
         result = await Experiment(
             plan.config,
             bus=bus,

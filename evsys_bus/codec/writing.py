@@ -12,6 +12,7 @@ from evsys_bus.codec.bounds import MAX_EVENT_BYTES, MAX_KEY_CHARS
 from evsys_bus.codec.flat import fits
 from evsys_bus.codec.json_line import nonfinite
 from evsys_bus.codec.plain import Plain, entries, to_plain
+from evsys_bus.codec.redaction import redact_configs
 from evsys_bus.codec.references import HANDLES, parts_of
 from evsys_bus.codec.shapes import annotations_of, handle_in
 from evsys_bus.codec.twins import dicts_of, twin_maker
@@ -36,13 +37,16 @@ class _Wire(msgspec.Struct, gc=False):
     replaced: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
 
 
-def encode(envelope: Envelope, *, max_event_bytes: int = MAX_EVENT_BYTES) -> bytes:
+def encode(
+    envelope: Envelope, *, max_event_bytes: int = MAX_EVENT_BYTES, secrets: frozenset[str] = frozenset()
+) -> bytes:
     """The envelope as msgpack. Whatever the event holds, it neither raises nor loses the good values beside a bad one.
 
     Args:
         envelope: Its event is read, never changed; where the event has containers inside containers, or values of
             foreign types, they are copied by value first.
         max_event_bytes: More than this is cut to fit, texts and long lists first; ``replaced`` says what.
+        secrets: Keys, in lower case, whose text is redacted in configs, besides those that look like a credential's.
     """
     event = envelope.event
     try:
@@ -52,11 +56,11 @@ def encode(envelope: Envelope, *, max_event_bytes: int = MAX_EVENT_BYTES) -> byt
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
-        return _thorough(envelope, max_event_bytes)
+        return _thorough(envelope, max_event_bytes, secrets)
     size = len(data)
     if size <= max_event_bytes and (size <= MAX_KEY_CHARS or fits(size, *dicts_of(twin))):
         return data
-    return _thorough(envelope, max_event_bytes)
+    return _thorough(envelope, max_event_bytes, secrets)
 
 
 def to_json(envelope: Envelope) -> bytes:
@@ -71,12 +75,13 @@ def to_json(envelope: Envelope) -> bytes:
     return _to_json(row)
 
 
-def _thorough(envelope: Envelope, max_event_bytes: int) -> bytes:
+def _thorough(envelope: Envelope, max_event_bytes: int, secrets: frozenset[str]) -> bytes:
     tag, fields = _opened(envelope.event)
     names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
     head, _ = to_plain(names, max_bytes=max(max_event_bytes // 8, 1024))
     for share in _SHARES:
         plain, reasons = to_plain(fields, max_bytes=int(max_event_bytes * share))
+        reasons |= redact_configs(plain, secrets)
         data = _packed(envelope, head, entries(plain), {**envelope.replaced, **reasons})
         if len(data) <= max_event_bytes:
             return data

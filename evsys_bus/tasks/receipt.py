@@ -39,6 +39,12 @@ class Receipt(msgspec.Struct, frozen=True):
     """Tasks that had not ended when the deadline passed, as ``owner:name``."""
     seconds: float = 0.0
     """How long the drain took."""
+    recorded: int = 0
+    """Events that are in the journal, on the medium; 0 where there is none."""
+    unrecorded: int = 0
+    """Events that the journal's disk did not take, and that end with the process."""
+    journal: str | None = None
+    """Where the journal is."""
 
 
 class Draining(concurrent.futures.Future[Receipt]):

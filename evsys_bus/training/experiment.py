@@ -24,6 +24,7 @@ from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.tasks import see_through
 from evsys_bus.training.arm_run import ArmRun, final_state, not_run
 from evsys_bus.training.ledger import Ledger
+from evsys_bus.training.loop import JOURNAL
 from evsys_bus.training.outcome import conclude, summarise
 from evsys_bus.training.plan import RecipeFunction, RunPlan, chains_of, folder_name
 from evsys_bus.wiring.build import build_callbacks
@@ -38,7 +39,8 @@ class Experiment:
     Args:
         config: What to run; a mapping is checked as a file would be.
         recipe: Instead of the one that the config names: ``recipe(params, run)`` returns `RunParts`, or awaits them.
-        callbacks: For a bus of the experiment's own. Default: those that the config lists.
+        callbacks: For a bus of the experiment's own, which records into ``<output_dir>/journal``. Default: those that
+            the config lists.
         bus: An open bus to publish to instead; it stays open, and its callbacks are its owner's choice.
         resume: Continue what the directory holds: completed runs are skipped, others go on from their last full state,
             failed ones are tried again.
@@ -85,7 +87,7 @@ class Experiment:
             import_module(module, Where(f"$.plugins[{index}]"), "plugin")
         if bus is None:
             given = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
-            self._bus = EventBus(given)
+            self._bus = EventBus(given, journal=self.output_dir / JOURNAL)
         else:
             self._bus = nullcontext(bus)
         self.ctx = LogContext(output_dir=self.output_dir, config=self.config)

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -31,6 +31,9 @@ from evsys_bus.training.checkpoints import FINAL, Checkpoints
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
 from evsys_bus.training.rows import RowFile
 
+JOURNAL: Final = "journal"
+"""The folder of the journal, in that of the run or of the experiment that has a bus of its own."""
+
 
 class TrainingLoop:
     """Trains for ``num_steps`` steps; writes what happens to the run's directory, and publishes it.
@@ -41,7 +44,7 @@ class TrainingLoop:
         num_steps: The horizon of the whole run, the steps before a resume included.
         output_dir: The run's directory, made if need be. Default: ``ctx.run_dir``.
         evaluators: Score the model while it trains, each at its own cadence, one after another.
-        callbacks: For a bus of the loop's own, open while it runs.
+        callbacks: For a bus of the loop's own, open while it runs; it records into ``<output_dir>/journal``.
         bus: An open bus to publish to instead; it stays open.
         ctx: The run's context. Default: one for a run that is named after its directory.
         save_every: A checkpoint is due after every so many steps; 0 for none but the final one.
@@ -96,7 +99,7 @@ class TrainingLoop:
         """Of the last step, and what hooks derived from them. Any: what backends measure."""
         self.artifacts: LoopArtifacts | None = None
         """What the loop left behind, also when it raised; None until it has ended."""
-        self._bus = EventBus(callbacks or ()) if bus is None else nullcontext(bus)
+        self._bus = EventBus(callbacks or (), journal=run_dir / JOURNAL) if bus is None else nullcontext(bus)
         self._faults = FaultLog()
         self._done = 0  # steps done, so the next one to run
         self._began = 0.0

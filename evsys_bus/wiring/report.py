@@ -7,14 +7,12 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_bus.callback import Callback
+from evsys_bus.codec.redaction import looks_secret
 from evsys_bus.errors import ConfigError, UnknownParamError, Where, WrongParamError, did_you_mean
 from evsys_bus.wiring.params import Finding
 from evsys_bus.wiring.schema import Schema, as_json, expected, keys_at, locate, sample, schema_of
 from evsys_bus.wiring.spec import PathPart, join
 
-_SECRET_ENDINGS: Final = frozenset(
-    {"auth", "credential", "credentials", "key", "passwd", "password", "secret", "token"}
-)
 _SHOWN: Final = 60
 """Characters of a given value that an error repeats."""
 
@@ -137,7 +135,7 @@ def _given(params: Any, path: Iterable[PathPart]) -> Any:
 
 def _shown(value: object, finding: Finding) -> str:
     """The value, bounded; hidden where a key on the way to it looks like a credential's."""
-    if any(str(part).lower().rpartition("_")[2] in _SECRET_ENDINGS for part in finding.path):
+    if any(looks_secret(part) for part in finding.path):
         return f"this {type(value).__name__} (hidden)"
     text = as_json(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

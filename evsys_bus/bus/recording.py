@@ -1,0 +1,184 @@
+"""The recording half of a bus: each event becomes an envelope, and the envelope one append to the journal.
+
+An event is recorded after its hooks, with the ids and metrics that they added; a checkpoint and the ends of things
+before them, because an upload or a failure must be on record even if a hook dies on it. The time is taken on entry.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final, Self
+
+import msgspec
+
+from evsys_bus.codec import encode
+from evsys_bus.context import LogContext, LoopState
+from evsys_bus.errors import UnrecordedError
+from evsys_bus.events import (
+    Checkpoint,
+    Envelope,
+    Event,
+    ExperimentEnd,
+    ExperimentStart,
+    GroupStart,
+    RunEnd,
+    RunStart,
+    TrainEnd,
+    TrainStart,
+)
+from evsys_bus.journal import JournalWriter
+from evsys_bus.tasks import Receipt
+
+BEFORE_HOOKS: Final = frozenset({Checkpoint, TrainEnd, RunEnd, ExperimentEnd})
+"""Event types that are on record before a hook sees them."""
+
+_STARTS: Final = frozenset({ExperimentStart, GroupStart, RunStart, TrainStart})
+_ENDS: Final = frozenset({TrainEnd, RunEnd, ExperimentEnd})
+CLOSE_SECONDS: Final = 1.0
+"""What closing the journal may take at least, also where the tasks have used up the deadline."""
+_RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Where launchers say which process of many this is: torchrun, Slurm, Open MPI, MPICH."""
+
+
+_RunOf = Callable[[Event], str | None]
+"""How the run key of an event is found."""
+
+
+class JournalHealth(msgspec.Struct, frozen=True):
+    """How the journal of a bus fares."""
+
+    directory: str
+    stream: str
+    recorded: int
+    """Events with the operating system."""
+    unrecorded: int
+    """Events that wait in memory, because the disk does not take them."""
+    lost: int
+    """Events given up because too many waited."""
+    failures: int
+    """How often the disk refused something."""
+
+
+class Recording:
+    """Writes what a bus publishes; called with the bus's token held, so by one thread at a time."""
+
+    def __init__(
+        self, writer: JournalWriter, rank: int, leave: Callable[[BaseException], None], secrets: frozenset[str]
+    ) -> None:
+        self.writer = writer
+        self._secrets = secrets
+        self._stream = writer.stream
+        self._rank = rank
+        self._leave = leave
+        self._started: set[str | None] = set()  # runs with a RunStart, which RunEnd and not TrainEnd will close
+
+    @classmethod
+    def open(
+        cls,
+        journal: JournalWriter | str | os.PathLike[str],
+        rank: int,
+        leave: Callable[[BaseException], None],
+        secrets: frozenset[str],
+    ) -> Self:
+        """Open the journal.
+
+        Args:
+            journal: A directory, or a writer that is not open yet.
+            rank: Which of several processes this is.
+            leave: Called with what must be raised from the publish in progress.
+            secrets: As `evsys_bus.codec.encode` takes them.
+
+        Raises:
+            JournalOpenError: The directory cannot be written.
+        """
+        writer = journal if isinstance(journal, JournalWriter) else JournalWriter(journal, rank=rank)
+        return cls(writer.open(), rank, leave, secrets)
+
+    def close(self, receipt: Receipt, drain_timeout: float) -> Receipt:
+        """Have it all on the medium, in what the drain has left of the deadline, and say so on the receipt."""
+        writer = self.writer
+        writer.close(max(drain_timeout - receipt.seconds, CLOSE_SECONDS))
+        return msgspec.structs.replace(
+            receipt, recorded=writer.recorded, unrecorded=writer.unrecorded + writer.lost, journal=writer.directory
+        )
+
+    def way_of(self, event_type: type[Event]) -> Callable[[Event, float], None]:
+        """The function that records events of this type, given when they were published."""
+        fields = event_type.__struct_fields__
+        run_of = _run_of_state if "state" in fields else _run_of_ctx if "ctx" in fields else _no_run
+        if event_type in _STARTS:
+            return partial(self._record_with, run_of, self._append_start)
+        if event_type in _ENDS:
+            return partial(self._record_with, run_of, self._append_end)
+        if event_type is Checkpoint:
+            return partial(self._record_with, run_of, self._append_kept)
+        return partial(self._record, run_of)
+
+    def health(self) -> JournalHealth:
+        """Every count, now."""
+        writer = self.writer
+        return JournalHealth(
+            directory=writer.directory,
+            stream=writer.stream,
+            recorded=writer.recorded,
+            unrecorded=writer.unrecorded,
+            lost=writer.lost,
+            failures=writer.failures,
+        )
+
+    def _record(self, run_of: _RunOf, event: Event, now: float) -> None:
+        writer = self.writer
+        envelope = Envelope(self._stream, writer.next_sequence, now, event, run_of(event), self._rank)
+        try:
+            writer.append(encode(envelope, secrets=self._secrets))
+        except UnrecordedError as error:  # only where the program asked for it
+            self._leave(error)
+
+    def _record_with(
+        self, run_of: _RunOf, append: Callable[[Event, str | None, bytes], object], event: Event, now: float
+    ) -> None:
+        run = run_of(event)
+        envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
+        try:
+            append(event, run, encode(envelope, secrets=self._secrets))
+        except UnrecordedError as error:
+            self._leave(error)
+
+    def _append_kept(self, _: Event, __: str | None, payload: bytes) -> None:
+        self.writer.append(payload, keep=True)
+
+    def _append_start(self, event: Event, run: str | None, payload: bytes) -> None:
+        if isinstance(event, RunStart):
+            self._started.add(run)
+        self.writer.append_start(payload, run)
+
+    def _append_end(self, event: Event, run: str | None, payload: bytes) -> None:
+        if isinstance(event, TrainEnd) and run in self._started:
+            self.writer.append(payload, keep=True)  # the run goes on: its benchmarks and its RunEnd are still to come
+            return
+        self._started.discard(run)
+        self.writer.append_end(payload, run)
+
+
+def _run_of_state(event: Any) -> str | None:
+    """The run of an event with a ``state``; None where that is no live state. Any: a program may put anything there."""
+    state = event.state
+    if not isinstance(state, LoopState):
+        return None
+    ctx = getattr(state, "ctx", None)
+    return state.output_dir.name if ctx is None else ctx.run_key
+
+
+def _run_of_ctx(event: Any) -> str | None:
+    """The run of an event with a ``ctx``; None for those of the whole experiment. Any: as above."""
+    return event.ctx.run_key if isinstance(event.ctx, LogContext) else None
+
+
+def _no_run(_: Event) -> None:
+    """An event that says nothing of a run."""
+
+
+def rank_of(environment: Mapping[str, str] = os.environ) -> int:
+    """The rank that the launcher gave this process; 0 where there is none."""
+    found = (environment.get(name, "") for name in _RANKS)
+    return next((int(rank) for rank in found if rank.isdecimal()), 0)

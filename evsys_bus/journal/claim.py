@@ -1,0 +1,113 @@
+"""Which stream a new writer may write: one that a dead writer of the same rank left, or a new one.
+
+A stream is continued only in the boot in which it was written. After a power cut the newest records of a stream may be
+gone although followers have had them; their sequences must not be given to other events.
+"""
+
+import os
+import time
+
+import msgspec
+
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import JournalVersionError
+from evsys_bus.journal import frame, layout
+from evsys_bus.journal.clock import Clock
+from evsys_bus.journal.cursor import Cursors
+from evsys_bus.journal.disk import Disk
+from evsys_bus.journal.frame import Frame
+from evsys_bus.journal.layout import Owner, SegmentName
+from evsys_bus.journal.scanning import SegmentScan
+
+
+class Claim(msgspec.Struct):
+    """A stream that is this process's to write, for as long as the lock's file stays open."""
+
+    stream: str
+    lock: int | None
+    """None where the file system has no locks; the stream is then a new one, and nobody continues it."""
+    ordinal: int = 0
+    """Of the stream's last segment."""
+    next_sequence: int = 1
+    inherited: list[str] = []
+    """The segments that were there: how much of them is on the medium, only their dead writer knew."""
+
+
+def claim(disk: Disk, clock: Clock, directory: str, rank: int) -> Claim:
+    """Lock a stream.
+
+    Raises:
+        OSError: The directory cannot be written.
+    """
+    disk.make_directory(directory)
+    for stream in reversed(layout.streams(disk, directory, rank)):
+        found = _continued(disk, clock, directory, stream)
+        if found is not None:
+            return found
+    stream = layout.new_stream(rank, clock.wall())
+    disk.make_directory(f"{directory}/{stream}")
+    return Claim(stream, hold(disk, clock, directory, stream))
+
+
+def hold(disk: Disk, clock: Clock, directory: str, stream: str) -> int | None:
+    """Lock a stream that is this process's already; None where the file system has no locks, or it was taken."""
+    path = f"{directory}/{stream}/{layout.LOCK}"
+    try:
+        lock = disk.lock(path)
+    except OSError as error:
+        log().warning("journal.not_lockable", path=path, exc_info=error)
+        return None
+    if lock is not None:
+        _sign(disk, clock, lock)
+    return lock
+
+
+def owner(disk: Disk, directory: str, stream: str) -> Owner | None:
+    """Who writes the stream, or wrote it last."""
+    try:
+        return _read(disk.read(f"{directory}/{stream}/{layout.LOCK}", 0, 4096))
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim | None:
+    """The stream, if it is free and may be continued."""
+    before = owner(disk, directory, stream)
+    if before is None or not before.boot or (before.boot, before.host) != (disk.boot(), os.uname().nodename):
+        return None
+    lock = disk.lock(f"{directory}/{stream}/{layout.LOCK}")
+    if lock is None:
+        return None
+    folder = f"{directory}/{stream}"
+    try:
+        names = layout.segments(disk, folder)
+        at_least = max(names[-1].first if names else 1, Cursors(directory, disk).furthest(stream) + 1)
+        following = max(at_least, *(_behind(disk, folder, name) for name in names[-1:]), 1)
+        _sign(disk, clock, lock)
+    except (OSError, JournalVersionError) as error:
+        log().warning("journal.not_continued", stream=stream, exc_info=error)
+        disk.close(lock)
+        return None
+    inherited = [f"{folder}/{name}" for name in names]
+    return Claim(stream, lock, names[-1].ordinal if names else 0, following, inherited)
+
+
+def _behind(disk: Disk, folder: str, name: SegmentName) -> int:
+    """The sequence behind the last whole event of a segment; 0 where it has none."""
+    following = 0
+    for piece in SegmentScan(disk, f"{folder}/{name}").count(name.first):
+        if isinstance(piece, int):
+            following = piece
+        elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
+            following = max(following, piece.sequence + 1)
+    return following
+
+
+def _sign(disk: Disk, clock: Clock, lock: int) -> None:
+    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.wall()))
+    disk.truncate(lock, 0)
+    disk.write(lock, _write(Owner(os.getpid(), os.uname().nodename, since, disk.boot())))
+
+
+_read = msgspec.json.Decoder(Owner).decode
+_write = msgspec.json.Encoder().encode

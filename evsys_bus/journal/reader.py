@@ -1,0 +1,158 @@
+"""`JournalReader`: what a journal holds, read while it is written or years later.
+
+Damage is set aside and counted, never fatal; a record that was read before is passed over; a record on its way is not
+damage. A reader writes nothing.
+"""
+
+import os
+from collections.abc import Generator, Iterator
+from typing import Final, NamedTuple
+
+from evsys_bus.errors import JournalVersionError
+from evsys_bus.journal import frame, layout
+from evsys_bus.journal.disk import Disk, OsDisk
+from evsys_bus.journal.frame import Frame, Rest
+from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.scanning import SegmentScan
+
+
+class Record(NamedTuple):
+    """One event, still encoded."""
+
+    sequence: int
+    payload: bytes
+
+
+class JournalReader:
+    """The streams of a journal."""
+
+    def __init__(self, directory: str | os.PathLike[str], disk: Disk | None = None) -> None:
+        self.directory: Final = os.fspath(directory)
+        self._disk = OsDisk() if disk is None else disk
+
+    def streams(self) -> list[str]:
+        """Their names; those of one rank oldest first. None where there is no journal."""
+        return layout.streams(self._disk, self.directory)
+
+    def is_live(self, stream: str) -> bool:
+        """Whether a process has the stream open for writing."""
+        return self._disk.is_locked(f"{self.directory}/{stream}/{layout.LOCK}")
+
+    def read(self, stream: str, after: int = 0) -> Iterator[Record]:
+        """The events behind sequence ``after``, up to what is there now.
+
+        Raises:
+            JournalVersionError: A newer version wrote them.
+        """
+        return self.tail(stream, after).poll()
+
+    def tail(self, stream: str, after: int = 0) -> "Tail":
+        """A place in the stream, to be polled."""
+        return Tail(self._disk, f"{self.directory}/{stream}", after)
+
+
+class Tail:
+    """A place in a stream."""
+
+    def __init__(self, disk: Disk, folder: str, after: int = 0) -> None:
+        self.last = after
+        """The sequence of the last event given out."""
+        self.damaged_bytes = 0
+        self.torn_bytes = 0
+        """Behind the last whole record of segments that are followed by another: writes cut short, as by a kill."""
+        self.missing: list[tuple[int, int]] = []
+        """The sequences, first and last, that should have been there."""
+        self.unreadable: list[str] = []
+        """Segments that could not be read, and were passed over."""
+        self._disk = disk
+        self._folder = folder
+        self._expected = after + 1 if after else None
+        self._at: SegmentName | None = None
+        self._scan: SegmentScan | None = None
+        self._suspect = -1
+        """Where damage ended that was seen once."""
+
+    def poll(self) -> Iterator[Record]:
+        """What came since the last poll; a record counts as given out when the iterator hands it over.
+
+        Raises:
+            JournalVersionError: A newer version wrote what follows.
+        """
+        while True:
+            if self._scan is None:
+                start = self._start()
+                if start is None:
+                    return
+                self._enter(start)
+            yield from self._drain(ended=False)
+            following = self._following()
+            if following is None:
+                return
+            # The old one may have grown between the reading and the listing; now it grows no more.
+            yield from self._drain(ended=True)
+            self._enter(following)
+
+    def _start(self) -> SegmentName | None:
+        """The segment that holds the first event to give out."""
+        names = layout.segments(self._disk, self._folder)
+        return next((name for name in reversed(names) if name.first <= self.last + 1), names[0] if names else None)
+
+    def _following(self) -> SegmentName | None:
+        at = self._at
+        return next((name for name in layout.segments(self._disk, self._folder) if at is None or name > at), None)
+
+    def _enter(self, name: SegmentName) -> None:
+        self._expect(name.first)
+        self._at = name
+        self._suspect = -1
+        self._scan = SegmentScan(self._disk, f"{self._folder}/{name}")
+
+    def _drain(self, *, ended: bool) -> Iterator[Record]:
+        """The rest of the segment; ``ended``: nothing is added to it any more."""
+        scan = self._scan
+        assert scan is not None
+        try:
+            while not (yield from self._read_on(scan, ended=ended)):
+                pass
+        except JournalVersionError:
+            raise
+        except OSError:
+            if ended:  # if not, it may be for now only
+                self.unreadable.append(scan.path)
+
+    def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Record, None, bool]:
+        """Give out what follows; False where the same place has to be read again."""
+        for piece in scan.pieces():
+            if isinstance(piece, Frame):
+                record = self._take(piece)
+                if record is not None:
+                    yield record
+            elif isinstance(piece, Rest):
+                self.torn_bytes += piece.length if ended else 0
+            elif ended or scan.offset == self._suspect:
+                self.damaged_bytes += piece.length
+            else:
+                # Perhaps it was read while it was written. Damage is what is damage when it is read again.
+                self._suspect = scan.offset
+                scan.offset -= piece.length
+                return False
+        return True
+
+    def _take(self, piece: Frame) -> Record | None:
+        if piece.kind == frame.CLOSED:
+            self._expect(piece.sequence)
+        if piece.kind == frame.EVENT:
+            self._expect(piece.sequence)
+            self._expected = max(self._expected or 1, piece.sequence + 1)
+        elif piece.kind != frame.CARRIED:
+            return None
+        if piece.sequence <= self.last:
+            return None
+        self.last = piece.sequence
+        return Record(piece.sequence, bytes(piece.payload))
+
+    def _expect(self, sequence: int) -> None:
+        """All before this one has been given out, or is missing."""
+        if self._expected is not None and sequence > self._expected:
+            self.missing.append((self._expected, sequence - 1))
+        self._expected = max(self._expected or sequence, sequence)

@@ -1,0 +1,46 @@
+"""A file that only takes up room, so that on a full disk there is room for the last words: the end events."""
+
+from typing import Final
+
+from evsys_bus.journal.disk import Disk
+
+
+class Reserve:
+    """Room on disk, held or not."""
+
+    def __init__(self, disk: Disk, path: str, size: int) -> None:
+        self.size: Final = size
+        self.held = False
+        self._disk = disk
+        self._path = path
+
+    def hold(self) -> None:
+        """Take the room, if it is to be had; a disk without room is no failure here."""
+        if self.held or not self.size:
+            return
+        try:
+            self._drop()
+            file = self._disk.open_append(self._path)
+            try:
+                self.held = self._disk.write(file, bytes(self.size)) == self.size
+            finally:
+                self._disk.close(file)
+            if not self.held:
+                self._drop()
+        except OSError:
+            self.held = False
+
+    def free(self) -> bool:
+        """Give the room back; whether there was any."""
+        held, self.held = self.held, False
+        try:
+            self._drop()
+        except OSError:
+            return False
+        return held
+
+    def _drop(self) -> None:
+        try:
+            self._disk.remove(self._path)
+        except FileNotFoundError:
+            pass

@@ -1,0 +1,87 @@
+"""Reading one segment in pieces, from where the last reading stopped, in memory that does not grow with the file."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from evsys_bus.errors import JournalVersionError
+from evsys_bus.journal import frame
+from evsys_bus.journal.disk import Disk
+from evsys_bus.journal.frame import Damage, Frame, Rest, scan
+
+_CHUNK_BYTES: Final = 1 << 20
+
+
+class SegmentScan:
+    """A place in a segment."""
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        self.path = path
+        self.offset = 0
+        """Behind the last piece that was given out; what follows was not read, or is not whole yet."""
+        self._disk = disk
+
+    def pieces(self) -> Iterator[Frame | Damage | Rest]:
+        """What follows, up to the end that the file has now. Only the last piece can be a `Rest`; it stays unread.
+
+        Raises:
+            JournalVersionError: A newer version wrote it.
+            OSError: It cannot be read.
+        """
+        for buffer, start, at_end in self._chunks():
+            base = self.offset - start
+            for piece in scan(buffer, start):
+                if not isinstance(piece, Rest):
+                    self.offset = base + piece.end
+                    yield piece
+                elif at_end:
+                    yield piece
+
+    def count(self, expected: int) -> Iterator[Frame | Damage | Rest | int]:
+        """As `pieces`, but whole events that number on from ``expected`` are given out as one sequence to come."""
+        for buffer, start, at_end in self._chunks():
+            base = self.offset - start
+            place, following = frame.pass_over(buffer, start, expected)
+            while True:
+                if following != expected:
+                    expected = following
+                    self.offset = base + place
+                    yield expected
+                piece = next(scan(buffer, place), None)
+                if piece is None:
+                    break
+                if isinstance(piece, Rest):
+                    if at_end:
+                        yield piece
+                    break
+                place = piece.end
+                self.offset = base + place
+                if isinstance(piece, Frame) and piece.kind == frame.EVENT and piece.sequence >= expected:
+                    expected = piece.sequence + 1
+                yield piece
+                place, following = frame.pass_over(buffer, place, expected)
+
+    def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
+        """Bytes from the offset on, where to start in them, and whether they reach the end of the file."""
+        size = _CHUNK_BYTES
+        while True:
+            base = self.offset
+            buffer = self._disk.read(self.path, base, size)
+            at_end = len(buffer) < size
+            start = self._behind_head(buffer) if base == 0 else 0
+            self.offset = base + start
+            yield buffer, start, at_end
+            if at_end:
+                return
+            # A record, or damage, that is larger than what was read: read more of it.
+            size = size * 2 if self.offset == base else _CHUNK_BYTES
+
+    def _behind_head(self, buffer: bytes) -> int:
+        version = frame.version_in(buffer)
+        if version is None:
+            return 0  # cut or damaged: whatever follows is found by its mark
+        if version > frame.VERSION:
+            raise JournalVersionError(
+                f"{self.path} has format {version}; this version reads up to {frame.VERSION}",
+                fix="upgrade evsys-bus where you read this journal",
+            )
+        return frame.HEAD_BYTES

@@ -1,0 +1,147 @@
+"""`Upkeep`: what the journal needs now and then, on a thread of its own so that no publisher waits for a disk to sync.
+
+Each round writes what waits, closes old segments, syncs what was written, notices a removed directory, removes what may
+go, and takes the reserve again.
+"""
+
+import threading
+from typing import Final
+
+from evsys_bus.journal.recorder import Recorder
+from evsys_bus.journal.retain import Retain, prune
+from evsys_bus.journal.segment import OpenSegment
+
+
+class Upkeep:
+    """The rounds, and the thread that makes them."""
+
+    def __init__(self, recorder: Recorder, *, syncs: bool, every_seconds: float, retain: Retain | None) -> None:
+        self.sync_failures = 0
+        self._recorder: Final = recorder
+        self._syncs = syncs
+        self._every = min(every_seconds, threading.TIMEOUT_MAX)
+        self._retain = retain
+        self._one_at_a_time = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._ended = False
+        self._synced_bytes = 0
+        self._synced_begun = -1
+        self._pruned_begun = 0
+
+    def start(self) -> None:
+        """Make rounds from now on."""
+        self._thread = threading.Thread(target=self._run, name="evsys-bus journal", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_seconds: float) -> bool:
+        """Make a last round, and close everything; whether that ended in time and all is on the medium."""
+        self._stopping.set()
+        if self._thread is None:
+            return False
+        self._thread.join(timeout_seconds)
+        return self._ended and not self.sync_failures
+
+    def round(self) -> None:
+        """One round."""
+        recorder = self._recorder
+        if recorder.state == "forked":
+            return
+        with self._one_at_a_time:
+            with recorder.lock:
+                if recorder.state == "open" and recorder.backlog:
+                    recorder.work_off()
+                retired, parting = recorder.retired, recorder.parting
+                recorder.retired, recorder.parting = [], retired
+                segment, written, begun = recorder.segment, recorder.written_bytes, recorder.begun
+            self._sync_inherited()
+            for each in parting:
+                self._close(each)
+            for each in retired:
+                self._sync(each)
+            if segment is not None:
+                if written != self._synced_bytes:
+                    self._sync(segment)
+                self._synced_bytes = written
+                if not self._is_there(segment):
+                    return
+            if begun != self._synced_begun and self._sync_directory():
+                self._synced_begun = begun
+            if recorder.state == "open":
+                self._make_room(begun)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(self._every):
+            self.round()
+        self.round()
+        with self._recorder.lock:
+            self._recorder.retire()
+        self.round()
+        self._recorder.reserve.free()
+        self._recorder.release()
+        self._ended = True
+
+    def _sync(self, segment: OpenSegment) -> None:
+        if not self._syncs:
+            return
+        try:
+            segment.sync()
+        except OSError as error:
+            # What the system does with pages that it could not write is its own affair: leave them alone.
+            self.sync_failures += 1
+            with self._recorder.lock:
+                if self._recorder.segment is segment:
+                    self._recorder.retire()
+            self._recorder.say("journal.not_synced", error)
+
+    def _sync_inherited(self) -> None:
+        """A power cut may come soon after the crash of the writer before."""
+        inherited = self._recorder.claim.inherited
+        while inherited:
+            path = inherited.pop()
+            try:
+                if self._syncs:
+                    self._recorder.disk.sync_path(path)
+            except OSError as error:
+                self._recorder.say("journal.not_synced", error)
+
+    def _sync_directory(self) -> bool:
+        try:
+            if self._syncs:
+                self._recorder.sync_directories()
+        except OSError as error:
+            self._recorder.say("journal.not_synced", error)
+            return False
+        return True
+
+    def _close(self, segment: OpenSegment) -> None:
+        try:
+            segment.close()
+        except OSError as error:
+            self._recorder.say("journal.not_closed", error)
+
+    def _is_there(self, segment: OpenSegment) -> bool:
+        """A file that was removed still takes every write; the next record goes to a new one."""
+        recorder = self._recorder
+        try:
+            if recorder.disk.is_at(segment.path, segment.file):
+                return True
+        except OSError as error:
+            self._recorder.say("journal.not_found", error)
+            return True
+        with recorder.lock:
+            if recorder.segment is segment:
+                recorder.retire()
+        self._recorder.say("journal.removed", FileNotFoundError(f"{segment.path} was removed, with what it held"))
+        return False
+
+    def _make_room(self, begun: int) -> None:
+        recorder = self._recorder
+        try:
+            if self._retain is not None and begun != self._pruned_begun:
+                prune(recorder.disk, recorder.clock, recorder.directory, recorder.claim.stream, self._retain)
+                self._pruned_begun = begun
+        except OSError as error:
+            self._recorder.say("journal.not_pruned", error)
+        if not recorder.backlog:
+            recorder.reserve.hold()

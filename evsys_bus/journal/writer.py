@@ -1,0 +1,263 @@
+"""`JournalWriter`: one append, one write.
+
+append ── the disk took it ──────────────────── return             (no lock, two integers)
+       └─ a new segment is due, or a refusal ── `Recorder`         (under a lock, through the backlog)
+meanwhile, on a thread ──────────────────────── `Upkeep`           (sync, retry, prune)
+"""
+
+import os
+import weakref
+from pathlib import Path
+from typing import Final, Literal, Self
+
+from evsys_bus.errors import JournalOpenError, UnrecordedError
+from evsys_bus.journal.backlog import Backlog, Waiting
+from evsys_bus.journal.claim import claim
+from evsys_bus.journal.clock import Clock, OsClock
+from evsys_bus.journal.disk import Disk, OsDisk
+from evsys_bus.journal.frame import pack
+from evsys_bus.journal.recorder import Recorder
+from evsys_bus.journal.retain import Retain
+from evsys_bus.journal.upkeep import Upkeep
+
+Flush = Literal["never", "interval", "always"]
+
+
+class JournalWriter:
+    """Appends the events of one process to a stream of its own.
+
+    One thread at a time appends; everything else may be called from any thread.
+
+    Args:
+        directory: The journal; made, for the owner alone, if it is not there.
+        rank: A stream is continued by writers of the same rank only.
+        flush: What a power cut may take: ``always`` nothing that was appended, ``interval`` the last ``flush_seconds``,
+            ``never`` what the system has not written by itself. The end of the process takes nothing in any case.
+        flush_seconds: Between two rounds of upkeep.
+        segment_bytes: A segment that is larger is followed by a new one.
+        retain: What may be removed once every follower is done with it; by default nothing.
+        on_unrecorded: When the disk does not take an event: let it wait in memory, or raise.
+        max_unrecorded: How many may wait; after that the oldest are lost, and counted.
+        max_unrecorded_bytes: And how large they may be together.
+        reserve_bytes: Room on disk that is kept for the end events; 0 for none.
+        disk: The file system.
+        clock: The clocks.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        flush: Flush = "interval",
+        flush_seconds: float = 1.0,
+        segment_bytes: int = 64 << 20,
+        retain: Retain | None = None,
+        on_unrecorded: Literal["queue", "raise"] = "queue",
+        max_unrecorded: int = 10_000,
+        max_unrecorded_bytes: int = 64 << 20,
+        reserve_bytes: int = 1 << 20,
+        disk: Disk | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.next_sequence = 1
+        """What the next append will be given; an envelope holds its own sequence, so ask before."""
+        self._rank = rank
+        self._raises = on_unrecorded == "raise"
+        self._reserve_bytes = reserve_bytes
+        self._first = 1
+        self._recorder: Final = Recorder(
+            OsDisk() if disk is None else disk,
+            OsClock() if clock is None else clock,
+            str(Path(directory).absolute()),
+            segment_bytes=segment_bytes,
+            synced=flush == "always",
+            backlog=Backlog(max_unrecorded, max_unrecorded_bytes),
+        )
+        self._upkeep: Final = Upkeep(self._recorder, syncs=flush != "never", every_seconds=flush_seconds, retain=retain)
+
+    def open(self) -> Self:
+        """Find the stream to write, and start the upkeep.
+
+        Raises:
+            JournalOpenError: The directory cannot be written.
+        """
+        recorder = self._recorder
+        try:
+            claimed = claim(recorder.disk, recorder.clock, recorder.directory, self._rank)
+        except OSError as error:
+            raise JournalOpenError(
+                f"the journal {recorder.directory} cannot be written: {error.strerror or error}",
+                fix="give a directory that this user can write, with space left",
+            ) from error
+        self._first = self.next_sequence = claimed.next_sequence
+        recorder.open(claimed, self._reserve_bytes)
+        _open.add(recorder)
+        self._upkeep.start()
+        return self
+
+    def append(self, payload: bytes, *, keep: bool = False) -> int:
+        """Record one event under `next_sequence`, and return that.
+
+        Args:
+            payload: The encoded envelope.
+            keep: If it has to wait, and not all can be kept: give it up last.
+
+        Raises:
+            UnrecordedError: The disk did not take it, and ``on_unrecorded`` is ``raise``; the sequence stays free.
+            ForkedBusError: In a child process forked from the one that opened the journal.
+            JournalClosedError: The journal is not open.
+        """
+        sequence = self.next_sequence
+        # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be given
+        # to two events, and the second be taken for a repeat.
+        self.next_sequence = sequence + 1
+        record = pack(sequence, payload)
+        recorder = self._recorder
+        refusal: OSError | int | None = None
+        if recorder.ready:
+            try:
+                taken = recorder.write(recorder.file, record)
+            except OSError as error:
+                refusal = error
+            else:
+                if taken == len(record):
+                    recorder.left -= taken
+                    if recorder.left <= 0:
+                        recorder.ready = False  # the next one begins a new segment
+                    return sequence
+                refusal = taken
+        self._append_with_care(Waiting(sequence, record, keep), refusal)
+        return sequence
+
+    def append_start(self, payload: bytes, scope: str | None) -> int:
+        """As `append`; and each later segment begins with this event, until the scope ends.
+
+        Args:
+            payload: The encoded envelope.
+            scope: The run; None for the experiment, which ends after all its runs.
+        """
+        sequence = self.append(payload, keep=True)
+        self._recorder.starts.append((scope, sequence, payload))
+        return sequence
+
+    def append_end(self, payload: bytes, scope: str | None) -> int:
+        """As `append`; on a full disk the reserve is given up for it. Ends the scope; None ends all of them."""
+        recorder = self._recorder
+        recorder.starts[:] = [each for each in recorder.starts if scope is not None and each[0] != scope]
+        try:
+            sequence = self.append(payload, keep=True)
+        except UnrecordedError:
+            if not recorder.reserve.free():
+                raise
+            return self.append(payload, keep=True)
+        if recorder.backlog:
+            with recorder.lock:
+                if recorder.backlog.bytes < recorder.reserve.size and recorder.reserve.free():
+                    recorder.work_off()
+        return sequence
+
+    def flush(self) -> None:
+        """One round of upkeep now: write what waits, sync, prune."""
+        self._upkeep.round()
+
+    def close(self, timeout_seconds: float = 5.0) -> bool:
+        """Take no more, and have everything on the medium. No append may be in progress.
+
+        What still waits is written first, on a full disk into the reserve: of what does not fit there the starts, ends
+        and newest others are written, and the rest is lost, and counted.
+
+        Args:
+            timeout_seconds: A disk that hangs is left to the upkeep's thread after that.
+
+        Returns:
+            Whether all that this writer was given is on the medium.
+        """
+        recorder = self._recorder
+        deadline = recorder.clock.monotonic() + timeout_seconds
+        if recorder.state == "open":
+            if not recorder.lock.acquire(timeout=timeout_seconds):
+                return False
+            try:
+                recorder.sign_off(self.next_sequence)
+            finally:
+                recorder.lock.release()
+        if recorder.state != "closed":
+            return False
+        ended = self._upkeep.stop(max(0.0, deadline - recorder.clock.monotonic()))
+        return ended and not self.unrecorded and not self.lost
+
+    @property
+    def directory(self) -> str:
+        """Where the journal is."""
+        return self._recorder.directory
+
+    @property
+    def stream(self) -> str:
+        """The name of the stream; known once the journal was opened."""
+        return self._recorder.claim.stream
+
+    @property
+    def recorded(self) -> int:
+        """How many events this writer has given to the disk."""
+        return self.next_sequence - self._first - self.unrecorded - self.lost
+
+    @property
+    def unrecorded(self) -> int:
+        """How many wait in memory."""
+        return len(self._recorder.backlog)
+
+    @property
+    def lost(self) -> int:
+        """How many were given up."""
+        return self._recorder.backlog.lost
+
+    @property
+    def failures(self) -> int:
+        """How often the disk refused something: events, syncs, rotations, all together."""
+        return self._recorder.failures
+
+    @property
+    def trouble(self) -> OSError | None:
+        """What the disk says, while events wait."""
+        return self._recorder.refusal if self._recorder.backlog else None
+
+    @property
+    def written_bytes(self) -> int:
+        """How much this writer has written."""
+        return self._recorder.written_bytes
+
+    @property
+    def segment(self) -> str | None:
+        """The path of the segment that is being written."""
+        segment = self._recorder.segment
+        return None if segment is None else segment.path
+
+    def _append_with_care(self, waiting: Waiting, refusal: OSError | int | None) -> None:
+        recorder = self._recorder
+        self.next_sequence = waiting.sequence
+        recorder.check_open()
+        with recorder.lock:
+            recorder.check_open()
+            self.next_sequence = waiting.sequence + 1
+            if recorder.take(waiting, refusal) or not self._raises:
+                return
+            recorder.backlog.withdraw()
+            self.next_sequence = waiting.sequence
+        raise UnrecordedError(
+            f"the journal {recorder.directory} did not take an event",
+            why=str(recorder.refusal),
+            fix='make room; or let events wait in memory with on_unrecorded="queue"',
+        ) from recorder.refusal
+
+
+_open: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for recorder in list(_open):
+        recorder.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)
