@@ -23,7 +23,7 @@ from evsys_bus.context import (
     TrainingBatch,
 )
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookError, NotAttachedError
+from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookError, NotACallbackError, NotAttachedError
 from evsys_bus.events import Event, declared_events
 
 RetryPolicy = Callable[..., Awaitable[object]]
@@ -78,16 +78,8 @@ class Callback:
     spec_name: str | None = None
     """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""
 
-    _attached: tuple[Spawner, ...] = ()
-
-    def attach(self, bus: Spawner) -> None:
-        """Called by a bus that takes this callback on."""
-        if bus not in self._attached:
-            self._attached += (bus,)
-
-    def detach(self, bus: Spawner) -> None:
-        """Called by a bus that lets this callback go."""
-        self._attached = tuple(each for each in self._attached if each is not bus)
+    evsys_attached: ClassVar[tuple[Spawner, ...]] = ()
+    """The open buses that hold it, kept on the instance by them."""
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Fires once at the start of an experiment, before any arm. Write ``ctx.ids["experiment_id"]`` here."""
@@ -152,7 +144,7 @@ class Callback:
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
             SpawnError: ``fn`` is no coroutine function.
         """
-        attached = self._attached
+        attached = self.evsys_attached
         if not attached:
             raise NotAttachedError(
                 f"{type(self).__name__}.spawn() needs an open bus to run the task",
@@ -164,9 +156,38 @@ class Callback:
         return bus.spawn(fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=callback_name(self))
 
 
+def attach(callback: object, bus: Spawner) -> None:
+    """Have the callback spawn on this bus."""
+    if isinstance(callback, Callback):
+        _set_attached(callback, (*_others(callback, bus), bus))
+
+
+def detach(callback: object, bus: Spawner) -> None:
+    """Have the callback spawn on this bus no more."""
+    if isinstance(callback, Callback):
+        _set_attached(callback, _others(callback, bus))
+
+
+def _others(callback: Callback, bus: Spawner) -> tuple[Spawner, ...]:
+    return tuple(each for each in callback.evsys_attached if each is not bus)
+
+
+def _set_attached(callback: Callback, attached: tuple[Spawner, ...]) -> None:
+    object.__setattr__(callback, "evsys_attached", attached)  # a frozen dataclass makes a good callback too
+
+
 def callback_name(callback: object) -> str:
     """How a callback is called in logs, health and receipts: the name in its spec, or its class's."""
-    return getattr(callback, "spec_name", None) or type(callback).__name__
+    name = attribute(callback, "spec_name")
+    return name if isinstance(name, str) and name else type(callback).__name__
+
+
+def attribute(callback: object, name: str) -> Any:
+    """The attribute, or None where there is none; also where looking it up raises. Any: whatever it is."""
+    try:
+        return getattr(callback, name, None)
+    except Exception:  # a __getattr__ or a property of a stranger
+        return None
 
 
 def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs: Any) -> None:
@@ -177,11 +198,10 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
     """
     leave: BaseException | None = None
     for callback in callbacks or ():
-        function = getattr(callback, hook, None)
-        if not callable(function):
-            continue
         try:
-            function(*args, **kwargs)
+            function = getattr(callback, hook, None)
+            if callable(function):
+                function(*args, **kwargs)
         except BaseException as error:
             leave = isolate(callback, hook, error) or leave
     if leave is not None:
@@ -197,7 +217,7 @@ def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog 
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error
     facts: dict[str, object] = {"callback": callback_name(callback), "hook": hook}
-    if isinstance(error, RuntimeError) and "no running event loop" in str(error):
+    if type(error) is RuntimeError and "no running event loop" in str(error):
         facts["fix"] = "no event loop runs in this hook's thread: use self.spawn(coroutine_function, *args)"
     if faults is None:
         log().warning("hook.failed", **facts, exc_info=error)
@@ -208,7 +228,7 @@ def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog 
 
 def hook_of(callback: object, event_type: type[Event]) -> Callable[..., object] | None:
     """The callback's own method for this event, or None where it has none or only the no-op it inherits."""
-    method = getattr(callback, event_type.hook, None)
+    method = attribute(callback, event_type.hook)
     default = getattr(Callback, event_type.hook, None)
     if not callable(method) or (default is not None and getattr(method, "__func__", None) is default):
         return None
@@ -228,11 +248,23 @@ def check_hooks(callback: object) -> None:
         AsyncHookError: A hook is ``async def``.
         HookSignatureError: A hook cannot take its event's arguments.
         MisspeltHookError: A method's name nearly is a hook's.
+        NotACallbackError: It has no hook at all: a spec, a class, a plain function.
     """
+    if isinstance(callback, type):
+        raise NotACallbackError(
+            f"{callback.__name__} is a class; a bus calls the hooks of an instance",
+            fix=f"give {callback.__name__}(...)",
+        )
+    names = [each for each in dir(callback) if each.startswith("on")]
+    if not isinstance(callback, Callback) and not any(callable(attribute(callback, each)) for each in names):
+        raise NotACallbackError(
+            f"a {type(callback).__name__} has no hook, so nothing would ever be called",
+            fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
+        )
     events = {event.hook: event for event in declared_events().values()}
     owner = type(callback).__name__
-    for hook in sorted(each for each in dir(callback) if each.startswith("on")):
-        method = getattr(callback, hook, None)
+    for hook in sorted(names):
+        method = attribute(callback, hook)
         if not callable(method):
             continue
         event = events.get(hook)

@@ -6,8 +6,10 @@ line is logged, not before: it would add a third to the time of ``import evsys_b
 
 import functools
 import logging
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -38,10 +40,20 @@ def log() -> "BoundLogger":
     """The project's logger: a constant phrase, and facts as keys: ``log().warning("hook.failed", hook=…)``."""
     import structlog
 
+    class Guarded(structlog.stdlib.BoundLogger):
+        def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
+            """Any: as structlog has it."""
+            try:
+                return super()._proxy_to_logger(method_name, event, *args, **facts)
+            except Exception:  # a handler or a filter of the host: its fault must not reach the loop
+                if logging.raiseExceptions and sys.stderr is not None:  # as the standard library's own handlers do
+                    traceback.print_exc()
+                return None
+
     return structlog.wrap_logger(
         logging.getLogger(LOGGER_NAME),
         processors=[structlog.stdlib.filter_by_level, _to_stdlib],
-        wrapper_class=structlog.stdlib.BoundLogger,
+        wrapper_class=Guarded,
         context_class=dict,
         cache_logger_on_first_use=True,
     )

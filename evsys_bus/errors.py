@@ -13,11 +13,13 @@
     ├── HookError (TypeError)                a hook that could never be called, found when the callback is added
     │   ├── AsyncHookError       EB201       ``async def`` where hooks are sync
     │   ├── HookSignatureError   EB202       the hook cannot take its event's arguments
-    │   └── MisspeltHookError    EB203       the method's name nearly is a hook's
+    │   ├── MisspeltHookError    EB203       the method's name nearly is a hook's
+    │   └── NotACallbackError    EB204       it has no hook at all
     ├── EventError (TypeError)   EB301       what was published or declared is not an event
     ├── BusError (RuntimeError)
     │   ├── BusNotOpenError      EB501       the bus was not entered yet, or is closed
     │   ├── ForkedBusError       EB502       the bus belongs to the parent process
+    │   ├── SettingError (ValueError) EB507  a setting of the bus is out of range
     │   ├── PublishLoopError     EB503       hooks publish inside hooks without end
     │   └── NotAttachedError     EB504       ``spawn`` on a callback that no open bus holds
     ├── SpawnError (TypeError)   EB505       ``spawn`` was given something that is no coroutine function
@@ -173,6 +175,12 @@ class MisspeltHookError(HookError):
     code = "EB203"
 
 
+class NotACallbackError(HookError):
+    """It has no hook at all."""
+
+    code = "EB204"
+
+
 class EventError(EvsysBusError, TypeError):
     """What was published or declared is not an event."""
 
@@ -193,6 +201,12 @@ class ForkedBusError(BusError):
     """The bus belongs to the parent process."""
 
     code = "EB502"
+
+
+class SettingError(BusError, ValueError):
+    """A setting of the bus is out of range."""
+
+    code = "EB507"
 
 
 class PublishLoopError(BusError):

@@ -26,7 +26,8 @@ Example:
 """
 
 import re
-from typing import Any, ClassVar
+from keyword import iskeyword
+from typing import Any, ClassVar, Final
 
 import msgspec
 
@@ -44,6 +45,7 @@ from evsys_bus.context import (
 )
 from evsys_bus.errors import EventError
 
+_RESERVED: Final = frozenset({"hook", "keywords"})
 _declared: dict[str, type["Event"]] = {}
 
 
@@ -58,7 +60,8 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
     never freed; handles and metrics are fine.
 
     Raises:
-        EventError: the subclass's name makes the same hook as one of the events that ship with the library.
+        EventError: The subclass's name makes the same hook as one of the events that ship with the library, or a
+            field has a name that cannot be used.
     """
 
     hook: ClassVar[str] = ""
@@ -68,6 +71,13 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        for field in vars(cls).get("__annotations__", {}):
+            reserved = field in _RESERVED and "ClassVar" not in str(vars(cls)["__annotations__"][field])
+            if reserved or not field.isidentifier() or iskeyword(field):
+                raise EventError(
+                    f"event {cls.__qualname__} has a field called {field!r}, which no hook could be given",
+                    fix="give the field another name",
+                )
         tag = _snake(cls.__name__)
         earlier = _declared.get(tag)
         if earlier is not None and earlier.__module__ == __name__:

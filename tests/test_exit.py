@@ -219,3 +219,58 @@ def test_a_bus_in_a_thread_and_a_bus_in_a_running_notebook_loop_work_too(program
     )
     out, err = process.communicate(timeout=18)
     assert out == "1 ()\n1 ('Hook:bare',)\n", err
+
+
+TWO = """
+    import asyncio, os, signal, sys
+    from evsys_bus import EventBus
+
+    async def run(name, seconds):
+        async with EventBus([]) as bus:
+            bus.spawn(asyncio.sleep, 0.05)
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                print(name, "leaves", flush=True)
+        print(name, bus.receipt.total.completed, flush=True)
+
+    async def main():
+        first = asyncio.create_task(run("first", 0.1))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(run("second", 10 if sys.argv[1] == "both" else 0.4))
+        if sys.argv[1] != "both":
+            await first
+        if sys.argv[1] == "none":
+            await second
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait([first, second])
+        await asyncio.sleep(1)
+        print("survived", flush=True)
+
+    asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("still_open", ["both", "one", "none"])
+def test_sigterm_ends_a_program_with_two_buses_that_do_not_lie_one_in_the_other(program, still_open):
+    process = program(TWO, still_open)
+    out, err = process.communicate(timeout=18)
+    assert process.returncode == -signal.SIGTERM, err
+    assert "survived" not in out
+    assert "first leaves" in out
+    assert "second leaves" in out
+
+
+def test_a_first_sigterm_while_a_plain_with_drains_waits_for_the_drain(program):
+    process = program("""
+        import asyncio, os, signal, threading
+        from evsys_bus import EventBus
+        async def upload():
+            await asyncio.sleep(0.5)
+            print("uploaded", flush=True)
+        with EventBus([]) as bus:
+            bus.spawn(upload)
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    """)
+    out, err = process.communicate(timeout=18)
+    assert (out, process.returncode) == ("uploaded\n", -signal.SIGTERM), err

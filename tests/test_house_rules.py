@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/callback.py": "hooks",
     "evsys_bus/bus/event_bus.py": "Ctrl-C while draining; raised again",
     "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
+    "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
     "evsys_bus/codec/foreign.py": "code of values",
     "evsys_bus/codec/json_line.py": "code of values",
@@ -39,6 +41,8 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the str of a stranger",
 }
+
+BREAKAGES = tomllib.loads((ROOT / "tests" / "sabotage.toml").read_text(encoding="utf-8"))["breakage"]
 
 
 def tree(path: Path) -> ast.Module:
@@ -110,6 +114,11 @@ def test_everything_is_caught_at_the_known_walls_only(path):
 def test_no_file_is_named_after_a_library_or_a_module_of_python(path):
     taken = set(sys.stdlib_module_names) | {"anyio", "msgspec", "structlog", "uvloop", "click", "rich", "wandb"}
     assert path.stem == "__init__" or path.stem not in taken - {"signals"}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda each: each["name"])
+def test_a_planned_breakage_still_finds_its_line(breakage):
+    assert (ROOT / breakage["file"]).read_text(encoding="utf-8").count(breakage["find"]) == 1
 
 
 def test_nothing_that_git_tracks_names_a_place_outside():

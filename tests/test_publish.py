@@ -1,14 +1,28 @@
+import gc
 import logging
 import os
 import sys
 import threading
 import traceback
+import weakref
+from typing import ClassVar
 
 import pytest
 
-from evsys_bus import BenchmarkEval, Callback, Eval, EvalResult, Event, EventBus, LogContext, RunStart, StepEnd
+from evsys_bus import (
+    BenchmarkEval,
+    Callback,
+    Eval,
+    EvalResult,
+    Event,
+    EventBus,
+    LogContext,
+    RunStart,
+    StepEnd,
+    dispatch,
+)
 from evsys_bus.bus.publisher import NESTED_LIMIT
-from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError
+from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, NotACallbackError, SettingError
 
 
 class Notes(Callback):
@@ -365,3 +379,193 @@ def test_two_buses_in_one_hook_do_not_disturb_each_other(step_end):
             outer.publish(step_end(step))
         assert hook_of(outer, "Passes").failures == 0
     assert inner_notes.steps == outer_notes.steps == [0, 1, 2]
+
+
+def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run_at_once(step_end):
+    inside, overlaps = [], []
+
+    class Other(Callback):
+        def on_eval(self, state, step_idx, eval_name, metrics): ...
+
+    class Changes(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            inside.append(step_idx)
+            if len(inside) > 1:
+                overlaps.append(step_idx)
+            inside.pop()
+            if "main" in metrics:
+                other = Other()
+                bus.add(other)
+                bus.remove(other)
+
+    def beside():
+        while not stop.is_set():
+            bus.publish(step_end(0))
+
+    stop = threading.Event()
+    with EventBus([Changes()]) as bus:
+        threads = [threading.Thread(target=beside) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for step in range(200):
+            bus.publish(step_end(step, main=1.0))
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert bus._publisher._tokens == [None]
+    assert overlaps == []
+
+
+def test_an_event_that_waits_when_the_bus_closes_is_counted_and_troubles_nobody(step_end, caplog):
+    blocked, go_on, raised = threading.Event(), threading.Event(), []
+
+    class Blocks(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            blocked.set()
+            go_on.wait(10)
+
+    def publish():
+        try:
+            bus.publish(step_end(0))
+        except BaseException as error:
+            raised.append(error)
+
+    with EventBus([Blocks()], publish_patience_seconds=0.05) as bus:
+        thread = threading.Thread(target=publish)
+        thread.start()
+        blocked.wait(10)
+        bus.publish(step_end(1))
+    go_on.set()
+    thread.join()
+    assert raised == []
+    assert (bus.health().handed_over, bus.health().refused) == (1, 1)
+    assert "the bus was closed while it waited" in caplog.text
+
+
+class BrokenTextError(RuntimeError):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+class Stranger:
+    """Looks nothing up without raising."""
+
+    def on_step_end(self, *args):
+        raise BrokenTextError
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+def test_what_looking_at_a_callback_or_at_its_error_raises_stays_inside(step_end, caplog):
+    notes = Notes()
+    with EventBus([Stranger(), notes]) as bus:
+        bus.publish(step_end(1))
+        bus.publish(Eval(None, 0, "val", {}))
+    dispatch([Stranger(), notes], "on_step_end", None, 2, None, {})
+    dispatch([Stranger(), notes], "on_eval", None, 2, "val", {})
+    assert notes.steps == [1, 2]
+
+
+def test_a_logging_handler_that_raises_reaches_neither_the_loop_nor_the_other_hooks(step_end, capsys):
+    class Down(logging.Handler):
+        def emit(self, record):
+            raise ConnectionError("log server down")
+
+    handler, notes = Down(), Notes()
+    logging.getLogger("evsys_bus").addHandler(handler)
+    try:
+        with EventBus([Raises(), notes]) as bus:
+            bus.publish(step_end(1))
+    finally:
+        logging.getLogger("evsys_bus").removeHandler(handler)
+    assert notes.steps == [1]
+    assert "log server down" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["hook", "keywords", "lambda"])
+def test_a_field_that_no_hook_could_be_given_is_refused_when_the_event_is_declared(field):
+    with pytest.raises(EventError, match="give the field another name"):
+        type("Odd", (Event,), {"__annotations__": {field: int}, "__module__": "elsewhere"})
+
+
+def test_keyword_fields_may_stand_anywhere():
+    class Mixed(Event, frozen=True):
+        keywords: ClassVar = frozenset({"first"})
+        first: int
+        second: int
+
+    class Keeps:
+        def on_mixed(self, second, *, first):
+            self.kept = (first, second)
+
+    keeps = Keeps()
+    with EventBus([keeps]) as bus:
+        bus.publish(Mixed(1, 2))
+    assert keeps.kept == (1, 2)
+
+
+@pytest.mark.parametrize("thing", [{"kind": "print_progress"}, "print_progress", None, lambda: None, Notes])
+def test_what_is_no_callback_is_refused(thing):
+    with pytest.raises(NotACallbackError):
+        EventBus([thing])
+
+
+def test_removed_callbacks_are_let_go_and_their_counts_stay(step_end):
+    with EventBus([]) as bus:
+        gone = []
+        for _ in range(3):
+            callback = Notes()
+            gone.append(weakref.ref(callback))
+            bus.add(callback)
+            bus.publish(step_end(0))
+            bus.remove(callback)
+            del callback
+        gc.collect()
+        assert [ref() for ref in gone] == [None] * 3
+        assert hook_of(bus, "Notes").calls == 3
+
+
+@pytest.mark.parametrize("setting", ["drain_timeout", "blocked_hook_seconds", "publish_patience_seconds"])
+def test_a_duration_out_of_range_is_refused_and_infinity_is_not(setting, step_end):
+    for value in (-1, float("nan")):
+        with pytest.raises(SettingError, match=setting):
+            EventBus([], **{setting: value})
+    with EventBus([], **{setting: float("inf")}) as bus:
+        bus.publish(step_end(0))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_fork_beside_a_thread_that_asks_for_health_does_not_hang_the_child(program):
+    process = program("""
+        import os, signal, threading, time, warnings
+        from evsys_bus import Callback, EventBus, StepEnd
+        warnings.simplefilter("ignore")
+        class Hook(Callback):
+            def on_step_end(self, *args): ...
+        with EventBus([Hook()]) as bus:
+            stop = threading.Event()
+            def poll():
+                while not stop.is_set():
+                    bus.health()
+            thread = threading.Thread(target=poll)
+            thread.start()
+            for step in range(150):
+                bus.publish(StepEnd(None, step, None, {}))
+                child = os.fork()
+                if child == 0:
+                    os._exit(0)
+                for _ in range(500):
+                    if os.waitpid(child, os.WNOHANG)[0]:
+                        break
+                    time.sleep(0.01)
+                else:
+                    print("hung")
+                    os.kill(child, signal.SIGKILL)
+                    break
+            stop.set()
+            thread.join()
+        print("done")
+    """)
+    out, err = process.communicate(timeout=18)
+    assert out == "done\n", err

@@ -1,13 +1,16 @@
 import asyncio
+import dataclasses
+import logging
 import sys
 import threading
+import time
 
 import anyio
 import pytest
 import stamina
 
 from evsys_bus import Callback, EventBus, RunStart, StepEnd
-from evsys_bus.errors import BusError, BusNotOpenError, SpawnError
+from evsys_bus.errors import BusError, BusNotOpenError, NotAttachedError, SpawnError
 from evsys_bus.tasks import TaskCounts
 
 
@@ -537,3 +540,132 @@ async def test_a_callback_on_two_buses_spawns_on_the_one_that_calls_it():
         publish_one(one)
         publish_one(two)
     assert (one.receipt.total.spawned, two.receipt.total.spawned) == (2, 1)
+
+
+async def test_a_fault_that_repeats_under_many_task_names_is_one_fault(caplog):
+    async def fails():
+        raise OSError("upload refused")
+
+    def start(self):
+        for number in range(100):
+            asyncio.create_task(fails())
+            self.spawn(fails, name=f"upload-{number}")
+
+    async with EventBus([Starts(start)]) as bus:
+        publish_one(bus)
+    assert bus.receipt.total.failed == 200
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) <= 6
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_a_task_raises_to_end_a_program_does_not_end_the_loop_of_the_others(error, caplog):
+    tally = Tally()
+
+    async def leaves():
+        raise error
+
+    async def leaves_later():
+        asyncio.create_task(leaves())
+        await asyncio.sleep(0.1)
+
+    with EventBus([]) as bus:
+        for _ in range(3):
+            bus.spawn(tally.work)
+        bus.spawn(leaves_later)
+        bus.spawn(leaves)
+        bus.drain().result()
+        assert bus.spawn(tally.work)
+    assert tally.done == 4
+
+
+async def test_every_unended_task_is_named_those_that_wait_too():
+    async with EventBus([], max_running_tasks=1) as bus:
+        for number in range(3):
+            bus.spawn(asyncio.sleep, 0.2, name=f"t{number}")
+        bus.spawn(asyncio.sleep, 0, name="first", lane="a")
+        bus.spawn(asyncio.sleep, 0, name="second", lane="a")
+        receipt = await bus.drain(timeout=0.01)
+    assert receipt.left == tuple(f"program:{name}" for name in ("first", "second", "t0", "t1", "t2"))
+
+
+async def test_a_bus_published_to_from_another_ones_hook_takes_its_own_tasks():
+    tally = Tally()
+
+    class Passes(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            publish_one(inner)
+
+    shared = Starts(lambda self: (asyncio.create_task(tally.work()), self.spawn(tally.work)))
+    async with EventBus([Passes(), shared]) as outer:
+        async with EventBus([shared]) as inner:
+            publish_one(outer)
+        assert inner.receipt.total == TaskCounts(spawned=1, adopted=1, completed=2)
+    assert outer.receipt.total == TaskCounts(spawned=1, adopted=1, completed=2)
+
+
+async def test_a_callback_that_removes_itself_may_spawn_until_its_hook_has_ended():
+    tally = Tally()
+
+    def start(self):
+        bus.remove(self)
+        self.spawn(tally.work)
+
+    callback = Starts(start)
+    async with EventBus([callback]) as bus:
+        publish_one(bus)
+        with pytest.raises(NotAttachedError):
+            callback.spawn(tally.work)
+    assert tally.done == 1
+
+
+def test_a_task_on_a_loop_that_was_closed_is_not_waited_for(tmp_path):
+    async def train():
+        publish_one(bus)
+
+    began = time.monotonic()
+    with EventBus([Starts(lambda _: asyncio.create_task(asyncio.sleep(3600)))], drain_timeout=15) as bus:
+        asyncio.run(train())
+        assert bus.receipt is None
+    assert time.monotonic() - began < 10
+    assert bus.receipt.total.adopted == 1
+
+
+async def test_a_logging_handler_that_raises_cannot_hang_the_exit(capsys):
+    class Down(logging.Handler):
+        def emit(self, record):
+            raise ConnectionError("log server down")
+
+    async def stubborn():
+        while not ends.is_set():
+            try:
+                await ends.wait()
+            except asyncio.CancelledError:
+                pass
+
+    handler, ends = Down(), asyncio.Event()
+    logging.getLogger("evsys_bus").addHandler(handler)
+    try:
+        async with asyncio.timeout(10):
+            async with EventBus([], drain_timeout=0.05) as bus:
+                bus.spawn(stubborn)
+                await asyncio.sleep(0)
+    finally:
+        logging.getLogger("evsys_bus").removeHandler(handler)
+    assert bus.receipt.left == ("program:stubborn",)
+    ends.set()
+    await asyncio.sleep(0)
+
+
+def test_a_frozen_dataclass_makes_a_callback_that_can_spawn():
+    tally = Tally()
+
+    @dataclasses.dataclass(frozen=True)
+    class Frozen(Callback):
+        every: int = 1
+
+        def on_step_end(self, state, step_idx, batch, metrics):
+            self.spawn(tally.work)
+
+    with EventBus([Frozen()]) as bus:
+        publish_one(bus)
+    assert tally.done == 1

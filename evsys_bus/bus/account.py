@@ -25,6 +25,22 @@ class HookHealth(msgspec.Struct, frozen=True):
     max_seconds: float
     """The longest of the sampled calls."""
 
+    def plus(self, other: "HookHealth | None") -> "HookHealth":
+        """Both in one."""
+        if other is None:
+            return self
+        calls = self.calls + other.calls
+        seconds = self.mean_seconds * self.calls + other.mean_seconds * other.calls
+        return HookHealth(
+            callback=self.callback,
+            hook=self.hook,
+            calls=calls,
+            failures=self.failures + other.failures,
+            blocked=self.blocked + other.blocked,
+            mean_seconds=seconds / max(calls, 1),
+            max_seconds=max(self.max_seconds, other.max_seconds),
+        )
+
 
 class HookAccount:
     """The live account of one hook, kept while its callback is attached."""

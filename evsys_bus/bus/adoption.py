@@ -8,6 +8,7 @@ would leak into every task's descendants. Tasks made by a task group, asyncio's 
 
 import asyncio
 import inspect
+import os
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
@@ -76,7 +77,7 @@ def _made_bare(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-_lock: Final = threading.Lock()
+_lock = threading.Lock()
 _adoptions: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Adoption]" = weakref.WeakKeyDictionary()
 
 
@@ -132,7 +133,7 @@ class BareTasks:
         self.publishing = publishing
         self._owner_around = owner_around
         self._adopt = adopt
-        self._loops: set[asyncio.AbstractEventLoop] = set()
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._ended = False
 
     @property
@@ -155,6 +156,8 @@ class BareTasks:
         if loop is not None and loop not in self._loops:
             begin(loop, self)
             self._loops.add(loop)
+            for closed in [each for each in self._loops if each.is_closed()]:
+                self._loops.discard(closed)
 
     def look_after(self) -> None:
         """Say so, once, when a factory that the host has set ended it."""
@@ -170,3 +173,13 @@ class BareTasks:
         """Give every loop its earlier factory back."""
         for loop in self._loops:
             end(loop, self)
+
+
+def _new_lock() -> None:
+    """In a forked child: a lock that another thread held would stay held for ever."""
+    global _lock  # noqa: PLW0603 # there is one lock for all loops
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)

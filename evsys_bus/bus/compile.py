@@ -12,6 +12,7 @@ seen slow, every one. The watchdog and the adoption of tasks need no mark from h
 """
 
 import itertools
+import linecache
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -43,6 +44,7 @@ def unit(
                 {enter}
                 calls += 1
                 if calls >= due:
+                    before(event)
                     timed(event)
                 else:
                     {calls_in_publish}
@@ -103,6 +105,7 @@ class Unit:
         accounts: Sequence[HookAccount],
         *,
         hot: bool,
+        prefix: str,
         record: Callable[[Event, float], None] | None = None,
         record_first: bool = False,
         **parts: Any,
@@ -110,7 +113,7 @@ class Unit:
         """Compile. Any: ``parts`` are the names that the template takes, given by the publisher."""
         self.tag = str(event_type.__struct_config__.tag)
         self.accounts = tuple(accounts)
-        self.filename = f"{FILENAME} {next(_numbers)}>: {event_type.__name__}"
+        self.filename = f"{prefix}{next(_numbers)}>: {event_type.__name__}"
         self._stride = [SAMPLE_EVERY]
         # Folded into the accounts a few times a second, off the publishing thread. At a million publishes a second
         # some are overwritten before that, which a sample can bear.
@@ -151,6 +154,7 @@ class Unit:
         self.fold()
         for account in self.accounts:
             account.calls += self.count()
+        linecache.cache.pop(self.filename, None)  # where a traceback put it
 
 
 class _Source:
@@ -168,7 +172,9 @@ def _source(event_type: type[Event], hooks: int, *, recorded: bool, record_first
     fields = event_type.__struct_fields__
     locals_of = {name: f"a{index}" for index, name in enumerate(fields)}
     unpack = "; ".join(f"{local} = event.{name}" for name, local in locals_of.items())
-    arguments = ", ".join(f"{name}={a}" if name in event_type.keywords else a for name, a in locals_of.items())
+    positional = [a for name, a in locals_of.items() if name not in event_type.keywords]
+    named = [f"{name}={a}" for name, a in locals_of.items() if name in event_type.keywords]
+    arguments = ", ".join(positional + named)
     calls = [unpack] if hooks and fields else []
     timed_calls = list(calls)
     for index in range(hooks):

@@ -8,23 +8,31 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from evsys_bus.bus.adoption import BareTasks
 from evsys_bus.bus.health import Health
+from evsys_bus.bus.limits import seconds
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recording import Recording, rank_of
 from evsys_bus.bus.signals import TermSignal
-from evsys_bus.callback import Callback, check_hooks
+from evsys_bus.callback import attach, check_hooks, detach
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError
-from evsys_bus.events import Event, ExperimentStart, RunStart, TrainStart
+from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
-from evsys_bus.tasks import Draining, Job, LoopThread, Receipt, TaskOffice, running_loop, wait_shielded
+from evsys_bus.tasks import (
+    CANCEL_GRACE_SECONDS,
+    STOP_SECONDS,
+    Draining,
+    Job,
+    LoopThread,
+    Receipt,
+    TaskOffice,
+    running_loop,
+    wait_shielded,
+)
 from evsys_bus.watchdog import Watchdog
-
-_LOOP_MAY_BE_NEW: Final = (ExperimentStart, RunStart, TrainStart)
-_EXIT_SLACK_SECONDS: Final = 2.0
 
 
 class EventBus:
@@ -51,7 +59,8 @@ class EventBus:
         max_waiting_tasks: How many wait for their turn; one more is refused, logged and counted.
 
     Raises:
-        HookError: A callback has a hook that could never be called.
+        HookError: A callback has a hook that could never be called, or none at all.
+        SettingError: A duration is out of range.
 
     Example:
         >>> class Loss(Callback):
@@ -80,26 +89,12 @@ class EventBus:
             """
 
     else:
-        __slots__ = {  # sorted; the linter and Python disagree on where "_" stands
-            "__weakref__": "",
-            "_bare_tasks": "",
-            "_drain_timeout": "",
-            "_faults": "",
-            "_handle_signals": "",
-            "_home": "",
-            "_journal": "",
-            "_main_task": "",
-            "_office": "",
-            "_publisher": "",
-            "_rank": "",
-            "_recording": "",
-            "_redact": "",
-            "_term": "",
-            "_thread": "",
-            "_watchdog": "",
-            "publish": "Call the event's hook on every callback that has it, in order; see the class.",
-            "receipt": "What the drain at the end handed back; None before that.",
-        }
+        # Attribute look-up in slots is what `publish` costs least with.
+        __slots__ = (  # sorted by what they are
+            *("__weakref__", "publish", "receipt"),
+            *("_bare_tasks", "_drain_timeout", "_draining", "_faults", "_handle_signals", "_home", "_journal"),
+            *("_main_task", "_office", "_publisher", "_rank", "_recording", "_redact", "_term", "_thread", "_watchdog"),
+        )
 
     def __init__(
         self,
@@ -116,7 +111,8 @@ class EventBus:
         max_waiting_tasks: int = 10_000,
     ) -> None:
         self.receipt: Receipt | None = None
-        self._drain_timeout = drain_timeout
+        self._drain_timeout = seconds("drain_timeout", drain_timeout)
+        self._draining = False
         self._handle_signals = handle_signals
         self._faults = FaultLog()
         self._rank = rank_of() if rank is None else rank
@@ -126,7 +122,7 @@ class EventBus:
         self._publisher = Publisher(
             tuple(callbacks),
             self._faults,
-            patience_seconds=publish_patience_seconds,
+            patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
             expose=self._expose,
             before=self._before,
         )
@@ -135,7 +131,10 @@ class EventBus:
         )
         self._bare_tasks = BareTasks(self._publisher.publishing, self._owner_around, self._office.adopt)
         self._watchdog = Watchdog(
-            self._publisher.look, self._publisher.tell_blocked, self._look_after, blocked_seconds=blocked_hook_seconds
+            self._publisher.look,
+            self._publisher.tell_blocked,
+            self._look_after,
+            blocked_seconds=seconds("blocked_hook_seconds", blocked_hook_seconds, least=0.01),
         )
         self._thread = LoopThread()
         self._home: asyncio.AbstractEventLoop | None = None  # the caller's loop, under `async with`
@@ -156,13 +155,14 @@ class EventBus:
             HookError: It has a hook that could never be called.
         """
         check_hooks(callback)
-        self._attach((callback,))
+        attach(callback, self)
         self._publisher.change(lambda callbacks: (*callbacks, callback))
 
     def remove(self, callback: object) -> None:
         """Call this callback no more; from inside a hook: from the next publish on."""
-        self._detach((callback,))
-        self._publisher.change(lambda callbacks: tuple(each for each in callbacks if each is not callback))
+        self._publisher.change(
+            lambda callbacks: tuple(each for each in callbacks if each is not callback), partial(detach, callback, self)
+        )
 
     def spawn(
         self,
@@ -238,7 +238,7 @@ class EventBus:
             raise asyncio.CancelledError
 
     def __enter__(self) -> Self:
-        self._open(partial(sys.exit, 128 + signal.SIGTERM))
+        self._open(self._exit_unless_draining)
         return self
 
     def __exit__(
@@ -246,17 +246,20 @@ class EventBus:
     ) -> None:
         if self._publisher.state == "forked":
             return
-        # A loop that runs on this very thread (a notebook's) cannot turn while we wait, so its tasks are only named.
-        draining = self._office.drain(self._drain_timeout, close=True, stalled=running_loop())
+        self._draining = True
+        join_seconds = STOP_SECONDS
         try:
-            self.receipt = draining.result(self._drain_timeout + _EXIT_SLACK_SECONDS)
+            # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
+            draining = self._office.drain(self._drain_timeout, close=True, stalled=running_loop())
+            self.receipt = draining.result(self._drain_timeout + CANCEL_GRACE_SECONDS)
         except TimeoutError:  # a task blocks the thread that should drain
             self.receipt = self._office.close_now()
+            join_seconds = 0.0
         except BaseException:  # Ctrl-C, while draining
             self.receipt = self._office.close_now()
             raise
         finally:
-            self._thread.stop()
+            self._thread.stop(join_seconds)
             self._close()
 
     def _open(self, stop: Callable[[], None]) -> None:
@@ -267,7 +270,8 @@ class EventBus:
         log()  # the first warning must not import structlog in the middle of a step
         if self._journal is not None:
             self._recording = Recording.open(self._journal, self._rank, self._publisher.raise_later, self._redact)
-        self._attach(self._publisher.callbacks)
+        for callback in self._publisher.callbacks:
+            attach(callback, self)
         self._publisher.open(self._recording)
         self._bare_tasks.begin_here()
         self._watchdog.start()
@@ -281,7 +285,8 @@ class EventBus:
             self.receipt = self._recording.close(self.receipt, self._drain_timeout)
         self._watchdog.stop()
         self._bare_tasks.end()
-        self._detach(self._publisher.callbacks)
+        for callback in self._publisher.callbacks:
+            detach(callback, self)
         self._faults.flush()
         if self._term is not None:
             self._term.remove()
@@ -291,15 +296,10 @@ class EventBus:
         if self._home is not None and self._main_task is not None:
             self._home.call_soon_threadsafe(self._main_task.cancel, "SIGTERM")
 
-    def _attach(self, callbacks: Iterable[object]) -> None:
-        for callback in callbacks:
-            if isinstance(callback, Callback):
-                callback.attach(self)
-
-    def _detach(self, callbacks: Iterable[object]) -> None:
-        for callback in callbacks:
-            if isinstance(callback, Callback):
-                callback.detach(self)
+    def _exit_unless_draining(self) -> None:
+        """Under `with`, what SIGTERM does to the block; a drain that is under way goes on."""
+        if not self._draining:
+            sys.exit(128 + signal.SIGTERM)
 
     # -- what the parts need ------------------------------------------------------------------------------------------
 
@@ -310,8 +310,9 @@ class EventBus:
         return self._thread.loop() if self._home is None else self._home
 
     def _before(self, event: Event) -> None:
-        if type(event) in _LOOP_MAY_BE_NEW:
-            self._bare_tasks.begin_here()
+        """An event that is not a step's, or one of 64 steps: the thread it comes from may run a loop that is new."""
+        del event
+        self._bare_tasks.begin_here()
 
     def _owner_around(self, frame: FrameType | None) -> str | None:
         account = self._publisher.hook_around(frame)

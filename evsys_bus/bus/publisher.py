@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any, Final, Literal
 
 from evsys_bus.bus.account import HookAccount
+from evsys_bus.bus.compile import FILENAME
 from evsys_bus.bus.recording import BEFORE_HOOKS, Recording
 from evsys_bus.bus.stack import StackReader
 from evsys_bus.bus.units import Units
@@ -67,7 +68,11 @@ class Publisher:
         self._restoring = threading.Lock()
         self.units = Units(self._first_of)
         self._stack = StackReader(
-            self, self.units.by_file, waits=Publisher._contended.__code__, holds=Publisher._try_held.__code__
+            self,
+            self.units.by_file,
+            self.units.prefix,
+            waits=Publisher._contended.__code__,
+            holds=Publisher._try_held.__code__,
         )
         self._renew()
         _alive.add(self)
@@ -94,6 +99,17 @@ class Publisher:
     def _dispatch(self, event: Event) -> None:
         self.units.dispatch_of[type(event)](event)
 
+    def _dispatch_late(self, event: Event) -> None:
+        """An event from the queue; its publish may have returned, so nobody is left to raise an error at."""
+        if self.state == "open":
+            self._dispatch(event)
+        else:
+            self._refuse(event, "the bus was closed while it waited")
+
+    def _refuse(self, event: Event, why: str) -> None:
+        self.refused += 1
+        self._faults.warn("publish.refused", type(event), event_type=type(event).__name__, why=why)
+
     def _publish_nested(self, event: Event) -> None:
         if self._nested >= NESTED_LIMIT:
             raise PublishLoopError(
@@ -106,9 +122,7 @@ class Publisher:
 
     def _hand_over(self, event: Event) -> None:
         if len(self._queue) >= HANDED_OVER_LIMIT:
-            self.refused += 1
-            why = f"{HANDED_OVER_LIMIT} events wait already for the thread whose hook holds the bus"
-            self._faults.warn("publish.refused", type(event), event_type=type(event).__name__, why=why)
+            self._refuse(event, f"{HANDED_OVER_LIMIT} events wait already for the thread whose hook holds the bus")
             return
         self.handed_over += 1
         self._queue.append(event)
@@ -147,7 +161,7 @@ class Publisher:
             if isinstance(item, BaseException):
                 leave = leave or item
             elif isinstance(item, Event):
-                self._dispatch(item)
+                self._dispatch_late(item)
             else:
                 item()
         self._nested = 0
@@ -191,12 +205,17 @@ class Publisher:
         self.state = "closed"
         self.units.forget()
 
-    def change(self, update: Callable[[tuple[object, ...]], tuple[object, ...]]) -> None:
-        """Change the callbacks, for every event after the publish in progress, if there is one."""
+    def change(
+        self, update: Callable[[tuple[object, ...]], tuple[object, ...]], then: Callable[[], None] | None = None
+    ) -> None:
+        """Change the callbacks, from the next publish on; ``then`` is called with it."""
 
         def renew() -> None:
             self.callbacks = update(self.callbacks)
             self._renew()
+            self.units.let_go(self.callbacks)
+            if then is not None:
+                then()
 
         if self._stack.holder(inspect.currentframe()) is not None or not self._held(renew):
             self._queue.append(renew)
@@ -205,6 +224,7 @@ class Publisher:
         """In a forked child: the bus stays with the parent."""
         if self.state == "open":
             self.state = "forked"
+        self.units.after_fork()
         self._tokens[:] = [None]
         self._queue.clear()
         self.units.forget()
@@ -241,7 +261,9 @@ class Publisher:
 
     def hook_around(self, frame: FrameType | None) -> HookAccount | None:
         """The hook in which the code of this frame runs, if this bus called it."""
-        return self._stack.hook_at(self._stack.holder(frame))
+        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
+            frame = frame.f_back
+        return self._stack.hook_at(frame)  # the innermost hook; None where it is another bus's
 
     def look(self) -> Sighting[HookAccount] | None:
         """The hook call in progress, for the watchdog."""

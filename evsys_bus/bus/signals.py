@@ -1,51 +1,54 @@
 """SIGTERM, so that a polite end is a drained one.
 
-Where it has its default disposition, our handler stops the program's own code once, and when the bus has closed the
-signal is raised again with the default in place: the process ends as its sender expects, with its tasks done. Where the
-host has a handler, theirs runs and ours only notes it. SIGINT is the runner's, which cancels the main task as it is.
+Where it has its default disposition, our handler stops the code of every open bus once, and when the last of them has
+closed the signal is raised again with the default in place: the process ends as its sender expects, its tasks done.
+Where the host has a handler, theirs runs and ours only passes it on. SIGINT is the runner's, which cancels the main
+task as it is.
 """
 
 import os
 import signal
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 
 class TermSignal:
-    """The handler of one bus, from its entry to its exit. Off the main thread nothing is installed."""
+    """The ear of one bus, from its entry to its exit. Off the main thread nothing is installed.
+
+    ``stop`` is called in the signal handler, on the main thread, once.
+    """
 
     def __init__(self, stop: Callable[[], None]) -> None:
-        self._stop = stop
-        self._earlier: Any = None  # Any: a handler, or one of the signal module's two constants
-        self._installed = False
-        self._pid = os.getpid()
-        self.received = False
+        self.stop = stop
+        self._was_last = False
 
     def install(self) -> None:
         """Begin to listen."""
         if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
             return
-        self._earlier = signal.getsignal(signal.SIGTERM)
-        if self._earlier is None or self._earlier is signal.SIG_IGN:
+        now = signal.getsignal(signal.SIGTERM)
+        if now is None or now is signal.SIG_IGN:
             return  # set outside Python, or meant to be ignored
-        signal.signal(signal.SIGTERM, self._handle)
-        self._installed = True
-        _installed.add(self)
+        if now is not _handle:
+            _shared.earlier = now
+            _shared.received = False
+            signal.signal(signal.SIGTERM, _handle)
+        _shared.listening.append(self)
 
     def remove(self) -> None:
-        """Give the host its handler back, unless it has set another one since."""
-        if self._installed and signal.getsignal(signal.SIGTERM) == self._handle:
-            signal.signal(signal.SIGTERM, self._earlier)
-        self._installed = False
-        _installed.discard(self)
+        """Stop listening; the last one gives the host its handler back, unless it has set another one since."""
+        if self in _shared.listening:
+            _shared.listening.remove(self)
+            self._was_last = not _shared.listening
+        if self._was_last and signal.getsignal(signal.SIGTERM) is _handle:
+            signal.signal(signal.SIGTERM, _shared.earlier)
 
     def raise_again(self) -> None:
-        """After `remove`: end as the signal would have ended the process, had we not been there."""
-        if self.received and self._earlier is signal.SIG_DFL:
+        """After the last `remove`: end as the signal would have ended the process, had we not been there."""
+        if self._was_last and _shared.received and _shared.earlier is signal.SIG_DFL:
             for stream in (sys.stdout, sys.stderr):  # a signal's default end flushes nothing
                 try:
                     stream.flush()
@@ -53,25 +56,39 @@ class TermSignal:
                     pass  # no stream, or a broken one: nothing to save
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        first, self.received = not self.received, True
-        if os.getpid() != self._pid:  # it came in a forked child before the child could remove us
-            self.remove()
-            self.raise_again()
-        elif self._earlier is not signal.SIG_DFL:
-            self._earlier(number, frame)
-        elif first:
-            self._stop()
+
+class _Shared:
+    """What all buses of the process share: there is one handler for a signal."""
+
+    def __init__(self) -> None:
+        self.listening: list[TermSignal] = []
+        self.earlier: Any = None  # Any: a handler, or one of the signal module's two constants
+        self.received = False
+        self.pid = os.getpid()
 
 
-_installed: "weakref.WeakSet[TermSignal]" = weakref.WeakSet()
+_shared = _Shared()
 
 
-def _remove_in_child() -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _shared.pid:  # it came in a forked child before the child could forget us
+        _forget_in_child()
+        os.kill(os.getpid(), number)
+    elif _shared.earlier is not signal.SIG_DFL:
+        _shared.earlier(number, frame)
+    elif not _shared.received:
+        _shared.received = True
+        for each in reversed(_shared.listening):  # the innermost first
+            each.stop()
+
+
+def _forget_in_child() -> None:
     """A forked child has no bus to drain: the signal has to end it as it would have ended it without us."""
-    for each in list(_installed):
-        each.remove()
+    if signal.getsignal(signal.SIGTERM) is _handle:
+        signal.signal(signal.SIGTERM, _shared.earlier)
+    _shared.listening.clear()
+    _shared.pid = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_remove_in_child)
+    os.register_at_fork(after_in_child=_forget_in_child)

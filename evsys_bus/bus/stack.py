@@ -15,8 +15,11 @@ from evsys_bus.bus.compile import Unit
 class StackReader:
     """Reads stacks for one publisher."""
 
-    def __init__(self, publisher: object, units: Mapping[str, Unit], *, waits: CodeType, holds: CodeType) -> None:
+    def __init__(
+        self, publisher: object, units: Mapping[str, Unit], prefix: str, *, waits: CodeType, holds: CodeType
+    ) -> None:
         self._publisher = publisher
+        self._prefix = prefix  # units that are gone count too: a `publish` of theirs holds the token until it returns
         self._units = units  # by the filename of their code
         self._waits = waits
         self._holds = holds
@@ -28,7 +31,7 @@ class StackReader:
             code = frame.f_code
             if code is self._waits and frame.f_locals["self"] is self._publisher:
                 waiting = True
-            elif code.co_filename in self._units:
+            elif code.co_filename.startswith(self._prefix):
                 if not waiting:
                     return frame
                 waiting = False

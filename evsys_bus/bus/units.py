@@ -1,13 +1,16 @@
 """The compiled units of a bus and the accounts of its hooks: which code runs for an event, and how often it did."""
 
+import itertools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Final
 
 from evsys_bus.bus.account import HookAccount, HookHealth
-from evsys_bus.bus.compile import Unit
+from evsys_bus.bus.compile import FILENAME, Unit
 from evsys_bus.callback import callback_name, hook_of
 from evsys_bus.events import Event
+
+_numbers: Final = itertools.count(1)
 
 
 class DispatchTable(dict[type[Event], Callable[[Event], None]]):
@@ -25,19 +28,36 @@ class Units:
     """All units in use. Changed with the token held; read from any thread."""
 
     def __init__(self, first_of: Callable[[type[Event]], Callable[[Event], None]]) -> None:
+        self.prefix = f"{FILENAME} {next(_numbers)}."
+        """What the filenames of this bus's code begin with, and of no other's."""
         self.dispatch_of = DispatchTable(first_of)
         self.by_file: dict[str, Unit] = {}
         self._accounts: dict[tuple[int, str], HookAccount] = {}
+        self._gone: dict[tuple[str, str], HookHealth] = {}  # of callbacks that are gone, by name
         self._published: dict[str, int] = {}  # by units that are gone
         self._folding = threading.Lock()
 
     def compile(self, event_type: type[Event], callbacks: Iterable[object], *, hot: bool, **parts: Any) -> Unit:
         """Compile the hooks of these callbacks for one event type. Any: what `Unit` takes."""
         accounts = [account for callback in callbacks if (account := self._account(callback, event_type)) is not None]
-        unit = Unit(event_type, accounts, hot=hot, **parts)
+        unit = Unit(event_type, accounts, hot=hot, prefix=self.prefix, **parts)
         self.by_file[unit.filename] = unit
         self.dispatch_of[event_type] = unit.dispatch
         return unit
+
+    def after_fork(self) -> None:
+        """In a forked child: a lock that another thread held would stay held for ever."""
+        self._folding = threading.Lock()
+
+    def let_go(self, callbacks: Iterable[object]) -> None:
+        """Keep the counts, and nothing else, of callbacks that are not among these."""
+        staying = {id(callback) for callback in callbacks}
+        with self._folding:
+            for key, account in list(self._accounts.items()):
+                if key[0] not in staying:
+                    del self._accounts[key]
+                    name = (account.owner, account.hook)
+                    self._gone[name] = account.health(0).plus(self._gone.get(name))
 
     def forget(self) -> None:
         """End all units; their counts stay."""
@@ -65,10 +85,11 @@ class Units:
         """Every hook that a callback overrides and that could be called so far."""
         self.fold()
         counting = {id(account): unit for unit in tuple(self.by_file.values()) for account in unit.accounts}
-        return tuple(
+        present = tuple(
             account.health(counting[id(account)].count() if id(account) in counting else 0)
             for account in tuple(self._accounts.values())
         )
+        return (*self._gone.values(), *present)
 
     def _account(self, callback: object, event_type: type[Event]) -> HookAccount | None:
         method = hook_of(callback, event_type)

@@ -5,12 +5,14 @@ the ``owner`` of a task.
 """
 
 from evsys_bus.tasks.job import Job
-from evsys_bus.tasks.loops import LoopThread, running_loop
-from evsys_bus.tasks.office import TaskOffice
+from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, running_loop
+from evsys_bus.tasks.office import CANCEL_GRACE_SECONDS, TaskOffice
 from evsys_bus.tasks.receipt import Draining, Receipt, TaskCounts, wait_shielded
 from evsys_bus.tasks.see_through import see_through
 
 __all__ = [
+    "CANCEL_GRACE_SECONDS",
+    "STOP_SECONDS",
     "Draining",
     "Job",
     "LoopThread",

@@ -12,7 +12,7 @@ from evsys_bus.errors import SpawnError
 class Job:
     """What `spawn` was given, and how far it has got."""
 
-    __slots__ = ("args", "attempts", "context", "fn", "lane", "name", "owner", "retry", "timeout")
+    __slots__ = ("args", "attempts", "context", "fn", "kind", "lane", "name", "owner", "retry", "timeout")
 
     def __init__(
         self,
@@ -29,7 +29,8 @@ class Job:
         self.fn = fn
         self.args = args
         self.owner = owner
-        self.name = name or _name_of(fn)
+        self.kind = _name_of(fn)
+        self.name = name or self.kind
         self.timeout = timeout
         self.retry = retry
         self.lane = None if lane is None else (owner, lane)

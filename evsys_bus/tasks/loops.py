@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
+from evsys_bus.diagnostics import log
+
 STOP_SECONDS: Final = 1.0
 """How long the loop's thread may take to end; one that a task blocks is left behind."""
 
@@ -42,20 +44,25 @@ class LoopThread:
                 self._thread.start()
             return self._loop
 
-    def stop(self) -> None:
-        """End the loop and its thread."""
+    def stop(self, timeout: float = STOP_SECONDS) -> None:
+        """End the loop and its thread, waiting for it at most ``timeout`` seconds."""
         with self._lock:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
             call_soon(loop, loop.stop)
-            thread.join(STOP_SECONDS)
+            thread.join(timeout)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+                break
+            except (KeyboardInterrupt, SystemExit) as error:  # of a task; no signal is delivered on this thread
+                log().warning("task.exit_ignored", exc_info=error)
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()

@@ -125,7 +125,8 @@ class TaskOffice:
 
         def hand_over(task: asyncio.Task[Receipt]) -> None:
             # Cancelled means that the host tears its loop down, as after a second Ctrl-C: tell what is known.
-            draining.set_result(self.close_now() if task.cancelled() else task.result())
+            ended = not task.cancelled() and task.exception() is None
+            draining.set_result(task.result() if ended else self.close_now())
 
         if running_loop() is loop:
             begin()
@@ -170,12 +171,14 @@ class TaskOffice:
         with self._lock:
             if self._running or self._ready:
                 return True
-            return any(task.get_loop() is not stalled for task in self._adopted)
+            loops = {task.get_loop() for task in self._adopted}
+        return any(loop is not stalled and not loop.is_closed() for loop in loops)
 
     def _receipt(self, seconds: float) -> Receipt:
         total, owners = self.counts()
         with self._lock:
-            left = [str(job) for job in self._running.values()]
+            left = [str(job) for job in (*self._running.values(), *self._ready)]
+            left += [str(job) for lane in self._lanes.values() for job in lane]
             left += [f"{owner}:{task.get_name()}" for task, owner in self._adopted.items()]
         if left:
             log().warning("tasks.left", count=len(left), tasks=", ".join(sorted(left)[:10]))
@@ -220,7 +223,9 @@ class TaskOffice:
                 self._leave_lane(job)
         if error is not None:
             name = task.get_name() if job is None else job.name
-            self._faults.warn("task.failed", (owner, name), error=error, owner=owner, task=name)
+            # By its function: names may be as many as tasks.
+            kind = getattr(task.get_coro(), "__qualname__", None) if job is None else job.kind
+            self._faults.warn("task.failed", (owner, kind), error=error, owner=owner, task=name)
         if self._ready:
             self._wake()
         for watcher in tuple(self._watchers):
