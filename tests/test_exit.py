@@ -237,7 +237,7 @@ TWO = """
     async def main():
         first = asyncio.create_task(run("first", 0.1))
         await asyncio.sleep(0.01)
-        second = asyncio.create_task(run("second", 10 if sys.argv[1] == "both" else 0.4))
+        second = asyncio.create_task(run("second", 3600 if sys.argv[1] == "both" else 0.4))
         if sys.argv[1] != "both":
             await first
         if sys.argv[1] == "none":
