@@ -151,6 +151,44 @@ def test_a_resumed_run_without_train_start_cuts_at_the_first_step_it_sees(tmp_pa
 
 
 @pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("out_path", ["{run_dir}/m.csv", "{root}/tables/m.csv"])
+def test_a_run_that_is_resumed_through_a_symlink_continues_its_file(tmp_path, out_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "home").symlink_to("disk")
+    for root, first in (("disk", 0), ("home", 3), ("disk", 6)):
+        state = state_of(tmp_path / root, step=first)
+        table = CsvMetricsCallback(out_path.replace("{root}", str(tmp_path / root)))
+        dispatch([table], "on_train_start", state)
+        for n in range(first, first + 4):
+            step(table, state, n, {"loss": first})
+    (path,) = (tmp_path / "disk").rglob("*.csv")
+    assert [row["loss"] for row in read(path)] == list("0003336666")
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("out_path", ["{run_dir}/m.csv", "{root}/tables/m.csv"])
+def test_a_run_whose_folder_was_moved_with_its_file_continues_it(tmp_path, out_path):
+    for root, first in (("here", 0), ("there", 3)):
+        state = state_of(tmp_path / root, step=first)
+        table = CsvMetricsCallback(out_path.replace("{root}", str(tmp_path / root)))
+        dispatch([table], "on_train_start", state)
+        for n in range(first, first + 4):
+            step(table, state, n, {"loss": first})
+        if root == "here":
+            (tmp_path / "here").rename(tmp_path / "there")
+    (path,) = tmp_path.rglob("*.csv")
+    assert [row["loss"] for row in read(path)] == list("0003333")
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_run_whose_key_no_path_can_hold_has_its_file(tmp_path, out):
+    for first in (0, 1):
+        table = CsvMetricsCallback(out)
+        step(table, state_of(tmp_path, "a\0b/c"), first, {"loss": first})
+    assert [row["loss"] for row in read(out)] == ["0", "1"]
+
+
+@pytest.mark.usefixtures("quiet")
 def test_a_row_that_a_kill_tore_does_not_join_the_next_one(tmp_path, out):
     first = CsvMetricsCallback(out)
     for n in range(3):

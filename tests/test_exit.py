@@ -237,8 +237,10 @@ TWO = """
     async def main():
         first = asyncio.create_task(run("first", 0.1))
         await asyncio.sleep(0.01)
-        second = asyncio.create_task(run("second", 3600 if sys.argv[1] == "both" else 0.4))
-        if sys.argv[1] != "both":
+        second = asyncio.create_task(run("second", 3600 if sys.argv[1] in ("both", "not yet") else 0.4))
+        if sys.argv[1] == "both":
+            await asyncio.sleep(0.01)
+        elif sys.argv[1] != "not yet":
             await first
         if sys.argv[1] == "none":
             await second
@@ -251,7 +253,7 @@ TWO = """
 """
 
 
-@pytest.mark.parametrize("still_open", ["both", "one", "none"])
+@pytest.mark.parametrize("still_open", ["both", "not yet", "one", "none"])
 def test_sigterm_ends_a_program_with_two_buses_that_do_not_lie_one_in_the_other(program, still_open):
     process = program(TWO, still_open)
     out, err = process.communicate(timeout=18)

@@ -261,6 +261,144 @@ def test_R7_unknown_keys_are_found_in_lists_in_mappings_and_in_typed_dicts():
     ]
 
 
+class MixedStruct(msgspec.Struct):
+    out: str | Path = "x"
+    places: dict[str, list[str | Path] | None] = {}
+    pair: tuple[int | Path, ...] = ()
+    colour: Colour | str | None = None
+    limited: Annotated[int | Path, msgspec.Meta(description="either")] = 1
+    target: Target | Path = Path("t")
+    inner: "MixedStruct | None" = None
+    every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    on_full: Callable[[], None] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.out == "forbidden":
+            raise ValueError("out must not be forbidden")
+
+
+@dataclasses.dataclass
+class MixedData:
+    out: str | Path = "x"
+    places: dict[str, list[str | Path] | None] = dataclasses.field(default_factory=dict)
+    pair: tuple[int | Path, ...] = ()
+    colour: Colour | str | None = None
+    limited: Annotated[int | Path, msgspec.Meta(description="either")] = 1
+    target: DataTarget | Path = Path("t")
+    inner: "MixedData | None" = None
+    every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    on_full: Callable[[], None] | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.out == "forbidden":
+            raise ValueError("out must not be forbidden")
+
+
+MIXED = [MixedStruct, MixedData]
+
+
+@pytest.mark.parametrize("config", MIXED)
+@pytest.mark.parametrize(
+    ("key", "value", "made"),
+    [
+        ("out", "y", "y"),
+        ("out", Path("y"), Path("y")),
+        ("places", {"a": ["b", Path("c")], "d": None}, {"a": ["b", Path("c")], "d": None}),
+        ("pair", [1, "p"], (1, Path("p"))),
+        ("colour", "red", Colour.RED),
+        ("colour", "mauve", "mauve"),
+        ("colour", None, None),
+        ("limited", 2, 2),
+        ("limited", "p", Path("p")),
+        ("target", "t", Path("t")),
+        ("every", 3, 3),
+        ("on_full", print, print),
+        ("on_full", "stop", "stop"),
+    ],
+)
+def test_R7_a_union_that_msgspec_refuses_takes_what_any_of_its_members_takes(config, key, value, made):
+    got = built(config, **{key: value})[key]
+    assert (got, type(got)) == (made, type(made))
+    inner = built(config, inner={key: value})["inner"]
+    assert (type(inner), getattr(inner, key)) == (config, made)
+
+
+@pytest.mark.parametrize("config", MIXED)
+@pytest.mark.parametrize(
+    ("params", "place"),
+    [
+        ({"out": 5}, "out"),
+        ({"out": None}, "out"),
+        ({"out": ["y"]}, "out"),
+        ({"places": {"a": ["b", 5]}}, "places.a[1]"),
+        ({"pair": [1, True]}, "pair[1]"),
+        ({"pair": [1.5]}, "pair[0]"),
+        ({"colour": 1}, "colour"),
+        ({"limited": True}, "limited"),
+        ({"target": {"host": 1}}, "target"),
+        ({"target": {}}, "target"),
+        ({"every": 0}, "every"),
+        ({"every": "1", "out": "y"}, "every"),
+        ({"inner": {"out": 5}}, "inner.out"),
+        ({"inner": 5}, "inner"),
+        ({"inner": {"out": "forbidden"}}, "inner"),
+        ({"on_full": 5}, "on_full"),
+    ],
+)
+def test_R7_a_union_that_msgspec_refuses_stays_strict(config, params, place):
+    error = refused(config, **params)
+    assert isinstance(error, WrongParamError)
+    assert error.where.path == f"$.callbacks[0].params.{place}"
+
+
+@pytest.mark.parametrize("config", MIXED)
+def test_R7_unknown_keys_beside_and_inside_a_union_that_msgspec_refuses_fail(config):
+    assert refused(config, otu="y").where.path == "$.callbacks[0].params.otu"
+    assert refused(config, inner={"otu": "y"}).where.path == "$.callbacks[0].params.inner.otu"
+    error = refused(config, target={"host": "h", "prt": 1})
+    assert isinstance(error, UnknownParamError)
+    assert error.where.path == "$.callbacks[0].params.target.prt"
+    assert refused(config, out="forbidden").why == "out must not be forbidden"
+
+
+def test_R7_the_member_of_a_union_that_has_a_place_for_every_key_is_taken():
+    @dataclasses.dataclass
+    class Other:
+        host: str
+        user: str = "me"
+
+    @dataclasses.dataclass
+    class Either:
+        target: DataTarget | Other | None = None
+
+    assert built(Either, target={"host": "h", "user": "you"})["target"] == Other("h", "you")
+    assert built(Either, target={"host": "h", "port": 1})["target"] == DataTarget("h", 1)
+
+
+def test_the_tag_tells_the_structs_of_a_union_apart_where_msgspec_refuses_it():
+    class First(msgspec.Struct, tag=1):
+        out: str | Path = "x"
+
+    class Second(msgspec.Struct, tag=2):
+        out: str | Path = "x"
+
+    class Tagged(msgspec.Struct):
+        part: First | Second | Path = Path("p")
+
+    assert built(Tagged, part={"type": 2, "out": "y"})["part"] == Second("y")
+    assert built(Second, type=2, out="y") == {"out": "y"}
+    assert isinstance(refused(Tagged, part={"type": 3}), WrongParamError)
+
+
+def test_a_required_key_that_is_missing_beside_a_union_that_msgspec_refuses_is_named():
+    class Needy(msgspec.Struct):
+        out: str | Path
+        every: int
+
+    error = refused(Needy, out="y")
+    assert 'needs "every"' in error.what
+
+
 def test_a_pydantic_root_model_has_no_keys_of_its_own():
     class Weights(pydantic.RootModel[dict[str, ModelTarget]]):
         pass

@@ -104,7 +104,7 @@ class CsvMetricsCallback(Callback):
         key = run_id(state)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _RunTable(os.path.abspath(key), list(self._places(state)), self._delimiter)  # noqa: PTH100  # a Path would follow no dots
+            run = self._runs[key] = _RunTable(_owner(state), list(self._places(state)), self._delimiter)
         return run
 
     def _places(self, state: LoopState) -> Iterator[Path]:
@@ -117,7 +117,7 @@ class CsvMetricsCallback(Callback):
         if _RUN not in self._out_path:
             place = place.with_name(f"{place.stem}-{name}{place.suffix}")
             yield place
-        yield place.with_name(f"{place.stem}-{digest(os.path.abspath(run_id(state)))}{place.suffix}")  # noqa: PTH100  # as above
+        yield place.with_name(f"{place.stem}-{digest(_seen_from(place, _owner(state)))}{place.suffix}")
 
 
 class _RunTable:
@@ -165,11 +165,21 @@ class _RunTable:
         return self._table
 
 
+def _owner(state: LoopState) -> str:
+    """The run's folder, the same through whatever links it is reached."""
+    return os.path.realpath(run_id(state).replace("\0", "\\0"))  # a key may hold what no path can
+
+
+def _seen_from(place: Path, owner: str) -> str:
+    """The owner relative to the folder of the file: the same after both were moved together."""
+    return os.path.relpath(owner, os.path.realpath(place.parent))
+
+
 def _claim(place: Path, owner: str) -> bool:
     """Whether the file is this run's, now or since an earlier day."""
     mark = place.with_name(f".{place.name}.run")
     place.parent.mkdir(parents=True, exist_ok=True)
-    words = owner.encode(errors="surrogateescape")
+    words = _seen_from(place, owner).encode(errors="surrogateescape")
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:

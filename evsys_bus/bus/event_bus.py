@@ -277,7 +277,8 @@ class EventBus:
         self._watchdog.start()
         if self._handle_signals:
             self._term = TermSignal(stop)
-            self._term.install()
+            if self._term.install() and self._home is not None:
+                self._cancel_main_task()
 
     def _close(self) -> None:
         self._publisher.close()

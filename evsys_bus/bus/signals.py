@@ -25,18 +25,19 @@ class TermSignal:
         self.stop = stop
         self._was_last = False
 
-    def install(self) -> None:
-        """Begin to listen."""
+    def install(self) -> bool:
+        """Begin to listen; True if the signal came already, and another bus is still on its way out."""
         if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
-            return
+            return False
         now = signal.getsignal(signal.SIGTERM)
         if now is None or now is signal.SIG_IGN:
-            return  # set outside Python, or meant to be ignored
+            return False  # set outside Python, or meant to be ignored
         if now is not _handle:
             _shared.earlier = now
             _shared.received = False
             signal.signal(signal.SIGTERM, _handle)
         _shared.listening.append(self)
+        return _shared.received and _shared.earlier is signal.SIG_DFL
 
     def remove(self) -> None:
         """Stop listening; the last one gives the host its handler back, unless it has set another one since."""

@@ -7,13 +7,13 @@ depth. What the findings are called in an error is not known here.
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from collections.abc import Mapping
 from typing import Any, Final, Literal, cast
 
 import msgspec
 
 from evsys_bus.callback import Callback
+from evsys_bus.wiring.convert import convert, stray
 from evsys_bus.wiring.fields import Field, fields_of, is_config, is_pydantic, signature_fields
 from evsys_bus.wiring.spec import PathPart
 
@@ -58,7 +58,7 @@ def check_config(config: type[Any], params: Params) -> tuple[Any, list[Finding]]
     findings = _unknown(fields, params)
     known = {key: value for key, value in params.items() if key in fields}
     built, wrong = _by_pydantic(config, known) if is_pydantic(config) else _by_msgspec(config, fields, known)
-    findings += wrong or _stray(known, built, ())
+    findings += wrong or [Finding("unknown", path) for path in stray(known, built)]
     return built, findings
 
 
@@ -78,7 +78,7 @@ def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> 
     if findings:
         return None, findings
     try:
-        return msgspec.convert(params, config, dec_hook=_convert_other), []
+        return convert(params, config), []
     except msgspec.ValidationError as error:
         return None, [_finding(str(error), ())]
 
@@ -86,7 +86,7 @@ def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> 
 def _wrong(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Finding]:
     """What is wrong with a value: all of it, where its type is a plain Config or a list or mapping of something."""
     try:
-        msgspec.convert(value, wanted, dec_hook=_convert_other)
+        convert(value, wanted)
     except msgspec.ValidationError as error:
         return _within(wanted, value, at) or [_finding(str(error), at)]
     return []
@@ -112,16 +112,6 @@ def _within(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Findin
     known = [(key, item) for key, item in value.items() if key in fields]
     findings = [Finding(each.trouble, (*at, *each.path)) for each in findings]
     return findings + [each for key, item in known for each in _wrong(fields[key].type, item, (*at, str(key)))]
-
-
-def _convert_other(wanted: Any, value: object) -> object:
-    """What msgspec has no rule for: paths from text, live objects as they are."""
-    cls = typing.get_origin(wanted) or wanted
-    if isinstance(value, cls):
-        return value
-    if isinstance(value, str) and issubclass(cls, PurePath):
-        return cls(value)
-    raise TypeError(f"Expected `{cls.__name__}`, got `{type(value).__name__}`")
 
 
 def _finding(text: str, at: tuple[PathPart, ...]) -> Finding:
@@ -162,31 +152,3 @@ def _by_pydantic(config: type[Any], params: Params) -> tuple[Any, list[Finding]]
         Finding(troubles.get(each["type"], "wrong"), each["loc"], each["msg"])
         for each in problem.errors(include_url=False)
     ]
-
-
-def _stray(given: Any, built: Any, at: tuple[PathPart, ...]) -> list[Finding]:
-    """Keys that were given but that the built value has no place for: a lenient Config drops or collects them."""
-    if getattr(built, "__pydantic_root_model__", False):
-        return _stray(given, built.root, at)
-    if isinstance(given, Mapping):
-        given = cast("Mapping[Any, Any]", given)
-        cls = cast("type[Any]", type(built))
-        if is_config(cls):
-            fields = fields_of(cls)
-            strays = [Finding("unknown", (*at, str(key))) for key in given if key not in fields]
-            inner = [(key, value, fields[key].attribute) for key, value in given.items() if key in fields]
-            pairs = [(key, value, getattr(built, name)) for key, value, name in inner if name is not None]
-        elif isinstance(built, Mapping):
-            built = cast("Mapping[Any, Any]", built)
-            # A TypedDict loses keys; any other mapping keeps them, in order, perhaps converted.
-            lost = len(given) != len(built)
-            strays = [Finding("unknown", (*at, str(key))) for key in given if lost and key not in built]
-            kept = [(key, value) for key, value in given.items() if not lost or key in built]
-            pairs = [(key, value, each) for (key, value), each in zip(kept, built.values(), strict=False)]
-        else:
-            return []
-        return strays + [each for key, value, part in pairs for each in _stray(value, part, (*at, str(key)))]
-    if isinstance(given, Sequence) and isinstance(built, Sequence) and not isinstance(given, str | bytes):
-        both = zip(cast("Sequence[Any]", given), cast("Sequence[Any]", built), strict=False)
-        return [each for index, (value, part) in enumerate(both) for each in _stray(value, part, (*at, index))]
-    return []
