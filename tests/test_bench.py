@@ -302,7 +302,7 @@ def test_a_mistake_on_the_command_line_is_said_before_anything_is_measured(
 def test_the_help_of_bench_names_the_questions_that_ship():
     done = CliRunner().invoke(command, ["--help"])
     assert done.exit_code == 0
-    assert "dispatch, imports, costs" in " ".join(done.stdout.split())
+    assert "dispatch, imports, costs, journal, kills, growth" in " ".join(done.stdout.split())
 
 
 def test_P1_bench_quick_dispatch_prints_a_verdict_for_every_k(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 
 from evsys_bus.cli import COMMANDS
 from evsys_bus.cli.explain import codes, page
-from evsys_bus.errors import EvsysBusError
+from evsys_bus.errors import EvsysBusError, TrainingError
+from evsys_bus.training.ledger import Ledger, read_result
 
 
 def evsys_bus(*arguments, before="", cwd=None):
@@ -155,10 +156,26 @@ def test_doctor_names_the_install_command_of_what_is_missing_and_leaves_nothing_
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"name": 1}'])
+DEEP = b'{"name":"x","q":' + b"[" * 200_000
+NOT_TEXT = b'{"name":"\xff"}'
+HUGE = b"9" * 400
+LONGEST = b"9" * 5_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"{",
+        b'{"name":1}',
+        b'{"name":"x","best_score":%b}' % HUGE,
+        pytest.param(DEEP, id="deep"),
+        pytest.param(NOT_TEXT, id="not text"),
+    ],
+)
 def test_show_says_what_is_wrong_with_a_folder_that_it_cannot_read(tmp_path, content):
     if content is not None:
-        (tmp_path / "experiment.json").write_text(content)
+        (tmp_path / "experiment.json").write_bytes(content)
     done = evsys_bus("show", tmp_path)
     assert done.returncode in {1, 2}
     assert "Error: " in done.stderr
@@ -179,6 +196,49 @@ def test_show_reads_a_lone_run_with_nan_and_torn_lines(tmp_path):
     assert loss == ["loss", "3", "(1", "NaN)", "2.000", "0.500", "0.500", "2", "2.000", "0"]
     row = json.loads(evsys_bus("show", tmp_path, "--json").stdout)
     assert (row["type"], row["last_step"], row["metrics"][0]["nonfinite"]) == ("run", 2, 1)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(DEEP, id="deep"),
+        pytest.param(NOT_TEXT, id="not text"),
+        pytest.param(b'{"name":"x","metrics":{"loss":%b}}' % HUGE, id="huge"),
+        pytest.param(b'{"step":1,"loss":%b}' % LONGEST, id="longest"),
+    ],
+)
+def test_show_passes_over_what_is_damaged_in_the_files_of_a_run(tmp_path, damage):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "experiment.json").write_bytes(damage)
+    (run / "metrics.jsonl").write_bytes(b'{"step":0,"loss":2.0}\n' + damage + b'\n{"step":2,"loss":1.0}\n')
+    (run / "checkpoints.jsonl").write_bytes(damage + b'\n{"name":"final","batch":2,"state_path":"mem:final"}\n')
+    (run / "result.json").write_bytes(damage)
+    done = evsys_bus("show", run)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "Traceback" not in done.stderr
+    (loss,) = [line.split() for line in done.stdout.splitlines() if line.startswith("loss")]
+    assert loss == ["loss", "2", "2.000", "1.000", "1.000", "2", "2.000", "0"]
+    assert "final" in done.stdout
+    assert json.loads(evsys_bus("show", run, "--json").stdout)["rows"] >= 2
+
+
+def test_show_counts_a_number_that_no_float_can_hold_as_not_finite(tmp_path):
+    rows = [b'{"step":0,"loss":2}', b'{"step":1,"loss":%b}' % HUGE, b'{"step":2,"loss":-%b}' % HUGE]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*rows, b""]))
+    done = evsys_bus("show", tmp_path)
+    assert done.returncode == 0, done.stderr[-500:]
+    (loss,) = json.loads(evsys_bus("show", tmp_path, "--json").stdout)["metrics"]
+    assert (loss["rows"], loss["nonfinite"], loss["least"], loss["greatest"]) == (3, 2, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("damage", [pytest.param(DEEP, id="deep"), pytest.param(NOT_TEXT, id="not text")])
+def test_a_damaged_ledger_is_said_on_resume_and_a_damaged_result_runs_again(tmp_path, damage):
+    (tmp_path / "experiment.json").write_bytes(damage)
+    with pytest.raises(TrainingError, match=r"experiment\.json cannot be read"):
+        Ledger(tmp_path, "x", (), resume=True)
+    (tmp_path / "result.json").write_bytes(damage)
+    assert read_result(tmp_path) is None
 
 
 def test_show_suggests_the_nearest_name_below_runs(tmp_path):

@@ -283,7 +283,7 @@ async def test_a_matrix_runs_every_combination(tmp_path):
         (2.0, 2),
     ]
     assert [arm.metrics["value"] for arm in result.arms] == [0.0, 0.5, 0.0, 2.0]
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == sorted(told.arms)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {*told.arms, "journal"}
 
 
 async def test_the_best_arm_is_the_one_with_the_best_mean_over_its_seeds(tmp_path):
@@ -518,6 +518,16 @@ def test_names_that_differ_only_in_case_or_in_what_was_cut_get_keys_of_their_own
     names = ["a", "A", "a!", "a?", "x" * 70, "x" * 71, "a-s1", "a"]
     keys = [chain[0].run_key for chain in chains_of(config(runs={name: {} for name in names}), tmp_path)]
     assert len({key.casefold() for key in keys}) == len(set(names))
+
+
+def test_a_run_key_leaves_room_for_what_is_made_of_it_and_is_still_its_own(tmp_path):
+    runs = {f"{'学' * 59}{end}": {} for end in "一二"} | {"short": {}}
+    chains = chains_of(config(runs=runs, continual=[Stage("習" * 60), Stage("習" * 61)]), tmp_path)
+    keys = [plan.run_key for chain in chains for plan in chain]
+    assert len(set(keys)) == 6
+    assert all(len(key.encode()) <= 200 for key in keys)
+    (chain,) = chains_of(config(runs={"short": {}}), tmp_path)
+    assert chain[0].run_key == "short-s0", "one that fits stays as it is"
 
 
 def test_the_keys_of_runs_do_not_depend_on_which_of_them_are_run(tmp_path):
@@ -873,7 +883,7 @@ async def test_a_given_bus_gets_the_events_and_stays_open(tmp_path):
 async def test_callbacks_of_the_config_are_built_where_none_are_given(tmp_path, capsys):
     settings = config(callbacks=[{"kind": "print_progress", "params": {"every": 1, "keys": ["value"]}}])
     await Experiment(settings, recipe=recipe, output_dir=tmp_path).run()
-    assert capsys.readouterr().out.startswith("step 1/3  value 0")
+    assert capsys.readouterr().out.startswith("run-s0  step 1/3  value 0")
 
 
 async def test_an_experiment_runs_once(tmp_path):

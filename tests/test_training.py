@@ -205,7 +205,13 @@ async def test_R12_a_benchmark_fires_eval_then_benchmark_eval_with_the_0_based_s
     ]
 
 
-@pytest.mark.parametrize("fault", [ValueError("bad"), asyncio.CancelledError(), "not a score", None])
+class PanicException(BaseException):
+    """As pyo3 raises it, for tokenizers and polars."""
+
+
+@pytest.mark.parametrize(
+    "fault", [ValueError("bad"), asyncio.CancelledError(), PanicException("unwrap"), "not a score", None]
+)
 async def test_R3_a_failing_evaluator_is_logged_by_name_and_the_others_and_the_loop_go_on(tmp_path, caplog, fault):
     evaluators = [Scores("broken", 1, fault), Scores("sound", 4, {"acc": 1.0})]
     loop, recorder, _ = await train(tmp_path, evaluators=evaluators)
@@ -216,6 +222,14 @@ async def test_R3_a_failing_evaluator_is_logged_by_name_and_the_others_and_the_l
     assert said[0].levelno == logging.WARNING
     assert said[0].evaluator == "broken"
     assert said[0].exc_info is not None
+
+
+@pytest.mark.parametrize("leave", [KeyboardInterrupt, SystemExit, GeneratorExit])
+async def test_an_evaluator_that_wants_to_leave_the_program_is_let_go_after_train_end(tmp_path, leave):
+    recorder = Recorder()
+    with pytest.raises(leave):
+        await train(tmp_path, recorder=recorder, evaluators=[Scores("leaves", 1, leave())])
+    assert hooks(recorder) == ["train_start", "step_end", "train_end"]
 
 
 async def test_R3_a_raising_hook_changes_nothing_for_the_loop(tmp_path, caplog):

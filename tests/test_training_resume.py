@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+from pathlib import Path
 
 import anyio
 import pytest
@@ -112,6 +113,48 @@ async def test_the_state_that_a_resume_came_from_is_never_overwritten(tmp_path):
     assert came_from.read_bytes() == before
     assert artifacts.checkpoints[-1].name == "final"
     assert artifacts.checkpoints[-1].state_path != str(came_from)
+
+
+async def test_a_checkpoint_on_record_is_not_written_over_by_a_resume_that_stops_before_its_first_step(tmp_path):
+    class Watches(DigitNetwork):
+        async def save_state(self, name):
+            saved.append(name)
+            return await super().save_state(name)
+
+    class StopsAtOnce(Callback):
+        def on_train_start(self, state):
+            state.request_stop()
+
+        def on_checkpoint(self, state, row):
+            told.append((row.name, row.batch))
+
+    saved, told = [], []
+    for last in (3, 6):
+        stops = At(last, lambda state: state.request_stop())
+        await digits_loop(tmp_path, stops, resume=True, network=Watches(tmp_path / "checkpoints", seed=3)).run()
+    before = (tmp_path / "checkpoints.jsonl").read_bytes()
+    network = Watches(tmp_path / "checkpoints", seed=3)
+    artifacts = await digits_loop(tmp_path, StopsAtOnce(), resume=True, network=network).run()
+    assert len(set(saved)) == len(saved)
+    assert (tmp_path / "checkpoints.jsonl").read_bytes() == before
+    assert told == [("final", 6)]
+    assert artifacts.checkpoints[-1].name == "final"
+
+
+async def test_R13_of_two_checkpoints_after_the_same_step_the_later_one_is_resumed_from(tmp_path, undisturbed):
+    """The earlier one may have been pruned."""
+
+    class Prune(Callback):
+        def on_checkpoint(self, state, row):
+            for older in state.checkpoint_mgr.rows[:-1]:
+                Path(older.state_path).unlink(missing_ok=True)
+
+    await digits_loop(tmp_path, Prune(), At(9, lambda state: state.request_stop())).run()
+    assert [batch for _, batch, _ in manifest_of(tmp_path)[-2:]] == [9, 9]
+    seen = At()
+    await digits_loop(tmp_path, Prune(), seen, resume=True).run()
+    assert seen.first_step == 10
+    assert metrics_of(tmp_path) == undisturbed[0]
 
 
 async def test_resume_of_a_directory_without_a_run_starts_at_the_start(tmp_path, undisturbed):

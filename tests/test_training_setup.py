@@ -57,6 +57,28 @@ async def test_the_context_that_was_given_decides_the_directory_and_reaches_the_
     assert (tmp_path / "arm-0" / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("run_key", ["../outside", "a/../../outside", "..", "/tmp/outside"])
+def test_a_run_key_that_leads_out_of_the_experiments_directory_is_refused(tmp_path, run_key):
+    with pytest.raises(TrainingError, match="leads out of") as refused:
+        loop_of(ctx=LogContext(tmp_path / "e", run_key=run_key))
+    assert refused.value.fix.startswith("give the ctx a run_key")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("run_key", ["x" * 300, "a\0b", "\ud800"])
+async def test_a_run_key_that_no_folder_can_have_is_a_clear_error(tmp_path, run_key):
+    with pytest.raises(TrainingError, match="cannot be written"):
+        await loop_of(ctx=LogContext(tmp_path, run_key=run_key)).run()
+
+
+async def test_an_output_dir_that_was_said_may_lie_anywhere_and_a_run_key_may_be_a_path_inside(tmp_path):
+    ctx = LogContext(tmp_path / "e", run_key="../outside")
+    await loop_of(tmp_path / "here", ctx=ctx).run()
+    await loop_of(ctx=LogContext(tmp_path / "e", run_key="nested/fine")).run()
+    assert (tmp_path / "here" / "metrics.jsonl").exists()
+    assert (tmp_path / "e" / "nested" / "fine" / "metrics.jsonl").exists()
+
+
 async def test_no_callbacks_and_no_steps_is_a_run_too(tmp_path):
     artifacts = await loop_of(tmp_path / "run", num_steps=0, callbacks=None).run()
     assert [(row.name, row.batch) for row in artifacts.checkpoints] == [("final", -1)]

@@ -63,10 +63,11 @@ class EventBus:
         SettingError: A duration is out of range.
 
     Example:
+        >>> from evsys_bus import Callback
         >>> class Loss(Callback):
         ...     def on_eval(self, state, step_idx, eval_name, metrics):
         ...         print(eval_name, metrics)
-        >>> from evsys_bus.events import Eval
+        >>> from evsys_bus import Eval
         >>> with EventBus([Loss()]) as bus:
         ...     bus.publish(Eval(None, 10, "val", {"acc": 0.9}))
         val {'acc': 0.9}

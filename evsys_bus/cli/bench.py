@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 DOC: Final = """Measure latency and costs on this machine, beside the alternatives that are installed.
 
-QUESTION is any of dispatch, imports, costs; without one, all of them are asked, which takes about half a minute.
+QUESTION is any of dispatch, imports, costs, journal, kills, growth; without one, all of them are asked, which takes
+about two minutes.
 Quote the ratios: they are taken within one interleaved run, while absolute times belong to a machine and a moment.
 """
 
@@ -86,9 +87,13 @@ def _effort(rounds: int | None, quick: bool) -> "Effort":
 def _shipped() -> "Mapping[str, Question]":
     from evsys_bus.bench.costs import COSTS
     from evsys_bus.bench.dispatch import DISPATCH
+    from evsys_bus.bench.growth import GROWTH
     from evsys_bus.bench.imports import IMPORTS
+    from evsys_bus.bench.journal import JOURNAL
+    from evsys_bus.bench.kills import KILLS
 
-    return {question.name: question for question in (DISPATCH, IMPORTS, COSTS)}
+    asked: tuple[Question, ...] = (DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH)
+    return {question.name: question for question in asked}
 
 
 command: Final = bench_command(_shipped, doc=DOC)

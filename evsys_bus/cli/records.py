@@ -9,7 +9,7 @@ import msgspec
 
 from evsys_bus.context import ArmResult, ManifestRow
 from evsys_bus.training.ledger import LEDGER, RESULT, Page, RunEntry, read_result
-from evsys_bus.training.rows import RowFile
+from evsys_bus.training.rows import DAMAGE, RowFile
 
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
@@ -67,7 +67,7 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
     """The experiment in this folder; None where there is none.
 
     Raises:
-        msgspec.DecodeError: Its ledger is damaged.
+        DecodeError, UnicodeDecodeError, RecursionError: Its ledger is damaged (`DAMAGE`).
         OSError: It cannot be read.
     """
     path = folder / LEDGER
@@ -82,7 +82,7 @@ def read_run(folder: Path) -> RunRecord | None:
         return None
     try:
         experiment = read_experiment(folder.absolute().parent)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *DAMAGE):
         experiment = None
     metrics: dict[str, MetricRecord] = {}
     last_step, rows = None, 0
@@ -113,10 +113,18 @@ def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Any: a row holds what was measured; what JSON has no number for stands in its ``nonfinite``."""
     for name, value in row.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NO_METRICS:
-            yield name, float(value)
+            yield name, _float(value)
     flags = row.get("nonfinite")
     for name in cast("dict[str, Any]", flags) if isinstance(flags, dict) else ():
         yield name, math.nan
+
+
+def _float(value: float) -> float:
+    """JSON has integers beyond every float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _manifest(rows: Iterable[dict[str, Any]]) -> Iterator[ManifestRow]:

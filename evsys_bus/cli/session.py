@@ -24,6 +24,7 @@ from evsys_bus.cli.warnings_log import warnings_shown
 from evsys_bus.context import ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.training.experiment import Experiment
+from evsys_bus.training.folder_lock import unwritable
 from evsys_bus.training.ledger import LEDGER
 from evsys_bus.training.loop import JOURNAL
 from evsys_bus.wiring import build_callbacks
@@ -51,6 +52,10 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     again = shlex.join([*wishes.command, "--resume"])
     _refuse_used(plan, wishes, again)
     callbacks = _built(plan)
+    try:  # before the journal is opened in it, and says so in words of its own
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(plan.folder, "the experiment's directory", error) from error
     board = _board(plan, wishes)
     as_json = wishes.progress == "json"
     if resolved(wishes.progress, sys.stderr) == "plain":  # the table says it itself

@@ -24,14 +24,13 @@ def command(folder: Path, as_json: bool) -> None:
 
     Of every metric the first and last value are shown, and the least and greatest with their steps.
     """
-    import msgspec
-
     from evsys_bus.cli.records import read_experiment, read_run
+    from evsys_bus.training.rows import DAMAGE
 
     folder = _found(folder)
     try:
         record = read_experiment(folder) or read_run(folder)
-    except msgspec.DecodeError as error:
+    except DAMAGE as error:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:
         raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}")

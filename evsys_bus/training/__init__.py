@@ -3,6 +3,8 @@
 protocols     what a host plugs in: backend, step builder, evaluator
 rows          metrics.jsonl and its like
 checkpoints   checkpoints.jsonl, and what to resume from
+walls         what a failing part may take with it, and what not
+folder_lock   one training at a time in a folder
 loop          one training
 plan          the runs of an experiment, and what a recipe makes of one
 ledger        how far an experiment has got, on disk

@@ -14,6 +14,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, Final, cast
 
 import anyio
@@ -29,6 +30,7 @@ from evsys_bus.training.checkpoints import FINAL
 from evsys_bus.training.loop import TrainingLoop
 from evsys_bus.training.plan import RunParts, RunPlan
 from evsys_bus.training.protocols import Benchmark, Scorer
+from evsys_bus.training.walls import LEAVE, passes
 from evsys_bus.wiring.recipe import Recipe
 
 CLOSE_SECONDS: Final = 10.0
@@ -36,6 +38,7 @@ CLOSE_SECONDS: Final = 10.0
 _MAX_ERROR_CHARS: Final = 2_000
 _NO_METRICS: Final = ("step", "nonfinite", "replaced")
 """Keys of a row in ``metrics.jsonl`` that were not measured."""
+_NONFINITE: Final = ("nan", "inf", "-inf")
 
 
 class ArmRun:
@@ -69,17 +72,17 @@ class ArmRun:
             resume: Continue what the run's directory holds, if it holds anything.
 
         Raises:
-            KeyboardInterrupt, SystemExit: After RunEnd.
+            KeyboardInterrupt, SystemExit, GeneratorExit: After RunEnd.
         """
         self._bus.publish(RunStart(self.ctx))
         status: Status = "completed"
         error: str | None = None
         try:
             await self._train_and_score(begin_from, resume=resume)
-        except (KeyboardInterrupt, SystemExit) as leave:
+        except LEAVE as leave:
             self._end("cancelled", type(leave).__name__)
             raise
-        except (Exception, asyncio.CancelledError) as raised:
+        except BaseException as raised:
             stopped = isinstance(raised, asyncio.CancelledError) and self._stopping()
             status, error = ("cancelled", "the experiment was stopped") if stopped else ("failed", _in_words(raised))
             if not stopped:
@@ -129,32 +132,36 @@ class ArmRun:
             result, predictions = score
             seconds = time.perf_counter() - began
             result = msgspec.structs.replace(result, step=None, eval_seconds=result.eval_seconds or seconds)
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and self._stopping():
+            kept = _kept(result, benchmark.name)
+        except BaseException as error:
+            if passes(error, cancelled=self._stopping()):
                 raise
+            said = _in_words(error)
             log().warning(
-                "benchmark.failed", run=self.plan.run_key, benchmark=benchmark.name, error=str(error), exc_info=error
+                "benchmark.failed", run=self.plan.run_key, benchmark=benchmark.name, error=said, exc_info=error
             )
         else:
-            self._evals.append(result)
-            self._eval_seconds += result.eval_seconds
+            self._evals.append(kept)
+            self._eval_seconds += kept.eval_seconds
             self._bus.publish(BenchmarkEval(self.ctx, result, predictions))
 
     async def _close(self, close: Callable[[], Awaitable[object]]) -> None:
         with anyio.move_on_after(CLOSE_SECONDS, shield=True) as scope:
             try:
                 await close()
-            except Exception as error:
-                log().warning("run.close_failed", run=self.plan.run_key, error=str(error), exc_info=error)
+            except BaseException as error:
+                if passes(error, cancelled=scope.cancel_called or self._stopping()):
+                    raise
+                log().warning("run.close_failed", run=self.plan.run_key, error=_in_words(error), exc_info=error)
         if scope.cancelled_caught:
             log().warning("run.close_abandoned", run=self.plan.run_key, after_seconds=CLOSE_SECONDS)
 
     def _end(self, status: Status, error: str | None) -> ArmResult:
         loop = self._loop
         run_result = RunResult(
-            run_id=self.ctx.ids.get("run_id"),
+            run_id=id_text(self.ctx.ids.get("run_id")),
             status=status,
-            metrics={} if loop is None else _numbers(loop.last_metrics),
+            metrics={} if loop is None else _measured(loop.last_metrics),
             artifacts=None if loop is None else loop.artifacts,
             error=error,
         )
@@ -190,20 +197,48 @@ def final_state(arm: ArmResult) -> str | None:
     return next((row.state_path for row in reversed(rows) if row.name == FINAL), None)
 
 
+def id_text(identifier: object) -> str | None:
+    """An id that a callback wrote, as results have it; a database's may be a number."""
+    return None if identifier is None else str(to_plain(identifier)[0])
+
+
 def _in_words(error: BaseException) -> str:
-    said = error.what if isinstance(error, EvsysBusError) else str(error)
-    return f"{type(error).__name__}: {said}".rstrip(": ")[:_MAX_ERROR_CHARS]
+    try:
+        said = error.what if isinstance(error, EvsysBusError) else str(error)
+    except Exception:  # the error's own code ran
+        said = ""
+    text, _ = to_plain(f"{type(error).__name__}: {said}".rstrip(": ")[:_MAX_ERROR_CHARS])
+    return text
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What can be averaged. Any: what backends measure; a row that was read back says of its nulls what they were."""
-    plain, _ = to_plain(dict(metrics))
-    row = cast("dict[str, Any]", plain)
-    flags = row.get("nonfinite")
-    words = cast("dict[str, str]", flags) if isinstance(flags, dict) else {}
-    values = {key: float(words[key]) if value is None and key in words else value for key, value in row.items()}
+def _kept(result: EvalResult, name: str) -> EvalResult:
+    """What the arm's result keeps of an evaluation: the numbers among its metrics, and what is of its field's type."""
+    plain = _mapping(to_plain(result)[0])
+    fields: dict[str, Any] = {"name": name}  # Any: of every type
+    for field in msgspec.structs.fields(EvalResult):
+        with suppress(msgspec.ValidationError):
+            fields[field.name] = msgspec.convert(plain.get(field.name), field.type)
+    fields["metrics"] = _numbers(plain.get("metrics"))
+    return EvalResult(**fields)
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a training row. Any: what backends measure; one that was read back says what its nulls were."""
+    plain = _mapping(to_plain(row)[0])
+    words = _mapping(plain.get("nonfinite"))
+    plain |= {key: float(words[key]) for key in plain if plain[key] is None and words.get(key) in _NONFINITE}
+    return _numbers({key: value for key, value in plain.items() if key not in _NO_METRICS})
+
+
+def _numbers(metrics: object) -> dict[str, float]:
+    """What can be averaged."""
     return {
         key: value
-        for key, value in values.items()
-        if key not in _NO_METRICS and isinstance(value, int | float) and not isinstance(value, bool)
+        for key, value in _mapping(to_plain(metrics)[0]).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def _mapping(plain: object) -> dict[str, Any]:
+    """Plain data that should be a mapping; an empty one if it is something else. Any: of every type."""
+    return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}

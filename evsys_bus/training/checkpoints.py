@@ -25,6 +25,7 @@ class Checkpoints:
         """Those on record, in the order in which they were saved."""
         self._backend = backend
         self._file = RowFile(manifest)
+        self._came_from: ManifestRow | None = None
 
     @property
     def manifest(self) -> Path:
@@ -35,8 +36,10 @@ class Checkpoints:
         """Save the full state and the weights, and put them on record.
 
         What is on record is never overwritten: a second ``final`` gets files of its own, and takes the first one's
-        place on record once it is whole.
+        place on record once it is whole. What was resumed from is not saved again where no step has followed it.
         """
+        if self._came_from is not None and (self._came_from.name, self._came_from.batch) == (name, step_idx):
+            return self._came_from
         known = any(row.name == name for row in self.rows)
         saved_as = f"{name}-{step_idx:06d}" if known else name
         row = ManifestRow(
@@ -63,12 +66,14 @@ class Checkpoints:
         """
         on_record = [row for row in map(_manifest_row, self._file.rows()) if row is not None]
         full = [row for row in on_record if row.state_path is not None]
-        last = max(full, key=lambda row: row.batch, default=None)
+        # Of two that were saved after the same step the later one: older checkpoints may have been pruned.
+        last = max(reversed(full), key=lambda row: row.batch, default=None)
         if last is not None and last.state_path is not None:
             await self._backend.load_state(last.state_path)
         first_step = 0 if last is None else last.batch + 1
         self._file.keep(lambda row: (it := _manifest_row(row)) is not None and it.batch < first_step)
         self.rows = [row for row in on_record if row.batch < first_step]
+        self._came_from = last
         return first_step
 
     def flush(self) -> None:

@@ -22,11 +22,13 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError, Where
 from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.tasks import see_through
-from evsys_bus.training.arm_run import ArmRun, final_state, not_run
+from evsys_bus.training.arm_run import ArmRun, final_state, id_text, not_run
+from evsys_bus.training.folder_lock import locked
 from evsys_bus.training.ledger import Ledger
 from evsys_bus.training.loop import JOURNAL
 from evsys_bus.training.outcome import conclude, summarise
 from evsys_bus.training.plan import RecipeFunction, RunPlan, chains_of, folder_name
+from evsys_bus.training.walls import LEAVE
 from evsys_bus.wiring.build import build_callbacks
 from evsys_bus.wiring.experiment import ExperimentConfig
 from evsys_bus.wiring.load import read_experiment
@@ -114,8 +116,8 @@ class Experiment:
         it at once.
 
         Raises:
-            TrainingError: It ran already; or the directory cannot be used, or holds an experiment and ``resume`` was
-                not asked for.
+            TrainingError: It ran already; or the directory cannot be used, is in use, or holds an experiment and
+                ``resume`` was not asked for.
             KeyboardInterrupt, SystemExit: From a hook or a run, after ExperimentEnd.
         """
         if self._began:
@@ -123,16 +125,22 @@ class Experiment:
         self._began = True
         metadata = self.config.metadata
         hypothesis = str(metadata["hypothesis"]) if metadata.get("hypothesis") else None
-        ledger = Ledger(self.output_dir, self.config.name, self.plans, resume=self.resume, hypothesis=hypothesis)
-        async with self._bus as bus:
-            return await see_through(self._run(bus, ledger, hypothesis), on_cancel=self._stop)
+        with locked(self.output_dir, "the experiment's directory"):
+            ledger = Ledger(self.output_dir, self.config.name, self.plans, resume=self.resume, hypothesis=hypothesis)
+            async with self._bus as bus:
+                return await see_through(self._run(bus, ledger, hypothesis), on_cancel=self._stop)
 
     async def _run(self, bus: EventBus, ledger: Ledger, hypothesis: str | None) -> ExperimentResult:
+        to_the_end = False
         try:
             bus.publish(ExperimentStart(self.ctx))
             await self._all_chains(bus, ledger)
+            to_the_end = True
+        except LEAVE:
+            self._stopping = True
+            raise
         finally:
-            result = self._result(hypothesis)
+            result = self._result(hypothesis, ledger, to_the_end=to_the_end)
             bus.publish(ExperimentEnd(self.ctx, result))
             ledger.close(result)
         if self._leave is not None:
@@ -212,19 +220,35 @@ class Experiment:
         for task in self._workers:
             task.cancel()
 
-    def _result(self, hypothesis: str | None) -> ExperimentResult:
-        arms = [self._arms.get(plan.run_key) or not_run(plan, "the experiment was stopped") for plan in self.plans]
+    def _result(self, hypothesis: str | None, ledger: Ledger, *, to_the_end: bool) -> ExperimentResult:
+        """Of the whole experiment: the runs of this session in the order of the plan, then those of earlier ones."""
+        arms = {
+            plan.run_key: self._arms.get(plan.run_key)
+            or ledger.finished(plan)
+            or not_run(plan, "the experiment was stopped")
+            for plan in self.plans
+        }
+        arms |= ledger.others(arms)
+        # The verdict does not depend on who runs in which session: of two equal arms the one that is named first.
+        planned = [plan.run_key for chain in chains_of(self.config, self.output_dir) for plan in chain]
+        in_order = [arms[key] for key in dict.fromkeys([*planned, *arms]) if key in arms]
         success = self.config.success_metric
-        verdict = conclude(summarise(arms, success), success)
-        failed = any(arm.status == "failed" for arm in arms)
-        status: Status = "cancelled" if self._stopping else "failed" if failed else "completed"
+        verdict = conclude(summarise(in_order, success), success)
+        ends = {arm.status for arm in in_order}
+        status: Status = "completed"
+        if self._stopping:
+            status = "cancelled"
+        elif "failed" in ends or not to_the_end:
+            status = "failed"
+        elif "cancelled" in ends:
+            status = "cancelled"
         return ExperimentResult(
             name=self.config.name,
             status=status,
-            arms=arms,
+            arms=list(arms.values()),
             best_arm=verdict.best_arm,
             best_score=verdict.best_score,
             conclusion=verdict.conclusion,
-            experiment_id=self.ctx.ids.get("experiment_id"),
+            experiment_id=id_text(self.ctx.ids.get("experiment_id")),
             hypothesis=hypothesis,
         )

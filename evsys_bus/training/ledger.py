@@ -4,7 +4,7 @@ It owns these files: what is read from them when an experiment is resumed, and w
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,7 +15,9 @@ from evsys_bus.codec import to_plain
 from evsys_bus.context import ArmResult, ExperimentResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
+from evsys_bus.training.folder_lock import unwritable
 from evsys_bus.training.plan import RunPlan
+from evsys_bus.training.rows import DAMAGE
 
 LEDGER: Final = "experiment.json"
 RESULT: Final = "result.json"
@@ -52,6 +54,8 @@ class Page(msgspec.Struct):
 
 
 _decode: Final = msgspec.json.Decoder(Page).decode
+_MAX_PAGE_BYTES: Final = 1 << 40
+"""No bound in practice: the ledger never loses a run."""
 
 
 class Ledger:
@@ -84,19 +88,23 @@ class Ledger:
             _check_same(plan, entry, folder)
         self._page = page
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.path, msgspec.json.encode(page))
+            _replace(self.path, _encode_page(page))
         except OSError as error:
-            raise TrainingError(
-                f"the experiment's directory {folder} cannot be written: {error.strerror}",
-                fix="choose another output_dir",
-            ) from error
+            raise unwritable(folder, "the experiment's directory", error) from error
 
     def finished(self, plan: RunPlan) -> ArmResult | None:
         """How this run ended, if it was completed; anything less is to be run, or run on."""
         if self._page.runs[plan.run_key].status != "completed":
             return None
         return read_result(plan.run_dir)
+
+    def others(self, run_keys: Collection[str]) -> dict[str, ArmResult]:
+        """How the runs ended, or stand, that are not among these: of an earlier session, with other arms or seeds."""
+        return {
+            key: _as_on_record(entry, self.path.parent / key)
+            for key, entry in self._page.runs.items()
+            if key not in run_keys
+        }
 
     def began(self, plan: RunPlan) -> None:
         """This run is under way."""
@@ -120,7 +128,7 @@ class Ledger:
         self._write()
 
     def _write(self) -> None:
-        self._try(self.path, msgspec.json.encode(self._page))
+        self._try(self.path, _encode_page(self._page))
 
     def _try(self, path: Path, content: bytes) -> None:
         """A disk that refuses the record ends no run: the next change writes the whole ledger anew."""
@@ -135,7 +143,7 @@ class Ledger:
             return _decode(self.path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *DAMAGE) as error:
             raise TrainingError(
                 f"{self.path} cannot be read: {error}", fix="choose another output_dir, or put the file right"
             ) from error
@@ -147,14 +155,34 @@ def read_result(run_dir: Path) -> ArmResult | None:
         plain: object = msgspec.json.decode((run_dir / RESULT).read_bytes())
         # Not strict: JSON has no NaN, so they stand there as text.
         return msgspec.convert(plain, ArmResult, strict=False)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (OSError, *DAMAGE) as error:
         log().warning("ledger.result_unreadable", file=str(run_dir / RESULT), error=str(error))
         return None
 
 
 def _encode(arm: ArmResult) -> bytes:
-    plain = msgspec.to_builtins(arm, str_keys=True, enc_hook=lambda value: to_plain(value)[0])
-    return msgspec.json.encode(_with_words(plain))
+    # Field by field, so that what had to be cut of one costs no other.
+    fields = {name: to_plain(getattr(arm, name))[0] for name in arm.__struct_fields__}
+    return msgspec.json.encode(_with_words(fields))
+
+
+def _encode_page(page: Page) -> bytes:
+    return msgspec.json.encode(to_plain(page, max_bytes=_MAX_PAGE_BYTES)[0])
+
+
+def _as_on_record(entry: RunEntry, run_dir: Path) -> ArmResult:
+    result = read_result(run_dir) if entry.status in {"completed", "failed"} else None
+    if result is not None and result.status == entry.status:
+        return result
+    named = {"arm": entry.arm, "seed": entry.seed} | ({} if entry.stage is None else {"stage": entry.stage})
+    return ArmResult(
+        entry.arm,
+        run_config=entry.run_config or named,
+        # What is not at its end has no process left that could bring it there.
+        status=entry.status if entry.status in {"completed", "failed"} else "cancelled",
+        group_name=entry.group_name,
+        error=entry.error or (None if entry.status == "completed" else "it has not run to its end"),
+    )
 
 
 def _with_words(plain: object) -> object:

@@ -12,6 +12,7 @@ It owns the order of things: what is written, what is saved and what is publishe
 """
 
 import asyncio
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,8 +29,10 @@ from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 from evsys_bus.tasks import see_through
 from evsys_bus.training.checkpoints import FINAL, Checkpoints
+from evsys_bus.training.folder_lock import locked, unwritable
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
 from evsys_bus.training.rows import RowFile
+from evsys_bus.training.walls import passes
 
 JOURNAL: Final = "journal"
 """The folder of the journal, in that of the run or of the experiment that has a bus of its own."""
@@ -52,7 +55,7 @@ class TrainingLoop:
         resume: Continue what the directory holds, from the last full state, or from the start if it holds none.
 
     Raises:
-        TrainingError: The arguments do not fit together.
+        TrainingError: The arguments do not fit together, or ``ctx.run_key`` leads out of ``ctx.output_dir``.
         HookError: A callback has a hook that could never be called.
     """
 
@@ -73,7 +76,7 @@ class TrainingLoop:
     ) -> None:
         if bus is not None and callbacks is not None:
             raise TrainingError("a loop takes a bus or callbacks, not both", fix="give the callbacks to the bus")
-        run_dir = Path(output_dir or (ctx and ctx.run_dir) or _nowhere()).absolute()
+        run_dir = Path(output_dir).absolute() if output_dir else _run_dir(ctx)
         self.backend = backend
         self.step_builder = step_builder
         self.evaluators = tuple(evaluators)
@@ -111,12 +114,15 @@ class TrainingLoop:
         TrainEnd before it raises CancelledError. A second cancellation ends it at once.
 
         Raises:
-            TrainingError: The directory cannot be written, or holds a run and ``resume`` was not asked for.
+            TrainingError: The directory cannot be written, is in use, or holds a run and ``resume`` was not asked for.
             BaseException: Whatever the backend or the step builder raised, after TrainEnd.
         """
-        self._open_run_dir()
-        async with self._bus as bus:
-            return await see_through(self._train(bus), on_cancel=lambda: self.state.request_stop("cancelled"))
+        if self._began:
+            raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
+        with locked(self.state.output_dir, "the run's directory"):
+            self._open_run_dir()
+            async with self._bus as bus:
+                return await see_through(self._train(bus), on_cancel=lambda: self.state.request_stop("cancelled"))
 
     async def _train(self, bus: EventBus) -> LoopArtifacts:
         state = self.state
@@ -176,8 +182,8 @@ class TrainingLoop:
         try:
             score = await evaluator.evaluate(self.state)
             events = list(self._eval_events(evaluator.name, step_idx, score, time.perf_counter() - began))
-        except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and _being_cancelled():
+        except BaseException as error:
+            if passes(error, cancelled=_being_cancelled()):
                 raise
             self.failed_evals[evaluator.name] += 1
             self._faults.warn("evaluator.failed", evaluator.name, error=error, evaluator=evaluator.name, step=step_idx)
@@ -207,19 +213,14 @@ class TrainingLoop:
 
     def _open_run_dir(self) -> None:
         run_dir = self.state.output_dir
-        if self._began:
-            raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
         if not self.resume and (self.metrics.path.exists() or self.checkpoints.manifest.exists()):
             raise TrainingError(
                 f"{run_dir} holds a run already", fix="resume it (resume=True), or choose another output_dir"
             )
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             self.metrics.path.touch()
         except OSError as error:
-            raise TrainingError(
-                f"the run's directory {run_dir} cannot be written: {error.strerror}", fix="choose another output_dir"
-            ) from error
+            raise unwritable(run_dir, "the run's directory", error) from error
 
     def _artifacts(self) -> LoopArtifacts:
         return LoopArtifacts(
@@ -245,5 +246,13 @@ def _being_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _nowhere() -> Path:
-    raise TrainingError("the loop has nowhere to write", fix="give it an output_dir or a ctx")
+def _run_dir(ctx: LogContext | None) -> Path:
+    if ctx is None:
+        raise TrainingError("the loop has nowhere to write", fix="give it an output_dir or a ctx")
+    run_dir, root = ctx.run_dir.absolute(), ctx.output_dir.absolute()
+    if not Path(os.path.normpath(run_dir)).is_relative_to(os.path.normpath(root)):
+        raise TrainingError(
+            f"the run_key {ctx.run_key!r} leads out of the experiment's directory {root}",
+            fix="give the ctx a run_key that is the name of one folder, or the loop an output_dir",
+        )
+    return run_dir

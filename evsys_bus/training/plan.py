@@ -19,6 +19,8 @@ from evsys_bus.wiring.experiment import ExperimentConfig, Params
 
 _MAX_NAME_CHARS: Final = 60
 """Of one name within a run key; it may take four bytes each, and file systems take 255."""
+_MAX_KEY_BYTES: Final = 200
+"""Of a whole run key; what is made of it (files, locks, topics) adds to that, and 255 is all that a folder takes."""
 _STRANGE: Final = re.compile(r"[^\w=,.+@-]+")
 
 
@@ -107,8 +109,12 @@ def folder_name(text: str) -> str:
 def _run_key(arm: str, seed: int, stage: str | None, taken: set[str]) -> str:
     parts = [folder_name(arm), f"s{seed}", *([] if stage is None else [folder_name(stage)])]
     key = "-".join(parts)
+    digest = _digest(f"{arm}/{seed}/{stage}")
     if key.casefold() in taken:  # some file systems do not tell A from a
-        key = f"{key}-{_digest(f'{arm}/{seed}/{stage}')}"
+        key = f"{key}-{digest}"
+    if len(key.encode()) > _MAX_KEY_BYTES:
+        room = _MAX_KEY_BYTES - len(digest) - 1
+        key = f"{key.encode()[:room].decode(errors='ignore').rstrip('.-')}-{digest}"
     taken.add(key.casefold())
     return key
 

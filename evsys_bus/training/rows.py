@@ -20,6 +20,9 @@ MAX_WAITING: Final = 10_000
 Row = dict[str, Any]
 """One row. Any: the values are whatever was measured."""
 
+DAMAGE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What decoding a damaged file raises: bytes that are no text and brackets without end are no `DecodeError`."""
+
 _decode = msgspec.json.Decoder(Row).decode
 
 
@@ -117,5 +120,5 @@ def _parsed(line: bytes) -> Row | None:
         return None
     try:
         return _decode(line)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DAMAGE:
         return None

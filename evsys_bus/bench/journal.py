@@ -1,0 +1,147 @@
+"""P2: what it costs to have a step on record before ``publish`` returns.
+
+Back to back the floor is what no journal can do without: call K hooks, encode the envelope, a checksum over it, one
+write to a file. At 1,000 steps a second, with cold caches after each millisecond of sleep, ours is set beside other
+ways to put eight metrics on disk: each in a process of its own, round after round, and only the calls are timed.
+"""
+
+import os
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Final
+from zlib import crc32
+
+from evsys_bus.bench import loggers
+from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, NoOp
+from evsys_bus.bench.harness import Run, Samples
+from evsys_bus.bench.log_process import LogProcess, loggers_in
+from evsys_bus.bench.loggers import JSON_FLUSH, OURS
+from evsys_bus.bench.question import Case, Contender, Effort, Row, Table, Target, measure
+from evsys_bus.bus import EventBus
+from evsys_bus.codec import encode
+from evsys_bus.events import Envelope, StepEnd
+
+K: Final = 8
+FLOOR: Final = "bare loop, encode, CRC, os.write"
+PUBLISH: Final = "EventBus.publish, journal"
+UNRECORDED: Final = "EventBus.publish, no journal"
+RATE: Final = 1_000
+CALLS: Final = 500
+_MOST_ROUNDS: Final = 25
+"""Of processes; ``--rounds`` is meant for samples."""
+
+
+@contextmanager
+def _floor() -> Generator[Run, None, None]:
+    hooks = [NoOp().on_step_end for _ in range(K)]
+    with tempfile.TemporaryDirectory() as directory:
+        file = os.open(Path(directory, "floor"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+        def run(operations: int) -> int:
+            state, batch, metrics = STATE, BATCH, METRICS
+            begun = perf_counter_ns()
+            for i in range(operations):
+                now = time.time()
+                event = StepEnd(state, i, batch, metrics)
+                for hook in hooks:
+                    hook(state, i, batch, metrics)
+                payload = encode(Envelope("r0-bench", i, now, event, "run", 0))
+                os.write(file, crc32(payload).to_bytes(4, "little") + payload)
+            return perf_counter_ns() - begun
+
+        try:
+            yield run
+        finally:
+            os.close(file)
+
+
+@contextmanager
+def _publish(*, recorded: bool) -> Generator[Run, None, None]:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        EventBus([NoOp() for _ in range(K)], journal=Path(directory, "journal") if recorded else None) as bus,
+    ):
+
+        def run(operations: int) -> int:
+            state, batch, metrics = STATE, BATCH, METRICS
+            begun = perf_counter_ns()
+            for i in range(operations):
+                bus.publish(StepEnd(state, i, batch, metrics))
+            return perf_counter_ns() - begun
+
+        yield run
+
+
+_BACK_TO_BACK: Final = Case(
+    title=f"a step for {K} callbacks and the disk",
+    contenders={
+        FLOOR: Contender(_floor),
+        PUBLISH: Contender(partial(_publish, recorded=True), ours=True),
+        UNRECORDED: Contender(partial(_publish, recorded=False), ours=True),
+    },
+    floor=FLOOR,
+    targets=(Target(of=PUBLISH, to=FLOOR, at_most=1.35),),
+)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The question."""
+
+    modules: tuple[str, ...]
+    """Where those are whom ours is set beside at 1,000 steps a second: modules with ``LOGGERS``."""
+    at_least: Mapping[str, float]
+    """How many times as long as ours each must take."""
+
+    name = "journal"
+    promise = "P2: on record before publish returns, for about the cost of writing it"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:
+        """Back to back, then at 1,000 steps a second."""
+        yield measure(_BACK_TO_BACK, effort)
+        yield self._paced(min(effort.process_rounds, _MOST_ROUNDS))
+
+    def _paced(self, rounds: int) -> Table:
+        found = dict(loggers_in(self.modules))
+        absent: dict[str, str] = {}
+        medians: dict[str, list[float]] = {name: [] for name in found}
+        for turn in range(rounds):
+            names = list(found)
+            first = turn % len(names)
+            for name in names[first:] + names[:first]:
+                module, logger = found[name]
+                try:
+                    medians[name].append(_median_call(module, name))
+                except ModuleNotFoundError as error:
+                    if logger.package is None:
+                        raise
+                    absent[name] = f"needs {logger.package}: {error}"
+                    del found[name], medians[name]
+        samples = Samples(medians)
+        targets = (Target(of=name, to=OURS, at_least=times) for name, times in self.at_least.items())
+        return Table(
+            title=f"log 8 metrics, {RATE:,} times a second, the median call of a process",
+            unit="ns",
+            rows=[
+                Row(name, samples.time(name), samples.ratio(name, OURS), logger.ours)
+                for name, (_, logger) in found.items()
+            ],
+            floor=OURS,
+            verdicts=[target.judge(samples) for target in targets],
+            absent=absent,
+        )
+
+
+def _median_call(module: str, name: str) -> float:
+    with tempfile.TemporaryDirectory() as directory:
+        return float(LogProcess(module, name, Path(directory), steps=CALLS, rate=RATE, end="time").wait())
+
+
+AT_LEAST: Final = {JSON_FLUSH: 4}
+JOURNAL: Final = Journal((loggers.__name__,), AT_LEAST)

@@ -1,0 +1,76 @@
+"""P5: how many of the steps that were logged are gone when the process is killed right after the last one.
+
+Each contender logs in a process of its own, at 1, 5 and 1,000 steps a second, and ends itself by SIGKILL the moment
+that the last call has returned. What is then on disk is counted. Slow training loses most to buffers: at a step a
+second a buffer that is written every two minutes, or every 8 kB, holds the whole start of a run.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from evsys_bus.bench import loggers
+from evsys_bus.bench.harness import Spread
+from evsys_bus.bench.log_process import LogProcess, loggers_in
+from evsys_bus.bench.question import Effort, Row, Table, Verdict
+
+STEPS: Final = {1: 8, 5: 40, 1_000: 5_000}
+"""How many steps are logged, by steps a second."""
+_SETTLE_SECONDS: Final = 2.0
+"""For helper processes of a peer, which outlive the kill and may still write."""
+
+
+@dataclass(frozen=True)
+class Kills:
+    """The question; counts do not vary with the effort, so each process runs once."""
+
+    modules: tuple[str, ...]
+    """Where the contenders are: modules with ``LOGGERS``, that a new process can import."""
+
+    name = "kills"
+    promise = "P5: no step that was logged is lost to SIGKILL"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - a count is a count
+        """A table for each rate."""
+        for rate, steps in STEPS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                yield self._table(Path(folder), steps, rate)
+
+    def _table(self, folder: Path, steps: int, rate: int) -> Table:
+        found = loggers_in(self.modules)
+        # All at the same time, as they mostly sleep.
+        started: list[LogProcess] = []
+        for name, (module, _) in found.items():
+            directory = folder / str(len(started))
+            directory.mkdir()
+            started.append(LogProcess(module, name, directory, steps=steps, rate=rate, end="die"))
+        absent: dict[str, str] = {}
+        for process in started:
+            package = found[process.name][1].package
+            try:
+                process.wait()
+            except ModuleNotFoundError as error:
+                if package is None:
+                    raise
+                absent[process.name] = f"needs {package}: {error}"
+        if any(logger.package and name not in absent for name, (_, logger) in found.items()):
+            time.sleep(_SETTLE_SECONDS)
+        lost = {
+            process.name: steps - found[process.name][1].count(process.directory)
+            for process in started
+            if process.name not in absent
+        }
+        ours = {name for name in lost if found[name][1].ours}
+        return Table(
+            title=f"steps lost of {steps:,}, at {rate:,} a second",
+            unit="lost",
+            rows=[Row(name, Spread(each, each, each), ours=name in ours) for name, each in lost.items()],
+            verdicts=[Verdict(f"{name} loses none", lost[name], lost[name] == 0, "lost") for name in sorted(ours)],
+            absent=absent,
+        )
+
+
+KILLS: Final = Kills((loggers.__name__,))

@@ -1,0 +1,88 @@
+"""One logger at work in a process of its own, where nobody else's threads are: at a pace, to be timed or to be killed.
+
+As a module it is that process: ``python -m evsys_bus.bench.log_process MODULE LOGGER DIRECTORY STEPS RATE END``. It
+logs STEPS steps, RATE a second; then it prints how many nanoseconds a call took at the median (END is ``time``), or
+ends by SIGKILL the moment that the last call has returned (END is ``die``).
+"""
+
+import importlib
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final, Literal, cast
+
+from evsys_bus.bench.dispatch import METRICS
+from evsys_bus.bench.loggers import Logger
+
+_STARTS_WITHIN_SECONDS: Final = 60.0
+_WARM_SHARE: Final = 5
+"""The first fifth of the calls is not timed."""
+
+
+def loggers_in(modules: tuple[str, ...]) -> Mapping[str, tuple[str, Logger]]:
+    """The loggers that these modules have in ``LOGGERS``, by name, each with its module."""
+    found: dict[str, tuple[str, Logger]] = {}
+    for module in modules:
+        loggers = cast("Mapping[str, Logger]", importlib.import_module(module).LOGGERS)
+        found |= {name: (module, logger) for name, logger in loggers.items()}
+    return found
+
+
+class LogProcess:
+    """The process, from outside."""
+
+    def __init__(
+        self, module: str, name: str, directory: Path, *, steps: int, rate: int, end: Literal["time", "die"]
+    ) -> None:
+        self.name = name
+        self.directory = directory
+        self._patience = _STARTS_WITHIN_SECONDS + 2 * steps / rate
+        self._end = end
+        arguments = [module, name, str(directory), str(steps), str(rate), end]
+        self._process = subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, "-m", "evsys_bus.bench.log_process", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait(self) -> str:
+        """Until it has ended; returns what it printed last.
+
+        Raises:
+            ModuleNotFoundError: The logger's package is not installed.
+            RuntimeError: It did not end as it should.
+        """
+        out, said = self._process.communicate(timeout=self._patience)
+        if self._process.returncode != (-signal.SIGKILL if self._end == "die" else 0):
+            kind, _, why = said.strip().rpartition("\n")[2].partition(": ")
+            if kind == "ModuleNotFoundError":
+                raise ModuleNotFoundError(why)
+            raise RuntimeError(f"{self.name} did not reach its last step:\n{said}")
+        return out.strip().rpartition("\n")[2]
+
+
+def _log(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> None:
+    taken: list[int] = []
+    with logger.open(directory) as log:
+        due = time.perf_counter()
+        for step in range(steps):
+            metrics = {name: value + step for name, value in METRICS.items()}
+            due += 1 / rate
+            time.sleep(max(due - time.perf_counter(), 0))
+            begun = time.perf_counter_ns()
+            log(step, metrics)
+            taken.append(time.perf_counter_ns() - begun)
+        if end == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdout.write(f"\n{statistics.median(taken[steps // _WARM_SHARE :])}\n")
+
+
+if __name__ == "__main__":
+    module, name, directory, steps, rate, end = sys.argv[1:]
+    _log(loggers_in((module,))[name][1], Path(directory), int(steps), int(rate), end)

@@ -1,0 +1,112 @@
+"""What an event says, for people: its type, its step, its metrics, and the rest in a few words.
+
+Events come from journals of other programs and versions, so nothing is taken for granted but that they are events.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from evsys_bus.cli.progress.figures import duration
+from evsys_bus.cli.tables import counted
+from evsys_bus.events import (
+    BenchmarkEval,
+    Checkpoint,
+    Eval,
+    Event,
+    ExperimentEnd,
+    GroupStart,
+    RunEnd,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    UnknownEvent,
+)
+
+
+def type_of(event: Event | UnknownEvent) -> str:
+    """As it is written in a journal: ``step_end``."""
+    return event.type if isinstance(event, UnknownEvent) else event.hook.removeprefix("on_")
+
+
+def step_of(event: Event | UnknownEvent) -> int | None:
+    """The 0-based train step that it belongs to; None where it has none."""
+    if isinstance(event, Checkpoint):
+        step = _get(event.row, "batch")
+    elif isinstance(event, UnknownEvent):
+        step = event.fields.get("step_idx", event.fields.get("step"))
+    else:
+        step = _get(event, "step_idx", _get(event, "step"))
+    return step if isinstance(step, int) else None
+
+
+def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
+    """Its metrics, those of an eval or a benchmark under its name: ``val/acc``. Any: what the program measured."""
+    if isinstance(event, Eval):
+        return _under(event.eval_name, event.metrics)
+    if isinstance(event, BenchmarkEval):
+        return _under(_get(event.eval_result, "name"), _get(event.eval_result, "metrics"))
+    if isinstance(event, RunEnd):
+        return _entries(_get(event.run_result, "metrics"))
+    if isinstance(event, UnknownEvent):
+        return _entries(event.fields.get("metrics"))
+    return _entries(_get(event, "metrics"))
+
+
+def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: PLR0911 # one for each type
+    """The rest, in a few words each."""
+    match event:
+        case StepEnd() | Eval():
+            return []
+        case GroupStart():
+            return [str(event.group_name)]
+        case TrainStart():
+            steps = _get(event.state, "num_steps")
+            return [f"of {counted(steps, 'step')}"] if isinstance(steps, int) else []
+        case Checkpoint():
+            return _told(_get(event.row, "name"), _get(event.row, "state_path") or _get(event.row, "sampler_path"))
+        case BenchmarkEval():
+            rows = len(event.predictions) if isinstance(event.predictions, list) else 0  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
+            return [counted(rows, "prediction")] if rows else []
+        case TrainEnd():
+            seconds = _get(event.artifacts, "train_seconds")
+            took = f"after {duration(seconds)}" if isinstance(seconds, int | float) else None
+            error = _get(event.state, "error")
+            return _told(took, None if error is None else f"failed: {error}")
+        case RunEnd():
+            return _told(_get(event.run_result, "status"), _get(event.run_result, "error"))
+        case ExperimentEnd():
+            best = _get(event.result, "best_arm")
+            return _told(_get(event.result, "status"), f"best arm {best}" if best else None)
+        case UnknownEvent():
+            return _scalars(event.fields)
+        case _:
+            return _scalars({name: _get(event, name) for name in event.__struct_fields__})
+
+
+def _scalars(fields: Mapping[str, object]) -> list[str]:
+    return [
+        f"{name} {value}"
+        for name, value in fields.items()
+        if isinstance(value, str | int | float) and name not in {"step", "step_idx"}
+    ]
+
+
+def _told(*facts: object) -> list[str]:
+    return [" ".join(str(fact).split()) for fact in facts if fact is not None]
+
+
+def _under(name: object, metrics: object) -> dict[str, Any]:
+    return {f"{name}/{metric}": value for metric, value in _entries(metrics).items()}
+
+
+def _entries(metrics: object) -> dict[str, Any]:
+    return (
+        {str(name): value for name, value in cast("dict[object, Any]", metrics).items()}
+        if isinstance(metrics, dict)
+        else {}
+    )
+
+
+def _get(thing: object, name: str, default: object = None) -> Any:
+    """Any: fields of what may be of any type."""
+    return getattr(thing, name, default)

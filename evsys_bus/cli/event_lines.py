@@ -1,0 +1,76 @@
+"""Events as lines: time, run, type, step and metrics, in columns that only ever grow wider."""
+
+import re
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+from rich.cells import cell_len, set_cell_size
+
+from evsys_bus.cli.event_facts import facts_of, metrics_of, step_of, type_of
+from evsys_bus.cli.progress.figures import NONE, number
+from evsys_bus.cli.screen import printable
+from evsys_bus.cli.tables import GAP
+from evsys_bus.events import Envelope
+
+_MOST_METRICS: Final = 6
+_UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
+_MOST_CHARS: Final = 160
+
+
+class EventLines:
+    """Makes them.
+
+    Args:
+        metric: Show the metrics with such names, all of them; None shows the first ones.
+        columns: The width of the terminal, which no line exceeds; None where there is none.
+    """
+
+    def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
+        self._metric = metric
+        self._columns = columns
+        self._widths = [0, 0, 0]
+
+    def expect(self, envelopes: Iterable[Envelope]) -> None:
+        """Make room for the cells of all of these."""
+        for envelope in envelopes:
+            self._widen(_cells(envelope))
+
+    def line(self, envelope: Envelope) -> str:
+        """The line of one event."""
+        cells = _cells(envelope)
+        self._widen(cells)
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(envelope.time))
+        padded = [set_cell_size(cell, width) for cell, width in zip(cells, self._widths, strict=True)]
+        line = GAP.join([when, *padded, "  ".join(self._told(envelope))]).rstrip()
+        if self._columns is None or cell_len(line) <= self._columns:
+            return line
+        return f"{set_cell_size(line, self._columns - 1).rstrip()}…"
+
+    def _widen(self, cells: list[str]) -> None:
+        self._widths = [max(width, cell_len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
+
+    def _told(self, envelope: Envelope) -> list[str]:
+        metrics = metrics_of(envelope.event)
+        chosen = (
+            [name for name in metrics if name not in _UNTOLD][:_MOST_METRICS]
+            if self._metric is None
+            else [name for name in metrics if self._metric.search(name)]
+        )
+        told = [*facts_of(envelope.event), *(f"{name} {_value(metrics[name])}" for name in chosen)]
+        left = len(metrics) - len(chosen)
+        told += [f"(+{left})"] if left and self._metric is None else []
+        return [printable(each if len(each) <= _MOST_CHARS else f"{each[:_MOST_CHARS]}…") for each in told]
+
+
+def _cells(envelope: Envelope) -> list[str]:
+    """Run, type, step."""
+    step = step_of(envelope.event)
+    run = NONE if envelope.run is None else printable(envelope.run)
+    run = f"{run} rank {envelope.rank}" if envelope.rank else run
+    return [run, printable(type_of(envelope.event)), NONE if step is None else f"{step:,}"]
+
+
+def _value(value: Any) -> str:
+    """Any: a metric may be anything."""
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -1,0 +1,161 @@
+"""`EventReader`: the events of a journal, its streams merged by time, and only those that are wanted."""
+
+import heapq
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from operator import itemgetter
+from pathlib import Path
+
+import msgspec
+
+from evsys_bus.cli.backwards import newest_first
+from evsys_bus.cli.event_facts import metrics_of, type_of
+from evsys_bus.cli.tables import counted
+from evsys_bus.codec import decode
+from evsys_bus.errors import CodecError
+from evsys_bus.events import Envelope
+from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, layout
+
+
+class Wanted(msgspec.Struct, frozen=True):
+    """Which events; what is empty or None does not matter."""
+
+    types: frozenset[str] = frozenset()
+    run: str | None = None
+    metric: re.Pattern[str] | None = None
+    """Searched for in the names of an event's metrics; events without metrics have none that fits."""
+    since: float | None = None
+    """Seconds since the epoch."""
+
+    def may_be(self, payload: bytes) -> bool:
+        """False for most of what is not wanted, without decoding it: texts stand in it as they are."""
+        if self.types and not any(each.encode() in payload for each in self.types):
+            return False
+        return self.run is None or self.run.encode(errors="replace") in payload
+
+    def is_it(self, envelope: Envelope) -> bool:
+        """Whether this is one of them."""
+        if self.since is not None and envelope.time < self.since:
+            return False
+        if self.run is not None and envelope.run != self.run:
+            return False
+        if self.types and type_of(envelope.event) not in self.types:
+            return False
+        return self.metric is None or any(map(self.metric.search, metrics_of(envelope.event)))
+
+
+class EventReader:
+    """A place in each stream of a journal; at first the beginning."""
+
+    def __init__(self, directory: Path, wanted: Wanted, disk: Disk | None = None) -> None:
+        self.no_envelopes = 0
+        """Whole records that could not be decoded."""
+        self._disk = OsDisk() if disk is None else disk
+        self._reader = JournalReader(directory, self._disk)
+        self._wanted = wanted
+        self._tails: dict[str, Tail] = {}
+        self._missing: list[tuple[int, int]] = []
+
+    def latest(self, count: int) -> list[Envelope]:
+        """The last ``count`` events, oldest first; the place is then the end."""
+        lasts = [self._latest(stream, count) for stream in self._reader.streams()]
+        merged = list(_merged(lasts))
+        return merged[-count:] if count else []
+
+    def seek(self, since: float) -> None:
+        """Move to the segments that may hold events from this time on, by the time of the first event of each."""
+        for stream in self._reader.streams():
+            self._tails[stream] = self._reader.tail(stream, self._before(stream, since))
+
+    def poll(self) -> Iterator[Envelope]:
+        """What comes behind the place, up to what is there now; run it to its end, and the place is there.
+
+        Raises:
+            JournalVersionError: A newer version wrote what follows.
+        """
+        for stream in self._reader.streams():
+            if stream not in self._tails:
+                self._tails[stream] = self._reader.tail(stream)
+        return _merged([self._decoded(tail.poll()) for tail in self._tails.values()])
+
+    def ends(self) -> dict[str, int]:
+        """The sequence of the last event that was read, by stream."""
+        return {stream: tail.last for stream, tail in self._tails.items()}
+
+    def troubles(self) -> list[str]:
+        """What was not there to be read, in words."""
+        missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing)]
+        damaged = sum(tail.damaged_bytes for tail in self._tails.values())
+        told: list[str] = []
+        if missing:
+            told.append(f"{counted(sum(last - first + 1 for first, last in missing), 'event')} missing")
+        if damaged:
+            told.append(f"{counted(damaged, 'byte')} set aside")
+        if self.no_envelopes:
+            told.append(f"{counted(self.no_envelopes, 'record')} of an unknown shape")
+        told += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable]
+        return told
+
+    def _latest(self, stream: str, count: int) -> list[Envelope]:
+        """The last ones of one stream, oldest first."""
+        records = newest_first(self._disk, self._reader.directory, stream)
+        newest = next(records, None)
+        self._tails[stream] = self._reader.tail(stream, 0 if newest is None else newest.sequence)
+        if newest is None or not count:
+            return []
+        found = itertools.islice(self._backwards(itertools.chain([newest], records)), count)
+        return list(found)[::-1]
+
+    def _backwards(self, records: Iterable[Record]) -> Iterator[Envelope]:
+        since, before = self._wanted.since, None
+        for record in records:
+            if before is not None and before > record.sequence + 1:
+                self._missing.append((record.sequence + 1, before - 1))
+            before = record.sequence
+            if since is None and not self._wanted.may_be(record.payload):
+                continue
+            envelope = self._envelope(record)
+            if envelope is None:
+                continue
+            if since is not None and envelope.time < since:
+                return
+            if self._wanted.is_it(envelope):
+                yield envelope
+
+    def _decoded(self, records: Iterable[Record]) -> Iterator[Envelope]:
+        for record in records:
+            if self._wanted.may_be(record.payload):
+                envelope = self._envelope(record)
+                if envelope is not None and self._wanted.is_it(envelope):
+                    yield envelope
+
+    def _envelope(self, record: Record) -> Envelope | None:
+        try:
+            return decode(record.payload)
+        except CodecError:
+            self.no_envelopes += 1
+            return None
+
+    def _before(self, stream: str, since: float) -> int:
+        """The sequence behind which the first segment that matters begins; 0 for all of them."""
+        names = layout.segments(self._disk, f"{self._reader.directory}/{stream}")
+        for name in reversed(names[1:]):
+            record = next(self._reader.read(stream, name.first - 1), None)
+            envelope = None if record is None else self._envelope(record)
+            if envelope is not None and envelope.time < since:
+                return name.first - 1
+        return 0
+
+
+def _merged(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
+    """By time; within a stream in its order, whatever its clock did."""
+    for _, envelope in heapq.merge(*map(_timed, streams), key=itemgetter(0)):
+        yield envelope
+
+
+def _timed(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope]]:
+    latest = 0.0
+    for envelope in envelopes:
+        latest = max(latest, envelope.time)
+        yield latest, envelope

@@ -1,0 +1,149 @@
+"""A journal's events in formats that other programs read."""
+
+import csv
+import io
+import sys
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Final, cast
+
+import msgspec
+
+from evsys_bus.cli.event_facts import metrics_of, step_of, type_of
+from evsys_bus.cli.event_reader import EventReader
+from evsys_bus.codec import to_json
+from evsys_bus.events import Envelope, Eval, StepEnd
+
+_COMMON: Final = ("time", "stream", "seq", "run", "rank")
+_OWN: Final = {"step_end": ("step",), "eval": ("step", "eval")}
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What spreadsheets take for a formula; the last four are full-width forms."""
+
+
+@contextmanager
+def destination(path: Path | None) -> Generator[BinaryIO]:
+    """Stdout; or a file, which stands under its name when it is complete, and not before."""
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("wb") as file:
+            yield file
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def export_jsonl(reader: EventReader, out: Path | None) -> int:
+    """One JSON object per event; how many there were."""
+    count = 0
+    with destination(out) as file:
+        for envelope in reader.poll():
+            file.write(to_json(envelope) + b"\n")
+            count += 1
+    return count
+
+
+def export_csv(new_reader: Callable[[], EventReader], places: dict[str, Path | None]) -> dict[str, int]:
+    """A table per event type, with a column for each metric or field that occurs; how many rows each has.
+
+    The journal is read twice: for the columns, and for the rows. What is appended in between is left out.
+
+    Args:
+        new_reader: Makes a reader at the beginning.
+        places: Where the table of each type goes; types that do not occur get a table without rows.
+    """
+    reader = new_reader()
+    tables: dict[str, dict[str, None]] = {kind: dict.fromkeys((*_COMMON, *_OWN.get(kind, ()))) for kind in places}
+    for envelope in reader.poll():
+        columns = tables.get(type_of(envelope.event))
+        if columns is not None:
+            columns.update(dict.fromkeys(_cells(envelope)))
+    ends = reader.ends()
+    counts = dict.fromkeys(places, 0)
+    for kind, out in places.items():
+        rows = (
+            _cells(envelope)
+            for envelope in new_reader().poll()
+            if type_of(envelope.event) == kind and envelope.seq <= ends.get(envelope.stream, 0)
+        )
+        with destination(out) as file:
+            counts[kind] = _write(file, list(tables[kind]), rows)
+    return counts
+
+
+def _write(file: BinaryIO, columns: list[str], rows: Iterable[dict[str, Any]]) -> int:
+    """Any: cells."""
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=False)
+    try:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(map(_text, columns))
+        count = 0
+        for row in rows:
+            writer.writerow([_cell(row.get(column)) for column in columns])
+            count += 1
+        text.flush()
+        return count
+    finally:
+        text.detach()  # the file is its opener's to close
+
+
+def _cells(envelope: Envelope) -> dict[str, Any]:
+    """A row by column. Any: cells."""
+    event = envelope.event
+    row: dict[str, Any] = {
+        "time": envelope.time,
+        "stream": envelope.stream,
+        "seq": envelope.seq,
+        "run": envelope.run,
+        "rank": envelope.rank,
+    }
+    if isinstance(event, StepEnd):
+        row["step"] = step_of(event)
+        fields = metrics_of(event)
+    elif isinstance(event, Eval):
+        row["step"] = step_of(event)
+        row["eval"] = event.eval_name
+        fields = _entries(event.metrics)
+    else:
+        fields = _leaves(envelope)
+    for name, value in fields.items():
+        row[f"metrics.{name}" if name in row else name] = value
+    return row
+
+
+def _leaves(envelope: Envelope) -> dict[str, Any]:
+    """The fields of any event, those of nested ones under dotted names. Any: cells."""
+    row = msgspec.json.decode(to_json(envelope))
+    leaves: dict[str, Any] = {}
+    _spread(row["event"], "", leaves)
+    leaves.pop("type", None)
+    return leaves | row.get("nonfinite", {})
+
+
+def _spread(value: object, path: str, leaves: dict[str, Any]) -> None:
+    entries = _entries(value)
+    if not isinstance(value, dict):
+        leaves[path] = value
+    for name, each in entries.items():
+        _spread(each, f"{path}.{name}" if path else name, leaves)
+
+
+def _entries(value: object) -> dict[str, Any]:
+    """Any: JSON."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _cell(value: object) -> object:
+    """Numbers as they are, lists as JSON."""
+    if value is None or type(value) in {int, float}:
+        return value
+    return _text(value if isinstance(value, str) else msgspec.json.encode(value).decode())
+
+
+def _text(text: str) -> str:
+    """Without what a spreadsheet would run, and on one line."""
+    text = text.replace("\r", "\\r").replace("\n", "\\n").replace("\x00", "\\x00")
+    return f"'{text}" if text.startswith(_FORMULA) else text

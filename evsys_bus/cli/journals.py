@@ -1,0 +1,83 @@
+"""Which journal a command line means: its directory, the folder of a run or experiment, or a name below ./runs."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import click
+
+RUNS: Final = Path("runs")
+_JOURNAL: Final = "journal"
+_MOST_NAMED: Final = 5
+
+
+class Found(NamedTuple):
+    """A journal that is there."""
+
+    directory: Path
+    run: str | None = None
+    """The run that was asked for, where the journal is that of its whole experiment."""
+
+
+def found(asked: Path | None) -> Found:
+    """The journal that is meant; None means the newest one below ``./runs``.
+
+    Raises:
+        click.UsageError: There is none, or several would fit.
+    """
+    if asked is None:
+        newest = max(_below(RUNS), key=_written, default=None)
+        if newest is None:
+            raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
+        return Found(newest)
+    for folder in (asked, RUNS / asked):
+        journal = _journal_of(folder)
+        if journal is not None:
+            return journal
+    from evsys_bus.cli.records import found_runs
+
+    named = [journal for each in found_runs(RUNS) if each.name == str(asked) and (journal := _journal_of(each))]
+    if len(named) == 1:
+        return named[0]
+    if named:
+        raise click.UsageError(f"several runs are called {asked}; name the folder of one")
+    what = f"{asked} holds no journal" if asked.exists() else f"there is no run {asked}"
+    raise click.UsageError(f"{what}{_others(asked)}")
+
+
+def _journal_of(folder: Path) -> Found | None:
+    if _has_streams(folder):
+        return Found(folder)
+    if _has_streams(folder / _JOURNAL):
+        return Found(folder / _JOURNAL)
+    parent = folder.resolve().parent if folder.name in {"", ".."} else folder.parent
+    if folder.is_dir() and folder.name != _JOURNAL and _has_streams(parent / _JOURNAL):
+        return Found(parent / _JOURNAL, folder.resolve().name)
+    return None
+
+
+def _has_streams(directory: Path) -> bool:
+    from evsys_bus.journal import JournalReader
+
+    return bool(JournalReader(directory).streams())
+
+
+def _below(root: Path) -> Iterator[Path]:
+    for pattern in (_JOURNAL, f"*/{_JOURNAL}", f"*/*/{_JOURNAL}"):
+        yield from filter(_has_streams, root.glob(pattern))
+
+
+def _written(directory: Path) -> float:
+    """When something was last appended to it."""
+    return max((each.stat().st_mtime for each in directory.glob("*/*.seg")), default=directory.stat().st_mtime)
+
+
+def _others(asked: Path) -> str:
+    from evsys_bus.cli.records import found_runs
+
+    known = {str(each.parent) for each in _below(RUNS)} | {str(each) for each in found_runs(RUNS)}
+    near = difflib.get_close_matches(str(asked), [*known, *(Path(each).name for each in known)], n=1)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; known: {', '.join(sorted(known)[:_MOST_NAMED])}" if known else ""

@@ -1,0 +1,50 @@
+"""Progress of reading a whole journal: a bar on stderr where that is a terminal, and nothing elsewhere."""
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from evsys_bus.cli.screen import Screen, is_terminal
+from evsys_bus.journal import Disk, OsDisk
+
+_WORTH_A_BAR: Final = 32 << 20
+"""Less is read before one has looked."""
+
+
+class _ToldDisk(OsDisk):
+    """The real disk, which tells how much was read."""
+
+    def __init__(self, tell: Callable[[int], object]) -> None:
+        self._tell = tell
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """As `Disk`."""
+        data = super().read(path, offset, size)
+        self._tell(len(data))
+        return data
+
+
+@contextmanager
+def disk_with_progress(directory: Path, what: str, screen: Screen, *, times: int = 1) -> Generator[Disk]:
+    """A disk whose reading shows while the block lasts.
+
+    Args:
+        directory: The journal.
+        what: What is being done to it.
+        screen: Where it shows.
+        times: How often all of it will be read.
+    """
+    total = sum(each.stat().st_size for each in directory.glob("*/*.seg")) * times
+    if total < _WORTH_A_BAR or not is_terminal(sys.stderr):
+        yield OsDisk()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True, no_color=not screen.colourful(sys.stderr))
+    parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*parts, console=console, transient=True, refresh_per_second=8) as progress:
+        task = progress.add_task(what, total=total)
+        yield _ToldDisk(lambda count: progress.advance(task, count))

@@ -1,0 +1,104 @@
+"""Repairing a journal: damaged segments are set aside whole, and written anew with the whole records of theirs only.
+
+Nothing needs it for reading: readers pass over damage. It makes the next reading quicker and quieter, and keeps what
+was damaged for whoever wants to look into it. What is lost stays lost, and stays missing in the sequences.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from evsys_bus.errors import JournalOpenError
+from evsys_bus.journal import OsDisk, Report, frame, layout
+from evsys_bus.journal.claim import owner
+from evsys_bus.journal.frame import Frame
+from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.verify import StreamReport
+
+_ASIDE: Final = ".damaged"
+
+
+class Repaired(msgspec.Struct):
+    """One segment."""
+
+    segment: Path
+    events: int
+    """In what stands in its place."""
+    dropped_bytes: int
+    aside: Path
+    """Where the segment is kept as it was."""
+
+
+def to_repair(report: Report) -> list[StreamReport]:
+    """The streams that have something to repair."""
+    return [each for each in report.streams if each.damaged]
+
+
+def repair(directory: Path, streams: Iterable[StreamReport], *, dry_run: bool) -> list[Repaired]:
+    """Repair the damaged segments of these streams; with ``dry_run`` only say what would be done.
+
+    Nobody should read them meanwhile: a reader in the middle of a segment would lose its place.
+
+    Raises:
+        JournalOpenError: A process writes one of them; nothing was changed.
+        OSError: The disk refused it. Every segment is either as it was or repaired.
+    """
+    disk = OsDisk()
+    locks: list[int] = []
+    try:
+        for stream in streams:
+            lock = disk.lock(f"{directory}/{stream.stream}/{layout.LOCK}")
+            if lock is None:
+                raise _in_use(directory, stream.stream) from BlockingIOError(errno.EWOULDBLOCK, "it is locked")
+            locks.append(lock)
+        segments = dict.fromkeys(Path(damage.segment) for stream in streams for damage in stream.damaged)
+        return [_repair(disk, each, dry_run=dry_run) for each in segments]
+    finally:
+        for lock in locks:
+            disk.close(lock)
+
+
+def _repair(disk: OsDisk, segment: Path, *, dry_run: bool) -> Repaired:
+    scan = SegmentScan(disk, str(segment))
+    frames = [piece for piece in scan.pieces() if isinstance(piece, Frame)]
+    whole = frame.head() + b"".join(frame.pack(each.sequence, bytes(each.payload), each.kind) for each in frames)
+    before = segment.stat()
+    events = sum(each.kind == frame.EVENT for each in frames)
+    done = Repaired(segment, events, before.st_size - len(whole), _free_name(segment))
+    if not dry_run:
+        _set_aside(segment, done.aside)
+        disk.replace(str(segment), whole)
+        os.utime(segment, ns=(before.st_atime_ns, before.st_mtime_ns))  # `retain` goes by its age
+    return done
+
+
+def _set_aside(segment: Path, aside: Path) -> None:
+    """A second name for it, which takes no room; a copy where the file system has no such thing."""
+    try:
+        aside.hardlink_to(segment)
+    except FileExistsError:
+        raise
+    except OSError:
+        shutil.copy2(segment, aside)
+
+
+def _free_name(segment: Path) -> Path:
+    number = 1
+    while (aside := segment.with_name(f"{segment.name}{_ASIDE}{'' if number == 1 else f'-{number}'}")).exists():
+        number += 1
+    return aside
+
+
+def _in_use(directory: Path, stream: str) -> JournalOpenError:
+    writer = owner(OsDisk(), str(directory), stream)
+    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {writer.since},"
+    return JournalOpenError(
+        f"{by} writes {directory}/{stream}; nothing was repaired",
+        why="a segment that is being written cannot be replaced",
+        fix="repair it when that process has ended; until then it can be read as it is",
+    )

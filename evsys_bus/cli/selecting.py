@@ -1,0 +1,74 @@
+"""Options that say which events of a journal are wanted."""
+
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Final, TypeVar
+
+import click
+
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _moment(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
+    """A duration before now, or a moment, as seconds since the epoch."""
+    before = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text or "")
+    if text is None or before:
+        return time.time() - float(before[1]) * _UNITS[before[2]] if before else None
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError):
+        what = f"{text!r} is neither a duration (90s, 10m, 2h, 1d) nor a moment (2026-01-31T12:00)"
+        raise click.BadParameter(what, ctx, param) from None
+
+
+def _pattern(ctx: click.Context, param: click.Parameter, text: str | None) -> re.Pattern[str] | None:
+    """A regular expression."""
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise click.BadParameter(f"{text!r} is no regular expression: {error}", ctx, param) from None
+
+
+def _words(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Words with commas between them, each once, in their order."""
+    del ctx, param
+    return tuple(dict.fromkeys(word.strip() for each in given for word in each.split(",") if word.strip()))
+
+
+def event_options(command: _CommandT) -> _CommandT:
+    """``--type``, as ``types``, and ``--run``."""
+    for option in (
+        click.option("--run", "run_key", metavar="KEY", help="Only events of this run."),
+        click.option(
+            "--type",
+            "types",
+            multiple=True,
+            metavar="A,B",
+            callback=_words,
+            help="Only events of these types: --type eval,checkpoint.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+since_option: Final = click.option(
+    "--since", metavar="TIME", callback=_moment, help="Only events since then: 10m, 2h, 2026-01-31T12:00."
+)
+metric_option: Final = click.option(
+    "--metric", metavar="REGEX", callback=_pattern, help="Only events with such a metric, and only those metrics."
+)
+
+
+def unmatched(types: tuple[str, ...]) -> str:
+    """Why nothing may have been found."""
+    from evsys_bus.errors import did_you_mean
+    from evsys_bus.events import declared_events
+
+    known = declared_events()
+    strange = [each for each in types if each not in known]
+    hints = [f'"{each}" is no type of event that is known here; {did_you_mean(each, known)}' for each in strange]
+    return "; ".join(["no event fits", *hints])

@@ -1,0 +1,80 @@
+"""``evsys-bus status``: the streams of a journal, who writes them, and how far each follower has got."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import Screen, color_option
+
+if TYPE_CHECKING:
+    from evsys_bus.cli.streams import Follower, StreamState
+    from evsys_bus.journal import Report
+
+
+@click.command("status")
+@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@click.option("--verify", "thoroughly", is_flag=True, help="Read all of it, and count what is damaged or missing.")
+@json_option
+@color_option
+@click.pass_obj
+def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool) -> None:
+    """Show the streams of RUN and their followers; without RUN, of the newest journal below ./runs.
+
+    A stream is live while a process writes it, closed when its last writer closed it, dead when that was killed.
+    """
+    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.streams import followers, streams
+
+    directory = found(folder).directory
+    states = streams(directory)
+    lags = followers(directory, states)
+    report = None
+    if thoroughly:
+        from evsys_bus.cli.verification import verified
+
+        report = verified(directory, screen)
+    lines = _json_lines(states, lags, report) if as_json else _lines(directory, states, lags, report)
+    click.echo("\n".join(lines))
+
+
+def _lines(directory: Path, states: "list[StreamState]", lags: "list[Follower]", report: "Report | None") -> list[str]:
+    from evsys_bus.cli.amounts import ago, size, span
+    from evsys_bus.cli.progress.figures import NONE
+    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.streams import behind
+    from evsys_bus.cli.tables import columns, counted
+
+    head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
+    rows = [head]
+    for each in states:
+        numbers = NONE if each.first is None or each.last is None else span(each.first, each.last)
+        age = NONE if each.last_time is None else ago(time.time() - each.last_time)
+        writer = NONE if each.owner is None else f"{each.owner.pid}@{each.owner.host} since {each.owner.since}"
+        rows.append([each.stream, each.state, printable(writer), numbers, f"{each.segments:,}", size(each.bytes), age])
+    total = sum(each.bytes for each in states)
+    lines = [f"{directory}   {counted(len(states), 'stream')}   {size(total)}", "", *columns(rows)]
+    if report is not None:
+        from evsys_bus.cli.verification import summary
+
+        lines += ["", summary(report)]
+    if lags:
+        rows = [["follower", "stream", "done up to", "behind"]]
+        for each in lags:
+            for state in states:
+                position = each.positions.get(state.stream, 0)
+                rows.append([printable(each.name), state.stream, f"{position:,}", f"{behind(state, position):,}"])
+        lines += ["", *columns(rows)]
+    return lines
+
+
+def _json_lines(states: "list[StreamState]", lags: "list[Follower]", report: "Report | None") -> list[str]:
+    import msgspec
+
+    checked = {} if report is None else {each.stream: each for each in report.streams}
+    rows: list[dict[str, Any]] = []  # Any: JSON
+    rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
+    rows += [{"type": "follower", **msgspec.to_builtins(each)} for each in lags]
+    return [msgspec.json.encode(row).decode() for row in rows]

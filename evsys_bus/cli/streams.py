@@ -1,0 +1,95 @@
+"""The streams and followers of a journal at a glance: from file names, sizes and the last records alone."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from evsys_bus.cli.backwards import frames_backwards, newest_first
+from evsys_bus.codec import decode
+from evsys_bus.errors import CodecError
+from evsys_bus.journal import Cursors, JournalReader, OsDisk, frame, layout
+from evsys_bus.journal.claim import owner
+from evsys_bus.journal.layout import Owner
+
+
+class StreamState(msgspec.Struct):
+    """One stream."""
+
+    stream: str
+    state: Literal["live", "closed", "dead"]
+    owner: Owner | None
+    """Who writes it, or wrote it last."""
+    segments: int
+    bytes: int
+    first: int | None
+    """The sequence of the first event that is kept; None where there is no event."""
+    last: int | None
+    last_time: float | None
+    """When the last event was published."""
+
+
+class Follower(msgspec.Struct):
+    """How far somebody has got."""
+
+    name: str
+    lag: int
+    """Events that are still to be delivered, over all streams."""
+    positions: dict[str, int]
+    """The sequence of the last event that it is done with, by stream."""
+
+
+def streams(directory: Path) -> list[StreamState]:
+    """Every stream.
+
+    Raises:
+        JournalVersionError: A newer version wrote it.
+    """
+    reader = JournalReader(directory)
+    return [_stream(reader, stream) for stream in reader.streams()]
+
+
+def followers(directory: Path, states: list[StreamState]) -> list[Follower]:
+    """Every follower that has a cursor."""
+    cursors = Cursors(str(directory))
+    found: list[Follower] = []
+    for name in cursors.followers():
+        positions = cursors.load(name)
+        lag = sum(behind(each, positions.get(each.stream, 0)) for each in states)
+        found.append(Follower(name, lag, positions))
+    return found
+
+
+def behind(state: StreamState, position: int) -> int:
+    """How many events of a stream are still to be delivered to one whose cursor stands there."""
+    if state.first is None or state.last is None:
+        return 0
+    return max(0, state.last - max(position, state.first - 1))
+
+
+def _stream(reader: JournalReader, stream: str) -> StreamState:
+    disk = OsDisk()
+    folder = f"{reader.directory}/{stream}"
+    live = reader.is_live(stream)
+    names = layout.segments(disk, folder)
+    closed = False
+    for name in names[-1:]:
+        newest = next(frames_backwards(disk, f"{folder}/{name}"), None)
+        closed = newest is not None and newest.kind == frame.CLOSED
+    last = next(newest_first(disk, reader.directory, stream), None)
+    last_time = None
+    if last is not None:
+        try:
+            last_time = decode(last.payload).time
+        except CodecError:
+            pass  # whole, but of an unknown shape: its sequence is known all the same
+    return StreamState(
+        stream=stream,
+        state="live" if live else "closed" if closed else "dead",
+        owner=owner(disk, reader.directory, stream),
+        segments=len(names),
+        bytes=sum(disk.size(f"{folder}/{name}") for name in names),
+        first=None if last is None else names[0].first,
+        last=None if last is None else last.sequence,
+        last_time=last_time,
+    )

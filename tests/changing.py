@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Publish metrics that another thread changes meanwhile, a great many times.
+
+usage: uv run python tests/changing.py --rows 10000000
+
+Each row has a list in it; a second thread adds to and takes from both while they are published to a bus with a journal.
+No publish may raise, the process may not crash, and every row must be in the journal and decode, under its own step.
+"""
+
+import argparse
+import itertools
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch
+from evsys_bus.codec import decode
+from evsys_bus.journal import JournalReader, verify
+
+ROWS_EACH = 500_000
+"""To one journal; it is removed when all of them were found there."""
+
+
+def change(metrics: dict, stop: threading.Event) -> None:
+    """As a careless monitoring thread might, a hundred thousand times a second."""
+    rewards = metrics["rewards"]
+    for turn in itertools.count():
+        if stop.is_set():
+            return
+        metrics[f"late-{turn % 3}"] = turn
+        metrics.pop(f"late-{turn % 5}", None)
+        rewards.append(float(turn) if turn % 8 else [turn])
+        if turn % 3 == 0:
+            rewards.clear()
+        time.sleep(0)  # lets go of the interpreter, and takes it back in the middle of whatever the publisher does
+
+
+def publish_all(rows: int, journal: Path) -> None:
+    metrics = {"loss": 0.0, "rewards": []}
+    state = LoopState(step=0, num_steps=rows, output_dir=journal.parent)
+    stop = threading.Event()
+    changing = threading.Thread(target=change, args=(metrics, stop))
+    changing.start()
+    try:
+        with EventBus([], journal=journal) as bus:
+            for step in range(rows):
+                bus.publish(StepEnd(state, step, TrainingBatch(), metrics))
+    finally:
+        stop.set()
+        changing.join()
+    assert (bus.receipt.recorded, bus.receipt.unrecorded) == (rows, 0), bus.receipt
+
+
+def find_all(rows: int, journal: Path) -> int:
+    """How many rows hold values from the changing thread; raises where one is missing or is not that step's."""
+    report = verify(journal)
+    assert report.whole, report
+    [stream] = report.streams
+    assert stream.records == rows, stream
+    changed = 0
+    for step, record in enumerate(JournalReader(journal).read(stream.stream)):
+        event = decode(record.payload).event
+        assert (event.step_idx, event.metrics["loss"]) == (step, 0.0), event
+        changed += len(event.metrics) > 2 or bool(event.metrics["rewards"])
+    return changed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Publish metrics that another thread changes; see the file.")
+    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--folder", help="where the journal goes; default: the system's temporary directory")
+    asked = parser.parse_args()
+    sys.setswitchinterval(1e-5)  # a hundred times as many chances to meet
+    folder = Path(tempfile.mkdtemp(prefix="changing-", dir=asked.folder))
+    done = changed = 0
+    while done < asked.rows:
+        rows = min(ROWS_EACH, asked.rows - done)
+        publish_all(rows, folder / "journal")
+        changed += find_all(rows, folder / "journal")
+        shutil.rmtree(folder / "journal")
+        done += rows
+        print(f"rows {done:,} changed meanwhile {changed:,} lost 0", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
