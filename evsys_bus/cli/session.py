@@ -52,10 +52,6 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     again = shlex.join([*wishes.command, "--resume"])
     _refuse_used(plan, wishes, again)
     callbacks = _built(plan)
-    try:  # before the journal is opened in it, and says so in words of its own
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unwritable(plan.folder, "the experiment's directory", error) from error
     board = _board(plan, wishes)
     as_json = wishes.progress == "json"
     if resolved(wishes.progress, sys.stderr) == "plain":  # the table says it itself
@@ -98,7 +94,12 @@ class _Outcome(NamedTuple):
 
 async def _train(plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts) -> _Outcome:
     interrupts.stop_this_task()
-    async with EventBus(callbacks, journal=plan.folder / JOURNAL) as bus:
+    bus = EventBus(callbacks, journal=plan.folder / JOURNAL)
+    try:  # before the journal says in words of its own that it cannot be opened there
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(plan.folder.absolute(), "the experiment's directory", error) from error
+    async with bus:
         result = await Experiment(
             plan.config,
             bus=bus,
