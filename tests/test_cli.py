@@ -276,3 +276,9 @@ def test_adapters_with_a_kind_gives_its_schema_as_json():
     assert page["schema"]["properties"]["every"]["minimum"] == 1
     assert page["defaults"] == {"every": 1, "keys": None}
     assert page["example"]["kind"] == "print_progress"
+
+
+def test_a_closed_stdout_changes_no_exit_code(tmp_path):
+    command = f"{sys.executable} -c 'from evsys_bus.cli import main; main()' explain EB101 >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")

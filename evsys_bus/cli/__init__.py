@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TextIO
 
 import click
 
@@ -96,10 +96,12 @@ def run(arguments: Sequence[str]) -> int:
         from evsys_bus.cli.telling import tell
 
         return tell(error, screen)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    stdout: TextIO | None = sys.stdout
+    if stdout is not None:  # the caller may have closed it: `>&-`
+        try:
+            stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     return outcome if isinstance(outcome, int) else 0
 
 

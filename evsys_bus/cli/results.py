@@ -95,5 +95,5 @@ def _failure(run: RunPlan, arm: ArmResult, plan: Planned) -> str:
 
 
 def _pairs(plan: Planned, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:
-    """Both are in the order of the plan."""
-    return list(zip(plan.runs, result.arms, strict=True))
+    """Both are in the order of the plan; behind it come the runs of earlier sessions that this one did not plan."""
+    return list(zip(plan.runs, result.arms, strict=False))
