@@ -62,7 +62,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount here")
     yield path
-    subprocess.run(["umount", str(path)], check=True)
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # a test that fails may have files open there
 
 
 async def run_demo(output_dir: Path, journal: JournalWriter, fills: Fills | None = None):

@@ -1,8 +1,11 @@
 """The journal as it is meant to be used: streams, segments, cursors, retention, and what is refused."""
 
+import gc
 import math
 import os
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -281,3 +284,18 @@ def test_a_tail_gives_out_each_record_once_over_segments_and_restarts(tmp_path):
     assert seen == list(range(1, 91))
     assert (tail.damaged_bytes, tail.torn_bytes, tail.missing) == (0, 0, [])
     writer.close()
+
+
+def test_a_writer_that_is_dropped_without_being_closed_leaves_no_thread_and_loses_nothing(tmp_path):
+    before = threading.active_count()
+    for _ in range(5):
+        writer = JournalWriter(tmp_path).open()
+        sequence = writer.append(b"event")
+        del writer
+        gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+    reader = JournalReader(tmp_path)
+    assert [record.sequence for stream in reader.streams() for record in reader.read(stream)][-1] == sequence

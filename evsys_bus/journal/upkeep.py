@@ -25,6 +25,7 @@ class Upkeep:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._ended = False
+        self._abandoned = False
         self._synced_bytes = 0
         self._synced_begun = -1
         self._pruned_begun = 0
@@ -41,6 +42,11 @@ class Upkeep:
             return False
         self._thread.join(timeout_seconds)
         return self._ended and not self.sync_failures
+
+    def abandon(self) -> None:
+        """End soon, without waiting: the writer was dropped and not closed. What it appended stays as it is."""
+        self._abandoned = True
+        self._stopping.set()
 
     def round(self) -> None:
         """One round."""
@@ -73,6 +79,9 @@ class Upkeep:
     def _run(self) -> None:
         while not self._stopping.wait(self._every):
             self.round()
+        if self._abandoned:
+            self._recorder.release()
+            return
         self.round()
         with self._recorder.lock:
             self._recorder.retire()

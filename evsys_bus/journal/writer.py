@@ -94,6 +94,7 @@ class JournalWriter:
         recorder.open(claimed, self._reserve_bytes)
         _open.add(recorder)
         self._upkeep.start()
+        weakref.finalize(self, self._upkeep.abandon).atexit = False
         return self
 
     def append(self, payload: bytes, *, keep: bool = False) -> int:
