@@ -412,7 +412,7 @@ def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run
         stop.set()
         for thread in threads:
             thread.join()
-        assert bus._publisher._tokens == [None]
+        assert list(bus._publisher._tokens) == [None]
     assert overlaps == []
 
 

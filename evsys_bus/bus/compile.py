@@ -6,9 +6,11 @@ calls stand in `publish` itself, so that one publish is one Python frame around 
 
     take the token · count · call, call, call · record · run what hooks published meanwhile · give the token back
 
-The token makes publishes take turns (a lock costs five times as much). Counts are exact. Time is sampled: the first
-call of a unit and then every 64th goes through `timed`, which reads the clock between the hooks; with a hook that was
-seen slow, every one. The watchdog and the adoption of tasks need no mark from here: the frame's line says which hook.
+The token makes publishes take turns (a lock costs five times as much). Counts are exact: `ticks` is an iterator that
+lasts until the next call to be timed, and what is left of it tells how many there were. Time is sampled: the first call
+of a unit and then every 64th goes through `timed`, which reads the clock between the hooks; with a hook that was seen
+slow, every one. What the code needs are its globals: a closure copies each of its names into every call's frame. The
+watchdog and the adoption of tasks need no mark from here: the frame's line says which hook.
 """
 
 import itertools
@@ -16,6 +18,7 @@ import linecache
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import length_hint
 from typing import Any, Final
 
 from evsys_bus.bus.account import SLOW_NANOSECONDS, HookAccount
@@ -27,61 +30,44 @@ FILENAME: Final = "<evsys-bus publish"
 """What the filename of compiled code begins with."""
 
 _UNIT: Final = """\
-def unit(
-    tokens, queue, contended, settle, dispatch_of, failed, before, record, hot, stride, sample, clock, wall, {names}
-):
-    calls = 0
-    due = 1
-
-    def publish(event):
-        nonlocal calls
-        try:
-            tokens.pop()
-        except IndexError:
-            return contended(event)
-        try:
-            if type(event) is hot:
-                {enter}
-                calls += 1
-                if calls >= due:
-                    before(event)
-                    timed(event)
-                else:
-                    {calls_in_publish}
-                {leave}
+def publish(event):
+    try:
+        tokens.pop()
+    except IndexError:
+        return contended(event)
+    try:
+        if type(event) is hot:
+            {enter}
+            for _ in ticks:
+                {calls}
+                break
             else:
-                dispatch_of[type(event)](event)
-            if queue:
-                settle()
-        finally:
-            tokens.append(None)
-
-    def dispatch(event):
-        nonlocal calls
-        {enter}
-        before(event)
-        calls += 1
-        if calls >= due:
-            timed(event)
+                before(event)
+                timed(event)
+            {leave}
         else:
-            {calls_in_dispatch}
-        {leave}
+            dispatch_of[type(event)](event)
+        if queue:
+            settle()
+    finally:
+        tokens.append(None)
 
-    def timed(event):
-        nonlocal due
-        due = calls + stride[0]
-        t0 = clock()
-        {timed_calls}
-        sample(({times},))
+def dispatch(event):
+    {enter}
+    before(event)
+    for _ in ticks:
+        {calls_in_dispatch}
+        break
+    else:
+        timed(event)
+    {leave}
 
-    def count():
-        return calls
-
-    def retire():
-        nonlocal hot
-        hot = None
-
-    return publish, dispatch, count, retire
+def timed(event):
+    global ticks
+    ticks = renewed()
+    t0 = clock()
+    {timed_calls}
+    sample(({times},))
 """
 
 _numbers = itertools.count(1)
@@ -94,10 +80,6 @@ class Unit:
     """Of use in the unit of the hot event type only."""
     dispatch: Callable[[Event], None]
     """Calls the hooks; whoever calls it holds the token."""
-    count: Callable[[], int]
-    """How many events were dispatched, exactly."""
-    retire: Callable[[], None]
-    """Close the inlined path: a `publish` that somebody kept goes by the current units from here on."""
 
     def __init__(
         self,
@@ -108,13 +90,16 @@ class Unit:
         prefix: str,
         record: Callable[[Event, float], None] | None = None,
         record_first: bool = False,
+        failed: Callable[[HookAccount, BaseException], None],
         **parts: Any,
     ) -> None:
         """Compile. Any: ``parts`` are the names that the template takes, given by the publisher."""
         self.tag = str(event_type.__struct_config__.tag)
         self.accounts = tuple(accounts)
         self.filename = f"{prefix}{next(_numbers)}>: {event_type.__name__}"
-        self._stride = [SAMPLE_EVERY]
+        self._stride = SAMPLE_EVERY
+        # How many events there will have been when the ticks are used up, and the ticks; one name, for other readers.
+        self._progress: tuple[int, itertools.repeat[None]] = (0, itertools.repeat(None, 0))
         # Folded into the accounts a few times a second, off the publishing thread. At a million publishes a second
         # some are overwritten before that, which a sample can bear.
         self._samples: deque[tuple[int, ...]] = deque(maxlen=1024)
@@ -125,19 +110,37 @@ class Unit:
             for number, line in enumerate(lines, start=1)
             if line.lstrip().startswith("try: h")
         }
-        space: dict[str, Any] = {"__name__": __name__, "__loader__": _Source(source)}
-        exec(compile(source, self.filename, "exec"), space)  # noqa: S102 # our own template; no input gets into it
-        self.publish, self.dispatch, self.count, self.retire = space["unit"](
-            hot=event_type if hot else None,
-            stride=self._stride,
-            sample=self._samples.append,
-            clock=time.perf_counter_ns,
-            wall=time.time,
-            record=record,
+        self._space: dict[str, Any] = {
+            "__name__": __name__,
+            "__loader__": _Source(source),
+            "hot": event_type if hot else None,
+            "ticks": self._progress[1],
+            "renewed": self._renewed,
+            "failed": self._failed(failed),
+            "sample": self._samples.append,
+            "clock": time.perf_counter_ns,
+            "wall": time.time,
+            "record": record,
             **{f"h{index}": account.method for index, account in enumerate(self.accounts)},
-            **{f"k{index}": account for index, account in enumerate(self.accounts)},
             **parts,
-        )
+        }
+        exec(compile(source, self.filename, "exec"), self._space)  # noqa: S102 # our own template; no input gets into it
+        self.publish, self.dispatch = self._space["publish"], self._space["dispatch"]
+
+    def count(self) -> int:
+        """How many events were dispatched, exactly."""
+        at_end, ticks = self._progress
+        return at_end - length_hint(ticks)
+
+    def _failed(self, failed: Callable[[HookAccount, BaseException], None]) -> Callable[[int, BaseException], None]:
+        accounts = self.accounts
+        return lambda index, error: failed(accounts[index], error)
+
+    def _renewed(self) -> "itertools.repeat[None]":
+        """A call is being timed; this many until the next."""
+        ticks = itertools.repeat(None, self._stride - 1)
+        self._progress = (self._progress[0] + self._stride, ticks)
+        return ticks
 
     def fold(self) -> None:
         """Bring the samples into the accounts."""
@@ -146,11 +149,11 @@ class Unit:
             for account, began, ended in zip(self.accounts, times, times[1:], strict=False):
                 account.took(ended - began)
                 if ended - began >= SLOW_NANOSECONDS:
-                    self._stride[0] = 1
+                    self._stride = 1
 
     def forget(self) -> None:
-        """End: counts and samples go into the accounts."""
-        self.retire()
+        """End: counts and samples go into the accounts, and a `publish` that somebody kept goes by the new units."""
+        self._space["hot"] = None
         self.fold()
         for account in self.accounts:
             account.calls += self.count()
@@ -178,7 +181,7 @@ def _source(event_type: type[Event], hooks: int, *, recorded: bool, record_first
     calls = [unpack] if hooks and fields else []
     timed_calls = list(calls)
     for index in range(hooks):
-        call = [f"try: h{index}({arguments})", f"except BaseException as error: failed(k{index}, error)"]
+        call = [f"try: h{index}({arguments})", f"except BaseException as error: failed({index}, error)"]
         calls += call
         timed_calls += [*call, f"t{index + 1} = clock()"]
     enter = "record(event, wall())" if record_first else "now = wall()"
@@ -186,10 +189,9 @@ def _source(event_type: type[Event], hooks: int, *, recorded: bool, record_first
     return _UNIT.format(
         enter=enter if recorded else "pass",
         leave=leave if recorded else "pass",
-        names="*, " + ", ".join(f"h{index}, k{index}" for index in range(hooks)) if hooks else "*, _=None",
-        calls_in_publish=_indented(calls, 20),
-        calls_in_dispatch=_indented(calls, 12),
-        timed_calls=_indented(timed_calls, 8),
+        calls=_indented(calls, 16),
+        calls_in_dispatch=_indented(calls, 8),
+        timed_calls=_indented(timed_calls, 4),
         times=", ".join(f"t{index}" for index in range(hooks + 1)),
     )
 

@@ -62,7 +62,7 @@ class Publisher:
         self._expose = expose
         self._before = before
         self.recording: Recording | None = None
-        self._tokens: list[None] = [None]
+        self._tokens: deque[None] = deque([None])
         self._queue: deque[Event | BaseException | Callable[[], None]] = deque()
         self._nested = 0
         self._restoring = threading.Lock()
@@ -225,7 +225,8 @@ class Publisher:
         if self.state == "open":
             self.state = "forked"
         self.units.after_fork()
-        self._tokens[:] = [None]
+        self._tokens.clear()
+        self._tokens.append(None)
         self._queue.clear()
         self.units.forget()
 
