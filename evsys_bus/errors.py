@@ -29,46 +29,24 @@
     │   ├── JournalOpenError     EB801       the journal's directory cannot be written
     │   ├── UnrecordedError      EB802       the disk did not take an event, and the journal was told to raise then
     │   ├── JournalVersionError  EB803       written by a newer version
-    │   └── JournalClosedError   EB804       an append before the journal was opened, or after it was closed
+    │   ├── JournalClosedError   EB804       an append before the journal was opened, or after it was closed
+    │   └── JournalInUseError    EB805       a live process writes what was to be changed
+    ├── DeliveryError                        what a sink raises to say what becomes of the batch
+    │   ├── RetryLaterError      EB901       not now: the destination is busy or away
+    │   ├── ParkedError          EB902       not until someone mends it: the destination refuses who we are
+    │   ├── RejectedError        EB903       never: the destination refuses these events
+    │   └── BatchTooLargeError   EB904       not so many at once
+    ├── CourierBusyError (RuntimeError) EB905 another process delivers to the adapter
     └── TrainingError (RuntimeError) EB701   the reference loop was given something it cannot train with
 
 Every error carries a ``code``, the ``where`` it was found (if that is a place in a config) and the ``fix``.
 This module owns their one shape in text; who prints them, and in which colours, is the command line's business.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-import msgspec
-
-
-class Where(msgspec.Struct, frozen=True):
-    """A place in a configuration."""
-
-    path: str
-    """JSON path, ``$`` being the whole: ``$.callbacks[1].kind``."""
-    file: str | None = None
-    """The file it was read from, if it was read from one; or the option of the command line."""
-    line: int | None = None
-    """1-based line in that file."""
-    column: int | None = None
-    """1-based column of the token."""
-    text: str | None = None
-    """The line itself, so that a caret can be drawn under the token."""
-    width: int = 1
-    """Length of the token in characters."""
-
-    def __str__(self) -> str:
-        if self.file is None:
-            return f" --> {self.path}"
-        if self.line is None or self.column is None:
-            return f" --> {self.file}   {self.path}"
-        head = f" --> {self.file}:{self.line}:{self.column}   {self.path}"
-        if self.text is None:
-            return head
-        gutter = " " * len(str(self.line))
-        caret = " " * (self.column - 1) + "^" * self.width
-        return f"{head}\n{gutter} |\n{self.line} | {self.text}\n{gutter} | {caret}"
+from evsys_bus.where import Where
 
 
 class EvsysBusError(Exception):
@@ -268,6 +246,58 @@ class JournalClosedError(JournalError):
     """An append before the journal was opened, or after it was closed."""
 
     code = "EB804"
+
+
+class JournalInUseError(JournalError):
+    """A live process writes what was to be changed."""
+
+    code = "EB805"
+
+
+class DeliveryError(EvsysBusError):
+    """What a sink raises to say what becomes of the batch; ``fix`` is shown to people who look at the adapter."""
+
+    def __init__(self, what: str, *, fix: str = "evsys-bus status tells how the delivery goes on") -> None:
+        super().__init__(what, fix=fix)
+
+
+class RetryLaterError(DeliveryError):
+    """Not now: the destination is busy or away. Tried again without end, after ``after_seconds`` where it said so."""
+
+    code = "EB901"
+
+    def __init__(self, what: str, *, after_seconds: float | None = None) -> None:
+        super().__init__(what)
+        self.after_seconds = after_seconds
+
+
+class ParkedError(DeliveryError):
+    """Not until someone mends it, as with a wrong key: the adapter is parked, and tried once a minute."""
+
+    code = "EB902"
+
+
+class RejectedError(DeliveryError):
+    """Never: these events become dead letters, and the others of the batch are delivered."""
+
+    code = "EB903"
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        """Say why, for each index in the batch."""
+        super().__init__(f"{len(reasons)} events were rejected: {'; '.join(sorted(set(reasons.values()))[:3])}")
+        self.reasons = dict(reasons)
+
+
+class BatchTooLargeError(DeliveryError):
+    """Not so many at once: the batch is halved; one event that is too large by itself becomes a dead letter."""
+
+    code = "EB904"
+
+
+class CourierBusyError(EvsysBusError, RuntimeError):
+    """Another process delivers to this adapter from this journal."""
+
+    code = "EB905"
 
 
 class TrainingError(EvsysBusError, RuntimeError):

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from evsys_bus import (
@@ -30,7 +31,7 @@ from evsys_bus import (
 from evsys_bus.cli import run
 from evsys_bus.cli.event_reader import EventReader, Wanted
 from evsys_bus.codec import decode, to_json
-from evsys_bus.journal import Cursors, JournalReader, JournalWriter, OsDisk, frame, verify
+from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, frame, verify
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -171,7 +172,12 @@ def test_the_last_events_of_a_large_journal_are_had_without_reading_it(tmp_path)
 def test_tail_json_is_the_event_as_the_codec_has_it(evsys_bus, tmp_path):
     directory = journal(tmp_path, 5)
     _, out, _ = evsys_bus("tail", directory, "--json")
-    assert out.splitlines() == [to_json(each).decode() for each in recorded(directory)]
+    published = [
+        msgspec.structs.replace(each, event=step(tmp_path, number, loss=1 / (number + 1)))
+        for number, each in enumerate(recorded(directory))
+    ]
+    assert out.splitlines() == [to_json(each).decode() for each in published]
+    assert json.loads(out.splitlines()[0])["event"]["state"]["run"] == "low"
 
 
 @pytest.fixture
@@ -355,7 +361,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(tmp_path):
 def test_status_tells_live_closed_and_dead_streams_and_how_far_followers_are(evsys_bus, program, tmp_path):
     directory = journal(tmp_path, 4)
     stream = JournalReader(directory).streams()[0]
-    Cursors(str(directory)).save("csv_metrics", {stream: 3})
+    Cursors(str(directory)).save("csv_metrics", Cursor({stream: Place(3)}))
     code, out, _ = evsys_bus("status", tmp_path)
     assert code == 0
     same_as_golden("status", out, tmp_path)
@@ -536,7 +542,7 @@ def test_a_journal_of_a_newer_version_is_told_by_every_command_and_repaired_by_n
     segment.write_bytes(newer)
     for arguments in (["tail"], ["status"], ["journal", "export", "--format", "csv"]):
         code, _, err = evsys_bus(*arguments, tmp_path)
-        assert (code != 0, err[:12], "upgrade evsys-bus" in err) == (True, "error[EB803]", True)
+        assert (code, err[:12], "upgrade evsys-bus" in err) == (3, "error[EB803]", True)
     code, out, _ = evsys_bus("journal", "verify", tmp_path)
     assert (code, "could not be read: 000001-1.seg: error[EB803]" in out) == (3, True)
     code, out, err = evsys_bus("journal", "repair", tmp_path)

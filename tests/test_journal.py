@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.errors import ForkedBusError, JournalClosedError, JournalOpenError, JournalVersionError
-from evsys_bus.journal import Cursors, JournalReader, JournalWriter, Retain, frame, verify
+from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, Place, Retain, frame, verify
 from evsys_bus.testing import ManualClock, SimulatedDisk
 
 NEVER = math.inf  # rounds of upkeep when the test says so
@@ -88,7 +88,7 @@ def test_sequences_that_a_follower_has_had_are_not_given_again(tmp_path):
     writer = JournalWriter(tmp_path).open()
     fill(writer, 10)
     writer.close()
-    Cursors(str(tmp_path)).save("csv", {writer.stream: 10})
+    Cursors(str(tmp_path)).save("csv", Cursor({writer.stream: Place(10)}))
     [path] = segments(tmp_path)
     os.truncate(path, path.stat().st_size // 2)
     assert JournalWriter(tmp_path).open().next_sequence == 11
@@ -143,8 +143,8 @@ def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
 def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_path):
     writer = JournalWriter(tmp_path, segment_bytes=300, retain=Retain(max_bytes=0), flush_seconds=NEVER).open()
     cursors = Cursors(str(tmp_path))
-    cursors.save("fast", {writer.stream: 50})
-    cursors.save("slow/../x", {writer.stream: 20})
+    cursors.save("fast", Cursor({writer.stream: Place(50)}))
+    cursors.save("slow/../x", Cursor({writer.stream: Place(20)}))
     assert cursors.followers() == ["fast", "slow/../x"]
     fill(writer, 50)
     writer.flush()
@@ -153,7 +153,7 @@ def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_pa
     assert 1 not in firsts
     assert firsts[1] > 21
     assert read(tmp_path, after=20)[0] == 21
-    cursors.save("slow/../x", {writer.stream: 50})
+    cursors.save("slow/../x", Cursor({writer.stream: Place(50)}))
     fill(writer, 20)
     writer.flush()
     assert read(tmp_path)[0] > 40
@@ -171,7 +171,7 @@ def test_the_wall_clock_may_jump_by_a_day():
         writer = JournalWriter(
             "/journal", disk=disk, clock=clock, segment_bytes=200, retain=retain, flush_seconds=NEVER
         ).open()
-        Cursors("/journal", disk).save("slow", {writer.stream: 0})
+        Cursors("/journal", disk).save("slow", Cursor({writer.stream: Place(0)}))
         fill(writer, 20)
         writer.flush()
         assert writer.close()
@@ -182,10 +182,10 @@ def test_the_wall_clock_may_jump_by_a_day():
 
 def test_a_cursor_that_cannot_be_read_counts_as_none(tmp_path, caplog):
     cursors = Cursors(str(tmp_path))
-    cursors.save("csv", {"r0-x": 7})
-    assert cursors.load("csv") == {"r0-x": 7}
+    cursors.save("csv", Cursor({"r0-x": Place(7)}))
+    assert cursors.load("csv").place("r0-x").sequence == 7
     (tmp_path / "cursors" / "csv.json").write_text("{")
-    assert cursors.load("csv") == {}
+    assert cursors.load("csv") == Cursor()
     assert cursors.passed("r0-x") == 0
     assert "journal.cursor_unreadable" in caplog.text
 

@@ -54,7 +54,7 @@ def followers(directory: Path, states: list[StreamState]) -> list[Follower]:
     cursors = Cursors(str(directory))
     found: list[Follower] = []
     for name in cursors.followers():
-        positions = cursors.load(name)
+        positions = {stream: place.sequence for stream, place in cursors.load(name).streams.items()}
         lag = sum(behind(each, positions.get(each.stream, 0)) for each in states)
         found.append(Follower(name, lag, positions))
     return found

@@ -4,7 +4,7 @@ It owns bytes, files and cursors; what the bytes say is the codec's business. Th
 """
 
 from evsys_bus.journal.clock import Clock, OsClock
-from evsys_bus.journal.cursor import Cursors
+from evsys_bus.journal.cursor import Cursor, Cursors, Place
 from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.reader import JournalReader, Record, Tail
 from evsys_bus.journal.retain import Retain
@@ -13,12 +13,14 @@ from evsys_bus.journal.writer import JournalWriter
 
 __all__ = [
     "Clock",
+    "Cursor",
     "Cursors",
     "Disk",
     "JournalReader",
     "JournalWriter",
     "OsClock",
     "OsDisk",
+    "Place",
     "Record",
     "Report",
     "Retain",

@@ -16,7 +16,7 @@ from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import Cursors
 from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.layout import Owner, SegmentName
+from evsys_bus.journal.layout import Family, Owner, SegmentName
 from evsys_bus.journal.scanning import SegmentScan
 
 
@@ -33,18 +33,18 @@ class Claim(msgspec.Struct):
     """The segments that were there: how much of them is on the medium, only their dead writer knew."""
 
 
-def claim(disk: Disk, clock: Clock, directory: str, rank: int) -> Claim:
+def claim(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = "r") -> Claim:
     """Lock a stream.
 
     Raises:
         OSError: The directory cannot be written.
     """
     disk.make_directory(directory)
-    for stream in reversed(layout.streams(disk, directory, rank)):
+    for stream in reversed(layout.streams(disk, directory, rank, family)):
         found = _continued(disk, clock, directory, stream)
         if found is not None:
             return found
-    stream = layout.new_stream(rank, clock.wall())
+    stream = layout.new_stream(rank, clock.wall(), family)
     disk.make_directory(f"{directory}/{stream}")
     return Claim(stream, hold(disk, clock, directory, stream))
 

@@ -1,10 +1,36 @@
 """Cursors: how far each follower has got in each stream, in one small file each, replaced whole or not at all."""
 
+from typing import Any, Final
+
 import msgspec
 
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import layout
 from evsys_bus.journal.disk import Disk, OsDisk
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """How far a follower has got in one stream."""
+
+    sequence: int = 0
+    """Of the last event that it is done with."""
+    delivered: int = 0
+    dead: int = 0
+    """Of those that it is done with: how many it did not take, and never will."""
+
+
+class Cursor(msgspec.Struct, omit_defaults=True):
+    """How far a follower has got; all of it is true of the same moment."""
+
+    streams: dict[str, Place] = {}
+    steps: dict[str, int] = {}
+    """The largest step that was delivered, by run, for the runs that are open there."""
+    mark: Any = None
+    """How far what the follower wrote itself has got, in its own words. Any: plain data."""
+
+    def place(self, stream: str) -> Place:
+        """How far in this stream."""
+        return self.streams.get(stream, _START)
 
 
 class Cursors:
@@ -18,8 +44,8 @@ class Cursors:
         """Who has one."""
         return layout.followers(self._disk, self._directory)
 
-    def load(self, follower: str) -> dict[str, int]:
-        """The sequence of the last event that the follower is done with, by stream.
+    def load(self, follower: str) -> Cursor:
+        """Where the follower's cursor stands; at the beginning, where it has none.
 
         A cursor that cannot be read counts as none: what was delivered since is delivered again.
         """
@@ -27,25 +53,26 @@ class Cursors:
         try:
             return _read(self._disk.read(path, 0, _MOST_BYTES))
         except FileNotFoundError:
-            return {}
+            return Cursor()
         except (OSError, msgspec.DecodeError) as error:
             log().warning("journal.cursor_unreadable", path=path, exc_info=error)
-            return {}
+            return Cursor()
 
-    def save(self, follower: str, positions: dict[str, int]) -> None:
+    def save(self, follower: str, cursor: Cursor) -> None:
         """Have the follower's cursor stand there, on the medium when this returns."""
         self._disk.make_directory(f"{self._directory}/{layout.CURSORS}")
-        self._disk.replace(layout.cursor_file(self._directory, follower), _write(positions))
+        self._disk.replace(layout.cursor_file(self._directory, follower), _write(cursor))
 
     def passed(self, stream: str) -> int | None:
         """The sequence in this stream that every follower is done with; None where there are no followers."""
-        return min((self.load(each).get(stream, 0) for each in self.followers()), default=None)
+        return min((self.load(each).place(stream).sequence for each in self.followers()), default=None)
 
     def furthest(self, stream: str) -> int:
         """The sequence in this stream that some follower is done with; 0 where none is."""
-        return max((self.load(each).get(stream, 0) for each in self.followers()), default=0)
+        return max((self.load(each).place(stream).sequence for each in self.followers()), default=0)
 
 
-_MOST_BYTES = 16 << 20
-_read = msgspec.json.Decoder(dict[str, int]).decode
-_write = msgspec.json.Encoder().encode
+_START: Final = Place()
+_MOST_BYTES: Final = 16 << 20
+_read: Final = msgspec.json.Decoder(Cursor).decode
+_write: Final = msgspec.json.Encoder().encode

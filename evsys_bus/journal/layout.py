@@ -2,15 +2,21 @@
 
 journal/
   r0-20260131T120000-5f3a91c2/      a stream: what one writer after another appended; rank 0
+  c0-20260131T120001-77d0e4b9/      the same, of couriers: what delivery learnt
     000001-1.seg                    its first segment, whose first event has sequence 1
     000002-80412.seg                its second
     lock                            held by the live writer; says who that is
     reserve                         room for the last words on a full disk
   cursors/
     csv_metrics.json                how far one follower has got, by stream
+  couriers/
+    csv_metrics.lock                held by who delivers to it; says who that is
+    csv_metrics.spec.json           how it is built again
+    csv_metrics.state.json          how its delivery fares
+    csv_metrics.dead.jsonl          events that it did not take, and never will, with the reason
 """
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
 from uuid import uuid4
 
@@ -19,8 +25,12 @@ import msgspec
 from evsys_bus.journal.disk import Disk
 
 CURSORS: Final = "cursors"
+COURIERS: Final = "couriers"
 LOCK: Final = "lock"
 RESERVE: Final = "reserve"
+
+Family = Literal["r", "c"]
+"""Whose stream: a publishing process's, or a courier's."""
 
 _SEGMENT_SUFFIX: Final = ".seg"
 _CURSOR_SUFFIX: Final = ".json"
@@ -49,16 +59,16 @@ class Owner(msgspec.Struct, frozen=True):
     """Names the time since the machine started."""
 
 
-def new_stream(rank: int, wall: float) -> str:
+def new_stream(rank: int, wall: float, family: Family = "r") -> str:
     """A name that no other writer takes; those of one rank sort by age."""
     import time
 
-    return f"r{rank}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{uuid4().hex[:8]}"
+    return f"{family}{rank}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(wall))}-{uuid4().hex[:8]}"
 
 
-def streams(disk: Disk, directory: str, rank: int | None = None) -> list[str]:
+def streams(disk: Disk, directory: str, rank: int | None = None, family: Family = "r") -> list[str]:
     """The streams in a journal, oldest first; of one rank, or of all. None where there is no journal."""
-    begin = "r" if rank is None else f"r{rank}-"
+    begin = family if rank is None else f"{family}{rank}-"
     try:
         names = disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -75,9 +85,19 @@ def segments(disk: Disk, folder: str) -> list[SegmentName]:
     return sorted(name for name in map(_segment, names) if name is not None)
 
 
+def rank_of(stream: str) -> int:
+    """The rank of a stream's writer."""
+    return int(stream[1:].partition("-")[0])
+
+
 def cursor_file(directory: str, follower: str) -> str:
     """Where a follower's cursor stands."""
     return f"{directory}/{CURSORS}/{quote(follower, safe='')}{_CURSOR_SUFFIX}"
+
+
+def courier_file(directory: str, follower: str, what: Literal["lock", "spec.json", "state.json", "dead.jsonl"]) -> str:
+    """Where something of a follower's courier stands."""
+    return f"{directory}/{COURIERS}/{quote(follower, safe='')}.{what}"
 
 
 def followers(disk: Disk, directory: str) -> list[str]:

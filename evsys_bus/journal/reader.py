@@ -12,7 +12,7 @@ from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.frame import Frame, Rest
-from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.layout import Family, SegmentName
 from evsys_bus.journal.scanning import SegmentScan
 
 
@@ -30,9 +30,9 @@ class JournalReader:
         self.directory: Final = os.fspath(directory)
         self._disk = OsDisk() if disk is None else disk
 
-    def streams(self) -> list[str]:
+    def streams(self, family: Family = "r") -> list[str]:
         """Their names; those of one rank oldest first. None where there is no journal."""
-        return layout.streams(self._disk, self.directory)
+        return layout.streams(self._disk, self.directory, family=family)
 
     def is_live(self, stream: str) -> bool:
         """Whether a process has the stream open for writing."""

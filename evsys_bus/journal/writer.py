@@ -16,6 +16,7 @@ from evsys_bus.journal.claim import claim
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.frame import pack
+from evsys_bus.journal.layout import Family
 from evsys_bus.journal.recorder import Recorder
 from evsys_bus.journal.retain import Retain
 from evsys_bus.journal.upkeep import Upkeep
@@ -31,6 +32,7 @@ class JournalWriter:
     Args:
         directory: The journal; made, for the owner alone, if it is not there.
         rank: A stream is continued by writers of the same rank only.
+        family: Whose stream it is: a publishing process's ("r"), or a courier's ("c").
         flush: What a power cut may take: ``always`` nothing that was appended, ``interval`` the last ``flush_seconds``,
             ``never`` what the system has not written by itself. The end of the process takes nothing in any case.
         flush_seconds: Between two rounds of upkeep.
@@ -49,6 +51,7 @@ class JournalWriter:
         directory: str | os.PathLike[str],
         *,
         rank: int = 0,
+        family: Family = "r",
         flush: Flush = "interval",
         flush_seconds: float = 1.0,
         segment_bytes: int = 64 << 20,
@@ -63,6 +66,7 @@ class JournalWriter:
         self.next_sequence = 1
         """What the next append will be given; an envelope holds its own sequence, so ask before."""
         self._rank = rank
+        self._family: Family = family
         self._raises = on_unrecorded == "raise"
         self._reserve_bytes = reserve_bytes
         self._first = 1
@@ -84,7 +88,7 @@ class JournalWriter:
         """
         recorder = self._recorder
         try:
-            claimed = claim(recorder.disk, recorder.clock, recorder.directory, self._rank)
+            claimed = claim(recorder.disk, recorder.clock, recorder.directory, self._rank, self._family)
         except OSError as error:
             raise JournalOpenError(
                 f"the journal {recorder.directory} cannot be written: {error.strerror or error}",

@@ -1,0 +1,93 @@
+"""`Receiver`: what a courier delivers to; one for callbacks (`hooks`), one for sinks (`batches`)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+
+from evsys_bus.events import Envelope
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """What a followed callback that writes files can do besides, so that a crash doubles none of its rows.
+
+    Its courier keeps the mark beside the cursor, in one file. A courier that begins anew builds the callback, rewinds it
+    to the mark, gives it the start events of the runs that are open there (``state.step`` of those is the step behind
+    the largest that was delivered), and goes on at the cursor.
+    """
+
+    def mark(self) -> Any:
+        """How far what it wrote has got. Any: plain data. What was written is on the medium when this returns."""
+        ...
+
+    def rewind(self, mark: Any) -> None:
+        """Cut what was written behind the mark; files that it does not name are left alone. Any: as above."""
+        ...
+
+
+class Trouble(NamedTuple):
+    """What keeps a receiver from taking a batch; it goes on trying."""
+
+    state: Literal["retrying", "parked"]
+    error: str
+    fix: str | None = None
+    attempts: int = 1
+
+
+Report = Callable[[Trouble | None], None]
+"""Called whenever trouble begins, changes or ends (None)."""
+
+
+class Taken(NamedTuple):
+    """What became of a batch."""
+
+    done: int
+    """How many of its events are done with, from the front; at least one."""
+    dead: Mapping[int, str] = {}
+    """Of those: the indices of the ones that were not delivered and never will be, with the reason."""
+
+
+class Receiver(Protocol):
+    """One adapter, as its courier sees it. Used by one courier, on one event loop, one call at a time."""
+
+    max_events: int
+    """What a batch may hold at most."""
+    max_bytes: int
+    """Encoded, all together; a single event may be larger."""
+    max_seconds: float
+    """How long the courier may wait for more, once a batch has begun."""
+
+    async def open(self, report: Report) -> None:
+        """Make ready. Where the destination is away it goes on trying until cancelled, and reports that.
+
+        Raises:
+            Exception: The adapter is at fault, and trying again will not help.
+        """
+        ...
+
+    async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
+        """Deliver; returns when the destination has what it will have. Tries again without end, until cancelled.
+
+        Args:
+            batch: In the order of their streams, never empty, at most `max_events`.
+            sizes: How large each is, encoded, in bytes.
+        """
+        ...
+
+    def introduce(self, starts: Sequence[Envelope]) -> None:
+        """Give the start events of what is open again to an adapter that was built anew; they are not counted."""
+        ...
+
+    def mark(self) -> Any:
+        """How far what the adapter wrote has got, and on the medium it is; None if it keeps no account of that.
+
+        Any: plain data, given to `rewind` on another day.
+        """
+        ...
+
+    def rewind(self, mark: Any) -> None:
+        """Cut what the adapter wrote behind this mark; called before `introduce`. Any: what `mark` returned."""
+        ...
+
+    async def close(self) -> None:
+        """Finish what is under way, within the receiver's own bounds; called once."""
+        ...
