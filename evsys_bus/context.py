@@ -14,7 +14,7 @@ Status words, everywhere: pending, running, completed, failed, cancelled.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -30,7 +30,7 @@ Any: the values are the benchmark's own."""
 
 
 class _Handle:
-    """A live object that cannot leave its process; its detached twin says so when a live part is asked for."""
+    """A live object that cannot leave its process; what travels is a reference, read as a detached twin."""
 
     __slots__ = ()
 
@@ -40,17 +40,32 @@ class _Handle:
         shown = (f"{name}={value!r}" for name, value in parts if isinstance(value, str | int | PurePath))
         return f"{type(self).__name__}({', '.join(shown)})"
 
+
+class _Detached:
+    """What turns a handle into its detached twin: the parts that travelled are looked up when they are asked for.
+
+    Live classes must not inherit this: a class with ``__getattr__`` pays for it with every attribute that is read.
+    """
+
+    __slots__ = ()
+
     if not TYPE_CHECKING:
 
-        def __getattr__(self, attribute: str) -> NoReturn:
-            # Only reached when the ordinary look-up fails: a live object has all its slots filled.
+        def __getattr__(self, attribute: str) -> Any:
+            # Only reached when the ordinary look-up fails: the slot is empty. Any: it is of the attribute's type.
             kind = type(self).__name__
-            if attribute not in {each.name for each in fields(self)}:
+            if attribute == "_parts" or attribute not in self.__dataclass_fields__:
                 raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
-            raise DetachedError(
-                f"{kind}.{attribute} is a live object; this {kind} is detached, read from a record of the run",
-                fix='place the callback "inline" if it needs live objects',
-            )
+            if attribute not in self._parts:
+                raise DetachedError(
+                    f"{kind}.{attribute} is a live object; this {kind} is detached, read from a record of the run",
+                    fix='place the callback "inline" if it needs live objects',
+                )
+            value = self._parts[attribute]
+            if attribute == "output_dir" and type(value) is str:
+                value = Path(value)
+            setattr(self, attribute, value)
+            return value
 
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
@@ -131,10 +146,10 @@ class LoopState(_Handle):
             self.stop_reason = reason
 
 
-class DetachedLoopState(LoopState):
+class DetachedLoopState(_Detached, LoopState):
     """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over."""
 
-    __slots__ = ()
+    __slots__ = ("_parts",)
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
         """Raises: DetachedError, always."""
@@ -158,17 +173,34 @@ class TrainingBatch(_Handle):
     """What is known of the batch before the step: sizes, token counts."""
 
 
+class DetachedLogContext(_Detached, LogContext):
+    """A `LogContext` read from a record."""
+
+    __slots__ = ("_parts",)
+
+
+class DetachedTrainingBatch(_Detached, TrainingBatch):
+    """A `TrainingBatch` read from a record."""
+
+    __slots__ = ("_parts",)
+
+
 HandleT = TypeVar("HandleT", bound=_Handle)
+
+_DETACHED: Final[dict[type, type]] = {
+    LoopState: DetachedLoopState,
+    LogContext: DetachedLogContext,
+    TrainingBatch: DetachedTrainingBatch,
+}
 
 
 def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
-    """A handle that holds just these attributes; any other one raises `DetachedError` when it is asked for.
+    """The twin of a handle that holds just these attributes; any other one raises `DetachedError` when asked for.
 
-    Any: attributes are of every type.
+    Any: attributes are of every type; what is no attribute of the handle is left out.
     """
-    twin = object.__new__(kind)
-    for attribute, value in attributes.items():
-        setattr(twin, attribute, value)
+    twin = cast("HandleT", object.__new__(_DETACHED.get(kind, kind)))
+    object.__setattr__(twin, "_parts", attributes)
     return twin
 
 

@@ -16,11 +16,11 @@ from evsys_bus.bench.harness import Run
 from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback, dispatch
-from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
 from evsys_bus.events import StepEnd
 
-STATE: Final = LoopState(step=0, num_steps=1_000, output_dir=Path())
+STATE: Final = LoopState(step=0, num_steps=1_000, output_dir=Path("run"), ctx=LogContext(Path(), run_key="run"))
 BATCH: Final = TrainingBatch(data=[1, 2, 3])
 METRICS: Final = {f"metric_{i}": 0.1 * i for i in range(8)}
 

@@ -7,11 +7,12 @@ before them, because an upload or a failure must be on record even if a hook die
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, Self
 
 import msgspec
 
-from evsys_bus.codec import encode
+from evsys_bus.codec import encode, encoder
 from evsys_bus.context import LogContext, LoopState
 from evsys_bus.errors import UnrecordedError
 from evsys_bus.events import (
@@ -112,7 +113,7 @@ class Recording:
             return partial(self._record_with, run_of, self._append_end)
         if event_type is Checkpoint:
             return partial(self._record_with, run_of, self._append_kept)
-        return partial(self._record, run_of)
+        return self._recorder(run_of, encoder(event_type, self._stream, self._rank, self._secrets))
 
     def health(self) -> JournalHealth:
         """Every count, now."""
@@ -126,13 +127,19 @@ class Recording:
             failures=writer.failures,
         )
 
-    def _record(self, run_of: _RunOf, event: Event, now: float) -> None:
-        writer = self.writer
-        envelope = Envelope(self._stream, writer.next_sequence, now, event, run_of(event), self._rank)
-        try:
-            writer.append(encode(envelope, secrets=self._secrets))
-        except UnrecordedError as error:  # only where the program asked for it
-            self._leave(error)
+    def _recorder(
+        self, run_of: _RunOf, encode_event: Callable[[Event, int, float, str | None], bytes]
+    ) -> Callable[[Event, float], None]:
+        """For the many: steps and evals. What it needs are its own names: an attribute costs more."""
+        writer, append, leave = self.writer, self.writer.append, self._leave
+
+        def record(event: Event, now: float) -> None:
+            try:
+                append(encode_event(event, writer.next_sequence, now, run_of(event)))
+            except UnrecordedError as error:  # only where the program asked for it
+                leave(error)
+
+        return record
 
     def _record_with(
         self, run_of: _RunOf, append: Callable[[Event, str | None, bytes], object], event: Event, now: float
@@ -160,13 +167,33 @@ class Recording:
         self.writer.append_end(payload, run)
 
 
+class _LastName:
+    """The name of a path; of the one that was asked for last it is known, for a path takes itself apart anew."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Path | None, str] = (None, "")
+
+    def of(self, path: Path) -> str:
+        known, name = self._last
+        if known is not path:
+            name = path.name
+            self._last = (path, name)
+        return name
+
+
+_name_of: Final = _LastName().of
+
+
 def _run_of_state(event: Any) -> str | None:
     """The run of an event with a ``state``; None where that is no live state. Any: a program may put anything there."""
     state = event.state
     if not isinstance(state, LoopState):
         return None
-    ctx = getattr(state, "ctx", None)
-    return state.output_dir.name if ctx is None else ctx.run_key
+    try:
+        ctx = state.ctx
+    except AttributeError:  # a detached state may have none
+        ctx = None
+    return _name_of(state.output_dir) if ctx is None else ctx.run_key
 
 
 def _run_of_ctx(event: Any) -> str | None:

@@ -3,10 +3,13 @@
 from types import NoneType
 from typing import Any, Final
 
-from evsys_bus.codec.bounds import MAX_KEY_CHARS, MAX_TEXT_CHARS
+from evsys_bus.codec.bounds import MAX_KEY_CHARS
 
 SCALARS: Final = frozenset({float, int, str, bool, NoneType})
 """The exact types that hold nothing else, so that encoding them can run no code."""
+
+
+_NUMBERS: Final = frozenset({float, int})
 
 
 class NotFlat(Exception):  # noqa: N818 - no failure: the word for "this one needs the thorough way"
@@ -14,7 +17,7 @@ class NotFlat(Exception):  # noqa: N818 - no failure: the word for "this one nee
 
 
 def flat(mapping: Any) -> dict[str, Any]:
-    """A copy of a mapping that holds scalars under text keys; scalars of numpy and torch are made plain.
+    """A copy of a mapping that holds scalars under text keys of bounded length; numpy's and torch's are made plain.
 
     Any: what it is, and what it holds, is found out here.
 
@@ -24,14 +27,33 @@ def flat(mapping: Any) -> dict[str, Any]:
         Exception: What the values' own code raises.
     """
     own: dict[Any, Any] = {**mapping}
-    for key, value in own.items():
-        if type(value) is float and type(key) is str:
-            continue
-        if type(key) is not str:
-            raise NotFlat
-        if type(value) not in SCALARS:
-            own[key] = _number(value)
+    try:
+        # One call looks at all values: where every one is a float, an int or a bool, their sum is a float or an int,
+        # and nothing that holds something else can be among them.
+        numbers = type(sum(own.values())) in _NUMBERS
+    except TypeError:
+        numbers = False
+    if not numbers:
+        for key, value in own.items():
+            if type(value) not in SCALARS:
+                own[key] = _number(value)
+    if not _are_keys(own):
+        _learn(own)
     return own
+
+
+# The keys of metrics are the same step after step: a set that knows them looks at all of a row in one call.
+_keys: Final[set[str]] = set()
+_are_keys: Final = _keys.issuperset
+_MOST_KEYS: Final = 10_000
+
+
+def _learn(own: dict[Any, Any]) -> None:
+    if not all(type(key) is str and len(key) <= MAX_KEY_CHARS for key in own):
+        raise NotFlat
+    if len(_keys) > _MOST_KEYS:
+        _keys.clear()
+    _keys.update(own)
 
 
 def _number(value: Any) -> Any:
@@ -42,10 +64,3 @@ def _number(value: Any) -> Any:
     if type(single) in SCALARS:
         return single
     raise NotFlat
-
-
-def fits(size: int, *flats: dict[str, Any]) -> bool:
-    """Whether flat dicts that were encoded in ``size`` bytes, and texts beside them, keep the bounds. Any: scalars."""
-    return size <= MAX_KEY_CHARS or (
-        size <= MAX_TEXT_CHARS and all(max(map(len, own), default=0) <= MAX_KEY_CHARS for own in flats)
-    )

@@ -10,7 +10,8 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.codec.flat import fits, flat
+from evsys_bus.codec.bounds import MAX_TEXT_CHARS
+from evsys_bus.codec.flat import flat
 from evsys_bus.codec.plain import Plain, dotted, entries, to_plain
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -33,7 +34,7 @@ def json_line(row: Mapping[str, Any]) -> bytes:
         raise
     except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
         return _thorough_line(row)
-    if not fits(len(line), own):
+    if len(line) > MAX_TEXT_CHARS:  # some text in it may be too long
         return _thorough_line(row)
     return _flagged(own) if b"null" in line else line
 

@@ -4,17 +4,16 @@ Only the envelope itself is strict. In an event, unknown fields are ignored, abs
 value that is not of the type it should be is kept as it was read: a hook sees the row rather than nothing.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path, PurePath
-from typing import Any, Final, TypeAlias, TypeVar, cast, get_args, get_origin
+from pathlib import PurePath
+from typing import Any, Final, TypeAlias, cast, get_args, get_origin
 
 import msgspec
 
 from evsys_bus.codec.plain import Plain, entries
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
-from evsys_bus.context import DetachedLoopState, LogContext, LoopState, TrainingBatch, detached
+from evsys_bus.context import LogContext, LoopState, TrainingBatch, detached
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, Event, UnknownEvent, declared_events
 
@@ -22,10 +21,6 @@ Contexts: TypeAlias = Mapping[str, LogContext] | None
 """The context of each run, by its key."""
 
 Reader: TypeAlias = Callable[[dict[str, Plain], str | None, Contexts], Event]
-
-H = TypeVar("H", DetachedLoopState, LogContext, TrainingBatch)
-
-_path: Final = functools.lru_cache(maxsize=256)(Path)
 
 
 class _Head(msgspec.Struct, gc=False):
@@ -122,30 +117,20 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
     if ref is None:
         return None
     parts = entries(ref)
-    own: Any = parts.pop("run", None) or run  # Any: as it was written
-    state = _handle(DetachedLoopState, parts)
-    if contexts is not None and own in contexts:
-        state.ctx = contexts[own]
+    state = detached(LoopState, parts)
+    if contexts is not None:
+        own: Any = parts.get("run") or run  # Any: as it was written
+        if own in contexts:
+            state.ctx = contexts[own]
     return state
 
 
 def _context(ref: Plain, _: str | None, __: Contexts) -> LogContext | None:
-    return None if ref is None else _handle(LogContext, entries(ref))
+    return None if ref is None else detached(LogContext, entries(ref))
 
 
 def _batch(ref: Plain, _: str | None, __: Contexts) -> TrainingBatch | None:
-    return None if ref is None else _handle(TrainingBatch, entries(ref))
-
-
-def _handle(kind: type[H], parts: dict[str, Plain]) -> H:
-    output_dir = parts.get("output_dir")
-    if type(output_dir) is str:
-        parts["output_dir"] = _path(output_dir)
-    try:
-        return detached(kind, parts)
-    except (AttributeError, TypeError):  # a newer writer's: take what this version knows
-        known = {field.name for field in dataclasses.fields(kind)}
-        return detached(kind, {name: part for name, part in parts.items() if name in known})
+    return None if ref is None else detached(TrainingBatch, entries(ref))
 
 
 def typed(value: Plain, annotation: Any) -> Any:

@@ -73,9 +73,9 @@ def batch_ref(batch: TrainingBatch) -> BatchRef:
         NotFlat: One of them is not.
         AttributeError: One of them is absent.
     """
-    loss_fn, config = batch.loss_fn, batch.loss_fn_config
+    loss_fn, config, metrics = batch.loss_fn, batch.loss_fn_config, batch.metrics
     if loss_fn is None or type(loss_fn) is str:
-        return BatchRef(loss_fn, None if config is None else flat(config), flat(batch.metrics))
+        return BatchRef(loss_fn, None if config is None else flat(config), flat(metrics) if metrics else {})
     raise NotFlat
 
 

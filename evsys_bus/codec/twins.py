@@ -6,7 +6,7 @@ thorough way.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -30,20 +30,12 @@ def twin_maker(event_type: type[Event] | type[UnknownEvent]) -> Callable[[Event 
         if form is None:
             return _no_twin
         fields.append((name, form[0]))
-        parts.append(f"{form[1].__name__}(event.{name})")
+        part = f"{form[1].__name__}(event.{name})"
+        parts.append(part if form[1] is not scalar else f"event.{name} if type(event.{name}) in SCALARS else {part}")
     twin = msgspec.defstruct(f"{event_type.__name__}Twin", fields, tag=event_type.hook.removeprefix("on_"), gc=False)
-    names = {each.__name__: each for each in (state_ref, batch_ref, flat, scalar)} | {"twin": twin}
+    names = {each.__name__: each for each in (state_ref, batch_ref, flat, scalar)} | {"twin": twin, "SCALARS": SCALARS}
     # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
     return eval(f"lambda event: twin({', '.join(parts)})", names)  # noqa: S307 - made of our names and identifiers
-
-
-def dicts_of(twin: msgspec.Struct) -> Iterator[dict[str, Any]]:
-    """The flat dicts that a twin holds. Any: scalars."""
-    for part in msgspec.structs.astuple(twin):
-        if type(part) is dict:
-            yield part
-        elif type(part) is BatchRef:
-            yield from dicts_of(part)
 
 
 def scalar(value: Any) -> Any:

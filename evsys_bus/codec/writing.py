@@ -4,18 +4,18 @@ On the wire an envelope is one map, the same in msgpack and JSON:
 ``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced"}``, the last only if not empty.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.codec.bounds import MAX_EVENT_BYTES, MAX_KEY_CHARS
-from evsys_bus.codec.flat import fits
+from evsys_bus.codec.bounds import MAX_EVENT_BYTES, MAX_TEXT_CHARS
 from evsys_bus.codec.json_line import nonfinite
 from evsys_bus.codec.plain import Plain, entries, to_plain
 from evsys_bus.codec.redaction import redact_configs
 from evsys_bus.codec.references import HANDLES, parts_of
 from evsys_bus.codec.shapes import annotations_of, handle_in
-from evsys_bus.codec.twins import dicts_of, twin_maker
+from evsys_bus.codec.twins import twin_maker
 from evsys_bus.events import Envelope, Event, UnknownEvent
 
 # No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
@@ -48,19 +48,38 @@ def encode(
         max_event_bytes: More than this is cut to fit, texts and long lists first; ``replaced`` says what.
         secrets: Keys, in lower case, whose text is redacted in configs, besides those that look like a credential's.
     """
-    event = envelope.event
-    try:
-        twin = twin_maker(type(event))(event)
-        replaced = envelope.replaced or msgspec.UNSET
-        data = _pack(_Wire(envelope.stream, envelope.seq, envelope.time, envelope.run, envelope.rank, twin, replaced))
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
+    if envelope.replaced:
         return _thorough(envelope, max_event_bytes, secrets)
-    size = len(data)
-    if size <= max_event_bytes and (size <= MAX_KEY_CHARS or fits(size, *dicts_of(twin))):
+    encode_event = encoder(type(envelope.event), envelope.stream, envelope.rank, secrets, max_event_bytes)
+    return encode_event(envelope.event, envelope.seq, envelope.time, envelope.run)
+
+
+def encoder(
+    event_type: type[Event] | type[UnknownEvent],
+    stream: str,
+    rank: int,
+    secrets: frozenset[str] = frozenset(),
+    max_event_bytes: int = MAX_EVENT_BYTES,
+) -> Callable[[Event | UnknownEvent, int, float, str | None], bytes]:
+    """What encodes the events of one type of one stream, given event, sequence, time and run; otherwise as `encode`.
+
+    For those who publish: where the event is flat, no envelope is made.
+    """
+    twin_of = twin_maker(event_type)
+    most = min(MAX_TEXT_CHARS, max_event_bytes)  # some text in a larger one may be too long
+
+    def encode_event(event: Event | UnknownEvent, seq: int, time: float, run: str | None) -> bytes:
+        try:
+            data = _pack(_Wire(stream, seq, time, run, rank, twin_of(event)))
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
+            data = None
+        if data is None or len(data) > most:
+            return _thorough(Envelope(stream, seq, time, event, run, rank), max_event_bytes, secrets)
         return data
-    return _thorough(envelope, max_event_bytes, secrets)
+
+    return encode_event
 
 
 def to_json(envelope: Envelope) -> bytes:

@@ -27,7 +27,6 @@ CARRIED: Final = 1
 CLOSED: Final = 2
 """Kind: the writer closed the journal; no payload, and the sequence that the next event would have had."""
 
-_MARK: Final = b"EJ"
 _SUM_BYTES: Final = 4
 _BODY: Final = struct.Struct("<2sHIQ")
 _FRAME: Final = struct.Struct("<I2sHIQ")
@@ -36,7 +35,9 @@ _HEAD: Final = struct.Struct("<6sHI")
 HEAD_BYTES: Final = _HEAD.size
 _MAGIC: Final = b"EVSYSJ"
 
-_pack_body = _BODY.pack
+MARK: Final = b"EJ"
+pack_body: Final = _BODY.pack
+pack_sum: Final = struct.Struct("<I").pack
 
 
 class Frame(NamedTuple):
@@ -64,8 +65,8 @@ class Rest(NamedTuple):
 
 def pack(sequence: int, payload: bytes, kind: int = EVENT) -> bytes:
     """One frame, to be appended by one write."""
-    body = _pack_body(_MARK, kind, len(payload), sequence) + payload
-    return crc32(body).to_bytes(4, "little") + body
+    body = pack_body(MARK, kind, len(payload), sequence) + payload
+    return pack_sum(crc32(body)) + body
 
 
 def head(version: int = VERSION) -> bytes:
@@ -117,7 +118,7 @@ def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
     while start <= last:
         checksum, mark, kind, length, number = unpack(buffer, start)
         end = start + HEADER_BYTES + length
-        if number != sequence or kind or mark != _MARK or end > size:
+        if number != sequence or kind or mark != MARK or end > size:
             break
         if crc32(view[start + _SUM_BYTES : end]) != checksum:
             break
@@ -132,7 +133,7 @@ def _frame_at(view: memoryview, start: int) -> Frame | None:
         return None
     checksum, mark, kind, length, sequence = _FRAME.unpack_from(view, start)
     end = body + length
-    if mark != _MARK or length > MAX_PAYLOAD_BYTES or end > len(view):
+    if mark != MARK or length > MAX_PAYLOAD_BYTES or end > len(view):
         return None
     if crc32(view[start + _SUM_BYTES : end]) != checksum:
         return None
@@ -141,9 +142,9 @@ def _frame_at(view: memoryview, start: int) -> Frame | None:
 
 def _next_frame(buffer: bytes, view: memoryview, start: int) -> int | None:
     """Where the next whole frame begins."""
-    mark = buffer.find(_MARK, start + _SUM_BYTES)
+    mark = buffer.find(MARK, start + _SUM_BYTES)
     while mark >= 0:
         if _frame_at(view, mark - _SUM_BYTES) is not None:
             return mark - _SUM_BYTES
-        mark = buffer.find(_MARK, mark + 1)
+        mark = buffer.find(MARK, mark + 1)
     return None

@@ -9,13 +9,14 @@ import os
 import weakref
 from pathlib import Path
 from typing import Final, Literal, Self
+from zlib import crc32
 
 from evsys_bus.errors import JournalOpenError, UnrecordedError
 from evsys_bus.journal.backlog import Backlog, Waiting
 from evsys_bus.journal.claim import claim
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.disk import Disk, OsDisk
-from evsys_bus.journal.frame import pack
+from evsys_bus.journal.frame import EVENT, MARK, pack_body, pack_sum
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.recorder import Recorder
 from evsys_bus.journal.retain import Retain
@@ -117,7 +118,8 @@ class JournalWriter:
         # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be given
         # to two events, and the second be taken for a repeat.
         self.next_sequence = sequence + 1
-        record = pack(sequence, payload)
+        body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
+        record = pack_sum(crc32(body)) + body
         recorder = self._recorder
         refusal: OSError | int | None = None
         if recorder.ready:
@@ -127,8 +129,8 @@ class JournalWriter:
                 refusal = error
             else:
                 if taken == len(record):
-                    recorder.left -= taken
-                    if recorder.left <= 0:
+                    recorder.left = left = recorder.left - taken
+                    if left <= 0:
                         recorder.ready = False  # the next one begins a new segment
                     return sequence
                 refusal = taken
