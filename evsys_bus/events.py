@@ -89,6 +89,11 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
         _declared[tag] = cls
 
 
+def event_type(tag: str) -> type[Event] | None:
+    """The event type with this tag on the wire, or None where this process knows none."""
+    return _declared.get(tag)
+
+
 def declared_events() -> dict[str, type[Event]]:
     """Every event type known so far, by its tag on the wire (``step_end``); the last declaration of a tag counts."""
     return dict(_declared)
@@ -189,7 +194,7 @@ class UnknownEvent(msgspec.Struct, frozen=True):
     """What it carried. Any: whatever the writer put there."""
 
 
-class Envelope(msgspec.Struct, frozen=True):
+class Envelope(msgspec.Struct, frozen=True, gc=False):
     """An event on its way. ``(stream, seq)`` names it for ever; order is total within a stream."""
 
     stream: str

@@ -14,7 +14,7 @@ from datetime import UTC, date, datetime, time, timedelta, timezone
 from enum import Enum
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, Final, TypeAlias, cast
+from typing import Any, Final, TypeAlias
 from uuid import UUID
 
 from evsys_bus.codec.bounds import (
@@ -70,7 +70,7 @@ def dotted(path: str, steps: Iterable[str | int]) -> str:
 
 def entries(plain: Plain) -> dict[str, Plain]:
     """Plain data that should be a dict; an empty one if it is something else."""
-    return cast("dict[str, Plain]", plain) if type(plain) is dict else {}
+    return plain if type(plain) is dict else {}  # pyright: ignore[reportUnknownVariableType, reportReturnType]
 
 
 class _Copying:

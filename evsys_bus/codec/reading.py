@@ -15,7 +15,7 @@ from evsys_bus.codec.plain import Plain, entries
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
 from evsys_bus.context import LogContext, LoopState, TrainingBatch, detached
 from evsys_bus.errors import CodecError
-from evsys_bus.events import Envelope, Event, UnknownEvent, declared_events
+from evsys_bus.events import Envelope, Event, UnknownEvent, event_type
 
 Contexts: TypeAlias = Mapping[str, LogContext] | None
 """The context of each run, by its key."""
@@ -51,13 +51,13 @@ def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
     try:
         head = _unpack(data)
         fields = head.event
-        tag = fields.pop("type")
+        tag: Any = fields.pop("type")  # Any: as it was written
     except Exception as error:
         raise _no_envelope(f"{type(error).__name__}: {error}") from error
     if type(tag) is not str:
         raise _no_envelope("its event has no type")
-    event_type = declared_events().get(tag)
-    event = None if event_type is None else _read(event_type, fields, head.run, contexts)
+    known = event_type(tag)
+    event = None if known is None else _read(known, fields, head.run, contexts)
     if event is None:
         event = UnknownEvent(tag, fields)
     return Envelope(head.stream, head.seq, head.time, event, head.run, head.rank, head.replaced)
@@ -68,15 +68,15 @@ def _no_envelope(why: str) -> CodecError:
     return CodecError("these bytes are no envelope", why=why, fix=fix)
 
 
-def _read(event_type: type[Event], fields: dict[str, Plain], run: str | None, contexts: Contexts) -> Event | None:
+def _read(kind: type[Event], fields: dict[str, Plain], run: str | None, contexts: Contexts) -> Event | None:
     """The event, or None if a field that it needs is absent or refused."""
-    reader, parts = _reader(event_type)
+    reader, parts = _reader(kind)
     try:
         return reader(fields, run, contexts)
     except Exception:  # a field is absent, or the event's __post_init__ refuses what it is given
         present = {name: part(fields[name], run, contexts) for name, part in parts.items() if name in fields}
     try:
-        return event_type(**present)
+        return kind(**present)
     except Exception:
         return None
 
@@ -86,17 +86,17 @@ Part: TypeAlias = Callable[[Plain, str | None, Contexts], Any]
 
 
 @functools.cache
-def _reader(event_type: type[Event]) -> tuple[Reader, dict[str, Part]]:
+def _reader(kind: type[Event]) -> tuple[Reader, dict[str, Part]]:
     """The function that reads an event with all its fields, and what reads each field of an incomplete one."""
     parts: dict[str, Part] = {}
     calls: list[str] = []
-    for name, annotation in annotations_of(event_type).items():
+    for name, annotation in annotations_of(kind).items():
         part = parts[name] = _part(annotation)
         read = f"fields[{name!r}]" if part is _as_it_is else f"parts[{name!r}](fields[{name!r}], run, contexts)"
         calls.append(f"{name}={read}")
     # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
-    source = f"lambda fields, run, contexts: event_type({', '.join(calls)})"
-    return eval(source, {"event_type": event_type, "parts": parts}), parts  # noqa: S307 - made of identifiers
+    source = f"lambda fields, run, contexts: kind({', '.join(calls)})"
+    return eval(source, {"kind": kind, "parts": parts}), parts  # noqa: S307 - made of identifiers
 
 
 def _part(annotation: Any) -> Part:
