@@ -1,4 +1,9 @@
-"""``python -m benchmarks``: the questions of ``evsys-bus bench``, with the frameworks as peers, and ``survival``."""
+"""The questions of ``evsys-bus bench``, with frameworks and experiment trackers as peers, and ``survival``.
+
+usage: uv run --group peers python -m benchmarks journal
+
+Any of the questions, or none for all of them. The group installs gigabytes; peers that are missing are left out.
+"""
 
 from collections.abc import Mapping
 

@@ -4,7 +4,9 @@ The host program's logging configuration rules; nothing here configures output. 
 line is logged, not before: it would add a third to the time of ``import evsys_bus``.
 """
 
+import contextlib
 import functools
+import gc
 import logging
 import sys
 import threading
@@ -104,3 +106,33 @@ class _Kind:
         self.count = 0
         self.logged_at = 0.0
         self.unsaid: tuple[str, dict[str, object]] | None = None
+
+
+class _CollectorPaused:
+    """While another thread's frames are walked: no automatic garbage collection, on Python 3.11.
+
+    There, asking for a frame's ``f_back`` may start a collection while the frame object is being made; a finalizer that
+    lets other threads run then leaves it dangling, and the process may crash. 3.12 collects at safe points only.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._was_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._was_on:
+                gc.enable()
+
+
+collector_paused: Final = _CollectorPaused() if sys.version_info < (3, 12) else contextlib.nullcontext()
+"""``with collector_paused:`` around every walk of another thread's stack."""

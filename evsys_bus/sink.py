@@ -15,7 +15,8 @@ nothing. What `write` raises says what becomes of the batch:
     ParkedError                   the adapter is parked: tried once a minute, and shown
     RejectedError({index: why})   those are dead letters, the others are delivered
     BatchTooLargeError            halved; a single event is a dead letter
-    anything else                 tried a few times; then halved to find the event it fails on, which is a dead letter
+    anything else                 tried a few times; then halved to find the event it fails on, which is a dead letter;
+                                    after three of those in a row the sink is parked until it takes one
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Sink:
     max_batch_seconds: float = 0.5
     """How old the first event of a batch may grow before it is sent alone."""
     write_timeout_seconds: float = 60.0
-    """A `write` that takes longer is cancelled and tried again; one that ignores that is abandoned."""
+    """An `open` or `write` that takes longer is cancelled and tried again; one that ignores that is left behind."""
 
     spec_name: str | None = None
     """The name in the spec that it was built from; its cursor and its counts are kept under it."""

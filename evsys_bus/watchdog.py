@@ -12,6 +12,8 @@ from collections.abc import Callable, Hashable
 from types import FrameType
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from evsys_bus.diagnostics import collector_paused
+
 LOOKS_PER_PATIENCE: Final = 4
 
 CallT = TypeVar("CallT")
@@ -95,8 +97,9 @@ class Watchdog(Generic[CallT]):
 def _stack(seen: Sighting[CallT]) -> str:
     frames: list[FrameType] = []
     frame: FrameType | None = seen.frame
-    while frame is not None and frame is not seen.outer:
-        frames.append(frame)
-        frame = frame.f_back
+    with collector_paused:
+        while frame is not None and frame is not seen.outer:
+            frames.append(frame)
+            frame = frame.f_back
     summary = traceback.StackSummary.extract((each, each.f_lineno) for each in reversed(frames))
     return "".join(summary.format()).rstrip()

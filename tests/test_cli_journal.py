@@ -18,6 +18,7 @@ import pytest
 from evsys_bus import (
     BenchmarkEval,
     Checkpoint,
+    Envelope,
     Eval,
     EvalResult,
     EventBus,
@@ -30,7 +31,7 @@ from evsys_bus import (
 )
 from evsys_bus.cli import run
 from evsys_bus.cli.event_reader import EventReader, Wanted
-from evsys_bus.codec import decode, to_json
+from evsys_bus.codec import decode, encode, to_json
 from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, frame, verify
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -117,6 +118,21 @@ def test_tail_merges_the_streams_of_two_processes_by_time(evsys_bus, tmp_path):
     assert [json.loads(line)["event"]["step_idx"] for line in out.splitlines()] == [2, 3, 4, 5]
     _, out, _ = evsys_bus("tail", tmp_path)
     assert [line.split()[2:5] for line in out.splitlines()][-2:] == [["low", "step_end", "4"], ["low", "rank", "1"]]
+
+
+def test_the_events_of_a_stream_stay_in_order_when_its_clock_was_set_back_by_a_day(evsys_bus, tmp_path):
+    for rank in (0, 1):
+        writer = JournalWriter(tmp_path / "journal", rank=rank).open()
+        for number in range(10):
+            when = 1_700_000_000.0 + 10 * number + rank - (86_400 if number > 4 else 0)
+            event = step(tmp_path, number)
+            writer.append(encode(Envelope(writer.stream, writer.next_sequence, when, event, "low", rank)))
+        writer.close()
+    for command in (["tail", "-n", 20, "--json"], ["journal", "export", "--format", "jsonl"]):
+        rows = [json.loads(line) for line in evsys_bus(*command, tmp_path)[1].splitlines()]
+        for rank in (0, 1):
+            assert [row["seq"] for row in rows if row["rank"] == rank] == list(range(1, 11))
+        assert [row["rank"] for row in rows[:9]] == [0, 1] * 4 + [0]
 
 
 @pytest.mark.parametrize("segment_bytes", [700, 1 << 20])

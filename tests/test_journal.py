@@ -180,6 +180,47 @@ def test_the_wall_clock_may_jump_by_a_day():
     assert [record.sequence for record in reader.read(stream)] == list(range(1, 81))
 
 
+class Unsteady(ManualClock):
+    """Its wall clock is set back and forth by a day whenever it is read; the monotonic one is the machine's."""
+
+    monotonic = staticmethod(time.monotonic)
+    ahead = False
+
+    def wall(self):
+        self.ahead = not self.ahead
+        self.jump(86_400 if self.ahead else -86_400)
+        return super().wall()
+
+
+def test_waiting_does_not_go_by_the_wall_clock(tmp_path):
+    for _ in range(4):
+        writer = JournalWriter(tmp_path, clock=Unsteady(), segment_bytes=200, flush_seconds=0.01).open()
+        fill(writer, 20)
+        assert writer.close(10.0)
+    assert read(tmp_path) == list(range(1, 81))
+    assert verify(tmp_path).whole
+
+
+def test_a_clock_that_is_set_back_lets_no_segment_go_and_one_that_is_set_forward_no_newest_one():
+    disk, clock = SimulatedDisk(), ManualClock()
+    retain = Retain(max_age_seconds=3600)
+    writer = JournalWriter(
+        "/journal", disk=disk, clock=clock, segment_bytes=200, retain=retain, flush_seconds=NEVER
+    ).open()
+
+    def first_of(jump, count):
+        fill(writer, count)
+        for path in disk.paths():
+            disk.set_modified(path, clock.wall())
+        clock.jump(jump)
+        writer.flush()
+        return next(JournalReader("/journal", disk).read(writer.stream)).sequence
+
+    assert first_of(-86_400, 20) == 1
+    assert 20 < first_of(86_400 + 3601, 20) <= 40
+    assert writer.close()
+
+
 def test_a_cursor_that_cannot_be_read_counts_as_none(tmp_path, caplog):
     cursors = Cursors(str(tmp_path))
     cursors.save("csv", Cursor({"r0-x": Place(7)}))

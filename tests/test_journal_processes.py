@@ -318,3 +318,63 @@ def test_writers_at_the_same_time_never_share_a_stream(tmp_path):
     assert again.stream == max(streams)
     assert again.next_sequence == 201
     assert again.close()
+
+
+# -- 14: forks while another thread appends ---------------------------------------------------------------------------
+
+FORKS = """
+    import os, sys, threading, warnings
+    from evsys_bus.errors import ForkedBusError
+    from evsys_bus.journal import JournalReader, JournalWriter
+
+    warnings.simplefilter("ignore")  # newer Pythons warn of any fork beside a thread
+    sys.setswitchinterval(1e-5)
+    writer = JournalWriter(sys.argv[1], segment_bytes=2000, flush_seconds=0.001).open()
+    stop, begun = threading.Event(), threading.Event()
+
+    def append():
+        while not stop.is_set():
+            writer.append(b"event %d " % writer.next_sequence * 3)
+            begun.set()
+
+    def child():
+        try:
+            writer.append(b"of the child")
+        except ForkedBusError:
+            writer.flush()
+            return 9 if writer.close(5.0) else 7
+        return 8
+
+    def fork(ending):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(ending())
+            finally:
+                os._exit(10)
+        return pid
+
+    thread = threading.Thread(target=append)
+    thread.start()
+    begun.wait()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(fork(child), 0)[1]) for _ in range(40)]
+    end, other = os.pipe()
+    last = fork(lambda: os.close(other) or len(os.read(end, 1)))  # outlives the journal
+    stop.set()
+    thread.join()
+    closed = writer.close()
+    print(set(codes), closed, JournalReader(sys.argv[1]).is_live(writer.stream), writer.recorded)
+    os.close(other)
+    os.waitpid(last, 0)
+"""
+
+
+def test_children_that_are_forked_while_events_are_appended_touch_nothing_and_hold_nothing(tmp_path, program):
+    process = program(FORKS, str(tmp_path / "journal"))
+    out, errors = process.communicate(timeout=18)
+    words = out.split()
+    assert words[:3] == ["{7}", "True", "False"], (out, errors)
+    recorded = int(words[3])
+    assert recorded > 40
+    assert read(tmp_path / "journal") == list(range(1, recorded + 1))
+    assert verify(tmp_path / "journal").whole

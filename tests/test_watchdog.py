@@ -1,4 +1,6 @@
 import ctypes
+import gc
+import sys
 import threading
 import time
 
@@ -76,3 +78,21 @@ def test_a_slow_hook_is_timed_every_time_once_it_was_seen(step_end):
         bus.health()
         [account] = bus._publisher.units._accounts.values()
         assert account.sampled > 10  # 1 in 64 would have been two
+
+
+def test_no_collection_starts_while_stacks_of_other_threads_are_walked():
+    # On 3.11 one can leave another thread's frame dangling: see diagnostics.collector_paused.
+    enabled = []
+
+    def profile(frame, event, arg):
+        if event == "c_call" and arg is sys._current_frames:
+            enabled.append(gc.isenabled())
+
+    with EventBus([Callback()]) as bus:
+        sys.setprofile(profile)
+        try:
+            bus._publisher._stack.holders()
+        finally:
+            sys.setprofile(None)
+    assert enabled == [sys.version_info >= (3, 12)]
+    assert gc.isenabled()

@@ -10,7 +10,9 @@ import pydantic
 import pytest
 
 from evsys_bus.callback import Callback
+from evsys_bus.errors import ConfigError
 from evsys_bus.wiring import Registry, build_callbacks, example, json_schema
+from evsys_bus.wiring.schema import expected
 
 
 class Target(msgspec.Struct):
@@ -109,3 +111,28 @@ def test_without_a_config_the_schema_has_the_names_and_defaults_of_the_construct
 
 def test_a_constructor_that_takes_anything_has_an_open_schema():
     assert json_schema("thing", registry=registry_for(None))["additionalProperties"] is True
+
+
+class MixedConfig(msgspec.Struct):
+    out: str | Path
+    where: Path | int | None = None
+    target: Target | Path = Path("x")
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("out", "a string or a path"),
+        ("where", "a path or an integer or null"),
+        ("target", "a mapping with host or a path"),
+    ],
+)
+def test_a_union_that_msgspec_refuses_is_told_by_its_members(key, words):
+    schema = json_schema("thing", registry=registry_for(MixedConfig))
+    assert expected(schema["properties"][key], schema) == words
+
+
+def test_a_param_that_takes_text_or_a_path_says_so_where_it_is_wrong():
+    with pytest.raises(ConfigError, match=r'"out" of callback "thing" must be a string or a path, not 3'):
+        build_callbacks([{"kind": "thing", "params": {"out": 3}}], registry=registry_for(MixedConfig))
+    assert example("thing", registry=registry_for(MixedConfig)).params["out"] == "..."

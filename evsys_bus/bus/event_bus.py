@@ -3,24 +3,25 @@
 import asyncio
 import inspect
 import os
-import signal
-import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self
 
 from evsys_bus.bus.adoption import BareTasks
-from evsys_bus.bus.health import Health
+from evsys_bus.bus.entrance import Entrance
+from evsys_bus.bus.following import Couriers, Following
+from evsys_bus.bus.health import Health, health_of
 from evsys_bus.bus.limits import seconds
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recording import Recording, rank_of
-from evsys_bus.bus.signals import TermSignal
 from evsys_bus.callback import attach, check_hooks, detach
+from evsys_bus.delivery.followed import Followed
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError
 from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
+from evsys_bus.sink import Sink
 from evsys_bus.tasks import (
     CANCEL_GRACE_SECONDS,
     STOP_SECONDS,
@@ -46,10 +47,14 @@ class EventBus:
         callbacks: Called in this order. Any object with hooks will do; `Callback` has them all, typed.
         journal: A directory, or a `JournalWriter` that is not open yet: every event is on record there before `publish`
             returns, and survives the end of the process. None records nothing.
+        sinks: Delivered to off the loop, from the journal, like what is followed among the callbacks (see `follow`);
+            without one, from a temporary journal, which stays while anything is undelivered.
+        couriers: Where those are delivered to: by a process of its own, or by threads of this one.
+        linger_seconds: How long the courier process may go on once the bus is closed, or the program dead.
         rank: Which of several processes this is. Default: what the launcher says, else 0.
         redact: Keys whose text is kept out of the journal in configs, besides those that look like a credential's.
-        drain_timeout: Seconds that leaving the block may take, over all tasks. What has not ended by then is cancelled,
-            and what has not ended one second later is left, and named in the receipt.
+        drain_timeout: Seconds that leaving the block may take, over all tasks and deliveries. Tasks still at work are
+            cancelled then, and left, named in the receipt, a second later; what is pending stays in the journal.
         handle_signals: On SIGTERM, where the program has no handler of its own: leave the block as if cancelled, drain,
             and end by the signal. Only where the bus is entered on the main thread.
         blocked_hook_seconds: A hook that lasts longer is named, with its stack, while it blocks.
@@ -92,9 +97,17 @@ class EventBus:
     else:
         # Attribute look-up in slots is what `publish` costs least with.
         __slots__ = (  # sorted by what they are
-            *("__weakref__", "publish", "receipt"),
-            *("_bare_tasks", "_drain_timeout", "_draining", "_faults", "_handle_signals", "_home", "_journal"),
-            *("_main_task", "_office", "_publisher", "_rank", "_recording", "_redact", "_term", "_thread", "_watchdog"),
+            *(
+                "__weakref__",
+                "publish",
+                "receipt",
+                "_bare_tasks",
+                "_drain_timeout",
+                "_entrance",
+                "_faults",
+                "_following",
+            ),
+            *("_journal", "_office", "_publisher", "_rank", "_recording", "_redact", "_thread", "_watchdog"),
         )
 
     def __init__(
@@ -102,6 +115,9 @@ class EventBus:
         callbacks: Iterable[object] = (),
         *,
         journal: JournalWriter | str | os.PathLike[str] | None = None,
+        sinks: Iterable[Sink | Followed] = (),
+        couriers: Couriers = "process",
+        linger_seconds: float = 30.0,
         rank: int | None = None,
         redact: Iterable[str] = (),
         drain_timeout: float = 20.0,
@@ -113,15 +129,14 @@ class EventBus:
     ) -> None:
         self.receipt: Receipt | None = None
         self._drain_timeout = seconds("drain_timeout", drain_timeout)
-        self._draining = False
-        self._handle_signals = handle_signals
         self._faults = FaultLog()
         self._rank = rank_of() if rank is None else rank
         self._journal = journal
         self._recording: Recording | None = None
         self._redact = frozenset(key.lower() for key in redact)
+        self._following = Following(callbacks, sinks, couriers, seconds("linger_seconds", linger_seconds))
         self._publisher = Publisher(
-            tuple(callbacks),
+            self._following.inline,
             self._faults,
             patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
             expose=self._expose,
@@ -138,9 +153,7 @@ class EventBus:
             blocked_seconds=seconds("blocked_hook_seconds", blocked_hook_seconds, least=0.01),
         )
         self._thread = LoopThread()
-        self._home: asyncio.AbstractEventLoop | None = None  # the caller's loop, under `async with`
-        self._main_task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
-        self._term: TermSignal | None = None
+        self._entrance = Entrance(handles_signals=handle_signals)
 
     # -- what hooks and programs call ---------------------------------------------------------------------------------
 
@@ -199,21 +212,7 @@ class EventBus:
 
     def health(self) -> Health:
         """Every count, now."""
-        tasks, by_owner = self._office.counts()
-        running, waiting = self._office.load()
-        return Health(
-            state=self._publisher.state,
-            published=self._publisher.units.published(),
-            hooks=self._publisher.units.hooks(),
-            tasks=tasks,
-            tasks_by_owner=by_owner,
-            tasks_running=running,
-            tasks_waiting=waiting,
-            handed_over=self._publisher.handed_over,
-            refused=self._publisher.refused,
-            adoption=self._bare_tasks.state,
-            journal=None if self._recording is None else self._recording.health(),
-        )
+        return health_of(self._publisher, self._office, self._bare_tasks.state, self._recording, self._following)
 
     def publishes_here(self) -> bool:
         """Whether the code that calls this runs inside a hook that this bus called."""
@@ -222,32 +221,31 @@ class EventBus:
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._home = asyncio.get_running_loop()
-        self._main_task = asyncio.current_task()
-        self._open(self._cancel_main_task)
+        self._entrance.by_task()
+        self._open()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         if self._publisher.state == "forked":
             return
-        draining = self._office.drain(self._drain_timeout, close=True)
-        self.receipt, cancelled = await wait_shielded(draining)
+        draining: Draining | None = self._office.drain(self._drain_timeout, close=True)
+        cancelled = False
+        while draining is not None:
+            self.receipt, again = await wait_shielded(draining)
+            cancelled = cancelled or again
+            draining = self._then_deliver(self.receipt)
         self._close()
         if cancelled:
             raise asyncio.CancelledError
 
     def __enter__(self) -> Self:
-        self._open(self._exit_unless_draining)
+        self._open()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._publisher.state == "forked":
             return
-        self._draining = True
+        self._entrance.leaving = True
         join_seconds = STOP_SECONDS
         try:
             # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
@@ -258,50 +256,55 @@ class EventBus:
             join_seconds = 0.0
         except BaseException:  # Ctrl-C, while draining
             self.receipt = self._office.close_now()
+            self._drain_timeout = 0.0
             raise
         finally:
             self._thread.stop(join_seconds)
-            self._close()
+            try:
+                delivering = None if self.receipt is None else self._then_deliver(self.receipt)
+                if delivering is not None:
+                    self.receipt = delivering.result()
+            finally:
+                self._close()
 
-    def _open(self, stop: Callable[[], None]) -> None:
+    def _open(self) -> None:
         if self._publisher.state != "new":
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
         log()  # the first warning must not import structlog in the middle of a step
-        if self._journal is not None:
-            self._recording = Recording.open(self._journal, self._rank, self._publisher.raise_later, self._redact)
+        journal = self._journal or (self._following.temporary_journal() if self._following else None)
+        if journal is not None:
+            self._recording = Recording.open(journal, self._rank, self._publisher.raise_later, self._redact)
         for callback in self._publisher.callbacks:
             attach(callback, self)
         self._publisher.open(self._recording)
+        if self._recording is not None and self._following:
+            self._following.start(self._recording.writer.directory)
         self._bare_tasks.begin_here()
         self._watchdog.start()
-        if self._handle_signals:
-            self._term = TermSignal(stop)
-            if self._term.install() and self._home is not None:
-                self._cancel_main_task()
+        self._entrance.listen()
+
+    def _then_deliver(self, receipt: Receipt) -> Draining | None:
+        """The tasks are done: publish no more, and have what is recorded delivered, in what is left of the deadline."""
+        if self._publisher.state == "closed":
+            return None
+        self._publisher.close()
+        if self._recording is None:
+            return None
+        self.receipt = receipt = self._recording.close(receipt, self._drain_timeout)
+        if not self._following:
+            return None
+        return self._following.finish(receipt, max(0.0, self._drain_timeout - receipt.seconds))
 
     def _close(self) -> None:
         self._publisher.close()
-        if self._recording is not None and self.receipt is not None:
-            self.receipt = self._recording.close(self.receipt, self._drain_timeout)
         self._watchdog.stop()
         self._bare_tasks.end()
         for callback in self._publisher.callbacks:
             detach(callback, self)
         self._faults.flush()
-        if self._term is not None:
-            self._term.remove()
-            self._term.raise_again()
-
-    def _cancel_main_task(self) -> None:
-        if self._home is not None and self._main_task is not None:
-            self._home.call_soon_threadsafe(self._main_task.cancel, "SIGTERM")
-
-    def _exit_unless_draining(self) -> None:
-        """Under `with`, what SIGTERM does to the block; a drain that is under way goes on."""
-        if not self._draining:
-            sys.exit(128 + signal.SIGTERM)
+        self._entrance.close()
 
     # -- what the parts need ------------------------------------------------------------------------------------------
 
@@ -309,7 +312,7 @@ class EventBus:
         self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for those who read it
 
     def _loop(self) -> asyncio.AbstractEventLoop:
-        return self._thread.loop() if self._home is None else self._home
+        return self._entrance.loop or self._thread.loop()
 
     def _before(self, event: Event) -> None:
         """An event that is not a step's, or one of 64 steps: the thread it comes from may run a loop that is new."""
@@ -324,3 +327,4 @@ class EventBus:
         """Between two looks of the watchdog, off every thread that matters."""
         self._publisher.units.fold()
         self._bare_tasks.look_after()
+        self._following.look_after()

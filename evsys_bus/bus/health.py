@@ -6,8 +6,10 @@ import msgspec
 
 from evsys_bus.bus.account import HookHealth
 from evsys_bus.bus.adoption import AdoptionState
-from evsys_bus.bus.recording import JournalHealth
-from evsys_bus.tasks import TaskCounts
+from evsys_bus.bus.following import Following
+from evsys_bus.bus.publisher import Publisher
+from evsys_bus.bus.recording import JournalHealth, Recording
+from evsys_bus.tasks import Delivery, TaskCounts, TaskOffice
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -31,3 +33,30 @@ class Health(msgspec.Struct, frozen=True):
     adoption: AdoptionState
     journal: JournalHealth | None = None
     """None where nothing is recorded."""
+    deliveries: tuple[Delivery, ...] = ()
+    """One for each followed adapter, as the journal's directory says."""
+    couriers: dict[str, Literal["process", "thread"]] = {}
+    """Where each of those is delivered to."""
+
+
+def health_of(
+    publisher: Publisher, office: TaskOffice, adoption: AdoptionState, recording: Recording | None, following: Following
+) -> Health:
+    """Ask all parts of a bus."""
+    tasks, by_owner = office.counts()
+    running, waiting = office.load()
+    return Health(
+        state=publisher.state,
+        published=publisher.units.published(),
+        hooks=publisher.units.hooks(),
+        tasks=tasks,
+        tasks_by_owner=by_owner,
+        tasks_running=running,
+        tasks_waiting=waiting,
+        handed_over=publisher.handed_over,
+        refused=publisher.refused,
+        adoption=adoption,
+        journal=None if recording is None else recording.health(),
+        deliveries=following.deliveries(),
+        couriers=following.places(),
+    )

@@ -7,7 +7,6 @@ It knows nothing of tasks and nothing of event loops.
 
 import inspect
 import os
-import threading
 import time
 import weakref
 from collections import deque
@@ -19,7 +18,7 @@ from typing import Any, Final, Literal
 from evsys_bus.bus.account import HookAccount
 from evsys_bus.bus.compile import FILENAME
 from evsys_bus.bus.recording import BEFORE_HOOKS, Recording
-from evsys_bus.bus.stack import StackReader
+from evsys_bus.bus.stack import LostToken, StackReader
 from evsys_bus.bus.units import Units
 from evsys_bus.callback import check_hooks, isolate
 from evsys_bus.diagnostics import FaultLog, log
@@ -65,7 +64,6 @@ class Publisher:
         self._tokens: deque[None] = deque([None])
         self._queue: deque[Event | BaseException | Callable[[], None]] = deque()
         self._nested = 0
-        self._restoring = threading.Lock()
         self.units = Units(self._first_of)
         self._stack = StackReader(
             self,
@@ -74,6 +72,7 @@ class Publisher:
             waits=Publisher._contended.__code__,
             holds=Publisher._try_held.__code__,
         )
+        self._lost_token = LostToken(self._tokens, self._stack.holders, lambda: sum(self.units.published().values()))
         self._renew()
         _alive.add(self)
 
@@ -135,7 +134,7 @@ class Publisher:
         while not self._try_held(act):
             if time.monotonic() >= deadline:
                 return False
-            self._restore_lost_token()
+            self._lost_token.restore()
             time.sleep(pause)
             pause = min(0.001, pause + 0.00005)
         return True
@@ -288,13 +287,6 @@ class Publisher:
             held_interpreter=blocked.held_interpreter,
             stack=f"\n{blocked.stack}",
         )
-
-    def _restore_lost_token(self) -> None:
-        """An interrupt between taking the token and guarding it loses it; then nobody is inside and it is missing."""
-        with self._restoring:
-            if not self._tokens and not any(self._stack.holders()):
-                self._tokens.append(None)
-                log().warning("publish.token_restored")
 
 
 def _nothing() -> None:

@@ -5,11 +5,19 @@ token and that hold it are known by their code.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
+from typing import Final
 
 from evsys_bus.bus.account import HookAccount
 from evsys_bus.bus.compile import Unit
+from evsys_bus.diagnostics import collector_paused, log
+
+LOST_SECONDS: Final = 0.02
+"""How long the token must have been with nobody to count as lost."""
 
 
 class StackReader:
@@ -45,9 +53,46 @@ class StackReader:
         unit = None if holder is None else self._units.get(holder.f_code.co_filename)
         return None if unit is None or holder is None else unit.lines.get(holder.f_lineno)
 
-    def holders(self) -> Iterator[tuple[FrameType, FrameType]]:
+    def holders(self) -> list[tuple[FrameType, FrameType]]:
         """Of every thread that holds the token (one, or none): its innermost frame, and the one that holds."""
-        for frame in sys._current_frames().values():  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] # documented
-            holder = self.holder(frame)
-            if holder is not None:
-                yield frame, holder
+        found: list[tuple[FrameType, FrameType]] = []
+        with collector_paused:
+            for frame in sys._current_frames().values():  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] # documented
+                holder = self.holder(frame)
+                if holder is not None:
+                    found.append((frame, holder))
+        return found
+
+
+class LostToken:
+    """Brings back a token that an interrupt lost between taking and guarding it: it is missing, and nobody is inside.
+
+    Args:
+        tokens: Where it should be.
+        holders: Who holds it.
+        dispatched: How many events were dispatched so far.
+    """
+
+    def __init__(self, tokens: deque[None], holders: Callable[[], object], dispatched: Callable[[], int]) -> None:
+        self._tokens = tokens
+        self._holders = holders
+        self._dispatched = dispatched
+        self._lock = threading.Lock()
+        self._missed: tuple[int, float] | None = None
+
+    def restore(self) -> None:
+        """Called while one waits for it.
+
+        It must be missed twice, with nothing dispatched in between: while we look, it passes from hand to hand.
+        """
+        with self._lock:
+            if self._tokens or self._holders():
+                self._missed = None
+                return
+            dispatched = self._dispatched()
+            if self._missed is None or self._missed[0] != dispatched:
+                self._missed = (dispatched, time.monotonic())
+            elif time.monotonic() - self._missed[1] >= LOST_SECONDS and not self._tokens:
+                self._missed = None
+                self._tokens.append(None)
+                log().warning("publish.token_restored")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -13,6 +14,7 @@ from evsys_bus.cli.backwards import newest_first
 from evsys_bus.cli.event_facts import metrics_of, type_of
 from evsys_bus.cli.tables import counted
 from evsys_bus.codec import decode
+from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, layout
@@ -132,7 +134,7 @@ class EventReader:
 
     def _envelope(self, record: Record) -> Envelope | None:
         try:
-            return decode(record.payload)
+            return decode(record.payload, _KEYS)
         except CodecError:
             self.no_envelopes += 1
             return None
@@ -146,6 +148,19 @@ class EventReader:
             if envelope is not None and envelope.time < since:
                 return name.first - 1
         return 0
+
+
+class _KeyAlone(dict[str, LogContext]):
+    """For every run a context that has its key and nothing else, so that a state that is shown names its run."""
+
+    def __contains__(self, run: object) -> bool:
+        return isinstance(run, str)
+
+    def __getitem__(self, run: str) -> LogContext:
+        return detached(LogContext, {"run_key": run})
+
+
+_KEYS: Final = _KeyAlone()
 
 
 def _merged(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:

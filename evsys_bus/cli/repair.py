@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from evsys_bus.errors import JournalOpenError
+from evsys_bus.errors import JournalInUseError
 from evsys_bus.journal import OsDisk, Report, frame, layout
 from evsys_bus.journal.claim import owner
 from evsys_bus.journal.frame import Frame
@@ -45,7 +45,7 @@ def repair(directory: Path, streams: Iterable[StreamReport], *, dry_run: bool) -
     Nobody should read them meanwhile: a reader in the middle of a segment would lose its place.
 
     Raises:
-        JournalOpenError: A process writes one of them; nothing was changed.
+        JournalInUseError: A process writes one of them; nothing was changed.
         OSError: The disk refused it. Every segment is either as it was or repaired.
     """
     disk = OsDisk()
@@ -94,10 +94,10 @@ def _free_name(segment: Path) -> Path:
     return aside
 
 
-def _in_use(directory: Path, stream: str) -> JournalOpenError:
+def _in_use(directory: Path, stream: str) -> JournalInUseError:
     writer = owner(OsDisk(), str(directory), stream)
     by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {writer.since},"
-    return JournalOpenError(
+    return JournalInUseError(
         f"{by} writes {directory}/{stream}; nothing was repaired",
         why="a segment that is being written cannot be replaced",
         fix="repair it when that process has ended; until then it can be read as it is",

@@ -11,7 +11,15 @@ from typing import Final, cast
 import click
 
 from evsys_bus.cli.screen import Screen, printable
-from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError, EvsysBusError, HookError, TrainingError
+from evsys_bus.errors import (
+    ConfigError,
+    ConfigErrors,
+    DocumentError,
+    EvsysBusError,
+    HookError,
+    JournalError,
+    TrainingError,
+)
 
 OK: Final = 0
 RAISED: Final = 1
@@ -57,6 +65,8 @@ def _place(error: EvsysBusError) -> tuple[str, int, int]:
 
 
 def _exit_code(error: EvsysBusError) -> int:
+    if isinstance(error, JournalError):
+        return ENVIRONMENT
     if isinstance(error.__cause__, OSError | ImportError) and not isinstance(error, DocumentError):
         return ENVIRONMENT
     return USAGE if isinstance(error, ConfigError | HookError | TrainingError) else RAISED

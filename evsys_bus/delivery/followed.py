@@ -1,5 +1,6 @@
 """`Followed`: an adapter that couriers deliver to, and how its delivery is meant to go."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -34,7 +35,12 @@ class Terms(msgspec.Struct, frozen=True):
     stop_after_seconds: float | None = None
     """Stop the run once its delivery has failed for so long."""
     max_staleness_seconds: float | None = None
-    """Stop the run once the oldest event that is pending is so old."""
+    """Stop the run once the delivery has not caught up for so long."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether there is a case in which the run must stop."""
+        return self.required or self.stop_after_seconds is not None or self.max_staleness_seconds is not None
 
 
 class Followed(msgspec.Struct, frozen=True):
@@ -45,6 +51,8 @@ class Followed(msgspec.Struct, frozen=True):
     recipe: Recipe | None = None
     live: Callback | Sink | None = None
     """Where there is no recipe, or where it cannot be used from another process."""
+    build: Callable[[], Callback | Sink] | None = None
+    """Builds it by its recipe in this process, for a bus whose couriers are threads."""
     terms: Terms = Terms()
 
 

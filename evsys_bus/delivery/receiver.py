@@ -10,8 +10,8 @@ from evsys_bus.events import Envelope
 class Rewindable(Protocol):
     """What a followed callback that writes files can do besides, so that a crash doubles none of its rows.
 
-    Its courier keeps the mark beside the cursor, in one file. A courier that begins anew builds the callback, rewinds it
-    to the mark, gives it the start events of the runs that are open there (``state.step`` of those is the step behind
+    Its courier keeps the mark beside the cursor, in one file. A courier that begins anew builds the callback, rewinds
+    it to the mark, gives it the start events of the runs that are open there (``state.step`` of those is the step behind
     the largest that was delivered), and goes on at the cursor.
     """
 

@@ -17,6 +17,7 @@ from evsys_bus.journal.cursor import Cursors
 from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family, Owner, SegmentName
+from evsys_bus.journal.place import place
 from evsys_bus.journal.scanning import SegmentScan
 
 
@@ -45,7 +46,7 @@ def claim(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = 
         if found is not None:
             return found
     stream = layout.new_stream(rank, clock.wall(), family)
-    disk.make_directory(f"{directory}/{stream}")
+    place(disk, directory, stream)
     return Claim(stream, hold(disk, clock, directory, stream))
 
 
@@ -75,18 +76,20 @@ def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim |
     before = owner(disk, directory, stream)
     if before is None or not before.boot or (before.boot, before.host) != (disk.boot(), os.uname().nodename):
         return None
-    lock = disk.lock(f"{directory}/{stream}/{layout.LOCK}")
-    if lock is None:
-        return None
     folder = f"{directory}/{stream}"
+    lock = None
     try:
+        lock = disk.lock(f"{folder}/{layout.LOCK}")
+        if lock is None:
+            return None
         names = layout.segments(disk, folder)
         at_least = max(names[-1].first if names else 1, Cursors(directory, disk).furthest(stream) + 1)
         following = max(at_least, *(_behind(disk, folder, name) for name in names[-1:]), 1)
         _sign(disk, clock, lock)
     except (OSError, JournalVersionError) as error:
         log().warning("journal.not_continued", stream=stream, exc_info=error)
-        disk.close(lock)
+        if lock is not None:
+            disk.close(lock)
         return None
     inherited = [f"{folder}/{name}" for name in names]
     return Claim(stream, lock, names[-1].ordinal if names else 0, following, inherited)

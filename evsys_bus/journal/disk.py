@@ -15,7 +15,15 @@ class Disk(Protocol):
     """What the journal asks of a file system. Paths are text; every method raises OSError as the real one does."""
 
     def make_directory(self, path: str) -> None:
-        """Make it, for the owner alone, and its parents; it may exist."""
+        """Make it, for the owner alone, and its parents; it may exist, or be a link to where it is to be made."""
+        ...
+
+    def link(self, path: str, target: str) -> None:
+        """Have the path lead to a directory elsewhere. It must not exist."""
+        ...
+
+    def local_directories(self) -> Iterable[str]:
+        """Where on this machine a journal may stand that cannot stand where it should; the best one first."""
         ...
 
     def open_append(self, path: str) -> int:
@@ -27,7 +35,7 @@ class Disk(Protocol):
         ...
 
     def is_locked(self, path: str) -> bool:
-        """Whether someone holds the lock of this file."""
+        """Whether someone holds the lock of this file; no, where the file system has no locks."""
         ...
 
     def write(self, file: int, data: bytes, /) -> int:
@@ -92,7 +100,22 @@ class OsDisk:
 
     def make_directory(self, path: str) -> None:
         """As `Disk`."""
-        Path(path).mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(path).resolve().mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def link(self, path: str, target: str) -> None:
+        """As `Disk`; a symbolic link."""
+        Path(path).symlink_to(target, target_is_directory=True)
+
+    def local_directories(self) -> Iterable[str]:
+        """As `Disk`: the user's state, which outlives a restart of the machine, then the temporary directory."""
+        import tempfile  # seldom needed
+
+        home = os.environ.get("HOME", "")
+        for state in (os.environ.get("XDG_STATE_HOME", ""), f"{home}/.local/state"):
+            if Path(state).is_absolute():
+                yield f"{state}/evsys-bus"
+                break
+        yield tempfile.gettempdir()
 
     def open_append(self, path: str) -> int:
         """As `Disk`."""
@@ -125,6 +148,8 @@ class OsDisk:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError:
+            return False  # as `lock` said when it was tried
         finally:
             os.close(file)
         return False

@@ -29,6 +29,21 @@ class TaskCounts(msgspec.Struct):
     """Never accepted: too many waited, or the bus was closed."""
 
 
+class Delivery(msgspec.Struct, frozen=True):
+    """How far one followed adapter has got: ``recorded = delivered + dead + pending``."""
+
+    name: str
+    recorded: int
+    """Events that are for it."""
+    delivered: int
+    dead: int
+    """Not taken, and never will be; they are in its dead-letter file, with the reason."""
+    pending: int
+    """Safe in the journal, and still to be delivered."""
+    trouble: str | None = None
+    """What its destination said last, if it does not take events."""
+
+
 class Receipt(msgspec.Struct, frozen=True):
     """What a drain hands back."""
 
@@ -45,6 +60,10 @@ class Receipt(msgspec.Struct, frozen=True):
     """Events that the journal's disk did not take, and that end with the process."""
     journal: str | None = None
     """Where the journal is."""
+    deliveries: tuple[Delivery, ...] = ()
+    """One for each followed adapter."""
+    finish: str | None = None
+    """The command that delivers what is pending; None where nothing is."""
 
 
 class Draining(concurrent.futures.Future[Receipt]):

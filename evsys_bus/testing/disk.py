@@ -19,6 +19,10 @@ class _File:
         self.data = bytearray()
         self.durable = b""
         self.modified = 0.0
+        self.astray = False
+        """Whether a write goes behind the last one, not to the end."""
+        self.position = 0
+        """Where the last one ended."""
 
 
 class SimulatedDisk:
@@ -27,11 +31,16 @@ class SimulatedDisk:
     Attributes:
         calls: How many calls were made so far; `fail` counts them from here.
         room: How many bytes may still be written before the disk is full; None for no bound.
+        without_locks: Directories below which every lock is refused, as over NFS without its lock service.
+        without_appends: Directories below which a write goes behind the last one, wherever the file ends.
     """
 
     def __init__(self) -> None:
         self.calls = 0
         self.room: int | None = None
+        self.without_locks: set[str] = set()
+        self.without_appends: set[str] = set()
+        self._links: dict[str, str] = {}
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
         self._directories: set[str] = {"/"}
@@ -87,37 +96,51 @@ class SimulatedDisk:
         """Remove a directory, with all that is in it."""
         for each in [name for name in self._files if name.startswith(f"{path}/")]:
             del self._files[each]
-        self._directories = {each for each in self._directories if each != path and not each.startswith(f"{path}/")}
+        self._directories = {each for each in self._directories if not _below(each, {path})}
+        self._links = {each: target for each, target in self._links.items() if not _below(each, {path})}
 
     # -- what the journal asks of it ----------------------------------------------------------------------------------
 
     def make_directory(self, path: str) -> None:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         while path not in self._directories:
             self._directories.add(path)
             path = _parent(path)
 
-    def open_append(self, path: str) -> int:
+    def link(self, path: str, target: str) -> None:
         """As `Disk`."""
         self._call()
+        if path in self._links or path in self._directories:
+            raise FileExistsError(errno.EEXIST, "exists", path)
+        self._links[path] = target
+
+    def local_directories(self) -> list[str]:
+        """As `Disk`."""
+        return ["/local/state", "/local/temporary"]
+
+    def open_append(self, path: str) -> int:
+        """As `Disk`."""
+        path = self._call(path)
         if path in self._files:
             raise FileExistsError(errno.EEXIST, "exists", path)
         return self._opened(path)
 
     def lock(self, path: str) -> int | None:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         if path in self._locks.values():
             return None
         file = self._opened(path)
+        if _below(path, self.without_locks):
+            del self._open[file]
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         self._locks[file] = path
         return file
 
     def is_locked(self, path: str) -> bool:
         """As `Disk`."""
-        self._call()
-        return path in self._locks.values()
+        return self._call(path) in self._locks.values()
 
     def write(self, file: int, data: bytes, /) -> int:
         """As `Disk`."""
@@ -132,7 +155,11 @@ class SimulatedDisk:
             if not kept and data:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self.room -= len(kept)
-        self._file(file).data += kept
+        one = self._file(file)
+        begin = one.position if one.astray else len(one.data)
+        one.data += bytes(max(0, begin - len(one.data)))
+        one.data[begin : begin + len(kept)] = kept
+        one.position = begin + len(kept)
         return len(kept)
 
     def truncate(self, file: int, size: int) -> None:
@@ -155,7 +182,7 @@ class SimulatedDisk:
 
     def sync_path(self, path: str) -> None:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         if path in self._files:
             self._files[path].durable = bytes(self._files[path].data)
             return
@@ -172,31 +199,27 @@ class SimulatedDisk:
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """As `Disk`."""
-        self._call()
-        return bytes(self._at(path).data[offset : offset + size])
+        return bytes(self._at(self._call(path)).data[offset : offset + size])
 
     def is_at(self, path: str, file: int) -> bool:
         """As `Disk`."""
-        self._call()
-        return self._files.get(path) is self._file(file)
+        return self._files.get(self._call(path)) is self._file(file)
 
     def names(self, path: str) -> list[str]:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", path)
-        entries = [*self._files, *self._directories]
+        entries = [*self._files, *self._directories, *self._links]
         return [name.rpartition("/")[2] for name in entries if _parent(name) == path and name != path]
 
     def size(self, path: str) -> int:
         """As `Disk`."""
-        self._call()
-        return len(self._at(path).data)
+        return len(self._at(self._call(path)).data)
 
     def modified(self, path: str) -> float:
         """As `Disk`; set by the test, through ``set_modified``."""
-        self._call()
-        return self._at(path).modified
+        return self._at(self._call(path)).modified
 
     def set_modified(self, path: str, wall: float) -> None:
         """Let the file have been written last at this time."""
@@ -204,14 +227,14 @@ class SimulatedDisk:
 
     def replace(self, path: str, data: bytes) -> None:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         file = _File()
         file.data, file.durable = bytearray(data), data
         self._files[path] = self._durable[path] = file
 
     def remove(self, path: str) -> None:
         """As `Disk`."""
-        self._call()
+        path = self._call(path)
         self._give_back(len(self._at(path).data))
         del self._files[path]
 
@@ -221,12 +244,15 @@ class SimulatedDisk:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _call(self) -> None:
+    def _call(self, path: str = "") -> str:
+        """Count the call, let it fail if it is its turn, and say where the path leads."""
         if self._stopped:
             raise MachineStopped
         self.calls += 1
         if self.calls == self._fault_at:
             self._fault()
+        link = next((each for each in self._links if _below(path, {each})), None)
+        return path if link is None else f"{self._links[link]}{path.removeprefix(link)}"
 
     def _stop(self) -> None:
         self._stopped = True
@@ -238,6 +264,7 @@ class SimulatedDisk:
         file: Final = self._next
         self._next += 1
         self._open[file] = self._files.setdefault(path, _File())
+        self._open[file].astray = _below(path, self.without_appends)
         return file
 
     def _file(self, file: int) -> _File:
@@ -253,6 +280,10 @@ class SimulatedDisk:
     def _give_back(self, size: int) -> None:
         if self.room is not None:
             self.room += size
+
+
+def _below(path: str, directories: set[str]) -> bool:
+    return any(path == each or path.startswith(f"{each}/") for each in directories)
 
 
 def _parent(path: str) -> str:

@@ -6,14 +6,14 @@ them alike. It describes; what decides is `evsys_bus.wiring.params`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Final, cast
+from types import UnionType
+from typing import Any, Final, Union, cast, get_args, get_origin
 
 import msgspec
 
-from evsys_bus.callback import Callback
 from evsys_bus.wiring.fields import Field, fields_of, is_pydantic, signature_fields
 from evsys_bus.wiring.registry import REGISTRY, Registry
-from evsys_bus.wiring.spec import CallbackSpec, PathPart
+from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, PathPart
 
 Schema = dict[str, Any]
 """A JSON schema, or a part of one. Any: JSON."""
@@ -52,7 +52,7 @@ def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
     return CallbackSpec(kind, {key: sample(parts[key], schema) for key in wanted})
 
 
-def schema_of(cls: type[Callback]) -> Schema:
+def schema_of(cls: AdapterClass) -> Schema:
     """The schema of a class's params: its Config's, or the names and defaults of its constructor's arguments."""
     return _from_fields(cls, signature_fields(cls)) if cls.Config is None else config_schema(cls.Config)
 
@@ -181,17 +181,32 @@ def _from_fields(cls: type, fields: Mapping[str, Field] | None) -> Schema:
     definitions: dict[str, Schema] = {}
     properties: dict[str, Schema] = {}
     for key, field in known.items():
-        try:
-            (part,), found = msgspec.json.schema_components(
-                [field.type], schema_hook=_other_type, ref_template="#/$defs/{name}"
-            )
-        except TypeError:
-            part, found = Schema(), dict[str, Schema]()
+        part, found = _from_type(field.type)
         properties[key] = part | _default(field)
         definitions |= found
     required = [key for key, field in known.items() if field.required]
     schema: Schema = {"title": cls.__name__, "type": "object", "properties": properties, "required": required}
     return schema | {"additionalProperties": True} if fields is None else _closed(schema, definitions)
+
+
+def _from_type(wanted: Any) -> tuple[Schema, dict[str, Schema]]:
+    """The schema of a type, and the definitions it refers to. Any: whatever was annotated."""
+    try:
+        (part,), found = msgspec.json.schema_components(
+            [wanted], schema_hook=_other_type, ref_template="#/$defs/{name}"
+        )
+    except TypeError:
+        if get_origin(wanted) not in (Union, UnionType):
+            return {}, {}
+        # msgspec refuses a union such as `str | Path` as a whole; its members it takes.
+        members = [_from_type(each) for each in get_args(wanted)]
+        if not all(part for part, _ in members):
+            return {}, {}
+        definitions: dict[str, Schema] = {}
+        for _, each in members:
+            definitions |= each
+        return {"anyOf": [part for part, _ in members]}, definitions
+    return part, found
 
 
 def _default(field: Field) -> Schema:

@@ -1,0 +1,178 @@
+"""The couriers of a bus: who is followed, started with the bus, asked to finish with it, and what came of it.
+
+What can be built again is delivered to by a process of its own; what cannot, by threads of this one that work in
+slices. The journal's directory is all that they and the bus have in common.
+"""
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Final, Literal
+
+import msgspec
+
+from evsys_bus.bus.guard import Guard
+from evsys_bus.callback import Callback
+from evsys_bus.delivery.followed import Followed, Recipe
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import SettingError
+from evsys_bus.sink import Sink, sink_name
+from evsys_bus.tasks import Delivery, Draining, Receipt
+
+if TYPE_CHECKING:  # at run time they are imported where something is followed
+    from evsys_bus.delivery.crew import Crew
+    from evsys_bus.delivery.process import CourierProcess
+
+Couriers = Literal["process", "thread"]
+"""Where couriers work: in a process of their own, or all of them on threads of this one."""
+
+SLICE_SECONDS: Final = 0.0005
+"""How long a courier's thread works before it lets the loop's go on."""
+STOP_SECONDS: Final = 0.5
+"""What couriers on threads get to end once the deadline has passed; one that an adapter blocks is left behind."""
+
+
+class Following:
+    """Those who are followed, of what a bus was given.
+
+    Args:
+        callbacks: As the bus was given them.
+        sinks: Likewise.
+        couriers: Where they work.
+        linger_seconds: How long the courier process may go on once the bus is closed, or its process dead.
+
+    Raises:
+        SettingError: Two of them have the same name.
+    """
+
+    def __init__(
+        self, callbacks: Iterable[object], sinks: Iterable[Sink | Followed], couriers: Couriers, linger_seconds: float
+    ) -> None:
+        given = tuple(callbacks)
+        self._followed = tuple(map(_followed, (*(each for each in given if isinstance(each, Followed | Sink)), *sinks)))
+        _check_names(self._followed)
+        self._couriers = couriers
+        self._linger_seconds = linger_seconds
+        self._directory = ""
+        self._temporary = False
+        self._process: CourierProcess | None = None
+        self._crew: Crew | None = None
+        self._guard = Guard([each for each in self._followed if each.terms.stops])
+        self.inline: Final[tuple[object, ...]] = (
+            *(each for each in given if not isinstance(each, Followed | Sink)),
+            *([self._guard] if self._guard.watched else []),
+        )
+        """The others, in their order, and the guard if one is needed."""
+
+    def __bool__(self) -> bool:
+        return bool(self._followed)
+
+    def temporary_journal(self) -> str:
+        """A directory for a journal that nobody asked for, but that followers need; it goes when all is delivered."""
+        self._temporary = True
+        directory = tempfile.mkdtemp(prefix="evsys-bus-")
+        log().info("journal.temporary", directory=directory, why="something is followed, and no journal was given")
+        return directory
+
+    def start(self, directory: str) -> None:
+        """Begin to deliver what is recorded there."""
+        self._directory = directory
+        places = self.places()
+        apart = [each for each in self._followed if places[each.name] == "process"]
+        here = [each for each in self._followed if places[each.name] == "thread"]
+        if apart:
+            from evsys_bus.delivery.process import CourierProcess
+
+            self._process = CourierProcess(directory, apart, linger_seconds=self._linger_seconds)
+            self._process.start()
+        if here:
+            from evsys_bus.delivery.crew import Crew
+
+            self._crew = Crew(directory, here, self._build, slice_seconds=SLICE_SECONDS)
+            self._crew.start()
+
+    def look_after(self) -> None:
+        """Now and then, off every thread that matters: tell the guard how the deliveries fare."""
+        if self._guard.watched and self._directory:
+            gave_up = self._process is not None and self._process.gave_up
+            self._guard.look(self._directory, gave_up=gave_up)
+
+    def places(self) -> dict[str, Couriers]:
+        """Where each is delivered to."""
+        places: dict[str, Couriers] = {each.name: self._couriers for each in self._followed}
+        return places | {each.name: "thread" for each in self._followed if each.recipe is None}
+
+    def deliveries(self) -> tuple[Delivery, ...]:
+        """How far each has got."""
+        if not self._directory:
+            return ()
+        from evsys_bus.delivery.accounts import accounts
+
+        names = {each.name for each in self._followed}
+        return tuple(each.as_delivery() for each in accounts(self._directory, quick=True) if each.name in names)
+
+    def finish(self, receipt: Receipt, seconds: float) -> Draining:
+        """Have all that is recorded delivered, waiting at most so long; the receipt then says how far that got.
+
+        What is pending then stays in the journal. The process goes on for as long as it lingers.
+        """
+        finishing = Draining()
+
+        def finish() -> None:
+            try:
+                finishing.set_result(self._finish(receipt, seconds))
+            except BaseException as error:  # a wall: whoever waits for the receipt is told
+                finishing.set_exception(error)
+
+        threading.Thread(target=finish, name="evsys-bus-finish", daemon=True).start()
+        return finishing
+
+    def _finish(self, receipt: Receipt, seconds: float) -> Receipt:
+        began = time.monotonic()
+        if self._process is not None:
+            self._process.finish()
+        if self._crew is not None:
+            self._crew.finish()
+        ended = self._process is None or self._process.wait(seconds)
+        if self._crew is not None and not self._crew.join(max(0.0, began + seconds - time.monotonic())):
+            ended = False
+            self._crew.stop()
+            self._crew.join(STOP_SECONDS)
+        deliveries = self.deliveries()
+        command = None
+        if any(each.pending for each in deliveries):
+            command = f"evsys-bus sync {self._directory}"
+            self._tell(deliveries, command)
+        elif self._temporary and ended and not any(each.dead for each in deliveries):
+            shutil.rmtree(self._directory, ignore_errors=True)
+        return msgspec.structs.replace(
+            receipt, deliveries=deliveries, finish=command, seconds=receipt.seconds + time.monotonic() - began
+        )
+
+    def _tell(self, deliveries: tuple[Delivery, ...], command: str) -> None:
+        pending = {each.name: each.pending for each in deliveries if each.pending}
+        goes_on = self._linger_seconds if self._process is not None and self._process.alive else 0
+        log().warning("delivery.pending", **pending, lingers_seconds=goes_on, fix=command)
+
+    def _build(self, recipe: Recipe) -> Callback | Sink:
+        """The adapter, in this process; whoever made the recipe gave a way."""
+        build = next(each.build for each in self._followed if each.recipe is recipe)
+        assert build is not None
+        return build()
+
+
+def _followed(given: Followed | Sink) -> Followed:
+    return given if isinstance(given, Followed) else Followed(sink_name(given), live=given)
+
+
+def _check_names(followed: tuple[Followed, ...]) -> None:
+    names = [each.name for each in followed]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SettingError(
+            f'two followed adapters are called "{twice}"',
+            why="the name keys an adapter's cursor and counts",
+            fix='give one of them a name of its own: name="..."',
+        )

@@ -1,0 +1,91 @@
+"""Where a new stream stands: in the journal's directory, or on a disk of this machine if that one lacks something.
+
+Network file systems may have no locks, or put what is appended in the wrong place. Then the stream, and with it what
+couriers lock, stands in a local directory, and in the journal stand symbolic links to them: everybody on this machine
+goes on by the same paths.
+"""
+
+import errno
+from typing import Final, Literal
+from uuid import uuid4
+
+from evsys_bus.diagnostics import log
+from evsys_bus.journal import layout
+from evsys_bus.journal.disk import Disk
+
+_NOT_SUPPORTED: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+
+
+def place(disk: Disk, directory: str, stream: str) -> None:
+    """Make the directory of a new stream.
+
+    Raises:
+        OSError: The journal's directory cannot be written; or what is appended there goes astray, and no other
+            directory of this machine takes it either.
+    """
+    lacks = _lacking(disk, directory)
+    if lacks is not None:
+        for root in disk.local_directories():
+            local = f"{root}/evsys-bus-{stream}"
+            try:
+                _move(disk, directory, stream, root, local)
+            except OSError as error:
+                log().warning("journal.not_moved", directory=directory, to=local, lacks=lacks, exc_info=error)
+            else:
+                log().warning("journal.moved", directory=directory, to=local, lacks=lacks)
+                return
+    if lacks == "appends":
+        raise OSError(errno.ENOTSUP, "its file system does not append, and no local directory took the journal")
+    disk.make_directory(f"{directory}/{stream}")
+
+
+def _move(disk: Disk, directory: str, stream: str, root: str, local: str) -> None:
+    disk.make_directory(root)
+    lacks = _lacking(disk, root)
+    if lacks is not None:
+        raise OSError(errno.ENOTSUP, f"its file system lacks {lacks}", root)
+    disk.make_directory(local)
+    disk.sync_path(root)
+    for name in (stream, layout.COURIERS):
+        disk.make_directory(f"{local}/{name}")
+        try:
+            disk.link(f"{directory}/{name}", f"{local}/{name}")
+        except FileExistsError:
+            if name == stream:
+                raise
+
+
+def _lacking(disk: Disk, directory: str) -> Literal["locks", "appends"] | None:
+    """What the file system of a directory does not do, as a small file there shows."""
+    path = f"{directory}/.trial-{uuid4().hex}"
+    file = disk.open_append(path)
+    try:
+        if not _appends(disk, path, file):
+            return "appends"
+        return None if _locks(disk, path) else "locks"
+    finally:
+        disk.close(file)
+        disk.remove(path)
+
+
+def _appends(disk: Disk, path: str, file: int) -> bool:
+    """Whether a write goes to the end, also where the end was moved: as after a short write that was taken back."""
+    try:
+        disk.write(file, b"ab")
+        disk.truncate(file, 1)
+        disk.write(file, b"c")
+        return disk.read(path, 0, 4) == b"ac"
+    except OSError as error:
+        if error.errno in _NOT_SUPPORTED:
+            return False
+        raise
+
+
+def _locks(disk: Disk, path: str) -> bool:
+    try:
+        lock = disk.lock(path)
+    except OSError:
+        return False
+    if lock is not None:
+        disk.close(lock)
+    return lock is not None
