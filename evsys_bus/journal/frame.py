@@ -57,6 +57,14 @@ class Damage(NamedTuple):
     length: int
 
 
+class Run(NamedTuple):
+    """Whole events that number on, one after another."""
+
+    first: int
+    """The sequence of the first of them."""
+    payloads: list[bytes]
+
+
 class Rest(NamedTuple):
     """The end of the buffer: a frame that is not whole, or not whole yet."""
 
@@ -125,6 +133,29 @@ def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
         start = end
         sequence += 1
     return start, sequence
+
+
+def take(buffer: bytes, start: int, sequence: int, after: int) -> tuple[Run, int, int]:
+    """As `pass_over`, and with them those that come behind ``after``."""
+    view = memoryview(buffer)
+    size = len(buffer)
+    last = size - HEADER_BYTES
+    unpack = _FRAME.unpack_from
+    payloads: list[bytes] = []
+    keep = payloads.append
+    while start <= last:
+        checksum, mark, kind, length, number = unpack(buffer, start)
+        body = start + HEADER_BYTES
+        end = body + length
+        if number != sequence or kind or mark != MARK or end > size:
+            break
+        if crc32(view[start + _SUM_BYTES : end]) != checksum:
+            break
+        if sequence > after:
+            keep(buffer[body:end])
+        start = end
+        sequence += 1
+    return Run(sequence - len(payloads), payloads), start, sequence
 
 
 def _frame_at(view: memoryview, start: int) -> Frame | None:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.disk import Disk, OsDisk
-from evsys_bus.journal.frame import Frame, Rest
+from evsys_bus.journal.frame import Frame, Rest, Run
 from evsys_bus.journal.layout import Family, SegmentName
 from evsys_bus.journal.scanning import SegmentScan
 
@@ -71,6 +71,8 @@ class Tail:
         self._scan: SegmentScan | None = None
         self._suspect = -1
         """Where damage ended that was seen once."""
+        self._given: Run | None = None
+        """Of which not all may have been taken."""
 
     def poll(self) -> Iterator[Record]:
         """What came since the last poll; a record counts as given out when the iterator hands it over.
@@ -78,6 +80,20 @@ class Tail:
         Raises:
             JournalVersionError: A newer version wrote what follows.
         """
+        for first, payloads in self.runs():
+            for sequence, payload in enumerate(payloads, first):
+                self.last = sequence
+                yield Record(sequence, payload)
+
+    def runs(self) -> Iterator[Run]:
+        """As `poll`, for those who take many: what numbers on comes together.
+
+        A run counts as given out when the next one is asked for.
+        """
+        if self._given is not None:  # somebody stopped in the middle of it
+            first, payloads = self._given
+            taken = max(0, self.last + 1 - first)
+            yield from self._give(Run(first + taken, payloads[taken:]))
         while True:
             if self._scan is None:
                 start = self._start()
@@ -91,6 +107,13 @@ class Tail:
             # The old one may have grown between the reading and the listing; now it grows no more.
             yield from self._drain(ended=True)
             self._enter(following)
+
+    def _give(self, run: Run) -> Iterator[Run]:
+        if run.payloads:
+            self._given = run
+            yield run
+            self.last = run.first + len(run.payloads) - 1
+        self._given = None
 
     def _start(self) -> SegmentName | None:
         """The segment that holds the first event to give out."""
@@ -107,7 +130,7 @@ class Tail:
         self._suspect = -1
         self._scan = SegmentScan(self._disk, f"{self._folder}/{name}")
 
-    def _drain(self, *, ended: bool) -> Iterator[Record]:
+    def _drain(self, *, ended: bool) -> Iterator[Run]:
         """The rest of the segment; ``ended``: nothing is added to it any more."""
         scan = self._scan
         assert scan is not None
@@ -120,13 +143,15 @@ class Tail:
             if ended:  # if not, it may be for now only
                 self.unreadable.append(scan.path)
 
-    def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Record, None, bool]:
+    def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Run, None, bool]:
         """Give out what follows; False where the same place has to be read again."""
-        for piece in scan.pieces():
-            if isinstance(piece, Frame):
-                record = self._take(piece)
-                if record is not None:
-                    yield record
+        for piece in scan.runs(self._expected or 1, self.last):
+            if isinstance(piece, Run):
+                self._expect(piece.first)
+                self._expected = max(self._expected or 1, piece.first + len(piece.payloads))
+                yield from self._give(piece)
+            elif isinstance(piece, Frame):
+                yield from self._give(self._single(piece))
             elif isinstance(piece, Rest):
                 self.torn_bytes += piece.length if ended else 0
             elif ended or scan.offset == self._suspect:
@@ -138,18 +163,15 @@ class Tail:
                 return False
         return True
 
-    def _take(self, piece: Frame) -> Record | None:
+    def _single(self, piece: Frame) -> Run:
+        """The run of an event that stands alone; empty where it is none, or was given out."""
         if piece.kind == frame.CLOSED:
             self._expect(piece.sequence)
         if piece.kind == frame.EVENT:
             self._expect(piece.sequence)
             self._expected = max(self._expected or 1, piece.sequence + 1)
-        elif piece.kind != frame.CARRIED:
-            return None
-        if piece.sequence <= self.last:
-            return None
-        self.last = piece.sequence
-        return Record(piece.sequence, bytes(piece.payload))
+        new = piece.sequence > self.last and piece.kind in {frame.EVENT, frame.CARRIED}
+        return Run(piece.sequence, [bytes(piece.payload)] if new else [])
 
     def _expect(self, sequence: int) -> None:
         """All before this one has been given out, or is missing."""

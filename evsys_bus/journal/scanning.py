@@ -6,7 +6,7 @@ from typing import Final
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame
 from evsys_bus.journal.disk import Disk
-from evsys_bus.journal.frame import Damage, Frame, Rest, scan
+from evsys_bus.journal.frame import Damage, Frame, Rest, Run, scan
 
 _CHUNK_BYTES: Final = 1 << 20
 
@@ -35,6 +35,29 @@ class SegmentScan:
                     yield piece
                 elif at_end:
                     yield piece
+
+    def runs(self, expected: int, after: int) -> Iterator[Frame | Damage | Rest | Run]:
+        """As `pieces`, but events that number on from ``expected`` come as runs, without those up to ``after``."""
+        for buffer, start, at_end in self._chunks():
+            base = self.offset - start
+            place = start
+            while True:
+                run, place, expected = frame.take(buffer, place, expected, after)
+                self.offset = base + place
+                if run.payloads:
+                    yield run
+                piece = next(scan(buffer, place), None)
+                if piece is None:
+                    break
+                if isinstance(piece, Rest):
+                    if at_end:
+                        yield piece
+                    break
+                place = piece.end
+                self.offset = base + place
+                if isinstance(piece, Frame) and piece.kind == frame.EVENT and piece.sequence >= expected:
+                    expected = piece.sequence + 1
+                yield piece
 
     def count(self, expected: int) -> Iterator[Frame | Damage | Rest | int]:
         """As `pieces`, but whole events that number on from ``expected`` are given out as one sequence to come."""
