@@ -36,8 +36,9 @@ if TYPE_CHECKING:
         TrainEnd,
         TrainStart,
     )
+    from evsys_bus.sink import Sink
     from evsys_bus.training import Experiment, TrainingLoop
-    from evsys_bus.wiring import CallbackSpec, build_callbacks, register_callback
+    from evsys_bus.wiring import CallbackSpec, build_callbacks, follow, register_callback, register_sink
 
 __version__: Final = "0.1.0"
 
@@ -71,8 +72,9 @@ _HOMES: Final = {
         "TrainEnd",
         "TrainStart",
     ),
+    "sink": ("Sink",),
     "training": ("Experiment", "TrainingLoop"),
-    "wiring": ("CallbackSpec", "build_callbacks", "register_callback"),
+    "wiring": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
 }
 _HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -102,6 +104,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "RunEnd",
     "RunResult",
     "RunStart",
+    "Sink",
     "StepEnd",
     "TrainEnd",
     "TrainStart",
@@ -109,7 +112,9 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "TrainingLoop",
     "build_callbacks",
     "dispatch",
+    "follow",
     "register_callback",
+    "register_sink",
 ]
 
 

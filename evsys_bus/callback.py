@@ -6,7 +6,7 @@ hooks by itself, faster, with the same isolation (`isolate`).
 
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import msgspec
 
@@ -74,6 +74,11 @@ class Callback:
     """The kind under which the callback is registered."""
     Config: ClassVar[type | None] = None
     """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
+
+    placement: ClassVar[Literal["inline", "follow"]] = "inline"
+    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal."""
+    stops_runs: ClassVar[bool] = False
+    """Whether it may stop the run; then it cannot be followed."""
 
     spec_name: str | None = None
     """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""

@@ -11,10 +11,10 @@ never encoded; an envelope carries a reference to them, and the far side gets a 
 Status words, everywhere: pending, running, completed, failed, cancelled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 import msgspec
 
@@ -41,6 +41,10 @@ class _Handle:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+Unsaid = Mapping[str, Callable[[], Any]]
+"""Attributes that travel only where they are not as nearly always, and what makes them. Any: of their type."""
+
+
 class _Detached:
     """What turns a handle into its detached twin: the parts that travelled are looked up when they are asked for.
 
@@ -56,12 +60,15 @@ class _Detached:
             kind = type(self).__name__
             if attribute == "_parts" or attribute not in self.__dataclass_fields__:
                 raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
-            if attribute not in self._parts:
+            if attribute in self._parts:
+                value = self._parts[attribute]
+            elif attribute in self._unsaid:
+                value = self._unsaid[attribute]()
+            else:
                 raise DetachedError(
                     f"{kind}.{attribute} is a live object; this {kind} is detached, read from a record of the run",
                     fix='place the callback "inline" if it needs live objects',
                 )
-            value = self._parts[attribute]
             if attribute == "output_dir" and type(value) is str:
                 value = Path(value)
             setattr(self, attribute, value)
@@ -150,6 +157,7 @@ class DetachedLoopState(_Detached, LoopState):
     """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over."""
 
     __slots__ = ("_parts",)
+    _unsaid: ClassVar[Unsaid] = {"stop_requested": bool, "stop_reason": type(None), "error": type(None)}
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
         """Raises: DetachedError, always."""
@@ -177,12 +185,14 @@ class DetachedLogContext(_Detached, LogContext):
     """A `LogContext` read from a record."""
 
     __slots__ = ("_parts",)
+    _unsaid: ClassVar[Unsaid] = {}
 
 
 class DetachedTrainingBatch(_Detached, TrainingBatch):
     """A `TrainingBatch` read from a record."""
 
     __slots__ = ("_parts",)
+    _unsaid: ClassVar[Unsaid] = {"loss_fn": type(None), "loss_fn_config": type(None), "metrics": dict}
 
 
 HandleT = TypeVar("HandleT", bound=_Handle)
@@ -193,7 +203,6 @@ _DETACHED: Final[dict[type, Any]] = {  # Any: pyright knows no way from a class 
     LogContext: DetachedLogContext,
     TrainingBatch: DetachedTrainingBatch,
 }
-_new: Final = object.__new__
 
 
 def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
@@ -201,9 +210,20 @@ def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
 
     Any: attributes are of every type; what is no attribute of the handle is left out.
     """
-    twin: Any = _new(_DETACHED[kind])
-    twin._parts = attributes  # noqa: SLF001
-    return twin
+    return detacher(kind)(attributes)
+
+
+def detacher(kind: type[HandleT]) -> Callable[[Mapping[str, Any]], HandleT]:
+    """What makes such twins, for those who make many. Any: as above."""
+    twin_of: Any = _DETACHED[kind]
+    new = object.__new__
+
+    def detach(attributes: Mapping[str, Any]) -> HandleT:
+        twin = new(twin_of)
+        twin._parts = attributes  # noqa: SLF001
+        return twin
+
+    return detach
 
 
 class ManifestRow(msgspec.Struct, frozen=True):

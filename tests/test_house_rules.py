@@ -16,14 +16,19 @@ SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for
 PUBLIC = """
     ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
     Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts LoopState
-    ManifestRow Receipt RunEnd RunResult RunStart StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
-    build_callbacks dispatch register_callback
+    ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks dispatch follow register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/callback.py": "hooks",
     "evsys_bus/bus/event_bus.py": "Ctrl-C while draining; raised again",
     "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
+    "evsys_bus/bus/following.py": "what finishing raises; handed to who waits for it",
+    "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
+    "evsys_bus/delivery/hooks.py": "followed hooks",
+    "evsys_bus/testing/conformance.py": "the adapter under test",
+    "evsys_bus/tasks/bounded_call.py": "a sink's calls; handed back as a value",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
     "evsys_bus/codec/foreign.py": "code of values",
@@ -35,7 +40,9 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/tasks/see_through.py": "the training; raised again where it is awaited",
     "evsys_bus/training/arm_run.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
-    "evsys_bus/wiring/build.py": "a plugin's Config and constructor",
+    "evsys_bus/delivery/crew.py": "building an adapter; a delivery that broke down",
+    "evsys_bus/wiring/construct.py": "a plugin's Config and constructor",
+    "evsys_bus/wiring/followed.py": "a plugin's import; a stranger's equality",
     "evsys_bus/wiring/recipe.py": "a recipe's module, its Config and its annotation",
     "evsys_bus/wiring/registry.py": "a plugin's import",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",

@@ -145,15 +145,6 @@ def test_R7_a_spec_is_a_struct_a_mapping_or_any_object_with_kind_and_params(spec
     assert callback.spec_name == "thing"
 
 
-def test_a_placement_that_this_version_cannot_give_is_not_passed_over_in_silence(caplog):
-    registry = Registry(entry_points=lambda: ())
-    registry.register("thing")(type("Thing", (Callback,), {}))
-    build_callbacks([{"kind": "thing", "placement": "inline"}], registry=registry)
-    assert not caplog.records
-    build_callbacks([{"kind": "thing", "placement": "follow"}], registry=registry)
-    assert caplog.records[0].place == "$.callbacks[0].placement"
-
-
 def test_callbacks_of_one_kind_are_numbered_where_they_have_no_names_of_their_own():
     registry = Registry(entry_points=lambda: ())
     registry.register("thing")(type("Thing", (Callback,), {}))

@@ -103,7 +103,8 @@ def test_not_a_spec():
     assert errors_of(3) == (
         "error[EB104]: int 3 is not a callback spec\n"
         " --> $.callbacks[0]\n"
-        "fix: give a spec ({kind: print_progress, params: {every: 10}}) or an instance of a subclass of Callback"
+        "fix: give a spec ({kind: print_progress, params: {every: 10}}) or an instance of a subclass of Callback "
+        "or Sink"
     )
 
 
@@ -111,7 +112,8 @@ def test_params_beside_the_kind_instead_of_under_params():
     assert errors_of({"kind": "wandb_logger", "params": {"project": "p"}, "every": 3}) == (
         'error[EB104]: a callback spec has no key "every"\n'
         " --> $.callbacks[0].every\n"
-        "fix: known: kind, name, params, placement   the callback's own parameters go under params: {every: ...}"
+        "fix: known: kind, max_staleness_seconds, name, on_failure, params, placement, ranks, required, "
+        "stop_after_seconds   the callback's own parameters go under params: {every: ...}"
     )
 
 

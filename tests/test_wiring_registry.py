@@ -10,8 +10,9 @@ import pytest
 
 from evsys_bus.callback import Callback
 from evsys_bus.errors import BadSpecError, BrokenAdapterError, DuplicateKindError, UnknownKindError
+from evsys_bus.sink import Sink
 from evsys_bus.wiring import Origin, Registry, build_callbacks
-from evsys_bus.wiring.registry import GROUP
+from evsys_bus.wiring.registry import GROUPS, installed
 
 
 class First(Callback):
@@ -22,19 +23,23 @@ class Second(Callback):
     pass
 
 
-def install(site: Path, package: str, entry_points: str, *, requires: str = "") -> None:
+class Drain(Sink):
+    pass
+
+
+def install(site: Path, package: str, entry_points: str, *, requires: str = "", group: str = GROUPS[0]) -> None:
     """Put a distribution there, as an installer does."""
     info = site / f"{package.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
     requires = f"Requires-Dist: {requires}\n" if requires else ""
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n{requires}")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{entry_points}\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry_points}\n")
 
 
 def registry_of(site: Path) -> Registry:
     def entry_points():
         found = importlib.metadata.distributions(path=[str(site)])
-        return [point for each in found for point in each.entry_points.select(group=GROUP)]
+        return [point for each in found for group in GROUPS for point in each.entry_points.select(group=group)]
 
     return Registry(entry_points)
 
@@ -244,3 +249,51 @@ def test_a_spec_is_a_frozen_value_whose_label_defaults_to_the_kind():
     assert (spec.params, spec.name, spec.placement, spec.label) == ({}, None, None, "print_progress")
     assert CallbackSpec("print_progress", name="p").label == "p"
     assert msgspec.json.decode(msgspec.json.encode(spec), type=CallbackSpec) == spec
+
+
+def test_a_registered_sink_is_found_by_its_kind_and_gets_it_as_its_name():
+    class Nameless(Sink):
+        pass
+
+    registry = empty()
+    assert registry.register_sink("lines")(Nameless) is Nameless
+    assert (registry.find("lines"), Nameless.name, Sink.name) == (Nameless, "lines", "")
+
+
+def test_a_kind_is_a_callbacks_or_a_sinks_and_never_both():
+    registry = empty()
+    registry.register("mine")(First)
+    with pytest.raises(DuplicateKindError):
+        registry.register_sink("mine")(Drain)
+    registry.register_sink("drain")(Drain)
+    with pytest.raises(DuplicateKindError):
+        registry.register("drain")(First)
+
+
+def test_a_package_may_offer_sinks_and_a_kind_that_is_both_is_an_error(tmp_path):
+    target = f"{Drain.__module__}:Drain"
+    install(tmp_path, "a-plugin", f"drain = {target}\nboth = {target}", group="evsys_bus.sinks")
+    install(tmp_path, "b-plugin", f"both = {First.__module__}:First")
+    registry = registry_of(tmp_path)
+    assert registry.find("drain").__name__ == "Drain"
+    assert registry.kinds()["drain"] == Origin(target, ("a-plugin 1.0",))
+    with pytest.raises(DuplicateKindError):
+        registry.find("both")
+
+
+def test_both_groups_are_read_from_what_is_installed(tmp_path, monkeypatch):
+    install(tmp_path, "a-plugin", "drain = nowhere:Drain", group="evsys_bus.sinks")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"drain", "csv_metrics"} <= {point.name for point in installed()}
+
+
+@pytest.mark.parametrize(("decorate", "cls"), [("register", Drain), ("register_sink", First)])
+def test_a_class_of_the_other_sort_is_refused(decorate, cls):
+    with pytest.raises(BrokenAdapterError, match="not a class derived from"):
+        getattr(empty(), decorate)("mine")(cls)
+
+
+def test_a_sink_decorator_without_a_kind_says_how_to_write_it():
+    with pytest.raises(BadSpecError, match="a sink is registered under a kind") as caught:
+        empty().register_sink(Drain)
+    assert "@register_sink(" in caught.value.fix

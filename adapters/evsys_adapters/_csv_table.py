@@ -19,6 +19,7 @@ import msgspec
 
 from evsys_adapters._csv_cells import MORE, STEP
 from evsys_adapters._line_file import LineFile
+from evsys_adapters._marks import Marks
 from evsys_bus.diagnostics import log
 
 MAX_COLUMNS: Final = 4_096
@@ -40,12 +41,13 @@ class CsvTable:
         self,
         path: Path,
         delimiter: str,
+        marks: Marks | None = None,
         *,
         max_columns: int = MAX_COLUMNS,
         cheap_bytes: int = CHEAP_BYTES,
         max_copies: int = MAX_COPIES,
     ) -> None:
-        self._file = LineFile(path)
+        self._file = LineFile(path, marks)
         self._delimiter = delimiter
         self._max_columns = max_columns
         self._cheap_bytes = cheap_bytes
@@ -98,6 +100,7 @@ class CsvTable:
         """Learn what is in the file; one that is no table of ours is set aside."""
         if self._looked:
             return
+        self._file.settle()
         header = self._header()
         if header and (header[0] != STEP or MORE in header[:-1] or len(set(header)) < len(header)):
             path = self._file.path

@@ -4,12 +4,15 @@
 business.
 """
 
+import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
+from evsys_adapters._marks import Marks
 from evsys_bus.diagnostics import FaultLog, log
 
 _BLOCK: Final = 1 << 16
@@ -22,11 +25,22 @@ class LineFile:
     Nothing is touched before the first call; the folder is made when it is needed. The file stays open between writes
     (closing costs a round trip on network file systems); one that was removed meanwhile is made anew. A last line
     without an end, torn by a kill, is cut off when the file is opened. Every method may raise OSError.
+
+    With ``marks``, a file goes back to how it was at the last of them after a crash.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, marks: Marks | None = None) -> None:
         self.path = path
+        self._key = os.path.abspath(path)  # noqa: PTH100  # as the marks call it
+        self._marks = Marks() if marks is None else marks
+        self._settled = False
         self._fd: int | None = None
+
+    def settle(self) -> None:
+        """Undo what a crashed process left behind its last mark; every method does so before it looks at the file."""
+        if not self._settled:
+            self._marks.settle(self._key)
+            self._settled = True
 
     def append(self, lines: bytes, *, head: bytes = b"") -> int:
         """Append whole lines by one ``os.write``: all of them, or none and OSError.
@@ -34,6 +48,7 @@ class LineFile:
         ``head`` goes in front if the file is empty. Returns the size of the file before.
         """
         fd = self._open()
+        self._marks.appending(self._key)
         size = os.fstat(fd).st_size
         rest = memoryview(lines if size else head + lines)
         try:
@@ -50,9 +65,14 @@ class LineFile:
         Shorter lines are padded with spaces. On OSError the old lines are gone, and the file ends at ``start``.
         """
         size = os.fstat(self._open()).st_size
+        lines = lines[:-1].ljust(size - start - 1) + b"\n"
+        if self._marks.protects(self._key, start):
+            self.rewrite(chain(self._head(start), [lines]))
+            return
+        self._marks.appending(self._key)
         with self.path.open("r+b", buffering=0) as file:
             file.seek(start)
-            rest = memoryview(lines[:-1].ljust(size - start - 1) + b"\n")
+            rest = memoryview(lines)
             try:
                 while rest:
                     rest = rest[file.write(rest) :]
@@ -62,6 +82,7 @@ class LineFile:
 
     def lines(self) -> Iterator[bytes]:
         """Every whole line, its end included; none if there is no file."""
+        self.settle()
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -71,7 +92,8 @@ class LineFile:
 
     def rewrite(self, lines: Iterable[bytes]) -> int:
         """Replace the whole file in one move, and return its new size; until then, and on an error, it is as it was."""
-        self.close()
+        self._shut()
+        self.settle()
         target = self.path.resolve()  # a link stays a link
         beside = target.with_name(f".{target.name}.new")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +103,9 @@ class LineFile:
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut could leave an empty file where a full one was
                 size = file.tell()
+            self._marks.replacing(self._key)
             beside.replace(target)
+            self._marks.replaced(self._key)
         finally:
             beside.unlink(missing_ok=True)
         return size
@@ -93,6 +117,10 @@ class LineFile:
 
     def close(self) -> None:
         """Close the file; the next write opens it again."""
+        self._shut()
+        self._marks.closed(self._key)
+
+    def _shut(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -101,11 +129,19 @@ class LineFile:
         if self._fd is not None:
             if os.fstat(self._fd).st_nlink:
                 return self._fd
-            self.close()
+            self._shut()
+        self.settle()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
         _cut_torn_line(self._fd)
         return self._fd
+
+    def _head(self, size: int) -> Iterator[bytes]:
+        """The first bytes of the file."""
+        with self.path.open("rb") as file:
+            while size and (block := file.read(min(size, _BLOCK))):
+                size -= len(block)
+                yield block
 
 
 def _cut_torn_line(fd: int) -> None:
@@ -153,6 +189,17 @@ class Backlog:
             self._bytes -= self._waiting.pop()[1]
             self.lost += 1
             self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._waiting))
+
+    def settle(self) -> None:
+        """Try once more to write what waits, for a mark: what it says to be on the medium must be there.
+
+        Raises:
+            OSError: The disk still refuses, or has refused so much that rows were given up.
+        """
+        if self._waiting:
+            self._run(troubled=True)
+        if self._waiting or self.lost:
+            raise OSError(errno.EAGAIN, f"{len(self._waiting)} writes wait, {self.lost} were given up", self._file)
 
     def flush(self) -> None:
         """Try once more to write what waits, and log how much is left."""

@@ -17,6 +17,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from evsys_adapters._line_file import Backlog, LineFile
+from evsys_adapters._marks import Course, Marks
 from evsys_bus.codec import json_line
 
 Split = Literal["validation", "test"]
@@ -47,8 +48,8 @@ def _key_of(line: bytes) -> RowKey | None:
 class StepRows:
     """A file of rows that belong to steps. No method raises OSError: what the disk refuses waits in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = LineFile(path)
+    def __init__(self, path: Path, marks: Marks) -> None:
+        self._file = LineFile(path, marks)
         self._backlog = Backlog(str(path))
 
     @property
@@ -64,6 +65,10 @@ class StepRows:
     def cut(self, first_step: int, *, but: frozenset[RowKey] = frozenset()) -> None:
         """Drop the rows of that step and of later ones, ``but`` those of the given evals."""
         self._backlog.write(partial(self._cut, first_step, but), 0)
+
+    def settle(self) -> None:
+        """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""
+        self._backlog.settle()
 
     def flush(self) -> None:
         """Try to write what waits, and close the file until the next row."""
@@ -81,8 +86,8 @@ class StepRows:
 class EvalRows(StepRows):
     """A file with one block of rows per eval; a repeated eval replaces its block."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, marks: Marks) -> None:
+        super().__init__(path, marks)
         self._known: set[RowKey] | None = None
         """The evals in the file; None until it was read."""
         self._last: tuple[RowKey, int] | None = None
@@ -125,26 +130,33 @@ class EvalRows(StepRows):
         self._known = self._last = None
 
 
+class RunNotes(msgspec.Struct, omit_defaults=True):
+    """What the rules need to know of a run besides what is in its files."""
+
+    course: Course = msgspec.field(default_factory=Course)
+    splits: dict[str, Split] = {}
+    """Where the evals of each name went that came from within the training."""
+    fresh: list[RowKey] = []
+    """Evals that came before the first step was known."""
+
+
 class RunLogs:
     """The log files of one run; nothing is touched before the first row."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, marks: Marks | None = None, notes: RunNotes | None = None) -> None:
         self.folder = folder
+        self.notes = RunNotes() if notes is None else notes
         logs = folder / "logs"
-        self._training = StepRows(logs / "training" / "metrics.jsonl")
+        marks = marks or Marks()
+        self._training = StepRows(logs / "training" / "metrics.jsonl", marks)
         self._evals: dict[Split, EvalRows] = {
-            "validation": EvalRows(logs / "validation" / "metrics.jsonl"),
-            "test": EvalRows(logs / "test" / "metrics.jsonl"),
+            "validation": EvalRows(logs / "validation" / "metrics.jsonl", marks),
+            "test": EvalRows(logs / "test" / "metrics.jsonl", marks),
         }
         self._rollouts: dict[Split, EvalRows] = {
-            "validation": EvalRows(logs / "validation" / "rollouts.jsonl"),
-            "test": EvalRows(logs / "test" / "rollouts.jsonl"),
+            "validation": EvalRows(logs / "validation" / "rollouts.jsonl", marks),
+            "test": EvalRows(logs / "test" / "rollouts.jsonl", marks),
         }
-        self._splits: dict[str, Split] = {}
-        """Where the evals of each name went that came from within the training."""
-        self._begun = False
-        self._fresh: set[RowKey] = set()
-        """Evals that came before the first step was known."""
 
     @property
     def waiting(self) -> int:
@@ -153,17 +165,16 @@ class RunLogs:
 
     def begin(self, first_step: int) -> None:
         """Drop what was logged of that step and later ones: it is run again."""
-        self._begun = True
-        self._fresh.clear()
-        for each in self._files():
-            each.cut(first_step)
+        if self.notes.course.starts(first_step):
+            self.notes.fresh = []
+            for each in self._files():
+                each.cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
         """Add a training row; where nobody said `begin`, the first step says it, but evals that came before it stay."""
-        if not self._begun:
-            self._begun = True
+        if self.notes.course.steps(step):
             for each in self._files():
-                each.cut(step, but=frozenset(self._fresh))
+                each.cut(step, but=frozenset(self.notes.fresh))
         self._training.add({"step": step, **row})
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
@@ -172,19 +183,24 @@ class RunLogs:
         ``rollouts`` and ``split`` are None where only the metrics are known: the predictions stay, and the row goes
         where those of its name went before, or else to validation.
         """
-        if not self._begun:
-            self._fresh.add(key)
+        if not self.notes.course.begun:
+            self.notes.fresh.append(key)
         name = str(key.benchmark)
-        before = self._splits.get(name) or ("test" if self._evals["test"].holds(name) else "validation")
+        before = self.notes.splits.get(name) or ("test" if self._evals["test"].holds(name) else "validation")
         split = split or before
         if key.step is not None:
-            self._splits[name] = split
+            self.notes.splits[name] = split
         if split != before:
             self._evals[before].put(key, ())
             self._rollouts[before].put(key, ())
         if rollouts is not None:
             self._rollouts[split].put(key, rollouts)
         self._evals[split].put(key, [row])
+
+    def settle(self) -> None:
+        """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""
+        for each in self._files():
+            each.settle()
 
     def flush(self) -> None:
         """Try to write what waits, and close the files until the next row."""

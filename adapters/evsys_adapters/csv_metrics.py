@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
 from evsys_adapters._csv_cells import cells_of
 from evsys_adapters._csv_table import CsvTable
 from evsys_adapters._line_file import Backlog
+from evsys_adapters._marks import Course, Mark, Marks
 from evsys_adapters._params import checked
 from evsys_adapters._runs import digest, run_folder, run_id, run_name
 from evsys_bus.callback import Callback
@@ -37,6 +38,11 @@ class CsvMetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What separates the cells: one character that no number contains."""
 
 
+class _CsvMark(msgspec.Struct, frozen=True):
+    files: Mark
+    runs: dict[str, Course]
+
+
 class CsvMetricsCallback(Callback):
     r"""Mirrors the metrics of every step to a CSV file: a column ``step``, then one per metric.
 
@@ -50,7 +56,8 @@ class CsvMetricsCallback(Callback):
     ``.<name>.run`` beside it says to which); another run that comes to it, now or on another day, gets
     ``<stem>-<run key><suffix>``, with a WARNING.
 
-    Rows that the disk refuses wait in memory, up to 16 MiB, and are tried again with the next one.
+    Rows that the disk refuses wait in memory, up to 16 MiB, and are tried again with the next one. Where a courier
+    delivers, a crash doubles no row and loses none: it is rewound to the last `mark`.
 
     Example:
         >>> from pathlib import Path
@@ -73,6 +80,9 @@ class CsvMetricsCallback(Callback):
         self._here = Path.cwd()  # what a relative path was relative to when it was given
         self._delimiter = config.delimiter
         self._runs: dict[str, _RunTable] = {}
+        self._marks = Marks()
+        self._rewound: dict[str, Course] = {}
+        """Runs that were known at the mark, and are still to be heard of."""
 
     @property
     def waiting(self) -> int:
@@ -91,7 +101,9 @@ class CsvMetricsCallback(Callback):
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's file."""
         del artifacts
-        self._run(state).close()
+        run = self._run(state)
+        run.course.ends()
+        run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Forget the runs of the experiment."""
@@ -99,12 +111,38 @@ class CsvMetricsCallback(Callback):
         inside = os.path.join(ctx.output_dir, "")  # noqa: PTH118  # with the separator, which a Path drops
         for run in [each for each in self._runs if each.startswith(inside)]:
             self._runs.pop(run).close()
+        self._rewound = {run: course for run, course in self._rewound.items() if not run.startswith(inside)}
+
+    def mark(self) -> Any:
+        """How far the files have got, as plain data (hence Any); their rows are on the medium.
+
+        Raises:
+            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
+        """
+        for run in self._runs.values():
+            run.backlog.settle()
+        courses = self._rewound | {key: run.course for key, run in self._runs.items()}
+        return msgspec.to_builtins(_CsvMark(self._marks.take(), courses))
+
+    def rewind(self, mark: Any) -> None:
+        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
+
+        Raises:
+            OSError: A file cannot be cut.
+        """
+        said = msgspec.convert(mark, _CsvMark)
+        self._marks.rewind(said.files)
+        for course in said.runs.values():
+            course.rewound = True
+        self._rewound = said.runs
 
     def _run(self, state: LoopState) -> "_RunTable":
         key = run_id(state)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _RunTable(_owner(state), list(self._places(state)), self._delimiter)
+            course = self._rewound.pop(key, None) or Course()
+            places = list(self._places(state))
+            run = self._runs[key] = _RunTable(_owner(state), places, self._delimiter, self._marks, course)
         return run
 
     def _places(self, state: LoopState) -> Iterator[Path]:
@@ -123,21 +161,22 @@ class CsvMetricsCallback(Callback):
 class _RunTable:
     """The table of one run, and the rows on their way to it."""
 
-    def __init__(self, owner: str, places: list[Path], delimiter: str) -> None:
+    def __init__(self, owner: str, places: list[Path], delimiter: str, marks: Marks, course: Course) -> None:
         self.backlog = Backlog(str(places[0]))
+        self.course = course
         self._owner = owner
         self._places = places
         self._delimiter = delimiter
+        self._marks = marks
         self._table: CsvTable | None = None
-        self._begun = False
 
     def begin(self, first_step: int) -> None:
-        self._begun = True
-        self.backlog.write(lambda: self._open().cut(first_step), 0)
+        if self.course.starts(first_step):
+            self._cut(first_step)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
-        if not self._begun:
-            self.begin(step)
+        if self.course.steps(step):
+            self._cut(step)
         self.backlog.write(partial(self._append, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
 
     def close(self) -> None:
@@ -145,6 +184,9 @@ class _RunTable:
             self._table.try_again()
             self.backlog.write(self._table.close, 0)
         self.backlog.flush()
+
+    def _cut(self, first_step: int) -> None:
+        self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def _append(self, step: int, cells: dict[str, str]) -> None:
         self._open().append(step, cells)
@@ -161,7 +203,7 @@ class _RunTable:
                     file=str(place),
                     fix=f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself",
                 )
-            self._table = CsvTable(place, self._delimiter)
+            self._table = CsvTable(place, self._delimiter, self._marks)
         return self._table
 
 

@@ -67,6 +67,7 @@ class EarlyStoppingCallback(Callback):
     """
 
     name: ClassVar[str] = "early_stopping"
+    stops_runs: ClassVar[bool] = True
     Config: ClassVar[type | None] = EarlyStoppingConfig
 
     def __init__(

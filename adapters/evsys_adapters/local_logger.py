@@ -15,11 +15,13 @@ import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of, number
 from evsys_adapters._line_file import Backlog, LineFile
+from evsys_adapters._marks import Mark, Marks
 from evsys_adapters._params import checked
 from evsys_adapters._result_fields import field, fields, items
-from evsys_adapters._run_logs import RowKey, RunLogs
+from evsys_adapters._run_logs import RowKey, RunLogs, RunNotes
 from evsys_adapters._runs import run_context, run_folder, run_id
 from evsys_bus.callback import Callback
+from evsys_bus.codec import to_plain
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -43,6 +45,18 @@ class LocalLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Metrics to print, in this order. Default: all. The files always hold all."""
 
 
+class _RunMark(msgspec.Struct, frozen=True):
+    folder: str
+    notes: RunNotes
+    ended: bytes | None
+    """How the run ended, packed: a mark travels as JSON, which has no NaN."""
+
+
+class _LoggerMark(msgspec.Struct, frozen=True):
+    files: Mark
+    runs: dict[str, _RunMark]
+
+
 class LocalLoggerCallback(Callback):
     """Logs training, evals, predictions, hypothesis and conclusion to files under the experiment's folder.
 
@@ -52,7 +66,8 @@ class LocalLoggerCallback(Callback):
     ones is cut, evals after training are kept. Without ``on_train_start`` the first step that is seen is the first.
 
     Results may be ours or anybody's: fields that they lack are left out. Rows that the disk refuses wait in memory, up
-    to 16 MiB for each file, and are tried again with the next one.
+    to 16 MiB for each file, and are tried again with the next one. Where a courier delivers, a crash doubles no row and
+    loses none: it is rewound to the last `mark`.
     """
 
     name: ClassVar[str] = "local_logger"
@@ -64,6 +79,7 @@ class LocalLoggerCallback(Callback):
         self._closed = False
         self._runs: dict[str, _Run] = {}
         self._pages = Backlog("pages of local_logger")
+        self._marks = Marks()
 
     @property
     def waiting(self) -> int:
@@ -111,7 +127,9 @@ class LocalLoggerCallback(Callback):
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's files; evals after training open them again."""
         del artifacts
-        self._run(state).logs.flush()
+        logs = self._run(state).logs
+        logs.notes.course.ends()
+        logs.flush()
         self._pages.flush()
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
@@ -127,7 +145,7 @@ class LocalLoggerCallback(Callback):
         inside = os.path.join(root, "")  # noqa: PTH118  # with the separator, which a Path drops
         mine = [self._runs.pop(each) for each in list(self._runs) if each.startswith(inside) or each == str(root)]
         known = {run.logs.folder for run in mine}
-        earlier = [_Run(each.parent) for each in sorted(root.glob("*/logs")) if each.parent not in known]
+        earlier = [_Run(RunLogs(each.parent)) for each in sorted(root.glob("*/logs")) if each.parent not in known]
         for run in [*mine, *earlier]:
             page = conclusion_page(result, run.name, run.result, run.arm)
             self._write_page(run.logs.folder / "logs" / "conclusion.md", page)
@@ -136,11 +154,37 @@ class LocalLoggerCallback(Callback):
         self._write_page(root / "experiment.md", experiment_page(result, root, ended, hypothesis_of(ctx.config)))
         self._pages.flush()
 
+    def mark(self) -> Any:
+        """How far the files have got, as plain data (hence Any); their rows are on the medium.
+
+        Raises:
+            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
+        """
+        self._pages.settle()
+        for run in self._runs.values():
+            run.logs.settle()
+        runs = {key: _RunMark(str(run.logs.folder), run.logs.notes, run.ended()) for key, run in self._runs.items()}
+        return msgspec.to_builtins(_LoggerMark(self._marks.take(), runs))
+
+    def rewind(self, mark: Any) -> None:
+        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
+
+        Raises:
+            OSError: A file cannot be cut.
+        """
+        said = msgspec.convert(mark, _LoggerMark)
+        self._marks.rewind(said.files)
+        for key, of_run in said.runs.items():
+            run = self._runs[key] = _Run(RunLogs(Path(of_run.folder), self._marks, of_run.notes))
+            run.logs.notes.course.rewound = True
+            if of_run.ended is not None:
+                run.has_ended(of_run.ended)
+
     def _run(self, handle: LoopState | LogContext) -> "_Run":
         key = run_id(handle)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(run_folder(handle))
+            run = self._runs[key] = _Run(RunLogs(run_folder(handle), self._marks))
         if not run.has_config:
             config = getattr(run_context(handle), "config", None)
             run.has_config = config is not None
@@ -168,12 +212,25 @@ class LocalLoggerCallback(Callback):
 class _Run:
     """What is known of one run."""
 
-    def __init__(self, folder: Path) -> None:
-        self.logs = RunLogs(folder)
-        self.name = folder.name
+    def __init__(self, logs: RunLogs) -> None:
+        self.logs = logs
+        self.name = logs.folder.name
         self.has_config = False
         self.result: RunResult | None = None
         self.arm: ArmResult | None = None
+
+    def ended(self) -> bytes | None:
+        """How it ended; None while it has not."""
+        if self.result is None and self.arm is None:
+            return None
+        return msgspec.msgpack.encode(to_plain([self.result, self.arm])[0])
+
+    def has_ended(self, packed: bytes) -> None:
+        """What `ended` said; as plain data where it was not ours, which the pages read as well."""
+        try:
+            self.result, self.arm = msgspec.msgpack.decode(packed, type=tuple[RunResult | None, ArmResult | None])
+        except msgspec.ValidationError:
+            self.result, self.arm = msgspec.msgpack.decode(packed)
 
 
 def _head(key: RowKey) -> dict[str, Any]:

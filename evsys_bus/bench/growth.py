@@ -76,10 +76,10 @@ def _old(steps: int, grown: list[float]) -> Generator[Run, None, None]:
     """A bus that has published so many steps; notes the megabytes that they left in memory."""
     with _opened() as bus:
         _publish(bus, 0, STEPS_PER_ROUND)
-        before = _resident_megabytes()
+        before = resident_megabytes()
         for first in range(STEPS_PER_ROUND, steps, STEPS_PER_ROUND):
             _publish(bus, first, STEPS_PER_ROUND)
-        after = _resident_megabytes()
+        after = resident_megabytes()
         if before is not None and after is not None:
             grown.append(after - before)
 
@@ -105,8 +105,8 @@ def _publish(bus: EventBus, first: int, steps: int) -> int:
     return perf_counter_ns() - begun
 
 
-def _resident_megabytes() -> float | None:
-    """None where the system does not say."""
+def resident_megabytes() -> float | None:
+    """What this process holds; None where the system does not say."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except FileNotFoundError:

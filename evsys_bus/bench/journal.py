@@ -42,20 +42,20 @@ _MOST_ROUNDS: Final = 25
 """Of processes; ``--rounds`` is meant for samples."""
 
 
-class _State(msgspec.Struct, gc=False):
+class _State(msgspec.Struct, gc=False, omit_defaults=True):
     step: int
     num_steps: int
     output_dir: str
-    stop_requested: bool
-    stop_reason: str | None
-    error: str | None
-    run: str | None
+    stop_requested: bool = False
+    stop_reason: str | None = None
+    error: str | None = None
+    run: str | None = None
 
 
-class _Batch(msgspec.Struct, gc=False):
-    loss_fn: str | None
-    loss_fn_config: dict[str, Any] | None  # Any: what the loss takes
-    metrics: dict[str, float]
+class _Batch(msgspec.Struct, gc=False, omit_defaults=True):
+    loss_fn: str | None = None
+    loss_fn_config: dict[str, Any] | None = None  # Any: what the loss takes
+    metrics: dict[str, float] = {}
 
 
 class _Step(msgspec.Struct, gc=False, tag="step_end"):

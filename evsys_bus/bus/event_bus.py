@@ -280,7 +280,7 @@ class EventBus:
             attach(callback, self)
         self._publisher.open(self._recording)
         if self._recording is not None and self._following:
-            self._following.start(self._recording.writer.directory)
+            self._following.start(self._recording.writer.directory, self._recording.last)
         self._bare_tasks.begin_here()
         self._watchdog.start()
         self._entrance.listen()

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Literal
 
 import msgspec
@@ -22,6 +22,7 @@ from evsys_bus.sink import Sink, sink_name
 from evsys_bus.tasks import Delivery, Draining, Receipt
 
 if TYPE_CHECKING:  # at run time they are imported where something is followed
+    from evsys_bus.delivery.accounts import Account, Accounts
     from evsys_bus.delivery.crew import Crew
     from evsys_bus.delivery.process import CourierProcess
 
@@ -53,10 +54,13 @@ class Following:
         given = tuple(callbacks)
         self._followed = tuple(map(_followed, (*(each for each in given if isinstance(each, Followed | Sink)), *sinks)))
         _check_names(self._followed)
-        self._couriers = couriers
+        self._couriers: Couriers = couriers
         self._linger_seconds = linger_seconds
         self._directory = ""
         self._temporary = False
+        self._accounts: Accounts | None = None
+        self._last: Callable[[], tuple[str, int]] = lambda: ("", 0)
+        self._lock = threading.Lock()  # over the accounts
         self._process: CourierProcess | None = None
         self._crew: Crew | None = None
         self._guard = Guard([each for each in self._followed if each.terms.stops])
@@ -76,9 +80,18 @@ class Following:
         log().info("journal.temporary", directory=directory, why="something is followed, and no journal was given")
         return directory
 
-    def start(self, directory: str) -> None:
-        """Begin to deliver what is recorded there."""
+    def start(self, directory: str, last: Callable[[], tuple[str, int]]) -> None:
+        """Begin to deliver what is recorded there.
+
+        Args:
+            directory: The journal.
+            last: The stream that this process writes, and the sequence of its last event.
+        """
+        from evsys_bus.delivery.accounts import Accounts
+
         self._directory = directory
+        self._accounts = Accounts(directory)
+        self._last = last
         places = self.places()
         apart = [each for each in self._followed if places[each.name] == "process"]
         here = [each for each in self._followed if places[each.name] == "thread"]
@@ -95,23 +108,30 @@ class Following:
 
     def look_after(self) -> None:
         """Now and then, off every thread that matters: tell the guard how the deliveries fare."""
-        if self._guard.watched and self._directory:
-            gave_up = self._process is not None and self._process.gave_up
-            self._guard.look(self._directory, gave_up=gave_up)
+        if self._guard.is_due() and self._accounts is not None:
+            self._guard.judge(self._read(), gave_up=self._process is not None and self._process.gave_up)
 
     def places(self) -> dict[str, Couriers]:
         """Where each is delivered to."""
-        places: dict[str, Couriers] = {each.name: self._couriers for each in self._followed}
-        return places | {each.name: "thread" for each in self._followed if each.recipe is None}
+        places: dict[str, Couriers] = {}
+        for each in self._followed:
+            places[each.name] = "thread" if each.recipe is None else self._couriers
+        return places
 
     def deliveries(self) -> tuple[Delivery, ...]:
         """How far each has got."""
-        if not self._directory:
+        if self._accounts is None:
             return ()
-        from evsys_bus.delivery.accounts import accounts
+        return tuple(
+            Delivery(each.name, each.recorded, each.delivered, each.dead, each.pending, each.trouble)
+            for each in self._read()
+        )
 
+    def _read(self) -> "list[Account]":
+        assert self._accounts is not None
         names = {each.name for each in self._followed}
-        return tuple(each.as_delivery() for each in accounts(self._directory, quick=True) if each.name in names)
+        with self._lock:
+            return [each for each in self._accounts.read(dict([self._last()])) if each.name in names]
 
     def finish(self, receipt: Receipt, seconds: float) -> Draining:
         """Have all that is recorded delivered, waiting at most so long; the receipt then says how far that got.

@@ -38,15 +38,15 @@ class Guard(Callback):
             log().warning("delivery.stops_run", why=self.reason)
             state.request_stop(self.reason)
 
-    def look(self, directory: str, *, gave_up: bool) -> None:
+    def is_due(self) -> bool:
+        """Whether it is time to look at the deliveries again."""
+        return bool(self.watched) and self.reason is None and time.monotonic() >= self._due
+
+    def judge(self, accounts: "Sequence[Account]", *, gave_up: bool) -> None:
         """See how the deliveries fare. ``gave_up``: no courier process runs any more."""
         now = time.monotonic()
-        if now < self._due or self.reason is not None:
-            return
         self._due = now + LOOK_SECONDS
-        from evsys_bus.delivery.accounts import accounts
-
-        for account in accounts(directory, quick=True):
+        for account in accounts:
             if account.name in self.watched and self.reason is None:
                 self.reason = self._judged(account, now, gave_up=gave_up)
 

@@ -115,6 +115,10 @@ class Recording:
             return partial(self._record_with, run_of, self._append_kept)
         return self._recorder(run_of, encoder(event_type, self._stream, self._rank, self._secrets))
 
+    def last(self) -> tuple[str, int]:
+        """The stream, and the sequence of the last event that is with the operating system."""
+        return self._stream, self.writer.next_sequence - 1 - self.writer.unrecorded
+
     def health(self) -> JournalHealth:
         """Every count, now."""
         writer = self.writer

@@ -13,7 +13,7 @@ import msgspec
 
 from evsys_bus.codec.plain import Plain, entries
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
-from evsys_bus.context import LogContext, LoopState, TrainingBatch, detached
+from evsys_bus.context import LogContext, LoopState, TrainingBatch, detacher
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, Event, UnknownEvent, event_type
 
@@ -33,6 +33,9 @@ class _Head(msgspec.Struct, gc=False):
     replaced: dict[str, str] = {}
 
 
+_detached_state: Final = detacher(LoopState)
+_detached_context: Final = detacher(LogContext)
+_detached_batch: Final = detacher(TrainingBatch)
 _unpack: Final = msgspec.msgpack.Decoder(_Head).decode
 
 
@@ -117,7 +120,7 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
     if ref is None:
         return None
     parts = entries(ref)
-    state = detached(LoopState, parts)
+    state = _detached_state(parts)
     if contexts is not None:
         own: Any = parts.get("run") or run  # Any: as it was written
         if own in contexts:
@@ -126,11 +129,11 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
 
 
 def _context(ref: Plain, _: str | None, __: Contexts) -> LogContext | None:
-    return None if ref is None else detached(LogContext, entries(ref))
+    return None if ref is None else _detached_context(entries(ref))
 
 
 def _batch(ref: Plain, _: str | None, __: Contexts) -> TrainingBatch | None:
-    return None if ref is None else detached(TrainingBatch, entries(ref))
+    return None if ref is None else _detached_batch(entries(ref))
 
 
 def typed(value: Plain, annotation: Any) -> Any:

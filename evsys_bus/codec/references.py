@@ -17,26 +17,26 @@ _BATCH_PARTS: Final = ("loss_fn", "loss_fn_config", "metrics")
 _STATE_PARTS: Final = ("step", "num_steps", "output_dir", "stop_requested", "stop_reason")
 
 
-class StateRef(msgspec.Struct, gc=False):
-    """A `LoopState` on the wire."""
+class StateRef(msgspec.Struct, gc=False, omit_defaults=True):
+    """A `LoopState` on the wire; what is as nearly always is left out (`evsys_bus.context.Unsaid`)."""
 
     step: int
     num_steps: int
     output_dir: str
-    stop_requested: bool
-    stop_reason: str | None
-    error: str | None
+    stop_requested: bool = False
+    stop_reason: str | None = None
+    error: str | None = None
     """What the loop raised, as text."""
-    run: str | None
+    run: str | None = None
     """The run key of its context."""
 
 
-class BatchRef(msgspec.Struct, gc=False):
-    """A `TrainingBatch` on the wire."""
+class BatchRef(msgspec.Struct, gc=False, omit_defaults=True):
+    """A `TrainingBatch` on the wire; likewise."""
 
-    loss_fn: str | None
-    loss_fn_config: dict[str, Any] | None
-    metrics: dict[str, Any]
+    loss_fn: str | None = None
+    loss_fn_config: dict[str, Any] | None = None
+    metrics: dict[str, Any] = {}
 
 
 def state_ref(state: LoopState) -> StateRef:

@@ -11,8 +11,8 @@ class Rewindable(Protocol):
     """What a followed callback that writes files can do besides, so that a crash doubles none of its rows.
 
     Its courier keeps the mark beside the cursor, in one file. A courier that begins anew builds the callback, rewinds
-    it to the mark, gives it the start events of the runs that are open there (``state.step`` of those is the step behind
-    the largest that was delivered), and goes on at the cursor.
+    it to the mark, gives it the start events of what is open there (with ``state.step`` behind the largest step that
+    was delivered), and goes on at the cursor.
     """
 
     def mark(self) -> Any:
@@ -20,7 +20,7 @@ class Rewindable(Protocol):
         ...
 
     def rewind(self, mark: Any) -> None:
-        """Cut what was written behind the mark; files that it does not name are left alone. Any: as above."""
+        """Undo what was written behind the mark, at the latest when it is next looked at. Any: as above."""
         ...
 
 

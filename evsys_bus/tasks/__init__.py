@@ -6,7 +6,7 @@ the ``owner`` of a task.
 
 from evsys_bus.tasks.bounded_call import Ending, call_bounded
 from evsys_bus.tasks.job import Job
-from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, running_loop
+from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, run_alone, running_loop
 from evsys_bus.tasks.office import CANCEL_GRACE_SECONDS, TaskOffice
 from evsys_bus.tasks.receipt import Delivery, Draining, Receipt, TaskCounts, wait_shielded
 from evsys_bus.tasks.see_through import see_through
@@ -23,6 +23,7 @@ __all__ = [
     "TaskCounts",
     "TaskOffice",
     "call_bounded",
+    "run_alone",
     "running_loop",
     "see_through",
     "wait_shielded",

@@ -2,10 +2,12 @@
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, TypeVar
 
 from evsys_bus.diagnostics import log
+
+T = TypeVar("T")
 
 STOP_SECONDS: Final = 1.0
 """How long the loop's thread may take to end; one that a task blocks is left behind."""
@@ -52,6 +54,15 @@ class LoopThread:
         if loop is not None and thread is not None:
             call_soon(loop, loop.stop)
             thread.join(timeout)
+
+
+def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine function on a loop of its own, uvloop where there is one, until it is done; on this thread.
+
+    Any: what a coroutine yields to its loop is the loop's business.
+    """
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        return runner.run(main())
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

@@ -1,29 +1,38 @@
-"""``build_callbacks``: a list of specs, checked as a whole, then constructed in order."""
+"""``build_callbacks``: a list of specs, checked as a whole, then constructed in order.
+
+What is followed is not constructed here, but described: `evsys_bus.wiring.followed` says how.
+"""
 
 import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from evsys_bus.callback import Callback
-from evsys_bus.diagnostics import log
-from evsys_bus.errors import BadSpecError, ConfigError, Where
-from evsys_bus.wiring.params import check_params
-from evsys_bus.wiring.registry import REGISTRY, Registry
-from evsys_bus.wiring.report import callback_subject, param_errors
-from evsys_bus.wiring.spec import CallbackSpec, each_of, join, read_spec, together
+import msgspec
 
-_Plan = Callback | tuple[CallbackSpec, type[Callback], dict[str, Any]]
+from evsys_bus.callback import Callback
+from evsys_bus.delivery.followed import Followed
+from evsys_bus.errors import BadSpecError, ConfigError, Where
+from evsys_bus.sink import Sink
+from evsys_bus.wiring.construct import check_arguments, construct
+from evsys_bus.wiring.followed import as_followed, check_placement, follow
+from evsys_bus.wiring.registry import REGISTRY, Registry
+from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, each_of, join, read_spec, together
+
+_Plan = Callback | Followed | tuple[CallbackSpec, AdapterClass, dict[str, Any]]
 """A ready callback, or what to construct and with which arguments. Any: the arguments are the callback's own."""
 
 
 def build_callbacks(
     specs: Iterable[object] | None, *, at: str = "$.callbacks", registry: Registry = REGISTRY
-) -> list[Callback]:
+) -> list[Callback | Followed]:
     """Build the callbacks that specs describe, in their order; nothing is constructed unless all of them are right.
 
+    What is placed ``follow``, and every sink, is checked all the same, and then stands in the list as a `Followed`: it
+    is constructed where it is delivered to. Only what another process could not construct is constructed here.
+
     Args:
-        specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``, or a `Callback`, which is
-            passed through. None is no callbacks.
+        specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``; or a `Callback` or a
+            `Followed`, which are passed through; or a `Sink`, which is followed. None is no callbacks.
         at: The JSON path of the list, for errors: ``error.where.path`` starts with it. Who knows the file sets
             ``error.where`` anew, with the line.
         registry: Where kinds are looked up.
@@ -34,7 +43,7 @@ def build_callbacks(
         UnknownKindError: No callback has this kind.
         UnknownParamError: A key that the callback's Config does not have, whatever that Config says about extra keys.
         WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
-        BadSpecError: Not a spec, or two of them with the same name.
+        BadSpecError: Not a spec, two of them with the same name, or a placement that the adapter cannot have.
         DuplicateKindError: Two installed packages offer the kind.
         BrokenAdapterError: The callback cannot be imported, or its constructor raised (chained).
         ConfigErrors: Several of these.
@@ -61,8 +70,10 @@ def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tu
     for index, item in enumerate(specs):
         path = join(at, index)
         try:
-            if isinstance(item, Callback):
-                _hold(held, item.spec_name, path, path)
+            if isinstance(item, Sink):
+                item = follow(item)  # noqa: PLW2901  # as if it had been given so
+            if isinstance(item, Callback | Followed):
+                _hold(held, item.name if isinstance(item, Followed) else item.spec_name, path, path)
                 plans.append(item)
             else:
                 plans.append(_plan(item, path, held, registry))
@@ -73,20 +84,25 @@ def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tu
     return plans, held
 
 
-def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Registry) -> list[Callback]:
+def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Registry) -> list[Callback | Followed]:
     errors: list[ConfigError] = []
-    built: list[Callback] = []
+    built: list[Callback | Followed] = []
     for index, plan in enumerate(plans):
-        if isinstance(plan, Callback):
+        if isinstance(plan, Callback | Followed):
             built.append(plan)
             continue
         spec, cls, arguments = plan
         label = spec.name or _number(spec.kind, taken)
-        if spec.placement == "follow":
-            why = "this version runs every callback inline, inside publish"
-            log().warning("callback.placed_inline", callback=label, place=join(at, index, "placement"), why=why)
+        followed = as_followed(spec, cls, label, registry)
+        if followed is not None and followed.recipe is not None:
+            built.append(followed)
+            continue
         try:
-            built.append(_construct(spec.kind, cls, arguments, label, join(at, index), registry))
+            adapter = construct(spec.kind, cls, arguments, label, join(at, index), registry)
+            if followed is not None:
+                built.append(msgspec.structs.replace(followed, live=adapter))
+            elif isinstance(adapter, Callback):
+                built.append(adapter)
         except ConfigError as error:
             errors.append(error)
     if errors:
@@ -96,7 +112,7 @@ def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Regis
 
 def _plan(
     item: object, path: str, held: dict[str, str], registry: Registry
-) -> tuple[CallbackSpec, type[Callback], dict[str, Any]]:
+) -> tuple[CallbackSpec, AdapterClass, dict[str, Any]]:
     """What to construct and with which arguments. Any: the arguments are the callback's own."""
     spec = read_spec(item, path)
     errors: list[ConfigError] = []
@@ -106,41 +122,14 @@ def _plan(
         errors.append(error)
     try:
         cls = registry.find(spec.kind, Where(join(path, "kind")))
-        arguments, wrong = _check(cls, spec, path, registry)
+        errors += check_placement(spec, cls, path)
+        arguments, wrong = check_arguments(cls, spec, path, registry)
         errors += wrong
         if not errors:
             return spec, cls, arguments
     except ConfigError as error:
         errors.append(error)
     raise together(errors)
-
-
-def _check(
-    cls: type[Callback], spec: CallbackSpec, path: str, registry: Registry
-) -> tuple[dict[str, Any], list[ConfigError]]:
-    place = join(path, "params")
-    try:
-        arguments, findings = check_params(cls, spec.params)
-        if not findings:
-            return arguments, []
-        subject = callback_subject(spec.kind, cls)
-        return arguments, param_errors(subject, spec.params, findings, lambda path: join(place, *path))
-    except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
-        raise registry.broken(spec.kind, error, Where(place)) from error
-
-
-def _construct(
-    kind: str, cls: type[Callback], arguments: dict[str, Any], label: str, path: str, registry: Registry
-) -> Callback:
-    try:
-        callback = cls(**arguments)
-    except Exception as error:  # a wall: whatever a constructor raises is that callback's fault
-        raise registry.broken(kind, error, Where(path)) from error
-    try:
-        callback.spec_name = label
-    except AttributeError:
-        pass  # slots or frozen: it is called by its class's name then
-    return callback
 
 
 def _hold(held: dict[str, str], label: str | None, path: str, place: str) -> None:

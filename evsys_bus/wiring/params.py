@@ -12,10 +12,9 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from evsys_bus.callback import Callback
 from evsys_bus.wiring.convert import convert, stray
 from evsys_bus.wiring.fields import Field, fields_of, is_config, is_pydantic, signature_fields
-from evsys_bus.wiring.spec import PathPart
+from evsys_bus.wiring.spec import AdapterClass, PathPart
 
 # Any, throughout: params are whatever a user wrote, and a built Config whatever its author made of them.
 Params = Mapping[str, Any]
@@ -35,7 +34,7 @@ class Finding(msgspec.Struct, frozen=True):
     """In the validator's words."""
 
 
-def check_params(cls: type[Callback], params: Params) -> tuple[dict[str, Any], list[Finding]]:
+def check_params(cls: AdapterClass, params: Params) -> tuple[dict[str, Any], list[Finding]]:
     """The keyword arguments for ``cls``, as its Config converted them, and only those that were given; or findings."""
     config = cls.Config
     if config is not None:

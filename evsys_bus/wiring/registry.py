@@ -1,12 +1,13 @@
 """Which class a kind is: what was registered in this process, and what installed packages offer by entry point.
 
-An entry point is loaded when its kind is asked for, never before, so a broken one harms nobody else.
+Kinds of callbacks and of sinks are in one namespace, so that a kind alone says which it is. An entry point is loaded
+when its kind is asked for, never before, so a broken one harms nobody else.
 """
 
 import re
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import msgspec
 
@@ -19,15 +20,19 @@ from evsys_bus.errors import (
     Where,
     did_you_mean,
 )
+from evsys_bus.sink import Sink
 from evsys_bus.wiring.fields import is_config
+from evsys_bus.wiring.spec import AdapterClass
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-GROUP: Final = "evsys_bus.callbacks"
-"""The entry-point group of an installed package's callbacks: ``kind = "module:Class"``."""
+GROUPS: Final = ("evsys_bus.callbacks", "evsys_bus.sinks")
+"""The entry-point groups of an installed package's adapters: ``kind = "module:Class"``."""
 
+_A = TypeVar("_A", Callback, Sink)
 _C = TypeVar("_C", bound=Callback)
+_S = TypeVar("_S", bound=Sink)
 
 
 class Origin(msgspec.Struct, frozen=True):
@@ -41,10 +46,11 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 def installed() -> "Iterable[EntryPoint]":
-    """The entry points of the group. The import is here because it takes longer than all of this package's."""
+    """The entry points of the groups. The import is here because it takes longer than all of this package's."""
     import importlib.metadata
 
-    return importlib.metadata.entry_points(group=GROUP)
+    points = importlib.metadata.entry_points()
+    return [point for group in GROUPS for point in points.select(group=group)]
 
 
 class Registry:
@@ -57,19 +63,28 @@ class Registry:
     def __init__(self, entry_points: "Callable[[], Iterable[EntryPoint]]" = installed) -> None:
         self._entry_points = entry_points
         self._offered: dict[str, list[EntryPoint]] | None = None
-        self._registered: dict[str, type[Callback]] = {}
+        self._registered: dict[str, AdapterClass] = {}
         self._lock = threading.Lock()
 
     def register(self, kind: str, *, replace: bool = False) -> Callable[[type[_C]], type[_C]]:
         """A class decorator; see `register_callback`."""
+        return self._register(Callback, kind, replace=replace)
+
+    def register_sink(self, kind: str, *, replace: bool = False) -> Callable[[type[_S]], type[_S]]:
+        """A class decorator; see `register_sink`."""
+        return self._register(Sink, kind, replace=replace)
+
+    def _register(self, base: type[_A], kind: str, *, replace: bool) -> Callable[[type[Any]], type[Any]]:
+        """Any: a class derived from ``base``."""
         if not isinstance(kind, str) or not kind:  # pyright: ignore[reportUnnecessaryIsInstance]  # @register without ()
+            noun = base.__name__.lower()
             raise BadSpecError(
-                f"a callback is registered under a kind, not under {kind!r:.60}",
-                fix='write @register_callback("my_kind") above the class',
+                f"a {noun} is registered under a kind, not under {kind!r:.60}",
+                fix=f'write @register_{noun}("my_kind") above the class',
             )
 
-        def decorate(cls: type[_C]) -> type[_C]:
-            check_class(kind, cls, None)
+        def decorate(cls: type[Any]) -> type[Any]:
+            check_class(kind, cls, None, (base,))
             with self._lock:
                 if not replace:
                     self._refuse_taken(kind, cls)
@@ -87,13 +102,18 @@ class Registry:
             found |= {kind: Origin(_target(cls)) for kind, cls in self._registered.items()}
         return dict(sorted(found.items()))
 
-    def find(self, kind: str, where: Where | None = None) -> type[Callback]:
+    def is_registered(self, kind: str) -> bool:
+        """Whether the kind was registered in this process; another one may not know it, or may know it as another."""
+        with self._lock:
+            return kind in self._registered
+
+    def find(self, kind: str, where: Where | None = None) -> AdapterClass:
         """The class of a kind.
 
         Raises:
             UnknownKindError: Nobody has it.
             DuplicateKindError: Two installed packages offer it.
-            BrokenAdapterError: It cannot be imported, or is no callback class.
+            BrokenAdapterError: It cannot be imported, or is neither a callback's class nor a sink's.
         """
         with self._lock:
             registered = self._registered.get(kind)
@@ -144,7 +164,7 @@ class Registry:
             self._offered = offered
         return self._offered
 
-    def _refuse_taken(self, kind: str, cls: type[Callback]) -> None:
+    def _refuse_taken(self, kind: str, cls: AdapterClass) -> None:
         holder = self._registered.get(kind)
         if holder is not None:
             held = [] if holder is cls else [_target(holder)]
@@ -158,14 +178,17 @@ class Registry:
             )
 
 
-def check_class(kind: str, cls: object, where: Where | None) -> None:
-    """Raise `BrokenAdapterError` unless ``cls`` is a callback class whose ``Config`` can be validated against."""
-    if not (isinstance(cls, type) and issubclass(cls, Callback)):
+def check_class(
+    kind: str, cls: object, where: Where | None, bases: tuple[AdapterClass, ...] = (Callback, Sink)
+) -> None:
+    """Raise `BrokenAdapterError` unless ``cls`` is an adapter's class whose ``Config`` can be validated against."""
+    if not (isinstance(cls, type) and issubclass(cls, bases)):
+        names = " or ".join(base.__name__ for base in bases)
         raise BrokenAdapterError(
-            f'callback kind "{kind}" is not a class derived from Callback',
+            f'callback kind "{kind}" is not a class derived from {names}',
             where=where,
             why=f"it is {cls!r:.100}",
-            fix="derive it from evsys_bus.Callback and register the class itself",
+            fix=f"derive it from evsys_bus.{bases[0].__name__} and register the class itself",
         )
     config = cast("object", cls.Config)  # a plugin may have put anything there
     if config is not None and not (isinstance(config, type) and is_config(config)):
@@ -242,6 +265,35 @@ def register_callback(kind: str, *, replace: bool = False) -> Callable[[type[_C]
     return REGISTRY.register(kind, replace=replace)
 
 
+def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], type[_S]]:
+    """Register a sink class under a kind, so that a spec can name it; the rules are those of `register_callback`.
+
+    A kind is a callback's or a sink's, never both.
+
+    Args:
+        kind: The name in specs.
+        replace: Take the kind over from whoever holds it, as a notebook does when a cell runs twice.
+
+    Raises:
+        DuplicateKindError: Another class, or an installed package, holds the kind.
+        BrokenAdapterError: The class is no `Sink`, or its ``Config`` is nothing that can be validated against.
+
+    Example:
+        >>> @register_sink("doctest_lines")
+        ... class Lines(Sink):
+        ...     def __init__(self, path: str) -> None:
+        ...         self.path = path
+        ...
+        ...     async def write(self, batch):
+        ...         print(len(batch), "events for", self.path)
+        >>> from evsys_bus.wiring import build_callbacks
+        >>> [followed] = build_callbacks([{"kind": "doctest_lines", "params": {"path": "lines.txt"}}])
+        >>> followed.name
+        'doctest_lines'
+    """
+    return REGISTRY.register_sink(kind, replace=replace)
+
+
 def callback_kinds() -> dict[str, Origin]:
-    """Every kind that a spec may name, sorted, and where it comes from. Loads nothing."""
+    """Every kind that a spec may name, sinks' included, sorted, and where it comes from. Loads nothing."""
     return REGISTRY.kinds()

@@ -6,12 +6,12 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.callback import Callback
 from evsys_bus.codec.redaction import looks_secret
 from evsys_bus.errors import ConfigError, UnknownParamError, Where, WrongParamError, did_you_mean
+from evsys_bus.sink import Sink
 from evsys_bus.wiring.params import Finding
 from evsys_bus.wiring.schema import Schema, as_json, expected, keys_at, locate, sample, schema_of
-from evsys_bus.wiring.spec import PathPart, join
+from evsys_bus.wiring.spec import AdapterClass, PathPart, join
 
 _SHOWN: Final = 60
 """Characters of a given value that an error repeats."""
@@ -30,9 +30,10 @@ class Subject(msgspec.Struct, frozen=True):
     noun: str = "param"
 
 
-def callback_subject(kind: str, cls: type[Callback]) -> Subject:
-    """A callback, by its kind."""
-    return Subject(f'callback "{kind}"', schema_of(cls), f"all params: evsys-bus adapters {kind}")
+def callback_subject(kind: str, cls: AdapterClass) -> Subject:
+    """A callback or a sink, by its kind."""
+    noun = "sink" if issubclass(cls, Sink) else "callback"
+    return Subject(f'{noun} "{kind}"', schema_of(cls), f"all params: evsys-bus adapters {kind}")
 
 
 def param_errors(

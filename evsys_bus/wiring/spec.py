@@ -1,15 +1,21 @@
-"""What stands in a list of callbacks: `CallbackSpec`, and how anything that looks like one is read.
+"""What stands in a list of callbacks: `CallbackSpec`, for callbacks and sinks, and how what looks like one is read.
 
 Whether the kind exists and the params fit is not known here.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
 
+from evsys_bus.callback import Callback
+from evsys_bus.delivery.followed import OnFailure, Terms
 from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where, did_you_mean
+from evsys_bus.sink import Sink
+
+AdapterClass = type[Callback] | type[Sink]
+"""What a kind stands for."""
 
 Placement = Literal["inline", "follow"]
 """Where a callback runs: in ``publish`` with live objects, or off the loop, from the journal."""
@@ -39,12 +45,27 @@ class CallbackSpec(msgspec.Struct, frozen=True):
     name: str | None = None
     """Keys its cursor and its counters; None means the kind, numbered where there are several."""
     placement: Placement | None = None
-    """None leaves the choice to the bus."""
+    """None leaves the choice to the adapter's class."""
+    ranks: tuple[int, ...] | None = (0,)
+    """This and what follows are the terms of one that is followed. Of which ranks' events; None means all."""
+    on_failure: OnFailure = "count"
+    """What a followed hook that raises means for its event."""
+    required: bool = False
+    """Stop the run if its delivery ends for good, or is parked."""
+    stop_after_seconds: float | None = None
+    """Stop the run once its delivery has failed for so long."""
+    max_staleness_seconds: float | None = None
+    """Stop the run once the oldest event that is pending is so old."""
 
     @property
     def label(self) -> str:
         """The name, or the kind where none was given."""
         return self.name or self.kind
+
+    @property
+    def terms(self) -> Terms:
+        """How its delivery is meant to go, if it is followed."""
+        return Terms(*(getattr(self, key) for key in Terms.__struct_fields__))
 
 
 def join(path: str, *parts: PathPart) -> str:
@@ -112,22 +133,47 @@ def read_spec(item: object, path: str) -> CallbackSpec:
         errors.insert(0, _no_kind(item, path))
         raise together(errors)
 
-    for key, expected, fits in (
-        ("kind", "a string that is not empty", isinstance(found["kind"], str) and found["kind"] != ""),
-        ("params", "a mapping", isinstance(found.get("params") or {}, Mapping)),
-        ("name", "a string that is not empty", found.get("name") is None or _is_text(found["name"])),
-        ("placement", '"inline" or "follow"', found.get("placement") in (None, *get_args(Placement))),
-    ):
-        if not fits:
+    for key in known:
+        expected, fits = _CHECKS[key]
+        if key in found and not fits(found[key]):
             what = f'"{key}" of a callback spec must be {expected}, not {type(found[key]).__name__} {found[key]!r:.60}'
             errors.append(BadSpecError(what, where=Where(join(path, key)), fix=f"write it like {_EXAMPLE}"))
     if errors:
         raise together(errors)
-    return CallbackSpec(found["kind"], dict(found.get("params") or {}), found.get("name"), found.get("placement"))
+    fields = {key: found[key] for key in known if key in found}
+    fields["params"] = dict(found.get("params") or {})
+    if isinstance(found.get("ranks"), list):
+        fields["ranks"] = tuple(found["ranks"])
+    return CallbackSpec(**fields)
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def _is_ranks(value: object) -> bool:
+    ranks = cast("list[object]", value)
+    return value is None or (
+        isinstance(value, list | tuple) and bool(ranks) and all(type(each) is int and each >= 0 for each in ranks)
+    )
+
+
+def _is_seconds(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value > 0)
+
+
+_CHECKS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "kind": ("a string that is not empty", _is_text),
+    "params": ("a mapping", lambda value: isinstance(value or {}, Mapping)),
+    "name": ("a string that is not empty", lambda value: value is None or _is_text(value)),
+    "placement": ('"inline" or "follow"', lambda value: value is None or value in get_args(Placement)),
+    "ranks": ("a list of ranks, such as [0], or null for all", _is_ranks),
+    "on_failure": ('"count", "dead" or "retry"', lambda value: value in get_args(OnFailure)),
+    "required": ("true or false", lambda value: isinstance(value, bool)),
+    "stop_after_seconds": ("a number of seconds above 0", _is_seconds),
+    "max_staleness_seconds": ("a number of seconds above 0", _is_seconds),
+}
+"""Key -> what it must be, and whether it is. Any: whatever a user wrote."""
 
 
 def _stray_key(key: str, path: str) -> BadSpecError:
@@ -143,5 +189,5 @@ def _no_kind(item: object, path: str) -> BadSpecError:
         what, fix = 'a callback spec needs a "kind"', f"write it like {_EXAMPLE}   all kinds: evsys-bus adapters"
     else:
         what = f"{type(item).__name__} {item!r:.60} is not a callback spec"
-        fix = f"give a spec ({_EXAMPLE}) or an instance of a subclass of Callback"
+        fix = f"give a spec ({_EXAMPLE}) or an instance of a subclass of Callback or Sink"
     return BadSpecError(what, where=Where(path), fix=fix)

@@ -1,0 +1,57 @@
+"""Adapters that are as bad as any: they compute, stall and hang, in the couriers of the question `lateness`."""
+
+import time
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+import anyio
+
+from evsys_bus.callback import Callback
+from evsys_bus.context import LoopState, TrainingBatch
+from evsys_bus.events import Envelope
+from evsys_bus.sink import Sink
+from evsys_bus.wiring import register_callback, register_sink
+
+BUSY_SECONDS = 0.005
+STALL_SECONDS = 0.5
+
+
+@register_callback("bench_computes")
+class Computes(Callback):
+    """Holds the interpreter for five milliseconds at every step."""
+
+    name: ClassVar[str] = "bench_computes"
+    placement: ClassVar[Literal["inline", "follow"]] = "follow"
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Compute."""
+        del state, step_idx, batch, metrics
+        until = time.perf_counter() + BUSY_SECONDS
+        while time.perf_counter() < until:
+            pass
+
+
+@register_sink("bench_stalls")
+class Stalls(Sink):
+    """Takes half a second for every request."""
+
+    name: ClassVar[str] = "bench_stalls"
+    max_batch_events = 50
+
+    async def write(self, batch: Sequence[Envelope]) -> int | None:
+        """Stall."""
+        del batch
+        await anyio.sleep(STALL_SECONDS)
+        return None
+
+
+@register_sink("bench_hangs")
+class Hangs(Sink):
+    """Never answers."""
+
+    name: ClassVar[str] = "bench_hangs"
+
+    async def write(self, batch: Sequence[Envelope]) -> int | None:
+        """Hang."""
+        del batch
+        await anyio.sleep_forever()

@@ -1,0 +1,171 @@
+"""P4: what a training loop notices of couriers that compute, stall and hang: its steps' time, and how late it wakes.
+
+A loop of steps that wait (as for a remote backend) or compute publishes each of them, without adapters, and with
+followed ones that are as bad as any. Blocks of both take turns; a block without adapters is measured twice in each
+round, to know how far two equal runs lie apart. Trainer and couriers are pinned to cores of their own where there are
+two, as they are on a training node.
+"""
+
+import asyncio
+import importlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
+from evsys_bus.bench.harness import Spread
+from evsys_bus.bench.question import Effort, Row, Table, Verdict
+from evsys_bus.bus import EventBus
+from evsys_bus.callback import Callback
+from evsys_bus.delivery.followed import Followed
+from evsys_bus.events import StepEnd
+from evsys_bus.tasks import run_alone
+from evsys_bus.wiring import CallbackSpec, build_callbacks
+
+Kind = Literal["waits", "computes"]
+
+STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80, 0.2: 8}
+"""How many steps of each length, in seconds, a block has."""
+MEDIAN_WITHIN: Final = 1.01
+P99_WITHIN: Final = 1.03
+LATE_WITHIN_NS: Final = 500_000
+"""In thread mode, at p99."""
+ALONE: Final = "no adapters"
+ALIKE: Final = "no adapters, again"
+PROCESS: Final = "adapters in the courier process"
+THREAD: Final = "adapters on threads"
+_ADAPTERS: Final = ("bench_computes", "bench_stalls", "bench_hangs")
+_MOST_ROUNDS: Final = 12
+
+
+class _Steps(NamedTuple):
+    """Of one contender: every step of every block."""
+
+    seconds: list[float]
+    late: list[float]
+
+
+class Lateness:
+    """The question."""
+
+    name = "lateness"
+    promise = "P4: whatever the couriers go through, the training loop's steps take as long as without them"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:
+        """A table for each kind and length of step."""
+        rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
+        kinds: tuple[Kind, ...] = ("waits", "computes")
+        for kind in kinds:
+            for seconds, steps in STEPS.items():
+                yield _table(kind, seconds, steps, rounds)
+
+
+def _table(kind: Kind, seconds: float, steps: int, rounds: int) -> Table:
+    contenders = {
+        ALONE: _bus_alone,
+        ALIKE: _bus_alone,
+        PROCESS: partial(_bus_with, "process"),
+        THREAD: partial(_bus_with, "thread"),
+    }
+    found = {name: _Steps([], []) for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with contenders[name]() as bus:
+                run_alone(lambda bus=bus, name=name: _block(bus, kind, seconds, steps, found[name]))
+    alone, alike, apart = (sorted(found[name].seconds) for name in (ALONE, ALIKE, PROCESS))
+    verdicts = [
+        _within("median", statistics.median, alone, alike, apart, MEDIAN_WITHIN),
+        _within("p99", _p99, alone, alike, apart, P99_WITHIN),
+    ]
+    if kind == "waits":
+        late = _p99(sorted(found[THREAD].late)) * 1e9
+        extra = max(0.0, late - _p99(sorted(found[ALONE].late)) * 1e9)
+        promise = "couriers on threads make it wake at most 500 µs later at p99"
+        verdicts.append(Verdict(promise, extra / 1e3, extra <= LATE_WITHIN_NS, "µs"))
+    return Table(
+        title=f"steps of {seconds * 1e3:g} ms that {kind.removesuffix('s')}: median, to p99",
+        unit="ns",
+        rows=[_row(name, sorted(each.seconds)) for name, each in found.items()],
+        verdicts=verdicts,
+    )
+
+
+def _row(name: str, seconds: list[float]) -> Row:
+    median, p99 = statistics.median(seconds) * 1e9, _p99(seconds) * 1e9
+    return Row(name, Spread(median, median, p99), ours=name in {PROCESS, THREAD})
+
+
+def _within(
+    what: str,
+    of: Callable[[list[float]], float],
+    alone: list[float],
+    alike: list[float],
+    apart: list[float],
+    most: float,
+) -> Verdict:
+    floor = min(of(alone), of(alike))
+    spread = max(of(alone), of(alike)) / floor
+    bound = max(most, spread)
+    measured = of(apart) / floor
+    promise = f"with the courier process the {what} is within {bound:.3f} x (two runs without: {spread:.3f} x)"
+    return Verdict(promise, measured, measured <= bound)
+
+
+def _p99(ordered: list[float]) -> float:
+    return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
+
+
+async def _block(bus: EventBus, kind: Kind, seconds: float, steps: int, found: _Steps) -> None:
+    for step in range(steps):
+        began = time.perf_counter()
+        if kind == "waits":
+            await asyncio.sleep(seconds)
+            found.late.append(time.perf_counter() - began - seconds)
+        else:
+            while time.perf_counter() - began < seconds:
+                sum(range(50))
+            await asyncio.sleep(0)
+        bus.publish(StepEnd(STATE, step, BATCH, METRICS))
+        found.seconds.append(time.perf_counter() - began)
+
+
+@contextmanager
+def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"]) -> Generator[EventBus, None, None]:
+    """A bus on the first core; what it starts, on the others."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            bus = EventBus(
+                adapters, journal=Path(folder, "journal"), couriers=couriers, drain_timeout=0.0, linger_seconds=0.0
+            )
+            _pin(cores[1:])
+            with bus:
+                _pin(cores[:1])
+                yield bus
+    finally:
+        _pin(cores)
+
+
+def _bus_alone() -> AbstractContextManager[EventBus]:
+    return _bus(couriers="process")
+
+
+def _bus_with(couriers: Literal["process", "thread"]) -> AbstractContextManager[EventBus]:
+    importlib.import_module("evsys_bus.bench.busy")  # registers them
+    return _bus(*build_callbacks([CallbackSpec(kind) for kind in _ADAPTERS]), couriers=couriers)
+
+
+def _pin(cores: list[int]) -> None:
+    """The calling thread, and what it starts from here on."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(cores))
+
+
+LATENESS: Final = Lateness()

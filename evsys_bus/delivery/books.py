@@ -1,0 +1,241 @@
+"""`Books`: what one courier keeps on disk: its cursor, its dead letters, its state, and the lock that makes it the one.
+
+A replay keeps them in memory only. A disk that refuses them never ends a delivery: it is said once a second at most,
+and tried again.
+"""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.delivery.dead_letters import DeadLetters
+from evsys_bus.delivery.feed import Batch, Broken
+from evsys_bus.delivery.followed import CourierState
+from evsys_bus.delivery.receiver import Taken
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import CourierBusyError
+from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
+from evsys_bus.journal import Clock, Cursor, Cursors, Disk, Place, layout
+from evsys_bus.journal.layout import Owner
+
+STATE_SECONDS: Final = 1.0
+"""Between two versions of the state file that differ in nothing urgent."""
+
+
+class Books:
+    """The books of one courier. Used by its courier's thread.
+
+    Args:
+        directory: The journal.
+        name: The adapter's.
+        keep: Whether they are on disk.
+    """
+
+    def __init__(self, directory: str, name: str, *, keep: bool, disk: Disk, clock: Clock, faults: FaultLog) -> None:
+        self.cursor = Cursor()
+        self.changed = False
+        """Whether the cursor has moved since it was last on the medium."""
+        self.training: set[tuple[str, str]] = set()
+        """Stream and run of the trainings that are open."""
+        self._directory: Final = directory
+        self._name: Final = name
+        self._keep: Final = keep
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._faults: Final = faults
+        self._cursors: Final = Cursors(directory, disk)
+        self._letters: Final = DeadLetters(directory, name, disk=disk, clock=clock)
+        self._unsaved: Cursor | None = None
+        """As it was when its mark was taken."""
+        self._lock: int | None = None
+        self._state: CourierState | None = None
+        self._stated_at = 0.0
+
+    def open(self) -> bool:
+        """Take the lock and find the cursor; whether it stands anywhere but at the beginning.
+
+        Raises:
+            CourierBusyError: Another courier holds the lock.
+            OSError: The cursor, or the dead-letter file, cannot be read now.
+        """
+        if not self._keep:
+            return False
+        self._take_lock()
+        try:
+            self.cursor = self._load()
+            self._letters.open(self.cursor)
+        except OSError:
+            self.close()
+            raise
+        return bool(self.cursor.streams)
+
+    def begin(self, after: Mapping[str, int]) -> None:
+        """Let the cursor stand behind these sequences, by stream."""
+        self.cursor = Cursor({stream: Place(sequence) for stream, sequence in after.items()})
+        self.changed = True
+
+    def done(self, batch: Batch, taken: Taken) -> None:
+        """Enter what became of the front of a batch, and take that off it."""
+        envelopes, sequences = batch.envelopes[: taken.done], batch.sequences[: taken.done]
+        place = 0
+        for stream, number, last in batch.drop(taken.done):
+            part = range(place, place + number)
+            place += number
+            dead = [index for index in taken.dead if index in part]
+            for index in dead if self._keep else ():
+                self._letters.put(stream, sequences[index], taken.dead[index], envelopes[index])
+            self._move(stream, last, number - len(dead), len(dead))
+            self._count_steps(stream, envelopes if number == len(envelopes) else envelopes[part.start : part.stop])
+
+    def broken(self, broken: Broken) -> None:
+        """Enter a record that is no envelope: a dead letter."""
+        if self._keep:
+            self._letters.put(broken.stream, broken.sequence, broken.why, broken)
+        self._move(broken.stream, broken.sequence, 0, 1)
+
+    @property
+    def full(self) -> bool:
+        """Whether so many dead letters wait for the disk that the delivery has to wait with them."""
+        return self._keep and self._letters.full
+
+    def commit(self, mark: Callable[[], Any]) -> bool:
+        """Have it all on the medium: dead letters, then what the receiver wrote, then the cursor; whether it is.
+
+        Any: ``mark`` is the receiver's.
+
+        Raises:
+            Exception: What ``mark`` raised; the cursor stays where it was.
+        """
+        while self._keep and (self.changed or self._unsaved is not None):
+            try:
+                if self._unsaved is None:
+                    self._letters.write()
+            except OSError as error:
+                return self._refused(error)
+            if self._unsaved is None:
+                cursor = self.cursor
+                self._unsaved = Cursor(dict(cursor.streams), dict(cursor.steps), mark())
+                self.changed = False
+            # A mark is good until the one after the next was taken: what was not saved is saved before there is one.
+            try:
+                self._cursors.save(self._name, self._unsaved)
+            except OSError as error:
+                return self._refused(error)
+            self._unsaved = None
+        return True
+
+    def _refused(self, error: OSError) -> bool:
+        self._faults.warn("courier.not_committed", self._name, error=error, adapter=self._name)
+        return False
+
+    def state(self, state: CourierState, *, urgent: bool) -> None:
+        """Write the state down, if it differs from the last one; what is not urgent once a second at most."""
+        now = self._clock.monotonic()
+        before = self._state
+        if (
+            not self._keep
+            or before == state
+            or not (urgent or before is None or now - self._stated_at >= STATE_SECONDS)
+        ):
+            return
+        self._stated_at = now
+        self._state = state
+        written = msgspec.structs.replace(state, at=self._clock.wall())
+        try:
+            self._disk.replace(layout.courier_file(self._directory, self._name, "state.json"), _write(written))
+        except OSError as error:
+            self._state = None
+            self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
+
+    def close(self) -> None:
+        """Let the lock go."""
+        try:
+            self._letters.close()
+            if self._lock is not None:
+                self._disk.close(self._lock)
+        except OSError:
+            pass  # closing is all that was wanted
+        self._lock = None
+
+    def _take_lock(self) -> None:
+        path = layout.courier_file(self._directory, self._name, "lock")
+        try:
+            self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
+            self._lock = self._disk.lock(path)
+            if self._lock is not None:
+                self._sign(self._lock)
+                return
+        except OSError as error:
+            phrase = "courier.not_lockable" if self._lock is None else "courier.not_signed"
+            log().warning(phrase, path=path, exc_info=error)
+            return
+        holder = self._holder(path)
+        who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
+        raise CourierBusyError(
+            f"{who} delivers {self._directory} to {self._name}",
+            fix="let it finish, or end it; evsys-bus status tells how it fares",
+        )
+
+    def _load(self) -> Cursor:
+        """As `Cursors.load`; but a cursor that is there and cannot be read now is no reason to begin anew."""
+        path = layout.cursor_file(self._directory, self._name)
+        try:
+            return _cursor(self._disk.read(path, 0, _MOST_BYTES))
+        except FileNotFoundError:
+            return Cursor()
+        except msgspec.DecodeError as error:
+            log().warning("journal.cursor_unreadable", path=path, exc_info=error)
+            return Cursor()
+
+    def _sign(self, lock: int) -> None:
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock.wall()))
+        self._disk.truncate(lock, 0)
+        self._disk.write(lock, _write(Owner(os.getpid(), os.uname().nodename, since, self._disk.boot())))
+
+    def _holder(self, path: str) -> Owner | None:
+        try:
+            return _owner(self._disk.read(path, 0, 4096))
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def _move(self, stream: str, sequence: int, delivered: int, dead: int) -> None:
+        before = self.cursor.place(stream)
+        self.cursor.streams[stream] = Place(sequence, before.delivered + delivered, before.dead + dead)
+        self.changed = True
+
+    def _count_steps(self, stream: str, envelopes: list[Envelope]) -> None:
+        """Keep the largest step of each training that is open."""
+        steps = self.cursor.steps
+        for envelope in envelopes:
+            event = envelope.event
+            if type(event) is StepEnd:
+                if steps:
+                    run, step = envelope.run or "", event.step_idx
+                    if run in steps and type(step) is int and step > steps[run]:
+                        steps[run] = step
+            elif isinstance(event, _TRAINING):
+                self._open_or_close(stream, envelope.run or "", event)
+
+    def _open_or_close(self, stream: str, run: str, event: TrainStart | TrainEnd | RunEnd | ExperimentEnd) -> None:
+        if isinstance(event, TrainStart):
+            first = getattr(event.state, "step", 0)
+            self.training.add((stream, run))
+            self.cursor.steps[run] = first - 1 if type(first) is int else -1
+            return
+        if isinstance(event, ExperimentEnd):
+            self.training = {each for each in self.training if each[0] != stream}
+        else:
+            self.training.discard((stream, run))
+        still = {each[1] for each in self.training}
+        for each in [each for each in self.cursor.steps if each not in still]:
+            del self.cursor.steps[each]
+
+
+_TRAINING: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
+_write: Final = msgspec.json.Encoder().encode
+_MOST_BYTES: Final = 16 << 20
+_cursor: Final = msgspec.json.Decoder(Cursor).decode
+_owner: Final = msgspec.json.Decoder(Owner).decode

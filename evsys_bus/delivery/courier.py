@@ -1,0 +1,311 @@
+"""`Courier`: carries a journal to one adapter, from where it was left.
+
+    open ── rewind, introduce ── ┌ fill a batch ── the receiver takes it ── enter it ── commit ┐ ── close
+                                 └──────────── until finished or stopped ──────────────────────┘
+
+The cursor moves behind what the receiver has acknowledged, never before. A commit is: dead letters, then the receiver's
+mark, then one cursor file with both. Whatever the adapter raises ends up in the state and the log, and not here.
+"""
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from typing import Final, Literal, NamedTuple, cast
+
+from evsys_bus.callback import Callback
+from evsys_bus.delivery.accounts import Pending
+from evsys_bus.delivery.books import Books
+from evsys_bus.delivery.feed import Batch, Feed
+from evsys_bus.delivery.followed import CourierState, Terms
+from evsys_bus.delivery.hooks import HookReceiver
+from evsys_bus.delivery.receiver import Receiver, Trouble
+from evsys_bus.diagnostics import FaultLog
+from evsys_bus.events import Event
+from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
+from evsys_bus.sink import Sink
+
+COMMIT_SECONDS: Final = 0.2
+"""Between two commits, while events come."""
+MOST_UNMARKED: Final = 10
+"""How often in a row an adapter may fail to say how far it has got; then it has to be built anew, and rewound."""
+RETRY_SECONDS: Final = 1.0
+
+
+class Counts(NamedTuple):
+    """How far a courier has got."""
+
+    delivered: int
+    dead: int
+    pending: int
+
+
+class Courier:
+    """Delivers one journal to one adapter; one at a time does, by a lock.
+
+    Args:
+        directory: The journal.
+        name: The adapter's: keys its cursor, its lock and its counts.
+        adapter: A callback, a sink, or anything that is delivered to.
+        terms: Of which ranks, and what a failure means.
+        publish: Records what a sink learns.
+        keep: Whether a cursor is kept; if not, as for a replay, there is no lock and no dead-letter file either.
+        after: Begin behind these sequences, by stream, where there is no cursor.
+        slice_seconds: After so much work, sleep as long; where others in this process want the interpreter.
+        poll_seconds: Between two looks into the journal.
+        retry_seconds: After a commit that was refused, and after a receiver that failed where it never should.
+        clock: The clocks.
+        disk: The file system.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        name: str,
+        adapter: Callback | Sink | Receiver,
+        terms: Terms,
+        *,
+        publish: Callable[[Event], None] | None = None,
+        keep: bool = True,
+        after: Mapping[str, int] | None = None,
+        slice_seconds: float | None = None,
+        poll_seconds: float = 0.02,
+        retry_seconds: float = RETRY_SECONDS,
+        clock: Clock | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self.name: Final = name
+        self._directory: Final = os.fspath(directory)
+        self._terms: Final = terms
+        self._publish: Final = publish
+        self._after: Final = after
+        self._slice: Final = slice_seconds
+        self._poll_seconds: Final = poll_seconds
+        self._retry_seconds: Final = retry_seconds
+        self._clock: Final[Clock] = OsClock() if clock is None else clock
+        self._disk: Final[Disk] = OsDisk() if disk is None else disk
+        self._faults: Final = FaultLog()
+        self._books: Final = Books(
+            self._directory, name, keep=keep, disk=self._disk, clock=self._clock, faults=self._faults
+        )
+        self._sink: Final = adapter if isinstance(adapter, Sink) else None
+        self._receiver: Final = self._receiver_of(adapter)
+        self._finishing = False
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._scope: asyncio.Timeout | None = None
+        self._commit_due = 0.0
+        self._refused = False
+        self._unmarked = 0
+        self._fault: Exception | None = None
+        self._trouble: Trouble | None = None
+        self._failing_since: float | None = None
+        self._pending = Pending(self._directory, terms.ranks, self._disk)
+
+    async def run(self) -> None:
+        """Deliver until finished or stopped. What the adapter does while it is delivered to is its own trouble.
+
+        Raises:
+            CourierBusyError: Another process delivers to this adapter.
+            Exception: The adapter cannot be opened, or set back to where it was, or does not say how far it has got.
+        """
+        self._loop = asyncio.get_running_loop()
+        has_cursor = self._books.open()
+        if not has_cursor and self._after is not None:
+            self._books.begin(self._after)
+        try:
+            async with asyncio.timeout(None) as self._scope:
+                if not self._stopping:
+                    await self._session(has_cursor=has_cursor)
+        except TimeoutError:
+            if not self._stopping:
+                raise
+        finally:
+            self._scope = None
+            self._books.close()
+            self._faults.flush()
+
+    def finish(self) -> None:
+        """End once all that is there was delivered; from any thread."""
+        self._finishing = True
+
+    def stop(self) -> None:
+        """End now: what is under way is cancelled, and comes again on another day; from any thread."""
+        self._stopping = True
+        loop = self._loop
+        if loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._interrupt)
+            except RuntimeError:
+                pass  # the loop is closed, and nothing runs that could be stopped
+
+    def publish(self, event: Event) -> None:
+        """Record what a sink learnt; where there is nowhere to record it, nothing happens."""
+        if self._publish is not None:
+            self._publish(event)
+
+    @property
+    def counts(self) -> Counts:
+        """Now, from any thread. What is pending is counted in the journal, on the caller's thread."""
+        places = dict(self._books.cursor.streams)
+        delivered, dead = (sum(getattr(each, what) for each in places.values()) for what in ("delivered", "dead"))
+        return Counts(delivered, dead, self._pending.count(places))
+
+    # -- on the courier's loop ----------------------------------------------------------------------------------------
+
+    def _receiver_of(self, adapter: Callback | Sink | Receiver) -> Receiver:
+        if isinstance(adapter, Sink):
+            from evsys_bus.delivery.batches import SinkReceiver
+
+            return SinkReceiver(adapter)
+        if hasattr(adapter, "take"):
+            return cast("Receiver", adapter)
+        return HookReceiver(adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults)
+
+    async def _session(self, *, has_cursor: bool) -> None:
+        receiver, books = self._receiver, self._books
+        feed = Feed(
+            self._directory,
+            books.cursor,
+            ranks=self._terms.ranks,
+            disk=self._disk,
+            clock=self._clock,
+            faults=self._faults,
+        )
+        try:
+            self._tell("delivering", urgent=True)
+            if self._sink is not None:
+                self._sink.evsys_attached = self
+            await self._open(feed, has_cursor=has_cursor)
+            await self._deliver(feed)
+        finally:
+            self._commit(last=True)
+            await receiver.close()
+            if self._sink is not None:
+                self._sink.evsys_attached = None
+            self._tell("ended" if self._fault is None else "failed", urgent=True)
+
+    async def _open(self, feed: Feed, *, has_cursor: bool) -> None:
+        """Have the adapter stand where the cursor stands."""
+        cursor = self._books.cursor
+        try:
+            await self._receiver.open(self._heard)
+            if cursor.mark is not None:
+                self._receiver.rewind(cursor.mark)
+            starts = feed.introduction(cursor.steps if has_cursor else None)
+            if starts:
+                self._receiver.introduce(starts)
+            self._books.changed = True  # a first mark, before the first event: a kill soon after must find one
+            self._commit(at_once=True)
+        except Exception as error:  # raised again: whoever runs the courier decides what comes next
+            self._fault = error
+            raise
+
+    async def _deliver(self, feed: Feed) -> None:
+        """Batch by batch, until finished or stopped."""
+        receiver, books, clock = self._receiver, self._books, self._clock
+        batch = Batch()
+        began = 0.0
+        while not self._stopping:
+            thorough = self._finishing
+            if not batch.envelopes:
+                began = clock.monotonic()
+            filled = feed.fill(
+                batch, receiver.max_events, receiver.max_bytes, slice_seconds=self._slice, thorough=thorough
+            )
+            if filled == "dry" and not batch.envelopes:
+                self._commit(at_once=True)
+                self._tell("idle")
+                if thorough:
+                    return
+                await asyncio.sleep(self._poll_seconds)
+                continue
+            left = began + receiver.max_seconds - clock.monotonic()
+            if filled != "full" and left > 0 and not (filled == "dry" and thorough):
+                await asyncio.sleep(min(left, self._poll_seconds) if filled == "dry" else self._slice or 0.0)
+                continue
+            ends = batch.ends
+            if batch.envelopes:
+                await self._take(batch)
+            if batch.broken is not None and not batch.envelopes:
+                books.broken(batch.broken)
+                batch = Batch()
+            self._commit(at_once=ends and not batch.envelopes)
+            self._tell("delivering")
+            while (books.full or self._unmarked) and not self._stopping:
+                await asyncio.sleep(self._poll_seconds)
+                self._commit()
+                if not self._unmarked:
+                    self._heard(None)
+            await asyncio.sleep(self._slice or 0.0)
+
+    async def _take(self, batch: Batch) -> None:
+        """Have the receiver take the front of the batch."""
+        try:
+            taken = await self._receiver.take(batch.envelopes, batch.sizes)
+            if not 0 < taken.done <= len(batch.envelopes):
+                raise ValueError(f"a receiver took {taken.done} of {len(batch.envelopes)} events")  # noqa: TRY301
+        except Exception as error:  # a wall: a receiver tries again by itself; this one has a fault
+            self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
+            self._heard(Trouble("retrying", _words(error)))
+            await asyncio.sleep(self._retry_seconds)
+            self._heard(None)
+            return
+        self._books.done(batch, taken)
+
+    def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
+        """Have all that was entered on the medium, unless that was done a moment ago, or refused."""
+        now = self._clock.monotonic()
+        if not self._books.changed or (now < self._commit_due and not last and (self._refused or not at_once)):
+            return
+        try:
+            committed = self._books.commit(self._receiver.mark)
+            if last and committed:
+                self._receiver.mark()  # what the adapter kept for the mark before the last can go
+            self._unmarked = 0
+        except Exception as error:  # a wall: the adapter cannot say how far it has got, so the cursor stays
+            self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
+            self._heard(Trouble("retrying", _words(error)))
+            committed = False
+            self._unmarked += 1
+            if self._unmarked >= MOST_UNMARKED and not last:
+                raise
+        self._refused = not committed
+        self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
+
+    def _heard(self, trouble: Trouble | None) -> None:
+        """What the receiver reports."""
+        before, self._trouble = self._trouble, trouble
+        if trouble is None:
+            self._failing_since = None
+        elif self._failing_since is None:
+            self._failing_since = self._clock.wall()
+        told = [None if each is None else (each.state, each.error) for each in (before, trouble)]
+        self._tell("delivering", urgent=told[0] != told[1])
+
+    def _tell(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
+        """Write down how it fares."""
+        trouble = self._trouble if self._fault is None else Trouble("retrying", _words(self._fault), attempts=0)
+        self._books.state(
+            CourierState(
+                state if trouble is None or state in {"ended", "failed"} else trouble.state,
+                os.getpid(),
+                0.0,
+                error=None if trouble is None else trouble.error,
+                fix=None if trouble is None else trouble.fix,
+                failing_since=self._failing_since,
+                attempts=0 if trouble is None else trouble.attempts,
+                hook_failures=self._receiver.failures if isinstance(self._receiver, HookReceiver) else 0,
+            ),
+            urgent=urgent,
+        )
+
+    def _interrupt(self) -> None:
+        try:
+            if self._scope is not None:
+                self._scope.reschedule(asyncio.get_running_loop().time())
+        except RuntimeError:
+            pass  # it is on its way out already
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

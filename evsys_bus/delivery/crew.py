@@ -1,0 +1,256 @@
+"""`Crew`: the couriers of one process, each on an event loop of its own, so that none can hold up another."""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Literal
+
+import anyio
+import msgspec
+
+from evsys_bus.callback import Callback
+from evsys_bus.codec import encode
+from evsys_bus.delivery.courier import Courier
+from evsys_bus.delivery.followed import CourierState, Followed, Recipe
+from evsys_bus.delivery.roster import enlist
+from evsys_bus.diagnostics import FaultLog
+from evsys_bus.errors import CourierBusyError, EvsysBusError
+from evsys_bus.events import Envelope, Event
+from evsys_bus.journal import Clock, Disk, JournalWriter, OsClock, OsDisk, layout
+from evsys_bus.sink import Sink
+from evsys_bus.tasks import Job, LoopThread, TaskOffice
+
+BUSY_SECONDS: Final = 0.5
+"""How long until a courier asks again for a lock that another process holds."""
+
+Build = Callable[[Recipe], Callback | Sink]
+
+
+class Crew:
+    """Couriers, one for each adapter, on threads of their own.
+
+    Args:
+        directory: The journal.
+        followed: The adapters.
+        build: Builds one from its recipe; called on the adapter's own thread.
+        slice_seconds: How long a courier may work before it lets other threads of the process go on; None where there
+            are none to let.
+        poll_seconds: How often the journal is read.
+        again_seconds: How long until a delivery that broke down is begun again.
+        clock: The clocks.
+        disk: The file system.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        followed: Sequence[Followed],
+        build: Build,
+        *,
+        slice_seconds: float | None = None,
+        poll_seconds: float = 0.02,
+        again_seconds: float = 5.0,
+        clock: Clock | None = None,
+        disk: Disk | None = None,
+    ) -> None:
+        self._directory = directory
+        self._build = build
+        self._slice_seconds = slice_seconds
+        self._poll_seconds = poll_seconds
+        self._again_seconds = again_seconds
+        self._clock = OsClock() if clock is None else clock
+        self._disk = OsDisk() if disk is None else disk
+        self._faults = FaultLog(every_seconds=60.0)
+        self._owner = os.getpid()
+        self._posts = [_Post(each, self._faults) for each in followed]
+        self._learnt = _Learnt(directory, self._clock, self._disk)
+
+    def start(self) -> None:
+        """Begin to deliver."""
+        enlist(self._directory, [post.followed for post in self._posts], self._disk)
+        for post in self._posts:
+            job = Job(self._serve, (post,), owner="courier", name=post.name, timeout=None, retry=None, lane=None)
+            post.office.spawn(job)
+
+    def finish(self) -> None:
+        """Have each end when it has delivered what is there; from any thread."""
+        self._ask("finish")
+
+    def stop(self) -> None:
+        """Have each end now, at its cursor; from any thread."""
+        self._ask("stop")
+
+    def join(self, timeout_seconds: float) -> bool:
+        """Wait for all to end; whether they did. A thread that an adapter blocks is left behind."""
+        if self._owner != os.getpid():
+            return True  # a forked child has none of the threads
+        deadline = time.monotonic() + timeout_seconds
+        for post in self._posts:
+            if post.ended.wait(max(0.0, deadline - time.monotonic())):
+                post.thread.stop()
+        if self.running:
+            return False
+        self._learnt.close()
+        self._faults.flush()
+        return True
+
+    @property
+    def running(self) -> list[str]:
+        """Those that have not ended."""
+        return [post.name for post in self._posts if not post.ended.is_set()]
+
+    @property
+    def failed(self) -> list[str]:
+        """Those that could not be built, or ended before they had delivered all."""
+        return [post.name for post in self._posts if post.failed]
+
+    def _ask(self, what: Literal["finish", "stop"]) -> None:
+        if self._owner == os.getpid():
+            for post in self._posts:
+                post.ask(what)
+
+    async def _serve(self, post: "_Post") -> None:
+        try:
+            while not (await self._deliver(post) or post.asked == "stop"):
+                pass
+        finally:
+            post.ended.set()
+
+    async def _deliver(self, post: "_Post") -> bool:
+        """Whether that is the end of it; if not, it was worth a pause, and is begun again."""
+        if self._is_held(post):  # before anything is built for nothing
+            return await self._busy(post)
+        try:
+            courier = self._courier(post)
+        except Exception as error:  # a wall: what an adapter's import and constructor raise is that adapter's fault
+            self._has_failed(post, error)
+            return True
+        try:
+            post.take_on(courier)
+            await courier.run()
+        except CourierBusyError:
+            return await self._busy(post)
+        except Exception as error:  # a wall: the next courier begins at the cursor, the others notice nothing
+            self._has_failed(post, error)
+            if post.asked is None:
+                await post.pause(self._again_seconds)
+            return post.asked is not None
+        post.failed = False
+        return True
+
+    async def _busy(self, post: "_Post") -> bool:
+        """Another process delivers, as when the couriers of a run that was killed are still at it."""
+        fix = "it goes on here when that one ends; evsys-bus status tells how it fares"
+        self._faults.warn("courier.busy", post.name, courier=post.name, journal=self._directory, fix=fix)
+        post.failed = True
+        await post.pause(BUSY_SECONDS)
+        return False
+
+    def _is_held(self, post: "_Post") -> bool:
+        try:
+            return self._disk.is_locked(layout.courier_file(self._directory, post.name, "lock"))
+        except OSError:
+            return False  # opening the books will tell
+
+    def _courier(self, post: "_Post") -> Courier:
+        """A new one, and with it a new adapter: where the last one broke down, nobody knows what that still holds."""
+        adapter = post.followed.live
+        if adapter is None:
+            assert post.followed.recipe is not None
+            adapter = self._build(post.followed.recipe)
+        with contextlib.suppress(AttributeError):  # slots or frozen: it is called by its class's name then
+            adapter.spec_name = post.name
+        return Courier(
+            self._directory,
+            post.name,
+            adapter,
+            post.followed.terms,
+            publish=self._learnt.publish,
+            slice_seconds=self._slice_seconds,
+            poll_seconds=self._poll_seconds,
+            clock=self._clock,
+            disk=self._disk,
+        )
+
+    def _has_failed(self, post: "_Post", error: Exception) -> None:
+        post.failed = True
+        self._faults.warn("courier.failed", post.name, error=error, courier=post.name)
+        known = isinstance(error, EvsysBusError)
+        state = CourierState(
+            "failed",
+            os.getpid(),
+            self._clock.wall(),
+            error=f"{type(error).__name__}: {error.what if known else error}",
+            fix=error.fix if known else "see the log for the traceback",
+        )
+        try:
+            if not self._is_held(post):  # the state is its holder's to tell
+                path = layout.courier_file(self._directory, post.name, "state.json")
+                self._disk.replace(path, msgspec.json.encode(state))
+        except OSError as refusal:
+            self._faults.warn("courier.state_unwritten", post.name, error=refusal, courier=post.name)
+
+
+class _Post:
+    """One adapter, its thread, and its courier of the moment."""
+
+    def __init__(self, followed: Followed, faults: FaultLog) -> None:
+        self.name = followed.name
+        self.followed = followed
+        self.thread = LoopThread()
+        self.office = TaskOffice(self.thread.loop, faults)
+        self.ended = threading.Event()
+        self.failed = False
+        self.asked: Literal["finish", "stop"] | None = None
+        self._courier: Courier | None = None
+        self._lock = threading.Lock()
+
+    def ask(self, what: Literal["finish", "stop"]) -> None:
+        with self._lock:
+            self.asked = what
+            self._pass_on()
+
+    def take_on(self, courier: Courier) -> None:
+        with self._lock:
+            self._courier = courier
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        if self._courier is not None and self.asked is not None:
+            getattr(self._courier, self.asked)()
+
+    async def pause(self, seconds: float) -> None:
+        """Until then, or until it is asked for something else."""
+        asked, deadline = self.asked, time.monotonic() + seconds
+        while self.asked == asked and time.monotonic() < deadline:  # noqa: ASYNC110  # it is asked on another thread
+            await anyio.sleep(0.05)
+
+
+class _Learnt:
+    """The crew's own stream of the journal, opened when something is published. Safe from any thread."""
+
+    def __init__(self, directory: str, clock: Clock, disk: Disk) -> None:
+        self._writer = JournalWriter(directory, family="c", clock=clock, disk=disk)
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._state: Literal["new", "open", "closed"] = "new"
+
+    def publish(self, event: Event) -> None:
+        with self._lock:
+            writer = self._writer
+            if self._state == "new":
+                writer.open()
+                self._state = "open"
+            run = getattr(event, "run", None)
+            envelope = Envelope(
+                writer.stream, writer.next_sequence, self._clock.wall(), event, run if isinstance(run, str) else None
+            )
+            writer.append(encode(envelope))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._state == "open":
+                self._writer.close()
+            self._state = "closed"

@@ -1,0 +1,136 @@
+"""`DeadLetters`: the events that an adapter did not take and never will, with the reason, one JSON object a line.
+
+A line is ``{"stream", "seq", "at", "why", "event"}``, the event as `evsys_bus.codec.to_json` has it; of a record that
+could not be decoded there are its ``bytes``, in base64, instead. The cursor goes past none that is not in the file.
+"""
+
+from base64 import b64encode
+from typing import Final
+
+import msgspec
+
+from evsys_bus.codec import to_json
+from evsys_bus.delivery.feed import Broken
+from evsys_bus.events import Envelope
+from evsys_bus.journal import Clock, Cursor, Disk, layout
+
+MAX_WAITING: Final = 1000
+"""Letters that may wait for a disk that does not take them, before the delivery waits with them."""
+MAX_WAITING_BYTES: Final = 16 << 20
+
+
+_NO_EVENT: Final = msgspec.Raw()
+
+
+class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the file."""
+
+    stream: str
+    seq: int
+    at: float
+    """When it was given up; seconds since the epoch, wall clock."""
+    why: str
+    event: msgspec.Raw = _NO_EVENT
+    """The envelope, as JSON; empty where there is none."""
+    bytes: str | None = None
+    """The record, in base64, where it is no envelope."""
+
+
+class DeadLetters:
+    """The dead-letter file of one adapter; it is made when it is first needed."""
+
+    def __init__(self, directory: str, name: str, *, disk: Disk, clock: Clock) -> None:
+        self._folder: Final = f"{directory}/{layout.COURIERS}"
+        self._path: Final = layout.courier_file(directory, name, "dead.jsonl")
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
+        self._file: int | None = None
+        self._written: set[tuple[str, int]] = set()
+        """Behind the cursor, by a courier that ended before it could move it."""
+
+    @property
+    def full(self) -> bool:
+        """Whether no more should come before some are written."""
+        return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
+
+    def open(self, cursor: Cursor) -> None:
+        """Learn which ones behind the cursor are in the file.
+
+        Raises:
+            OSError: It cannot be read now.
+        """
+        try:
+            size = self._disk.size(self._path)
+        except FileNotFoundError:
+            return
+        tail = self._disk.read(self._path, max(0, size - 2 * MAX_WAITING_BYTES), 2 * MAX_WAITING_BYTES)
+        for line in tail.splitlines():
+            try:
+                letter = _read(line)
+            except msgspec.DecodeError:
+                continue  # cut, by a crash or by us
+            if letter.seq > cursor.place(letter.stream).sequence:
+                self._written.add((letter.stream, letter.seq))
+
+    def put(self, stream: str, sequence: int, why: str, what: Envelope | Broken) -> None:
+        """Take one in; `write` puts it into the file."""
+        if (stream, sequence) in self._written:
+            return
+        event = msgspec.Raw(to_json(what)) if isinstance(what, Envelope) else _NO_EVENT
+        record = b64encode(what.payload).decode() if isinstance(what, Broken) else None
+        line = _write(DeadLetter(stream, sequence, self._clock.wall(), why, event, record)) + b"\n"
+        self._waiting.append(line)
+        self._waiting_bytes += len(line)
+
+    def write(self) -> None:
+        """Have all of them in the file, and the file on the medium.
+
+        Raises:
+            OSError: The disk refuses some; they wait for the next call.
+        """
+        if not self._waiting:
+            return
+        if self._file is None:
+            self._file = self._open()
+        data = b"".join(self._waiting)
+        before = self._disk.length(self._file)
+        taken = 0
+        try:
+            while taken < len(data):
+                taken += self._disk.write(self._file, data[taken:])
+            self._disk.sync(self._file)
+            self._disk.sync_path(self._folder)
+        except OSError:
+            self._disk.truncate(self._file, before)
+            raise
+        self._waiting.clear()
+        self._waiting_bytes = 0
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._disk.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        self._disk.make_directory(self._folder)
+        # Of all ways to open, this is the one that opens a file to append to it whether it is there or not.
+        file = self._disk.lock(self._path)
+        if file is None:
+            raise BlockingIOError(f"{self._path} is locked by another process")
+        try:
+            size = self._disk.length(file)
+            start = max(0, size - 2 * MAX_WAITING_BYTES)
+            whole = start + self._disk.read(self._path, start, size - start).rfind(b"\n") + 1
+            if whole < size:
+                self._disk.truncate(file, whole)  # a line that a crash cut; its event comes again
+        except OSError:
+            self._disk.close(file)
+            raise
+        return file
+
+
+_read: Final = msgspec.json.Decoder(DeadLetter).decode
+_write: Final = msgspec.json.Encoder().encode

@@ -1,0 +1,101 @@
+"""A callback and a sink that fail by plan, and keep the rest."""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, TypeAlias
+
+from evsys_bus.events import Envelope, Event
+from evsys_bus.testing.recording import RecordingCallback, RecordingSink
+
+Outcome: TypeAlias = BaseException | int | Literal["hang", "deaf"] | None
+"""What a call comes to: an error that is raised; so many of the batch taken; a wait that only ends when it is cancelled
+(``hang``), or not even then (``deaf``); all of it taken (None)."""
+
+
+class FailingCallback(RecordingCallback):
+    """Raises by plan, one entry for each call of a hook; once the plan is at its end, it keeps everything.
+
+    Example:
+        >>> from evsys_bus.callback import dispatch
+        >>> callback = FailingCallback([None, ValueError("no")])
+        >>> callback.on_group_start(None, "a")
+        >>> callback.on_group_start(None, "b")
+        Traceback (most recent call last):
+        ValueError: no
+        >>> callback.on_group_start(None, "c")
+        >>> [event.group_name for event in callback.events]
+        ['a', 'c']
+    """
+
+    def __init__(self, plan: Iterable[BaseException | None]) -> None:
+        super().__init__()
+        self._plan = iter(plan)
+        self.calls = 0
+        """Those that failed included."""
+
+    def keep(self, event: Event) -> None:
+        """Keep it, or raise, as the plan has it."""
+        self.calls += 1
+        error = next(self._plan, None)
+        if error is not None:
+            raise error
+        super().keep(event)
+
+
+class FailingSink(RecordingSink):
+    """Fails by plan, one entry for each `write`; once the plan is at its end, it keeps everything.
+
+    Args:
+        plan: For `write`.
+        opening: For `open`.
+
+    Example:
+        >>> sink = FailingSink([OSError("away")])
+        >>> asyncio.run(sink.write([]))
+        Traceback (most recent call last):
+        OSError: away
+        >>> asyncio.run(sink.write([]))
+        >>> sink.calls
+        2
+    """
+
+    def __init__(self, plan: Iterable[Outcome] = (), *, opening: Iterable[Outcome] = ()) -> None:
+        super().__init__()
+        self._plan: Iterator[Outcome] = iter(plan)
+        self._opening: Iterator[Outcome] = iter(opening)
+        self._released = False
+        self.calls = 0
+        """Of `write`; those that failed included."""
+        self.cancellations = 0
+        """How often a call that hangs was cancelled."""
+
+    def release(self) -> None:
+        """Let deaf calls return, at their next cancellation or within 10 ms; so that a test can end."""
+        self._released = True
+
+    async def open(self) -> None:
+        """As the plan has it."""
+        await self._come_to(next(self._opening, None))
+        await super().open()
+
+    async def write(self, batch: Sequence[Envelope]) -> int | None:
+        """As the plan has it."""
+        self.calls += 1
+        outcome = next(self._plan, None)
+        await self._come_to(outcome)
+        if isinstance(outcome, int):
+            self.keep(batch[:outcome])
+            return outcome
+        self.keep(batch)
+        return None
+
+    async def _come_to(self, outcome: Outcome) -> None:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        while outcome in {"hang", "deaf"} and not self._released:
+            try:
+                await asyncio.sleep(0.01)  # release() may come from another thread
+            except asyncio.CancelledError:
+                self.cancellations += 1
+                if outcome == "hang":
+                    raise

@@ -1,0 +1,176 @@
+"""`fault_proxy`: a TCP proxy in front of a real server, which breaks connections as a test tells it."""
+
+import math
+import socket
+import struct
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import Final
+
+import anyio
+import msgspec
+from anyio.abc import SocketAttribute, SocketStream, TaskGroup
+
+_CHUNK: Final = 1 << 16
+_RESET: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER of no time at all: closing sends a reset, and what was not yet sent is lost."""
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """What is wrong with the way; nothing, by default."""
+
+    refuse: bool = False
+    """Nobody listens."""
+    silent: bool = False
+    """A black hole: what arrives is swallowed, and nothing ever comes back."""
+    answer: bytes | None = None
+    """What every request gets instead of reaching the server; then the connection is closed. See `unavailable`."""
+    reset_request_at: int | None = None
+    """Reset once so many bytes of a connection have gone to the server."""
+    reset_reply_at: int | None = None
+    """Reset once so many bytes of a connection have come back; 0 loses the reply to what the server has done."""
+    delay_seconds: float = 0.0
+    """How long each piece, of at most 64 KiB, is held up."""
+    bytes_per_second: float = math.inf
+    """In each direction of a connection."""
+
+
+def unavailable(status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE, *, retry_after: int | None = None) -> Fault:
+    """Every HTTP request is answered with this status, and an empty body."""
+    wait = "" if retry_after is None else f"Retry-After: {retry_after}\r\n"
+    head = f"HTTP/1.1 {status.value} {status.phrase}\r\n{wait}Content-Length: 0\r\nConnection: close\r\n\r\n"
+    return Fault(answer=head.encode())
+
+
+class FaultProxy:
+    """The proxy while it runs; made by `fault_proxy`."""
+
+    def __init__(self, host: str, port: int, group: TaskGroup) -> None:
+        self._server = (host, port)
+        self._group = group
+        self._listening: anyio.CancelScope | None = None
+        self._deaf = anyio.Event()
+        self.port = 0
+        """Where it listens, on 127.0.0.1."""
+        self.fault = Fault()
+        self.connections = 0
+        """How many were accepted."""
+        self.sent = 0
+        """Bytes that went to the server."""
+        self.received = 0
+        """Bytes that came back and were passed on."""
+
+    async def apply(self, fault: Fault) -> None:
+        """Break connections in this way from now on, those that are open included."""
+        self.fault = fault
+        if fault.refuse and self._listening is not None:
+            self._listening.cancel()
+            self._listening = None
+            await self._deaf.wait()
+        elif not fault.refuse and self._listening is None:
+            self._listening = await self._group.start(self._listen)
+
+    async def _listen(self, *, task_status: anyio.abc.TaskStatus[anyio.CancelScope]) -> None:
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=self.port, reuse_port=False)
+        self._deaf = anyio.Event()
+        self.port = listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's
+        async with listener:
+            with anyio.CancelScope() as scope:
+                task_status.started(scope)
+                await listener.serve(self._serve, self._group)
+        self._deaf.set()
+
+    async def _serve(self, client: SocketStream) -> None:
+        self.connections += 1
+        async with client:
+            if self.fault.answer is not None or self.fault.silent:
+                await self._answer(client)
+                return
+            try:
+                server = await anyio.connect_tcp(*self._server)
+            except OSError:
+                _reset(client)
+                return
+            async with server, anyio.create_task_group() as ways:
+                ways.start_soon(self._carry, client, server, True, ways.cancel_scope)
+                ways.start_soon(self._carry, server, client, False, ways.cancel_scope)
+
+    async def _answer(self, client: SocketStream) -> None:
+        try:
+            while True:  # an answer to a request that was not read to its end would be lost in a reset
+                await client.receive(_CHUNK)
+                if self.fault.answer is not None:
+                    await client.send(self.fault.answer)
+                    await client.send_eof()
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            if self.fault.silent:  # not even an end
+                await anyio.sleep_forever()
+
+    async def _carry(self, source: SocketStream, target: SocketStream, going: bool, both: anyio.CancelScope) -> None:
+        """One way of a connection. A half-closed way leaves the other one open; a broken one ends both."""
+        carried = 0
+        try:
+            while True:
+                piece = await source.receive(_CHUNK)
+                fault = self.fault
+                await anyio.sleep(fault.delay_seconds + len(piece) / fault.bytes_per_second)
+                if fault.silent:
+                    continue
+                end = fault.reset_request_at if going else fault.reset_reply_at
+                piece = piece if end is None else piece[: max(end - carried, 0)]
+                if piece:
+                    await target.send(piece)
+                carried += len(piece)
+                self.sent += len(piece) if going else 0
+                self.received += 0 if going else len(piece)
+                if end is not None and carried >= end:
+                    _reset(source)
+                    _reset(target)
+                    break
+        except anyio.EndOfStream:
+            try:
+                if not self.fault.silent:
+                    await target.send_eof()
+            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                pass  # it left first
+            return
+        except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+            _reset(source)
+            _reset(target)
+        both.cancel()
+
+
+def _reset(stream: SocketStream) -> None:
+    try:
+        raw = stream.extra(SocketAttribute.raw_socket)  # noqa: S610  # anyio's
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    except OSError:
+        pass  # it is closed
+
+
+@asynccontextmanager
+async def fault_proxy(host: str, port: int) -> AsyncGenerator[FaultProxy, None]:
+    r"""A proxy in front of the server at ``host`` (a numeric address) and ``port``; it passes everything on at first.
+
+    Connections that are open at the end are cut.
+
+    Example:
+        >>> async def main() -> int:
+        ...     async with fault_proxy("127.0.0.1", 9) as proxy:
+        ...         await proxy.apply(unavailable(retry_after=3))
+        ...         async with await anyio.connect_tcp("127.0.0.1", proxy.port) as client:
+        ...             await client.send(b"GET / HTTP/1.1\r\n\r\n")
+        ...             print((await client.receive()).splitlines()[0].decode())
+        ...         return proxy.connections
+        >>> anyio.run(main)
+        HTTP/1.1 503 Service Unavailable
+        1
+    """
+    async with anyio.create_task_group() as group:
+        proxy = FaultProxy(host, port, group)
+        await proxy.apply(Fault())
+        try:
+            yield proxy
+        finally:
+            group.cancel_scope.cancel()

@@ -1,0 +1,122 @@
+"""Events for trying adapters: a small experiment of two runs, as objects of the loop and as read from a record."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from evsys_bus import events as ev
+from evsys_bus.codec import decode, encode
+from evsys_bus.context import (
+    ArmResult,
+    EvalResult,
+    ExperimentResult,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    RunResult,
+    TrainingBatch,
+)
+
+RUNS: Final = ("wide", "narrow")
+STEPS: Final = 4
+
+
+class Timeline:
+    """The events of one small experiment below a folder, each made anew when it is asked for."""
+
+    def __init__(self, folder: Path, runs: Iterable[str] = RUNS) -> None:
+        self.experiment = LogContext(folder, config={"metadata": {"hypothesis": "Wider is better."}})
+        self.contexts = {run: self.experiment.for_run(run, {"seed": 7}, "arms") for run in runs}
+
+    def state(self, run: str, step: int = 0) -> LoopState:
+        """A run's state at this step."""
+        ctx = self.contexts[run]
+        return LoopState(step=step, num_steps=STEPS, output_dir=ctx.run_dir, ctx=ctx)
+
+    def starts(self, step: int = 0) -> Iterator[ev.Event]:
+        """Everything begins, or a courier tells it again, at the step that is next."""
+        yield ev.ExperimentStart(self.experiment)
+        for run, ctx in self.contexts.items():
+            yield ev.GroupStart(ctx, "arms")
+            yield ev.RunStart(ctx)
+            yield ev.TrainStart(self.state(run, step))
+
+    def step(self, step: int, metrics: Mapping[str, Any] | None = None) -> Iterator[ev.Event]:
+        """One step of each run, in turns, with all that a step may bring. Any: metrics may hold anything."""
+        for run, ctx in self.contexts.items():
+            state, row = self.state(run, step), dict(metrics or {"loss": 0.5 / (step + 1), "step_seconds": 0.25})
+            yield ev.StepEnd(state, step, TrainingBatch(loss_fn="mse", metrics={"tokens": 3}), row)
+            yield ev.Checkpoint(state, ManifestRow(f"{step:06d}", batch=step, state_path=str(ctx.run_dir / "state")))
+            yield ev.Eval(state, step, "held out", {"accuracy": 0.5})
+            scored = EvalResult("tasks", "tasks-1", {"accuracy": 0.75}, {"easy": {"accuracy": 1.0}}, 0.5, step, ["val"])
+            yield ev.BenchmarkEval(ctx, scored, [{"task_id": "1", "reward": 1.0, "output": "yes"}], step)
+
+    def ends(self) -> Iterator[ev.Event]:
+        """Everything ends."""
+        arms: list[ArmResult] = []
+        for run, ctx in self.contexts.items():
+            artifacts = LoopArtifacts(str(ctx.run_dir), None, [ManifestRow("final", batch=STEPS - 1)], STEPS, 1.5)
+            yield ev.TrainEnd(self.state(run, STEPS - 1), artifacts)
+            yield ev.BenchmarkEval(ctx, EvalResult("final", metrics={"accuracy": 0.875}), [{"task_id": "2"}])
+            result = RunResult(run, metrics={"loss": 0.125}, artifacts=artifacts)
+            arms.append(ArmResult(run, {"seed": 7}, metrics={"loss": 0.125}, eval_metrics={"accuracy": 0.875}))
+            yield ev.RunEnd(ctx, result, arms[-1])
+        yield ev.ExperimentEnd(self.experiment, ExperimentResult("trial", arms=arms, best_arm="wide", best_score=0.875))
+
+    def whole(self) -> Iterator[ev.Event]:
+        """From the first event to the last."""
+        yield from self.starts()
+        for step in range(STEPS):
+            yield from self.step(step)
+        yield from self.ends()
+
+
+def minimal(folder: Path) -> Iterator[ev.Event]:
+    """The same hooks with the least that their objects may hold."""
+    ctx, state = LogContext(folder), LoopState(step=0, num_steps=0, output_dir=folder)
+    yield ev.ExperimentStart(ctx)
+    yield ev.GroupStart(ctx, "")
+    yield ev.RunStart(ctx)
+    yield ev.TrainStart(state)
+    yield ev.StepEnd(state, 0, TrainingBatch(), {})
+    yield ev.Checkpoint(state, ManifestRow("final"))
+    yield ev.Eval(state, 0, "", {})
+    yield ev.BenchmarkEval(ctx, EvalResult(""), [])
+    yield ev.TrainEnd(state, LoopArtifacts())
+    yield ev.RunEnd(ctx, RunResult(), ArmResult(""))
+    yield ev.ExperimentEnd(ctx, ExperimentResult(""))
+
+
+def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Metrics that somebody once published, and what they are. Any: that is the point."""
+    yield "NaN", {"m": math.nan}
+    yield "infinity", {"m": -math.inf}
+    yield "a huge int", {"m": 1 << 80}
+    yield "a text", {"m": "=1+1\n\0\ud800"}
+    yield "None", {"m": None}
+    yield "a list", {"m": [1, {"deep": [None]}]}
+    yield "a bool", {"m": True}
+    yield "a name of 10,000 letters", {"m" * 10_000: 1.0}
+    yield "an empty name", {"": 1.0}
+    yield "a name that is no text", {3: 1.0}  # pyright: ignore[reportReturnType]  # it happens
+    yield "names that adapters use themselves", {"step": 7, "run": 1.0, "benchmark": 2.0, "time": 3.0}
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    yield "scalars of numpy", {"m": np.float32(0.5), "n": np.int64(3), "b": np.bool_(True)}
+
+
+def enveloped(events: Iterable[ev.Event]) -> Iterator[ev.Envelope]:
+    """The events as followers get them: through the bytes of a record, with detached objects."""
+    contexts: dict[str, LogContext] = {}
+    for seq, event in enumerate(events, 1):
+        handle = getattr(event, "ctx", None) or getattr(event, "state", None)
+        ctx: LogContext | None = getattr(handle, "ctx", handle)  # an event's ctx has none itself
+        run = None if ctx is None else getattr(ctx, "run_key", None)
+        envelope = decode(encode(ev.Envelope("conformance", seq, 1.7e9 + seq, event, run)), contexts)
+        if isinstance(envelope.event, ev.RunStart) and run is not None:
+            contexts[run] = envelope.event.ctx
+        yield envelope

@@ -1,0 +1,52 @@
+"""The courier process: builds the adapters that it is told, and delivers until nothing more is published.
+
+That is when its stdin says anything or ends, or when its parent is another one: a child that the program forked may
+keep the pipe open. It then goes on for at most the linger. SIGTERM means the same; SIGINT is the program's, not ours.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+from typing import Final
+
+import msgspec
+
+from evsys_bus.delivery.crew import Crew
+from evsys_bus.delivery.process import Order
+from evsys_bus.diagnostics import LOGGER_NAME, log
+from evsys_bus.wiring.followed import build_followed
+
+STOP_SECONDS: Final = 1.0
+"""How long couriers may take to end when the linger is over."""
+_LOOK_SECONDS: Final = 0.2
+"""How often the parent is looked at."""
+_PENDING: Final = 3
+"""The exit code where something was left undelivered."""
+
+
+def main(line: bytes) -> None:
+    """Do what the `Order` says, and exit."""
+    terminated: list[int] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    order = msgspec.json.decode(line, type=Order)
+    logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
+    logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
+    crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed)
+    crew.start()
+    while not terminated and not select.select([0], [], [], _LOOK_SECONDS)[0] and os.getppid() == order.parent:
+        pass
+    crew.finish()
+    crew.join(order.linger_seconds)
+    left = {*crew.running, *crew.failed}
+    if crew.running:
+        crew.stop()
+        crew.join(STOP_SECONDS)
+    if left:
+        log().warning("couriers.left", adapters=", ".join(sorted(left)), fix=f"evsys-bus sync {order.directory}")
+    logging.shutdown()
+    sys.stdout.flush()
+    # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
+    os._exit(_PENDING if left else 0)

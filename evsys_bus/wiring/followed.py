@@ -1,0 +1,219 @@
+"""What is followed: which adapters, and how they are described so that another process can build them.
+
+A recipe names a kind. Where the kind was registered in this process, and is not an installed package's, the recipe
+names the class as well (``module:Class``). What no other process could import or be told stays a live object.
+"""
+
+import importlib
+import sys
+from functools import partial
+from typing import Any, Final, Literal
+
+import msgspec
+
+from evsys_bus.callback import Callback, callback_name, check_hooks
+from evsys_bus.delivery.followed import Followed, OnFailure, Recipe, Terms
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import BadSpecError, BrokenAdapterError, ConfigError, Where
+from evsys_bus.sink import Sink, sink_name
+from evsys_bus.wiring.construct import check_arguments, construct
+from evsys_bus.wiring.params import check_params
+from evsys_bus.wiring.registry import REGISTRY, Registry
+from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, Placement, join, together
+
+_STOPS: Final = "it may stop the run, and only what runs inline, inside publish, sees the live run"
+
+
+def follow(
+    adapter: Callback | Sink,
+    name: str | None = None,
+    *,
+    ranks: tuple[int, ...] | None = (0,),
+    on_failure: OnFailure = "count",
+    required: bool = False,
+    stop_after_seconds: float | None = None,
+    max_staleness_seconds: float | None = None,
+) -> Followed:
+    """Have a live object delivered to off the loop, from the journal, on a thread of this process.
+
+    A spec is better where one will do: what it describes is delivered to in a process of its own, and on another day.
+
+    Args:
+        adapter: Its hooks get detached objects.
+        name: Keys its cursor and its counts. Default: its spec's name, or its kind, or its class.
+        ranks: As those that follow, in `CallbackSpec`.
+
+    Raises:
+        BadSpecError: It may stop the run.
+        HookError: A hook could never be called.
+
+    Example:
+        >>> class Loss(Callback):
+        ...     def on_step_end(self, state, step_idx, batch, metrics): ...
+        >>> follow(Loss(), "loss").name
+        'loss'
+    """
+    if isinstance(adapter, Sink):
+        label = name or sink_name(adapter)
+    else:
+        label = name or callback_name(adapter)
+        check_hooks(adapter)
+        if _stops_runs(type(adapter)):
+            raise BadSpecError(f'"{label}" cannot be followed', why=_STOPS, fix="give the callback itself to the bus")
+    terms = Terms(ranks, on_failure, required, stop_after_seconds, max_staleness_seconds)
+    return Followed(label, live=adapter, terms=terms)
+
+
+def placement_of(spec: CallbackSpec, cls: AdapterClass) -> Placement:
+    """Where it runs: as the spec says, else as its class does."""
+    if issubclass(cls, Sink):
+        return "follow"
+    return spec.placement or ("follow" if getattr(cls, "placement", None) == "follow" else "inline")
+
+
+def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[ConfigError]:
+    """What is wrong with where, and on which terms, the spec wants it to run."""
+    if issubclass(cls, Sink) and spec.placement == "inline":
+        what = f'sink "{spec.kind}" cannot be placed inline'
+        why = "a sink is async, and is delivered to from the journal"
+        return [BadSpecError(what, where=Where(join(path, "placement")), why=why, fix="leave placement out")]
+    if placement_of(spec, cls) == "follow":
+        if _stops_runs(cls):
+            what = f'callback "{spec.kind}" cannot be placed follow'
+            fix = "leave placement out, or write placement: inline"
+            return [BadSpecError(what, where=Where(join(path, "placement")), why=_STOPS, fix=fix)]
+        if issubclass(cls, Sink) and spec.on_failure != "count":
+            what = f'"on_failure" says what a hook that raises means, and sink "{spec.kind}" has no hooks'
+            fix = "leave it out: what `write` raises says what becomes of the batch"
+            return [BadSpecError(what, where=Where(join(path, "on_failure")), fix=fix)]
+        return []
+    return [
+        BadSpecError(
+            f'"{key}" of callback "{spec.kind}" is for callbacks that are followed, and this one runs inline',
+            where=Where(join(path, key)),
+            fix="leave it out, or add placement: follow",
+        )
+        for key in Terms.__struct_fields__
+        if getattr(spec, key) != getattr(_USUAL, key)
+    ]
+
+
+def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Registry = REGISTRY) -> Followed | None:
+    """How it is followed; None if it is not. Without a recipe it has to be constructed here, and given as ``live``."""
+    if placement_of(spec, cls) != "follow":
+        return None
+    recipe = _recipe(spec, cls, registry)
+    if isinstance(recipe, str):
+        log().info("adapter.follows_on_a_thread", adapter=label, why=recipe)
+        recipe = None
+    build = None if recipe is None else partial(build_followed, recipe, registry=registry)
+    return Followed(label, recipe, terms=spec.terms, build=build)
+
+
+def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback | Sink:
+    """Build an adapter from its recipe, as a courier does.
+
+    Args:
+        recipe: What `build_callbacks` made of a spec.
+        registry: Where kinds are looked up.
+
+    Raises:
+        ConfigError: As `build_callbacks`; also where a plugin cannot be imported.
+    """
+    for plugin in recipe.plugins:
+        _plug_in(recipe.kind, plugin, registry)
+    cls = registry.find(recipe.kind)
+    spec = CallbackSpec(recipe.kind, recipe.params)
+    arguments, errors = check_arguments(cls, spec, "$", registry)
+    if errors:
+        raise together(errors)
+    return construct(recipe.kind, cls, arguments, spec.label, "$", registry)
+
+
+def _stops_runs(cls: AdapterClass) -> bool:
+    return getattr(cls, "stops_runs", False) is True
+
+
+def _recipe(spec: CallbackSpec, cls: AdapterClass, registry: Registry) -> Recipe | str:
+    """The recipe, or why there is none."""
+    if not sys.executable or getattr(sys, "frozen", False):
+        return "this program has no interpreter that could be started again"
+    plugins = ()
+    if registry.is_registered(spec.kind):
+        if not _is_importable(cls):
+            return f"no other process can import {cls.__module__}:{cls.__qualname__}"
+        plugins = (f"{cls.__module__}:{cls.__qualname__}",)
+    params = _portable(cls, spec.params)
+    return "its params hold live objects" if params is None else Recipe(spec.kind, params, plugins)
+
+
+def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | None:
+    """The params as they come out of a file again, if they mean the same then. Any: they are the adapter's own."""
+    try:
+        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(params, enc_hook=_as_text))
+        before, _ = check_params(cls, params)
+        after, findings = check_params(cls, plain)
+        same = not findings and msgspec.to_builtins(before, enc_hook=_as_text) == msgspec.to_builtins(
+            after, enc_hook=_as_text
+        )
+    except Exception:  # a wall: whatever a Config, or the equality of a stranger, raises
+        return None
+    if cls.Config is None:  # nothing would make them again what they were
+        same = same and plain == params
+    return plain if same else None
+
+
+def _as_text(value: object) -> str:
+    from pathlib import PurePath
+
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError
+
+
+def _is_importable(cls: type) -> bool:
+    """Whether an import in another process, along the same path, would find just this class."""
+    module = sys.modules.get(cls.__module__)
+    if cls.__module__ == "__main__" or module is None or not _is_found(cls.__module__):
+        return False
+    found: object = module
+    for part in cls.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return found is cls
+
+
+def _is_found(module: str) -> bool:
+    """Whether it comes from a file that the finders find; not one that a notebook or a test made by hand."""
+    spec = getattr(sys.modules[module], "__spec__", None)
+    parent = module.rpartition(".")[0]
+    path = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    if spec is None or (parent and (path is None or not _is_found(parent))):
+        return False
+    finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+    found = next((each for finder in finders if finder and (each := finder(module, path))), None)
+    return found is not None and found.origin == spec.origin
+
+
+def _plug_in(kind: str, plugin: str, registry: Registry) -> None:
+    """Import the module; if it does not register the kind by itself, register the class that the plugin names."""
+    module, _, path = plugin.partition(":")
+    try:
+        found: Any = importlib.import_module(module)  # Any: what a module holds
+        for part in filter(None, path.split(".")):
+            found = getattr(found, part)
+    except Exception as error:  # a wall: whatever a plugin's import raises is that plugin's fault
+        raise BrokenAdapterError(
+            f'"{plugin}", which offers the callback "{kind}", cannot be imported',
+            why=f"{type(error).__name__}: {error}",
+            fix=f'see the cause: python -c "import {module}"',
+        ) from error
+    if path and not registry.is_registered(kind):
+        register: Literal["register", "register_sink"] = "register_sink" if _is_sink(found) else "register"
+        getattr(registry, register)(kind, replace=True)(found)
+
+
+def _is_sink(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Sink)
+
+
+_USUAL: Final = CallbackSpec("")
