@@ -79,6 +79,9 @@ class Callback:
     """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal."""
     stops_runs: ClassVar[bool] = False
     """Whether it may stop the run; then it cannot be followed."""
+    delivery: ClassVar[type | None] = None
+    """Its delivery half, where it has one: a `Sink` class, constructed with the same arguments and delivered to by a
+    courier. The callback itself then runs inline, and does no I/O."""
 
     spec_name: str | None = None
     """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""

@@ -115,7 +115,7 @@ class Following:
         """Where each is delivered to."""
         places: dict[str, Couriers] = {}
         for each in self._followed:
-            places[each.name] = "thread" if each.recipe is None else self._couriers
+            places[each.name] = "thread" if each.recipe is None or each.here else self._couriers
         return places
 
     def deliveries(self) -> tuple[Delivery, ...]:

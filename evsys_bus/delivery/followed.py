@@ -22,6 +22,8 @@ class Recipe(msgspec.Struct, frozen=True):
     """Any: the adapter's Config says what they are."""
     plugins: tuple[str, ...] = ()
     """Modules to import first, which register the kind."""
+    half: Literal["whole", "delivery"] = "whole"
+    """Of an adapter with two halves, the courier builds the delivery half."""
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -54,6 +56,8 @@ class Followed(msgspec.Struct, frozen=True):
     build: Callable[[], Callback | Sink] | None = None
     """Builds it by its recipe in this process, for a bus whose couriers are threads."""
     terms: Terms = Terms()
+    here: bool = False
+    """Deliver on a thread of the bus's own process, wherever the others are delivered to."""
 
 
 class CourierState(msgspec.Struct, omit_defaults=True):

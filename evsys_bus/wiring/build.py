@@ -14,7 +14,7 @@ from evsys_bus.delivery.followed import Followed
 from evsys_bus.errors import BadSpecError, ConfigError, Where
 from evsys_bus.sink import Sink
 from evsys_bus.wiring.construct import check_arguments, construct
-from evsys_bus.wiring.followed import as_followed, check_placement, follow
+from evsys_bus.wiring.followed import as_followed, check_placement, delivery_half, follow
 from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, each_of, join, read_spec, together
 
@@ -28,7 +28,8 @@ def build_callbacks(
     """Build the callbacks that specs describe, in their order; nothing is constructed unless all of them are right.
 
     What is placed ``follow``, and every sink, is checked all the same, and then stands in the list as a `Followed`: it
-    is constructed where it is delivered to. Only what another process could not construct is constructed here.
+    is constructed where it is delivered to. Only what another process could not construct is constructed here. An
+    adapter with two halves stands there twice: its inline half, and its delivery half as a `Followed`.
 
     Args:
         specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``; or a `Callback` or a
@@ -93,16 +94,15 @@ def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Regis
             continue
         spec, cls, arguments = plan
         label = spec.name or _number(spec.kind, taken)
-        followed = as_followed(spec, cls, label, registry)
-        if followed is not None and followed.recipe is not None:
-            built.append(followed)
-            continue
+        followed, half, place = as_followed(spec, cls, label, registry), delivery_half(cls), join(at, index)
         try:
-            adapter = construct(spec.kind, cls, arguments, label, join(at, index), registry)
+            if followed is None or half is not None:
+                built.append(cast("Callback", construct(spec.kind, cls, arguments, label, place, registry)))
+            if followed is not None and followed.recipe is None:
+                live = construct(spec.kind, half or cls, arguments, label, place, registry)
+                followed = msgspec.structs.replace(followed, live=live)
             if followed is not None:
-                built.append(msgspec.structs.replace(followed, live=adapter))
-            elif isinstance(adapter, Callback):
-                built.append(adapter)
+                built.append(followed)
         except ConfigError as error:
             errors.append(error)
     if errors:

@@ -64,10 +64,18 @@ def follow(
     return Followed(label, live=adapter, terms=terms)
 
 
+def delivery_half(cls: AdapterClass) -> type[Sink] | None:
+    """What a courier delivers to, of an adapter with two halves."""
+    half = getattr(cls, "delivery", None)
+    return half if isinstance(half, type) and issubclass(half, Sink) else None
+
+
 def placement_of(spec: CallbackSpec, cls: AdapterClass) -> Placement:
-    """Where it runs: as the spec says, else as its class does."""
+    """Where it runs, or its delivery half does: as the spec says, else as its class does."""
     if issubclass(cls, Sink):
         return "follow"
+    if delivery_half(cls) is not None:
+        return spec.placement or "follow"
     return spec.placement or ("follow" if getattr(cls, "placement", None) == "follow" else "inline")
 
 
@@ -77,6 +85,8 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
         what = f'sink "{spec.kind}" cannot be placed inline'
         why = "a sink is async, and is delivered to from the journal"
         return [BadSpecError(what, where=Where(join(path, "placement")), why=why, fix="leave placement out")]
+    if delivery_half(cls) is not None:
+        return []
     if placement_of(spec, cls) == "follow":
         if _stops_runs(cls):
             what = f'callback "{spec.kind}" cannot be placed follow'
@@ -100,14 +110,16 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
 
 def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Registry = REGISTRY) -> Followed | None:
     """How it is followed; None if it is not. Without a recipe it has to be constructed here, and given as ``live``."""
-    if placement_of(spec, cls) != "follow":
+    half = delivery_half(cls)
+    if placement_of(spec, cls) != "follow" and half is None:
         return None
     recipe = _recipe(spec, cls, registry)
     if isinstance(recipe, str):
         log().info("adapter.follows_on_a_thread", adapter=label, why=recipe)
         recipe = None
     build = None if recipe is None else partial(build_followed, recipe, registry=registry)
-    return Followed(label, recipe, terms=spec.terms, build=build)
+    here = half is not None and spec.placement == "inline"
+    return Followed(label, recipe, terms=spec.terms, build=build, here=here)
 
 
 def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback | Sink:
@@ -127,7 +139,8 @@ def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback
     arguments, errors = check_arguments(cls, spec, "$", registry)
     if errors:
         raise together(errors)
-    return construct(recipe.kind, cls, arguments, spec.label, "$", registry)
+    half = delivery_half(cls) if recipe.half == "delivery" else None
+    return construct(recipe.kind, half or cls, arguments, spec.label, "$", registry)
 
 
 def _stops_runs(cls: AdapterClass) -> bool:
@@ -143,8 +156,9 @@ def _recipe(spec: CallbackSpec, cls: AdapterClass, registry: Registry) -> Recipe
         if not _is_importable(cls):
             return f"no other process can import {cls.__module__}:{cls.__qualname__}"
         plugins = (f"{cls.__module__}:{cls.__qualname__}",)
+    half: Literal["whole", "delivery"] = "whole" if delivery_half(cls) is None else "delivery"
     params = _portable(cls, spec.params)
-    return "its params hold live objects" if params is None else Recipe(spec.kind, params, plugins)
+    return "its params hold live objects" if params is None else Recipe(spec.kind, params, plugins, half)
 
 
 def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | None:
