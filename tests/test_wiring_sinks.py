@@ -96,14 +96,15 @@ def test_a_sink_and_a_followed_callback_stand_in_the_list_as_recipes_and_are_not
     inline, lines, plain, follows, kept = build_callbacks(specs, registry=registry)
     assert (type(inline), type(kept)) == (plugin.Plain, plugin.Follows)
     assert (plugin.Lines.built, plugin.Plain.built, plugin.Follows.built) == (0, 1, 1)
-    assert lines == Followed("lines", Recipe("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",)))
+    assert (lines.name, lines.live, lines.terms) == ("lines", None, Terms())
+    assert lines.recipe == Recipe("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",))
     assert (plain.name, plain.recipe.params, plain.live) == ("plain_2", {"a": [1]}, None)
     assert (follows.name, follows.recipe.plugins) == ("follows", (f"{plugin.__name__}:Follows",))
 
 
 def test_an_installed_kind_needs_no_plugin():
     [followed] = build_callbacks([{"kind": "csv_metrics", "placement": "follow", "params": {"out_path": "m.csv"}}])
-    assert followed == Followed("csv_metrics", Recipe("csv_metrics", {"out_path": "m.csv"}))
+    assert (followed.name, followed.recipe) == ("csv_metrics", Recipe("csv_metrics", {"out_path": "m.csv"}))
     assert build_followed(followed.recipe).name == "csv_metrics"
 
 
