@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from benchmarks import loggers as heavy
 from benchmarks.frameworks import FRAMEWORKS
 from benchmarks.survival import Survival
+from evsys_bus.bench.catching_up import CATCHING_UP
 from evsys_bus.bench.costs import COSTS
 from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_question
 from evsys_bus.bench.growth import GROWTH
 from evsys_bus.bench.imports import IMPORTS
 from evsys_bus.bench.journal import AT_LEAST, JOURNAL, Journal
 from evsys_bus.bench.kills import KILLS, Kills
+from evsys_bus.bench.lateness import LATENESS
 from evsys_bus.bench.question import Question
 from evsys_bus.cli.bench import bench_command
 
@@ -24,7 +26,7 @@ def _questions() -> Mapping[str, Question]:
     dispatch = dispatch_question(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
     journal = Journal((*JOURNAL.modules, heavy.__name__), {**AT_LEAST, heavy.TENSORBOARD: 15, heavy.WANDB: 60})
     kills = Kills((*KILLS.modules, heavy.__name__))
-    asked: tuple[Question, ...] = (dispatch, IMPORTS, COSTS, journal, kills, GROWTH, Survival())
+    asked: tuple[Question, ...] = (dispatch, IMPORTS, COSTS, journal, kills, GROWTH, CATCHING_UP, LATENESS, Survival())
     return {question.name: question for question in asked}
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # at run time they are imported where something is followed
 Couriers = Literal["process", "thread"]
 """Where couriers work: in a process of their own, or all of them on threads of this one."""
 
-SLICE_SECONDS: Final = 0.0005
+SLICE_SECONDS: Final = 0.0002
 """How long a courier's thread works before it lets the loop's go on."""
 STOP_SECONDS: Final = 0.5
 """What couriers on threads get to end once the deadline has passed; one that an adapter blocks is left behind."""
