@@ -340,7 +340,7 @@ def test_a_mark_that_cannot_be_made_keeps_the_cursor_and_has_the_adapter_built_a
     disk = SimulatedDisk()
     stream = written(disk)
     with pytest.raises(ValueError, match="no idea"):
-        deliver(disk, Unmarked(disk))
+        deliver(disk, Unmarked(disk), clock=Ticking())
     assert Cursors(JOURNAL, disk).load("rows").place(stream).sequence == 0
 
 
@@ -440,3 +440,25 @@ def test_a_refused_cursor_is_saved_before_another_mark_is_asked_for():
 
     asyncio.run(both())
     assert max(behind) == 0
+
+
+def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end():
+    class Appends(Rows):
+        max_events = 4
+
+        async def take(self, batch, sizes):
+            if not self.taken:
+                event = StepEnd(STATE, 8, TrainingBatch(), {"loss": 0.5})
+                writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
+                courier.finish()
+            return await super().take(batch, sizes)
+
+    disk = SimulatedDisk()
+    writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
+    for step in range(8):
+        event = StepEnd(STATE, step, TrainingBatch(), {"loss": 0.5})
+        writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
+    courier = Courier(JOURNAL, "rows", Appends(disk), Terms(), disk=disk, clock=ManualClock(), poll_seconds=0.001)
+    asyncio.run(asyncio.wait_for(courier.run(), 10))
+    assert rows(disk) == [*range(1, 10)]
+    writer.close()

@@ -31,6 +31,9 @@ Couriers = Literal["process", "thread"]
 
 SLICE_SECONDS: Final = 0.0002
 """How long a courier's thread works before it lets the loop's go on."""
+LOOK_SECONDS: Final = 0.1
+"""Between two looks at how couriers fare, while they finish."""
+_STUCK: Final = ("parked", "failed")
 STOP_SECONDS: Final = 0.5
 """What couriers on threads get to end once the deadline has passed; one that an adapter blocks is left behind."""
 
@@ -155,9 +158,10 @@ class Following:
             self._process.finish()
         if self._crew is not None:
             self._crew.finish()
-        ended = self._process is None or self._process.wait(seconds)
-        if self._crew is not None and not self._crew.join(max(0.0, began + seconds - time.monotonic())):
-            ended = False
+        while not (ended := self._have_ended(LOOK_SECONDS)) and time.monotonic() < began + seconds:
+            if not self._some_may_yet_take_events():
+                break
+        if self._crew is not None and not ended:
             self._crew.stop()
             self._crew.join(STOP_SECONDS)
         deliveries = self.deliveries()
@@ -170,6 +174,16 @@ class Following:
         return msgspec.structs.replace(
             receipt, deliveries=deliveries, finish=command, seconds=receipt.seconds + time.monotonic() - began
         )
+
+    def _have_ended(self, wait_seconds: float) -> bool:
+        """Whether all couriers have; waits a little for them."""
+        process = self._process is None or self._process.wait(wait_seconds)
+        return (self._crew is None or self._crew.join(0.0 if self._process is not None else wait_seconds)) and process
+
+    def _some_may_yet_take_events(self) -> bool:
+        """Whether waiting may help: not where all that is pending is parked, or for an adapter that cannot be built."""
+        pending = [each for each in self._read() if each.pending]
+        return not pending or any(each.state is None or each.state.state not in _STUCK for each in pending)
 
     def _tell(self, deliveries: tuple[Delivery, ...], command: str) -> None:
         pending = {each.name: each.pending for each in deliveries if each.pending}

@@ -2,8 +2,8 @@
 
 This module owns the list of commands and the way of one command line, from its arguments to its exit code:
 
-    0 ok · 1 the training code raised · 2 usage or config · 3 local environment · 5 deliveries pending (--strict)
-    130 interrupted
+    0 ok · 1 the training code raised · 2 usage or config · 3 local environment · 4 remote
+    5 deliveries pending (--strict) · 130 interrupted
 """
 
 import importlib
@@ -21,7 +21,10 @@ COMMANDS: Final[Mapping[str, str]] = {
     "run": "run an experiment file",
     "check": "check an experiment file and show what it would run; start nothing",
     "tail": "the events of a live or finished journal",
-    "status": "the streams of a journal, who writes them, and how far each follower has got",
+    "follow": "runs an adapter beside a live run, in this process",
+    "replay": "pushes a recorded run through any adapter",
+    "sync": "delivers what is pending",
+    "status": "the streams of a journal, who writes them, and how far each adapter has got",
     "journal": "verify, repair or export a journal",
     "show": "what is known of a run or an experiment: status, metrics, checkpoints, evals",
     "adapters": "the kinds of callbacks there are; with KIND its schema, defaults and an example",

@@ -46,6 +46,11 @@ def found(asked: Path | None) -> Found:
     raise click.UsageError(f"{what}{_others(asked)}")
 
 
+def newest_first() -> list[Path]:
+    """The journals below ``./runs``, the one that was written last first."""
+    return sorted(_below(RUNS), key=_written, reverse=True)
+
+
 def _journal_of(folder: Path) -> Found | None:
     if _has_streams(folder):
         return Found(folder)

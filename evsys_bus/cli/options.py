@@ -29,7 +29,11 @@ def running_options(command: _CommandT) -> _CommandT:
             show_default=True,
             help="How it shows itself on stderr. auto: live on a terminal, plain otherwise.",
         ),
-        click.option("--strict", is_flag=True, help="Exit with 5 if a callback's task was not finished."),
+        click.option(
+            "--strict",
+            is_flag=True,
+            help="Exit with 5 if an event was not delivered, or a callback's task not finished.",
+        ),
         click.option("--resume", is_flag=True, help="Go on with what the output directory holds."),
         set_option,
         click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),

@@ -2,14 +2,17 @@
 
 from typing import Any, Final
 
+import msgspec
+
 from evsys_bus.cli.planned import Planned
 from evsys_bus.cli.progress import figures
 from evsys_bus.cli.progress.figures import NONE, duration, pair
 from evsys_bus.cli.progress.live import first_line
 from evsys_bus.cli.screen import printable
-from evsys_bus.cli.tables import columns
+from evsys_bus.cli.tables import GAP, columns
 from evsys_bus.codec import json_line
 from evsys_bus.context import ArmResult, ExperimentResult
+from evsys_bus.tasks import Delivery, Receipt
 from evsys_bus.training.outcome import ArmSummary, Spread, summarise
 from evsys_bus.training.plan import RunPlan
 
@@ -18,7 +21,7 @@ _MAX_FAILURES: Final = 10
 _UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 
 
-def result_lines(plan: Planned, result: ExperimentResult, seconds: float) -> list[str]:
+def result_lines(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:
     """The result, for people."""
     arms = summarise(result.arms, plan.config.success_metric)
     metrics = [name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _UNTOLD]
@@ -33,14 +36,15 @@ def result_lines(plan: Planned, result: ExperimentResult, seconds: float) -> lis
     facts = [
         *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
         *([["conclusion", result.conclusion]] if result.conclusion else []),
+        *([["delivery", GAP.join(map(_delivery, receipt.deliveries))]] if receipt and receipt.deliveries else []),
         ["data", plan.shown_folder],
         ["a run", f"evsys-bus show {plan.shown_folder}/{plan.runs[0].run_key}"],
     ]
     return [*lines, "", *columns([[name, printable(text)] for name, text in facts])]
 
 
-def result_json(plan: Planned, result: ExperimentResult, seconds: float) -> list[str]:
-    """The result as JSON: a line for each run and for each arm, and one for the experiment."""
+def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:
+    """The result as JSON: a line for each run, arm and delivery, and one for the experiment."""
     rows: list[dict[str, Any]] = [  # Any: JSON
         {
             "type": "run",
@@ -60,6 +64,7 @@ def result_json(plan: Planned, result: ExperimentResult, seconds: float) -> list
         spreads = {name: {"mean": each.mean, "sd": each.sd, "n": each.n} for name, each in arm.metrics.items()}
         counts = {"runs": arm.runs, "completed": arm.completed, "failed": arm.failed}
         rows.append({"type": "arm", "arm": arm.name, **counts, "metrics": spreads})
+    rows += [{"type": "delivery", **msgspec.to_builtins(each)} for each in (receipt.deliveries if receipt else ())]
     rows.append(
         {
             "type": "experiment",
@@ -70,9 +75,16 @@ def result_json(plan: Planned, result: ExperimentResult, seconds: float) -> list
             "conclusion": result.conclusion,
             "output_dir": str(plan.folder),
             "seconds": round(seconds, 3),
+            "finish": None if receipt is None else receipt.finish,
         }
     )
     return [json_line(row).decode() for row in rows]
+
+
+def _delivery(delivery: Delivery) -> str:
+    """``csv_metrics ok``, ``wandb 1,204 pending``."""
+    counts = ((delivery.pending, "pending"), (delivery.dead, "dead"))
+    return f"{delivery.name} {', '.join(f'{count:,} {word}' for count, word in counts if count) or 'ok'}"
 
 
 def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:

@@ -17,7 +17,7 @@ from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.planned import Planned, earlier_page
 from evsys_bus.cli.progress import Board, PlannedRun, ProgressMode, resolved, shown
 from evsys_bus.cli.results import result_json, result_lines
-from evsys_bus.cli.screen import Screen
+from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.cli.tables import counted
 from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED
 from evsys_bus.cli.warnings_log import warnings_shown
@@ -77,7 +77,8 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     if outcome is None:
         _tell_interrupted(board, plan, again, screen)
         return INTERRUPTED
-    lines = (result_json if wishes.as_json else result_lines)(plan, outcome.result, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    lines = (result_json if wishes.as_json else result_lines)(plan, outcome.result, seconds, outcome.receipt)
     with suppress(BrokenPipeError):  # nobody reads it any more; the exit code is the training's all the same
         click.echo("\n".join(lines))
     unfinished = _tell_troubles(outcome, screen)
@@ -189,4 +190,21 @@ def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
     if receipt.left:
         unfinished = True
         screen.note(f"{head} still running at the end, and left: {', '.join(receipt.left)}")
-    return unfinished
+    return _tell_undelivered(receipt, screen) or unfinished
+
+
+def _tell_undelivered(receipt: Receipt, screen: Screen) -> bool:
+    """Which events did not reach their destinations; the last line is the command that finishes them."""
+    head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    for each in receipt.deliveries:
+        if each.pending and each.trouble is not None:
+            screen.note(printable(f"{head} {each.name}: {each.trouble}"))
+        if each.dead:
+            screen.note(
+                f"{head} {printable(each.name)} refused {counted(each.dead, 'event')} for good; see: evsys-bus status"
+            )
+    pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
+    if pending:
+        then = "" if receipt.finish is None else f"; finish with: {receipt.finish}"
+        screen.note(f"{head} events not delivered yet: {', '.join(pending)}{then}")
+    return bool(pending) or any(each.dead for each in receipt.deliveries)

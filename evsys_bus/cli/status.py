@@ -1,4 +1,4 @@
-"""``evsys-bus status``: the streams of a journal, who writes them, and how far each follower has got."""
+"""``evsys-bus status``: the streams of a journal, who writes them, and how far each adapter has got."""
 
 import time
 from pathlib import Path
@@ -10,7 +10,8 @@ from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.streams import Follower, StreamState
+    from evsys_bus.cli.adapter_states import AdapterState
+    from evsys_bus.cli.streams import StreamState
     from evsys_bus.journal import Report
 
 
@@ -21,30 +22,32 @@ if TYPE_CHECKING:
 @color_option
 @click.pass_obj
 def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool) -> None:
-    """Show the streams of RUN and their followers; without RUN, of the newest journal below ./runs.
+    """Show the streams of RUN and its adapters; without RUN, of the newest journal below ./runs.
 
     A stream is live while a process writes it, closed when its last writer closed it, dead when that was killed.
     """
+    from evsys_bus.cli.adapter_states import adapter_states
     from evsys_bus.cli.journals import found
-    from evsys_bus.cli.streams import followers, streams
+    from evsys_bus.cli.streams import streams
 
     directory = found(folder).directory
     states = streams(directory)
-    lags = followers(directory, states)
+    adapters = adapter_states(directory)
     report = None
     if thoroughly:
         from evsys_bus.cli.verification import verified
 
         report = verified(directory, screen)
-    lines = _json_lines(states, lags, report) if as_json else _lines(directory, states, lags, report)
+    lines = _json_lines(states, adapters, report) if as_json else _lines(directory, states, adapters, report)
     click.echo("\n".join(lines))
 
 
-def _lines(directory: Path, states: "list[StreamState]", lags: "list[Follower]", report: "Report | None") -> list[str]:
+def _lines(
+    directory: Path, states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None"
+) -> list[str]:
     from evsys_bus.cli.amounts import ago, size, span
     from evsys_bus.cli.progress.figures import NONE
     from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.streams import behind
     from evsys_bus.cli.tables import columns, counted
 
     head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
@@ -60,21 +63,18 @@ def _lines(directory: Path, states: "list[StreamState]", lags: "list[Follower]",
         from evsys_bus.cli.verification import summary
 
         lines += ["", summary(report)]
-    if lags:
-        rows = [["follower", "stream", "done up to", "behind"]]
-        for each in lags:
-            for state in states:
-                position = each.positions.get(state.stream, 0)
-                rows.append([printable(each.name), state.stream, f"{position:,}", f"{behind(state, position):,}"])
-        lines += ["", *columns(rows)]
+    if adapters:
+        from evsys_bus.cli.adapter_states import adapter_lines
+
+        lines += ["", *adapter_lines(directory, adapters)]
     return lines
 
 
-def _json_lines(states: "list[StreamState]", lags: "list[Follower]", report: "Report | None") -> list[str]:
+def _json_lines(states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None") -> list[str]:
     import msgspec
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
     rows: list[dict[str, Any]] = []  # Any: JSON
     rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
-    rows += [{"type": "follower", **msgspec.to_builtins(each)} for each in lags]
+    rows += [{"type": "adapter", **msgspec.to_builtins(each)} for each in adapters]
     return [msgspec.json.encode(row).decode() for row in rows]

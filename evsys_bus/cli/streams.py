@@ -1,4 +1,4 @@
-"""The streams and followers of a journal at a glance: from file names, sizes and the last records alone."""
+"""The streams of a journal at a glance: from file names, sizes and the last records alone."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,7 +8,7 @@ import msgspec
 from evsys_bus.cli.backwards import frames_backwards, newest_first
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError
-from evsys_bus.journal import Cursors, JournalReader, OsDisk, frame, layout
+from evsys_bus.journal import JournalReader, OsDisk, frame, layout
 from evsys_bus.journal.claim import owner
 from evsys_bus.journal.layout import Owner
 
@@ -29,16 +29,6 @@ class StreamState(msgspec.Struct):
     """When the last event was published."""
 
 
-class Follower(msgspec.Struct):
-    """How far somebody has got."""
-
-    name: str
-    lag: int
-    """Events that are still to be delivered, over all streams."""
-    positions: dict[str, int]
-    """The sequence of the last event that it is done with, by stream."""
-
-
 def streams(directory: Path) -> list[StreamState]:
     """Every stream.
 
@@ -47,24 +37,6 @@ def streams(directory: Path) -> list[StreamState]:
     """
     reader = JournalReader(directory)
     return [_stream(reader, stream) for stream in reader.streams()]
-
-
-def followers(directory: Path, states: list[StreamState]) -> list[Follower]:
-    """Every follower that has a cursor."""
-    cursors = Cursors(str(directory))
-    found: list[Follower] = []
-    for name in cursors.followers():
-        positions = {stream: place.sequence for stream, place in cursors.load(name).streams.items()}
-        lag = sum(behind(each, positions.get(each.stream, 0)) for each in states)
-        found.append(Follower(name, lag, positions))
-    return found
-
-
-def behind(state: StreamState, position: int) -> int:
-    """How many events of a stream are still to be delivered to one whose cursor stands there."""
-    if state.first is None or state.last is None:
-        return 0
-    return max(0, state.last - max(position, state.first - 1))
 
 
 def _stream(reader: JournalReader, stream: str) -> StreamState:

@@ -14,6 +14,8 @@ from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.errors import (
     ConfigError,
     ConfigErrors,
+    CourierBusyError,
+    DeliveryError,
     DocumentError,
     EvsysBusError,
     HookError,
@@ -25,6 +27,7 @@ OK: Final = 0
 RAISED: Final = 1
 USAGE: Final = 2
 ENVIRONMENT: Final = 3
+REMOTE: Final = 4
 PENDING: Final = 5
 INTERRUPTED: Final = 130
 
@@ -65,8 +68,10 @@ def _place(error: EvsysBusError) -> tuple[str, int, int]:
 
 
 def _exit_code(error: EvsysBusError) -> int:
-    if isinstance(error, JournalError):
+    if isinstance(error, JournalError | CourierBusyError):
         return ENVIRONMENT
+    if isinstance(error, DeliveryError):
+        return REMOTE
     if isinstance(error.__cause__, OSError | ImportError) and not isinstance(error, DocumentError):
         return ENVIRONMENT
     return USAGE if isinstance(error, ConfigError | HookError | TrainingError) else RAISED

@@ -9,9 +9,6 @@ SCALARS: Final = frozenset({float, int, str, bool, NoneType})
 """The exact types that hold nothing else, so that encoding them can run no code."""
 
 
-_NUMBERS: Final = frozenset({float, int})
-
-
 class NotFlat(Exception):  # noqa: N818 - no failure: the word for "this one needs the thorough way"
     """A value that may only be encoded after `to_plain` has copied it."""
 
@@ -30,21 +27,21 @@ def flat(mapping: Any) -> dict[str, Any]:
     try:
         # One call looks at all values: where every one is a float, an int or a bool, their sum is a float or an int,
         # and nothing that holds something else can be among them.
-        numbers = type(sum(own.values())) in _NUMBERS
+        total = sum(own.values())
     except TypeError:
-        numbers = False
-    if not numbers:
+        total = None
+    if type(total) is not float and type(total) is not int:
         for key, value in own.items():
             if type(value) not in SCALARS:
                 own[key] = _number(value)
-    if not _are_keys(own):
+    if not are_keys(own):
         _learn(own)
     return own
 
 
 # The keys of metrics are the same step after step: a set that knows them looks at all of a row in one call.
 _keys: Final[set[str]] = set()
-_are_keys: Final = _keys.issuperset
+are_keys: Final = _keys.issuperset
 _MOST_KEYS: Final = 10_000
 
 

@@ -39,6 +39,9 @@ class BatchRef(msgspec.Struct, gc=False, omit_defaults=True):
     metrics: dict[str, Any] = {}
 
 
+_NOTHING_SAID: Final = BatchRef()
+
+
 def state_ref(state: LoopState) -> StateRef:
     """The reference to a state whose attributes have the types that they should have.
 
@@ -56,7 +59,7 @@ def state_ref(state: LoopState) -> StateRef:
     if (
         type(step) is int
         and type(num_steps) is int
-        and type(stop) is bool
+        and (stop is False or stop is True)
         and (reason is None or type(reason) is str)
         and (run is None or type(run) is str)
     ):
@@ -74,6 +77,8 @@ def batch_ref(batch: TrainingBatch) -> BatchRef:
         AttributeError: One of them is absent.
     """
     loss_fn, config, metrics = batch.loss_fn, batch.loss_fn_config, batch.metrics
+    if loss_fn is None and config is None and not metrics:
+        return _NOTHING_SAID
     if loss_fn is None or type(loss_fn) is str:
         return BatchRef(loss_fn, None if config is None else flat(config), flat(metrics) if metrics else {})
     raise NotFlat

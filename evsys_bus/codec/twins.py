@@ -7,11 +7,11 @@ thorough way.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.codec.flat import SCALARS, NotFlat, flat
+from evsys_bus.codec.flat import SCALARS, NotFlat, are_keys, flat
 from evsys_bus.codec.references import BatchRef, StateRef, batch_ref, state_ref
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_flat, is_scalar
 from evsys_bus.context import LoopState, TrainingBatch
@@ -25,17 +25,36 @@ def twin_maker(event_type: type[Event] | type[UnknownEvent]) -> Callable[[Event 
         return _no_twin
     fields: list[tuple[str, Any]] = []  # Any: annotations
     parts: list[str] = []
-    for name, annotation in annotations_of(event_type).items():
+    for index, (name, annotation) in enumerate(annotations_of(event_type).items()):
         form = _form(annotation)
         if form is None:
             return _no_twin
         fields.append((name, form[0]))
-        part = f"{form[1].__name__}(event.{name})"
-        parts.append(part if form[1] is not scalar else f"event.{name} if type(event.{name}) in SCALARS else {part}")
+        parts.append(_PARTS.get(form[1], _PART).format(a=f"a{index}", name=name, make=form[1].__name__))
     twin = msgspec.defstruct(f"{event_type.__name__}Twin", fields, tag=event_type.hook.removeprefix("on_"), gc=False)
-    names = {each.__name__: each for each in (state_ref, batch_ref, flat, scalar)} | {"twin": twin, "SCALARS": SCALARS}
+    space: dict[str, Any] = {each.__name__: each for each in (state_ref, batch_ref, flat, scalar)}
+    space |= {"twin": twin, "SCALARS": SCALARS, "are_keys": are_keys}
     # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
-    return eval(f"lambda event: twin({', '.join(parts)})", names)  # noqa: S307 - made of our names and identifiers
+    arguments = ", ".join(f"a{index}" for index in range(len(parts)))
+    source = f"def make(event):{''.join(parts)}\n    return twin({arguments})\n"
+    exec(source, space)  # noqa: S102 - made of our names and identifiers
+    return space["make"]
+
+
+_PART: Final = "\n    {a} = {make}(event.{name})"
+_SCALAR: Final = """
+    {a} = event.{name}
+    if type({a}) not in SCALARS:
+        {a} = scalar({a})"""
+_FLAT: Final = """
+    {a} = {{**event.{name}}}
+    try:
+        total = sum({a}.values())
+    except TypeError:
+        total = None
+    if type(total) is not float or not are_keys({a}):
+        {a} = flat({a})"""
+"""What `flat` begins with, without the call: a row of metrics is nearly always all floats, under known keys."""
 
 
 def scalar(value: Any) -> Any:
@@ -59,6 +78,10 @@ def _form(annotation: Any) -> tuple[Any, Callable[..., object]] | None:
     if is_scalar(annotation):
         return annotation, scalar
     return (dict[str, Any], flat) if is_flat(annotation) else None
+
+
+_PARTS: Final[dict[object, str]] = {scalar: _SCALAR, flat: _FLAT}
+"""What is written out for a field; any other is made by a call."""
 
 
 def _no_twin(_: object) -> msgspec.Struct:

@@ -205,6 +205,7 @@ class Courier:
         receiver, books, clock = self._receiver, self._books, self._clock
         batch = Batch()
         began = 0.0
+        dry = False  # at a thorough look; it may have ended a look that was begun before the last event came
         while not self._stopping:
             thorough = self._finishing
             if not batch.envelopes:
@@ -215,10 +216,12 @@ class Courier:
             if filled == "dry" and not batch.envelopes:
                 self._commit(at_once=True)
                 self._tell("idle")
-                if thorough:
+                if thorough and dry:
                     return
-                await asyncio.sleep(self._poll_seconds)
+                dry = thorough
+                await asyncio.sleep(0.0 if thorough else self._poll_seconds)
                 continue
+            dry = False
             left = began + receiver.max_seconds - clock.monotonic()
             if filled != "full" and left > 0 and not (filled == "dry" and thorough):
                 await asyncio.sleep(min(left, self._poll_seconds) if filled == "dry" else self._slice or 0.0)

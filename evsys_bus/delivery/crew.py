@@ -182,7 +182,7 @@ class Crew:
             "failed",
             os.getpid(),
             self._clock.wall(),
-            error=f"{type(error).__name__}: {error.what if known else error}",
+            error=f"{type(error).__name__}: {_words(error) if known else error}",
             fix=error.fix if known else "see the log for the traceback",
         )
         try:
@@ -191,6 +191,10 @@ class Crew:
                 self._disk.replace(path, msgspec.json.encode(state))
         except OSError as refusal:
             self._faults.warn("courier.state_unwritten", post.name, error=refusal, courier=post.name)
+
+
+def _words(error: EvsysBusError) -> str:
+    return error.what if error.why is None else f"{error.what}: {error.why}"
 
 
 class _Post:

@@ -1,0 +1,103 @@
+"""Which adapter a command line means: ``--to KIND``, its params, and the user's modules that offer it."""
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import click
+import msgspec
+
+if TYPE_CHECKING:
+    from evsys_bus.callback import Callback
+    from evsys_bus.delivery.followed import Followed
+    from evsys_bus.sink import Sink
+    from evsys_bus.wiring.document import Document
+
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_AT: Final = "$.callbacks[0]"
+
+
+def adapter_options(command: _CommandT) -> _CommandT:
+    """``--to``, as ``kind``, ``--set``, as ``sets``, and ``--plugin``, as ``plugins``."""
+    for option in (
+        click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Import it first; it offers KIND."),
+        click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="A param of the adapter, as YAML or text; repeatable.",
+        ),
+        click.option("--to", "kind", required=True, metavar="KIND", help="The adapter; all kinds: evsys-bus adapters."),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None) -> "Followed":
+    """The adapter, described, and checked as far as can be without building it.
+
+    Raises:
+        ConfigError: There is no such kind, its params do not fit, or it cannot be followed.
+    """
+    from evsys_bus.delivery.followed import Followed
+    from evsys_bus.errors import ConfigError, Where
+    from evsys_bus.wiring import CallbackSpec, build_callbacks, with_overrides
+    from evsys_bus.wiring.compose import compose
+    from evsys_bus.wiring.document import Document
+    from evsys_bus.wiring.recipe import import_module
+
+    for plugin in plugins:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        import_module(plugin, Where("$", f"--plugin {plugin}"), "plugin")
+    params = with_overrides(Document(compose("{}", "--set")), map(_as_yaml, sets))
+    try:
+        [followed] = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
+    except ConfigError as error:
+        for each in getattr(error, "errors", (error,)):
+            _place(each, params)
+        raise
+    assert isinstance(followed, Followed)
+    return followed
+
+
+def built(followed: "Followed") -> "Callback | Sink":
+    """The adapter itself.
+
+    Raises:
+        ConfigError: It cannot be built.
+    """
+    from evsys_bus.wiring import build_followed
+
+    if followed.live is not None:
+        return followed.live
+    assert followed.recipe is not None
+    return build_followed(followed.recipe)
+
+
+def _as_yaml(text: str) -> str:
+    """With quotes around a value that is no YAML: ``out_path={run_dir}/metrics.csv`` means what it says."""
+    from evsys_bus.errors import DocumentError
+    from evsys_bus.wiring.compose import compose
+
+    key, _, value = text.partition("=")
+    try:
+        compose(value, "--set", one_value=True)
+    except DocumentError:
+        return f"{key}={msgspec.json.encode(value).decode()}"
+    return text
+
+
+def _place(error: Any, params: "Document") -> None:
+    """Name the option where it went wrong, not a place in a list that nobody wrote. Any: a config error."""
+    from evsys_bus.errors import Where
+
+    path = "" if error.where is None else error.where.path
+    inside = path.startswith(f"{_AT}.params.")
+    error.where = params.where(f"${path.removeprefix(f'{_AT}.params')}") if inside else None
+    if isinstance(error.where, Where) and error.where.line is not None:
+        error.where = None  # it stands nowhere: it was left out
+    error.fix = re.sub(r"^add (\w+): ", r"add --set \1=", error.fix)

@@ -1,0 +1,73 @@
+"""``evsys-bus follow``: an adapter beside a live run, in this process."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from evsys_bus.cli.adapter_choice import adapter_options
+from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, timeout_option
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import Screen, color_option
+
+if TYPE_CHECKING:
+    from evsys_bus.cli.progress import ProgressMode
+
+
+@click.command("follow")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@adapter_options
+@click.option("--name", help="Keys its cursor: where it goes on the next time. Default: the kind.")
+@click.option("--from-start", is_flag=True, help="From the first event on, also where it has been followed before.")
+@timeout_option
+@progress_option
+@json_option
+@color_option
+@click.pass_obj
+def command(
+    screen: Screen,
+    folder: Path,
+    kind: str,
+    sets: tuple[str, ...],
+    plugins: tuple[str, ...],
+    name: str | None,
+    from_start: bool,
+    timeout_seconds: float,
+    progress: "ProgressMode",
+    as_json: bool,
+) -> int:
+    """Deliver the events of RUN to an adapter until the run is over, or Ctrl-C.
+
+    It goes on where it was left the last time; the first time it begins at the first event. A run that is over is
+    delivered, and that is all.
+    """
+    import sys
+    from contextlib import nullcontext, redirect_stdout
+
+    from evsys_bus.cli.adapter_choice import chosen
+    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
+    from evsys_bus.cli.following import Followup, refuse_other
+    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.telling import INTERRUPTED, tell
+    from evsys_bus.cli.warnings_log import warnings_shown
+
+    journal = found(folder)
+    followed = chosen(kind, sets, plugins, name)
+    refuse_other(journal.directory, followed)
+    if journal.run is not None:
+        screen.note(f"{journal.run} shares its journal: all of {journal.directory} is followed")
+    with (
+        redirect_stdout(sys.stderr) if as_json else nullcontext(),
+        deliveries_shown(progress, screen) as going,
+        warnings_shown(screen, as_json=progress == "json"),
+    ):
+        followup = Followup(journal.directory, followed, from_start=from_start)
+        outcome, interrupted = followup.run(timeout_seconds, going)
+    click.echo("\n".join(outcome_json([outcome]) if as_json else outcome_lines([outcome])))
+    if outcome.dead:
+        screen.note(f"{outcome.dead:,} refused for good; they are, with the reason, in {outcome.dead_letters}")
+    if interrupted:
+        screen.note(f"interrupted; the same command goes on there, and so does: evsys-bus sync {journal.directory}")
+        return INTERRUPTED
+    error = trouble_of(outcome)
+    return 0 if error is None else tell(error, screen)

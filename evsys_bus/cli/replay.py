@@ -1,0 +1,127 @@
+"""``evsys-bus replay``: a recorded run, pushed through any adapter."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from evsys_bus.cli.adapter_choice import adapter_options
+from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, timeout_option
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import Screen, color_option, printable
+from evsys_bus.cli.selecting import event_options, unmatched
+
+if TYPE_CHECKING:
+    from evsys_bus.cli.chosen_events import ChosenEvents
+    from evsys_bus.cli.progress import ProgressMode
+    from evsys_bus.cli.replaying import Replayed
+
+
+@click.command("replay")
+@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@adapter_options
+@event_options
+@click.option("--from-seq", type=click.IntRange(min=1), default=1, metavar="N", help="From this sequence on.")
+@click.option(
+    "--speed",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    metavar="X",
+    help="1 is as fast as it was, 10 ten times as fast; without it, as fast as the adapter takes it.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be pushed, and push nothing.")
+@timeout_option
+@progress_option
+@json_option
+@color_option
+@click.pass_obj
+def command(
+    screen: Screen,
+    folder: Path,
+    kind: str,
+    sets: tuple[str, ...],
+    plugins: tuple[str, ...],
+    types: tuple[str, ...],
+    run_key: str | None,
+    from_seq: int,
+    speed: float,
+    dry_run: bool,
+    timeout_seconds: float,
+    progress: "ProgressMode",
+    as_json: bool,
+) -> int:
+    """Push the recorded events of RUN through an adapter, as often as you like: no cursor is read or moved.
+
+    Where RUN is one run of an experiment, it is that run's events, and those of the experiment as a whole.
+    """
+    import sys
+    from contextlib import nullcontext, redirect_stdout
+
+    from evsys_bus.cli.adapter_choice import built, chosen
+    from evsys_bus.cli.chosen_events import ChosenEvents
+    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.replaying import replay
+    from evsys_bus.cli.warnings_log import warnings_shown
+
+    journal = found(folder)
+    followed = chosen(kind, sets, plugins)
+    events = ChosenEvents(
+        None if dry_run else built(followed),
+        types=frozenset(types),
+        run=run_key or journal.run,
+        speed=0.0 if dry_run else speed,
+    )
+    with (
+        redirect_stdout(sys.stderr) if as_json else nullcontext(),
+        deliveries_shown(progress, screen) as tell,
+        warnings_shown(screen, as_json=progress == "json"),
+    ):
+        done = replay(journal.directory, followed.name, events, from_seq - 1, timeout_seconds, tell)
+    click.echo("\n".join(_json(done, dry_run=dry_run) if as_json else _lines(done, dry_run=dry_run)))
+    if not events.sent and not events.dead:
+        screen.note(unmatched(types))
+    return _told(done, events, screen)
+
+
+def _lines(done: "Replayed", *, dry_run: bool) -> list[str]:
+    from evsys_bus.cli.tables import columns, counted
+
+    sent = sum(done.sent.values())
+    if dry_run:
+        rows = [[each, f"{count:,}"] for each, count in sorted(done.sent.items())]
+        return [f"{done.adapter}   {counted(sent, 'event')} to push", *columns(rows, indent="  ")]
+    rest = [f"left {done.left:,}"] if done.left else []
+    counts = [f"sent {sent:,}", f"dead {done.dead:,}", *rest, f"{done.seconds:.1f}s"]
+    if done.seconds > 0:
+        counts.append(f"{sent / done.seconds:,.0f}/s")
+    return columns([[printable(done.adapter), counted(sent + done.dead, "event"), *counts]])
+
+
+def _json(done: "Replayed", *, dry_run: bool) -> list[str]:
+    import msgspec
+
+    row = {"type": "plan" if dry_run else "replay", **msgspec.to_builtins(done)}
+    return [msgspec.json.encode(row).decode()]
+
+
+def _told(done: "Replayed", events: "ChosenEvents", screen: Screen) -> int:
+    """What went wrong; the exit code."""
+    from evsys_bus.cli.tables import counted
+    from evsys_bus.cli.telling import INTERRUPTED, OK, RAISED, REMOTE, tell
+    from evsys_bus.errors import RetryLaterError
+
+    for why in events.reasons:
+        screen.note(f"refused: {printable(why)}")
+    if events.hook_failures:
+        screen.note(f"hooks of {done.adapter} raised {counted(events.hook_failures, 'time')}")
+    if done.interrupted:
+        places = list(events.last.values())
+        again = f"; go on with --from-seq {places[0] + 1}" if len(places) == 1 else ""
+        screen.note(f"interrupted with {counted(done.left, 'event')} left{again}")
+        return INTERRUPTED
+    if done.left:
+        error = RetryLaterError(f"{counted(done.left, 'event')} could not be pushed through {done.adapter}")
+        error.why = done.error or "it took nothing for a while, and did not say why"
+        error.fix = "mend the cause, and replay once more"
+        return tell(error, screen)
+    return REMOTE if done.dead else RAISED if events.hook_failures else OK

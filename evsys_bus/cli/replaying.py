@@ -1,0 +1,120 @@
+"""A replay from its first event to its last: the courier on this thread, what shows how it goes on another."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from evsys_bus.cli.chosen_events import ChosenEvents
+from evsys_bus.cli.deliveries import LOOK_SECONDS
+from evsys_bus.cli.delivery_progress import Going, Tell
+from evsys_bus.cli.telling import INTERRUPTED
+from evsys_bus.delivery.accounts import Pending
+from evsys_bus.delivery.courier import Courier
+from evsys_bus.delivery.followed import Terms
+from evsys_bus.journal import JournalReader, OsDisk, Place, layout
+from evsys_bus.tasks import run_alone
+
+
+class Replayed(msgspec.Struct, frozen=True):
+    """What came of it."""
+
+    adapter: str
+    sent: dict[str, int]
+    """By type of event."""
+    dead: int
+    left: int
+    """Events of the journal that it did not come to."""
+    seconds: float
+    interrupted: bool = False
+    error: str | None = None
+    """What the destination said last, where something is left."""
+
+
+def replay(
+    directory: Path, name: str, events: ChosenEvents, after: int, timeout_seconds: float, tell: Tell
+) -> Replayed:
+    """Push what is recorded behind this sequence of each stream, and there now, through the adapter.
+
+    Raises:
+        Exception: The adapter cannot be opened.
+    """
+    terms = Terms()
+    streams = [
+        each for each in JournalReader(directory).streams() if terms.ranks and layout.rank_of(each) in terms.ranks
+    ]
+    places = dict.fromkeys(streams, after)
+    courier = Courier(directory, name, events, terms, keep=False, after=places if after else None)
+    courier.finish()
+    total = Pending(str(directory), terms.ranks, OsDisk()).count({each: Place(after) for each in streams})
+    began = time.monotonic()
+    with _stopped_by_signals(courier) as heard, _shown(name, events, total, courier, timeout_seconds, tell):
+        run_alone(courier.run)
+    counts = courier.counts
+    return Replayed(
+        name,
+        dict(events.sent),
+        counts.dead,
+        max(0, total - counts.delivered - counts.dead),
+        round(time.monotonic() - began, 3),
+        bool(heard),
+        None if events.trouble is None else events.trouble.error,
+    )
+
+
+@contextmanager
+def _stopped_by_signals(courier: Courier) -> Generator[list[int]]:
+    """The first signal stops the courier; the second one ends the program, also where a hook hangs."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: object) -> None:
+        del frame
+        if heard:
+            os._exit(INTERRUPTED)
+        heard.append(number)
+        courier.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield heard
+        return
+    earlier = {each: signal.signal(each, hear) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for each, handler in earlier.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
+def _shown(
+    name: str, events: ChosenEvents, total: int, courier: Courier, timeout_seconds: float, tell: Tell
+) -> Generator[None]:
+    """Tell how it goes on while the block lasts, from a thread; and stop what has taken nothing for too long."""
+    over = threading.Event()
+
+    def watch() -> None:
+        seen, moved_at = -1, time.monotonic()
+        while True:
+            ended = over.wait(LOOK_SECONDS)
+            if events.seen != seen or events.waiting:
+                seen, moved_at = events.seen, time.monotonic()
+            trouble = events.trouble
+            state, error = ("delivering", None) if trouble is None else (trouble.state, trouble.error)
+            tell([Going(name, events.seen, max(0, total - events.seen), state, error)])
+            if ended:
+                return
+            if state == "parked" or time.monotonic() - moved_at >= timeout_seconds:
+                courier.stop()
+
+    watcher = threading.Thread(target=watch, name="evsys-bus-progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

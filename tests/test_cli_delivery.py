@@ -1,0 +1,503 @@
+"""``sync``, ``follow``, ``replay`` and what ``status`` and ``run`` say of deliveries, in processes of their own.
+
+``EVSYS_GOLDEN=write`` writes the golden files anew.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evsys_bus import Envelope, EventBus, LogContext, LoopState, StepEnd, TrainingBatch, follow
+from evsys_bus.codec import encode
+from evsys_bus.delivery.accounts import accounts
+from evsys_bus.delivery.followed import Followed, Recipe
+from evsys_bus.delivery.roster import enlist
+from evsys_bus.journal import JournalWriter, OsDisk, layout
+from evsys_bus.testing import RecordingSink
+
+GOLDEN = Path(__file__).parent / "golden"
+CLI = "from evsys_bus.cli import main; main()"
+
+DESTINATION = """\
+import asyncio, os, time
+from evsys_bus import Callback, Sink, register_callback, register_sink
+from evsys_bus.errors import ParkedError, RejectedError, RetryLaterError
+
+@register_sink("lines")
+class Lines(Sink):
+    max_batch_events = 5
+    def __init__(self, path, mode="ok"):
+        self.path, self.mode = path, mode
+        if mode == "broken":
+            raise ValueError("no such bucket")
+    async def write(self, batch):
+        match self.mode:
+            case "parked":
+                raise ParkedError("401 wrong key", fix="export WANDB_API_KEY=...")
+            case "down":
+                raise RetryLaterError("503 busy")
+            case "picky" if batch[0].seq == 1:
+                raise RejectedError({0: "422 no such metric"})
+            case "halves":
+                batch = batch[: max(1, len(batch) // 2)]
+            case "slow":
+                await asyncio.sleep(0.05)
+            case "blocks":
+                open("blocked", "w").close()
+                time.sleep(60)
+        with open(self.path, "a") as file:
+            file.writelines(f"{each.seq}\\n" for each in batch)
+        return len(batch)
+
+@register_callback("faulty")
+class Faulty(Callback):
+    def on_step_end(self, state, step_idx, batch, metrics):
+        raise KeyError("missing")
+"""
+
+
+def step(folder, number, run="low"):
+    state = LoopState(step=number, num_steps=100, output_dir=folder / run, ctx=LogContext(folder, run_key=run))
+    return StepEnd(state, number, TrainingBatch(), {"loss": 1 / (number + 1)})
+
+
+def journal(folder, events=12, run="low"):
+    """A closed journal of steps."""
+    with EventBus([], journal=folder / "journal") as bus:
+        for number in range(events):
+            bus.publish(step(folder, number, run))
+    return folder / "journal"
+
+
+def followed(folder, name="wandb", **params):
+    """What a program that runs in ``folder`` writes down when it follows a sink that writes ``lines.txt`` there."""
+    (folder / "destination.py").write_text(DESTINATION)
+    recipe = Recipe("lines", {"path": "lines.txt", **params}, ("destination:Lines",))
+    here = Path.cwd()
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    try:
+        enlist(str(folder / "journal"), [Followed(name, recipe)])
+    finally:
+        sys.path.remove(str(folder))
+        os.chdir(here)
+
+
+def lines(path):
+    return [int(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """The command line as one starts it; ``start`` leaves it running."""
+    (tmp_path / "destination.py").write_text(DESTINATION)
+    started = []
+
+    def start(*arguments, cwd=tmp_path):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLI, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=cwd,
+            env={key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
+            | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])},
+        )
+        started.append(process)
+        return process
+
+    def run(*arguments, cwd=tmp_path):
+        process = start(*arguments, cwd=cwd)
+        out, err = process.communicate(timeout=20)
+        return process.returncode, out, err
+
+    run.start = start
+    yield run
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def same_as_golden(name, text, tmp_path):
+    text = text.replace(str(tmp_path), "<here>")
+    text = re.sub(r"time=\S+ ", "", text)
+    text = re.sub(r"process \d+ on \S+, since \S+,", "process <pid> on <host>, since <time>,", text)
+    text = re.sub(r"\d+\.\ds\b", "<seconds>s", text)
+    text = re.sub(r"r0-\d{8}T\d{6}-[0-9a-f]{8}", "<stream>", text)
+    text = re.sub(r"\d+@\S+ since \S+", "<pid>@<host> since <time>", text)
+    text = re.sub(r"\d+ s ago", "<age>", text)
+    text = re.sub(r"\b[\d,.]+ kB\b", "<size>", text)
+    text = re.sub(r" {3,}", "   ", text)
+    path = GOLDEN / f"{name}.txt"
+    if os.environ.get("EVSYS_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+# -- sync -------------------------------------------------------------------------------------------------------------
+
+
+def test_sync_delivers_each_pending_event_once_to_where_it_was_meant_from_wherever_it_is_called(command, tmp_path):
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    other.mkdir()
+    journal(home)
+    followed(home)
+    code, out, err = command("sync", "../home", cwd=other)
+    assert (code, out.split()[:9]) == (0, "wandb 12 events sent 12 dead 0 pending 0".split())
+    assert "event=delivery adapter=wandb state=ended done=12 pending=0" in err
+    assert lines(home / "lines.txt") == [*range(1, 13)]
+    assert list(other.iterdir()) == []
+    assert command("sync", home) == (0, "", "nothing is pending\n")
+    assert lines(home / "lines.txt") == [*range(1, 13)]
+
+
+def test_sync_tells_in_json_what_became_of_each_adapter(command, tmp_path):
+    journal(tmp_path)
+    followed(tmp_path, "a")
+    followed(tmp_path, "b", mode="picky")
+    code, out, err = command("sync", tmp_path, "--json", "--progress", "json")
+    a, b = map(json.loads, out.splitlines())
+    assert (code, a["type"], a["adapter"], a["sent"], a["pending"]) == (0, "delivery", "a", 12, 0)
+    assert (b["sent"], b["dead"], b["dead_letters"]) == (11, 1, str(tmp_path / "journal/couriers/b.dead.jsonl"))
+    assert "b: 1 refused for good; they are, with the reason, in " in err
+    assert {json.loads(line)["event"] for line in err.splitlines()[:-1]} == {"delivery"}
+
+
+def test_sync_exits_4_where_a_destination_refuses_and_says_what_to_mend(command, tmp_path):
+    journal(tmp_path)
+    followed(tmp_path, mode="parked")
+    began = time.monotonic()
+    code, out, err = command("sync", tmp_path, "--progress", "off")
+    assert (code, out.split()[:9]) == (4, "wandb 12 events sent 0 dead 0 pending 12".split())
+    same_as_golden("error_sync_parked", err, tmp_path)
+    assert time.monotonic() - began < 10  # it is tried once a minute, and nobody waits for that
+    [account] = accounts(tmp_path / "journal")
+    assert (account.pending, account.busy) == (12, False)
+
+
+@pytest.mark.parametrize("mode", ["down", "blocks"])
+def test_sync_gives_up_a_destination_that_takes_nothing_for_so_long_and_delivers_to_the_others(command, tmp_path, mode):
+    journal(tmp_path)
+    followed(tmp_path, "away", mode=mode)
+    followed(tmp_path, "here")
+    code, out, err = command("sync", tmp_path, "--timeout", "1", "--progress", "off")
+    assert code == 4
+    assert [line.split()[:9:2] for line in out.splitlines()] == [
+        ["away", "events", "0", "0", "12"],
+        ["here", "events", "12", "0", "0"],
+    ]
+    assert "error[EB901]: 12 of 12 events for away stay pending" in err
+    assert lines(tmp_path / "lines.txt") == [*range(1, 13)]
+
+
+def test_sync_leaves_an_adapter_alone_that_another_process_delivers_to_and_exits_3(command, tmp_path):
+    directory = journal(tmp_path)
+    followed(tmp_path, "busy")
+    followed(tmp_path, "free")
+    disk = OsDisk()
+    lock = disk.lock(layout.courier_file(str(directory), "busy", "lock"))
+    disk.write(lock, b'{"pid": 7, "host": "node3", "since": "2026-01-31T12:00:00Z"}')
+    try:
+        code, out, err = command("sync", tmp_path, "--progress", "off")
+    finally:
+        disk.close(lock)
+    assert (code, [line.split()[0] for line in out.splitlines()]) == (3, ["free"])
+    same_as_golden("error_sync_busy", err, tmp_path)
+    assert {each.name: each.pending for each in accounts(directory)} == {"busy": 12, "free": 0}
+
+
+def test_sync_says_of_an_adapter_that_cannot_be_built_why_and_exits_3(command, tmp_path):
+    journal(tmp_path)
+    followed(tmp_path, mode="broken")
+    code, _, err = command("sync", tmp_path, "--progress", "off")
+    assert (code, err.startswith("error[EB106]: 12 of 12 events for wandb stay pending\nwhy: ")) == (3, True), err
+
+
+def test_sync_says_of_a_live_object_that_only_its_program_has_it_and_exits_3(command, tmp_path):
+    directory = journal(tmp_path)
+    enlist(str(directory), [follow(RecordingSink(), "mine")])
+    code, out, err = command("sync", tmp_path)
+    assert (code, out) == (3, "")
+    same_as_golden("error_sync_live_object", err, tmp_path)
+
+
+def test_sync_without_a_run_takes_the_newest_with_something_pending_and_with_all_every_one(command, tmp_path):
+    for age, name in enumerate(("new", "middle", "old")):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        directory = journal(folder)
+        for segment in directory.glob("*/*.seg"):
+            os.utime(segment, (2e9 - age, 2e9 - age))
+        if name != "new":
+            followed(folder)
+    code, out, err = command("sync", "--dry-run")
+    assert (code, out, err) == (0, "wandb   12 events to send\n", f"{tmp_path}/runs/middle/journal\n")
+    assert [each.pending for each in accounts(tmp_path / "runs/middle/journal")] == [12]
+    assert command("sync", "--all", "--progress", "off")[0] == 0
+    assert [lines(tmp_path / "runs" / name / "lines.txt") for name in ("middle", "old")] == [[*range(1, 13)]] * 2
+    assert command("sync", "--all") == (0, "", "nothing is pending\n")
+
+
+def test_sync_of_an_adapter_that_is_not_there_is_told_with_the_nearest(command, tmp_path):
+    journal(tmp_path)
+    followed(tmp_path)
+    code, _, err = command("sync", tmp_path, "--adapter", "wanbd")
+    assert (code, 'did you mean "wandb"?' in err) == (2, True)
+
+
+def test_sync_that_is_interrupted_ends_at_its_cursors_and_says_how_far_it_got(command, tmp_path):
+    directory = journal(tmp_path, 200)
+    followed(tmp_path, mode="slow")
+    process = command.start("sync", tmp_path, "--progress", "off")
+    until((tmp_path / "lines.txt").exists, "the first batch")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    sent, left = int(out.split()[4]), int(out.split()[8])
+    assert (process.returncode, sent + left, left > 0, err[:11]) == (130, 200, True, "interrupted")
+    assert [(each.delivered, each.pending, each.busy) for each in accounts(directory)] == [(sent, left, False)]
+    assert lines(tmp_path / "lines.txt") == [*range(1, sent + 1)]
+
+
+# -- follow -----------------------------------------------------------------------------------------------------------
+
+
+def until(condition, what, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what
+        select.select([], [], [], 0.02)
+
+
+def test_follow_delivers_a_live_run_until_it_is_closed_and_no_event_again_on_the_next_day(command, tmp_path):
+    arguments = ["follow", tmp_path, "--to", "lines", "--set", "path=lines.txt", "--plugin", "destination"]
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        bus.publish(step(tmp_path, 0))
+        process = command.start(*arguments)
+        until((tmp_path / "lines.txt").exists, "the first event")
+        for number in range(1, 10):
+            bus.publish(step(tmp_path, number))
+        until(lambda: len(lines(tmp_path / "lines.txt")) == 10, "the others")
+        assert process.poll() is None
+    out, _ = process.communicate(timeout=10)
+    assert (process.returncode, out.split()[:5]) == (0, "lines 10 events sent 10".split())
+    assert command(*arguments)[1].split()[:5] == "lines 0 events sent 0".split()
+    assert lines(tmp_path / "lines.txt") == [*range(1, 11)]
+    assert command(*arguments, "--from-start")[1].split()[:5] == "lines 10 events sent 10".split()
+
+
+def test_follow_that_is_interrupted_says_how_far_it_got_and_goes_on_there(command, tmp_path):
+    arguments = ["follow", tmp_path, "--to", "lines", "--set", "path=lines.txt", "--plugin", "destination"]
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        for number in range(10):
+            bus.publish(step(tmp_path, number))
+        process = command.start(*arguments)
+        until(lambda: [each.delivered for each in accounts(tmp_path / "journal")] == [10], "the events are committed")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=10)
+        assert (process.returncode, out.split()[:9]) == (130, "lines 10 events sent 10 dead 0 pending 0".split())
+        assert "interrupted" in err
+        bus.publish(step(tmp_path, 10))
+    assert command(*arguments)[:1] == (0,)
+    assert lines(tmp_path / "lines.txt") == [*range(1, 12)]
+
+
+def test_follow_refuses_a_name_under_which_another_adapter_is_followed(command, tmp_path):
+    journal(tmp_path)
+    followed(tmp_path, "lines")
+    line = ["follow", tmp_path, "--to", "lines", "--plugin", "destination", "--set", "path=elsewhere.txt"]
+    code, _, err = command(*line)
+    assert code == 2
+    same_as_golden("error_follow_name", err, tmp_path)
+    assert command(*line, "--name", "mine")[0] == 0
+    assert len(lines(tmp_path / "elsewhere.txt")) == 12
+
+
+# -- replay -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_demo_run_replayed_into_csv_metrics_and_local_logger_equals_what_the_live_run_wrote(
+    command, tmp_path
+):
+    code, _, err = command(
+        "demo", "--output-dir", "runs/demo", "--set", "run.steps=20", "--set", "run.eval_every=10", "--progress", "off"
+    )
+    assert code == 0, err
+    folder = tmp_path / "runs" / "demo"
+    written = [*folder.glob("*/metrics.csv"), *(each for each in folder.glob("*/logs/**/*") if each.is_file())]
+    live = {path: path.read_bytes() for path in [*written, folder / "experiment.md"]}
+    assert len(live) == 6 * 8 + 1, sorted(map(str, live))
+    for path in live:
+        path.unlink()
+    before = {path: path.read_bytes() for path in (folder / "journal").rglob("*") if path.is_file()}
+    for kind, param in (("csv_metrics", "out_path={run_dir}/metrics.csv"), ("local_logger", "print_every=0")):
+        code, out, err = command("replay", "runs/demo", "--to", kind, "--set", param, "--progress", "off")
+        assert (code, err) == (0, ""), out
+    assert {path: path.read_bytes() for path in live if path.exists()} == live
+    assert {path: path.read_bytes() for path in (folder / "journal").rglob("*") if path.is_file()} == before
+
+
+def test_replay_pushes_the_events_of_one_run_of_some_types_from_a_sequence_on(command, tmp_path):
+    journal(tmp_path / "sweep", 10, "low")
+    journal(tmp_path / "sweep", 10, "high")
+    (tmp_path / "sweep" / "high").mkdir()
+    line = ["--to", "lines", "--plugin", "destination", "--progress", "off", "--json", "--set"]
+    for first, count in ((5, 10), (14, 7)):  # the other run has 1 to 10, this one 11 to 20
+        code, out, _ = command("replay", "sweep/high", *line, "path=high.txt", "--from-seq", first)
+        assert (code, json.loads(out)["sent"]) == (0, {"step_end": count})
+    assert lines(tmp_path / "high.txt") == [*range(11, 21), *range(14, 21)]
+    code, out, err = command("replay", "sweep", *line, "path=none.txt", "--type", "evil")
+    assert (code, json.loads(out)["sent"], "did you mean" in err) == (0, {}, True)
+    code, out, _ = command("replay", "sweep", *line, "path=none.txt", "--dry-run")
+    assert (json.loads(out)["sent"], (tmp_path / "none.txt").exists()) == ({"step_end": 20}, False)
+
+
+def test_replay_at_a_speed_takes_as_long_as_the_run_did_divided_by_it(command, tmp_path):
+    writer = JournalWriter(tmp_path / "journal").open()
+    for number in range(4):
+        event = step(tmp_path, number)
+        writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1e9 + 10 * number, event, "low")))
+    writer.close()
+    line = ["replay", tmp_path, "--to", "lines", "--plugin", "destination", "--set", "path=lines.txt", "--json"]
+    seconds = json.loads(command(*line, "--speed", 20, "--timeout", 0.3)[1])["seconds"]
+    assert 1.5 <= seconds < 10  # 30 s in all; and to wait for the next one is not to be stuck
+    assert lines(tmp_path / "lines.txt") == [1, 2, 3, 4]
+
+
+def test_replay_tells_what_was_refused_what_raised_and_where_it_got_stuck(command, tmp_path):
+    journal(tmp_path)
+    line = ["replay", tmp_path, "--plugin", "destination", "--progress", "off", "--timeout", 0.5, "--to"]
+    code, out, err = command(*line, "lines", "--set", "path=x.txt", "--set", "mode=picky")
+    assert (code, out.split()[:7], err) == (
+        4,
+        "lines 12 events sent 11 dead 1".split(),
+        "refused: 422 no such metric\n",
+    )
+    code, out, err = command(*line, "lines", "--set", "path=x.txt", "--set", "mode=down")
+    assert (code, out.split()[:9]) == (4, "lines 0 events sent 0 dead 0 left 12".split())
+    assert "error[EB901]: 12 events could not be pushed through lines" in err
+    assert "RetryLaterError: 503 busy" in err
+    code, out, _ = command(*line, "lines", "--set", "path=halves.txt", "--set", "mode=halves")
+    assert (code, lines(tmp_path / "halves.txt")) == (0, [*range(1, 13)]), out
+    code, _, err = command(*line, "faulty")
+    assert (code, "hooks of faulty raised 12 times" in err) == (1, True)
+    assert not (tmp_path / "journal" / "couriers").exists()
+
+
+def test_replay_that_is_interrupted_says_where_to_go_on(command, tmp_path):
+    journal(tmp_path, 200)
+    line = [
+        "replay",
+        tmp_path,
+        "--plugin",
+        "destination",
+        "--to",
+        "lines",
+        "--set",
+        "path=lines.txt",
+        "--progress",
+        "off",
+    ]
+    process = command.start(*line, "--set", "mode=slow")
+    until((tmp_path / "lines.txt").exists, "the first batch")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    sent, left = int(out.split()[1]), int(out.split()[8])
+    assert (process.returncode, sent + left) == (130, 200)
+    assert err == f"interrupted with {left} events left; go on with --from-seq {sent + 1}\n"
+    assert command(*line, "--from-seq", sent + 1)[0] == 0
+    assert lines(tmp_path / "lines.txt") == [*range(1, 201)]
+
+
+def test_a_second_ctrl_c_ends_a_replay_whose_sink_blocks(command, tmp_path):
+    journal(tmp_path)
+    line = ["replay", tmp_path, "--plugin", "destination", "--to", "lines", "--set", "path=x", "--set", "mode=blocks"]
+    process = command.start(*line, "--progress", "off")
+    until((tmp_path / "blocked").exists, "it blocks")
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+
+
+def test_a_value_that_is_no_yaml_is_text_for_paths_have_braces(command, tmp_path):
+    journal(tmp_path)
+    assert command("replay", tmp_path, "--to", "csv_metrics", "--set", "out_path={run}/metrics.csv")[0] == 0
+    assert len((tmp_path / "low" / "metrics.csv").read_text().splitlines()) == 13
+
+
+def test_a_param_that_does_not_fit_is_told_with_the_option_that_it_was_given_by(command, tmp_path):
+    journal(tmp_path)
+    line = ["replay", tmp_path, "--to", "csv_metrics"]
+    code, _, err = command(*line, "--set", "out_pat=x.csv", "--set", "delimiter=5")
+    assert code == 2
+    missing = command(*line)[2]
+    unknown = command("follow", tmp_path, "--to", "csv_metric")[2]
+    same_as_golden("error_replay_params", f"{err}\n{missing}\n{unknown}", tmp_path)
+
+
+# -- status, run ------------------------------------------------------------------------------------------------------
+
+
+def test_status_tells_of_each_adapter_how_far_it_is_what_keeps_it_and_what_finishes_it(command, tmp_path):
+    journal(tmp_path)
+    for name, mode in (("csv", "ok"), ("s3", "picky"), ("wandb", "parked")):
+        followed(tmp_path, name, mode=mode)
+    assert command("sync", tmp_path, "--progress", "off")[0] == 4
+    code, out, _ = command("status", tmp_path)
+    assert code == 0
+    same_as_golden("status_adapters", out, tmp_path)
+    state = tmp_path / "journal/couriers/wandb.state.json"  # as a courier leaves it that is killed
+    state.write_text(state.read_text().replace('"ended"', '"parked"'))
+    rows = [json.loads(line) for line in command("status", tmp_path, "--json")[1].splitlines()]
+    assert [(row["adapter"], row["delivered"], row["dead"], row["pending"]) for row in rows[1:]] == [
+        ("csv", 12, 0, 0),
+        ("s3", 11, 1, 0),
+        ("wandb", 0, 0, 12),
+    ]
+    assert (rows[3]["type"], rows[3]["state"], rows[3]["error"]) == (
+        "adapter",
+        "not running",
+        "ParkedError: 401 wrong key",
+    )
+
+
+EXPERIMENT = """\
+name: sweep
+recipe: evsys_bus.demo:recipe
+plugins: [destination]
+run: {steps: 3}
+runs: {low: {}}
+callbacks:
+  - {kind: lines, name: wandb, params: {path: lines.txt, mode: MODE}}
+"""
+
+
+def test_a_run_whose_events_were_not_delivered_ends_well_with_a_warning_and_with_strict_with_5(command, tmp_path):
+    (tmp_path / "sweep.yaml").write_text(EXPERIMENT.replace("MODE", "broken"))
+    line = ["run", "sweep.yaml", "--progress", "off"]
+    code, results, _ = command(*line, "--json", "--output-dir", "runs/json")
+    strict, out, err = command(*line, "--strict")
+    whole = command(*line, "--strict", "--set", "callbacks[0].params.mode=ok", "--output-dir", "runs/whole")
+    assert (code, strict, whole[0]) == (0, 5, 0), whole
+    assert re.search(r"^delivery +wandb \d+ pending$", out, re.MULTILINE)
+    last = err.splitlines()[-1]
+    assert re.fullmatch(
+        rf"warning: events not delivered yet: wandb \d+; finish with: evsys-bus sync {tmp_path}/runs/sweep/journal",
+        last,
+    )
+    rows = [json.loads(line) for line in results.splitlines()]
+    [delivery] = [row for row in rows if row["type"] == "delivery"]
+    assert (delivery["name"], delivery["delivered"], delivery["pending"] > 0) == ("wandb", 0, True)
+    assert rows[-1]["finish"] == f"evsys-bus sync {tmp_path}/runs/json/journal"
+    assert re.search(r"^delivery +wandb ok$", whole[1], re.MULTILINE)
