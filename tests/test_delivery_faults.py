@@ -447,7 +447,7 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
         max_events = 4
 
         async def take(self, batch, sizes):
-            if not self.taken:
+            if not self.taken and len(batch) == self.max_events:
                 event = StepEnd(STATE, 8, TrainingBatch(), {"loss": 0.5})
                 writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
                 courier.finish()
@@ -455,10 +455,23 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
 
     disk = SimulatedDisk()
     writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
-    for step in range(8):
+    courier = Courier(JOURNAL, "rows", Appends(disk), Terms(), disk=disk, clock=ManualClock(), poll_seconds=0.001)
+
+    def append(step):
         event = StepEnd(STATE, step, TrainingBatch(), {"loss": 0.5})
         writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
-    courier = Courier(JOURNAL, "rows", Appends(disk), Terms(), disk=disk, clock=ManualClock(), poll_seconds=0.001)
-    asyncio.run(asyncio.wait_for(courier.run(), 10))
-    assert rows(disk) == [*range(1, 10)]
+
+    async def scene():
+        append(0)
+        while courier.counts.delivered < 1:
+            await asyncio.sleep(0.001)
+        courier._receiver.taken = 0
+        for step in range(8):
+            append(step)
+
+    async def both():
+        await asyncio.gather(asyncio.wait_for(courier.run(), 10), scene())
+
+    asyncio.run(both())
+    assert rows(disk) == [*range(1, 11)]
     writer.close()

@@ -4,6 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from evsys_adapters.checkpoint_prune import CheckpointPrune
+    from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
     from evsys_adapters.csv_metrics import CsvMetricsCallback
     from evsys_adapters.debug_logger import DebugLoggerCallback
     from evsys_adapters.early_stopping import EarlyStoppingCallback
@@ -11,6 +13,8 @@ if TYPE_CHECKING:
     from evsys_adapters.print_progress import PrintProgressCallback
 
 _HOME_OF: Final = {
+    "CheckpointPrune": "checkpoint_prune",
+    "CheckpointUploadCallback": "checkpoint_upload",
     "CsvMetricsCallback": "csv_metrics",
     "DebugLoggerCallback": "debug_logger",
     "EarlyStoppingCallback": "early_stopping",
@@ -19,6 +23,8 @@ _HOME_OF: Final = {
 }
 
 __all__ = [
+    "CheckpointPrune",
+    "CheckpointUploadCallback",
     "CsvMetricsCallback",
     "DebugLoggerCallback",
     "EarlyStoppingCallback",
