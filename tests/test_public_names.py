@@ -22,6 +22,12 @@ KINDS = {
     ),
     "debug_logger": ("DebugLoggerCallback", {"max_len": 400, "max_pred_rows": 3}, {}),
     "local_logger": ("LocalLoggerCallback", {"print_every": 1, "keys": None}, {}),
+    "tensorboard_logger": ("TensorBoardLoggerCallback", {"log_dir": None, "flush_secs": 30}, {}),
+    "wandb_logger": (
+        "WandbLoggerCallback",
+        {"entity": None, "name": None, "mode": "online", "log_every": 1, "max_pred_rows": 100},
+        {"project": "p"},
+    ),
 }
 
 
@@ -45,7 +51,7 @@ def test_R9_a_kind_has_its_class_its_params_and_their_defaults(kind):
     assert all(fields[key].required for key in required)
     parameters = inspect.signature(cls).parameters
     assert {key: parameters[key].default for key in defaults} == defaults
-    [built] = build_callbacks([CallbackSpec(kind, required)])
+    [built] = build_callbacks([CallbackSpec(kind, required, placement="inline")])
     assert type(built) is cls
     assert built.spec_name == kind
     assert kind in callback_kinds()

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from evsys_adapters.early_stopping import EarlyStoppingCallback
     from evsys_adapters.local_logger import LocalLoggerCallback
     from evsys_adapters.print_progress import PrintProgressCallback
+    from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
+    from evsys_adapters.wandb_logger import WandbLoggerCallback
 
 _HOME_OF: Final = {
     "CheckpointPrune": "checkpoint_prune",
@@ -20,6 +22,8 @@ _HOME_OF: Final = {
     "EarlyStoppingCallback": "early_stopping",
     "LocalLoggerCallback": "local_logger",
     "PrintProgressCallback": "print_progress",
+    "TensorBoardLoggerCallback": "tensorboard_logger",
+    "WandbLoggerCallback": "wandb_logger",
 }
 
 __all__ = [
@@ -30,6 +34,8 @@ __all__ = [
     "EarlyStoppingCallback",
     "LocalLoggerCallback",
     "PrintProgressCallback",
+    "TensorBoardLoggerCallback",
+    "WandbLoggerCallback",
 ]
 
 
