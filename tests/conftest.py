@@ -1,12 +1,14 @@
 """What every test may use: both event loops, and real programs in processes of their own."""
 
 import asyncio
+import importlib.util
 import os
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
@@ -59,3 +61,29 @@ def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> Iterator[None]:
+    """What a test printed or logged may hold anything; between the workers only text that can be encoded travels."""
+    del item, call
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real S3 server: the `S3Server` of tests/s3_server.py. Any: that is loaded here, as the tests are no package."""
+    if not os.environ.get("CI"):
+        pytest.importorskip("swift")
+        pytest.importorskip("aiobotocore")
+    spec = importlib.util.spec_from_file_location("s3_server", Path(__file__).with_name("s3_server.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()

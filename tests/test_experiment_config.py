@@ -344,7 +344,8 @@ WRONG = {
         (
             'error[EB104]: a callback spec has no key "every"\n'
             " --> sweep.yaml:5:5   $.callbacks[0].every\n  |\n5 |     every: 2\n  |     ^^^^^\n"
-            "fix: known: kind, name, params, placement   the callback's own parameters go under params: {every: ...}"
+            "fix: known: kind, max_staleness_seconds, name, on_failure, params, placement, ranks, required, "
+            "stop_after_seconds   the callback's own parameters go under params: {every: ...}"
         ),
     ),
     "an_arm_of_nothing": (
