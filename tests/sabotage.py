@@ -30,7 +30,18 @@ def verdict(breakage: dict[str, str]) -> str:
         path.write_text(text.replace(breakage["find"], breakage["put"]), encoding="utf-8")
         # The copy comes first on the path, before the installed project.
         environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'adapters'}"}
-        tests = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", *breakage["tests"].split()]
+        tests = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-n",
+            "0",
+            "-p",
+            "no:cacheprovider",
+            *breakage["tests"].split(),
+        ]
         try:
             done = subprocess.run(
                 tests, cwd=tree, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -306,7 +306,8 @@ async def test_the_cursor_never_stands_behind_an_event_that_was_not_acknowledged
 
     await asyncio.gather(asyncio.wait_for(courier.run(), 5), stop())
     assert kept.numbers == [1, 2, 3, 4, 5]
-    assert Cursors(journal).load("it").place(stream.name) == Place(5, 5, 0)
+    # Stopped in the middle of a batch, one that is rewindable is not marked: the mark might cover what was not entered.
+    assert Cursors(journal).load("it").place(stream.name) in {Place(0, 0, 0), Place(5, 5, 0)}
     assert kept.closed
 
 

@@ -228,12 +228,13 @@ class EventBus:
     async def __aexit__(self, *_: object) -> None:
         if self._publisher.state == "forked":
             return
-        draining: Draining | None = self._office.drain(self._drain_timeout, close=True)
-        cancelled = False
-        while draining is not None:
-            self.receipt, again = await wait_shielded(draining)
+        self.receipt, cancelled = await wait_shielded(self._office.drain(self._drain_timeout, close=True))
+        delivering = self._then_deliver(self.receipt)
+        if delivering is not None:
+            # What is not delivered is safe, so a second cancellation (Ctrl-C twice) ends the wait for it.
+            told = partial(self._following.told, self.receipt)
+            self.receipt, again = await wait_shielded(delivering, most=1 if cancelled else 2, else_=told)
             cancelled = cancelled or again
-            draining = self._then_deliver(self.receipt)
         self._close()
         if cancelled:
             raise asyncio.CancelledError
@@ -261,8 +262,8 @@ class EventBus:
         finally:
             self._thread.stop(join_seconds)
             try:
-                delivering = None if self.receipt is None else self._then_deliver(self.receipt)
-                if delivering is not None:
+                if self.receipt is not None and (delivering := self._then_deliver(self.receipt)) is not None:
+                    self.receipt = self._following.told(self.receipt)  # what stands if Ctrl-C ends the wait
                     self.receipt = delivering.result()
             finally:
                 self._close()
@@ -280,7 +281,7 @@ class EventBus:
             attach(callback, self)
         self._publisher.open(self._recording)
         if self._recording is not None and self._following:
-            self._following.start(self._recording.writer.directory, self._recording.last)
+            self._following.start(self._recording.writer.directory, self._rank, self._recording.last)
         self._bare_tasks.begin_here()
         self._watchdog.start()
         self._entrance.listen()
@@ -290,12 +291,10 @@ class EventBus:
         if self._publisher.state == "closed":
             return None
         self._publisher.close()
-        if self._recording is None:
-            return None
-        self.receipt = receipt = self._recording.close(receipt, self._drain_timeout)
-        if not self._following:
-            return None
-        return self._following.finish(receipt, max(0.0, self._drain_timeout - receipt.seconds))
+        if self._recording is not None:
+            self.receipt = receipt = self._recording.close(receipt, self._drain_timeout)
+        left = max(0.0, self._drain_timeout - receipt.seconds)
+        return self._following.finish(receipt, left) if self._following else None
 
     def _close(self) -> None:
         self._publisher.close()

@@ -62,7 +62,8 @@ class Following:
         self._directory = ""
         self._temporary = False
         self._accounts: Accounts | None = None
-        self._last: Callable[[], tuple[str, int]] = lambda: ("", 0)
+        self._last: Callable[[], dict[str, int]] = dict[str, int]
+        self._serving: tuple[Followed, ...] = ()
         self._lock = threading.Lock()  # over the accounts
         self._process: CourierProcess | None = None
         self._crew: Crew | None = None
@@ -83,21 +84,23 @@ class Following:
         log().info("journal.temporary", directory=directory, why="something is followed, and no journal was given")
         return directory
 
-    def start(self, directory: str, last: Callable[[], tuple[str, int]]) -> None:
+    def start(self, directory: str, rank: int, last: Callable[[], dict[str, int]]) -> None:
         """Begin to deliver what is recorded there.
 
         Args:
             directory: The journal.
-            last: The stream that this process writes, and the sequence of its last event.
+            rank: Of this process; who serves other ranks only is delivered to by theirs.
+            last: The stream that this process writes, and the sequence of its last event; none where there are gaps.
         """
         from evsys_bus.delivery.accounts import Accounts
 
         self._directory = directory
         self._accounts = Accounts(directory)
         self._last = last
+        self._serving = tuple(each for each in self._followed if each.terms.ranks is None or rank in each.terms.ranks)
         places = self.places()
-        apart = [each for each in self._followed if places[each.name] == "process"]
-        here = [each for each in self._followed if places[each.name] == "thread"]
+        apart = [each for each in self._serving if places[each.name] == "process"]
+        here = [each for each in self._serving if places[each.name] == "thread"]
         if apart:
             from evsys_bus.delivery.process import CourierProcess
 
@@ -132,9 +135,11 @@ class Following:
 
     def _read(self) -> "list[Account]":
         assert self._accounts is not None
-        names = {each.name for each in self._followed}
+        names = {each.name for each in self._serving}
         with self._lock:
-            return [each for each in self._accounts.read(dict([self._last()])) if each.name in names]
+            found = [each for each in self._accounts.read(self._last()) if each.name in names]
+            absent = [each for each in self._serving if each.name not in {known.name for known in found}]
+            return found + [self._accounts.unbooked(each.name, each.terms) for each in absent]
 
     def finish(self, receipt: Receipt, seconds: float) -> Draining:
         """Have all that is recorded delivered, waiting at most so long; the receipt then says how far that got.
@@ -155,7 +160,7 @@ class Following:
     def _finish(self, receipt: Receipt, seconds: float) -> Receipt:
         began = time.monotonic()
         if self._process is not None:
-            self._process.finish()
+            self._process.finish(seconds)
         if self._crew is not None:
             self._crew.finish()
         while not (ended := self._have_ended(LOOK_SECONDS)) and time.monotonic() < began + seconds:
@@ -164,16 +169,19 @@ class Following:
         if self._crew is not None and not ended:
             self._crew.stop()
             self._crew.join(STOP_SECONDS)
-        deliveries = self.deliveries()
-        command = None
-        if any(each.pending for each in deliveries):
-            command = f"evsys-bus sync {self._directory}"
-            self._tell(deliveries, command)
-        elif self._temporary and ended and not any(each.dead for each in deliveries):
+        told = self.told(receipt)
+        if told.finish is not None:
+            self._tell(told.deliveries, told.finish)
+        elif self._temporary and ended and not any(each.dead for each in told.deliveries):
             shutil.rmtree(self._directory, ignore_errors=True)
-        return msgspec.structs.replace(
-            receipt, deliveries=deliveries, finish=command, seconds=receipt.seconds + time.monotonic() - began
-        )
+        return msgspec.structs.replace(told, seconds=receipt.seconds + time.monotonic() - began)
+
+    def told(self, receipt: Receipt) -> Receipt:
+        """The receipt, with how far each delivery has got by now."""
+        deliveries = self.deliveries()
+        pending = any(each.pending for each in deliveries)
+        finish = f"evsys-bus sync {self._directory}" if pending else None
+        return msgspec.structs.replace(receipt, deliveries=deliveries, finish=finish)
 
     def _have_ended(self, wait_seconds: float) -> bool:
         """Whether all couriers have; waits a little for them."""

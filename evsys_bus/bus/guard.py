@@ -4,6 +4,7 @@ Only inline code ever stops a run. The guard's hook reads one attribute; the fil
 """
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -29,7 +30,9 @@ class Guard(Callback):
         self.reason: str | None = None
         """Why the run must stop; None as long as it need not."""
         self._due = 0.0
-        self._caught_up: dict[str, float] = {}
+        self._failing_since: dict[str, float] = {}
+        self._notes: dict[str, deque[tuple[float, int]]] = {}
+        """When we looked, and how much was recorded then; those that were delivered since are gone."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Ask for the stop."""
@@ -52,18 +55,31 @@ class Guard(Callback):
 
     def _judged(self, account: "Account", now: float, *, gave_up: bool) -> str | None:
         name, terms, state = account.name, self.watched[account.name], account.state
-        caught_up = self._caught_up.setdefault(name, now)
-        if not account.pending:
-            self._caught_up[name] = now
         said = "" if state is None or state.error is None else f": {state.error}"
-        if terms.required and (gave_up or (state is not None and state.state in {"parked", "failed"})):
+        stuck = gave_up or (state is not None and state.state in {"parked", "failed"})
+        if terms.required and stuck:
             return f'"{name}" is required, and is not delivered to{said}'
-        if terms.stop_after_seconds is not None and state is not None and state.failing_since is not None:
-            failing = time.time() - state.failing_since
-            if failing > terms.stop_after_seconds:
-                return f'"{name}" has failed for {failing:.0f} s{said}'
-        if terms.max_staleness_seconds is not None and account.pending:
-            stale = now - caught_up
-            if stale > terms.max_staleness_seconds:
-                return f'"{name}" has not caught up for {stale:.0f} s ({account.pending:,} events pending){said}'
+        failing = self._failing(name, now, stuck or (state is not None and state.state == "retrying"))
+        if terms.stop_after_seconds is not None and failing > terms.stop_after_seconds:
+            return f'"{name}" has failed for {failing:.0f} s{said}'
+        stale = self._stale(account, now)
+        if terms.max_staleness_seconds is not None and stale > terms.max_staleness_seconds:
+            return f'"{name}" has not caught up for {stale:.0f} s ({account.pending:,} events pending){said}'
         return None
+
+    def _failing(self, name: str, now: float, fails: bool) -> float:
+        """For how long it has failed, by our own clock: the wall clock may be set, and a courier begin anew."""
+        if not fails:
+            self._failing_since.pop(name, None)
+            return 0.0
+        return now - self._failing_since.setdefault(name, now)
+
+    def _stale(self, account: "Account", now: float) -> float:
+        """How long ago it was that all was recorded that is delivered now; 0 where nothing is pending."""
+        notes = self._notes.setdefault(account.name, deque())
+        done = account.delivered + account.dead
+        while notes and notes[0][1] <= done:
+            notes.popleft()
+        if account.pending:
+            notes.append((now, account.recorded))
+        return now - notes[0][0] if notes else 0.0

@@ -115,9 +115,10 @@ class Recording:
             return partial(self._record_with, run_of, self._append_kept)
         return self._recorder(run_of, encoder(event_type, self._stream, self._rank, self._secrets))
 
-    def last(self) -> tuple[str, int]:
-        """The stream, and the sequence of the last event that is with the operating system."""
-        return self._stream, self.writer.next_sequence - 1 - self.writer.unrecorded
+    def last(self) -> dict[str, int]:
+        """The stream, and the sequence of its last event; empty where some wait or were given up: there may be gaps."""
+        writer = self.writer
+        return {} if writer.lost or writer.unrecorded else {self._stream: writer.next_sequence - 1}
 
     def health(self) -> JournalHealth:
         """Every count, now."""

@@ -9,6 +9,7 @@ from evsys_bus.codec.bounds import MAX_EVENT_BYTES
 from evsys_bus.codec.json_line import json_line
 from evsys_bus.codec.plain import Plain, to_plain
 from evsys_bus.codec.reading import decode
+from evsys_bus.codec.references import error_text
 from evsys_bus.codec.writing import encode, encoder, to_json
 
-__all__ = ["MAX_EVENT_BYTES", "Plain", "decode", "encode", "encoder", "json_line", "to_json", "to_plain"]
+__all__ = ["MAX_EVENT_BYTES", "Plain", "decode", "encode", "encoder", "error_text", "json_line", "to_json", "to_plain"]

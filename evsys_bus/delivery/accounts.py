@@ -39,7 +39,7 @@ class Account(msgspec.Struct, frozen=True):
     @property
     def trouble(self) -> str | None:
         """What keeps it from being delivered to, in words; None where nothing does."""
-        return None if self.state is None or self.state.state in {"delivering", "idle", "ended"} else self.state.error
+        return None if self.state is None or self.state.state in {"delivering", "idle"} else self.state.error
 
 
 class Accounts:
@@ -65,6 +65,13 @@ class Accounts:
         terms = {each.name: each.terms for each in roster(where, disk)}
         names = sorted({*terms, *layout.followers(disk, where), *_with_state(disk, where)})
         return [self._account(name, terms.get(name, Terms()), known or {}) for name in names]
+
+    def unbooked(self, name: str, terms: Terms) -> Account:
+        """Of an adapter for which nothing could be written down: all that is for it is pending."""
+        pending = Pending(self._directory, terms.ranks, self._disk).count({})
+        fix = "look at the log; a name that is shorter, or room on the disk, may be what is missing"
+        state = CourierState("failed", 0, 0.0, error="its books cannot be written", fix=fix)
+        return Account(name, pending, 0, 0, pending, state, busy=False)
 
     def _account(self, name: str, terms: Terms, known: Mapping[str, int]) -> Account:
         disk, where = self._disk, self._directory

@@ -4,8 +4,10 @@ A replay keeps them in memory only. A disk that refuses them never ends a delive
 and tried again.
 """
 
+import contextlib
 import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -54,6 +56,13 @@ class Books:
         self._state: CourierState | None = None
         self._stated_at = 0.0
 
+    def disown(self) -> None:
+        """In a forked child: the lock stays with the parent, and ends with it."""
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                self._disk.close(self._lock)
+        self._lock = None
+
     def open(self) -> bool:
         """Take the lock and find the cursor; whether it stands anywhere but at the beginning.
 
@@ -64,6 +73,7 @@ class Books:
         if not self._keep:
             return False
         self._take_lock()
+        _open.add(self)
         try:
             self.cursor = self._load()
             self._letters.open(self.cursor)
@@ -239,3 +249,14 @@ _write: Final = msgspec.json.Encoder().encode
 _MOST_BYTES: Final = 16 << 20
 _cursor: Final = msgspec.json.Decoder(Cursor).decode
 _owner: Final = msgspec.json.Decoder(Owner).decode
+
+_open: "weakref.WeakSet[Books]" = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for books in list(_open):
+        books.disown()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_disown_all)

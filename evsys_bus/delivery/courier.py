@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple, cast
 
 from evsys_bus.callback import Callback
+from evsys_bus.codec import error_text
 from evsys_bus.delivery.accounts import Pending
 from evsys_bus.delivery.books import Books
 from evsys_bus.delivery.feed import Batch, Feed
@@ -96,6 +97,7 @@ class Courier:
         self._commit_due = 0.0
         self._refused = False
         self._unmarked = 0
+        self._taking = False
         self._fault: Exception | None = None
         self._trouble: Trouble | None = None
         self._failing_since: float | None = None
@@ -244,12 +246,15 @@ class Courier:
     async def _take(self, batch: Batch) -> None:
         """Have the receiver take the front of the batch."""
         try:
+            self._taking = True
             taken = await self._receiver.take(batch.envelopes, batch.sizes)
+            self._taking = False
             if not 0 < taken.done <= len(batch.envelopes):
                 raise ValueError(f"a receiver took {taken.done} of {len(batch.envelopes)} events")  # noqa: TRY301
         except Exception as error:  # a wall: a receiver tries again by itself; this one has a fault
+            self._taking = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
-            self._heard(Trouble("retrying", _words(error)))
+            self._heard(Trouble("retrying", error_text(error)))
             await asyncio.sleep(self._retry_seconds)
             self._heard(None)
             return
@@ -261,13 +266,15 @@ class Courier:
         if not self._books.changed or (now < self._commit_due and not last and (self._refused or not at_once)):
             return
         try:
+            if last and self._taking and self._receiver.mark() is not None:
+                return  # it was stopped in the middle of a batch: its mark may cover rows that were not entered
             committed = self._books.commit(self._receiver.mark)
             if last and committed:
                 self._receiver.mark()  # what the adapter kept for the mark before the last can go
             self._unmarked = 0
         except Exception as error:  # a wall: the adapter cannot say how far it has got, so the cursor stays
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
-            self._heard(Trouble("retrying", _words(error)))
+            self._heard(Trouble("retrying", error_text(error)))
             committed = False
             self._unmarked += 1
             if self._unmarked >= MOST_UNMARKED and not last:
@@ -287,7 +294,7 @@ class Courier:
 
     def _tell(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
         """Write down how it fares."""
-        trouble = self._trouble if self._fault is None else Trouble("retrying", _words(self._fault), attempts=0)
+        trouble = self._trouble if self._fault is None else Trouble("retrying", error_text(self._fault), attempts=0)
         self._books.state(
             CourierState(
                 state if trouble is None or state in {"ended", "failed"} else trouble.state,
@@ -308,7 +315,3 @@ class Courier:
                 self._scope.reschedule(asyncio.get_running_loop().time())
         except RuntimeError:
             pass  # it is on its way out already
-
-
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

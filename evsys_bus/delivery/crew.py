@@ -1,5 +1,6 @@
 """`Crew`: the couriers of one process, each on an event loop of its own, so that none can hold up another."""
 
+import asyncio
 import contextlib
 import os
 import threading
@@ -12,6 +13,7 @@ import msgspec
 
 from evsys_bus.callback import Callback
 from evsys_bus.codec import encode
+from evsys_bus.delivery.accounts import Accounts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.followed import CourierState, Followed, Recipe
 from evsys_bus.delivery.roster import enlist
@@ -132,6 +134,11 @@ class Crew:
             await courier.run()
         except CourierBusyError:
             return await self._busy(post)
+        except asyncio.CancelledError:
+            # An adapter's doing: it cancelled all tasks that it could find. We are stopped by other means.
+            self._has_failed(post, RuntimeError("the adapter cancelled its courier"))
+            await post.pause(self._again_seconds)
+            return post.asked is not None
         except Exception as error:  # a wall: the next courier begins at the cursor, the others notice nothing
             self._has_failed(post, error)
             if post.asked is None:
@@ -145,8 +152,15 @@ class Crew:
         fix = "it goes on here when that one ends; evsys-bus status tells how it fares"
         self._faults.warn("courier.busy", post.name, courier=post.name, journal=self._directory, fix=fix)
         post.failed = True
+        if post.asked == "finish" and not self._is_pending(post):
+            return True
         await post.pause(BUSY_SECONDS)
         return False
+
+    def _is_pending(self, post: "_Post") -> bool:
+        if post.accounts is None:
+            post.accounts = Accounts(self._directory, self._disk)
+        return any(each.pending for each in post.accounts.read() if each.name == post.name)
 
     def _is_held(self, post: "_Post") -> bool:
         try:
@@ -208,6 +222,7 @@ class _Post:
         self.ended = threading.Event()
         self.failed = False
         self.asked: Literal["finish", "stop"] | None = None
+        self.accounts: Accounts | None = None
         self._courier: Courier | None = None
         self._lock = threading.Lock()
 

@@ -47,6 +47,7 @@ class DeadLetters:
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._file: int | None = None
+        self._torn_at: int | None = None  # where a write began that was not taken back
         self._written: set[tuple[str, int]] = set()
         """Behind the cursor, by a courier that ended before it could move it."""
 
@@ -94,8 +95,10 @@ class DeadLetters:
             return
         if self._file is None:
             self._file = self._open()
+        if self._torn_at is not None:  # what a refused write left, that could not be taken back then
+            self._disk.truncate(self._file, self._torn_at)
         data = b"".join(self._waiting)
-        before = self._disk.length(self._file)
+        before = self._torn_at = self._disk.length(self._file)
         taken = 0
         try:
             while taken < len(data):
@@ -104,7 +107,9 @@ class DeadLetters:
             self._disk.sync_path(self._folder)
         except OSError:
             self._disk.truncate(self._file, before)
+            self._torn_at = None
             raise
+        self._torn_at = None
         self._waiting.clear()
         self._waiting_bytes = 0
 
@@ -112,7 +117,7 @@ class DeadLetters:
         """Close the file."""
         if self._file is not None:
             self._disk.close(self._file)
-            self._file = None
+            self._file = self._torn_at = None
 
     def _open(self) -> int:
         self._disk.make_directory(self._folder)

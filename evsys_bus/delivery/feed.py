@@ -17,6 +17,8 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 
+PATIENCE: Final = 60
+"""How often a segment that cannot be read is tried again, with a rest in between, before it is passed over."""
 REST_SECONDS: Final = 1.0
 """How long a stream that nobody writes is left alone once it was read to its end."""
 
@@ -242,7 +244,7 @@ class _Source:
         self.stream: Final = stream
         self.contexts: Final = Contexts()
         self._reader: Final = reader
-        self._tail: Final = reader.tail(stream, after)
+        self._tail: Final = reader.tail(stream, after, patience=PATIENCE)
         self._older: Final = older
         """Streams of the same rank that began before."""
         self._records: Iterator[tuple[int, bytes]] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from evsys_bus.callback import RetryPolicy, attach, callback_name, detach, hook_of, isolate
+from evsys_bus.codec import error_text
 from evsys_bus.delivery.followed import OnFailure
 from evsys_bus.delivery.receiver import Report, Rewindable, Taken, Trouble
 from evsys_bus.diagnostics import FaultLog
@@ -77,7 +78,7 @@ class HookReceiver:
             if error is not None and self._on_failure != "count":
                 error = await self._again(envelope.event, error)
                 if error is not None:
-                    dead[index] = f"{type(error).__name__}: {error}"
+                    dead[index] = error_text(error)
             if self._slice is None:
                 if not index % _BETWEEN_YIELDS:
                     await self._yield(0.0)
@@ -165,7 +166,7 @@ class HookReceiver:
         """Call a hook that raised a few times more; what it raised last."""
         last: BaseException | None = error
         for attempt, pause in enumerate(self._pauses, start=1):
-            self._tell(Trouble("retrying", f"{type(last).__name__}: {last}", attempts=attempt))
+            self._tell(Trouble("retrying", error_text(last), attempts=attempt))
             await asyncio.sleep(pause)
             last = self._call(event)
             if last is None:

@@ -86,6 +86,7 @@ class CourierProcess:
         self._asked = threading.Event()
         self._lock = threading.Lock()  # over the process's stdin
         self._told = False
+        self._wait_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._watcher = threading.Thread(target=self._watch, name="evsys-bus-couriers", daemon=True)
 
@@ -103,14 +104,19 @@ class CourierProcess:
         self._process = self._spawn()
         self._watcher.start()
 
-    def finish(self) -> None:
-        """Have it end once it has delivered what is there, or the linger is over. Nothing more is published."""
+    def finish(self, wait_seconds: float = 0.0) -> None:
+        """Have it end once it has delivered what is there. Nothing more is published.
+
+        Args:
+            wait_seconds: How long the program waits for that; the linger begins when that is over.
+        """
         if not self._is_ours():
             return
+        self._wait_seconds = wait_seconds
         self._asked.set()
         with self._lock:
             if self._told and self._process is not None:
-                _end(self._process)
+                _end(self._process, wait_seconds)
 
     def wait(self, timeout_seconds: float) -> bool:
         """Wait for its end, once it was asked to finish; whether it has ended, or was given up."""
@@ -186,17 +192,17 @@ class CourierProcess:
         with self._lock:
             self._told = True
             if self._asked.is_set():
-                _end(process)
+                _end(process, self._wait_seconds)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """A byte, and not only the end of the stream: a child that the program forked may keep that open."""
+def _end(process: "subprocess.Popen[bytes]", wait_seconds: float = 0.0) -> None:
+    """A line, and not only the end of the stream: a child that the program forked may keep that open."""
     assert process.stdin is not None
     if process.stdin.closed:
         return
     with contextlib.suppress(OSError):
         os.set_blocking(process.stdin.fileno(), False)
-        process.stdin.write(b"\n")
+        process.stdin.write(b"%f\n" % wait_seconds)
     with contextlib.suppress(OSError):
         process.stdin.close()
 

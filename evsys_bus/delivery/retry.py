@@ -12,7 +12,7 @@ It owns the pauses and what is told of them. What becomes of a batch for good is
 
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from evsys_bus.codec.references import error_text
 from evsys_bus.delivery.receiver import Trouble
@@ -89,7 +89,7 @@ class _Series:
         if error is None or isinstance(error, RejectedError | BatchTooLargeError):
             return False
         parked, fix = isinstance(error, ParkedError), text_of(error, "fix")
-        if not isinstance(error, RetryLaterError | ParkedError | OSError):
+        if not _may_pass(error):
             self._left -= 1
             if self._left <= 0:
                 if not self._park:
@@ -101,6 +101,14 @@ class _Series:
         self.error = error
         self.trouble = Trouble("parked" if parked else "retrying", words(error), fix if parked else None, self._made)
         return True
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again may help; of a task group's errors, if it may with each of them."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(map(_may_pass, group.exceptions))
+    return isinstance(error, RetryLaterError | ParkedError | OSError)
 
 
 def words(error: Exception) -> str:

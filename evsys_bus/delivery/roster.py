@@ -1,5 +1,6 @@
 """The roster of a journal: who is followed there, written down so that any process can deliver, also on another day."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable
@@ -85,15 +86,19 @@ def roster(directory: str, disk: Disk | None = None) -> list[Posted]:
 
 
 def _give_cursor(directory: str, name: str, disk: Disk) -> None:
-    """Under the lock: where another process delivers, the cursor is its own to make."""
-    if name in layout.followers(disk, directory):
-        return
+    """Under the lock: where another process delivers, the cursor is its own to make, and the state is true.
+
+    Where none does, the state is of another day: what was wrong then may have been mended.
+    """
     lock = disk.lock(layout.courier_file(directory, name, "lock"))
     if lock is None:
         return
     try:
         if name not in layout.followers(disk, directory):
             Cursors(directory, disk).save(name, Cursor())
+        state = layout.courier_file(directory, name, "state.json")
+        with contextlib.suppress(FileNotFoundError):
+            disk.remove(state)
     finally:
         disk.close(lock)
 

@@ -64,15 +64,35 @@ class Cursors:
         self._disk.replace(layout.cursor_file(self._directory, follower), _write(cursor))
 
     def passed(self, stream: str) -> int | None:
-        """The sequence in this stream that every follower is done with; None where there are no followers."""
-        return min((self.load(each).place(stream).sequence for each in self.followers()), default=None)
+        """The sequence in this stream that every follower it is served to is done with; None where there are none."""
+        serves = (each for each in self.followers() if self._is_served(each, layout.rank_of(stream)))
+        return min((self.load(each).place(stream).sequence for each in serves), default=None)
+
+    def _is_served(self, follower: str, rank: int) -> bool:
+        """By its spec; one without a spec, or with one that cannot be read, may want all of it."""
+        try:
+            ranks = _spec(self._disk.read(layout.courier_file(self._directory, follower, "spec.json"), 0, _MOST_BYTES))
+        except (OSError, msgspec.DecodeError):
+            return True
+        return ranks.terms.ranks is None or rank in ranks.terms.ranks
 
     def furthest(self, stream: str) -> int:
         """The sequence in this stream that some follower is done with; 0 where none is."""
         return max((self.load(each).place(stream).sequence for each in self.followers()), default=0)
 
 
+class _Terms(msgspec.Struct, frozen=True):
+    ranks: tuple[int, ...] | None = (0,)
+
+
+class _Spec(msgspec.Struct):
+    """What of a spec concerns the journal: whose streams are served."""
+
+    terms: _Terms = _Terms()
+
+
 _START: Final = Place()
 _MOST_BYTES: Final = 16 << 20
 _read: Final = msgspec.json.Decoder(Cursor).decode
 _write: Final = msgspec.json.Encoder().encode
+_spec: Final = msgspec.json.Decoder(_Spec).decode

@@ -46,15 +46,21 @@ class JournalReader:
         """
         return self.tail(stream, after).poll()
 
-    def tail(self, stream: str, after: int = 0) -> "Tail":
-        """A place in the stream, to be polled."""
-        return Tail(self._disk, f"{self.directory}/{stream}", after)
+    def tail(self, stream: str, after: int = 0, *, patience: int = 0) -> "Tail":
+        """A place in the stream, to be polled.
+
+        Args:
+            stream: Its name.
+            after: Give out what comes behind this sequence.
+            patience: How often a segment that is there and cannot be read raises OSError, before it is passed over.
+        """
+        return Tail(self._disk, f"{self.directory}/{stream}", after, patience)
 
 
 class Tail:
     """A place in a stream."""
 
-    def __init__(self, disk: Disk, folder: str, after: int = 0) -> None:
+    def __init__(self, disk: Disk, folder: str, after: int = 0, patience: int = 0) -> None:
         self.last = after
         """The sequence of the last event given out."""
         self.damaged_bytes = 0
@@ -71,6 +77,8 @@ class Tail:
         self._scan: SegmentScan | None = None
         self._suspect = -1
         """Where damage ended that was seen once."""
+        self._patience = patience
+        self._refusals = 0
         self._given: Run | None = None
         """Of which not all may have been taken."""
 
@@ -139,9 +147,14 @@ class Tail:
                 pass
         except JournalVersionError:
             raise
-        except OSError:
-            if ended:  # if not, it may be for now only
-                self.unreadable.append(scan.path)
+        except OSError as error:
+            if not ended:
+                return  # it may be for now only
+            self._refusals += 1
+            if self._refusals < self._patience and not isinstance(error, FileNotFoundError):
+                raise
+            self.unreadable.append(scan.path)
+        self._refusals = 0
 
     def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Run, None, bool]:
         """Give out what follows; False where the same place has to be read again."""

@@ -36,13 +36,16 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._stopping = threading.Event()
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """The loop, running."""
         with self._lock:
             if self._loop is None:
                 self._loop = _new_loop()
-                self._thread = threading.Thread(target=_run, args=(self._loop,), name="evsys-bus-loop", daemon=True)
+                self._stopping = threading.Event()
+                arguments = (self._loop, self._stopping)
+                self._thread = threading.Thread(target=_run, args=arguments, name="evsys-bus-loop", daemon=True)
                 self._thread.start()
             return self._loop
 
@@ -52,6 +55,7 @@ class LoopThread:
             loop, thread = self._loop, self._thread
             self._loop = self._thread = None
         if loop is not None and thread is not None:
+            self._stopping.set()
             call_soon(loop, loop.stop)
             thread.join(timeout)
 
@@ -65,13 +69,12 @@ def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return runner.run(main())
 
 
-def _run(loop: asyncio.AbstractEventLoop) -> None:
+def _run(loop: asyncio.AbstractEventLoop, stopping: threading.Event) -> None:
     asyncio.set_event_loop(loop)
     try:
-        while True:
+        while not stopping.is_set():  # a task may stop the loop, which is not its own
             try:
                 loop.run_forever()
-                break
             except (KeyboardInterrupt, SystemExit) as error:  # of a task; no signal is delivered on this thread
                 log().warning("task.exit_ignored", exc_info=error)
         loop.run_until_complete(loop.shutdown_asyncgens())

@@ -2,7 +2,8 @@
 
 import asyncio
 import concurrent.futures
-from collections.abc import Generator
+import math
+from collections.abc import Callable, Generator
 from typing import Any
 
 import anyio
@@ -92,9 +93,17 @@ class Draining(concurrent.futures.Future[Receipt]):
         return super().result(timeout)
 
 
-async def wait_shielded(draining: Draining) -> tuple[Receipt, bool]:
-    """The receipt, and whether a cancellation arrived meanwhile: the wait went on, and the caller raises it now."""
-    cancelled = False
+async def wait_shielded(
+    draining: Draining, *, most: float = math.inf, else_: Callable[[], Receipt] | None = None
+) -> tuple[Receipt, bool]:
+    """The receipt, and whether a cancellation arrived meanwhile: the wait went on, and the caller raises it now.
+
+    Args:
+        draining: What is waited for.
+        most: How many cancellations end the wait.
+        else_: Gives the receipt in that case.
+    """
+    cancelled = 0
     waiting = asyncio.wrap_future(draining)
     # The scope keeps anyio from cancelling over and over; the loop outlives a bare task.cancel().
     with anyio.CancelScope(shield=True):
@@ -102,5 +111,7 @@ async def wait_shielded(draining: Draining) -> tuple[Receipt, bool]:
             try:
                 await asyncio.wait([waiting])
             except asyncio.CancelledError:
-                cancelled = True
-    return waiting.result(), cancelled
+                cancelled += 1
+                if cancelled >= most and else_ is not None:
+                    return else_(), True
+    return waiting.result(), cancelled > 0
