@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from benchmarks import loggers as heavy
 from benchmarks.frameworks import FRAMEWORKS
 from benchmarks.survival import Survival
+from benchmarks.uploads import Uploads
+from evsys_bus.bench.all_loggers import ALL_LOGGERS
 from evsys_bus.bench.catching_up import CATCHING_UP
 from evsys_bus.bench.costs import COSTS
 from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_question
@@ -26,7 +28,19 @@ def _questions() -> Mapping[str, Question]:
     dispatch = dispatch_question(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
     journal = Journal((*JOURNAL.modules, heavy.__name__), {**AT_LEAST, heavy.TENSORBOARD: 15, heavy.WANDB: 60})
     kills = Kills((*KILLS.modules, heavy.__name__))
-    asked: tuple[Question, ...] = (dispatch, IMPORTS, COSTS, journal, kills, GROWTH, CATCHING_UP, LATENESS, Survival())
+    asked: tuple[Question, ...] = (
+        dispatch,
+        IMPORTS,
+        COSTS,
+        journal,
+        kills,
+        GROWTH,
+        CATCHING_UP,
+        LATENESS,
+        ALL_LOGGERS,
+        Survival(),
+        Uploads(),
+    )
     return {question.name: question for question in asked}
 
 

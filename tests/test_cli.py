@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -111,7 +112,10 @@ def subclasses(error):
 
 
 def test_every_error_code_has_a_page_of_help_and_every_page_a_code():
-    raised = {each.code for each in subclasses(EvsysBusError) if each.__module__ == "evsys_bus.errors"}
+    import evsys_adapters.checkpoints.store  # noqa: F401 # has errors of its own
+
+    ours = ("evsys_bus.errors", "evsys_adapters.")
+    raised = {each.code for each in subclasses(EvsysBusError) if each.__module__.startswith(ours)}
     assert set(codes()) == raised
     for code in codes():
         head, blank, *body = page(code).splitlines()
@@ -254,7 +258,7 @@ def test_show_suggests_the_nearest_name_below_runs(tmp_path):
 def test_adapters_lists_kinds_with_a_summary_line_each():
     done = evsys_bus("adapters")
     assert done.returncode == 0
-    assert "print_progress  Prints one line per step" in done.stdout
+    assert re.search("^print_progress +Prints one line per step", done.stdout, re.MULTILINE)
     rows = [json.loads(line) for line in evsys_bus("adapters", "--json").stdout.splitlines()]
     (row,) = [row for row in rows if row["kind"] == "print_progress"]
     assert row["target"] == "evsys_adapters.print_progress:PrintProgressCallback"

@@ -135,7 +135,14 @@ def blocks(page):
 
 @pytest.mark.parametrize(
     ("page", "at_least"),
-    [("README.md", 1), ("docs/callbacks.md", 6), ("docs/delivery.md", 1), ("docs/embedding.md", 6), ("docs/experiments.md", 1)],
+    [
+        ("README.md", 1),
+        ("docs/callbacks.md", 6),
+        ("docs/checkpoints.md", 1),
+        ("docs/delivery.md", 1),
+        ("docs/embedding.md", 6),
+        ("docs/experiments.md", 1),
+    ],
 )
 def test_every_snippet_of_a_page_runs_and_prints_what_the_page_says(tmp_path, page, at_least):
     found = list(blocks(ROOT / page))

@@ -27,6 +27,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "status": "the streams of a journal, who writes them, and how far each adapter has got",
     "journal": "verify, repair or export a journal",
     "show": "what is known of a run or an experiment: status, metrics, checkpoints, evals",
+    "checkpoints": "the checkpoints of a run, here and at their destination",
+    "fetch": "downloads a checkpoint and verifies it",
     "adapters": "the kinds of callbacks there are; with KIND its schema, defaults and an example",
     "doctor": "what this machine has and lacks",
     "bench": "dispatch latency and costs on this machine, as a table and a plot",

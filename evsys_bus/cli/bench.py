@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 DOC: Final = """Measure latency and costs on this machine, beside the alternatives that are installed.
 
-QUESTION is any of dispatch, imports, costs, journal, kills, growth, couriers, lateness; without one, all of them are
-asked, which takes ten minutes.
+QUESTION is any of dispatch, imports, costs, journal, kills, growth, couriers, lateness, all-loggers; without one,
+all of them are asked, which takes ten minutes.
 Quote the ratios: they are taken within one interleaved run, while absolute times belong to a machine and a moment.
 """
 
@@ -85,6 +85,7 @@ def _effort(rounds: int | None, quick: bool) -> "Effort":
 
 
 def _shipped() -> "Mapping[str, Question]":
+    from evsys_bus.bench.all_loggers import ALL_LOGGERS
     from evsys_bus.bench.catching_up import CATCHING_UP
     from evsys_bus.bench.costs import COSTS
     from evsys_bus.bench.dispatch import DISPATCH
@@ -94,7 +95,7 @@ def _shipped() -> "Mapping[str, Question]":
     from evsys_bus.bench.kills import KILLS
     from evsys_bus.bench.lateness import LATENESS
 
-    asked: tuple[Question, ...] = (DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH, CATCHING_UP, LATENESS)
+    asked: tuple[Question, ...] = (DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH, CATCHING_UP, LATENESS, ALL_LOGGERS)
     return {question.name: question for question in asked}
 
 

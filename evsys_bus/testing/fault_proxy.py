@@ -132,8 +132,8 @@ class FaultProxy:
             try:
                 if not self.fault.silent:
                     await target.send_eof()
-            except (OSError, anyio.BrokenResourceError, anyio.ClosedResourceError):
-                pass  # it left first
+            except (OSError, RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError):
+                pass  # it left first; uvloop says RuntimeError
             return
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             _reset(source)

@@ -1,0 +1,80 @@
+"""`RunNotes`: what a logger knows of a run besides what is in its file, and so what its marks carry.
+
+Tells what is run again and has to be void, and which values of an eval are new.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from evsys_adapters._marks import Course
+
+UNKNOWN: Final = 1 << 62
+"""Larger than any step."""
+
+
+class RunNotes(msgspec.Struct, omit_defaults=True):
+    """One run."""
+
+    course: Course = msgspec.field(default_factory=Course)
+    last: int | None = None
+    """The largest step that was trained."""
+    evals: dict[str, tuple[int, dict[str, Any]]] = {}
+    """The newest eval of each name: its step, and its values. Any: plain values."""
+    untidy: bool = False
+    """Whether steps came late, or evals again, so that the file is to be put in order."""
+    described: bool = False
+    """Whether the configuration was written down."""
+    top: int = -1
+    """The largest step of anything in the file; `UNKNOWN` for a file of an earlier day."""
+
+    def starts(self, first_step: int) -> bool:
+        """Training starts at this step; whether this step and later ones are void in the file."""
+        return self.course.starts(first_step) and self._voids(first_step)
+
+    def steps(self, step: int) -> bool:
+        """A step was seen; whether it is the first sign of a training, and voids what the file has from it on."""
+        late = self.last is not None and step < self.last
+        void = self.course.steps(step) and self._voids(step)
+        self.untidy = self.untidy or (late and not void)
+        self.last = step if self.last is None else max(step, self.last)
+        self.top = max(self.top, step)
+        return void
+
+    def news(self, name: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Those values of an eval that were not said of it already; NaN is NaN. Any: plain values."""
+        at, said = self.evals.get(name, (step, {}))
+        if at != step:
+            said = {}
+        changed = {key: value for key, value in values.items() if key not in said or repr(said[key]) != repr(value)}
+        self.untidy = self.untidy or at > step or any(key in said for key in changed)
+        if at <= step:
+            self.evals[name] = (step, {**said, **values})
+        self.top = max(self.top, step)
+        return changed
+
+    def _voids(self, first_step: int) -> bool:
+        self.last = first_step - 1 if first_step > 0 else None
+        if first_step > self.top:
+            return False
+        self.top = first_step - 1
+        self.evals = {name: said for name, said in self.evals.items() if said[0] < first_step}
+        self.described = False
+        return True
+
+
+NotesT = TypeVar("NotesT", bound=RunNotes)
+
+
+def packed(notes: Mapping[str, RunNotes]) -> dict[str, bytes]:
+    """Notes of runs for a mark, which travels as JSON and so has no NaN."""
+    return {key: msgspec.msgpack.encode(each) for key, each in notes.items()}
+
+
+def unpacked(notes: Mapping[str, bytes], kind: type[NotesT]) -> dict[str, NotesT]:
+    """What `packed` made, of runs of which nothing was heard since."""
+    found = {key: msgspec.msgpack.decode(each, type=kind) for key, each in notes.items()}
+    for each in found.values():
+        each.course.rewound = True
+    return found

@@ -1,0 +1,193 @@
+"""W&B's run files: how a record looks, and the records that a logger writes into them.
+
+    :W&B magic version · blocks of 32 KiB, in them pieces: checksum · length · kind · part of a ``Record`` message
+
+That is the file that W&B's own service writes and `wandb sync` uploads. Writing it here, in this process, is what makes
+it exact: the service keeps rows in memory and says nothing about when they are on disk. The messages are W&B's.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, BinaryIO, Final
+
+from evsys_adapters._logged_values import json_of
+
+_HEAD: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
+_BLOCK: Final = 1 << 15
+_PIECE: Final = struct.Struct("<IHB")
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+_OLDEST_READER: Final = "0.40.0"
+"""The oldest W&B that reads such records; what W&B writes itself says so too."""
+
+
+def needs_wandb() -> None:
+    """Check that wandb is there, without importing it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    if find_spec("wandb") is None:
+        raise ModuleNotFoundError('wandb_logger needs wandb; pip install "evsys-bus[wandb]"', name="wandb")
+
+
+class Records:
+    """Makes and reads the records; an instance holds the imported messages."""
+
+    def __init__(self) -> None:
+        # Any: protobuf makes its classes when it is imported, and W&B need not be there when this is checked.
+        self._messages: Any = import_module("wandb.proto.wandb_internal_pb2")
+        self._producer: str = import_module("wandb").__version__
+
+    # -- the format ---------------------------------------------------------------------------------------------------
+
+    def head(self) -> bytes:
+        """What says that it is a file of W&B."""
+        return _HEAD
+
+    def frame(self, payload: bytes, at: int) -> bytes:
+        """A record, in as many pieces as blocks ask for."""
+        out = bytearray()
+        rest = memoryview(payload)
+        first = True
+        while first or rest:
+            room = _BLOCK - (at + len(out)) % _BLOCK
+            if room < _PIECE.size:
+                out += bytes(room)
+                room = _BLOCK
+            piece, rest = rest[: room - _PIECE.size], rest[room - _PIECE.size :]
+            kind = (_FIRST if rest else _FULL) if first else (_MIDDLE if rest else _LAST)
+            out += _PIECE.pack(zlib.crc32(piece, zlib.crc32(bytes([kind]))), len(piece), kind) + piece
+            first = False
+        return bytes(out)
+
+    def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
+        """Every whole record."""
+        at = len(file.read(len(_HEAD)))
+        parts: list[bytes] = []
+        while True:
+            room = _BLOCK - at % _BLOCK
+            if room < _PIECE.size:
+                at += len(file.read(room))
+                continue
+            head = file.read(_PIECE.size)
+            if len(head) < _PIECE.size:
+                return
+            _, length, kind = _PIECE.unpack(head)
+            part = file.read(length)
+            if len(part) < length or not _FULL <= kind <= _LAST:
+                return
+            at += _PIECE.size + length
+            parts.append(part)
+            if kind in {_FULL, _LAST}:
+                yield b"".join(parts), at
+                parts = []
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def version(self, run_id: str) -> bytes:
+        """The first record."""
+        versions = self._messages.VersionInfo(producer=self._producer, min_consumer=_OLDEST_READER)
+        return self._record(run_id, header=self._messages.HeaderRecord(version_info=versions))
+
+    def run(self, run_id: str, config: Mapping[str, Any], started: float, **names: str | None) -> bytes:
+        """What the run is. Any: plain values. Names: project, entity, run_group, job_type, display_name, notes."""
+        given = {key: value for key, value in names.items() if value}
+        run = self._messages.RunRecord(run_id=run_id, **given)
+        for key, value in config.items():
+            run.config.update.add(key=key, value_json=json_of(value))
+        run.start_time.seconds, run.start_time.nanos = int(started), int(started % 1 * 1e9)
+        return self._record(run_id, run=run)
+
+    def metric(self, run_id: str, name: str, step_metric: str | None) -> bytes:
+        """That a metric is drawn over its own steps; without one, that it is such a step."""
+        metric = self._messages.MetricRecord(name=_escaped(name), step_metric=_escaped(step_metric or ""))
+        metric.options.defined = True
+        metric.options.hidden = step_metric is None
+        return self._record(run_id, metric=metric)
+
+    def row(self, run_id: str, number: int, values: Mapping[str, Any]) -> bytes:
+        """One row of the history; the first value is its step. Any: plain values."""
+        history = self._messages.HistoryRecord()
+        for key, value in values.items():
+            history.item.add(nested_key=[key], value_json=json_of(value))
+        history.item.add(nested_key=["_step"], value_json=str(number))
+        history.step.num = number
+        return self._record(run_id, history=history)
+
+    def summary(self, run_id: str, values: Mapping[str, Any]) -> bytes:
+        """What stands for the run in lists of runs. Any: plain values."""
+        summary = self._messages.SummaryRecord()
+        for key, value in values.items():
+            summary.update.add(nested_key=[key], value_json=json_of(value))
+        return self._record(run_id, summary=summary)
+
+    def file(self, run_id: str, path: str) -> bytes:
+        """That a file in the run's ``files`` folder belongs to it."""
+        files = self._messages.FilesRecord()
+        files.files.add(path=path)
+        return self._record(run_id, files=files)
+
+    def exit(self, run_id: str, *, failed: bool) -> bytes:
+        """The run has ended."""
+        return self._record(run_id, exit=self._messages.RunExitRecord(exit_code=int(failed)))
+
+    def outline(self, payload: bytes) -> tuple[int, bool]:
+        """The number of a row of the history, -1 for any other record; and whether it says that the run has ended."""
+        record = self._messages.Record.FromString(payload)
+        kind = record.WhichOneof("record_type")
+        return (int(record.history.step.num) if kind == "history" else -1), kind == "exit"
+
+    # -- changing what was written ------------------------------------------------------------------------------------
+
+    def before(self, first_step: int, payloads: Iterable[bytes]) -> Iterator[bytes]:
+        """The records without rows of that step and later ones, and without the end of the run."""
+        for payload in payloads:
+            record = self._messages.Record.FromString(payload)
+            kind = record.WhichOneof("record_type")
+            if kind == "exit" or (kind == "history" and _step(record.history) >= first_step):
+                continue
+            yield payload
+
+    def tidied(self, payloads: Iterable[bytes]) -> Iterator[bytes]:
+        """The records without values of evals that were replaced."""
+        records = [self._messages.Record.FromString(payload) for payload in payloads]
+        newest: dict[tuple[str, float, str], int] = {}
+        for index, record in enumerate(records):
+            newest |= dict.fromkeys(_evals_of(record), index)
+        for index, record in enumerate(records):
+            keys = list(_evals_of(record))
+            if keys and all(newest[key] != index for key in keys):
+                continue
+            for key in keys:
+                if newest[key] != index:
+                    at = next(n for n, item in enumerate(record.history.item) if item.nested_key[0] == key[2])
+                    del record.history.item[at]
+            yield record.SerializeToString()
+
+    def _record(self, run_id: str, **what: Any) -> bytes:
+        record = self._messages.Record(**what)
+        record._info.stream_id = run_id  # noqa: SLF001 # what W&B calls it
+        return record.SerializeToString()
+
+
+def _step(history: Any) -> float:
+    """The step of a row; a row without one belongs to no step. Any: a message."""
+    items = history.item
+    return float(items[0].value_json) if items and items[0].nested_key[0].endswith("/step") else -1.0
+
+
+def _evals_of(record: Any) -> Sequence[tuple[str, float, str]]:
+    """The values of evals in a record, by name, step and metric. Any: a message."""
+    items = record.history.item
+    if not items or not items[0].nested_key[0].startswith("eval/"):
+        return ()
+    head, step = items[0].nested_key[0], _step(record.history)
+    return [(head, step, item.nested_key[0]) for item in items[1:] if not item.nested_key[0].startswith("_")]
+
+
+def _escaped(name: str) -> str:
+    """A dot in the name of a defined metric means a part of it, unless it is escaped."""
+    return name.replace("\\", "\\\\").replace(".", "\\.")

@@ -1,0 +1,219 @@
+"""`CheckpointPrune`: removes checkpoints that the rules no longer keep, from this machine and from the destination.
+
+A sink, for it waits for uploads and talks to the destination. It owns when something is removed; which, is the business
+of `checkpoints.retention`. Nothing is removed before a newer checkpoint is verified where it should be: at the
+destination if there is a ``url``, else on this machine.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
+
+import msgspec
+
+from evsys_adapters._params import checked
+from evsys_adapters.checkpoints.destination import Destination
+from evsys_adapters.checkpoints.events import CheckpointPruned
+from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
+from evsys_adapters.checkpoints.places import Places, Reach, has_placeholders, url_for
+from evsys_adapters.checkpoints.removal import is_whole, places, removable, remove
+from evsys_adapters.checkpoints.retention import Best, Keep, prunable
+from evsys_adapters.checkpoints.spool import Spool
+from evsys_bus.context import LoopState, ManifestRow
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.events import Checkpoint, Envelope, Eval, TrainEnd
+from evsys_bus.sink import Sink
+
+MOST_SCORES: Final = 1_000
+AGAIN_SECONDS: Final = 0.2
+"""After so long it looks again, at least, whether the last upload has ended."""
+
+
+class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `CheckpointPrune` can be told."""
+
+    local: Keep = Keep()
+    """What is kept of the trainer's own files. Default: everything."""
+    remote: Keep = Keep()
+    """What is kept at the destination. Default: everything."""
+    url: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9+.-]+://")] | None = None
+    """The destination, just as `checkpoint_upload` has it. With it, local files go only once a newer checkpoint is
+    verified there; without, once a newer one is whole on this machine."""
+    dry_run: bool = False
+    """Remove nothing, and have on record what would be removed."""
+    endpoint: str | None = None
+    """This and the following as `checkpoint_upload` has them."""
+    region: str | None = None
+    path_style: bool | None = None
+    profile: str | None = None
+
+
+class _Known(msgspec.Struct):
+    stream: str
+    seq: int
+    row: ManifestRow
+
+
+class _Run(msgspec.Struct):
+    """What is known of one run."""
+
+    key: str
+    run_dir: str
+    url: str | None
+    """The destination of its checkpoints."""
+    known: list[_Known] = msgspec.field(default_factory=list[_Known])
+    """Its checkpoints that may still be here, the oldest first."""
+    local: dict[int, float] = msgspec.field(default_factory=dict[int, float])
+    """Scores by which the local rules judge."""
+    remote: dict[int, float] = msgspec.field(default_factory=dict[int, float])
+
+
+class CheckpointPrune(Sink):
+    """Removes checkpoints, as `CheckpointPruneConfig` says; what was removed is on record as CheckpointPruned.
+
+    The newest verified checkpoint and everything newer always stays; so does a file that a kept checkpoint uses too,
+    and everything at the destination unless ``remote`` says otherwise.
+    """
+
+    name: ClassVar[str] = "checkpoint_prune"
+    Config: ClassVar[type | None] = CheckpointPruneConfig
+    write_timeout_seconds: float = 600.0  # large directories, many objects
+
+    def __init__(self, **params: Any) -> None:
+        """Any: as `CheckpointPruneConfig` has them; they are checked."""
+        self.config = checked(CheckpointPruneConfig, params)
+        self._runs: dict[str, _Run] = {}
+        self._destinations: dict[str, Destination] = {}
+        self._places = Places(
+            Reach(self.config.endpoint, self.config.region, self.config.path_style, self.config.profile)
+        )
+        self._told: set[tuple[str, str, str]] = set()
+
+    async def open(self) -> None:
+        """Look whether the destination is there, where it matters."""
+        if self.config.remote != Keep() and self.config.url is not None and not has_placeholders(self.config.url):
+            await self._places.place(self.config.url)
+
+    async def write(self, batch: Sequence[Envelope]) -> None:
+        """Take note of checkpoints and evals, and remove what may go now."""
+        touched: dict[str, _Run] = {}
+        ended: list[_Run] = []
+        for envelope in batch:
+            event = envelope.event
+            if isinstance(event, Checkpoint | Eval | TrainEnd):
+                run = self._run(envelope, event.state)
+                touched[run.run_dir] = run
+                self._learn(run, envelope, event)
+                ended += [run] if isinstance(event, TrainEnd) else []
+        awaited = [name for run in ended for name in self._uploading(run)]  # looked up before: they may end meanwhile
+        for run in touched.values():
+            self._prune_local(run)
+            await self._prune_remote(run)
+        if awaited:
+            # The last event of a training is not done with before its last upload is: what that replaces may go then.
+            raise RetryLaterError(f"{awaited[-1]} waits to be uploaded", after_seconds=AGAIN_SECONDS)
+
+    async def close(self) -> None:
+        """Close what was opened."""
+        await self._places.close()
+
+    def mark(self) -> Any:
+        """What is known of the runs, kept beside the cursor. Any: plain data."""
+        return msgspec.to_builtins(self._runs, str_keys=True)
+
+    def rewind(self, mark: Any) -> None:
+        """Know what was known then. Any: as above."""
+        self._runs = msgspec.convert(mark, dict[str, _Run], strict=False)
+
+    def _run(self, envelope: Envelope, state: LoopState) -> _Run:
+        run_dir = Path(state.output_dir).absolute()
+        if str(run_dir) not in self._runs:
+            url = None if self.config.url is None else url_for(self.config.url, state)
+            self._runs[str(run_dir)] = _Run(component(envelope.run or run_dir.name), str(run_dir), url)
+        return self._runs[str(run_dir)]
+
+    def _learn(self, run: _Run, envelope: Envelope, event: Checkpoint | Eval | TrainEnd) -> None:
+        if isinstance(event, Checkpoint) and self.config.local != Keep():
+            names = {(each.row.name, each.row.batch) for each in run.known}
+            if (event.row.name, event.row.batch) not in names:
+                new = _Known(envelope.stream, envelope.seq, event.row)
+                run.known = sorted([*run.known, new], key=lambda each: (each.stream, each.seq))
+        elif isinstance(event, Eval):
+            for scores, keep in ((run.local, self.config.local), (run.remote, self.config.remote)):
+                best = keep.keep_best
+                value = None if best is None else event.metrics.get(best.metric)
+                if best is not None and best.eval_name in {None, event.eval_name} and _is_finite(value):
+                    scores[event.step_idx] = float(value)
+                    _bound(scores, best)
+
+    def _prune_local(self, run: _Run) -> None:
+        rows = [each.row for each in run.known]
+        run_dir = Path(run.run_dir)
+        for row in prunable(rows, self.config.local, run.local, self._newest_verified(run, rows)):
+            if self.config.dry_run:
+                self._tell(run, row, "local", [str(each) for each in places(row)])
+                continue
+            found = removable(row, (each for each in rows if each is not row), run_dir)
+            removed = [place for place in found if _removed(place)]
+            run.known = [each for each in run.known if each.row is not row]
+            if removed:
+                self._tell(run, row, "local", list(map(str, removed)))
+
+    def _newest_verified(self, run: _Run, rows: Sequence[ManifestRow]) -> int:
+        if self.config.url is None:
+            return max((index for index, row in enumerate(rows) if is_whole(row)), default=-1)
+        spool = Spool.of(run.run_dir, self.config.url)
+        there = {checkpoint_folder(done.manifest.row) for done in spool.done()}
+        return max((index for index, row in enumerate(rows) if checkpoint_folder(row) in there), default=-1)
+
+    async def _prune_remote(self, run: _Run) -> None:
+        if run.url is None or self.config.remote == Keep():
+            return
+        place = await self._places.place(run.url)
+        destination = self._destinations.setdefault(run.run_dir, Destination(place.store, place.prefix, run.key))
+        rows = [manifest.row for manifest in await destination.manifests()]
+        latest = await destination.latest()
+        for row in prunable(rows, self.config.remote, run.remote, len(rows) - 1):
+            folder = checkpoint_folder(row)
+            if latest is None or latest.checkpoint == folder:
+                continue
+            if not self.config.dry_run:
+                await destination.remove(folder)
+            self._tell(run, row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
+
+    def _uploading(self, run: _Run) -> list[str]:
+        if self.config.url is None or self.config.dry_run:
+            return []
+        return [waiting.folder.name for waiting in Spool.of(run.run_dir, self.config.url).waiting()]
+
+    def _tell(self, run: _Run, row: ManifestRow, where: Literal["local", "remote"], paths: list[str]) -> None:
+        folder = checkpoint_folder(row)
+        if self.config.dry_run:
+            if (run.run_dir, folder, where) in self._told:
+                return
+            self._told.add((run.run_dir, folder, where))
+        self.publish(CheckpointPruned(run.key, folder, row.batch, where, paths, self.config.dry_run))
+
+
+def _removed(place: Path) -> bool:
+    try:
+        remove(place)
+    except OSError as error:
+        log().warning("checkpoint.not_removed", path=str(place), error=str(error))
+        return False
+    return True
+
+
+def _bound(scores: dict[int, float], best: Best) -> None:
+    """Of very many scores, the best and the last ones matter."""
+    if len(scores) > 2 * MOST_SCORES:
+        ranked = sorted(scores, key=lambda step: scores[step], reverse=best.mode == "max")
+        kept = {*ranked[:MOST_SCORES], *sorted(scores)[-MOST_SCORES:]}
+        for step in set(scores) - kept:
+            del scores[step]
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)

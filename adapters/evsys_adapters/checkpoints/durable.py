@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, also after a power cut, and the digests of their content."""
+
+import hashlib
+import os
+from pathlib import Path
+from secrets import token_hex
+from typing import BinaryIO, Final
+
+CHUNK_BYTES: Final = 1 << 20
+
+
+def beside(path: Path) -> Path:
+    """A name for what is to become the file, in the same directory, which is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name[:100]}.{token_hex(6)}.partial")
+
+
+def sync(file: BinaryIO) -> None:
+    """Have the content on the medium."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the entries of the directory on the medium."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def move(partial: Path, path: Path) -> None:
+    """Put a file, whose content is on the medium, in its place."""
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Have the file hold just this."""
+    partial = beside(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            sync(file)
+        move(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)  # it is in its place, unless this failed
+
+
+def sha256_of(path: Path) -> str:
+    """The digest of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,183 @@
+"""`FolderStore`: objects as files of a directory; on a network file system, or as the twin of S3 in tests."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from anyio import to_thread
+
+from evsys_adapters.checkpoints import durable
+from evsys_adapters.checkpoints.ledger import Plan, Source, UploadLedger
+from evsys_adapters.checkpoints.store import (
+    ConflictError,
+    MissingError,
+    Stored,
+    Told,
+    check,
+    check_key,
+    missing_file,
+)
+from evsys_bus.errors import ParkedError, RetryLaterError
+
+_PIECE_BYTES: Final = 4 << 20
+
+
+class FolderStore:
+    """An `ObjectStore` of files: the key is the path below the directory. Digests are made when they are asked for.
+
+    Two processes that put different content under one key at the same instant are not told apart from one after the
+    other: the file system has no replacing that fails.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.where = f"file://{directory}"
+
+    async def open(self) -> None:
+        """As `ObjectStore`."""
+
+    async def probe(self) -> None:
+        """As `ObjectStore`."""
+        key = f".probe-{os.getpid()}"
+        try:
+            await self.put_bytes(key, b"evsys-bus was here", replace=True)
+            await self.delete(key)
+        except OSError as error:
+            raise ParkedError(
+                f"{self._directory} cannot be written: {error.strerror}",
+                fix="mount it, or let this user write there",
+            ) from error
+
+    async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
+        """As `ObjectStore`. A copy that was cut short is begun again."""
+        target = self._path(key)
+        await to_thread.run_sync(self._clear, key, ledger)
+        try:
+            file = path.open("rb")
+        except FileNotFoundError as error:
+            raise missing_file(path) from error
+        with file:
+            source = Source.of(os.fstat(file.fileno()))
+            if target.exists():
+                sha256 = await to_thread.run_sync(durable.sha256_of, path)
+                stored = await to_thread.run_sync(self._same, key, source.size, sha256)
+            else:
+                copy = durable.beside(target)
+                ledger.begin(Plan(self.where, key, str(path), source, upload=str(copy)))
+                stored = Stored(key, source.size, await _copy(file, copy, source.size, told))
+                if Source.of(os.fstat(file.fileno())) != source:
+                    raise RetryLaterError(f"{path} changed while it was copied")
+                await to_thread.run_sync(durable.move, copy, target)
+        ledger.forget(self.where, key)
+        if told is not None:
+            told(stored.size, stored.size)
+        return stored
+
+    async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
+        """As `ObjectStore`."""
+        return await to_thread.run_sync(self._put_bytes, key, data, replace)
+
+    async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
+        """As `ObjectStore`; without ``stored`` the size is all that it can be held to."""
+        try:
+            file = self._path(key).open("rb")
+        except FileNotFoundError as error:
+            raise self._missing(key) from error
+        copy = durable.beside(path)
+        try:
+            with file:
+                size = os.fstat(file.fileno()).st_size
+                got = Stored(key, size, await _copy(file, copy, size, told))
+            check(got, stored, self.where)
+            await to_thread.run_sync(durable.move, copy, path)
+        finally:
+            copy.unlink(missing_ok=True)
+        return got
+
+    async def get_bytes(self, key: str) -> bytes:
+        """As `ObjectStore`."""
+        try:
+            return await to_thread.run_sync(self._path(key).read_bytes)
+        except FileNotFoundError as error:
+            raise self._missing(key) from error
+
+    async def names(self, prefix: str) -> list[Stored]:
+        """As `ObjectStore`."""
+        return await to_thread.run_sync(lambda: sorted(self._names(prefix), key=lambda each: each.key))
+
+    async def delete(self, key: str) -> None:
+        """As `ObjectStore`."""
+        await to_thread.run_sync(partial(self._path(key).unlink, missing_ok=True))
+
+    async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
+        """As `ObjectStore`."""
+        return await to_thread.run_sync(self._abort_abandoned, prefix, ledger)
+
+    async def close(self) -> None:
+        """As `ObjectStore`."""
+
+    def _put_bytes(self, key: str, data: bytes, replace: bool) -> Stored:
+        path, sha256 = self._path(key), hashlib.sha256(data).hexdigest()
+        if path.exists() and not replace:
+            return self._same(key, len(data), sha256)
+        durable.replace(path, data)
+        return Stored(key, len(data), sha256)
+
+    def _names(self, prefix: str) -> Iterator[Stored]:
+        for folder, _, files in os.walk(self._directory):
+            for name in files:
+                path = Path(folder, name)
+                key = path.relative_to(self._directory).as_posix()
+                if key.startswith(prefix) and not name.endswith(".partial"):
+                    yield Stored(key, path.stat().st_size)
+
+    def _abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
+        plans = ledger.under(self.where, prefix)
+        for plan in plans:  # a copy is never gone on with, so each of them is abandoned
+            self._clear(plan.key, ledger)
+        return len(plans)
+
+    def _clear(self, key: str, ledger: UploadLedger) -> None:
+        found = ledger.find(self.where, key)
+        if found is not None and found[0].upload is not None:
+            Path(found[0].upload).unlink(missing_ok=True)
+        ledger.forget(self.where, key)
+
+    def _same(self, key: str, size: int, sha256: str) -> Stored:
+        """The object, if it has this content."""
+        path = self._path(key)
+        if path.stat().st_size != size or durable.sha256_of(path) != sha256:
+            raise ConflictError(f"{path} has other content", fix="store this run under another prefix, or move it away")
+        return Stored(key, size, sha256)
+
+    def _path(self, key: str) -> Path:
+        check_key(key)
+        return self._directory / key
+
+    def _missing(self, key: str) -> MissingError:
+        return MissingError(f"{self._path(key)} is not there", fix="see what is stored: evsys-bus checkpoints RUN")
+
+
+async def _copy(file: BinaryIO, copy: Path, size: int, told: Told | None) -> str:
+    """Copy an open file, on the medium when this returns; the digest."""
+    digest, done = hashlib.sha256(), 0
+    with copy.open("wb") as out:
+        while piece := await to_thread.run_sync(_copy_piece, file, out, digest.update):
+            done += piece
+            if told is not None:
+                told(done, max(size, done))
+        await to_thread.run_sync(durable.sync, out)
+    return digest.hexdigest()
+
+
+def _copy_piece(file: BinaryIO, out: BinaryIO, seen: Callable[[bytes], None]) -> int:
+    """Copy so much that a cancellation does not wait long; how many bytes that was."""
+    done = 0
+    while done < _PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
+        seen(chunk)
+        out.write(chunk)
+        done += len(chunk)
+    return done

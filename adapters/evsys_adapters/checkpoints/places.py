@@ -1,0 +1,88 @@
+"""`Places`: the destinations that an adapter has open, each looked into before it is used."""
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+import anyio
+import msgspec
+
+from evsys_adapters._runs import run_context
+from evsys_adapters.checkpoints.manifest import component
+from evsys_adapters.checkpoints.store import ObjectStore, open_store
+from evsys_bus.context import LoopState
+
+OPEN_SECONDS: Final = 60.0
+_EXPERIMENT_DIR: Final = "{output_dir}"
+_EXPERIMENT: Final = "{experiment}"
+
+
+class Reach(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How destinations are reached; no secrets."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    profile: str | None = None
+    concurrency: int = 4
+    part_bytes: int = 16 << 20
+
+
+class Place(NamedTuple):
+    """An open destination."""
+
+    store: ObjectStore
+    prefix: str
+    """Of all keys."""
+
+
+class Places:
+    """Opens each URL once.
+
+    Args:
+        reach: For all of them.
+    """
+
+    def __init__(self, reach: Reach) -> None:
+        self._reach = reach
+        self._open: dict[str, Place] = {}
+
+    async def place(self, url: str, *, probe: bool = True) -> Place:
+        """The destination, open.
+
+        Args:
+            url: Without placeholders.
+            probe: Whether to find out first that it can be written.
+
+        Raises:
+            DeliveryError, OSError, ConfigError: It cannot be reached, refuses these credentials, or is no such URL.
+        """
+        if url not in self._open:
+            store, prefix = open_store(url, **msgspec.structs.asdict(self._reach))
+            async with AsyncExitStack() as unless_open:
+                unless_open.push_async_callback(store.close)
+                with anyio.fail_after(OPEN_SECONDS):
+                    await store.open()
+                    if probe:
+                        await store.probe()
+                unless_open.pop_all()
+            self._open[url] = Place(store, prefix)
+        return self._open[url]
+
+    async def close(self) -> None:
+        """Close them all."""
+        while self._open:
+            await self._open.popitem()[1].store.close()
+
+
+def has_placeholders(url: str) -> bool:
+    """Whether it is known only once there is a run."""
+    return _EXPERIMENT_DIR in url or _EXPERIMENT in url
+
+
+def url_for(url: str, state: LoopState) -> str:
+    """The URL with its placeholders filled in: the path of the experiment's folder, and its name."""
+    ctx = run_context(state)
+    folder = (Path(state.output_dir).parent if ctx is None else Path(ctx.output_dir)).absolute()
+    return url.replace(_EXPERIMENT_DIR, quote(str(folder))).replace(_EXPERIMENT, component(folder.name))

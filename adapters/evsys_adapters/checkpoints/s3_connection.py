@@ -1,0 +1,177 @@
+"""`S3Connection`: requests to a bucket, by aiobotocore, which this file alone knows and loads at the first request.
+
+Every request has a deadline, is made once, and fails with what that means for a delivery. After a refusal the client is
+made anew, with keys that are read anew, so that a rotated key is found.
+"""
+
+import asyncio
+import importlib
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
+
+from evsys_adapters.checkpoints.s3_errors import KeyOrigin, Refusal, WordError, meaning
+from evsys_bus.errors import ParkedError, RetryLaterError
+
+CONNECT_SECONDS: Final = 10.0
+REPLY_SECONDS: Final = 60.0
+LISTING_SECONDS: Final = 600.0
+
+_ORIGINS: Final = {
+    "env": "from the environment, AWS_ACCESS_KEY_ID",
+    "shared-credentials-file": "from the credentials file, ~/.aws/credentials or AWS_SHARED_CREDENTIALS_FILE",
+    "config-file": "from the config file, ~/.aws/config or AWS_CONFIG_FILE",
+    "iam-role": "from this machine's role",
+    "container-role": "from this container's role",
+}
+
+
+class S3Connection:
+    """The way to one bucket; it belongs to one event loop.
+
+    Attributes:
+        signs: Whether the content of bodies is signed. It need not be where the server checks digests.
+    """
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        endpoint: str | None,
+        region: str | None,
+        path_style: bool,
+        profile: str | None,
+        concurrency: int,
+    ) -> None:
+        self.where = f"s3://{bucket} at {endpoint}" if endpoint else f"s3://{bucket}"
+        self.concurrency = concurrency
+        self.signs = False
+        self.bucket = bucket
+        self._profile = profile
+        self._settings = {"endpoint_url": endpoint, "region_name": region}
+        self._style = "path" if path_style else "auto"
+        self._key = KeyOrigin("?", "from nowhere")
+        self._client: Any = None  # Any: made from S3's description at run time
+        self._stack = AsyncExitStack()
+        self._connecting = asyncio.Lock()
+        self._in_flight = 0
+        self._refused = False
+
+    async def close(self) -> None:
+        """Let go of it; the next request connects anew."""
+        stack, self._stack, self._client = self._stack, AsyncExitStack(), None
+        self._refused = False
+        await stack.aclose()
+
+    async def call(
+        self, operation: str, *, expect: Sequence[str] = (), seconds: float = REPLY_SECONDS, **params: Any
+    ) -> dict[str, Any]:
+        """Make a request, once.
+
+        Args:
+            operation: As a method of aiobotocore's client.
+            expect: Words for which WordError is raised, whatever they mean elsewhere.
+            seconds: It takes at most so long.
+            params: Any: S3's own, by operation; so is the reply.
+        """
+        async with self.requesting(_name(operation), seconds=seconds, expect=expect) as client:
+            return await getattr(client, operation)(Bucket=self.bucket, **params)
+
+    async def pages(self, operation: str, of: str, **params: Any) -> list[dict[str, Any]]:
+        """Everything under this name in all pages of a listing. Any: as `call`."""
+        found: list[dict[str, Any]] = []
+        async with self.requesting(_name(operation), seconds=LISTING_SECONDS) as client:
+            async for page in client.get_paginator(operation).paginate(Bucket=self.bucket, **params):
+                found += page.get(of, ())
+        return found
+
+    @asynccontextmanager
+    async def requesting(
+        self, operation: str, *, seconds: float | None = REPLY_SECONDS, expect: Sequence[str] = ()
+    ) -> AsyncGenerator[Any]:
+        """The client (Any: as above), for one request whose failures come out as what they mean for a delivery."""
+        client = await self._connected()
+        exceptions = _vendor("botocore.exceptions")
+        self._in_flight += 1
+        try:
+            async with asyncio.timeout(seconds):
+                yield client
+        except exceptions.ClientError as error:
+            refusal = _refusal(operation, error)
+            if refusal.word in expect:
+                raise WordError(refusal, self.where) from error
+            trouble = meaning(refusal, where=self.where, bucket=self.bucket, key=self._key)
+            self._refused = self._refused or isinstance(trouble, ParkedError)
+            raise trouble from error
+        except exceptions.SSLError as error:
+            fix = "have its certificate trusted: AWS_CA_BUNDLE names a file of authorities"
+            raise ParkedError(f"{self.where} cannot be trusted: {error}", fix=fix) from error
+        except (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+            _vendor("aiohttp").ClientError,
+            OSError,
+        ) as error:
+            raise RetryLaterError(f"{self.where} cannot be reached: {str(error) or 'it took too long'}") from error
+        except _vendor("botocore.parsers").ResponseParserError as error:
+            raise RetryLaterError(f"{self.where} replied with what is not S3's: {error}") from error
+        except exceptions.BotoCoreError as error:
+            self._refused = True
+            fix = "name a key in the environment, in ~/.aws/credentials, or by `profile`; it is looked for again"
+            raise ParkedError(f"{self.where} cannot be asked: {error}", fix=fix) from error
+        finally:
+            self._in_flight -= 1
+
+    async def _connected(self) -> Any:
+        """The client; a new one, with keys that are read anew, after it was refused. Any: as above."""
+        async with self._connecting:  # held while the machine's role is asked for; all wait for the same answer
+            if self._refused and not self._in_flight:
+                await self.close()
+            if self._client is None:
+                async with asyncio.timeout(REPLY_SECONDS):
+                    await self._connect()
+            return self._client
+
+    async def _connect(self) -> None:
+        session = _vendor("aiobotocore.session").AioSession(profile=self._profile)
+        config = _vendor("aiobotocore.config").AioConfig(
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=REPLY_SECONDS,
+            max_pool_connections=self.concurrency + 4,
+            retries={"total_max_attempts": 1},
+            s3={"addressing_style": self._style, "payload_signing_enabled": self.signs},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        try:
+            found = await session.get_credentials()
+            self._client = await self._stack.enter_async_context(
+                session.create_client("s3", config=config, **self._settings)
+            )
+        except (_vendor("botocore.exceptions").BotoCoreError, ValueError) as error:  # no such profile; no such endpoint
+            raise ParkedError(f"{self.where} cannot be asked: {error}", fix="correct the adapter's params") from error
+        if found is not None:
+            self._key = KeyOrigin(f"{found.access_key[:4]}…", _ORIGINS.get(found.method, f"from {found.method}"))
+
+
+def _name(operation: str) -> str:
+    """As S3's documents write it."""
+    return operation.title().replace("_", "")
+
+
+def _refusal(operation: str, error: Any) -> Refusal:
+    """What a client's error (Any: botocore is untyped) says."""
+    said, reply = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
+    status = int(reply.get("HTTPStatusCode", 0))
+    return Refusal(
+        operation,
+        status,
+        str(said.get("Code") or status),
+        str(said.get("Message", "")),
+        reply.get("HTTPHeaders", {}).get("retry-after"),
+    )
+
+
+def _vendor(module: str) -> Any:
+    """A module of the client library. Any: it has no types."""
+    return importlib.import_module(module)

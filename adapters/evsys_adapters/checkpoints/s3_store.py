@@ -1,0 +1,245 @@
+"""`S3Store`: objects in a bucket.
+
+It owns what is done in one request, and downloads; `s3_upload` sends files in parts, over an `s3_connection`. What is
+worth another attempt is raised as RetryLaterError, and the courier makes it; parts and downloads alone get a few here.
+
+Integrity does not rest on the connection: what is sent carries its SHA-256, which the server checks before it takes
+anything. `probe` tries whether it does; for one that does not, the payload is signed, which every server checks.
+"""
+
+import asyncio
+import hashlib
+from pathlib import Path
+from secrets import token_hex
+from typing import Any, BinaryIO, Final
+
+from anyio import to_thread
+
+from evsys_adapters.checkpoints import durable
+from evsys_adapters.checkpoints.ledger import UploadLedger, source_of
+from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection
+from evsys_adapters.checkpoints.s3_errors import WordError
+from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, again, base64_of
+from evsys_adapters.checkpoints.store import (
+    PART_BYTES,
+    ConflictError,
+    DamagedError,
+    MissingError,
+    Stored,
+    StoreError,
+    Told,
+    check,
+    check_key,
+)
+from evsys_bus.errors import ParkedError, RetryLaterError
+
+READ_BYTES: Final = 1 << 20
+
+
+class S3Store:
+    """An `ObjectStore` in a bucket. It belongs to one event loop."""
+
+    def __init__(
+        self,
+        bucket: str,
+        *,
+        prefix: str = "",
+        endpoint: str | None = None,
+        region: str | None = None,
+        path_style: bool = False,
+        profile: str | None = None,
+        concurrency: int = 4,
+        part_bytes: int = PART_BYTES,
+    ) -> None:
+        self.part_bytes = part_bytes
+        self._prefix = prefix
+        self._connection = S3Connection(
+            bucket,
+            endpoint=endpoint,
+            region=region,
+            path_style=path_style,
+            profile=profile,
+            concurrency=concurrency,
+        )
+        self.where = self._connection.where
+        self._probed = False
+
+    async def open(self) -> None:
+        """As `ObjectStore`."""
+
+    async def close(self) -> None:
+        """As `ObjectStore`. What is asked later connects anew, with the key of that time."""
+        self._probed = False
+        await self._connection.close()
+
+    async def probe(self) -> None:
+        """As `ObjectStore`."""
+        key, data = f"{self._prefix}.evsys-bus-probe-{token_hex(4)}", b"evsys-bus was here"
+        other = base64_of(hashlib.sha256(b"something else").hexdigest())
+        try:
+            await self._connection.call("put_object", expect=["BadDigest"], Key=key, Body=data, ChecksumSHA256=other)
+        except WordError as error:
+            if error.status != 400:  # noqa: PLR2004
+                raise
+        else:
+            if not self._connection.signs:
+                self._connection.signs = True
+                await self._connection.close()
+        await self._connection.call("put_object", Key=key, Body=data)
+        await self._connection.call("delete_object", Key=key)
+        self._probed = True
+
+    async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
+        """As `ObjectStore`."""
+        check_key(key)
+        if not self._probed:
+            await self.probe()
+        return await FileUpload(self, self._connection, key, path, ledger, told).run()
+
+    async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
+        """As `ObjectStore`."""
+        check_key(key)
+        wanted = Stored(key, len(data), hashlib.sha256(data).hexdigest())
+        return await self.put_whole(wanted, data, replace=replace)
+
+    async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
+        """As `ObjectStore`. A download that is cut goes on where it ended."""
+        head = await self._head(key)
+        copy = durable.beside(path)
+        try:
+            with copy.open("wb") as file:
+                got = await self._fetch(key, head, file, told)
+                await to_thread.run_sync(durable.sync, file)
+            check(got, Stored(key, head["ContentLength"], head["Metadata"].get("sha256")), self.where)
+            check(got, stored, self.where)
+            await to_thread.run_sync(durable.move, copy, path)
+        finally:
+            copy.unlink(missing_ok=True)
+        return got
+
+    async def get_bytes(self, key: str) -> bytes:
+        """As `ObjectStore`."""
+        try:
+            async with self._connection.requesting("GetObject") as client:
+                reply = await client.get_object(Bucket=self._connection.bucket, Key=key)
+                async with reply["Body"] as body:
+                    data: bytes = await body.read()
+        except WordError as error:
+            raise self._missing(key, error) from error
+        got = Stored(key, len(data), hashlib.sha256(data).hexdigest())
+        check(got, Stored(key, len(data), reply["Metadata"].get("sha256")), self.where)
+        return data
+
+    async def names(self, prefix: str) -> list[Stored]:
+        """As `ObjectStore`."""
+        found = await self._connection.pages("list_objects_v2", "Contents", Prefix=prefix)
+        return sorted((Stored(each["Key"], each["Size"]) for each in found), key=lambda each: each.key)
+
+    async def delete(self, key: str) -> None:
+        """As `ObjectStore`."""
+        await self._connection.call("delete_object", Key=key)
+
+    async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
+        """As `ObjectStore`."""
+        ended = 0
+        for plan in await to_thread.run_sync(ledger.under, self.where, prefix):
+            if await to_thread.run_sync(source_of, plan.path) == plan.source:
+                continue
+            await abort_uploads(self._connection, plan.key)
+            await to_thread.run_sync(ledger.forget, self.where, plan.key)
+            ended += 1
+        return ended
+
+    async def put_whole(self, wanted: Stored, data: bytes, *, replace: bool = False) -> Stored:
+        """Send a small object in one request."""
+        assert wanted.sha256 is not None
+        condition: dict[str, Any] = {} if replace else {"IfNoneMatch": "*"}
+        try:
+            await self._connection.call(
+                "put_object",
+                Key=wanted.key,
+                Body=data,
+                ChecksumSHA256=base64_of(wanted.sha256),
+                Metadata={"sha256": wanted.sha256},
+                **condition,
+            )
+        except WordError as error:
+            if error.word != "PreconditionFailed":
+                raise
+            if await self.standing(wanted) is None:
+                raise RetryLaterError(f"{wanted.key} was removed from {self.where} while it was stored") from error
+        return wanted
+
+    async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
+        """The object under the key if it has that content; None if nothing stands there; else ConflictError.
+
+        Args:
+            guess: Where we may not look, say that nothing is there: S3 answers so where we may not list the bucket.
+        """
+        try:
+            head = await self._head(wanted.key)
+        except MissingError:
+            return None
+        except ParkedError:
+            if guess:
+                return None
+            raise
+        size, sha256 = head["ContentLength"], head["Metadata"].get("sha256")
+        if size == wanted.size and sha256 is None:  # put there by someone else
+            sha256 = (await self._fetch(wanted.key, head, None, None)).sha256
+        if (size, sha256) != (wanted.size, wanted.sha256):
+            raise ConflictError(
+                f"{wanted.key} in {self.where} has other content: {size} bytes, and not the {wanted.size} to be stored",
+                fix="store this run under another prefix, or move that object away",
+            )
+        return wanted
+
+    async def _head(self, key: str) -> dict[str, Any]:
+        try:
+            return await self._connection.call("head_object", Key=key)
+        except WordError as error:
+            raise self._missing(key, error) from error
+
+    def _missing(self, key: str, error: WordError) -> StoreError:
+        """What it means that a reading was refused."""
+        if error.status != 404:  # noqa: PLR2004
+            return error
+        return MissingError(f"{key} is not in {self.where}", fix="see what is stored: evsys-bus checkpoints RUN")
+
+    async def _fetch(self, key: str, head: dict[str, Any], file: BinaryIO | None, told: Told | None) -> Stored:
+        """Read an object, to the file if there is one, and say what was read."""
+        digest, done, size = hashlib.sha256(), 0, int(head["ContentLength"])
+
+        def take(piece: bytes) -> None:
+            digest.update(piece)
+            if file is not None:
+                file.write(piece)
+
+        async def read_on() -> None:
+            nonlocal done
+            start = {"Range": f"bytes={done}-"} if done else {}
+            async with self._connection.requesting("GetObject", seconds=None) as client:
+                async with asyncio.timeout(REPLY_SECONDS):
+                    reply = await client.get_object(
+                        Bucket=self._connection.bucket, Key=key, IfMatch=head["ETag"], **start
+                    )
+                async with reply["Body"] as body:
+                    while True:
+                        async with asyncio.timeout(REPLY_SECONDS):
+                            piece: bytes = await body.read(READ_BYTES)
+                        if not piece:
+                            break
+                        await to_thread.run_sync(take, piece)
+                        done += len(piece)
+                        if told is not None:
+                            told(done, size)
+            if done < size:
+                raise RetryLaterError(f"{key} ended after {done} of {size} bytes")
+
+        try:
+            await again()(read_on)
+        except WordError as error:
+            if error.word not in {"PreconditionFailed", "NoSuchKey"}:
+                raise
+            raise DamagedError(f"{key} in {self.where} was replaced while it was fetched", fix="fetch again") from error
+        return Stored(key, done, digest.hexdigest())

@@ -1,0 +1,282 @@
+"""Sending a file to S3 in parts: resumable by any process that has the ledger, and under its key whole or not at all.
+
+    planned    the file's digests are known, and in the ledger
+    begun      the server's name for the upload is in the ledger
+    sent       each part that the server confirmed is in the ledger, before the next one is begun in its place
+    completed  under the condition that nothing stands under the key; then looked at, size and digest
+
+What a process that ended left behind is compared with what the server says it has (ListParts), and only the rest is
+sent. An upload that the server no longer knows was completed with the reply lost, or is begun again.
+"""
+
+import base64
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Protocol
+
+import anyio
+import msgspec
+from anyio import to_thread
+from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
+
+from evsys_adapters.checkpoints.ledger import Part, Plan, Source, UploadLedger
+from evsys_adapters.checkpoints.pieces import PartBody, digests
+from evsys_adapters.checkpoints.s3_connection import S3Connection
+from evsys_adapters.checkpoints.s3_errors import WordError
+from evsys_adapters.checkpoints.store import ConflictError, Stored, Told, missing_file
+from evsys_bus.errors import DeliveryError, RetryLaterError
+
+ATTEMPTS: Final = 4
+"""Of a part, and of a download from where it was cut; then it is the courier's turn."""
+MOST_PARTS: Final = 10_000
+"""S3's limit."""
+BEGINNINGS: Final = 3
+"""How often a file that changes is begun again."""
+COMPLETE_SECONDS: Final = 600.0
+"""Servers take minutes to put a large object together."""
+LEAST_BYTES_PER_SECOND: Final = 50_000
+"""A part that is carried more slowly is given up."""
+
+
+class Bucket(Protocol):
+    """What an upload asks of the store."""
+
+    part_bytes: int
+
+    async def put_whole(self, wanted: Stored, data: bytes) -> Stored:
+        """Send a small object in one request."""
+        ...
+
+    async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
+        """The object under the key if it has that content; None if nothing stands there; else ConflictError."""
+        ...
+
+
+class FileUpload:
+    """One call of `put_file`."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        connection: S3Connection,
+        key: str,
+        path: Path,
+        ledger: UploadLedger,
+        told: Told | None,
+    ) -> None:
+        self._bucket = bucket
+        self._connection = connection
+        self._key = key
+        self._path = path
+        self._ledger = ledger
+        self._told = told
+
+    async def run(self) -> Stored:
+        """As `ObjectStore.put_file`."""
+        for _ in range(BEGINNINGS):
+            with self._opened() as file:
+                source = Source.of(os.fstat(file.fileno()))
+                try:
+                    stored = await self._put(file, source)
+                except ConflictError:
+                    await self._abort()
+                    raise
+                except DeliveryError:
+                    if self._is_still(file, source):
+                        raise
+                    stored = None
+            if stored is not None:
+                await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
+                self._tell(stored.size, stored.size)
+                return stored
+            await self._abort()
+        raise RetryLaterError(f"{self._path} changes while it is sent")
+
+    async def _put(self, file: BinaryIO, source: Source) -> Stored | None:
+        """The object; None if the file changed."""
+        plan, parts = await self._planned(file, source)
+        wanted = Stored(self._key, source.size, plan.sha256)
+        if plan.upload is None:
+            there = await self._bucket.standing(wanted, guess=True)
+            if there is not None:
+                return there
+            if source.size <= plan.part_bytes:
+                data = await to_thread.run_sync(os.pread, file.fileno(), source.size, 0)
+                return await self._bucket.put_whole(wanted, data) if self._is_still(file, source) else None
+            plan = await self._begun(plan)
+        sent = await self._send(file, plan, parts)
+        if not self._is_still(file, source):
+            return None
+        completed = sent and await self._complete(plan, parts)
+        there = await self._bucket.standing(wanted)
+        if there is None or not completed:
+            await self._abort()
+        if there is None:
+            raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is begun again")
+        return there
+
+    async def _planned(self, file: BinaryIO, source: Source) -> tuple[Plan, dict[int, Part]]:
+        """What is to be sent, and what of it the server has."""
+        where = self._connection.where
+        found = await to_thread.run_sync(self._ledger.find, where, self._key)
+        if found is not None and found[0].source == source:
+            plan, parts = found
+            confirmed = None if plan.upload is None else await self._confirmed(plan, parts)
+            if confirmed is not None:
+                return plan, confirmed
+            if plan.upload is None:  # whether it was begun is not known
+                await self._abort()
+            return msgspec.structs.replace(plan, upload=None), {}
+        if found is not None:
+            await self._abort()
+        part_bytes = max(self._bucket.part_bytes, -(-source.size // MOST_PARTS))
+        sha256, of_parts = await digests(file.fileno(), source.size, part_bytes)
+        return Plan(where, self._key, str(self._path), source, part_bytes, sha256, of_parts), {}
+
+    async def _confirmed(self, plan: Plan, parts: dict[int, Part]) -> dict[int, Part] | None:
+        """Of the parts in the ledger, those that the server has too; None if it does not know the upload."""
+        try:
+            theirs = await self._connection.pages("list_parts", "Parts", Key=self._key, UploadId=plan.upload)
+        except WordError as error:
+            if error.word != "NoSuchUpload":
+                raise
+            return None
+        sizes = {part["PartNumber"]: (part["ETag"], part["Size"]) for part in theirs}
+        return {number: part for number, part in parts.items() if sizes.get(number) == (part.tag, _size(plan, number))}
+
+    async def _begun(self, plan: Plan) -> Plan:
+        await to_thread.run_sync(self._ledger.begin, plan)
+        reply = await self._connection.call(
+            "create_multipart_upload",
+            Key=self._key,
+            Metadata={"sha256": plan.sha256},
+            ChecksumAlgorithm="SHA256",
+        )
+        plan = msgspec.structs.replace(plan, upload=reply["UploadId"])
+        await to_thread.run_sync(self._ledger.begin, plan)
+        return plan
+
+    async def _send(self, file: BinaryIO, plan: Plan, parts: dict[int, Part]) -> bool:
+        """Send what is missing, some parts side by side; after the first failure no further one is begun.
+
+        Returns:
+            Whether the server still knows the upload.
+        """
+        missing = iter([number for number in range(1, len(plan.digests) + 1) if number not in parts])
+        troubles: list[DeliveryError] = []
+
+        async def work() -> None:
+            for number in missing:
+                try:
+                    parts[number] = await self._send_part(file.fileno(), plan, number)
+                except DeliveryError as error:
+                    troubles.append(error)
+                if troubles:
+                    return
+                self._tell(sum(_size(plan, each) for each in parts), plan.source.size)
+
+        self._tell(sum(_size(plan, each) for each in parts), plan.source.size)
+        async with anyio.create_task_group() as group:
+            for _ in range(self._connection.concurrency):
+                group.start_soon(work)
+        if any(isinstance(each, WordError) and each.word == "NoSuchUpload" for each in troubles):
+            return False
+        if troubles:
+            raise troubles[0]
+        return True
+
+    async def _send_part(self, file: int, plan: Plan, number: int) -> Part:
+        """Send one. Any: S3's reply."""
+        size = _size(plan, number)
+        reply: dict[str, Any] = await again()(
+            self._connection.call,
+            "upload_part",
+            Key=self._key,
+            UploadId=plan.upload,
+            PartNumber=number,
+            Body=PartBody(file, (number - 1) * plan.part_bytes, size),
+            ContentLength=size,
+            ChecksumSHA256=base64_of(plan.digests[number - 1]),
+            seconds=60 + size / LEAST_BYTES_PER_SECOND,
+        )
+        part = Part(number, reply["ETag"])
+        await to_thread.run_sync(self._ledger.finished, plan, part)
+        return part
+
+    async def _complete(self, plan: Plan, parts: dict[int, Part]) -> bool:
+        """Have the object made; whether it was. If not, what stands there tells why."""
+        listed = [
+            {"PartNumber": number, "ETag": part.tag, "ChecksumSHA256": base64_of(plan.digests[number - 1])}
+            for number, part in sorted(parts.items())
+        ]
+        try:
+            await self._connection.call(
+                "complete_multipart_upload",
+                Key=self._key,
+                UploadId=plan.upload,
+                IfNoneMatch="*",
+                MultipartUpload={"Parts": listed},
+                seconds=COMPLETE_SECONDS,
+            )
+        except WordError as error:
+            if error.word not in {"NoSuchUpload", "PreconditionFailed", "InvalidPart"}:
+                raise
+            return False
+        return True
+
+    async def _abort(self) -> None:
+        await abort_uploads(self._connection, self._key)
+        await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return self._path.open("rb")
+        except FileNotFoundError as error:
+            raise missing_file(self._path) from error
+
+    def _is_still(self, file: BinaryIO, source: Source) -> bool:
+        """Whether the file has not changed. One that was removed meanwhile is open here, and as good as it was."""
+        try:
+            now = self._path.stat()
+        except FileNotFoundError:
+            now = os.fstat(file.fileno())
+        return Source.of(now) == source
+
+    def _tell(self, done: int, size: int) -> None:
+        if self._told is not None:
+            self._told(done, size)
+
+
+async def abort_uploads(connection: S3Connection, key: str) -> None:
+    """End every upload to exactly this key that the server knows; a checkpoint's key has one writer."""
+    for upload in await connection.pages("list_multipart_uploads", "Uploads", Prefix=key):
+        if upload["Key"] == key:
+            try:
+                await connection.call("abort_multipart_upload", Key=key, UploadId=upload["UploadId"])
+            except WordError as error:
+                if error.word != "NoSuchUpload":
+                    raise
+
+
+def again() -> AsyncRetrying:
+    """A few attempts, for what fails in passing and does not say for how long."""
+    return AsyncRetrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(multiplier=0.1, max=2),
+        retry=_in_passing,
+        reraise=True,
+    )
+
+
+def base64_of(digest: str) -> str:
+    """A digest as S3 writes it."""
+    return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+def _in_passing(state: RetryCallState) -> bool:
+    error = None if state.outcome is None else state.outcome.exception()
+    return isinstance(error, RetryLaterError) and error.after_seconds is None
+
+
+def _size(plan: Plan, number: int) -> int:
+    return min(plan.part_bytes, plan.source.size - (number - 1) * plan.part_bytes)

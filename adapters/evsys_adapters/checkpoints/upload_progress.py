@@ -1,0 +1,58 @@
+"""`Progress`: how far one upload has got, told now and then."""
+
+import time
+from collections.abc import Callable
+
+from evsys_adapters.checkpoints.events import UploadProgress
+
+_LEAST_SECONDS = 1e-3
+
+
+class Progress:
+    """Counts the bytes of one checkpoint.
+
+    Args:
+        run: Whose checkpoint.
+        checkpoint: Its folder.
+        total_bytes: All that is to be uploaded.
+        every_seconds: How often it is told, at most.
+        publish: Told so.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        checkpoint: str,
+        total_bytes: int,
+        *,
+        every_seconds: float,
+        publish: Callable[[UploadProgress], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._done: dict[str, int] = {}  # by file; what is sent again after a fault counts once
+        self._run = run
+        self._checkpoint = checkpoint
+        self._total_bytes = total_bytes
+        self._every_seconds = every_seconds
+        self._publish = publish
+        self._clock = clock
+        self._began = self._told = clock()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return self._clock() - self._began
+
+    def see(self, file: str, done_bytes: int) -> None:
+        """So much of the file is at the destination."""
+        self._done[file] = done_bytes
+        now = self._clock()
+        if now - self._told < self._every_seconds:
+            return
+        self._told = now
+        done = sum(self._done.values())
+        rate = done / max(now - self._began, _LEAST_SECONDS)
+        left = max(0, self._total_bytes - done)
+        eta = left / rate if rate > 0 else None
+        self._publish(UploadProgress(self._run, self._checkpoint, done, self._total_bytes, round(rate, 1), eta))

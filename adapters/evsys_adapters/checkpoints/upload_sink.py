@@ -1,0 +1,200 @@
+"""`UploadSink`: the delivery half of `checkpoint_upload`. The Checkpoint event is the intent, the journal the queue.
+
+    every file of the entry        whole, with size and digest, or not at all; parts that were sent are not sent again
+    manifest.json                  then, and it is read back
+    latest.json                    then, unless it names a newer checkpoint
+    CheckpointUploaded             then; and only then the entry leaves the spool
+
+Each step changes nothing where it was done before, so the whole may begin again anywhere.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Final, NamedTuple
+
+import anyio
+
+from evsys_adapters._params import checked
+from evsys_adapters.checkpoints.destination import Destination
+from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded
+from evsys_adapters.checkpoints.manifest import Manifest, StoredFile, checkpoint_folder, component
+from evsys_adapters.checkpoints.places import Places, has_placeholders, url_for
+from evsys_adapters.checkpoints.spool import Done, Spool, SpooledFile, Waiting
+from evsys_adapters.checkpoints.store import ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.upload_config import CheckpointUploadConfig
+from evsys_adapters.checkpoints.upload_progress import Progress
+from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, RetryLaterError
+from evsys_bus.events import Checkpoint, Envelope
+from evsys_bus.sink import Sink
+
+STALL_SECONDS: Final = 300.0
+"""An upload of which no byte goes through for so long is begun again."""
+
+
+class _Task(NamedTuple):
+    """One event to be carried out."""
+
+    envelope: Envelope
+    event: Checkpoint
+    spool: Spool
+    url: str
+    """The destination of the run's checkpoints."""
+    destination: Destination
+    run: str
+
+    @property
+    def folder(self) -> str:
+        return checkpoint_folder(self.event.row)
+
+
+class UploadSink(Sink):
+    """Uploads what Checkpoint events name. Its params are those of `CheckpointUploadConfig`."""
+
+    name: ClassVar[str] = "checkpoint_upload"
+    Config: ClassVar[type | None] = CheckpointUploadConfig
+    write_timeout_seconds: float = 7 * 86_400.0  # a checkpoint may be large; `STALL_SECONDS` bounds the silence
+
+    def __init__(self, url: str, **params: Any) -> None:
+        """Any: as `CheckpointUploadConfig` has them; they are checked."""
+        self.config = checked(CheckpointUploadConfig, {"url": url, **params})
+        self._places = Places(self.config.reach)
+        self._swept: set[str] = set()
+        self._refused: dict[tuple[str, int], str] = {}
+
+    async def open(self) -> None:
+        """Look whether the destination would take anything, with these credentials, so that it shows at the start."""
+        if not has_placeholders(self.config.url):
+            await self._places.place(self.config.url)
+
+    async def write(self, batch: Sequence[Envelope]) -> int | None:
+        """Carry out the first intent of the batch; what stands before it is done with."""
+        for index, envelope in enumerate(batch):
+            event = envelope.event
+            if not isinstance(event, Checkpoint) or not self.config.wants(event.row):
+                continue
+            if index:
+                return index
+            if (envelope.stream, envelope.seq) not in self._refused:
+                await self._carry_out(envelope, event)
+            self._reject(envelope, alone=len(batch) == 1)
+            return 1
+        return None
+
+    async def close(self) -> None:
+        """Close what was opened."""
+        await self._places.close()
+
+    def _reject(self, envelope: Envelope, *, alone: bool) -> None:
+        why = self._refused.get((envelope.stream, envelope.seq))
+        if why is None:
+            return
+        if not alone:  # a rejection speaks of a whole batch, and only this event has been looked at
+            raise BatchTooLargeError(why)
+        del self._refused[envelope.stream, envelope.seq]
+        raise RejectedError({0: why})
+
+    async def _carry_out(self, envelope: Envelope, event: Checkpoint) -> None:
+        run = component(envelope.run or Path(event.state.output_dir).name)
+        url = url_for(self.config.url, event.state)
+        place = await self._places.place(url)
+        spool = Spool.of(event.state.output_dir, self.config.url)
+        task = _Task(envelope, event, spool, url, Destination(place.store, place.prefix, run), run)
+        try:
+            waiting = spool.waiting(event.row)
+            if not waiting:
+                made = spool.keep(event.row, self.config.parts)
+                waiting = [] if made is None else [made]
+        except FileNotFoundError as error:
+            if not spool.done(event.row):  # it is announced again, long after it was uploaded and rotated away
+                self._refuse(task, f"{error.filename} is gone, and was not linked while it was there")
+            return
+        if not waiting:
+            return
+        oldest = waiting[0]  # one that was saved again under the same name has an event of its own
+        try:
+            await self._upload(task, oldest)
+        except StoreError as error:  # trying again will not change it
+            spool.set_aside(oldest)
+            if isinstance(error, ConflictError):
+                self.publish(CheckpointConflict(run, task.folder, event.row.batch, self._url(task), error.what))
+            self._refuse(task, error.what)
+
+    async def _upload(self, task: _Task, waiting: Waiting) -> None:
+        entry, destination = waiting.entry, task.destination
+        ledger = UploadLedger(task.spool.ledger)
+        if destination.run_key not in self._swept:
+            await destination.store.abort_abandoned(f"{destination.run_key}/", ledger)
+            task.spool.sweep()
+            self._swept.add(destination.run_key)
+        progress = Progress(
+            task.run,
+            task.folder,
+            sum(file.size for file in entry.files),
+            every_seconds=self.config.progress_seconds,
+            publish=self.publish,
+        )
+        files = await self._put_all(task, waiting, ledger, progress)
+        changed = waiting.rewritten()
+        if changed is not None:
+            task.spool.drop(waiting)
+            self._refuse(task, f"{changed} was written to after the checkpoint was announced")
+            return
+        manifest = Manifest(
+            task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
+        )
+        await destination.publish(manifest)
+        total = sum(file.size for file in files)
+        seconds = round(progress.seconds, 3)
+        self.publish(
+            CheckpointUploaded(task.run, task.folder, entry.row.batch, self._url(task), len(files), total, seconds)
+        )
+        task.spool.finish(waiting, Done(task.url, manifest, self.config.reach))
+
+    async def _put_all(
+        self, task: _Task, waiting: Waiting, ledger: UploadLedger, progress: Progress
+    ) -> list[StoredFile]:
+        """Every file of the entry, several at a time; none is begun once one has failed.
+
+        Raises:
+            DeliveryError, OSError: The first that one of them met.
+        """
+        files = iter(waiting.entry.files)
+        stored: list[StoredFile] = []
+        failed: list[Exception] = []
+
+        async def put(file: SpooledFile) -> None:
+            def told(done_bytes: int, _: int) -> None:
+                silence.deadline = anyio.current_time() + STALL_SECONDS
+                progress.see(file.name, done_bytes)
+
+            found = await task.destination.store.put_file(
+                task.destination.key(task.folder, file.name), waiting.folder / file.name, ledger=ledger, told=told
+            )
+            assert found.sha256 is not None  # of what was put the store knows it
+            stored.append(StoredFile(file.name, found.size, found.sha256))
+
+        async def work() -> None:
+            for file in files:  # shared: each takes the next one
+                try:
+                    await put(file)
+                except (DeliveryError, OSError) as error:
+                    failed.append(error)
+                if failed:  # what is under way elsewhere comes to its end: it need not be sent again
+                    return
+
+        with anyio.move_on_after(STALL_SECONDS) as silence:
+            async with anyio.create_task_group() as group:
+                for _ in range(self.config.concurrency):
+                    group.start_soon(work)
+        if failed:
+            raise failed[0]
+        if silence.cancelled_caught:
+            raise RetryLaterError(f"no byte of {task.folder} went through for {STALL_SECONDS:g} s")
+        return sorted(stored, key=lambda file: file.name)
+
+    def _refuse(self, task: _Task, why: str) -> None:
+        self._refused[task.envelope.stream, task.envelope.seq] = why
+
+    @staticmethod
+    def _url(task: _Task) -> str:
+        return f"{task.url.rstrip('/')}/{task.run}/{task.folder}"

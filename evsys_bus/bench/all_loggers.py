@@ -1,0 +1,87 @@
+"""P3: what five loggers cost the training loop per step, followed, against the same five called inline.
+
+Progress, CSV, local files, TensorBoard and W&B offline. Followed, the loop records the step in the journal and goes on,
+while the courier process is at work beside it on what was recorded.
+"""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter_ns
+from typing import Any, Final
+
+from evsys_bus.bench.dispatch import BATCH, METRICS
+from evsys_bus.bench.harness import Run
+from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bus import EventBus
+from evsys_bus.context import LogContext, LoopState
+from evsys_bus.events import StepEnd
+from evsys_bus.wiring import CallbackSpec, build_callbacks
+from evsys_bus.wiring.spec import Placement
+
+AT_MOST: Final = 1 / 50
+_PACKAGES: Final = ("tensorboardX", "wandb")
+
+
+def _specs(directory: Path, placement: Placement) -> list[CallbackSpec]:
+    params: dict[str, dict[str, Any]] = {  # Any: of every type, as the kinds want them
+        "print_progress": {},
+        "csv_metrics": {"out_path": str(directory / "metrics.csv")},
+        "local_logger": {},
+        "tensorboard_logger": {},
+        "wandb_logger": {"project": "bench", "mode": "offline"},
+    }
+    return [CallbackSpec(kind, each, placement=placement) for kind, each in params.items()]
+
+
+@contextmanager
+def _publishing(placement: Placement) -> Generator[Run, None, None]:
+    for package in _PACKAGES:
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, Path(os.devnull).open("w") as nowhere:
+        directory = Path(name)
+        state = LoopState(0, 1_000_000, directory / "run", ctx=LogContext(directory, run_key="run"))
+        journal = directory / "journal" if placement == "follow" else None
+        step = 0
+
+        with EventBus(
+            build_callbacks(_specs(directory, placement)), journal=journal, drain_timeout=0.1, linger_seconds=0.1
+        ) as bus:
+
+            def run(operations: int) -> int:
+                nonlocal step
+                with contextlib.redirect_stdout(nowhere):
+                    begun = perf_counter_ns()
+                    for at in range(step, step + operations):
+                        bus.publish(StepEnd(state, at, BATCH, METRICS))
+                    taken = perf_counter_ns() - begun
+                step += operations
+                return taken
+
+            run(1)  # what is imported at the first step is not what a step costs
+            yield run
+
+
+ALL_LOGGERS: Final = TimedQuestion(
+    name="all-loggers",
+    promise="P3: five loggers that are followed cost the loop at most a fiftieth of what they cost it inline",
+    cases=(
+        Case(
+            title="a step of 8 metrics: progress, CSV, local files, TensorBoard, W&B offline",
+            contenders={
+                "inline": Contender(partial(_publishing, "inline"), package="evsys-bus[tensorboard,wandb]"),
+                "followed": Contender(
+                    partial(_publishing, "follow"), package="evsys-bus[tensorboard,wandb]", ours=True
+                ),
+            },
+            floor="inline",
+            targets=(Target(of="followed", to="inline", at_most=AT_MOST),),
+        ),
+    ),
+)

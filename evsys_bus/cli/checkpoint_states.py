@@ -1,0 +1,132 @@
+"""What is known of the checkpoints of a run or an experiment: those that were announced, and where they are.
+
+Read from the journal, from ``checkpoints.jsonl`` and from the spool in the run's folder; no destination is asked.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+import click
+import msgspec
+
+from evsys_adapters.checkpoints.events import CheckpointPruned
+from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
+from evsys_adapters.checkpoints.places import Reach
+from evsys_adapters.checkpoints.removal import places
+from evsys_adapters.checkpoints.spool import REFUSED, SPOOL, Done, Spool
+from evsys_bus.cli.event_reader import EventReader, Wanted
+from evsys_bus.cli.journals import Found, found
+from evsys_bus.cli.records import CHECKPOINTS, read_run
+from evsys_bus.codec import decode
+from evsys_bus.context import ManifestRow
+from evsys_bus.errors import CodecError
+from evsys_bus.events import Checkpoint
+from evsys_bus.journal import JournalReader
+
+Here = Literal["whole", "partly", "gone", "elsewhere"]
+There = Literal["uploaded", "waiting", "conflict", "pruned"]
+
+
+class Remote(msgspec.Struct, frozen=True):
+    """A checkpoint at one destination, or on its way there."""
+
+    state: There
+    url: str | None = None
+    """The destination; None while it is not known."""
+    reach: Reach = Reach()
+    bytes: int | None = None
+
+
+class CheckpointState(msgspec.Struct):
+    """One checkpoint, and where it is."""
+
+    run: str
+    folder: Path
+    """The run's."""
+    row: ManifestRow
+    local: Here
+    remote: list[Remote]
+
+    @property
+    def name(self) -> str:
+        """What it is called at a destination, and by `fetch`."""
+        return checkpoint_folder(self.row)
+
+
+def checkpoint_states(asked: Path | None) -> list[CheckpointState]:
+    """The checkpoints of a run or of an experiment, run by run, in the order in which they were announced.
+
+    Raises:
+        click.UsageError: There is no such run.
+    """
+    journal, folder = _places(asked)
+    rows: dict[Path, list[ManifestRow]] = {}
+    for run_dir, row in _announced(journal, folder):
+        known = rows.setdefault(run_dir, [])
+        known[:] = [each for each in known if (each.name, each.batch) != (row.name, row.batch)] + [row]
+    pruned = {} if journal is None else dict(_pruned(journal.directory))
+    return [_state(run_dir, row, pruned) for run_dir, known in rows.items() for row in known]
+
+
+def _places(asked: Path | None) -> tuple[Found | None, Path | None]:
+    """The journal, and the folder of the one run that was asked for; one of them may be None."""
+    folder = asked if asked is not None and (asked / CHECKPOINTS).is_file() else None
+    try:
+        return found(asked), folder
+    except click.UsageError:
+        if folder is None:
+            raise
+        return None, folder
+
+
+def _announced(journal: Found | None, folder: Path | None) -> Iterator[tuple[Path, ManifestRow]]:
+    if journal is not None:
+        reader = EventReader(journal.directory, Wanted(types=frozenset({"checkpoint"}), run=journal.run))
+        for envelope in reader.poll():
+            if isinstance(envelope.event, Checkpoint):
+                recorded = Path(envelope.event.state.output_dir)
+                beside = journal.directory.parent / recorded.name  # the experiment may have been moved
+                run_dir = recorded if recorded.is_dir() or not beside.is_dir() else beside
+                yield run_dir.absolute(), envelope.event.row
+    record = None if folder is None else read_run(folder)
+    if record is not None:
+        yield from ((record.folder.absolute(), row) for row in record.checkpoints)
+
+
+def _pruned(directory: Path) -> Iterator[tuple[tuple[str, str], str]]:
+    """Where something was removed from the destination: run and checkpoint -> URL."""
+    reader = JournalReader(directory)
+    for stream in reader.streams("c"):
+        for record in reader.read(stream):
+            if b"checkpoint_pruned" not in record.payload:
+                continue
+            with suppress(CodecError):
+                event = decode(record.payload).event
+                if isinstance(event, CheckpointPruned) and event.where == "remote" and not event.dry_run:
+                    yield (event.run, event.checkpoint), event.paths[0]
+
+
+def _state(run_dir: Path, row: ManifestRow, pruned: dict[tuple[str, str], str]) -> CheckpointState:
+    here = [place.exists() for place in places(row)]
+    local: Here = "elsewhere" if not here else "whole" if all(here) else "partly" if any(here) else "gone"
+    run = component(run_dir.name)
+    remote = list(_remote(run_dir, row, pruned.get((run, checkpoint_folder(row)))))
+    return CheckpointState(run, run_dir, row, local, remote)
+
+
+def _remote(run_dir: Path, row: ManifestRow, pruned: str | None) -> Iterator[Remote]:
+    for folder in sorted((run_dir / SPOOL).glob("*/")):
+        spool = Spool(folder)
+        uploaded = [_uploaded(done, pruned) for done in spool.done(row)]
+        yield from uploaded
+        yield from (Remote("waiting") for _ in spool.waiting(row))
+        yield from (Remote("conflict") for _ in folder.glob(f"{checkpoint_folder(row)}@*{REFUSED}"))
+
+
+def _uploaded(done: Done, pruned: str | None) -> Remote:
+    manifest = done.manifest
+    gone = pruned is not None and pruned.startswith(done.url.rstrip("/"))
+    state: There = "pruned" if gone else "uploaded"
+    return Remote(state, done.url, done.reach, sum(file.size for file in manifest.files))

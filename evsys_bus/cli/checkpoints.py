@@ -1,0 +1,104 @@
+"""``evsys-bus checkpoints``: the checkpoints of a run, here and at their destination."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evsys_bus.cli.options import json_option
+from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.store_options import store_options
+
+if TYPE_CHECKING:
+    from evsys_adapters.checkpoints.places import Reach
+    from evsys_bus.cli.checkpoint_states import CheckpointState
+
+
+@click.command("checkpoints")
+@click.argument("asked", metavar="[RUN]", required=False)
+@store_options
+@json_option
+@color_option
+@click.pass_obj
+def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", as_json: bool) -> None:
+    """Show the checkpoints of RUN; without it, of the newest journal below ./runs.
+
+    What is here is looked at; what is elsewhere is told as it was recorded. With --from the destination itself is asked
+    for the checkpoints of RUN, which is then the run's name there.
+    """
+    if url is not None:
+        if asked is None:
+            raise click.UsageError("--from needs RUN, the run's name at the destination")
+        _show_remote(url, reach, asked, as_json=as_json)
+        return
+    from evsys_bus.cli.checkpoint_states import checkpoint_states
+
+    states = checkpoint_states(None if asked is None else Path(asked))
+    if not states:
+        screen.note("no checkpoint was announced")
+        return
+    lines = [_json(each) for each in states] if as_json else _table(states)
+    click.echo("\n".join(lines))
+
+
+def _table(states: "list[CheckpointState]") -> list[str]:
+    from evsys_bus.cli.amounts import size
+    from evsys_bus.cli.progress.figures import NONE
+    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.tables import columns
+
+    rows = [["run", "checkpoint", "after step", "here", "there", "size", "destination"]]
+    for each in states:
+        remote = each.remote[0] if each.remote else None
+        rows.append(
+            [
+                each.run,
+                each.name,
+                f"{each.row.batch:,}",
+                each.local,
+                ", ".join(dict.fromkeys(found.state for found in each.remote)) or NONE,
+                NONE if remote is None or remote.bytes is None else size(remote.bytes),
+                ", ".join(dict.fromkeys(found.url for found in each.remote if found.url)) or NONE,
+            ]
+        )
+    return columns([[printable(cell) for cell in row] for row in rows])
+
+
+def _json(state: "CheckpointState") -> str:
+    import msgspec
+
+    row: dict[str, Any] = {  # Any: JSON
+        "type": "checkpoint",
+        "checkpoint": state.name,
+        **msgspec.to_builtins(state, enc_hook=str),
+    }
+    return msgspec.json.encode(row).decode()
+
+
+def _show_remote(url: str, reach: "Reach", run: str, *, as_json: bool) -> None:
+    import anyio
+    import msgspec
+
+    from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder
+    from evsys_bus.cli.amounts import size
+    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.store_options import at_destination
+    from evsys_bus.cli.tables import columns
+
+    async def ask() -> list[Manifest]:
+        async with at_destination(url, reach, run) as destination:
+            return await destination.manifests()
+
+    found = anyio.run(ask)
+    if as_json:
+        rows = [
+            {"type": "checkpoint", "checkpoint": checkpoint_folder(each.row)} | msgspec.to_builtins(each)
+            for each in found
+        ]
+        click.echo("\n".join(msgspec.json.encode(row).decode() for row in rows), nl=bool(rows))
+        return
+    table = [["checkpoint", "after step", "files", "size"]]
+    for each in found:
+        total = size(sum(file.size for file in each.files))
+        table.append([checkpoint_folder(each.row), f"{each.row.batch:,}", f"{len(each.files):,}", total])
+    click.echo("\n".join(columns([[printable(cell) for cell in row] for row in table])))

@@ -1,0 +1,230 @@
+"""A real S3 server on loopback: OpenStack Swift's four servers with its S3 interface, in one process of its own.
+
+It checks secrets, permissions, digests and conditions, and keeps what it was sent through a SIGKILL; so tests can hold
+an upload to all of that. `S3Server` is the tests' side; run as a program, this file is the server. To put another
+server in its place, keep the attributes and methods of `S3Server`.
+"""
+
+import getpass
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from string import Template
+
+SECRET = "a-secret-of-the-tests"
+LIMITED_SECRET = "another-secret-of-the-tests"
+
+SWIFT_CONF = """
+[swift-hash]
+swift_hash_path_prefix = evsys
+swift_hash_path_suffix = bus
+[storage-policy:0]
+name = default
+default = yes
+[swift-constraints]
+max_header_size = 32768
+"""
+
+STORAGE_CONF = Template("""
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = $port
+workers = 0
+user = $user
+swift_dir = $etc
+devices = $nodes
+mount_check = false
+disable_fallocate = true
+log_level = ERROR
+[pipeline:main]
+pipeline = $kind-server
+[app:$kind-server]
+use = egg:swift#$kind
+""")
+
+PROXY_CONF = Template("""
+[DEFAULT]
+bind_ip = 127.0.0.1
+bind_port = $port
+workers = 0
+user = $user
+swift_dir = $etc
+log_level = ERROR
+[pipeline:main]
+pipeline = catch_errors gatekeeper healthcheck cache listing_formats bulk s3api tempauth slo dlo
+    versioned_writes symlink proxy-server
+[app:proxy-server]
+use = egg:swift#proxy
+account_autocreate = true
+allow_account_management = true
+[filter:s3api]
+use = egg:swift#s3api
+s3_acl = false
+location = us-east-1
+min_segment_size = 65536
+[filter:tempauth]
+use = egg:swift#tempauth
+user_evsys_admin = $secret .admin .reseller_admin
+user_evsys_limited = $limited
+[filter:cache]
+use = egg:swift#memcache
+memcache_servers = 127.0.0.1:1
+[filter:catch_errors]
+use = egg:swift#catch_errors
+[filter:gatekeeper]
+use = egg:swift#gatekeeper
+[filter:healthcheck]
+use = egg:swift#healthcheck
+[filter:listing_formats]
+use = egg:swift#listing_formats
+[filter:bulk]
+use = egg:swift#bulk
+[filter:slo]
+use = egg:swift#slo
+[filter:dlo]
+use = egg:swift#dlo
+[filter:versioned_writes]
+use = egg:swift#versioned_writes
+[filter:symlink]
+use = egg:swift#symlink
+""")
+
+
+class S3Server:
+    """The server, as tests use it; `start` it before, `stop` it after."""
+
+    region = "us-east-1"
+    key = "evsys:admin"
+    secret = SECRET
+    limited_key = "evsys:limited"
+    """One that may do nothing."""
+    limited_secret = LIMITED_SECRET
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        ports = free_ports(4)
+        self.port = ports["proxy"]
+        (folder / "etc").mkdir(parents=True)
+        (folder / "nodes" / "d1").mkdir(parents=True)
+        (folder / "etc" / "ports.json").write_text(json.dumps(ports), encoding="utf-8")
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Run the server, at the same port as before, until it answers."""
+        with (self.folder / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, stdout=log, stderr=log
+            )
+        until = time.monotonic() + 30
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > until:
+                raise RuntimeError((self.folder / "server.log").read_text(errors="replace")[-2000:])
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.communicate()
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def data_files(self) -> list[Path]:
+        """The files in which it keeps the content of objects and parts."""
+        return sorted((self.folder / "nodes").glob("d1/objects/**/*.data"))
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=5) as reply:
+                return reply.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+
+def free_ports(count: int) -> dict[str, int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return dict(zip(("account", "container", "object", "proxy"), ports, strict=True))
+
+
+def serve(folder: Path) -> None:
+    """Be the server, until a signal ends it."""
+    import warnings
+
+    warnings.simplefilter("ignore")  # eventlet says that it is old
+    import eventlet
+
+    eventlet.monkey_patch()
+    os.fsync = os.fdatasync = lambda _: None  # the tests kill processes, not the machine
+    from eventlet import wsgi
+    from swift.common import utils
+    from swift.common.ring import RingBuilder
+    from swift.common.wsgi import SwiftHttpProtocol, loadapp
+
+    etc = folder / "etc"
+    ports = json.loads((etc / "ports.json").read_text(encoding="utf-8"))
+    (etc / "swift.conf").write_text(SWIFT_CONF, encoding="utf-8")
+    utils.set_swift_dir(str(etc))
+    settings = {"etc": etc, "nodes": folder / "nodes", "user": getpass.getuser()}
+    for kind, port in ports.items():
+        template = PROXY_CONF if kind == "proxy" else STORAGE_CONF
+        text = template.substitute(
+            settings,
+            port=port,
+            kind=kind,
+            secret=SECRET,
+            limited=LIMITED_SECRET.replace(" ", "_"),
+        )
+        (etc / f"{kind}-server.conf").write_text(text, encoding="utf-8")
+        if kind != "proxy":
+            ring = RingBuilder(4, 1, 0)
+            device = {"region": 1, "zone": 1, "ip": "127.0.0.1", "port": port, "device": "d1", "weight": 1}
+            ring.add_dev(device | {"replication_ip": "127.0.0.1", "replication_port": port})
+            ring.rebalance()
+            ring.get_ring().save(str(etc / f"{kind}.ring.gz"))
+    eventlet.spawn(end_with_parent)
+    listening = {kind: eventlet.listen(("127.0.0.1", port)) for kind, port in ports.items()}
+    threads = [
+        eventlet.spawn(
+            wsgi.server,
+            listening[kind],
+            loadapp(str(etc / f"{kind}-server.conf"), global_conf={}),
+            protocol=SwiftHttpProtocol,
+            log_output=False,
+        )
+        for kind in ports
+    ]
+    for thread in threads:
+        thread.wait()
+
+
+def end_with_parent() -> None:
+    """End when the process that started this one does, however that ends: its end of the pipe is closed then."""
+    from eventlet.hubs import trampoline
+
+    trampoline(sys.stdin.fileno(), read=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    os.umask(0o077)
+    serve(Path(sys.argv[1]))

@@ -1,0 +1,234 @@
+"""Object stores as their callers see them: the folder, and S3 where a server can be run."""
+
+import hashlib
+import os
+from secrets import token_hex
+
+import anyio
+import pytest
+
+from evsys_adapters.checkpoints import (
+    ConflictError,
+    DamagedError,
+    MissingError,
+    RefusedError,
+    Stored,
+    UploadLedger,
+    open_store,
+)
+from evsys_bus.errors import ConfigError, ParkedError
+
+pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
+
+PART = 1 << 20
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return UploadLedger(tmp_path / "uploads")
+
+
+@pytest.fixture(params=["folder", "s3"])
+async def store(request, tmp_path, monkeypatch):
+    if request.param == "folder":
+        store, prefix = open_store((tmp_path / "a store").as_uri())
+        assert prefix == ""
+    else:
+        server = request.getfixturevalue("s3")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
+        bucket = f"bucket-{token_hex(4)}"
+        store, prefix = open_store(
+            f"s3://{bucket}/team/", endpoint=server.endpoint, region=server.region, part_bytes=PART
+        )
+        assert prefix == "team/"
+        await store._connection.call("create_bucket")
+    await store.open()
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(os.urandom(5 * PART + 17))
+    return path
+
+
+def told():
+    seen = []
+    return seen, lambda done, size: seen.append((done, size))
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
+async def test_a_file_comes_back_as_it_was_and_progress_is_told(store, ledger, file, tmp_path):
+    seen, tell = told()
+    stored = await store.put_file("run-1/a b/ü.pt", file, ledger=ledger, told=tell)
+    assert stored == Stored("run-1/a b/ü.pt", 5 * PART + 17, sha256(file.read_bytes()))
+    assert seen == sorted(seen)
+    assert seen[-1] == (stored.size, stored.size)
+    seen.clear()
+    got = await store.get_file(stored.key, tmp_path / "back" / "weights.pt", stored=stored, told=tell)
+    assert got == stored
+    assert seen[-1] == (stored.size, stored.size)
+    assert (tmp_path / "back" / "weights.pt").read_bytes() == file.read_bytes()
+    assert [each.name for each in (tmp_path / "back").iterdir()] == ["weights.pt"]
+    assert not list((tmp_path / "uploads").iterdir())
+    assert await store.get_bytes(stored.key) == file.read_bytes()
+
+
+async def test_files_of_every_size_are_stored(store, ledger, tmp_path):
+    for size in (0, 1, PART, PART + 1):
+        (tmp_path / "a").write_bytes(os.urandom(size))
+        stored = await store.put_file(f"{size}", tmp_path / "a", ledger=ledger)
+        assert stored.size == size
+        assert await store.get_file(f"{size}", tmp_path / "b") == stored
+        assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+async def test_the_same_content_again_is_done_and_other_content_is_a_conflict(store, ledger, file, tmp_path):
+    stored = await store.put_file("k", file, ledger=ledger)
+    (tmp_path / "copy").write_bytes(file.read_bytes())
+    assert await store.put_file("k", tmp_path / "copy", ledger=ledger) == stored
+    for size in (stored.size, 5):
+        (tmp_path / "other").write_bytes(os.urandom(size))
+        with pytest.raises(ConflictError):
+            await store.put_file("k", tmp_path / "other", ledger=ledger)
+    assert await store.get_bytes("k") == file.read_bytes()
+    assert not list((tmp_path / "uploads").iterdir())
+
+
+async def test_bytes_are_replaced_only_when_that_is_asked_for(store):
+    first = await store.put_bytes("latest", b"step 1")
+    assert first == Stored("latest", 6, sha256(b"step 1"))
+    assert await store.put_bytes("latest", b"step 1") == first
+    with pytest.raises(ConflictError):
+        await store.put_bytes("latest", b"step 2")
+    await store.put_bytes("latest", b"step 2", replace=True)
+    assert await store.get_bytes("latest") == b"step 2"
+
+
+async def test_names_are_listed_by_prefix_and_what_is_deleted_is_gone(store):
+    for key in ("run/b", "run/a", "runs/c", "run/d/e"):
+        await store.put_bytes(key, key.encode())
+    assert [each.key for each in await store.names("run/")] == ["run/a", "run/b", "run/d/e"]
+    assert (await store.names("run/d"))[0].size == 7
+    await store.delete("run/a")
+    await store.delete("run/a")
+    assert [each.key for each in await store.names("run/")] == ["run/b", "run/d/e"]
+    assert await store.names("nothing/") == []
+
+
+async def test_what_is_not_there_is_missing(store, ledger, tmp_path):
+    with pytest.raises(MissingError):
+        await store.get_bytes("nothing")
+    with pytest.raises(MissingError):
+        await store.get_file("nothing", tmp_path / "x")
+    with pytest.raises(MissingError):
+        await store.put_file("k", tmp_path / "nothing", ledger=ledger)
+    assert not (tmp_path / "x").exists()
+
+
+async def test_an_object_that_is_not_what_was_stored_is_damaged_and_the_file_stays(store, tmp_path):
+    await store.put_bytes("k", b"what is there")
+    (tmp_path / "x").write_bytes(b"an earlier version")
+    for wanted in (Stored("k", 13, sha256(b"what was there")), Stored("k", 12), Stored("k", 12, sha256(b"what"))):
+        with pytest.raises(DamagedError):
+            await store.get_file("k", tmp_path / "x", stored=wanted)
+    assert (tmp_path / "x").read_bytes() == b"an earlier version"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+async def test_what_is_no_key_is_refused(store, ledger, file):
+    for key in ("", "/a", "a//b", "a/../b", ".", "a/", "x" * 1025):
+        with pytest.raises(RefusedError):
+            await store.put_bytes(key, b"x")
+        with pytest.raises(RefusedError):
+            await store.put_file(key, file, ledger=ledger)
+
+
+async def test_a_probe_leaves_nothing(store):
+    await store.probe()
+    assert await store.names("") == []
+
+
+async def test_an_upload_that_is_cancelled_leaves_nothing_under_the_key_and_goes_on_later(store, ledger, tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(os.urandom(9 << 20))
+    with anyio.CancelScope() as scope:
+        await store.put_file("k", path, ledger=ledger, told=lambda done, _: scope.cancel() if done else None)
+    assert scope.cancelled_caught
+    assert await store.names("") == []
+    assert await store.abort_abandoned("", ledger) == ("folder" in type(store).__name__.lower())
+    stored = await store.put_file("k", path, ledger=ledger)
+    assert (await store.names("")) == [Stored("k", stored.size)]
+    assert await store.get_bytes("k") == path.read_bytes()
+
+
+async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, ledger, tmp_path):
+    for name in ("gone", "changed", "here"):
+        path = tmp_path / name
+        path.write_bytes(os.urandom(9 << 20))
+        with anyio.CancelScope() as scope:
+            await store.put_file(f"run/{name}", path, ledger=ledger, told=lambda done, _: scope.cancel() if done else 0)
+        assert scope.cancelled_caught
+    (tmp_path / "gone").unlink()
+    (tmp_path / "changed").write_bytes(b"x")
+    assert await store.abort_abandoned("other/", ledger) == 0
+    folder = "folder" in type(store).__name__.lower()
+    assert await store.abort_abandoned("run/", ledger) == 2 + folder
+    assert await store.abort_abandoned("run/", ledger) == 0
+    assert len(list((tmp_path / "uploads").iterdir())) == 1 - folder
+    if not folder:
+        left = await store._connection.pages("list_multipart_uploads", "Uploads")
+        assert [each["Key"] for each in left] == ["run/here"]
+
+
+async def test_the_folder_says_that_it_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    store, _ = open_store((tmp_path / "file").as_uri())
+    with pytest.raises(ParkedError, match="cannot be written"):
+        await store.probe()
+
+
+async def test_what_names_no_store_is_a_config_error():
+    for url in ("s3:bucket", "s3://", "/a/path", "gs://bucket/x", "file://host/x", ""):
+        with pytest.raises(ConfigError):
+            open_store(url)
+
+
+async def test_a_torn_ledger_forgets_a_part_and_an_unreadable_one_the_upload(tmp_path, caplog):
+    from evsys_adapters.checkpoints.ledger import Part, Plan, Source
+
+    ledger = UploadLedger(tmp_path / "uploads")
+    plan = Plan("here", "k", "/x", Source(1, 2, 3), upload="u")
+    assert ledger.find("here", "k") is None
+    ledger.begin(plan)
+    for number in (1, 2):
+        ledger.finished(plan, Part(number, "tag"))
+    (path,) = (tmp_path / "uploads").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3])
+    ledger.finished(plan, Part(3, "tag"))
+    assert ledger.find("here", "k") == (plan, {1: Part(1, "tag"), 3: Part(3, "tag")})
+    assert ledger.find("elsewhere", "k") is None
+    assert [each.key for each in ledger.under("here", "")] == ["k"]
+    path.write_bytes(whole[:20])
+    assert ledger.find("here", "k") is None
+    assert "ledger_unreadable" in caplog.text
+
+
+async def test_the_client_library_is_loaded_at_the_first_request_only(program):
+    source = """
+        import sys
+        from evsys_adapters.checkpoints import open_store
+        open_store("s3://bucket/x")
+        print("aiobotocore" in sys.modules, "botocore" in sys.modules, "aiohttp" in sys.modules)
+    """
+    pytest.importorskip("aiobotocore")
+    out, _ = program(source).communicate(timeout=20)
+    assert out == "False False False\n"

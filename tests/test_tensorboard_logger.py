@@ -1,0 +1,360 @@
+"""tensorboard_logger: what TensorBoard's own reader finds is what the journal holds, whatever happened in between."""
+
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from evsys_adapters import TensorBoardLoggerCallback
+from evsys_adapters.tensorboard_logger import FILE
+from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch, TrainStart, build_callbacks
+from evsys_bus.codec import decode
+from evsys_bus.context import ArmResult, EvalResult, ExperimentResult, LogContext, LoopArtifacts, RunResult
+from evsys_bus.delivery.courier import Courier
+from evsys_bus.delivery.followed import Terms
+from evsys_bus.errors import BrokenAdapterError
+from evsys_bus.journal import JournalReader
+from evsys_bus.tasks import run_alone
+from evsys_bus.testing import conformance
+from evsys_bus.testing.timeline import Timeline
+
+test_it_conforms = conformance(lambda _: TensorBoardLoggerCallback(clock=lambda: 1.0))
+test_it_conforms_in_a_log_dir = conformance(lambda folder: TensorBoardLoggerCallback(folder / "tb", clock=lambda: 1.0))
+
+COURIER = """
+    import sys
+    from evsys_adapters import TensorBoardLoggerCallback
+    from evsys_bus.delivery.courier import Courier
+    from evsys_bus.delivery.followed import Terms
+    from evsys_bus.tasks import run_alone
+    courier = Courier(sys.argv[1], "tensorboard", TensorBoardLoggerCallback(), Terms(), slice_seconds=0.002)
+    courier.finish()
+    run_alone(courier.run)
+"""
+
+
+def read(folder):
+    """Scalars by tag, and texts by tag, of one run: (step, value)."""
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    found.Reload()
+    scalars = {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    texts = {
+        tag: [(each.step, each.tensor_proto.string_val[0].decode()) for each in found.Tensors(tag)]
+        for tag in found.Tags()["tensors"]
+    }
+    return scalars, texts
+
+
+def as_float32(value):
+    """What a 32-bit float makes of a number; those beyond it are infinite."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def recorded(journal):
+    """The scalars that the journal's steps and evals hold, by run and tag."""
+    reader, found = JournalReader(journal), {}
+    for stream in reader.streams():
+        for record in reader.read(stream):
+            envelope = decode(record.payload)
+            event = envelope.event
+            head = {"StepEnd": "train", "Eval": f"eval/{getattr(event, 'eval_name', '')}"}.get(type(event).__name__)
+            for key, value in event.metrics.items() if head else ():
+                if isinstance(value, int | float):
+                    found.setdefault(envelope.run, {}).setdefault(f"{head}/{key}", []).append((event.step_idx, value))
+    return found
+
+
+def same(one, other):
+    """Whether two series are the same; NaN is NaN."""
+    return repr([(step, as_float32(value)) for step, value in one]) == repr([*other])
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path)
+
+
+class Run:
+    """One run, as a loop calls it."""
+
+    def __init__(self, folder, key="run", logger=None, **params):
+        self.ctx = LogContext(
+            folder,
+            config={"metadata": {"hypothesis": "It learns."}, "api_key": "secret-1"},
+            run_key=key,
+            run_config={"lr": 0.1, "token": "secret-2"},
+        )
+        self.logger = logger or TensorBoardLoggerCallback(**params)
+        self.state = LoopState(step=0, num_steps=100, output_dir=folder / key, ctx=self.ctx)
+        self.folder = folder / "tensorboard" / key
+
+    def start(self, step=0):
+        self.state.step = step
+        self.logger.on_run_start(self.ctx)
+        self.logger.on_train_start(self.state)
+
+    def step(self, step, **metrics):
+        self.logger.on_step_end(self.state, step, TrainingBatch(), metrics)
+
+    def eval(self, step, name="held out", **metrics):
+        self.logger.on_eval(self.state, step, name, metrics)
+
+    def benchmark(self, step, name="tasks", predictions=(), **metrics):
+        result = EvalResult(name, metrics=metrics)
+        self.logger.on_benchmark_eval(self.ctx, result, list(predictions), step=step)
+
+    def end(self):
+        self.logger.on_train_end(self.state, LoopArtifacts())
+        self.logger.on_run_end(self.ctx, RunResult(), ArmResult("run"))
+        self.logger.on_experiment_end(self.ctx, ExperimentResult("trial", conclusion="It did."))
+
+
+def test_what_tensorboard_reads_is_what_the_journal_holds(tmp_path):
+    timeline = Timeline(tmp_path)
+    odd = [{"loss": math.nan, "n": 3}, {"loss": math.inf, "big": 1e300}, {"loss": -0.0, "word": "up"}, {"loss": 1 / 3}]
+    with EventBus(build_callbacks([{"kind": "tensorboard_logger"}]), journal=tmp_path / "journal") as bus:
+        for event in timeline.starts():
+            bus.publish(event)
+        for step, metrics in enumerate(odd):
+            for event in timeline.step(step, metrics):
+                bus.publish(event)
+        for event in timeline.ends():
+            bus.publish(event)
+    assert [each.pending for each in bus.receipt.deliveries] == [0]
+    for name, series in recorded(tmp_path / "journal").items():
+        scalars, texts = read(tmp_path / "tensorboard" / name)
+        assert series.keys() <= scalars.keys()
+        assert not [(tag, points, scalars[tag]) for tag, points in series.items() if not same(points, scalars[tag])]
+        assert texts["train/word"] == [(2, "up")]
+        assert scalars["eval/tasks/accuracy"] == [(step, 0.75) for step in range(4)]
+
+
+def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path, program):
+    journal = tmp_path / "journal"
+    with EventBus([], journal=journal) as bus:
+        state = LoopState(step=0, num_steps=6000, output_dir=tmp_path / "run")
+        bus.publish(TrainStart(state))
+        for step in range(6000):
+            metrics = {"loss": math.nan if step % 7 == 0 else 1 / (step + 1), "n": step}
+            bus.publish(StepEnd(state, step, TrainingBatch(), metrics))
+    file = tmp_path / "run" / "tensorboard" / FILE
+    for kill in (1, 2, 3):
+        process, size = program(COURIER, str(journal)), file.stat().st_size if file.exists() else 0
+        while process.poll() is None and (not file.exists() or file.stat().st_size < size + 60_000):
+            time.sleep(0.001)
+        assert process.poll() is None, f"it ended before kill {kill}: {process.communicate()}"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    last = program(COURIER, str(journal))
+    assert last.wait(15) == 0, last.communicate()
+    [series] = recorded(journal).values()
+    scalars, _ = read(file.parent)
+    assert len(series["train/loss"]) == 6000
+    assert all(same(points, scalars[tag]) for tag, points in series.items())
+    assert [each.name for each in file.parent.iterdir()] == [FILE]
+
+
+def test_a_recorded_run_replays_into_it(tmp_path):
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        for event in Timeline(tmp_path).whole():
+            bus.publish(event)
+    courier = Courier(tmp_path / "journal", "replay", TensorBoardLoggerCallback(), Terms(), keep=False)
+    courier.finish()
+    run_alone(courier.run)
+    points = [(step, 0.5 / (step + 1)) for step in range(4)]
+    assert same(points, read(tmp_path / "tensorboard" / "wide")[0]["train/loss"])
+
+
+def test_a_resumed_run_continues_its_file_and_what_is_run_again_is_void(run, tmp_path):
+    run.start()
+    for step in range(10):
+        run.step(step, loss=1.0)
+    run.eval(8, accuracy=0.1)
+    run.logger.mark()  # its rows are on disk; then the process dies
+    again = Run(tmp_path)
+    again.start(step=6)
+    for step in range(6, 12):
+        again.step(step, loss=2.0)
+    again.eval(8, accuracy=0.9)
+    again.end()
+    scalars, texts = read(run.folder)
+    assert scalars["train/loss"] == [(step, 1.0 if step < 6 else 2.0) for step in range(12)]
+    assert scalars["eval/held out/accuracy"] == [(8, pytest.approx(0.9))]
+    assert len(list(run.folder.iterdir())) == 1
+    assert texts["hypothesis"][-1][1] == "It learns."
+
+
+def test_late_and_repeated_steps_are_all_kept_and_end_in_order(run):
+    run.start()
+    for step in (0, 1, 5, 2, 5, 3):
+        run.step(step, loss=float(step))
+    run.end()
+    assert read(run.folder)[0]["train/loss"] == [(step, float(step)) for step in (0, 1, 2, 3, 5, 5)]
+
+
+def test_R12_an_eval_that_comes_again_replaces_the_one_before(run):
+    run.start()
+    run.step(0, loss=1.0)
+    run.eval(0, "tasks", accuracy=0.5, f1=math.nan)
+    run.benchmark(0, "tasks", accuracy=0.5, f1=math.nan)
+    run.logger.mark()
+    assert read(run.folder)[0]["eval/tasks/accuracy"] == [(0, 0.5)]
+    run.eval(4, "tasks", accuracy=0.25)
+    run.eval(4, "tasks", accuracy=0.75)
+    run.eval(0, "tasks", accuracy=0.125)
+    run.end()
+    scalars, _ = read(run.folder)
+    assert scalars["eval/tasks/accuracy"] == [(0, 0.125), (4, 0.75)]
+    assert repr(scalars["eval/tasks/f1"]) == "[(0, nan)]"
+
+
+def test_evals_that_come_out_of_order_end_in_order(run):
+    run.start()
+    run.eval(4, accuracy=0.5)
+    run.eval(0, accuracy=0.25)
+    run.end()
+    assert read(run.folder)[0]["eval/held out/accuracy"] == [(0, 0.25), (4, 0.5)]
+
+
+def test_a_benchmark_without_a_step_is_not_drawn_at_0(run, tmp_path):
+    run.start()
+    run.step(7, loss=1.0)
+    run.benchmark(None, accuracy=0.5)
+    run.end()
+    assert read(run.folder)[0]["final/tasks/accuracy"] == [(7, 0.5)]
+    untrained = Run(tmp_path, "untrained")
+    untrained.benchmark(None, accuracy=0.5)
+    untrained.end()
+    scalars, texts = read(untrained.folder)
+    assert not scalars
+    assert texts["final/tasks/accuracy"][0][1] == "0.5"
+
+
+def test_predictions_are_a_table_that_says_how_many_it_leaves_out(run):
+    run.logger = TensorBoardLoggerCallback(max_pred_rows=2)
+    run.start()
+    run.benchmark(3, predictions=[{"task_id": n, "output": "a|b\nc"} for n in range(5)], accuracy=0.5)
+    run.end()
+    [(step, table)] = read(run.folder)[1]["eval/tasks/predictions"]
+    assert step == 3
+    lines = ["| task_id | output |", "| --- | --- |", "| 0 | a\\|b c |", "| 1 | a\\|b c |", "", "2 of 5 predictions"]
+    assert table.splitlines() == lines
+
+
+def test_what_is_no_number_is_a_text_beside_the_others(run):
+    run.start()
+    run.step(0, loss=0.5, phase="warm up", grads=[1.0, 2.0], nothing=None, flag=True)
+    run.end()
+    scalars, texts = read(run.folder)
+    assert scalars["train/loss"] == [(0, 0.5)]
+    assert scalars["train/flag"] == [(0, 1.0)]
+    assert [texts[f"train/{key}"][0][1] for key in ("phase", "grads", "nothing")] == ["warm up", "[1.0, 2.0]", "null"]
+
+
+def test_the_config_is_redacted_and_the_hypothesis_and_the_conclusion_are_there(run):
+    run.start()
+    run.end()
+    _, texts = read(run.folder)
+    assert '"lr": 0.1' in texts["config"][0][1]
+    assert "secret" not in str(texts)
+    assert texts["hypothesis"][0][1] == "It learns."
+    assert "It did." in texts["conclusion"][0][1]
+
+
+def test_runs_side_by_side_and_of_other_experiments_keep_to_their_own_folders(tmp_path):
+    logger = TensorBoardLoggerCallback(tmp_path / "all")
+    runs = [Run(tmp_path / folder, key, logger) for folder, key in (("one", "a"), ("one", "b"), ("two", "a"))]
+    for each in runs:
+        each.start()
+    for number, each in enumerate(runs):
+        each.step(0, loss=float(number))
+    for each in runs:
+        each.end()
+    later = Run(tmp_path / "three", "a", log_dir=tmp_path / "all")
+    later.start()
+    later.step(0, loss=3.0)
+    later.end()
+    found = [read(path)[0]["train/loss"][0][1] for path in (tmp_path / "all").iterdir()]
+    assert sorted(found) == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_a_file_torn_at_any_byte_goes_on_after_its_last_whole_record(tmp_path):
+    whole = Run(tmp_path / "whole")
+    whole.start()
+    whole.step(0, loss=0.0)
+    whole.logger.mark()
+    first = (whole.folder / FILE).stat().st_size
+    whole.step(1, loss=1.0)
+    whole.logger.mark()
+    data = (whole.folder / FILE).read_bytes()
+    for size in range(first, len(data)):
+        torn = Run(tmp_path / str(size))
+        torn.folder.mkdir(parents=True)
+        (torn.folder / FILE).write_bytes(data[:size])
+        torn.start(step=1)
+        torn.step(1, loss=2.0)
+        torn.end()
+        assert read(torn.folder)[0]["train/loss"] == [(0, 0.0), (1, 2.0)], size
+
+
+def test_rows_wait_no_longer_than_flush_secs_and_not_at_all_for_a_mark(run):
+    run.logger = TensorBoardLoggerCallback(flush_secs=1000)
+    run.start()
+    run.step(0, loss=0.5)
+    assert not (run.folder / FILE).exists()
+    run.logger.mark()
+    assert read(run.folder)[0] == {"train/loss": [(0, 0.5)]}
+    at_once = Run(run.ctx.output_dir, "at once", flush_secs=0)
+    at_once.start()
+    at_once.step(0, loss=0.5)
+    assert read(at_once.folder)[0] == {"train/loss": [(0, 0.5)]}
+
+
+WITHOUT = """
+    import sys
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == {package!r}:
+                raise ModuleNotFoundError(name, name=name)
+
+    sys.meta_path.insert(0, Missing())
+    from evsys_bus import build_callbacks
+    build_callbacks([{{"kind": {kind!r}, "params": {params!r}, "placement": "inline"}}])
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "package", "params"),
+    [("tensorboard_logger", "tensorboardX", {}), ("wandb_logger", "wandb", {"project": "p"})],
+)
+def test_a_missing_package_is_an_error_that_names_the_command(program, kind, package, params):
+    process = program(WITHOUT.format(kind=kind, package=package, params=params))
+    _, said = process.communicate(timeout=10)
+    assert BrokenAdapterError.code in said
+    assert f'pip install "evsys-bus[{kind.removesuffix("_logger")}]"' in said
+    assert "uv add" in said
+
+
+def test_nothing_is_imported_before_the_first_hook():
+    program = """if True:
+        import sys
+        from evsys_bus import build_callbacks
+        build_callbacks([{"kind": "tensorboard_logger"}, {"kind": "wandb_logger", "params": {"project": "p"}}])
+        build_callbacks([{"kind": "tensorboard_logger", "placement": "inline"}])
+        build_callbacks([{"kind": "wandb_logger", "params": {"project": "p"}, "placement": "inline"}])
+        print([each for each in ("wandb", "tensorboardX", "numpy", "google") if each in sys.modules])
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert Path(FILE).name == FILE
