@@ -66,7 +66,8 @@ def test_no_process_of_wandb_outlives_a_courier_that_is_killed(tmp_path, server,
         wandb.publish(bus, Timeline(tmp_path).starts())
     process = program(wandb.COURIER, str(tmp_path / "journal"), "online", "0.002", "stay")
     wandb.until(lambda: server.runs)
-    assert wandb.cores() > before
+    begun = wandb.cores() - before  # another worker's may be among them; they end as well
+    assert begun
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    wandb.until(lambda: wandb.cores() <= before and not wandb.processes(tmp_path))
+    wandb.until(lambda: not (wandb.cores() & begun) and not wandb.processes(tmp_path))

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from evsys_adapters import WandbLoggerCallback
 from evsys_adapters._wandb_records import Records
@@ -246,6 +247,16 @@ def processes(folder):
 
 
 def cores():
-    """The services of W&B that run, by pid."""
+    """The services of W&B that run, by pid; of this worker of the test run, by what they inherited from it."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
-    return {line.split()[0] for line in listed.splitlines() if "wandb-core" in line and " Z" not in line}
+    found = {line.split()[0] for line in listed.splitlines() if "wandb-core" in line and " Z" not in line}
+    return {pid for pid in found if _is_ours(pid)}
+
+
+def _is_ours(pid):
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return worker is None or f"PYTEST_XDIST_WORKER={worker}".encode() in environment

@@ -145,8 +145,8 @@ def _reset(stream: SocketStream) -> None:
     try:
         raw = stream.extra(SocketAttribute.raw_socket)  # noqa: S610  # anyio's
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    except OSError:
-        pass  # it is closed
+    except (OSError, AttributeError):
+        pass  # it is closed; of one that is, uvloop has no socket to ask
 
 
 @asynccontextmanager
