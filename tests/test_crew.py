@@ -2,6 +2,7 @@
 
 import os
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ from evsys_bus.codec import decode, encode
 from evsys_bus.delivery.crew import Crew
 from evsys_bus.delivery.followed import CourierState, Followed, Recipe, Terms
 from evsys_bus.delivery.roster import enlist, roster
+from evsys_bus.delivery.turns import SwitchInterval
 from evsys_bus.errors import BrokenAdapterError, RetryLaterError
 from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, layout
 
@@ -273,3 +275,26 @@ def test_a_forked_child_has_no_business_with_the_threads_of_its_parent(journal, 
     _, status = os.waitpid(child, 0)
     assert status == 0
     assert running.running == ["away"]
+
+
+def test_while_a_courier_lives_on_a_thread_no_other_thread_waits_long_for_the_interpreter(crew, journal):
+    before = sys.getswitchinterval()
+    running = crew(Followed("one", live=Callback()), Followed("two", live=Callback()), slice_seconds=0.0002)
+    until(lambda: sys.getswitchinterval() == pytest.approx(0.0002))
+    running.finish()
+    assert running.join(10.0)
+    assert sys.getswitchinterval() == before
+
+
+def test_a_switch_interval_that_the_program_sets_meanwhile_is_left_as_it_is():
+    before = sys.getswitchinterval()
+    interval = SwitchInterval()
+    try:
+        with interval.at_most(0.0002), interval.at_most(0.0001):
+            assert sys.getswitchinterval() == pytest.approx(0.0002)
+            sys.setswitchinterval(0.003)
+        assert sys.getswitchinterval() == pytest.approx(0.003)
+        with interval.at_most(0.01):
+            assert sys.getswitchinterval() == pytest.approx(0.003)
+    finally:
+        sys.setswitchinterval(before)

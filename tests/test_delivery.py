@@ -20,6 +20,7 @@ from evsys_bus import (
     LoopArtifacts,
     LoopState,
     RunStart,
+    Sink,
     StepEnd,
     TrainEnd,
     TrainingBatch,
@@ -73,6 +74,9 @@ class Kept:
         if len(self.envelopes) >= self.wanted:
             self.seen.set()
         return Taken(done, {i: "refused" for i, each in enumerate(batch[:done]) if each.seq in self._refuses})
+
+    def interrupted(self):
+        return None
 
     def introduce(self, starts):
         self.introduced += starts
@@ -309,6 +313,68 @@ async def test_the_cursor_never_stands_behind_an_event_that_was_not_acknowledged
     # Stopped in the middle of a batch, one that is rewindable is not marked: the mark might cover what was not entered.
     assert Cursors(journal).load("it").place(stream.name) in {Place(0, 0, 0), Place(5, 5, 0)}
     assert kept.closed
+
+
+async def test_what_a_sink_took_before_it_was_stopped_does_not_come_again(journal, stream):
+    stream.steps(*range(8))
+    begun = asyncio.Event()
+
+    class Finishes(Sink):
+        """Cancelled, it goes on to the end: what it was given is with the destination."""
+
+        max_batch_events = 5
+
+        def __init__(self):
+            self.taken = []
+
+        async def write(self, batch):
+            begun.set()
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                self.taken += [each.seq for each in batch]
+
+    sink = Finishes()
+    courier = Courier(journal, "it", sink, TERMS)
+
+    async def stop():
+        await begun.wait()
+        courier.stop()
+
+    await asyncio.gather(asyncio.wait_for(courier.run(), 5), stop())
+    assert sink.taken == [1, 2, 3, 4, 5]
+    assert Cursors(journal).load("it").place(stream.name) == Place(5, 5, 0)
+
+
+async def test_a_hook_that_has_returned_is_not_called_again_although_its_batch_was_cut_off(journal, stream):
+    stream.steps(*range(8))
+
+    class Stops(Callback):
+        def __init__(self):
+            self.steps = []
+
+        def on_step_end(self, state, step_idx, batch, metrics):
+            self.steps.append(step_idx)
+            if step_idx == 4:
+                courier.stop()
+
+        def mark(self):
+            return len(self.steps)
+
+        def rewind(self, mark):
+            del self.steps[mark:]
+
+    callback = Stops()
+    # Slices so short that every hook is followed by a moment in which the courier can be stopped.
+    courier = Courier(journal, "it", callback, TERMS, slice_seconds=1e-9)
+    await asyncio.wait_for(courier.run(), 5)
+    (place, mark) = (cursor := Cursors(journal).load("it")).place(stream.name), cursor.mark
+    assert callback.steps == [0, 1, 2, 3, 4]
+    assert (place, mark) == (Place(5, 5, 0), 5)
+    again = Courier(journal, "it", callback, TERMS)
+    again.finish()
+    await asyncio.wait_for(again.run(), 5)
+    assert callback.steps == [*range(8)]
 
 
 async def test_a_record_that_is_no_envelope_is_a_dead_letter_and_the_others_are_delivered(journal, stream):

@@ -97,6 +97,9 @@ class Rows:
         self.taken += len(batch)
         return Taken(len(batch), dead)
 
+    def interrupted(self):
+        return None
+
     def mark(self):
         self.disk.sync(self.file)
         self.disk.sync_path("/rows")

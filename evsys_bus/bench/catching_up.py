@@ -47,6 +47,9 @@ class _Nothing:
         self.taken += len(batch)
         return Taken(len(batch))
 
+    def interrupted(self) -> None:
+        """Nothing is interrupted."""
+
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """Nobody to introduce them to."""
 

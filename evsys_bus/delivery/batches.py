@@ -64,6 +64,8 @@ class SinkReceiver:
         self._size = self.max_events  # how many are given at once; fewer while the search goes on
         self._searched = 0  # how many events the search covers, from the next one on
         self._dead_in_a_row = 0
+        self._part: tuple[Envelope, ...] = ()
+        self._returned: list[object] = []
 
     async def open(self, report: Report) -> None:
         """As `Receiver`: connects the sink, and tries again until it is.
@@ -80,6 +82,7 @@ class SinkReceiver:
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
         """As `Receiver`. A batch that must be split is taken in parts, the first of them now."""
+        self._returned = []
         while True:
             part = tuple(batch[: self._fitting(sizes)])
             searching = self._searched > 0 and len(part) > 1
@@ -89,6 +92,13 @@ class SinkReceiver:
             if taken is not None:
                 self._tell_end()
                 return taken
+
+    def interrupted(self) -> Taken | None:
+        """What the last `write` said, if it returned although it was to end; of one that was cut off nobody knows."""
+        if not self._returned:
+            return None
+        ending = self._checked(self._part, Ending(self._returned[0]))
+        return self._settled(self._part, ending) if ending.error is None else None
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """Pass the start events on to a sink that has a method `introduce` for them; most need none.
@@ -128,7 +138,17 @@ class SinkReceiver:
         return self._dead_in_a_row >= MOST_DEAD_IN_A_ROW
 
     async def _write(self, part: tuple[Envelope, ...]) -> Ending:
-        ending = await self._call(self._sink.write, part)
+        returned = self._returned = []  # of this attempt; one that is left behind has a list of its own
+        self._part = part
+
+        async def write() -> object:
+            returned.append(await self._sink.write(part))
+            return returned[0]
+
+        return self._checked(part, await self._call(write))
+
+    @staticmethod
+    def _checked(part: tuple[Envelope, ...], ending: Ending) -> Ending:
         value = ending.value
         if ending.error is not None or value is None or (type(value) is int and 0 < value <= len(part)):
             return ending

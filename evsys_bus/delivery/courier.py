@@ -244,13 +244,19 @@ class Courier:
             await asyncio.sleep(self._slice or 0.0)
 
     async def _take(self, batch: Batch) -> None:
-        """Have the receiver take the front of the batch."""
+        """Have the receiver take the front of the batch. If it is stopped meanwhile, what was done is entered."""
         try:
             self._taking = True
             taken = await self._receiver.take(batch.envelopes, batch.sizes)
             self._taking = False
             if not 0 < taken.done <= len(batch.envelopes):
                 raise ValueError(f"a receiver took {taken.done} of {len(batch.envelopes)} events")  # noqa: TRY301
+        except asyncio.CancelledError:
+            known = self._receiver.interrupted()
+            if known is not None:
+                self._taking = False
+                self._books.done(batch, known)
+            raise
         except Exception as error:  # a wall: a receiver tries again by itself; this one has a fault
             self._taking = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)

@@ -1,11 +1,11 @@
 """`Crew`: the couriers of one process, each on an event loop of its own, so that none can hold up another."""
 
 import asyncio
-import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from typing import Final, Literal
 
 import anyio
@@ -17,6 +17,7 @@ from evsys_bus.delivery.accounts import Accounts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.followed import CourierState, Followed, Recipe
 from evsys_bus.delivery.roster import enlist
+from evsys_bus.delivery.turns import SHORT_TURNS
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CourierBusyError, EvsysBusError
 from evsys_bus.events import Envelope, Event
@@ -115,8 +116,9 @@ class Crew:
 
     async def _serve(self, post: "_Post") -> None:
         try:
-            while not (await self._deliver(post) or post.asked == "stop"):
-                pass
+            with nullcontext() if self._slice_seconds is None else SHORT_TURNS.at_most(self._slice_seconds):
+                while not (await self._deliver(post) or post.asked == "stop"):
+                    pass
         finally:
             post.ended.set()
 
@@ -174,7 +176,7 @@ class Crew:
         if adapter is None:
             assert post.followed.recipe is not None
             adapter = self._build(post.followed.recipe)
-        with contextlib.suppress(AttributeError):  # slots or frozen: it is called by its class's name then
+        with suppress(AttributeError):  # slots or frozen: it is called by its class's name then
             adapter.spec_name = post.name
         return Courier(
             self._directory,

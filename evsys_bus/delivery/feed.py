@@ -23,7 +23,7 @@ REST_SECONDS: Final = 1.0
 """How long a stream that nobody writes is left alone once it was read to its end."""
 
 _FILLS_PER_LISTING: Final = 64
-_LOOKS_AT_CLOCK: Final = 16
+_LOOKS_AT_CLOCK: Final = 4
 Filled: TypeAlias = Literal["full", "slice", "dry"]
 
 

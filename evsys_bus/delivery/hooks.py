@@ -61,6 +61,7 @@ class HookReceiver:
         self._calls: dict[type, Callable[[Any], object] | None] = {UnknownEvent: None}  # Any: an event of that type
         self._office: TaskOffice | None = None
         self._report: Report | None = None
+        self._taken = Taken(0)
 
     async def open(self, report: Report) -> None:
         """Let the callback spawn on this loop."""
@@ -72,6 +73,7 @@ class HookReceiver:
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:  # noqa: ARG002 # the protocol's
         """Call the hooks of these events."""
         dead: dict[int, str] = {}
+        self._taken = Taken(0, dead)
         began = time.monotonic()
         for index, envelope in enumerate(batch):
             error = self._call(envelope.event)
@@ -79,13 +81,18 @@ class HookReceiver:
                 error = await self._again(envelope.event, error)
                 if error is not None:
                     dead[index] = error_text(error)
+            self._taken = Taken(index + 1, dead)
             if self._slice is None:
                 if not index % _BETWEEN_YIELDS:
                     await self._yield(0.0)
             elif time.monotonic() - began >= self._slice:
                 await self._yield(self._slice)
                 began = time.monotonic()
-        return Taken(len(batch), dead)
+        return self._taken
+
+    def interrupted(self) -> Taken:
+        """Those whose hooks have returned."""
+        return self._taken
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """Call the hooks of the starts."""

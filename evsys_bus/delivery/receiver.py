@@ -73,6 +73,10 @@ class Receiver(Protocol):
         """
         ...
 
+    def interrupted(self) -> Taken | None:
+        """What was done of the batch when `take` was cancelled, if that is known; then it need not come again."""
+        ...
+
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """Give the start events of what is open again to an adapter that was built anew; they are not counted."""
         ...
