@@ -113,7 +113,7 @@ class Recording:
             return partial(self._record_with, run_of, self._append_end)
         if event_type is Checkpoint:
             return partial(self._record_with, run_of, self._append_kept)
-        return self._recorder(run_of, encoder(event_type, self._stream, self._rank, self._secrets))
+        return self._recorder(encoder(event_type, self._stream, self._rank, run_of, self._secrets))
 
     def last(self) -> dict[str, int]:
         """The stream, and the sequence of its last event; empty where some wait or were given up: there may be gaps."""
@@ -132,15 +132,13 @@ class Recording:
             failures=writer.failures,
         )
 
-    def _recorder(
-        self, run_of: _RunOf, encode_event: Callable[[Event, int, float, str | None], bytes]
-    ) -> Callable[[Event, float], None]:
+    def _recorder(self, encode_event: Callable[[Event, int, float], bytes]) -> Callable[[Event, float], None]:
         """For the many: steps and evals. What it needs are its own names: an attribute costs more."""
         writer, append, leave = self.writer, self.writer.append, self._leave
 
         def record(event: Event, now: float) -> None:
             try:
-                append(encode_event(event, writer.next_sequence, now, run_of(event)))
+                append(encode_event(event, writer.next_sequence, now))
             except UnrecordedError as error:  # only where the program asked for it
                 leave(error)
 

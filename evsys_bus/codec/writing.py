@@ -5,7 +5,7 @@ On the wire an envelope is one map, the same in msgpack and JSON:
 """
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -15,8 +15,9 @@ from evsys_bus.codec.plain import Plain, entries, to_plain
 from evsys_bus.codec.redaction import redact_configs
 from evsys_bus.codec.references import HANDLES, parts_of
 from evsys_bus.codec.shapes import annotations_of, handle_in
+from evsys_bus.codec.step_form import step_encoder
 from evsys_bus.codec.twins import twin_maker
-from evsys_bus.events import Envelope, Event, UnknownEvent
+from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
 
 # No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
 _pack: Final = msgspec.msgpack.Encoder().encode
@@ -50,25 +51,46 @@ def encode(
     """
     if envelope.replaced:
         return _thorough(envelope, max_event_bytes, secrets)
-    encode_event = encoder(type(envelope.event), envelope.stream, envelope.rank, secrets, max_event_bytes)
-    return encode_event(envelope.event, envelope.seq, envelope.time, envelope.run)
+    return _ordinary(
+        type(envelope.event), envelope.stream, envelope.rank, lambda _: envelope.run, secrets, max_event_bytes
+    )(envelope.event, envelope.seq, envelope.time)
 
 
 def encoder(
+    event_type: type[Event],
+    stream: str,
+    rank: int,
+    run_of: Callable[[Event], str | None],
+    secrets: frozenset[str] = frozenset(),
+) -> Callable[[Event, int, float], bytes]:
+    """What encodes the events of one type of one stream, given event, sequence and time; otherwise as `encode`.
+
+    For those who publish, one event at a time: where the event is flat, no envelope is made.
+
+    Args:
+        run_of: The run of an event: it depends on nothing but the event's state, or its context.
+        secrets: As `encode` takes them.
+    """
+    ordinary = _ordinary(event_type, stream, rank, run_of, secrets, MAX_EVENT_BYTES)
+    if event_type is not StepEnd:
+        return ordinary
+    return cast("Callable[[Event, int, float], bytes]", step_encoder(ordinary, MAX_TEXT_CHARS))
+
+
+def _ordinary(
     event_type: type[Event] | type[UnknownEvent],
     stream: str,
     rank: int,
-    secrets: frozenset[str] = frozenset(),
-    max_event_bytes: int = MAX_EVENT_BYTES,
-) -> Callable[[Event | UnknownEvent, int, float, str | None], bytes]:
-    """What encodes the events of one type of one stream, given event, sequence, time and run; otherwise as `encode`.
-
-    For those who publish: where the event is flat, no envelope is made.
-    """
+    run_of: Callable[[Any], str | None],
+    secrets: frozenset[str],
+    max_event_bytes: int,
+) -> Callable[[Event | UnknownEvent, int, float], bytes]:
+    """As `encoder`, for any type. Any: an event of that type."""
     twin_of = twin_maker(event_type)
     most = min(MAX_TEXT_CHARS, max_event_bytes)  # some text in a larger one may be too long
 
-    def encode_event(event: Event | UnknownEvent, seq: int, time: float, run: str | None) -> bytes:
+    def encode_event(event: Event | UnknownEvent, seq: int, time: float) -> bytes:
+        run = run_of(event)
         try:
             data = _pack(_Wire(stream, seq, time, run, rank, twin_of(event)))
         except (KeyboardInterrupt, SystemExit):
