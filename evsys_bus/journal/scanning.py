@@ -1,7 +1,7 @@
 """Reading one segment in pieces, from where the last reading stopped, in memory that does not grow with the file."""
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
 
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame
@@ -9,6 +9,7 @@ from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.frame import Damage, Frame, Rest, Run, scan
 
 _CHUNK_BYTES: Final = 1 << 20
+_Taken = TypeVar("_Taken")
 
 
 class SegmentScan:
@@ -38,37 +39,38 @@ class SegmentScan:
 
     def runs(self, expected: int, after: int) -> Iterator[Frame | Damage | Rest | Run]:
         """As `pieces`, but events that number on from ``expected`` come as runs, without those up to ``after``."""
-        for buffer, start, at_end in self._chunks():
-            base = self.offset - start
-            place = start
-            while True:
-                run, place, expected = frame.take(buffer, place, expected, after)
-                self.offset = base + place
-                if run.payloads:
-                    yield run
-                piece = next(scan(buffer, place), None)
-                if piece is None:
-                    break
-                if isinstance(piece, Rest):
-                    if at_end:
-                        yield piece
-                    break
-                place = piece.end
-                self.offset = base + place
-                if isinstance(piece, Frame) and piece.kind == frame.EVENT and piece.sequence >= expected:
-                    expected = piece.sequence + 1
-                yield piece
+
+        def take(buffer: bytes, start: int, number: int) -> tuple[Run | None, int, int]:
+            run, place, following = frame.take(buffer, start, number, after)
+            return run if run.payloads else None, place, following
+
+        return self._walk(expected, take)
 
     def count(self, expected: int) -> Iterator[Frame | Damage | Rest | int]:
         """As `pieces`, but whole events that number on from ``expected`` are given out as one sequence to come."""
-        for buffer, start, at_end in self._chunks():
-            base = self.offset - start
-            place, following = frame.pass_over(buffer, start, expected)
+
+        def take(buffer: bytes, start: int, number: int) -> tuple[int | None, int, int]:
+            place, following = frame.pass_over(buffer, start, number)
+            return following if following != number else None, place, following
+
+        return self._walk(expected, take)
+
+    def _walk(
+        self, expected: int, take: Callable[[bytes, int, int], tuple[_Taken | None, int, int]]
+    ) -> Iterator[Frame | Damage | Rest | _Taken]:
+        """What is taken of the events that number on, and the pieces between.
+
+        Args:
+            expected: The sequence of the event to come.
+            take: Given bytes, a place in them and the sequence to come: what it takes, and both behind that.
+        """
+        for buffer, place, at_end in self._chunks():
+            base = self.offset - place
             while True:
-                if following != expected:
-                    expected = following
-                    self.offset = base + place
-                    yield expected
+                taken, place, expected = take(buffer, place, expected)  # noqa: PLW2901 # it moves on
+                self.offset = base + place
+                if taken is not None:
+                    yield taken
                 piece = next(scan(buffer, place), None)
                 if piece is None:
                     break
@@ -76,12 +78,11 @@ class SegmentScan:
                     if at_end:
                         yield piece
                     break
-                place = piece.end
+                place = piece.end  # noqa: PLW2901 # as above
                 self.offset = base + place
                 if isinstance(piece, Frame) and piece.kind == frame.EVENT and piece.sequence >= expected:
                     expected = piece.sequence + 1
                 yield piece
-                place, following = frame.pass_over(buffer, place, expected)
 
     def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
         """Bytes from the offset on, where to start in them, and whether they reach the end of the file."""
