@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 from typing import Final, Literal, cast
 
 from evsys_bus.bench.dispatch import METRICS
@@ -71,8 +72,9 @@ def _log(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> No
     taken: list[int] = []
     with logger.open(directory) as log:
         due = time.perf_counter()
+        values = Random(1)  # noqa: S311 # as real metrics, with all their digits
         for step in range(steps):
-            metrics = {name: value + step for name, value in METRICS.items()}
+            metrics = {name: values.random() for name in METRICS}
             due += 1 / rate
             time.sleep(max(due - time.perf_counter(), 0))
             begun = time.perf_counter_ns()
