@@ -1,11 +1,15 @@
-"""Who entered a bus: a task of a loop, or a thread without one; and how SIGTERM makes them leave."""
+"""Who entered a bus: a task of a loop, or a thread without one; how SIGTERM, or the end of the program, has it left."""
 
 import asyncio
+import atexit
+import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from evsys_bus.bus.signals import TermSignal
+from evsys_bus.diagnostics import log
 
 
 class Entrance:
@@ -22,22 +26,38 @@ class Entrance:
         """A ``with`` block is on its way out: what it waits for goes on."""
         self._task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
         self._term = TermSignal(self._stop) if handles_signals else None
+        self._leave: Callable[[], object] | None = None
+        self._owner = 0
 
     def by_task(self) -> None:
         """The current task enters."""
         self.loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
 
-    def listen(self) -> None:
-        """Listen to SIGTERM from here on; where it came already, leave at once."""
+    def listen(self, leave: Callable[[], object]) -> None:
+        """Listen to SIGTERM from here on; where it came already, leave at once.
+
+        Args:
+            leave: How the bus is left, should the program end without having done so.
+        """
+        self._leave, self._owner = leave, os.getpid()
+        atexit.register(self._at_exit)
         if self._term is not None and self._term.install() and self.loop is not None:
             self._stop()
 
     def close(self) -> None:
         """All is done: if SIGTERM brought us here, end by it."""
+        atexit.unregister(self._at_exit)
         if self._term is not None:
             self._term.remove()
             self._term.raise_again()
+
+    def _at_exit(self) -> None:
+        """The program ends, and has not left the bus: what is under way is finished all the same."""
+        if self._leave is not None and self._owner == os.getpid():
+            fix = "enter it with `with` or `async with`, which leave it also where something is raised"
+            log().warning("bus.never_left", fix=fix)
+            self._leave()
 
     def _stop(self) -> None:
         """In the signal handler."""

@@ -140,7 +140,7 @@ class EventBus:
             self._faults,
             patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
             expose=self._expose,
-            before=self._before,
+            before=lambda _: self._bare_tasks.begin_here(),  # the thread it comes from may run a loop that is new
         )
         self._office = TaskOffice(
             self._loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
@@ -250,7 +250,11 @@ class EventBus:
         join_seconds = STOP_SECONDS
         try:
             # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
-            draining = self._office.drain(self._drain_timeout, close=True, stalled=running_loop())
+            if self._entrance.loop is not None:  # the program ends, and its loop turns no more
+                self._office.close_now()
+            draining = self._office.drain(
+                self._drain_timeout, close=True, stalled=self._entrance.loop or running_loop()
+            )
             self.receipt = draining.result(self._drain_timeout + CANCEL_GRACE_SECONDS)
         except TimeoutError:  # a task blocks the thread that should drain
             self.receipt = self._office.close_now()
@@ -280,11 +284,11 @@ class EventBus:
         for callback in self._publisher.callbacks:
             attach(callback, self)
         self._publisher.open(self._recording)
-        if self._recording is not None and self._following:
+        if self._recording is not None:
             self._following.start(self._recording.writer.directory, self._rank, self._recording.last)
         self._bare_tasks.begin_here()
         self._watchdog.start()
-        self._entrance.listen()
+        self._entrance.listen(self.__exit__)
 
     def _then_deliver(self, receipt: Receipt) -> Draining | None:
         """The tasks are done: publish no more, and have what is recorded delivered, in what is left of the deadline."""
@@ -312,11 +316,6 @@ class EventBus:
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         return self._entrance.loop or self._thread.loop()
-
-    def _before(self, event: Event) -> None:
-        """An event that is not a step's, or one of 64 steps: the thread it comes from may run a loop that is new."""
-        del event
-        self._bare_tasks.begin_here()
 
     def _owner_around(self, frame: FrameType | None) -> str | None:
         account = self._publisher.hook_around(frame)

@@ -12,8 +12,9 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from evsys_bus.codec import encode, encoder
+from evsys_bus.codec import MAX_EVENT_BYTES, encode, encoder
 from evsys_bus.context import LogContext, LoopState
+from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import UnrecordedError
 from evsys_bus.events import (
     Checkpoint,
@@ -37,12 +38,16 @@ _STARTS: Final = frozenset({ExperimentStart, GroupStart, RunStart, TrainStart})
 _ENDS: Final = frozenset({TrainEnd, RunEnd, ExperimentEnd})
 CLOSE_SECONDS: Final = 1.0
 """What closing the journal may take at least, also where the tasks have used up the deadline."""
+SCRIMPED_BYTES: Final = 16 << 10
+"""What an event may take where there is no memory for all of it."""
 _RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Where launchers say which process of many this is: torchrun, Slurm, Open MPI, MPICH."""
 
 
 _RunOf = Callable[[Event], str | None]
 """How the run key of an event is found."""
+_Append = Callable[[Event, str | None, bytes], None]
+"""Appends an event, given its run and what was made of both."""
 
 
 class JournalHealth(msgspec.Struct, frozen=True):
@@ -71,6 +76,7 @@ class Recording:
         self._stream = writer.stream
         self._rank = rank
         self._leave = leave
+        self._faults = FaultLog()
         self._started: set[str | None] = set()  # runs with a RunStart, which RunEnd and not TrainEnd will close
 
     @classmethod
@@ -113,7 +119,7 @@ class Recording:
             return partial(self._record_with, run_of, self._append_end)
         if event_type is Checkpoint:
             return partial(self._record_with, run_of, self._append_kept)
-        return self._recorder(encoder(event_type, self._stream, self._rank, run_of, self._secrets))
+        return self._recorder(run_of, encoder(event_type, self._stream, self._rank, run_of, self._secrets))
 
     def last(self) -> dict[str, int]:
         """The stream, and the sequence of its last event; empty where some wait or were given up: there may be gaps."""
@@ -132,7 +138,9 @@ class Recording:
             failures=writer.failures,
         )
 
-    def _recorder(self, encode_event: Callable[[Event, int, float], bytes]) -> Callable[[Event, float], None]:
+    def _recorder(
+        self, run_of: _RunOf, encode_event: Callable[[Event, int, float], bytes]
+    ) -> Callable[[Event, float], None]:
         """For the many: steps and evals. What it needs are its own names: an attribute costs more."""
         writer, append, leave = self.writer, self.writer.append, self._leave
 
@@ -141,18 +149,39 @@ class Recording:
                 append(encode_event(event, writer.next_sequence, now))
             except UnrecordedError as error:  # only where the program asked for it
                 leave(error)
+            except MemoryError as error:
+                self._scrimp(self._append_plain, event, now, run_of(event), error)
 
         return record
 
-    def _record_with(
-        self, run_of: _RunOf, append: Callable[[Event, str | None, bytes], object], event: Event, now: float
-    ) -> None:
+    def _record_with(self, run_of: _RunOf, append: _Append, event: Event, now: float) -> None:
         run = run_of(event)
-        envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
         try:
-            append(event, run, encode(envelope, secrets=self._secrets))
+            append(event, run, self._encoded(event, now, run))
         except UnrecordedError as error:
             self._leave(error)
+        except MemoryError as error:
+            self._scrimp(append, event, now, run, error)
+
+    def _encoded(self, event: Event, now: float, run: str | None, max_event_bytes: int = MAX_EVENT_BYTES) -> bytes:
+        envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
+        return encode(envelope, max_event_bytes=max_event_bytes, secrets=self._secrets)
+
+    def _scrimp(self, append: _Append, event: Event, now: float, run: str | None, error: MemoryError) -> None:
+        """There is no memory for the record: have less of it recorded, or the event counted as lost."""
+        try:
+            append(event, run, self._encoded(event, now, run, SCRIMPED_BYTES))
+        except UnrecordedError as refusal:
+            self._leave(refusal)
+        except MemoryError:
+            self.writer.give_up()
+        try:
+            self._faults.warn("journal.no_memory", type(event), error=error, event_type=type(event).__name__)
+        except MemoryError:
+            pass  # the counts have to do
+
+    def _append_plain(self, _: Event, __: str | None, payload: bytes) -> None:
+        self.writer.append(payload)
 
     def _append_kept(self, _: Event, __: str | None, payload: bytes) -> None:
         self.writer.append(payload, keep=True)

@@ -26,6 +26,9 @@ EncodeStep = Callable[[StepEnd, int, float], bytes]
 MOST_FORMS: Final = 64
 """Runs that publish by turns have one each."""
 
+MOST_METRICS: Final = 1_000
+"""More take so much room that there may not be enough: the ordinary way stands that, and this one does not."""
+
 _pack: Final = msgspec.msgpack.Encoder().encode
 # Numbers as no step has them, each as wide as msgpack has any.
 _SEQUENCE: Final = 0xFEED_0000_0000_0001
@@ -83,6 +86,7 @@ def step_encoder(ordinary: EncodeStep, most_bytes: int) -> EncodeStep:
                 or state.error is not None
                 or batch.loss_fn_config is not None
                 or batch.metrics
+                or len(event.metrics) > MOST_METRICS
             ):
                 return ordinary(event, seq, time)
             run = _NO_CONTEXT if ctx is None else ctx.run_key

@@ -20,7 +20,7 @@ from evsys_bus.codec.twins import twin_maker
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
 
 # No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
-_pack: Final = msgspec.msgpack.Encoder().encode
+_encode_into: Final = msgspec.msgpack.Encoder().encode_into
 _unpack: Final = msgspec.msgpack.Decoder().decode
 _to_json: Final = msgspec.json.Encoder().encode
 
@@ -120,13 +120,25 @@ def _thorough(envelope: Envelope, max_event_bytes: int, secrets: frozenset[str])
     tag, fields = _opened(envelope.event)
     names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
     head, _ = to_plain(names, max_bytes=max(max_event_bytes // 8, 1024))
+    why = f"the event is larger than {max_event_bytes} bytes"
     for share in _SHARES:
-        plain, reasons = to_plain(fields, max_bytes=int(max_event_bytes * share))
-        reasons |= redact_configs(plain, secrets)
-        data = _packed(envelope, head, entries(plain), {**envelope.replaced, **reasons})
+        try:
+            plain, reasons = to_plain(fields, max_bytes=int(max_event_bytes * share))
+            reasons |= redact_configs(plain, secrets)
+            data = _packed(envelope, head, entries(plain), {**envelope.replaced, **reasons})
+        except MemoryError:
+            why = "there was no memory to encode the event"
+            continue
         if len(data) <= max_event_bytes:
             return data
-    return _packed(envelope, head, {}, {"": f"the event is larger than {max_event_bytes} bytes"})
+    return _packed(envelope, head, {}, {"": why})
+
+
+def _pack(wire: _Wire) -> bytes:
+    """Into a buffer of Python's: where memory ends while msgspec enlarges one of its own, it crashes (seen, 0.22)."""
+    buffer = bytearray()
+    _encode_into(wire, buffer)
+    return bytes(buffer)
 
 
 def _packed(envelope: Envelope, head: Plain, body: dict[str, Plain], replaced: dict[str, str]) -> bytes:

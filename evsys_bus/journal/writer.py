@@ -113,13 +113,14 @@ class JournalWriter:
             UnrecordedError: The disk did not take it, and ``on_unrecorded`` is ``raise``; the sequence stays free.
             ForkedBusError: In a child process forked from the one that opened the journal.
             JournalClosedError: The journal is not open.
+            MemoryError: There is not enough for the record; the sequence stays free.
         """
         sequence = self.next_sequence
-        # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be given
-        # to two events, and the second be taken for a repeat.
-        self.next_sequence = sequence + 1
         body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
         record = pack_sum(crc32(body)) + body
+        # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be given
+        # to two events, and the second be taken for a repeat. Behind what takes memory, of which there may be none.
+        self.next_sequence = sequence + 1
         recorder = self._recorder
         refusal: OSError | int | None = None
         if recorder.ready:
@@ -163,6 +164,11 @@ class JournalWriter:
                 if recorder.backlog.bytes < recorder.reserve.size and recorder.reserve.free():
                     recorder.work_off()
         return sequence
+
+    def give_up(self) -> None:
+        """Leave out the next sequence, for an event that cannot be recorded at all; it counts as lost."""
+        self._recorder.backlog.lost += 1
+        self.next_sequence += 1
 
     def flush(self) -> None:
         """One round of upkeep now: write what waits, sync, prune."""
@@ -216,8 +222,9 @@ class JournalWriter:
 
     @property
     def lost(self) -> int:
-        """How many were given up."""
-        return self._recorder.backlog.lost
+        """How many were given up, or were in segments that somebody removed."""
+        recorder = self._recorder
+        return recorder.backlog.lost + recorder.segments.removed(self.next_sequence - len(recorder.backlog))
 
     @property
     def failures(self) -> int:

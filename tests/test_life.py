@@ -1,0 +1,123 @@
+"""How a program may end, and how little memory it may have: real processes, looked at from outside."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from evsys_bus.codec import decode
+from evsys_bus.journal import JournalReader
+
+NEVER_LEFT = """
+    import asyncio, atexit, sys, time
+    from pathlib import Path
+    from evsys_bus import Callback, EventBus, LoopState, Sink, StepEnd, TrainingBatch
+
+    how, folder = sys.argv[1], Path(sys.argv[2])
+
+    class Rows(Sink):
+        async def write(self, batch):
+            with open(folder / "rows.txt", "a") as file:
+                file.writelines(f"{each.seq}\\n" for each in batch)
+
+    class Spawns(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            if step_idx == 3:
+                self.spawn(self.later)
+
+        async def later(self):
+            await asyncio.sleep(0.05)
+            (folder / "spawned").touch()
+
+    def publish(count):
+        for step in range(count):
+            bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 0.5}))
+
+    state = LoopState(0, 10, folder / "run")
+    bus = EventBus([Spawns()], journal=folder / "journal", sinks=[Rows()], drain_timeout=10.0)
+    if how == "async with":
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(bus.__aenter__())
+    else:
+        bus.__enter__()
+    if how == "atexit":
+        atexit.register(publish, 3)
+    publish(5)
+    if how == "raises":
+        raise SystemExit(7)
+"""
+
+
+def recorded(folder: Path) -> list[int]:
+    reader = JournalReader(folder / "journal")
+    return [record.sequence for stream in reader.streams() for record in reader.read(stream)]
+
+
+def delivered(folder: Path) -> list[int]:
+    return [int(line) for line in (folder / "rows.txt").read_text().split()]
+
+
+@pytest.mark.parametrize(("how", "code", "events"), [("with", 0, 5), ("raises", 7, 5), ("atexit", 0, 8)])
+def test_a_bus_that_a_program_never_leaves_is_left_when_it_ends_and_said_so(program, tmp_path, how, code, events):
+    process = program(NEVER_LEFT, how, str(tmp_path))
+    out, err = process.communicate(timeout=15)
+    assert (process.returncode, out) == (code, "")
+    assert err.startswith("bus.never_left fix=enter it with `with`")
+    assert "Traceback" not in err
+    assert recorded(tmp_path) == delivered(tmp_path) == [*range(1, events + 1)]
+    assert (tmp_path / "spawned").exists()
+
+
+def test_one_whose_loop_turns_no_more_costs_the_end_no_deadline_and_loses_nothing(program, tmp_path):
+    """Its tasks cannot run any more, and there is no sense in waiting for them."""
+    process = program(NEVER_LEFT.replace("drain_timeout=10.0", "drain_timeout=60.0"), "async with", str(tmp_path))
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 0
+    assert err.startswith("bus.never_left")
+    assert recorded(tmp_path) == delivered(tmp_path) == [1, 2, 3, 4, 5]
+
+
+LITTLE_MEMORY = """
+    import resource, sys
+    from evsys_bus import BenchmarkEval, EvalResult, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainingBatch
+
+    folder, left = sys.argv[1], int(sys.argv[2])
+    state = LoopState(0, 10, folder + "/run")
+    predictions = [{"task_id": str(at), "output": "x" * 200_000} for at in range(300)]
+    metrics = {f"metric-{at}": float(at) for at in range(100_000)}
+    ctx = LogContext(folder, run_key="run", config={"prompts": ["y" * 200_000] * 300})
+
+    def step(at):
+        bus.publish(StepEnd(state, at, TrainingBatch(), {"loss": 0.5}))
+
+    with EventBus([], journal=folder + "/journal") as bus:
+        step(0)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (left << 20), resource.RLIM_INFINITY))
+        for at in range(1, 4):
+            bus.publish(RunStart(ctx))
+            bus.publish(BenchmarkEval(ctx, EvalResult("tasks"), predictions, step=at))
+            bus.publish(StepEnd(state, at, TrainingBatch(), metrics))
+            step(at)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        told = bus.health().journal
+    print(told.recorded, told.unrecorded, told.lost)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
+@pytest.mark.parametrize("megabytes", [0, 2, 12, 40])
+def test_where_memory_ends_publish_raises_nothing_and_what_is_not_on_record_is_counted(program, tmp_path, megabytes):
+    process = program(LITTLE_MEMORY, str(tmp_path), str(megabytes))
+    out, err = process.communicate(timeout=15)
+    assert process.returncode == 0, err
+    count, unrecorded, lost = map(int, out.split())
+    assert (count + lost, unrecorded) == (13, 0)
+    reader = JournalReader(tmp_path / "journal")
+    [stream] = reader.streams()
+    found = [decode(record.payload) for record in reader.read(stream)]
+    assert len(found) == count
+    # A plain step needs next to nothing.
+    steps = [each.event.step_idx for each in found if getattr(each.event, "metrics", None) == {"loss": 0.5}]
+    assert steps == [0, 1, 2, 3]
+    assert any(each.replaced for each in found) or lost, "there was memory for all of it: nothing was tried"
