@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from benchmarks import loggers as heavy
 from benchmarks.frameworks import FRAMEWORKS
 from benchmarks.survival import Survival
+from benchmarks.upload_steps import UploadSteps
 from benchmarks.uploads import Uploads
 from evsys_bus.bench.all_loggers import ALL_LOGGERS
 from evsys_bus.bench.catching_up import CATCHING_UP
@@ -19,6 +20,7 @@ from evsys_bus.bench.growth import GROWTH
 from evsys_bus.bench.imports import IMPORTS
 from evsys_bus.bench.journal import AT_LEAST, JOURNAL, Journal
 from evsys_bus.bench.kills import KILLS, Kills
+from evsys_bus.bench.lag import LAG
 from evsys_bus.bench.lateness import LATENESS
 from evsys_bus.bench.question import Question
 from evsys_bus.cli.bench import bench_command
@@ -36,10 +38,12 @@ def _questions() -> Mapping[str, Question]:
         kills,
         GROWTH,
         CATCHING_UP,
+        LAG,
         LATENESS,
         ALL_LOGGERS,
         Survival(),
         Uploads(),
+        UploadSteps(),
     )
     return {question.name: question for question in asked}
 

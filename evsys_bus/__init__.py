@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    from evsys_bus.attached import Learnt
     from evsys_bus.bus import EventBus, Health, Receipt
     from evsys_bus.callback import Callback, dispatch
     from evsys_bus.context import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__: Final = "0.1.0"
 
 _HOMES: Final = {
+    "attached": ("Learnt",),
     "bus": ("EventBus", "Health", "Receipt"),
     "callback": ("Callback", "dispatch"),
     "context": (
@@ -96,6 +98,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "ExperimentStart",
     "GroupStart",
     "Health",
+    "Learnt",
     "LogContext",
     "LoopArtifacts",
     "LoopState",

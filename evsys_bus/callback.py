@@ -5,11 +5,12 @@ hooks by itself, faster, with the same isolation (`isolate`).
 """
 
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, ClassVar, Final, Literal, Protocol
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, ClassVar, Final, Literal
 
 import msgspec
 
+from evsys_bus.attached import RetryPolicy, Spawner
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -25,31 +26,6 @@ from evsys_bus.context import (
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookError, NotACallbackError, NotAttachedError
 from evsys_bus.events import Event, declared_events
-
-RetryPolicy = Callable[..., Awaitable[object]]
-"""Called as ``await policy(fn, *args)``: a bound caller of stamina, an ``AsyncRetrying`` of tenacity, or your own."""
-
-
-class Spawner(Protocol):
-    """What a callback is attached to: an open bus."""
-
-    def spawn(
-        self,
-        fn: Callable[..., Coroutine[Any, Any, object]],
-        /,
-        *args: Any,
-        name: str | None = None,
-        timeout: float | None = None,
-        retry: RetryPolicy | None = None,
-        lane: str | None = None,
-        owner: str | None = None,
-    ) -> bool:
-        """As `Callback.spawn`. Any: the arguments are those of ``fn``."""
-        ...
-
-    def publishes_here(self) -> bool:
-        """Whether this thread is inside a hook that this bus called."""
-        ...
 
 
 class Callback:
@@ -87,7 +63,7 @@ class Callback:
     """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""
 
     evsys_attached: ClassVar[tuple[Spawner, ...]] = ()
-    """The open buses that hold it, kept on the instance by them."""
+    """The open buses that hold it, or its courier; kept on the instance by them."""
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Fires once at the start of an experiment, before any arm. Write ``ctx.ids["experiment_id"]`` here."""
@@ -152,16 +128,32 @@ class Callback:
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
             SpawnError: ``fn`` is no coroutine function.
         """
-        attached = self.evsys_attached
-        if not attached:
-            raise NotAttachedError(
-                f"{type(self).__name__}.spawn() needs an open bus to run the task",
-                fix="give the callback to an EventBus (or a TrainingLoop) and spawn from inside a hook",
-            )
-        bus = attached[-1]
-        if len(attached) > 1:
-            bus = next((each for each in attached if each.publishes_here()), bus)
+        bus = _attached(self, "spawn")
         return bus.spawn(fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=callback_name(self))
+
+    def publish(self, event: Event) -> None:
+        """Have something on record: what a task of this callback learnt, say.
+
+        Where the callback is followed, it goes into the couriers' own stream of the journal, and followers notice
+        nothing of it, unless it is `Learnt`. Inline it is an event like any other, with its hooks.
+
+        Raises:
+            NotAttachedError: The callback was not given to a bus, or the bus is closed.
+        """
+        _attached(self, "publish").publish(event)
+
+
+def _attached(callback: Callback, act: str) -> Spawner:
+    """What the callback is attached to; of several, the one that has called it."""
+    attached = callback.evsys_attached
+    if not attached:
+        raise NotAttachedError(
+            f"{type(callback).__name__}.{act}() needs an open bus",
+            fix=f"give the callback to an EventBus (or a TrainingLoop) and {act} from inside a hook",
+        )
+    if len(attached) == 1:
+        return attached[0]
+    return next((each for each in attached if each.publishes_here()), attached[-1])
 
 
 def attach(callback: object, bus: Spawner) -> None:

@@ -20,18 +20,11 @@ nothing. What `write` raises says what becomes of the batch:
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
+from evsys_bus.attached import Publishes
 from evsys_bus.errors import NotAttachedError
 from evsys_bus.events import Envelope, Event
-
-
-class Publishes(Protocol):
-    """What a sink is attached to while it is open: its courier."""
-
-    def publish(self, event: Event) -> None:
-        """Record what the delivery learnt."""
-        ...
 
 
 class Sink:

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,10 +16,25 @@ import uvloop
 
 from evsys_bus import LoopState, StepEnd, TrainingBatch
 
+# Hundreds of interpreters are started here. Where this is set (container images do), each compiles all that it imports,
+# which is most of what a short program does.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+# What a script starts in the background ignores SIGINT, and so would all that is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Async tests run once on asyncio's own loop and once on uvloop."""
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What the example in a docstring declares is its own: an event of the example of `Event` ships with nothing."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
+            item.dtest.globs["__name__"] = "__main__"
 
 
 @pytest.fixture

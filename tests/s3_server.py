@@ -6,6 +6,7 @@ server in its place, keep the attributes and methods of `S3Server`.
 """
 
 import getpass
+import io
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import asynccontextmanager
 from pathlib import Path
 from string import Template
 
@@ -63,6 +65,11 @@ pipeline = catch_errors gatekeeper healthcheck cache listing_formats bulk s3api 
 use = egg:swift#proxy
 account_autocreate = true
 allow_account_management = true
+# On a busy machine it would give up its own servers after half a second, and answer 503.
+conn_timeout = 20
+node_timeout = 20
+recoverable_node_timeout = 20
+error_suppression_limit = 1000000
 [filter:s3api]
 use = egg:swift#s3api
 s3_acl = false
@@ -73,8 +80,7 @@ use = egg:swift#tempauth
 user_evsys_admin = $secret .admin .reseller_admin
 user_evsys_limited = $limited
 [filter:cache]
-use = egg:swift#memcache
-memcache_servers = 127.0.0.1:1
+paste.filter_factory = s3_server:remembering
 [filter:catch_errors]
 use = egg:swift#catch_errors
 [filter:gatekeeper]
@@ -94,6 +100,46 @@ use = egg:swift#versioned_writes
 [filter:symlink]
 use = egg:swift#symlink
 """)
+
+
+class Memory:
+    """In place of memcached: without it, the server asks for account and container anew at every request."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[str, float]] = {}
+
+    def get(self, key, raise_on_error=False):
+        value, until = self._kept.get(key, ("null", 0.0))
+        return json.loads(value) if time.monotonic() < until else None
+
+    def set(self, key, value, serialize=True, time=0, min_compress_len=0, raise_on_error=False):
+        self._kept[key] = (json.dumps(value), _until(time))
+
+    def incr(self, key, delta=1, time=0):
+        count = (self.get(key) or 0) + delta
+        self.set(key, count, time=time)
+        return count
+
+    def delete(self, key, server_key=None):
+        self._kept.pop(key, None)
+
+
+def _until(seconds: float) -> float:
+    return time.monotonic() + (seconds or float("inf"))
+
+
+def remembering(global_conf, **conf):
+    """Give every request the same memory; how Paste has it made."""
+    memory = Memory()
+
+    def around(app):
+        def answer(environ, start_response):
+            environ["swift.cache"] = memory
+            return app(environ, start_response)
+
+        return answer
+
+    return around
 
 
 class S3Server:
@@ -146,6 +192,21 @@ class S3Server:
             except subprocess.TimeoutExpired:
                 self.kill()
 
+    def let_read(self, bucket: str) -> None:
+        """Let the limited key read this bucket, and do nothing else there."""
+        whoever = {"X-Auth-User": self.key, "X-Auth-Key": self.secret}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/auth/v1.0", headers=whoever)) as reply:
+            url, token = reply.headers["X-Storage-Url"], reply.headers["X-Auth-Token"]
+        head = {"X-Auth-Token": token, "X-Container-Read": self.limited_key}
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", headers=head, method="POST")).close()
+
+    @asynccontextmanager
+    async def behind_middle(self):
+        """A `Middle` before this server, while it runs."""
+        middle = Middle(self)
+        async with middle.running():
+            yield middle
+
     def data_files(self) -> list[Path]:
         """The files in which it keeps the content of objects and parts."""
         return sorted((self.folder / "nodes").glob("d1/objects/**/*.data"))
@@ -156,6 +217,71 @@ class S3Server:
                 return reply.status == 200
         except (urllib.error.URLError, OSError):
             return False
+
+
+class Middle:
+    """A server before the server, which sees whole requests, and may answer them itself or alter them."""
+
+    def __init__(self, server: S3Server) -> None:
+        self.seen = []
+        """Method, path and head of every request."""
+        self.on = None
+        """Called with a request and its body: returns a response, or bytes in place of the body, or None."""
+        self.after = None
+        """Called with a request that was answered: whether the reply is to be lost."""
+        self.endpoint = ""
+        self._server = server
+
+    @asynccontextmanager
+    async def running(self):
+        from aiohttp import ClientSession, web
+
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", self._forward)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.endpoint = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        async with ClientSession(auto_decompress=False) as self._session:
+            try:
+                yield
+            finally:
+                await runner.cleanup()
+
+    async def _forward(self, request):
+        from aiohttp import web
+        from multidict import CIMultiDict
+        from yarl import URL
+
+        self.seen.append((request.method, request.path_qs, request.headers))
+        body = await request.read()
+        answer = self.on and await self.on(request, body)
+        if isinstance(answer, web.Response):
+            return answer
+        url = URL(f"{self._server.endpoint}{request.raw_path}", encoded=True)
+        skip = ["User-Agent", "Accept", "Accept-Encoding", "Content-Type"]
+        body = io.BytesIO(answer or body)
+        async with self._session.request(
+            request.method, url, headers=request.headers, data=body, skip_auto_headers=skip
+        ) as reply:
+            head = CIMultiDict(reply.headers)
+            head.pop("Transfer-Encoding", None)
+            if request.method != "HEAD":
+                head.pop("Content-Length", None)
+            body = await reply.read()
+            back = web.Response(status=reply.status, headers=head, body=body or None)
+        if self.after and await self.after(request):
+            request.transport.abort()
+        return back
+
+    @staticmethod
+    def says(status: int, word: str | None = None, message: str = "", **head: str):
+        """An answer: with a word a refusal as S3 writes it, else an empty one."""
+        from aiohttp import web
+
+        text = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{message}</Message></Error>"
+        return web.Response(status=status, text=text if word else None, headers=head)
 
 
 def free_ports(count: int) -> dict[str, int]:

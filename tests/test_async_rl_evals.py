@@ -28,11 +28,7 @@ assert SPEC is not None
 assert SPEC.loader is not None
 wandb = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(wandb)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    yield from wandb.served(tmp_path, monkeypatch)
+server, login = wandb.server, wandb.login
 
 
 STEPS, LATE = 300, 50
@@ -84,8 +80,7 @@ def test_tensorboard_has_every_point_at_its_step(trained):
     assert losses == [(step, pytest.approx(value)) for step, value in LOSSES]
 
 
-def test_wandb_has_every_point_at_its_step_by_its_own_reader(trained, server, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", wandb.KEY)
+def test_wandb_has_every_point_at_its_step_by_its_own_reader(trained, server, login):
     [file] = wandb.files_of(trained)
     wandb.sync(file)
     rows = server.rows(wandb.id_of(file))

@@ -98,7 +98,7 @@ class Upload:
         return Destination(place.store, place.prefix, "low")
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.servers)])
 def bucket(request, tmp_path, monkeypatch):
     """A destination: its URL, and the params that lead there."""
     if request.param == "file":
@@ -332,6 +332,7 @@ async def test_what_lies_elsewhere_is_recorded_and_not_uploaded(upload):
 
 
 @pytest.mark.timeout(60)  # the S3 server of the tests takes 20 ms for each request
+@pytest.mark.asyncio(loop_factories=["uvloop"])
 async def test_a_directory_of_300_files_is_uploaded_as_it_is(tmp_path, bucket):
     url, params = bucket
     upload = Upload(tmp_path, url, **params)
@@ -559,6 +560,7 @@ def sha256_of(path):
 
 
 @pytest.mark.parametrize("placement", ["follow", "inline"])
+@pytest.mark.asyncio(loop_factories=["asyncio"])  # couriers have loops of their own
 async def test_the_loop_steps_on_while_200_megabytes_go_out_and_the_trainer_removes_its_own(
     tmp_path, bucket, placement
 ):

@@ -1,22 +1,38 @@
+"""What each command says and how it exits; in this process, but where a test is about the process itself."""
+
+import contextlib
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from evsys_bus.cli import COMMANDS
+from evsys_bus.cli import COMMANDS, run
 from evsys_bus.cli.explain import codes, page
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.training.ledger import Ledger, read_result
 
 
-def evsys_bus(*arguments, before="", cwd=None):
+def in_a_process(*arguments, before="", cwd=None):
     """The command in a process of its own; ``before`` runs first in it."""
     program = f"import sys\n{before}\nfrom evsys_bus.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd
     )
+
+
+@pytest.fixture
+def evsys_bus(capsys):
+    """The command line in this process, told and answering as ``in_a_process``."""
+
+    def command(*arguments, cwd=None):
+        with contextlib.chdir(cwd or Path.cwd()):
+            code = run([*map(str, arguments)])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return command
 
 
 HEAVY = [
@@ -35,7 +51,9 @@ HEAVY = [
 
 @pytest.mark.parametrize("heavy", [HEAVY])
 def test_help_lists_every_command_without_importing_what_they_need(heavy):
-    done = evsys_bus("--help", before=f"import atexit; atexit.register(lambda: print(set({heavy}) & set(sys.modules)))")
+    done = in_a_process(
+        "--help", before=f"import atexit; atexit.register(lambda: print(set({heavy}) & set(sys.modules)))"
+    )
     assert done.returncode == 0
     for command in COMMANDS:
         assert f"\n  {command}" in done.stdout
@@ -43,13 +61,13 @@ def test_help_lists_every_command_without_importing_what_they_need(heavy):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_that_is_listed_has_help_of_its_own(command):
+def test_every_command_that_is_listed_has_help_of_its_own(evsys_bus, command):
     done = evsys_bus(command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Usage: evsys-bus {command}")
 
 
-def test_version_is_the_installed_one():
+def test_version_is_the_installed_one(evsys_bus):
     done = evsys_bus("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "evsys-bus")
     assert done.stdout.split()[1][0].isdigit()
@@ -58,14 +76,14 @@ def test_version_is_the_installed_one():
 @pytest.mark.parametrize(
     "arguments", [["dmeo"], ["demo", "--stpes", "3"], ["run"], ["run", "x", "--seed", "-1"], ["demo", "--resume"]]
 )
-def test_a_usage_error_says_what_is_wrong_on_stderr_and_exits_2(arguments):
+def test_a_usage_error_says_what_is_wrong_on_stderr_and_exits_2(evsys_bus, arguments):
     done = evsys_bus(*arguments)
     assert done.returncode == 2
     assert "Error: " in done.stderr
     assert done.stdout == ""
 
 
-def test_an_unknown_kind_is_told_in_our_shape_and_exits_2():
+def test_an_unknown_kind_is_told_in_our_shape_and_exits_2(evsys_bus):
     done = evsys_bus("adapters", "print_progres")
     assert done.returncode == 2
     assert done.stderr == (
@@ -76,7 +94,7 @@ def test_an_unknown_kind_is_told_in_our_shape_and_exits_2():
 
 @pytest.mark.parametrize("module", ["numpy", "sklearn"])
 def test_a_missing_package_of_the_demo_names_the_install_command_and_exits_3(tmp_path, module):
-    done = evsys_bus("demo", "--output-dir", tmp_path, before=f"sys.modules[{module!r}] = None")
+    done = in_a_process("demo", "--output-dir", tmp_path, before=f"sys.modules[{module!r}] = None")
     assert done.returncode == 3
     assert f"error[EB701]: the demo needs {module}" in done.stderr
     assert "pip install 'evsys-bus[demo]'" in done.stderr
@@ -85,7 +103,7 @@ def test_a_missing_package_of_the_demo_names_the_install_command_and_exits_3(tmp
 
 
 def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
-    done = evsys_bus(
+    done = in_a_process(
         "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.codes = no"
     )
     assert done.returncode == 1
@@ -97,7 +115,7 @@ def test_an_os_error_is_the_machine_s_fault_and_exits_3():
     before = (
         "import evsys_bus.cli.explain as e\ndef no(): raise OSError(28, 'No space left on device', 'x')\ne.codes = no"
     )
-    done = evsys_bus("explain", before=before)
+    done = in_a_process("explain", before=before)
     assert (done.returncode, done.stderr) == (3, "error: No space left on device: x\n")
 
 
@@ -126,12 +144,12 @@ def test_every_error_code_has_a_page_of_help_and_every_page_a_code():
 
 
 @pytest.mark.parametrize("code", ["EB101", "eb101", "101", "error[EB101]"])
-def test_a_page_is_found_however_its_code_is_written(code):
+def test_a_page_is_found_however_its_code_is_written(evsys_bus, code):
     done = evsys_bus("explain", code)
     assert (done.returncode, done.stdout) == (0, page("EB101"))
 
 
-def test_explain_without_a_code_lists_them_and_with_an_unknown_one_names_the_nearest():
+def test_explain_without_a_code_lists_them_and_with_an_unknown_one_names_the_nearest(evsys_bus):
     assert [line[:5] for line in evsys_bus("explain").stdout.splitlines()] == codes()
     done = evsys_bus("explain", "EB110")
     assert done.returncode == 2
@@ -140,12 +158,12 @@ def test_explain_without_a_code_lists_them_and_with_an_unknown_one_names_the_nea
 
 def test_doctor_reports_and_hides_secrets():
     secrets = "import os; os.environ.update(WANDB_API_KEY='hush-hush', HTTPS_PROXY='http://me:hush-hush@proxy:1')"
-    done = evsys_bus("doctor", before=secrets)
+    done = in_a_process("doctor", before=secrets)
     assert done.returncode == 0, done.stdout
     assert "hush-hush" not in done.stdout
     assert "WANDB_API_KEY set (9 characters, hidden)" in " ".join(done.stdout.split())
     assert "http://(hidden)@proxy:1" in done.stdout
-    report = json.loads(evsys_bus("doctor", "--json", before=secrets).stdout)
+    report = json.loads(in_a_process("doctor", "--json", before=secrets).stdout)
     assert "hush-hush" not in str(report)
     assert (report["disk"]["append"], report["disk"]["lock"], report["faults"]) == ("works", "works", [])
     assert report["machine"]["python"].startswith(f"{sys.version_info.major}.")
@@ -155,7 +173,7 @@ def test_doctor_names_the_install_command_of_what_is_missing_and_leaves_nothing_
     hidden = "import importlib.metadata as m; v = m.version\n"
     hidden += "def version(name):\n if name == 'numpy': raise m.PackageNotFoundError(name)\n return v(name)\n"
     hidden += "m.version = version"
-    done = evsys_bus("doctor", before=hidden, cwd=tmp_path)
+    done = in_a_process("doctor", before=hidden, cwd=tmp_path)
     assert "extra demo   install: pip install 'evsys-bus[demo]'   or   uv add 'evsys-bus[demo]'" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -177,7 +195,7 @@ LONGEST = b"9" * 5_000
         pytest.param(NOT_TEXT, id="not text"),
     ],
 )
-def test_show_says_what_is_wrong_with_a_folder_that_it_cannot_read(tmp_path, content):
+def test_show_says_what_is_wrong_with_a_folder_that_it_cannot_read(evsys_bus, tmp_path, content):
     if content is not None:
         (tmp_path / "experiment.json").write_bytes(content)
     done = evsys_bus("show", tmp_path)
@@ -186,7 +204,7 @@ def test_show_says_what_is_wrong_with_a_folder_that_it_cannot_read(tmp_path, con
     assert "Traceback" not in done.stderr
 
 
-def test_show_reads_a_lone_run_with_nan_and_torn_lines(tmp_path):
+def test_show_reads_a_lone_run_with_nan_and_torn_lines(evsys_bus, tmp_path):
     rows = [
         '{"step":0,"loss":2.0}',
         '{"step":1,"loss":null,"nonfinite":{"loss":"nan"}}',
@@ -211,7 +229,7 @@ def test_show_reads_a_lone_run_with_nan_and_torn_lines(tmp_path):
         pytest.param(b'{"step":1,"loss":%b}' % LONGEST, id="longest"),
     ],
 )
-def test_show_passes_over_what_is_damaged_in_the_files_of_a_run(tmp_path, damage):
+def test_show_passes_over_what_is_damaged_in_the_files_of_a_run(evsys_bus, tmp_path, damage):
     run = tmp_path / "run"
     run.mkdir()
     (tmp_path / "experiment.json").write_bytes(damage)
@@ -227,7 +245,7 @@ def test_show_passes_over_what_is_damaged_in_the_files_of_a_run(tmp_path, damage
     assert json.loads(evsys_bus("show", run, "--json").stdout)["rows"] >= 2
 
 
-def test_show_counts_a_number_that_no_float_can_hold_as_not_finite(tmp_path):
+def test_show_counts_a_number_that_no_float_can_hold_as_not_finite(evsys_bus, tmp_path):
     rows = [b'{"step":0,"loss":2}', b'{"step":1,"loss":%b}' % HUGE, b'{"step":2,"loss":-%b}' % HUGE]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*rows, b""]))
     done = evsys_bus("show", tmp_path)
@@ -245,7 +263,7 @@ def test_a_damaged_ledger_is_said_on_resume_and_a_damaged_result_runs_again(tmp_
     assert read_result(tmp_path) is None
 
 
-def test_show_suggests_the_nearest_name_below_runs(tmp_path):
+def test_show_suggests_the_nearest_name_below_runs(evsys_bus, tmp_path):
     for name in ("baseline-s0", "wide-s0"):
         (tmp_path / "runs" / "digits" / name).mkdir(parents=True)
         (tmp_path / "runs" / "digits" / name / "metrics.jsonl").write_text("")
@@ -255,7 +273,7 @@ def test_show_suggests_the_nearest_name_below_runs(tmp_path):
     assert evsys_bus("show", "digits/wide-s0", cwd=tmp_path).returncode == 0
 
 
-def test_adapters_lists_kinds_with_a_summary_line_each():
+def test_adapters_lists_kinds_with_a_summary_line_each(evsys_bus):
     done = evsys_bus("adapters")
     assert done.returncode == 0
     assert re.search("^print_progress +Prints one line per step", done.stdout, re.MULTILINE)
@@ -269,13 +287,13 @@ def test_an_adapter_that_cannot_be_loaded_does_not_hide_the_others(tmp_path):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[evsys_bus.callbacks]\nbroken = no_such_module:Thing\n")
-    done = evsys_bus("adapters", before=f"sys.path.insert(0, {str(tmp_path)!r})")
+    done = in_a_process("adapters", before=f"sys.path.insert(0, {str(tmp_path)!r})")
     assert done.returncode == 0
     assert "cannot be loaded: ModuleNotFoundError" in done.stdout
     assert "print_progress  " in done.stdout
 
 
-def test_adapters_with_a_kind_gives_its_schema_as_json():
+def test_adapters_with_a_kind_gives_its_schema_as_json(evsys_bus):
     page = json.loads(evsys_bus("adapters", "print_progress", "--json").stdout)
     assert page["schema"]["properties"]["every"]["minimum"] == 1
     assert page["defaults"] == {"every": 1, "keys": None}

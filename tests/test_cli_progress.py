@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
+from evsys_bus.cli.amounts import duration
 from evsys_bus.cli.progress import Board, PlannedRun
 from evsys_bus.cli.progress.board import MAX_NEWS
 from evsys_bus.cli.progress.capture import MAX_LINES, Captured, CapturedStream
-from evsys_bus.cli.progress.figures import Spread, arm_figures, duration, headline, number, pair, spread
+from evsys_bus.cli.progress.figures import Spread, arm_figures, headline, number, pair, spread
 from evsys_bus.cli.progress.lines import LineView, as_json, plain
 from evsys_bus.cli.progress.live import draw
 

@@ -37,6 +37,8 @@ class Countdown:
     def __init__(self, params, run):
         self.params, self.run, self.steps = params, run, 0
     async def forward_backward(self, batch):
+        while self.steps == 25 and Path("hold").exists():
+            await asyncio.sleep(0.01)
         await asyncio.sleep(self.params["seconds"])
         if self.steps == self.params.get("fail_at") and self.run.seed == 1:
             raise ArithmeticError("loss is NaN")
@@ -165,30 +167,35 @@ def test_what_callbacks_print_leaves_stdout_to_the_result_with_json(evsys_bus):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_exits_130_and_the_line_it_prints_goes_on(evsys_bus, folder, number):
-    arguments = ["run", "sweep.yaml", "--arm", "calm", "--set", "run.seconds=0.05", "--set", "callbacks=[]"]
+    hold = folder / "hold"  # while this is there, step 25 does not end
+    hold.touch()
+    arguments = ["run", "sweep.yaml", "--arm", "calm", "--set", "callbacks=[]"]
     running = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True, cwd=folder, env=CLEAN)
     assert running.stderr is not None
-    seen = ""
-    while "event=eval run=calm-s0" not in seen:
-        seen = running.stderr.readline()
+    metrics = folder / "runs" / "sweep" / "calm-s0" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") == 25):
+        assert running.poll() is None
+        time.sleep(0.01)
     running.send_signal(number)
-    told = running.communicate(timeout=15)[1]
+    seen = ""
+    while "event=stopping" not in seen:
+        seen = running.stderr.readline()
+    hold.unlink()
+    told = seen + running.communicate(timeout=15)[1]
     assert running.returncode == 130
     assert f"event=stopping signal={number.name}" in told
-    assert re.search(r"interrupted: 0 of 2 runs done; stopped calm-s0 at step [23]\d", told), told
-    run_dir = folder / "runs" / "sweep" / "calm-s0"
-    stopped_at = len(rows(run_dir / "metrics.jsonl"))
-    final = rows(run_dir / "checkpoints.jsonl")[-1]
-    assert (final["name"], final["batch"]) == ("final", stopped_at - 1)
-    assert 20 <= stopped_at < 40
+    assert "interrupted: 0 of 2 runs done; stopped calm-s0 at step 26" in told
+    assert len(rows(metrics)) == 26
+    final = rows(metrics.with_name("checkpoints.jsonl"))[-1]
+    assert (final["name"], final["batch"]) == ("final", 25)
 
     line = next(line for line in told.splitlines() if line.startswith("go on with: "))
     again = line.removeprefix("go on with: evsys-bus ").replace("'", "").split()
-    done = evsys_bus(*again, "--set", "run.seconds=0.05")
+    done = evsys_bus(*again)
     assert done.returncode == 0, done.stderr
     for key in ("calm-s0", "calm-s1"):
-        metrics = rows(folder / "runs" / "sweep" / key / "metrics.jsonl")
-        assert [(row["step"], row["loss"]) for row in metrics] == [(step, 1 / (1 + step)) for step in range(40)]
+        of_run = rows(folder / "runs" / "sweep" / key / "metrics.jsonl")
+        assert [(row["step"], row["loss"]) for row in of_run] == [(step, 1 / (1 + step)) for step in range(40)]
 
 
 def test_the_second_signal_ends_it_at_once(folder):
@@ -225,10 +232,14 @@ def test_the_default_output_dir_of_the_demo_is_a_new_one_under_runs_and_everythi
     assert f"data         runs/{experiment.name}" in done.stdout
     assert "conclusion   " in done.stdout
     assert (experiment / "journal").is_dir()
-    run_dirs = [path for path in experiment.iterdir() if path.is_dir() and path.name != "journal"]
+    run_dirs = [path for path in experiment.iterdir() if path.is_dir() and path.name not in {"journal", "archive"}]
     assert len(run_dirs) == 3
     for run_dir in run_dirs:
         assert {"metrics.jsonl", "metrics.csv", "checkpoints.jsonl"} <= {path.name for path in run_dir.iterdir()}
+    assert {path.name for path in (experiment / "archive").iterdir()} == {path.name for path in run_dirs}
+    told = evsys_bus("checkpoints", f"runs/{experiment.name}")
+    archived = rf"^\S+ +final-000001 +1 +whole +uploaded +\S+ kB +file://{experiment}/archive$"
+    assert len(re.findall(archived, told.stdout, re.MULTILINE)) == 3
 
 
 def _is_readable(file):
@@ -261,7 +272,7 @@ def on_a_terminal(arguments, folder, *, columns, rows, **environment):
 
 @pytest.mark.parametrize(("columns", "sd"), [(120, True), (60, False)])
 def test_on_a_terminal_a_table_redraws_itself_and_printed_lines_pass_above_it(folder, columns, sd):
-    arguments = ["run", "sweep.yaml", "--set", "run.seconds=0.05"]
+    arguments = ["run", "sweep.yaml", "--set", "run.seconds=0.02"]
     written, code = on_a_terminal(arguments, folder, columns=columns, rows=24)
     assert code == 1
     frames = written.split("sweep   2 arms x 2 seeds = 4 runs   data: runs/sweep")

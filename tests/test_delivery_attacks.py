@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from evsys_bus import Callback, Event, EventBus, Sink, follow
+from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
 from evsys_bus.bus.guard import Guard
 from evsys_bus.delivery.accounts import Account, accounts
+from evsys_bus.delivery.batches import SinkReceiver
 from evsys_bus.delivery.crew import Crew
 from evsys_bus.delivery.followed import CourierState, Followed, Terms
+from evsys_bus.delivery.receiver import Taken
+from evsys_bus.delivery.retry import ATTEMPTS
 from evsys_bus.delivery.roster import enlist
 from evsys_bus.journal import JournalWriter, Retain, layout
 from evsys_bus.tasks import LoopThread
@@ -100,12 +103,18 @@ def test_an_exception_without_words_makes_one_dead_letter_and_repeats_nothing(tm
     assert [(each.delivered, each.dead, each.pending) for each in bus.receipt.deliveries] == [(4, 1, 0)]
 
 
-def test_an_outage_seen_through_a_task_group_is_an_outage(tmp_path):
+async def test_an_outage_seen_through_a_task_group_is_an_outage():
     outage = ExceptionGroup("unhandled errors in a TaskGroup", [ConnectionRefusedError("away")])
-    sink = FailingSink([outage] * 7)
-    with EventBus(sinks=[sink], journal=tmp_path / "journal") as bus:
-        bus.publish(Tick(1))
-    assert [(each.delivered, each.dead) for each in bus.receipt.deliveries] == [(1, 0)]
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    receiver = SinkReceiver(FailingSink([outage] * (ATTEMPTS + 2)), sleep=sleep)
+    await receiver.open(lambda trouble: None)
+    assert await receiver.take([Envelope("s", 1, 0.0, Tick(1))], [10]) == Taken(1)
+    assert len(pauses) == ATTEMPTS + 2
+    await receiver.close()
 
 
 def test_one_who_waits_for_anothers_lock_ends_when_nothing_is_pending(tmp_path):

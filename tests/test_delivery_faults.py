@@ -65,6 +65,7 @@ class Rows:
     max_events = 2
     max_bytes = 1 << 20
     max_seconds = 0.0
+    name = "rows"  # the kind, of subclasses too
     path = "/rows/rows"
 
     def __init__(self, disk, refuses=()) -> None:

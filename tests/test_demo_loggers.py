@@ -16,25 +16,20 @@ assert SPEC is not None
 assert SPEC.loader is not None
 wandb = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(wandb)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    yield from wandb.served(tmp_path, monkeypatch)
+server, login = wandb.server, wandb.login
 
 
 SPECS = [{"kind": "tensorboard_logger"}, {"kind": "wandb_logger", "params": {"project": "p", "mode": "offline"}}]
 
 
-def test_what_both_hold_of_the_demo_is_what_the_journal_holds(tmp_path, server, monkeypatch):
+def test_what_both_hold_of_the_demo_is_what_the_journal_holds(tmp_path, server, login):
     settings = demo_config(tmp_path, steps=60, eval_every=20)
     experiment = Experiment(settings, callbacks=build_callbacks(SPECS), only_arms=["baseline", "wide"], only_seeds=[0])
     asyncio.run(experiment.run())
     [journal] = tmp_path.glob("**/journal")
-    monkeypatch.setenv("WANDB_API_KEY", wandb.KEY)
     files = {file.parent.parent.parent.name: file for file in wandb.files_of(tmp_path)}
     wandb.sync(*files.values())
-    recorded = wandb.recorded(journal)
+    recorded = wandb.loggers.recorded(journal)
     assert {run for run, _ in recorded} == files.keys() == {"baseline-s0", "wide-s0"}
     for (run, head), metrics in recorded.items():
         of_wandb = wandb.series(server.rows(wandb.id_of(files[run])), head)

@@ -55,10 +55,10 @@ class Fills(Callback):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
+    """A file system of 8 MiB: the checkpoints and their archive are on it."""
     path = tmp_path / "small"
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("may not mount here")
     yield path
@@ -109,6 +109,9 @@ async def test_a_disk_full_in_the_middle_of_the_demo_and_then_space_again_harms_
     assert (trained(output_dir), rows(output_dir / RUN / "metrics.jsonl"), published) == undisturbed
     assert fills.most_unrecorded > SPACE_AGAIN - FULL - 2  # it was full indeed
     assert (receipt.recorded, receipt.unrecorded) == (published, 0)
+    assert [(each.name, each.pending, each.dead) for each in receipt.deliveries] == [
+        (name, 0, 0) for name in ("checkpoint_upload", "csv_metrics", "local_logger")
+    ]
     assert verify(output_dir / "journal").whole
     events = events_in(output_dir / "journal")
     assert len(events) == published

@@ -15,7 +15,7 @@ SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for
 
 PUBLIC = """
     ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts LoopState
+    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health Learnt LogContext LoopArtifacts LoopState
     ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
     build_callbacks dispatch follow register_callback register_sink
 """.split()
@@ -29,6 +29,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/delivery/hooks.py": "followed hooks",
     "evsys_bus/testing/conformance.py": "the adapter under test",
     "evsys_bus/tasks/bounded_call.py": "a sink's calls; handed back as a value",
+    "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
     "evsys_bus/codec/foreign.py": "code of values",
@@ -36,6 +37,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/codec/plain.py": "code of values",
     "evsys_bus/codec/reading.py": "code of the types that values are decoded to",
     "evsys_bus/codec/references.py": "the str of a stranger's exception",
+    "evsys_bus/codec/step_form.py": "code of values",
     "evsys_bus/codec/writing.py": "code of values",
     "evsys_bus/tasks/see_through.py": "the training; raised again where it is awaited",
     "evsys_bus/training/arm_run.py": "a run of an experiment; benchmarks after training; its close",

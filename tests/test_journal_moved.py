@@ -176,7 +176,7 @@ def test_a_local_directory_that_was_cleared_away_is_made_again(tmp_path):
         path.rmdir() if path.is_dir() else path.unlink()
     writer.flush()
     writer.append(b"two")
-    assert (writer.unrecorded, writer.close()) == (0, True)
+    assert (writer.unrecorded, writer.close(), writer.recorded, writer.lost) == (0, False, 1, 1)
     assert [record.payload for record in JournalReader(tmp_path / "runs" / "journal").read(writer.stream)] == [b"two"]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 from secrets import token_hex
 
 import anyio
@@ -16,7 +17,7 @@ from evsys_adapters.checkpoints import (
     UploadLedger,
     open_store,
 )
-from evsys_bus.errors import ConfigError, ParkedError
+from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -193,6 +194,20 @@ async def test_the_folder_says_that_it_cannot_be_written(tmp_path):
     store, _ = open_store((tmp_path / "file").as_uri())
     with pytest.raises(ParkedError, match="cannot be written"):
         await store.probe()
+
+
+async def test_a_folder_without_room_says_so_and_takes_the_file_once_there_is_some(tmp_path, ledger, file):
+    store, _ = open_store((tmp_path / "a store").as_uri())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * PART, before[1]))
+    try:
+        with pytest.raises(RetryLaterError, match=r"no room in file://.*/a store: File too large; it goes on once"):
+            await store.put_file("k", file, ledger=ledger)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    await store.put_file("k", file, ledger=ledger)
+    assert await store.get_bytes("k") == file.read_bytes()
+    assert [each.name for each in (tmp_path / "a store").iterdir()] == ["k"]
 
 
 async def test_what_names_no_store_is_a_config_error():

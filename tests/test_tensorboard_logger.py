@@ -1,12 +1,10 @@
 """tensorboard_logger: what TensorBoard's own reader finds is what the journal holds, whatever happened in between."""
 
+import importlib.util
 import math
-import os
-import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,12 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from evsys_adapters import TensorBoardLoggerCallback
 from evsys_adapters.tensorboard_logger import FILE
 from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch, TrainStart, build_callbacks
-from evsys_bus.codec import decode
-from evsys_bus.context import ArmResult, EvalResult, ExperimentResult, LogContext, LoopArtifacts, RunResult
+from evsys_bus.context import ExperimentResult
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.followed import Terms
 from evsys_bus.errors import BrokenAdapterError
-from evsys_bus.journal import JournalReader
 from evsys_bus.tasks import run_alone
 from evsys_bus.testing import conformance
 from evsys_bus.testing.timeline import Timeline
@@ -28,16 +24,11 @@ from evsys_bus.testing.timeline import Timeline
 test_it_conforms = conformance(lambda _: TensorBoardLoggerCallback(clock=lambda: 1.0))
 test_it_conforms_in_a_log_dir = conformance(lambda folder: TensorBoardLoggerCallback(folder / "tb", clock=lambda: 1.0))
 
-COURIER = """
-    import sys
-    from evsys_adapters import TensorBoardLoggerCallback
-    from evsys_bus.delivery.courier import Courier
-    from evsys_bus.delivery.followed import Terms
-    from evsys_bus.tasks import run_alone
-    courier = Courier(sys.argv[1], "tensorboard", TensorBoardLoggerCallback(), Terms(), slice_seconds=0.002)
-    courier.finish()
-    run_alone(courier.run)
-"""
+SPEC = importlib.util.spec_from_file_location("loggers", Path(__file__).with_name("loggers.py"))
+assert SPEC is not None
+assert SPEC.loader is not None
+loggers = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(loggers)
 
 
 def read(folder):
@@ -62,15 +53,12 @@ def as_float32(value):
 
 def recorded(journal):
     """The scalars that the journal's steps and evals hold, by run and tag."""
-    reader, found = JournalReader(journal), {}
-    for stream in reader.streams():
-        for record in reader.read(stream):
-            envelope = decode(record.payload)
-            event = envelope.event
-            head = {"StepEnd": "train", "Eval": f"eval/{getattr(event, 'eval_name', '')}"}.get(type(event).__name__)
-            for key, value in event.metrics.items() if head else ():
-                if isinstance(value, int | float):
-                    found.setdefault(envelope.run, {}).setdefault(f"{head}/{key}", []).append((event.step_idx, value))
+    found = {}
+    for (run, head), metrics in loggers.recorded(journal).items():
+        for key, points in metrics.items():
+            numbers = [(step, value) for step, value in points if isinstance(value, int | float)]
+            if numbers:
+                found.setdefault(run, {})[f"{head}/{key}"] = numbers
     return found
 
 
@@ -84,38 +72,15 @@ def run(tmp_path):
     return Run(tmp_path)
 
 
-class Run:
-    """One run, as a loop calls it."""
+class Run(loggers.Run):
+    """A run that tensorboard_logger logs."""
 
     def __init__(self, folder, key="run", logger=None, **params):
-        self.ctx = LogContext(
-            folder,
-            config={"metadata": {"hypothesis": "It learns."}, "api_key": "secret-1"},
-            run_key=key,
-            run_config={"lr": 0.1, "token": "secret-2"},
-        )
-        self.logger = logger or TensorBoardLoggerCallback(**params)
-        self.state = LoopState(step=0, num_steps=100, output_dir=folder / key, ctx=self.ctx)
+        super().__init__(logger or TensorBoardLoggerCallback(**params), folder, key)
         self.folder = folder / "tensorboard" / key
 
-    def start(self, step=0):
-        self.state.step = step
-        self.logger.on_run_start(self.ctx)
-        self.logger.on_train_start(self.state)
-
-    def step(self, step, **metrics):
-        self.logger.on_step_end(self.state, step, TrainingBatch(), metrics)
-
-    def eval(self, step, name="held out", **metrics):
-        self.logger.on_eval(self.state, step, name, metrics)
-
-    def benchmark(self, step, name="tasks", predictions=(), **metrics):
-        result = EvalResult(name, metrics=metrics)
-        self.logger.on_benchmark_eval(self.ctx, result, list(predictions), step=step)
-
     def end(self):
-        self.logger.on_train_end(self.state, LoopArtifacts())
-        self.logger.on_run_end(self.ctx, RunResult(), ArmResult("run"))
+        super().end()
         self.logger.on_experiment_end(self.ctx, ExperimentResult("trial", conclusion="It did."))
 
 
@@ -139,27 +104,23 @@ def test_what_tensorboard_reads_is_what_the_journal_holds(tmp_path):
         assert scalars["eval/tasks/accuracy"] == [(step, 0.75) for step in range(4)]
 
 
-def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path, program):
+def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path):
     journal = tmp_path / "journal"
     with EventBus([], journal=journal) as bus:
-        state = LoopState(step=0, num_steps=6000, output_dir=tmp_path / "run")
+        state = LoopState(step=0, num_steps=2000, output_dir=tmp_path / "run")
         bus.publish(TrainStart(state))
-        for step in range(6000):
+        for step in range(2000):
             metrics = {"loss": math.nan if step % 7 == 0 else 1 / (step + 1), "n": step}
             bus.publish(StepEnd(state, step, TrainingBatch(), metrics))
     file = tmp_path / "run" / "tensorboard" / FILE
-    for kill in (1, 2, 3):
-        process, size = program(COURIER, str(journal)), file.stat().st_size if file.exists() else 0
-        while process.poll() is None and (not file.exists() or file.stat().st_size < size + 60_000):
-            time.sleep(0.001)
-        assert process.poll() is None, f"it ended before kill {kill}: {process.communicate()}"
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    last = program(COURIER, str(journal))
-    assert last.wait(15) == 0, last.communicate()
+
+    def size():
+        return file.stat().st_size if file.exists() else 0
+
+    loggers.deliver(journal, "tensorboardX.proto.event_pb2", "TensorBoardLoggerCallback(flush_secs=0)", size, 30_000)
     [series] = recorded(journal).values()
     scalars, _ = read(file.parent)
-    assert len(series["train/loss"]) == 6000
+    assert len(series["train/loss"]) == 2000
     assert all(same(points, scalars[tag]) for tag, points in series.items())
     assert [each.name for each in file.parent.iterdir()] == [FILE]
 

@@ -20,20 +20,11 @@ assert SPEC is not None
 assert SPEC.loader is not None
 wandb = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(wandb)
+server, login = wandb.server, wandb.login
 
 test_it_conforms = conformance(
     lambda _: WandbLoggerCallback("p", mode="offline", clock=lambda: 1.0, new_id=lambda: "abcdefgh")
 )
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    yield from wandb.served(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def login(server, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", wandb.KEY)
 
 
 @pytest.fixture
@@ -54,7 +45,7 @@ def test_what_wandb_reads_is_what_the_journal_holds(tmp_path, server, login):
     files = {file.parent.parent.parent.name: file for file in wandb.files_of(tmp_path)}
     assert files.keys() == {"wide", "narrow"}
     wandb.sync(*files.values())
-    for (name, head), metrics in wandb.recorded(tmp_path / "journal").items():
+    for (name, head), metrics in wandb.loggers.recorded(tmp_path / "journal").items():
         found = wandb.series(server.rows(wandb.id_of(files[name])), head)
         assert metrics.keys() <= found.keys()
         assert all(wandb.same(points, found[key]) for key, points in metrics.items())

@@ -1,49 +1,61 @@
-"""wandb_logger online, where the server answers with errors: a warning with the fix, and nothing lost."""
+"""wandb_logger online, where the server answers with errors or not at all: a warning with the fix, nothing lost."""
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
 
-from evsys_bus import EventBus, build_callbacks
+from evsys_bus import EventBus
 
 SPEC = importlib.util.spec_from_file_location("wandb_server", Path(__file__).with_name("wandb_server.py"))
 assert SPEC is not None
 assert SPEC.loader is not None
 wandb = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(wandb)
+server, login = wandb.server, wandb.login
+pytestmark = pytest.mark.servers
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    yield from wandb.served(tmp_path, monkeypatch)
+def nowhere():
+    """A server that is there no more: connections are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return f"http://127.0.0.1:{gone.getsockname()[1]}"
 
 
-@pytest.fixture
-def login(server, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", wandb.KEY)
-
-
-SPECS = [{"kind": "wandb_logger", "params": {"project": "p"}, "placement": "inline"}]
-
-
-def test_a_server_that_answers_500_is_a_warning_and_sync_finishes_it(tmp_path, server, login, caplog):
+def meets_silence(folder, caplog, **params):
+    """What a run leaves that goes on although its server does not answer."""
     before = wandb.cores()
-    server.status = 500
-    one = wandb.Run(tmp_path, mode="online")
-    with EventBus(build_callbacks(SPECS), drain_timeout=1.0) as bus:
-        [one.logger] = bus.callbacks
+    one = wandb.Run(folder, mode="online", patience_seconds=0.2, **params)
+    with EventBus([one.logger], drain_timeout=0.5) as bus:
         one.start()
         one.step(0, loss=1.0)
         wandb.until(lambda: "wandb.not_uploaded" in caplog.text)
         one.step(1, loss=2.0)
         one.end()
+    assert bus.receipt.seconds < 0.5 + 1
     assert "the server does not answer, or answers with errors" in caplog.text
-    assert f'wandb sync "{one.file.parent}"' in caplog.text
+    assert f'check network and base_url; it is tried again; then: wandb sync "{one.file.parent}"' in caplog.text
+    assert wandb.series(wandb.rows_in(one.file), "train")["loss"] == [(0, 1.0), (1, 2.0)]
     wandb.until(lambda: wandb.cores() <= before)
+    return one.file
+
+
+def test_a_server_that_answers_500_is_a_warning_and_the_command_finishes_it(tmp_path, server, login, caplog):
+    server.status = 500
+    file = meets_silence(tmp_path, caplog)
+    assert server.asked
     server.status = 200
-    wandb.sync(one.file)
-    assert wandb.series(server.rows(wandb.id_of(one.file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
+    wandb.sync_by_command(file)
+    assert wandb.series(server.rows(wandb.id_of(file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
+
+
+@pytest.mark.parametrize("url", [nowhere, lambda: "http://no-such-host.invalid"], ids=["refused", "no such name"])
+def test_without_a_network_the_run_goes_on_and_sync_sends_it_once_there_is_one(tmp_path, server, login, caplog, url):
+    file = meets_silence(tmp_path, caplog, base_url=url())
+    assert not server.asked
+    wandb.sync(file)
+    assert wandb.series(server.rows(wandb.id_of(file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_server_that_answers_403_is_a_warning_and_the_upload_goes_on_when_it_no_longer_does(
@@ -51,8 +63,7 @@ def test_a_server_that_answers_403_is_a_warning_and_the_upload_goes_on_when_it_n
 ):
     server.status = 403
     one = wandb.Run(tmp_path, mode="online")
-    with EventBus(build_callbacks(SPECS)) as bus:
-        [one.logger] = bus.callbacks
+    with EventBus([one.logger]):
         one.start()
         one.step(0, loss=1.0)
         wandb.until(lambda: "wandb.not_uploaded" in caplog.text)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evsys_bus import EventBus, build_callbacks
+from evsys_bus import EventBus, Learnt, build_callbacks
+from evsys_bus.codec import decode
+from evsys_bus.journal import JournalReader
 from evsys_bus.testing.timeline import Timeline
 
 SPEC = importlib.util.spec_from_file_location("wandb_server", Path(__file__).with_name("wandb_server.py"))
@@ -15,16 +17,8 @@ assert SPEC is not None
 assert SPEC.loader is not None
 wandb = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(wandb)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    yield from wandb.served(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def login(server, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", wandb.KEY)
+server, login = wandb.server, wandb.login
+pytestmark = pytest.mark.servers
 
 
 def test_online_uploads_while_the_run_goes_on_and_tells_the_url(tmp_path, server, login):
@@ -48,7 +42,7 @@ def test_online_uploads_while_the_run_goes_on_and_tells_the_url(tmp_path, server
 def test_without_a_login_a_warning_names_the_fix_and_the_run_goes_on(tmp_path, server, caplog):
     specs = [{"kind": "wandb_logger", "params": {"project": "p"}, "placement": "inline"}]
     one = wandb.Run(tmp_path, mode="online")
-    with EventBus(build_callbacks(specs), drain_timeout=1.0) as bus:
+    with EventBus(build_callbacks(specs), drain_timeout=0.2) as bus:
         [one.logger] = bus.callbacks
         one.start()
         wandb.until(lambda: "wandb.not_uploaded" in caplog.text)
@@ -60,14 +54,54 @@ def test_without_a_login_a_warning_names_the_fix_and_the_run_goes_on(tmp_path, s
     assert wandb.series(wandb.rows_in(one.file), "train")["loss"] == [(0, 1.0)]
 
 
-def test_no_process_of_wandb_outlives_a_courier_that_is_killed(tmp_path, server, login, program):
-    before = wandb.cores()
-    with EventBus([], journal=tmp_path / "journal") as bus:
-        wandb.publish(bus, Timeline(tmp_path).starts())
-    process = program(wandb.COURIER, str(tmp_path / "journal"), "online", "0.002", "stay")
-    wandb.until(lambda: server.runs)
-    begun = wandb.cores() - before  # another worker's may be among them; they end as well
-    assert begun
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    wandb.until(lambda: not (wandb.cores() & begun) and not wandb.processes(tmp_path))
+SEES = """
+from pathlib import Path
+from evsys_bus import Callback, register_callback
+
+
+@register_callback("sees_the_page", replace=True)
+class Sees(Callback):
+    placement = "follow"
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        (self.folder / f"{state.ctx.run_key}.step").write_text(state.ctx.extras.get("wandb_url", ""))
+
+    def on_run_end(self, ctx, run_result, arm):
+        (self.folder / f"{ctx.run_key}.end").write_text(ctx.extras.get("wandb_url", ""))
+"""
+
+
+def learnt(journal):
+    reader = JournalReader(journal)
+    return [decode(record.payload).event for stream in reader.streams("c") for record in reader.read(stream)]
+
+
+def test_no_process_of_wandb_outlives_a_courier_that_is_killed_and_who_follows_hears_of_the_page_once(
+    tmp_path, server, login, monkeypatch
+):
+    (tmp_path / "sees_the_page.py").write_text(SEES)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("sees_the_page")
+    journal, timeline, before = tmp_path / "journal", Timeline(tmp_path, ["wide"]), wandb.cores()
+    specs = [
+        {"kind": "wandb_logger", "params": {"project": "p"}},
+        {"kind": "sees_the_page", "params": {"folder": str(tmp_path)}},
+    ]
+    with EventBus(build_callbacks(specs), journal=journal) as bus:
+        wandb.publish(bus, timeline.starts())
+        wandb.until(lambda: learnt(journal))
+        begun, [courier] = wandb.cores() - before, wandb.couriers(journal)
+        [[run, asked]] = [(run, len(asked)) for run, asked in server.runs.items()]
+        assert begun
+        os.kill(courier, signal.SIGKILL)
+        wandb.until(lambda: not wandb.cores() & begun)
+        wandb.until(lambda: len(server.runs[run]) > asked)  # the upload of the next courier
+        wandb.publish(bus, *map(timeline.step, range(2)), timeline.ends())
+    assert bus.receipt.finish is None
+    page = f"{server.url}/team/p/runs/{run}"
+    assert learnt(journal) == [Learnt("wide", {"wandb_url": page})]
+    assert [(tmp_path / f"wide.{at}").read_text() for at in ("step", "end")] == [page, page]
+    wandb.until(lambda: wandb.cores() <= before and not wandb.processes(tmp_path))

@@ -4,7 +4,10 @@ W&B's own reader is its ``wandb-core``: `wandb sync` reads a file with it, and s
 Python reader that W&B had up to 0.24 is gone.
 """
 
+import contextlib
 import gzip
+import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -14,27 +17,18 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 from evsys_adapters import WandbLoggerCallback
 from evsys_adapters._wandb_records import Records
-from evsys_bus import LoopState, TrainingBatch
-from evsys_bus.codec import decode
-from evsys_bus.context import ArmResult, EvalResult, LogContext, LoopArtifacts, RunResult
-from evsys_bus.journal import JournalReader
+
+SPEC = importlib.util.spec_from_file_location("loggers", Path(__file__).with_name("loggers.py"))
+assert SPEC is not None
+assert SPEC.loader is not None
+loggers = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(loggers)
 
 KEY = "a" * 40
-COURIER = """
-    import sys
-    from evsys_adapters import WandbLoggerCallback
-    from evsys_bus.delivery.courier import Courier
-    from evsys_bus.delivery.followed import Terms
-    from evsys_bus.tasks import run_alone
-    courier = Courier(
-        sys.argv[1], "wandb", WandbLoggerCallback("p", mode=sys.argv[2]), Terms(), slice_seconds=float(sys.argv[3])
-    )
-    if len(sys.argv) < 5:
-        courier.finish()
-    run_alone(courier.run)
-"""
 
 
 class WandbServer(ThreadingHTTPServer):
@@ -109,14 +103,15 @@ class Answers(BaseHTTPRequestHandler):
     do_PUT = do_GET = do_POST  # noqa: N815 # http.server's names
 
 
-def served(folder, monkeypatch):
+@pytest.fixture
+def server(tmp_path, monkeypatch):
     """W&B, here; and no trace of an account of whoever runs the test."""
     for name in [each for each in os.environ if each.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     server = WandbServer()
-    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
-    monkeypatch.setenv("WANDB_DIR", str(folder))  # for its logs
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))  # for its logs
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -128,16 +123,37 @@ def served(folder, monkeypatch):
         server.server_close()
 
 
+@pytest.fixture
+def login(server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
 def files_of(folder):
     return sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb"))
 
 
 def sync(*files):
-    """W&B's own reader at work."""
+    """W&B's own reader at work, as `wandb sync` calls it: the import of wandb, which takes longest, is made once."""
+    import wandb
+    from wandb.cli import beta_sync
+
+    nothing = dict.fromkeys(("entity", "project", "run_id", "job_type", "replace_tags"), "")
+    never = dict.fromkeys(("live", "dry_run", "skip_synced", "skip_online", "verbose"), False)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            beta_sync.sync(list(files), **nothing, **never, skip_confirmation=True, parallelism=len(files))
+    finally:
+        wandb.teardown()  # its service; and the next test has another server
+    assert all(file.with_suffix(".wandb.synced").exists() for file in files), said.getvalue()
+    assert "ERROR" not in said.getvalue(), said.getvalue()
+
+
+def sync_by_command(*files):
+    """The command that the fix of a warning names."""
     folders = [str(file.parent) for file in files]
     done = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True, check=True)
     assert "ERROR" not in done.stderr, done.stderr
-    return done
 
 
 def id_of(file):
@@ -175,56 +191,16 @@ def rows_in(file):
     return [{item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in rows]
 
 
-def recorded(journal):
-    """What the journal's steps and evals hold, by run, stream and metric."""
-    reader, found = JournalReader(journal), {}
-    for stream in reader.streams():
-        for record in reader.read(stream):
-            envelope = decode(record.payload)
-            event = envelope.event
-            head = {"StepEnd": "train", "Eval": f"eval/{getattr(event, 'eval_name', '')}"}.get(type(event).__name__)
-            for key, value in event.metrics.items() if head else ():
-                found.setdefault((envelope.run, head), {}).setdefault(key, []).append((event.step_idx, value))
-    return found
+class Run(loggers.Run):
+    """A run that wandb_logger logs."""
 
-
-class Run:
-    """One run, as a loop calls it."""
-
-    def __init__(self, folder, key="run", logger=None, **params):
-        self.ctx = LogContext(
-            folder,
-            config={"metadata": {"hypothesis": "It learns."}, "api_key": "secret-1"},
-            run_key=key,
-            run_config={"lr": 0.1, "token": "secret-2"},
-            group_name="arms",
-        )
-        self.logger = logger or WandbLoggerCallback("p", **{"mode": "offline", **params})
-        self.state = LoopState(step=0, num_steps=100, output_dir=folder / key, ctx=self.ctx)
+    def __init__(self, folder, key="run", **params):
+        super().__init__(WandbLoggerCallback("p", **{"mode": "offline", **params}), folder, key)
 
     @property
     def file(self):
         [file] = files_of(self.ctx.run_dir)
         return file
-
-    def start(self, step=0):
-        self.state.step = step
-        self.logger.on_run_start(self.ctx)
-        self.logger.on_train_start(self.state)
-
-    def step(self, step, **metrics):
-        self.logger.on_step_end(self.state, step, TrainingBatch(), metrics)
-
-    def eval(self, step, name="held out", **metrics):
-        self.logger.on_eval(self.state, step, name, metrics)
-
-    def benchmark(self, step, name="tasks", predictions=(), **metrics):
-        result = EvalResult(name, metrics=metrics)
-        self.logger.on_benchmark_eval(self.ctx, result, list(predictions), step=step)
-
-    def end(self):
-        self.logger.on_train_end(self.state, LoopArtifacts())
-        self.logger.on_run_end(self.ctx, RunResult(), ArmResult("run"))
 
 
 def publish(bus, *events):
@@ -244,6 +220,13 @@ def processes(folder):
     """What is left of W&B's processes that work on files below the folder, or were started for one."""
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
     return [line for line in listed.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line]
+
+
+def couriers(journal):
+    """The courier processes of a journal, by pid."""
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
+    found = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
+    return [int(pid) for pid, state, line in found if "courier_main" in line and str(journal) in line and state != "Z"]
 
 
 def cores():

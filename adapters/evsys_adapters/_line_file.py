@@ -133,8 +133,11 @@ class LineFile:
         self.settle()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        _cut_torn_line(self._fd)
+        self._cut_torn(self._fd)
         return self._fd
+
+    def _cut_torn(self, fd: int) -> None:
+        _cut_torn_line(fd)
 
     def _head(self, size: int) -> Iterator[bytes]:
         """The first bytes of the file."""

@@ -8,6 +8,9 @@ from evsys_adapters._result_fields import fields, items
 from evsys_bus.codec import to_plain
 from evsys_bus.codec.redaction import redact_configs
 
+TRAIN: Final = "train"
+EVAL: Final = "eval/"
+"""What the names of streams of evals begin with."""
 _MAX_CELL: Final = 2_000
 _COLUMNS: Final = ("task_id", "instruction", "expected", "output", "reward", "metadata")
 """Of predictions, in this order; others behind them."""
@@ -34,11 +37,11 @@ def values_of(metrics: object) -> dict[str, Any]:
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
 
 
-def split(metrics: object) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers among metrics, NaN and infinities too, and the others as texts."""
+def split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+    """The numbers among plain values (hence Any), NaN and infinities too, and the others as texts."""
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
-    for name, value in values_of(metrics).items():
+    for name, value in values.items():
         if isinstance(value, bool | int | float):
             numbers[name] = float(value)
         else:

@@ -132,18 +132,7 @@ class _RecordFile(LineFile):
     def size(self) -> int:
         return os.fstat(self._open()).st_size
 
-    def _open(self) -> int:
-        if self._fd is not None:
-            if os.fstat(self._fd).st_nlink:
-                return self._fd
-            self._shut()
-        self.settle()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self._cut_torn_record(self._fd)
-        return self._fd
-
-    def _cut_torn_record(self, fd: int) -> None:
+    def _cut_torn(self, fd: int) -> None:
         size = os.fstat(fd).st_size
         if not size:
             return

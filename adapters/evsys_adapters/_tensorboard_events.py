@@ -12,8 +12,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, BinaryIO, Final
 
-EVAL: Final = "eval/"
-"""What the tags of evals begin with."""
+from evsys_adapters._logged_values import EVAL
+
 _LENGTHS: Final = struct.Struct("<QI")
 _CHECKSUM: Final = struct.Struct("<I")
 

@@ -11,10 +11,10 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_values import json_of, table_of, values_of
+from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, values_of
 from evsys_adapters._marks import Marks
 from evsys_adapters._record_file import RecordLog
-from evsys_adapters._result_fields import field, items
+from evsys_adapters._run_logger import LoggedRun
 from evsys_adapters._run_notes import UNKNOWN, RunNotes
 from evsys_adapters._runs import digest, safe_name
 from evsys_adapters._wandb_records import Records
@@ -42,7 +42,7 @@ class WandbNotes(RunNotes, omit_defaults=True):
     ended: bool = False
 
 
-class WandbRun:
+class WandbRun(LoggedRun[WandbNotes]):
     """The run whose file lies in this folder, or is to lie there."""
 
     def __init__(
@@ -55,7 +55,6 @@ class WandbRun:
         clock: Callable[[], float],
         new_id: Callable[[], str],
     ) -> None:
-        self._clock = clock
         found = sorted(folder.glob("offline-run-*-*/run-*.wandb"))
         if found:
             path = found[0]
@@ -64,10 +63,11 @@ class WandbRun:
             self.id = new_id()
             began = time.strftime("%Y%m%d_%H%M%S", time.localtime(clock()))
             path = folder / f"offline-run-{began}-{self.id}" / f"run-{self.id}.wandb"
-        self.log = RecordLog(path, marks, records, flush_seconds)
+        log = RecordLog(path, marks, records, flush_seconds)
+        super().__init__(log, notes or _notes_of(log, records, clock))
         self.upload: Upload | None = None
         self._records = records
-        self.notes = notes or self._read()
+        self._clock = clock
 
     def describe(self, config: object, plain: Mapping[str, Any], **names: str | None) -> None:
         """Say what the run is, once. Any: plain values."""
@@ -87,41 +87,9 @@ class WandbRun:
         self.log.add(self._records.run(self.id, flat, self.notes.started, **names))
 
     def begin(self, first_step: int) -> None:
-        """Training starts at this step: drop what is run again, and that the run has ended."""
+        """As for every run; and it has not ended any more."""
         if self.notes.starts(first_step) or self.notes.ended:
             self._void(first_step)
-
-    def add_step(self, step: int, metrics: object) -> None:
-        """A row of the training; None for one that is not due."""
-        if self.notes.steps(step):
-            self._void(step)
-        if metrics is not None:
-            self._add("train", step, values_of(metrics))
-
-    def add_eval(self, step: int, name: str, metrics: object) -> None:
-        """A row of an eval: what was not said of it already."""
-        news = self.notes.news(name, step, values_of(metrics))
-        if news:
-            self._add(f"eval/{name}", step, news)
-            self.summarize({})
-
-    def add_benchmark(self, step: int | None, result: object, predictions: object, cap: int) -> None:
-        """A benchmark; without a step it goes to the summary."""
-        name = str(field(result, "name") or "benchmark")
-        metrics, breakdowns = values_of(field(result, "metrics")), field(result, "breakdowns")
-        if breakdowns:
-            metrics["breakdowns"] = json_of(values_of(breakdowns))
-        if step is None:
-            self.summarize({f"final/{name}/{key}": value for key, value in metrics.items()})
-        else:
-            self.add_eval(step, name, metrics)
-        if items(predictions):
-            head = f"final/{name}" if step is None else f"eval/{name}"
-            table = self._table(head, step, predictions, cap)
-            if step is None:
-                self.summarize({f"{head}/predictions": table})
-            elif self.notes.news(f"{name}/predictions", step, table):
-                self._add(head, step, {"predictions": table})
 
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Have the newest values stand for the run. Any: plain values."""
@@ -134,18 +102,11 @@ class WandbRun:
         self.log.add(self._records.exit(self.id, failed=failed))
         self.notes.ended = True
 
-    def close(self, *, forget: bool = False) -> None:
-        """Put the file in order, and write what waits."""
-        if self.notes.untidy:
-            self.log.rewrite(self._records.tidied)
-            self.notes.untidy = False
-        self.log.close(forget=forget)
-
-    def _add(self, head: str, step: int, values: Mapping[str, Any]) -> None:
-        """A row of one stream: its values over its own step."""
-        over = f"{head}/step"
+    def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
+        """A row: the values of one stream over its own step."""
+        over = f"{stream}/step"
         row: dict[str, Any] = {over: step}
-        row |= {f"{head}/{key if key != 'step' else 'metrics.step'}": value for key, value in values.items()}
+        row |= {f"{stream}/{key if key != 'step' else 'metrics.step'}": value for key, value in values.items()}
         for name in row.keys() - self.notes.metrics:
             self.log.add(self._records.metric(self.id, name, None if name == over else over))
             self.notes.metrics.add(name)
@@ -154,10 +115,21 @@ class WandbRun:
         self.log.add(self._records.row(self.id, self.notes.row, row | times))
         self.notes.row += 1
         self.notes.summary |= row
+        if stream != TRAIN:
+            self.summarize({})
 
-    def _table(self, head: str, step: int | None, predictions: object, cap: int) -> dict[str, Any]:
+    def _conclude(self, head: str, values: Mapping[str, Any]) -> None:
+        self.summarize({f"{head}/{key}": value for key, value in values.items()})
+
+    def _show(self, step: int | None, head: str, what: str, shown: Table | object) -> None:
+        value = self._table(head, step, shown) if isinstance(shown, Table) else json_of(values_of(shown))
+        if step is None:
+            self._conclude(head, {what: value})
+        else:
+            self.add_eval(step, head.removeprefix(EVAL), {what: value})
+
+    def _table(self, head: str, step: int | None, table: Table) -> dict[str, Any]:
         """Put the predictions into a file of the run; what names it in a row. Any: plain values."""
-        table = table_of(predictions, cap)
         data = json_of({"columns": table.columns, "data": table.rows, "caption": table.caption}).encode()
         name = f"{safe_name(head)}-{digest(head)}_{'final' if step is None else step}.table.json"
         path = f"media/table/{name}"
@@ -181,13 +153,17 @@ class WandbRun:
         synced = self.log.path.with_suffix(".wandb.synced")
         synced.unlink(missing_ok=True)
 
-    def _read(self) -> WandbNotes:
-        """What the file of an earlier day says."""
-        rows, ended, any_record = -1, False, False
-        for payload in self.log.records():
-            any_record = True
-            number, ends = self._records.outline(payload)
-            rows, ended = max(rows, number), ended or ends
-        if not any_record:
-            return WandbNotes()
-        return WandbNotes(row=rows + 1, top=UNKNOWN, ended=ended, started=self._clock())
+    def _tidy(self) -> None:
+        self.log.rewrite(self._records.tidied)
+
+
+def _notes_of(log: RecordLog, records: Records, clock: Callable[[], float]) -> WandbNotes:
+    """What the file of an earlier day says."""
+    rows, ended, any_record = -1, False, False
+    for payload in log.records():
+        any_record = True
+        number, ends = records.outline(payload)
+        rows, ended = max(rows, number), ended or ends
+    if not any_record:
+        return WandbNotes()
+    return WandbNotes(row=rows + 1, top=UNKNOWN, ended=ended, started=clock())

@@ -24,8 +24,8 @@ LOG: Final = "upload.log"
 """Beside the file: what the uploads said."""
 _PAUSES: Final = (1.0, 5.0, 15.0, 60.0)
 _POLL_SECONDS: Final = 0.1
-_SLOW_SECONDS: Final = 5.0
-"""Without a word from the server for so long, one is said."""
+_ASKING: Final = "setting up run"
+"""What the tool says until the server has answered for the first time."""
 _URL: Final = re.compile(r"https?://\S+/runs/\S+")
 
 
@@ -37,6 +37,7 @@ class Upload:
         environment: What the process is told besides.
         heard: Called with the run's URL, once the server has told it.
         faults: Where troubles are said.
+        patience_seconds: How long the server may take to answer for the first time before that is one.
         pauses: Seconds before it is tried again; the last one from then on.
     """
 
@@ -46,12 +47,14 @@ class Upload:
         environment: Mapping[str, str],
         heard: Callable[[str], None],
         faults: FaultLog,
+        patience_seconds: float,
         pauses: tuple[float, ...] = _PAUSES,
     ) -> None:
         self._file = file
         self._environment = {**os.environ, **environment, "WANDB_DIR": str(file.parent)}  # for its own logs
         self._heard = heard
         self._faults = faults
+        self._patience_seconds = patience_seconds
         self._pauses = pauses
         self.ended = False
         """Whether it is over, done or not."""
@@ -82,7 +85,8 @@ class Upload:
 
     def warn(self, why: str, first: str = "") -> None:
         """Say what keeps the upload, and what finishes it."""
-        fix = f'{first}wandb sync "{self._file.parent}"'
+        again = f"{first}; it is tried again; then: " if first else ""
+        fix = f'{again}wandb sync "{self._file.parent}"'
         self._faults.warn("wandb.not_uploaded", why, why=why, fix=fix, file=str(self._file))
 
     async def _attempt(self) -> bool:
@@ -98,17 +102,17 @@ class Upload:
                 env=self._environment,
                 start_new_session=True,
             )
-        waited, told = 0.0, False
+        told, patience = False, self._patience_seconds
         try:
             while process.poll() is None:
                 await asyncio.sleep(_POLL_SECONDS)
-                waited += _POLL_SECONDS
                 if _identity(self._file) != known:
                     return True
-                if not told and waited > _SLOW_SECONDS:
-                    told = True
-                    if not self._tell_url() and "setting up run" in self._said():
-                        self.warn("the server does not answer, or answers with errors")
+                told = told or self._tell_url()
+                if not told and patience > 0 and _ASKING in self._said():
+                    patience -= _POLL_SECONDS
+                    if patience <= 0:
+                        self.warn("the server does not answer, or answers with errors", "check network and base_url")
             self._tell_url()
             return False
         finally:
@@ -130,16 +134,10 @@ class Upload:
 def _trouble(said: str) -> tuple[str, str]:
     """What kept the upload, and what to do about it first."""
     if "No API key" in said or "Not authenticated" in said:
-        return (
-            "no login",
-            "run: wandb login (or set WANDB_API_KEY); it is tried again; then: ",
-        )
+        return "no login", "run: wandb login (or set WANDB_API_KEY)"
     lines = [line for line in said.splitlines() if "ERROR" in line] or said.strip().splitlines()[-1:]
     why = lines[-1].removeprefix("wandb: ").strip()[:300] if lines else "W&B's upload ended without a word"
-    return (
-        why,
-        f"check the login (wandb login), entity and project, and {LOG} beside the file; it is tried again; then: ",
-    )
+    return why, f"check the login (wandb login), entity and project, and {LOG} beside the file"
 
 
 def _identity(file: Path) -> int:

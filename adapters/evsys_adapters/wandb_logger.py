@@ -11,33 +11,26 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from types import MethodType
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 import msgspec
 
 from evsys_adapters._logged_values import config_of
-from evsys_adapters._marks import Mark, Marks
 from evsys_adapters._params import checked
 from evsys_adapters._result_fields import field
-from evsys_adapters._run_notes import packed, unpacked
-from evsys_adapters._runs import run_context, run_folder, run_id, run_name
+from evsys_adapters._run_logger import RunLogger
+from evsys_adapters._runs import run_context, run_folder, run_name
 from evsys_adapters._wandb_records import Records, needs_wandb
 from evsys_adapters._wandb_run import WandbNotes, WandbRun, random_id
 from evsys_adapters._wandb_upload import Upload
+from evsys_bus.attached import Learnt
 from evsys_bus.callback import Callback
-from evsys_bus.context import (
-    ArmResult,
-    EvalResult,
-    ExperimentResult,
-    LogContext,
-    LoopArtifacts,
-    LoopState,
-    Prediction,
-    RunResult,
-    TrainingBatch,
-)
+from evsys_bus.context import ArmResult, LogContext, LoopArtifacts, LoopState, RunResult, TrainingBatch
 from evsys_bus.diagnostics import FaultLog
-from evsys_bus.errors import NotAttachedError
+from evsys_bus.errors import EvsysBusError, NotAttachedError
+
+_URL: Final = "wandb_url"
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -63,13 +56,7 @@ class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How long a row may wait in memory. Where a courier delivers it does not: a row is on disk before it counts."""
 
 
-class _WandbMark(msgspec.Struct, frozen=True):
-    files: Mark
-    runs: dict[str, bytes]
-    """Their notes."""
-
-
-class WandbLoggerCallback(Callback):
+class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
     """Logs to W&B: training over ``train/step``, each eval over a step of its own, so nothing that is late is lost.
 
     W&B's own step only counts rows. A benchmark scored after training goes to the run's summary, as ``final/<name>/…``.
@@ -79,7 +66,8 @@ class WandbLoggerCallback(Callback):
     Delivered means: in the run's file, on disk. That file is whole without an account, and where a courier delivers, a
     crash doubles no row in it and loses none: it is rewound to the last `mark`. In mode ``online`` W&B's own tool
     uploads it meanwhile. What keeps it (no login, no network, a server that refuses) is a WARNING with the fix; it is
-    tried again, and ``wandb sync <folder>`` finishes it on any day. The run's URL is in ``ctx.extras["wandb_url"]``.
+    tried again, and ``wandb sync <folder>`` finishes it on any day. Once the server has told the run's URL, it is in
+    ``ctx.extras["wandb_url"]``, and on record as `Learnt`.
 
     Raises:
         ModuleNotFoundError: wandb is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -87,7 +75,6 @@ class WandbLoggerCallback(Callback):
 
     name: ClassVar[str] = "wandb_logger"
     Config: ClassVar[type | None] = WandbLoggerConfig
-    placement: ClassVar[Literal["inline", "follow"]] = "follow"
 
     def __init__(
         self,
@@ -103,6 +90,7 @@ class WandbLoggerCallback(Callback):
         *,
         clock: Callable[[], float] = time.time,
         new_id: Callable[[], str] = random_id,
+        patience_seconds: float = 5,
     ) -> None:
         given = {key: value for key, value in locals().items() if key in WandbLoggerConfig.__struct_fields__}
         self._config = checked(WandbLoggerConfig, given)
@@ -110,108 +98,45 @@ class WandbLoggerCallback(Callback):
         needs_wandb()
         self._clock = clock
         self._new_id = new_id
-        self._marks = Marks()
+        self._patience_seconds = patience_seconds
         self._faults = FaultLog()
-        self._runs: dict[str, WandbRun] = {}
-        self._rewound: dict[str, WandbNotes] = {}
-        """Runs that were known at the mark, and are still to be heard of."""
-
-    def on_run_start(self, ctx: LogContext) -> None:
-        """Begin a run of W&B, or go on with it."""
-        if self._mode != "disabled":
-            self._announce(self._run(ctx), ctx)
-
-    def on_train_start(self, state: LoopState) -> None:
-        """Drop what is about to be run again."""
-        if self._mode != "disabled":
-            run = self._run(state)
-            run.begin(state.step)
-            self._announce(run, state)
+        super().__init__(WandbNotes, self._config.max_pred_rows)
+        if self._mode == "disabled":
+            _disable(self)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics, if they are due."""
         del batch
         step = operator.index(step_idx)
-        if self._mode != "disabled":
-            due = step % self._config.log_every == 0 or step + 1 == state.num_steps
-            self._run(state).add_step(step, metrics if due else None)
-
-    def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Log the eval's metrics."""
-        if self._mode != "disabled":
-            self._run(state).add_eval(operator.index(step_idx), str(eval_name), metrics)
-
-    def on_benchmark_eval(
-        self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
-    ) -> None:
-        """Log what the benchmark scored, and its predictions."""
-        if self._mode != "disabled":
-            at = field(eval_result, "step") if step is None else step
-            self._run(ctx).add_benchmark(
-                None if at is None else operator.index(at), eval_result, predictions, self._config.max_pred_rows
-            )
+        due = step % self._config.log_every == 0 or step + 1 == state.num_steps
+        self._run(state).add_step(step, metrics if due else None)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Put the file in order; a run that nobody announced ends here."""
-        del artifacts
-        if self._mode != "disabled":
-            run, ctx = self._run(state), run_context(state)
-            run.notes.course.ends()
-            if ctx is None or ctx.run_key is None:
-                run.end(failed=getattr(state, "error", None) is not None)
-            run.close()
+        ctx = run_context(state)
+        if ctx is None or ctx.run_key is None:
+            self._run(state).end(failed=getattr(state, "error", None) is not None)
+        super().on_train_end(state, artifacts)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
-        if self._mode != "disabled":
-            run = self._run(ctx)
-            status = field(run_result, "status") or field(arm, "status")
-            error = field(run_result, "error") or field(arm, "error")
-            run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
-            run.end(failed=bool(error))
-            run.close()
-
-    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Forget the runs of the experiment."""
-        del result
-        inside = os.path.join(ctx.output_dir, "")  # noqa: PTH118  # with the separator, which a Path drops
-        for key in [each for each in self._runs if each.startswith(inside)]:
-            self._runs.pop(key).close(forget=True)
-        self._rewound = {key: notes for key, notes in self._rewound.items() if not key.startswith(inside)}
-
-    def mark(self) -> Any:
-        """How far the files have got, as plain data (hence Any); their rows are on the medium.
-
-        Raises:
-            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
-        """
-        for run in self._runs.values():
-            run.log.settle()
-        notes = self._rewound | {key: run.notes for key, run in self._runs.items()}
-        return msgspec.to_builtins(_WandbMark(self._marks.take(), packed(notes)))
-
-    def rewind(self, mark: Any) -> None:
-        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
-
-        Raises:
-            OSError: A file cannot be cut.
-        """
-        said = msgspec.convert(mark, _WandbMark)
-        self._marks.rewind(said.files)
-        self._rewound = unpacked(said.runs, WandbNotes)
+        run = self._run(ctx)
+        status = field(run_result, "status") or field(arm, "status")
+        error = field(run_result, "error") or field(arm, "error")
+        run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
+        run.end(failed=bool(error))
+        run.close()
 
     @cached_property
     def _records(self) -> Records:
         return Records()
 
-    def _run(self, handle: LoopState | LogContext) -> WandbRun:
-        key = run_id(handle)
-        run = self._runs.get(key)
-        if run is None:
-            folder, notes = run_folder(handle) / "wandb", self._rewound.pop(key, None)
-            parts = (folder, self._marks, self._records, self._config.flush_secs, notes, self._clock, self._new_id)
-            run = self._runs[key] = WandbRun(*parts)
-            self._announce(run, handle)
+    def _open(self, handle: LoopState | LogContext, key: str, notes: WandbNotes | None) -> WandbRun:
+        del key
+        folder = run_folder(handle) / "wandb"
+        parts = (folder, self._marks, self._records, self._config.flush_secs, notes, self._clock, self._new_id)
+        run = WandbRun(*parts)
+        self._announce(run, handle)
         return run
 
     def _announce(self, run: WandbRun, handle: LoopState | LogContext) -> None:
@@ -226,30 +151,38 @@ class WandbLoggerCallback(Callback):
             job_type=config.job_type,
             display_name=name if config.name is None else f"{config.name}-{name}",
         )
+        if self._mode == "online" and (run.upload is None or run.upload.ended):
+            self._upload(run, handle)
+
+    def _upload(self, run: WandbRun, handle: LoopState | LogContext) -> None:
+        """Have the file uploaded while it is written, and its page made known."""
+        ctx = run_context(handle)
+        key = getattr(ctx, "run_key", None) or run_name(handle)
         extras: dict[str, Any] = {} if ctx is None else ctx.extras
 
         def heard(url: str) -> None:
-            extras["wandb_url"] = url
+            if extras.get(_URL) == url:  # a courier that begins anew has it there, from its journal
+                return
+            try:
+                self.publish(Learnt(key, {_URL: url}))
+            except EvsysBusError as error:  # the upload goes on
+                self._faults.warn("wandb.url_not_recorded", key, error=error, url=url)
+            extras[_URL] = url
 
-        self._upload(run, heard)
-
-    def _upload(self, run: WandbRun, heard: Callable[[str], None]) -> None:
-        """Have the file uploaded while it is written, unless that is under way."""
-        entity = self._config.entity or os.environ.get("WANDB_ENTITY")
-        base = self._config.base_url or os.environ.get("WANDB_BASE_URL") or "https://wandb.ai"
-        if self._mode != "online":
-            return
-        if entity:
-            heard(f"{base.replace('://api.', '://').rstrip('/')}/{entity}/{self._config.project}/runs/{run.id}")
-        if run.upload is not None and not run.upload.ended:
-            return
         run.log.flush()
-        upload = Upload(run.log.path, _environment(self._config.base_url), heard, self._faults)
+        upload = Upload(run.log.path, _environment(self._config.base_url), heard, self._faults, self._patience_seconds)
         try:
             if self.spawn(upload.run, name=f"upload of {run.id}"):
                 run.upload = upload
         except NotAttachedError:
             upload.warn("nobody runs the upload: the callback is on no bus")
+
+
+def _disable(callback: Callback) -> None:
+    """Give it the hooks that do nothing, in the place of those of a subclass too; no bus calls them."""
+    for hook in vars(Callback):
+        if hook.startswith("on_"):
+            setattr(callback, hook, MethodType(vars(Callback)[hook], callback))
 
 
 def _mode(mode: Mode) -> Mode:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Final
+from typing import Final, Literal
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
 from evsys_bus.bench.harness import Run, Spread
@@ -105,10 +105,10 @@ def _publish(bus: EventBus, first: int, steps: int) -> int:
     return perf_counter_ns() - begun
 
 
-def resident_megabytes() -> float | None:
-    """What this process holds; None where the system does not say."""
+def resident_megabytes(pid: int | Literal["self"] = "self") -> float | None:
+    """What a process holds, this one or another; None where the system does not say."""
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except FileNotFoundError:
         return None
     [kilobytes] = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # at run time they are imported where something is followed
     from evsys_bus.delivery.accounts import Account, Accounts
     from evsys_bus.delivery.crew import Crew
     from evsys_bus.delivery.process import CourierProcess
+    from evsys_bus.delivery.roster import Posted
 
 Couriers = Literal["process", "thread"]
 """Where couriers work: in a process of their own, or all of them on threads of this one."""
@@ -64,6 +65,7 @@ class Following:
         self._accounts: Accounts | None = None
         self._last: Callable[[], dict[str, int]] = dict[str, int]
         self._serving: tuple[Followed, ...] = ()
+        self._posted: list[Posted] = []
         self._lock = threading.Lock()  # over the accounts
         self._process: CourierProcess | None = None
         self._crew: Crew | None = None
@@ -85,19 +87,25 @@ class Following:
         return directory
 
     def start(self, directory: str, rank: int, last: Callable[[], dict[str, int]]) -> None:
-        """Begin to deliver what is recorded there.
+        """Begin to deliver what is recorded there, if anybody is followed; and note who is not any more.
 
         Args:
             directory: The journal.
             rank: Of this process; who serves other ranks only is delivered to by theirs.
             last: The stream that this process writes, and the sequence of its last event; none where there are gaps.
         """
+        from evsys_bus.delivery.roster import posted, strike_off
+
+        strike_off(directory, {each.name for each in self._followed}, rank)
+        if not self._followed:
+            return
         from evsys_bus.delivery.accounts import Accounts
 
         self._directory = directory
         self._accounts = Accounts(directory)
         self._last = last
         self._serving = tuple(each for each in self._followed if each.terms.ranks is None or rank in each.terms.ranks)
+        self._posted = posted(self._serving)
         places = self.places()
         apart = [each for each in self._serving if places[each.name] == "process"]
         here = [each for each in self._serving if places[each.name] == "thread"]
@@ -158,6 +166,8 @@ class Following:
         return finishing
 
     def _finish(self, receipt: Receipt, seconds: float) -> Receipt:
+        from evsys_bus.delivery.roster import post_again
+
         began = time.monotonic()
         if self._process is not None:
             self._process.finish(seconds)
@@ -169,6 +179,7 @@ class Following:
         if self._crew is not None and not ended:
             self._crew.stop()
             self._crew.join(STOP_SECONDS)
+        post_again(self._directory, self._posted)
         told = self.told(receipt)
         if told.finish is not None:
             self._tell(told.deliveries, told.finish)

@@ -7,8 +7,7 @@ from typing import Final, Literal
 
 import msgspec
 
-from evsys_bus.cli.amounts import ago
-from evsys_bus.cli.progress.figures import NONE, duration
+from evsys_bus.cli.amounts import NONE, ago, duration
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import columns, counted
 from evsys_bus.codec import decode

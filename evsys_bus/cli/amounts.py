@@ -1,12 +1,15 @@
 """Amounts as people read them: bytes, ages, ranges of sequences."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
-from evsys_bus.cli.progress.figures import duration
-
+NONE: Final = "-"
+"""Shown where there is nothing to show yet."""
 _STEP: Final = 1000
 _MINUTE: Final = 60
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+_WHOLE_RATE_FROM: Final = 10
 
 
 def size(count: int) -> str:
@@ -19,6 +22,33 @@ def size(count: int) -> str:
         if amount < _STEP:
             return f"{amount:.1f} {unit}"
     return f"{amount / _STEP:,.1f} TB"
+
+
+def of_size(done: int, total: int) -> str:
+    """``212/400 MB``, ``0.21/3.10 GB``: both in the unit of the whole, in three digits."""
+    unit = size(total).rpartition(" ")[2]
+    scale = _STEP ** _UNITS.index(unit)
+    digits = 0 if unit == "B" else 2 if total < 10 * scale else 1 if total < 100 * scale else 0
+    return f"{done / scale:,.{digits}f}/{total / scale:,.{digits}f} {unit}"
+
+
+def rate(bytes_per_second: float) -> str:
+    """``53 MB/s``, ``5.3 MB/s``."""
+    amount, _, unit = size(round(bytes_per_second)).partition(" ")
+    whole = float(amount.replace(",", "")) >= _WHOLE_RATE_FROM
+    return f"{amount.partition('.')[0] if whole else amount} {unit}/s"
+
+
+def duration(seconds: float | None) -> str:
+    """``0:42``, ``1:02:03``, ``3d 04:05``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NONE
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def ago(seconds: float) -> str:

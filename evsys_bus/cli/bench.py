@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 DOC: Final = """Measure latency and costs on this machine, beside the alternatives that are installed.
 
-QUESTION is any of dispatch, imports, costs, journal, kills, growth, couriers, lateness, all-loggers; without one,
+QUESTION is any of dispatch, imports, costs, journal, kills, growth, couriers, lag, lateness, all-loggers; without one,
 all of them are asked, which takes ten minutes.
 Quote the ratios: they are taken within one interleaved run, while absolute times belong to a machine and a moment.
 """
@@ -93,9 +93,10 @@ def _shipped() -> "Mapping[str, Question]":
     from evsys_bus.bench.imports import IMPORTS
     from evsys_bus.bench.journal import JOURNAL
     from evsys_bus.bench.kills import KILLS
+    from evsys_bus.bench.lag import LAG
     from evsys_bus.bench.lateness import LATENESS
 
-    asked: tuple[Question, ...] = (DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH, CATCHING_UP, LATENESS, ALL_LOGGERS)
+    asked: list[Question] = [DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH, CATCHING_UP, LAG, LATENESS, ALL_LOGGERS]
     return {question.name: question for question in asked}
 
 

@@ -42,8 +42,7 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", 
 
 
 def _table(states: "list[CheckpointState]") -> list[str]:
-    from evsys_bus.cli.amounts import size
-    from evsys_bus.cli.progress.figures import NONE
+    from evsys_bus.cli.amounts import NONE, size
     from evsys_bus.cli.screen import printable
     from evsys_bus.cli.tables import columns
 

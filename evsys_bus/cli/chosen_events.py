@@ -17,7 +17,6 @@ from evsys_bus.events import Envelope, Event
 from evsys_bus.sink import Sink
 
 _MOST_REASONS: Final = 5
-_NOTHING: Final = Taken(0)
 
 
 class ChosenEvents:
@@ -64,6 +63,8 @@ class ChosenEvents:
         self._speed: Final = speed
         self._monotonic: Final = monotonic
         self._began: tuple[float, float] | None = None
+        self._given: Sequence[Envelope] = ()
+        self._wanted: Sequence[int] = ()
         self.max_events = 512 if self._receiver is None else self._receiver.max_events
         self.max_bytes = 8 << 20 if self._receiver is None else self._receiver.max_bytes
         self.max_seconds = 0.0
@@ -92,18 +93,20 @@ class ChosenEvents:
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
         """As `Receiver`: the wanted ones of the front, once they are due."""
+        self._given = ()
         if self._speed:
             batch = await self._due(batch)
         wanted = [index for index, envelope in enumerate(batch) if self._is_wanted(envelope)]
-        if not wanted:
-            self._count(batch, [], _NOTHING, len(batch))
-            return _NOTHING._replace(done=len(batch))
+        self._given, self._wanted = batch, wanted
         taken = Taken(len(wanted))
-        if self._receiver is not None:
+        if self._receiver is not None and wanted:
             taken = await self._receiver.take([batch[each] for each in wanted], [sizes[each] for each in wanted])
-        done = len(batch) if taken.done >= len(wanted) else wanted[taken.done]
-        self._count(batch, wanted[: taken.done], taken, done)
-        return Taken(done, {wanted[index]: why for index, why in taken.dead.items()})
+        return self._settled(taken)
+
+    def interrupted(self) -> Taken | None:
+        """As `Receiver`."""
+        known = None if self._receiver is None or not self._given else self._receiver.interrupted()
+        return None if known is None else self._settled(known)
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """As `Receiver`."""
@@ -131,6 +134,13 @@ class ChosenEvents:
         if self._run is not None and envelope.run not in {None, self._run}:
             return False
         return not self._types or type_of(envelope.event) in self._types
+
+    def _settled(self, taken: Taken) -> Taken:
+        """What that means for the batch of which only the wanted ones were given out."""
+        wanted = self._wanted
+        done = len(self._given) if taken.done >= len(wanted) else wanted[taken.done]
+        self._count(self._given, wanted[: taken.done], taken, done)
+        return Taken(done, {wanted[index]: why for index, why in taken.dead.items()})
 
     def _count(self, batch: Sequence[Envelope], given: Sequence[int], taken: Taken, done: int) -> None:
         dead = {given[index] for index in taken.dead}

@@ -6,7 +6,8 @@ Events come from journals of other programs and versions, so nothing is taken fo
 from collections.abc import Mapping
 from typing import Any, cast
 
-from evsys_bus.cli.progress.figures import duration
+from evsys_bus.attached import Learnt
+from evsys_bus.cli.amounts import duration
 from evsys_bus.cli.tables import counted
 from evsys_bus.events import (
     BenchmarkEval,
@@ -52,7 +53,7 @@ def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
     return _entries(_get(event, "metrics"))
 
 
-def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: PLR0911 # one for each type
+def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: C901, PLR0911 # one for each type
     """The rest, in a few words each."""
     match event:
         case StepEnd() | Eval():
@@ -77,6 +78,8 @@ def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: PLR0911 # one f
         case ExperimentEnd():
             best = _get(event.result, "best_arm")
             return _told(_get(event.result, "status"), f"best arm {best}" if best else None)
+        case Learnt():
+            return _scalars(event.extras)
         case UnknownEvent():
             return _scalars(event.fields)
         case _:

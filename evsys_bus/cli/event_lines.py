@@ -7,8 +7,9 @@ from typing import Any, Final
 
 from rich.cells import cell_len, set_cell_size
 
+from evsys_bus.cli.amounts import NONE
 from evsys_bus.cli.event_facts import facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.progress.figures import NONE, number
+from evsys_bus.cli.progress.figures import number
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import GAP
 from evsys_bus.events import Envelope

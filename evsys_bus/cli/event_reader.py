@@ -18,6 +18,7 @@ from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, layout
+from evsys_bus.journal.layout import Family
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -48,26 +49,34 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class EventReader:
-    """A place in each stream of a journal; at first the beginning."""
+    """A place in each stream of a journal; at first the beginning.
 
-    def __init__(self, directory: Path, wanted: Wanted, disk: Disk | None = None) -> None:
+    Args:
+        directory: The journal.
+        wanted: Which events.
+        disk: The file system.
+        learnt: Whether those of the couriers' streams are among them: what delivery learnt.
+    """
+
+    def __init__(self, directory: Path, wanted: Wanted, disk: Disk | None = None, *, learnt: bool = False) -> None:
         self.no_envelopes = 0
         """Whole records that could not be decoded."""
         self._disk = OsDisk() if disk is None else disk
         self._reader = JournalReader(directory, self._disk)
         self._wanted = wanted
+        self._families: tuple[Family, ...] = ("r", "c") if learnt else ("r",)
         self._tails: dict[str, Tail] = {}
         self._missing: list[tuple[int, int]] = []
 
     def latest(self, count: int) -> list[Envelope]:
         """The last ``count`` events, oldest first; the place is then the end."""
-        lasts = [self._latest(stream, count) for stream in self._reader.streams()]
+        lasts = [self._latest(stream, count) for stream in self._streams()]
         merged = list(_merged(lasts))
         return merged[-count:] if count else []
 
     def seek(self, since: float) -> None:
         """Move to the segments that may hold events from this time on, by the time of the first event of each."""
-        for stream in self._reader.streams():
+        for stream in self._streams():
             self._tails[stream] = self._reader.tail(stream, self._before(stream, since))
 
     def poll(self) -> Iterator[Envelope]:
@@ -76,7 +85,7 @@ class EventReader:
         Raises:
             JournalVersionError: A newer version wrote what follows.
         """
-        for stream in self._reader.streams():
+        for stream in self._streams():
             if stream not in self._tails:
                 self._tails[stream] = self._reader.tail(stream)
         return _merged([self._decoded(tail.poll()) for tail in self._tails.values()])
@@ -98,6 +107,9 @@ class EventReader:
             told.append(f"{counted(self.no_envelopes, 'record')} of an unknown shape")
         told += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable]
         return told
+
+    def _streams(self) -> list[str]:
+        return [stream for family in self._families for stream in self._reader.streams(family)]
 
     def _latest(self, stream: str, count: int) -> list[Envelope]:
         """The last ones of one stream, oldest first."""

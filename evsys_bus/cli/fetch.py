@@ -1,7 +1,7 @@
 """``evsys-bus fetch``: one checkpoint, downloaded and verified."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,9 +12,6 @@ from evsys_bus.cli.store_options import store_options
 if TYPE_CHECKING:
     from evsys_adapters.checkpoints.places import Reach
     from evsys_bus.context import ManifestRow
-
-FETCHED: Final = "fetched"
-_TOLD_SECONDS: Final = 5.0
 
 
 @click.command("fetch")
@@ -41,7 +38,9 @@ def command(
     folder = target or (run if run.is_dir() else Path("runs") / run.name)
     fetched = _fetch(url, reach, run.absolute().name, name, folder, screen)
     if record:
-        _put_on_record(folder, fetched)
+        from evsys_bus.cli.fetching import put_on_record
+
+        put_on_record(folder, fetched)
     if as_json:
         import msgspec
 
@@ -82,45 +81,22 @@ def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach]":
 
 
 def _fetch(url: str, reach: "Reach", run: str, name: str | None, folder: Path, screen: Screen) -> "ManifestRow":
-    import time
-
     import anyio
 
+    from evsys_adapters.checkpoints.manifest import checkpoint_folder
     from evsys_adapters.checkpoints.restore import choose, fetch
-    from evsys_bus.cli.amounts import size
+    from evsys_bus.cli.fetch_progress import fetches_shown
+    from evsys_bus.cli.fetching import FETCHED, contents
+    from evsys_bus.cli.progress.transfers import metered
     from evsys_bus.cli.store_options import at_destination
-    from evsys_bus.cli.tables import counted
-
-    told = time.monotonic()
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _TOLD_SECONDS:
-            told = time.monotonic()
-            screen.note(f"{size(done)} of {size(total)}")
 
     async def go() -> "ManifestRow":
         async with at_destination(url, reach, run) as destination:
             manifest = await choose(destination, name)
-            row = await fetch(destination, manifest, folder / FETCHED, tell)
-            total = size(sum(file.size for file in manifest.files))
-            screen.note(
-                f"{row.name} after step {row.batch:,}: {counted(len(manifest.files), 'file')}, {total}, verified"
-            )
+            with fetches_shown("auto", screen) as tell:
+                told = metered(run, checkpoint_folder(manifest.row), tell)
+                row = await fetch(destination, manifest, folder / FETCHED, told)
+            screen.note(f"{row.name} after step {row.batch:,}: {contents(manifest)}, verified")
             return row
 
     return anyio.run(go)
-
-
-def _put_on_record(folder: Path, row: "ManifestRow") -> None:
-    """As the trainer would have, had it saved this here; what is on record under that name gives way."""
-    import msgspec
-
-    from evsys_bus.cli.records import CHECKPOINTS
-    from evsys_bus.training.rows import RowFile
-
-    file = RowFile(folder / CHECKPOINTS)
-    if file.path.exists():
-        file.keep(lambda each: (each.get("name"), each.get("batch")) != (row.name, row.batch))
-    file.append(msgspec.structs.asdict(row))
-    file.flush()

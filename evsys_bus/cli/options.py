@@ -34,7 +34,11 @@ def running_options(command: _CommandT) -> _CommandT:
             is_flag=True,
             help="Exit with 5 if an event was not delivered, or a callback's task not finished.",
         ),
-        click.option("--resume", is_flag=True, help="Go on with what the output directory holds."),
+        click.option(
+            "--resume",
+            is_flag=True,
+            help="Go on with what the output directory holds, or with what checkpoint_upload has sent elsewhere.",
+        ),
         set_option,
         click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),
         click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable."),

@@ -99,8 +99,13 @@ def read_run(folder: Path) -> RunRecord | None:
         last_step,
         rows,
         list(metrics.values()),
-        list(_manifest(RowFile(folder / CHECKPOINTS).rows())),
+        read_checkpoints(folder),
     )
+
+
+def read_checkpoints(folder: Path) -> list[ManifestRow]:
+    """What the run in this folder has saved, in order; what was brought from elsewhere stands among it."""
+    return list(_manifest(RowFile(folder / CHECKPOINTS).rows()))
 
 
 def found_runs(root: Path) -> list[Path]:

@@ -4,9 +4,10 @@ from typing import Any, Final
 
 import msgspec
 
+from evsys_bus.cli.amounts import NONE, duration
 from evsys_bus.cli.planned import Planned
 from evsys_bus.cli.progress import figures
-from evsys_bus.cli.progress.figures import NONE, duration, pair
+from evsys_bus.cli.progress.figures import pair
 from evsys_bus.cli.progress.live import first_line
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import GAP, columns

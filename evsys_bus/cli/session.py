@@ -20,6 +20,7 @@ from evsys_bus.cli.results import result_json, result_lines
 from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.cli.tables import counted
 from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED
+from evsys_bus.cli.uploads import UploadWatch
 from evsys_bus.cli.warnings_log import warnings_shown
 from evsys_bus.context import ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
@@ -52,6 +53,10 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     again = shlex.join([*wishes.command, "--resume"])
     _refuse_used(plan, wishes, again)
     callbacks = _built(plan)
+    if wishes.resume:
+        from evsys_bus.cli.resuming import bring_newest
+
+        bring_newest(plan, resolved(wishes.progress, sys.stderr), screen)
     board = _board(plan, wishes)
     as_json = wishes.progress == "json"
     if resolved(wishes.progress, sys.stderr) == "plain":  # the table says it itself
@@ -66,7 +71,14 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     with (
         Interrupts(told) as interrupts,
         _stdout_to_stderr(wishes.as_json),
-        shown(board, wishes.progress, screen, title=plan.title, success_metric=_metric(plan)),
+        shown(
+            board,
+            wishes.progress,
+            screen,
+            title=plan.title,
+            success_metric=_metric(plan),
+            uploads=UploadWatch(plan.folder / JOURNAL).look,
+        ),
         warnings_shown(screen, as_json=as_json),
     ):
         try:

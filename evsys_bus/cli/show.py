@@ -69,7 +69,8 @@ def _others(folder: Path) -> str:
 
 
 def _experiment_lines(record: "ExperimentRecord") -> list[str]:
-    from evsys_bus.cli.progress.figures import NONE, number
+    from evsys_bus.cli.amounts import NONE
+    from evsys_bus.cli.progress.figures import number
     from evsys_bus.cli.progress.live import first_line
     from evsys_bus.cli.records import METRICS
     from evsys_bus.cli.screen import printable
@@ -99,8 +100,9 @@ def _experiment_lines(record: "ExperimentRecord") -> list[str]:
 
 
 def _run_lines(record: "RunRecord") -> list[str]:
+    from evsys_bus.cli.amounts import NONE, duration
     from evsys_bus.cli.planned import params_line
-    from evsys_bus.cli.progress.figures import NONE, duration, number
+    from evsys_bus.cli.progress.figures import number
     from evsys_bus.cli.screen import printable
     from evsys_bus.cli.tables import columns
 
@@ -151,7 +153,8 @@ def _near(path: str | None, folder: Path) -> str:
 
 
 def _told(value: float | None) -> str:
-    from evsys_bus.cli.progress.figures import NONE, number
+    from evsys_bus.cli.amounts import NONE
+    from evsys_bus.cli.progress.figures import number
 
     if value is None:
         return NONE

@@ -11,6 +11,7 @@ from evsys_bus.cli.screen import Screen, color_option
 
 if TYPE_CHECKING:
     from evsys_bus.cli.adapter_states import AdapterState
+    from evsys_bus.cli.progress.transfers import Transfer
     from evsys_bus.cli.streams import StreamState
     from evsys_bus.journal import Report
 
@@ -29,24 +30,28 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
     from evsys_bus.cli.adapter_states import adapter_states
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.streams import streams
+    from evsys_bus.cli.uploads import uploads_under_way
 
     directory = found(folder).directory
     states = streams(directory)
     adapters = adapter_states(directory)
+    uploads = uploads_under_way(directory)
     report = None
     if thoroughly:
         from evsys_bus.cli.verification import verified
 
         report = verified(directory, screen)
-    lines = _json_lines(states, adapters, report) if as_json else _lines(directory, states, adapters, report)
+    if as_json:
+        lines = _json_lines(states, adapters, uploads, report)
+    else:
+        lines = [*_lines(directory, states, adapters, report), *_upload_lines(uploads)]
     click.echo("\n".join(lines))
 
 
 def _lines(
     directory: Path, states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None"
 ) -> list[str]:
-    from evsys_bus.cli.amounts import ago, size, span
-    from evsys_bus.cli.progress.figures import NONE
+    from evsys_bus.cli.amounts import NONE, ago, size, span
     from evsys_bus.cli.screen import printable
     from evsys_bus.cli.tables import columns, counted
 
@@ -70,11 +75,22 @@ def _lines(
     return lines
 
 
-def _json_lines(states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None") -> list[str]:
+def _upload_lines(uploads: "list[Transfer]") -> list[str]:
+    from evsys_bus.cli.progress.transfers import amounts
+    from evsys_bus.cli.screen import printable
+
+    lines = [f"uploading   {printable(each.name)}  {'  '.join(amounts(each, time.time()))}" for each in uploads]
+    return ["", *lines] if lines else []
+
+
+def _json_lines(
+    states: "list[StreamState]", adapters: "list[AdapterState]", uploads: "list[Transfer]", report: "Report | None"
+) -> list[str]:
     import msgspec
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
     rows: list[dict[str, Any]] = []  # Any: JSON
     rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
     rows += [{"type": "adapter", **msgspec.to_builtins(each)} for each in adapters]
+    rows += [{"type": "upload", **msgspec.to_builtins(each)} for each in uploads]
     return [msgspec.json.encode(row).decode() for row in rows]

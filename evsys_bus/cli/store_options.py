@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
+from evsys_bus.errors import BrokenAdapterError
+
 if TYPE_CHECKING:
     from evsys_adapters.checkpoints.destination import Destination
     from evsys_adapters.checkpoints.places import Reach
@@ -38,11 +40,11 @@ def store_options(command: _CommandT) -> _CommandT:
 
 
 @asynccontextmanager
-async def at_destination(url: str, reach: "Reach", run: str) -> "AsyncGenerator[Destination]":
-    """The checkpoints of a run at this URL, for as long as the block lasts; nothing is written there.
+async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], Destination]]":
+    """What has each run's checkpoints at this URL, for as long as the block lasts; nothing is written there.
 
     Raises:
-        ConfigError, DeliveryError, OSError: As a store does.
+        ConfigError, DeliveryError, OSError: As a store does; BrokenAdapterError where its client is not installed.
     """
     from evsys_adapters.checkpoints.destination import Destination
     from evsys_adapters.checkpoints.manifest import component
@@ -50,7 +52,19 @@ async def at_destination(url: str, reach: "Reach", run: str) -> "AsyncGenerator[
 
     places = Places(reach)
     try:
-        place = await places.place(url, probe=False)
-        yield Destination(place.store, place.prefix, component(run))
+        try:
+            place = await places.place(url, probe=False)
+        except ModuleNotFoundError as error:
+            fix = "pip install 'evsys-bus[s3]'   or   uv add 'evsys-bus[s3]'"
+            what = f"{url} cannot be asked from here"
+            raise BrokenAdapterError(what, why=f"{error.name} is not installed", fix=fix) from error
+        yield lambda run: Destination(place.store, place.prefix, component(run))
     finally:
         await places.close()
+
+
+@asynccontextmanager
+async def at_destination(url: str, reach: "Reach", run: str) -> "AsyncGenerator[Destination]":
+    """As `at_store`, for one run."""
+    async with at_store(url, reach) as destination_of:
+        yield destination_of(run)

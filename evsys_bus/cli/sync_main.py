@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from evsys_bus.delivery.crew import Crew
-from evsys_bus.delivery.process import Order
+from evsys_bus.delivery.kept_process import DELIVERED_CODE, Order
 from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.wiring.followed import build_followed
 
@@ -28,7 +28,7 @@ def main(line: bytes) -> None:
     logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
     logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
     crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed)
-    crew.start()
+    crew.start(enlists=False)
     crew.finish()
     while not crew.join(_LOOK_SECONDS):
         if select.select([0], [], [], 0)[0]:
@@ -37,4 +37,4 @@ def main(line: bytes) -> None:
             break
     logging.shutdown()
     # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
-    os._exit(0)
+    os._exit(DELIVERED_CODE)

@@ -18,7 +18,8 @@ from evsys_bus.cli.deliveries import LOOK_SECONDS, Outcome, Watch, busy
 from evsys_bus.cli.delivery_progress import Tell
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.delivery.accounts import Account, accounts
-from evsys_bus.delivery.process import LOG_NAME, Order
+from evsys_bus.delivery.kept_process import DELIVERED_CODE, Order
+from evsys_bus.delivery.process import LOG_NAME
 from evsys_bus.delivery.roster import Posted, import_path, roster
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.journal import layout
@@ -69,11 +70,13 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell) -> tuple[list[Outcom
         What came of it, and whether it was interrupted.
     """
     outcomes: list[Outcome] = []
-    for folder, sys_path in dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted):
-        posted = [each for each, _ in work.posted if (each.folder, each.sys_path) == (folder, sys_path)]
+    places = dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted)
+    at_once = [[each for each, _ in work.posted if (each.folder, each.sys_path) == place] for place in places]
+    while at_once:
+        posted = at_once.pop(0)
         watch = Watch(work.directory, {each.name for each in posted})
         interrupted = False
-        with Interrupts(lambda _: None), _process(work.directory, posted, folder, sys_path) as process:
+        with Interrupts(lambda _: None), _process(work.directory, posted) as process:
             try:
                 while process.poll() is None and not watch.is_over(timeout_seconds):
                     tell(watch.look(process.pid))
@@ -81,6 +84,9 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell) -> tuple[list[Outcom
             except KeyboardInterrupt:
                 interrupted = True
         tell(watch.look(process.pid))
+        if len(posted) > 1 and not interrupted and process.returncode != DELIVERED_CODE:
+            at_once[:0] = [[each] for each in posted]  # one of them ended it; by themselves the others are delivered to
+            continue
         outcomes += watch.outcomes()
         if interrupted:
             return outcomes, True
@@ -88,11 +94,9 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell) -> tuple[list[Outcom
 
 
 @contextmanager
-def _process(
-    directory: Path, posted: Sequence[Posted], folder: str, sys_path: Sequence[str]
-) -> "Generator[subprocess.Popen[bytes]]":
-    """Runs while the block does, and is then stopped at its cursors."""
-    ours = import_path()
+def _process(directory: Path, posted: Sequence[Posted]) -> "Generator[subprocess.Popen[bytes]]":
+    """Runs while the block does, and is then stopped at its cursors. All were followed from the same folder."""
+    folder, sys_path, ours = posted[0].folder, posted[0].sys_path, import_path()
     path = (*ours, *(each for each in sys_path if each not in ours))
     order = Order(str(directory), list(posted), path, 0.0, os.getpid())
     log = directory / layout.COURIERS / LOG_NAME

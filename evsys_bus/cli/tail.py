@@ -45,7 +45,8 @@ def command(
 ) -> None:
     """Show the last events of RUN: a run, an experiment or a journal; without it, of the newest one below ./runs.
 
-    One line each: time, run, type, step, metrics. Events of several processes are merged by time.
+    One line each: time, run, type, step, metrics. Events of several processes are merged by time; what couriers have
+    learnt, as the page of a run at W&B, is among them.
     """
     from evsys_bus.cli.event_lines import EventLines
     from evsys_bus.cli.event_reader import EventReader, Wanted
@@ -54,9 +55,8 @@ def command(
     journal = found(folder)
     if folder is None:
         screen.note(str(journal.directory))
-    reader = EventReader(
-        journal.directory, Wanted(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
-    )
+    wanted = Wanted(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
+    reader = EventReader(journal.directory, wanted, learnt=True)
     shown = _Shown(None if as_json else EventLines(metric=metric, columns=_columns()))
     if count is None and since is not None:
         reader.seek(since)

@@ -14,6 +14,7 @@ import msgspec
 
 from evsys_bus.delivery.followed import CourierState, Terms
 from evsys_bus.delivery.roster import roster
+from evsys_bus.delivery.states import read_state
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import Cursors, Disk, OsDisk, Place, frame, layout
 from evsys_bus.journal.frame import Damage, Frame
@@ -76,7 +77,7 @@ class Accounts:
     def _account(self, name: str, terms: Terms, known: Mapping[str, int]) -> Account:
         disk, where = self._disk, self._directory
         # The state first, the cursor behind it, the journal last: what happens meanwhile shows as pending.
-        state = _state(disk, layout.courier_file(where, name, "state.json"))
+        state = read_state(disk, where, name)
         busy = disk.is_locked(layout.courier_file(where, name, "lock"))
         places = Cursors(where, disk).load(name).streams
         delivered, dead = sum(each.delivered for each in places.values()), sum(each.dead for each in places.values())
@@ -97,13 +98,6 @@ def _with_state(disk: Disk, directory: str) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     return [unquote(name.removesuffix(_STATE)) for name in names if name.endswith(_STATE)]
-
-
-def _state(disk: Disk, path: str) -> CourierState | None:
-    try:
-        return _read(disk.read(path, 0, 1 << 20))
-    except (OSError, msgspec.DecodeError):
-        return None
 
 
 class Pending:
@@ -138,7 +132,7 @@ class Pending:
         if last is not None:
             return max(0, last - place.sequence)
         ahead = self._ahead.get(stream)
-        if ahead is None:
+        if ahead is None or ahead.is_removed():
             ahead = self._ahead[stream] = _Ahead(self._disk, f"{self._directory}/{stream}", place)
         return max(0, ahead.count() - (place.delivered + place.dead - ahead.done))
 
@@ -171,6 +165,10 @@ class _Ahead:
             self._at = following
             self._scan = SegmentScan(self._disk, f"{self._folder}/{following}")
             self._expected, self._suspect = following.first, -1
+
+    def is_removed(self) -> bool:
+        """Whether the segment that was read last is gone: events that were counted may be gone with it, unread."""
+        return self._at is not None and self._at not in layout.segments(self._disk, self._folder)
 
     def _following(self) -> SegmentName | None:
         names = layout.segments(self._disk, self._folder)
@@ -207,4 +205,3 @@ class _Ahead:
 
 
 _STATE: Final = ".state.json"
-_read: Final = msgspec.json.Decoder(CourierState).decode

@@ -4,25 +4,29 @@ A replay keeps them in memory only. A disk that refuses them never ends a delive
 and tried again.
 """
 
-import contextlib
 import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any, Final
+from urllib.parse import quote
 
 import msgspec
 
+from evsys_bus.delivery.courier_lock import CourierLock
 from evsys_bus.delivery.dead_letters import DeadLetters
 from evsys_bus.delivery.feed import Batch, Broken
 from evsys_bus.delivery.followed import CourierState
 from evsys_bus.delivery.receiver import Taken
+from evsys_bus.delivery.states import write_state
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Cursors, Disk, Place, layout
-from evsys_bus.journal.layout import Owner
 
+LOOK_SECONDS: Final = 1.0
+"""Between two looks whether the directory is still there."""
 STATE_SECONDS: Final = 1.0
 """Between two versions of the state file that differ in nothing urgent."""
 
@@ -33,10 +37,13 @@ class Books:
     Args:
         directory: The journal.
         name: The adapter's.
+        kind: Of the adapter; a cursor that another kind has left under the name is not its own.
         keep: Whether they are on disk.
     """
 
-    def __init__(self, directory: str, name: str, *, keep: bool, disk: Disk, clock: Clock, faults: FaultLog) -> None:
+    def __init__(
+        self, directory: str, name: str, kind: str, *, keep: bool, disk: Disk, clock: Clock, faults: FaultLog
+    ) -> None:
         self.cursor = Cursor()
         self.changed = False
         """Whether the cursor has moved since it was last on the medium."""
@@ -44,6 +51,7 @@ class Books:
         """Stream and run of the trainings that are open."""
         self._directory: Final = directory
         self._name: Final = name
+        self._kind: Final = kind
         self._keep: Final = keep
         self._disk: Final = disk
         self._clock: Final = clock
@@ -52,16 +60,14 @@ class Books:
         self._letters: Final = DeadLetters(directory, name, disk=disk, clock=clock)
         self._unsaved: Cursor | None = None
         """As it was when its mark was taken."""
-        self._lock: int | None = None
+        self._lock: Final = CourierLock(directory, name, disk, clock)
+        self._look_due = 0.0
         self._state: CourierState | None = None
         self._stated_at = 0.0
 
     def disown(self) -> None:
         """In a forked child: the lock stays with the parent, and ends with it."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                self._disk.close(self._lock)
-        self._lock = None
+        self._lock.let_go()
 
     def open(self) -> bool:
         """Take the lock and find the cursor; whether it stands anywhere but at the beginning.
@@ -72,10 +78,10 @@ class Books:
         """
         if not self._keep:
             return False
-        self._take_lock()
+        self._lock.take()
         _open.add(self)
         try:
-            self.cursor = self._load()
+            self.cursor = self._own(self._cursors.read(self._name))
             self._letters.open(self.cursor)
         except OSError:
             self.close()
@@ -127,7 +133,7 @@ class Books:
                 return self._refused(error)
             if self._unsaved is None:
                 cursor = self.cursor
-                self._unsaved = Cursor(dict(cursor.streams), dict(cursor.steps), mark())
+                self._unsaved = Cursor(dict(cursor.streams), dict(cursor.steps), mark(), self._kind)
                 self.changed = False
             # A mark is good until the one after the next was taken: what was not saved is saved before there is one.
             try:
@@ -155,61 +161,62 @@ class Books:
         self._state = state
         written = msgspec.structs.replace(state, at=self._clock.wall())
         try:
-            self._disk.replace(layout.courier_file(self._directory, self._name, "state.json"), _write(written))
+            write_state(self._disk, self._directory, self._name, written)
         except OSError as error:
             self._state = None
             self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
 
+    def look(self, *, last: bool = False) -> None:
+        """Notice, once a second, that the directory was removed: all that was kept there is then kept anew.
+
+        Raises:
+            CourierBusyError: Another courier was quicker to begin there; not at the ``last`` look.
+        """
+        now = self._clock.monotonic()
+        if not last and now < self._look_due:
+            return
+        self._look_due = now + LOOK_SECONDS
+        if not self._lock.is_removed():
+            return
+        self._lock.let_go()
+        with suppress(CourierBusyError) if last else nullcontext():
+            self._lock.take()
+            with suppress(OSError):  # what is lost with its file is lost
+                self._letters.close()
+            self._state = None
+            self.changed = True
+
     def close(self) -> None:
         """Let the lock go."""
-        try:
+        with suppress(OSError):  # closing is all that was wanted
             self._letters.close()
-            if self._lock is not None:
-                self._disk.close(self._lock)
-        except OSError:
-            pass  # closing is all that was wanted
-        self._lock = None
+        self._lock.let_go()
 
-    def _take_lock(self) -> None:
-        path = layout.courier_file(self._directory, self._name, "lock")
-        try:
-            self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
-            self._lock = self._disk.lock(path)
-            if self._lock is not None:
-                self._sign(self._lock)
-                return
-        except OSError as error:
-            phrase = "courier.not_lockable" if self._lock is None else "courier.not_signed"
-            log().warning(phrase, path=path, exc_info=error)
-            return
-        holder = self._holder(path)
-        who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
-        raise CourierBusyError(
-            f"{who} delivers {self._directory} to {self._name}",
-            fix="let it finish, or end it; evsys-bus status tells how it fares",
+    def _own(self, cursor: Cursor) -> Cursor:
+        """The cursor; or a new one, where this one and its mark are of another kind of adapter, which had the name.
+
+        It is a new destination, which has had none of the events. What the other left stays beside, for people.
+
+        Raises:
+            OSError: What it left cannot be set aside.
+        """
+        if cursor.kind in {"", self._kind}:
+            return cursor
+        aside = f"{quote(cursor.kind, safe='')}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._clock.wall()))}"
+        letters, place = (
+            layout.courier_file(self._directory, self._name, "dead.jsonl"),
+            layout.cursor_file(self._directory, self._name),
         )
-
-    def _load(self) -> Cursor:
-        """As `Cursors.load`; but a cursor that is there and cannot be read now is no reason to begin anew."""
-        path = layout.cursor_file(self._directory, self._name)
-        try:
-            return _cursor(self._disk.read(path, 0, _MOST_BYTES))
-        except FileNotFoundError:
-            return Cursor()
-        except msgspec.DecodeError as error:
-            log().warning("journal.cursor_unreadable", path=path, exc_info=error)
-            return Cursor()
-
-    def _sign(self, lock: int) -> None:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock.wall()))
-        self._disk.truncate(lock, 0)
-        self._disk.write(lock, _write(Owner(os.getpid(), os.uname().nodename, since, self._disk.boot())))
-
-    def _holder(self, path: str) -> Owner | None:
-        try:
-            return _owner(self._disk.read(path, 0, 4096))
-        except (OSError, msgspec.DecodeError):
-            return None
+        with suppress(FileNotFoundError):  # there may be no letters
+            self._disk.replace(f"{letters}.{aside}", self._disk.read(letters, 0, self._disk.size(letters)))
+            self._disk.remove(letters)
+        self._disk.replace(f"{place}.{aside}", self._disk.read(place, 0, _MOST_BYTES))
+        self._cursors.save(self._name, Cursor(kind=self._kind))
+        facts = {"adapter": self._name, "kind": self._kind, "before": cursor.kind, "cursor": f"{place}.{aside}"}
+        log().warning(
+            "courier.begins_anew", **facts, why="another kind of adapter had this name: all is delivered to it"
+        )
+        return Cursor()
 
     def _move(self, stream: str, sequence: int, delivered: int, dead: int) -> None:
         before = self.cursor.place(stream)
@@ -245,10 +252,7 @@ class Books:
 
 
 _TRAINING: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
-_write: Final = msgspec.json.Encoder().encode
 _MOST_BYTES: Final = 16 << 20
-_cursor: Final = msgspec.json.Decoder(Cursor).decode
-_owner: Final = msgspec.json.Decoder(Owner).decode
 
 _open: "weakref.WeakSet[Books]" = weakref.WeakSet()
 

@@ -17,7 +17,7 @@ from evsys_bus.codec import error_text
 from evsys_bus.delivery.accounts import Pending
 from evsys_bus.delivery.books import Books
 from evsys_bus.delivery.feed import Batch, Feed
-from evsys_bus.delivery.followed import CourierState, Terms
+from evsys_bus.delivery.followed import CourierState, Terms, kind_of
 from evsys_bus.delivery.hooks import HookReceiver
 from evsys_bus.delivery.receiver import Receiver, Trouble
 from evsys_bus.diagnostics import FaultLog
@@ -48,7 +48,7 @@ class Courier:
         name: The adapter's: keys its cursor, its lock and its counts.
         adapter: A callback, a sink, or anything that is delivered to.
         terms: Of which ranks, and what a failure means.
-        publish: Records what a sink learns.
+        publish: Records what the adapter learns.
         keep: Whether a cursor is kept; if not, as for a replay, there is no lock and no dead-letter file either.
         after: Begin behind these sequences, by stream, where there is no cursor.
         slice_seconds: After so much work, sleep as long; where others in this process want the interpreter.
@@ -86,7 +86,7 @@ class Courier:
         self._disk: Final[Disk] = OsDisk() if disk is None else disk
         self._faults: Final = FaultLog()
         self._books: Final = Books(
-            self._directory, name, keep=keep, disk=self._disk, clock=self._clock, faults=self._faults
+            self._directory, name, kind_of(adapter), keep=keep, disk=self._disk, clock=self._clock, faults=self._faults
         )
         self._sink: Final = adapter if isinstance(adapter, Sink) else None
         self._receiver: Final = self._receiver_of(adapter)
@@ -141,7 +141,7 @@ class Courier:
                 pass  # the loop is closed, and nothing runs that could be stopped
 
     def publish(self, event: Event) -> None:
-        """Record what a sink learnt; where there is nowhere to record it, nothing happens."""
+        """Record what the adapter learnt; where there is nowhere to record it, nothing happens."""
         if self._publish is not None:
             self._publish(event)
 
@@ -161,7 +161,9 @@ class Courier:
             return SinkReceiver(adapter)
         if hasattr(adapter, "take"):
             return cast("Receiver", adapter)
-        return HookReceiver(adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults)
+        return HookReceiver(
+            adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults, publish=self._publish
+        )
 
     async def _session(self, *, has_cursor: bool) -> None:
         receiver, books = self._receiver, self._books
@@ -269,6 +271,7 @@ class Courier:
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Have all that was entered on the medium, unless that was done a moment ago, or refused."""
         now = self._clock.monotonic()
+        self._books.look(last=last)
         if not self._books.changed or (now < self._commit_due and not last and (self._refused or not at_once)):
             return
         try:

@@ -9,19 +9,20 @@ from contextlib import nullcontext, suppress
 from typing import Final, Literal
 
 import anyio
-import msgspec
 
 from evsys_bus.callback import Callback
 from evsys_bus.codec import encode
 from evsys_bus.delivery.accounts import Accounts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.followed import CourierState, Followed, Recipe
+from evsys_bus.delivery.own_folder import own_folder
 from evsys_bus.delivery.roster import enlist
+from evsys_bus.delivery.states import is_held, write_state_of_idle
 from evsys_bus.delivery.turns import SHORT_TURNS
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CourierBusyError, EvsysBusError
 from evsys_bus.events import Envelope, Event
-from evsys_bus.journal import Clock, Disk, JournalWriter, OsClock, OsDisk, layout
+from evsys_bus.journal import Clock, Disk, JournalWriter, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import Job, LoopThread, TaskOffice
 
@@ -70,9 +71,14 @@ class Crew:
         self._posts = [_Post(each, self._faults) for each in followed]
         self._learnt = _Learnt(directory, self._clock, self._disk)
 
-    def start(self) -> None:
-        """Begin to deliver."""
-        enlist(self._directory, [post.followed for post in self._posts], self._disk)
+    def start(self, *, enlists: bool = True) -> None:
+        """Begin to deliver.
+
+        Args:
+            enlists: Whether they are followed from now on, and not only delivered to what they are owed.
+        """
+        if enlists:
+            enlist(self._directory, [post.followed for post in self._posts], self._disk)
         for post in self._posts:
             job = Job(self._serve, (post,), owner="courier", name=post.name, timeout=None, retry=None, lane=None)
             post.office.spawn(job)
@@ -116,6 +122,8 @@ class Crew:
 
     async def _serve(self, post: "_Post") -> None:
         try:
+            if self._slice_seconds is None:  # in a process of couriers; a program's threads share what is the program's
+                own_folder(post.name)
             with nullcontext() if self._slice_seconds is None else SHORT_TURNS.at_most(self._slice_seconds):
                 while not (await self._deliver(post) or post.asked == "stop"):
                     pass
@@ -124,7 +132,7 @@ class Crew:
 
     async def _deliver(self, post: "_Post") -> bool:
         """Whether that is the end of it; if not, it was worth a pause, and is begun again."""
-        if self._is_held(post):  # before anything is built for nothing
+        if is_held(self._disk, self._directory, post.name):  # before anything is built for nothing
             return await self._busy(post)
         try:
             courier = self._courier(post)
@@ -164,12 +172,6 @@ class Crew:
             post.accounts = Accounts(self._directory, self._disk)
         return any(each.pending for each in post.accounts.read() if each.name == post.name)
 
-    def _is_held(self, post: "_Post") -> bool:
-        try:
-            return self._disk.is_locked(layout.courier_file(self._directory, post.name, "lock"))
-        except OSError:
-            return False  # opening the books will tell
-
     def _courier(self, post: "_Post") -> Courier:
         """A new one, and with it a new adapter: where the last one broke down, nobody knows what that still holds."""
         adapter = post.followed.live
@@ -202,9 +204,7 @@ class Crew:
             fix=error.fix if known else "see the log for the traceback",
         )
         try:
-            if not self._is_held(post):  # the state is its holder's to tell
-                path = layout.courier_file(self._directory, post.name, "state.json")
-                self._disk.replace(path, msgspec.json.encode(state))
+            write_state_of_idle(self._disk, self._directory, post.name, state)
         except OSError as refusal:
             self._faults.warn("courier.state_unwritten", post.name, error=refusal, courier=post.name)
 

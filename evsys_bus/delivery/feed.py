@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from evsys_bus.codec import decode
+from evsys_bus.delivery.heard import Heard
 from evsys_bus.delivery.openings import BOUNDARIES, OF_A_CONTEXT, Contexts, Opening, open_at
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CodecError, JournalVersionError
@@ -98,6 +99,7 @@ class Feed:
         self._sources: dict[str, _Source] = {}
         self._turns: list[_Source] = []
         self._fills = 0
+        self._heard: Final = Heard(self._reader, clock, faults)
 
     def introduction(self, steps: Mapping[str, int] | None) -> list[Envelope]:
         """The start events of what is open at the cursor, the newest of each kind and name, in order.
@@ -107,6 +109,7 @@ class Feed:
                 it. None where that is not known: then it stays as it was.
         """
         found: dict[Opening, Envelope] = {}
+        self._listen()
         self._list_streams()
         for source in self._sources.values():
             sequence = self._cursor.place(source.stream).sequence
@@ -142,6 +145,7 @@ class Feed:
         """
         if batch.ends or len(batch.envelopes) >= max_events:
             return "full"
+        self._listen()
         if self._fills % _FILLS_PER_LISTING == 0 or thorough:
             self._list_streams()
         self._fills += 1
@@ -161,6 +165,12 @@ class Feed:
         self._fills = 0
         return "dry"
 
+    def _listen(self) -> None:
+        """Let the runs that are open know what couriers have learnt of them."""
+        for learnt in self._heard.listen():
+            for source in self._sources.values():
+                source.contexts.learn(learnt)
+
     def _list_streams(self) -> None:
         """Notice those that are new."""
         try:
@@ -169,7 +179,8 @@ class Feed:
                 if name in self._sources or (self._ranks is not None and rank not in self._ranks):
                     continue
                 older = [each for each in self._sources.values() if layout.rank_of(each.stream) == rank]
-                source = _Source(self._reader, name, self._cursor.place(name).sequence, older)
+                contexts = Contexts(self._heard.extras)
+                source = _Source(self._reader, name, self._cursor.place(name).sequence, older, contexts)
                 self._sources[name] = source
                 self._turns.append(source)
         except OSError as error:
@@ -240,9 +251,11 @@ def _put_behind(envelope: Envelope, steps: Mapping[str, int]) -> bool:
 class _Source:
     """One stream, as far as it was read."""
 
-    def __init__(self, reader: JournalReader, stream: str, after: int, older: "list[_Source]") -> None:
+    def __init__(
+        self, reader: JournalReader, stream: str, after: int, older: "list[_Source]", contexts: Contexts
+    ) -> None:
         self.stream: Final = stream
-        self.contexts: Final = Contexts()
+        self.contexts: Final = contexts
         self._reader: Final = reader
         self._tail: Final = reader.tail(stream, after, patience=PATIENCE)
         self._older: Final = older

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from evsys_bus.callback import Callback
+from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.sink import Sink
 
 OnFailure = Literal["count", "dead", "retry"]
@@ -77,3 +78,14 @@ class CourierState(msgspec.Struct, omit_defaults=True):
     """Since it began to fail."""
     hook_failures: int = 0
     """Of a followed callback, in this process."""
+
+
+def kind_of(adapter: object) -> str:
+    """What tells it from another adapter of the same name: its kind, or, where it leaves marks, its class's name.
+
+    Of a live object that leaves none nothing is told: its name says who it is.
+    """
+    kind: object = getattr(type(adapter), "name", None)
+    if isinstance(kind, str) and kind:
+        return kind
+    return type(adapter).__name__ if isinstance(adapter, Rewindable) else ""

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from evsys_bus.callback import RetryPolicy, attach, callback_name, detach, hook_of, isolate
+from evsys_bus.attached import RetryPolicy
+from evsys_bus.callback import attach, callback_name, detach, hook_of, isolate
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.followed import OnFailure
 from evsys_bus.delivery.receiver import Report, Rewindable, Taken, Trouble
@@ -33,6 +34,7 @@ class HookReceiver:
         faults: Where failures are said.
         retry_pauses: How often a hook is called again, and when.
         drain_seconds: What spawned tasks may take at the close.
+        publish: Records what the callback learns; None where there is nowhere to record it.
     """
 
     max_events = 512
@@ -48,6 +50,7 @@ class HookReceiver:
         faults: FaultLog,
         retry_pauses: Sequence[float] = RETRY_PAUSES,
         drain_seconds: float = DRAIN_SECONDS,
+        publish: Callable[[Event], None] | None = None,
     ) -> None:
         self.failures = 0
         """How often a hook has raised."""
@@ -58,6 +61,7 @@ class HookReceiver:
         self._faults: Final = faults
         self._pauses: Final = tuple(retry_pauses) if on_failure == "retry" else ()
         self._drain_seconds: Final = drain_seconds
+        self._publish: Final = publish
         self._calls: dict[type, Callable[[Any], object] | None] = {UnknownEvent: None}  # Any: an event of that type
         self._office: TaskOffice | None = None
         self._report: Report | None = None
@@ -133,6 +137,11 @@ class HookReceiver:
         owner = owner or callback_name(self._callback)
         job = Job(fn, args, owner=owner, name=name, timeout=timeout, retry=retry, lane=lane)
         return self._office is not None and self._office.spawn(job)
+
+    def publish(self, event: Event) -> None:
+        """As `Callback.publish`."""
+        if self._publish is not None:
+            self._publish(event)
 
     def publishes_here(self) -> bool:
         """Whether this thread is inside a hook that this receiver called."""

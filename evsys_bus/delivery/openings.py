@@ -3,8 +3,10 @@
 Each segment begins with the starts of what was open then, so one segment is all that is read.
 """
 
+from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
+from evsys_bus.attached import Learnt
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import log
@@ -29,12 +31,12 @@ BOUNDARIES: Final[frozenset[type]] = frozenset(
 )
 """A batch ends with one of these, so that a cursor can stand right behind it."""
 OF_A_CONTEXT: Final[frozenset[type]] = frozenset(
-    {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd}
+    {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, Learnt}
 )
-"""Those with a ``ctx``."""
+"""Those with a ``ctx``, or with something for one."""
 
-_SEEMS_ONE: Final = (b"_start", b"n_end", b"t_end")
-"""What the tags of the boundaries end with; a payload that holds it by chance is decoded in vain."""
+_SEEMS_ONE: Final = (b"_start", b"n_end", b"t_end", b"learnt")
+"""What the tags of what matters end with; a payload that holds it by chance is decoded in vain."""
 
 Opening: TypeAlias = tuple[type, str | None]
 """What is open: the type of its start event, and the name of the run or group."""
@@ -43,24 +45,35 @@ Opening: TypeAlias = tuple[type, str | None]
 class Contexts:
     """The contexts of one stream. What a receiver writes into one reaches those that come later, as inline.
 
+    Args:
+        heard: The extras that couriers have learnt, by run; they stand in the context of a run from its start. Any:
+            plain values.
+
     Attributes:
         of_run: Of the runs that are open, by key; what `decode` gives to detached states.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, heard: Mapping[str, Mapping[str, Any]]) -> None:
         self.of_run: Final[dict[str, LogContext]] = {}
+        self._heard: Final = heard
         self._experiment: LogContext | None = None
 
     def share(self, envelope: Envelope) -> None:
         """Let the context of this event, of one of those in `OF_A_CONTEXT`, know what was written into earlier ones."""
+        if isinstance(envelope.event, Learnt):
+            self.learn(envelope.event)
+            return
         event: Any = envelope.event  # Any: an event with a ctx
         ctx, run = event.ctx, envelope.run
         if not isinstance(ctx, LogContext):
             return
-        earlier = self._experiment if run is None else self.of_run.get(run, self._experiment)
+        own = None if run is None else self.of_run.get(run)
+        earlier = self._experiment if own is None else own
         if earlier is not None:
             for part in ("ids", "extras"):
                 setattr(ctx, part, {**getattr(ctx, part, {}), **getattr(earlier, part, {})})
+        if own is None and run is not None:
+            _add(ctx, self._heard.get(run, {}))
         if isinstance(event, ExperimentEnd):
             self._experiment = None
             self.of_run.clear()
@@ -70,6 +83,17 @@ class Contexts:
             self.of_run[run] = ctx
         elif run is None:
             self._experiment = ctx
+
+    def learn(self, learnt: Learnt) -> None:
+        """Let the context of a run that is open know it; those that come later get it from there."""
+        ctx = self.of_run.get(learnt.run)
+        if ctx is not None:
+            _add(ctx, learnt.extras)
+
+
+def _add(ctx: LogContext, extras: Mapping[str, Any]) -> None:
+    if extras:
+        ctx.extras = {**getattr(ctx, "extras", {}), **extras}
 
 
 def open_at(disk: Disk, folder: str, sequence: int, contexts: Contexts) -> dict[Opening, Envelope]:

@@ -27,6 +27,8 @@ class Cursor(msgspec.Struct, omit_defaults=True):
     """The largest step that was delivered, by run, for the runs that are open there."""
     mark: Any = None
     """How far what the follower wrote itself has got, in its own words. Any: plain data."""
+    kind: str = ""
+    """Whose words those are; empty where that is not known, and anybody of the follower's name takes the cursor on."""
 
     def place(self, stream: str) -> Place:
         """How far in this stream."""
@@ -49,32 +51,50 @@ class Cursors:
 
         A cursor that cannot be read counts as none: what was delivered since is delivered again.
         """
-        path = layout.cursor_file(self._directory, follower)
         try:
-            return _read(self._disk.read(path, 0, _MOST_BYTES))
+            return self.read(follower)
+        except OSError as error:
+            log().warning("journal.cursor_unreadable", path=self._path(follower), exc_info=error)
+            return Cursor()
+
+    def read(self, follower: str) -> Cursor:
+        """As `load`, for those who move it: a cursor that is there and cannot be read now is no reason to begin anew.
+
+        Raises:
+            OSError: It cannot be read now.
+        """
+        try:
+            return _read(self._disk.read(self._path(follower), 0, _MOST_BYTES))
         except FileNotFoundError:
             return Cursor()
-        except (OSError, msgspec.DecodeError) as error:
-            log().warning("journal.cursor_unreadable", path=path, exc_info=error)
+        except msgspec.DecodeError as error:
+            log().warning("journal.cursor_unreadable", path=self._path(follower), exc_info=error)
             return Cursor()
+
+    def _path(self, follower: str) -> str:
+        return layout.cursor_file(self._directory, follower)
 
     def save(self, follower: str, cursor: Cursor) -> None:
         """Have the follower's cursor stand there, on the medium when this returns."""
         self._disk.make_directory(f"{self._directory}/{layout.CURSORS}")
-        self._disk.replace(layout.cursor_file(self._directory, follower), _write(cursor))
+        self._disk.replace(self._path(follower), _write(cursor))
 
     def passed(self, stream: str) -> int | None:
         """The sequence in this stream that every follower it is served to is done with; None where there are none."""
-        serves = (each for each in self.followers() if self._is_served(each, layout.rank_of(stream)))
-        return min((self.load(each).place(stream).sequence for each in serves), default=None)
+        return min((self.load(each).place(stream).sequence for each in self.served(stream)), default=None)
 
-    def _is_served(self, follower: str, rank: int) -> bool:
-        """By its spec; one without a spec, or with one that cannot be read, may want all of it."""
-        try:
-            ranks = _spec(self._disk.read(layout.courier_file(self._directory, follower, "spec.json"), 0, _MOST_BYTES))
-        except (OSError, msgspec.DecodeError):
-            return True
-        return ranks.terms.ranks is None or rank in ranks.terms.ranks
+    def served(self, stream: str) -> dict[str, float | None]:
+        """Who is served this stream, and since when each is not followed any more; None for those who are."""
+        rank, found = layout.rank_of(stream), dict[str, float | None]()
+        for follower in self.followers():
+            try:
+                path = layout.courier_file(self._directory, follower, "spec.json")
+                spec = _spec(self._disk.read(path, 0, _MOST_BYTES))
+            except (OSError, msgspec.DecodeError):
+                spec = _Spec(_Terms(None))  # it may want all of it
+            if spec.terms.ranks is None or rank in spec.terms.ranks:
+                found[follower] = spec.left_at
+        return found
 
     def furthest(self, stream: str) -> int:
         """The sequence in this stream that some follower is done with; 0 where none is."""
@@ -86,9 +106,10 @@ class _Terms(msgspec.Struct, frozen=True):
 
 
 class _Spec(msgspec.Struct):
-    """What of a spec concerns the journal: whose streams are served."""
+    """What of a spec concerns the journal: whose streams are served, and to whom not any more."""
 
     terms: _Terms = _Terms()
+    left_at: float | None = None
 
 
 _START: Final = Place()

@@ -15,6 +15,7 @@ from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import ForkedBusError, JournalClosedError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.backlog import Backlog, Waiting
+from evsys_bus.journal.begun import Begun
 from evsys_bus.journal.claim import Claim, hold
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.disk import Disk
@@ -52,6 +53,8 @@ class Recorder:
         """Scope, sequence and payload of the start events of what is still open."""
         self.begun = 0
         """How many segments were begun."""
+        self.segments: Final = Begun(disk)
+        """Which those are."""
         self.failures = 0
         """How often the disk refused something."""
         self.earlier_bytes = 0
@@ -236,12 +239,13 @@ class Recorder:
         try:
             segment = OpenSegment.begin(self.disk, self.folder, name, records)
         except FileNotFoundError:
-            self._return()
+            self.begin_again()
             segment = OpenSegment.begin(self.disk, self.folder, name, records)
         self.retire()
         self.segment = segment
         self.left = self._segment_bytes - len(records)
         self.begun += 1
+        self.segments.add(segment.path, name)
         if self._synced:
             segment.sync()
             self.sync_directories()
@@ -254,10 +258,13 @@ class Recorder:
     def _carried(self, before: float = math.inf) -> list[bytes]:
         return [pack(number, payload, frame.CARRIED) for _, number, payload in self.starts if number < before]
 
-    def _return(self) -> None:
+    def begin_again(self) -> None:
         """Make the directory again that someone removed, and lock it again."""
+        self.segments.look()
         self.disk.make_directory(self.directory)
         self.disk.make_directory(self.folder)
+        if self.claim.lock is not None and self.disk.is_at(f"{self.folder}/{layout.LOCK}", self.claim.lock):
+            return  # only segments are gone
         lock, self.claim.lock = self.claim.lock, hold(self.disk, self.clock, self.directory, self.claim.stream)
         if lock is not None:
             self.disk.close(lock)

@@ -141,6 +141,10 @@ class Upkeep:
         with recorder.lock:
             if recorder.segment is segment:
                 recorder.retire()
+            try:
+                recorder.begin_again()  # now, not with the next record: couriers keep their books where a journal is
+            except OSError:
+                pass  # the next record will tell
         self._recorder.say("journal.removed", FileNotFoundError(f"{segment.path} was removed, with what it held"))
         return False
 
@@ -148,7 +152,9 @@ class Upkeep:
         recorder = self._recorder
         try:
             if self._retain is not None and begun != self._pruned_begun:
-                prune(recorder.disk, recorder.clock, recorder.directory, recorder.claim.stream, self._retain)
+                gone = prune(recorder.disk, recorder.clock, recorder.directory, recorder.claim.stream, self._retain)
+                with recorder.lock:
+                    recorder.segments.retired(gone)
                 self._pruned_begun = begun
         except OSError as error:
             self._recorder.say("journal.not_pruned", error)

@@ -42,7 +42,10 @@ class LoopThread:
         """The loop, running."""
         with self._lock:
             if self._loop is None:
+                from evsys_bus.tasks.daemon_executor import DaemonExecutor  # what it imports is seldom needed before
+
                 self._loop = _new_loop()
+                self._loop.set_default_executor(DaemonExecutor())
                 self._stopping = threading.Event()
                 arguments = (self._loop, self._stopping)
                 self._thread = threading.Thread(target=_run, args=arguments, name="evsys-bus-loop", daemon=True)

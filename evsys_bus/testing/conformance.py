@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from evsys_bus.callback import Callback, RetryPolicy, attach, check_hooks, detach, hook_of
+from evsys_bus.attached import RetryPolicy
+from evsys_bus.callback import Callback, attach, check_hooks, detach, hook_of
 from evsys_bus.errors import HookError, RejectedError
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
 from evsys_bus.sink import Sink
@@ -288,7 +289,12 @@ async def _bounded(work: Coroutine[Any, Any, object]) -> object:
         return await work
 
 
-class _Spawned:
+class _Unheard:
+    def publish(self, event: Event) -> None:
+        """Nobody asks."""
+
+
+class _Spawned(_Unheard):
     """Takes the tasks of hooks, to run them when the hooks are done."""
 
     def __init__(self) -> None:
@@ -314,8 +320,3 @@ class _Spawned:
     def publishes_here(self) -> bool:
         """It does."""
         return True
-
-
-class _Unheard:
-    def publish(self, event: Event) -> None:
-        """Nobody asks."""

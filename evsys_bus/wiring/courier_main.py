@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from evsys_bus.delivery.crew import Crew
-from evsys_bus.delivery.process import Order
+from evsys_bus.delivery.kept_process import DELIVERED_CODE, PENDING_CODE, Order
 from evsys_bus.diagnostics import LOGGER_NAME, log
 from evsys_bus.wiring.followed import build_followed
 
@@ -26,8 +26,6 @@ STOP_SECONDS: Final = 1.0
 """How long couriers may take to end when the linger is over."""
 _LOOK_SECONDS: Final = 0.2
 """How often the parent is looked at."""
-_PENDING: Final = 3
-"""The exit code where something was left undelivered."""
 
 
 def main(line: bytes) -> None:
@@ -40,6 +38,7 @@ def main(line: bytes) -> None:
     logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
     crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed)
     # An adapter may hold the interpreter for ever (a regular expression can), and nothing of Python runs then.
+    faulthandler.enable()
     patience = order.linger_seconds + GRACE_SECONDS
     faulthandler.dump_traceback_later(patience, exit=True)
     crew.start()
@@ -62,7 +61,7 @@ def main(line: bytes) -> None:
     logging.shutdown()
     sys.stdout.flush()
     # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
-    os._exit(_PENDING if left else 0)
+    os._exit(PENDING_CODE if left else DELIVERED_CODE)
 
 
 def _told() -> float:

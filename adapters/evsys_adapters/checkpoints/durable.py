@@ -1,12 +1,35 @@
 """Files that are there whole or not at all, also after a power cut, and the digests of their content."""
 
+import errno
 import hashlib
 import os
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import BinaryIO, Final
 
+from evsys_bus.errors import RetryLaterError
+
 CHUNK_BYTES: Final = 1 << 20
+PARTIAL: Final = ".*.partial"
+"""What files are called, as `glob` has it, that are not yet what they are to become."""
+_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def needing_room(where: object) -> Generator[None]:
+    """Name the place where there is no room; the error of a write does not know it.
+
+    Raises:
+        RetryLaterError: The disk is full: in place of its OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise RetryLaterError(f"no room in {where}: {error.strerror}; it goes on once there is some") from error
 
 
 def beside(path: Path) -> Path:

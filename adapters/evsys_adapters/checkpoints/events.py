@@ -16,6 +16,8 @@ class UploadProgress(Event, frozen=True):
     bytes_per_second: float
     eta_seconds: float | None = None
     """None while nothing is known of the rate."""
+    url: str = ""
+    """The destination of the checkpoint."""
 
 
 class CheckpointUploaded(Event, frozen=True):

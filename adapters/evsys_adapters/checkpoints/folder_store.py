@@ -67,10 +67,11 @@ class FolderStore:
             else:
                 copy = durable.beside(target)
                 ledger.begin(Plan(self.where, key, str(path), source, upload=str(copy)))
-                stored = Stored(key, source.size, await _copy(file, copy, source.size, told))
-                if Source.of(os.fstat(file.fileno())) != source:
-                    raise RetryLaterError(f"{path} changed while it was copied")
-                await to_thread.run_sync(durable.move, copy, target)
+                with durable.needing_room(self.where):
+                    stored = Stored(key, source.size, await _copy(file, copy, source.size, told))
+                    if Source.of(os.fstat(file.fileno())) != source:
+                        raise RetryLaterError(f"{path} changed while it was copied")
+                    await to_thread.run_sync(durable.move, copy, target)
         ledger.forget(self.where, key)
         if told is not None:
             told(stored.size, stored.size)
@@ -123,7 +124,8 @@ class FolderStore:
         path, sha256 = self._path(key), hashlib.sha256(data).hexdigest()
         if path.exists() and not replace:
             return self._same(key, len(data), sha256)
-        durable.replace(path, data)
+        with durable.needing_room(self.where):
+            durable.replace(path, data)
         return Stored(key, len(data), sha256)
 
     def _names(self, prefix: str) -> Iterator[Stored]:

@@ -77,12 +77,10 @@ class UploadLedger:
 
     def finished(self, plan: Plan, part: Part) -> None:
         """Have it on record that the store has the part."""
-        file = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        try:
-            os.write(file, b"\n" + _write(part))  # a torn line before it is ended by this
-            os.fsync(file)
-        finally:
-            os.close(file)
+        handle = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        with os.fdopen(handle, "ab") as file:  # buffered: all of it is written, or it raises
+            file.write(b"\n" + _write(part))  # a torn line before it is ended by this
+            durable.sync(file)
 
     def find(self, where: str, key: str) -> tuple[Plan, dict[int, Part]] | None:
         """The upload to the key, and the parts that the store has, by number."""

@@ -11,7 +11,7 @@ import msgspec
 from evsys_adapters._runs import run_context
 from evsys_adapters.checkpoints.manifest import component
 from evsys_adapters.checkpoints.store import ObjectStore, open_store
-from evsys_bus.context import LoopState
+from evsys_bus.context import LogContext, LoopState
 
 OPEN_SECONDS: Final = 60.0
 _EXPERIMENT_DIR: Final = "{output_dir}"
@@ -81,8 +81,13 @@ def has_placeholders(url: str) -> bool:
     return _EXPERIMENT_DIR in url or _EXPERIMENT in url
 
 
-def url_for(url: str, state: LoopState) -> str:
+def url_for(url: str, handle: LoopState | LogContext) -> str:
     """The URL with its placeholders filled in: the path of the experiment's folder, and its name."""
-    ctx = run_context(state)
-    folder = (Path(state.output_dir).parent if ctx is None else Path(ctx.output_dir)).absolute()
+    ctx = run_context(handle)
+    return url_in(url, Path(handle.output_dir).parent if ctx is None else Path(ctx.output_dir))
+
+
+def url_in(url: str, folder: Path) -> str:
+    """The same, for an experiment's folder."""
+    folder = folder.absolute()
     return url.replace(_EXPERIMENT_DIR, quote(str(folder))).replace(_EXPERIMENT, component(folder.name))

@@ -41,6 +41,28 @@ async def choose(destination: Destination, name: str | None) -> Manifest:
     )
 
 
+async def newest_state(destination: Destination) -> Manifest | None:
+    """What training goes on from: what `latest` names or, if that has no full state, the newest one that has.
+
+    None where there is no such checkpoint.
+
+    Raises:
+        MissingError: `latest` names what is not there, and there is nothing else.
+        DeliveryError, OSError: As the store does.
+    """
+    latest = await destination.latest()
+    named = None if latest is None else await destination.manifest(latest.checkpoint)
+    if named is not None and named.state is not None:
+        return named
+    there = await destination.manifests()
+    if latest is not None and not there:
+        raise MissingError(
+            f"there is no checkpoint {latest.checkpoint} below {destination.run_key}, though latest.json names it",
+            fix="look at the prefix: what was uploaded was removed since",
+        )
+    return next((each for each in reversed(there) if each.state is not None), None)
+
+
 async def fetch(destination: Destination, manifest: Manifest, target: Path, told: Told | None = None) -> ManifestRow:
     """Have the checkpoint in ``target/<checkpoint>``; the row that names it there.
 

@@ -163,13 +163,13 @@ class FileUpload:
             Whether the server still knows the upload.
         """
         missing = iter([number for number in range(1, len(plan.digests) + 1) if number not in parts])
-        troubles: list[DeliveryError] = []
+        troubles: list[DeliveryError | OSError] = []
 
         async def work() -> None:
             for number in missing:
                 try:
                     parts[number] = await self._send_part(file.fileno(), plan, number)
-                except DeliveryError as error:
+                except (DeliveryError, OSError) as error:  # the latter is of the ledger's disk
                     troubles.append(error)
                 if troubles:
                     return

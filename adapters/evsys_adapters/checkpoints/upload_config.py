@@ -32,7 +32,7 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """Files, and parts of a file, on their way at a time."""
     part_bytes: Annotated[int, msgspec.Meta(ge=5 << 20)] = 16 << 20
     """A file that is larger goes in parts of this size, and after a crash only unfinished parts are sent again."""
-    progress_seconds: Annotated[float, msgspec.Meta(gt=0)] = 5.0
+    progress_seconds: Annotated[float, msgspec.Meta(gt=0)] = 2.0
     """How often an upload under way says how far it has got."""
 
     @property

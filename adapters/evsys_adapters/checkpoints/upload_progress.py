@@ -15,6 +15,7 @@ class Progress:
         run: Whose checkpoint.
         checkpoint: Its folder.
         total_bytes: All that is to be uploaded.
+        url: Its destination.
         every_seconds: How often it is told, at most.
         publish: Told so.
         clock: Seconds, monotonic.
@@ -26,6 +27,7 @@ class Progress:
         checkpoint: str,
         total_bytes: int,
         *,
+        url: str,
         every_seconds: float,
         publish: Callable[[UploadProgress], None],
         clock: Callable[[], float] = time.monotonic,
@@ -34,6 +36,7 @@ class Progress:
         self._run = run
         self._checkpoint = checkpoint
         self._total_bytes = total_bytes
+        self._url = url
         self._every_seconds = every_seconds
         self._publish = publish
         self._clock = clock
@@ -55,4 +58,6 @@ class Progress:
         rate = done / max(now - self._began, _LEAST_SECONDS)
         left = max(0, self._total_bytes - done)
         eta = left / rate if rate > 0 else None
-        self._publish(UploadProgress(self._run, self._checkpoint, done, self._total_bytes, round(rate, 1), eta))
+        self._publish(
+            UploadProgress(self._run, self._checkpoint, done, self._total_bytes, round(rate, 1), eta, self._url)
+        )

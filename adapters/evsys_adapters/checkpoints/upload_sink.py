@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 import anyio
 
 from evsys_adapters._params import checked
+from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded
 from evsys_adapters.checkpoints.manifest import Manifest, StoredFile, checkpoint_folder, component
@@ -24,7 +25,7 @@ from evsys_adapters.checkpoints.store import ConflictError, StoreError, UploadLe
 from evsys_adapters.checkpoints.upload_config import CheckpointUploadConfig
 from evsys_adapters.checkpoints.upload_progress import Progress
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, RetryLaterError
-from evsys_bus.events import Checkpoint, Envelope
+from evsys_bus.events import Checkpoint, Envelope, ExperimentStart, RunStart
 from evsys_bus.sink import Sink
 
 STALL_SECONDS: Final = 300.0
@@ -60,6 +61,7 @@ class UploadSink(Sink):
         self._places = Places(self.config.reach)
         self._swept: set[str] = set()
         self._refused: dict[tuple[str, int], str] = {}
+        self._uploaded: set[tuple[str, int]] = set()
 
     async def open(self) -> None:
         """Look whether the destination would take anything, with these credentials, so that it shows at the start."""
@@ -70,6 +72,8 @@ class UploadSink(Sink):
         """Carry out the first intent of the batch; what stands before it is done with."""
         for index, envelope in enumerate(batch):
             event = envelope.event
+            if isinstance(event, ExperimentStart | RunStart):  # as `open`: the placeholders can be filled in now
+                await self._places.place(url_for(self.config.url, event.ctx))
             if not isinstance(event, Checkpoint) or not self.config.wants(event.row):
                 continue
             if index:
@@ -102,7 +106,8 @@ class UploadSink(Sink):
         try:
             waiting = spool.waiting(event.row)
             if not waiting:
-                made = spool.keep(event.row, self.config.parts)
+                with durable.needing_room(spool.folder):
+                    made = spool.keep(event.row, self.config.parts)
                 waiting = [] if made is None else [made]
         except FileNotFoundError as error:
             if not spool.done(event.row):  # it is announced again, long after it was uploaded and rotated away
@@ -112,7 +117,8 @@ class UploadSink(Sink):
             return
         oldest = waiting[0]  # one that was saved again under the same name has an event of its own
         try:
-            await self._upload(task, oldest)
+            with durable.needing_room(spool.folder):  # for the ledger, and the note that it is done
+                await self._upload(task, oldest)
         except StoreError as error:  # trying again will not change it
             spool.set_aside(oldest)
             if isinstance(error, ConflictError):
@@ -130,6 +136,7 @@ class UploadSink(Sink):
             task.run,
             task.folder,
             sum(file.size for file in entry.files),
+            url=self._url(task),
             every_seconds=self.config.progress_seconds,
             publish=self.publish,
         )
@@ -143,12 +150,16 @@ class UploadSink(Sink):
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
         )
         await destination.publish(manifest)
-        total = sum(file.size for file in files)
-        seconds = round(progress.seconds, 3)
-        self.publish(
-            CheckpointUploaded(task.run, task.folder, entry.row.batch, self._url(task), len(files), total, seconds)
-        )
+        intent = task.envelope.stream, task.envelope.seq
+        if intent not in self._uploaded:  # there may be no room for the note, which is then tried again and again
+            self._uploaded.add(intent)
+            total = sum(file.size for file in files)
+            seconds = round(progress.seconds, 3)
+            self.publish(
+                CheckpointUploaded(task.run, task.folder, entry.row.batch, self._url(task), len(files), total, seconds)
+            )
         task.spool.finish(waiting, Done(task.url, manifest, self.config.reach))
+        self._uploaded.discard(intent)
 
     async def _put_all(
         self, task: _Task, waiting: Waiting, ledger: UploadLedger, progress: Progress

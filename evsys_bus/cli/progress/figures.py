@@ -5,11 +5,10 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Final, NamedTuple
 
+from evsys_bus.cli.amounts import NONE
 from evsys_bus.cli.progress.board import Board, RunProgress
 from evsys_bus.codec import to_plain
 
-NONE: Final = "-"
-"""Shown where there is nothing to show yet."""
 _UNTOLD: Final = frozenset({"step", "epoch", "step_seconds"})
 _WHOLE_FROM: Final = 1000
 _TINY: Final = 1e-3
@@ -167,15 +166,3 @@ def pair(found: Spread | None, *, sd: bool = True) -> str:
 
 def _decimals(size: float) -> int:
     return 4 if size < 0.1 else 3 if size < 10 else 2 if size < 100 else 1  # noqa: PLR2004 # four digits in all
-
-
-def duration(seconds: float | None) -> str:
-    """``0:42``, ``1:02:03``, ``3d 04:05``."""
-    if seconds is None or not math.isfinite(seconds):
-        return NONE
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d {hours:02d}:{minutes:02d}"
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

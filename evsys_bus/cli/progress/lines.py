@@ -1,31 +1,35 @@
 """Progress as lines, for pipes, batch jobs and other programs: plain ``key=value``, or JSON.
 
-A line for every eval, checkpoint and change of state; every so often one for each run under way.
+A line for every eval, checkpoint and change of state; every so often one for each run, and each upload, under way.
 """
 
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TextIO, cast
+from typing import Final, TextIO, cast
 
 import msgspec
 
 from evsys_bus.cli.progress.board import Board, News, RunProgress
+from evsys_bus.cli.progress.transfers import Facts, Look, end_facts, facts, no_uploads
 from evsys_bus.cli.screen import printable
 from evsys_bus.codec import json_line, to_plain
 
 PULSE_SECONDS: Final = 30.0
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")
 
-Facts = dict[str, Any]
-"""One line. Any: numbers and text."""
-
 
 class LineView:
-    """Writes what is new on the board, each time it is asked to."""
+    """Writes what is new on the board and of the uploads, each time it is asked to."""
 
     def __init__(
-        self, board: Board, stream: TextIO, form: Callable[[Facts], str], *, pulse_seconds: float = PULSE_SECONDS
+        self,
+        board: Board,
+        stream: TextIO,
+        form: Callable[[Facts], str],
+        *,
+        pulse_seconds: float = PULSE_SECONDS,
+        uploads: Look = no_uploads,
     ) -> None:
         self._board = board
         self._stream = stream
@@ -33,9 +37,17 @@ class LineView:
         self._pulse_seconds = pulse_seconds
         self._pulsed = board.clock()
         self._dropped = 0
+        self._uploads = uploads
 
     def tick(self) -> None:
         """Write the news, and the pulse if it is due."""
+        self._tick()
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._tick(last=True)
+
+    def _tick(self, *, last: bool = False) -> None:
         board = self._board
         lines: list[str] = []
         while board.news:
@@ -43,6 +55,8 @@ class LineView:
         if board.news_dropped > self._dropped:
             dropped, self._dropped = board.news_dropped - self._dropped, board.news_dropped
             lines.append(self._form({"time": _now(time.time()), "event": "lines_dropped", "count": dropped}))
+        uploads = self._uploads(at_once=last)
+        lines += [self._form(end_facts(each)) for each in uploads.ended]
         if board.clock() - self._pulsed >= self._pulse_seconds:
             self._pulsed = board.clock()
             lines += [
@@ -50,13 +64,10 @@ class LineView:
                 for run in list(board.runs.values())
                 if run.status == "running"
             ]
+            lines += [self._form(facts("uploading", each)) for each in uploads.under_way]
         if lines:
             self._stream.write("".join(f"{line}\n" for line in lines))
             self._stream.flush()
-
-    def close(self) -> None:
-        """Write what is left."""
-        self.tick()
 
 
 def run_facts(run: RunProgress, now: float) -> Facts:

@@ -2,6 +2,8 @@
 
 import shutil
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Final, TextIO
 
@@ -10,12 +12,16 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from evsys_bus.cli.amounts import NONE, duration
 from evsys_bus.cli.progress.board import Board, RunProgress
 from evsys_bus.cli.progress.capture import Captured, CapturedStream
-from evsys_bus.cli.progress.figures import NONE, ArmFigures, arm_figures, duration, eta, headline, pair
+from evsys_bus.cli.progress.figures import ArmFigures, arm_figures, eta, headline, pair
+from evsys_bus.cli.progress.transfer_bar import bar_line
+from evsys_bus.cli.progress.transfers import Look, Transfer
 from evsys_bus.cli.screen import is_terminal, printable
 
 _MAX_FAILURES: Final = 4
+_MAX_UPLOADS: Final = 2
 _OVERHEAD: Final = 9
 """Lines around the arms: title, headings, footer, notice, and the blanks between them."""
 _WIDE: Final = 90
@@ -27,8 +33,11 @@ _NARROW_ARM_WIDTH: Final = 16
 class LiveView:
     """A table at the bottom of the terminal; what is printed meanwhile passes above it."""
 
-    def __init__(self, board: Board, stream: TextIO, *, title: str, success_metric: str | None, color: bool) -> None:
+    def __init__(
+        self, board: Board, stream: TextIO, *, title: str, success_metric: str | None, color: bool, uploads: Look
+    ) -> None:
         self._board = board
+        self._uploads = uploads
         self._title = title
         self._success_metric = success_metric
         self._captured = Captured()
@@ -54,7 +63,10 @@ class LiveView:
         self._show_printed()
         size = shutil.get_terminal_size()
         self._console.size = (size.columns, size.lines)  # pyright: ignore[reportAttributeAccessIssue] # its setter takes a pair
-        table = draw(self._board, self._title, self._success_metric, width=size.columns, height=size.lines)
+        under_way = self._uploads().under_way
+        table = draw(
+            self._board, self._title, self._success_metric, width=size.columns, height=size.lines, uploads=under_way
+        )
         self._live.update(table, refresh=True)
 
     def close(self) -> None:
@@ -71,9 +83,19 @@ class LiveView:
             self._console.print(Text("\n").join(map(Text.from_ansi, lines)), soft_wrap=True)
 
 
-def draw(board: Board, title: str, success_metric: str | None, *, width: int, height: int) -> RenderableType:
-    """The table for a terminal of this size."""
+def draw(
+    board: Board,
+    title: str,
+    success_metric: str | None,
+    *,
+    width: int,
+    height: int,
+    uploads: Sequence[Transfer] = (),
+) -> RenderableType:
+    """The table for a terminal of this size, and below it what is uploaded just now."""
     now = board.clock()
+    below = _upload_lines(uploads, width)
+    height -= len(below)
     show = headline(board, success_metric)
     arms = arm_figures(board, show, now)
     failures = [run for run in list(board.runs.values()) if run.status == "failed"]
@@ -98,7 +120,7 @@ def draw(board: Board, title: str, success_metric: str | None, *, width: int, he
     parts += [_failure(run, board.folder, width) for run in told]
     if len(failures) > len(told):
         parts.append(Text(f"! and {len(failures) - len(told)} more failed runs", style="red"))
-    parts += [Text(""), _dim_line(_footer(board, now, hint=width >= _NARROW))]
+    parts += [Text(""), *below, _dim_line(_footer(board, now, hint=width >= _NARROW))]
     if board.notice:
         parts.append(Text(board.notice, style="yellow", overflow="ellipsis", no_wrap=True))
     return Group(*parts)
@@ -146,6 +168,13 @@ def _failure(run: RunProgress, folder: str, width: int) -> RenderableType:
     for each in (text, show):
         each.no_wrap, each.overflow = True, "ellipsis"
     return Group(text, Text("  ", no_wrap=True, overflow="ellipsis") + show)
+
+
+def _upload_lines(uploads: Sequence[Transfer], width: int) -> list[Text]:
+    lines = [bar_line("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]]
+    if len(uploads) > _MAX_UPLOADS:
+        lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
+    return lines
 
 
 def _dim_line(text: str) -> Text:

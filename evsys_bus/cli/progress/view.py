@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Final, Literal, Protocol, TextIO
 
 from evsys_bus.cli.progress.board import Board
+from evsys_bus.cli.progress.transfers import Look, no_uploads
 from evsys_bus.cli.screen import Screen, is_terminal
 from evsys_bus.diagnostics import log
 
@@ -30,10 +31,16 @@ class View(Protocol):
 
 @contextmanager
 def shown(
-    board: Board, mode: ProgressMode, screen: Screen, *, title: str, success_metric: str | None
+    board: Board,
+    mode: ProgressMode,
+    screen: Screen,
+    *,
+    title: str,
+    success_metric: str | None,
+    uploads: Look = no_uploads,
 ) -> Generator[None]:
-    """Show the board on stderr while the block lasts."""
-    view = _view(board, mode, screen, sys.stderr, title=title, success_metric=success_metric)
+    """Show the board, and the uploads, on stderr while the block lasts; both are looked at on the view's thread."""
+    view = _view(board, mode, screen, sys.stderr, title=title, success_metric=success_metric, uploads=uploads)
     if view is None:
         yield
         return
@@ -55,7 +62,14 @@ def resolved(mode: ProgressMode, stream: TextIO) -> ProgressMode:
 
 
 def _view(
-    board: Board, mode: ProgressMode, screen: Screen, stream: TextIO, *, title: str, success_metric: str | None
+    board: Board,
+    mode: ProgressMode,
+    screen: Screen,
+    stream: TextIO,
+    *,
+    title: str,
+    success_metric: str | None,
+    uploads: Look,
 ) -> View | None:
     mode = resolved(mode, stream)
     if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
@@ -63,10 +77,11 @@ def _view(
     if mode == "live":
         from evsys_bus.cli.progress.live import LiveView
 
-        return LiveView(board, stream, title=title, success_metric=success_metric, color=screen.colourful(stream))
+        color = screen.colourful(stream)
+        return LiveView(board, stream, title=title, success_metric=success_metric, color=color, uploads=uploads)
     from evsys_bus.cli.progress.lines import LineView, as_json, plain
 
-    return LineView(board, stream, as_json if mode == "json" else plain)
+    return LineView(board, stream, as_json if mode == "json" else plain, uploads=uploads)
 
 
 def _keep_ticking(view: View, over: threading.Event) -> None:

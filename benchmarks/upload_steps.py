@@ -1,0 +1,188 @@
+"""P4 with S3: what a training loop notices of a checkpoint on its way to a bucket that stalls, or takes all it gets.
+
+Blocks of steps take turns: without adapters, twice in each round, to know how far two equal runs lie apart; while the
+courier process uploads through a proxy that holds up every piece for half a second; and while it uploads at full
+speed. The trainer has the first core; courier, proxy and server share the others.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+from benchmarks.uploads import s3_server
+from evsys_adapters.checkpoints.spool import Spool
+from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
+from evsys_bus.bench.lateness import ALIKE, ALONE, Block, Kind, block, row, within
+from evsys_bus.bench.question import Effort, Table
+from evsys_bus.tasks import run_alone
+
+STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
+"""How many steps of each length, in seconds, a block has."""
+STALLED: Final = "an upload to an S3 that stalls 500 ms"
+FULL: Final = "an upload at full speed"
+"""Without a verdict: a training node does not have the S3 server on it."""
+STALL_SECONDS: Final = 0.5
+BYTES: Final = 400_000_000
+BUCKET: Final = "steps"
+_MOST_ROUNDS: Final = 12
+_PATIENCE_SECONDS: Final = 60.0
+_PROXY: Final = """
+import anyio, sys
+from evsys_bus.testing import Fault, fault_proxy
+
+async def main(port, stall_seconds):
+    async with fault_proxy("127.0.0.1", int(port)) as proxy:
+        await proxy.apply(Fault(delay_seconds=float(stall_seconds)))
+        print(proxy.port, flush=True)
+        await anyio.to_thread.run_sync(sys.stdin.read)
+
+anyio.run(main, *sys.argv[1:])
+"""
+
+
+class UploadSteps:
+    """The question."""
+
+    name = "upload-steps"
+    promise = "P4: while a checkpoint is uploaded, the training loop's steps take as long as without"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:
+        """A table for each kind and length of step."""
+        rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
+        if not all(importlib.util.find_spec(each) for each in ("swift", "aiobotocore")):
+            yield Table(title="steps", unit="ns", rows=[], absent={STALLED: "swift, the server, is not installed"})
+            return
+        kinds: tuple[Kind, ...] = ("waits", "computes")
+        with tempfile.TemporaryDirectory() as folder, _s3(Path(folder)) as (direct, stalling):
+            saved = Path(folder, "saved")
+            saved.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))
+            contenders = {
+                ALONE: _bus_alone,
+                ALIKE: _bus_alone,
+                STALLED: partial(_bus_uploading, saved, stalling),
+                FULL: partial(_bus_uploading, saved, direct),
+            }
+            for kind in kinds:
+                for seconds, steps in STEPS.items():
+                    yield _table(contenders, kind, seconds, steps, rounds)
+
+
+def _table(
+    contenders: dict[str, Callable[[], AbstractContextManager[EventBus]]],
+    kind: Kind,
+    seconds: float,
+    steps: int,
+    rounds: int,
+) -> Table:
+    found: dict[str, list[Block]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with contenders[name]() as bus:
+                found[name].append(run_alone(lambda bus=bus: block(bus, kind, seconds, steps)))
+    return Table(
+        title=f"steps of {seconds * 1e3:g} ms that {kind.removesuffix('s')}: median, to p99",
+        unit="ns",
+        rows=[row(name, each, ours=name in {STALLED, FULL}) for name, each in found.items()],
+        verdicts=within(found[STALLED], found[ALONE], found[ALIKE], f"beside {STALLED}"),
+    )
+
+
+@contextmanager
+def _bus_alone() -> Generator[EventBus, None, None]:
+    with tempfile.TemporaryDirectory() as folder, _bus([], Path(folder)) as bus:
+        yield bus
+
+
+@contextmanager
+def _bus_uploading(saved: Path, endpoint: str) -> Generator[EventBus, None, None]:
+    """A bus whose courier process is in the middle of an upload, from the beginning of the block to its end."""
+    url = f"s3://{BUCKET}/{time.monotonic_ns()}"
+    spec = {"kind": "checkpoint_upload", "params": {"url": url, "endpoint": endpoint, "region": "us-east-1"}}
+    # Beside the checkpoint, as hard links do not lead to another file system.
+    with tempfile.TemporaryDirectory(dir=saved.parent, ignore_cleanup_errors=True) as folder:
+        state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
+        spool = Spool.of(state.output_dir, url)
+        with _bus(build_callbacks([spec]), Path(folder)) as bus:
+            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(saved))))
+            _wait(lambda: any(b'"upload":"' in path.read_bytes() for path in spool.ledger.glob("*.upload")))
+            yield bus
+            if spool.done():
+                raise RuntimeError(f"{BYTES} bytes were uploaded before the block was over: measure with more")
+    _abort_all(endpoint)
+
+
+@contextmanager
+def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None]:
+    """A bus on the first core; what it starts, on the others."""
+    with _elsewhere() as cores:
+        bus = EventBus(adapters, journal=folder / "journal", drain_timeout=0.0, linger_seconds=0.0)
+        with bus:
+            _pin(cores[:1])
+            yield bus
+
+
+@contextmanager
+def _s3(folder: Path) -> Generator[tuple[str, str], None, None]:
+    """A server with the bucket, and a proxy before it that stalls: where both listen."""
+    server = s3_server(folder / "s3")
+    os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
+    with _elsewhere():
+        server.start()
+        command = [sys.executable, "-c", _PROXY, str(server.port), str(STALL_SECONDS)]
+        proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
+    try:
+        assert proxy.stdout is not None
+        stalling = f"http://127.0.0.1:{int(proxy.stdout.readline())}"
+        _client(server.endpoint).create_bucket(Bucket=BUCKET)
+        yield server.endpoint, stalling
+    finally:
+        proxy.kill()
+        proxy.communicate()
+        server.stop()
+
+
+def _abort_all(endpoint: str) -> None:
+    """So that the server does not keep what no block will go on with."""
+    client = _client(endpoint)
+    for each in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
+        client.abort_multipart_upload(Bucket=BUCKET, Key=each["Key"], UploadId=each["UploadId"])
+
+
+def _client(endpoint: str) -> "botocore.client.BaseClient":  # noqa: F821  # loaded below
+    import botocore.session
+
+    return botocore.session.get_session().create_client("s3", endpoint_url=endpoint, region_name="us-east-1")
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > until:
+            raise TimeoutError("the upload does not begin")
+        time.sleep(0.01)
+
+
+@contextmanager
+def _elsewhere() -> Generator[list[int], None, None]:
+    """Leave the first core; gives all of them, and takes them back at the end."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    _pin(cores[1:])
+    try:
+        yield cores
+    finally:
+        _pin(cores)
+
+
+def _pin(cores: list[int]) -> None:
+    """The calling thread, and what it starts from here on."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(cores))

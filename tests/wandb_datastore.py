@@ -1,0 +1,54 @@
+"""Read the W&B files of a run with W&B's own Python reader, and compare them with its journal, value by value.
+
+usage: uv run --no-sync --with 'wandb==0.24.*' python tests/wandb_datastore.py FOLDER …
+
+FOLDER holds a journal, and runs that wandb_logger has logged. W&B 0.24 was the last to have that reader, `DataStore`;
+`uv run --with` puts it before the W&B of this project, which wrote the files, for this one command.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import wandb
+import wandb_server
+from wandb.proto.wandb_internal_pb2 import Record
+from wandb.sdk.internal.datastore import DataStore
+
+
+def rows(file: Path) -> Iterator[dict[str, object]]:
+    """The history of a run; W&B's reader checks every checksum."""
+    store = DataStore()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record.FromString(data)
+        if record.HasField("history"):
+            yield {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+
+
+def main(folder: Path) -> int:
+    """How many series of the folder differ from the journal's."""
+    [journal] = folder.glob("**/journal")
+    files = {file.parents[2].name: file for file in wandb_server.files_of(folder)}
+    logged = {run: list(rows(file)) for run, file in files.items()}
+    wrong, values, nans = 0, 0, 0
+    for (run, stream), metrics in wandb_server.loggers.recorded(journal).items():
+        found = wandb_server.series(logged[run], stream)
+        for name, points in metrics.items():
+            told, there = sorted(points, key=lambda point: point[0]), found.get(name, [])
+            values += len(told)
+            nans += sum(value != value for _, value in told)  # noqa: PLR0124 # NaN
+            if not wandb_server.same(told, there):
+                wrong += 1
+                print(
+                    f"{run}: {stream}/{name} has {len(found.get(name, []))} points, the journal {len(told)}, or others"
+                )
+    number = sum(map(len, logged.values()))
+    print(f"W&B {wandb.__version__}: {number} rows; of the journal {values} values, {nans} of them NaN")
+    print("every one is there, and there once" if not wrong else f"{wrong} series differ")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(sum(main(Path(each)) for each in sys.argv[1:]))
