@@ -83,6 +83,16 @@ def test_all_eleven_events_and_one_of_ones_own_are_recorded(tmp_path):
     assert found == [*shipped, RewardSeen]
 
 
+def test_an_event_of_ones_own_that_names_a_run_is_that_runs(tmp_path):
+    class PageFound(Event, frozen=True):
+        run: str | None
+
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        for run in ("wide", None):
+            bus.publish(PageFound(run))
+    assert [envelope.run for envelope in envelopes(tmp_path / "journal")] == ["wide", None]
+
+
 @pytest.mark.parametrize("hook", ["on_checkpoint", "on_train_end", "on_run_end"])
 def test_a_checkpoint_and_an_end_are_on_record_before_their_hooks(tmp_path, state, hook):
     seen = []

@@ -112,7 +112,7 @@ class Recording:
     def way_of(self, event_type: type[Event]) -> Callable[[Event, float], None]:
         """The function that records events of this type, given when they were published."""
         fields = event_type.__struct_fields__
-        run_of = _run_of_state if "state" in fields else _run_of_ctx if "ctx" in fields else _no_run
+        run_of = next((way for field, way in _WAYS.items() if field in fields), _no_run)
         if event_type in _STARTS:
             return partial(self._record_with, run_of, self._append_start)
         if event_type in _ENDS:
@@ -231,6 +231,15 @@ def _run_of_state(event: Any) -> str | None:
 def _run_of_ctx(event: Any) -> str | None:
     """The run of an event with a ``ctx``; None for those of the whole experiment. Any: as above."""
     return event.ctx.run_key if isinstance(event.ctx, LogContext) else None
+
+
+def _run_of_run(event: Any) -> str | None:
+    """The run of an event that names it. Any: as above."""
+    return event.run if type(event.run) is str else None
+
+
+_WAYS: Final[dict[str, _RunOf]] = {"state": _run_of_state, "ctx": _run_of_ctx, "run": _run_of_run}
+"""By what an event has."""
 
 
 def _no_run(_: Event) -> None:
