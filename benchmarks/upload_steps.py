@@ -6,6 +6,7 @@ speed. The trainer has the first core; courier, proxy and server share the other
 """
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
 from evsys_bus.bench.lateness import ALIKE, ALONE, Block, Kind, block, row, within
 from evsys_bus.bench.question import Effort, Table
+from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.tasks import run_alone
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
@@ -61,6 +63,7 @@ class UploadSteps:
             yield Table(title="steps", unit="ns", rows=[], absent={STALLED: "swift, the server, is not installed"})
             return
         kinds: tuple[Kind, ...] = ("waits", "computes")
+        logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)  # it would say after each block what is left to upload
         with tempfile.TemporaryDirectory() as folder, _s3(Path(folder)) as (direct, stalling):
             saved = Path(folder, "saved")
             saved.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))

@@ -344,8 +344,12 @@ FORKS = """
         trainer.couriers.finish()  # it is not the child's to end
         assert trainer.couriers.wait(0.0)
         assert not trainer.couriers.alive
+        open("asked", "w").close()
         time.sleep(60)
         os._exit(0)
+    while not os.path.exists("asked"):
+        time.sleep(0.01)
+    time.sleep(0.4)  # what the process would have taken to end
     say(trainer.couriers.pid, child)
     input()
     trainer.publish(100)

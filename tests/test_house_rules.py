@@ -15,8 +15,8 @@ SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for
 
 PUBLIC = """
     ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health Learnt LogContext LoopArtifacts LoopState
-    ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health Learnt LogContext LoopArtifacts
+    LoopState ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
     build_callbacks dispatch follow register_callback register_sink
 """.split()
 

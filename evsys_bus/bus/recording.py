@@ -142,11 +142,11 @@ class Recording:
         self, run_of: _RunOf, encode_event: Callable[[Event, int, float], bytes]
     ) -> Callable[[Event, float], None]:
         """For the many: steps and evals. What it needs are its own names: an attribute costs more."""
-        writer, append, leave = self.writer, self.writer.append, self._leave
+        append, leave = self.writer.appender(encode_event), self._leave
 
         def record(event: Event, now: float) -> None:
             try:
-                append(encode_event(event, writer.next_sequence, now))
+                append(event, now)
             except UnrecordedError as error:  # only where the program asked for it
                 leave(error)
             except MemoryError as error:

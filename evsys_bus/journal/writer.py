@@ -7,8 +7,9 @@ meanwhile, on a thread ───────────────────
 
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Final, Literal, Self, TypeVar
 from zlib import crc32
 
 from evsys_bus.errors import JournalOpenError, UnrecordedError
@@ -16,13 +17,14 @@ from evsys_bus.journal.backlog import Backlog, Waiting
 from evsys_bus.journal.claim import claim
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.disk import Disk, OsDisk
-from evsys_bus.journal.frame import EVENT, MARK, pack_body, pack_sum
+from evsys_bus.journal.frame import EVENT, MARK, pack, pack_body, pack_sum
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.recorder import Recorder
 from evsys_bus.journal.retain import Retain
 from evsys_bus.journal.upkeep import Upkeep
 
 Flush = Literal["never", "interval", "always"]
+_Event = TypeVar("_Event")
 
 
 class JournalWriter:
@@ -79,6 +81,7 @@ class JournalWriter:
             synced=flush == "always",
             backlog=Backlog(max_unrecorded, max_unrecorded_bytes),
         )
+        self._append: Final = self.appender(_encoded)
         self._upkeep: Final = Upkeep(self._recorder, syncs=flush != "never", every_seconds=flush_seconds, retain=retain)
 
     def open(self) -> Self:
@@ -102,6 +105,44 @@ class JournalWriter:
         weakref.finalize(self, self._upkeep.abandon).atexit = False
         return self
 
+    def appender(self, encode: Callable[[_Event, int, float], bytes]) -> Callable[[_Event, float], int]:
+        """What appends the many: given an event and its time, it records that, and returns its sequence.
+
+        The plain append stands here alone, and in one frame with what it needs. It raises as `append`, and what
+        ``encode`` raises; the sequence then stays free.
+
+        Args:
+            encode: Given the event, the sequence that it gets, and its time.
+        """
+        recorder = self._recorder
+
+        def append(event: _Event, time: float) -> int:
+            sequence = self.next_sequence
+            payload = encode(event, sequence, time)
+            body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
+            record = pack_sum(crc32(body)) + body
+            # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be
+            # given to two events, and the second be taken for a repeat. Behind what takes memory, of which there may
+            # be none.
+            self.next_sequence = sequence + 1
+            refusal: OSError | int | None = None
+            if recorder.ready:
+                try:
+                    taken = recorder.write(recorder.file, record)
+                except OSError as error:
+                    refusal = error
+                else:
+                    if taken == len(record):
+                        recorder.left = left = recorder.left - taken
+                        if left <= 0:
+                            recorder.ready = False  # the next one begins a new segment
+                        return sequence
+                    refusal = taken
+            self._append_with_care(Waiting(sequence, record, keep=False), refusal)
+            return sequence
+
+        return append
+
     def append(self, payload: bytes, *, keep: bool = False) -> int:
         """Record one event under `next_sequence`, and return that.
 
@@ -115,27 +156,12 @@ class JournalWriter:
             JournalClosedError: The journal is not open.
             MemoryError: There is not enough for the record; the sequence stays free.
         """
+        if not keep:
+            return self._append(payload, 0.0)
         sequence = self.next_sequence
-        body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
-        record = pack_sum(crc32(body)) + body
-        # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be given
-        # to two events, and the second be taken for a repeat. Behind what takes memory, of which there may be none.
+        record = pack(sequence, payload)
         self.next_sequence = sequence + 1
-        recorder = self._recorder
-        refusal: OSError | int | None = None
-        if recorder.ready:
-            try:
-                taken = recorder.write(recorder.file, record)
-            except OSError as error:
-                refusal = error
-            else:
-                if taken == len(record):
-                    recorder.left = left = recorder.left - taken
-                    if left <= 0:
-                        recorder.ready = False  # the next one begins a new segment
-                    return sequence
-                refusal = taken
-        self._append_with_care(Waiting(sequence, record, keep), refusal)
+        self._append_with_care(Waiting(sequence, record, keep), None)
         return sequence
 
     def append_start(self, payload: bytes, scope: str | None) -> int:
@@ -263,6 +289,11 @@ class JournalWriter:
             why=str(recorder.refusal),
             fix='make room; or let events wait in memory with on_unrecorded="queue"',
         ) from recorder.refusal
+
+
+def _encoded(payload: bytes, _: int, __: float) -> bytes:
+    """What is encoded already."""
+    return payload
 
 
 _open: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
