@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 import msgspec
 
 from evsys_bus.bus.guard import Guard
+from evsys_bus.bus.news import News
 from evsys_bus.callback import Callback
 from evsys_bus.delivery.followed import Followed, Recipe
 from evsys_bus.diagnostics import log
@@ -69,6 +70,7 @@ class Following:
         self._lock = threading.Lock()  # over the accounts
         self._process: CourierProcess | None = None
         self._crew: Crew | None = None
+        self._news: News | None = None
         self._guard = Guard([each for each in self._followed if each.terms.stops])
         self.inline: Final[tuple[object, ...]] = (
             *(each for each in given if not isinstance(each, Followed | Sink)),
@@ -114,6 +116,7 @@ class Following:
 
             self._process = CourierProcess(directory, apart, linger_seconds=self._linger_seconds)
             self._process.start()
+            self._news = News(directory, [each.name for each in apart])
         if here:
             from evsys_bus.delivery.crew import Crew
 
@@ -121,7 +124,9 @@ class Following:
             self._crew.start()
 
     def look_after(self) -> None:
-        """Now and then, off every thread that matters: tell the guard how the deliveries fare."""
+        """Now and then, off every thread that matters: tell the log, and the guard, how the deliveries fare."""
+        if self._news is not None:
+            self._news.look()
         if self._guard.is_due() and self._accounts is not None:
             self._guard.judge(self._read(), gave_up=self._process is not None and self._process.gave_up)
 
