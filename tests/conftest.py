@@ -24,6 +24,8 @@ sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+collect_ignore = ["wandb_datastore.py"]  # a program for another W&B than ours; `--doctest-modules` would import it
+
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Async tests run once on asyncio's own loop and once on uvloop."""
