@@ -142,9 +142,21 @@ class LoopState(_Handle):
     """What the loop raised, from TrainEnd on."""
     ctx: LogContext | None = None
     """The context of the run, where there is one."""
+    unfinished: bool = False
+    """Set beside a stop that is not the run's own end, as where something that it needs has failed: the run then counts
+    as cancelled, and a resume goes on with it."""
 
     def __post_init__(self) -> None:
         self.output_dir = Path(self.output_dir)
+
+    @property
+    def run_key(self) -> str:
+        """Names the run, with a ``ctx`` or without one: the context's, else the name of the run's directory.
+
+        What a callback keeps of a run it keeps under this; a hook that is handed a context has ``ctx.run_key``.
+        """
+        ctx = self.ctx
+        return self.output_dir.name if ctx is None or ctx.run_key is None else ctx.run_key
 
     def request_stop(self, reason: str | None = None) -> None:
         """Ask the loop to break after the current step; its writes, due checkpoint and due evals still happen."""
@@ -157,7 +169,13 @@ class DetachedLoopState(_Detached, LoopState):
     """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over."""
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {"stop_requested": bool, "stop_reason": type(None), "error": type(None)}
+    _unsaid: ClassVar[Unsaid] = {
+        "stop_requested": bool,
+        "stop_reason": type(None),
+        "error": type(None),
+        "ctx": type(None),
+        "unfinished": bool,
+    }
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
         """Raises: DetachedError, always."""

@@ -589,3 +589,31 @@ async def test_every_event_ends_delivered_or_dead_and_in_order_whatever_the_sink
     assert firsts == sorted(firsts)
     assert all(sink.held.count(number) == 1 for number in held - unsure)
     assert bad <= dead | unsure or followed.time.now >= mended_at
+
+
+async def test_what_a_write_says_that_was_judged_late_counts_for_nothing():
+    """It ran out of time, and swallowed its cancellation; then it was stopped in the pause before the next attempt."""
+
+    class Swallows(Sink):
+        write_timeout_seconds = 0.01
+
+        async def write(self, batch):
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                return len(batch)
+
+    paused = asyncio.Event()
+
+    async def pause(seconds):
+        paused.set()
+        await asyncio.sleep(30)
+
+    receiver = SinkReceiver(Swallows(), sleep=pause)
+    await receiver.open(lambda trouble: None)
+    taking = asyncio.ensure_future(receiver.take([Envelope("s", 1, 0.0, SinkTested(1))], [10]))
+    await paused.wait()
+    taking.cancel()
+    await asyncio.wait([taking])
+    assert receiver.interrupted() is None
+    await receiver.close()

@@ -808,6 +808,38 @@ async def test_an_arm_with_nan_is_marked_and_not_best(tmp_path):
 # -- what the reference pages name ------------------------------------------------------------------------------------
 
 
+async def test_a_run_that_is_stopped_before_it_is_done_is_cancelled_and_a_resume_goes_on_with_it(tmp_path):
+    class NeedsADisk(Callback):
+        away = True
+
+        def on_step_end(self, state, step_idx, batch, metrics):
+            if self.away and step_idx == 3:
+                state.request_stop("the bucket refuses the key")
+                state.unfinished = True
+
+    needs, told = NeedsADisk(), Told()
+    result = await experiment(tmp_path, needs, told, run={"steps": 8})
+    assert (result.status, result.arms[0].status) == ("cancelled", "cancelled")
+    assert result.arms[0].error == "the bucket refuses the key"
+    assert "benchmark size None" not in told.of("run-s0"), "it is not scored before it is done"
+    assert "checkpoint final" in told.of("run-s0")
+    needs.away = False
+    again = Told()
+    result = await experiment(tmp_path, needs, again, run={"steps": 8}, resume=True)
+    assert [each for each in again.of("run-s0") if each.startswith("step")] == [f"step_end {at}" for at in range(4, 8)]
+    assert (result.status, statuses(tmp_path)) == ("completed", {"run-s0": "completed"})
+
+
+async def test_a_run_that_is_stopped_as_unfinished_at_its_last_step_is_done(tmp_path):
+    class TooLate(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            if step_idx == 1:
+                state.request_stop("too late")
+                state.unfinished = True
+
+    assert (await experiment(tmp_path, TooLate(), run={"steps": 2})).status == "completed"
+
+
 async def test_R11_an_early_stop_ends_one_run_with_its_final_checkpoint_and_it_counts_as_completed(tmp_path):
     class StopsA(Callback):
         def on_step_end(self, state, step_idx, batch, metrics):

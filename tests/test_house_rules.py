@@ -22,12 +22,14 @@ PUBLIC = """
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/callback.py": "hooks",
+    "evsys_bus/bus/recording.py": "code of what stands in a state",
+    "evsys_bus/journal/upkeep.py": "a round of upkeep; the next one tries again",
     "evsys_bus/bus/event_bus.py": "Ctrl-C while draining; raised again",
     "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
     "evsys_bus/bus/following.py": "what finishing raises; handed to who waits for it",
     "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
     "evsys_bus/delivery/hooks.py": "followed hooks",
-    "evsys_bus/testing/conformance.py": "the adapter under test",
+    "evsys_bus/testing/findings.py": "the adapter under test",
     "evsys_bus/tasks/bounded_call.py": "a sink's calls; handed back as a value",
     "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",

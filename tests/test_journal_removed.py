@@ -152,3 +152,39 @@ def test_a_courier_that_lingers_begins_no_journal_that_was_removed(tmp_path, pro
     """)
     assert lingers.wait(15) == 0
     assert not (tmp_path / "journal").exists()
+
+
+def test_segments_that_are_removed_in_two_steps_are_counted_once(tmp_path):
+    """As by an ``rm -r`` that takes its time."""
+    writer = JournalWriter(tmp_path / "journal", segment_bytes=200, flush_seconds=3600).open()
+
+    def append(count: int) -> None:
+        for _ in range(count):
+            writer.append(b"x" * 80)
+
+    def remove(paths) -> None:
+        for path in paths:
+            path.unlink()
+        writer.flush()
+
+    append(12)
+    segments = sorted((tmp_path / "journal").glob("r*/*.seg"))
+    assert len(segments) > 3
+    remove(segments[2:])
+    append(4)
+    remove(sorted((tmp_path / "journal").glob("r*/*.seg")))
+    append(3)
+    writer.close()
+    assert (writer.recorded, writer.lost) == (3, 16)
+
+
+def test_older_segments_that_are_removed_count_as_lost_although_the_newest_one_is_there(tmp_path):
+    writer = JournalWriter(tmp_path / "journal", segment_bytes=200, flush_seconds=3600).open()
+    for _ in range(12):
+        writer.append(b"x" * 80)
+    for path in sorted((tmp_path / "journal").glob("r*/*.seg"))[:-1]:
+        path.unlink()
+    writer.close()
+    reader = JournalReader(tmp_path / "journal")
+    there = sum(1 for stream in reader.streams() for _ in reader.read(stream))
+    assert (writer.recorded, writer.recorded + writer.lost) == (there, 12)

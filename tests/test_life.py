@@ -1,12 +1,14 @@
 """How a program may end, and how little memory it may have: real processes, looked at from outside."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from evsys_bus import Eval
 from evsys_bus.codec import decode
-from evsys_bus.journal import JournalReader
+from evsys_bus.journal import JournalReader, JournalWriter, OsDisk
 
 NEVER_LEFT = """
     import asyncio, atexit, sys, time
@@ -121,3 +123,93 @@ def test_where_memory_ends_publish_raises_nothing_and_what_is_not_on_record_is_c
     steps = [each.event.step_idx for each in found if getattr(each.event, "metrics", None) == {"loss": 0.5}]
     assert steps == [0, 1, 2, 3]
     assert any(each.replaced for each in found) or lost, "there was memory for all of it: nothing was tried"
+
+
+LITTLE_FOR_ONE = """
+    import resource, sys
+    from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch
+
+    folder, what = sys.argv[1:]
+    state = LoopState(0, 10, folder + "/run")
+    long = {"text": {"sample": "x" * (4 << 20)}, "keys": {f"{at:04}" * 250: float(at) for at in range(1000)}}[what]
+
+    with EventBus([], journal=folder + "/journal") as bus:
+        bus.publish(StepEnd(state, 0, TrainingBatch(), {"loss": 0.5}))
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20 if what == "text" else 0), resource.RLIM_INFINITY))
+        for at in range(1, 4):
+            bus.publish(StepEnd(state, at, TrainingBatch(), long))
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        told = bus.health().journal
+    print(told.recorded + told.lost)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
+@pytest.mark.parametrize("what", ["text", "keys"])
+def test_a_step_for_which_there_is_no_memory_ends_nothing(program, tmp_path, what):
+    """In what a form encodes there may be long texts and long keys as well."""
+    out, err = (process := program(LITTLE_FOR_ONE, str(tmp_path), what)).communicate(timeout=15)
+    assert (process.returncode, out) == (0, "4\n"), err
+
+
+NO_MEMORY_FOR_A_SEGMENT = """
+    import resource, sys
+    from evsys_bus import Eval, EventBus, ExperimentStart, LogContext, LoopState
+    from evsys_bus.journal import JournalWriter
+
+    folder = sys.argv[1]
+    state = LoopState(0, 100, folder + "/run")
+    ctx = LogContext(folder, config=["c%03d" % at * 60_000 for at in range(50)])
+    with EventBus(journal=JournalWriter(folder + "/journal", segment_bytes=12 << 20)) as bus:
+        bus.publish(ExperimentStart(ctx))
+        for at in range(200):
+            if at == 20:  # memory ends: too little is left for a segment, which begins with 12 MB of config
+                used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
+                filled = []
+                try:
+                    while True:
+                        filled.append(bytearray(1 << 20))
+                except MemoryError:
+                    del filled[-3:]
+            if at == 180:
+                resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            bus.publish(Eval(state, at, "val", {f"k{number}": float(at) for number in range(1000)}))
+    print(bus.receipt.recorded, bus.receipt.unrecorded)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts its pages in /proc")
+def test_an_event_that_waits_for_memory_for_a_segment_is_recorded_once(program, tmp_path):
+    out, err = (process := program(NO_MEMORY_FOR_A_SEGMENT, str(tmp_path))).communicate(timeout=18)
+    assert process.returncode == 0, err
+    reader = JournalReader(tmp_path / "journal")
+    [stream] = reader.streams()
+    found = [decode(record.payload).event for record in reader.read(stream)]
+    steps = [event.step_idx for event in found if isinstance(event, Eval)]
+    assert steps == sorted(set(steps)), "some are there twice"
+    count, unrecorded = map(int, out.split())
+    assert (count, count + unrecorded) == (len(found), 201)
+
+
+def test_a_round_of_upkeep_that_fails_is_not_the_last_one(tmp_path):
+    class Stumbles(OsDisk):
+        synced = 0
+        stumbled = False
+
+        def sync(self, file: int) -> None:
+            if not self.stumbled:
+                self.stumbled = True
+                raise MemoryError
+            super().sync(file)
+            self.synced += 1
+
+    disk = Stumbles()
+    writer = JournalWriter(tmp_path / "journal", disk=disk, flush_seconds=0.01).open()
+    deadline = time.monotonic() + 10
+    while not disk.synced and time.monotonic() < deadline:
+        writer.append(b"payload")
+        time.sleep(0.005)
+    assert (disk.synced > 0, writer.failures) == (True, 1)
+    assert writer.close()

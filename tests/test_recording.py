@@ -22,7 +22,9 @@ from evsys_bus import (
     RunEnd,
     RunResult,
     RunStart,
+    StepEnd,
     TrainEnd,
+    TrainingBatch,
     TrainStart,
 )
 from evsys_bus.bus.recording import rank_of
@@ -91,6 +93,46 @@ def test_an_event_of_ones_own_that_names_a_run_is_that_runs(tmp_path):
         for run in ("wide", None):
             bus.publish(PageFound(run))
     assert [envelope.run for envelope in envelopes(tmp_path / "journal")] == ["wide", None]
+
+
+class NoKey:
+    """Stands where a context belongs."""
+
+
+class Raises(LoopState):
+    __slots__ = ()
+
+    @property
+    def ctx(self):
+        raise RuntimeError("not now")
+
+    @ctx.setter
+    def ctx(self, value):
+        pass
+
+
+@pytest.mark.parametrize(
+    "odd", [{"ctx": NoKey()}, {"ctx": {}}, {"output_dir": None}, {"output_dir": 3}, {"output_dir": "runs/x"}, "raises"]
+)
+def test_whatever_stands_in_a_state_the_event_is_recorded_and_its_hooks_run(tmp_path, odd):
+    seen = []
+
+    class Sees(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            seen.append(step_idx)
+
+        def on_train_end(self, state, artifacts):
+            seen.append("end")
+
+    state = Raises(0, 9, tmp_path) if odd == "raises" else LoopState(0, 9, tmp_path)
+    for name, value in {} if odd == "raises" else odd.items():
+        setattr(state, name, value)
+    with EventBus([Sees()], journal=tmp_path / "journal") as bus:
+        bus.publish(StepEnd(state, 0, TrainingBatch(), {"loss": 0.5}))
+        bus.publish(StepEnd(state, 1, TrainingBatch(), {"loss": 0.5}))
+        bus.publish(TrainEnd(state, LoopArtifacts()))
+    assert seen == [0, 1, "end"]
+    assert len(envelopes(tmp_path / "journal")) == 3
 
 
 @pytest.mark.parametrize("hook", ["on_checkpoint", "on_train_end", "on_run_end"])

@@ -100,6 +100,24 @@ def test_runs_that_publish_by_turns_are_not_mixed_up(encode_step):
             assert said(encode_step(event, step + 1, 2.0)) == said(ordinary(event, step + 1, 2.0))
 
 
+def test_a_horizon_that_changes_in_place_and_one_that_is_nearly_the_same_show_as_they_are(encode_step, tmp_path):
+    """As a tensor does, say; and a form of 1 is none for True."""
+
+    def check(event: StepEnd) -> None:
+        assert said(encode_step(event, 9, 2.0)) == said(ordinary(event, 9, 2.0))
+
+    class Tensor:
+        def item(self):
+            return self.value
+
+    tensor = Tensor()
+    state = LoopState(0, tensor, tmp_path)
+    for tensor.value in (10, 20, 30):
+        check(StepEnd(state, 0, TrainingBatch(), {"loss": 0.5}))
+    for horizon in (1, True, 1.0, 1):
+        check(StepEnd(LoopState(0, horizon, tmp_path), 0, TrainingBatch(), {"loss": 0.5}))
+
+
 def test_what_changes_in_a_state_shows_from_the_next_step_on(encode_step, state):
     def check(**metrics: float) -> None:
         event = StepEnd(state, state.step, TrainingBatch(), metrics)

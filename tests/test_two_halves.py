@@ -168,6 +168,7 @@ def test_a_required_sink_that_is_parked_stops_the_run(tmp_path):
             step += 1
     assert '"needed" is required' in state.stop_reason
     assert "who are you?" in state.stop_reason
+    assert state.unfinished
 
 
 def step_end(tmp_path, step):

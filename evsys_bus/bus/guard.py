@@ -40,6 +40,7 @@ class Guard(Callback):
         if self.reason is not None and not state.stop_requested:
             log().warning("delivery.stops_run", why=self.reason)
             state.request_stop(self.reason)
+            state.unfinished = True
 
     def is_due(self) -> bool:
         """Whether it is time to look at the deliveries again."""

@@ -237,6 +237,8 @@ class Publisher:
         unit = self.units.compile(HOT, self.callbacks if is_open else (), hot=is_open, **self._parts(HOT))
         if not is_open:
             self.units.forget()
+        if is_open:  # what is published where a run ends, as of a lack of memory, must not be compiled there
+            self.units.dispatch_of.update({each: self._first_of(each) for each in BEFORE_HOOKS})
         self._expose(unit.publish)
 
     def _parts(self, event_type: type[Event]) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class Recording:
     def way_of(self, event_type: type[Event]) -> Callable[[Event, float], None]:
         """The function that records events of this type, given when they were published."""
         fields = event_type.__struct_fields__
-        run_of = next((way for field, way in _WAYS.items() if field in fields), _no_run)
+        run_of = partial(_run_of, next((way for field, way in _WAYS.items() if field in fields), None))
         if event_type in _STARTS:
             return partial(self._record_with, run_of, self._append_start)
         if event_type in _ENDS:
@@ -216,7 +216,7 @@ class _LastName:
 _name_of: Final = _LastName().of
 
 
-def _run_of_state(event: Any) -> str | None:
+def _run_of_state(event: Any) -> object:
     """The run of an event with a ``state``; None where that is no live state. Any: a program may put anything there."""
     state = event.state
     if not isinstance(state, LoopState):
@@ -228,22 +228,29 @@ def _run_of_state(event: Any) -> str | None:
     return _name_of(state.output_dir) if ctx is None else ctx.run_key
 
 
-def _run_of_ctx(event: Any) -> str | None:
+def _run_of_ctx(event: Any) -> object:
     """The run of an event with a ``ctx``; None for those of the whole experiment. Any: as above."""
     return event.ctx.run_key if isinstance(event.ctx, LogContext) else None
 
 
-def _run_of_run(event: Any) -> str | None:
+def _run_of_run(event: Any) -> object:
     """The run of an event that names it. Any: as above."""
-    return event.run if type(event.run) is str else None
+    return event.run
 
 
-_WAYS: Final[dict[str, _RunOf]] = {"state": _run_of_state, "ctx": _run_of_ctx, "run": _run_of_run}
+_WAYS: Final = {"state": _run_of_state, "ctx": _run_of_ctx, "run": _run_of_run}
 """By what an event has."""
 
 
-def _no_run(_: Event) -> None:
-    """An event that says nothing of a run."""
+def _run_of(way: Callable[[Event], object] | None, event: Event) -> str | None:
+    """The run of an event; None for one that says nothing of a run, or nothing that could be one."""
+    if way is None:
+        return None
+    try:
+        run = way(event)
+    except Exception:  # what a program puts into a state may be anything
+        return None
+    return run if isinstance(run, str) else None
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:

@@ -12,7 +12,8 @@ ordinary way.
 
 import struct
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -29,7 +30,7 @@ MOST_FORMS: Final = 64
 MOST_METRICS: Final = 1_000
 """More take so much room that there may not be enough: the ordinary way stands that, and this one does not."""
 
-_pack: Final = msgspec.msgpack.Encoder().encode
+_pack_into: Final = msgspec.msgpack.Encoder().encode_into
 # Numbers as no step has them, each as wide as msgpack has any.
 _SEQUENCE: Final = 0xFEED_0000_0000_0001
 _TIME: Final = -1.2345678901234567e-300
@@ -64,6 +65,7 @@ def step_encoder(ordinary: EncodeStep, most_bytes: int) -> EncodeStep:
         most_bytes: What is longer may hold something that has to be cut: that is for the ordinary way.
     """
     forms = _Forms(ordinary)
+    packed = bytearray()
     # Those of the last step, and its form. Compared by identity: it is the run's state that holds them, all along.
     num_steps: object = None
     output_dir: object = None
@@ -109,7 +111,8 @@ def step_encoder(ordinary: EncodeStep, most_bytes: int) -> EncodeStep:
             if type(total) is not float or not are_keys(metrics):
                 metrics = flat(metrics)
             fill, a, b, c, d, e = form
-            data = fill(a, seq, b, time, c, step, d, index, e) + _pack(metrics)
+            _pack_into(metrics, packed)
+            data = fill(a, seq, b, time, c, step, d, index, e) + packed
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:  # the ordinary way tells what it is
@@ -126,16 +129,26 @@ class _Forms:
         self._ordinary = ordinary
         self._known: dict[object, _Form | None] = {}
 
-    def of(self, key: tuple[Any, Any, Any, Any]) -> _Form | None:
-        """The form; None where the numbers are not found in what they are cut from. Any: what a state holds."""
-        if key not in self._known:
+    def of(self, key: tuple[object, object, object, object]) -> _Form | None:
+        """The form; None where there is none for such a step."""
+        typed: tuple[object, ...] = (type(key[0]), *key)  # 1 is not True
+        if typed not in self._known:
             if len(self._known) == MOST_FORMS:
                 self._known.clear()
-            self._known[key] = self._cut(*key)
-        return self._known[key]
+            self._known[typed] = self._cut(*key)
+        return self._known[typed]
 
-    def _cut(self, num_steps: Any, output_dir: Any, run_key: Any, loss_fn: Any) -> _Form | None:
-        ctx = None if run_key is _NO_CONTEXT else LogContext(output_dir.parent, run_key=run_key)
+    def _cut(self, num_steps: object, output_dir: object, run_key: object, loss_fn: object) -> _Form | None:
+        ctx: LogContext | None = None
+        # What is of another type may be another value tomorrow.
+        if type(num_steps) is not int or not isinstance(output_dir, Path):
+            return None
+        if loss_fn is not None and type(loss_fn) is not str:
+            return None
+        if run_key is not _NO_CONTEXT:
+            if run_key is not None and type(run_key) is not str:
+                return None
+            ctx = LogContext(output_dir.parent, run_key=run_key)
         state = LoopState(_STEP, num_steps, output_dir, ctx=ctx)
         data = self._ordinary(StepEnd(state, _INDEX, TrainingBatch(loss_fn=loss_fn), {}), _SEQUENCE, _TIME)
         parts: list[bytes] = []

@@ -142,10 +142,16 @@ class SinkReceiver:
         self._part = part
 
         async def write() -> object:
-            returned.append(await self._sink.write(part))
-            return returned[0]
+            value = await self._sink.write(part)
+            task = asyncio.current_task()
+            if value is not None or task is None or not task.cancelling():  # None may be a swallowed cancellation
+                returned.append(value)
+            return value
 
-        return self._checked(part, await self._call(write))
+        ending = self._checked(part, await self._call(write))
+        if ending.error is not None:
+            self._returned = []  # it is to be made again, whatever it says yet
+        return ending
 
     @staticmethod
     def _checked(part: tuple[Envelope, ...], ending: Ending) -> Ending:

@@ -1,7 +1,6 @@
 """`Begun`: the segments that a writer has begun, so that it can tell how much went with those that somebody removed."""
 
 from collections.abc import Collection
-from itertools import pairwise
 from typing import Final
 
 from evsys_bus.journal.disk import Disk
@@ -29,10 +28,10 @@ class Begun:
     def look(self) -> None:
         """Find out which of them are gone; those that cannot be looked for now are taken to be there."""
         there: list[tuple[str, SegmentName]] = []
-        for (path, name), (_, following) in pairwise([*self._segments, ("", None)]):
-            assert name is not None
+        firsts = sorted([*(name.first for _, name in self._segments), *(first for first, _ in self._removed)])
+        for path, name in self._segments:
             if self._is_gone(path):
-                self._removed.append((name.first, None if following is None else following.first))
+                self._removed.append((name.first, next((each for each in firsts if each > name.first), None)))
             else:
                 there.append((path, name))
         self._segments = there

@@ -135,8 +135,8 @@ def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
     return start, sequence
 
 
-def take(buffer: bytes, start: int, sequence: int, after: int) -> tuple[Run, int, int]:
-    """As `pass_over`, and with them those that come behind ``after``."""
+def take(buffer: bytes, start: int, sequence: int) -> tuple[Run, int, int]:
+    """As `pass_over`, and with them what they hold."""
     view = memoryview(buffer)
     size = len(buffer)
     last = size - HEADER_BYTES
@@ -151,8 +151,7 @@ def take(buffer: bytes, start: int, sequence: int, after: int) -> tuple[Run, int
             break
         if crc32(view[start + _SUM_BYTES : end]) != checksum:
             break
-        if sequence > after:
-            keep(buffer[body:end])
+        keep(buffer[body:end])
         start = end
         sequence += 1
     return Run(sequence - len(payloads), payloads), start, sequence

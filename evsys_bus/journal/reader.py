@@ -72,7 +72,7 @@ class Tail:
         """Segments that could not be read, and were passed over."""
         self._disk = disk
         self._folder = folder
-        self._expected = after + 1 if after else None
+        self._expected = after + 1 if after else None  # never one that was given out: what numbers on from it is new
         self._at: SegmentName | None = None
         self._scan: SegmentScan | None = None
         self._suspect = -1
@@ -158,7 +158,7 @@ class Tail:
 
     def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Run, None, bool]:
         """Give out what follows; False where the same place has to be read again."""
-        for piece in scan.runs(self._expected or 1, self.last):
+        for piece in scan.runs(self._expected or 1):
             if isinstance(piece, Run):
                 self._expect(piece.first)
                 self._expected = max(self._expected or 1, piece.first + len(piece.payloads))

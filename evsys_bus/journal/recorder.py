@@ -24,7 +24,7 @@ from evsys_bus.journal.layout import SegmentName
 from evsys_bus.journal.reserve import Reserve
 from evsys_bus.journal.segment import OpenSegment
 
-_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM})
 _OVERDUE_SHARE: Final = 8
 """A segment that could not be followed by a new one grows by an eighth before the next try."""
 
@@ -123,6 +123,9 @@ class Recorder:
                 while (waiting := self.backlog.first()) is not None:
                     self._write_one(waiting)
                     self.backlog.written()
+            except MemoryError:
+                self.refused(OSError(errno.ENOMEM, "there is no memory for it"))
+                return
             except OSError as error:
                 self.refused(error)
                 if segment is not None and self.segment is None:
@@ -188,7 +191,7 @@ class Recorder:
             self.state = "forked"
         self.release()
 
-    def say(self, phrase: str, error: OSError, **facts: object) -> None:
+    def say(self, phrase: str, error: Exception, **facts: object) -> None:
         """Count a failure, and log it."""
         self.failures += 1
         self._quietly(lambda: self.faults.warn(phrase, self.directory, error=error, directory=self.directory, **facts))

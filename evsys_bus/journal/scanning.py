@@ -37,11 +37,11 @@ class SegmentScan:
                 elif at_end:
                     yield piece
 
-    def runs(self, expected: int, after: int) -> Iterator[Frame | Damage | Rest | Run]:
-        """As `pieces`, but events that number on from ``expected`` come as runs, without those up to ``after``."""
+    def runs(self, expected: int) -> Iterator[Frame | Damage | Rest | Run]:
+        """As `pieces`, but events that number on from ``expected`` come as runs."""
 
         def take(buffer: bytes, start: int, number: int) -> tuple[Run | None, int, int]:
-            run, place, following = frame.take(buffer, start, number, after)
+            run, place, following = frame.take(buffer, start, number)
             return run if run.payloads else None, place, following
 
         return self._walk(expected, take)

@@ -78,17 +78,24 @@ class Upkeep:
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every):
-            self.round()
+            self._round_or_say()
         if self._abandoned:
             self._recorder.release()
             return
-        self.round()
+        self._round_or_say()
         with self._recorder.lock:
             self._recorder.retire()
-        self.round()
+            self._recorder.segments.look()  # what the receipt says is true also of older ones
+        self._round_or_say()
         self._recorder.reserve.free()
         self._recorder.release()
         self._ended = True
+
+    def _round_or_say(self) -> None:
+        try:
+            self.round()
+        except Exception as error:  # a wall: without this thread nothing more would be synced
+            self._recorder.say("journal.upkeep_failed", error)
 
     def _sync(self, segment: OpenSegment) -> None:
         if not self._syncs:

@@ -82,6 +82,8 @@ class ArmRun:
         except LEAVE as leave:
             self._end("cancelled", type(leave).__name__)
             raise
+        except _UnfinishedError as unfinished:
+            status, error = "cancelled", str(unfinished)
         except BaseException as raised:
             stopped = isinstance(raised, asyncio.CancelledError) and self._stopping()
             status, error = ("cancelled", "the experiment was stopped") if stopped else ("failed", _in_words(raised))
@@ -106,6 +108,9 @@ class ArmRun:
                 resume=resume,
             )
             await self._loop.run()
+            state = self._loop.state
+            if state.unfinished and state.step + 1 < state.num_steps:
+                raise _UnfinishedError(state.stop_reason)
             for benchmark in parts.benchmarks:
                 await self._score(benchmark, self._loop)
         finally:
@@ -183,6 +188,10 @@ class ArmRun:
         )
         self._bus.publish(RunEnd(self.ctx, run_result, arm))
         return arm
+
+
+class _UnfinishedError(Exception):
+    """A callback had the run stopped before it was done; with its reason."""
 
 
 def not_run(plan: RunPlan, why: str) -> ArmResult:
