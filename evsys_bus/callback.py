@@ -32,8 +32,8 @@ class Callback:
     """Hooks of a training, all sync, all no-ops: override the ones you need.
 
     Hooks run inside ``publish``, on the thread that publishes, in the order in which the callbacks were given. What one
-    raises is logged and isolated. Keep what belongs to a run under the run's key (``ctx.run_key``), never bare on the
-    instance: runs may be trained at the same time.
+    raises is logged and isolated. Keep what belongs to a run under its key (``state.run_key``, or ``ctx.run_key`` where
+    a hook is handed that), never bare on the instance: runs may be trained at the same time.
 
     Async work goes to `spawn`. A bare ``asyncio.create_task`` in a hook works too where an event loop runs: the bus
     adopts the task, logs what it raises, and waits for it at the end.
@@ -52,12 +52,14 @@ class Callback:
     """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
 
     placement: ClassVar[Literal["inline", "follow"]] = "inline"
-    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal."""
+    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal. A
+    live object that is given to a bus runs inline; it is given as ``follow(callback)`` to run off the loop."""
     stops_runs: ClassVar[bool] = False
     """Whether it may stop the run; then it cannot be followed."""
     delivery: ClassVar[type | None] = None
     """Its delivery half, where it has one: a `Sink` class, constructed with the same arguments and delivered to by a
-    courier. The callback itself then runs inline, and does no I/O."""
+    courier. The callback itself then runs inline, and does no I/O. Only what is built from a spec has both halves: of a
+    live object nobody knows the arguments."""
 
     spec_name: str | None = None
     """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""

@@ -14,7 +14,8 @@
     │   ├── AsyncHookError       EB201       ``async def`` where hooks are sync
     │   ├── HookSignatureError   EB202       the hook cannot take its event's arguments
     │   ├── MisspeltHookError    EB203       the method's name nearly is a hook's
-    │   └── NotACallbackError    EB204       it has no hook at all
+    │   ├── NotACallbackError    EB204       it has no hook at all
+    │   └── SinkMethodError      EB205       a method of a sink, or ``mark`` or ``rewind``, that could never be called
     ├── EventError (TypeError)   EB301       what was published or declared is not an event
     ├── BusError (RuntimeError)
     │   ├── BusNotOpenError      EB501       the bus was not entered yet, or is closed
@@ -157,6 +158,12 @@ class NotACallbackError(HookError):
     """It has no hook at all."""
 
     code = "EB204"
+
+
+class SinkMethodError(HookError):
+    """A method of a sink that a courier could never call; or ``mark`` without ``rewind``, or the reverse."""
+
+    code = "EB205"
 
 
 class EventError(EvsysBusError, TypeError):

@@ -46,6 +46,7 @@ from evsys_bus.context import (
 from evsys_bus.errors import EventError
 
 _RESERVED: Final = frozenset({"hook", "keywords"})
+_ELSEWHERE: Final = {"learnt": "evsys_bus.attached"}  # what ships in other modules, imported yet or not
 _declared: dict[str, type["Event"]] = {}
 
 
@@ -80,7 +81,8 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
                 )
         tag = _snake(cls.__name__)
         earlier = _declared.get(tag)
-        if earlier is not None and earlier.__module__ == __name__:
+        of_ours = _ELSEWHERE.get(tag, cls.__module__) != cls.__module__
+        if of_ours or (earlier is not None and earlier.__module__ == __name__):
             raise EventError(
                 f"event {cls.__qualname__} has the name of an event that ships with evsys-bus",
                 fix="give it another name, or publish the one that ships",

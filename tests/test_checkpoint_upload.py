@@ -477,7 +477,10 @@ async def test_the_url_may_name_the_experiment(tmp_path):
     assert (tmp_path / "sweep/of-sweep/low/latest.json").exists()
 
 
-test_it_keeps_the_rules_for_adapters = conformance(lambda folder: CheckpointUploadCallback(f"file://{folder}/bucket"))
+test_it_keeps_the_rules_for_adapters = conformance(
+    lambda folder: CheckpointUploadCallback(f"file://{folder}/bucket"),
+    delivery=lambda folder: UploadSink(f"file://{folder}/bucket"),
+)
 
 
 def test_params_are_checked():

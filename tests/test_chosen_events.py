@@ -31,6 +31,7 @@ class Slow(Sink):
         except asyncio.CancelledError:
             if not self.finishes:
                 raise
+            return len(batch)
 
 
 async def cut_off(events: ChosenEvents, sink: Slow, given: list[Envelope]) -> Taken | None:

@@ -83,6 +83,15 @@ def test_a_usage_error_says_what_is_wrong_on_stderr_and_exits_2(evsys_bus, argum
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("slip", "near"), [("rum", "; did you mean run?"), ("statsu", "; did you mean status?"), ("x", "")]
+)
+def test_a_command_that_is_not_there_is_told_with_the_nearest(evsys_bus, slip, near):
+    done = evsys_bus(slip)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f'Error: there is no command "{slip}"{near}'
+
+
 def test_an_unknown_kind_is_told_in_our_shape_and_exits_2(evsys_bus):
     done = evsys_bus("adapters", "print_progres")
     assert done.returncode == 2
@@ -167,6 +176,14 @@ def test_doctor_reports_and_hides_secrets():
     assert "hush-hush" not in str(report)
     assert (report["disk"]["append"], report["disk"]["lock"], report["faults"]) == ("works", "works", [])
     assert report["machine"]["python"].startswith(f"{sys.version_info.major}.")
+
+
+def test_doctor_looks_for_everything_that_the_package_and_its_extras_need():
+    report = json.loads(in_a_process("doctor", "--json").stdout)
+    assert {"anyio", "msgspec", "ruamel-yaml", "tenacity", "uvloop"} <= set(report["packages"])
+    extras = {name.removeprefix("extra "): list(found) for name, found in report.items() if name.startswith("extra ")}
+    assert sorted(extras) == ["demo", "s3", "tensorboard", "testing", "wandb"]
+    assert (extras["s3"], extras["wandb"]) == (["aiobotocore"], ["wandb"])
 
 
 def test_doctor_names_the_install_command_of_what_is_missing_and_leaves_nothing_behind(tmp_path):

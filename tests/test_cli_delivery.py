@@ -520,3 +520,55 @@ def test_a_run_whose_events_were_not_delivered_ends_well_with_a_warning_and_with
     assert (delivery["name"], delivery["delivered"], delivery["pending"] > 0) == ("wandb", 0, True)
     assert rows[-1]["finish"] == f"evsys-bus sync {tmp_path}/runs/json/journal"
     assert re.search(r"^delivery +wandb ok$", whole[1], re.MULTILINE)
+
+
+def run_with(command, tmp_path, mode, *options):
+    """An experiment whose events go to a sink of this mode, started."""
+    (tmp_path / "sweep.yaml").write_text(EXPERIMENT.replace("MODE", mode))
+    (tmp_path / "toy_recipe.py").write_text(RECIPE)
+    return command.start("run", "sweep.yaml", *options)
+
+
+def test_what_keeps_events_from_their_destination_is_told_at_the_end_with_its_fix_and_in_colour(command, tmp_path):
+    run = run_with(command, tmp_path, "parked", "--progress", "off", "--color", "always")
+    _, err = run.communicate(timeout=15)
+    assert run.returncode == 0
+    assert "\\x1b" not in err
+    [line] = [line for line in err.splitlines() if "wandb: ParkedError" in line]
+    assert re.sub(r"\x1b\[\d+m", "", line) == (
+        "warning: wandb: ParkedError: 401 wrong key   fix: export WANDB_API_KEY=..."
+    )
+
+
+@pytest.mark.parametrize(("form", "number"), [("plain", signal.SIGINT), ("json", signal.SIGTERM)])
+def test_the_wait_for_deliveries_is_told_and_one_signal_ends_it_with_the_result(command, tmp_path, form, number):
+    run = run_with(command, tmp_path, "blocks", "--progress", form)
+    began = time.monotonic()
+    while not re.search(r'event=waiting |"event":"waiting"', line := run.stderr.readline()):
+        assert line, "it ended"
+    told = json.loads(line) if form == "json" else dict(re.findall(r'(\w+)=("[^"]*"|\S+)', line))
+    assert told["adapters"] == "wandb"
+    assert int(told["events"]) > 3
+    assert 15 <= int(told["at_most_seconds"]) <= 19
+    assert "Ctrl-C leaves them to sync" in told["hint"]
+    run.send_signal(number)
+    out, err = run.communicate(timeout=15)
+    assert time.monotonic() - began < 12
+    assert run.returncode == 0
+    assert "stopping" not in err
+    assert "interrupted" not in err
+    assert re.search(r"^delivery +wandb \d+ pending$", out, re.MULTILINE)
+    assert f"finish with: evsys-bus sync {tmp_path}/runs/sweep/journal" in err.splitlines()[-1]
+
+
+def test_a_run_that_was_interrupted_still_tells_that_it_waits_and_goes_on_by_resuming(command, tmp_path):
+    run = run_with(command, tmp_path, "blocks", "--progress", "plain", "--set", "run.steps=1000000")
+    while "event=run_started" not in run.stderr.readline():
+        pass
+    run.send_signal(signal.SIGINT)
+    while "event=waiting " not in (line := run.stderr.readline()):
+        assert line, "it ended"
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=15)
+    assert run.returncode == 130
+    assert err.splitlines()[-1].startswith("go on with: evsys-bus run sweep.yaml")

@@ -10,12 +10,13 @@ from rich.console import Console
 
 from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
 from evsys_bus.cli.amounts import duration
-from evsys_bus.cli.progress import Board, PlannedRun
+from evsys_bus.cli.progress import Board, Left, PlannedRun, Waiting
 from evsys_bus.cli.progress.board import MAX_NEWS
 from evsys_bus.cli.progress.capture import MAX_LINES, Captured, CapturedStream
 from evsys_bus.cli.progress.figures import Spread, arm_figures, headline, number, pair, spread
 from evsys_bus.cli.progress.lines import LineView, as_json, plain
 from evsys_bus.cli.progress.live import draw
+from evsys_bus.tasks import Delivery
 
 
 class Clock:
@@ -211,3 +212,34 @@ def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
     board.on_train_end(state, LoopArtifacts())
     assert [(news.event, news.step) for news in board.news] == [("run_started", 0), ("checkpoint", 10), ("stopped", 0)]
     assert board.news[-1].facts == {"reason": "val/acc has not improved"}
+
+
+@pytest.mark.parametrize(("width", "height"), [(120, 24), (60, 14), (40, 12)])
+def test_the_table_says_whole_what_is_waited_for_at_the_end(clock, width, height):
+    board = Board([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)], clock=clock)
+    board.notice = "SIGINT: stopping after the steps in hand"
+    told = [Delivery("csv", 3, 3, 0, 0), Delivery("halved", 60, 2, 0, 58)]
+    board.waiting = Waiting(lambda: Left(0, told), 20.0, clock=clock)
+    clock.seconds = 6.0
+    lines = drawn(board, width=width, height=height).splitlines()
+    assert len(lines) <= height
+    assert max(map(len, lines)) <= width
+    text = " ".join(line.rstrip() for line in lines)
+    assert "waiting for halved: 58 events, at most 14 s more; Ctrl-C leaves them to sync" in text
+    assert "stopping" not in text
+    del told[1]
+    clock.seconds = 7.0
+    assert "waiting for" not in drawn(board)
+
+
+def test_tasks_that_are_waited_for_are_told_too(clock):
+    waiting = Waiting(lambda: Left(2, [Delivery("halved", 60, 2, 0, 58)]), 20.0, clock=clock)
+    assert waiting.text() == "waiting for 2 tasks, halved: 58 events, at most 20 s more; Ctrl-C twice ends it at once"
+    assert waiting.facts() == {
+        "event": "waiting",
+        "tasks": 2,
+        "adapters": "halved",
+        "events": 58,
+        "at_most_seconds": 20,
+        "hint": "Ctrl-C twice ends it at once",
+    }

@@ -165,6 +165,13 @@ def test_what_callbacks_print_leaves_stdout_to_the_result_with_json(evsys_bus):
     assert "step 20/40  loss 0.05" in done.stderr
 
 
+def test_what_callbacks_print_is_json_too_where_progress_is(evsys_bus):
+    done = evsys_bus("run", "sweep.yaml", "--json", "--progress", "json", "--arm", "calm", "--seed", "0")
+    assert [json.loads(line)["type"] for line in done.stdout.splitlines()] == ["run", "arm", "experiment"]
+    printed = [row["text"] for line in done.stderr.splitlines() if (row := json.loads(line))["event"] == "printed"]
+    assert any(text.startswith("step 20/40  loss 0.05") or "step 20/40  loss 0.05" in text for text in printed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_exits_130_and_the_line_it_prints_goes_on(evsys_bus, folder, number):
     hold = folder / "hold"  # while this is there, step 25 does not end

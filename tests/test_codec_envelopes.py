@@ -33,6 +33,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.codec import decode, encode, to_json
+from evsys_bus.codec.redaction import looks_secret
 from evsys_bus.errors import DetachedError
 from evsys_bus.events import Event, declared_events
 
@@ -59,9 +60,10 @@ NAMES = st.text(max_size=20)
 NUMBERS = st.floats() | st.integers(-(2**53), 2**53)
 METRICS = st.dictionaries(NAMES, NUMBERS, max_size=8)
 FLOATS = st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=5)
+KEYS = NAMES.filter(lambda name: not looks_secret(name))  # what is under the others comes back redacted
 JSONS = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53) | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=4),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
     max_leaves=10,
 )
 OBJECTS = st.dictionaries(NAMES, JSONS, max_size=4)
@@ -234,9 +236,36 @@ def test_the_context_of_a_detached_state_is_the_one_given_for_its_run(envelope, 
     ctx = LogContext(tmp_path, run_key="a")
     data = encode(envelope)
     assert decode(data, {"a": ctx}).event.state.ctx is ctx
-    for contexts in (None, {}, {"b": ctx}):
-        with pytest.raises(DetachedError):
-            _ = decode(data, contexts).event.state.ctx
+
+
+def test_a_run_whose_start_was_not_seen_has_a_context_that_names_it(envelope, tmp_path):
+    data = encode(envelope)
+    for contexts in (None, {}, {"b": LogContext(tmp_path, run_key="b")}):
+        state = decode(data, contexts).event.state
+        assert (state.run_key, state.ctx.run_key) == ("a", "a")
+        assert (state.ctx.output_dir, state.ctx.run_dir) == (tmp_path, state.output_dir)
+        assert (state.ctx.ids, state.ctx.extras, state.ctx.config, state.ctx.group_name) == ({}, {}, None, None)
+        state.ctx.ids["run_id"] = "mine"
+    assert decode(data).event.state.ctx.ids == {}
+    with pytest.raises(DetachedError, match="store"):
+        _ = decode(encode(envelope)).event.state.ctx.store
+
+
+@pytest.mark.parametrize(
+    ("run", "folder", "root"),
+    [("arm/seed-1", "/exp/arm/seed-1", "/exp"), ("a", "a", "."), ("a/b", "b", "."), ("a", "/", "/")],
+)
+def test_the_directory_of_such_a_context_is_where_the_run_lies_in(run, folder, root):
+    live = LoopState(0, 1, folder, ctx=LogContext("elsewhere", run_key=run))
+    state = decode(encode(Envelope("s", 1, 2.0, TrainStart(live), run))).event.state
+    assert state.ctx.output_dir == Path(root)
+
+
+def test_a_bare_state_is_as_bare_when_it_is_detached_and_names_its_run(tmp_path):
+    for run in ("bare", None):
+        envelope = Envelope("s", 1, 2.0, TrainStart(LoopState(0, 1, tmp_path / "bare")), run)
+        state = decode(encode(envelope)).event.state
+        assert (state.ctx, state.run_key) == (None, "bare")
 
 
 def test_a_state_without_context_takes_the_run_of_its_envelope(tmp_path):

@@ -48,3 +48,13 @@ def test_handles_show_scalars_only_attached_or_not(tmp_path):
     assert repr(ctx) == f"LogContext(output_dir={tmp_path!r}, run_key='r')"
     assert repr(detached(DetachedLoopState, {"step": 7})) == "DetachedLoopState(step=7, stop_requested=False)"
     assert repr(TrainingBatch(data=[1], loss_fn="ppo")) == "TrainingBatch(loss_fn='ppo')"
+
+
+def test_the_run_of_a_state_is_its_contexts_or_what_its_directory_is_called(tmp_path):
+    experiment = LogContext(tmp_path)
+    state = LoopState(0, 10, tmp_path / "bare")
+    assert state.run_key == "bare"
+    state.ctx = experiment
+    assert state.run_key == "bare"
+    state.ctx = experiment.for_run("arm")
+    assert state.run_key == "arm"

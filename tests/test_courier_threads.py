@@ -84,7 +84,9 @@ def test_calls_on_other_threads_of_a_loop_of_ours_go_as_on_any():
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(10)
 
     assert len(run(_at_once(4))) == 4
+    there = threading.active_count()
     assert len(run(_in_turn(20))) <= 4  # threads that are there are used again
+    assert threading.active_count() <= there
     assert [type(each) for each in run(_raised())] == [KeyError, OSError]
     many = run(_in_turn(1)) | run(asyncio.wait_for(_at_once(5), 10))
     assert threading.get_ident() not in many
@@ -93,6 +95,38 @@ def test_calls_on_other_threads_of_a_loop_of_ours_go_as_on_any():
     while any(each.name == "evsys-bus-call" for each in threading.enumerate()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+NO_THREADS_FOR_A_WHILE = """
+    import threading
+    from evsys_bus.tasks.daemon_executor import DaemonExecutor
+
+    def refused(call):
+        try:
+            executor.submit(call)
+        except RuntimeError:
+            return 1
+        return 0
+
+    executor, usual, went_on = DaemonExecutor(), threading.stack_size(), threading.Event()
+    threading.stack_size(1 << 47)  # for which there is no room: no thread starts
+    print(sum(refused(lambda: print("a refused one ran")) for _ in range(40)))
+    threading.stack_size(usual)
+    print(executor.submit(lambda: "done").result(5))
+    executor.submit(went_on.wait)
+    threading.stack_size(1 << 47)
+    queued = executor.submit(lambda: "in its turn")  # behind the thread that there is
+    threading.stack_size(usual)
+    print(executor.submit(lambda: "beside it").result(5))
+    went_on.set()
+    print(queued.result(5))
+"""
+
+
+def test_calls_go_on_where_for_a_while_no_thread_could_be_started(program):
+    process = program(NO_THREADS_FOR_A_WHILE)
+    out, errors = process.communicate(timeout=15)
+    assert out == "40\ndone\nbeside it\nin its turn\n", errors
 
 
 MOVES = """

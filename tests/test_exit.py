@@ -1,6 +1,7 @@
 """How a real program ends: 200 tasks of 50 ms, started in the last hook, and then the end comes."""
 
 import signal
+import sys
 
 import pytest
 
@@ -276,3 +277,205 @@ def test_a_first_sigterm_while_a_plain_with_drains_waits_for_the_drain(program):
     """)
     out, err = process.communicate(timeout=18)
     assert (out, process.returncode) == ("uploaded\n", -signal.SIGTERM), err
+
+
+NO_MORE_THREADS = """
+    import asyncio, sys, threading
+    from evsys_bus import EventBus, LoopState, Sink, StepEnd, TrainingBatch
+
+    class Slow(Sink):
+        async def write(self, batch):
+            await asyncio.sleep(0.2)
+            print(len(batch), flush=True)
+
+    bus = EventBus(sinks=[Slow()], journal="journal")
+
+    def work():
+        for step in range(5):
+            bus.publish(StepEnd(LoopState(step, 5, "run"), step, TrainingBatch(), {}))
+        threading.stack_size(1 << 47)  # no thread starts from here on, as in a Python 3.12 that ends
+
+    async def main():
+        await bus.__aenter__()
+        work()
+
+    if sys.argv[1] == "async with":
+        asyncio.run(main())
+    else:
+        bus.__enter__()
+        work()
+"""
+
+
+@pytest.mark.parametrize("entered", ["async with", "with"])
+def test_what_is_recorded_is_delivered_at_the_end_also_where_no_thread_can_be_started(program, entered):
+    process = program(NO_MORE_THREADS, entered)
+    out, err = process.communicate(timeout=18)
+    assert (sum(map(int, out.split())), "Traceback" in err) == (5, False), err
+
+
+ENTERED_BY_WHAT_IS_OVER = """
+    import asyncio, os, signal, sys, threading, time
+    from evsys_bus import EventBus
+
+    async def upload():
+        await asyncio.sleep(0.3)
+        print("uploaded", flush=True)
+
+    async def elsewhere():
+        await asyncio.create_task(bus.__aenter__())  # as `wait_for` does in Python 3.11
+        bus.spawn(upload)
+        try:
+            if sys.argv[1] != "while it leaves":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                await bus.__aexit__(None, None, None)
+            await asyncio.sleep(10)
+        finally:
+            print("leaves", flush=True)
+            await bus.__aexit__(None, None, None)
+
+    bus = EventBus([])
+    if sys.argv[1] == "closed loop":
+        asyncio.run(bus.__aenter__())
+        for _ in range(100):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+            except Exception:
+                print("a step failed, the next one", flush=True)
+    elif sys.argv[1] == "uvloop":
+        import uvloop
+        uvloop.run(elsewhere())
+    else:
+        asyncio.run(elsewhere())
+    print("survived", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("closed loop", ""),
+        ("asyncio", "leaves\nuploaded\n"),
+        ("uvloop", "leaves\nuploaded\n"),
+        ("while it leaves", "uploaded\n"),
+    ],
+)
+def test_sigterm_ends_a_program_whose_bus_was_entered_by_a_task_that_is_over(program, where, told):
+    process = program(ENTERED_BY_WHAT_IS_OVER, where)
+    out, err = process.communicate(timeout=18)
+    assert (out, process.returncode) == (told, -signal.SIGTERM), err
+
+
+def test_a_signal_that_meets_a_loop_that_was_just_closed_leaves_the_program_mortal(program):
+    process = program("""
+        import os, signal
+        from evsys_bus.bus.signals import TermSignal
+
+        def closed():
+            raise RuntimeError("Event loop is closed")
+
+        TermSignal(closed).install()
+        for _ in range(2):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                print("not heard")
+            except RuntimeError:
+                print("heard")
+    """)
+    out, err = process.communicate(timeout=18)
+    assert out == "heard\nheard\n", err
+
+
+LEFT_BY_A_DAEMON = """
+    import asyncio, sys, threading, time
+    from evsys_bus import Callback, EventBus, LoopState, Sink, StepEnd, TrainingBatch
+
+    class Spawns(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            self.spawn(self.work)
+
+        async def work(self):
+            await asyncio.sleep(0.4)
+            print("task", flush=True)
+
+    class Slow(Sink):
+        async def write(self, batch):
+            if sys.argv[2] == "delivers":
+                leaving.set()
+            await asyncio.sleep(0.8)
+            print("delivered", flush=True)
+
+    bus, leaving = EventBus([Spawns()], sinks=[Slow()], journal="journal"), threading.Event()
+
+    def publish():
+        bus.publish(StepEnd(LoopState(0, 1, "run"), 0, TrainingBatch(), {}))
+        if sys.argv[2] == "drains":
+            leaving.set()
+
+    def work():
+        with bus:
+            publish()
+
+    async def main():
+        async with bus:
+            publish()
+
+    threading.Thread(target=work if sys.argv[1] == "with" else lambda: asyncio.run(main()), daemon=True).start()
+    leaving.wait()
+    time.sleep(0.1 if sys.argv[2] == "drains" else 0.5)
+"""
+
+
+@pytest.mark.parametrize("meanwhile", ["drains", "delivers"])
+@pytest.mark.parametrize("entered", ["async with", "with"])
+def test_what_another_thread_is_leaving_when_the_program_ends_is_waited_for(program, entered, meanwhile):
+    process = program(LEFT_BY_A_DAEMON, entered, meanwhile)
+    out, err = process.communicate(timeout=18)
+    assert (out.splitlines(), err) == (["task", "delivered"], "")
+
+
+def test_a_thread_that_comes_to_the_end_of_its_block_while_the_program_ends_has_its_receipt(program):
+    process = program("""
+        import asyncio, atexit, threading, time
+        from evsys_bus import EventBus, LoopState, Sink, StepEnd, TrainingBatch
+
+        class Slow(Sink):
+            async def write(self, batch):
+                await asyncio.sleep(0.8)
+
+        bus, entered = EventBus(sinks=[Slow()], journal="journal"), threading.Event()
+
+        def work():
+            with bus:
+                bus.publish(StepEnd(LoopState(0, 1, "run"), 0, TrainingBatch(), {}))
+                entered.set()
+                time.sleep(0.3)
+            print([each.delivered for each in bus.receipt.deliveries], flush=True)
+
+        thread = threading.Thread(target=work, daemon=True)
+        atexit.register(thread.join, 5)  # it runs after the bus's
+        thread.start()
+        entered.wait()
+    """)
+    out, err = process.communicate(timeout=18)
+    assert (out, err.count("bus.never_left"), "Traceback" in err) == ("[1]\n", 1, False), err
+
+
+@pytest.mark.skipif(sys.version_info[:2] == (3, 12), reason="it starts no thread any more while it ends")
+def test_a_bus_that_is_opened_while_the_program_ends_does_its_tasks(program):
+    process = program("""
+        import asyncio, atexit
+        from evsys_bus import EventBus
+
+        def last():
+            with EventBus([]) as bus:
+                bus.spawn(asyncio.sleep, 0.01)
+            print(bus.receipt.total.completed, flush=True)
+
+        atexit.register(last)
+    """)
+    out, err = process.communicate(timeout=18)
+    assert out == "1\n", err

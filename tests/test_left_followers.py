@@ -108,3 +108,17 @@ def test_those_who_are_followed_are_waited_for_however_long_they_lag(journal):
     sink = FailingSink([RetryLaterError("away")] * 1000)
     train(journal, 30 * DAY, sinks=[follow(sink, "board")], drain_timeout=0.3)
     assert (board(journal).pending, board(journal).dead) == (299, 0)
+
+
+def test_while_one_of_two_is_delivered_to_nothing_goes_and_nothing_is_dead_for_the_other(journal):
+    away = FailingSink([RetryLaterError("away")] * 1000)
+    with EventBus(sinks=[follow(away, "also")], journal=journal, drain_timeout=0.3):
+        pass
+    with EventBus([], journal=journal):
+        pass
+    lock = OsDisk().lock(layout.courier_file(journal, "board", "lock"))
+    train(journal, DAY + 60)
+    assert [(each.name, each.dead) for each in accounts(journal)] == [("also", 0), ("board", 0)]
+    OsDisk().close(lock)
+    train(journal, DAY + 120)
+    assert all(each.dead for each in accounts(journal))

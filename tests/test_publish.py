@@ -176,9 +176,10 @@ def test_an_event_of_ones_own_calls_a_hook_of_its_own_name(step_end):
     assert keeps.kept == (0.5, "good")
 
 
-def test_an_event_may_not_take_the_name_of_one_that_ships():
+@pytest.mark.parametrize("name", ["StepEnd", "Learnt"])
+def test_an_event_may_not_take_the_name_of_one_that_ships(name):
     with pytest.raises(EventError, match="give it another name"):
-        type("StepEnd", (Event,), {"__module__": "elsewhere"})
+        type(name, (Event,), {"__module__": "elsewhere"})
 
 
 def test_an_event_published_in_a_hook_runs_after_the_current_one_and_before_publish_returns(state, step_end):

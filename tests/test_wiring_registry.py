@@ -24,7 +24,7 @@ class Second(Callback):
 
 
 class Drain(Sink):
-    pass
+    async def write(self, batch): ...
 
 
 def install(site: Path, package: str, entry_points: str, *, requires: str = "", group: str = GROUPS[0]) -> None:
@@ -253,7 +253,7 @@ def test_a_spec_is_a_frozen_value_whose_label_defaults_to_the_kind():
 
 def test_a_registered_sink_is_found_by_its_kind_and_gets_it_as_its_name():
     class Nameless(Sink):
-        pass
+        async def write(self, batch): ...
 
     registry = empty()
     assert registry.register_sink("lines")(Nameless) is Nameless

@@ -23,7 +23,7 @@ from evsys_bus.errors import (
     UnknownKindError,
     UnknownParamError,
 )
-from evsys_bus.sink import Sink
+from evsys_bus.testing import RecordingSink
 from evsys_bus.wiring import Registry, build_callbacks, build_followed
 
 PLUGIN = """
@@ -42,6 +42,7 @@ PLUGIN = """
         def __init__(self, out=Path("x"), every=1):
             type(self).built += 1
             self.out, self.every = out, every
+        async def write(self, batch): ...
 
     class Plain(Callback):
         built = 0
@@ -202,7 +203,7 @@ def test_what_no_other_process_can_import_is_constructed_here(registry):
     notebook = types.ModuleType("evsys_made_by_hand")
     notebook.__spec__ = ModuleSpec(notebook.__name__, None)
     sys.modules[notebook.__name__] = notebook
-    notebook.ByHand = type("ByHand", (Sink,), {"__module__": notebook.__name__})
+    notebook.ByHand = type("ByHand", (RecordingSink,), {"__module__": notebook.__name__})
     try:
         registry.register("local")(Local)
         registry.register("main")(main)

@@ -6,7 +6,7 @@ State of a callback that belongs to a run is kept under `run_id`; files of a run
 import hashlib
 import os
 from pathlib import Path
-from typing import Final, cast
+from typing import Final
 
 from evsys_bus.context import LogContext, LoopState
 from evsys_bus.diagnostics import log
@@ -19,9 +19,7 @@ _MAX_NAME_BYTES: Final = 200
 
 def run_context(handle: LoopState | LogContext) -> LogContext | None:
     """The context of the run: the handle itself, or the state's, if it has one (a detached one may not)."""
-    if hasattr(handle, "run_key"):
-        return cast("LogContext", handle)
-    return getattr(handle, "ctx", None)
+    return handle.ctx if isinstance(handle, LoopState) else handle
 
 
 def run_id(handle: LoopState | LogContext) -> str:

@@ -8,7 +8,7 @@ destination if there is a ``url``, else on this machine.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
+from typing import Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
@@ -20,6 +20,7 @@ from evsys_adapters.checkpoints.places import Places, Reach, has_placeholders, u
 from evsys_adapters.checkpoints.removal import is_whole, places, removable, remove
 from evsys_adapters.checkpoints.retention import Best, Keep, prunable
 from evsys_adapters.checkpoints.spool import Spool
+from evsys_adapters.checkpoints.upload_config import StoreUrl, check_vendor
 from evsys_bus.context import LoopState, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
@@ -38,7 +39,7 @@ class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     """What is kept of the trainer's own files. Default: everything."""
     remote: Keep = Keep()
     """What is kept at the destination. Default: everything."""
-    url: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9+.-]+://")] | None = None
+    url: StoreUrl | None = None
     """The destination, just as `checkpoint_upload` has it. With it, local files go only once a newer checkpoint is
     verified there; without, once a newer one is whole on this machine."""
     dry_run: bool = False
@@ -48,6 +49,10 @@ class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
     region: str | None = None
     path_style: bool | None = None
     profile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.url is not None:
+            check_vendor(self.url)
 
 
 class _Known(msgspec.Struct):

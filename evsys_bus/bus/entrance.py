@@ -5,6 +5,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,13 @@ class Entrance:
     def __init__(self, *, handles_signals: bool) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
         """The caller's, under ``async with``."""
-        self.leaving = False
-        """A ``with`` block is on its way out: what it waits for goes on."""
         self._task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
         self._term = TermSignal(self._stop) if handles_signals else None
         self._leave: Callable[[], object] | None = None
         self._owner = 0
+        self._lock = threading.Lock()  # over who leaves
+        self._leaver: threading.Thread | None = None
+        self._is_left = threading.Event()
 
     def by_task(self) -> None:
         """The current task enters."""
@@ -45,8 +47,25 @@ class Entrance:
         if self._term is not None and self._term.install() and self.loop is not None:
             self._stop()
 
+    def leaves_here(self, wait_seconds: float = 0.0) -> bool:
+        """This thread is about to leave the bus; False where another one has left it, or is on its way out.
+
+        Args:
+            wait_seconds: How long that one is waited for.
+        """
+        here, main = threading.current_thread(), threading.main_thread()
+        with self._lock:
+            by = self._leaver
+            # One that ended half-way is no leaver; the main thread passes for ended while the program ends.
+            if not self._is_left.is_set() and (by is None or by is here or not (by.is_alive() or by is main)):
+                self._leaver = here
+                return True
+        self._is_left.wait(wait_seconds)
+        return False
+
     def close(self) -> None:
         """All is done: if SIGTERM brought us here, end by it."""
+        self._is_left.set()
         atexit.unregister(self._at_exit)
         if self._term is not None:
             self._term.remove()
@@ -55,13 +74,14 @@ class Entrance:
     def _at_exit(self) -> None:
         """The program ends, and has not left the bus: what is under way is finished all the same."""
         if self._leave is not None and self._owner == os.getpid():
-            fix = "enter it with `with` or `async with`, which leave it also where something is raised"
-            log().warning("bus.never_left", fix=fix)
+            if self._leaver is None:
+                fix = "enter it with `with` or `async with`, which leave it also where something is raised"
+                log().warning("bus.never_left", fix=fix)
             self._leave()
 
     def _stop(self) -> None:
         """In the signal handler."""
-        if self.loop is not None and self._task is not None:
+        if self.loop is not None and self._task is not None and self.loop.is_running() and not self._task.done():
             self.loop.call_soon_threadsafe(self._task.cancel, "SIGTERM")
-        elif not self.leaving:
+        elif self._leaver is None:  # also where that task, or its loop, is over: a cancellation would reach nobody
             sys.exit(128 + signal.SIGTERM)

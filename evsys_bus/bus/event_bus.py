@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from evsys_bus.bus.adoption import BareTasks
 from evsys_bus.bus.entrance import Entrance
-from evsys_bus.bus.following import Couriers, Following
+from evsys_bus.bus.following import Couriers, Following, tell_if_half_used
 from evsys_bus.bus.health import Health, health_of
 from evsys_bus.bus.limits import seconds
 from evsys_bus.bus.publisher import Publisher
@@ -169,6 +169,7 @@ class EventBus:
             HookError: It has a hook that could never be called.
         """
         check_hooks(callback)
+        tell_if_half_used(callback)
         attach(callback, self)
         self._publisher.change(lambda callbacks: (*callbacks, callback))
 
@@ -226,7 +227,7 @@ class EventBus:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if self._publisher.state == "forked":
+        if self._publisher.state == "forked" or not self._entrance.leaves_here():
             return
         self.receipt, cancelled = await wait_shielded(self._office.drain(self._drain_timeout, close=True))
         delivering = self._then_deliver(self.receipt)
@@ -244,9 +245,9 @@ class EventBus:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._publisher.state == "forked":
+        longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
+        if self._publisher.state == "forked" or not self._entrance.leaves_here(longest):
             return
-        self._entrance.leaving = True
         join_seconds = STOP_SECONDS
         try:
             # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.

@@ -15,11 +15,11 @@ import msgspec
 
 from evsys_bus.bus.guard import Guard
 from evsys_bus.bus.news import News
-from evsys_bus.callback import Callback
+from evsys_bus.callback import Callback, callback_name
 from evsys_bus.delivery.followed import Followed, Recipe
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import SettingError
-from evsys_bus.sink import Sink, sink_name
+from evsys_bus.sink import Sink, check_sink, sink_name
 from evsys_bus.tasks import Delivery, Draining, Receipt
 
 if TYPE_CHECKING:  # at run time they are imported where something is followed
@@ -51,6 +51,7 @@ class Following:
 
     Raises:
         SettingError: Two of them have the same name.
+        SinkMethodError: A sink has a method that could never be called.
     """
 
     def __init__(
@@ -59,6 +60,8 @@ class Following:
         given = tuple(callbacks)
         self._followed = tuple(map(_followed, (*(each for each in given if isinstance(each, Followed | Sink)), *sinks)))
         _check_names(self._followed)
+        for each in given:
+            tell_if_half_used(each, self._followed)
         self._couriers: Couriers = couriers
         self._linger_seconds = linger_seconds
         self._directory = ""
@@ -167,7 +170,10 @@ class Following:
             except BaseException as error:  # a wall: whoever waits for the receipt is told
                 finishing.set_exception(error)
 
-        threading.Thread(target=finish, name="evsys-bus-finish", daemon=True).start()
+        try:
+            threading.Thread(target=finish, name="evsys-bus-finish", daemon=True).start()
+        except RuntimeError:  # the program ends, and Python starts no thread any more: whoever leaves does it itself
+            finish()
         return finishing
 
     def _finish(self, receipt: Receipt, seconds: float) -> Receipt:
@@ -221,7 +227,36 @@ class Following:
         return build()
 
 
+def tell_if_half_used(callback: object, followed: Iterable[Followed] = ()) -> None:
+    """Log what a live callback does not do, because it was given to a bus as it is: what its class has off the loop.
+
+    One that was built from a spec runs where that says, with its halves.
+
+    Args:
+        callback: Runs inline.
+        followed: Among them its delivery half may be.
+    """
+    if not isinstance(callback, Callback) or callback.spec_name:
+        return
+    name = callback_name(callback)
+    if callback.delivery is not None:
+        if any(isinstance(each.live, callback.delivery) for each in followed):
+            return
+        half = callback.delivery.__name__
+        fix = f"build it from a spec (build_callbacks), or give its half to the bus as well: sinks=[{half}(...)]"
+        log().warning("callback.half_not_delivered", callback=name, half=half, fix=fix)
+    elif callback.placement == "follow":
+        fix = (
+            "give follow(callback), or build it from a spec (build_callbacks); where inline is meant, say so: "
+            'callback.placement = "inline"'
+        )
+        log().warning("callback.runs_inline", callback=name, why='its class says placement = "follow"', fix=fix)
+
+
 def _followed(given: Followed | Sink) -> Followed:
+    sink = given.live if isinstance(given, Followed) else given
+    if isinstance(sink, Sink):
+        check_sink(sink)
     return given if isinstance(given, Followed) else Followed(sink_name(given), live=given)
 
 

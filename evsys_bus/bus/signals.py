@@ -79,8 +79,12 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _shared.earlier(number, frame)
     elif not _shared.received:
         _shared.received = True
-        for each in reversed(_shared.listening):  # the innermost first
-            each.stop()
+        try:
+            for each in reversed(_shared.listening):  # the innermost first
+                each.stop()
+        except RuntimeError:  # of a loop that was closed this instant
+            _shared.received = False  # it may have stopped nothing: the next one is heard again
+            raise
 
 
 def _forget_in_child() -> None:

@@ -56,6 +56,18 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(f"evsys_bus.cli.{cmd_name}").command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command; click's own list of what it may have been is empty here."""
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            import difflib
+
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            ctx.fail(f'there is no command "{name}"{f"; did you mean {near[0]}?" if near else ""}')
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command. That nobody reads its result any more is no fault of its own, as click would have it."""
         try:

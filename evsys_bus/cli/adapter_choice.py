@@ -55,12 +55,12 @@ def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | N
         import_module(plugin, Where("$", f"--plugin {plugin}"), "plugin")
     params = with_overrides(Document(compose("{}", "--set")), map(_as_yaml, sets))
     try:
-        [followed] = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
+        halves = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
     except ConfigError as error:
         for each in getattr(error, "errors", (error,)):
             _place(each, params)
         raise
-    assert isinstance(followed, Followed)
+    [followed] = [each for each in halves if isinstance(each, Followed)]  # an inline half belongs to a live run alone
     return followed
 
 

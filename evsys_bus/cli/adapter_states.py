@@ -9,7 +9,7 @@ import msgspec
 
 from evsys_bus.cli.amounts import NONE, ago, duration
 from evsys_bus.cli.screen import printable
-from evsys_bus.cli.tables import columns, counted
+from evsys_bus.cli.tables import counted, table, wrapped
 from evsys_bus.codec import decode
 from evsys_bus.delivery.accounts import Account, accounts
 from evsys_bus.errors import CodecError, JournalVersionError
@@ -44,15 +44,15 @@ def adapter_states(directory: Path) -> list[AdapterState]:
     return [_state(directory, each) for each in accounts(directory)]
 
 
-def adapter_lines(directory: Path, states: list[AdapterState]) -> list[str]:
+def adapter_lines(directory: Path, states: list[AdapterState], width: int | None = None) -> list[str]:
     """The table, and below it what there is to know and to do."""
     rows = [["adapter", "state", "delivered", "pending", "dead", "lag"]]
     for each in states:
         counts = (each.delivered, each.pending, each.dead)
         rows.append([printable(each.adapter), each.state, *(f"{count:,}" for count in counts), _lag(each)])
-    lines = columns(rows)
+    lines = table(rows, width)
     for each in states:
-        lines += [f"  {line}" for line in _facts(each)]
+        lines += [part for line in _facts(each) for part in wrapped(line, width, indent="  ")]
     waiting = [each for each in states if each.pending and each.state in {"not running", "failed"}]
     if waiting:
         lines.append(f"deliver what is pending: evsys-bus sync {shlex.quote(str(directory))}")

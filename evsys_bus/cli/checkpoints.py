@@ -1,5 +1,6 @@
 """``evsys-bus checkpoints``: the checkpoints of a run, here and at their destination."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", 
 
 def _table(states: "list[CheckpointState]") -> list[str]:
     from evsys_bus.cli.amounts import NONE, size
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import columns
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import table
 
     rows = [["run", "checkpoint", "after step", "here", "there", "size", "destination"]]
     for each in states:
@@ -60,7 +61,7 @@ def _table(states: "list[CheckpointState]") -> list[str]:
                 ", ".join(dict.fromkeys(found.url for found in each.remote if found.url)) or NONE,
             ]
         )
-    return columns([[printable(cell) for cell in row] for row in rows])
+    return table([[printable(cell) for cell in row] for row in rows], width_of(sys.stdout))
 
 
 def _json(state: "CheckpointState") -> str:
@@ -80,9 +81,9 @@ def _show_remote(url: str, reach: "Reach", run: str, *, as_json: bool) -> None:
 
     from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder
     from evsys_bus.cli.amounts import size
-    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.screen import printable, width_of
     from evsys_bus.cli.store_options import at_destination
-    from evsys_bus.cli.tables import columns
+    from evsys_bus.cli.tables import table
 
     async def ask() -> list[Manifest]:
         async with at_destination(url, reach, run) as destination:
@@ -96,8 +97,8 @@ def _show_remote(url: str, reach: "Reach", run: str, *, as_json: bool) -> None:
         ]
         click.echo("\n".join(msgspec.json.encode(row).decode() for row in rows), nl=bool(rows))
         return
-    table = [["checkpoint", "after step", "files", "size"]]
+    rows = [["checkpoint", "after step", "files", "size"]]
     for each in found:
         total = size(sum(file.size for file in each.files))
-        table.append([checkpoint_folder(each.row), f"{each.row.batch:,}", f"{len(each.files):,}", total])
-    click.echo("\n".join(columns([[printable(cell) for cell in row] for row in table])))
+        rows.append([checkpoint_folder(each.row), f"{each.row.batch:,}", f"{len(each.files):,}", total])
+    click.echo("\n".join(table([[printable(cell) for cell in row] for row in rows], width_of(sys.stdout))))

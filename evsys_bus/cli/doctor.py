@@ -9,9 +9,6 @@ import click
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
 
-PACKAGES: Final = ("anyio", "click", "msgspec", "rich", "ruamel.yaml", "structlog", "uvloop")
-EXTRAS: Final = {"demo": ("numpy", "scikit-learn", "threadpoolctl"), "testing": ("pytest", "pytest-asyncio")}
-"""Extra -> the packages that it brings."""
 VARIABLES: Final = (
     "PYTHONPATH",
     "PYTHONASYNCIODEBUG",
@@ -46,10 +43,11 @@ def command(screen: Screen, as_json: bool) -> int:
     """
     from evsys_bus.cli.tables import columns
 
+    needed, extras = _requirements()
     sections = {
         "machine": _machine(),
-        "packages": _versions(PACKAGES),
-        **{f"extra {name}": _versions(packages) for name, packages in EXTRAS.items()},
+        "packages": _versions(needed),
+        **{f"extra {name}": _versions(packages) for name, packages in extras.items()},
         "disk": _disk(Path.cwd()),
         "environment": _environment(),
     }
@@ -101,7 +99,26 @@ def _version(package: str) -> str:
         return "missing"
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+def _requirements() -> tuple[list[str], dict[str, list[str]]]:
+    """The packages that ours needs, and those of its extras; without an extra that is but others together."""
+    import re
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from evsys_bus.wiring.extras import extras_of
+
+    try:
+        lines = requires("evsys-bus") or []
+    except PackageNotFoundError:  # it runs from where it was not installed
+        lines = []
+    needed = [found[0] for line in lines if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
+    extras = extras_of(lines)
+    sets = {name: set(packages) for name, packages in extras.items()}
+    parts = {name: [other for other in sets.values() if other < each] for name, each in sets.items()}
+    together = {name for name, each in sets.items() if each == set[str]().union(*parts[name])}
+    return needed, {name: packages for name, packages in extras.items() if name not in together}
+
+
+def _versions(packages: list[str]) -> dict[str, str]:
     return {package: _version(package) for package in packages}
 
 

@@ -33,10 +33,9 @@ def step_of(event: Event | UnknownEvent) -> int | None:
     """The 0-based train step that it belongs to; None where it has none."""
     if isinstance(event, Checkpoint):
         step = _get(event.row, "batch")
-    elif isinstance(event, UnknownEvent):
-        step = event.fields.get("step_idx", event.fields.get("step"))
     else:
-        step = _get(event, "step_idx", _get(event, "step"))
+        fields = _fields(event)
+        step = fields.get("step_idx", fields.get("step", fields.get("batch") if "checkpoint" in fields else None))
     return step if isinstance(step, int) else None
 
 
@@ -53,8 +52,8 @@ def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
     return _entries(_get(event, "metrics"))
 
 
-def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: C901, PLR0911 # one for each type
-    """The rest, in a few words each."""
+def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]:  # noqa: PLR0911 # one for each type
+    """The rest, in a few words each; without the run, where it is said already."""
     match event:
         case StepEnd() | Eval():
             return []
@@ -80,10 +79,17 @@ def facts_of(event: Event | UnknownEvent) -> list[str]:  # noqa: C901, PLR0911 #
             return _told(_get(event.result, "status"), f"best arm {best}" if best else None)
         case Learnt():
             return _scalars(event.extras)
-        case UnknownEvent():
-            return _scalars(event.fields)
         case _:
-            return _scalars({name: _get(event, name) for name in event.__struct_fields__})
+            fields = _fields(event)
+            said = {"run": run, "batch": step_of(event)}
+            return _scalars({name: value for name, value in fields.items() if said.get(name) != value or value is None})
+
+
+def _fields(event: Event | UnknownEvent) -> Mapping[str, Any]:
+    """Any: as `_get`."""
+    if isinstance(event, UnknownEvent):
+        return event.fields
+    return {name: _get(event, name) for name in event.__struct_fields__}
 
 
 def _scalars(fields: Mapping[str, object]) -> list[str]:

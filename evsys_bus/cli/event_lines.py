@@ -58,7 +58,7 @@ class EventLines:
             if self._metric is None
             else [name for name in metrics if self._metric.search(name)]
         )
-        told = [*facts_of(envelope.event), *(f"{name} {_value(metrics[name])}" for name in chosen)]
+        told = [*facts_of(envelope.event, envelope.run), *(f"{name} {_value(metrics[name])}" for name in chosen)]
         left = len(metrics) - len(chosen)
         told += [f"(+{left})"] if left and self._metric is None else []
         return [printable(each if len(each) <= _MOST_CHARS else f"{each[:_MOST_CHARS]}…") for each in told]

@@ -1,10 +1,11 @@
 """``evsys-bus fetch``: one checkpoint, downloaded and verified."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
+from evsys_bus.cli.journals import RUNS
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
 from evsys_bus.cli.store_options import store_options
@@ -12,6 +13,8 @@ from evsys_bus.cli.store_options import store_options
 if TYPE_CHECKING:
     from evsys_adapters.checkpoints.places import Reach
     from evsys_bus.context import ManifestRow
+
+_MOST_NAMED: Final = 3
 
 
 @click.command("fetch")
@@ -33,9 +36,12 @@ def command(
     command goes on. On a new machine say --from URL; RUN is then the run's name there.
     """
     run, name = _parted(asked)
+    folder = run if run.is_dir() else RUNS / run
     if url is None:
-        url, reach = _uploaded_to(run, name)
-    folder = target or (run if run.is_dir() else Path("runs") / run.name)
+        _refuse_experiment(run, folder)
+        url, reach, recorded = _uploaded_to(run, name)
+        folder = folder if run.is_dir() else recorded
+    folder = target or folder
     fetched = _fetch(url, reach, run.absolute().name, name, folder, screen)
     if record:
         from evsys_bus.cli.fetching import put_on_record
@@ -58,23 +64,33 @@ def _parted(asked: str) -> tuple[Path, str | None]:
     return Path(run), name
 
 
-def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach]":
-    """Where it was uploaded to, as the run's folder has it on record."""
+def _refuse_experiment(asked: Path, folder: Path) -> None:
+    from evsys_bus.cli.planned import earlier_page
+
+    page = earlier_page(folder)
+    if page is not None:
+        known = [str(asked / key) for key in page.runs]
+        named = f"; name a run: {', '.join(known[:_MOST_NAMED])}" if known else ""
+        raise click.UsageError(f"{asked} is an experiment{named}{', ...' if len(known) > _MOST_NAMED else ''}")
+
+
+def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
+    """Where it was uploaded to, as the run's folder has it on record; and that folder."""
     from evsys_bus.cli.checkpoint_states import checkpoint_states
 
     states = [each for each in checkpoint_states(run) if each.folder.name == run.absolute().name]
     there = [
-        (state, remote.url, remote.reach)
+        (state, (remote.url, remote.reach, state.folder))
         for state in states
         for remote in state.remote
         if remote.state == "uploaded" and remote.url is not None
     ]
-    named = [(url, reach) for state, url, reach in there if name in {None, state.name, state.row.name}]
+    named = [place for state, place in there if name in {None, state.name, state.row.name}]
     if named:
         return named[-1]
     from evsys_bus.errors import did_you_mean
 
-    known = [state.name for state, _, _ in there]
+    known = [state.name for state, _ in there]
     if name is not None and known:
         raise click.UsageError(f"{run} has no uploaded checkpoint {name}; {did_you_mean(name, known)}")
     raise click.UsageError(f"no upload of {run} is on record here; say where its checkpoints are: --from URL")

@@ -41,13 +41,11 @@ def command(
     It goes on where it was left the last time; the first time it begins at the first event. A run that is over is
     delivered, and that is all.
     """
-    import sys
-    from contextlib import nullcontext, redirect_stdout
-
     from evsys_bus.cli.adapter_choice import chosen
     from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
     from evsys_bus.cli.following import Followup, refuse_other
     from evsys_bus.cli.journals import found
+    from evsys_bus.cli.printed import printed_aside
     from evsys_bus.cli.telling import INTERRUPTED, tell
     from evsys_bus.cli.warnings_log import warnings_shown
 
@@ -57,7 +55,7 @@ def command(
     if journal.run is not None:
         screen.note(f"{journal.run} shares its journal: all of {journal.directory} is followed")
     with (
-        redirect_stdout(sys.stderr) if as_json else nullcontext(),
+        printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
         deliveries_shown(progress, screen) as going,
         warnings_shown(screen, as_json=progress == "json"),
     ):

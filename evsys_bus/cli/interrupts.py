@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM: the first one stops the runs after their step, the second one ends the program.
 
+While only deliveries are waited for, one ends that wait.
+
 What is done between the two (checkpoints named ``final``, the drain) is the experiment's and the bus's business.
 """
 
@@ -10,6 +12,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
+AGAIN_SECONDS: Final = 0.05
+"""How soon a task that is to leave its wait is cancelled once more."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -21,6 +25,7 @@ class Interrupts:
         """The first signal, if one came."""
         self._on_first = on_first
         self._cancel: Callable[[], object] | None = None
+        self._leave: Callable[[], object] | None = None
         self._earlier: dict[signal.Signals, Any] = {}  # Any: a handler, or one of the signal module's constants
 
     def __enter__(self) -> Self:
@@ -41,8 +46,26 @@ class Interrupts:
         loop = asyncio.get_running_loop()
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
 
+    def end_the_wait_of_this_task(self) -> None:
+        """From here on the task that calls this only waits: the next signal, whatever came before, has it leave."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+
+        def leave() -> None:  # a bus takes one cancellation for tasks, and up to two for deliveries
+            if not task.done():
+                task.cancel()
+                loop.call_later(AGAIN_SECONDS, leave)
+
+        self._leave = lambda: loop.call_soon_threadsafe(leave)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            self.received = self.received or signal.Signals(number)
+            leave()
+            return
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if not first or self._cancel is None:
             raise KeyboardInterrupt

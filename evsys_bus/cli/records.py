@@ -54,6 +54,10 @@ class RunRecord(msgspec.Struct):
     rows: int
     metrics: list[MetricRecord]
     checkpoints: list[ManifestRow]
+    evals: list[MetricRecord] = []
+    """Those made while it trained, by their steps: ``val/acc``; from the journal, for whoever asks it."""
+    process_gone: bool = False
+    """It is called running, and no process writes its journal."""
 
 
 class ExperimentRecord(msgspec.Struct):
@@ -61,6 +65,8 @@ class ExperimentRecord(msgspec.Struct):
 
     folder: Path
     page: Page
+    process_gone: bool = False
+    """As a run's."""
 
 
 def read_experiment(folder: Path) -> ExperimentRecord | None:
@@ -118,13 +124,13 @@ def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Any: a row holds what was measured; what JSON has no number for stands in its ``nonfinite``."""
     for name, value in row.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NO_METRICS:
-            yield name, _float(value)
+            yield name, as_float(value)
     flags = row.get("nonfinite")
     for name in cast("dict[str, Any]", flags) if isinstance(flags, dict) else ():
         yield name, math.nan
 
 
-def _float(value: float) -> float:
+def as_float(value: float) -> float:
     """JSON has integers beyond every float."""
     try:
         return float(value)

@@ -54,12 +54,10 @@ def command(
 
     Where RUN is one run of an experiment, it is that run's events, and those of the experiment as a whole.
     """
-    import sys
-    from contextlib import nullcontext, redirect_stdout
-
     from evsys_bus.cli.adapter_choice import built, chosen
     from evsys_bus.cli.chosen_events import ChosenEvents
     from evsys_bus.cli.journals import found
+    from evsys_bus.cli.printed import printed_aside
     from evsys_bus.cli.replaying import replay
     from evsys_bus.cli.warnings_log import warnings_shown
 
@@ -72,7 +70,7 @@ def command(
         speed=0.0 if dry_run else speed,
     )
     with (
-        redirect_stdout(sys.stderr) if as_json else nullcontext(),
+        printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
         deliveries_shown(progress, screen) as tell,
         warnings_shown(screen, as_json=progress == "json"),
     ):

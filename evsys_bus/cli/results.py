@@ -1,5 +1,6 @@
 """How an experiment ended, on stdout: the arms side by side, the conclusion, and where everything is."""
 
+import sys
 from typing import Any, Final
 
 import msgspec
@@ -9,8 +10,8 @@ from evsys_bus.cli.planned import Planned
 from evsys_bus.cli.progress import figures
 from evsys_bus.cli.progress.figures import pair
 from evsys_bus.cli.progress.live import first_line
-from evsys_bus.cli.screen import printable
-from evsys_bus.cli.tables import GAP, columns
+from evsys_bus.cli.screen import printable, width_of
+from evsys_bus.cli.tables import GAP, facts, table
 from evsys_bus.codec import json_line
 from evsys_bus.context import ArmResult, ExperimentResult
 from evsys_bus.tasks import Delivery, Receipt
@@ -24,24 +25,25 @@ _UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 
 def result_lines(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:
     """The result, for people."""
+    width = width_of(sys.stdout)
     arms = summarise(result.arms, plan.config.success_metric)
     metrics = [name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _UNTOLD]
     shown = metrics[:_MAX_METRICS]
     head = ["arm", "runs", *map(printable, shown)]
     rows = [head, *(_row(arm, shown, result.best_arm) for arm in arms)]
-    lines = [f"{result.name}   {result.status} in {duration(seconds)}", "", *columns(rows)]
+    lines = [f"{result.name}   {result.status} in {duration(seconds)}", "", *table(rows, width)]
     failed = [(run, arm) for run, arm in _pairs(plan, result) if arm.status == "failed"]
     lines += ["", *(_failure(run, arm, plan) for run, arm in failed[:_MAX_FAILURES])] if failed else []
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
-    facts = [
+    told = [
         *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
         *([["conclusion", result.conclusion]] if result.conclusion else []),
         *([["delivery", GAP.join(map(_delivery, receipt.deliveries))]] if receipt and receipt.deliveries else []),
         ["data", plan.shown_folder],
         ["a run", f"evsys-bus show {plan.shown_folder}/{plan.runs[0].run_key}"],
     ]
-    return [*lines, "", *columns([[name, printable(text)] for name, text in facts])]
+    return [*lines, "", *facts([[name, printable(text)] for name, text in told], width)]
 
 
 def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:

@@ -49,6 +49,13 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
+def width_of(stream: TextIO) -> int | None:
+    """The columns of the terminal that it goes to; None where it goes elsewhere, and may be as wide as it is."""
+    import shutil  # it loads what decompresses, which `--help` does not need
+
+    return shutil.get_terminal_size().columns if is_terminal(stream) else None
+
+
 def printable(text: str) -> str:
     """The text with control characters spelt out: what came from files and exceptions must not steer a terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)

@@ -5,8 +5,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final, NamedTuple
 
 import anyio
@@ -15,14 +15,16 @@ import click
 from evsys_bus.bus import EventBus, Health, Receipt
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.planned import Planned, earlier_page
-from evsys_bus.cli.progress import Board, PlannedRun, ProgressMode, resolved, shown
+from evsys_bus.cli.printed import printed_aside
+from evsys_bus.cli.progress import Board, Left, PlannedRun, ProgressMode, Waiting, resolved, shown
 from evsys_bus.cli.results import result_json, result_lines
 from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.cli.tables import counted
-from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED
+from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.uploads import UploadWatch
 from evsys_bus.cli.warnings_log import warnings_shown
 from evsys_bus.context import ExperimentResult
+from evsys_bus.delivery.accounts import accounts
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.folder_lock import unwritable
@@ -31,6 +33,8 @@ from evsys_bus.training.loop import JOURNAL
 from evsys_bus.wiring import build_callbacks
 
 _MAX_STOPPED: Final = 4
+_DRAIN_SECONDS: Final = 20.0
+"""What leaving the bus may take; as the bus's own default."""
 
 
 class Wishes(NamedTuple):
@@ -70,7 +74,7 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     outcome: _Outcome | None = None
     with (
         Interrupts(told) as interrupts,
-        _stdout_to_stderr(wishes.as_json),
+        printed_aside(result_is_json=wishes.as_json, progress_is_json=as_json),
         shown(
             board,
             wishes.progress,
@@ -82,7 +86,7 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
         warnings_shown(screen, as_json=as_json),
     ):
         try:
-            outcome = anyio.run(_train, plan, wishes, [*callbacks, board], interrupts)
+            outcome = anyio.run(_train, plan, wishes, [*callbacks, board], interrupts, board)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if interrupts.received is None:
                 raise
@@ -93,9 +97,12 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     lines = (result_json if wishes.as_json else result_lines)(plan, outcome.result, seconds, outcome.receipt)
     with suppress(BrokenPipeError):  # nobody reads it any more; the exit code is the training's all the same
         click.echo("\n".join(lines))
-    unfinished = _tell_troubles(outcome, screen)
+    unfinished = _tell_troubles(outcome, plan, screen)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
+    if outcome.result.status == "cancelled":  # by a delivery that it needs
+        screen.note(f"stopped before it was done; go on with: {again}")
+        return REMOTE
     return PENDING if unfinished and wishes.strict else OK
 
 
@@ -105,24 +112,43 @@ class _Outcome(NamedTuple):
     receipt: Receipt | None
 
 
-async def _train(plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts) -> _Outcome:
+async def _train(
+    plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts, board: Board
+) -> _Outcome:
     interrupts.stop_this_task()
-    bus = EventBus(callbacks, journal=plan.folder / JOURNAL)
+    bus = EventBus(callbacks, journal=plan.folder / JOURNAL, drain_timeout=_DRAIN_SECONDS)
     try:  # before the journal says in words of its own that it cannot be opened there
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(plan.folder.absolute(), "the experiment's directory", error) from error
-    async with bus:
-        result = await Experiment(
-            plan.config,
-            bus=bus,
-            resume=wishes.resume,
-            output_dir=plan.folder,
-            only_arms=list(dict.fromkeys(run.arm for run in plan.runs)),
-            only_seeds=list(dict.fromkeys(run.seed for run in plan.runs)),
-        ).run()
-        health = bus.health()
-    return _Outcome(result, health, bus.receipt)
+    trained: tuple[ExperimentResult, Health] | None = None
+    try:
+        async with bus:
+            experiment = Experiment(
+                plan.config,
+                bus=bus,
+                resume=wishes.resume,
+                output_dir=plan.folder,
+                only_arms=list(dict.fromkeys(run.arm for run in plan.runs)),
+                only_seeds=list(dict.fromkeys(run.seed for run in plan.runs)),
+            )
+            try:
+                trained = await experiment.run(), bus.health()
+            finally:
+                interrupts.end_the_wait_of_this_task()
+                board.waiting = Waiting(lambda: _left(bus.health()), _DRAIN_SECONDS)
+    except asyncio.CancelledError:
+        if trained is None:
+            raise
+        # All runs had ended before: only the wait for deliveries was cut short, and what is pending is told.
+    finally:
+        board.waiting = None
+    assert trained is not None
+    return _Outcome(*trained, bus.receipt)
+
+
+def _left(health: Health) -> Left:
+    return Left(health.tasks_running + health.tasks_waiting, health.deliveries)
 
 
 def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
@@ -162,16 +188,6 @@ def _metric(plan: Planned) -> str | None:
     return plan.config.success_metric and plan.config.success_metric.name
 
 
-@contextmanager
-def _stdout_to_stderr(wanted: bool) -> Generator[None]:
-    """What callbacks print goes to stderr where stdout is for JSON."""
-    if not wanted:
-        yield
-        return
-    with redirect_stdout(sys.stderr):
-        yield
-
-
 def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -> None:
     runs = list(board.runs.values())
     done = sum(run.status == "completed" for run in runs)
@@ -183,7 +199,7 @@ def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -
     screen.note(f"go on with: {again}")
 
 
-def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
+def _tell_troubles(outcome: _Outcome, plan: Planned, screen: Screen) -> bool:
     """What callbacks could not do; whether some of it was left undone."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     for hook in outcome.health.hooks:
@@ -202,15 +218,19 @@ def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
     if receipt.left:
         unfinished = True
         screen.note(f"{head} still running at the end, and left: {', '.join(receipt.left)}")
-    return _tell_undelivered(receipt, screen) or unfinished
+    return _tell_undelivered(receipt, plan, screen) or unfinished
 
 
-def _tell_undelivered(receipt: Receipt, screen: Screen) -> bool:
+def _tell_undelivered(receipt: Receipt, plan: Planned, screen: Screen) -> bool:
     """Which events did not reach their destinations; the last line is the command that finishes them."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    troubled = any(each.pending and each.trouble is not None for each in receipt.deliveries)
+    known = accounts(plan.folder / JOURNAL) if troubled else []
+    fixes = {each.name: each.state.fix for each in known if each.state is not None}
     for each in receipt.deliveries:
         if each.pending and each.trouble is not None:
-            screen.note(printable(f"{head} {each.name}: {each.trouble}"))
+            fix = f"   fix: {fixes[each.name]}" if fixes.get(each.name) else ""
+            screen.note(f"{head} {printable(f'{each.name}: {each.trouble}{fix}')}")
         if each.dead:
             screen.note(
                 f"{head} {printable(each.name)} refused {counted(each.dead, 'event')} for good; see: evsys-bus status"

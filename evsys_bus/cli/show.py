@@ -1,6 +1,8 @@
 """``evsys-bus show``: what is on record of a run or an experiment."""
 
 import difflib
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +12,7 @@ from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import color_option
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.records import ExperimentRecord, RunRecord
+    from evsys_bus.cli.records import ExperimentRecord, MetricRecord, RunRecord
 
 _MAX_CHECKPOINTS = 10
 
@@ -34,6 +36,7 @@ def command(folder: Path, as_json: bool) -> None:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:
         raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}")
+    _ask_journal(record)
     if as_json:
         from evsys_bus.codec import json_line, to_plain
 
@@ -42,6 +45,29 @@ def command(folder: Path, as_json: bool) -> None:
         return
     lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # told apart by what they have
     click.echo("\n".join(lines))
+
+
+def _ask_journal(record: "ExperimentRecord | RunRecord") -> None:
+    from evsys_bus.cli.run_journal import is_deserted, read_evals
+
+    if hasattr(record, "metrics"):
+        run = cast("RunRecord", record)
+        run.evals = read_evals(run.folder)
+        running = run.result is None and run.entry is not None and run.entry.status == "running"
+    else:
+        running = cast("ExperimentRecord", record).page.status == "running"
+    record.process_gone = running and is_deserted(record.folder)
+
+
+def _gone(experiment: Path) -> str:
+    """What to say behind "running"."""
+    again = shlex.join(["--resume", "--output-dir", str(experiment)])
+    return f", but its process is gone; go on with: evsys-bus run FILE {again}"
+
+
+def _parent(folder: Path) -> Path:
+    """Of ``.`` too."""
+    return (folder if folder.name else folder.absolute()).parent
 
 
 def _found(folder: Path) -> Path:
@@ -73,15 +99,15 @@ def _experiment_lines(record: "ExperimentRecord") -> list[str]:
     from evsys_bus.cli.progress.figures import number
     from evsys_bus.cli.progress.live import first_line
     from evsys_bus.cli.records import METRICS
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import columns
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import facts, table
     from evsys_bus.training.ledger import read_result
 
-    page = record.page
+    page, width = record.page, width_of(sys.stdout)
     best = NONE if page.best_arm is None else page.best_arm
     score = "" if page.best_score is None else f" ({number(page.best_score)})"
-    facts = [
-        ["status", page.status],
+    known = [
+        ["status", f"{page.status}{_gone(record.folder) if record.process_gone else ''}"],
         ["started", page.started],
         *([["ended", page.ended]] if page.ended else []),
         *([["hypothesis", page.hypothesis]] if page.hypothesis else []),
@@ -95,54 +121,60 @@ def _experiment_lines(record: "ExperimentRecord") -> list[str]:
         result = read_result(folder) if entry.status == "completed" and (folder / METRICS).exists() else None
         scores = {} if result is None else result.eval_metrics or result.metrics
         told = "  ".join(f"{name} {number(value)}" for name, value in list(scores.items())[:3])
-        rows.append([key, entry.status, printable(told or (first_line(entry.error) if entry.error else NONE))])
-    return [page.name, "", *columns([[name, printable(text)] for name, text in facts]), "", *columns(rows)]
+        status = "process gone" if record.process_gone and entry.status == "running" else entry.status
+        rows.append([key, status, printable(told or (first_line(entry.error) if entry.error else NONE))])
+    return [page.name, "", *facts([[name, printable(text)] for name, text in known], width), "", *table(rows, width)]
 
 
 def _run_lines(record: "RunRecord") -> list[str]:
     from evsys_bus.cli.amounts import NONE, duration
     from evsys_bus.cli.planned import params_line
     from evsys_bus.cli.progress.figures import number
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import columns
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import facts, table
 
-    result, entry = record.result, record.entry
+    result, entry, width = record.result, record.entry, width_of(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
     status = result.status if result is not None else entry.status if entry is not None else "unknown"
     config = result.run_config if result is not None else entry.run_config if entry is not None else None
     steps = 0 if record.last_step is None else record.last_step + 1
     of = f" of {artifacts.total_requested_steps:,}" if artifacts is not None else ""
     error = (result.error if result is not None else None) or (entry.error if entry is not None else None)
-    facts = [
-        ["status", status],
+    known = [
+        ["status", f"{status}{_gone(_parent(record.folder)) if record.process_gone else ''}"],
         *([["error", " ".join(error.split())]] if error else []),
         *([["config", params_line(cast("dict[str, Any]", config))]] if isinstance(config, dict) else []),
         ["steps", f"{steps:,}{of}"],
         *([["trained in", duration(artifacts.train_seconds)]] if artifacts is not None else []),
         ["data", str(record.folder)],
     ]
-    lines = [record.folder.name, "", *columns([[name, printable(text)] for name, text in facts])]
-    if record.metrics:
-        rows = [["metric", "rows", "first", "last", "least", "at step", "greatest", "at step"]]
-        for each in record.metrics:
-            values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
-            rows.append([printable(each.name), f"{each.rows:,}{_nan(each.nonfinite)}", *map(_told, values)])
-        lines += ["", *columns(rows)]
+    lines = [record.folder.name, "", *facts([[name, printable(text)] for name, text in known], width)]
+    for head, found in (("metric", record.metrics), ("eval while it trained", record.evals)):
+        if found:
+            rows = [[head, "rows", "first", "last", "least", "at step", "greatest", "at step"]]
+            lines += ["", *table([*rows, *map(_metric_row, found)], width)]
     if record.checkpoints:
         last = record.checkpoints[-_MAX_CHECKPOINTS:]
         earlier = len(record.checkpoints) - len(last)
         rows = [["checkpoint", "after step", "state", "weights"]]
         places = [[_near(path, record.folder) for path in (each.state_path, each.sampler_path)] for each in last]
         rows += [[each.name, f"{each.batch:,}", *place] for each, place in zip(last, places, strict=True)]
-        lines += ["", *columns([[printable(cell) for cell in row] for row in rows])]
+        lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]
         lines += [f"({earlier} earlier ones)"] if earlier else []
     if result is not None and result.evals:
         rows = [["eval", "tags", "metrics"]]
         for scored in result.evals:
             told = "  ".join(f"{name} {number(value)}" for name, value in scored.metrics.items())
             rows.append([scored.name, ",".join(scored.tags) or NONE, told])
-        lines += ["", *columns([[printable(cell) for cell in row] for row in rows])]
+        lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]
     return lines
+
+
+def _metric_row(each: "MetricRecord") -> list[str]:
+    from evsys_bus.cli.screen import printable
+
+    values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
+    return [printable(each.name), f"{each.rows:,}{_nan(each.nonfinite)}", *map(_told, values)]
 
 
 def _near(path: str | None, folder: Path) -> str:

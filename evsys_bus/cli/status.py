@@ -1,5 +1,6 @@
 """``evsys-bus status``: the streams of a journal, who writes them, and how far each adapter has got."""
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,9 +53,10 @@ def _lines(
     directory: Path, states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None"
 ) -> list[str]:
     from evsys_bus.cli.amounts import NONE, ago, size, span
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import columns, counted
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import counted, table
 
+    width = width_of(sys.stdout)
     head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
     rows = [head]
     for each in states:
@@ -63,7 +65,7 @@ def _lines(
         writer = NONE if each.owner is None else f"{each.owner.pid}@{each.owner.host} since {each.owner.since}"
         rows.append([each.stream, each.state, printable(writer), numbers, f"{each.segments:,}", size(each.bytes), age])
     total = sum(each.bytes for each in states)
-    lines = [f"{directory}   {counted(len(states), 'stream')}   {size(total)}", "", *columns(rows)]
+    lines = [f"{directory}   {counted(len(states), 'stream')}   {size(total)}", "", *table(rows, width)]
     if report is not None:
         from evsys_bus.cli.verification import summary
 
@@ -71,7 +73,7 @@ def _lines(
     if adapters:
         from evsys_bus.cli.adapter_states import adapter_lines
 
-        lines += ["", *adapter_lines(directory, adapters)]
+        lines += ["", *adapter_lines(directory, adapters, width)]
     return lines
 
 

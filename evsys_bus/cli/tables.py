@@ -1,10 +1,17 @@
-"""Rows of text in columns, for results on stdout: no boxes, no colours, so that ``cut`` and eyes can read them."""
+"""Rows of text in columns, for results on stdout: no boxes, no colours, so that ``cut`` and eyes can read them.
 
+Where they go to a terminal that is too narrow for them they are laid out anew, so that no word is broken.
+"""
+
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import Final
 
 GAP: Final = "   "
+_INNER: Final = "  "
+_LEAST_ROOM: Final = 20
+"""Of text: in less nothing is wrapped."""
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
@@ -17,9 +24,64 @@ def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
     return lines
 
 
+def table(rows: Sequence[Sequence[str]], width: int | None = None, *, indent: str = "") -> list[str]:
+    """`columns`, the first row with their heads; a row below the other, head by head, where the width is too small."""
+    lines = columns(rows, indent=indent)
+    if width is None or all(_width(line) <= width for line in lines) or not rows:
+        return lines
+    heads, *rest = rows
+    stacked: list[str] = []
+    for row in rest:
+        pairs = [f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell]
+        stacked += [f"{indent}{heads[0]} {row[0]}", *_packed(pairs, width, indent + _INNER)]
+    return stacked
+
+
+def facts(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """`columns` of names and texts; a text that is too long goes on below itself."""
+    room = 0 if width is None or not rows else width - max(_width(name) for name, _ in rows) - len(GAP)
+    if room < _LEAST_ROOM:
+        return columns(rows)
+    return columns([[name if at == 0 else "", line] for name, text in rows for at, line in _numbered(text, room)])
+
+
+def wrapped(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
+    """The text, at most as wide; what follows the first line is set in.
+
+    A command is left in one line, for what the terminal wraps is copied as one.
+    """
+    if width is None or _width(text) + len(indent) <= width or "evsys-bus " in text or width < _LEAST_ROOM:
+        return [f"{indent}{text}"]
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + _INNER,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
 def counted(count: int, thing: str) -> str:
     """``1 arm``, ``5 arms``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+
+
+def _numbered(text: str, room: int) -> list[tuple[int, str]]:
+    lines = wrapped(text, room)
+    return list(enumerate([lines[0], *(line.removeprefix(_INNER) for line in lines[1:])]))
+
+
+def _packed(pairs: Sequence[str], width: int, indent: str) -> list[str]:
+    """As many on a line as there is room for; at least one."""
+    lines: list[str] = []
+    for pair in pairs:
+        longer = f"{lines[-1]}{GAP}{pair}" if lines else ""
+        if lines and _width(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines += wrapped(pair, width, indent=indent)
+    return lines
 
 
 def _width(text: str) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option, is_terminal
+from evsys_bus.cli.screen import Screen, color_option, width_of
 from evsys_bus.cli.selecting import event_options, metric_option, since_option, unmatched
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def command(
         screen.note(str(journal.directory))
     wanted = Wanted(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
     reader = EventReader(journal.directory, wanted, learnt=True)
-    shown = _Shown(None if as_json else EventLines(metric=metric, columns=_columns()))
+    shown = _Shown(None if as_json else EventLines(metric=metric, columns=width_of(sys.stdout)))
     if count is None and since is not None:
         reader.seek(since)
         shown.add(reader.poll())
@@ -97,10 +97,3 @@ def _follow(reader: "EventReader", shown: _Shown) -> None:
     while True:
         shown.add(reader.poll())
         time.sleep(_POLL_SECONDS)
-
-
-def _columns() -> int | None:
-    """The width of the terminal, if stdout is one."""
-    import shutil
-
-    return shutil.get_terminal_size().columns if is_terminal(sys.stdout) else None

@@ -46,7 +46,9 @@ def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
 
     Args:
         data: What `encode` made.
-        contexts: Gives ``state.ctx``, by the run's key; without it a detached state has no ``ctx``.
+        contexts: Gives ``state.ctx``, by the run's key. Where the run is not in it, a state that had a ``ctx`` has one
+            that names the run, and where it lies, and nothing else (what a hook writes into that one reaches no later
+            hook); a state that had none has none.
 
     Raises:
         CodecError: The bytes are no envelope.
@@ -121,11 +123,29 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
         return None
     parts = entries(ref)
     state = _detached_state(parts)
-    if contexts is not None:
-        own: Any = parts.get("run") or run  # Any: as it was written
-        if own in contexts:
-            state.ctx = contexts[own]
+    own: Any = parts.get("run")  # Any: as it was written
+    if contexts is not None and (own or run) in contexts:
+        state.ctx = contexts[own or run]
+    elif own and type(own) is str:  # a bare state stays bare: adapters have their files elsewhere where there is a ctx
+        state.ctx = _unannounced(own, parts.get("output_dir"))
     return state
+
+
+def _unannounced(run: str, folder: Plain) -> LogContext:
+    """The context of a run whose start was not seen: what can be told of it from one of its states."""
+    known: dict[str, Plain] = {"run_key": run, "ids": {}, "extras": {}}
+    if type(folder) is str:
+        known["output_dir"] = _above(folder, run.count("/") + 1)
+    return _detached_context(dict.fromkeys(("config", "run_config", "group_name")) | known)
+
+
+@functools.lru_cache(maxsize=256)
+def _above(folder: str, levels: int) -> str:
+    """The directory so many levels up; a path takes itself apart at every look, and steps of one run have one."""
+    path = PurePath(folder)
+    for _ in range(levels):
+        path = path.parent
+    return str(path)
 
 
 def _context(ref: Plain, _: str | None, __: Contexts) -> LogContext | None:

@@ -5,6 +5,7 @@ segments, and becomes dead letters of its: counted, and said. Nothing else would
 """
 
 import time
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Final
 
@@ -33,7 +34,8 @@ class Retain(msgspec.Struct, frozen=True):
 def prune(disk: Disk, clock: Clock, directory: str, stream: str, retain: Retain) -> list[SegmentName]:
     """Remove the segments of a stream that may go, oldest first, never the newest one; which ones went.
 
-    The cursors are read from their files, so they are durable before anything is unlinked.
+    The cursors are read from their files, so they are durable before anything is unlinked. Nothing goes while one of
+    the followers that have left is delivered to, by ``evsys-bus sync``.
     """
     folder = f"{directory}/{stream}"
     names = layout.segments(disk, folder)
@@ -43,7 +45,8 @@ def prune(disk: Disk, clock: Clock, directory: str, stream: str, retain: Retain)
     left = {name: at for name, at in served.items() if at is not None and clock.wall() - at > LEFT_SECONDS}
     places = [cursors.load(name).place(stream).sequence for name in served if name not in left]
     total = sum(sizes.values())
-    gone: list[SegmentName] = []
+    going: list[SegmentName] = []
+    up_to = 0
     for name, following in pairwise(names):
         path = f"{folder}/{name}"
         too_many = retain.max_bytes is not None and total > retain.max_bytes
@@ -51,34 +54,40 @@ def prune(disk: Disk, clock: Clock, directory: str, stream: str, retain: Retain)
         last = following.first - 1
         if any(place < last for place in places) or not (too_many or too_old):
             break
-        if not all(_pass_over(disk, clock, directory, stream, last, each, at) for each, at in left.items()):
-            break
-        disk.remove(path)
         total -= sizes[name]
-        gone.append(name)
-    return gone
+        going.append(name)
+        up_to = last
+    if not going or not _pass_over(disk, clock, directory, stream, up_to, left):
+        return []
+    for name in going:
+        disk.remove(f"{folder}/{name}")
+    return going
 
 
-def _pass_over(disk: Disk, clock: Clock, directory: str, stream: str, last: int, follower: str, left_at: float) -> bool:
-    """Have what the follower has not had, up to there, count as dead; False where somebody delivers to it after all."""
-    lock = disk.lock(layout.courier_file(directory, follower, "lock"))
-    if lock is None:
-        return False
-    try:
-        cursors = Cursors(directory, disk)
-        cursor = cursors.read(follower)
-        place = cursor.place(stream)
-        events = last - place.sequence
-        if events > 0:
-            when = time.strftime("%Y-%m-%d", time.gmtime(left_at))
+def _pass_over(disk: Disk, clock: Clock, directory: str, stream: str, up_to: int, left: dict[str, float]) -> bool:
+    """Have what these have not had, up to there, count as dead.
+
+    For none of them, and False, where somebody delivers to one of them after all: then nothing goes.
+    """
+    cursors = Cursors(directory, disk)
+    with ExitStack() as locks:
+        for follower in left:
+            lock = disk.lock(layout.courier_file(directory, follower, "lock"))
+            if lock is None:
+                return False
+            locks.callback(disk.close, lock)
+        for follower, cursor in [(each, cursors.read(each)) for each in left]:  # all are read before one is moved
+            place = cursor.place(stream)
+            events = up_to - place.sequence
+            if events <= 0:
+                continue
+            when = time.strftime("%Y-%m-%d", time.gmtime(left[follower]))
             why = f"{events} events up to this one went with their segments: it was taken out of the config on {when}"
-            letter = _Letter(stream, last, clock.wall(), why)
+            letter = _Letter(stream, up_to, clock.wall(), why)
             _append(disk, layout.courier_file(directory, follower, "dead.jsonl"), letter)
-            cursor.streams[stream] = Place(last, place.delivered, place.dead + events)
+            cursor.streams[stream] = Place(up_to, place.delivered, place.dead + events)
             cursors.save(follower, cursor)
-            log().warning("journal.left_events_removed", follower=follower, stream=stream, events=events, up_to=last)
-    finally:
-        disk.close(lock)
+            log().warning("journal.left_events_removed", follower=follower, stream=stream, events=events, up_to=up_to)
     return True
 
 

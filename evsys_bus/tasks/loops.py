@@ -42,10 +42,13 @@ class LoopThread:
         """The loop, running."""
         with self._lock:
             if self._loop is None:
-                from evsys_bus.tasks.daemon_executor import DaemonExecutor  # what it imports is seldom needed before
-
                 self._loop = _new_loop()
-                self._loop.set_default_executor(DaemonExecutor())
+                try:  # what it imports is seldom needed before
+                    from evsys_bus.tasks.daemon_executor import DaemonExecutor
+                except RuntimeError:
+                    pass  # the program ends: what imports `concurrent.futures.thread` cannot be imported any more
+                else:
+                    self._loop.set_default_executor(DaemonExecutor())
                 self._stopping = threading.Event()
                 arguments = (self._loop, self._stopping)
                 self._thread = threading.Thread(target=_run, args=arguments, name="evsys-bus-loop", daemon=True)
@@ -88,6 +91,6 @@ def _run(loop: asyncio.AbstractEventLoop, stopping: threading.Event) -> None:
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except ImportError:  # Windows has none
+    except (ImportError, RuntimeError):  # Windows has none; and see `LoopThread.loop`
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()

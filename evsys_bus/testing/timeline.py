@@ -75,7 +75,7 @@ class Timeline:
 
 def minimal(folder: Path) -> Iterator[ev.Event]:
     """The same hooks with the least that their objects may hold."""
-    ctx, state = LogContext(folder), LoopState(step=0, num_steps=0, output_dir=folder)
+    ctx, state = LogContext(folder), LoopState(step=0, num_steps=0, output_dir=folder / "bare")
     yield ev.ExperimentStart(ctx)
     yield ev.GroupStart(ctx, "")
     yield ev.RunStart(ctx)
@@ -113,9 +113,8 @@ def enveloped(events: Iterable[ev.Event]) -> Iterator[ev.Envelope]:
     """The events as followers get them: through the bytes of a record, with detached objects."""
     contexts: dict[str, LogContext] = {}
     for seq, event in enumerate(events, 1):
-        handle = getattr(event, "ctx", None) or getattr(event, "state", None)
-        ctx: LogContext | None = getattr(handle, "ctx", handle)  # an event's ctx has none itself
-        run = None if ctx is None else getattr(ctx, "run_key", None)
+        handle: LogContext | LoopState | None = getattr(event, "ctx", None) or getattr(event, "state", None)
+        run = None if handle is None else handle.run_key
         envelope = decode(encode(ev.Envelope("conformance", seq, 1.7e9 + seq, event, run)), contexts)
         if isinstance(envelope.event, ev.RunStart) and run is not None:
             contexts[run] = envelope.event.ctx

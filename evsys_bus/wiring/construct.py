@@ -14,7 +14,9 @@ from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, join
 def check_arguments(
     cls: AdapterClass, spec: CallbackSpec, path: str, registry: Registry
 ) -> tuple[dict[str, Any], list[ConfigError]]:
-    """The keyword arguments that a spec's params become, or what is wrong with them. Any: they are the adapter's own.
+    """The keyword arguments that a spec's params become, or what is wrong with them, or missing for the adapter.
+
+    Any: they are the adapter's own.
 
     Raises:
         BrokenAdapterError: Its Config raised (chained).
@@ -22,12 +24,24 @@ def check_arguments(
     place = join(path, "params")
     try:
         arguments, findings = check_params(cls, spec.params)
-        if not findings:
-            return arguments, []
-        subject = callback_subject(spec.kind, cls)
-        return arguments, param_errors(subject, spec.params, findings, lambda path: join(place, *path))
+        wrong: list[ConfigError] = []
+        if findings:
+            subject = callback_subject(spec.kind, cls)
+            wrong = param_errors(subject, spec.params, findings, lambda path: join(place, *path))
     except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
         raise registry.broken(spec.kind, error, Where(place)) from error
+    return arguments, [*_lacking(spec.kind, path, registry), *wrong]
+
+
+def _lacking(kind: str, path: str, registry: Registry) -> list[ConfigError]:
+    """What the kind needs and is not installed, before its constructor, in whichever process, would find out."""
+    missing = registry.missing(kind)
+    if not missing:
+        return []
+    cause = ModuleNotFoundError(f"{' and '.join(missing)} not installed", name=missing[0])
+    error = registry.broken(kind, cause, Where(join(path, "kind")))
+    error.__cause__ = cause
+    return [error]
 
 
 def construct(

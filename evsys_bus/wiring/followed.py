@@ -14,8 +14,8 @@ import msgspec
 from evsys_bus.callback import Callback, callback_name, check_hooks
 from evsys_bus.delivery.followed import Followed, OnFailure, Recipe, Terms
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import BadSpecError, BrokenAdapterError, ConfigError, Where
-from evsys_bus.sink import Sink, sink_name
+from evsys_bus.errors import BadSpecError, BrokenAdapterError, ConfigError, SinkMethodError, Where
+from evsys_bus.sink import Sink, check_marks, check_sink, sink_name
 from evsys_bus.wiring.construct import check_arguments, construct
 from evsys_bus.wiring.params import check_params
 from evsys_bus.wiring.registry import REGISTRY, Registry
@@ -44,8 +44,8 @@ def follow(
         ranks: As those that follow, in `CallbackSpec`.
 
     Raises:
-        BadSpecError: It may stop the run.
-        HookError: A hook could never be called.
+        BadSpecError: It may stop the run, or has a delivery half.
+        HookError: A hook, or a method of a sink, could never be called.
 
     Example:
         >>> class Loss(Callback):
@@ -55,11 +55,18 @@ def follow(
     """
     if isinstance(adapter, Sink):
         label = name or sink_name(adapter)
+        check_sink(adapter)
     else:
         label = name or callback_name(adapter)
         check_hooks(adapter)
+        check_marks(adapter)
         if _stops_runs(type(adapter)):
             raise BadSpecError(f'"{label}" cannot be followed', why=_STOPS, fix="give the callback itself to the bus")
+        half = delivery_half(type(adapter))
+        if half is not None:
+            why = f"its hooks run inline, and its delivery half, {half.__name__}, is what is delivered to"
+            fix = f"build it from a spec, or give the bus both: EventBus([callback], sinks=[{half.__name__}(...)])"
+            raise BadSpecError(f'"{label}" cannot be followed as a whole', why=why, fix=fix)
     terms = Terms(ranks, on_failure, required, stop_after_seconds, max_staleness_seconds)
     return Followed(label, live=adapter, terms=terms)
 
@@ -96,7 +103,7 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
             what = f'"on_failure" says what a hook that raises means, and sink "{spec.kind}" has no hooks'
             fix = "leave it out: what `write` raises says what becomes of the batch"
             return [BadSpecError(what, where=Where(join(path, "on_failure")), fix=fix)]
-        return []
+        return _wrong_marks(cls, path)
     return [
         BadSpecError(
             f'"{key}" of callback "{spec.kind}" is for callbacks that are followed, and this one runs inline',
@@ -106,6 +113,14 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
         for key in Terms.__struct_fields__
         if getattr(spec, key) != getattr(_USUAL, key)
     ]
+
+
+def _wrong_marks(cls: AdapterClass, path: str) -> list[ConfigError]:
+    try:
+        check_marks(cls)
+    except SinkMethodError as error:
+        return [BadSpecError(error.what, where=Where(path), why=error.why, fix=error.fix)]
+    return []
 
 
 def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Registry = REGISTRY) -> Followed | None:

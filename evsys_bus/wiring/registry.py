@@ -4,7 +4,6 @@ Kinds of callbacks and of sinks are in one namespace, so that a kind alone says 
 when its kind is asked for, never before, so a broken one harms nobody else.
 """
 
-import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -16,11 +15,13 @@ from evsys_bus.errors import (
     BadSpecError,
     BrokenAdapterError,
     DuplicateKindError,
+    SinkMethodError,
     UnknownKindError,
     Where,
     did_you_mean,
 )
-from evsys_bus.sink import Sink
+from evsys_bus.sink import Sink, check_sink
+from evsys_bus.wiring.extras import missing_packages, requirement
 from evsys_bus.wiring.fields import is_config
 from evsys_bus.wiring.spec import AdapterClass
 
@@ -140,9 +141,7 @@ class Registry:
 
     def broken(self, kind: str, error: Exception, where: Where | None) -> BrokenAdapterError:
         """The error for a callback that could not be imported or constructed; an ImportError says what to install."""
-        with self._lock:
-            points = [] if kind in self._registered else self._read().get(kind, [])
-        point = points[0] if points else None
+        point = self._point(kind)
         why = f"{type(error).__name__}: {error}"
         module = error.name if isinstance(error, ImportError) else None
         if module is None:
@@ -151,10 +150,20 @@ class Registry:
             what = f'callback "{kind}" cannot be imported'
             fix = f"reinstall or update the package that offers it: {_offer(point)}"
         else:
-            wanted = _requirement(module.partition(".")[0], point)
+            wanted = requirement(module.partition(".")[0], point)
             what = f'callback "{kind}" needs a package that is not installed or does not fit: {module}'
             fix = f'pip install "{wanted}"   or: uv add "{wanted}"'
         return BrokenAdapterError(what, where=where, why=why, fix=fix)
+
+    def missing(self, kind: str) -> list[str]:
+        """The packages that an installed kind says it needs, and that are not installed here."""
+        point = self._point(kind)
+        return [] if point is None else missing_packages(point)
+
+    def _point(self, kind: str) -> "EntryPoint | None":
+        with self._lock:
+            points = [] if kind in self._registered else self._read().get(kind, [])
+        return points[0] if points else None
 
     def _read(self) -> "dict[str, list[EntryPoint]]":
         if self._offered is None:
@@ -181,7 +190,7 @@ class Registry:
 def check_class(
     kind: str, cls: object, where: Where | None, bases: tuple[AdapterClass, ...] = (Callback, Sink)
 ) -> None:
-    """Raise `BrokenAdapterError` unless ``cls`` is an adapter's class whose ``Config`` can be validated against."""
+    """Raise `BrokenAdapterError` unless ``cls`` is an adapter's class that can be built and delivered to."""
     if not (isinstance(cls, type) and issubclass(cls, bases)):
         names = " or ".join(base.__name__ for base in bases)
         raise BrokenAdapterError(
@@ -198,6 +207,16 @@ def check_class(
             why=f"it is {config!r:.100}",
             fix="make it a msgspec Struct, a dataclass or a pydantic model, or leave it out",
         )
+    sink = cast("object", cls if issubclass(cls, Sink) else cls.delivery)
+    if sink is None:
+        return
+    if not (isinstance(sink, type) and issubclass(sink, Sink)):
+        what, why = f'the delivery half of callback "{kind}" is no class derived from Sink', f"it is {sink!r:.100}"
+        raise BrokenAdapterError(what, where=where, why=why, fix="write `delivery = TheSink`, its class")
+    try:
+        check_sink(sink)
+    except SinkMethodError as error:
+        raise BrokenAdapterError(f'sink "{kind}": {error.what}', where=where, why=error.why, fix=error.fix) from error
 
 
 def _target(cls: type) -> str:
@@ -214,24 +233,6 @@ def _offer(point: "EntryPoint") -> str:
 
 def _origin(points: "list[EntryPoint]") -> Origin:
     return Origin(points[0].value, tuple(_package(point) for point in points))
-
-
-def _requirement(module: str, point: "EntryPoint | None") -> str:
-    """What to install for a missing module: the extra of the callback's package that brings it, else the module."""
-    if point is None or point.dist is None:
-        return module
-    if point.extras:
-        return f"{point.dist.name}[{','.join(point.extras)}]"
-    for line in point.dist.requires or ():
-        needed = re.match(r"[\w.-]+", line)
-        extra = re.search(r"""\bextra\s*==\s*['"]([^'"]+)['"]""", line)
-        if needed and extra and _plain(needed[0]) == _plain(module):
-            return f"{point.dist.name}[{extra[1]}]"
-    return module
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 REGISTRY: Final = Registry()
@@ -276,7 +277,8 @@ def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], t
 
     Raises:
         DuplicateKindError: Another class, or an installed package, holds the kind.
-        BrokenAdapterError: The class is no `Sink`, or its ``Config`` is nothing that can be validated against.
+        BrokenAdapterError: The class is no `Sink`, its ``Config`` is nothing that can be validated against, or a
+            courier could not call its methods.
 
     Example:
         >>> @register_sink("doctest_lines")

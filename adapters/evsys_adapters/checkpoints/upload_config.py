@@ -1,5 +1,6 @@
 """What `checkpoint_upload` can be told; both of its halves are."""
 
+from importlib.util import find_spec
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -10,11 +11,26 @@ from evsys_bus.context import ManifestRow
 
 FINAL: Final = "final"
 
+StoreUrl = Annotated[
+    str, msgspec.Meta(pattern=r"^(s3://[^/]|file://(localhost)?[/{])", examples=["s3://bucket/{experiment}"])
+]
+"""Names an object store, as `open_store` takes it, but for placeholders."""
+
+
+def check_vendor(url: str) -> None:
+    """See that what speaks to such a store is installed.
+
+    Raises:
+        ModuleNotFoundError: It is not; `build_callbacks` makes a BrokenAdapterError of it.
+    """
+    if url.startswith("s3://") and find_spec("aiobotocore") is None:
+        raise ModuleNotFoundError("s3:// needs aiobotocore", name="aiobotocore")
+
 
 class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `CheckpointUploadCallback` can be told."""
 
-    url: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9+.-]+://", examples=["s3://bucket/{experiment}"])]
+    url: StoreUrl
     """Where to: ``s3://bucket/prefix`` or ``file:///folder``; a run's checkpoints go into a folder named after it.
     ``{experiment}`` stands for the name of the experiment's folder, ``{output_dir}`` for its path."""
     checkpoints: Literal["all", "final"] | Annotated[int, msgspec.Meta(ge=1)] = "all"
@@ -34,6 +50,9 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """A file that is larger goes in parts of this size, and after a crash only unfinished parts are sent again."""
     progress_seconds: Annotated[float, msgspec.Meta(gt=0)] = 2.0
     """How often an upload under way says how far it has got."""
+
+    def __post_init__(self) -> None:
+        check_vendor(self.url)
 
     @property
     def parts(self) -> tuple[PartName, ...]:

@@ -2,6 +2,7 @@
 
 board          what happened so far, kept by a callback: state only, O(1) per event
 figures        the arms of a board in figures
+waiting        the wait for tasks and deliveries at the end
 transfers      checkpoints on their way, up or down, and what is told of them
 transfer_bar   one of them on a line of a terminal
 lines          plain and JSON lines, for pipes and logs
@@ -12,5 +13,6 @@ view           which of these it is, and the thread on whose timer they read the
 
 from evsys_bus.cli.progress.board import Board, PlannedRun
 from evsys_bus.cli.progress.view import ProgressMode, resolved, shown
+from evsys_bus.cli.progress.waiting import Left, Waiting
 
-__all__ = ["Board", "PlannedRun", "ProgressMode", "resolved", "shown"]
+__all__ = ["Board", "Left", "PlannedRun", "ProgressMode", "Waiting", "resolved", "shown"]

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, cast
 import msgspec
 
 from evsys_bus.callback import Callback
+from evsys_bus.cli.progress.waiting import Waiting
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -122,6 +123,8 @@ class Board(Callback):
         self.news_dropped = 0
         self.notice: str | None = None
         """What the person at the terminal should know now."""
+        self.waiting: Waiting | None = None
+        """The wait for tasks and deliveries, once all runs are over."""
         self._keep_news = keep_news
 
     def say(self, event: str, run: RunProgress | None = None, *, at_step: int | None = None, **facts: Any) -> None:

@@ -6,6 +6,7 @@ Written straight through, a line would tear the table; drawn anew for every line
 import io
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Final, TextIO
 
 MAX_LINES: Final = 2_000
@@ -33,6 +34,19 @@ class Captured:
             self._lines.clear()
             self._dropped = 0
         return [f"({dropped:,} lines were printed too fast to show)", *lines] if dropped else lines
+
+
+class Relayed(Captured):
+    """Keeps none: each line goes on at once."""
+
+    def __init__(self, tell: Callable[[str], object]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def add(self, lines: list[str]) -> None:
+        """Tell them."""
+        for line in lines:
+            self._tell(line)
 
 
 class CapturedStream(io.TextIOBase):

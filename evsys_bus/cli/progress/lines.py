@@ -16,6 +16,10 @@ from evsys_bus.cli.screen import printable
 from evsys_bus.codec import json_line, to_plain
 
 PULSE_SECONDS: Final = 30.0
+WAIT_PULSE_SECONDS: Final = 10.0
+"""As the pulse, while deliveries are waited for."""
+SHORT_WAIT_SECONDS: Final = 1.0
+"""A wait that lasts no longer is not told of."""
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")
 
 
@@ -36,6 +40,7 @@ class LineView:
         self._form = form
         self._pulse_seconds = pulse_seconds
         self._pulsed = board.clock()
+        self._waited = SHORT_WAIT_SECONDS
         self._dropped = 0
         self._uploads = uploads
 
@@ -65,9 +70,20 @@ class LineView:
                 if run.status == "running"
             ]
             lines += [self._form(facts("uploading", each)) for each in uploads.under_way]
+        lines += self._wait()
         if lines:
             self._stream.write("".join(f"{line}\n" for line in lines))
             self._stream.flush()
+
+    def _wait(self) -> list[str]:
+        waiting = self._board.waiting
+        if waiting is None or waiting.lasted < self._waited:
+            return []
+        facts = waiting.facts()
+        if facts is None:
+            return []
+        self._waited = waiting.lasted + WAIT_PULSE_SECONDS
+        return [self._form({"time": _now(time.time())} | facts)]
 
 
 def run_facts(run: RunProgress, now: float) -> Facts:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
@@ -95,7 +96,8 @@ def draw(
     """The table for a terminal of this size, and below it what is uploaded just now."""
     now = board.clock()
     below = _upload_lines(uploads, width)
-    height -= len(below)
+    notices = _notices(board, width)
+    height -= len(below) + max(len(notices) - 1, 0)
     show = headline(board, success_metric)
     arms = arm_figures(board, show, now)
     failures = [run for run in list(board.runs.values()) if run.status == "failed"]
@@ -121,9 +123,15 @@ def draw(
     if len(failures) > len(told):
         parts.append(Text(f"! and {len(failures) - len(told)} more failed runs", style="red"))
     parts += [Text(""), *below, _dim_line(_footer(board, now, hint=width >= _NARROW))]
-    if board.notice:
-        parts.append(Text(board.notice, style="yellow", overflow="ellipsis", no_wrap=True))
-    return Group(*parts)
+    return Group(*parts, *notices)
+
+
+def _notices(board: Board, width: int) -> list[Text]:
+    """What the person should know now; why it does not end is told whole."""
+    waiting = None if board.waiting is None else board.waiting.text()
+    if waiting is not None:
+        return [Text(line, style="yellow") for line in textwrap.wrap(waiting, max(width, 1))]
+    return [Text(board.notice, style="yellow", overflow="ellipsis", no_wrap=True)] if board.notice else []
 
 
 def _cells(arm: ArmFigures, *, sd: bool) -> list[RenderableType]:

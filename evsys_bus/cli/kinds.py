@@ -1,0 +1,114 @@
+"""The kinds of adapters as ``evsys-bus adapters`` tells of them: in a list, and each on a page of its own."""
+
+import inspect
+from typing import Any
+
+import msgspec
+
+from evsys_bus.errors import EvsysBusError
+from evsys_bus.wiring import Origin, callback_kinds, example, json_schema
+from evsys_bus.wiring.registry import REGISTRY
+
+
+class Entry(msgspec.Struct, omit_defaults=True):
+    """One kind in the list."""
+
+    kind: str
+    target: str
+    packages: tuple[str, ...]
+    summary: str = ""
+    error: str = ""
+    """Why it cannot be loaded; the others can."""
+    missing: str = ""
+    """What it needs and is not installed here."""
+    fix: str = ""
+
+
+class Page(msgspec.Struct):
+    """All about one kind. Any: JSON."""
+
+    kind: str
+    target: str
+    packages: tuple[str, ...]
+    summary: str
+    schema: dict[str, Any]
+    defaults: dict[str, Any]
+    example: dict[str, Any]
+
+
+def entries() -> list[Entry]:
+    """Every kind."""
+    return [_entry(kind, origin) for kind, origin in callback_kinds().items()]
+
+
+def entry_lines(found: list[Entry]) -> list[str]:
+    """The list, a kind a line; what is missing for it stands below."""
+    width = max((len(entry.kind) for entry in found), default=0)
+    lines: list[str] = []
+    for entry in found:
+        lines.append(f"{entry.kind:<{width}}  {entry.summary or f'cannot be loaded: {entry.error}'}")
+        if entry.missing:
+            lines.append(f"{'':<{width}}  ! not installed: {entry.missing}   {entry.fix}")
+    return lines
+
+
+def _entry(kind: str, origin: Origin) -> Entry:
+    entry = Entry(kind, origin.target, origin.packages)
+    missing = REGISTRY.missing(kind)
+    if missing:
+        entry.missing = ", ".join(missing)
+        entry.fix = REGISTRY.broken(kind, ModuleNotFoundError(name=missing[0]), None).fix or ""
+    try:
+        entry.summary = _summary(kind)
+    except EvsysBusError as error:
+        entry.error = error.why or error.what
+    return entry
+
+
+def page_of(kind: str) -> Page:
+    """All about one.
+
+    Raises:
+        UnknownKindError, BrokenAdapterError: There is no such kind, or it cannot be loaded.
+    """
+    schema = json_schema(kind)
+    origin = callback_kinds()[kind]
+    spec = example(kind)
+    return Page(
+        kind=kind,
+        target=origin.target,
+        packages=origin.packages,
+        summary=_summary(kind),
+        schema=schema,
+        defaults={key: part["default"] for key, part in schema["properties"].items() if "default" in part},
+        example={"kind": spec.kind, "params": spec.params},
+    )
+
+
+def page_text(page: Page) -> str:
+    """The page, for people."""
+    schema = msgspec.json.format(msgspec.json.encode(page.schema), indent=2).decode()
+    width = max(map(len, page.defaults), default=0)
+    defaults = [f"  {key:<{width}}  {_json(value)}" for key, value in page.defaults.items()]
+    return "\n".join(
+        [
+            f"{page.kind}   {page.summary}",
+            f"from {page.target}   {', '.join(page.packages)}".rstrip(),
+            "\nschema of its params",
+            schema,
+            *(["\ndefaults", *defaults] if defaults else []),
+            "\nexample",
+            f"  - kind: {page.kind}",
+            *([f"    params: {_json(page.example['params'])}"] if page.example["params"] else []),
+        ]
+    )
+
+
+def _summary(kind: str) -> str:
+    """The first line of the class's docstring: its own, not the one it inherits."""
+    cls = REGISTRY.find(kind)
+    return inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__).partition("\n")[0]
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

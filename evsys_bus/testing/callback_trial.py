@@ -1,0 +1,194 @@
+"""`CallbackTrial`: a callback under test, its hooks called inline and as its courier calls them, and what it wrote."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from evsys_bus.attached import RetryPolicy
+from evsys_bus.callback import Callback, attach, check_hooks, detach, hook_of
+from evsys_bus.errors import HookError
+from evsys_bus.events import Event, StepEnd
+from evsys_bus.sink import Sink, check_marks
+from evsys_bus.testing.findings import Findings
+from evsys_bus.testing.folders import Contents, difference, empty_folder
+from evsys_bus.testing.sink_trial import Unheard, bounded
+from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, enveloped, hostile, minimal
+
+_Events: TypeAlias = Callable[[Path], Iterable[Iterable[Event]]]
+"""The events of a trial, given its folder, in parts: what a part spawned is run at its end."""
+
+
+class CallbackTrial:
+    """One callback, made anew for each trial.
+
+    Args:
+        make: Makes it, given a folder.
+        contents: What it wrote there.
+        findings: Where it is said what is wrong.
+    """
+
+    def __init__(self, make: Callable[[Path], Callback | Sink], contents: Contents, findings: Findings) -> None:
+        self._make = make
+        self._contents = contents
+        self._findings = findings
+
+    def run(self, *, follow: bool) -> None:
+        """Every expectation of a callback."""
+        findings = self._findings
+        with empty_folder() as folder:
+            try:
+                check_hooks(adapter := self._make(folder))
+                if follow:
+                    check_marks(adapter)
+            except HookError as error:
+                findings.note(f"its hooks can be called as they are declared: {error}")
+                return
+        calm = self._after("a whole experiment, two runs at once", lambda folder: [Timeline(folder).whole()])
+        least = self._after("objects that hold the least", lambda folder: [minimal(folder)])
+        for run in RUNS:
+            alone = self._after("a run by itself", lambda folder, run=run: [Timeline(folder, [run]).whole()])
+            mine = {name: text for name, text in alone.items() if run in name and name in calm}
+            beside = {name: calm[name] for name in mine}
+            if beside != mine:
+                findings.note(f"a run beside another is as one by itself; {difference(mine, beside)}")
+        for what, metrics in hostile():
+            self._give(f"metrics with {what}", lambda folder, row=metrics: [_row(folder, row)])
+        self._give("late and repeated steps", _late)
+        again = self._after("start events that are told again", _told_again)
+        if again != calm:
+            findings.note(f"start events that are told again change nothing; {difference(calm, again)}")
+        if follow:
+            self._try_followed(calm, least)
+
+    def _try_followed(self, calm: Mapping[str, object], least: Mapping[str, object]) -> None:
+        followed = self._after("events read from a record", lambda folder: [_read(Timeline(folder).whole())])
+        if followed != calm:
+            self._findings.note(f"followed, it writes what it writes inline; {difference(calm, followed)}")
+        bare = self._after("minimal events read from a record", lambda folder: [_read(minimal(folder))])
+        if bare != least:
+            self._findings.note(f"followed, a loop by itself comes to the same as inline; {difference(least, bare)}")
+        self._give("steps of a run whose start was not seen", lambda folder: [_read(Timeline(folder).step(1))])
+        for what, metrics in hostile():
+            what = f"metrics with {what}, read from a record"  # noqa: PLW2901
+            self._give(what, lambda folder, row=metrics: [_read(_row(folder, row))])
+        with empty_folder() as folder:
+            adapter = self._make(folder)
+        if hasattr(adapter, "mark"):
+            self._try_rewinding(calm)
+
+    def _try_rewinding(self, calm: Mapping[str, object]) -> None:
+        with empty_folder() as folder:
+            timeline = Timeline(folder)
+            events = [*_read(timeline.whole())]
+            middle = events.index(next(each for each in events if isinstance(each, StepEnd) and each.step_idx == 2))  # noqa: PLR2004
+            starts = [*_read(timeline.starts(2))]
+
+            def crash_and_go_on() -> None:
+                before: Any = self._make(folder)  # Any: it has more than the contract asks for
+                self._call(before, events[:middle])
+                mark = json.loads(json.dumps(before.mark()))
+                self._call(before, events[middle:])
+                after: Any = self._make(folder)
+                after.rewind(mark)
+                self._call(after, [*starts, *events[middle:]])
+
+            if self._findings.met("it can be marked, and rewound to a mark that went through JSON", crash_and_go_on):
+                rewound = self._written(folder)
+                if rewound != calm:
+                    self._findings.note(f"after a crash its files are as without; {difference(calm, rewound)}")
+
+    def _give(self, what: str, events: _Events) -> None:
+        """Give these events to one callback."""
+        with empty_folder() as folder:
+            self._give_in(folder, what, events)
+
+    def _after(self, what: str, events: _Events) -> Mapping[str, object]:
+        """Give these events to one callback; what it wrote."""
+        with empty_folder() as folder:
+            self._give_in(folder, what, events)
+            return self._written(folder)
+
+    def _give_in(self, folder: Path, what: str, events: _Events) -> None:
+        adapter = self._make(folder)
+        for some in events(folder):
+            self._call(adapter, some, what)
+
+    def _written(self, folder: Path) -> Mapping[str, object]:
+        found: list[Mapping[str, object]] = []
+        self._findings.met("`contents` can read what it wrote", lambda: found.append(self._contents(folder)))
+        return found[0] if found else {}
+
+    def _call(self, adapter: Callback | Sink, events: Iterable[Event], what: str = "what it writes") -> None:
+        spawned = _Spawned()
+        attach(adapter, spawned)
+        for event in events:
+            hook = hook_of(adapter, type(event))
+            if hook is None:
+                continue
+            values = {name: getattr(event, name) for name in event.__struct_fields__}
+            named = {name: values.pop(name) for name in event.keywords}
+            self._findings.met(f"{event.hook} takes", partial(hook, *values.values(), **named), what)
+        for name, run in spawned.taken:
+            self._findings.met(f"its task {name} takes", lambda: asyncio.run(bounded(run())), what)  # noqa: B023
+        detach(adapter, spawned)
+
+
+def _late(folder: Path) -> Iterator[Iterable[Event]]:
+    timeline = Timeline(folder)
+    yield timeline.starts()
+    for step in (0, 1, 1, 3, 2, 0):
+        yield timeline.step(step)
+
+
+def _told_again(folder: Path) -> Iterator[Iterable[Event]]:
+    timeline = Timeline(folder)
+    yield timeline.starts()
+    yield timeline.starts()
+    for step in range(STEPS):
+        yield timeline.step(step)
+        yield timeline.starts(step + 1)
+    yield timeline.ends()
+
+
+def _row(folder: Path, row: dict[str, Any]) -> Iterator[Event]:
+    """A step with this row, of runs that have begun: what fails then, fails on the row. Any: as in `hostile`."""
+    timeline = Timeline(folder)
+    yield from timeline.starts()
+    yield from timeline.step(0, row)
+
+
+def _read(events: Iterable[Event]) -> Iterator[Event]:
+    for envelope in enveloped(events):
+        assert isinstance(envelope.event, Event)
+        yield envelope.event
+
+
+class _Spawned(Unheard):
+    """Takes the tasks of hooks, to run them when the hooks are done."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = []
+        """Any: as coroutines are typed."""
+
+    def spawn(
+        self,
+        fn: Callable[..., Coroutine[Any, Any, object]],
+        /,
+        *args: Any,
+        name: str | None = None,
+        timeout: float | None = None,
+        retry: RetryPolicy | None = None,
+        lane: str | None = None,
+        owner: str | None = None,
+    ) -> bool:
+        """As `Callback.spawn`. Any: the arguments are those of ``fn``."""
+        del timeout, retry, lane, owner
+        self.taken.append((name or getattr(fn, "__name__", "task"), lambda: fn(*args)))
+        return True
+
+    def publishes_here(self) -> bool:
+        """It does."""
+        return True
