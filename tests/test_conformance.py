@@ -96,7 +96,7 @@ class Strange(Callback):
         ("tells live from detached", "followed, it writes what it writes inline; line 1 of lines is"),
         (
             "looks for a context",
-            "followed, a loop by itself comes to the same as inline; DetachedLoopState is too many",
+            "a loop by itself comes to the same as inline; DetachedLoopState is too many",
         ),
         ("keeps its run bare", "a run beside another is as one by itself; line 1 of narrow lines is"),
         ("begins anew", "start events that are told again change nothing; "),

@@ -46,7 +46,10 @@ def test_a_detached_state_has_its_scalars_and_says_so_when_a_live_part_is_asked_
 def test_handles_show_scalars_only_attached_or_not(tmp_path):
     ctx = LogContext(output_dir=tmp_path, config={"api_key": "secret"}, run_key="r")
     assert repr(ctx) == f"LogContext(output_dir={tmp_path!r}, run_key='r')"
-    assert repr(detached(DetachedLoopState, {"step": 7})) == "DetachedLoopState(step=7, stop_requested=False)"
+    assert (
+        repr(detached(DetachedLoopState, {"step": 7}))
+        == "DetachedLoopState(step=7, stop_requested=False, unfinished=False)"
+    )
     assert repr(TrainingBatch(data=[1], loss_fn="ppo")) == "TrainingBatch(loss_fn='ppo')"
 
 

@@ -124,8 +124,9 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
     parts = entries(ref)
     state = _detached_state(parts)
     own: Any = parts.get("run")  # Any: as it was written
-    if contexts is not None and (own or run) in contexts:
-        state.ctx = contexts[own or run]
+    key: Any = own or run
+    if contexts is not None and key in contexts:
+        state.ctx = contexts[key]
     elif own and type(own) is str:  # a bare state stays bare: adapters have their files elsewhere where there is a ctx
         state.ctx = _unannounced(own, parts.get("output_dir"))
     return state

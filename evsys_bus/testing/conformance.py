@@ -36,7 +36,8 @@ def conformance(
     Args:
         make: Called many times, each time with another empty folder, mostly outside an event loop. A sink needs a
             destination that is there.
-        follow: Whether the adapter may be followed; False for one that needs live objects.
+        follow: Whether the adapter may be followed; False for one that needs live objects. Of one with two halves the
+            first never is.
         contents: What the adapter wrote into a folder: texts, lists or other values that can be compared, by name.
             Those in whose names ``wide`` or ``narrow`` stands are taken for that run's own, and have to be the same
             where it runs alone. It is called where nothing was written, too.
@@ -57,7 +58,7 @@ def conformance(
         if isinstance(adapter, Sink):
             SinkTrial(make, findings).run()
         elif adapter is not None:
-            CallbackTrial(make, contents, findings).run(follow=follow)
+            CallbackTrial(make, contents, findings).run(follow=follow and not getattr(adapter, "delivery", None))
             _try_half(adapter, delivery, findings)
         sentences = findings.sentences()
         if sentences:

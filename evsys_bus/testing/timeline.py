@@ -75,7 +75,9 @@ class Timeline:
 
 def minimal(folder: Path) -> Iterator[ev.Event]:
     """The same hooks with the least that their objects may hold."""
-    ctx, state = LogContext(folder), LoopState(step=0, num_steps=0, output_dir=folder / "bare")
+    place = folder / "least"  # a folder of a trial has another name each time, and adapters write it down
+    place.mkdir(exist_ok=True)
+    ctx, state = LogContext(place), LoopState(step=0, num_steps=0, output_dir=place)
     yield ev.ExperimentStart(ctx)
     yield ev.GroupStart(ctx, "")
     yield ev.RunStart(ctx)
