@@ -380,6 +380,20 @@ async def test_a_hook_that_has_returned_is_not_called_again_although_its_batch_w
     assert callback.steps == [*range(8)]
 
 
+async def test_at_its_end_a_receiver_hears_that_its_last_mark_is_on_record(journal, stream):
+    """What it keeps for the mark before can go then; also where nothing came since the last commit."""
+    stream.run(0, 1, 2)
+    on_record = []
+
+    class Keeps(Kept):
+        def mark(self):
+            on_record.append(Cursors(journal).load("it").place(stream.name).sequence)
+            return super().mark()
+
+    await deliver(journal, Keeps())
+    assert on_record[-1] == Cursors(journal).load("it").place(stream.name).sequence > 0
+
+
 async def test_a_record_that_is_no_envelope_is_a_dead_letter_and_the_others_are_delivered(journal, stream):
     stream.steps(0)
     stream.writer.append(b"no envelope")

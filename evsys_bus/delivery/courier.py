@@ -272,7 +272,9 @@ class Courier:
         """Have all that was entered on the medium, unless that was done a moment ago, or refused."""
         now = self._clock.monotonic()
         self._books.look(last=last)
-        if not self._books.changed or (now < self._commit_due and not last and (self._refused or not at_once)):
+        if not self._books.changed and (not last or self._fault is not None):
+            return
+        if now < self._commit_due and not last and (self._refused or not at_once):
             return
         try:
             if last and self._taking and self._receiver.mark() is not None:
