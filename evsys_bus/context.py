@@ -14,6 +14,7 @@ Status words, everywhere: pending, running, completed, failed, cancelled.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
 
 import msgspec
@@ -62,6 +63,8 @@ class _Detached:
                 raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
             if attribute in self._parts:
                 value = self._parts[attribute]
+                if type(value) is FunctionType:  # nothing that travels is one: it is made now that it is asked for
+                    value = value(self._parts)
             elif attribute in self._unsaid:
                 value = self._unsaid[attribute]()
             else:

@@ -128,12 +128,13 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
     if contexts is not None and key in contexts:
         state.ctx = contexts[key]
     elif own and type(own) is str:  # a bare state stays bare: adapters have their files elsewhere where there is a ctx
-        state.ctx = _unannounced(own, parts.get("output_dir"))
+        parts["ctx"] = cast("Plain", _unannounced)
     return state
 
 
-def _unannounced(run: str, folder: Plain) -> LogContext:
-    """The context of a run whose start was not seen: what can be told of it from one of its states."""
+def _unannounced(parts: Mapping[str, Plain]) -> LogContext:
+    """The context of a run whose start was not seen: what can be told of it from one of its states, when asked for."""
+    run, folder = cast("str", parts["run"]), parts.get("output_dir")
     known: dict[str, Plain] = {"run_key": run, "ids": {}, "extras": {}}
     if type(folder) is str:
         known["output_dir"] = _above(folder, run.count("/") + 1)
