@@ -4,6 +4,7 @@ Said once: that an adapter is stuck, with why and what to do, and that it goes o
 only once it has lasted: most of it passes. Nothing is lost in any case.
 """
 
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # at run time it is imported where something is followed
 LASTING_SECONDS: Final = 10.0
 """After so long a failure that is tried again is told."""
 _STUCK: Final = ("parked", "failed")
+_COARSE_NANOSECONDS: Final = 1_000_000_000
 
 
 class News:
@@ -28,10 +30,14 @@ class News:
     """
 
     def __init__(self, directory: str, names: Sequence[str], *, every_seconds: float = 0.5) -> None:
-        from evsys_bus.journal import OsDisk
+        from evsys_bus.journal import OsDisk, layout
 
         self._disk: Final = OsDisk()
         self._directory: Final = directory
+        self._folder: Final = f"{directory}/{layout.COURIERS}"
+        self._changed = 0
+        """When something in the folder was last seen to be replaced; nanoseconds since the epoch."""
+        self._states: Final[dict[str, CourierState | None]] = dict.fromkeys(names)
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
         """What was said last of each; None where all is well."""
         self._every_seconds: Final = every_seconds
@@ -39,16 +45,27 @@ class News:
 
     def look(self) -> None:
         """Say what has changed; nothing, if it was asked for a moment ago."""
-        from evsys_bus.delivery.states import read_state
-
         now = time.monotonic()
         if now < self._due:
             return
         self._due = now + self._every_seconds
-        for name in self._told:
-            state = read_state(self._disk, self._directory, name)
+        self._read()
+        for name, state in self._states.items():
             if state is not None:
                 self._tell(name, state)
+
+    def _read(self) -> None:
+        """Most looks are one system call: each lets go of the interpreter, which a loop that computes notices."""
+        from evsys_bus.delivery.states import read_state
+
+        try:
+            changed = os.stat(self._folder).st_mtime_ns  # noqa: PTH116 # a Path of it would cost as much as the call
+        except OSError:
+            return
+        # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
+        if changed != self._changed or time.time_ns() - changed < _COARSE_NANOSECONDS:
+            self._changed = changed
+            self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
 
     def _tell(self, name: str, state: "CourierState") -> None:
         fails = state.state in _STUCK or (
