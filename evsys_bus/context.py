@@ -173,8 +173,8 @@ class DetachedLoopState(_Detached, LoopState):
 
     __slots__ = ("_parts",)
     _unsaid: ClassVar[Unsaid] = {
-        **{"stop_requested": bool, "unfinished": bool},
-        **{"stop_reason": type(None), "error": type(None), "ctx": type(None)},
+        "stop_requested": bool, "unfinished": bool,
+        "stop_reason": type(None), "error": type(None), "ctx": type(None),
     }
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
