@@ -154,10 +154,7 @@ class LoopState(_Handle):
 
     @property
     def run_key(self) -> str:
-        """Names the run, with a ``ctx`` or without one: the context's, else the name of the run's directory.
-
-        What a callback keeps of a run it keeps under this; a hook that is handed a context has ``ctx.run_key``.
-        """
+        """What a callback keeps of a run it keeps under this: the context's, else the name of the run's directory."""
         ctx = self.ctx
         return self.output_dir.name if ctx is None or ctx.run_key is None else ctx.run_key
 
@@ -173,8 +170,11 @@ class DetachedLoopState(_Detached, LoopState):
 
     __slots__ = ("_parts",)
     _unsaid: ClassVar[Unsaid] = {
-        "stop_requested": bool, "unfinished": bool,
-        "stop_reason": type(None), "error": type(None), "ctx": type(None),
+        "stop_requested": bool,
+        "unfinished": bool,
+        "stop_reason": type(None),
+        "error": type(None),
+        "ctx": type(None),
     }
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
