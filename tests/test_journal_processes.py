@@ -63,22 +63,24 @@ def test_nothing_with_a_receipt_is_lost_when_the_process_is_killed(tmp_path, pro
 # -- a reader beside a live writer ------------------------------------------------------------------------------------
 
 BUSY = """
-    import sys, time
+    import os, sys, time
     from evsys_bus.journal import JournalWriter
 
     writer = JournalWriter(sys.argv[1], segment_bytes=300_000).open()
-    end = time.monotonic() + 0.5
-    while time.monotonic() < end:
-        sequence = writer.next_sequence
-        writer.append(b"%d " % sequence * (1 + (sequence * 7919) % (9000 if sequence % 9 == 0 else 40)))
+    while not os.path.exists(sys.argv[2]):
+        for _ in range(100):
+            sequence = writer.next_sequence
+            writer.append(b"%d " % sequence * (1 + (sequence * 7919) % (9000 if sequence % 9 == 0 else 40)))
+        time.sleep(0.005)  # and the reader is level with it again
     writer.close()
     print(writer.recorded)
 """
 
 
 def test_a_tail_beside_a_busy_writer_never_takes_a_record_on_its_way_for_damage(tmp_path, program):
-    process = program(BUSY, str(tmp_path))
-    reader = JournalReader(tmp_path)
+    enough = tmp_path / "enough"
+    process = program(BUSY, str(tmp_path / "journal"), str(enough))
+    reader = JournalReader(tmp_path / "journal")
     while not reader.streams() and process.poll() is None:
         pass
     tail = reader.tail(reader.streams()[0])
@@ -92,9 +94,9 @@ def test_a_tail_beside_a_busy_writer_never_takes_a_record_on_its_way_for_damage(
             seen += 1
             assert record.sequence == seen
             assert record.payload.startswith(b"%d " % seen)
-    assert seen == int(process.stdout.read())
-    assert seen > 1000
-    assert polls > 20
+        if seen > 5000 and polls > 100:
+            enough.touch()
+    assert seen == int(process.stdout.read()) > 5000
     assert (tail.damaged_bytes, tail.torn_bytes, tail.missing, tail.unreadable) == (0, 0, [], [])
 
 
