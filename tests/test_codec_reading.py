@@ -1,3 +1,4 @@
+import math
 import random
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ import pydantic
 import pytest
 
 from evsys_bus import Envelope, EvalResult, LogContext, LoopState, ManifestRow, StepEnd, TrainingBatch, TrainStart
-from evsys_bus.codec import decode, encode, to_json
+from evsys_bus.codec import decode, encode, reading, to_json
 from evsys_bus.context import ArmResult, DetachedLoopState
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Event, UnknownEvent
@@ -216,3 +217,25 @@ def test_reading_does_not_share_anything_between_envelopes(tmp_path):
     first.replaced["x"] = "y"
     assert second.event.state.step == 3
     assert second.replaced == decode(data).replaced == {}
+
+
+@pytest.mark.parametrize("batch", [TrainingBatch(), TrainingBatch(loss_fn="ppo", metrics={"tokens": 7})])
+@pytest.mark.parametrize("ctx", [None, LogContext(Path("out"), run_key="group/run")])
+def test_a_step_is_read_as_any_other_event_is(batch, ctx, monkeypatch):
+    state = LoopState(3, 9, Path("out/group/run"), stop_requested=True, stop_reason="enough", ctx=ctx)
+    metrics = {"loss": math.nan, "n": 2**70, "why": "text", "deep": {"a": [1, None]}, "odd": object()}
+    data = encode(Envelope("r0-x", 4, 1.5, StepEnd(state, 3, batch, metrics), "group/run", 2))
+
+    def told(envelope: Envelope) -> str:
+        step = envelope.event
+        assert type(step) is StepEnd
+        run = None if step.state.ctx is None else step.state.ctx.run_key
+        parts = (step.state.step, step.state.output_dir, step.state.stop_reason, run, step.batch.loss_fn)
+        return repr((envelope.stream, envelope.seq, envelope.run, envelope.rank, envelope.replaced, parts))
+
+    fast = decode(data)
+    monkeypatch.setattr(reading, "_unpack_step", msgspec.msgpack.Decoder(int).decode)
+    slow = decode(data)
+    assert told(fast) == told(slow)
+    assert repr(fast.event.metrics) == repr(slow.event.metrics)
+    assert fast.event.batch.metrics == slow.event.batch.metrics

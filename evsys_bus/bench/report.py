@@ -50,14 +50,22 @@ def _version(package: str) -> str | None:
         return None
 
 
+_DIGITS: Final = 3
+
+
 def amount(value: float, unit: str) -> str:
     """A value in a unit that suits its size: ``412 ns``, ``12.3 µs``; counts stay counts."""
     if unit != "ns":
-        return f"{value:g} {unit}"
+        return f"{_figure(value)} {unit}"
     for size, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
         if value >= size * 0.9995:  # 999.7 ns would be told as 1e+03 ns
             return f"{value / size:.3g} {name}"
     return f"{value:.3g} ns"
+
+
+def _figure(value: float) -> str:
+    """Three digits that count, or all of those before the point."""
+    return f"{value:,.0f}" if len(f"{abs(value):.0f}") > _DIGITS else f"{value:.{_DIGITS}g}"
 
 
 def as_text(report: Report) -> str:
@@ -101,4 +109,4 @@ def _ratio(ratio: Spread | None) -> tuple[str, str]:
 def _verdict(verdict: Verdict) -> str:
     if verdict.kept is None or verdict.measured is None:
         return f"    ----  {verdict.promise}: not judged"
-    return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {verdict.measured:.3g} {verdict.unit}"
+    return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {_figure(verdict.measured)} {verdict.unit}"

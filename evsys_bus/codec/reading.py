@@ -15,7 +15,7 @@ from evsys_bus.codec.plain import Plain, entries
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
 from evsys_bus.context import LogContext, LoopState, TrainingBatch, detacher
 from evsys_bus.errors import CodecError
-from evsys_bus.events import Envelope, Event, UnknownEvent, event_type
+from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, event_type
 
 Contexts: TypeAlias = Mapping[str, LogContext] | None
 """The context of each run, by its key."""
@@ -23,20 +23,38 @@ Contexts: TypeAlias = Mapping[str, LogContext] | None
 Reader: TypeAlias = Callable[[dict[str, Plain], str | None, Contexts], Event]
 
 
-class _Head(msgspec.Struct, gc=False):
+class _Head(msgspec.Struct, gc=False, kw_only=True):
     stream: str
     seq: int
     time: float
-    event: dict[str, Any]  # Any: as it was written
+    event: Any  # Any: as it was written
     run: str | None = None
     rank: int = 0
     replaced: dict[str, str] = {}
 
 
+class _AnyHead(_Head, gc=False, kw_only=True):
+    event: dict[str, Any]
+
+
+class _Step(msgspec.Struct, gc=False, tag=StepEnd.__struct_config__.tag):
+    """Every field is there, and as it was written: Any."""
+
+    state: Any
+    step_idx: Any
+    batch: Any
+    metrics: Any
+
+
+class _StepHead(_Head, gc=False, kw_only=True):
+    event: _Step
+
+
 _detached_state: Final = detacher(LoopState)
 _detached_context: Final = detacher(LogContext)
 _detached_batch: Final = detacher(TrainingBatch)
-_unpack: Final = msgspec.msgpack.Decoder(_Head).decode
+_unpack: Final = msgspec.msgpack.Decoder(_AnyHead).decode
+_unpack_step: Final = msgspec.msgpack.Decoder(_StepHead).decode
 
 
 def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
@@ -53,6 +71,18 @@ def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
     Raises:
         CodecError: The bytes are no envelope.
     """
+    try:  # nearly all are steps: they take three quarters of the time where nothing is looked up by name
+        head = _unpack_step(data)
+    except (ValueError, TypeError, RecursionError):
+        return _decode_any(data, contexts)
+    run, step = head.run, head.event
+    state: Any = _state(step.state, run, contexts)  # Any: a program may have published None, here and in the next line
+    batch: Any = _batch(step.batch, run, contexts)
+    event = StepEnd(state, step.step_idx, batch, step.metrics)
+    return Envelope(head.stream, head.seq, head.time, event, run, head.rank, head.replaced)
+
+
+def _decode_any(data: bytes | memoryview, contexts: Contexts) -> Envelope:
     try:
         head = _unpack(data)
         fields = head.event

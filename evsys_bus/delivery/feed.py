@@ -12,10 +12,10 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from evsys_bus.codec import decode
 from evsys_bus.delivery.heard import Heard
-from evsys_bus.delivery.openings import BOUNDARIES, OF_A_CONTEXT, Contexts, Opening, open_at
+from evsys_bus.delivery.openings import Contexts, Opening, open_at
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Envelope, TrainStart
+from evsys_bus.events import Envelope, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 
 PATIENCE: Final = 60
@@ -213,11 +213,8 @@ class Feed:
                 envelopes.append(envelope)
                 sizes.append(size)
                 sequences.append(sequence)
-                event_type = type(envelope.event)
-                if event_type in OF_A_CONTEXT:
-                    contexts.share(envelope)
                 room -= 1
-                if event_type in BOUNDARIES:
+                if type(envelope.event) is not StepEnd and contexts.heed(envelope):  # nearly all are steps
                     batch.ends, filled = True, "full"
                     break
                 if not room:

@@ -26,11 +26,11 @@ from evsys_bus.journal import Disk, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.scanning import SegmentScan
 
-BOUNDARIES: Final[frozenset[type]] = frozenset(
+_BOUNDARIES: Final[frozenset[type]] = frozenset(
     {ExperimentStart, GroupStart, RunStart, TrainStart, TrainEnd, RunEnd, ExperimentEnd}
 )
 """A batch ends with one of these, so that a cursor can stand right behind it."""
-OF_A_CONTEXT: Final[frozenset[type]] = frozenset(
+_OF_A_CONTEXT: Final[frozenset[type]] = frozenset(
     {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, Learnt}
 )
 """Those with a ``ctx``, or with something for one."""
@@ -58,8 +58,14 @@ class Contexts:
         self._heard: Final = heard
         self._experiment: LogContext | None = None
 
-    def share(self, envelope: Envelope) -> None:
-        """Let the context of this event, of one of those in `OF_A_CONTEXT`, know what was written into earlier ones."""
+    def heed(self, envelope: Envelope) -> bool:
+        """Let its context know what was written into earlier ones, and them what it says; whether a batch ends here."""
+        kind = type(envelope.event)
+        if kind in _OF_A_CONTEXT:
+            self._share(envelope)
+        return kind in _BOUNDARIES
+
+    def _share(self, envelope: Envelope) -> None:
         if isinstance(envelope.event, Learnt):
             self.learn(envelope.event)
             return
@@ -128,8 +134,7 @@ def _open_or_close(found: dict[Opening, Envelope], contexts: Contexts, payload: 
     except CodecError:
         return  # it became a dead letter when it was its turn
     event, run = envelope.event, envelope.run
-    if type(event) in OF_A_CONTEXT:
-        contexts.share(envelope)
+    contexts.heed(envelope)
     if isinstance(event, ExperimentStart | GroupStart | RunStart | TrainStart):
         key = (type(event), event.group_name if isinstance(event, GroupStart) else run)
         found.pop(key, None)
