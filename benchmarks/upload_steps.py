@@ -21,7 +21,7 @@ from typing import Final
 from benchmarks.uploads import s3_server
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
-from evsys_bus.bench.lateness import ALIKE, ALONE, Block, Kind, block, row, within
+from evsys_bus.bench.lateness import ALIKE, ALONE, Block, Kind, apart, block, pin, row, within
 from evsys_bus.bench.question import Effort, Table
 from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.tasks import run_alone
@@ -125,11 +125,11 @@ def _bus_uploading(saved: Path, endpoint: str) -> Generator[EventBus, None, None
 
 @contextmanager
 def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None]:
-    """A bus on the first core; what it starts, on the others."""
-    with _elsewhere() as cores:
+    """A bus on the first core; its courier process, on the others."""
+    with apart() as cores:
         bus = EventBus(adapters, journal=folder / "journal", drain_timeout=0.0, linger_seconds=0.0)
         with bus:
-            _pin(cores[:1])
+            pin(cores[:1], threads=True)
             yield bus
 
 
@@ -138,7 +138,7 @@ def _s3(folder: Path) -> Generator[tuple[str, str], None, None]:
     """A server with the bucket, and a proxy before it that stalls: where both listen."""
     server = s3_server(folder / "s3")
     os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
-    with _elsewhere():
+    with apart():
         server.start()
         command = [sys.executable, "-c", _PROXY, str(server.port), str(STALL_SECONDS)]
         proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
@@ -172,20 +172,3 @@ def _wait(condition: Callable[[], bool]) -> None:
         if time.monotonic() > until:
             raise TimeoutError("the upload does not begin")
         time.sleep(0.01)
-
-
-@contextmanager
-def _elsewhere() -> Generator[list[int], None, None]:
-    """Leave the first core; gives all of them, and takes them back at the end."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    _pin(cores[1:])
-    try:
-        yield cores
-    finally:
-        _pin(cores)
-
-
-def _pin(cores: list[int]) -> None:
-    """The calling thread, and what it starts from here on."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(cores))

@@ -3,7 +3,8 @@
 A loop of steps that wait (as for a remote backend) or compute publishes each of them, without adapters, and with
 followed ones that are as bad as any. Blocks of both take turns; a block without adapters is measured twice in each
 round, to know how far two equal runs lie apart. Trainer and couriers are pinned to cores of their own where there are
-two, as they are on a training node.
+two, as they are on a training node: a thread of the trainer that waits for a core beside a courier that computes would
+keep the interpreter from the loop meanwhile.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -147,19 +148,33 @@ async def block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
 
 @contextmanager
 def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"]) -> Generator[EventBus, None, None]:
-    """A bus on the first core; what it starts, on the others."""
+    with apart() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        bus = EventBus(
+            adapters, journal=Path(folder, "journal"), couriers=couriers, drain_timeout=0.0, linger_seconds=0.0
+        )
+        with bus:
+            pin(cores[:1], threads=couriers == "process")
+            yield bus
+
+
+@contextmanager
+def apart() -> Generator[list[int], None, None]:
+    """What is started here is on all cores but the first; gives all of them, and takes them back at the end."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    pin(cores[1:])
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            bus = EventBus(
-                adapters, journal=Path(folder, "journal"), couriers=couriers, drain_timeout=0.0, linger_seconds=0.0
-            )
-            _pin(cores[1:])
-            with bus:
-                _pin(cores[:1])
-                yield bus
+        yield cores
     finally:
-        _pin(cores)
+        pin(cores, threads=True)
+
+
+def pin(cores: list[int], *, threads: bool = False) -> None:
+    """The calling thread, and what it starts from here on; or all threads that there are."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        tasks = Path("/proc/self/task")
+        for task in tasks.iterdir() if threads and tasks.exists() else (Path("0"),):
+            with suppress(ProcessLookupError):  # it has just ended
+                os.sched_setaffinity(int(task.name), set(cores))
 
 
 def _bus_alone() -> AbstractContextManager[EventBus]:
@@ -169,12 +184,6 @@ def _bus_alone() -> AbstractContextManager[EventBus]:
 def _bus_with(kinds: tuple[str, ...], couriers: Literal["process", "thread"]) -> AbstractContextManager[EventBus]:
     importlib.import_module("evsys_bus.bench.busy")  # registers them
     return _bus(*build_callbacks([CallbackSpec(kind) for kind in kinds]), couriers=couriers)
-
-
-def _pin(cores: list[int]) -> None:
-    """The calling thread, and what it starts from here on."""
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, set(cores))
 
 
 LATENESS: Final = Lateness()
