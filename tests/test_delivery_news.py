@@ -1,5 +1,6 @@
 """A courier's trouble shows where people look, while the program runs: in its own log, once."""
 
+import itertools
 import json
 import logging
 import os
@@ -82,10 +83,13 @@ def tell(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="evsys_bus")
     (tmp_path / layout.COURIERS).mkdir()
     news = News(str(tmp_path), ["it"], every_seconds=0.0)
+    ticks = itertools.count(time.time_ns(), 1_000_000)
 
-    def tell(state, **facts):
+    def tell(state, tick=None, **facts):
         caplog.clear()
         write_state(OsDisk(), str(tmp_path), "it", CourierState(state, os.getpid(), time.time(), **facts))
+        at = next(ticks) if tick is None else tick  # two changes may come in one tick of the file system's clock
+        os.utime(tmp_path / layout.COURIERS, ns=(at, at))
         news.look()
         news.look()
         return [(record.levelname, record.msg.split()[0]) for record in caplog.records]
@@ -102,3 +106,11 @@ def test_what_passes_is_not_told_what_lasts_is_and_that_it_goes_on(tell):
     assert tell("parked", error="401", fix="a key", failing_since=0.0) == [("WARNING", "delivery.parked")]
     assert tell("idle") == [("INFO", "delivery.goes_on")]
     assert tell("ended") == []
+
+
+def test_a_change_that_looks_like_the_one_before_is_seen_a_little_later(tell, monkeypatch):
+    assert tell("parked", tick=1_000, error="401") == [("WARNING", "delivery.parked")]
+    assert tell("idle", tick=1_000) == []
+    later = time.time_ns() + 2_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert tell("idle", tick=1_000) == [("INFO", "delivery.goes_on")]

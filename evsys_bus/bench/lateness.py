@@ -45,6 +45,8 @@ THREAD: Final = "adapters on threads"
 _BAD: Final = ("bench_computes", "bench_stalls", "bench_hangs")
 _ON_THREADS: Final = ("bench_notes", "bench_stalls", "bench_hangs")
 """What a hook itself computes cannot be cut into slices: such a one belongs in the process."""
+_DELIVERS: Final = ("bench_computes", "bench_notes", "bench_stalls")
+_PATIENCE_SECONDS: Final = 60.0
 _MOST_ROUNDS: Final = 12
 
 
@@ -154,7 +156,18 @@ def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"])
         )
         with bus:
             pin(cores[:1], threads=couriers == "process")
+            _wait_for_couriers(bus)
             yield bus
+
+
+def _wait_for_couriers(bus: EventBus) -> None:
+    """Until those that deliver anything have begun to: what is asked is how it is while they are busy."""
+    bus.publish(StepEnd(STATE, 0, BATCH, METRICS))
+    until = time.monotonic() + _PATIENCE_SECONDS
+    while any(each.name in _DELIVERS and not each.delivered for each in bus.health().deliveries):
+        if time.monotonic() > until:
+            raise TimeoutError("the couriers do not begin to deliver")
+        time.sleep(0.01)
 
 
 @contextmanager

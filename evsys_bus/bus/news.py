@@ -37,6 +37,8 @@ class News:
         self._folder: Final = f"{directory}/{layout.COURIERS}"
         self._changed = 0
         """When something in the folder was last seen to be replaced; nanoseconds since the epoch."""
+        self._again_at = 0
+        """When the states have to be read again all the same; nanoseconds since the epoch, 0 for never."""
         self._states: Final[dict[str, CourierState | None]] = dict.fromkeys(names)
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
         """What was said last of each; None where all is well."""
@@ -62,8 +64,10 @@ class News:
             changed = os.stat(self._folder).st_mtime_ns  # noqa: PTH116 # a Path of it would cost as much as the call
         except OSError:
             return
-        # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
-        if changed != self._changed or time.time_ns() - changed < _COARSE_NANOSECONDS:
+        now = time.time_ns()
+        if changed != self._changed or 0 < self._again_at <= now:
+            # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
+            self._again_at = now + _COARSE_NANOSECONDS if changed != self._changed else 0
             self._changed = changed
             self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
 
