@@ -26,7 +26,7 @@ class News:
     Args:
         directory: The journal.
         names: The adapters'.
-        every_seconds: Between two looks at the couriers' states.
+        every_seconds: Between two looks at the couriers' states, at first; up to four times that while they stay.
     """
 
     def __init__(self, directory: str, names: Sequence[str], *, every_seconds: float = 0.5) -> None:
@@ -43,6 +43,7 @@ class News:
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
         """What was said last of each; None where all is well."""
         self._every_seconds: Final = every_seconds
+        self._pause = every_seconds
         self._due = 0.0
 
     def look(self) -> None:
@@ -50,8 +51,9 @@ class News:
         now = time.monotonic()
         if now < self._due:
             return
-        self._due = now + self._every_seconds
+        self._pause = min(self._pause * 1.5, 4 * self._every_seconds)
         self._read()
+        self._due = now + self._pause
         for name, state in self._states.items():
             if state is not None:
                 self._tell(name, state)
@@ -69,6 +71,7 @@ class News:
             # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
             self._again_at = now + _COARSE_NANOSECONDS if changed != self._changed else 0
             self._changed = changed
+            self._pause = self._every_seconds
             self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
 
     def _tell(self, name: str, state: "CourierState") -> None:
