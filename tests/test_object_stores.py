@@ -170,6 +170,55 @@ async def test_an_upload_that_is_cancelled_leaves_nothing_under_the_key_and_goes
     assert await store.get_bytes("k") == path.read_bytes()
 
 
+async def fetched_in_part(store, stored, path):
+    """A fetch that ended when most of it was here; how much that was."""
+    seen, tell = told()
+    with anyio.CancelScope() as scope:
+        await store.get_file(
+            stored.key,
+            path,
+            stored=stored,
+            told=lambda done, size: tell(done, size) or (done > 3 * PART and scope.cancel()),
+        )
+    assert scope.cancelled_caught
+    assert not path.exists()
+    return seen[-1][0]
+
+
+async def test_a_fetch_that_ended_goes_on_where_it_was(store, ledger, file, tmp_path):
+    stored = await store.put_file("k", file, ledger=ledger)
+    path = tmp_path / "back" / ("ü" * 126 + ".pt")
+    here = await fetched_in_part(store, stored, path)
+    seen, tell = told()
+    assert await store.get_file("k", path, stored=stored, told=tell) == stored
+    assert seen[0][0] > here
+    assert path.read_bytes() == file.read_bytes()
+    assert list(path.parent.iterdir()) == [path]
+
+
+async def test_what_is_left_of_a_fetch_and_is_wrong_is_fetched_again(store, ledger, file, tmp_path):
+    stored = await store.put_file("k", file, ledger=ledger)
+    path = tmp_path / "back" / "weights.pt"
+    for wrong in (b"torn", os.urandom(6 * PART)):
+        await fetched_in_part(store, stored, path)
+        (left,) = path.parent.iterdir()
+        left.write_bytes(wrong)
+        assert await store.get_file("k", path, stored=stored) == stored
+        assert path.read_bytes() == file.read_bytes()
+        path.unlink()
+    assert not list(path.parent.iterdir())
+
+
+async def test_two_that_fetch_one_file_at_a_time_do_not_disturb_each_other(store, ledger, file, tmp_path):
+    stored = await store.put_file("k", file, ledger=ledger)
+    path = tmp_path / "back" / "weights.pt"
+    async with anyio.create_task_group() as group:
+        for _ in range(3):
+            group.start_soon(lambda: store.get_file("k", path, stored=stored))
+    assert path.read_bytes() == file.read_bytes()
+    assert [each.name for each in path.parent.iterdir()] == ["weights.pt"]
+
+
 async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, ledger, tmp_path):
     for name in ("gone", "changed", "here"):
         path = tmp_path / name

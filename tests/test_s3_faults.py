@@ -369,6 +369,27 @@ async def test_a_beginning_whose_reply_is_lost_leaves_no_upload_behind(s3, bucke
     await is_whole(bucket, "k", file)
 
 
+async def test_an_upload_whose_ledger_is_lost_is_ended_when_the_file_is_sent_anew(s3, bucket, ledger, file, tmp_path):
+    with anyio.CancelScope() as scope:
+        await bucket.put_file("k", file, ledger=ledger, told=lambda done, _: done > 2 * PART and scope.cancel())
+    assert len(await uploads_left(bucket)) == 1
+    await bucket.put_file("k", file, ledger=UploadLedger(tmp_path / "elsewhere"))
+    await is_whole(bucket, "k", file)
+    assert await uploads_left(bucket) == []
+
+
+async def test_who_may_not_list_uploads_may_send_files(s3, bucket, ledger, file):
+    async with through_middle(s3, bucket) as (store, middle):
+
+        async def forbid(request, body):
+            listing = request.method == "GET" and "uploads" in request.query
+            return middle.says(403, "AccessDenied", "no") if listing else None
+
+        middle.on = forbid
+        await store.put_file("k", file, ledger=ledger)
+    await is_whole(bucket, "k", file)
+
+
 # -- 35: wrong bytes --------------------------------------------------------------------------------------------------
 
 
@@ -427,6 +448,40 @@ async def test_a_download_that_is_cut_goes_on_where_it_ended(s3, bucket, ledger,
         assert await store.get_file("k", tmp_path / "back", stored=stored) == stored
         assert proxy.connections >= 2
     assert (tmp_path / "back").read_bytes() == file.read_bytes()
+
+
+FETCHER = """
+    import asyncio, sys
+    from pathlib import Path
+    from evsys_adapters.checkpoints import open_store
+
+    async def main():
+        store, _ = open_store(sys.argv[1], endpoint=sys.argv[2], region="us-east-1")
+        await store.get_file("k", Path(sys.argv[3]))
+
+    asyncio.run(main())
+"""
+
+
+async def test_a_download_that_is_killed_goes_on_in_another_process(s3, bucket, tmp_path, program):
+    data, back = os.urandom(5 << 20), tmp_path / "back" / "large"
+    stored = await bucket.put_bytes("k", data)  # the server holds up an object of many parts
+    async with fault_proxy("127.0.0.1", s3.port) as proxy:
+        await proxy.apply(Fault(delay_seconds=0.01))
+        url = bucket.where.split()[0]
+        process = program(FETCHER, url, f"http://127.0.0.1:{proxy.port}", str(back))
+        here = 0
+        while here < 2 << 20:
+            assert process.poll() is None, process.stderr.read()
+            await anyio.sleep(0.001)
+            here = sum(left.stat().st_size for left in back.parent.glob(".large.*"))
+        process.kill()
+        process.wait()
+    async with through_proxy(s3, bucket) as (store, proxy):
+        assert await store.get_file("k", back, stored=stored) == stored
+        assert proxy.received < stored.size - here + SLACK
+    assert back.read_bytes() == data
+    assert [each.name for each in back.parent.iterdir()] == ["large"]
 
 
 # -- 36, 37: the key exists; the file changes -------------------------------------------------------------------------

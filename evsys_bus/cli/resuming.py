@@ -14,7 +14,6 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.destination import Destination
-from evsys_adapters.checkpoints.durable import PARTIAL
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, is_elsewhere
 from evsys_adapters.checkpoints.places import Reach, url_for
 from evsys_adapters.checkpoints.restore import fetch, newest_state
@@ -170,8 +169,6 @@ async def _newest_there(destination: Destination) -> Manifest | None:
 
 async def _fetch(run: _Run, there: _There, tell: Tell) -> None:
     folder = run.plan.run_dir.absolute()
-    for left in (folder / FETCHED).rglob(PARTIAL):  # by a fetch that was killed; the lock is ours, so none is under way
-        left.unlink(missing_ok=True)
     told = metered(run.key, checkpoint_folder(there.manifest.row), tell)
     try:
         row = await fetch(there.destination, there.manifest, folder / FETCHED, told)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -10,13 +10,13 @@ from typing import BinaryIO, Final
 from anyio import to_thread
 
 from evsys_adapters.checkpoints import durable
+from evsys_adapters.checkpoints.copying import Copy, copy_into
 from evsys_adapters.checkpoints.ledger import Plan, Source, UploadLedger
 from evsys_adapters.checkpoints.store import (
     ConflictError,
     MissingError,
     Stored,
     Told,
-    check,
     check_key,
     missing_file,
 )
@@ -67,8 +67,11 @@ class FolderStore:
             else:
                 copy = durable.beside(target)
                 ledger.begin(Plan(self.where, key, str(path), source, upload=str(copy)))
-                with durable.needing_room(self.where):
-                    stored = Stored(key, source.size, await _copy(file, copy, source.size, told))
+                with durable.needing_room(self.where), copy.open("wb") as out:
+                    whole = Copy(out)
+                    await _read(file, source.size, told, whole)
+                    await to_thread.run_sync(durable.sync, out)
+                    stored = whole.stored(key)
                     if Source.of(os.fstat(file.fileno())) != source:
                         raise RetryLaterError(f"{path} changed while it was copied")
                     await to_thread.run_sync(durable.move, copy, target)
@@ -87,16 +90,10 @@ class FolderStore:
             file = self._path(key).open("rb")
         except FileNotFoundError as error:
             raise self._missing(key) from error
-        copy = durable.beside(path)
-        try:
-            with file:
-                size = os.fstat(file.fileno()).st_size
-                got = Stored(key, size, await _copy(file, copy, size, told))
-            check(got, stored, self.where)
-            await to_thread.run_sync(durable.move, copy, path)
-        finally:
-            copy.unlink(missing_ok=True)
-        return got
+        with file:
+            size = os.fstat(file.fileno()).st_size
+            tag = None if stored is None else stored.sha256
+            return await copy_into(path, Stored(key, size), stored, self.where, tag, partial(_read, file, size, told))
 
     async def get_bytes(self, key: str) -> bytes:
         """As `ObjectStore`."""
@@ -163,23 +160,17 @@ class FolderStore:
         return MissingError(f"{self._path(key)} is not there", fix="see what is stored: evsys-bus checkpoints RUN")
 
 
-async def _copy(file: BinaryIO, copy: Path, size: int, told: Told | None) -> str:
-    """Copy an open file, on the medium when this returns; the digest."""
-    digest, done = hashlib.sha256(), 0
-    with copy.open("wb") as out:
-        while piece := await to_thread.run_sync(_copy_piece, file, out, digest.update):
-            done += piece
-            if told is not None:
-                told(done, max(size, done))
-        await to_thread.run_sync(durable.sync, out)
-    return digest.hexdigest()
+async def _read(file: BinaryIO, size: int, told: Told | None, copy: Copy) -> None:
+    """Add what the copy of an open file has not yet."""
+    while await to_thread.run_sync(_read_piece, file, copy):
+        if told is not None:
+            told(copy.size, max(size, copy.size))
 
 
-def _copy_piece(file: BinaryIO, out: BinaryIO, seen: Callable[[bytes], None]) -> int:
-    """Copy so much that a cancellation does not wait long; how many bytes that was."""
-    done = 0
-    while done < _PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
-        seen(chunk)
-        out.write(chunk)
-        done += len(chunk)
-    return done
+def _read_piece(file: BinaryIO, copy: Copy) -> bool:
+    """Add so much that a cancellation does not wait long; whether there was any."""
+    file.seek(copy.size)
+    before = copy.size
+    while copy.size - before < _PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
+        copy.add(chunk)
+    return copy.size > before

@@ -66,7 +66,7 @@ async def newest_state(destination: Destination) -> Manifest | None:
 async def fetch(destination: Destination, manifest: Manifest, target: Path, told: Told | None = None) -> ManifestRow:
     """Have the checkpoint in ``target/<checkpoint>``; the row that names it there.
 
-    What is there already, with the right digest, is not fetched again.
+    What is there already, with the right digest, is not fetched again; of a file that is there in part, the rest is.
 
     Raises:
         DamagedError: A name would lead out of the folder, or an object is not what the manifest says.
@@ -94,6 +94,7 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
             try:
                 if not await anyio.to_thread.run_sync(_is_there, root, path, file.size, file.sha256):
                     await destination.store.get_file(key, path, stored=Stored(key, file.size, file.sha256), told=see)
+                await anyio.to_thread.run_sync(durable.clear, path)
                 see(file.size, file.size)
             except (DeliveryError, OSError) as error:
                 failed.append(error)

@@ -9,13 +9,14 @@ anything. `probe` tries whether it does; for one that does not, the payload is s
 
 import asyncio
 import hashlib
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 from anyio import to_thread
 
-from evsys_adapters.checkpoints import durable
+from evsys_adapters.checkpoints.copying import Copy, copy_into
 from evsys_adapters.checkpoints.ledger import UploadLedger, source_of
 from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection
 from evsys_adapters.checkpoints.s3_errors import WordError
@@ -103,19 +104,11 @@ class S3Store:
         return await self.put_whole(wanted, data, replace=replace)
 
     async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
-        """As `ObjectStore`. A download that is cut goes on where it ended."""
+        """As `ObjectStore`. A download that is cut goes on where it ended, also in another process."""
         head = await self._head(key)
-        copy = durable.beside(path)
-        try:
-            with copy.open("wb") as file:
-                got = await self._fetch(key, head, file, told)
-                await to_thread.run_sync(durable.sync, file)
-            check(got, Stored(key, head["ContentLength"], head["Metadata"].get("sha256")), self.where)
-            check(got, stored, self.where)
-            await to_thread.run_sync(durable.move, copy, path)
-        finally:
-            copy.unlink(missing_ok=True)
-        return got
+        theirs = Stored(key, head["ContentLength"], head["Metadata"].get("sha256"))
+        tag = theirs.sha256 or hashlib.sha256(head["ETag"].encode()).hexdigest()
+        return await copy_into(path, theirs, stored, self.where, tag, partial(self._read, key, head, told))
 
     async def get_bytes(self, key: str) -> bytes:
         """As `ObjectStore`."""
@@ -186,7 +179,9 @@ class S3Store:
             raise
         size, sha256 = head["ContentLength"], head["Metadata"].get("sha256")
         if size == wanted.size and sha256 is None:  # put there by someone else
-            sha256 = (await self._fetch(wanted.key, head, None, None)).sha256
+            there = Copy()
+            await self._read(wanted.key, head, None, there)
+            sha256 = there.stored(wanted.key).sha256
         if (size, sha256) != (wanted.size, wanted.sha256):
             raise ConflictError(
                 f"{wanted.key} in {self.where} has other content: {size} bytes, and not the {wanted.size} to be stored",
@@ -206,18 +201,12 @@ class S3Store:
             return error
         return MissingError(f"{key} is not in {self.where}", fix="see what is stored: evsys-bus checkpoints RUN")
 
-    async def _fetch(self, key: str, head: dict[str, Any], file: BinaryIO | None, told: Told | None) -> Stored:
-        """Read an object, to the file if there is one, and say what was read."""
-        digest, done, size = hashlib.sha256(), 0, int(head["ContentLength"])
-
-        def take(piece: bytes) -> None:
-            digest.update(piece)
-            if file is not None:
-                file.write(piece)
+    async def _read(self, key: str, head: dict[str, Any], told: Told | None, copy: Copy) -> None:
+        """Add what the copy of an object has not yet. Any: S3's reply."""
+        size = int(head["ContentLength"])
 
         async def read_on() -> None:
-            nonlocal done
-            start = {"Range": f"bytes={done}-"} if done else {}
+            start = {"Range": f"bytes={copy.size}-"} if copy.size else {}
             async with self._connection.requesting("GetObject", seconds=None) as client:
                 async with asyncio.timeout(REPLY_SECONDS):
                     reply = await client.get_object(
@@ -229,12 +218,11 @@ class S3Store:
                             piece: bytes = await body.read(READ_BYTES)
                         if not piece:
                             break
-                        await to_thread.run_sync(take, piece)
-                        done += len(piece)
+                        await to_thread.run_sync(copy.add, piece)
                         if told is not None:
-                            told(done, size)
-            if done < size:
-                raise RetryLaterError(f"{key} ended after {done} of {size} bytes")
+                            told(copy.size, size)
+            if copy.size < size:
+                raise RetryLaterError(f"{key} ended after {copy.size} of {size} bytes")
 
         try:
             await again()(read_on)
@@ -242,4 +230,3 @@ class S3Store:
             if error.word not in {"PreconditionFailed", "NoSuchKey"}:
                 raise
             raise DamagedError(f"{key} in {self.where} was replaced while it was fetched", fix="fetch again") from error
-        return Stored(key, done, digest.hexdigest())
