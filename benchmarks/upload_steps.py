@@ -21,10 +21,9 @@ from typing import Final
 from benchmarks.uploads import s3_server
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
-from evsys_bus.bench.lateness import ALIKE, ALONE, Block, Kind, apart, block, pin, row, within
+from evsys_bus.bench.lateness import ALIKE, ALONE, Kind, apart, blocks, pin, row, within
 from evsys_bus.bench.question import Effort, Table
 from evsys_bus.diagnostics import LOGGER_NAME
-from evsys_bus.tasks import run_alone
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
 """How many steps of each length, in seconds, a block has."""
@@ -85,12 +84,7 @@ def _table(
     steps: int,
     rounds: int,
 ) -> Table:
-    found: dict[str, list[Block]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with contenders[name]() as bus:
-                found[name].append(run_alone(lambda bus=bus: block(bus, kind, seconds, steps)))
+    found = blocks(contenders, kind, seconds, steps, rounds)
     return Table(
         title=f"steps of {seconds * 1e3:g} ms that {kind.removesuffix('s')}: median, to p99",
         unit="ns",

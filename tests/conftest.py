@@ -1,6 +1,7 @@
 """What every test may use: both event loops, and real programs in processes of their own."""
 
 import asyncio
+import contextlib
 import importlib.util
 import os
 import signal
@@ -10,11 +11,13 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import uvloop
 
 from evsys_bus import LoopState, StepEnd, TrainingBatch
+from evsys_bus.cli import run
 
 # Hundreds of interpreters are started here. Where this is set (container images do), each compiles all that it imports,
 # which is most of what a short program does.
@@ -50,6 +53,18 @@ def step_end(state: LoopState) -> Callable[..., StepEnd]:
         return StepEnd(state, step_idx, TrainingBatch(), metrics)
 
     return make
+
+
+@pytest.fixture
+def evsys_bus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process and in tmp_path: exit code, stdout, stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        with contextlib.chdir(tmp_path):
+            code = run([str(each) for each in arguments])
+        return code, *capsys.readouterr()
+
+    return command
 
 
 Program = subprocess.Popen[str]
@@ -105,3 +120,18 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+    """A bucket of its own on that server: its name, and the params that lead an adapter there. Any: params."""
+    import botocore.config
+    import botocore.session
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
+    name = f"bucket-{uuid4().hex}"
+    path_style = botocore.config.Config(s3={"addressing_style": "path"})
+    where = {"endpoint_url": s3.endpoint, "region_name": s3.region, "config": path_style}
+    botocore.session.get_session().create_client("s3", **where).create_bucket(Bucket=name)
+    return name, {"endpoint": s3.endpoint, "region": s3.region, "path_style": True}

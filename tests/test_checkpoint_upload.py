@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from pathlib import Path
-from uuid import uuid4
 
 import msgspec
 import pytest
@@ -99,21 +98,12 @@ class Upload:
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.servers)])
-def bucket(request, tmp_path, monkeypatch):
+def bucket(request, tmp_path):
     """A destination: its URL, and the params that lead there."""
     if request.param == "file":
         return f"file://{tmp_path}/bucket", {}
-    server = request.getfixturevalue("s3")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    import botocore.config
-    import botocore.session
-
-    name = f"bucket-{uuid4().hex}"
-    path_style = botocore.config.Config(s3={"addressing_style": "path"})
-    where = {"endpoint_url": server.endpoint, "region_name": server.region, "config": path_style}
-    botocore.session.get_session().create_client("s3", **where).create_bucket(Bucket=name)
-    return f"s3://{name}/prefix", {"endpoint": server.endpoint, "region": server.region, "path_style": True}
+    name, reach = request.getfixturevalue("s3_bucket")
+    return f"s3://{name}/prefix", reach
 
 
 @pytest.fixture

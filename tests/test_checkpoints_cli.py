@@ -1,7 +1,6 @@
 """``checkpoints`` and ``fetch``: what is told, and what is on disk afterwards."""
 
 import asyncio
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -12,21 +11,8 @@ import pytest
 from evsys_adapters.checkpoint_prune import CheckpointPrune
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, RunStart
-from evsys_bus.cli import run
 from evsys_bus.training import TrainingLoop
 from evsys_bus.wiring import Registry, build_callbacks
-
-
-@pytest.fixture
-def evsys_bus(capsys, tmp_path):
-    """The command line in this process and in tmp_path: exit code, stdout, stderr."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return code, *capsys.readouterr()
-
-    return command
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Which adapter, and which run, a command line or a file means; and what is missing here for it."""
 
-import contextlib
 import json
 import shutil
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import pytest
 
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, StepEnd, TrainingBatch
-from evsys_bus.cli import run
 from evsys_bus.wiring import callback_kinds
 
 PARAMS = {
@@ -21,18 +19,6 @@ PARAMS = {
 CANNOT_FOLLOW = {"early_stopping"}
 """What stops runs."""
 KINDS = [kind for kind, origin in callback_kinds().items() if origin.packages and kind not in CANNOT_FOLLOW]
-
-
-@pytest.fixture
-def evsys_bus(capsys, tmp_path):
-    """The command line in this process and in tmp_path: exit code, stdout, stderr."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def hidden(*packages):

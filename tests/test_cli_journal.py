@@ -1,6 +1,5 @@
 """``tail``, ``status`` and ``journal``, on real journals; ``EVSYS_GOLDEN=write`` writes the golden files anew."""
 
-import contextlib
 import csv
 import json
 import os
@@ -29,7 +28,6 @@ from evsys_bus import (
     StepEnd,
     TrainingBatch,
 )
-from evsys_bus.cli import run
 from evsys_bus.cli.event_reader import EventReader, Wanted
 from evsys_bus.codec import decode, encode, to_json
 from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, frame, verify
@@ -54,18 +52,6 @@ def journal(folder, events=10, **options):
 def recorded(directory):
     reader = JournalReader(directory)
     return [decode(record.payload) for stream in reader.streams() for record in reader.read(stream)]
-
-
-@pytest.fixture
-def evsys_bus(capsys, tmp_path):
-    """The command line in this process and in tmp_path: exit code, stdout, stderr."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return code, *capsys.readouterr()
-
-    return command
 
 
 def damage(directory, *places):

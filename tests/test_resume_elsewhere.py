@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import pytest
@@ -73,21 +72,11 @@ def state_of(folder):
 
 
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.servers)])
-def bucket(request, tmp_path, monkeypatch):
+def bucket(request, tmp_path):
     """Params of the destination."""
     if request.param == "file":
         return {"url": f"file://{tmp_path}/bucket/{{experiment}}"}
-    server = request.getfixturevalue("s3")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-    import botocore.config
-    import botocore.session
-
-    name = f"bucket-{uuid4().hex}"
-    path_style = botocore.config.Config(s3={"addressing_style": "path"})
-    where = {"endpoint_url": server.endpoint, "region_name": server.region, "config": path_style}
-    botocore.session.get_session().create_client("s3", **where).create_bucket(Bucket=name)
-    reach = {"endpoint": server.endpoint, "region": server.region, "path_style": True}
+    name, reach = request.getfixturevalue("s3_bucket")
     return {"url": f"s3://{name}/{{experiment}}", **reach}
 
 

@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -80,12 +80,7 @@ def _table(kind: Kind, seconds: float, steps: int, rounds: int) -> Table:
         PROCESS: partial(_bus_with, _BAD, "process"),
         THREAD: partial(_bus_with, _ON_THREADS, "thread"),
     }
-    found: dict[str, list[Block]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            with contenders[name]() as bus:
-                found[name].append(run_alone(lambda bus=bus: block(bus, kind, seconds, steps)))
+    found = blocks(contenders, kind, seconds, steps, rounds)
     verdicts = within(found[PROCESS], found[ALONE], found[ALIKE], "with the courier process")
     if kind == "waits":
         late, alone = (_p99(sorted(chain.from_iterable(each.late for each in found[name]))) for name in (THREAD, ALONE))
@@ -118,7 +113,7 @@ def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Blo
     """
     verdicts: list[Verdict] = []
     for name, of, most in (("median", statistics.median, MEDIAN_WITHIN), ("p99", _p99, P99_WITHIN)):
-        rounds = [[of(block.steps) for block in blocks] for blocks in zip(with_it, alone, alike, strict=True)]
+        rounds = [[of(each.steps) for each in turn] for turn in zip(with_it, alone, alike, strict=True)]
         spread = statistics.median(max(two) / min(two) for _, *two in rounds)
         measured = statistics.median(one / statistics.mean(two) for one, *two in rounds)
         bound = max(most, spread)
@@ -131,7 +126,24 @@ def _p99(ordered: list[float]) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
-async def block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
+def blocks(
+    contenders: Mapping[str, Callable[[], AbstractContextManager[EventBus]]],
+    kind: Kind,
+    seconds: float,
+    steps: int,
+    rounds: int,
+) -> dict[str, list[Block]]:
+    """The blocks of each contender, one in each round; they take turns, and in each round another one begins."""
+    found: dict[str, list[Block]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for turn in range(rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with contenders[name]() as bus:
+                found[name].append(run_alone(lambda bus=bus: _block(bus, kind, seconds, steps)))
+    return found
+
+
+async def _block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
     """So many steps of a training loop, each published."""
     found = Block([], [])
     for step in range(steps):
