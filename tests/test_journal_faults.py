@@ -105,6 +105,32 @@ def test_whichever_call_the_machine_stops_in_what_was_promised_is_there_after_it
         assert all(not stream.damaged for stream in verify("/journal", disk).streams), number
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_whichever_call_of_its_beginning_a_writer_is_killed_in_the_next_one_goes_on_in_the_stream(share):
+    def begun(disk: SimulatedDisk) -> JournalWriter:
+        return JournalWriter("/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
+
+    number = 1
+    killed = True
+    while killed:
+        disk = SimulatedDisk()
+        first = begun(disk)
+        first.append(payload(1))
+        disk.restart("kill")
+        disk.stop(disk.calls + number, share)
+        try:
+            begun(disk)
+        except MachineStopped:
+            pass
+        else:
+            killed = False
+        disk.restart("kill")
+        third = begun(disk)
+        assert (third.stream, third.next_sequence) == (first.stream, 2), number
+        number += 1
+    assert number > 10
+
+
 def test_on_a_full_disk_events_wait_in_order_and_are_written_when_there_is_room(caplog):
     disk = SimulatedDisk()
     writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()

@@ -21,8 +21,8 @@ from evsys_bus.errors import (
     ParkedError,
     RetryLaterError,
 )
-from evsys_bus.journal import layout
-from evsys_bus.journal.layout import Owner
+from evsys_bus.journal import OsDisk, layout
+from evsys_bus.journal.signature import signed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -133,11 +133,8 @@ class _Watched:
 
 def busy(directory: Path, name: str) -> CourierBusyError:
     """What to say where another process delivers."""
-    try:
-        holder = _owner(Path(layout.courier_file(str(directory), name, "lock")).read_bytes())
-        who = f"process {holder.pid} on {holder.host}, since {holder.since},"
-    except (OSError, msgspec.DecodeError):
-        who = "another process"
+    holder = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
+    who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
     fix = f"let it finish, or end it; see how it fares: evsys-bus status {directory}"
     return CourierBusyError(f"{who} delivers {directory} to {name}", fix=fix)
 
@@ -185,6 +182,3 @@ def trouble_of(outcome: Outcome) -> EvsysBusError | None:
     error.why = outcome.error or f"it took nothing for a while; nor did it say why ({outcome.seconds:.0f} s)"
     error.fix = f"{outcome.fix}   then: {again}" if outcome.fix else f"try again later: {again}"
     return error
-
-
-_owner: Final = msgspec.json.Decoder(Owner).decode

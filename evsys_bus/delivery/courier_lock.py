@@ -1,16 +1,12 @@
 """`CourierLock`: the lock that makes a courier the one that delivers to its adapter; its file says who that is."""
 
 import contextlib
-import os
-import time
 from typing import Final
-
-import msgspec
 
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.journal import Clock, Disk, layout
-from evsys_bus.journal.layout import Owner
+from evsys_bus.journal.signature import sign, signed
 
 
 class CourierLock:
@@ -41,13 +37,13 @@ class CourierLock:
             self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
             self._file = self._disk.lock(self._path)
             if self._file is not None:
-                self._sign(self._file)
+                sign(self._disk, self._clock, self._file)
                 return
         except OSError as error:
             phrase = "courier.not_lockable" if self._file is None else "courier.not_signed"
             log().warning(phrase, path=self._path, exc_info=error)
             return
-        holder = self._holder()
+        holder = signed(self._disk, self._path)
         who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
         raise CourierBusyError(
             f"{who} delivers {self._directory} to {self._name}",
@@ -70,18 +66,3 @@ class CourierLock:
         if file is not None:
             with contextlib.suppress(OSError):  # letting go is all that was wanted
                 self._disk.close(file)
-
-    def _sign(self, lock: int) -> None:
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._clock.wall()))
-        self._disk.truncate(lock, 0)
-        self._disk.write(lock, _write(Owner(os.getpid(), os.uname().nodename, since, self._disk.boot())))
-
-    def _holder(self) -> Owner | None:
-        try:
-            return _owner(self._disk.read(self._path, 0, 4096))
-        except (OSError, msgspec.DecodeError):
-            return None
-
-
-_write: Final = msgspec.json.Encoder().encode
-_owner: Final = msgspec.json.Decoder(Owner).decode

@@ -5,7 +5,6 @@ gone although followers have had them; their sequences must not be given to othe
 """
 
 import os
-import time
 
 import msgspec
 
@@ -19,6 +18,7 @@ from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family, Owner, SegmentName
 from evsys_bus.journal.place import place
 from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.signature import sign, signed
 
 
 class Claim(msgspec.Struct):
@@ -59,16 +59,13 @@ def hold(disk: Disk, clock: Clock, directory: str, stream: str) -> int | None:
         log().warning("journal.not_lockable", path=path, exc_info=error)
         return None
     if lock is not None:
-        _sign(disk, clock, lock)
+        sign(disk, clock, lock)
     return lock
 
 
 def owner(disk: Disk, directory: str, stream: str) -> Owner | None:
     """Who writes the stream, or wrote it last."""
-    try:
-        return _read(disk.read(f"{directory}/{stream}/{layout.LOCK}", 0, 4096))
-    except (OSError, msgspec.DecodeError):
-        return None
+    return signed(disk, f"{directory}/{stream}/{layout.LOCK}")
 
 
 def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim | None:
@@ -85,7 +82,7 @@ def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim |
         names = layout.segments(disk, folder)
         at_least = max(names[-1].first if names else 1, Cursors(directory, disk).furthest(stream) + 1)
         following = max(at_least, *(_behind(disk, folder, name) for name in names[-1:]), 1)
-        _sign(disk, clock, lock)
+        sign(disk, clock, lock)
     except (OSError, JournalVersionError) as error:
         log().warning("journal.not_continued", stream=stream, exc_info=error)
         if lock is not None:
@@ -104,13 +101,3 @@ def _behind(disk: Disk, folder: str, name: SegmentName) -> int:
         elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
             following = max(following, piece.sequence + 1)
     return following
-
-
-def _sign(disk: Disk, clock: Clock, lock: int) -> None:
-    since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.wall()))
-    disk.truncate(lock, 0)
-    disk.write(lock, _write(Owner(os.getpid(), os.uname().nodename, since, disk.boot())))
-
-
-_read = msgspec.json.Decoder(Owner).decode
-_write = msgspec.json.Encoder().encode
