@@ -1,5 +1,6 @@
 """Object stores as their callers see them: the folder, and S3 where a server can be run."""
 
+import fcntl
 import hashlib
 import os
 import resource
@@ -17,6 +18,7 @@ from evsys_adapters.checkpoints import (
     UploadLedger,
     open_store,
 )
+from evsys_adapters.checkpoints.copying import Copy, clear, partial_of
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
@@ -188,10 +190,12 @@ async def fetched_in_part(store, stored, path):
 async def test_a_fetch_that_ended_goes_on_where_it_was(store, ledger, file, tmp_path):
     stored = await store.put_file("k", file, ledger=ledger)
     path = tmp_path / "back" / ("ü" * 126 + ".pt")
-    here = await fetched_in_part(store, stored, path)
+    here = await fetched_in_part(store, stored, path) - 77
+    (left,) = path.parent.iterdir()
+    os.truncate(left, here)
     seen, tell = told()
     assert await store.get_file("k", path, stored=stored, told=tell) == stored
-    assert seen[0][0] > here
+    assert seen[0] == (here, stored.size)
     assert path.read_bytes() == file.read_bytes()
     assert list(path.parent.iterdir()) == [path]
 
@@ -199,7 +203,7 @@ async def test_a_fetch_that_ended_goes_on_where_it_was(store, ledger, file, tmp_
 async def test_what_is_left_of_a_fetch_and_is_wrong_is_fetched_again(store, ledger, file, tmp_path):
     stored = await store.put_file("k", file, ledger=ledger)
     path = tmp_path / "back" / "weights.pt"
-    for wrong in (b"torn", os.urandom(6 * PART)):
+    for wrong in (b"torn", bytes(stored.size), os.urandom(6 * PART)):
         await fetched_in_part(store, stored, path)
         (left,) = path.parent.iterdir()
         left.write_bytes(wrong)
@@ -217,6 +221,65 @@ async def test_two_that_fetch_one_file_at_a_time_do_not_disturb_each_other(store
             group.start_soon(lambda: store.get_file("k", path, stored=stored))
     assert path.read_bytes() == file.read_bytes()
     assert [each.name for each in path.parent.iterdir()] == ["weights.pt"]
+
+
+@pytest.mark.parametrize("what", ["a directory", "a link"])
+async def test_what_is_in_the_way_of_a_copy_is_left_alone(store, ledger, file, tmp_path, what):
+    stored = await store.put_file("k", file, ledger=ledger)
+    path, precious = tmp_path / "back" / "weights.pt", tmp_path / "precious"
+    precious.write_bytes(b"precious")
+    path.parent.mkdir()
+    way = partial_of(path, stored.sha256)
+    if what == "a link":
+        way.symlink_to(precious)
+    else:
+        way.mkdir()
+    assert await store.get_file("k", path, stored=stored) == stored
+    assert path.read_bytes() == file.read_bytes()
+    assert precious.read_bytes() == b"precious"
+    assert set(path.parent.iterdir()) == {path, way}
+    clear(path.parent)
+    assert way.is_symlink() or way.is_dir()
+
+
+async def test_what_is_left_of_an_object_without_a_digest_is_not_trusted(store, ledger, file, tmp_path):
+    stored = await store.put_file("k", file, ledger=ledger)
+    path = tmp_path / "back" / "weights.pt"
+    for digest in (stored.sha256, ""):
+        path.parent.mkdir(exist_ok=True)
+        partial_of(path, digest).write_bytes(bytes(stored.size))
+        assert (await store.get_file("k", path)).size == stored.size
+        assert path.read_bytes() == file.read_bytes()
+
+
+async def test_copies_that_are_under_way_are_not_cleared_and_what_is_left_of_others_is(tmp_path):
+    left, kept, held, odd = (tmp_path / "deep" / f".w.{digit * 32}.partial" for digit in ("0", "1", "2", "x"))
+    (tmp_path / "deep").mkdir()
+    for each in (left, kept, held, odd):
+        each.touch()
+    with held.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        clear(tmp_path, {kept})
+    assert set((tmp_path / "deep").iterdir()) == {kept, held, odd}
+
+
+async def test_a_piece_that_was_taken_in_part_is_in_the_copy_once(tmp_path):
+    whole = os.urandom(300_000)
+    with (tmp_path / "copy").open("w+b") as file:
+        copy = Copy(file.fileno(), tmp_path)
+        copy.add(whole[:100_000])
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+        try:
+            with pytest.raises(RetryLaterError, match="no room in"):
+                copy.add(whole[100_000:])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        copy.add(whole[100_000:200_000])
+        copy.add(whole[200_000:])
+        copy.finish()
+    assert (tmp_path / "copy").read_bytes() == whole
+    assert copy.stored("k") == Stored("k", len(whole), sha256(whole))
 
 
 async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, ledger, tmp_path):

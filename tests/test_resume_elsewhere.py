@@ -240,7 +240,7 @@ def test_a_fetch_that_was_interrupted_goes_on_with_the_files_that_are_not_here_y
     left.parent.mkdir(parents=True)
     shutil.copy(archive / "step-000019/state/step-000019.state.npz", left)
     before = left.stat().st_ino
-    (left.parent / ".step-000019.state.npz.0123456789ab.partial").write_text("of a fetch that was killed")
+    (left.parent / f".step-000019.state.npz.{16 * '0a'}.partial").write_text("of a fetch that was killed")
     assert second.run("--resume", "--progress", "off")[0] == 0
     assert left.stat().st_ino == before, "it was fetched again"
     assert [path.name for path in left.parent.iterdir()] == [left.name]

@@ -13,6 +13,7 @@ import anyio
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoints.copying import clear
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, is_elsewhere
 from evsys_adapters.checkpoints.places import Reach, url_for
@@ -169,7 +170,11 @@ async def _newest_there(destination: Destination) -> Manifest | None:
 
 async def _fetch(run: _Run, there: _There, tell: Tell) -> None:
     folder = run.plan.run_dir.absolute()
-    told = metered(run.key, checkpoint_folder(there.manifest.row), tell)
+    checkpoint = checkpoint_folder(there.manifest.row)
+    for other in (folder / FETCHED).glob("*"):
+        if other.name != checkpoint:  # what was begun of it is not gone on with, and takes room
+            await anyio.to_thread.run_sync(clear, other)
+    told = metered(run.key, checkpoint, tell)
     try:
         row = await fetch(there.destination, there.manifest, folder / FETCHED, told)
     except (RetryLaterError, ParkedError) as error:

@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO
 
 from anyio import to_thread
 
 from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.copying import Copy, copy_into
+from evsys_adapters.checkpoints.copying import PIECE_BYTES, Copy, copy_into
 from evsys_adapters.checkpoints.ledger import Plan, Source, UploadLedger
 from evsys_adapters.checkpoints.store import (
     ConflictError,
@@ -21,8 +21,6 @@ from evsys_adapters.checkpoints.store import (
     missing_file,
 )
 from evsys_bus.errors import ParkedError, RetryLaterError
-
-_PIECE_BYTES: Final = 4 << 20
 
 
 class FolderStore:
@@ -68,9 +66,9 @@ class FolderStore:
                 copy = durable.beside(target)
                 ledger.begin(Plan(self.where, key, str(path), source, upload=str(copy)))
                 with durable.needing_room(self.where), copy.open("wb") as out:
-                    whole = Copy(out)
+                    whole = Copy(out.fileno(), self.where)
                     await _read(file, source.size, told, whole)
-                    await to_thread.run_sync(durable.sync, out)
+                    await to_thread.run_sync(whole.finish)
                     stored = whole.stored(key)
                     if Source.of(os.fstat(file.fileno())) != source:
                         raise RetryLaterError(f"{path} changed while it was copied")
@@ -92,8 +90,7 @@ class FolderStore:
             raise self._missing(key) from error
         with file:
             size = os.fstat(file.fileno()).st_size
-            tag = None if stored is None else stored.sha256
-            return await copy_into(path, Stored(key, size), stored, self.where, tag, partial(_read, file, size, told))
+            return await copy_into(path, Stored(key, size), stored, self.where, told, partial(_read, file, size, told))
 
     async def get_bytes(self, key: str) -> bytes:
         """As `ObjectStore`."""
@@ -171,6 +168,6 @@ def _read_piece(file: BinaryIO, copy: Copy) -> bool:
     """Add so much that a cancellation does not wait long; whether there was any."""
     file.seek(copy.size)
     before = copy.size
-    while copy.size - before < _PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
+    while copy.size - before < PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
         copy.add(chunk)
     return copy.size > before

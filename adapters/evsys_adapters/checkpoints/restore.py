@@ -8,6 +8,7 @@ import anyio
 import msgspec
 
 from evsys_adapters.checkpoints import durable
+from evsys_adapters.checkpoints.copying import clear, partial_of
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import MANIFEST, Manifest, checkpoint_folder, inside, is_elsewhere
 from evsys_adapters.checkpoints.store import DamagedError, MissingError, Stored
@@ -78,6 +79,8 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
     row = msgspec.structs.replace(
         manifest.row, state_path=_place(root, manifest.state), sampler_path=_place(root, manifest.sampler)
     )
+    begun = {partial_of(paths[file.name], file.sha256) for file in manifest.files}
+    await anyio.to_thread.run_sync(clear, root, {*paths.values(), *begun})
     total, done = sum(file.size for file in manifest.files), dict.fromkeys(paths, 0)
     files = iter(manifest.files)
     failed: list[Exception] = []
@@ -94,7 +97,6 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
             try:
                 if not await anyio.to_thread.run_sync(_is_there, root, path, file.size, file.sha256):
                     await destination.store.get_file(key, path, stored=Stored(key, file.size, file.sha256), told=see)
-                await anyio.to_thread.run_sync(durable.clear, path)
                 see(file.size, file.size)
             except (DeliveryError, OSError) as error:
                 failed.append(error)

@@ -25,7 +25,7 @@ from evsys_adapters.checkpoints.pieces import PartBody, digests
 from evsys_adapters.checkpoints.s3_connection import S3Connection
 from evsys_adapters.checkpoints.s3_errors import WordError
 from evsys_adapters.checkpoints.store import ConflictError, Stored, Told, missing_file
-from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
+from evsys_bus.errors import DeliveryError, RetryLaterError
 
 ATTEMPTS: Final = 4
 """Of a part, and of a download from where it was cut; then it is the courier's turn."""
@@ -88,6 +88,9 @@ class FileUpload:
                     stored = None
             if stored is not None:
                 await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
+                if stored.size > self._bucket.part_bytes:
+                    with suppress(DeliveryError):  # it is stored, whatever becomes of these
+                        await abort_uploads(self._connection, self._key)  # as one whose ledger was lost
                 self._tell(stored.size, stored.size)
                 return stored
             await self._abort()
@@ -125,6 +128,8 @@ class FileUpload:
             confirmed = None if plan.upload is None else await self._confirmed(plan, parts)
             if confirmed is not None:
                 return plan, confirmed
+            if plan.upload is None:  # whether it was begun is not known
+                await self._abort()
             return msgspec.structs.replace(plan, upload=None), {}
         if found is not None:
             await self._abort()
@@ -144,8 +149,6 @@ class FileUpload:
         return {number: part for number, part in parts.items() if sizes.get(number) == (part.tag, _size(plan, number))}
 
     async def _begun(self, plan: Plan) -> Plan:
-        with suppress(ParkedError):  # where we may not list uploads, that is no reason not to begin one
-            await abort_uploads(self._connection, self._key)  # whose beginning was not heard, or whose ledger is lost
         await to_thread.run_sync(self._ledger.begin, plan)
         reply = await self._connection.call(
             "create_multipart_upload",
