@@ -191,6 +191,8 @@ class Following:
             self._crew.stop()
             self._crew.join(STOP_SECONDS)
         post_again(self._directory, self._posted)
+        if self._news is not None:
+            self._news.look(last=True)
         told = self.told(receipt)
         if told.finish is not None:
             self._tell(told.deliveries, told.finish)

@@ -4,9 +4,11 @@ Said once: that an adapter is stuck, with why and what to do, and that it goes o
 only once it has lasted: most of it passes. Nothing is lost in any case.
 """
 
+import math
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from evsys_bus.diagnostics import log
@@ -17,7 +19,7 @@ if TYPE_CHECKING:  # at run time it is imported where something is followed
 LASTING_SECONDS: Final = 10.0
 """After so long a failure that is tried again is told."""
 _STUCK: Final = ("parked", "failed")
-_COARSE_NANOSECONDS: Final = 1_000_000_000
+COARSE_SECONDS: Final = 1.0
 
 
 class News:
@@ -27,38 +29,49 @@ class News:
         directory: The journal.
         names: The adapters'.
         every_seconds: Between two looks at the couriers' states, at first; up to four times that while they stay.
+        monotonic: The clock.
     """
 
-    def __init__(self, directory: str, names: Sequence[str], *, every_seconds: float = 0.5) -> None:
+    def __init__(
+        self,
+        directory: str,
+        names: Sequence[str],
+        *,
+        every_seconds: float = 0.5,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         from evsys_bus.journal import OsDisk, layout
 
         self._disk: Final = OsDisk()
         self._directory: Final = directory
         self._folder: Final = f"{directory}/{layout.COURIERS}"
-        self._changed = 0
+        self._changed: int = 0
         """When something in the folder was last seen to be replaced; nanoseconds since the epoch."""
-        self._again_at = 0
-        """When the states have to be read again all the same; nanoseconds since the epoch, 0 for never."""
+        self._again_at = math.inf
+        """When the states have to be read again all the same; monotonic."""
         self._states: Final[dict[str, CourierState | None]] = dict.fromkeys(names)
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
         """What was said last of each; None where all is well."""
         self._every_seconds: Final = every_seconds
         self._pause = every_seconds
         self._due = 0.0
+        self._monotonic: Final = monotonic
+        self._lock: Final = threading.Lock()  # the last look is not the watchdog's
 
-    def look(self) -> None:
-        """Say what has changed; nothing, if it was asked for a moment ago."""
-        now = time.monotonic()
-        if now < self._due:
-            return
-        self._pause = min(self._pause * 1.5, 4 * self._every_seconds)
-        self._read()
-        self._due = now + self._pause
-        for name, state in self._states.items():
-            if state is not None:
-                self._tell(name, state)
+    def look(self, *, last: bool = False) -> None:
+        """Say what has changed; nothing, if it was asked for a moment ago and this is not the ``last`` look."""
+        with self._lock:
+            now = self._monotonic()
+            if now < self._due and not last:
+                return
+            self._pause = min(self._pause * 1.5, 4 * self._every_seconds)
+            self._read(-math.inf if last else self._again_at, now)
+            self._due = now + self._pause
+            for name, state in self._states.items():
+                if state is not None:
+                    self._tell(name, state)
 
-    def _read(self) -> None:
+    def _read(self, again_at: float, now: float) -> None:
         """Most looks are one system call: each lets go of the interpreter, which a loop that computes notices."""
         from evsys_bus.delivery.states import read_state
 
@@ -66,13 +79,15 @@ class News:
             changed = os.stat(self._folder).st_mtime_ns  # noqa: PTH116 # a Path of it would cost as much as the call
         except OSError:
             return
-        now = time.time_ns()
-        if changed != self._changed or 0 < self._again_at <= now:
-            # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
-            self._again_at = now + _COARSE_NANOSECONDS if changed != self._changed else 0
+        if changed == self._changed and now < again_at:
+            return
+        self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
+        # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
+        unsure = changed != self._changed or None in self._states.values()
+        self._again_at = now + COARSE_SECONDS if unsure else math.inf
+        if changed != self._changed:
             self._changed = changed
             self._pause = self._every_seconds
-            self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
 
     def _tell(self, name: str, state: "CourierState") -> None:
         fails = state.state in _STUCK or (

@@ -7,7 +7,7 @@ value that is not of the type it should be is kept as it was read: a hook sees t
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import PurePath
-from typing import Any, Final, TypeAlias, cast, get_args, get_origin
+from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_origin
 
 import msgspec
 
@@ -37,9 +37,10 @@ class _AnyHead(_Head, gc=False, kw_only=True):
     event: dict[str, Any]
 
 
-class _Step(msgspec.Struct, gc=False, tag=StepEnd.__struct_config__.tag):
-    """Every field is there, and as it was written: Any."""
+class _Step(msgspec.Struct, gc=False):
+    """A step that has every field. Any: as they were written. What it has besides is passed over unread."""
 
+    type: Literal["step_end"]
     state: Any
     step_idx: Any
     batch: Any
@@ -73,7 +74,7 @@ def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
     """
     try:  # nearly all are steps: they take three quarters of the time where nothing is looked up by name
         head = _unpack_step(data)
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, RecursionError, BufferError):
         return _decode_any(data, contexts)
     run, step = head.run, head.event
     state: Any = _state(step.state, run, contexts)  # Any: a program may have published None, here and in the next line
@@ -154,7 +155,7 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
     parts = entries(ref)
     state = _detached_state(parts)
     own: Any = parts.get("run")  # Any: as it was written
-    key: Any = own or run
+    key: Any = own if own and type(own) is str else run
     if contexts is not None and key in contexts:
         state.ctx = contexts[key]
     elif own and type(own) is str:  # a bare state stays bare: adapters have their files elsewhere where there is a ctx
