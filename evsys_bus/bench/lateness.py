@@ -12,6 +12,7 @@ import importlib
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -28,6 +29,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.delivery.followed import Followed
 from evsys_bus.events import StepEnd
 from evsys_bus.tasks import run_alone
+from evsys_bus.tasks.loops import LOOP_NAME
 from evsys_bus.wiring import CallbackSpec, build_callbacks
 
 Kind = Literal["waits", "computes"]
@@ -167,7 +169,10 @@ def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"])
             adapters, journal=Path(folder, "journal"), couriers=couriers, drain_timeout=0.0, linger_seconds=0.0
         )
         with bus:
-            pin(cores[:1], threads=couriers == "process")
+            pin(cores[:1], threads=True)
+            if couriers == "thread":
+                for loop in [each for each in threading.enumerate() if each.name == LOOP_NAME]:
+                    _pin(loop.native_id or 0, cores[1:])
             _wait_for_couriers(bus)
             yield bus
 
@@ -195,11 +200,15 @@ def apart() -> Generator[list[int], None, None]:
 
 def pin(cores: list[int], *, threads: bool = False) -> None:
     """The calling thread, and what it starts from here on; or all threads that there are."""
+    tasks = Path("/proc/self/task")
+    for task in [int(each.name) for each in tasks.iterdir()] if threads and tasks.exists() else [0]:
+        _pin(task, cores)
+
+
+def _pin(task: int, cores: list[int]) -> None:
     if cores and hasattr(os, "sched_setaffinity"):
-        tasks = Path("/proc/self/task")
-        for task in tasks.iterdir() if threads and tasks.exists() else (Path("0"),):
-            with suppress(ProcessLookupError):  # it has just ended
-                os.sched_setaffinity(int(task.name), set(cores))
+        with suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(task, set(cores))
 
 
 def _bus_alone() -> AbstractContextManager[EventBus]:

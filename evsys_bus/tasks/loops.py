@@ -9,6 +9,8 @@ from evsys_bus.diagnostics import log
 
 T = TypeVar("T")
 
+LOOP_NAME: Final = "evsys-bus-loop"
+"""Of the thread of a `LoopThread`."""
 STOP_SECONDS: Final = 1.0
 """How long the loop's thread may take to end; one that a task blocks is left behind."""
 
@@ -51,7 +53,7 @@ class LoopThread:
                     self._loop.set_default_executor(DaemonExecutor())
                 self._stopping = threading.Event()
                 arguments = (self._loop, self._stopping)
-                self._thread = threading.Thread(target=_run, args=arguments, name="evsys-bus-loop", daemon=True)
+                self._thread = threading.Thread(target=_run, args=arguments, name=LOOP_NAME, daemon=True)
                 self._thread.start()
             return self._loop
 
