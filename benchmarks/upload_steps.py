@@ -21,6 +21,7 @@ from typing import Final
 from benchmarks.uploads import s3_server
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
+from evsys_bus.bench.couriers import wait_for_their_end
 from evsys_bus.bench.lateness import ALIKE, ALONE, Kind, apart, blocks, pin, row, within
 from evsys_bus.bench.question import Effort, Table
 from evsys_bus.diagnostics import LOGGER_NAME
@@ -125,6 +126,7 @@ def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None
         with bus:
             pin(cores[:1], threads=True)
             yield bus
+        wait_for_their_end(folder / "journal")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from evsys_bus.bench.couriers import wait_for_their_end
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
 from evsys_bus.bench.growth import MAX_GROWTH_MB, STEPS_PER_ROUND, resident_megabytes
 from evsys_bus.bench.harness import Spread, spread_of
@@ -67,6 +68,7 @@ class Lag:
                 status = [_milliseconds(lambda: _pending(journal, steps)) for _ in range(_STATUS_CALLS)]
                 asked = resident_megabytes()
                 megabytes = sum(path.stat().st_size for path in journal.glob("*/*.seg")) / 1e6
+            wait_for_their_end(journal)
         yield _memory(steps, rate, {"program": (before[0], after[0]), "courier process": (before[1], after[1])})
         yield _memory(steps, rate, {"who asks for the status": (after[0], asked)}, what="asking")
         yield _times(steps, megabytes, spread_of(health), spread_of(status))

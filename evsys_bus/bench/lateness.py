@@ -21,6 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
+from evsys_bus.bench.couriers import wait_for_their_end
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
 from evsys_bus.bench.harness import Spread
 from evsys_bus.bench.question import Effort, Row, Table, Verdict
@@ -165,9 +166,8 @@ async def _block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block
 @contextmanager
 def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"]) -> Generator[EventBus, None, None]:
     with apart() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        bus = EventBus(
-            adapters, journal=Path(folder, "journal"), couriers=couriers, drain_timeout=0.0, linger_seconds=0.0
-        )
+        journal = Path(folder, "journal")
+        bus = EventBus(adapters, journal=journal, couriers=couriers, drain_timeout=0.0, linger_seconds=0.0)
         with bus:
             pin(cores[:1], threads=True)
             if couriers == "thread":
@@ -175,6 +175,7 @@ def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"])
                     _pin(loop.native_id or 0, cores[1:])
             _wait_for_couriers(bus)
             yield bus
+        wait_for_their_end(journal)
 
 
 def _wait_for_couriers(bus: EventBus) -> None:
