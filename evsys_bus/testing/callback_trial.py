@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from evsys_bus.attached import RetryPolicy
 from evsys_bus.callback import Callback, attach, check_hooks, detach, hook_of
 from evsys_bus.errors import HookError
 from evsys_bus.events import Event, StepEnd
@@ -179,13 +178,9 @@ class _Spawned(Unheard):
         /,
         *args: Any,
         name: str | None = None,
-        timeout: float | None = None,
-        retry: RetryPolicy | None = None,
-        lane: str | None = None,
-        owner: str | None = None,
+        **_: object,  # how they are run elsewhere
     ) -> bool:
         """As `Callback.spawn`. Any: the arguments are those of ``fn``."""
-        del timeout, retry, lane, owner
         self.taken.append((name or getattr(fn, "__name__", "task"), lambda: fn(*args)))
         return True
 
