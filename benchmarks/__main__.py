@@ -8,6 +8,7 @@ Any of the questions, or none for all of them. The group installs gigabytes; pee
 from collections.abc import Mapping
 
 from benchmarks import loggers as heavy
+from benchmarks.evsys_logger import EvsysLogger
 from benchmarks.frameworks import FRAMEWORKS
 from benchmarks.survival import Survival
 from benchmarks.upload_steps import UploadSteps
@@ -22,28 +23,33 @@ from evsys_bus.bench.journal import AT_LEAST, JOURNAL, Journal
 from evsys_bus.bench.kills import KILLS, Kills
 from evsys_bus.bench.lag import LAG
 from evsys_bus.bench.lateness import LATENESS
+from evsys_bus.bench.leaving import LEAVING
 from evsys_bus.bench.question import Question
+from evsys_bus.bench.shapes import SHAPES
 from evsys_bus.cli.bench import bench_command
 
 
 def _questions() -> Mapping[str, Question]:
     dispatch = dispatch_question(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
-    journal = Journal((*JOURNAL.modules, heavy.__name__), {**AT_LEAST, heavy.TENSORBOARD: 15, heavy.WANDB: 60})
+    journal = Journal((*JOURNAL.modules, heavy.__name__), {**AT_LEAST, heavy.TENSORBOARD: 1, heavy.WANDB: 1})
     kills = Kills((*KILLS.modules, heavy.__name__))
     asked: tuple[Question, ...] = (
         dispatch,
         IMPORTS,
         COSTS,
         journal,
+        SHAPES,
         kills,
         GROWTH,
         CATCHING_UP,
         LAG,
+        LEAVING,
         LATENESS,
         ALL_LOGGERS,
         Survival(),
         Uploads(),
         UploadSteps(),
+        EvsysLogger(),
     )
     return {question.name: question for question in asked}
 

@@ -2,9 +2,11 @@
 
 Blocks of steps take turns: without adapters, twice in each round, to know how far two equal runs lie apart; while the
 courier process uploads through a proxy that holds up every piece for half a second; and while it uploads at full
-speed. The trainer has the first core; courier, proxy and server share the others.
+speed. The trainer has the first core; courier, proxy and server share the others. And how late the loop itself wakes
+while ``placement: inline`` has it upload through that proxy.
 """
 
+import asyncio
 import importlib.util
 import logging
 import os
@@ -15,20 +17,39 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import median
 from typing import Final
 
 from benchmarks.uploads import s3_server
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
 from evsys_bus.bench.couriers import wait_for_their_end
-from evsys_bus.bench.lateness import ALIKE, ALONE, Kind, apart, blocks, pin, row, within
-from evsys_bus.bench.question import Effort, Table
+from evsys_bus.bench.harness import Spread
+from evsys_bus.bench.lateness import (
+    ALIKE,
+    ALONE,
+    LATE_WITHIN_NS,
+    Block,
+    Kind,
+    apart,
+    block,
+    blocks,
+    p99,
+    pin,
+    row,
+    within,
+)
+from evsys_bus.bench.question import Effort, Row, Table, Verdict
 from evsys_bus.diagnostics import LOGGER_NAME
+from evsys_bus.tasks import run_alone
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
 """How many steps of each length, in seconds, a block has."""
 STALLED: Final = "an upload to an S3 that stalls 500 ms"
+INLINE: Final = "an upload on the loop itself, to that S3"
 FULL: Final = "an upload at full speed"
 """Without a verdict: a training node does not have the S3 server on it."""
 STALL_SECONDS: Final = 0.5
@@ -76,6 +97,49 @@ class UploadSteps:
             for kind in kinds:
                 for seconds, steps in STEPS.items():
                     yield _table(contenders, kind, seconds, steps, rounds)
+            for seconds, steps in STEPS.items():
+                yield _inline_table(saved, stalling, seconds, steps, rounds)
+
+
+def _inline_table(saved: Path, endpoint: str, seconds: float, steps: int, rounds: int) -> Table:
+    """How late a loop wakes that uploads by itself."""
+    found: dict[str, list[Block]] = {ALONE: [], INLINE: []}
+    for _ in range(rounds):
+        found[ALONE].append(run_alone(partial(_block_beside, None, saved, seconds, steps)))
+        found[INLINE].append(run_alone(partial(_block_beside, endpoint, saved, seconds, steps)))
+        _abort_all(endpoint)
+    late = {name: sorted(chain.from_iterable(each.late for each in blocks)) for name, blocks in found.items()}
+    extra = (p99(late[INLINE]) - p99(late[ALONE])) * 1e9
+    promise = "an upload on the loop itself makes it wake at most 500 µs later at p99"
+    return Table(
+        title=f"how late waits of {seconds * 1e3:g} ms end: median, to p99",
+        unit="ns",
+        rows=[
+            Row(name, Spread(median(each) * 1e9, median(each) * 1e9, p99(each) * 1e9), ours=name == INLINE)
+            for name, each in late.items()
+        ],
+        verdicts=[Verdict(promise, extra / 1e3, extra <= LATE_WITHIN_NS, "µs")],
+    )
+
+
+async def _block_beside(endpoint: str | None, saved: Path, seconds: float, steps: int) -> Block:
+    """A block of steps that wait, on the loop that uploads meanwhile; without an endpoint it does not."""
+    url = f"s3://{BUCKET}/{time.monotonic_ns()}"
+    adapters = []
+    if endpoint is not None:
+        adapters = [CheckpointUploadCallback(url, endpoint=endpoint, region="us-east-1")]
+        adapters[0].placement = "inline"
+    with tempfile.TemporaryDirectory(dir=saved.parent, ignore_cleanup_errors=True) as folder:
+        state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
+        async with EventBus(adapters, journal=Path(folder, "journal"), drain_timeout=0.0) as bus:
+            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(saved))))
+            ledger = Spool.of(state.output_dir, url).ledger
+            until = time.monotonic() + _PATIENCE_SECONDS
+            while endpoint and not any(b'"upload":"' in path.read_bytes() for path in ledger.glob("*.upload")):
+                if time.monotonic() > until:
+                    raise TimeoutError("the upload does not begin")
+                await asyncio.sleep(0.01)
+            return await block(bus, "waits", seconds, steps)
 
 
 def _table(

@@ -181,7 +181,7 @@ class _Peak:
 
 def s3_server(folder: Path) -> Any:
     """The tests' server. Any: it is loaded from its file, as the tests are no package."""
-    path = Path(__file__).parent.parent / "tests" / "s3_server.py"
+    path = Path(__file__).parent.parent / "tests" / "support" / "s3_server.py"
     spec = importlib.util.spec_from_file_location("s3_server", path)
     assert spec is not None
     assert spec.loader is not None

@@ -5,12 +5,14 @@ hooks by itself, faster, with the same isolation (`isolate`).
 """
 
 import inspect
-from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, ClassVar, Final, Literal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from types import FunctionType
+from typing import Any, ClassVar, Final, Literal, Self, cast, overload
 
 import msgspec
 
-from evsys_bus.attached import RetryPolicy, Spawner
+from evsys_bus.attached import Adapter, EventInfo, RetryPolicy, Spawner
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -28,7 +30,24 @@ from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookErr
 from evsys_bus.events import Event, declared_events
 
 
-class Callback:
+class _CurrentEvent:
+    """``self.event``. No property, so that a class may have an attribute of that name for itself."""
+
+    @overload
+    def __get__(self, callback: None, owner: type) -> Self: ...
+
+    @overload
+    def __get__(self, callback: "Callback", owner: type) -> EventInfo: ...
+
+    def __get__(self, callback: "Callback | None", owner: type) -> "EventInfo | Self":
+        if callback is None:
+            return self
+        attached = callback.evsys_attached
+        info = _attached(callback, "event").current_event() if attached else None
+        return EventInfo(time.time()) if info is None else info
+
+
+class Callback(Adapter):
     """Hooks of a training, all sync, all no-ops: override the ones you need.
 
     Hooks run inside ``publish``, on the thread that publishes, in the order in which the callbacks were given. What one
@@ -46,24 +65,25 @@ class Callback:
         3 0.5
     """
 
-    name: ClassVar[str] = ""
-    """The kind under which the callback is registered."""
-    Config: ClassVar[type | None] = None
-    """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
-
     placement: ClassVar[Literal["inline", "follow"]] = "inline"
-    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal. A
-    live object that is given to a bus runs inline; it is given as ``follow(callback)`` to run off the loop."""
+    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal. One
+    object asks for another place with ``callback.placement = "inline"``."""
     stops_runs: ClassVar[bool] = False
     """Whether it may stop the run; then it cannot be followed."""
+    marks_inline: ClassVar[bool] = True
+    """Whether a bus with a journal records the marks of one that has `mark` and `rewind` and runs inline. False where
+    they are of files, for a courier, which gives again what a rewind cuts; inline nothing is given again."""
     delivery: ClassVar[type | None] = None
     """Its delivery half, where it has one: a `Sink` class, constructed with the same arguments and delivered to by a
-    courier. The callback itself then runs inline, and does no I/O. Only what is built from a spec has both halves: of a
-    live object nobody knows the arguments."""
+    courier. The callback itself then runs inline, and does no I/O. With ``placement = "inline"`` the half is delivered
+    to on the program's own event loop, by a task of the bus."""
 
-    spec_name: str | None = None
-    """The name in the spec that it was built from, set by `build_callbacks`; logs, health and receipts call it so."""
+    event = _CurrentEvent()
+    """Time, stream and sequence of the event that the running hook is handed: when it was published, however late a
+    followed callback is given it. Outside a hook, and without a bus, the time is now."""
 
+    evsys_subscription: Any = None
+    """How it is delivered to, set by `build_callbacks`."""
     evsys_attached: ClassVar[tuple[Spawner, ...]] = ()
     """The open buses that hold it, or its courier; kept on the instance by them."""
 
@@ -111,10 +131,11 @@ class Callback:
         timeout: float | None = None,
         retry: RetryPolicy | None = None,
         lane: str | None = None,
+        background: bool = False,
     ) -> bool:
         """Run ``fn(*args)`` beside the loop; the bus owns the task, logs its failure and waits for it at the end.
 
-        Any: the arguments are those of ``fn``.
+        In a followed callback, the event counts as delivered once the task has ended.
 
         Args:
             fn: A coroutine function. Pass the function and its arguments, not a coroutine.
@@ -122,6 +143,8 @@ class Callback:
             timeout: Seconds, over all attempts; after that it is cancelled and counted as failed.
             retry: A policy object, called as ``await retry(fn, *args)``; see `RetryPolicy`.
             lane: Tasks of one lane run one after another, in order.
+            background: For a task that goes on until it is told to stop, such as a watcher: nothing waits for it, and
+                it is cancelled at the end, after `close`.
 
         Returns:
             False if it was refused, because too many wait already: logged, and counted in ``health()``.
@@ -131,7 +154,22 @@ class Callback:
             SpawnError: ``fn`` is no coroutine function.
         """
         bus = _attached(self, "spawn")
-        return bus.spawn(fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=callback_name(self))
+        owner = callback_name(self)
+        return bus.spawn(
+            fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=owner, background=background
+        )
+
+    def close(self) -> None:
+        """Flush and release what the hooks opened. Not a hook: called once by each bus, or courier, that called hooks.
+
+        That is after the last hook and the last task, or when the callback is removed; on any thread, and within the
+        deadline of the end. A hook that is called later opens again what it needs.
+        """
+
+    def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
+        """Say how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        for each in self.evsys_attached:
+            each.report_owed(self, events, why, fix)
 
     def publish(self, event: Event) -> None:
         """Have something on record: what a task of this callback learnt, say.
@@ -196,18 +234,69 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
     """Call one hook on every callback, in order; a raising one is logged at WARNING and the next one runs.
 
     A callback without that hook is skipped; a hook that nobody has is a no-op. KeyboardInterrupt and SystemExit are
-    raised after the remaining callbacks ran. Any: the arguments are those of the hook.
+    raised after the remaining callbacks ran. Hooks run inline, whatever their class says: there is no bus, and so no
+    journal, no tasks and no delivery; a callback that needs them is logged once.
     """
     leave: BaseException | None = None
     for callback in callbacks or ():
+        if attribute(callback, "delivery") is not None:
+            _warn_of_dispatch(callback)
         try:
             function = getattr(callback, hook, None)
             if callable(function):
-                function(*args, **kwargs)
+                check_returned(callback, hook, function(*args, **kwargs))
         except BaseException as error:
             leave = isolate(callback, hook, error) or leave
     if leave is not None:
         raise leave
+
+
+def _warn_of_dispatch(callback: object) -> None:
+    """Log once that a delivery half gets nothing where no bus is."""
+    if isinstance(callback, Callback) and not callback.evsys_attached and not attribute(callback, "evsys_warned"):
+        object.__setattr__(callback, "evsys_warned", True)
+        half = attribute(attribute(callback, "delivery"), "__name__")
+        fix = "give it to an EventBus (or a TrainingLoop), which delivers to it"
+        log().warning("dispatch.not_delivered", callback=callback_name(callback), half=half, fix=fix)
+
+
+def may_return(method: Callable[..., object]) -> bool:
+    """Whether a hook may return anything but None; a plain function that never does need not be looked at."""
+    function = getattr(method, "__func__", method)
+    if not isinstance(function, FunctionType) or function.__code__.co_flags & _RUNS_LATER:
+        return True
+    import dis  # `inspect` has imported it
+
+    before: Any = ...
+    for step in dis.get_instructions(function):
+        if step.opname == "RETURN_CONST" and step.argval is not None:
+            return True
+        if step.opname == "RETURN_VALUE" and before is not None:
+            return True
+        before = step.argval if step.opname == "LOAD_CONST" else ...
+    return False
+
+
+def check_returned(callback: object, hook: str, value: object) -> None:
+    """Look at what a hook returned; a future or task is fine, for it runs by itself.
+
+    Raises:
+        AsyncHookError: It returned a coroutine or a generator, of which nothing would ever run.
+    """
+    kind = type(value)
+    if value is None or not issubclass(kind, Awaitable | Generator | AsyncGenerator):
+        return
+    import asyncio  # loaded where there is an awaitable
+
+    if asyncio.isfuture(value):
+        return
+    if issubclass(kind, Coroutine):
+        cast("Coroutine[Any, Any, Any]", value).close()  # Python would say that it was never awaited
+    raise AsyncHookError(
+        f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nobody runs it",
+        why="hooks are sync: the loop never waits for a callback",
+        fix="start it inside the hook: self.spawn(coroutine_function, *args); a decorator must call what it wraps",
+    )
 
 
 def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog | None = None) -> BaseException | None:
@@ -218,7 +307,7 @@ def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog 
     """
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error
-    facts: dict[str, object] = {"callback": callback_name(callback), "hook": hook}
+    facts: dict[str, Any] = {"callback": callback_name(callback), "hook": hook}
     if type(error) is RuntimeError and "no running event loop" in str(error):
         facts["fix"] = "no event loop runs in this hook's thread: use self.spawn(coroutine_function, *args)"
     if faults is None:
@@ -238,6 +327,7 @@ def hook_of(callback: object, event_type: type[Event]) -> Callable[..., object] 
 
 
 _PLACEHOLDER: Final = object()
+_RUNS_LATER: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def check_hooks(callback: object) -> None:
@@ -247,7 +337,7 @@ def check_hooks(callback: object) -> None:
     older or newer references still run.
 
     Raises:
-        AsyncHookError: A hook is ``async def``.
+        AsyncHookError: A hook, or `Callback.close`, is ``async def``.
         HookSignatureError: A hook cannot take its event's arguments.
         MisspeltHookError: A method's name nearly is a hook's.
         NotACallbackError: It has no hook at all: a spec, a class, a plain function.
@@ -265,6 +355,9 @@ def check_hooks(callback: object) -> None:
         )
     events = {event.hook: event for event in declared_events().values()}
     owner = type(callback).__name__
+    if isinstance(callback, Callback) and not _is_inherited_from_another_kind(callback, "close"):
+        fix = "write `def close(self)`; what must be awaited belongs into a task: self.spawn(...) in a hook"
+        _check_sync(owner, "close", callback.close, fix)
     for hook in sorted(names):
         method = attribute(callback, hook)
         if not callable(method):
@@ -274,22 +367,34 @@ def check_hooks(callback: object) -> None:
             _check_hook(owner, hook, method, event)
             continue
         near = _near_miss(hook, events)
-        if near is not None:
+        if near is not None and not _is_inherited_from_another_kind(callback, hook):
             raise MisspeltHookError(
                 f"{owner}.{hook} is not a hook, so it would never be called",
                 fix=f'did you mean "{near}"? If it is not meant as a hook, choose a name that is further from it',
             )
         if hook.startswith("on_"):
-            log().warning("callback.unknown_hook", callback=owner, hook=hook, known=", ".join(events))
+            meant = {} if near is None else {"nearly": near}
+            log().warning("callback.unknown_hook", callback=owner, hook=hook, **meant, known=", ".join(events))
 
 
-def _check_hook(owner: str, hook: str, method: Callable[..., object], event: type[Event]) -> None:
+def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
+    if inspect.isgeneratorfunction(method):
+        raise AsyncHookError(
+            f"{owner}.{hook} has a `yield` in it, so calling it would run none of its lines",
+            why="a function with a `yield` is a generator: it runs when somebody iterates over it, and nobody does",
+            fix="take the `yield` out, or move it into a function that the hook calls",
+        )
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} is async, but hooks are sync",
             why="the loop never waits for a callback, so nobody would await it",
-            fix=f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)",
+            fix=fix,
         )
+
+
+def _check_hook(owner: str, hook: str, method: Callable[..., object], event: type[Event]) -> None:
+    fix = f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)"
+    _check_sync(owner, hook, method, fix)
     positional = [name for name in event.__struct_fields__ if name not in event.keywords]
     try:
         signature = inspect.signature(method)
@@ -305,6 +410,12 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
             why=str(error),
             fix=f"write `def {hook}(self, {arguments})`; the names of positional arguments are free, *args works too",
         ) from None
+
+
+def _is_inherited_from_another_kind(callback: object, method: str) -> bool:
+    """Whether a class that is no callback of ours brings the method, as where one class serves two trainers."""
+    home = next((each for each in type(callback).__mro__ if method in vars(each)), None)
+    return home not in {None, type(callback)} and not issubclass(home or object, Callback)
 
 
 def _near_miss(name: str, hooks: Iterable[str]) -> str | None:

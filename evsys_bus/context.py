@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeV
 import msgspec
 
 from evsys_bus.errors import DetachedError
+from evsys_bus.where import local_path
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 """How far an arm, a run or an experiment has got."""
 
 Prediction = dict[str, Any]
-"""One task of a benchmark: task_id, instruction, expected, output, reward, metadata, any of which may be absent.
-
-Any: the values are the benchmark's own."""
+"""One task of a benchmark: task_id, instruction, expected, output, reward, metadata, any of which may be absent."""
 
 
 class _Handle:
@@ -47,21 +46,22 @@ Unsaid = Mapping[str, Callable[[], Any]]
 
 
 class _Detached:
-    """What turns a handle into its detached twin: the parts that travelled are looked up when they are asked for.
+    """What turns a handle into its detached twin: the parts that travelled are looked up when they are asked for."""
 
-    Live classes must not inherit this: a class with ``__getattr__`` pays for it with every attribute that is read.
-    """
-
+    # Live classes must not inherit this: a class with `__getattr__` pays for it with every attribute that is read.
     __slots__ = ()
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, attribute: str) -> Any:
             # Only reached when the ordinary look-up fails: the slot is empty. Any: it is of the attribute's type.
-            kind = type(self).__name__
-            if attribute == "_parts" or attribute not in self.__dataclass_fields__:
+            kind, ours = type(self).__name__, attribute in self.__dataclass_fields__
+            own, live = ({}, ()) if attribute == "_parts" else map(self._parts.get, ("own", "live"))
+            if type(own) is dict and attribute in own:
+                return own[attribute]
+            if not ours and not (type(live) is list and attribute in live):
                 raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
-            if attribute in self._parts:
+            if ours and attribute in self._parts:
                 value = self._parts[attribute]
                 if type(value) is FunctionType:  # nothing that travels is one: it is made now that it is asked for
                     value = value(self._parts)
@@ -83,7 +83,7 @@ class LogContext(_Handle):
     """What a logger needs to know of the experiment and the run it logs; one per run, and one for the experiment."""
 
     output_dir: Path
-    """The experiment's directory; a run's is ``<output_dir>/<run_key>``."""
+    """The experiment's directory, absolute; a run's is ``<output_dir>/<run_key>``."""
     config: Any = None
     """The experiment's configuration, as it was given. Any: it is the host's own type."""
     store: Any = None
@@ -100,7 +100,7 @@ class LogContext(_Handle):
     """Scratch handed from one callback to a later one, for example ``wandb_url``."""
 
     def __post_init__(self) -> None:
-        self.output_dir = Path(self.output_dir)
+        self.output_dir = local_path(self.output_dir, "LogContext.output_dir")
 
     @property
     def run_dir(self) -> Path:
@@ -130,7 +130,7 @@ class LoopState(_Handle):
     num_steps: int
     """The horizon asked for."""
     output_dir: Path
-    """The run's directory."""
+    """The run's directory, absolute."""
     backend: Any = None
     """What trains, live. Any: it is the host's own type."""
     log_store: Any = None
@@ -150,7 +150,7 @@ class LoopState(_Handle):
     as cancelled, and a resume goes on with it."""
 
     def __post_init__(self) -> None:
-        self.output_dir = Path(self.output_dir)
+        self.output_dir = local_path(self.output_dir, "LoopState.output_dir")
 
     @property
     def run_key(self) -> str:
@@ -166,16 +166,15 @@ class LoopState(_Handle):
 
 
 class DetachedLoopState(_Detached, LoopState):
-    """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over."""
+    """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over.
+
+    Own fields of the recorded state that are scalars or small plain data are attributes; what it lacks has its default.
+    """
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {
-        "stop_requested": bool,
-        "unfinished": bool,
-        "stop_reason": type(None),
-        "error": type(None),
-        "ctx": type(None),
-    }
+    _unsaid: ClassVar[Unsaid] = {"step": int, "output_dir": Path, "stop_requested": bool, "unfinished": bool} | (
+        dict.fromkeys(("num_steps", "stop_reason", "error", "ctx"), type(None))
+    )
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
         """Raises: DetachedError, always."""
@@ -203,7 +202,9 @@ class DetachedLogContext(_Detached, LogContext):
     """A `LogContext` read from a record."""
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {}
+    _unsaid: ClassVar[Unsaid] = {"output_dir": Path, "ids": dict, "extras": dict} | dict.fromkeys(
+        ("config", "run_key", "run_config", "group_name"), type(None)
+    )
 
 
 class DetachedTrainingBatch(_Detached, TrainingBatch):
@@ -224,10 +225,7 @@ _DETACHED: Final[dict[type, Any]] = {  # Any: pyright knows no way from a class 
 
 
 def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
-    """The twin of a handle that holds just these attributes; any other one raises `DetachedError` when asked for.
-
-    Any: attributes are of every type; what is no attribute of the handle is left out.
-    """
+    """The twin of a handle that holds just these attributes; any other one raises `DetachedError` when asked for."""
     return detacher(kind)(attributes)
 
 
@@ -257,6 +255,8 @@ class ManifestRow(msgspec.Struct, frozen=True):
     """The full state, to resume from: a path or a URI."""
     sampler_path: str | None = None
     """The weights alone, for inference: a path or a URI."""
+    stopped: str | None = None
+    """Of a ``final``: why the run ended there for good, before its horizon. None where a resume goes on behind it."""
 
 
 class LoopArtifacts(msgspec.Struct, frozen=True):

@@ -8,11 +8,13 @@ import contextlib
 import functools
 import gc
 import logging
+import re
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable, MutableMapping
+from collections.abc import Callable, Generator, Hashable, MutableMapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -20,27 +22,34 @@ if TYPE_CHECKING:
 
 LOGGER_NAME: Final = "evsys_bus"
 
-_RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
+current_adapter: Final = ContextVar[str | None]("evsys_bus_adapter", default=None)
+"""The adapter that a courier delivers to here; log lines get it as the fact ``adapter``."""
+
+RECORD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
-    """Structlog's last processor: a readable message, and every fact as an attribute of the log record.
+    """Structlog's last processor: a readable message, and ``event`` and every fact as attributes of the log record.
 
     Any: the signature is structlog's (logger, method name, event dict).
     """
     phrase = facts.pop("event")
     passed = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
+    adapter = current_adapter.get()
+    if adapter is not None and "adapter" not in facts:
+        facts["adapter"] = adapter
     shown = " ".join(f"{key}={value}" for key, value in facts.items())
     # "%" would be taken for a format directive by handlers that merge args; there are none to merge.
     message = f"{phrase} {shown}".rstrip()
-    extra = {f"{key}_" if key in _RECORD_FIELDS else key: value for key, value in facts.items()}
-    return (message,), {"extra": extra, **passed}
+    extra = {f"{key}_" if key in RECORD_FIELDS else key: value for key, value in facts.items()}
+    return (message,), {"extra": {"event": phrase, **extra}, **passed}
 
 
 @functools.cache
 def log() -> "BoundLogger":
     """The project's logger: a constant phrase, and facts as keys: ``log().warning("hook.failed", hook=…)``."""
-    import structlog
+    with _without_closed_stdout():
+        import structlog
 
     class Guarded(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
@@ -61,23 +70,56 @@ def log() -> "BoundLogger":
     )
 
 
+@contextlib.contextmanager
+def _without_closed_stdout() -> Generator[None, None, None]:
+    """Structlog asks the standard output, as it is imported, whether it is a terminal; one that is closed raises."""
+    out = sys.stdout
+    try:
+        sys.stdout.isatty()
+    except (AttributeError, OSError, ValueError):
+        sys.stdout = None
+    try:
+        yield
+    finally:
+        sys.stdout = out
+
+
+MOST_KINDS: Final = 1000
+"""Kinds of fault that one `FaultLog` tells apart; what is new after that is told apart by phrase alone."""
+MOST_SHAPES: Final = 20
+"""Messages of different shape that are told apart for one phrase and key."""
+
+
 class FaultLog:
     """WARNINGs that repeat: the first of a kind is logged at once, then at most one a second, with the exact count.
 
-    Safe from any thread. What is still unsaid goes out with `flush`.
+    A kind is a phrase, a key, and of an error its type and the shape of its message (`message_shape`). Safe from any
+    thread. What is still unsaid goes out with `flush`.
     """
 
     def __init__(self, *, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._every = every_seconds
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler, or a finalizer, may come here in the middle of it
         self._kinds: dict[Hashable, _Kind] = {}
+        self._shapes: dict[Hashable, set[Hashable]] = {}
 
-    def warn(self, phrase: str, key: Hashable, *, error: BaseException | None = None, **facts: object) -> None:
-        """Count one fault of the kind (phrase, key), and log it unless one was logged less than a second ago."""
+    def warn(
+        self, phrase: str, key: Hashable, *, error: BaseException | None = None, shape: str = "", **facts: object
+    ) -> None:
+        """Count one fault, and log it unless one of its kind was logged less than a second ago.
+
+        Args:
+            phrase: The log event.
+            key: What it is about.
+            error: Logged with its traceback.
+            shape: Tells kinds apart where there is no error.
+            facts: What else is logged.
+        """
         now = self._clock()
+        of_error = shape if error is None else (type(error), message_shape(error))
         with self._lock:
-            kind = self._kinds.setdefault((phrase, key), _Kind())
+            kind = self._kind(phrase, key, of_error)
             kind.count += 1
             if kind.count > 1 and now - kind.logged_at < self._every:
                 kind.unsaid = (phrase, facts)
@@ -96,6 +138,18 @@ class FaultLog:
         for (phrase, facts), count in unsaid:
             log().warning(phrase, **facts, count=count)
 
+    def _kind(self, phrase: str, key: Hashable, shape: Hashable) -> "_Kind":
+        shapes = self._shapes.get((phrase, key))
+        if shapes is None:
+            if len(self._kinds) >= MOST_KINDS:
+                return self._kinds.setdefault(phrase, _Kind())
+            shapes = self._shapes[phrase, key] = set()
+        if shape not in shapes:
+            if len(shapes) >= MOST_SHAPES or len(self._kinds) >= MOST_KINDS:
+                shape = None
+            shapes.add(shape)
+        return self._kinds.setdefault((phrase, key, shape), _Kind())
+
 
 class _Kind:
     """One kind of fault, as seen so far."""
@@ -108,6 +162,17 @@ class _Kind:
         self.unsaid: tuple[str, dict[str, object]] | None = None
 
 
+def message_shape(said: object) -> str:
+    """What an error or a text says, bounded, without the words that hold digits: numbers, addresses, ids."""
+    try:
+        return _WORDS.sub(lambda word: "#" if any(map(str.isdigit, word[0])) else word[0], str(said)[:200])
+    except Exception:  # whatever a stranger's __str__ raises
+        return ""
+
+
+_WORDS: Final = re.compile(r"[\w.+-]+")
+
+
 class _CollectorPaused:
     """While another thread's frames are walked: no automatic garbage collection, on Python 3.11.
 
@@ -116,7 +181,7 @@ class _CollectorPaused:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # as above
         self._inside = 0
         self._was_on = False
 

@@ -25,9 +25,10 @@ Example:
     'on_rollout_end'
 """
 
+import operator
 import re
 from keyword import iskeyword
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 
@@ -46,7 +47,12 @@ from evsys_bus.context import (
 from evsys_bus.errors import EventError
 
 _RESERVED: Final = frozenset({"hook", "keywords"})
-_ELSEWHERE: Final = {"learnt": "evsys_bus.attached"}  # what ships in other modules, imported yet or not
+_ELSEWHERE: Final = {  # what ships in other modules, imported yet or not
+    "learnt": "evsys_bus.attached",
+    "bus_callback_marks": "evsys_bus.bus.callback_marks",
+}
+_STEP_BITS: Final = 63
+"""What the files of TensorBoard and W&B have room for, besides the sign."""
 _declared: dict[str, type["Event"]] = {}
 
 
@@ -94,6 +100,11 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
 def event_type(tag: str) -> type[Event] | None:
     """The event type with this tag on the wire, or None where this process knows none."""
     return _declared.get(tag)
+
+
+def ships(kind: type[Event]) -> bool:
+    """Whether an event type ships with the library, so that every process knows it."""
+    return kind.__module__ == __name__ or _ELSEWHERE.get(kind.hook.removeprefix("on_")) == kind.__module__
 
 
 def declared_events() -> dict[str, type[Event]]:
@@ -187,13 +198,66 @@ class ExperimentEnd(Event, frozen=True):
     result: ExperimentResult
 
 
+def step_field(event_type: type[Event]) -> str | None:
+    """The field of an event of ours that holds a step; None where there is none."""
+    if issubclass(event_type, StepEnd | Eval):
+        return "step_idx"
+    return "step" if issubclass(event_type, BenchmarkEval) else None
+
+
+def with_whole_step(event: Event) -> Event:
+    """The event with its step as an int: of a whole float, a numpy integer, a tensor of one number.
+
+    Raises:
+        EventError: Its step is no whole number, or larger than any file can hold.
+    """
+    name = step_field(type(event))
+    if name is None:
+        return event
+    value: Any = getattr(event, name)
+    if value is None and isinstance(event, BenchmarkEval):
+        return event
+    try:
+        single: object = cast("Any", value).item() if hasattr(value, "item") else value
+        step = int(single) if isinstance(single, float) and single.is_integer() else operator.index(cast("Any", single))
+    except Exception as error:
+        raise EventError(
+            f"{name} of a {type(event).__name__} is {value!r:.80}, which is no whole number",
+            why="rows, files and charts are keyed by the step",
+            fix=f"publish an int: {type(event).__name__}(..., {name}=int(...))",
+        ) from error
+    if step.bit_length() > _STEP_BITS:
+        raise EventError(
+            f"{name} of a {type(event).__name__} has {step.bit_length()} bits, and files and charts hold {_STEP_BITS}",
+            why="such a number is no count of steps: it may be a time in nanoseconds, a hash, or a sum that ran over",
+            fix=f"publish the number of the step: {type(event).__name__}(..., {name}=...)",
+        )
+    return event if type(value) is int else msgspec.structs.replace(event, **{name: step})
+
+
 class UnknownEvent(msgspec.Struct, frozen=True):
-    """An event of a type that this process does not know, kept as it was read."""
+    """An event of a type that this process does not know, kept as it was read; its handles are detached.
+
+    Its hook can be called nevertheless:
+
+        hook = getattr(callback, f"on_{event.type}")
+        args, kwargs = event.arguments()
+        hook(*args, **kwargs)
+    """
 
     type: str
     """Its tag on the wire."""
     fields: dict[str, Any]
-    """What it carried. Any: whatever the writer put there."""
+    """What it carried, in the order of its class. Any: whatever the writer put there."""
+    handles: dict[str, str] = {}
+    """Which fields are handles: ``state``, ``context`` or ``batch``."""
+    keywords: tuple[str, ...] = ()
+    """Fields that the hook takes by keyword only."""
+
+    def arguments(self) -> tuple[list[Any], dict[str, Any]]:
+        """What the hook takes: by position, in the order of the fields, and by keyword. Any: as they were read."""
+        by_name = {name: self.fields[name] for name in self.keywords if name in self.fields}
+        return [value for name, value in self.fields.items() if name not in by_name], by_name
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):

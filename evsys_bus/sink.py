@@ -22,14 +22,14 @@ nothing. What `write` raises says what becomes of the batch:
 import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
-from typing import ClassVar, Final
+from typing import Final
 
-from evsys_bus.attached import Publishes
+from evsys_bus.attached import Adapter, Publishes
 from evsys_bus.errors import NotAttachedError, SinkMethodError
 from evsys_bus.events import Envelope, Event
 
 
-class Sink:
+class Sink(Adapter):
     """An async destination. Subclass it, and override `write`.
 
     Example:
@@ -41,11 +41,6 @@ class Sink:
         ...         self.seen += [envelope.seq for envelope in batch]
     """
 
-    name: ClassVar[str] = ""
-    """The kind under which the sink is registered."""
-    Config: ClassVar[type | None] = None
-    """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model."""
-
     max_batch_events: int = 500
     max_batch_bytes: int = 1 << 20
     """Of encoded events; one event that is larger is a batch by itself."""
@@ -54,8 +49,6 @@ class Sink:
     write_timeout_seconds: float = 60.0
     """An `open` or `write` that takes longer is cancelled and tried again; one that ignores that is left behind."""
 
-    spec_name: str | None = None
-    """The name in the spec that it was built from; its cursor and its counts are kept under it."""
     evsys_attached: Publishes | None = None
     """The courier, while the sink is open."""
 
@@ -80,6 +73,11 @@ class Sink:
                 f"{type(self).__name__}.publish() needs a courier", fix="publish between open() and close()"
             )
         self.evsys_attached.publish(event)
+
+    def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
+        """Say how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        if self.evsys_attached is not None:
+            self.evsys_attached.report_owed(self, events, why, fix)
 
 
 def sink_name(sink: Sink) -> str:

@@ -8,11 +8,13 @@ like, and what is done about a blocked one, is told to it.
 import threading
 import time
 import traceback
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from evsys_bus.diagnostics import collector_paused
+from evsys_bus.diagnostics import FaultLog, collector_paused
+from evsys_bus.tasks import Gate, start_thread
 
 LOOKS_PER_PATIENCE: Final = 4
 
@@ -45,13 +47,20 @@ class Blocked(NamedTuple, Generic[CallT]):
 
 
 class Watchdog(Generic[CallT]):
-    """A daemon thread that looks, waits, and tells."""
+    """A daemon thread that looks, waits, and tells.
+
+    Args:
+        look: Gives the hook call in progress.
+        tell: Called with one that lasts too long.
+        between: Called before each look. What these, or the look, raise is logged, and ends nothing.
+        blocked_seconds: What is too long.
+    """
 
     def __init__(
         self,
         look: Callable[[], Sighting[CallT] | None],
         tell: Callable[[Blocked[CallT]], None],
-        between: Callable[[], None],
+        between: Sequence[Callable[[], None]],
         *,
         blocked_seconds: float,
     ) -> None:
@@ -59,39 +68,47 @@ class Watchdog(Generic[CallT]):
         self._tell = tell
         self._between = between
         self._patience = blocked_seconds
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="evsys-bus-watchdog", daemon=True)
+        self._faults = FaultLog(every_seconds=60.0)
+        self._mark: Hashable = None
+        self._since = self._tell_after = 0.0
+        self._stop = Gate()
+        self._thread: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to look."""
-        self._thread.start()
+        self._thread = start_thread(self._run, "evsys-bus-watchdog")
 
     def stop(self) -> None:
         """End, without waiting for longer than a look takes."""
-        self._stop.set()
-        self._thread.join(self._patience)
+        self._stop.open()
+        if self._thread is not None:
+            self._thread.join(self._patience)
+        self._faults.flush()
 
     def _run(self) -> None:
         pause = self._patience / LOOKS_PER_PATIENCE
-        mark: Hashable = None
-        since = looked = time.monotonic()
-        tell_after = self._patience
+        looked = time.monotonic()
         while not self._stop.wait(pause):
             now = time.monotonic()
             late = now - looked - pause
             looked = now
-            self._between()
-            seen = self._look()
-            if seen is None:
-                mark = None
-                continue
-            held = late >= self._patience
-            if seen.mark != mark:
-                mark, since, tell_after = seen.mark, now - late if held else now, self._patience
-            if now - since >= tell_after:
-                tell_after = 2 * (now - since)  # say it again when it has lasted twice as long
-                self._tell(Blocked(seen.hook, now - since, held, _stack(seen)))
-            del seen  # a frame keeps everything alive that its function can see
+            for look in (*self._between, partial(self._look_once, now, late)):
+                try:
+                    look()
+                except Exception as error:  # a wall: without this thread nobody would look any more
+                    self._faults.warn("watchdog.look_failed", type(error), error=error)
+
+    def _look_once(self, now: float, late: float) -> None:
+        seen = self._look()
+        if seen is None:
+            self._mark = None
+            return
+        held = late >= self._patience
+        if seen.mark != self._mark:
+            self._mark, self._since, self._tell_after = seen.mark, now - late if held else now, self._patience
+        if now - self._since >= self._tell_after:
+            self._tell_after = 2 * (now - self._since)  # say it again when it has lasted twice as long
+            self._tell(Blocked(seen.hook, now - self._since, held, _stack(seen)))
 
 
 def _stack(seen: Sighting[CallT]) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import signal
 import subprocess
@@ -27,7 +26,8 @@ sys.dont_write_bytecode = False
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-collect_ignore = ["wandb_datastore.py"]  # a program for another W&B than ours; `--doctest-modules` would import it
+collect_ignore = ["support", *(path.name for path in Path(__file__).parent.glob("*.py"))]
+"""Commands and helpers: they hold no tests, and `--doctest-modules` would import each a second time."""
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -45,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def state(tmp_path: Path) -> LoopState:
     return LoopState(step=0, num_steps=10, output_dir=tmp_path)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> str:
+    """Where a journal may be; nothing is there yet."""
+    return str(tmp_path / "journal")
 
 
 @pytest.fixture
@@ -107,16 +113,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real S3 server: the `S3Server` of tests/s3_server.py. Any: that is loaded here, as the tests are no package."""
+    """A real S3 server: the `S3Server` of tests/support/s3_server.py. Any: it is imported only where it can run."""
     if not os.environ.get("CI"):
         pytest.importorskip("swift")
         pytest.importorskip("aiobotocore")
-    spec = importlib.util.spec_from_file_location("s3_server", Path(__file__).with_name("s3_server.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server = module.S3Server(tmp_path_factory.mktemp("s3"))
+    from support.s3_server import S3Server
+
+    server = S3Server(tmp_path_factory.mktemp("s3"))
     server.start()
     yield server
     server.stop()

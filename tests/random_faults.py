@@ -9,6 +9,7 @@ refuse, take a part, never return, ignore their cancellation, or keep a batch an
 settles, and: every event on record is delivered, or a dead letter, to every adapter that it is for; the accounts agree
 with the journal; the order of each stream was kept; what is rewindable has each event exactly once. Time is that of an
 event loop which jumps to its next timer, so hours of outages cost nothing, and the same seed does the same again.
+This is about destinations; the lives of a run, and the files of its followers, are tried by `simulation.py`.
 """
 
 import argparse

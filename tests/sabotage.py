@@ -1,70 +1,150 @@
-"""Plant each one-line breakage of sabotage.toml in a copy of the tree, and see the tests that guard it go red.
+"""Put each breakage of sabotage.toml into a copy of the tree, and see the tests that guard the promise fail.
 
-usage: uv run python tests/sabotage.py [WORD …]     only breakages whose name holds one of the words
+usage: uv run python tests/sabotage.py [WORD ...]     only breakages whose name or function holds one of the words
 
-A breakage that no test notices is a promise without a guard; one whose text is not found any more is out of date.
+A breakage replaces the body of one function. The new body may call the function as it was: ``original(...)``, of a
+method without ``self``. A breakage that no test catches is a promise without a guard.
 """
 
-import concurrent.futures
+import ast
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
+import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).parent.parent
+PLACES = {"evsys_bus": ".", "evsys_adapters": "adapters"}
+"""Where each package lies."""
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "runs", "dist")
+TIMEOUT_SECONDS = 120
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def verdict(breakage: dict[str, str]) -> str:
-    """What happened: "caught", or what is wrong."""
+def breakages() -> list[dict[str, str]]:
+    """All of them."""
+    return tomllib.loads((ROOT / "tests" / "sabotage.toml").read_text(encoding="utf-8"))["breakage"]
+
+
+def source_of(function: str) -> pathlib.Path:
+    """The file of a function such as ``evsys_bus.delivery.books:Books.commit``, relative to the tree."""
+    module = function.partition(":")[0]
+    path = pathlib.Path(PLACES[module.partition(".")[0]], *module.split("."))
+    return path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
+
+
+def found(tree: ast.Module, function: str) -> tuple[Function, bool]:
+    """The function's definition, and whether it is a method.
+
+    Raises:
+        LookupError: There is no such function.
+    """
+    *classes, name = function.partition(":")[2].split(".")
+    scope: ast.Module | ast.ClassDef = tree
+    for each in classes:
+        scope = next((node for node in scope.body if isinstance(node, ast.ClassDef) and node.name == each), tree)
+        if scope is tree:
+            raise LookupError(f"there is no class {each} in {function}")
+    for node in scope.body:
+        if isinstance(node, Function) and node.name == name:
+            return node, bool(classes)
+    raise LookupError(f"there is no function {function}")
+
+
+class _Original(ast.NodeTransformer):
+    """Has ``original`` mean the function as it was."""
+
+    def __init__(self, kept: str, owner: str | None) -> None:
+        self.kept, self.owner = kept, owner
+        self.used = False
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id != "original":
+            return node
+        self.used = True
+        if self.owner is None:
+            return ast.Name(self.kept)
+        return ast.Attribute(ast.Name(self.owner), self.kept)
+
+
+def broken(text: str, function: str, body: str) -> str:
+    """The source with another body for the function.
+
+    Raises:
+        LookupError: There is no such function.
+        SyntaxError: The body is no Python.
+    """
+    tree = ast.parse(text)
+    node, is_method = found(tree, function)
+    lines = text.splitlines(keepends=True)
+    first = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
+    before = "".join(lines[first : node.end_lineno])
+    kept = f"_original_{node.name.strip('_')}"
+    owner = node.args.args[0].arg if is_method and node.args.args else None
+    original = _Original(kept, owner)
+    # In a function, so that `return` and `await` may stand in it.
+    [wrapped] = ast.parse("async def body():\n" + textwrap.indent(body, "    ")).body
+    assert isinstance(wrapped, ast.AsyncFunctionDef)
+    node.body = [original.visit(each) for each in wrapped.body]
+    after = textwrap.indent(ast.unparse(ast.fix_missing_locations(node)), " " * node.col_offset) + "\n"
+    if original.used:
+        after += "\n" + re.sub(rf"\bdef {node.name}\b", f"def {kept}", before, count=1)
+    return "".join([*lines[:first], after, *lines[node.end_lineno :]])
+
+
+def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
+    """Whether its tests caught it, and the first test that failed, or what went wrong."""
     with tempfile.TemporaryDirectory() as directory:
         tree = pathlib.Path(directory, "tree")
         shutil.copytree(ROOT, tree, ignore=IGNORED, symlinks=True)
-        path = tree / breakage["file"]
-        text = path.read_text(encoding="utf-8")
-        if text.count(breakage["find"]) != 1:
-            return f"OUT OF DATE: {text.count(breakage['find'])} places in {breakage['file']} read {breakage['find']!r}"
-        path.write_text(text.replace(breakage["find"], breakage["put"]), encoding="utf-8")
+        path = tree / source_of(breakage["function"])
+        try:
+            path.write_text(
+                broken(path.read_text(encoding="utf-8"), breakage["function"], breakage["body"]), encoding="utf-8"
+            )
+        except (LookupError, OSError, SyntaxError) as error:
+            return False, f"OUT OF DATE: {error}"
         # The copy comes first on the path, before the installed project.
         environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'adapters'}"}
-        tests = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-n",
-            "0",
-            "-p",
-            "no:cacheprovider",
-            *breakage["tests"].split(),
-        ]
+        tests = "-m pytest -q -x -n 0 -p no:cacheprovider --tb=line".split()
+        command = [sys.executable, *tests, *breakage["tests"].split()]
         try:
             done = subprocess.run(
-                tests, cwd=tree, env=environment, capture_output=True, text=True, timeout=300, check=False
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
             )
         except subprocess.TimeoutExpired:
-            return "caught (it hangs)"
-        if done.returncode == 1:
-            return "caught"
-        return "NOT NOTICED" if done.returncode == 0 else f"BROKEN RUN\n{done.stdout}{done.stderr}"
+            return True, "it hangs"
+    if done.returncode == 0:
+        return False, "NOT CAUGHT"
+    failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+    if failed is not None:
+        return True, failed[1]
+    # A test that hangs in a thread has its whole process ended by pytest-timeout.
+    hangs = "Timeout" in done.stdout + done.stderr
+    return hangs, "it hangs" if hangs else f"BROKEN RUN\n{done.stdout}{done.stderr}"
 
 
 def main() -> int:
-    """Run them, two at a time; the exit code is the number that went wrong."""
-    breakages = tomllib.loads((ROOT / "tests" / "sabotage.toml").read_text(encoding="utf-8"))["breakage"]
+    """Run them one at a time; the exit code says whether one was not caught."""
     words = sys.argv[1:]
-    chosen = [each for each in breakages if not words or any(word in each["name"] for word in words)]
-    wrong = 0
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for breakage, outcome in zip(chosen, pool.map(verdict, chosen), strict=True):
-            wrong += not outcome.startswith("caught")
-            print(f"{outcome:20s} {breakage['name']}", flush=True)
-    print(f"{len(chosen) - wrong} of {len(chosen)} caught")
-    return wrong
+    chosen = [
+        each for each in breakages() if not words or any(word in each["name"] + each["function"] for word in words)
+    ]
+    caught = 0
+    for breakage in chosen:
+        began = time.monotonic()
+        is_caught, what = verdict(breakage)
+        caught += is_caught
+        state = "caught" if is_caught else "MISSED"
+        print(f"{state}  {time.monotonic() - began:5.1f} s  {breakage['name']}\n        {what}", flush=True)
+    print(f"{caught} of {len(chosen)} caught")
+    return int(caught < len(chosen))
 
 
 if __name__ == "__main__":

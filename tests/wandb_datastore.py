@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import wandb
-import wandb_server
 from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.internal.datastore import DataStore
+
+from support import wandb_server
 
 
 def rows(file: Path) -> Iterator[dict[str, object]]:
@@ -28,7 +29,7 @@ def rows(file: Path) -> Iterator[dict[str, object]]:
 
 
 def main(folder: Path) -> int:
-    """How many series of the folder differ from the journal's."""
+    """How many series of the folder differ from the journal's, in a value or in the time of a step."""
     [journal] = folder.glob("**/journal")
     files = {file.parents[2].name: file for file in wandb_server.files_of(folder)}
     logged = {run: list(rows(file)) for run, file in files.items()}
@@ -44,6 +45,11 @@ def main(folder: Path) -> int:
                 print(
                     f"{run}: {stream}/{name} has {len(found.get(name, []))} points, the journal {len(told)}, or others"
                 )
+    for run, times in wandb_server.times(journal).items():
+        shown = {row["train/step"]: row["_timestamp"] for row in logged[run] if "train/step" in row}
+        if shown != times:
+            wrong += 1
+            print(f"{run}: the times of the steps are not the journal's")
     number = sum(map(len, logged.values()))
     print(f"W&B {wandb.__version__}: {number} rows; of the journal {values} values, {nans} of them NaN")
     print("every one is there, and there once" if not wrong else f"{wrong} series differ")

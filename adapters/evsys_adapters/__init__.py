@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from evsys_adapters.csv_metrics import CsvMetricsCallback
     from evsys_adapters.debug_logger import DebugLoggerCallback
     from evsys_adapters.early_stopping import EarlyStoppingCallback
+    from evsys_adapters.evsys_logger import EvsysLoggerCallback
     from evsys_adapters.local_logger import LocalLoggerCallback
     from evsys_adapters.print_progress import PrintProgressCallback
     from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
@@ -20,6 +21,7 @@ _HOME_OF: Final = {
     "CsvMetricsCallback": "csv_metrics",
     "DebugLoggerCallback": "debug_logger",
     "EarlyStoppingCallback": "early_stopping",
+    "EvsysLoggerCallback": "evsys_logger",
     "LocalLoggerCallback": "local_logger",
     "PrintProgressCallback": "print_progress",
     "TensorBoardLoggerCallback": "tensorboard_logger",
@@ -32,6 +34,7 @@ __all__ = [
     "CsvMetricsCallback",
     "DebugLoggerCallback",
     "EarlyStoppingCallback",
+    "EvsysLoggerCallback",
     "LocalLoggerCallback",
     "PrintProgressCallback",
     "TensorBoardLoggerCallback",

@@ -9,18 +9,18 @@ metric is in the file after every row.
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import count, islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
 from evsys_adapters._csv_cells import MORE, STEP
-from evsys_adapters._line_file import LineFile
-from evsys_adapters._marks import Marks
 from evsys_bus.diagnostics import log
+from evsys_bus.files import AppendFile
+from evsys_bus.savepoints import Savepoints
 
 MAX_COLUMNS: Final = 4_096
 """Every row pays for every column; metrics beyond stay in ``more_metrics``."""
@@ -34,6 +34,16 @@ _ROWS_BETWEEN_TRIES: Final = 64
 _decode_more = msgspec.json.Decoder(dict[str, str]).decode
 
 
+def row_of(step: int, cells: Mapping[str, str]) -> dict[str, str]:
+    """The cells of a row that are not empty, with its step."""
+    return {name: text for name, text in {STEP: str(step), **cells}.items() if text}
+
+
+def row_key(step: int, cells: Mapping[str, str]) -> int:
+    """What `CsvTable.rows` has for such a row."""
+    return hash(frozenset(row_of(step, cells).items()))
+
+
 class CsvTable:
     """One CSV file with one writer. A method that raises OSError has not changed what is in the file."""
 
@@ -41,13 +51,13 @@ class CsvTable:
         self,
         path: Path,
         delimiter: str,
-        marks: Marks | None = None,
+        marks: Savepoints | None = None,
         *,
         max_columns: int = MAX_COLUMNS,
         cheap_bytes: int = CHEAP_BYTES,
         max_copies: int = MAX_COPIES,
     ) -> None:
-        self._file = LineFile(path, marks)
+        self._file = AppendFile(path, marks)
         self._delimiter = delimiter
         self._max_columns = max_columns
         self._cheap_bytes = cheap_bytes
@@ -77,11 +87,38 @@ class CsvTable:
             self._size = self._grown = self._file.rewrite([self._line(self._columns), line])
             self._has_rows = True
 
-    def cut(self, first_step: int) -> None:
-        """Drop the rows of that step and of later ones."""
+    def cut(self, first_step: int, cells: Mapping[str, str] | None = None) -> None:
+        """Drop the rows of that step and of later ones; with ``cells``, what stands before a row like it is kept."""
         self._look()
-        self._file.keep(lambda line: (step := self._step(line)) is None or step < first_step)
+        same = None if cells is None else self._place_of(first_step, cells)
+
+        def stays(number: int, line: bytes) -> bool:
+            step = self._step(line)
+            return step is None or step < first_step or (same is not None and number < same)
+
+        if not all(stays(number, line) for number, line in enumerate(self._file.lines())):
+            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if stays(number, line))
         self._count()
+
+    def rows(self) -> Iterator[tuple[int, int | None]]:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        self._look()
+        for line in islice(self._file.lines(), 1, None):
+            row = self._row(line)
+            yield hash(frozenset(row.items())), self._step(line)
+
+    def keep(self, stays: Callable[[int, int | None], bool]) -> int:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        self._look()
+        kept = [not number or stays(number - 1, self._step(line)) for number, line in enumerate(self._file.lines())]
+        if not all(kept):
+            self._file.rewrite(compress(self._file.lines(), kept))
+            self._count()
+        return max(0, sum(kept) - 1)
+
+    def carry_out(self, first_step: int) -> None:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        self.cut(first_step)
 
     def close(self) -> None:
         """Give every metric its column, as far as there is room, and close the file."""
@@ -103,10 +140,8 @@ class CsvTable:
         self._file.settle()
         header = self._header()
         if header and (header[0] != STEP or MORE in header[:-1] or len(set(header)) < len(header)):
-            path = self._file.path
-            aside = next(each for n in count(1) if not (each := path.with_name(f"{path.name}.{n}.set-aside")).exists())
-            path.replace(aside)
-            log().warning("csv_metrics.file_set_aside", file=str(path), kept_as=str(aside), why="not a table of steps")
+            path, aside = str(self._file.path), str(self._file.set_aside())
+            log().warning("csv_metrics.file_set_aside", file=path, kept_as=aside, why="not a table of steps")
             header = []
         self._use(header)
         self._count()
@@ -117,16 +152,12 @@ class CsvTable:
 
     def _header(self) -> list[str]:
         """The cells of the first line, whole or torn; none if there is no file or nothing in it."""
-        try:
-            with self._file.path.open("rb") as file:
-                line = file.readline()
-        except FileNotFoundError:
-            return []
+        line = self._file.first_line()
         return self._cells(line) or ([""] if line else [])
 
     def _count(self) -> None:
         self._has_rows = any(islice(self._file.lines(), 1, None))
-        self._size = self._grown = self._file.path.stat().st_size if self._has_rows else 0
+        self._size = self._grown = self._file.size() if self._has_rows else 0
 
     def _make_room(self, names: Iterable[str]) -> None:
         """Make columns for new metrics, or else a place for them in ``more_metrics``."""
@@ -191,6 +222,22 @@ class CsvTable:
         with suppress(msgspec.DecodeError):
             return self._cells(row), _decode_more(b"{" + more[:-1].replace(b'""', b'"'))
         return [], {}
+
+    def _place_of(self, step: int, cells: Mapping[str, str]) -> int | None:
+        """Which line is the last row with this step and these cells."""
+        wanted = row_of(step, cells)
+        same: int | None = None
+        for number, line in enumerate(self._file.lines()):
+            if number and self._step(line) == step and self._row(line) == wanted:
+                same = number
+        return same
+
+    def _row(self, line: bytes) -> dict[str, str]:
+        """The cells of a row that are not empty, by the names of their metrics."""
+        cells, more = self._parted(line) if MORE in self._known else ([], {})
+        row = dict(zip(self._columns, cells or self._cells(line), strict=False))
+        row.pop(MORE, None)
+        return {name: text for name, text in (row | more).items() if text}
 
     def _spread(self, row: Mapping[str, str], columns: list[str]) -> list[str]:
         """The cells of a row in the order of the columns; what has no column goes to ``more_metrics``."""

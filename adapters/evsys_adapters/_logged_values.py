@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._result_fields import fields, items
+from evsys_adapters._result_fields import field, fields, items
 from evsys_bus.codec import to_plain
 from evsys_bus.codec.redaction import redact_configs
 
@@ -29,6 +29,17 @@ class Table(NamedTuple):
     def caption(self) -> str:
         """How many of them are shown."""
         return f"{len(self.rows)} of {self.total} predictions"
+
+
+def prefixed(stream: str, key: str) -> str:
+    """The name of a metric among those of all streams: ``train/loss``, ``eval/held out/accuracy``.
+
+    A key that begins so already stays as it is; so does one of the training that has a ``/``, which is the prefix that
+    its program, or a framework, chose.
+    """
+    if key.startswith(f"{stream}/") or (stream == TRAIN and "/" in key):
+        return key
+    return f"{stream}/{key}"
 
 
 def values_of(metrics: object) -> dict[str, Any]:
@@ -61,7 +72,7 @@ def json_of(value: object) -> str:
 
 def config_of(ctx: object) -> dict[str, Any]:
     """The configurations of a context, without what looks like a credential. Any: plain data."""
-    given = {name: getattr(ctx, name, None) for name in ("config", "run_config")}
+    given = {name: field(ctx, name) for name in ("config", "run_config")}
     plain, _ = to_plain({name: value for name, value in given.items() if value is not None})
     redact_configs(plain)
     return plain

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol
 
-from evsys_adapters._line_file import Backlog, LineFile
-from evsys_adapters._marks import Marks
+from evsys_bus.files import AppendFile, Backlog, open_binary
+from evsys_bus.savepoints import Savepoints
 
 _MAX_BUFFERED_BYTES: Final = 1 << 16
 
@@ -34,7 +34,7 @@ class Format(Protocol):
 
 
 class RecordLog:
-    """The records of one file. No method but `settle` and `records` raises OSError: what is refused waits in memory.
+    """The records of one file. No method but `settle`, `records` and `move` raises OSError: what is refused waits.
 
     Args:
         path: The file; nothing is touched before the first record.
@@ -43,8 +43,7 @@ class RecordLog:
         flush_seconds: How long a record may wait in memory.
     """
 
-    def __init__(self, path: Path, marks: Marks, form: Format, flush_seconds: float) -> None:
-        self.path: Final = path
+    def __init__(self, path: Path, marks: Savepoints, form: Format, flush_seconds: float) -> None:
         self._file: Final = _RecordFile(path, marks, form)
         self._form: Final = form
         self._flush_seconds: Final = flush_seconds
@@ -52,6 +51,11 @@ class RecordLog:
         self._buffer: list[bytes] = []
         self._bytes = 0
         self._due = 0.0
+
+    @property
+    def path(self) -> Path:
+        """The file; another one after `move`."""
+        return self._file.path
 
     @property
     def waiting(self) -> int:
@@ -94,7 +98,7 @@ class RecordLog:
         self.flush()
         self._file.settle()
         try:
-            file = self.path.open("rb")
+            file = self._file.open()
         except FileNotFoundError:
             return
         with file:
@@ -104,6 +108,18 @@ class RecordLog:
         """Replace all records by what ``change`` makes of them, in one move."""
         self.flush()
         self._backlog.write(lambda: self._file.rewrite(self._framed(change(self.records()), 0)), 0)
+
+    def move(self, path: Path, change: Callable[[BinaryIO], Iterable[bytes]]) -> None:
+        """Give the file another name, and the content that ``change`` makes of it; each takes one move.
+
+        At any moment one file is there, with every record. Nothing happens where there is no file.
+
+        Raises:
+            OSError: The disk refuses, or has refused rows, which wait. It may have the content, and not the name yet.
+        """
+        self.settle()
+        if self._file.is_there():
+            self._file.move(path, change)
 
     def _append(self, payloads: list[bytes]) -> None:
         self._file.append(b"".join(self._framed(payloads, self._file.size())))
@@ -119,26 +135,55 @@ class RecordLog:
             yield frame
 
 
-class _RecordFile(LineFile):
-    """A `LineFile` whose lines are records."""
+class _RecordFile(AppendFile):
+    """A `AppendFile` whose lines are records."""
 
-    def __init__(self, path: Path, marks: Marks, form: Format) -> None:
+    def __init__(self, path: Path, marks: Savepoints, form: Format) -> None:
         super().__init__(path, marks)
         self._form = form
+
+    def open(self) -> BinaryIO:
+        return open_binary(self.path, self._disk)
+
+    def is_there(self) -> bool:
+        try:
+            self._disk.size(str(self.path))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def move(self, path: Path, change: Callable[[BinaryIO], Iterable[bytes]]) -> None:
+        self._open()
+        self._shut()
+        with self.open() as old:
+            self._replace(str(self.path), change(old))
+        key = os.path.abspath(path)  # noqa: PTH100  # as the marks call it
+        self._marks.replacing(key)
+        try:
+            self._disk.rename(str(self.path), str(path))
+        except OSError:
+            self._marks.closed(key)
+            raise
+        self._marks.replaced(key)
+        self._marks.closed(self._key)
+        self.path, self._key = path, key
 
     def pause(self) -> None:
         self._shut()
 
     def size(self) -> int:
-        return os.fstat(self._open()).st_size
+        return self._disk.length(self._open())
+
+    def _drop_torn(self) -> None:
+        """Records hold zeros, and a checksum each: `_cut_torn` finds those that a power cut tore."""
 
     def _cut_torn(self, fd: int) -> None:
-        size = os.fstat(fd).st_size
+        size = self._disk.length(fd)
         if not size:
             return
-        with self.path.open("rb") as file:
+        with self.open() as file:
             whole = len(self._form.head())
             for _, whole in self._form.scan(file):  # noqa: B007 # the last one is asked for
                 pass
         if whole != size:
-            os.ftruncate(fd, 0 if whole > size else whole)
+            self._disk.truncate(fd, 0 if whole > size else whole)

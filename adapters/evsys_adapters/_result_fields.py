@@ -1,4 +1,4 @@
-"""Reading results that may be ours, an older or newer version's, a plain dict, a namespace, or nothing at all."""
+"""Reading results and handles: ours, an older or newer version's, a host's own, a plain dict, or nothing at all."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -6,11 +6,17 @@ from typing import Any, cast
 from evsys_bus.codec import to_plain
 
 
-def field(thing: object, name: str) -> Any:
-    """A field of an object or an entry of a mapping, else None. Any: it is whatever the result holds."""
-    if isinstance(thing, Mapping):
-        return cast("Mapping[str, Any]", thing).get(name)
-    return getattr(thing, name, None)
+def field(thing: object, name: str, default: object = None) -> Any:
+    """A field of an object or an entry of a mapping; the default where it has none, or where looking it up raises.
+
+    Any: it is whatever the thing holds.
+    """
+    try:
+        if isinstance(thing, Mapping):
+            return cast("Mapping[str, Any]", thing).get(name, default)
+        return getattr(thing, name, default)
+    except Exception:  # a property or a __getattr__ of a host's
+        return default
 
 
 def fields(thing: object) -> dict[str, Any]:

@@ -6,19 +6,21 @@ The streams are ``train`` and ``eval/<name>``. How a row stands in the file, and
 logger's own.
 """
 
-import operator
-import os
+import threading
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
-from evsys_adapters._marks import Mark, Marks
+from evsys_adapters._output_claim import has_courier, without_others
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field, items
 from evsys_adapters._run_notes import NotesT, packed, unpacked
-from evsys_adapters._runs import run_id
+from evsys_adapters._runs import first_step_of, is_carried, is_run_of, rank_of_event, ranked_key, run_id, step_of
+from evsys_bus.attached import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
     EvalResult,
@@ -29,32 +31,67 @@ from evsys_bus.context import (
     Prediction,
     TrainingBatch,
 )
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.savepoints import Mark, Savepoints
 
 
 class LoggedRun(Generic[NotesT]):
-    """One run, and the rows on their way to its file."""
+    """One run, and the rows on their way to its file.
 
-    def __init__(self, log: RecordLog, notes: NotesT) -> None:
+    Args:
+        log: Its file.
+        notes: What is known of it besides.
+        lock: Held while a method changes them, where another thread may; a lock that its owner may take again.
+    """
+
+    def __init__(self, log: RecordLog, notes: NotesT, lock: AbstractContextManager[object] | None = None) -> None:
         self.log = log
+        self.lock = threading.RLock() if lock is None else lock
         self.notes = notes
+        self.at = 0.0
+        """When the event was published that is being logged; seconds since the epoch."""
+        self._recorded: set[int] | None = None
+        """Keys of the rows that are in the file, while rows may come again; None until they are asked for."""
+        self._newest = 0.0
+        self._doubtful: set[int] = set()
+        """Keys of the rows that came meanwhile, and were not there."""
+
+    def introduced(self) -> None:
+        """The training's start is given again, and rows of it may come again: those that are in the file are known."""
+        with self.lock:
+            self.notes.course.introduced()
 
     def begin(self, first_step: int) -> None:
         """Training starts at this step: what is run again is void."""
-        if self.notes.starts(first_step):
-            self._void(first_step)
+        with self.lock:
+            if self._may_repeat():
+                self.notes.course.starts_pending(first_step)
+            else:
+                self._carry_out(first_step)
 
     def add_step(self, step: int, metrics: object) -> None:
         """A row of the training; None for one that is not to be logged."""
-        if self.notes.steps(step):
-            self._void(step)
-        if metrics is not None:
-            self._write(TRAIN, step, values_of(metrics))
+        with self.lock:
+            if not self.notes.course.begun and metrics is not None and self._is_there(TRAIN, step, values_of(metrics)):
+                self.notes.course.introduced()  # there was no start, and this very event was logged before
+            if self.notes.course.pending is not None and metrics is not None:
+                self._decide(there=self._is_there(TRAIN, step, values_of(metrics)))
+            if self.notes.steps(step):
+                self._void(step)
+            if metrics is not None:
+                self._write(TRAIN, step, values_of(metrics))
 
     def add_eval(self, step: int, name: str, metrics: object) -> None:
         """A row of an eval: what was not said of it already."""
-        news = self.notes.news(name, step, values_of(metrics))
-        if news:
-            self._write(f"{EVAL}{name}", step, news)
+        with self.lock:
+            values, stream = values_of(metrics), f"{EVAL}{name}"
+            news = self.notes.news(name, step, values)
+            if self.notes.course.pending is not None:
+                there = not news or self._is_there(stream, step, news)
+                self._decide(there=there)
+                news = news if there else self.notes.news(name, step, values)
+            if news:
+                self._write(stream, step, news)
 
     def add_benchmark(self, step: int | None, result: object, predictions: object, most: int) -> None:
         """A benchmark, with so many predictions at the most; one without a step was scored after training."""
@@ -71,11 +108,65 @@ class LoggedRun(Generic[NotesT]):
             self._show(step, head, "breakdowns", breakdowns)
 
     def close(self, *, forget: bool = False) -> None:
-        """Put the file in order, and write what waits."""
-        if self.notes.untidy:
-            self._tidy()
-            self.notes.untidy = False
-        self.log.close(forget=forget)
+        """Put the file in order, and write what waits; the next row opens it again."""
+        with self.lock:
+            if self.notes.untidy:
+                self._tidy()
+                self.notes.untidy = False
+            self.log.close(forget=forget)
+
+    def _is_repeated(self, key: int) -> bool:
+        """Whether a row is in the file, and comes again behind a start that was given again."""
+        if not self._may_repeat() or self._recorded is None:
+            return False
+        if key not in self._recorded:
+            self._doubtful.add(key)
+        return key in self._recorded
+
+    def _may_repeat(self) -> bool:
+        """Whether what comes now may be in the file."""
+        course = self.notes.course
+        if not course.unplaced:
+            return False
+        if self._recorded is None:
+            try:
+                self._recorded, self._newest = self._rows_there()
+            except OSError as error:
+                raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
+        if self.at > self._newest:  # from here on all is new
+            if course.pending is not None:
+                self._carry_out(course.pending)
+            course.unplaced, self._recorded = False, None
+            self._doubtful.clear()
+        return course.unplaced
+
+    def _decide(self, *, there: bool) -> None:
+        """The first row behind a start that came again is in the file, or not: whether that start was carried out."""
+        first, self.notes.course.pending = self.notes.course.pending, None
+        if first is None:
+            return
+        if not there:
+            self._carry_out(first)
+        elif self._doubtful:
+            self._drop(self._doubtful)
+        self._doubtful = set()
+
+    def _carry_out(self, first_step: int) -> None:
+        self._recorded = None
+        if self.notes.starts(first_step):
+            self._void(first_step)
+
+    def _drop(self, keys: AbstractSet[int]) -> None:
+        """Take the rows with these keys out of the file."""
+        raise NotImplementedError
+
+    def _rows_there(self) -> tuple[set[int], float]:
+        """A key for each row in the file, and the time of the newest one."""
+        raise NotImplementedError
+
+    def _is_there(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
+        """Whether the file has this very row, of this very time. Any: plain values."""
+        raise NotImplementedError
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
         """Log a row. Any: plain values."""
@@ -115,10 +206,13 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         max_pred_rows: Predictions in the table of one eval.
     """
 
+    marks_inline: ClassVar[bool] = False
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
+    ranks: ClassVar[Ranks | None] = "rank0"
 
     def __init__(self, notes: type[NotesT], max_pred_rows: int) -> None:
-        self._marks = Marks()
+        self._marks = Savepoints()
+        self._has_mark = False
         self._runs: dict[str, RunT] = {}
         self._notes = notes
         self._rewound: dict[str, NotesT] = {}
@@ -132,24 +226,28 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
     def on_train_start(self, state: LoopState) -> None:
         """Void what is about to be run again."""
         run = self._run(state)
-        run.begin(state.step)
+        first_step = first_step_of(state)
+        if is_carried(self.event):
+            run.introduced()
+        elif first_step is not None:
+            run.begin(first_step)
         self._announce(run, state)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics."""
         del batch
-        self._run(state).add_step(operator.index(step_idx), metrics)
+        self._run(state).add_step(step_of(step_idx), metrics)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Log the eval's metrics."""
-        self._run(state).add_eval(operator.index(step_idx), str(eval_name), metrics)
+        self._run(state).add_eval(step_of(step_idx), str(eval_name), metrics)
 
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
         """Log what the benchmark scored, and its predictions."""
         at = field(eval_result, "step") if step is None else step
-        known = None if at is None else operator.index(at)
+        known = None if at is None else step_of(at)
         self._run(ctx).add_benchmark(known, eval_result, predictions, self._max_pred_rows)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
@@ -164,6 +262,11 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         del result
         for run in self._leave(ctx):
             run.close(forget=True)
+
+    def close(self) -> None:
+        """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
+        for run in [*self._runs.values()]:
+            run.close()
 
     def mark(self) -> Any:
         """How far the files have got, as plain data (hence Any); their rows are on the medium.
@@ -183,22 +286,39 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             OSError: A file cannot be cut.
         """
         said = msgspec.convert(mark, _LoggerMark)
-        self._marks.rewind(said.files)
+        self._marks.rewind(without_others(said.files, self))
+        self._has_mark = True
         self._rewound = unpacked(said.runs, self._notes)
 
     def _run(self, handle: LoopState | LogContext) -> RunT:
-        key = run_id(handle)
+        key = self._key(handle)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = self._open(handle, key, self._rewound.pop(key, None))
+            try:
+                notes = self._rewound.get(key)
+                run = self._runs[key] = self._open(handle, key, notes)
+            except OSError as error:  # a row that is not written yet can wait; what is there must be known first
+                raise RetryLaterError(f"the files of {key} cannot be looked at: {error}") from error
+            self._rewound.pop(key, None)
+            if notes is None and not self._has_mark and has_courier(self):  # its cursor may be lost
+                run.notes.course.unplaced = True
+        run.at = self.event.time
         return run
+
+    def _key(self, handle: LoopState | LogContext) -> str:
+        return ranked_key(run_id(handle), self._rank())
+
+    def _rank(self) -> int:
+        """Of the process whose event this is: each has files of its own."""
+        return rank_of_event(self.event)
 
     def _leave(self, ctx: LogContext) -> Iterator[RunT]:
         """The runs of an experiment, which are known no longer then."""
-        inside = os.path.join(ctx.output_dir, "")  # noqa: PTH118  # with the separator, which a Path drops
-        self._rewound = {key: notes for key, notes in self._rewound.items() if not key.startswith(inside)}
-        for key in [each for each in self._runs if each.startswith(inside) or each == str(ctx.output_dir)]:
-            yield self._runs.pop(key)
+        self._rewound = {key: notes for key, notes in self._rewound.items() if not is_run_of(key, ctx)}
+        for key in [each for each in self._runs if is_run_of(each, ctx)]:
+            run = self._runs.pop(key)
+            run.at = self.event.time
+            yield run
 
     def _open(self, handle: LoopState | LogContext, key: str, notes: NotesT | None) -> RunT:
         """The run, which is heard of for the first time, or since its rewinding; then with its notes."""

@@ -4,21 +4,27 @@
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
+    <run>/logs/.run                                          whose they are, see `evsys_adapters._output_claim`
 
 What is in a row is its callers' business, but for the keys ``step`` and ``benchmark``.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
 
-from evsys_adapters._line_file import Backlog, LineFile
-from evsys_adapters._marks import Course, Marks
-from evsys_bus.codec import json_line
+from evsys_adapters._output_claim import OutputClaim, OutputPlaces
+from evsys_adapters._output_notes import NotedOutput, assign, is_empty, note_of_folder
+from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters._walk import OutputWalk
+from evsys_bus.codec import json_line, to_plain
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.files import AppendFile, Backlog
+from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
 Row = Mapping[str, Any]
@@ -34,6 +40,9 @@ class RowKey(msgspec.Struct, frozen=True):
     """None in training rows."""
 
 
+_decode_held: Final = msgspec.msgpack.Decoder(
+    tuple[RowKey, dict[str, Any], list[dict[str, Any]] | None, Split | None]
+).decode
 _decode_key: Final = msgspec.json.Decoder(RowKey).decode
 
 
@@ -46,10 +55,19 @@ def _key_of(line: bytes) -> RowKey | None:
 
 
 class StepRows:
-    """A file of rows that belong to steps. No method raises OSError: what the disk refuses waits in memory."""
+    """A file of rows that belong to steps. Only `settle` raises OSError: what the disk refuses waits in memory.
 
-    def __init__(self, path: Path, marks: Marks) -> None:
-        self._file = LineFile(path, marks)
+    Args:
+        place: The folder ``logs``, asked for each row; may raise OSError.
+        path: Where the file lies, where the folder is the first one.
+        marks: Of the callback.
+    """
+
+    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
+        self._place = place
+        self.name = Path(path.parent.name, path.name)
+        self._marks = marks
+        self._open_file: AppendFile | None = None
         self._backlog = Backlog(str(path))
 
     @property
@@ -60,11 +78,15 @@ class StepRows:
     def add(self, row: Row) -> None:
         """Add one row."""
         line = json_line(row) + b"\n"
-        self._backlog.write(partial(self._file.append, line), len(line))
+        self._backlog.write(lambda: self._file.append(line), len(line))
 
-    def cut(self, first_step: int, *, but: frozenset[RowKey] = frozenset()) -> None:
-        """Drop the rows of that step and of later ones, ``but`` those of the given evals."""
-        self._backlog.write(partial(self._cut, first_step, but), 0)
+    def cut(self, first_step: int, *, but: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
+        """Drop the rows of that step and of later ones, ``but`` those of the given evals.
+
+        With ``row``, what stands before the last row like it is kept.
+        """
+        like = None if row is None else json_line(row) + b"\n"
+        self._backlog.write(partial(self._cut, first_step, but, like), 0)
 
     def settle(self) -> None:
         """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""
@@ -73,30 +95,114 @@ class StepRows:
     def flush(self) -> None:
         """Try to write what waits, and close the file until the next row."""
         self._backlog.flush()
-        self._file.close()
+        if self._open_file is not None:
+            self._open_file.close()
 
-    def _cut(self, first_step: int, but: frozenset[RowKey]) -> None:
-        def stays(line: bytes) -> bool:
+    @property
+    def _file(self) -> AppendFile:
+        """The file; raises OSError where nobody can tell now which it is."""
+        path = self._place() / self.name
+        if self._open_file is None or self._open_file.path != path:
+            self._open_file = AppendFile(path, self._marks)
+            self.forget()
+        return self._open_file
+
+    def forget(self) -> None:
+        """What is known of a file is to be learnt of another one."""
+
+    def _cut(self, first_step: int, but: frozenset[RowKey], like: bytes | None) -> None:
+        kept = 0
+        if like is not None:
+            kept = max((number for number, line in enumerate(self._file.lines()) if line == like), default=0)
+
+        def stays(number: int, line: bytes) -> bool:
             key = _key_of(line)
-            return key is None or key.step is None or key.step < first_step or key in but
+            return number < kept or key is None or key.step is None or key.step < first_step or key in but
 
-        self._file.keep(stays)
+        if not all(stays(number, line) for number, line in enumerate(self._file.lines())):
+            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if stays(number, line))
+
+
+class TrainingRows(StepRows):
+    """A file with the rows of a training, which may come again over what was written before."""
+
+    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints, course: StepTracker) -> None:
+        super().__init__(place, path, marks)
+        self._walk = OutputWalk(course)
+        self._course = course
+
+    def introduced(self, then: Callable[[], object]) -> None:
+        """The training's start is given again."""
+        self._backlog.write(lambda: (self._walk.introduced(), then()), 0)
+
+    def starts(self, first_step: int, then: Callable[[bool], object]) -> None:
+        """Training starts at this step. ``then`` is told whether to cut; if not, the next row decides."""
+        self._backlog.write(lambda: then(self._walk.starts(first_step)), 0)
+
+    def walk(self, step: int, row: Row, cut: Callable[[int], object], found: Callable[[], object]) -> None:
+        """Add a row, unless it stands; call ``cut`` if it shows that a start is to be carried out, or else ``found``.
+
+        What they do must not raise OSError.
+        """
+        line = json_line(row) + b"\n"
+        self._backlog.write(partial(self._walk_on, step, line, cut, found), len(line))
+
+    def rows(self) -> Iterator[tuple[int, int | None]]:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        for line in self._file.lines():
+            key = _key_of(line)
+            yield hash(line), None if key is None else key.step
+
+    def keep(self, stays: Callable[[int, int | None], bool]) -> int:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        kept = [stays(number, step) for number, (_, step) in enumerate(self.rows())]
+        if not all(kept):
+            self._file.rewrite(compress(self._file.lines(), kept))
+        return sum(kept)
+
+    def flush(self) -> None:
+        """Try to write what waits, and close the file until the next row."""
+        super().flush()
+        self._walk.look_again()
+
+    def forget(self) -> None:
+        """As `StepRows.forget`."""
+        self._walk.look_again()
+
+    def carry_out(self, first_step: int) -> None:
+        """As `evsys_adapters._walk.WalkedFile`."""
+        self._cut(first_step, frozenset(), None)
+
+    def _walk_on(self, step: int, line: bytes, cut: Callable[[int], object], found: Callable[[], object]) -> None:
+        first = self._course.pending
+        stands = self._walk.stands(self, hash(line), step)
+        if first is not None and not stands and not self._walk.is_on:
+            cut(first)
+        elif stands:
+            found()
+        if not stands:
+            self._file.append(line)
+            self._walk.appended()
+        self._course.steps(step)
 
 
 class EvalRows(StepRows):
     """A file with one block of rows per eval; a repeated eval replaces its block."""
 
-    def __init__(self, path: Path, marks: Marks) -> None:
-        super().__init__(path, marks)
+    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
+        super().__init__(place, path, marks)
         self._known: set[RowKey] | None = None
         """The evals in the file; None until it was read."""
         self._last: tuple[RowKey, int] | None = None
         """The last eval in the file and where its block begins, if we wrote it."""
 
-    def put(self, key: RowKey, rows: Iterable[Row]) -> None:
-        """Put the rows of an eval where its earlier ones were; no rows remove those."""
+    def put(self, key: RowKey, rows: Iterable[Row], *, again: bool = False) -> None:
+        """Put the rows of an eval where its earlier ones were; no rows remove those.
+
+        ``again``: if there are earlier ones, they stay as they are.
+        """
         block = b"".join(json_line(row) + b"\n" for row in rows)
-        self._backlog.write(partial(self._put, key, block), len(block))
+        self._backlog.write(partial(self._put, key, block, again), len(block))
 
     def holds(self, benchmark: str) -> bool:
         """Whether there are rows of the benchmark from within the training."""
@@ -105,13 +211,27 @@ class EvalRows(StepRows):
         except OSError:
             return False
 
+    def forget(self) -> None:
+        """As `StepRows.forget`."""
+        self._known = self._last = None
+
+    def has(self, key: RowKey) -> bool:
+        """Whether there are rows of this eval."""
+        try:
+            return key in self._keys()
+        except OSError:
+            return False
+
     def _keys(self) -> set[RowKey]:
+        file = self._file
         if self._known is None:
-            self._known = {key for line in self._file.lines() if (key := _key_of(line)) is not None}
+            self._known = {key for line in file.lines() if (key := _key_of(line)) is not None}
         return self._known
 
-    def _put(self, key: RowKey, block: bytes) -> None:
+    def _put(self, key: RowKey, block: bytes, again: bool) -> None:
         known = self._keys()
+        if again and key in known:
+            return
         if key not in known:
             if block:
                 self._last = (key, self._file.append(block))
@@ -125,57 +245,159 @@ class EvalRows(StepRows):
             if not block:
                 known.discard(key)
 
-    def _cut(self, first_step: int, but: frozenset[RowKey]) -> None:
-        super()._cut(first_step, but)
+    def _cut(self, first_step: int, but: frozenset[RowKey], like: bytes | None) -> None:
+        super()._cut(first_step, but, like)
         self._known = self._last = None
 
 
 class RunNotes(msgspec.Struct, omit_defaults=True):
     """What the rules need to know of a run besides what is in its files."""
 
-    course: Course = msgspec.field(default_factory=Course)
+    course: StepTracker = msgspec.field(default_factory=StepTracker)
     splits: dict[str, Split] = {}
     """Where the evals of each name went that came from within the training."""
     fresh: list[RowKey] = []
-    """Evals that came before the first step was known."""
+    """Evals that came before the first step was known, or in a walk and were not there before."""
+    doubtful: list[RowKey] = []
+    """Those of a walk that came before the last start."""
+    held: list[bytes] = []
+    """Evals that came behind a start of which the next row tells whether it was carried out; packed."""
 
 
 class RunLogs:
-    """The log files of one run; nothing is touched before the first row."""
+    """The log files of one run; nothing is touched before the first row.
 
-    def __init__(self, folder: Path, marks: Marks | None = None, notes: RunNotes | None = None) -> None:
-        self.folder = folder
+    Args:
+        logs: The folder ``logs`` in the run's.
+        marks: Of the callback.
+        notes: What is known of the run besides.
+        output: Which events their rows are of.
+    """
+
+    def __init__(
+        self,
+        logs: Path,
+        marks: Savepoints | None = None,
+        notes: RunNotes | None = None,
+        output: NotedOutput | None = None,
+    ) -> None:
+        self.logs = logs
+        self.output = NotedOutput(marks or Savepoints(), is_followed=False) if output is None else output
+        self.places: OutputPlaces | None = None
+        """Whose they are, and so where they lie; None while the run is known from a mark only."""
         self.notes = RunNotes() if notes is None else notes
-        logs = folder / "logs"
-        marks = marks or Marks()
-        self._training = StepRows(logs / "training" / "metrics.jsonl", marks)
+        self._claim: OutputClaim | None = None
+        self._known: bytes | None = None
+        marks = marks or Savepoints()
+        self._training = TrainingRows(self.place, logs / "training" / "metrics.jsonl", marks, self.notes.course)
         self._evals: dict[Split, EvalRows] = {
-            "validation": EvalRows(logs / "validation" / "metrics.jsonl", marks),
-            "test": EvalRows(logs / "test" / "metrics.jsonl", marks),
+            "validation": EvalRows(self.place, logs / "validation" / "metrics.jsonl", marks),
+            "test": EvalRows(self.place, logs / "test" / "metrics.jsonl", marks),
         }
         self._rollouts: dict[Split, EvalRows] = {
-            "validation": EvalRows(logs / "validation" / "rollouts.jsonl", marks),
-            "test": EvalRows(logs / "test" / "rollouts.jsonl", marks),
+            "validation": EvalRows(self.place, logs / "validation" / "rollouts.jsonl", marks),
+            "test": EvalRows(self.place, logs / "test" / "rollouts.jsonl", marks),
         }
+
+    def place(self) -> Path:
+        """The folder, which is this follower's from now on.
+
+        Raises:
+            OSError: The disk refuses it.
+        """
+        if self.places is not None and not self._is_claimed:
+            self.logs, claim = self.places.take_followed()
+            self._known = self.output.found(self.logs, note_of_folder(self.logs))
+            self._claim = claim
+        return self.logs
+
+    def look(self) -> bytes | None:
+        """Claim the folder, so that it is known what comes again; what its note says where that is news.
+
+        Raises:
+            RetryLaterError: The disk refuses it.
+        """
+        if self.output.is_followed and not self._is_claimed:
+            try:
+                self.place()
+                self._forgo_walk()
+            except OSError as error:
+                raise RetryLaterError(f"{self.logs} cannot be looked at: {error}") from error
+        known, self._known = self._known, None
+        return known
+
+    def know(self, notes: RunNotes) -> None:
+        """Know of the run what its note says."""
+        assign(self.notes.course, notes.course)
+        notes.course = self.notes.course
+        assign(self.notes, notes)
+        for each in self._files():
+            each.forget()
+
+    def paths(self) -> list[Path]:
+        """The files, where they lie now."""
+        return [self.logs / each.name for each in self._files()]
+
+    def _forgo_walk(self) -> None:
+        """Where there are no rows, none comes again."""
+        if self.notes.course.unplaced and is_empty(self.paths()):
+            self.notes.course.unplaced = False
+
+    @property
+    def _is_claimed(self) -> bool:
+        return self._claim is not None and self._claim.is_held
+
+    def give_up(self) -> None:
+        """Let another one have the folder; the next row claims it again."""
+        self._claim = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.logs.parent
 
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far."""
         return sum(each.waiting for each in self._files())
 
+    def introduced(self) -> None:
+        """The start of the run's training is given again: what comes may be there already."""
+        if self.notes.course.walks:
+            self._training.introduced(self._doubt)
+        elif not self.output.is_known:
+            self.notes.course.introduced()
+            self._forgo_walk()
+
     def begin(self, first_step: int) -> None:
         """Drop what was logged of that step and later ones: it is run again."""
-        if self.notes.course.starts(first_step):
-            self.notes.fresh = []
-            for each in self._files():
-                each.cut(first_step)
+
+        def then(cuts: bool) -> None:
+            self._doubt()
+            if cuts:
+                self._cut(first_step)
+
+        if self.notes.course.walks:
+            self._training.starts(first_step, then)
+        elif self.notes.course.starts(first_step):
+            self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
         """Add a training row; where nobody said `begin`, the first step says it, but evals that came before it stay."""
+        row = {"step": step, **row}
+        if self.notes.course.walks:
+            self._training.walk(step, row, self._carry_out, self._found)
+            return
         if self.notes.course.steps(step):
-            for each in self._files():
+            self._training.cut(step, row=row)
+            for each in self._files()[1:]:
                 each.cut(step, but=frozenset(self.notes.fresh))
-        self._training.add({"step": step, **row})
+        self._training.add(row)
+
+    def ends(self) -> None:
+        """The training has ended."""
+        self.notes.course.ends()
+        self._release(again=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
         """Put the row of an eval, and its predictions.
@@ -183,8 +405,23 @@ class RunLogs:
         ``rollouts`` and ``split`` are None where only the metrics are known: the predictions stay, and the row goes
         where those of its name went before, or else to validation.
         """
-        if not self.notes.course.begun:
-            self.notes.fresh.append(key)
+        course = self.notes.course
+        if course.pending is not None and key.step is not None:
+            held = [key, row, None if rollouts is None else [*rollouts], split]
+            self.notes.held.append(msgspec.msgpack.encode(to_plain(held)[0]))
+        else:
+            self._put_eval(key, row, rollouts, split, again=course.walks)
+
+    def _put_eval(
+        self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None, *, again: bool
+    ) -> None:
+        notes = self.notes
+        if again and key not in notes.fresh and key not in notes.doubtful:
+            if any(each.has(key) for each in self._evals.values()):
+                return
+            notes.fresh.append(key)
+        elif not notes.course.begun:
+            notes.fresh.append(key)
         name = str(key.benchmark)
         before = self.notes.splits.get(name) or ("test" if self._evals["test"].holds(name) else "validation")
         split = split or before
@@ -196,6 +433,41 @@ class RunLogs:
         if rollouts is not None:
             self._rollouts[split].put(key, rollouts)
         self._evals[split].put(key, [row])
+
+    def _cut(self, first_step: int) -> None:
+        self.notes.fresh = []
+        for each in self._files():
+            each.cut(first_step)
+
+    def _doubt(self) -> None:
+        """A start comes in a walk: what was put before it may be void."""
+        if self.notes.course.walks:
+            self.notes.doubtful += self.notes.fresh
+            self.notes.fresh = []
+
+    def _carry_out(self, first_step: int) -> None:
+        """A start that was to be decided about was not carried out, but for the rows of the training."""
+        for each in self._files()[1:]:
+            each.cut(first_step)
+        self._release(again=False)
+        self.notes.fresh, self.notes.doubtful = [], []
+
+    def _found(self) -> None:
+        """A row of the training stands: what did not stand before the last start is void."""
+        doubtful, self.notes.doubtful = self.notes.doubtful, []
+        for key in doubtful:
+            for each in (*self._evals.values(), *self._rollouts.values()):
+                each.put(key, ())
+        self._release(again=True)
+        if not self.notes.course.walks:
+            self.notes.fresh = []
+
+    def _release(self, *, again: bool) -> None:
+        """Put the evals that were held back."""
+        held, self.notes.held = self.notes.held, []
+        for each in held:
+            key, row, rollouts, split = _decode_held(each)
+            self._put_eval(key, row, rollouts, split, again=again)
 
     def settle(self) -> None:
         """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""

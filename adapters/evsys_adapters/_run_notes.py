@@ -8,7 +8,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from evsys_adapters._marks import Course
+from evsys_adapters._step_tracker import StepTracker
 
 UNKNOWN: Final = 1 << 62
 """Larger than any step."""
@@ -17,7 +17,7 @@ UNKNOWN: Final = 1 << 62
 class RunNotes(msgspec.Struct, omit_defaults=True):
     """One run."""
 
-    course: Course = msgspec.field(default_factory=Course)
+    course: StepTracker = msgspec.field(default_factory=StepTracker)
     last: int | None = None
     """The largest step that was trained."""
     evals: dict[str, tuple[int, dict[str, Any]]] = {}

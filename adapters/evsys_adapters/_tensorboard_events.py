@@ -7,7 +7,8 @@ holds rows that nobody can wait for.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, BinaryIO, Final
@@ -15,7 +16,14 @@ from typing import Any, BinaryIO, Final
 from evsys_adapters._logged_values import EVAL
 
 _LENGTHS: Final = struct.Struct("<QI")
+_TIME: Final = struct.Struct("<d")
 _CHECKSUM: Final = struct.Struct("<I")
+_WALL_TIME, _STEP, _SUMMARY = 0x09, 0x10, b"\x2a"
+"""The bytes before these fields of an event, which stand in this order."""
+_AFTER_WALL_TIME: Final = 9
+_MAX_STEP_BYTES: Final = 9
+"""Of a step that is not negative."""
+_EVAL: Final = EVAL.encode()
 
 
 def needs_tensorboardx() -> None:
@@ -31,14 +39,22 @@ def needs_tensorboardx() -> None:
 
 
 class Events:
-    """Makes and reads the events; an instance holds the imported messages, and the clock that dates them."""
+    """Makes and reads the events of one file; an instance holds the imported messages, and dates the events.
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    Args:
+        clock: Dates them, if given; else they have the time in `at`.
+    """
+
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self.at = 0.0
+        """When what is logged happened; seconds since the epoch."""
         self._clock = clock
+        self._began: float | None = None
         # Any: protobuf makes its classes when it is imported, and tensorboardX need not be there when this is checked.
         event_pb2: Any = import_module("tensorboardX.proto.event_pb2")
         summary_pb2: Any = import_module("tensorboardX.proto.summary_pb2")
         self._crc: Any = import_module("tensorboardX.crc32c").crc32c
+        self._damaged: Any = import_module("google.protobuf.message").DecodeError
         self._event: Any = event_pb2.Event
         self._session: Any = event_pb2.SessionLog
         self._summary: Any = summary_pb2.Summary
@@ -50,7 +66,8 @@ class Events:
 
     def head(self) -> bytes:
         """The event that says which rules the file follows: those in which a restart is told, not guessed."""
-        return self.frame(self._event(wall_time=self._clock(), file_version="brain.Event:2").SerializeToString(), 0)
+        at = self._now() if self._began is None else self._began
+        return self.frame(self._event(wall_time=at, file_version="brain.Event:2").SerializeToString(), 0)
 
     def frame(self, payload: bytes, at: int) -> bytes:
         """A record."""
@@ -60,15 +77,12 @@ class Events:
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         """Every whole record but the first."""
-        first = True
-        while len(header := file.read(_LENGTHS.size)) == _LENGTHS.size:
-            length, _ = _LENGTHS.unpack(header)
-            body = file.read(length + _CHECKSUM.size)
-            if len(body) < length + _CHECKSUM.size:
-                return
-            if not first:
-                yield body[:length], file.tell()
-            first = False
+        frames = _frames(file)
+        next(frames, None)
+        end = file.tell()
+        for frame in frames:
+            end += len(frame)
+            yield frame[_LENGTHS.size : -_CHECKSUM.size], end
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -89,35 +103,110 @@ class Events:
         value = self._summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin), tensor=tensor)
         return self._at(step, summary=self._summary(value=[value]))
 
+    def time_of(self, payload: bytes) -> float:
+        """When what an event says happened; 0 where it does not say."""
+        is_dated = len(payload) >= _AFTER_WALL_TIME and payload[0] == _WALL_TIME
+        return float(_TIME.unpack_from(payload, 1)[0]) if is_dated else 0.0
+
+    def step_of(self, payload: bytes) -> tuple[int, bool]:
+        """The step of an event, and whether it makes that step and later ones void; step 0 where it is damaged."""
+        step = _step_of_scalars(payload)
+        if step is not None:
+            return step, False
+        event = self._parsed(payload)
+        return (0, False) if event is None else (event.step, event.HasField("session_log"))
+
     def restart(self, step: int) -> bytes:
         """What was told of this step and later ones is void."""
         return self._at(step, session_log=self._session(status=self._session.START))
 
-    def tidied(self, payloads: Iterable[bytes]) -> list[bytes]:
-        """The same in order of steps, without what is void and without evals that were replaced.
+    def in_order(self, file: BinaryIO) -> Iterator[bytes]:
+        """The file again, in order of steps, without what is void and without evals that were replaced.
 
         TensorBoard's fast loader takes a step that is smaller than the one before for a restart, and drops points.
         """
-        events: list[Any] = []  # Any: as above
-        for payload in payloads:
-            event = self._event.FromString(payload)
-            if event.HasField("session_log"):
-                events = [each for each in events if each.step < event.step]
+        frames = _frames(file)
+        yield next(frames, b"")
+        starts, steps, sizes = array("Q"), array("q"), array("Q")
+        at, alive = file.tell(), bytearray()
+        newest: dict[tuple[str, int], int] = {}
+        """The event that holds the newest value of an eval."""
+        evals: dict[int, list[str]] = {}
+        """Events of evals, and their tags."""
+        for frame in frames:
+            payload = frame[_LENGTHS.size : -_CHECKSUM.size]
+            step, event = _step_of_scalars(payload), None
+            if step is None:
+                event = self._parsed(payload)  # a damaged one stays where it is, and is the readers' business
+                step = event.step if event is not None else steps[-1] if steps else 0
+            if event is not None:
+                if event.HasField("session_log"):
+                    for number, each in enumerate(steps):
+                        alive[number] = alive[number] and each < step
+                tags = [value.tag for value in event.summary.value]
+                alive.append(bool(tags))
+                if tags and tags[0].startswith(EVAL):
+                    evals[len(steps)] = tags
+                    newest.update(((tag, step), len(steps)) for tag in tags)
             else:
-                events.append(event)
-        newest = {(value.tag, each.step): index for index, each in enumerate(events) for value in each.summary.value}
-        for index, each in enumerate(events):
-            values = list(each.summary.value)
-            kept = [one for one in values if not one.tag.startswith(EVAL) or newest[one.tag, each.step] == index]
-            if len(kept) < len(values):
-                each.summary.CopyFrom(self._summary(value=kept))
-        told = [each for each in events if each.summary.value]
-        return [each.SerializeToString() for each in sorted(told, key=lambda each: each.step)]
+                alive.append(True)
+            starts.append(at)
+            steps.append(step)
+            sizes.append(len(frame))
+            at += len(frame)
+        for number in sorted((each for each in range(len(steps)) if alive[each]), key=steps.__getitem__):
+            file.seek(starts[number])
+            frame = file.read(sizes[number])
+            tags = evals.get(number, [])
+            kept = [newest[tag, steps[number]] == number for tag in tags]
+            if all(kept):
+                yield frame
+            elif any(kept):
+                event = self._event.FromString(frame[_LENGTHS.size : -_CHECKSUM.size])
+                values = [value for value, keep in zip(list(event.summary.value), kept, strict=True) if keep]
+                event.summary.CopyFrom(self._summary(value=values))
+                yield self.frame(event.SerializeToString(), 0)
+
+    def _parsed(self, payload: bytes) -> Any:
+        """The event; None if it is none."""
+        try:
+            return self._event.FromString(payload)
+        except self._damaged:
+            return None
 
     def _at(self, step: int, **what: Any) -> bytes:
-        return self._event(wall_time=self._clock(), step=step, **what).SerializeToString()
+        now = self._now()
+        self._began = now if self._began is None else self._began
+        return self._event(wall_time=now, step=step, **what).SerializeToString()
+
+    def _now(self) -> float:
+        return self.at if self._clock is None else self._clock()
 
     def _masked(self, data: bytes) -> int:
         """TensorBoard's checksum: rotated, so that one of data with checksums inside does not cancel out."""
         crc = self._crc(data)
         return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _frames(file: BinaryIO) -> Iterator[bytes]:
+    """Every whole record with its length and checksums; a torn one ends the file."""
+    while len(header := file.read(_LENGTHS.size)) == _LENGTHS.size:
+        length, _ = _LENGTHS.unpack(header)
+        body = file.read(length + _CHECKSUM.size)
+        if len(body) < length + _CHECKSUM.size:
+            return
+        yield header + body
+
+
+def _step_of_scalars(payload: bytes) -> int | None:
+    """The step of an event that holds values and none of an eval, read without its values; None for any other event."""
+    if len(payload) <= _AFTER_WALL_TIME or payload[0] != _WALL_TIME or _EVAL in payload:
+        return None
+    at, step = _AFTER_WALL_TIME, 0
+    if payload[at] == _STEP:
+        for place, byte in enumerate(payload[at + 1 : at + 1 + _MAX_STEP_BYTES]):
+            step |= (byte & 0x7F) << 7 * place
+            if byte == byte & 0x7F:  # the last one
+                at += 2 + place
+                break
+    return step if payload[at : at + 1] == _SUMMARY else None

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from evsys_adapters._logged_values import json_of
 
@@ -31,6 +31,26 @@ def needs_wandb() -> None:
     """
     if find_spec("wandb") is None:
         raise ModuleNotFoundError('wandb_logger needs wandb; pip install "evsys-bus[wandb]"', name="wandb")
+
+
+_COUNTED: Final = frozenset({"_step", "_runtime"})
+"""What a row has besides what it says: it depends on where the file began."""
+
+
+class Outline(NamedTuple):
+    """What a record is."""
+
+    row: int
+    """The number of a row of the history; -1 for any other record."""
+    ends: bool
+    """Whether it says that the run has ended."""
+    started: float | None
+    """When the run began, if it says that; seconds since the epoch."""
+
+
+def row_key(items: Mapping[str, str]) -> int:
+    """The same for two rows of the history that say the same at the same time, by their values as JSON."""
+    return hash(frozenset((name, value) for name, value in items.items() if name not in _COUNTED))
 
 
 class Records:
@@ -134,15 +154,25 @@ class Records:
         """The run has ended."""
         return self._record(run_id, exit=self._messages.RunExitRecord(exit_code=int(failed)))
 
-    def outline(self, payload: bytes) -> tuple[int, bool]:
-        """The number of a row of the history, -1 for any other record; and whether it says that the run has ended."""
+    def outline(self, payload: bytes) -> Outline:
+        """What a logger that comes to a file of an earlier day has to know of a record."""
         record = self._messages.Record.FromString(payload)
         kind = record.WhichOneof("record_type")
-        return (int(record.history.step.num) if kind == "history" else -1), kind == "exit"
+        row = int(record.history.step.num) if kind == "history" else -1
+        start = record.run.start_time if kind == "run" else None
+        return Outline(row, kind == "exit", None if start is None else start.seconds + start.nanos / 1e9)
+
+    def timed(self, payload: bytes) -> tuple[int, float] | None:
+        """A key for what a row says and when, and its time; None for any other record."""
+        record = self._messages.Record.FromString(payload)
+        if record.WhichOneof("record_type") != "history":
+            return None
+        items = {item.nested_key[0]: item.value_json for item in record.history.item}
+        return row_key(items), float(items.get("_timestamp") or 0.0)
 
     # -- changing what was written ------------------------------------------------------------------------------------
 
-    def before(self, first_step: int, payloads: Iterable[bytes]) -> Iterator[bytes]:
+    def before(self, first_step: float, payloads: Iterable[bytes]) -> Iterator[bytes]:
         """The records without rows of that step and later ones, and without the end of the run."""
         for payload in payloads:
             record = self._messages.Record.FromString(payload)

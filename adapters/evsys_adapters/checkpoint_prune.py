@@ -6,26 +6,30 @@ destination if there is a ``url``, else on this machine.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
 from evsys_adapters._params import checked
+from evsys_adapters._runs import output_dir_of, run_context, run_folder
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
 from evsys_adapters.checkpoints.places import Places, Reach, has_placeholders, url_for
-from evsys_adapters.checkpoints.removal import is_whole, places, removable, remove
-from evsys_adapters.checkpoints.retention import Best, Keep, prunable
+from evsys_adapters.checkpoints.removal import Bounds, Left, Removable, is_whole, plan, remove
+from evsys_adapters.checkpoints.retention import Best, Keep, LocalKeep, prunable
 from evsys_adapters.checkpoints.spool import Spool
-from evsys_adapters.checkpoints.upload_config import StoreUrl, check_vendor
-from evsys_bus.context import LoopState, ManifestRow
+from evsys_adapters.checkpoints.store import StoreError
+from evsys_adapters.checkpoints.upload_config import StoreUrl, check_url
+from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.events import Checkpoint, Envelope, Eval, TrainEnd
+from evsys_bus.events import Checkpoint, Envelope, Eval, RunStart, TrainEnd
+from evsys_bus.journal.layout import order_of
 from evsys_bus.sink import Sink
+from evsys_bus.where import local_path
 
 MOST_SCORES: Final = 1_000
 AGAIN_SECONDS: Final = 0.2
@@ -35,8 +39,9 @@ AGAIN_SECONDS: Final = 0.2
 class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `CheckpointPrune` can be told."""
 
-    local: Keep = Keep()
-    """What is kept of the trainer's own files. Default: everything."""
+    local: LocalKeep = LocalKeep()
+    """What is kept of the trainer's own files. Default: everything. Whatever it says, only what lies in the folder of
+    the run, or of its experiment, is removed, or in a folder among ``outside``."""
     remote: Keep = Keep()
     """What is kept at the destination. Default: everything."""
     url: StoreUrl | None = None
@@ -52,7 +57,7 @@ class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
 
     def __post_init__(self) -> None:
         if self.url is not None:
-            check_vendor(self.url)
+            check_url(self.url)
 
 
 class _Known(msgspec.Struct):
@@ -73,6 +78,8 @@ class _Run(msgspec.Struct):
     local: dict[int, float] = msgspec.field(default_factory=dict[int, float])
     """Scores by which the local rules judge."""
     remote: dict[int, float] = msgspec.field(default_factory=dict[int, float])
+    experiment: str | None = None
+    """The experiment's folder, where the run's lies in it."""
 
 
 class CheckpointPrune(Sink):
@@ -95,10 +102,12 @@ class CheckpointPrune(Sink):
             Reach(self.config.endpoint, self.config.region, self.config.path_style, self.config.profile)
         )
         self._told: set[tuple[str, str, str]] = set()
+        self._left: dict[str, int] = {}
+        """How much stayed here though its checkpoint went, by run."""
 
     async def open(self) -> None:
         """Look whether the destination is there, where it matters."""
-        if self.config.remote != Keep() and self.config.url is not None and not has_placeholders(self.config.url):
+        if self.config.remote.has_rules and self.config.url is not None and not has_placeholders(self.config.url):
             await self._places.place(self.config.url)
 
     async def write(self, batch: Sequence[Envelope]) -> None:
@@ -107,7 +116,9 @@ class CheckpointPrune(Sink):
         ended: list[_Run] = []
         for envelope in batch:
             event = envelope.event
-            if isinstance(event, Checkpoint | Eval | TrainEnd):
+            if isinstance(event, RunStart):  # what lies in its folder is no business of other runs
+                self._run(envelope, event.ctx)
+            elif isinstance(event, Checkpoint | Eval | TrainEnd):
                 run = self._run(envelope, event.state)
                 touched[run.run_dir] = run
                 self._learn(run, envelope, event)
@@ -121,7 +132,11 @@ class CheckpointPrune(Sink):
             raise RetryLaterError(f"{awaited[-1]} waits to be uploaded", after_seconds=AGAIN_SECONDS)
 
     async def close(self) -> None:
-        """Close what was opened."""
+        """Close what was opened, and log how much stayed."""
+        for run_dir, count in self._left.items():
+            if count > 1:
+                log().warning("checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints stay")
+        self._left.clear()
         await self._places.close()
 
     def mark(self) -> Any:
@@ -132,19 +147,32 @@ class CheckpointPrune(Sink):
         """Know what was known then. Any: as above."""
         self._runs = msgspec.convert(mark, dict[str, _Run], strict=False)
 
-    def _run(self, envelope: Envelope, state: LoopState) -> _Run:
-        run_dir = Path(state.output_dir).absolute()
-        if str(run_dir) not in self._runs:
-            url = None if self.config.url is None else url_for(self.config.url, state)
-            self._runs[str(run_dir)] = _Run(component(envelope.run or run_dir.name), str(run_dir), url)
-        return self._runs[str(run_dir)]
+    def _run(self, envelope: Envelope, handle: object) -> _Run:
+        """The run of a state, or of the context of a run."""
+        run_dir = (
+            local_path(output_dir_of(handle), "output_dir") if run_context(handle) is not handle else run_folder(handle)
+        )
+        key = component(envelope.run or run_dir.name)
+        name = str(run_dir)
+        if name in self._runs and self._runs[name].key != key:  # another run, whose files lie in the same folder
+            name = f"{name}\0{key}"
+        if name not in self._runs:
+            url = None if self.config.url is None else url_for(self.config.url, handle)
+            self._runs[name] = _Run(key, str(run_dir), url)
+        run = self._runs[name]
+        experiment = output_dir_of(run_context(handle))
+        if experiment:
+            folder = local_path(experiment, "output_dir")
+            inside = run_dir.is_relative_to(folder) or run_dir.resolve().is_relative_to(folder.resolve())
+            run.experiment = str(folder) if inside else None
+        return run
 
     def _learn(self, run: _Run, envelope: Envelope, event: Checkpoint | Eval | TrainEnd) -> None:
-        if isinstance(event, Checkpoint) and self.config.local != Keep():
+        if isinstance(event, Checkpoint) and self.config.local.has_rules:
             names = {(each.row.name, each.row.batch) for each in run.known}
             if (event.row.name, event.row.batch) not in names:
                 new = _Known(envelope.stream, envelope.seq, event.row)
-                run.known = sorted([*run.known, new], key=lambda each: (each.stream, each.seq))
+                run.known = sorted([*run.known, new], key=lambda each: (order_of(each.stream), each.seq))
         elif isinstance(event, Eval):
             for scores, keep in ((run.local, self.config.local), (run.remote, self.config.remote)):
                 best = keep.keep_best
@@ -155,16 +183,45 @@ class CheckpointPrune(Sink):
 
     def _prune_local(self, run: _Run) -> None:
         rows = [each.row for each in run.known]
-        run_dir = Path(run.run_dir)
-        for row in prunable(rows, self.config.local, run.local, self._newest_verified(run, rows)):
+        going = prunable(rows, self.config.local, run.local, self._newest_verified(run, rows))
+        bounds = self._bounds(run) if going else None
+        for row in going:
+            assert bounds is not None
+            found = plan(row, (each for each in self._rows() if each is not row), bounds)
             if self.config.dry_run:
-                self._tell(run, row, "local", [str(each) for each in places(row)])
+                if found.removable:
+                    self._tell(run, row, "local", [str(each.path) for each in found.removable])
                 continue
-            found = removable(row, (each for each in rows if each is not row), run_dir)
-            removed = [place for place in found if _removed(place)]
+            removed = [each for each in found.removable if _removed(each)]
             run.known = [each for each in run.known if each.row is not row]
+            for left in found.left:
+                self._report_left(run, row, left)
             if removed:
-                self._tell(run, row, "local", list(map(str, removed)))
+                self._tell(run, row, "local", [str(each.path) for each in removed])
+
+    def _rows(self) -> Iterator[ManifestRow]:
+        """Every checkpoint that may still be here, of all runs."""
+        return (each.row for run in self._runs.values() for each in run.known)
+
+    def _bounds(self, run: _Run) -> Bounds:
+        others = [Path(each.run_dir) for each in self._runs.values() if each.run_dir != run.run_dir]
+        experiment = None if run.experiment is None else Path(run.experiment)
+        return Bounds(Path(run.run_dir), experiment, self.config.local.folders, others)
+
+    def _report_left(self, run: _Run, row: ManifestRow, left: Left) -> None:
+        """Count what stays; the first of a run is logged."""
+        self._left[run.run_dir] = self._left.get(run.run_dir, 0) + 1
+        if self._left[run.run_dir] == 1:
+            opt_in = f"to have such files removed: local: {{outside: [{left.path.parent}]}}" if left.outside else None
+            log().warning(
+                "checkpoint.left",
+                run=run.run_dir,
+                checkpoint=row.name,
+                path=str(left.path),
+                why=left.why,
+                meaning="it is not pruned, nor is what else of this run's checkpoints lies so",
+                fix=opt_in or "remove it by hand, if it is no longer needed",
+            )
 
     def _newest_verified(self, run: _Run, rows: Sequence[ManifestRow]) -> int:
         if self.config.url is None:
@@ -174,19 +231,25 @@ class CheckpointPrune(Sink):
         return max((index for index, row in enumerate(rows) if checkpoint_folder(row) in there), default=-1)
 
     async def _prune_remote(self, run: _Run) -> None:
-        if run.url is None or self.config.remote == Keep():
+        if run.url is None or not self.config.remote.has_rules:
             return
         place = await self._places.place(run.url)
         destination = self._destinations.setdefault(run.run_dir, Destination(place.store, place.prefix, run.key))
-        rows = [manifest.row for manifest in await destination.manifests()]
+        manifests = await destination.manifests()
+        rows = [manifest.row for manifest in manifests]
         latest = await destination.latest()
-        for row in prunable(rows, self.config.remote, run.remote, len(rows) - 1):
-            folder = checkpoint_folder(row)
-            if latest is None or latest.checkpoint == folder:
+        going = {id(row) for row in prunable(rows, self.config.remote, run.remote, len(rows) - 1)}
+        for manifest in manifests:
+            folder = checkpoint_folder(manifest.row)
+            if id(manifest.row) not in going or latest is None or latest.checkpoint == folder:
                 continue
             if not self.config.dry_run:
-                await destination.remove(folder)
-            self._tell(run, row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
+                try:
+                    await destination.remove(manifest)
+                except StoreError as error:
+                    log().warning("checkpoint.not_removed", path=destination.key(folder), error=error.what)
+                    continue
+            self._tell(run, manifest.row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
 
     def _uploading(self, run: _Run) -> list[str]:
         if self.config.url is None or self.config.dry_run:
@@ -202,11 +265,11 @@ class CheckpointPrune(Sink):
         self.publish(CheckpointPruned(run.key, folder, row.batch, where, paths, self.config.dry_run))
 
 
-def _removed(place: Path) -> bool:
+def _removed(each: Removable) -> bool:
     try:
-        remove(place)
+        remove(each)
     except OSError as error:
-        log().warning("checkpoint.not_removed", path=str(place), error=str(error))
+        log().warning("checkpoint.not_removed", path=str(each.path), error=str(error))
         return False
     return True
 

@@ -5,8 +5,8 @@ step,loss,lr
 1,0.5211,0.001
 """
 
-import operator
 import os
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,32 +15,63 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._csv_cells import cells_of
-from evsys_adapters._csv_table import CsvTable
-from evsys_adapters._line_file import Backlog
-from evsys_adapters._marks import Course, Mark, Marks
-from evsys_adapters._params import checked
-from evsys_adapters._runs import digest, run_folder, run_id, run_name
+from evsys_adapters._csv_table import CsvTable, row_key
+from evsys_adapters._output_claim import OutputClaim, OutputPlaces, has_courier, owner_of, seen_from, without_others
+from evsys_adapters._output_notes import (
+    FIRST,
+    NotedOutput,
+    OutputNotes,
+    Position,
+    assign,
+    is_empty,
+    note_of_file,
+    without_newer,
+)
+from evsys_adapters._params import check_local_path, checked
+from evsys_adapters._runs import (
+    digest,
+    first_step_of,
+    is_carried,
+    is_run_of,
+    rank_of_event,
+    ranked_key,
+    run_folder,
+    run_id,
+    run_name,
+    step_of,
+)
+from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters._walk import OutputWalk
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.files import Backlog
+from evsys_bus.savepoints import Mark, Savepoints
+from evsys_bus.where import local_path
 
 _RUN: Final = "{run}"
 _RUN_DIR: Final = "{run_dir}"
+_RANK: Final = "{rank}"
 
 
 class CsvMetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `CsvMetricsCallback` can be told."""
 
     out_path: Annotated[str, msgspec.Meta(min_length=1)]
-    """The file, relative to the current directory; folders are made. ``{run_dir}`` stands for the run's own folder,
-    ``{run}`` for its key."""
+    """The file; relative to the directory that is current when the callback is made. Folders are made. ``{run_dir}``
+    stands for the run's own folder, ``{run}`` for its key, ``{rank}`` for the rank of the process."""
     delimiter: Annotated[str, msgspec.Meta(pattern=r'^[^\w\s\x00-\x1f\x7f".+-]$|^[ \t]$')] = ","
     """What separates the cells: one character that no number contains."""
+
+    def __post_init__(self) -> None:
+        check_local_path(self.out_path, "out_path", (_RUN_DIR, _RUN, _RANK), whole=_RUN_DIR)
 
 
 class _CsvMark(msgspec.Struct, frozen=True):
     files: Mark
-    runs: dict[str, Course]
+    runs: dict[str, StepTracker]
+    positions: dict[str, Position] = {}
 
 
 class CsvMetricsCallback(Callback):
@@ -53,8 +84,12 @@ class CsvMetricsCallback(Callback):
 
     A resumed run continues the file: rows at or past its first step are cut before new ones come. Without
     ``on_train_start`` the first step that is seen counts as the first one. A file belongs to one run (a hidden file
-    ``.<name>.run`` beside it says to which); another run that comes to it, now or on another day, gets
-    ``<stem>-<run key><suffix>``, with a WARNING.
+    ``.<name>.run`` beside it says to which), and while it is written to one process. Another run that comes to it, now
+    or on another day, gets ``<stem>-<run key><suffix>``; another process that trains the same run at the same time,
+    ``<stem>-2<suffix>``; a rank above 0, ``<stem>-rank<rank><suffix>``, unless ``out_path`` has ``{rank}``. A WARNING
+    names the file then. So it does where two followers of one run have one path: the second writes
+    ``<stem>-2<suffix>``, also on later days. A follower under a new name goes on with the file of one that is followed
+    no more.
 
     Rows that the disk refuses wait in memory, up to 16 MiB, and are tried again with the next one. Where a courier
     delivers, a crash doubles no row and loses none: it is rewound to the last `mark`.
@@ -71,18 +106,24 @@ class CsvMetricsCallback(Callback):
         'step,loss\n0,0.5\n'
     """
 
+    marks_inline: ClassVar[bool] = False
     name: ClassVar[str] = "csv_metrics"
     Config: ClassVar[type | None] = CsvMetricsConfig
+    ranks = "rank0"
 
     def __init__(self, out_path: str | os.PathLike[str], delimiter: str = ",") -> None:
         config = checked(CsvMetricsConfig, {"out_path": os.fspath(out_path), "delimiter": delimiter})
-        self._out_path = config.out_path
-        self._here = Path.cwd()  # what a relative path was relative to when it was given
+        whole = config.out_path.startswith(_RUN_DIR)
+        self._out_path = config.out_path if whole else str(local_path(out_path, "out_path"))
         self._delimiter = config.delimiter
         self._runs: dict[str, _RunTable] = {}
-        self._marks = Marks()
-        self._rewound: dict[str, Course] = {}
-        """Runs that were known at the mark, and are still to be heard of."""
+        self._marks = Savepoints()
+        self._has_mark = False
+        self._notes = OutputNotes(self._marks)
+        self._rewound: dict[str, tuple[StepTracker, Position]] = {}
+        """Runs of which nothing was heard since the mark, or since their experiment ended in the middle of a walk."""
+        self._left: dict[str, _RunTable] = {}
+        """Runs whose experiment has ended since the mark."""
 
     @property
     def waiting(self) -> int:
@@ -91,27 +132,42 @@ class CsvMetricsCallback(Callback):
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut what is about to be run again."""
-        self._run(state).begin(state.step)
+        run, first = self._run(state), first_step_of(state)
+        if run.output.has(self.event):
+            return
+        if is_carried(self.event):
+            run.introduce()
+        elif first is not None:
+            run.begin(first)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Add the step's row."""
         del batch
-        self._run(state).add(operator.index(step_idx), cells_of(metrics))
+        run = self._run(state)
+        if not run.output.has(self.event):
+            run.add(step_of(step_idx), cells_of(metrics))
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's file."""
         del artifacts
         run = self._run(state)
-        run.course.ends()
+        if not run.output.has(self.event):
+            run.course.ends()
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Forget the runs of the experiment."""
         del result
-        inside = os.path.join(ctx.output_dir, "")  # noqa: PTH118  # with the separator, which a Path drops
-        for run in [each for each in self._runs if each.startswith(inside)]:
-            self._runs.pop(run).close()
-        self._rewound = {run: course for run, course in self._rewound.items() if not run.startswith(inside)}
+        for run in [each for each in self._runs if is_run_of(each, ctx)]:
+            table = self._left[run] = self._runs.pop(run)
+            table.close()
+            self._rewound[run] = (table.course, table.output.position)
+        self._rewound = {run: each for run, each in self._rewound.items() if each[0].walks or not is_run_of(run, ctx)}
+
+    def close(self) -> None:
+        """Write what waits, and close the files; a later hook opens them again and goes on."""
+        for run in self._runs.values():
+            run.close()
 
     def mark(self) -> Any:
         """How far the files have got, as plain data (hence Any); their rows are on the medium.
@@ -121,8 +177,12 @@ class CsvMetricsCallback(Callback):
         """
         for run in self._runs.values():
             run.backlog.settle()
-        courses = self._rewound | {key: run.course for key, run in self._runs.items()}
-        return msgspec.to_builtins(_CsvMark(self._marks.take(), courses))
+        written = [*self._left.values(), *self._runs.values()]
+        files = self._notes.take((run.output, msgspec.json.encode(run.course), [run.path]) for run in written)
+        self._left = {}
+        known = self._rewound | {key: (run.course, run.output.position) for key, run in self._runs.items()}
+        courses = {key: course for key, (course, _) in known.items()}
+        return msgspec.to_builtins(_CsvMark(files, courses, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
@@ -131,102 +191,144 @@ class CsvMetricsCallback(Callback):
             OSError: A file cannot be cut.
         """
         said = msgspec.convert(mark, _CsvMark)
-        self._marks.rewind(said.files)
-        for course in said.runs.values():
+        files = without_others(said.files, self)
+        self._marks.rewind(without_newer(files, said.positions.values(), note_of_file))
+        self._has_mark = True
+        for key, course in said.runs.items():
+            position = said.positions.get(key) or Position(since=FIRST if course.begun else "")
             course.rewound = True
-        self._rewound = said.runs
+            course.unplaced = course.unplaced or (files is not said.files and not position.handled)
+            self._rewound[key] = (course, position)
 
     def _run(self, state: LoopState) -> "_RunTable":
-        key = run_id(state)
+        rank = rank_of_event(self.event)
+        key = ranked_key(run_id(state), rank)
         run = self._runs.get(key)
         if run is None:
-            course = self._rewound.pop(key, None) or Course()
-            places = list(self._places(state))
-            run = self._runs[key] = _RunTable(_owner(state), places, self._delimiter, self._marks, course)
+            fix = f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself"
+            places = OutputPlaces(self, owner_of(state), [*self._places(state, rank)], self._marks, fix)
+            is_followed = has_courier(self)
+            may_repeat = not self._has_mark and is_followed  # its cursor may be lost
+            course, position = self._rewound.get(key) or (StepTracker(unplaced=may_repeat), Position())
+            if key in self._left:
+                course, position = self._left[key].course, self._left[key].output.position
+            output = NotedOutput(self._marks, position, is_followed=is_followed)
+            run = self._runs[key] = _RunTable(places, self._delimiter, self._marks, course, output)
+            self._rewound.pop(key, None)
+            self._left.pop(key, None)
+            if rank and _RANK not in self._out_path:
+                fix = f"write {_RANK} into out_path to name the files yourself"
+                log().warning("csv_metrics.rank_apart", run=run_name(state), rank=rank, file=str(places.first), fix=fix)
+        run.look()
         return run
 
-    def _places(self, state: LoopState) -> Iterator[Path]:
+    def _places(self, state: LoopState, rank: int) -> Iterator[Path]:
         """Where the run's file may lie; the first that is not another run's is taken."""
-        name, text = run_name(state), self._out_path
-        if _RUN_DIR in text:
-            text = text.replace(_RUN_DIR, str(run_folder(state)))
-        place = self._here / text.replace(_RUN, name)
+        name = run_name(state)
+        folder = str(run_folder(state)) if _RUN_DIR in self._out_path else ""
+        words = {_RUN: name, _RUN_DIR: folder, _RANK: str(rank)}
+        place = Path(re.sub(r"\{(run|run_dir|rank)\}", lambda found: words[found[0]], self._out_path))
+        if rank and _RANK not in self._out_path:
+            place = _beside(place, f"rank{rank}")
         yield place
         if _RUN not in self._out_path:
-            place = place.with_name(f"{place.stem}-{name}{place.suffix}")
+            place = _beside(place, name)
             yield place
-        yield place.with_name(f"{place.stem}-{digest(_seen_from(place, _owner(state)))}{place.suffix}")
+        yield _beside(place, digest(seen_from(place, owner_of(state))))
 
 
 class _RunTable:
     """The table of one run, and the rows on their way to it."""
 
-    def __init__(self, owner: str, places: list[Path], delimiter: str, marks: Marks, course: Course) -> None:
-        self.backlog = Backlog(str(places[0]))
+    def __init__(
+        self, places: OutputPlaces, delimiter: str, marks: Savepoints, course: StepTracker, output: NotedOutput
+    ) -> None:
+        self.backlog = Backlog(str(places.first))
         self.course = course
-        self._owner = owner
+        self.output = output
+        self.path = places.first
+        self._walk = OutputWalk(course)
         self._places = places
         self._delimiter = delimiter
         self._marks = marks
         self._table: CsvTable | None = None
+        self._claim: OutputClaim | None = None
+
+    def look(self) -> None:
+        """Learn what is known of the file, so that it is known what comes again; raises RetryLaterError."""
+        if self.output.is_followed and not self._is_claimed:
+            try:
+                self._open()
+                self._forgo_walk()
+            except OSError as error:
+                raise RetryLaterError(f"{self.path} cannot be looked at: {error}") from error
+
+    def introduce(self) -> None:
+        if self.course.walks:
+            self.backlog.write(self._walk.introduced, 0)
+        elif not self.output.is_known:
+            self.course.introduced()
+            self._forgo_walk()
 
     def begin(self, first_step: int) -> None:
-        if self.course.starts(first_step):
-            self._cut(first_step)
+        if self.course.walks:
+            self.backlog.write(partial(self._begin, first_step), 0)
+        elif self.course.starts(first_step):
+            self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
-        if self.course.steps(step):
-            self._cut(step)
-        self.backlog.write(partial(self._append, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
+        action = self._walk_on if self.course.walks else self._append
+        if not self.course.walks and self.course.steps(step):
+            self.backlog.write(lambda: self._open().cut(step, cells), 0)
+        self.backlog.write(partial(action, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
 
     def close(self) -> None:
         if self._table is not None:
             self._table.try_again()
-            self.backlog.write(self._table.close, 0)
+            self.backlog.write(self._close, 0)
         self.backlog.flush()
 
-    def _cut(self, first_step: int) -> None:
-        self.backlog.write(lambda: self._open().cut(first_step), 0)
+    def _begin(self, first_step: int) -> None:
+        if self._walk.starts(first_step):
+            self._open().cut(first_step)
 
     def _append(self, step: int, cells: dict[str, str]) -> None:
         self._open().append(step, cells)
 
+    def _walk_on(self, step: int, cells: dict[str, str]) -> None:
+        table = self._open()
+        if not self._walk.stands(table, row_key(step, cells), step):
+            table.append(step, cells)
+            self._walk.appended()
+        self.course.steps(step)
+
+    def _close(self) -> None:
+        """Close the file; from here on another process may go on with it."""
+        if self._table is not None:
+            self._table.close()
+        self._table = self._claim = None
+
     def _open(self) -> CsvTable:
         """The table, at the first place that is ours or nobody's."""
-        if self._table is None:
-            place = next((each for each in self._places[:-1] if _claim(each, self._owner)), self._places[-1])
-            if place != self._places[0]:
-                log().warning(
-                    "csv_metrics.second_run",
-                    run=self._owner,
-                    taken=str(self._places[0]),
-                    file=str(place),
-                    fix=f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself",
-                )
-            self._table = CsvTable(place, self._delimiter, self._marks)
+        if self._table is None or not self._is_claimed:
+            self.path, claim = self._places.take()
+            known = self.output.found(self.path, note_of_file(self.path))
+            if known is not None:
+                assign(self.course, msgspec.json.decode(known, type=StepTracker))
+            self._claim = claim
+            self._table = CsvTable(self.path, self._delimiter, self._marks)
+            self._walk.look_again()
         return self._table
 
+    def _forgo_walk(self) -> None:
+        """Where there are no rows, none comes again."""
+        if self.course.unplaced and is_empty([self.path]):
+            self.course.unplaced = False
 
-def _owner(state: LoopState) -> str:
-    """The run's folder, the same through whatever links it is reached."""
-    return os.path.realpath(run_id(state).replace("\0", "\\0"))  # a key may hold what no path can
+    @property
+    def _is_claimed(self) -> bool:
+        return self._claim is not None and self._claim.is_held
 
 
-def _seen_from(place: Path, owner: str) -> str:
-    """The owner relative to the folder of the file: the same after both were moved together."""
-    return os.path.relpath(owner, os.path.realpath(place.parent))
-
-
-def _claim(place: Path, owner: str) -> bool:
-    """Whether the file is this run's, now or since an earlier day."""
-    mark = place.with_name(f".{place.name}.run")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    words = _seen_from(place, owner).encode(errors="surrogateescape")
-    try:
-        mark.touch(exist_ok=False)
-    except FileExistsError:
-        said = mark.read_bytes()
-        if said:
-            return said == words
-    mark.write_bytes(words)  # also where a full disk or a kill came between touch and write
-    return True
+def _beside(place: Path, word: str) -> Path:
+    return place.with_name(f"{place.stem}-{word}{place.suffix}")

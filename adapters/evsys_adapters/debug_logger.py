@@ -2,12 +2,15 @@
 
 import logging
 import reprlib
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Final
 
 import msgspec
 
 from evsys_adapters._params import checked
+from evsys_adapters._result_fields import field, items
 from evsys_adapters._runs import run_id
+from evsys_adapters._terminal import printable
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
     ArmResult,
@@ -25,6 +28,16 @@ from evsys_bus.diagnostics import LOGGER_NAME, log
 
 _MAX_ITEMS: Final = 30
 """Entries of a mapping or a sequence; the text is cut to ``max_len`` anyway, but need not be made in full first."""
+
+
+_FIELDS: Final = {
+    "state": ("step", "num_steps", "stop_requested", "stop_reason", "error"),
+    "ctx": ("output_dir", "run_key", "group_name", "ids"),
+    "batch": ("loss_fn", "metrics", "data"),
+    "arm": ("name", "status", "group_name", "run_id", "metrics", "eval_metrics", "error"),
+    "result": ("name", "status", "best_arm", "best_score", "conclusion", "arms"),
+}
+"""What is shown of an argument that is called so."""
 
 
 class DebugLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,6 +59,7 @@ class DebugLoggerCallback(Callback):
 
     name: ClassVar[str] = "debug_logger"
     Config: ClassVar[type | None] = DebugLoggerConfig
+    ranks = "rank0"
 
     def __init__(self, max_len: int = 400, max_pred_rows: int = 3) -> None:
         config = checked(DebugLoggerConfig, {"max_len": max_len, "max_pred_rows": max_pred_rows})
@@ -86,7 +100,7 @@ class DebugLoggerCallback(Callback):
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
         """Log it, and the first few predictions on lines of their own."""
-        rows = list(predictions or ())
+        rows = items(predictions)
         self._log("on_benchmark_eval", ctx=ctx, eval_result=eval_result, predictions=len(rows), step=step)
         for index, row in enumerate(rows[: self._max_pred_rows]):
             self._log("on_benchmark_eval", prediction=index, row=row)
@@ -105,24 +119,24 @@ class DebugLoggerCallback(Callback):
 
     def _log(self, hook: str, **arguments: object) -> None:
         if logging.getLogger(LOGGER_NAME).isEnabledFor(logging.DEBUG):
-            log().debug("hook.called", hook=hook, **{name: self._shown(value) for name, value in arguments.items()})
+            log().debug("hook.called", hook=hook, **{name: self._shown(name, each) for name, each in arguments.items()})
         elif not self._told:
             self._told = True
             fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
             log().warning("debug_logger.not_shown", why="its lines are at DEBUG, the log is above", fix=fix)
 
-    def _shown(self, value: object) -> str:
+    def _shown(self, name: str, value: object) -> str:
         """One line of at most ``max_len`` characters, whatever the value does when it is looked at."""
         try:
-            text = self._brief.repr(value)
+            text = self._brief.argument(name, value)
         except Exception as error:  # the repr of a stranger
             text = f"<{type(value).__name__}: {type(error).__name__} when it was looked at>"
         text = text if len(text) <= self._max_len else f"{text[: self._max_len - 1]}…"
-        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        return printable(text)
 
 
 class _Brief(reprlib.Repr):
-    """Bounded reprs, in which handles and results show what tells them apart, and no config.
+    """Bounded reprs, in which handles and results show what tells them apart, and no config, whatever their class is.
 
     A method ``repr_X`` of a ``reprlib.Repr`` is asked for values whose type is called X, also inside containers.
     """
@@ -133,25 +147,23 @@ class _Brief(reprlib.Repr):
         self.maxdict = self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = _MAX_ITEMS
         self.maxstring = self.maxother = self.maxlong = max_len
 
-    def repr_LoopState(self, state: LoopState, level: int) -> str:  # noqa: N802  # reprlib's naming
-        run = run_id(state)
-        return self._fields(state, level, "step", "num_steps", "stop_requested", "stop_reason", "error", run=run)
+    def argument(self, name: str, value: object) -> str:
+        """The argument of a hook that is called so."""
+        if value is None or name not in _FIELDS or (name == "batch" and isinstance(value, Mapping)):
+            return self.repr(value)
+        run = {"run": run_id(value)} if name == "state" else {}
+        return self._fields(value, self.maxlevel, *_FIELDS[name], **run)
 
-    repr_DetachedLoopState = repr_LoopState  # noqa: N815  # reprlib's naming
-
-    def repr_LogContext(self, ctx: LogContext, level: int) -> str:  # noqa: N802  # reprlib's naming
-        return self._fields(ctx, level, "output_dir", "run_key", "group_name", "ids")
-
-    def repr_TrainingBatch(self, batch: TrainingBatch, level: int) -> str:  # noqa: N802  # reprlib's naming
-        return self._fields(batch, level, "loss_fn", "metrics", "data")
+    def repr_instance(self, x: object, level: int) -> str:
+        """As reprlib does, but for results that are inside others and hold a config."""
+        if hasattr(x, "run_config"):
+            return self._fields(x, level, *_FIELDS["ctx" if hasattr(x, "output_dir") else "arm"])
+        return super().repr_instance(x, level)
 
     def repr_ArmResult(self, arm: ArmResult, level: int) -> str:  # noqa: N802  # reprlib's naming
-        return self._fields(arm, level, "name", "status", "group_name", "run_id", "metrics", "eval_metrics", "error")
-
-    def repr_ExperimentResult(self, result: ExperimentResult, level: int) -> str:  # noqa: N802  # reprlib's naming
-        return self._fields(result, level, "name", "status", "best_arm", "best_score", "conclusion", "arms")
+        return self._fields(arm, level, *_FIELDS["arm"])
 
     def _fields(self, value: object, level: int, *names: str, **first: object) -> str:
-        shown = first | {name: getattr(value, name, None) for name in names}
+        shown = first | {name: field(value, name) for name in names}
         pairs = ", ".join(f"{name}={self.repr1(each, level - 1)}" for name, each in shown.items())
         return f"{type(value).__name__}({pairs})"

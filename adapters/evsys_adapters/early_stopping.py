@@ -7,12 +7,12 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from operator import itemgetter
-from typing import Annotated, ClassVar, Literal, SupportsFloat
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, SupportsFloat
 
 import msgspec
 
 from evsys_adapters._params import checked
-from evsys_adapters._runs import run_id
+from evsys_adapters._runs import first_step_of, run_id, step_of
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState
 from evsys_bus.diagnostics import log
@@ -33,18 +33,34 @@ class EarlyStoppingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """A change counts as improvement only if it is larger than this."""
 
 
+MOST_MARKED: Final = 256
+"""Evals that a mark holds one by one, the newest; of older ones it holds what was best."""
+
+
+class OlderEvals(NamedTuple):
+    """What is known of evals whose values are not kept."""
+
+    best: float | None = None
+    best_step: int | None = None
+    evals_since_best: int = 0
+    evals: int = 0
+    last_step: int = -1
+
+
 class EvalHistory:
     """The watched metric of one eval in one run, in the order of the steps, however late some of them came."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
-        """``(step, value)``, one for each step; NaN included."""
+        """``(step, value)``, one for each step; NaN included. Of a resumed run the newest 256 and those that follow."""
         self.best: float | None = None
         """The best value so far; None while there was no finite one."""
         self.best_step: int | None = None
         """The 0-based step of the best value."""
         self.evals_since_best: int = 0
         """Evals at later steps than the best; all of them while there is no best."""
+        self.older = OlderEvals()
+        """What is known of the evals before the points."""
 
 
 class EarlyStoppingCallback(Callback):
@@ -52,7 +68,8 @@ class EarlyStoppingCallback(Callback):
 
     NaN and infinities are never the best value and count as no improvement. An eval of an older step that comes late
     takes its place among the steps, so the order of arrival does not matter; one of the same step replaces the earlier.
-    A resumed run is judged by the evals since it was resumed.
+    A run that is resumed is judged by all its evals, those before the interruption included, where the bus has a
+    journal; evals at steps that run again count anew. If it had been enough already, it stops before its first step.
 
     Subclass it for a policy of your own: `improved` says what is better, `should_stop` when it is enough.
 
@@ -98,11 +115,13 @@ class EarlyStoppingCallback(Callback):
         return histories.get(name, EvalHistory()) if name else EvalHistory()
 
     def on_train_start(self, state: LoopState) -> None:
-        """Forget what will be run again."""
-        run = self._run(state)
-        for history in run.histories.values():
-            history.points = [point for point in history.points if point[0] < state.step]
+        """Forget what will be run again; stop at once if what is left is enough."""
+        first = first_step_of(state) or 0
+        for history in self._run(state).histories.values():
+            history.points = [point for point in history.points if point[0] < first]
             self._judge(history)
+            if (history.points or history.older.evals) and self.should_stop(history):
+                self._stop(state, history)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Judge the eval, and ask the run to stop if it is enough."""
@@ -115,9 +134,9 @@ class EarlyStoppingCallback(Callback):
             self._miss(run, state, eval_name, metrics)
             return
         history = run.histories.setdefault(eval_name, EvalHistory())
-        self._add(history, step_idx, value)
+        self._add(history, step_of(step_idx), value)
         if self.should_stop(history):
-            state.request_stop(self._reason(history))
+            self._stop(state, history)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Say so if there were evals and none could be judged."""
@@ -132,25 +151,83 @@ class EarlyStoppingCallback(Callback):
                 evals=", ".join(sorted(run.others)),
             )
 
+    def mark(self) -> Any:
+        """What is known of all runs. Any: plain data."""
+        return {key: self._marked(run) for key, run in self._runs.items()}
+
+    def rewind(self, mark: Any) -> None:
+        """Know what was known then. Any: as above."""
+        self._runs = {key: self._restored(each) for key, each in mark.items()}
+
+    def mark_run(self, run: LoopState | LogContext) -> Any:
+        """What is known of one run, for the bus to record. Any: plain data."""
+        return self._marked(self._run(run))
+
+    def rewind_run(self, run: LoopState, mark: Any, newest: Any) -> None:
+        """Know of one run what was known then, and what came late: evals of older steps. Any: as above."""
+        first = first_step_of(run) or 0
+        restored = self._runs[run_id(run)] = self._restored(mark)
+        for name, later in self._restored(newest).histories.items():
+            if later.older.last_step < first:  # else it holds evals that run again, and no longer one by one
+                later.points = [point for point in later.points if point[0] < first]
+                self._judge(later)
+                restored.histories[name] = later
+
+    def _marked(self, run: "_Run") -> dict[str, Any]:
+        """Any: plain data."""
+        evals: dict[str, Any] = {}
+        for name, history in run.histories.items():
+            points = sorted(history.points)
+            older = EvalHistory()
+            older.older = history.older
+            older.points = points[:-MOST_MARKED]
+            evals[name] = {"older": list(self._judge(older)), "points": [list(each) for each in points[-MOST_MARKED:]]}
+        return {"metric": self.config.metric, "mode": self.config.mode, "evals": evals, "others": sorted(run.others)}
+
+    def _restored(self, mark: Any) -> "_Run":
+        """The run that a mark tells of; a new one if the mark is of another metric. Any: plain data, or None."""
+        run = _Run()
+        if mark is None or (mark["metric"], mark["mode"]) != (self.config.metric, self.config.mode):
+            return run
+        run.others = set(mark["others"])
+        for name, each in mark["evals"].items():
+            history = run.histories[name] = EvalHistory()
+            history.older = OlderEvals(*each["older"])
+            history.points = [(int(step), float(value)) for step, value in each["points"]]
+            self._judge(history)
+        return run
+
+    def _stop(self, state: LoopState, history: EvalHistory) -> None:
+        if hasattr(state, "stop_requested") and not hasattr(state, "request_stop"):  # a host's own
+            state.stop_requested = True
+        else:
+            state.request_stop(self._reason(history))
+
     def _add(self, history: EvalHistory, step: int, value: float) -> None:
+        if self._put(history, step, value):
+            self._see(history, step, value)
+        else:
+            self._judge(history)
+
+    def _put(self, history: EvalHistory, step: int, value: float) -> bool:
+        """Among the points, in the order of the steps, instead of one of the same step; whether it is the last."""
         points = history.points
         at = bisect_left(points, step, key=itemgetter(0))
-        if at == len(points):
-            points.append((step, value))
-            self._see(history, step, value)
-            return
-        if points[at][0] == step:
+        if at < len(points) and points[at][0] == step:
             points[at] = (step, value)
-        else:
-            points.insert(at, (step, value))
-        self._judge(history)
+            return False
+        points.insert(at, (step, value))
+        return at == len(points) - 1
 
-    def _judge(self, history: EvalHistory) -> None:
-        """Go over all evals again, in the order of the steps."""
-        history.best = history.best_step = None
-        history.evals_since_best = 0
+    def _judge(self, history: EvalHistory) -> OlderEvals:
+        """Go over all evals again, in the order of the steps; return what they come to."""
+        older = history.older
+        history.best, history.best_step, history.evals_since_best = older[:3]
         for step, value in history.points:
             self._see(history, step, value)
+        last = history.points[-1][0] if history.points else older.last_step
+        count = older.evals + len(history.points)
+        return OlderEvals(history.best, history.best_step, history.evals_since_best, count, last)
 
     def _see(self, history: EvalHistory, step: int, value: float) -> None:
         if math.isfinite(value) and (history.best is None or self.improved(value, history.best)):
@@ -161,7 +238,7 @@ class EarlyStoppingCallback(Callback):
     def _reason(self, history: EvalHistory) -> str:
         what = self.config.metric
         if history.best is None:
-            return f"no finite value of {what} in {len(history.points)} evals"
+            return f"no finite value of {what} in {history.older.evals + len(history.points)} evals"
         best = f"best {history.best:.6g} at step {history.best_step}"
         if history.evals_since_best == 0:
             return f"{what} is good enough: {best}"

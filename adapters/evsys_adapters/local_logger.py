@@ -4,22 +4,35 @@
 <output_dir>/<run_key>/logs/                     see `evsys_adapters._run_logs`
 """
 
-import operator
-import os
-from collections.abc import Container, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of, number
-from evsys_adapters._line_file import Backlog, LineFile
-from evsys_adapters._marks import Mark, Marks
-from evsys_adapters._params import checked
+from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
+from evsys_adapters._output_claim import OutputPlaces, has_courier, owner_of, without_others
+from evsys_adapters._output_notes import FIRST, NotedOutput, OutputNotes, Position, note_of_folder, without_newer
+from evsys_adapters._params import checked, listed
 from evsys_adapters._result_fields import field, fields, items
 from evsys_adapters._run_logs import RowKey, RunLogs, RunNotes
-from evsys_adapters._runs import run_context, run_folder, run_id
+from evsys_adapters._runs import (
+    experiment_folder,
+    first_step_of,
+    is_carried,
+    is_run_of,
+    num_steps_of,
+    rank_of_event,
+    ranked_folder,
+    ranked_key,
+    run_context,
+    run_folder,
+    run_id,
+    step_of,
+)
+from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters._terminal import LinePrinter, one_line, step_head
 from evsys_bus.callback import Callback
 from evsys_bus.codec import to_plain
 from evsys_bus.context import (
@@ -33,7 +46,10 @@ from evsys_bus.context import (
     RunResult,
     TrainingBatch,
 )
-from evsys_bus.diagnostics import log
+from evsys_bus.files import AppendFile, Backlog, names_in
+from evsys_bus.savepoints import Mark, Savepoints
+
+_LOGS: Final = "logs"
 
 
 class LocalLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,6 +66,14 @@ class _RunMark(msgspec.Struct, frozen=True):
     notes: RunNotes
     ended: bytes | None
     """How the run ended, packed: a mark travels as JSON, which has no NaN."""
+    logs: str = "logs"
+    """The name of the folder in it."""
+    position: Position = msgspec.field(default_factory=Position)
+
+
+class _RunState(msgspec.Struct, frozen=True):
+    notes: RunNotes
+    ended: bytes | None
 
 
 class _LoggerMark(msgspec.Struct, frozen=True):
@@ -62,24 +86,35 @@ class LocalLoggerCallback(Callback):
 
     Every row of an eval carries the name of its benchmark. There is one row per (name, step), and one set of
     predictions: a repeat replaces them. A benchmark tagged ``val`` goes to validation, any other to test; an eval that
-    is no benchmark goes to validation. A resumed run continues its files: what they hold of its first step and later
-    ones is cut, evals after training are kept. Without ``on_train_start`` the first step that is seen is the first.
+    is no benchmark goes to validation. Logs of ranks above 0 lie in ``<run_key>/rank<rank>/``. A resumed run continues
+    its files: what they hold of its first step and later ones is cut, evals after training are kept. Without
+    ``on_train_start`` the first step that is seen is the first.
+
+    Where two followers log one run, the second one's folder is ``logs-2``, also on later days, and its page of the
+    experiment ``experiment-2.md``; a WARNING names the folder. A follower under a new name goes on in the folder of one
+    that is followed no more.
 
     Results may be ours or anybody's: fields that they lack are left out. Rows that the disk refuses wait in memory, up
     to 16 MiB for each file, and are tried again with the next one. Where a courier delivers, a crash doubles no row and
     loses none: it is rewound to the last `mark`.
     """
 
+    marks_inline: ClassVar[bool] = False
     name: ClassVar[str] = "local_logger"
     Config: ClassVar[type | None] = LocalLoggerConfig
+    ranks = "rank0"
 
     def __init__(self, print_every: int = 1, keys: Sequence[str] | None = None) -> None:
-        given = {"print_every": print_every, "keys": None if keys is None else list(keys)}
+        given = {"print_every": print_every, "keys": listed(keys)}
         self._config = checked(LocalLoggerConfig, given)
-        self._closed = False
+        self._lines = LinePrinter("local_logger.print_closed")
         self._runs: dict[str, _Run] = {}
         self._pages = Backlog("pages of local_logger")
-        self._marks = Marks()
+        self._marks = Savepoints()
+        self._notes = OutputNotes(self._marks)
+        self._has_mark = False
+        self._left: dict[str, _Run] = {}
+        """Runs whose experiment has ended since the mark."""
 
     @property
     def waiting(self) -> int:
@@ -92,28 +127,40 @@ class LocalLoggerCallback(Callback):
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut what is about to be run again."""
-        self._run(state).logs.begin(state.step)
+        run, first = self._run(state), first_step_of(state)
+        if run.logs.output.has(self.event):
+            return
+        if is_carried(self.event):
+            run.logs.introduced()
+        elif first is not None:
+            run.logs.begin(first)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics, and print them if they are due."""
         del batch
-        run, step = self._run(state), operator.index(step_idx)
+        run, step = self._run(state), step_of(step_idx)
+        if run.logs.output.has(self.event):
+            return
         run.logs.add_step(step, _apart(metrics, "metrics", {"step"}))
-        every = self._config.print_every
-        if every and not self._closed and ((step + 1) % every == 0 or step + 1 == state.num_steps):
-            self._print(run, f"step {step + 1}/{state.num_steps}", fields(metrics))
+        every, num_steps = self._config.print_every, num_steps_of(state)
+        if every and ((step + 1) % every == 0 or step + 1 == num_steps):
+            self._print(run, step_head(step, num_steps), fields(metrics))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Log the eval's metrics."""
-        key = RowKey(operator.index(step_idx), str(eval_name))
-        self._run(state).logs.put_eval(key, _eval_row(key, metrics), None, None)
+        key, logs = RowKey(step_of(step_idx), str(eval_name)), self._run(state).logs
+        if not logs.output.has(self.event):
+            logs.put_eval(key, _eval_row(key, metrics), None, None)
 
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
         """Log what the benchmark scored, and its predictions."""
+        logs = self._run(ctx).logs
+        if logs.output.has(self.event):
+            return
         at = field(eval_result, "step") if step is None else step
-        key = RowKey(None if at is None else operator.index(at), str(field(eval_result, "name") or "benchmark"))
+        key = RowKey(None if at is None else step_of(at), str(field(eval_result, "name") or "benchmark"))
         row = _eval_row(key, field(eval_result, "metrics"))
         for name in ("benchmark_id", "breakdowns", "eval_seconds", "tags"):
             value = field(eval_result, name)
@@ -122,13 +169,14 @@ class LocalLoggerCallback(Callback):
         head = _head(key)
         rollouts = [head | _apart(each, "prediction", head) for each in items(predictions)]
         split = "validation" if "val" in items(field(eval_result, "tags")) else "test"
-        self._run(ctx).logs.put_eval(key, row, rollouts, split)
+        logs.put_eval(key, row, rollouts, split)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Close the run's files; evals after training open them again."""
         del artifacts
         logs = self._run(state).logs
-        logs.notes.course.ends()
+        if not logs.output.has(self.event):
+            logs.ends()
         logs.flush()
         self._pages.flush()
 
@@ -141,18 +189,31 @@ class LocalLoggerCallback(Callback):
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Write the conclusion into every run's folder, and the experiment's page; then forget its runs."""
-        root = Path(ctx.output_dir)
-        inside = os.path.join(root, "")  # noqa: PTH118  # with the separator, which a Path drops
-        mine = [self._runs.pop(each) for each in list(self._runs) if each.startswith(inside) or each == str(root)]
+        root = experiment_folder(ctx)
+        mine = [self._leave(each) for each in list(self._runs) if is_run_of(each, ctx)]
+        for run in mine:
+            with suppress(OSError):
+                run.logs.place()
         known = {run.logs.folder for run in mine}
-        earlier = [_Run(RunLogs(each.parent)) for each in sorted(root.glob("*/logs")) if each.parent not in known]
+        others = [folder for name in names_in(root) if (folder := root / name) not in known]
+        number = max((run.logs.logs.name for run in mine), default=_LOGS).removeprefix(_LOGS)
+        earlier = [_Run(RunLogs(logs)) for folder in others if names_in(logs := folder / f"{_LOGS}{number}")]
         for run in [*mine, *earlier]:
             page = conclusion_page(result, run.name, run.result, run.arm)
-            self._write_page(run.logs.folder / "logs" / "conclusion.md", page)
+            self._write_page(run.logs.place, "conclusion.md", page)
             run.logs.flush()
         ended = [(run.logs.folder, run.arm) for run in mine if run.arm is not None]
-        self._write_page(root / "experiment.md", experiment_page(result, root, ended, hypothesis_of(ctx.config)))
+        page = experiment_page(result, root, ended, hypothesis_of(field(ctx, "config")))
+        self._write_page(lambda: root, f"experiment{number}.md", page)
         self._pages.flush()
+
+    def close(self) -> None:
+        """Write what waits, and close the files; a later hook opens them again and goes on."""
+        for run in self._runs.values():
+            run.logs.flush()
+            run.logs.give_up()
+        self._pages.flush()
+        self._lines.flush()
 
     def mark(self) -> Any:
         """How far the files have got, as plain data (hence Any); their rows are on the medium.
@@ -163,8 +224,10 @@ class LocalLoggerCallback(Callback):
         self._pages.settle()
         for run in self._runs.values():
             run.logs.settle()
-        runs = {key: _RunMark(str(run.logs.folder), run.logs.notes, run.ended()) for key, run in self._runs.items()}
-        return msgspec.to_builtins(_LoggerMark(self._marks.take(), runs))
+        written = [*self._left.values(), *self._runs.values()]
+        files = self._notes.take((run.logs.output, run.state(), run.logs.paths()) for run in written)
+        self._left = {}
+        return msgspec.to_builtins(_LoggerMark(files, {key: run.mark() for key, run in self._runs.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
@@ -173,40 +236,66 @@ class LocalLoggerCallback(Callback):
             OSError: A file cannot be cut.
         """
         said = msgspec.convert(mark, _LoggerMark)
-        self._marks.rewind(said.files)
+        files = without_others(said.files, self)
+        self._marks.rewind(without_newer(files, [each.position for each in said.runs.values()], note_of_folder))
+        self._has_mark = True
         for key, of_run in said.runs.items():
-            run = self._runs[key] = _Run(RunLogs(Path(of_run.folder), self._marks, of_run.notes))
+            if of_run.notes.course.begun and not of_run.position.handled:
+                of_run.position.since = FIRST
+            output = NotedOutput(self._marks, of_run.position)
+            logs = RunLogs(Path(of_run.folder, of_run.logs), self._marks, of_run.notes, output)
+            run = self._runs[key] = _Run(logs)
             run.logs.notes.course.rewound = True
+            if files is not said.files and not of_run.position.handled:
+                run.logs.notes.course.unplaced = True
             if of_run.ended is not None:
                 run.has_ended(of_run.ended)
 
-    def _run(self, handle: LoopState | LogContext) -> "_Run":
-        key = run_id(handle)
+    def _leave(self, key: str) -> "_Run":
+        """The run, which is known no longer then; but that it is in the middle of a walk over its files is."""
+        run = self._left[key] = self._runs.pop(key)
+        if run.logs.notes.course.walks:
+            again = self._runs[key] = _Run(RunLogs(run.logs.logs, self._marks, run.logs.notes, run.logs.output))
+            again.has_config = run.has_config
+        return run
+
+    def _run(self, handle: object) -> "_Run":
+        rank = rank_of_event(self.event)
+        key = ranked_key(run_id(handle), rank)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(RunLogs(run_folder(handle), self._marks))
+            may_repeat = not self._has_mark and has_courier(self)  # its cursor may be lost
+            notes, position = RunNotes(course=StepTracker(unplaced=may_repeat)), Position()
+            if key in self._left:
+                left = self._left.pop(key).logs
+                notes, position = left.notes, left.output.position
+            output = NotedOutput(self._marks, position)
+            logs = RunLogs(ranked_folder(run_folder(handle), rank) / _LOGS, self._marks, notes, output)
+            run = self._runs[key] = _Run(logs)
+        run.logs.output.is_followed = has_courier(self)
+        if run.logs.places is None:
+            folder, fix = run.logs.folder / _LOGS, "give each experiment a folder of its own"
+            run.logs.places = OutputPlaces(self, owner_of(handle), [folder], self._marks, fix, folder=True)
+        known = run.logs.look()
+        if known is not None:
+            run.has_state(known)
         if not run.has_config:
-            config = getattr(run_context(handle), "config", None)
+            config = field(run_context(handle), "config")
             run.has_config = config is not None
             hypothesis = hypothesis_of(config)
             if hypothesis:
-                self._write_page(run.logs.folder / "logs" / "hypothesis.md", f"# Hypothesis\n\n{hypothesis.strip()}\n")
+                self._write_page(run.logs.place, "hypothesis.md", f"# Hypothesis\n\n{hypothesis.strip()}\n")
         return run
 
-    def _write_page(self, path: Path, page: str) -> None:
+    def _write_page(self, place: Callable[[], Path], name: str, page: str) -> None:
         text = page.encode(errors="backslashreplace")
-        self._pages.write(partial(LineFile(path).rewrite, [text]), len(text))
+        self._pages.write(lambda: AppendFile(place() / name).rewrite([text]), len(text))
 
     def _print(self, run: "_Run", head: str, metrics: dict[str, Any]) -> None:
         """One line. Any: metrics of every type."""
         keys = metrics if self._config.keys is None else [key for key in self._config.keys if key in metrics]
-        names = [run.name] if len(self._runs) > 1 else []
-        line = "  ".join([*names, head, *(f"{key} {number(metrics[key])}" for key in keys)])
-        try:
-            print(line, flush=True)  # noqa: T201  # print_every asks for it
-        except (OSError, ValueError) as error:  # a pipe whose reader left, a closed file
-            self._closed = True
-            log().warning("local_logger.print_closed", error=str(error))
+        names = [one_line(run.name)] if len(self._runs) > 1 else []
+        self._lines.print("  ".join([*names, head, *(f"{one_line(key)} {_figure(metrics[key])}" for key in keys)]))
 
 
 class _Run:
@@ -218,6 +307,22 @@ class _Run:
         self.has_config = False
         self.result: RunResult | None = None
         self.arm: ArmResult | None = None
+
+    def mark(self) -> _RunMark:
+        """What a mark says of it."""
+        logs = self.logs
+        return _RunMark(str(logs.folder), logs.notes, self.ended(), logs.logs.name, logs.output.position)
+
+    def state(self) -> bytes:
+        """What the note beside its files says of it."""
+        return msgspec.json.encode(_RunState(self.logs.notes, self.ended()))
+
+    def has_state(self, known: bytes) -> None:
+        """What `state` said."""
+        state = msgspec.json.decode(known, type=_RunState)
+        self.logs.know(state.notes)
+        if state.ended is not None:
+            self.has_ended(state.ended)
 
     def ended(self) -> bytes | None:
         """How it ended; None while it has not."""
@@ -231,6 +336,11 @@ class _Run:
             self.result, self.arm = msgspec.msgpack.decode(packed, type=tuple[RunResult | None, ArmResult | None])
         except msgspec.ValidationError:
             self.result, self.arm = msgspec.msgpack.decode(packed)
+
+
+def _figure(value: object) -> str:
+    """A metric as it is printed: five significant digits, nothing for None."""
+    return f"{value:.5g}" if isinstance(value, float) else "" if value is None else one_line(value)
 
 
 def _head(key: RowKey) -> dict[str, Any]:

@@ -5,21 +5,33 @@
 No carriage returns and no colours, so it reads the same in a terminal, a pipe and a batch job's log.
 """
 
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Annotated, ClassVar, Final, SupportsFloat, TextIO
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, SupportsFloat, TextIO
 
 import msgspec
 
+from evsys_adapters._params import checked, listed
+from evsys_adapters._result_fields import fields
+from evsys_adapters._runs import (
+    first_step_of,
+    num_steps_of,
+    rank_of_event,
+    ranked_key,
+    run_id,
+    run_key,
+    run_name,
+    step_of,
+)
+from evsys_adapters._terminal import LinePrinter, one_line, step_head
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
-from evsys_bus.diagnostics import log
 
-_MAX_TEXT: Final = 40
 _WHOLE_FROM: Final = 1e4
 _WHOLE_BELOW: Final = 1e9
+_LONGEST_ETA_SECONDS: Final = 1e10
+"""Three hundred years; a horizon that is farther away is no estimate."""
 
 
 class PrintProgressConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -34,10 +46,13 @@ class PrintProgressConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 class PrintProgressCallback(Callback):
     """Prints one line per step; a line names its run in an experiment, and once there are several runs.
 
+    Rate and eta come from the times of the events, so a run that is followed or replayed shows the rate it had. Where
+    nobody knows how many steps there are to be, a line has neither total nor eta.
+
     Args:
         every: As in `PrintProgressConfig`.
         keys: As in `PrintProgressConfig`.
-        clock: Seconds, for rate and eta.
+        clock: Seconds, for rate and eta. Default: the time of the event.
         stream: Where to print; default: ``sys.stdout`` at that moment.
 
     Example:
@@ -49,20 +64,21 @@ class PrintProgressCallback(Callback):
 
     name: ClassVar[str] = "print_progress"
     Config: ClassVar[type | None] = PrintProgressConfig
+    ranks = "rank0"
 
     def __init__(
         self,
         every: int = 1,
         keys: Sequence[str] | None = None,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        self._every = every
-        self._keys = None if keys is None else tuple(keys)
+        config = checked(PrintProgressConfig, {"every": every, "keys": listed(keys)})
+        self._every = config.every
+        self._keys = config.keys
         self._clock = clock
-        self._stream = stream
-        self._closed = False
+        self._lines = LinePrinter("print_progress.closed", stream)
         self._runs: dict[str, _Pace] = {}
         self._named = False  # whether lines name their run: once there are several, or may be
 
@@ -73,97 +89,110 @@ class PrintProgressCallback(Callback):
 
     def on_train_start(self, state: LoopState) -> None:
         """Start the clock of the run."""
-        self._runs[str(state.output_dir)] = _Pace(state.step, self._clock())
+        first = first_step_of(state)
+        if first is not None:
+            self._runs[self._key(state)] = _Pace(self._name(state), first, self._now())
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Print the step's line if it is due."""
         del batch
-        pace = self._runs.get(str(state.output_dir))
+        run, step, now = self._key(state), step_of(step_idx), self._now()
+        pace = self._runs.get(run)
         if pace is None:  # attached to a run in progress: this step's duration is not known
-            pace = self._runs[str(state.output_dir)] = _Pace(step_idx + 1, self._clock())
+            pace = self._runs[run] = _Pace(self._name(state), step + 1, now)
         first = pace.last_step is None
-        pace.see(step_idx)
-        done = step_idx + 1
-        if first or done % self._every == 0 or done == state.num_steps:
-            pace.unprinted = None
-            self._print(state, step_idx, metrics, pace)
-        else:
-            pace.unprinted = (step_idx, dict(metrics))
+        pace.see(step)
+        done = step + 1
+        pace.unprinted = _Step(step, num_steps_of(state), fields(metrics), now)
+        if first or done % self._every == 0 or done == pace.unprinted.num_steps:
+            self._print_last(pace)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Print the last step's line if it was not due, and forget the run."""
         del artifacts
-        pace = self._runs.get(str(state.output_dir))
-        if pace is not None and pace.unprinted is not None:
-            step_idx, metrics = pace.unprinted
-            self._print(state, step_idx, metrics, pace)
-        self._runs.pop(str(state.output_dir), None)
+        pace = self._runs.get(self._key(state))
+        if pace is not None:
+            self._print_last(pace)
+            del self._runs[self._key(state)]
 
-    def _print(self, state: LoopState, step_idx: int, metrics: Mapping[str, object], pace: "_Pace") -> None:
-        if self._closed:
+    def close(self) -> None:
+        """Print the last step's line of every run, where it was not due."""
+        for pace in list(self._runs.values()):
+            self._print_last(pace)
+        self._lines.flush()
+
+    def _key(self, state: LoopState) -> str:
+        return ranked_key(run_id(state), rank_of_event(self.event))
+
+    def _name(self, state: LoopState) -> str:
+        name, rank = one_line(run_key(state) or run_name(state)), rank_of_event(self.event)
+        return f"{name} rank {rank}" if rank else name
+
+    def _now(self) -> float:
+        return self.event.time if self._clock is None else self._clock()
+
+    def _print_last(self, pace: "_Pace") -> None:
+        last, pace.unprinted = pace.unprinted, None
+        if last is None:
             return
-        keys = metrics if self._keys is None else [key for key in self._keys if key in metrics]
-        parts = [f"step {step_idx + 1}/{state.num_steps}"]
-        parts += [f"{_bounded(key)} {_fmt_value(metrics[key])}" for key in keys]
-        parts += pace.told(state.num_steps, self._clock())
+        keys = last.metrics if self._keys is None else [key for key in self._keys if key in last.metrics]
+        parts = [step_head(last.step, last.num_steps)]
+        parts += [f"{one_line(key)} {_fmt_value(last.metrics[key])}" for key in keys]
+        parts += pace.shown(last.num_steps, last.time)
         self._named = self._named or len(self._runs) > 1
         if self._named:
-            parts.insert(0, _run_name(state))
-        try:
-            print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
-        except (OSError, ValueError) as error:  # a pipe whose reader left, a full disk, a closed file
-            self._closed = True
-            log().warning("print_progress.closed", error=str(error))
+            parts.insert(0, pace.name)
+        self._lines.print("  ".join(parts))
+
+
+class _Step(NamedTuple):
+    """What the line of a step is made of."""
+
+    step: int
+    num_steps: int | None
+    metrics: dict[str, Any]
+    """Any: people put what they like into metrics."""
+    time: float
 
 
 class _Pace:
     """How fast one run goes."""
 
-    __slots__ = ("began", "first_step", "last_step", "unprinted")
+    __slots__ = ("began", "first_step", "last_step", "name", "unprinted")
 
-    def __init__(self, first_step: int, began: float) -> None:
+    def __init__(self, name: str, first_step: int, began: float) -> None:
+        self.name = name
         self.first_step = first_step
         self.began = began
         self.last_step: int | None = None
-        self.unprinted: tuple[int, dict[str, float]] | None = None
+        self.unprinted: _Step | None = None
 
     def see(self, step_idx: int) -> None:
         """Late and repeated steps do not set the pace back."""
         self.last_step = step_idx if self.last_step is None else max(self.last_step, step_idx)
 
-    def told(self, num_steps: int, now: float) -> list[str]:
+    def shown(self, num_steps: int | None, now: float) -> list[str]:
         """Rate and eta, as far as they are known."""
         seconds = now - self.began
         done = 0 if self.last_step is None else self.last_step + 1 - self.first_step
-        if done <= 0 or seconds <= 0:
+        if done <= 0 or not 0 < seconds < math.inf:
             return []
-        left = max(num_steps - self.first_step - done, 0)
         rate = done / seconds
         speed = f"{_fmt_value(rate)} steps/s" if rate >= 1 else f"{_fmt_value(1 / rate)} s/step"
-        return [speed, f"eta {timedelta(seconds=round(left / rate))}"]
-
-
-def _run_name(state: LoopState) -> str:
-    ctx = getattr(state, "ctx", None)  # a detached state may have none
-    return (ctx.run_key if ctx is not None else None) or state.output_dir.name
+        if num_steps is None:
+            return [speed]
+        left = max(num_steps - self.first_step - done, 0) / rate
+        return [speed, f"eta {timedelta(seconds=round(left))}"] if left < _LONGEST_ETA_SECONDS else [speed]
 
 
 def _fmt_value(value: object) -> str:
     """A number in four significant digits (what is not zero never looks like zero), anything else as bounded text."""
     if isinstance(value, int):
-        return _bounded(value)
+        return one_line(value)
     if isinstance(value, SupportsFloat) and not isinstance(value, str):
         try:
             number = float(value)
         except Exception:  # whatever a stranger's __float__ raises: it is text then
-            return _bounded(value)
+            return one_line(value)
         return f"{number:.0f}" if _WHOLE_FROM <= abs(number) < _WHOLE_BELOW else f"{number:.4g}"
-    return _bounded(value)
-
-
-def _bounded(value: object) -> str:
-    try:
-        text = " ".join(str(value).split())
-    except Exception:  # a stranger's __str__
-        return f"<{type(value).__name__}>"
-    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"
+    return one_line(value)

@@ -1,49 +1,76 @@
 """`TensorBoardLoggerCallback`: training, evals and predictions as TensorBoard shows them, one folder for each run.
 
-<log_dir>/<run_key>/events.out.tfevents.0.evsys-bus      scalars ``train/<metric>``, ``eval/<name>/<metric>``; texts
+<log_dir>/<run_key>/events.out.tfevents.<n>.evsys-bus      scalars ``train/<metric>``, ``eval/<name>/<metric>``; texts
+
+n counts how often the file was put in order; see `_tensorboard_run`.
 """
 
+import asyncio
 import os
-import time
+import threading
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page
-from evsys_adapters._params import checked
+from evsys_adapters._output_claim import OutputPlaces, is_of_run, owner_of
+from evsys_adapters._params import check_local_path, checked
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import RunLogger
 from evsys_adapters._run_notes import UNKNOWN, RunNotes
-from evsys_adapters._runs import digest, run_context, run_folder, run_name
+from evsys_adapters._runs import (
+    digest,
+    experiment_folder,
+    ranked_folder,
+    run_context,
+    run_folder,
+    run_key,
+    run_name,
+)
 from evsys_adapters._tensorboard_events import Events, needs_tensorboardx
-from evsys_adapters._tensorboard_run import TensorBoardRun
+from evsys_adapters._tensorboard_run import FIRST_NAME, EventFiles, TensorBoardRun
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
+from evsys_bus.errors import EvsysBusError, RetryLaterError
+from evsys_bus.where import local_path
 
-FILE: Final = "events.out.tfevents.0.evsys-bus"
-"""One file for each run, whatever becomes of the processes that write it."""
+FILE: Final = FIRST_NAME
+"""One file for each run, whatever becomes of the processes that write it; one with late rows gets another number."""
 
 
 class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What `TensorBoardLoggerCallback` can be told."""
 
     log_dir: str | None = None
-    """Each run gets a folder in it. Default: the folder ``tensorboard`` of the experiment."""
+    """Each run gets a folder in it. Default: the folder ``tensorboard`` of the experiment. A path on this machine."""
     flush_secs: Annotated[float, msgspec.Meta(ge=0)] = 30
     """How long a row may wait in memory. Where a courier delivers it does not: a row is on disk before it counts."""
     max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 100
     """Predictions in the table of one eval."""
+
+    def __post_init__(self) -> None:
+        """Refuse a URL, and placeholders: none are filled in."""
+        if self.log_dir is not None:
+            check_local_path(self.log_dir, "log_dir")
 
 
 class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
     """Writes what TensorBoard reads: scalars for numbers, texts for anything else, tables of predictions.
 
     A benchmark that was scored after training is drawn at the last step that was trained, as ``final/<name>/…``; where
-    no step is known it is a text. Scalars are 32-bit floats there. A step that comes late or again is kept; when the
-    training ends the file is put in order, and of an eval that was repeated the newest remains. A resumed run continues
-    its file, and what is run again is void there.
+    no step is known it is a text. Scalars are 32-bit floats there. Wall times are those of the events, whenever they
+    are delivered. A key of the training that has a ``/`` is its own tag.
+
+    A step that comes late or again is kept, and of an eval that was repeated the newest remains. TensorBoard's fast
+    loader, its default on Linux and macOS with x86 processors, drops what came before a late row. So a file with late
+    rows is put in order while the run goes on, and gets a new name, which that loader then reads. The other loader
+    (``--load_fast=false``) does not need it: begun later, it shows every point; one that is at work stays with the old
+    name and shows the rest once it is started again, or with TensorFlow installed shows each point twice.
+
+    A resumed run continues its file, and what is run again is void there. Ranks above 0 are runs of their own, in a
+    folder ``rank<rank>`` of the run's. Where two followers log one run, the second one's folder is ``<run>-2``, also on
+    later days; a WARNING names it. A follower under a new name goes on in the folder of one that is followed no more.
 
     Raises:
         ModuleNotFoundError: tensorboardX is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -58,13 +85,16 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
         flush_secs: float = 30,
         max_pred_rows: int = 100,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         given = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
+        root = None if log_dir is None else local_path(log_dir, "log_dir")
         self._config = checked(TensorBoardLoggerConfig, given | {"max_pred_rows": max_pred_rows})
-        self._root = None if log_dir is None else Path.cwd() / log_dir
+        self._root = root
         needs_tensorboardx()
         self._clock = clock
+        self._lock = threading.RLock()
+        self._tidies = False
         super().__init__(RunNotes, self._config.max_pred_rows)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
@@ -79,39 +109,99 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
             run.tell(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
             run.close(forget=True)
 
-    @cached_property
-    def _events(self) -> Events:
-        return Events(self._clock)
+    def close(self) -> None:
+        """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
+        with self._lock:
+            self._tidies = False
+            super().close()
+            for run in self._runs.values():
+                run.claim = None
+
+    def mark(self) -> Any:
+        """As every run's logger; files with late rows are put in order first, if that is due."""
+        with self._lock:
+            self._tidy_when_due()
+            return super().mark()
+
+    def rewind(self, mark: Any) -> None:
+        """As every run's logger; of a file that was put in order behind the mark, the one before is there again."""
+        with self._lock:
+            super().rewind(mark)
+            for folder in {Path(file).parent for file in self._marks.files}:
+                EventFiles(folder, self._marks)
+
+    def _run(self, handle: LoopState | LogContext) -> TensorBoardRun:
+        with self._lock:
+            run = super()._run(handle)
+            if run.claim is None or not run.claim.is_held:
+                run = self._claimed_again(handle, run)
+            return run
+
+    def _claimed_again(self, handle: LoopState | LogContext, run: TensorBoardRun) -> TensorBoardRun:
+        """The run, which was given up, as at the end: another follower may write its folder by now."""
+        try:
+            folder, run.claim = self._places(handle).take_followed()
+        except OSError as error:
+            raise RetryLaterError(f"the folder of {run.name} cannot be claimed: {error}") from error
+        if folder != run.log.path.parent:
+            key, known = self._key(handle), run
+            run = self._runs[key] = self._open(handle, key, known.notes)
+            run.result, run.arm, run.at = known.result, known.arm, known.at
+        return run
 
     def _open(self, handle: LoopState | LogContext, key: str, notes: RunNotes | None) -> TensorBoardRun:
-        log = RecordLog(self._folder(handle, key) / FILE, self._marks, self._events, self._config.flush_secs)
+        del key
+        folder, claim = self._places(handle).take_followed()
+        files, events = EventFiles(folder, self._marks), Events(self._clock)
+        log = RecordLog(files.newest, self._marks, events, self._config.flush_secs)
         notes = notes or RunNotes(top=UNKNOWN if any(log.records()) else -1)
-        return TensorBoardRun(run_name(handle), log, self._events, notes)
+        run = TensorBoardRun(run_name(handle), files, log, events, notes, self._lock, self._keep_tidy)
+        run.claim = claim
+        return run
+
+    def _places(self, handle: LoopState | LogContext) -> OutputPlaces:
+        folder = ranked_folder(self._folder(handle), self._rank())
+        return OutputPlaces(
+            self, owner_of(handle), [folder], self._marks, "give each run a log_dir of its own", folder=True
+        )
+
+    def _keep_tidy(self) -> None:
+        """Have files with late rows put in order once that is due, whether or not more comes."""
+        if self._tidies or not self.evsys_attached:
+            return
+        try:
+            self._tidies = self.spawn(self._tidy_later, name="order of event files", background=True)
+        except EvsysBusError:  # the bus is closing, and closes the files
+            pass
+
+    async def _tidy_later(self) -> None:
+        wait: float | None = 0.0
+        try:
+            while wait is not None:
+                await asyncio.sleep(wait)
+                with self._lock:
+                    wait = self._tidy_when_due()
+                    self._tidies = wait is not None
+        except asyncio.CancelledError:
+            self._tidies = False
+            raise
+
+    def _tidy_when_due(self) -> float | None:
+        """Seconds until the next file is due; None if all are in order."""
+        waits = [wait for run in self._runs.values() if (wait := run.tidy_when_due()) is not None]
+        return min(waits, default=None)
 
     def _announce(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
         run.describe(run_context(handle))
 
-    def _folder(self, handle: LoopState | LogContext, key: str) -> Path:
+    def _folder(self, handle: LoopState | LogContext) -> Path:
         """The run's folder: TensorBoard calls a run by its folder's path."""
-        ctx = run_context(handle)
         if self._root is None:
-            if ctx is None or ctx.run_key is None:
-                return run_folder(handle) / "tensorboard"
-            return Path(ctx.output_dir) / "tensorboard" / run_folder(handle).relative_to(ctx.output_dir)
-        name, owner = run_name(handle), os.path.realpath(key.replace("\0", "\\0"))
+            own = run_folder(handle)
+            if run_key(handle) is None:
+                return own / "tensorboard"
+            root = experiment_folder(handle)
+            return root / "tensorboard" / own.relative_to(root)
+        name, owner = run_name(handle), owner_of(handle)
         folder = self._root / name
-        return folder if _claim(folder, owner) else self._root / f"{name}-{digest(owner)}"
-
-
-def _claim(folder: Path, owner: str) -> bool:
-    """Whether the folder is this run's, now or since an earlier day; runs of other experiments may be called alike."""
-    mark = folder / ".run"
-    words = os.fsencode(owner)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if mark.exists() and mark.read_bytes():
-            return mark.read_bytes() == words
-        mark.write_bytes(words)
-    except OSError:  # a disk that refuses this refuses rows as well, which wait
-        pass
-    return True
+        return folder if is_of_run(folder, owner) else self._root / f"{name}-{digest(owner)}"

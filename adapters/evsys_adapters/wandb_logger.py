@@ -3,12 +3,14 @@
 <output_dir>/<run_key>/wandb/offline-run-<time>-<id>/run-<id>.wandb     what `wandb sync` takes
                                                      files/media/table/…  predictions
                                                      upload.log         what the upload said
+                                                     run-<id>.wandb.uploaded     how much of it the server has
 """
 
+import contextlib
 import operator
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
@@ -20,10 +22,11 @@ from evsys_adapters._logged_values import config_of
 from evsys_adapters._params import checked
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._runs import run_context, run_folder, run_name
+from evsys_adapters._runs import num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
 from evsys_adapters._wandb_records import Records, needs_wandb
 from evsys_adapters._wandb_run import WandbNotes, WandbRun, random_id
 from evsys_adapters._wandb_upload import Upload
+from evsys_adapters._wandb_uploader import Uploader
 from evsys_bus.attached import Learnt
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopArtifacts, LoopState, RunResult, TrainingBatch
@@ -31,6 +34,8 @@ from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, NotAttachedError
 
 _URL: Final = "wandb_url"
+_AGAIN_SECONDS: Final = 30.0
+"""Before a task for an upload is asked for again that never began."""
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -59,15 +64,21 @@ class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
     """Logs to W&B: training over ``train/step``, each eval over a step of its own, so nothing that is late is lost.
 
-    W&B's own step only counts rows. A benchmark scored after training goes to the run's summary, as ``final/<name>/…``.
-    The run's group is the run's, or else the experiment; its notes are the hypothesis. A resumed run is the same run of
-    W&B, and what is run again replaces what was.
+    W&B's own step only counts rows; a row's time is that of its event, however late it is delivered. A benchmark scored
+    after training goes to the run's summary, as ``final/<name>/…``. The run's group is the run's, or else the
+    experiment; its notes are the hypothesis. A resumed run is the same run of W&B, and what is run again replaces what
+    was. Ranks above 0 are runs of their own, called ``<name>-rank<rank>``.
+
+    A run has finished, or failed, at W&B as its RunEnd says, or else its TrainEnd, once nothing more is expected of it.
+    Where neither came, nobody knows how the run ended, and nothing is made up: all rows are uploaded, and W&B shows the
+    run as running, then as crashed, its word for one that stopped reporting. (``wandb sync`` would call it failed.)
 
     Delivered means: in the run's file, on disk. That file is whole without an account, and where a courier delivers, a
     crash doubles no row in it and loses none: it is rewound to the last `mark`. In mode ``online`` W&B's own tool
-    uploads it meanwhile. What keeps it (no login, no network, a server that refuses) is a WARNING with the fix; it is
-    tried again, and ``wandb sync <folder>`` finishes it on any day. Once the server has told the run's URL, it is in
-    ``ctx.extras["wandb_url"]``, and on record as `Learnt`.
+    uploads it meanwhile, and events are owed until the server has confirmed them: see `report_owed`. What keeps the
+    upload (no login, no network, a server that refuses) is besides a WARNING with the fix; it is tried again, and
+    ``evsys-bus sync``, or ``wandb sync <folder>``, finishes it on any day. Once the server has told the run's URL, it
+    is printed as ``View run at …``, is in ``ctx.extras["wandb_url"]``, and on record as `Learnt`.
 
     Raises:
         ModuleNotFoundError: wandb is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -88,7 +99,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         base_url: str | None = None,
         flush_secs: float = 5,
         *,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         new_id: Callable[[], str] = random_id,
         patience_seconds: float = 5,
     ) -> None:
@@ -98,8 +109,10 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         needs_wandb()
         self._clock = clock
         self._new_id = new_id
-        self._patience_seconds = patience_seconds
         self._faults = FaultLog()
+        self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
+        self._counted: dict[str, int] = {}
+        """Of each stream, the last event that was counted: starts of runs are given again after a crash."""
         super().__init__(WandbNotes, self._config.max_pred_rows)
         if self._mode == "disabled":
             _disable(self)
@@ -107,16 +120,22 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics, if they are due."""
         del batch
-        step = operator.index(step_idx)
-        due = step % self._config.log_every == 0 or step + 1 == state.num_steps
-        self._run(state).add_step(step, metrics if due else None)
+        step = _whole(step_idx)
+        run = self._run(state)
+        if step % self._config.log_every == 0 or step + 1 == num_steps_of(state):
+            run.add_step(step, metrics)
+        else:
+            run.hold(step, metrics)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Put the file in order; a run that nobody announced ends here."""
-        ctx = run_context(state)
-        if ctx is None or ctx.run_key is None:
-            self._run(state).end(failed=getattr(state, "error", None) is not None)
         super().on_train_end(state, artifacts)
+        run, ctx = self._runs[self._key(state)], run_context(state)
+        run.release()
+        run.notes.failed = field(state, "error") is not None
+        if field(ctx, "run_key") is None:
+            run.conclude()
+            run.close()
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
@@ -124,58 +143,144 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         status = field(run_result, "status") or field(arm, "status")
         error = field(run_result, "error") or field(arm, "error")
         run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
-        run.end(failed=bool(error))
+        run.notes.failed = bool(error)
+        run.conclude()
         run.close()
+
+    def close(self) -> None:
+        """Have every file complete; a run that has trained to its end has ended, though nobody announced that."""
+        for run in self._runs.values():
+            run.conclude()
+            run.close()
+        for notes in self._rewound.values():  # what was written behind the mark, when an earlier courier closed
+            if notes.file and (notes.held or notes.untidy or (notes.failed is not None and not notes.ended)):
+                run = self._run_in(Path(notes.file).parent.parent, notes, notes.held[2] if notes.held else time.time())
+                run.conclude()
+                run.close()
+
+    async def settle_owed(self, deadline: float) -> None:
+        """Upload what the server does not have, also of runs of an earlier day that are in the mark."""
+        if self._mode == "online":
+            self.close()
+            await self._uploader.settle(deadline, lambda upload: upload.examine(self._records))
+
+    def mark(self) -> Any:
+        """As for every logger; and what the server does not have."""
+        mark = super().mark()
+        if self._mode != "disabled":
+            mark |= {"uploads": self._uploader.taken(), "counted": dict(self._counted)}
+        return mark
+
+    def rewind(self, mark: Any) -> None:
+        """As for every logger; and what the server does not have is owed again."""
+        super().rewind(mark)
+        if self._mode != "online":
+            self.report_owed(0)
+            return
+        self._counted = dict(mark.get("counted", {}))
+        uploads = mark.get("uploads")
+        if uploads is None:  # version 0.1.0 wrote it
+            uploads = {path: (Path(path).parents[2].name, 0, "") for path in mark["files"]["files"]}
+        for path, (run, events, url) in uploads.items():
+            upload = Upload(Path(path), run, events, None if url else self._hearer(run, {}))
+            upload.url = url
+            if not path.endswith(".wandb") or upload.done:
+                continue
+            if not events:
+                upload.examine(self._records)
+                upload.events = upload.marked = max(1, upload.lines)
+            self._uploader.uploads[path] = upload
+        self._uploader.marks = True
+        self._uploader.tell()
 
     @cached_property
     def _records(self) -> Records:
         return Records()
 
+    def _run(self, handle: LoopState | LogContext) -> WandbRun:
+        run = super()._run(handle)
+        if run.upload is not None:
+            event = self.event
+            if not event.sequence or event.sequence > self._counted.get(event.stream, 0):
+                if event.sequence:
+                    self._counted[event.stream] = event.sequence
+                run.upload.count()
+            self._drive(run.upload)
+        return run
+
+    def _leave(self, ctx: LogContext) -> Iterator[WandbRun]:
+        for run in super()._leave(ctx):
+            run.conclude()
+            yield run
+
     def _open(self, handle: LoopState | LogContext, key: str, notes: WandbNotes | None) -> WandbRun:
         del key
-        folder = run_folder(handle) / "wandb"
-        parts = (folder, self._marks, self._records, self._config.flush_secs, notes, self._clock, self._new_id)
-        run = WandbRun(*parts)
+        run = self._run_in(ranked_folder(run_folder(handle), self._rank()) / "wandb", notes, self.event.time)
         self._announce(run, handle)
         return run
+
+    def _run_in(self, folder: Path, notes: WandbNotes | None, at: float) -> WandbRun:
+        parts = (self._marks, self._records, self._config.flush_secs, notes, self._clock, self._new_id, at)
+        return WandbRun(folder, *parts)
 
     def _announce(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Say what the run is, where that is not said, and have it uploaded."""
         config, ctx, name = self._config, run_context(handle), run_name(handle)
+        name += f"-rank{self._rank()}" if self._rank() else ""
         run.describe(
-            getattr(ctx, "config", None),
+            field(ctx, "config"),
             config_of(ctx),
             project=config.project,
             entity=config.entity,
-            run_group=getattr(ctx, "group_name", None) or (Path(ctx.output_dir).name if ctx is not None else None),
+            run_group=field(ctx, "group_name") or Path(output_dir_of(ctx)).name or None,
             job_type=config.job_type,
             display_name=name if config.name is None else f"{config.name}-{name}",
         )
-        if self._mode == "online" and (run.upload is None or run.upload.ended):
+        if self._mode == "online":
             self._upload(run, handle)
 
     def _upload(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Have the file uploaded while it is written, and its page made known."""
         ctx = run_context(handle)
-        key = getattr(ctx, "run_key", None) or run_name(handle)
-        extras: dict[str, Any] = {} if ctx is None else ctx.extras
+        key = field(ctx, "run_key") or run_name(handle)
+        extras: dict[str, Any] = field(ctx, "extras", {})
+        path = os.path.abspath(run.log.path)  # noqa: PTH100 # as the marks call it
+        upload = self._uploader.uploads.setdefault(path, Upload(run.log.path, key))
+        if upload.url:
+            extras.setdefault(_URL, upload.url)
+        else:
+            upload.heard = self._hearer(key, extras)
+        run.log.flush()
+        run.follow(upload)
+        self._drive(upload)
+
+    def _drive(self, upload: Upload) -> None:
+        """See to it that a task uploads the file, unless it is known that the server has all."""
+        now = time.monotonic()
+        asked = upload.starting and now < upload.starting + _AGAIN_SECONDS
+        if upload.driven or upload.finished or asked:
+            return
+        upload.starting, self._uploader.over = now, False
+        try:
+            self.spawn(self._uploader.drive, upload, name=f"upload of {upload.file.stem}", background=True)
+        except NotAttachedError:
+            self._uploader.warn(upload, "nobody runs the upload: the callback is on no bus")
+
+    def _hearer(self, key: str, extras: dict[str, Any]) -> Callable[[str], None]:
+        """What makes the page of a run known."""
 
         def heard(url: str) -> None:
             if extras.get(_URL) == url:  # a courier that begins anew has it there, from its journal
                 return
+            with contextlib.suppress(OSError, ValueError):  # a stdout that is closed
+                print(f"View run at {url}", flush=True)  # noqa: T201 # for people
             try:
                 self.publish(Learnt(key, {_URL: url}))
             except EvsysBusError as error:  # the upload goes on
                 self._faults.warn("wandb.url_not_recorded", key, error=error, url=url)
             extras[_URL] = url
 
-        run.log.flush()
-        upload = Upload(run.log.path, _environment(self._config.base_url), heard, self._faults, self._patience_seconds)
-        try:
-            if self.spawn(upload.run, name=f"upload of {run.id}"):
-                run.upload = upload
-        except NotAttachedError:
-            upload.warn("nobody runs the upload: the callback is on no bus")
+        return heard
 
 
 def _disable(callback: Callback) -> None:
@@ -193,6 +298,12 @@ def _mode(mode: Mode) -> Mode:
     return "offline" if mode == "offline" or said in {"offline", "dryrun"} else "online"
 
 
-def _environment(base_url: str | None) -> Mapping[str, str]:
-    """What keeps W&B's tool from asking, and from reporting its own errors to others."""
-    return {"WANDB_ERROR_REPORTING": "false", **({"WANDB_BASE_URL": base_url} if base_url else {})}
+def _whole(step: Any) -> int:
+    """A step as an int; a float that is whole is one. Any: what a program counts with."""
+    try:
+        return operator.index(step)
+    except TypeError:
+        number = float(step)
+        if not number.is_integer():
+            raise
+        return int(number)

@@ -59,7 +59,7 @@ class _Nothing:
     def rewind(self, mark: Any) -> None:
         """Any: as above."""
 
-    async def close(self) -> None:
+    async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
         """Nothing to close."""
 
 

@@ -16,11 +16,12 @@ from evsys_bus.bench.growth import MAX_GROWTH_MB, STEPS_PER_ROUND, resident_mega
 from evsys_bus.bench.harness import Spread, spread_of
 from evsys_bus.bench.question import Effort, Row, Table, Verdict
 from evsys_bus.bus import EventBus
-from evsys_bus.delivery.accounts import Account, accounts
+from evsys_bus.delivery.accounts import accounts
 from evsys_bus.delivery.followed import Followed, Recipe
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.sink import Sink
+from evsys_bus.tasks import DeliveryStatus
 
 MAX_HEALTH_MS: Final = 50.0
 STATUS_MB_A_SECOND: Final = 200
@@ -113,13 +114,13 @@ def _courier_of(journal: Path) -> int:
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
         for each in accounts(journal):
-            if each.state is not None and each.state.state == "retrying":
-                return each.state.pid
+            if each.state == "retrying":
+                return each.pid
         time.sleep(0.05)
     raise RuntimeError("the courier process has not begun to deliver")
 
 
-def _pending(journal: Path, steps: int) -> list[Account]:
+def _pending(journal: Path, steps: int) -> list[DeliveryStatus]:
     found = accounts(journal)
     if [each.pending for each in found] != [steps]:
         raise RuntimeError(f"{found} of {steps:,} events")

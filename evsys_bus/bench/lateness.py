@@ -86,7 +86,7 @@ def _table(kind: Kind, seconds: float, steps: int, rounds: int) -> Table:
     found = blocks(contenders, kind, seconds, steps, rounds)
     verdicts = within(found[PROCESS], found[ALONE], found[ALIKE], "with the courier process")
     if kind == "waits":
-        late, alone = (_p99(sorted(chain.from_iterable(each.late for each in found[name]))) for name in (THREAD, ALONE))
+        late, alone = (p99(sorted(chain.from_iterable(each.late for each in found[name]))) for name in (THREAD, ALONE))
         extra = max(0.0, late - alone) * 1e9
         promise = "couriers on threads make it wake at most 500 µs later at p99"
         verdicts.append(Verdict(promise, extra / 1e3, extra <= LATE_WITHIN_NS, "µs"))
@@ -101,8 +101,8 @@ def _table(kind: Kind, seconds: float, steps: int, rounds: int) -> Table:
 def row(name: str, blocks: Sequence[Block], *, ours: bool) -> Row:
     """The median step of all rounds, to the p99."""
     steps = sorted(chain.from_iterable(each.steps for each in blocks))
-    median, p99 = statistics.median(steps) * 1e9, _p99(steps) * 1e9
-    return Row(name, Spread(median, median, p99), ours=ours)
+    median, most = statistics.median(steps) * 1e9, p99(steps) * 1e9
+    return Row(name, Spread(median, median, most), ours=ours)
 
 
 def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Block], what: str) -> list[Verdict]:
@@ -115,7 +115,7 @@ def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Blo
         what: Begins the promise.
     """
     verdicts: list[Verdict] = []
-    for name, of, most in (("median", statistics.median, MEDIAN_WITHIN), ("p99", _p99, P99_WITHIN)):
+    for name, of, most in (("median", statistics.median, MEDIAN_WITHIN), ("p99", p99, P99_WITHIN)):
         rounds = [[of(each.steps) for each in turn] for turn in zip(with_it, alone, alike, strict=True)]
         spread = statistics.median(max(two) / min(two) for _, *two in rounds)
         measured = statistics.median(one / statistics.mean(two) for one, *two in rounds)
@@ -125,7 +125,8 @@ def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Blo
     return verdicts
 
 
-def _p99(ordered: list[float]) -> float:
+def p99(ordered: list[float]) -> float:
+    """The value that one in a hundred exceeds."""
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
@@ -142,11 +143,11 @@ def blocks(
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with contenders[name]() as bus:
-                found[name].append(run_alone(lambda bus=bus: _block(bus, kind, seconds, steps)))
+                found[name].append(run_alone(lambda bus=bus: block(bus, kind, seconds, steps)))
     return found
 
 
-async def _block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
+async def block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
     """So many steps of a training loop, each published."""
     found = Block([], [])
     for step in range(steps):

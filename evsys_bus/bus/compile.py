@@ -15,28 +15,34 @@ watchdog and the adoption of tasks need no mark from here: the frame's line says
 
 import itertools
 import linecache
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from operator import length_hint
 from typing import Any, Final
 
 from evsys_bus.bus.account import SLOW_NANOSECONDS, HookAccount
-from evsys_bus.events import Event
+from evsys_bus.callback import check_returned, may_return
+from evsys_bus.events import Event, step_field, with_whole_step
+from evsys_bus.tasks import HOOK_CALLS
 
 SAMPLE_EVERY: Final = 64
 
-FILENAME: Final = "<evsys-bus publish"
+FILENAME: Final = HOOK_CALLS
 """What the filename of compiled code begins with."""
 
 _UNIT: Final = """\
 def publish(event):
+    global now
     try:
         tokens.pop()
     except IndexError:
         return contended(event)
     try:
         if type(event) is hot:
+            {prepare}
             {enter}
             for _ in ticks:
                 {calls}
@@ -49,11 +55,15 @@ def publish(event):
             dispatch_of[type(event)](event)
         if queue:
             settle()
+    except BaseException as error:
+        settle(error)
     finally:
         tokens.append(None)
 
-def dispatch(event):
-    {enter}
+def dispatch(event, at=None):
+    global now
+    {prepare_in_dispatch}
+    {enter_in_dispatch}
     before(event)
     for _ in ticks:
         {calls_in_dispatch}
@@ -70,6 +80,10 @@ def timed(event):
     sample(({times},))
 """
 
+Dispatch = Callable[..., None]
+"""Takes an event, and the time at which it was published; without that, it is now."""
+
+_CALL: Final = re.compile(r"\s+try: (?:check\d+\()?h(\d+)\(")
 _numbers = itertools.count(1)
 
 
@@ -78,8 +92,8 @@ class Unit:
 
     publish: Callable[[Event], None]
     """Of use in the unit of the hot event type only."""
-    dispatch: Callable[[Event], None]
-    """Calls the hooks; whoever calls it holds the token."""
+    dispatch: Dispatch
+    """Calls the hooks; whoever calls it holds the token. Given when the event was published, where that was earlier."""
 
     def __init__(
         self,
@@ -95,6 +109,7 @@ class Unit:
     ) -> None:
         """Compile. Any: ``parts`` are the names that the template takes, given by the publisher."""
         self.tag = str(event_type.__struct_config__.tag)
+        self.record_first = record_first
         self.accounts = tuple(accounts)
         self.filename = f"{prefix}{next(_numbers)}>: {event_type.__name__}"
         self._stride = SAMPLE_EVERY
@@ -103,12 +118,12 @@ class Unit:
         # Folded into the accounts a few times a second, off the publishing thread. At a million publishes a second
         # some are overwritten before that, which a sample can bear.
         self._samples: deque[tuple[int, ...]] = deque(maxlen=1024)
-        source = _source(event_type, len(self.accounts), recorded=record is not None, record_first=record_first)
-        lines = source.splitlines()
+        checked = [may_return(account.method) for account in self.accounts]
+        source = _source(event_type, checked, recorded=record is not None, record_first=record_first)
         self.lines = {
-            number: self.accounts[int(line.split("(")[0].rpartition("h")[2])]
-            for number, line in enumerate(lines, start=1)
-            if line.lstrip().startswith("try: h")
+            number: self.accounts[int(call[1])]
+            for number, line in enumerate(source.splitlines(), start=1)
+            if (call := _CALL.match(line))
         }
         self._space: dict[str, Any] = {
             "__name__": __name__,
@@ -121,11 +136,20 @@ class Unit:
             "clock": time.perf_counter_ns,
             "wall": time.time,
             "record": record,
+            "with_whole_step": with_whole_step,
             **{f"h{index}": account.method for index, account in enumerate(self.accounts)},
+            **{
+                f"check{index}": partial(check_returned, account.callback, account.hook)
+                for index, account in enumerate(self.accounts)
+            },
             **parts,
         }
         exec(compile(source, self.filename, "exec"), self._space)  # noqa: S102 # our own template; no input gets into it
         self.publish, self.dispatch = self._space["publish"], self._space["dispatch"]
+
+    def event_time(self) -> float:
+        """When the event was published whose hooks were called last; seconds since the epoch."""
+        return self._space.get("now", 0.0)
 
     def count(self) -> int:
         """How many events were dispatched, exactly."""
@@ -144,12 +168,20 @@ class Unit:
 
     def fold(self) -> None:
         """Bring the samples into the accounts."""
-        while self._samples:
-            times = self._samples.popleft()
+        while True:
+            try:
+                times = self._samples.popleft()
+            except IndexError:
+                return
             for account, began, ended in zip(self.accounts, times, times[1:], strict=False):
                 account.took(ended - began)
                 if ended - began >= SLOW_NANOSECONDS:
                     self._stride = 1
+
+    def record_by(self, record: Callable[[Event, float], None]) -> None:
+        """Record by another function from now on, if events are recorded at all."""
+        if self._space["record"] is not None:
+            self._space["record"] = record
 
     def forget(self) -> None:
         """End: counts and samples go into the accounts, and a `publish` that somebody kept goes by the new units."""
@@ -171,28 +203,44 @@ class _Source:
         return self._source
 
 
-def _source(event_type: type[Event], hooks: int, *, recorded: bool, record_first: bool) -> str:
+def _source(event_type: type[Event], checked: Sequence[bool], *, recorded: bool, record_first: bool) -> str:
+    """The code; ``checked`` says for each hook whether what it returns has to be looked at."""
     fields = event_type.__struct_fields__
     locals_of = {name: f"a{index}" for index, name in enumerate(fields)}
-    unpack = "; ".join(f"{local} = event.{name}" for name, local in locals_of.items())
+    unpack = ["; ".join(f"{local} = event.{name}" for name, local in locals_of.items())] if checked and fields else []
     positional = [a for name, a in locals_of.items() if name not in event_type.keywords]
     named = [f"{name}={a}" for name, a in locals_of.items() if name in event_type.keywords]
     arguments = ", ".join(positional + named)
-    calls = [unpack] if hooks and fields else []
-    timed_calls = list(calls)
-    for index in range(hooks):
-        call = [f"try: h{index}({arguments})", f"except BaseException as error: failed({index}, error)"]
-        calls += call
-        timed_calls += [*call, f"t{index + 1} = clock()"]
-    enter = "record(event, wall())" if record_first else "now = wall()"
+    calls: list[str] = []
+    timed_calls = list(unpack)
+    for index, is_checked in enumerate(checked):
+        call = f"check{index}(h{index}({arguments}))" if is_checked else f"h{index}({arguments})"
+        lines = [f"try: {call}", f"except BaseException as error: failed({index}, error)"]
+        calls += lines
+        timed_calls += [*lines, f"t{index + 1} = clock()"]
+    prepare = list(unpack)
+    step = step_field(event_type)
+    if step is not None:  # of what comes from users' code the step alone must be exact: files are keyed by it
+        given = locals_of[step] if unpack else f"event.{step}"
+        # On record it must fit in 63 bits too; the shift shows all that need a second look, negative ones included.
+        fits = f" or {given} >> 62" if recorded else ""
+        prepare += [
+            f"if type({given}) is not int{fits}:",
+            "    event = with_whole_step(event)" + (f"; {locals_of[step]} = event.{step}" if unpack else ""),
+        ]
+    enter = "now = {}wall(); record(event, now)" if record_first else "now = {}wall()"
+    enter = enter if recorded else "pass"
     leave = "pass" if record_first else "record(event, now)"
     return _UNIT.format(
-        enter=enter if recorded else "pass",
+        prepare=_indented(prepare, 12),
+        prepare_in_dispatch=_indented(prepare, 4),
+        enter=enter.format(""),
+        enter_in_dispatch=enter.format("at or "),
         leave=leave if recorded else "pass",
         calls=_indented(calls, 16),
         calls_in_dispatch=_indented(calls, 8),
         timed_calls=_indented(timed_calls, 4),
-        times=", ".join(f"t{index}" for index in range(hooks + 1)),
+        times=", ".join(f"t{index}" for index in range(len(checked) + 1)),
     )
 
 

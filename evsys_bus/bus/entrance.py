@@ -11,6 +11,7 @@ from typing import Any
 
 from evsys_bus.bus.signals import TermSignal
 from evsys_bus.diagnostics import log
+from evsys_bus.tasks import Gate
 
 
 class Entrance:
@@ -27,9 +28,9 @@ class Entrance:
         self._term = TermSignal(self._stop) if handles_signals else None
         self._leave: Callable[[], object] | None = None
         self._owner = 0
-        self._lock = threading.Lock()  # over who leaves
+        self._lock = threading.RLock()  # over who leaves
         self._leaver: threading.Thread | None = None
-        self._is_left = threading.Event()
+        self._is_left = Gate()
 
     def by_task(self) -> None:
         """The current task enters."""
@@ -57,7 +58,7 @@ class Entrance:
         with self._lock:
             by = self._leaver
             # One that ended half-way is no leaver; the main thread passes for ended while the program ends.
-            if not self._is_left.is_set() and (by is None or by is here or not (by.is_alive() or by is main)):
+            if not self._is_left.is_open and (by is None or by is here or not (by.is_alive() or by is main)):
                 self._leaver = here
                 return True
         self._is_left.wait(wait_seconds)
@@ -65,11 +66,19 @@ class Entrance:
 
     def close(self) -> None:
         """All is done: if SIGTERM brought us here, end by it."""
-        self._is_left.set()
+        try:
+            self._let_go()
+        except BaseException:  # Ctrl-C, between two of these
+            self._let_go()
+            raise
+        if self._term is not None:
+            self._term.raise_again()
+
+    def _let_go(self) -> None:
+        self._is_left.open()
         atexit.unregister(self._at_exit)
         if self._term is not None:
             self._term.remove()
-            self._term.raise_again()
 
     def _at_exit(self) -> None:
         """The program ends, and has not left the bus: what is under way is finished all the same."""

@@ -3,37 +3,58 @@
 import asyncio
 import inspect
 import os
+import sys
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from evsys_bus.bus.adoption import BareTasks
+import msgspec
+
+from evsys_bus.attached import Adapter, EventInfo
+from evsys_bus.bus.callback_marks import with_marks
+from evsys_bus.bus.closing import Closing, close_callback, wants_closing
 from evsys_bus.bus.entrance import Entrance
-from evsys_bus.bus.following import Couriers, Following, tell_if_half_used
+from evsys_bus.bus.following import Couriers, Following, placement_of
 from evsys_bus.bus.health import Health, health_of
 from evsys_bus.bus.limits import seconds
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recording import Recording, rank_of
-from evsys_bus.callback import attach, check_hooks, detach
+from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
 from evsys_bus.delivery.followed import Followed
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BusNotOpenError
+from evsys_bus.errors import BusNotOpenError, SettingError
 from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import (
     CANCEL_GRACE_SECONDS,
     STOP_SECONDS,
+    BareTasks,
+    Deadline,
     Draining,
     Job,
     LoopThread,
     Receipt,
+    TaskCounts,
     TaskOffice,
+    Uninterrupted,
+    prepare_to_wait,
     running_loop,
     wait_shielded,
 )
 from evsys_bus.watchdog import Watchdog
+from evsys_bus.where import local_path
+
+T = TypeVar("T")
+
+_EXIT_THREAD: Final = "evsys-bus-exit"
+_LOOK_SECONDS: Final = 0.1
+"""Between two looks whether an interrupt has cut the deadline."""
+_DELIVERY_SECONDS: Final = 1.0
+"""What a disk that refuses what waits leaves of the deadline to the couriers."""
 
 
 class EventBus:
@@ -103,6 +124,7 @@ class EventBus:
                 "receipt",
                 "_bare_tasks",
                 "_drain_timeout",
+                "_ending",
                 "_entrance",
                 "_faults",
                 "_following",
@@ -128,15 +150,18 @@ class EventBus:
         max_waiting_tasks: int = 10_000,
     ) -> None:
         self.receipt: Receipt | None = None
+        self._ending: Uninterrupted[None] | None = None
         self._drain_timeout = seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
         self._rank = rank_of() if rank is None else rank
+        if journal is not None and not isinstance(journal, JournalWriter):
+            journal = os.fspath(local_path(journal, "journal"))
         self._journal = journal
         self._recording: Recording | None = None
         self._redact = frozenset(key.lower() for key in redact)
-        self._following = Following(callbacks, sinks, couriers, seconds("linger_seconds", linger_seconds))
+        self._following = Following(callbacks, sinks, couriers, seconds("linger_seconds", linger_seconds), self._rank)
         self._publisher = Publisher(
-            self._following.inline,
+            with_marks(self._following.inline, self._journal, self._rank),
             self._faults,
             patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
             expose=self._expose,
@@ -149,7 +174,7 @@ class EventBus:
         self._watchdog = Watchdog(
             self._publisher.look,
             self._publisher.tell_blocked,
-            self._look_after,
+            (self._publisher.units.fold, self._bare_tasks.look_after, self._following.look_after),
             blocked_seconds=seconds("blocked_hook_seconds", blocked_hook_seconds, least=0.01),
         )
         self._thread = LoopThread()
@@ -165,19 +190,34 @@ class EventBus:
     def add(self, callback: object) -> None:
         """Call this callback too, after the others; from inside a hook: from the next publish on.
 
+        It runs inline, also where its class is followed: what is to be delivered to is given to the bus at the start.
+
         Raises:
             HookError: It has a hook that could never be called.
         """
         check_hooks(callback)
-        tell_if_half_used(callback)
+        if isinstance(callback, Callback) and placement_of(callback) == "follow":
+            fix = "give it to EventBus([...]), before the bus is entered"
+            log().warning("callback.runs_inline", callback=callback_name(callback), why="it was added later", fix=fix)
         attach(callback, self)
         self._publisher.change(lambda callbacks: (*callbacks, callback))
 
     def remove(self, callback: object) -> None:
-        """Call this callback no more; from inside a hook: from the next publish on."""
+        """Call this callback no more; from inside a hook: from the next publish on.
+
+        What is followed is delivered to until the bus is left, with what is recorded until then; the log says so.
+        """
+        if self._following.delivers_to(callback):
+            why = "its events are recorded, and it is delivered to until the bus is left"
+            log().warning("callback.still_followed", callback=callback_name(callback), why=why)
         self._publisher.change(
-            lambda callbacks: tuple(each for each in callbacks if each is not callback), partial(detach, callback, self)
+            lambda callbacks: tuple(each for each in callbacks if each is not callback), partial(self._let_go, callback)
         )
+
+    def _let_go(self, callback: object) -> None:
+        if self._publisher.units.called(callback):
+            close_callback(callback, self._publisher.units.close_failed)
+        detach(callback, self)
 
     def spawn(
         self,
@@ -189,14 +229,16 @@ class EventBus:
         retry: Callable[..., Awaitable[object]] | None = None,
         lane: str | None = None,
         owner: str | None = None,
+        background: bool = False,
     ) -> bool:
-        """Run ``fn(*args)`` beside the loop; see `Callback.spawn`. Any: the arguments are those of ``fn``.
+        """Run ``fn(*args)`` beside the loop; see `Callback.spawn`.
 
         Raises:
             BusNotOpenError: The bus was not entered yet, or is closed.
             SpawnError: ``fn`` is no coroutine function.
         """
-        job = Job(fn, args, owner=owner or "program", name=name, timeout=timeout, retry=retry, lane=lane)
+        owner = owner or "program"
+        job = Job(fn, args, owner=owner, name=name, timeout=timeout, retry=retry, lane=lane, background=background)
         if self._publisher.state != "open":
             raise BusNotOpenError(
                 f"spawn on a bus that is {self._publisher.state}", fix="spawn inside the `with` block of the bus"
@@ -215,6 +257,14 @@ class EventBus:
         """Every count, now."""
         return health_of(self._publisher, self._office, self._bare_tasks.state, self._recording, self._following)
 
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """Note what an inline callback reports with `Adapter.report_owed`."""
+        self._following.report_owed(adapter, events, why, fix)
+
+    def current_event(self) -> EventInfo | None:
+        """Of the event whose hook runs on this thread now; None outside a hook."""
+        return self._publisher.current_event(inspect.currentframe())
+
     def publishes_here(self) -> bool:
         """Whether the code that calls this runs inside a hook that this bus called."""
         return self._owner_around(inspect.currentframe()) is not None
@@ -223,92 +273,187 @@ class EventBus:
 
     async def __aenter__(self) -> Self:
         self._entrance.by_task()
-        self._open()
-        return self
+        prepare_to_wait()
+        return self._open()
 
     async def __aexit__(self, *_: object) -> None:
         if self._publisher.state == "forked" or not self._entrance.leaves_here():
             return
-        self.receipt, cancelled = await wait_shielded(self._office.drain(self._drain_timeout, close=True))
-        delivering = self._then_deliver(self.receipt)
-        if delivering is not None:
-            # What is not delivered is safe, so a second cancellation (Ctrl-C twice) ends the wait for it.
-            told = partial(self._following.told, self.receipt)
-            self.receipt, again = await wait_shielded(delivering, most=1 if cancelled else 2, else_=told)
-            cancelled = cancelled or again
-        self._close()
-        if cancelled:
-            raise asyncio.CancelledError
+        deadline = Deadline(self._drain_timeout)
+        try:
+            cancelled = await self._leave_on_loop(deadline)
+        except BaseException:  # Ctrl-C, between two lines of it
+            self._leave(deadline, in_haste=True)
+            raise
+        finally:
+            self._close_entrance()
+        if cancelled is not None:
+            raise asyncio.CancelledError if isinstance(cancelled, asyncio.CancelledError) else cancelled
+
+    async def _leave_on_loop(self, deadline: Deadline) -> BaseException | None:
+        """What cancelled it, or interrupted it, meanwhile."""
+        draining = self._office.drain(self._drain_timeout, close=True)
+        longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
+        cancelled = await wait_shielded(draining, seconds=longest)
+        self.receipt = draining.result() if draining.done() else self._office.close_now()
+        # What is not delivered is safe, so a second cancellation (Ctrl-C twice) ends the wait for it.
+        most = 1 if cancelled else 2
+        self._ending = ending = Uninterrupted(partial(self._end, deadline), _EXIT_THREAD)
+        ending.start()
+        again = await wait_shielded(
+            ending, most=most + 1, on_cancel=lambda count: deadline.cut() if count >= most else None
+        )
+        if not ending.done():
+            self.receipt = self._following.told(self.receipt)
+        return cancelled or again
 
     def __enter__(self) -> Self:
-        self._open()
-        return self
+        return self._open()
 
     def __exit__(self, *_: object) -> None:
         longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
         if self._publisher.state == "forked" or not self._entrance.leaves_here(longest):
             return
-        join_seconds = STOP_SECONDS
+        deadline = Deadline(self._drain_timeout)
         try:
-            # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
-            if self._entrance.loop is not None:  # the program ends, and its loop turns no more
-                self._office.close_now()
-            draining = self._office.drain(
-                self._drain_timeout, close=True, stalled=self._entrance.loop or running_loop()
-            )
-            self.receipt = draining.result(self._drain_timeout + CANCEL_GRACE_SECONDS)
-        except TimeoutError:  # a task blocks the thread that should drain
-            self.receipt = self._office.close_now()
-            join_seconds = 0.0
-        except BaseException:  # Ctrl-C, while draining
-            self.receipt = self._office.close_now()
-            self._drain_timeout = 0.0
+            self._leave(deadline)
+        except BaseException:  # Ctrl-C; also between two lines, where the work had not begun
+            self._leave(deadline, in_haste=True)
             raise
         finally:
-            self._thread.stop(join_seconds)
-            try:
-                if self.receipt is not None and (delivering := self._then_deliver(self.receipt)) is not None:
-                    self.receipt = self._following.told(self.receipt)  # what stands if Ctrl-C ends the wait
-                    self.receipt = delivering.result()
-            finally:
-                self._close()
+            self._close_entrance()
 
-    def _open(self) -> None:
+    def _leave(self, deadline: Deadline, *, in_haste: bool = False) -> None:
+        """Without a loop to wait on; where the end has begun already, wait for it."""
+        if in_haste:
+            deadline.cut()
+        # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
+        stalled = self._entrance.loop or running_loop()
+        ending = self._ending
+        if ending is None:
+            self._ending = ending = Uninterrupted(partial(self._drain_and_end, deadline, stalled), _EXIT_THREAD)
+        ending.do(deadline.cut)
+
+    def _close_entrance(self) -> None:
+        if self._ending is not None and self._ending.done():
+            self._entrance.close()
+
+    def _open(self) -> Self:
         if self._publisher.state != "new":
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
+        _check_threads()
         log()  # the first warning must not import structlog in the middle of a step
-        journal = self._journal or (self._following.temporary_journal() if self._following else None)
-        if journal is not None:
-            self._recording = Recording.open(journal, self._rank, self._publisher.raise_later, self._redact)
+        opening = Uninterrupted(self._open_parts, "evsys-bus-entry")
+        try:
+            opening.do(_nothing)
+            self._bare_tasks.begin_here()
+            self._entrance.listen(self.__exit__)
+            return self  # noqa: TRY300 # what comes up on this very line is undone too
+        except BaseException as error:
+            try:
+                self._leave_half_entered(opening, error)
+            except BaseException:  # Ctrl-C again; also between two lines, where the work had not begun
+                self._leave_half_entered(opening, error)
+                raise
+            raise
+
+    def _leave_half_entered(self, opening: "Uninterrupted[None]", error: BaseException) -> None:
+        """Let go of all that was opened."""
+        self._publisher.entry_error = error
+        if self._ending is None:
+            self._ending = Uninterrupted(partial(self._undo_opening, opening, running_loop()), _EXIT_THREAD)
+        try:
+            self._ending.do(_nothing)
+        finally:
+            self._close_entrance()
+
+    def _undo_opening(self, opening: "Uninterrupted[None]", stalled: asyncio.AbstractEventLoop | None) -> None:
+        opening.withdraw()
+        self._drain_timeout = 0.0
+        if self._recording is not None or self._publisher.state == "open":
+            self._drain_and_end(Deadline(0.0), stalled)
+
+    # -- on a thread of its own, where no interrupt tears it ----------------------------------------------------------
+
+    def _open_parts(self) -> None:
+        self._open_journal()
         for callback in self._publisher.callbacks:
             attach(callback, self)
         self._publisher.open(self._recording)
         if self._recording is not None:
-            self._following.start(self._recording.writer.directory, self._rank, self._recording.last)
-        self._bare_tasks.begin_here()
+            self._following.start(self._recording.last, self._office)
         self._watchdog.start()
-        self._entrance.listen(self.__exit__)
 
-    def _then_deliver(self, receipt: Receipt) -> Draining | None:
-        """The tasks are done: publish no more, and have what is recorded delivered, in what is left of the deadline."""
-        if self._publisher.state == "closed":
-            return None
-        self._publisher.close()
+    def _open_journal(self) -> None:
+        journal = self._journal or (self._following.temporary_journal() if self._following else None)
+        if journal is not None:
+            self._recording = Recording.open(journal, self._rank, self._publisher.raise_later, self._redact)
+            self._following.register(self._recording.writer)
+
+    def _drain_and_end(self, deadline: Deadline, stalled: asyncio.AbstractEventLoop | None) -> None:
+        """Without a loop to wait on. ``stalled`` cannot turn meanwhile: its tasks are only named."""
+        self.receipt = self._office.close_now() if self._entrance.loop is not None else self._drained(deadline, stalled)
+        self._end(deadline)
+
+    def _drained(self, deadline: Deadline, stalled: asyncio.AbstractEventLoop | None) -> Receipt:
+        until = time.monotonic() + self._drain_timeout + CANCEL_GRACE_SECONDS
+        try:
+            draining = self._office.drain(self._drain_timeout, close=True, stalled=stalled)
+            while not deadline.is_cut and time.monotonic() < until:
+                with suppress(TimeoutError):
+                    return draining.result(_LOOK_SECONDS)
+        except Exception as error:  # a wall: what is left of the end has to be done
+            self._faults.warn("bus.step_failed", "drain", error=error, step="drain")
+        return self._office.close_now()  # Ctrl-C; or a task blocks the thread that should drain
+
+    def _end(self, deadline: Deadline) -> None:
+        """Take no more, record and deliver what there is, let everything go; the tasks are done."""
+        began = time.monotonic()
+        receipt = self.receipt or Receipt(TaskCounts(), {})
+        self._step("publisher", None, partial(self._publisher.close, deadline))
         if self._recording is not None:
-            self.receipt = receipt = self._recording.close(receipt, self._drain_timeout)
-        left = max(0.0, self._drain_timeout - receipt.seconds)
-        return self._following.finish(receipt, left) if self._following else None
-
-    def _close(self) -> None:
-        self._publisher.close()
-        self._watchdog.stop()
-        self._bare_tasks.end()
+            spare = _DELIVERY_SECONDS if self._following else 0.0
+            close = partial(self._recording.close, receipt, deadline, spare)
+            receipt = self._step("journal", receipt, close)
+        refused, without_hooks = self._publisher.refused, self._publisher.without_hooks
+        receipt = msgspec.structs.replace(receipt, refused=refused, without_hooks=without_hooks)
+        self.receipt = receipt
+        receipt = self._step("couriers", receipt, partial(self._deliver, receipt, deadline))
+        self._step("tasks", None, self._office.end_background)
+        # A task that blocks the loop's thread has had its time.
+        join_seconds = 0.0 if receipt.left and deadline.left() == 0.0 and not deadline.is_cut else STOP_SECONDS
+        self._step("loop", None, partial(self._thread.stop, join_seconds, self._office.background_ended))
+        total, by_owner = self._office.counts()  # deliveries that are placed inline are tasks too
+        seconds = receipt.seconds + time.monotonic() - began
+        self.receipt = msgspec.structs.replace(receipt, total=total, tasks_by_owner=by_owner, seconds=seconds)
+        self._step("watchdog", None, self._watchdog.stop)
+        self._step("tasks", None, self._bare_tasks.end)
         for callback in self._publisher.callbacks:
-            detach(callback, self)
+            self._step("callbacks", None, partial(detach, callback, self))
         self._faults.flush()
-        self._entrance.close()
+
+    def _step(self, name: str, otherwise: T, act: Callable[[], T]) -> T:
+        """One step of the end; what it raises is said, and the next one follows."""
+        try:
+            return act()
+        except Exception as error:  # a wall: see above
+            self._faults.warn("bus.step_failed", name, error=error, step=name)
+            return otherwise
+
+    def _deliver(self, receipt: Receipt, deadline: Deadline) -> Receipt:
+        called = self._publisher.units.called
+        closing = [each for each in self._publisher.callbacks if wants_closing(each) and called(each)]
+        if not (self._following or closing or self._following.owes):
+            return receipt
+        loop = self._entrance.loop
+        if loop is None and (closing or self._following.uses_loop):
+            loop = self._thread.loop()
+        loop = loop if loop is not None and loop.is_running() else None
+        return self._following.finish(
+            receipt, deadline, Closing(closing, loop, self._publisher.units.close_failed), loop_runs=loop is not None
+        )
 
     # -- what the parts need ------------------------------------------------------------------------------------------
 
@@ -322,8 +467,17 @@ class EventBus:
         account = self._publisher.hook_around(frame)
         return None if account is None else account.owner
 
-    def _look_after(self) -> None:
-        """Between two looks of the watchdog, off every thread that matters."""
-        self._publisher.units.fold()
-        self._bare_tasks.look_after()
-        self._following.look_after()
+
+def _nothing() -> None:
+    """Where an interrupt cannot shorten anything."""
+
+
+def _check_threads() -> None:
+    """Refuse threads that are none, as gevent's monkey patch makes them: they would wait for each other for ever."""
+    patch = sys.modules.get("gevent.monkey")
+    if patch is not None and patch.is_module_patched("threading"):
+        raise SettingError(
+            "gevent has replaced the threads of this process, and a bus needs real ones",
+            why="its event loop and its deadlines run on threads beside the program's",
+            fix="leave them alone: gevent.monkey.patch_all(thread=False, threading=False)",
+        )

@@ -1,67 +1,92 @@
-"""The couriers of a bus: who is followed, started with the bus, asked to finish with it, and what came of it.
+"""The couriers of a bus: which adapters they deliver to, started with the bus, asked to finish with it.
 
-What can be built again is delivered to by a process of its own; what cannot, by threads of this one that work in
-slices. The journal's directory is all that they and the bus have in common.
+One rule says where an adapter works: as its class declares, however it reached the bus. What is followed and can be
+built again is delivered to by a process of its own; what cannot, by threads of this one that work in slices; the half
+of an adapter that is placed inline by a task on the program's own loop. The journal's directory is all that they and
+the bus have in common.
 """
 
+import itertools
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, Literal
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import msgspec
 
+from evsys_bus.attached import Adapter
+from evsys_bus.bus.closing import Closing
 from evsys_bus.bus.guard import Guard
 from evsys_bus.bus.news import News
 from evsys_bus.callback import Callback, callback_name
-from evsys_bus.delivery.followed import Followed, Recipe
-from evsys_bus.diagnostics import log
+from evsys_bus.codec import error_text
+from evsys_bus.delivery.followed import CarriedSink, Followed, Recipe, ranks_of
+from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import SettingError
-from evsys_bus.sink import Sink, check_sink, sink_name
-from evsys_bus.tasks import Delivery, Draining, Receipt
+from evsys_bus.journal import JournalWriter
+from evsys_bus.sink import Sink, check_sink
+from evsys_bus.tasks import Deadline, DeliveryStatus, Receipt, TaskOffice
 
 if TYPE_CHECKING:  # at run time they are imported where something is followed
-    from evsys_bus.delivery.accounts import Account, Accounts
+    from evsys_bus.delivery.accounts import Accounts
     from evsys_bus.delivery.crew import Crew
     from evsys_bus.delivery.process import CourierProcess
     from evsys_bus.delivery.roster import Posted
 
 Couriers = Literal["process", "thread"]
 """Where couriers work: in a process of their own, or all of them on threads of this one."""
+Place = Literal["process", "thread", "loop"]
+"""Where one adapter is delivered to; ``loop``: by a task on the program's own event loop."""
+Placement = Literal["inline", "follow"]
+"""In publish, or off the loop."""
 
 SLICE_SECONDS: Final = 0.0002
 """How long a courier's thread works before it lets the loop's go on."""
+REGISTER_SECONDS: Final = 1.0
+"""Between two tries to have a follower on record."""
 LOOK_SECONDS: Final = 0.1
 """Between two looks at how couriers fare, while they finish."""
+LOOP_POLL_SECONDS: Final = 0.05
+"""How often a courier on the program's own loop looks into the journal."""
 _STUCK: Final = ("parked", "failed")
 STOP_SECONDS: Final = 0.5
 """What couriers on threads get to end once the deadline has passed; one that an adapter blocks is left behind."""
 
 
 class Following:
-    """Those who are followed, of what a bus was given.
+    """The adapters that couriers deliver to, of what a bus was given.
 
     Args:
         callbacks: As the bus was given them.
         sinks: Likewise.
         couriers: Where they work.
         linger_seconds: How long the courier process may go on once the bus is closed, or its process dead.
+        rank: Of this process.
 
     Raises:
         SettingError: Two of them have the same name.
-        SinkMethodError: A sink has a method that could never be called.
+        HookError: A hook, or a method of a sink, could never be called.
+        BadSpecError: A callback that may stop the run is to be followed.
     """
 
     def __init__(
-        self, callbacks: Iterable[object], sinks: Iterable[Sink | Followed], couriers: Couriers, linger_seconds: float
+        self,
+        callbacks: Iterable[object],
+        sinks: Iterable[Sink | Followed],
+        couriers: Couriers,
+        linger_seconds: float,
+        rank: int,
     ) -> None:
         given = tuple(callbacks)
-        self._followed = tuple(map(_followed, (*(each for each in given if isinstance(each, Followed | Sink)), *sinks)))
+        self._rank = rank
+        self._followed: tuple[Followed, ...] = ()
+        self._objects: list[object] = []
+        """What was given as an object and is followed, or has a half that is."""
+        inline = tuple(each for each in (*given, *sinks) if self._take(each, (*given, *sinks)))
         _check_names(self._followed)
-        for each in given:
-            tell_if_half_used(each, self._followed)
         self._couriers: Couriers = couriers
         self._linger_seconds = linger_seconds
         self._directory = ""
@@ -70,157 +95,322 @@ class Following:
         self._last: Callable[[], dict[str, int]] = dict[str, int]
         self._serving: tuple[Followed, ...] = ()
         self._posted: list[Posted] = []
+        self._faults = FaultLog(every_seconds=60.0)
+        self._unregistered: tuple[Followed, ...] = ()
+        """Those whom the disk does not take on record yet."""
+        self._register_due = 0.0
         self._lock = threading.Lock()  # over the accounts
+        self._reader = 0
+        """The thread that reads them now."""
+        self._last_read: list[DeliveryStatus] = []
+        self._owed: dict[str, DeliveryStatus] = {}
+        """Of inline callbacks that owe something."""
+        self._earlier: dict[str, DeliveryStatus] = {}
+        """The statuses of an earlier day: their failures are not this bus's."""
         self._process: CourierProcess | None = None
-        self._crew: Crew | None = None
+        self._crews: list[Crew] = []
         self._news: News | None = None
         self._guard = Guard([each for each in self._followed if each.terms.stops])
-        self.inline: Final[tuple[object, ...]] = (
-            *(each for each in given if not isinstance(each, Followed | Sink)),
-            *([self._guard] if self._guard.watched else []),
-        )
+        self.inline: Final[tuple[object, ...]] = (*inline, *([self._guard] if self._guard.watched else []))
         """The others, in their order, and the guard if one is needed."""
+
+    def _take(self, given: object, beside: tuple[object, ...]) -> bool:
+        """Subscribe what of it is followed; whether its hooks run inline."""
+        if isinstance(given, Followed):
+            self._objects.append(given.live)
+            self._followed += (_checked(given),)
+            return False
+        if isinstance(given, Sink | CarriedSink):
+            self._subscribe(given)
+            return False
+        if not isinstance(given, Callback):
+            return True
+        half, placement = given.delivery, placement_of(given)
+        if half is None and placement == "follow":
+            self._subscribe(given)
+            return False
+        ranks = _ranks_of(given)
+        if ranks is not None and self._rank not in ranks:
+            log().info("callback.other_rank", callback=callback_name(given), ranks=ranks, rank=self._rank)
+            return False
+        if half is not None and not any(_is_live(each, half) for each in beside):
+            self._subscribe(given)
+        return True
+
+    def _subscribe(self, adapter: Callback | Sink) -> None:
+        self._objects.append(adapter.sink if isinstance(adapter, CarriedSink) else adapter)
+        known: Followed | None = getattr(adapter, "evsys_subscription", None)
+        if known is None:
+            from evsys_bus.wiring.followed import subscription_of
+
+            target = adapter.sink if isinstance(adapter, CarriedSink) else adapter
+            known = subscription_of(target, self._name_for(target))
+            try:
+                adapter.spec_name = known.name  # its logs and tasks go by the name of its deliveries
+            except AttributeError:
+                pass  # slots or frozen
+        if isinstance(adapter, Callback) and adapter.delivery is not None and not isinstance(adapter, CarriedSink):
+            known = msgspec.structs.replace(known, here=placement_of(adapter) == "inline")
+        self._followed += (known,)
+
+    def _name_for(self, adapter: Callback | Sink) -> str:
+        """The kind, numbered where there are several, or the name of the class."""
+        if adapter.spec_name or not adapter.name:
+            return adapter.spec_name or type(adapter).__name__
+        taken = {each.name for each in self._followed}
+        names = itertools.chain([adapter.name], (f"{adapter.name}_{number}" for number in itertools.count(2)))
+        return next(each for each in names if each not in taken)
+
+    def delivers_to(self, given: object) -> bool:
+        """Whether this very object, or a half of it, was given to be delivered to."""
+        return given is not None and any(each is given for each in self._objects)
 
     def __bool__(self) -> bool:
         return bool(self._followed)
 
+    @property
+    def uses_loop(self) -> bool:
+        """Whether something is delivered to by tasks on the program's own loop."""
+        return any(crew.on_program_loop for crew in self._crews)
+
     def temporary_journal(self) -> str:
         """A directory for a journal that nobody asked for, but that followers need; it goes when all is delivered."""
         self._temporary = True
-        directory = tempfile.mkdtemp(prefix="evsys-bus-")
+        self._directory = directory = tempfile.mkdtemp(prefix="evsys-bus-")
         log().info("journal.temporary", directory=directory, why="something is followed, and no journal was given")
         return directory
 
-    def start(self, directory: str, rank: int, last: Callable[[], dict[str, int]]) -> None:
-        """Begin to deliver what is recorded there, if anybody is followed; and note who is not any more.
+    def register(self, journal: JournalWriter) -> None:
+        """Have the followers on record, and retention wait for them; before the first event is published.
+
+        Where the disk refuses it, it is tried again once a second (`look_after`); retention waits all the same.
 
         Args:
-            directory: The journal.
-            rank: Of this process; who serves other ranks only is delivered to by theirs.
-            last: The stream that this process writes, and the sequence of its last event; none where there are gaps.
+            journal: That of the bus, opened.
         """
-        from evsys_bus.delivery.roster import posted, strike_off
+        from evsys_bus.delivery.roster import strike_off
 
-        strike_off(directory, {each.name for each in self._followed}, rank)
+        directory = journal.directory
+        strike_off(directory, {each.name for each in self._followed}, self._rank)
+        if not self._followed:
+            return
+        self._directory = directory
+        self._serving = tuple(
+            each for each in self._followed if each.terms.ranks is None or self._rank in each.terms.ranks
+        )
+        for each in self._followed:
+            if each not in self._serving:
+                fix = "ranks: all (or a list that holds it) has it deliver the events of other ranks too"
+                log().info("delivery.other_rank", adapter=each.name, ranks=each.terms.ranks, rank=self._rank, fix=fix)
+        self._earlier = self._statuses_before()
+        journal.wait_for(each.name for each in self._serving)
+        self._unregistered = self._serving
+        self._register()
+
+    def _register(self) -> None:
+        """Write down those who are not yet on record."""
+        from evsys_bus.delivery.roster import enlist
+
+        refused = enlist(self._directory, self._unregistered)
+        self._unregistered = tuple(each for each in self._unregistered if each.name in refused)
+        self._register_due = time.monotonic() + REGISTER_SECONDS
+
+    def start(self, last: Callable[[], dict[str, int]], office: TaskOffice) -> None:
+        """Begin to deliver what is recorded, if anything is followed.
+
+        Args:
+            last: The stream that this process writes, and the sequence of its last event; none where there are gaps.
+            office: Runs the couriers of adapters that are placed inline.
+        """
         if not self._followed:
             return
         from evsys_bus.delivery.accounts import Accounts
+        from evsys_bus.delivery.roster import posted
 
-        self._directory = directory
+        directory = self._directory
         self._accounts = Accounts(directory)
         self._last = last
-        self._serving = tuple(each for each in self._followed if each.terms.ranks is None or rank in each.terms.ranks)
         self._posted = posted(self._serving)
         places = self.places()
-        apart = [each for each in self._serving if places[each.name] == "process"]
-        here = [each for each in self._serving if places[each.name] == "thread"]
-        if apart:
+        at = {place: [each for each in self._serving if places[each.name] == place] for place in get_args(Place)}
+        if at["process"]:
             from evsys_bus.delivery.process import CourierProcess
 
-            self._process = CourierProcess(directory, apart, linger_seconds=self._linger_seconds)
-            self._process.start()
-            self._news = News(directory, [each.name for each in apart])
-        if here:
+            self._news = News(directory, [each.name for each in at["process"]])
+            self._process = CourierProcess(directory, at["process"], linger_seconds=self._linger_seconds)
+            self._process.start(enlists=False)
+        if at["thread"] or at["loop"]:
             from evsys_bus.delivery.crew import Crew
 
-            self._crew = Crew(directory, here, self._build, slice_seconds=SLICE_SECONDS)
-            self._crew.start()
+            crew = partial(Crew, directory, build=self._build, slice_seconds=SLICE_SECONDS)
+            self._crews += [crew(at["thread"])] if at["thread"] else []
+            self._crews += [crew(at["loop"], office=office, poll_seconds=LOOP_POLL_SECONDS)] if at["loop"] else []
+            for each in self._crews:
+                each.start(enlists=False)
+
+    def _statuses_before(self) -> dict[str, DeliveryStatus]:
+        from evsys_bus.delivery.states import read_state
+        from evsys_bus.journal import OsDisk
+
+        found = ((each.name, read_state(OsDisk(), self._directory, each.name)) for each in self._serving)
+        return {name: status for name, status in found if status is not None}
+
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """Note what an inline callback owes; 0 events: nothing any more."""
+        from evsys_bus.delivery.retry import owed_of
+
+        name = callback_name(adapter)
+        events, why, fix = owed_of(events, why, fix)
+        if events:
+            status = DeliveryStatus(name, recorded=events, delivered=events, owed=events)
+            self._owed[name] = msgspec.structs.replace(status, error=why, fix=fix, owed_fix=fix)
+        else:
+            self._owed.pop(name, None)
+
+    @property
+    def owes(self) -> bool:
+        """Whether an inline callback owes something."""
+        return bool(self._owed)
 
     def look_after(self) -> None:
         """Now and then, off every thread that matters: tell the log, and the guard, how the deliveries fare."""
+        if self._unregistered and time.monotonic() >= self._register_due:
+            self._try("delivery.not_registered", self._register)
         if self._news is not None:
-            self._news.look()
+            self._try("couriers.unreadable", self._news.look)
+        self._try("delivery.not_judged", self._judge)
+
+    def _judge(self) -> None:
         if self._guard.is_due() and self._accounts is not None:
             self._guard.judge(self._read(), gave_up=self._process is not None and self._process.gave_up)
 
-    def places(self) -> dict[str, Couriers]:
+    def places(self) -> dict[str, Place]:
         """Where each is delivered to."""
-        places: dict[str, Couriers] = {}
-        for each in self._followed:
-            places[each.name] = "thread" if each.recipe is None or each.here else self._couriers
-        return places
+        return {
+            each.name: "loop" if each.here else "thread" if each.recipe is None else self._couriers
+            for each in self._followed
+        }
 
-    def deliveries(self) -> tuple[Delivery, ...]:
-        """How far each has got."""
-        if self._accounts is None:
-            return ()
-        return tuple(
-            Delivery(each.name, each.recorded, each.delivered, each.dead, each.pending, each.trouble)
-            for each in self._read()
-        )
+    def deliveries(self) -> tuple[DeliveryStatus, ...]:
+        """How far each has got; after them, inline callbacks that owe something."""
+        elsewhere = [
+            DeliveryStatus(each.name, state="other_rank", fix=f"rank {(each.terms.ranks or (0,))[0]} delivers to it")
+            for each in self._followed
+            if each not in self._serving and self._accounts is not None
+        ]
+        return (*(() if self._accounts is None else self._read()), *elsewhere, *tuple(self._owed.values()))
 
-    def _read(self) -> "list[Account]":
+    def _read(self) -> "list[DeliveryStatus]":
+        """How far each has got. It never raises: what cannot be read is unknown."""
+        assert self._accounts is not None
+        if self._reader == threading.get_ident():  # a signal handler, in the middle of a look of this very thread
+            return self._last_read
+        with self._lock:
+            self._reader = threading.get_ident()
+            try:
+                self._last_read = self._read_now()
+            except Exception as error:  # a wall: files that another program, or a bad disk, has in its hands
+                self._faults.warn("delivery.unknown", self._directory, error=error, journal=self._directory)
+                refusal = error if isinstance(error, OSError) else OSError(error_text(error))
+                self._last_read = [self._accounts.unknown(each.name, refusal) for each in self._serving]
+            finally:
+                self._reader = 0
+            return self._last_read
+
+    def _read_now(self) -> "list[DeliveryStatus]":
         assert self._accounts is not None
         names = {each.name for each in self._serving}
-        with self._lock:
-            found = [each for each in self._accounts.read(self._last()) if each.name in names]
-            absent = [each for each in self._serving if each.name not in {known.name for known in found}]
-            return found + [self._accounts.unbooked(each.name, each.terms) for each in absent]
+        found = [each for each in self._accounts.read(self._last()) if each.name in names]
+        if (refusal := self._accounts.unreadable) is not None:
+            self._faults.warn("delivery.unknown", self._directory, error=refusal, journal=self._directory)
+            names -= {each.name for each in found}
+            return [*found, *(self._accounts.unknown(name, refusal) for name in sorted(names))]
+        absent = [each for each in self._serving if each.name not in {known.name for known in found}]
+        found += [self._accounts.unbooked(each.name, each.terms) for each in absent]
+        return [_since(each, self._earlier.get(each.name)) for each in found]
 
-    def finish(self, receipt: Receipt, seconds: float) -> Draining:
-        """Have all that is recorded delivered, waiting at most so long; the receipt then says how far that got.
+    def _try(self, phrase: str, act: Callable[[], object]) -> None:
+        """Do it; what it raises is said, and goes no further."""
+        try:
+            act()
+        except Exception as error:  # a wall: one look that fails must not end the others, nor the looking
+            self._faults.warn(phrase, self._directory, error=error, journal=self._directory)
+
+    def finish(self, receipt: Receipt, deadline: Deadline, closing: Closing, *, loop_runs: bool) -> Receipt:
+        """Close inline callbacks, and have all that is recorded delivered; the receipt then says how far that got.
 
         What is pending then stays in the journal. The process goes on for as long as it lingers.
+
+        Args:
+            receipt: So far.
+            deadline: How long that may take.
+            closing: Of the inline callbacks.
+            loop_runs: Whether the loop of the bus runs; if not, nothing that is placed inline does either.
         """
-        finishing = Draining()
-
-        def finish() -> None:
-            try:
-                finishing.set_result(self._finish(receipt, seconds))
-            except BaseException as error:  # a wall: whoever waits for the receipt is told
-                finishing.set_exception(error)
-
-        try:
-            threading.Thread(target=finish, name="evsys-bus-finish", daemon=True).start()
-        except RuntimeError:  # the program ends, and Python starts no thread any more: whoever leaves does it itself
-            finish()
-        return finishing
-
-    def _finish(self, receipt: Receipt, seconds: float) -> Receipt:
-        from evsys_bus.delivery.roster import post_again
-
-        began = time.monotonic()
         if self._process is not None:
-            self._process.finish(seconds)
-        if self._crew is not None:
-            self._crew.finish()
-        while not (ended := self._have_ended(LOOK_SECONDS)) and time.monotonic() < began + seconds:
-            if not self._some_may_yet_take_events():
-                break
-        if self._crew is not None and not ended:
-            self._crew.stop()
-            self._crew.join(STOP_SECONDS)
-        post_again(self._directory, self._posted)
+            self._process.finish(deadline.left())
+        for crew in self._crews:
+            crew.finish(deadline.at)
+        closing.start(deadline)
+        ended = self._wait_for_couriers(deadline, loop_runs=loop_runs)
+        closing.join()
+        if self._directory:
+            from evsys_bus.delivery.roster import post_again
+
+            self._try("delivery.not_posted", lambda: post_again(self._directory, self._posted))
         if self._news is not None:
-            self._news.look(last=True)
+            self._try("couriers.unreadable", partial(self._news.look, last=True))
         told = self.told(receipt)
+        for each in told.deliveries if not ended else ():
+            if each.is_known and each.busy and not each.pending and not each.owed:
+                meaning = "all was delivered, but what it does at its end has not returned"
+                log().warning("delivery.not_ended", adapter=each.name, why=each.error, meaning=meaning)
         if told.finish is not None:
             self._tell(told.deliveries, told.finish)
-        elif self._temporary and ended and not any(each.dead for each in told.deliveries):
+        elif (
+            self._temporary and ended and all(each.complete for each in told.deliveries if each.name not in self._owed)
+        ):
             shutil.rmtree(self._directory, ignore_errors=True)
-        return msgspec.structs.replace(told, seconds=receipt.seconds + time.monotonic() - began)
+        self._faults.flush()
+        return told
+
+    def _wait_for_couriers(self, deadline: Deadline, *, loop_runs: bool) -> bool:
+        """Until all have ended, or the time is up, or nothing more is to be expected; whether they have ended."""
+        crews = [crew for crew in self._crews if loop_runs or not crew.on_program_loop]
+        while not (ended := self._have_ended(crews, LOOK_SECONDS)) and deadline.left():
+            if not self._some_may_yet_take_events():
+                break
+        if not ended:
+            for crew in self._crews:
+                crew.stop()
+            for crew in crews:
+                crew.join(STOP_SECONDS)
+        return ended and len(crews) == len(self._crews)
 
     def told(self, receipt: Receipt) -> Receipt:
         """The receipt, with how far each delivery has got by now."""
         deliveries = self.deliveries()
-        pending = any(each.pending for each in deliveries)
-        finish = f"evsys-bus sync {self._directory}" if pending else None
+        due = any(each.pending or each.owed or not each.is_known for each in deliveries if each.name not in self._owed)
+        finish = f"evsys-bus sync {self._directory}" if due else None
         return msgspec.structs.replace(receipt, deliveries=deliveries, finish=finish)
 
-    def _have_ended(self, wait_seconds: float) -> bool:
+    def _have_ended(self, crews: "Sequence[Crew]", wait_seconds: float) -> bool:
         """Whether all couriers have; waits a little for them."""
+        end = time.monotonic() + wait_seconds
         process = self._process is None or self._process.wait(wait_seconds)
-        return (self._crew is None or self._crew.join(0.0 if self._process is not None else wait_seconds)) and process
+        return all([crew.join(max(0.0, end - time.monotonic())) for crew in crews]) and process  # noqa: C419 # each
 
     def _some_may_yet_take_events(self) -> bool:
         """Whether waiting may help: not where all that is pending is parked, or for an adapter that cannot be built."""
-        pending = [each for each in self._read() if each.pending]
-        return not pending or any(each.state is None or each.state.state not in _STUCK for each in pending)
+        pending = [each for each in self._read() if each.pending or not each.is_known]
+        return not pending or any(each.state not in _STUCK for each in pending)
 
-    def _tell(self, deliveries: tuple[Delivery, ...], command: str) -> None:
-        pending = {each.name: each.pending for each in deliveries if each.pending}
+    def _tell(self, deliveries: tuple[DeliveryStatus, ...], command: str) -> None:
+        pending: dict[str, int | str] = {each.name: each.pending for each in deliveries if each.pending}
+        pending |= {each.name: "unknown" for each in deliveries if not each.is_known}
+        owed = {f"{each.name}_owed": each.owed for each in deliveries if each.owed}
         goes_on = self._linger_seconds if self._process is not None and self._process.alive else 0
-        log().warning("delivery.pending", **pending, lingers_seconds=goes_on, fix=command)
+        log().warning("delivery.pending", **pending, **owed, lingers_seconds=goes_on, fix=command)
 
     def _build(self, recipe: Recipe) -> Callback | Sink:
         """The adapter, in this process; whoever made the recipe gave a way."""
@@ -229,37 +419,51 @@ class Following:
         return build()
 
 
-def tell_if_half_used(callback: object, followed: Iterable[Followed] = ()) -> None:
-    """Log what a live callback does not do, because it was given to a bus as it is: what its class has off the loop.
+def placement_of(callback: Callback) -> Placement:
+    """Where it runs, or its delivery half does: as the object says, else its class; a half is followed by default.
 
-    One that was built from a spec runs where that says, with its halves.
-
-    Args:
-        callback: Runs inline.
-        followed: Among them its delivery half may be.
+    Raises:
+        SettingError: It says neither of both.
     """
-    if not isinstance(callback, Callback) or callback.spec_name:
-        return
-    name = callback_name(callback)
-    if callback.delivery is not None:
-        if any(isinstance(each.live, callback.delivery) for each in followed):
-            return
-        half = callback.delivery.__name__
-        fix = f"build it from a spec (build_callbacks), or give its half to the bus as well: sinks=[{half}(...)]"
-        log().warning("callback.half_not_delivered", callback=name, half=half, fix=fix)
-    elif callback.placement == "follow":
-        fix = (
-            "give follow(callback), or build it from a spec (build_callbacks); where inline is meant, say so: "
-            'callback.placement = "inline"'
+    kinds = itertools.takewhile(lambda kind: kind is not Callback, type(callback).__mro__)
+    declared = any("placement" in vars(each) for each in (callback, *kinds) if hasattr(each, "__dict__"))
+    placement = callback.placement if declared or callback.delivery is None else "follow"
+    if placement not in get_args(Placement):
+        raise SettingError(
+            f"placement of {callback_name(callback)} is {placement!r:.80}",
+            fix='write "inline" (in publish, with live objects) or "follow" (off the loop, from the journal)',
         )
-        log().warning("callback.runs_inline", callback=name, why='its class says placement = "follow"', fix=fix)
+    return placement
 
 
-def _followed(given: Followed | Sink) -> Followed:
-    sink = given.live if isinstance(given, Followed) else given
-    if isinstance(sink, Sink):
-        check_sink(sink)
-    return given if isinstance(given, Followed) else Followed(sink_name(given), live=given)
+def _ranks_of(callback: Callback) -> tuple[int, ...] | None:
+    """Which ranks its hooks run on; None for all."""
+    known: Followed | None = callback.evsys_subscription
+    if callback.delivery is not None:  # both halves on the same ranks
+        return ranks_of(callback.ranks, (0,)) if known is None else known.terms.ranks
+    return ranks_of(callback.ranks, None)
+
+
+def _is_live(given: object, half: type) -> bool:
+    """Whether this is a sink of that class that was given by itself."""
+    return isinstance(given.live if isinstance(given, Followed) else given, half)
+
+
+def _since(status: DeliveryStatus, earlier: DeliveryStatus | None) -> DeliveryStatus:
+    """The status with only the failures that came after an earlier one."""
+    if earlier is None or not status.is_known:
+        return status
+    failures = {
+        name: max(0, getattr(status, name) - getattr(earlier, name)) for name in ("hook_failures", "task_failures")
+    }
+    last = status.last_failure if any(failures.values()) else None
+    return msgspec.structs.replace(status, **failures, last_failure=last)
+
+
+def _checked(given: Followed) -> Followed:
+    if isinstance(given.live, Sink):
+        check_sink(given.live)
+    return given
 
 
 def _check_names(followed: tuple[Followed, ...]) -> None:
@@ -269,5 +473,5 @@ def _check_names(followed: tuple[Followed, ...]) -> None:
         raise SettingError(
             f'two followed adapters are called "{twice}"',
             why="the name keys an adapter's cursor and counts",
-            fix='give one of them a name of its own: name="..."',
+            fix='name one of them: name: ... in its spec, or follow(adapter, "..."); give one object once',
         )

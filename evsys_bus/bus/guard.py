@@ -14,7 +14,7 @@ from evsys_bus.delivery.followed import Followed
 from evsys_bus.diagnostics import log
 
 if TYPE_CHECKING:
-    from evsys_bus.delivery.accounts import Account
+    from evsys_bus.tasks import DeliveryStatus
 
 LOOK_SECONDS: Final = 1.0
 """Between two looks at the deliveries."""
@@ -46,21 +46,23 @@ class Guard(Callback):
         """Whether it is time to look at the deliveries again."""
         return bool(self.watched) and self.reason is None and time.monotonic() >= self._due
 
-    def judge(self, accounts: "Sequence[Account]", *, gave_up: bool) -> None:
+    def judge(self, accounts: "Sequence[DeliveryStatus]", *, gave_up: bool) -> None:
         """See how the deliveries fare. ``gave_up``: no courier process runs any more."""
         now = time.monotonic()
         self._due = now + LOOK_SECONDS
         for account in accounts:
-            if account.name in self.watched and self.reason is None:
+            # Of one that cannot be read nothing is known: it neither fails nor recovers by that.
+            if account.name in self.watched and self.reason is None and account.is_known:
                 self.reason = self._judged(account, now, gave_up=gave_up)
 
-    def _judged(self, account: "Account", now: float, *, gave_up: bool) -> str | None:
-        name, terms, state = account.name, self.watched[account.name], account.state
-        said = "" if state is None or state.error is None else f": {state.error}"
-        stuck = gave_up or (state is not None and state.state in {"parked", "failed"})
+    def _judged(self, account: "DeliveryStatus", now: float, *, gave_up: bool) -> str | None:
+        name, terms = account.name, self.watched[account.name]
+        said = "" if account.error is None else f": {account.error}"
+        blocked = account.owed > 0 and account.owed_fix is not None  # the far side waits for a person
+        stuck = gave_up or blocked or account.state in {"parked", "failed"}
         if terms.required and stuck:
             return f'"{name}" is required, and is not delivered to{said}'
-        failing = self._failing(name, now, stuck or (state is not None and state.state == "retrying"))
+        failing = self._failing(name, now, stuck or account.state == "retrying")
         if terms.stop_after_seconds is not None and failing > terms.stop_after_seconds:
             return f'"{name}" has failed for {failing:.0f} s{said}'
         stale = self._stale(account, now)
@@ -75,7 +77,7 @@ class Guard(Callback):
             return 0.0
         return now - self._failing_since.setdefault(name, now)
 
-    def _stale(self, account: "Account", now: float) -> float:
+    def _stale(self, account: "DeliveryStatus", now: float) -> float:
         """How long ago it was that all was recorded that is delivered now; 0 where nothing is pending."""
         notes = self._notes.setdefault(account.name, deque())
         done = account.delivered + account.dead

@@ -5,11 +5,10 @@ from typing import Literal
 import msgspec
 
 from evsys_bus.bus.account import HookHealth
-from evsys_bus.bus.adoption import AdoptionState
-from evsys_bus.bus.following import Following
+from evsys_bus.bus.following import Following, Place
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recording import JournalHealth, Recording
-from evsys_bus.tasks import Delivery, TaskCounts, TaskOffice
+from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts, TaskOffice
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -29,14 +28,17 @@ class Health(msgspec.Struct, frozen=True):
     handed_over: int
     """Events of a thread that waited `publish_patience_seconds` in vain, left to the thread whose hook held the bus."""
     refused: int
-    """Events that were not even handed over, because too many were."""
+    """Events whose `publish` returned, and that met no hook and are not in the journal: too many were handed over, or
+    the bus was left meanwhile and they could not be recorded."""
     adoption: AdoptionState
     journal: JournalHealth | None = None
     """None where nothing is recorded."""
-    deliveries: tuple[Delivery, ...] = ()
+    deliveries: tuple[DeliveryStatus, ...] = ()
     """One for each followed adapter, as the journal's directory says."""
-    couriers: dict[str, Literal["process", "thread"]] = {}
+    couriers: dict[str, Place] = {}
     """Where each of those is delivered to."""
+    without_hooks: int = 0
+    """Events that are in the journal and met no hook: another thread's hook held the bus until it was left."""
 
 
 def health_of(
@@ -59,4 +61,5 @@ def health_of(
         journal=None if recording is None else recording.health(),
         deliveries=following.deliveries(),
         couriers=following.places(),
+        without_hooks=publisher.without_hooks,
     )

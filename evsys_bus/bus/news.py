@@ -1,25 +1,38 @@
-"""What becomes of the deliveries while a program runs, said in its log: couriers in a process have a log of their own.
+"""What couriers in a process of their own have to say, said in the program while it runs.
 
-Said once: that an adapter is stuck, with why and what to do, and that it goes on. What a courier tries again is told
-only once it has lasted: most of it passes. Nothing is lost in any case.
+Three things are said. That an adapter is stuck, with why and what to do, and that it goes on: once, and of what a
+courier tries again only when it has lasted, for most of it passes. Every other WARNING of the couriers' log, as it was
+logged there, at most one a second of a kind. And what adapters print, where this program prints. Nothing is lost in any
+case.
 """
 
+import logging
 import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from evsys_bus.diagnostics import log
+from evsys_bus.diagnostics import LOGGER_NAME, RECORD_FIELDS, log, message_shape
 
-if TYPE_CHECKING:  # at run time it is imported where something is followed
-    from evsys_bus.delivery.followed import CourierState
+if TYPE_CHECKING:  # at run time they are imported where something is followed
+    from evsys_bus.delivery.process_log import Line
+    from evsys_bus.tasks import DeliveryStatus
 
 LASTING_SECONDS: Final = 10.0
 """After so long a failure that is tried again is told."""
 _STUCK: Final = ("parked", "failed")
 COARSE_SECONDS: Final = 1.0
+BYTES_A_LOOK: Final = 256 << 10
+"""How much of the log is read at a time; at the end all that there is."""
+LINES_A_LOOK: Final = 100
+"""WARNINGs of our own logger; what is more is counted."""
+MOST_KINDS: Final = 1000
+"""Kinds of WARNINGs of other loggers that are told apart."""
+_TOLD_ELSEWHERE: Final = ("sink.parked", "sink.retrying", "couriers.left")
+"""What the states and the receipt say too: ``delivery.parked``, ``delivery.retrying``, ``delivery.pending``."""
 
 
 class News:
@@ -40,16 +53,22 @@ class News:
         every_seconds: float = 0.5,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        from evsys_bus.delivery.process_log import LOG_NAME, LogReader
         from evsys_bus.journal import OsDisk, layout
 
         self._disk: Final = OsDisk()
         self._directory: Final = directory
         self._folder: Final = f"{directory}/{layout.COURIERS}"
+        self._log_path: Final = f"{self._folder}/{LOG_NAME}"
+        self._log: Final = LogReader(self._log_path)
+        self._repeats: Final = _Repeats(monotonic)
+        self._failed: dict[str, Line] = {}
+        """The last ``courier.failed`` of an adapter, until its state says the same."""
         self._changed: int = 0
         """When something in the folder was last seen to be replaced; nanoseconds since the epoch."""
         self._again_at = math.inf
         """When the states have to be read again all the same; monotonic."""
-        self._states: Final[dict[str, CourierState | None]] = dict.fromkeys(names)
+        self._states: Final[dict[str, DeliveryStatus | None]] = dict.fromkeys(names)
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
         """What was said last of each; None where all is well."""
         self._every_seconds: Final = every_seconds
@@ -65,11 +84,23 @@ class News:
             if now < self._due and not last:
                 return
             self._pause = min(self._pause * 1.5, 4 * self._every_seconds)
+            failed = dict(self._failed)
+            try:
+                self._follow_log(last=last)
+            except Exception as error:  # a wall: whatever stands in a file must not end the thread that looks
+                log().warning("couriers.log_unreadable", log=self._log_path, exc_info=error)
             self._read(-math.inf if last else self._again_at, now)
             self._due = now + self._pause
             for name, state in self._states.items():
                 if state is not None:
                     self._tell(name, state)
+            for name, line in (self._failed if last else failed).copy().items():
+                if self._failed.get(name) is line:  # its state was told before: this one failed in another way
+                    del self._failed[name]
+                    _say_own(line)
+            if last:
+                self._repeats.flush()
+                self._log.close()
 
     def _read(self, again_at: float, now: float) -> None:
         """Most looks are one system call: each lets go of the interpreter, which a loop that computes notices."""
@@ -89,7 +120,7 @@ class News:
             self._changed = changed
             self._pause = self._every_seconds
 
-    def _tell(self, name: str, state: "CourierState") -> None:
+    def _tell(self, name: str, state: "DeliveryStatus") -> None:
         fails = state.state in _STUCK or (
             state.failing_since is not None and time.time() - state.failing_since >= LASTING_SECONDS
         )
@@ -98,9 +129,101 @@ class News:
             return
         if news is not None:
             fix = state.fix or "it is tried again; evsys-bus status tells how it fares"
-            log().warning(f"delivery.{news}", adapter=name, why=state.error, safe="its events wait on disk", fix=fix)
+            facts: dict[str, object] = {"why": state.error, "safe": "its events wait on disk", "fix": fix}
+            failed = self._failed.pop(name, None) if news == "failed" else None
+            if failed is not None and failed.traceback is not None:
+                facts["traceback"] = f"\n{failed.traceback.rstrip()}"
+            log().warning(f"delivery.{news}", adapter=name, **facts)
         elif state.state in {"delivering", "idle"}:
             log().info("delivery.goes_on", adapter=name)
         else:
             return
         self._told[name] = news
+
+    def _follow_log(self, *, last: bool) -> None:
+        """Say what is new in the couriers' log."""
+        own = 0
+        for line in self._log.read(None if last else BYTES_A_LOOK):
+            self._pause = self._every_seconds
+            if line.print is not None:
+                _print(line)
+            elif logging.getLevelNamesMapping().get(line.level, 0) < logging.WARNING:
+                continue
+            elif line.logger != LOGGER_NAME:
+                self._repeats.say(line)
+            elif line.event == "courier.failed" and line.adapter is not None:
+                self._failed[line.adapter] = line
+            elif line.event not in _TOLD_ELSEWHERE:
+                own += 1
+                if own <= LINES_A_LOOK:
+                    _say_own(line)
+        if own > LINES_A_LOOK:
+            log().warning("couriers.log_shortened", count=own - LINES_A_LOOK, log=self._log_path)
+
+
+def _say_own(line: "Line") -> None:
+    """As our own logger said it there."""
+    facts = {_fact(key): value for key, value in line.facts.items()}
+    if line.adapter is not None:
+        facts = {"adapter": line.adapter, **facts}
+    if line.traceback is not None:
+        facts["traceback"] = f"\n{line.traceback.rstrip()}"
+    say = {"ERROR": log().error, "CRITICAL": log().critical}.get(line.level, log().warning)
+    say(line.event or line.message, **facts)
+
+
+def _fact(key: str) -> str:
+    """The name of a fact that a log record could not have as an attribute."""
+    return key[:-1] if key.endswith("_") and key[:-1] in RECORD_FIELDS else key
+
+
+def _print(line: "Line") -> None:
+    """What an adapter printed, where this program prints."""
+    stream = sys.stderr if line.stream == "stderr" else sys.stdout
+    text = line.print or ""
+    try:
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except Exception:  # noqa: S110  # closed, or None, or a stranger's: nobody is there to read it
+        pass
+
+
+class _Repeats:
+    """WARNINGs of other loggers: the first of a kind at once, then at most one a second, with how often it came."""
+
+    def __init__(self, monotonic: Callable[[], float], every_seconds: float = 1.0) -> None:
+        self._monotonic: Final = monotonic
+        self._every: Final = every_seconds
+        self._said: Final[dict[object, float]] = {}
+        self._unsaid: Final[dict[object, tuple[int, Line]]] = {}
+
+    def say(self, line: "Line") -> None:
+        kind: object = (line.adapter, line.logger, line.level, message_shape(line.message))
+        now = self._monotonic()
+        if kind not in self._said and len(self._said) >= MOST_KINDS:
+            kind = None
+        count = 1 + self._unsaid.get(kind, (0, line))[0]
+        if now - self._said.get(kind, -math.inf) < self._every:
+            self._unsaid[kind] = (count, line)
+            return
+        self._unsaid.pop(kind, None)
+        self._said[kind] = now
+        _say_others(line, count)
+
+    def flush(self) -> None:
+        for count, line in self._unsaid.values():
+            _say_others(line, count)
+        self._unsaid.clear()
+
+
+def _say_others(line: "Line", count: int) -> None:
+    """Under the name of the logger that said it there."""
+    level: Any = logging.getLevelNamesMapping().get(line.level, logging.WARNING)
+    text = line.message if count == 1 else f"{line.message} ({count} times)"
+    if line.traceback is not None:
+        text = f"{text}\n{line.traceback.rstrip()}"
+    try:
+        logging.getLogger(line.logger).log(level, "%s", text, extra={"adapter": line.adapter})
+    except Exception:  # noqa: S110  # a handler or a filter of the host's
+        pass

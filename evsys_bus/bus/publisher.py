@@ -7,6 +7,7 @@ It knows nothing of tasks and nothing of event loops.
 
 import inspect
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -15,15 +16,18 @@ from functools import partial
 from types import FrameType
 from typing import Any, Final, Literal
 
+from evsys_bus.attached import EventInfo
 from evsys_bus.bus.account import HookAccount
-from evsys_bus.bus.compile import FILENAME
+from evsys_bus.bus.compile import FILENAME, Dispatch
 from evsys_bus.bus.recording import BEFORE_HOOKS, Recording
 from evsys_bus.bus.stack import LostToken, StackReader
 from evsys_bus.bus.units import Units
 from evsys_bus.callback import check_hooks, isolate
+from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, PublishLoopError
-from evsys_bus.events import Event, StepEnd
+from evsys_bus.events import Event, StepEnd, with_whole_step
+from evsys_bus.tasks import Deadline
 from evsys_bus.watchdog import Blocked, Sighting
 
 NESTED_LIMIT: Final = 1_000
@@ -31,7 +35,27 @@ NESTED_LIMIT: Final = 1_000
 HANDED_OVER_LIMIT: Final = 10_000
 """How many events of other threads may wait for the thread whose hook holds the bus."""
 
+SEAL_SECONDS: Final = 1.0
+"""How long closing waits at least for another thread to come to the end of recording an event."""
+
 HOT: Final = StepEnd
+
+
+class _Late:
+    """An event whose hooks cannot run at once."""
+
+    __slots__ = ("event", "is_begun", "is_done", "published", "sequence")
+
+    def __init__(self, event: Event, published: float) -> None:
+        self.event = event
+        self.published = published
+        """Seconds since the epoch."""
+        self.is_begun = False
+        """Whether its hooks were called, or some of them."""
+        self.is_done = False
+        """Whether it is on record, or counted as refused."""
+        self.sequence = 0
+        """The one that was the next when its turn began; it keeps the token, or the seal, until it is done."""
 
 
 class Publisher:
@@ -56,13 +80,18 @@ class Publisher:
         self.state: Literal["new", "open", "closed", "forked"] = "new"
         self.handed_over = 0
         self.refused = 0
+        self.without_hooks = 0
+        self.entry_error: BaseException | None = None
+        """Why the bus could not be entered."""
+        self._sealed = threading.RLock()  # over what is recorded once the bus is closed and a hook holds it still
+        self._recorded_for_hook: Event | None = None
         self._faults = faults
         self._patience = patience_seconds
         self._expose = expose
         self._before = before
         self.recording: Recording | None = None
         self._tokens: deque[None] = deque([None])
-        self._queue: deque[Event | BaseException | Callable[[], None]] = deque()
+        self._queue: deque[_Late | BaseException | Callable[[], None]] = deque()
         self._nested = 0
         self.units = Units(self._first_of)
         self._stack = StackReader(
@@ -78,7 +107,7 @@ class Publisher:
 
     # -- the paths that are not hot -----------------------------------------------------------------------------------
 
-    def _first_of(self, event_type: type[Event]) -> Callable[[Event], None]:
+    def _first_of(self, event_type: type[Event]) -> Dispatch:
         """The first event of a type since the callbacks changed, or any event when the bus is not open."""
         self._check_open()
         if not issubclass(event_type, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # what a caller really gives
@@ -90,26 +119,70 @@ class Publisher:
         self._check_open()
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # what a caller really gives
             raise _no_event(type(event))
+        late = _Late(with_whole_step(event), time.time())  # here, where an error still reaches who publishes
         if self._stack.holder(inspect.currentframe()) is not None:
-            self._publish_nested(event)
-        elif not self._held(partial(self._dispatch, event)):
-            self._hand_over(event)
+            self._publish_nested(late)
+        elif not self._held(partial(self._dispatch, late)):
+            self._hand_over(late)
 
-    def _dispatch(self, event: Event) -> None:
-        self.units.dispatch_of[type(event)](event)
+    def _dispatch(self, late: "_Late") -> None:
+        self.units.dispatch_of[type(late.event)](late.event, late.published)
 
-    def _dispatch_late(self, event: Event) -> None:
+    def _dispatch_late(self, late: "_Late") -> None:
         """An event from the queue; its publish may have returned, so nobody is left to raise an error at."""
-        if self.state == "open":
-            self._dispatch(event)
-        else:
-            self._refuse(event, "the bus was closed while it waited")
+        if self.state != "open" or late.is_begun:
+            self._record_without_hooks(late)
+            return
+        late.sequence = self._next_sequence()
+        late.is_begun = True
+        self._dispatch(late)
+        late.is_done = True  # not so where an interrupt came; `_settle` finds it again
+
+    def _next_sequence(self) -> int:
+        return 0 if self.recording is None else self.recording.writer.next_sequence
+
+    def _record_without_hooks(self, late: "_Late") -> None:
+        """Its publish has returned, and its hooks cannot be called, or not all of them."""
+        if late.is_done or (late.sequence and late.sequence != self._next_sequence()):
+            return  # the sequence was its own: an interrupt came once it was recorded
+        if self.recording is None:
+            late.is_done = True
+            if not late.is_begun:
+                self._refuse(late.event, "the bus was closed while it waited, and there is no journal")
+            return
+        with self._sealed:
+            late.sequence = self._next_sequence()
+            recorded = self._record_now(late.event, late.published)
+            late.is_done = True
+        if recorded and not late.is_begun:
+            self.without_hooks += 1
+            name = type(late.event).__name__
+            why = "the bus was left while another thread's hook held it; the event is in the journal"
+            self._faults.warn("publish.without_hooks", name, event_type=name, why=why)
+
+    def _record_now(self, event: Event, published: float) -> bool:
+        """Record it outside its publish; where that fails, it is counted and said."""
+        assert self.recording is not None
+        with self._sealed:
+            try:
+                refusal = self.recording.record(event, published)
+            except Exception as error:  # a wall: nobody is left to raise it at
+                refusal = error
+        if refusal is not None:
+            self._refuse(event, f"it could not be recorded: {error_text(refusal)}")
+        return refusal is None
+
+    def _record_sealed(self, event: Event, published: float) -> None:
+        """What a publish records by that was in a hook when the bus was closed."""
+        with self._sealed:
+            if event is not self._recorded_for_hook:
+                self._record_now(event, published)
 
     def _refuse(self, event: Event, why: str) -> None:
         self.refused += 1
         self._faults.warn("publish.refused", type(event), event_type=type(event).__name__, why=why)
 
-    def _publish_nested(self, event: Event) -> None:
+    def _publish_nested(self, late: "_Late") -> None:
         if self._nested >= NESTED_LIMIT:
             raise PublishLoopError(
                 f"hooks published {NESTED_LIMIT} events inside one publish",
@@ -117,15 +190,26 @@ class Publisher:
                 fix="publish another type of event, or publish it from the loop",
             )
         self._nested += 1
-        self._queue.append(event)
+        self._queue.append(late)
 
-    def _hand_over(self, event: Event) -> None:
+    def _hand_over(self, late: "_Late") -> None:
         if len(self._queue) >= HANDED_OVER_LIMIT:
-            self._refuse(event, f"{HANDED_OVER_LIMIT} events wait already for the thread whose hook holds the bus")
+            self._refuse(late.event, f"{HANDED_OVER_LIMIT} events wait already for the thread whose hook holds the bus")
             return
         self.handed_over += 1
-        self._queue.append(event)
+        self._queue.append(late)
+        if self.state != "open" and self._withdraw(late):
+            self.handed_over -= 1
+            self._check_open()
         self._try_held(_nothing)  # the other thread may have finished between our last try and the append
+
+    def _withdraw(self, item: "_Late | BaseException | Callable[[], None]") -> bool:
+        """Take it out of the queue; False where another thread has done so."""
+        try:
+            self._queue.remove(item)
+        except ValueError:
+            return False
+        return True
 
     def _held(self, act: Callable[[], None]) -> bool:
         """Do something with the token held, waiting for it as long as patience lasts; False when it did not come."""
@@ -148,21 +232,33 @@ class Publisher:
             act()
             if self._queue:
                 self._settle()
+        except BaseException as error:
+            self._settle(error)
         finally:
             self._tokens.append(None)
         return True
 
-    def _settle(self) -> None:
-        """Before the token is given back: what hooks published, what they changed, and what must reach the caller."""
-        leave: BaseException | None = None
+    def _settle(self, leave: BaseException | None = None) -> None:
+        """Before the token is given back: what hooks published, what they changed, and what must reach the caller.
+
+        What is in the queue stays there until it is done, so that no interrupt loses it; and whatever is raised, the
+        rest is done first. Of several errors the first is raised, and none is left behind for a later publish.
+        """
+        item: _Late | BaseException | Callable[[], None] | None = None
         while self._queue:
-            item = self._queue.popleft()
-            if isinstance(item, BaseException):
-                leave = leave or item
-            elif isinstance(item, Event):
-                self._dispatch_late(item)
-            else:
-                item()
+            try:
+                item = self._queue[0]
+                if isinstance(item, BaseException):
+                    leave = leave or item
+                elif isinstance(item, _Late):
+                    self._dispatch_late(item)
+                else:
+                    item()
+                self._withdraw(item)
+            except BaseException as error:
+                leave = leave or error
+                if item is not None and not isinstance(item, _Late):
+                    self._withdraw(item)
         self._nested = 0
         if leave is not None:
             raise leave
@@ -185,6 +281,12 @@ class Publisher:
                 f"this bus belongs to process {os.getppid()}; process {os.getpid()} was forked from it",
                 fix="publish in the parent, or enter an EventBus of its own in the child",
             )
+        if self.entry_error is not None:
+            raise BusNotOpenError(
+                "publish on a bus that could not be entered",
+                why=error_text(self.entry_error),
+                fix="make a new EventBus once that is mended",
+            )
         if self.state == "new":
             raise BusNotOpenError("publish before the bus was entered", fix="`async with EventBus(...) as bus:` first")
         raise BusNotOpenError("publish after the bus was closed", fix="publish inside the `with` block of the bus")
@@ -197,12 +299,83 @@ class Publisher:
         self.state = "open"
         self._renew()
 
-    def close(self) -> None:
-        """Take no more events, once what is queued has run; a hook that blocks in another thread is not waited for."""
-        if self.state == "open":
-            self._held(_nothing)
+    def close(self, deadline: Deadline | None = None) -> None:
+        """Take no more events, once what waits has run.
+
+        A hook that blocks in another thread is waited for as patience lasts; where events were left to that thread,
+        until the deadline. What waits then is recorded without its hooks, and the thread that comes out of its hook
+        later finds its event recorded. From any thread.
+        """
+        deadline = Deadline(0.0) if deadline is None else deadline
+        if self.state == "open" and not self._shut(deadline):
+            self._take_over(deadline)
         self.state = "closed"
         self.units.forget()
+
+    def _shut(self, deadline: Deadline) -> bool:
+        """Close with the token held, so that nobody is inside; False where it did not come."""
+
+        def shut() -> None:
+            try:
+                self._settle()
+            finally:
+                self.state = "closed"
+
+        began, pause = time.monotonic(), 0.0
+        while not self._try_held(shut):
+            left = 0.0 if deadline.is_cut else self._patience - (time.monotonic() - began)
+            if max(left, deadline.left() if self._queue else 0.0) <= 0.0:
+                return False
+            if self._stack.holder(inspect.currentframe()) is not None:
+                return False  # this very thread is in a hook, and would wait for itself
+            self._lost_token.restore()
+            time.sleep(pause)
+            pause = min(0.001, pause + 0.00005)
+        return True
+
+    def _take_over(self, deadline: Deadline) -> None:
+        """Record what nobody else will: a hook holds the bus, and is not waited for any longer."""
+        self.state = "closed"
+        if self.recording is None:
+            self._take_over_queue()
+            return
+        self.units.record_by(self._record_sealed)
+        until = time.monotonic() + max(deadline.left(), SEAL_SECONDS)
+        while not self._tokens and time.monotonic() < until:
+            with self._sealed:
+                held = self._event_in_hook()
+                if held is not None:
+                    self._record_for_hook(*held)
+                    self._take_over_queue()
+                    return
+            time.sleep(0.001)  # it records, or goes from one event to the next
+        if not self._try_held(_nothing):
+            for item in tuple(self._queue):
+                if isinstance(item, _Late) and self._withdraw(item):
+                    self._refuse(item.event, "another thread has held the bus until the end, and not in a hook")
+
+    def _take_over_queue(self) -> None:
+        for item in tuple(self._queue):
+            if isinstance(item, _Late) and self._withdraw(item):
+                self._record_without_hooks(item)
+
+    def _event_in_hook(self) -> tuple[Event, float, bool] | None:
+        """The event whose hook holds the bus, when it was published, and whether it is on record already."""
+        for _, holder in self._stack.holders():
+            unit = self.units.find(holder.f_code.co_filename)
+            event = holder.f_locals.get("event")
+            if unit is not None and holder.f_lineno in unit.lines and isinstance(event, Event):
+                return event, unit.event_time(), unit.record_first
+        return None
+
+    def _record_for_hook(self, event: Event, published: float, is_recorded: bool) -> None:
+        """The event of the hook that holds the bus."""
+        for item in tuple(self._queue):
+            if isinstance(item, _Late) and item.event is event:
+                item.is_done = True
+        if not is_recorded:
+            self._recorded_for_hook = event
+            self._record_now(event, published)
 
     def change(
         self, update: Callable[[tuple[object, ...]], tuple[object, ...]], then: Callable[[], None] | None = None
@@ -212,9 +385,9 @@ class Publisher:
         def renew() -> None:
             self.callbacks = update(self.callbacks)
             self._renew()
-            self.units.let_go(self.callbacks)
             if then is not None:
                 then()
+            self.units.let_go(self.callbacks)
 
         if self._stack.holder(inspect.currentframe()) is not None or not self._held(renew):
             self._queue.append(renew)
@@ -266,6 +439,17 @@ class Publisher:
         while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
             frame = frame.f_back
         return self._stack.hook_at(frame)  # the innermost hook; None where it is another bus's
+
+    def current_event(self, frame: FrameType | None) -> EventInfo | None:
+        """Of the event whose hook runs in this frame, or further out."""
+        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
+            frame = frame.f_back
+        unit = None if frame is None else self.units.by_file.get(frame.f_code.co_filename)
+        if frame is None or unit is None:
+            return None
+        if self.recording is None:
+            return EventInfo(time.time())
+        return self.recording.info(unit.event_time(), recorded=unit.record_first)
 
     def look(self) -> Sighting[HookAccount] | None:
         """The hook call in progress, for the watchdog."""

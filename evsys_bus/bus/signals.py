@@ -32,20 +32,21 @@ class TermSignal:
         now = signal.getsignal(signal.SIGTERM)
         if now is None or now is signal.SIG_IGN:
             return False  # set outside Python, or meant to be ignored
+        _shared.listening.append(self)  # first: where an interrupt comes before the rest, `remove` undoes it
         if now is not _handle:
             _shared.earlier = now
             _shared.received = False
             signal.signal(signal.SIGTERM, _handle)
-        _shared.listening.append(self)
         return _shared.received and _shared.earlier is signal.SIG_DFL
 
     def remove(self) -> None:
         """Stop listening; the last one gives the host its handler back, unless it has set another one since."""
+        # An interrupt may come between any two of these; done once more, they come to the same.
+        self._was_last = self._was_last or _shared.listening == [self]
         if self in _shared.listening:
             _shared.listening.remove(self)
-            self._was_last = not _shared.listening
-        if self._was_last and signal.getsignal(signal.SIGTERM) is _handle:
-            signal.signal(signal.SIGTERM, _shared.earlier)
+        if not _shared.listening:
+            _give_back()
 
     def raise_again(self) -> None:
         """After the last `remove`: end as the signal would have ended the process, had we not been there."""
@@ -75,6 +76,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _shared.pid:  # it came in a forked child before the child could forget us
         _forget_in_child()
         os.kill(os.getpid(), number)
+    elif not _shared.listening:  # the last bus was left by a thread that may not give the handler back
+        _give_back()
+        os.kill(os.getpid(), number)
     elif _shared.earlier is not signal.SIG_DFL:
         _shared.earlier(number, frame)
     elif not _shared.received:
@@ -87,10 +91,16 @@ def _handle(number: int, frame: FrameType | None) -> None:
             raise
 
 
+def _give_back() -> None:
+    """Put the host's handler back in the place of ours; Python lets the main thread alone do it."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread and signal.getsignal(signal.SIGTERM) is _handle:
+        signal.signal(signal.SIGTERM, _shared.earlier)
+
+
 def _forget_in_child() -> None:
     """A forked child has no bus to drain: the signal has to end it as it would have ended it without us."""
-    if signal.getsignal(signal.SIGTERM) is _handle:
-        signal.signal(signal.SIGTERM, _shared.earlier)
+    _give_back()
     _shared.listening.clear()
     _shared.pid = os.getpid()
 

@@ -77,22 +77,35 @@ class LostToken:
         self._tokens = tokens
         self._holders = holders
         self._dispatched = dispatched
-        self._lock = threading.Lock()
+        self._looks = threading.RLock()
+        self._looking = False
         self._missed: tuple[int, float] | None = None
 
     def restore(self) -> None:
         """Called while one waits for it.
 
-        It must be missed twice, with nothing dispatched in between: while we look, it passes from hand to hand.
+        It must be missed twice, with nothing dispatched in between: while we look, it passes from hand to hand. One
+        looks at a time; who comes meanwhile, as a signal handler in the middle of a look, does without.
         """
-        with self._lock:
-            if self._tokens or self._holders():
-                self._missed = None
+        if self._looking:
+            return
+        with self._looks:
+            if self._looking:
                 return
-            dispatched = self._dispatched()
-            if self._missed is None or self._missed[0] != dispatched:
-                self._missed = (dispatched, time.monotonic())
-            elif time.monotonic() - self._missed[1] >= LOST_SECONDS and not self._tokens:
-                self._missed = None
-                self._tokens.append(None)
-                log().warning("publish.token_restored")
+            self._looking = True
+            try:
+                self._look()
+            finally:
+                self._looking = False
+
+    def _look(self) -> None:
+        if self._tokens or self._holders():
+            self._missed = None
+            return
+        dispatched = self._dispatched()
+        if self._missed is None or self._missed[0] != dispatched:
+            self._missed = (dispatched, time.monotonic())
+        elif time.monotonic() - self._missed[1] >= LOST_SECONDS and not self._tokens:
+            self._missed = None
+            self._tokens.append(None)
+            log().warning("publish.token_restored")

@@ -25,6 +25,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "replay": "pushes a recorded run through any adapter",
     "sync": "delivers what is pending",
     "status": "the streams of a journal, who writes them, and how far each adapter has got",
+    "forget": "takes an adapter that left the config off a journal's record",
     "journal": "verify, repair or export a journal",
     "show": "what is known of a run or an experiment: status, metrics, checkpoints, evals",
     "checkpoints": "the checkpoints of a run, here and at their destination",

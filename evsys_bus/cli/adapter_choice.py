@@ -4,7 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
 import msgspec
@@ -42,7 +42,6 @@ def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | N
     Raises:
         ConfigError: There is no such kind, its params do not fit, or it cannot be followed.
     """
-    from evsys_bus.delivery.followed import Followed
     from evsys_bus.errors import ConfigError, Where
     from evsys_bus.wiring import CallbackSpec, build_callbacks, with_overrides
     from evsys_bus.wiring.compose import compose
@@ -55,13 +54,12 @@ def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | N
         import_module(plugin, Where("$", f"--plugin {plugin}"), "plugin")
     params = with_overrides(Document(compose("{}", "--set")), map(_as_yaml, sets))
     try:
-        halves = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
+        [callback] = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
     except ConfigError as error:
         for each in getattr(error, "errors", (error,)):
             _place(each, params)
         raise
-    [followed] = [each for each in halves if isinstance(each, Followed)]  # an inline half belongs to a live run alone
-    return followed
+    return cast("Callback", callback).evsys_subscription  # of two halves: an inline one belongs to a live run alone
 
 
 def built(followed: "Followed") -> "Callback | Sink":

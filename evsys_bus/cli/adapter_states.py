@@ -1,94 +1,112 @@
-"""The adapters of a journal at a glance: how far each is, and what keeps it."""
+"""The adapters of a journal as ``status`` shows them: how far each is, and what keeps it."""
 
-import shlex
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.cli.amounts import NONE, ago, duration
+from evsys_bus.cli.amounts import NONE, duration
+from evsys_bus.cli.deliveries import dead_letter_file, sync_command, trouble_lines
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import counted, table, wrapped
 from evsys_bus.codec import decode
-from evsys_bus.delivery.accounts import Account, accounts
+from evsys_bus.delivery.process import LOG_NAME
+from evsys_bus.delivery.roster import roster
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.journal import Cursors, JournalReader, layout
+from evsys_bus.tasks import DeliveryStatus
 
 _MINUTE: Final = 60
+UNKNOWN: Final = "?"
+"""In the place of a count of a delivery whose files cannot be read."""
+
+Ranks = Mapping[str, tuple[int, ...] | None]
+"""Which ranks each adapter serves; None for all."""
 
 
-class AdapterState(msgspec.Struct, frozen=True):
-    """One adapter."""
-
-    adapter: str
-    state: Literal["delivering", "idle", "retrying", "parked", "failed", "not running"]
-    delivered: int
-    dead: int
-    pending: int
-    lag_seconds: float | None
-    """Since the last delivered event was published, where others are pending; None if nothing is, or was delivered."""
-    pid: int | None
-    """Of the process that delivers now."""
-    error: str | None
-    """What the destination, or the adapter, said last, if that was no success."""
-    fix: str | None
-    failing_since: float | None
-    hook_failures: int
-    dead_letters: str | None
-    """The file, where there is any."""
+def ranks_served(directory: str | Path) -> Ranks:
+    """Of every adapter that was followed in this journal; of none where that cannot be read."""
+    try:
+        return {each.name: each.terms.ranks for each in roster(str(directory))}
+    except OSError:
+        return {}
 
 
-def adapter_states(directory: Path) -> list[AdapterState]:
-    """Every adapter that the journal knows of."""
-    return [_state(directory, each) for each in accounts(directory)]
+def state_words(status: DeliveryStatus, ranks: Ranks) -> str:
+    """Its state in a word or two, as far as what its courier wrote down is true still."""
+    if status.state in {"failed", "unknown"}:
+        return str(status.state)
+    if status.state == "other_rank" and not status.busy:
+        served = ranks.get(status.name)
+        return f"served by rank {', '.join(map(str, served))}" if served else "served by another rank"
+    if not status.busy:
+        return "not running"
+    return "delivering" if status.state in {None, "ended", "other_rank"} else str(status.state)
 
 
-def adapter_lines(directory: Path, states: list[AdapterState], width: int | None = None) -> list[str]:
+def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[dict[str, Any]]:
+    """For JSON: the status, with what only a look into the journal can tell. Any: JSON."""
+    ranks = ranks_served(directory)
+    rows: list[dict[str, Any]] = []
+    for each in statuses:
+        facts = msgspec.to_builtins(each)
+        words = state_words(each, ranks)
+        facts["adapter"] = facts.pop("name")
+        facts["state"] = "other_rank" if words.startswith("served by") else words
+        facts["pid"] = each.pid if each.pid and each.busy else None
+        facts["lag_seconds"] = _lag_seconds(directory, each) if each.pending else None
+        if not each.is_known:
+            facts |= dict.fromkeys(("recorded", "delivered", "dead", "pending", "owed"))
+        facts["dead_letters"] = dead_letter_file(directory, each.name) if each.dead else None
+        rows.append({"type": "adapter", **facts})
+    return rows
+
+
+def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None = None) -> list[str]:
     """The table, and below it what there is to know and to do."""
-    rows = [["adapter", "state", "delivered", "pending", "dead", "lag"]]
-    for each in states:
-        counts = (each.delivered, each.pending, each.dead)
-        rows.append([printable(each.adapter), each.state, *(f"{count:,}" for count in counts), _lag(each)])
+    ranks = ranks_served(directory)
+    owes = any(each.owed for each in statuses)
+    rows = [["adapter", "state", "delivered", *(["owed"] if owes else []), "pending", "dead", "lag"]]
+    for each in statuses:
+        counts = (each.delivered, *((each.owed,) if owes else ()), each.pending, each.dead)
+        state = state_words(each, ranks)
+        rows.append(
+            [
+                printable(each.name),
+                state,
+                *(f"{count:,}" if each.is_known else UNKNOWN for count in counts),
+                _lag(directory, each),
+            ]
+        )
     lines = table(rows, width)
-    for each in states:
-        lines += [part for line in _facts(each) for part in wrapped(line, width, indent="  ")]
-    waiting = [each for each in states if each.pending and each.state in {"not running", "failed"}]
+    for each in statuses:
+        absent = [f"{each.name}: {counted(each.absent, 'event')} not delivered: removed before it had them"]
+        for line in (*trouble_lines(each, directory), *(absent if each.absent else [])):
+            lines += wrapped(printable(line), width, indent="  ")
+    log = directory / layout.COURIERS / LOG_NAME
+    if log.exists() and any(trouble_lines(each, directory) for each in statuses):
+        lines.append(f"log of the couriers: {printable(str(log))}")
+    reader = JournalReader(directory)
+    is_live = any(map(reader.is_live, reader.streams()))  # then its own couriers are at it
+    waiting = [
+        each
+        for each in statuses
+        if (each.pending or each.owed) and (not is_live or not each.busy or each.state == "failed")
+    ]
     if waiting:
-        lines.append(f"deliver what is pending: evsys-bus sync {shlex.quote(str(directory))}")
+        has = {"pending": any(each.pending for each in waiting), "owed": any(each.owed for each in waiting)}
+        what = " or ".join(word for word, some in has.items() if some)
+        lines.append(f"deliver what is {what}: {sync_command(directory)}")
     return lines
 
 
-def _state(directory: Path, account: Account) -> AdapterState:
-    said = account.state
-    if said is not None and said.state == "failed":
-        state = "failed"
-    elif said is None or said.state == "ended" or not account.busy:
-        state = "delivering" if account.busy else "not running"
-    else:
-        state = said.state
-    letters = Path(layout.courier_file(str(directory), account.name, "dead.jsonl"))
-    return AdapterState(
-        adapter=account.name,
-        state=state,
-        delivered=account.delivered,
-        dead=account.dead,
-        pending=account.pending,
-        lag_seconds=_lag_seconds(directory, account) if account.pending else None,
-        pid=said.pid if said is not None and account.busy else None,
-        error=None if said is None else said.error,
-        fix=None if said is None else said.fix,
-        failing_since=None if said is None else said.failing_since,
-        hook_failures=0 if said is None else said.hook_failures,
-        dead_letters=str(letters) if account.dead and letters.exists() else None,
-    )
-
-
-def _lag_seconds(directory: Path, account: Account) -> float | None:
-    """By the newest event that was delivered, over all streams."""
+def _lag_seconds(directory: Path, status: DeliveryStatus) -> float | None:
+    """Since the newest event that was delivered was published, over all streams; None where none was."""
     reader = JournalReader(directory)
     times: list[float] = []
-    for stream, place in Cursors(str(directory)).load(account.name).streams.items():
+    for stream, place in Cursors(str(directory)).load(status.name).streams.items():
         try:
             record = next(reader.read(stream, place.sequence - 1), None) if place.sequence else None
             if record is not None and record.sequence == place.sequence:
@@ -98,23 +116,11 @@ def _lag_seconds(directory: Path, account: Account) -> float | None:
     return max(0.0, time.time() - max(times)) if times else None
 
 
-def _lag(state: AdapterState) -> str:
-    if not state.pending:
+def _lag(directory: Path, status: DeliveryStatus) -> str:
+    if not status.pending:
         return NONE
-    if state.lag_seconds is None:
-        return f"{state.pending:,} events"
-    whole = round(state.lag_seconds)
+    seconds = _lag_seconds(directory, status)
+    if seconds is None:
+        return f"{status.pending:,} events"
+    whole = round(seconds)
     return f"{whole} s" if whole < _MINUTE else duration(whole)
-
-
-def _facts(state: AdapterState) -> list[str]:
-    lines: list[str] = []
-    if state.error is not None:
-        since = "" if state.failing_since is None else f" (failing since {ago(time.time() - state.failing_since)})"
-        fix = "" if state.fix is None else f"   fix: {state.fix}"
-        lines.append(printable(f"{state.adapter}: {state.error}{since}{fix}"))
-    if state.hook_failures:
-        lines.append(f"{printable(state.adapter)}: its hooks raised {counted(state.hook_failures, 'time')}")
-    if state.dead_letters is not None:
-        lines.append(printable(f"{state.adapter}: {counted(state.dead, 'dead letter')} in {state.dead_letters}"))
-    return lines

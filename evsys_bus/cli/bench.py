@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 DOC: Final = """Measure latency and costs on this machine, beside the alternatives that are installed.
 
-QUESTION is any of dispatch, imports, costs, journal, kills, growth, couriers, lag, lateness, all-loggers; without one,
-all of them are asked, which takes ten minutes.
+QUESTION is any of dispatch, imports, costs, journal, shapes, kills, growth, couriers, lag, lateness, all-loggers;
+without one, all of them are asked, which takes ten minutes.
 Quote the ratios: they are taken within one interleaved run, while absolute times belong to a machine and a moment.
 """
 
@@ -95,8 +95,11 @@ def _shipped() -> "Mapping[str, Question]":
     from evsys_bus.bench.kills import KILLS
     from evsys_bus.bench.lag import LAG
     from evsys_bus.bench.lateness import LATENESS
+    from evsys_bus.bench.leaving import LEAVING
+    from evsys_bus.bench.shapes import SHAPES
 
-    asked: list[Question] = [DISPATCH, IMPORTS, COSTS, JOURNAL, KILLS, GROWTH, CATCHING_UP, LAG, LATENESS, ALL_LOGGERS]
+    asked: list[Question] = [DISPATCH, IMPORTS, COSTS, JOURNAL, SHAPES, KILLS, GROWTH, CATCHING_UP, LAG, LATENESS]
+    asked += [LEAVING, ALL_LOGGERS]
     return {question.name: question for question in asked}
 
 

@@ -26,7 +26,8 @@ from evsys_bus.events import Checkpoint
 from evsys_bus.journal import JournalReader
 
 Here = Literal["whole", "partly", "gone", "elsewhere"]
-There = Literal["uploaded", "waiting", "conflict", "pruned"]
+There = Literal["uploaded", "waiting", "conflict", "pruned", "unknown"]
+"""``unknown``: it was uploaded, and what is on record of that cannot be read any more."""
 
 
 class Remote(msgspec.Struct, frozen=True):
@@ -104,16 +105,25 @@ def _pruned(directory: Path) -> Iterator[tuple[tuple[str, str], str]]:
                 continue
             with suppress(CodecError):
                 event = decode(record.payload).event
-                if isinstance(event, CheckpointPruned) and event.where == "remote" and not event.dry_run:
+                if not isinstance(event, CheckpointPruned) or event.where != "remote" or event.dry_run:
+                    continue
+                if event.paths:
                     yield (event.run, event.checkpoint), event.paths[0]
 
 
 def _state(run_dir: Path, row: ManifestRow, pruned: dict[tuple[str, str], str]) -> CheckpointState:
-    here = [place.exists() for place in places(row)]
+    here = [_exists(place) for place in places(row)]
     local: Here = "elsewhere" if not here else "whole" if all(here) else "partly" if any(here) else "gone"
     run = component(run_dir.name)
     remote = list(_remote(run_dir, row, pruned.get((run, checkpoint_folder(row)))))
     return CheckpointState(run, run_dir, row, local, remote)
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # no name that a file could have, or in a folder that is not ours to look into
+        return False
 
 
 def _remote(run_dir: Path, row: ManifestRow, pruned: str | None) -> Iterator[Remote]:
@@ -121,7 +131,10 @@ def _remote(run_dir: Path, row: ManifestRow, pruned: str | None) -> Iterator[Rem
         spool = Spool(folder)
         uploaded = [_uploaded(done, pruned) for done in spool.done(row)]
         yield from uploaded
-        yield from (Remote("waiting") for _ in spool.waiting(row))
+        waiting = spool.waiting(row)
+        yield from (Remote("waiting") for _ in waiting)
+        if not waiting:
+            yield from (Remote("unknown") for _ in spool.unreadable(row))
         yield from (Remote("conflict") for _ in folder.glob(f"{checkpoint_folder(row)}@*{REFUSED}"))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Final
 
+from evsys_bus.attached import Adapter
 from evsys_bus.callback import Callback
 from evsys_bus.cli.event_facts import type_of
 from evsys_bus.delivery.batches import SinkReceiver
@@ -108,6 +109,11 @@ class ChosenEvents:
         known = None if self._receiver is None or not self._given else self._receiver.interrupted()
         return None if known is None else self._settled(known)
 
+    @property
+    def writes_starts(self) -> bool:
+        """As `SinkReceiver`."""
+        return isinstance(self._receiver, SinkReceiver) and self._receiver.writes_starts
+
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """As `Receiver`."""
         wanted = [each for each in starts if self._is_wanted(each)]
@@ -120,12 +126,16 @@ class ChosenEvents:
     def rewind(self, mark: Any) -> None:
         """As `mark`."""
 
-    async def close(self) -> None:
-        """As `Receiver`."""
+    async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
+        """As `Receiver`; what is owed is not asked for again."""
+        del settles
         if self._receiver is not None:
-            await self._receiver.close()
+            await self._receiver.close(deadline)
         if self._sink is not None:
             self._sink.evsys_attached = None
+
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """Nobody asks."""
 
     def publish(self, event: Event) -> None:
         """What a sink learns: it was on record when the run was live, and is not recorded again."""

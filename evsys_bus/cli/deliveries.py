@@ -1,19 +1,20 @@
-"""Deliveries as the command line sees them: how far each has got, from disk alone, and what is to be said at the end.
+"""Deliveries as the command line sees them: how far each has got, from disk alone, and what is to be said of it.
 
 Who delivers, in which process, is the commands' business.
 """
 
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from evsys_bus.cli.delivery_progress import Going
+from evsys_bus.cli.amounts import ago
 from evsys_bus.cli.tables import columns, counted
-from evsys_bus.delivery.accounts import Account, Accounts
-from evsys_bus.delivery.followed import CourierState
+from evsys_bus.delivery.accounts import Accounts
+from evsys_bus.delivery.states import read_state
 from evsys_bus.errors import (
     BrokenAdapterError,
     CourierBusyError,
@@ -21,32 +22,59 @@ from evsys_bus.errors import (
     ParkedError,
     RetryLaterError,
 )
-from evsys_bus.journal import OsDisk, layout
+from evsys_bus.journal import Cursors, OsDisk, layout
 from evsys_bus.journal.signature import signed
+from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.where import encode_json
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 LOOK_SECONDS: Final = 0.2
 """How often a delivery under way is looked at."""
+TROUBLE_SECONDS: Final = 1.0
+LASTING_SECONDS: Final = 10.0
+"""What is tried again is told of after so long: most of it passes."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of one delivery."""
+    """What became of one delivery, between two looks at it."""
 
     journal: str
-    adapter: str
-    events: int
-    """That were pending when it began, or came meanwhile."""
-    sent: int
-    dead: int
-    pending: int
+    before: DeliveryStatus
+    after: DeliveryStatus
+    """Its state, error and fix are what its courier wrote last before it ended; None where it wrote nothing."""
     seconds: float
-    state: str | None = None
-    error: str | None = None
-    fix: str | None = None
-    dead_letters: str | None = None
-    """The file, where there is any."""
+
+    @property
+    def adapter(self) -> str:
+        """Its name."""
+        return self.after.name
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its counts mean anything: not so where its files could not be read."""
+        return self.before.is_known and self.after.is_known
+
+    @property
+    def events(self) -> int:
+        """That were pending before, or came meanwhile."""
+        return self.sent + self.dead + self.after.pending
+
+    @property
+    def sent(self) -> int:
+        """Events that were delivered meanwhile."""
+        return self.after.delivered - self.before.delivered
+
+    @property
+    def dead(self) -> int:
+        """Events that became dead letters meanwhile."""
+        return self.after.dead - self.before.dead
+
+    @property
+    def dead_letters(self) -> str | None:
+        """The file, where there are new ones."""
+        return dead_letter_file(self.journal, self.after.name) if self.dead else None
 
 
 class Watch:
@@ -62,9 +90,19 @@ class Watch:
         self._accounts: Final = Accounts(directory)
         self._watched: Final = [_Watched(each) for each in self._accounts.read() if each.name in names]
 
-    def look(self, pid: int) -> list[Going]:
-        """How far they are; what their couriers say counts only if they are in this process."""
+    def look(self, pid: int | None) -> list[DeliveryStatus]:
+        """How far they are; the state that another process than this one has written does not count.
+
+        Args:
+            pid: The process; None where any may deliver.
+        """
         found = {each.name: each for each in self._accounts.read()}
+        if self._accounts.unreadable is not None:
+            found = {
+                each.now.name: self._accounts.unknown(each.now.name, self._accounts.unreadable)
+                for each in self._watched
+                if each.now.name not in found
+            } | found
         return [each.look(found.get(each.now.name, each.now), pid) for each in self._watched]
 
     def is_over(self, timeout_seconds: float) -> bool:
@@ -83,25 +121,27 @@ class Watch:
 
 
 class _Watched:
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: DeliveryStatus) -> None:
         self.now = account
         self.moved_at = self._began = time.monotonic()
         self._before: Final = account
         self._ended_at: float | None = None
-        self._state: CourierState | None = None
+        self._state: DeliveryStatus | None = None
         """What its courier said last, but for its end."""
 
-    def look(self, account: Account, pid: int) -> Going:
+    def look(self, account: DeliveryStatus, pid: int | None) -> DeliveryStatus:
         now = time.monotonic()
-        if (account.delivered, account.dead) != (self.now.delivered, self.now.dead):
+        if not account.is_known:
+            return account  # perhaps the next look can read it; until then, what was last known counts
+        if (account.delivered, account.dead, account.owed) != (self.now.delivered, self.now.dead, self.now.owed):
             self.moved_at = now
-        self._ended_at = None if account.pending else self._ended_at or now
-        said = account.state if account.state is not None and account.state.pid == pid else None
-        if said is not None and (said.state != "ended" or not account.pending):
-            self._state = said
+        self._ended_at = None if account.pending or account.owed else self._ended_at or now
         self.now = account
-        state, trouble = ("delivering", None) if said is None else (said.state, account.trouble)
-        return Going(account.name, sum(self._done()), account.pending, state, trouble)
+        if account.state is None or pid not in {None, account.pid}:
+            return msgspec.structs.replace(account, state="delivering", error=None, fix=None)
+        if account.state != "ended" or not account.pending:
+            self._state = account
+        return account
 
     def is_given_up(self, timeout_seconds: float) -> bool:
         """Whether nothing more is to be expected of it today: it is parked, or nothing has moved for long."""
@@ -110,45 +150,146 @@ class _Watched:
         return time.monotonic() - self.moved_at >= timeout_seconds
 
     def outcome(self, directory: Path) -> Outcome:
-        (sent, dead), now, state = self._done(), self.now, self._state
-        letters = Path(layout.courier_file(str(directory), now.name, "dead.jsonl"))
-        return Outcome(
-            str(directory),
-            now.name,
-            sent + dead + now.pending,
-            sent,
-            dead,
-            now.pending,
-            round((self._ended_at or time.monotonic()) - self._began, 1),
-            None if state is None else state.state,
-            None if state is None else state.error,
-            None if state is None else state.fix,
-            str(letters) if dead and letters.exists() else None,
+        said = DeliveryStatus() if self._state is None else self._state
+        after = msgspec.structs.replace(
+            self.now, state=said.state, error=said.error, fix=said.fix, failing_since=said.failing_since
         )
-
-    def _done(self) -> tuple[int, int]:
-        """Sent and dead, since it began."""
-        return self.now.delivered - self._before.delivered, self.now.dead - self._before.dead
+        seconds = round((self._ended_at or time.monotonic()) - self._began, 1)
+        return Outcome(str(directory), self._before, after, seconds)
 
 
-def busy(directory: Path, name: str) -> CourierBusyError:
+def dead_letter_file(directory: str | Path, name: str) -> str | None:
+    """Where the dead letters of an adapter are; None where there are none."""
+    letters = Path(layout.courier_file(str(directory), name, "dead.jsonl"))
+    return str(letters) if letters.exists() else None
+
+
+def trouble_lines(status: DeliveryStatus, directory: str | Path | None, *, timed: bool = True) -> list[str]:
+    """What a person should know of a delivery, a line for each: what is wrong, the fix, and where more is written.
+
+    Args:
+        status: The delivery.
+        directory: The journal; None where there is none.
+        timed: Whether to say since when it fails.
+    """
+    lines: list[str] = []
+    parts: list[str] = []
+    if status.owed:
+        parts.append(f"{counted(status.owed, 'event')} delivered, but not confirmed by the far side")
+    if status.error is not None:
+        since = (
+            ""
+            if status.failing_since is None or not timed
+            else f" (failing since {ago(time.time() - status.failing_since)})"
+        )
+        parts.append(f"{status.error}{since}")
+    if parts:
+        fix = (status.owed_fix if status.owed else None) or status.fix
+        lines.append(_line(f"{status.name}: {': '.join(parts)}", fix, status.log if status.state == "failed" else None))
+    failed = [f"its hooks raised {counted(status.hook_failures, 'time')}"] if status.hook_failures else []
+    if status.task_failures:
+        failed.append(f"{counted(status.task_failures, 'task')} that they started failed")
+    if failed:
+        last = "" if status.last_failure is None else f"; the last one: {status.last_failure}"
+        lines.append(_line(f"{status.name}: {', '.join(failed)}{last}", None, status.log))
+    if status.dead:
+        letters = None if directory is None else dead_letter_file(directory, status.name)
+        where = "" if letters is None else f" in {letters}"
+        lines.append(f"{status.name}: {counted(status.dead, 'dead letter')}{where}")
+    return lines
+
+
+def _line(what: str, fix: str | None, log: str | None) -> str:
+    more = ("" if fix is None else f"   fix: {fix}") + ("" if log is None else f"   traceback: {log}")
+    return f"{what}{more}"
+
+
+def count_words(status: DeliveryStatus) -> list[str]:
+    """What is not as it should be, in numbers: ``120 owed``, ``3 dead``; empty where all is well."""
+    if not status.is_known:
+        return ["unknown"]
+    counts = (
+        (status.pending, "pending"),
+        (status.owed, "owed"),
+        (status.dead, "dead"),
+        (status.hook_failures, "hook failure" if status.hook_failures == 1 else "hook failures"),
+        (status.task_failures, "task failure" if status.task_failures == 1 else "task failures"),
+    )
+    return [f"{count:,} {word}" for count, word in counts if count]
+
+
+class TroubleWatch:
+    """What couriers report of the adapters that are in trouble, from their state files; for one thread.
+
+    Args:
+        directory: The journal; it need not be there yet.
+        clock: Seconds, monotonic: between two looks that read anything are at least `TROUBLE_SECONDS`.
+    """
+
+    def __init__(self, directory: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory: Final = directory
+        self._clock: Final = clock
+        self._due = clock()
+        self._found: list[DeliveryStatus] = []
+
+    def look(self) -> list[DeliveryStatus]:
+        """Those that are stuck, owe something that a person has to act for, or have failed hooks, tasks or events."""
+        now = self._clock()
+        if now >= self._due:
+            self._due = now + TROUBLE_SECONDS
+            states = sorted((self._directory / layout.COURIERS).glob("*.state.json"))
+            read = [self._read(layout.follower_of(each.name.removesuffix(".state.json"))) for each in states]
+            self._found = [each for each in read if each is not None and _is_told(each)]
+        return self._found
+
+    def _read(self, name: str) -> DeliveryStatus | None:
+        state = read_state(OsDisk(), str(self._directory), name)
+        if state is None:
+            return None
+        places = Cursors(str(self._directory)).load(name).streams.values()
+        return msgspec.structs.replace(state, name=name, dead=sum(each.dead for each in places))
+
+
+def _is_told(status: DeliveryStatus) -> bool:
+    if status.state in {None, "ended", "other_rank"}:  # another program may have left it
+        return False
+    lasting = status.failing_since is not None and time.time() - status.failing_since >= LASTING_SECONDS
+    stuck = status.state in {"parked", "failed"} or lasting or (status.owed and status.owed_fix is not None)
+    return bool(stuck or status.dead or status.hook_failures or status.task_failures)
+
+
+def sync_command(directory: str | Path, *names: str) -> str:
+    """The command that delivers what is pending, and has what is owed confirmed."""
+    return shlex.join(["evsys-bus", "sync", str(directory), *(word for name in names for word in ("--adapter", name))])
+
+
+def busy(directory: Path, name: str, why: str | None = None) -> CourierBusyError:
     """What to say where another process delivers."""
     holder = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
     who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
     fix = f"let it finish, or end it; see how it fares: evsys-bus status {directory}"
-    return CourierBusyError(f"{who} delivers {directory} to {name}", fix=fix)
+    return CourierBusyError(f"{who} delivers {directory} to {name}", why=why, fix=fix)
 
 
 def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
     """The table."""
+    owes = any(each.before.owed or each.after.owed for each in outcomes)
     return columns(
         [
             [
                 each.adapter,
-                counted(each.events, "event"),
-                f"sent {each.sent:,}",
-                f"dead {each.dead:,}",
-                f"pending {each.pending:,}",
+                *(
+                    (
+                        counted(each.events, "event"),
+                        f"sent {each.sent:,}",
+                        f"dead {each.dead:,}",
+                        f"pending {each.after.pending:,}",
+                    )
+                    if each.is_known
+                    else ("? events", "sent ?", "dead ?", "pending ?")
+                ),
+                *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if owes else []),
+                *([f"owed {each.after.owed:,}"] if owes else []),
                 f"{each.seconds:.1f}s",
             ]
             for each in outcomes
@@ -158,8 +299,31 @@ def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
 
 def outcome_json(outcomes: "Sequence[Outcome]") -> list[str]:
     """A line of JSON for each."""
-    rows: list[dict[str, Any]] = [{"type": "delivery", **msgspec.to_builtins(each)} for each in outcomes]  # Any: JSON
-    return [msgspec.json.encode(row).decode() for row in rows]
+    rows: list[dict[str, Any]] = [  # Any: JSON
+        {
+            "type": "delivery",
+            "journal": each.journal,
+            "adapter": each.adapter,
+            "events": each.events if each.is_known else None,
+            "sent": each.sent if each.is_known else None,
+            "dead": each.dead if each.is_known else None,
+            "pending": each.after.pending if each.is_known else None,
+            "seconds": each.seconds,
+            "state": each.after.state,
+            "error": each.after.error,
+            "fix": each.after.fix,
+            "dead_letters": each.dead_letters,
+            "owed": each.after.owed,
+            "owed_before": each.before.owed,
+            "owed_fix": each.after.owed_fix,
+            "hook_failures": each.after.hook_failures,
+            "task_failures": each.after.task_failures,
+            "last_failure": each.after.last_failure,
+            "log": each.after.log,
+        }
+        for each in outcomes
+    ]
+    return [encode_json(row).decode() for row in rows]
 
 
 def unbuildable(what: str, why: str | None, fix: str) -> BrokenAdapterError:
@@ -169,16 +333,36 @@ def unbuildable(what: str, why: str | None, fix: str) -> BrokenAdapterError:
     return error
 
 
+def unknown(journal: str | Path, status: DeliveryStatus) -> EvsysBusError:
+    """What to say of an adapter whose files cannot be read."""
+    error = RetryLaterError(f"it is not known what is pending for {status.name}")
+    error.why = status.error
+    error.fix = f"see to it that its files can be read   then: {sync_command(journal)}"
+    return error
+
+
 def trouble_of(outcome: Outcome) -> EvsysBusError | None:
-    """Why something is pending still, and what to do; None if nothing is."""
-    if not outcome.pending:
+    """Why something is pending or owed still, and what to do; None if nothing is."""
+    after, name = outcome.after, outcome.adapter
+    again = sync_command(outcome.journal, name)
+    if not outcome.is_known:
+        return unknown(outcome.journal, after)
+    if after.pending:
+        what = f"{after.pending:,} of {outcome.events:,} events for {name} stay pending"
+        fix = after.fix or (outcome.before.fix if after.error is None else None)
+        why = after.error or outcome.before.error
+        if after.state == "failed":
+            return unbuildable(what, why, f"{fix or 'see the log beside the journal'}   then: {again}")
+        error = ParkedError(what) if after.state == "parked" else RetryLaterError(what)
+        silent = f"it took nothing for a while; nor did it say why ({outcome.seconds:.0f} s)"
+    elif after.owed:
+        what = f"{counted(after.owed, 'event')} for {name} stay owed: delivered, but not confirmed by the far side"
+        fix = after.owed_fix or after.fix
+        why = after.error or outcome.before.error
+        error = RetryLaterError(what) if fix is None else ParkedError(what)
+        silent = "the far side did not say why"
+    else:
         return None
-    what = f"{outcome.pending:,} of {outcome.events:,} events for {outcome.adapter} stay pending"
-    again = shlex.join(["evsys-bus", "sync", outcome.journal, "--adapter", outcome.adapter])
-    if outcome.state == "failed":
-        fix = outcome.fix or "see the log beside the journal"
-        return unbuildable(what, outcome.error, f"{fix}   then: {again}")
-    error = ParkedError(what) if outcome.state == "parked" else RetryLaterError(what)
-    error.why = outcome.error or f"it took nothing for a while; nor did it say why ({outcome.seconds:.0f} s)"
-    error.fix = f"{outcome.fix}   then: {again}" if outcome.fix else f"try again later: {again}"
+    error.why = why or silent
+    error.fix = f"{fix}   then: {again}" if fix else f"try again later: {again}"
     return error

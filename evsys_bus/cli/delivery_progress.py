@@ -7,16 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
-import msgspec
 
 from evsys_bus.cli.options import PROGRESS
 from evsys_bus.cli.screen import Screen, is_terminal, printable
 
 if TYPE_CHECKING:
     from evsys_bus.cli.progress.view import ProgressMode
+    from evsys_bus.tasks import DeliveryStatus
 
 progress_option: Final = click.option(
     "--progress",
@@ -36,33 +36,58 @@ timeout_option: Final = click.option(
 )
 
 
-class Going(msgspec.Struct, frozen=True):
-    """How far one delivery is."""
-
-    name: str
-    done: int
-    """Events since it began, delivered or dead."""
-    pending: int
-    state: str = "delivering"
-    error: str | None = None
+Tell = Callable[[Sequence["DeliveryStatus"]], object]
 
 
-Tell = Callable[[Sequence[Going]], object]
+class DeliveryView(NamedTuple):
+    """Shows deliveries while they go on."""
+
+    tell: Tell
+    """How they are now; several times a second."""
+    note: Callable[[str], object]
+    """A line for people."""
 
 
 @contextmanager
-def deliveries_shown(mode: "ProgressMode", screen: Screen) -> Generator[Tell]:
-    """What to tell how the deliveries go, several times a second, while the block lasts."""
+def deliveries_shown(
+    mode: "ProgressMode", screen: Screen, known: Sequence["DeliveryStatus"] = ()
+) -> Generator[DeliveryView]:
+    """Show deliveries on stderr while the block lasts.
+
+    Args:
+        mode: How.
+        screen: Where.
+        known: Deliveries whose trouble was said already.
+    """
     from evsys_bus.cli.progress import resolved
+
+    def note(text: str) -> None:
+        screen.note(printable(text))
 
     mode = resolved(mode, sys.stderr)
     if mode == "live":
-        with _bars(screen) as tell:
-            yield tell
+        with _bars(screen, {each.name: each.trouble for each in known}) as view:
+            yield view
     elif mode == "off":
-        yield len
+        yield DeliveryView(len, note)
     else:
-        yield _Lines(screen, as_json=mode == "json").tell
+        yield DeliveryView(_Lines(screen, as_json=mode == "json").tell, note)
+
+
+class _Counted:
+    """Events that an adapter is done with since it was first shown; tell of it before the first one is delivered."""
+
+    def __init__(self) -> None:
+        self._began: Final = time.monotonic()
+        self._first: Final[dict[str, int]] = {}
+
+    def done(self, status: "DeliveryStatus") -> int:
+        now = status.delivered + status.dead
+        return now - self._first.setdefault(status.name, now)
+
+    def rate(self, status: "DeliveryStatus") -> float:
+        """Events a second."""
+        return self.done(status) / max(time.monotonic() - self._began, 1e-9)
 
 
 class _Lines:
@@ -73,38 +98,43 @@ class _Lines:
         self._screen = screen
         self._form = json_form if as_json else plain
         self._pulse_seconds = PULSE_SECONDS
-        self._began = self._pulsed = time.monotonic()
-        self._states: dict[str, tuple[str, str | None]] = {}
+        self._pulsed = time.monotonic()
+        self._counted = _Counted()
+        self._states: dict[str, tuple[str | None, str | None]] = {}
 
-    def tell(self, goings: Sequence[Going]) -> None:
+    def tell(self, statuses: Sequence["DeliveryStatus"]) -> None:
         now = time.monotonic()
         due = now - self._pulsed >= self._pulse_seconds
         self._pulsed = now if due else self._pulsed
-        for each in goings:
-            state = (each.state, each.error)
+        for each in statuses:
+            self._counted.done(each)
+            state = (each.state, each.trouble)
             before = self._states.setdefault(each.name, ("delivering", None))
             self._states[each.name] = state
             if due or state != before:
-                self._screen.note(self._form(self._facts(each, now)))
+                self._screen.note(self._form(self._facts(each)))
 
-    def _facts(self, going: Going, now: float) -> dict[str, Any]:
+    def _facts(self, status: "DeliveryStatus") -> dict[str, Any]:
         """Any: what a line is made of."""
         facts: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "event": "delivery",
-            "adapter": going.name,
-            "state": going.state,
-            "done": going.done,
-            "pending": going.pending,
+            "adapter": status.name,
+            "state": status.state,
+            "done": self._counted.done(status),
+            "pending": status.pending if status.is_known else None,
         }
-        rate = going.done / max(now - self._began, 1e-9)
-        if rate and going.pending and going.state == "delivering":
-            facts |= {"events_per_second": round(rate), "eta_seconds": round(going.pending / rate)}
-        return facts if going.error is None else facts | {"error": going.error}
+        if status.owed:
+            facts["owed"] = status.owed
+        rate = self._counted.rate(status)
+        if rate and status.pending and status.state == "delivering":
+            facts |= {"events_per_second": round(rate), "eta_seconds": round(status.pending / rate)}
+        fix = status.owed_fix or status.fix
+        return facts if status.trouble is None else facts | {"error": status.trouble} | ({"fix": fix} if fix else {})
 
 
 @contextmanager
-def _bars(screen: Screen) -> Generator[Tell]:
+def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -119,7 +149,7 @@ def _bars(screen: Screen) -> Generator[Tell]:
         TextColumn("{task.fields[state]}"),
     )
     tasks: dict[str, Any] = {}  # Any: rich's
-    began = time.monotonic()
+    counted = _Counted()
     with Progress(
         *columns,
         console=console,
@@ -128,22 +158,34 @@ def _bars(screen: Screen) -> Generator[Tell]:
         redirect_stdout=is_terminal(sys.stdout),  # and if it is a pipe, what adapters print stays in that
     ) as progress:
 
-        def tell(goings: Sequence[Going]) -> None:
-            for each in goings:
+        def note(text: str) -> None:
+            progress.console.print(escape(printable(text)), soft_wrap=True, highlight=False)
+
+        def tell(statuses: Sequence["DeliveryStatus"]) -> None:
+            for each in statuses:
+                done = counted.done(each)
                 if each.name not in tasks:
                     tasks[each.name] = progress.add_task(escape(printable(each.name)), rate="", state="")
-                rate = each.done / max(time.monotonic() - began, 1e-9)
-                said = each.state if each.error is None else f"{each.state}: {each.error}"
+                if each.trouble is not None and told.get(each.name) != each.trouble:  # whole, and once, above the bars
+                    told[each.name] = each.trouble
+                    fix = each.owed_fix or each.fix
+                    note(f"{each.name}: {each.trouble}{f'   fix: {fix}' if fix else ''}")
                 progress.update(
                     tasks[each.name],
-                    completed=each.done,
-                    total=each.done + each.pending,
-                    rate=f"{rate:,.0f}/s",
-                    state="" if said == "delivering" else escape(printable(said)[:_MOST_SAID]),
+                    completed=done,
+                    total=done + each.pending,
+                    rate=f"{counted.rate(each):,.0f}/s",
+                    state=_state(each),
                 )
 
-        yield tell
+        yield DeliveryView(tell, note)
+
+
+def _state(status: "DeliveryStatus") -> str:
+    """In a word or two: why is said above the bars."""
+    owed = f"{status.owed:,} owed" if status.owed else ""
+    state = "" if status.state in {None, "delivering"} else str(status.state)
+    return " ".join(filter(None, (state, owed)))
 
 
 _WIDE: Final = 80
-_MOST_SAID: Final = 60

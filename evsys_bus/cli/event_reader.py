@@ -1,9 +1,13 @@
-"""`EventReader`: the events of a journal, its streams merged by time, and only those that are wanted."""
+"""`EventReader`: the events of a journal in one order, and only those that are wanted.
+
+Streams of different ranks are merged by time. Of one rank, a stream whose writer is gone comes before the streams that
+were begun after it, whatever the clocks said: a resumed run is read behind what it resumes.
+"""
 
 import heapq
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Final
@@ -17,8 +21,10 @@ from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope
-from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, layout
+from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, frame, layout
+from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family
+from evsys_bus.journal.scanning import SegmentScan
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -70,8 +76,7 @@ class EventReader:
 
     def latest(self, count: int) -> list[Envelope]:
         """The last ``count`` events, oldest first; the place is then the end."""
-        lasts = [self._latest(stream, count) for stream in self._streams()]
-        merged = list(_merged(lasts))
+        merged = list(self._in_order({stream: self._latest(stream, count) for stream in self._streams()}))
         return merged[-count:] if count else []
 
     def seek(self, since: float) -> None:
@@ -85,10 +90,11 @@ class EventReader:
         Raises:
             JournalVersionError: A newer version wrote what follows.
         """
-        for stream in self._streams():
+        streams = self._streams()
+        for stream in streams:
             if stream not in self._tails:
                 self._tails[stream] = self._reader.tail(stream)
-        return _merged([self._decoded(tail.poll()) for tail in self._tails.values()])
+        return self._in_order({stream: self._decoded(self._tails[stream].poll()) for stream in streams})
 
     def ends(self) -> dict[str, int]:
         """The sequence of the last event that was read, by stream."""
@@ -110,6 +116,20 @@ class EventReader:
 
     def _streams(self) -> list[str]:
         return [stream for family in self._families for stream in self._reader.streams(family)]
+
+    def _in_order(self, events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
+        """The events of streams, which are given in their order."""
+        ranks: dict[tuple[str, int], list[str]] = {}
+        for stream in events:
+            ranks.setdefault((stream[0], layout.rank_of(stream)), []).append(stream)
+        return _merged(self._of_rank(streams, events) for streams in ranks.values())
+
+    def _of_rank(self, streams: Sequence[str], events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
+        for at, stream in enumerate(streams, start=1):
+            if streams[at:] and self._reader.is_live(stream):  # the others are written beside it
+                yield from _merged([events[stream], self._of_rank(streams[at:], events)])
+                return
+            yield from events[stream]
 
     def _latest(self, stream: str, count: int) -> list[Envelope]:
         """The last ones of one stream, oldest first."""
@@ -155,8 +175,10 @@ class EventReader:
         """The sequence behind which the first segment that matters begins; 0 for all of them."""
         names = layout.segments(self._disk, f"{self._reader.directory}/{stream}")
         for name in reversed(names[1:]):
-            record = next(self._reader.read(stream, name.first - 1), None)
-            envelope = None if record is None else self._envelope(record)
+            scan = SegmentScan(self._disk, f"{self._reader.directory}/{stream}/{name}")
+            events = (each for each in scan.pieces() if isinstance(each, Frame) and each.kind == frame.EVENT)
+            first = next(events, None)
+            envelope = None if first is None else self._envelope(Record(first.sequence, bytes(first.payload)))
             if envelope is not None and envelope.time < since:
                 return name.first - 1
         return 0

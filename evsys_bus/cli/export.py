@@ -14,6 +14,7 @@ from evsys_bus.cli.event_facts import metrics_of, step_of, type_of
 from evsys_bus.cli.event_reader import EventReader
 from evsys_bus.codec import to_json
 from evsys_bus.events import Envelope, Eval, StepEnd
+from evsys_bus.files import write_into_place
 
 _COMMON: Final = ("time", "stream", "seq", "run", "rank")
 _OWN: Final = {"step_end": ("step",), "eval": ("step", "eval")}
@@ -27,13 +28,8 @@ def destination(path: Path | None) -> Generator[BinaryIO]:
     if path is None:
         yield sys.stdout.buffer
         return
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        with beside.open("wb") as file:
-            yield file
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with write_into_place(path, make_folder=False) as file:
+        yield file
 
 
 def export_jsonl(reader: EventReader, out: Path | None) -> int:

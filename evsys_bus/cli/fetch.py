@@ -36,13 +36,14 @@ def command(
     command goes on. On a new machine say --from URL; RUN is then the run's name there.
     """
     run, name = _parted(asked)
-    folder = run if run.is_dir() else RUNS / run
+    folder, key = run if run.is_dir() else RUNS / run, run.absolute().name
     if url is None:
         _refuse_experiment(run, folder)
         url, reach, recorded = _uploaded_to(run, name)
-        folder = folder if run.is_dir() else recorded
+        folder = folder if run.is_dir() and recorded.name == key else recorded
+        key = recorded.name
     folder = target or folder
-    fetched = _fetch(url, reach, run.absolute().name, name, folder, screen)
+    fetched = _fetch(url, reach, key, name, folder, screen)
     if record:
         from evsys_bus.cli.fetching import put_on_record
 
@@ -78,7 +79,10 @@ def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
     """Where it was uploaded to, as the run's folder has it on record; and that folder."""
     from evsys_bus.cli.checkpoint_states import checkpoint_states
 
-    states = [each for each in checkpoint_states(run) if each.folder.name == run.absolute().name]
+    known_here = checkpoint_states(run)
+    states = [each for each in known_here if each.folder.name == run.absolute().name]
+    if not states and len({each.folder for each in known_here}) == 1:  # of a journal, or a folder, with one run
+        states = known_here
     there = [
         (state, (remote.url, remote.reach, state.folder))
         for state in states
@@ -99,10 +103,10 @@ def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
 def _fetch(url: str, reach: "Reach", run: str, name: str | None, folder: Path, screen: Screen) -> "ManifestRow":
     import anyio
 
-    from evsys_adapters.checkpoints.manifest import checkpoint_folder
+    from evsys_adapters.checkpoints.manifest import FETCHED, checkpoint_folder
     from evsys_adapters.checkpoints.restore import choose, fetch
     from evsys_bus.cli.fetch_progress import fetches_shown
-    from evsys_bus.cli.fetching import FETCHED, contents
+    from evsys_bus.cli.fetching import contents
     from evsys_bus.cli.progress.transfers import metered
     from evsys_bus.cli.store_options import at_destination
 

@@ -2,7 +2,6 @@
 
 import errno
 from pathlib import Path
-from typing import Final
 
 import msgspec
 
@@ -12,9 +11,6 @@ from evsys_bus.cli.records import CHECKPOINTS
 from evsys_bus.cli.tables import counted
 from evsys_bus.context import ManifestRow
 from evsys_bus.training.rows import Row, RowFile
-
-FETCHED: Final = "fetched"
-"""The folder, in that of the run."""
 
 
 def put_on_record(folder: Path, row: ManifestRow, *, as_last: bool = False) -> None:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @click.command("follow")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @adapter_options
-@click.option("--name", help="Keys its cursor: where it goes on the next time. Default: the kind.")
-@click.option("--from-start", is_flag=True, help="From the first event on, also where it has been followed before.")
+@click.option("--name", help="Keep a cursor under this name: the next time goes on there.")
+@click.option("--from-start", is_flag=True, help="With --name: from the first event on once more.")
 @timeout_option
 @progress_option
 @json_option
@@ -38,12 +38,13 @@ def command(
 ) -> int:
     """Deliver the events of RUN to an adapter until the run is over, or Ctrl-C.
 
-    It goes on where it was left the last time; the first time it begins at the first event. A run that is over is
-    delivered, and that is all.
+    It begins at the first event, and leaves nothing in the journal. With --name it is a follower like those of the run:
+    it goes on where it was left the last time, and `status` and `sync` know it. A run that is over is delivered, and
+    that is all.
     """
     from evsys_bus.cli.adapter_choice import chosen
-    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
-    from evsys_bus.cli.following import Followup, refuse_other
+    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, sync_command, trouble_of
+    from evsys_bus.cli.following import Followup, OneOffFollowup, refuse_other
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.printed import printed_aside
     from evsys_bus.cli.telling import INTERRUPTED, tell
@@ -51,21 +52,31 @@ def command(
 
     journal = found(folder)
     followed = chosen(kind, sets, plugins, name)
-    refuse_other(journal.directory, followed)
+    if name is not None:
+        refuse_other(journal.directory, followed)
     if journal.run is not None:
         screen.note(f"{journal.run} shares its journal: all of {journal.directory} is followed")
     with (
         printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
-        deliveries_shown(progress, screen) as going,
+        deliveries_shown(progress, screen) as view,
         warnings_shown(screen, as_json=progress == "json"),
     ):
-        followup = Followup(journal.directory, followed, from_start=from_start)
-        outcome, interrupted = followup.run(timeout_seconds, going)
+        if name is None:
+            followup: Followup | OneOffFollowup = OneOffFollowup(journal.directory, followed)
+        else:
+            followup = Followup(journal.directory, followed, from_start=from_start)
+        outcome, interrupted = followup.run(timeout_seconds, view.tell)
     click.echo("\n".join(outcome_json([outcome]) if as_json else outcome_lines([outcome])))
     if outcome.dead:
-        screen.note(f"{outcome.dead:,} refused for good; they are, with the reason, in {outcome.dead_letters}")
+        kept = "" if outcome.dead_letters is None else f"; they are, with the reason, in {outcome.dead_letters}"
+        screen.note(f"{outcome.dead:,} refused for good{kept}")
     if interrupted:
-        screen.note(f"interrupted; the same command goes on there, and so does: evsys-bus sync {journal.directory}")
+        again = "the same command begins at the first event again; with --name it would go on where it was left"
+        if name is not None:
+            again = f"the same command goes on there, and so does: {sync_command(journal.directory)}"
+        screen.note(f"interrupted; {again}")
         return INTERRUPTED
     error = trouble_of(outcome)
+    if error is not None and name is None:
+        error.fix = f"{outcome.after.fix or 'mend the cause'}   then say the same again"
     return 0 if error is None else tell(error, screen)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
-AGAIN_SECONDS: Final = 0.05
+AGAIN_SECONDS: Final = 0.5
 """How soon a task that is to leave its wait is cancelled once more."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 

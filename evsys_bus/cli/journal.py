@@ -8,6 +8,7 @@ import click
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
 from evsys_bus.cli.selecting import event_options, unmatched
+from evsys_bus.where import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.event_reader import EventReader
@@ -44,7 +45,7 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     if as_json:
         for each in report.streams:
             row = {"type": "stream", **msgspec.to_builtins(each), "whole": each.whole}
-            click.echo(msgspec.json.encode(row))
+            click.echo(encode_json(row))
         return 0 if report.whole else _DAMAGED
     lines = [line for each in report.streams for line in stream_lines(each)]
     head = f"{directory}   {counted(len(report.streams), 'stream')}"
@@ -113,12 +114,13 @@ def export_command(
     from evsys_bus.cli.export import export_csv, export_jsonl
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.reading_progress import disk_with_progress
+    from evsys_bus.cli.run_journal import run_key_of
     from evsys_bus.cli.tables import counted
 
     journal = found(folder)
     named = types or (("step_end",) if kind == "csv" else ())
     places = _tables(named, out) if kind == "csv" else {}
-    wanted = Wanted(types=frozenset(named), run=run_key or journal.run)
+    wanted = Wanted(types=frozenset(named), run=run_key or run_key_of(journal))
     readers: list[EventReader] = []
     with disk_with_progress(journal.directory, "exporting", screen, times=1 + len(places)) as disk:
 

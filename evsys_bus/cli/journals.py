@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 import click
 
 RUNS: Final = Path("runs")
-_JOURNAL: Final = "journal"
+JOURNAL: Final = "journal"
 _MOST_NAMED: Final = 5
 
 
@@ -52,25 +52,25 @@ def newest_first() -> list[Path]:
 
 
 def _journal_of(folder: Path) -> Found | None:
-    if _has_streams(folder):
+    if _is_journal(folder):
         return Found(folder)
-    if _has_streams(folder / _JOURNAL):
-        return Found(folder / _JOURNAL)
+    if _is_journal(folder / JOURNAL):
+        return Found(folder / JOURNAL)
     parent = folder.resolve().parent if folder.name in {"", ".."} else folder.parent
-    if folder.is_dir() and folder.name != _JOURNAL and _has_streams(parent / _JOURNAL):
-        return Found(parent / _JOURNAL, folder.resolve().name)
+    if folder.is_dir() and folder.name != JOURNAL and _is_journal(parent / JOURNAL):
+        return Found(parent / JOURNAL, folder.resolve().name)
     return None
 
 
-def _has_streams(directory: Path) -> bool:
-    from evsys_bus.journal import JournalReader
+def _is_journal(directory: Path) -> bool:
+    from evsys_bus.journal import OsDisk, layout
 
-    return bool(JournalReader(directory).streams())
+    return layout.is_journal(OsDisk(), str(directory))
 
 
 def _below(root: Path) -> Iterator[Path]:
-    for pattern in (_JOURNAL, f"*/{_JOURNAL}", f"*/*/{_JOURNAL}"):
-        yield from filter(_has_streams, root.glob(pattern))
+    for pattern in (JOURNAL, f"*/{JOURNAL}", f"*/*/{JOURNAL}"):
+        yield from filter(_is_journal, root.glob(pattern))
 
 
 def _written(directory: Path) -> float:

@@ -13,7 +13,8 @@ import msgspec
 from evsys_bus.cli.tables import columns, counted
 from evsys_bus.codec import json_line, to_plain
 from evsys_bus.errors import DocumentError, Where, did_you_mean
-from evsys_bus.training.ledger import LEDGER, Page
+from evsys_bus.files import DAMAGE, read_file
+from evsys_bus.training.ledger import LEDGER, MOST_PAGE_BYTES, Page
 from evsys_bus.training.plan import RunPlan, chains_of, folder_name
 from evsys_bus.wiring.arms import arms_of, seeds_of
 from evsys_bus.wiring.document import Document, read_document, with_overrides
@@ -74,7 +75,7 @@ def planned(
     if beside not in sys.path:
         sys.path.append(beside)
     config = load_experiment(document)
-    folder = output_dir or Path(config.output_dir or Path("runs", folder_name(config.name)))
+    folder = (output_dir or Path(config.output_dir or Path("runs", folder_name(config.name)))).expanduser()
     _check_known("arm", arms, [arm.name for arm in arms_of(config)], "$.matrix" if config.matrix else "$.runs")
     _check_known("seed", seeds, seeds_of(config), "$.seeds")
     chains = chains_of(config, folder, only_arms=arms or None, only_seeds=seeds or None)
@@ -92,8 +93,8 @@ def _check_known(option: str, wanted: Sequence[object], known: Sequence[object],
 def earlier_page(folder: Path) -> Page | None:
     """What the ledger in this directory says, if it holds one that can be read."""
     try:
-        return msgspec.json.decode((folder / LEDGER).read_bytes(), type=Page)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return msgspec.json.decode(read_file(folder / LEDGER, most_bytes=MOST_PAGE_BYTES), type=Page)
+    except (OSError, *DAMAGE):
         return None
 
 

@@ -7,9 +7,10 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.context import ArmResult, ManifestRow
-from evsys_bus.training.ledger import LEDGER, RESULT, Page, RunEntry, read_result
-from evsys_bus.training.rows import DAMAGE, RowFile
+from evsys_bus.context import ArmResult, EvalResult, ManifestRow
+from evsys_bus.files import DAMAGE, read_file
+from evsys_bus.training.ledger import LEDGER, MOST_PAGE_BYTES, RESULT, Page, RunEntry, read_result
+from evsys_bus.training.rows import RowFile
 
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
@@ -58,6 +59,17 @@ class RunRecord(msgspec.Struct):
     """Those made while it trained, by their steps: ``val/acc``; from the journal, for whoever asks it."""
     process_gone: bool = False
     """It is called running, and no process writes its journal."""
+    name: str | None = None
+    """Its run key, where the journal tells of it."""
+    status: str | None = None
+    """By the journal: how its RunEnd or TrainEnd says; without one running, ended or killed, as its writer is."""
+    error: str | None = None
+    num_steps: int | None = None
+    config: Any = None
+    """Any: as the program gave it."""
+    page: str | None = None
+    """The URL where it is shown."""
+    benchmarks: list[EvalResult] = []
 
 
 class ExperimentRecord(msgspec.Struct):
@@ -73,13 +85,13 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
     """The experiment in this folder; None where there is none.
 
     Raises:
-        DecodeError, UnicodeDecodeError, RecursionError: Its ledger is damaged (`DAMAGE`).
+        Its ledger is damaged: one of `DAMAGE`.
         OSError: It cannot be read.
     """
     path = folder / LEDGER
     if not path.is_file():
         return None
-    return ExperimentRecord(folder, msgspec.json.decode(path.read_bytes(), type=Page))
+    return ExperimentRecord(folder, msgspec.json.decode(read_file(path, most_bytes=MOST_PAGE_BYTES), type=Page))
 
 
 def read_run(folder: Path) -> RunRecord | None:

@@ -10,6 +10,7 @@ from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, t
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option, printable
 from evsys_bus.cli.selecting import event_options, unmatched
+from evsys_bus.where import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.chosen_events import ChosenEvents
@@ -59,6 +60,7 @@ def command(
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.printed import printed_aside
     from evsys_bus.cli.replaying import replay
+    from evsys_bus.cli.run_journal import run_key_of
     from evsys_bus.cli.warnings_log import warnings_shown
 
     journal = found(folder)
@@ -66,15 +68,15 @@ def command(
     events = ChosenEvents(
         None if dry_run else built(followed),
         types=frozenset(types),
-        run=run_key or journal.run,
+        run=run_key or run_key_of(journal),
         speed=0.0 if dry_run else speed,
     )
     with (
         printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
-        deliveries_shown(progress, screen) as tell,
+        deliveries_shown(progress, screen) as view,
         warnings_shown(screen, as_json=progress == "json"),
     ):
-        done = replay(journal.directory, followed.name, events, from_seq - 1, timeout_seconds, tell)
+        done = replay(journal.directory, followed.name, events, from_seq - 1, timeout_seconds, view.tell)
     click.echo("\n".join(_json(done, dry_run=dry_run) if as_json else _lines(done, dry_run=dry_run)))
     if not events.sent and not events.dead:
         screen.note(unmatched(types))
@@ -99,7 +101,7 @@ def _json(done: "Replayed", *, dry_run: bool) -> list[str]:
     import msgspec
 
     row = {"type": "plan" if dry_run else "replay", **msgspec.to_builtins(done)}
-    return [msgspec.json.encode(row).decode()]
+    return [encode_json(row).decode()]
 
 
 def _told(done: "Replayed", events: "ChosenEvents", screen: Screen) -> int:

@@ -12,13 +12,13 @@ import msgspec
 
 from evsys_bus.cli.chosen_events import ChosenEvents
 from evsys_bus.cli.deliveries import LOOK_SECONDS
-from evsys_bus.cli.delivery_progress import Going, Tell
+from evsys_bus.cli.delivery_progress import Tell
 from evsys_bus.cli.telling import INTERRUPTED
 from evsys_bus.delivery.accounts import Pending
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.followed import Terms
 from evsys_bus.journal import JournalReader, OsDisk, Place, layout
-from evsys_bus.tasks import run_alone
+from evsys_bus.tasks import DeliveryStatus, run_alone
 
 
 class Replayed(msgspec.Struct, frozen=True):
@@ -67,6 +67,22 @@ def replay(
     )
 
 
+def status_of(name: str, events: ChosenEvents, pending: int) -> DeliveryStatus:
+    """How a delivery fares that keeps nothing on disk."""
+    trouble = events.trouble
+    return DeliveryStatus(
+        name,
+        recorded=events.seen + pending,
+        delivered=events.seen - events.dead,
+        dead=events.dead,
+        pending=pending,
+        hook_failures=events.hook_failures,
+        state="delivering" if trouble is None else trouble.state,
+        error=None if trouble is None else trouble.error,
+        fix=None if trouble is None else trouble.fix,
+    )
+
+
 @contextmanager
 def _stopped_by_signals(courier: Courier) -> Generator[list[int]]:
     """The first signal stops the courier; the second one ends the program, also where a hook hangs."""
@@ -103,12 +119,11 @@ def _shown(
             ended = over.wait(LOOK_SECONDS)
             if events.seen != seen or events.waiting:
                 seen, moved_at = events.seen, time.monotonic()
-            trouble = events.trouble
-            state, error = ("delivering", None) if trouble is None else (trouble.state, trouble.error)
-            tell([Going(name, events.seen, max(0, total - events.seen), state, error)])
+            status = status_of(name, events, max(0, total - events.seen))
+            tell([status])
             if ended:
                 return
-            if state == "parked" or time.monotonic() - moved_at >= timeout_seconds:
+            if status.state == "parked" or time.monotonic() - moved_at >= timeout_seconds:
                 courier.stop()
 
     watcher = threading.Thread(target=watch, name="evsys-bus-progress", daemon=True)

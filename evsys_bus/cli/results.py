@@ -1,11 +1,14 @@
 """How an experiment ended, on stdout: the arms side by side, the conclusion, and where everything is."""
 
 import sys
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
+from evsys_bus.cli.adapter_states import Ranks, ranks_served, state_words
 from evsys_bus.cli.amounts import NONE, duration
+from evsys_bus.cli.deliveries import count_words, sync_command
 from evsys_bus.cli.planned import Planned
 from evsys_bus.cli.progress import figures
 from evsys_bus.cli.progress.figures import pair
@@ -14,17 +17,24 @@ from evsys_bus.cli.screen import printable, width_of
 from evsys_bus.cli.tables import GAP, facts, table
 from evsys_bus.codec import json_line
 from evsys_bus.context import ArmResult, ExperimentResult
-from evsys_bus.tasks import Delivery, Receipt
+from evsys_bus.tasks import DeliveryStatus, Receipt
 from evsys_bus.training.outcome import ArmSummary, Spread, summarise
 from evsys_bus.training.plan import RunPlan
 
 _MAX_METRICS: Final = 4
 _MAX_FAILURES: Final = 10
+_MAX_PAGES: Final = 10
 _UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 
 
-def result_lines(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:
-    """The result, for people."""
+def result_lines(
+    plan: Planned,
+    result: ExperimentResult,
+    seconds: float,
+    receipt: Receipt | None = None,
+    pages: Mapping[str, str] = {},
+) -> list[str]:
+    """The result, for people; ``pages`` are the URLs of runs, where they are known."""
     width = width_of(sys.stdout)
     arms = summarise(result.arms, plan.config.success_metric)
     metrics = [name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _UNTOLD]
@@ -39,14 +49,21 @@ def result_lines(plan: Planned, result: ExperimentResult, seconds: float, receip
     told = [
         *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
         *([["conclusion", result.conclusion]] if result.conclusion else []),
-        *([["delivery", GAP.join(map(_delivery, receipt.deliveries))]] if receipt and receipt.deliveries else []),
+        *([["delivery", _deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.shown_folder],
         ["a run", f"evsys-bus show {plan.shown_folder}/{plan.runs[0].run_key}"],
+        *_page_lines(pages),
     ]
     return [*lines, "", *facts([[name, printable(text)] for name, text in told], width)]
 
 
-def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt: Receipt | None = None) -> list[str]:
+def result_json(
+    plan: Planned,
+    result: ExperimentResult,
+    seconds: float,
+    receipt: Receipt | None = None,
+    pages: Mapping[str, str] = {},
+) -> list[str]:
     """The result as JSON: a line for each run, arm and delivery, and one for the experiment."""
     rows: list[dict[str, Any]] = [  # Any: JSON
         {
@@ -60,6 +77,7 @@ def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt
             "eval_metrics": arm.eval_metrics,
             "error": arm.error,
             "run_dir": str(run.run_dir),
+            "page": pages.get(run.run_key),
         }
         for run, arm in _pairs(plan, result)
     ]
@@ -67,7 +85,8 @@ def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt
         spreads = {name: {"mean": each.mean, "sd": each.sd, "n": each.n} for name, each in arm.metrics.items()}
         counts = {"runs": arm.runs, "completed": arm.completed, "failed": arm.failed}
         rows.append({"type": "arm", "arm": arm.name, **counts, "metrics": spreads})
-    rows += [{"type": "delivery", **msgspec.to_builtins(each)} for each in (receipt.deliveries if receipt else ())]
+    deliveries = receipt.deliveries if receipt else ()
+    rows += [{"type": "delivery", **msgspec.to_builtins(each), "trouble": each.trouble} for each in deliveries]
     rows.append(
         {
             "type": "experiment",
@@ -78,16 +97,33 @@ def result_json(plan: Planned, result: ExperimentResult, seconds: float, receipt
             "conclusion": result.conclusion,
             "output_dir": str(plan.folder),
             "seconds": round(seconds, 3),
-            "finish": None if receipt is None else receipt.finish,
+            "finish": None if receipt is None else finish_command(receipt),
         }
     )
     return [json_line(row).decode() for row in rows]
 
 
-def _delivery(delivery: Delivery) -> str:
-    """``csv_metrics ok``, ``wandb 1,204 pending``."""
-    counts = ((delivery.pending, "pending"), (delivery.dead, "dead"))
-    return f"{delivery.name} {', '.join(f'{count:,} {word}' for count, word in counts if count) or 'ok'}"
+def finish_command(receipt: Receipt) -> str | None:
+    """The command that delivers what is pending and has confirmed what is owed; None where nothing is."""
+    if receipt.finish is not None or receipt.journal is None:
+        return receipt.finish
+    settled_by_sync = any(each.owed and each.state is not None for each in receipt.deliveries)  # inline ones have none
+    return sync_command(receipt.journal) if settled_by_sync else None
+
+
+def _deliveries(receipt: Receipt) -> str:
+    """``csv_metrics ok   wandb 1,204 pending, 120 owed``."""
+    ranks: Ranks = {} if receipt.journal is None else ranks_served(receipt.journal)
+    return GAP.join(f"{each.name} {', '.join(count_words(each)) or _well(each, ranks)}" for each in receipt.deliveries)
+
+
+def _well(delivery: DeliveryStatus, ranks: Ranks) -> str:
+    return state_words(delivery, ranks) if delivery.state == "other_rank" else "ok"
+
+
+def _page_lines(pages: Mapping[str, str]) -> list[list[str]]:
+    lines = [[run, f"View run at {url}"] for run, url in list(pages.items())[:_MAX_PAGES]]
+    return [*lines, ["", f"and {len(pages) - _MAX_PAGES} more runs"]] if len(pages) > _MAX_PAGES else lines
 
 
 def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:

@@ -15,13 +15,13 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.copying import clear
 from evsys_adapters.checkpoints.destination import Destination
-from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, is_elsewhere
+from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder, is_elsewhere
 from evsys_adapters.checkpoints.places import Reach, url_for
 from evsys_adapters.checkpoints.restore import fetch, newest_state
 from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
 from evsys_bus.cli.fetch_progress import Tell, fetches_shown
-from evsys_bus.cli.fetching import FETCHED, put_on_record
+from evsys_bus.cli.fetching import put_on_record
 from evsys_bus.cli.planned import Planned, earlier_page
 from evsys_bus.cli.progress import ProgressMode
 from evsys_bus.cli.progress.transfers import metered

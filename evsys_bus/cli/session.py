@@ -11,21 +11,24 @@ from typing import Final, NamedTuple
 
 import anyio
 import click
+import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
+from evsys_bus.cli.deliveries import TroubleWatch, trouble_lines
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.planned import Planned, earlier_page
 from evsys_bus.cli.printed import printed_aside
-from evsys_bus.cli.progress import Board, Left, PlannedRun, ProgressMode, Waiting, resolved, shown
-from evsys_bus.cli.results import result_json, result_lines
+from evsys_bus.cli.progress import Board, PlannedRun, ProgressMode, Waiting, resolved, shown
+from evsys_bus.cli.results import finish_command, result_json, result_lines
+from evsys_bus.cli.run_journal import read_pages
 from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.cli.tables import counted
 from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.uploads import UploadWatch
 from evsys_bus.cli.warnings_log import warnings_shown
 from evsys_bus.context import ExperimentResult
-from evsys_bus.delivery.accounts import accounts
 from evsys_bus.errors import ConfigError, TrainingError
+from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.folder_lock import unwritable
 from evsys_bus.training.ledger import LEDGER
@@ -82,6 +85,7 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
             title=plan.title,
             success_metric=_metric(plan),
             uploads=UploadWatch(plan.folder / JOURNAL).look,
+            troubles=TroubleWatch(plan.folder / JOURNAL).look,
         ),
         warnings_shown(screen, as_json=as_json),
     ):
@@ -94,10 +98,13 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
         _tell_interrupted(board, plan, again, screen)
         return INTERRUPTED
     seconds = time.monotonic() - began
-    lines = (result_json if wishes.as_json else result_lines)(plan, outcome.result, seconds, outcome.receipt)
+    pages = read_pages(plan.folder / JOURNAL, inline="learnt" in outcome.health.published)
+    pages = {run.run_key: pages[run.run_key] for run in plan.runs if run.run_key in pages}
+    form = result_json if wishes.as_json else result_lines
+    lines = form(plan, outcome.result, seconds, outcome.receipt, pages)
     with suppress(BrokenPipeError):  # nobody reads it any more; the exit code is the training's all the same
         click.echo("\n".join(lines))
-    unfinished = _tell_troubles(outcome, plan, screen)
+    unfinished = _tell_troubles(outcome, screen)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
     if outcome.result.status == "cancelled":  # by a delivery that it needs
@@ -121,7 +128,7 @@ async def _train(
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(plan.folder.absolute(), "the experiment's directory", error) from error
-    trained: tuple[ExperimentResult, Health] | None = None
+    trained: ExperimentResult | None = None
     try:
         async with bus:
             experiment = Experiment(
@@ -133,7 +140,7 @@ async def _train(
                 only_seeds=list(dict.fromkeys(run.seed for run in plan.runs)),
             )
             try:
-                trained = await experiment.run(), bus.health()
+                trained = await experiment.run()
             finally:
                 interrupts.end_the_wait_of_this_task()
                 board.waiting = Waiting(lambda: _left(bus.health()), _DRAIN_SECONDS)
@@ -144,11 +151,11 @@ async def _train(
     finally:
         board.waiting = None
     assert trained is not None
-    return _Outcome(*trained, bus.receipt)
+    return _Outcome(trained, bus.health(), bus.receipt)  # what was called when the bus was left counts too
 
 
-def _left(health: Health) -> Left:
-    return Left(health.tasks_running + health.tasks_waiting, health.deliveries)
+def _left(health: Health) -> tuple[int, Sequence[DeliveryStatus]]:
+    return health.tasks_running + health.tasks_waiting, health.deliveries
 
 
 def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
@@ -199,17 +206,18 @@ def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -
     screen.note(f"go on with: {again}")
 
 
-def _tell_troubles(outcome: _Outcome, plan: Planned, screen: Screen) -> bool:
-    """What callbacks could not do; whether some of it was left undone."""
+def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
+    """What callbacks and deliveries could not do; whether some of it was left undone."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    unfinished = False
     for hook in outcome.health.hooks:
         if hook.failures:
+            unfinished = True
             screen.note(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
     receipt = outcome.receipt
     if receipt is None:
-        return False
-    unfinished = False
-    for owner, tasks in receipt.owners.items():
+        return unfinished
+    for owner, tasks in receipt.tasks_by_owner.items():
         counts = ((tasks.failed, "failed"), (tasks.cancelled, "cancelled"), (tasks.refused, "refused"))
         parts = [f"{count:,} {word}" for count, word in counts if count]
         if parts:
@@ -218,25 +226,23 @@ def _tell_troubles(outcome: _Outcome, plan: Planned, screen: Screen) -> bool:
     if receipt.left:
         unfinished = True
         screen.note(f"{head} still running at the end, and left: {', '.join(receipt.left)}")
-    return _tell_undelivered(receipt, plan, screen) or unfinished
+    return _tell_undelivered(receipt, screen) or unfinished
 
 
-def _tell_undelivered(receipt: Receipt, plan: Planned, screen: Screen) -> bool:
-    """Which events did not reach their destinations; the last line is the command that finishes them."""
+def _tell_undelivered(receipt: Receipt, screen: Screen) -> bool:
+    """What went wrong with deliveries; the last line is the command that finishes them."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
-    troubled = any(each.pending and each.trouble is not None for each in receipt.deliveries)
-    known = accounts(plan.folder / JOURNAL) if troubled else []
-    fixes = {each.name: each.state.fix for each in known if each.state is not None}
     for each in receipt.deliveries:
-        if each.pending and each.trouble is not None:
-            fix = f"   fix: {fixes[each.name]}" if fixes.get(each.name) else ""
-            screen.note(f"{head} {printable(f'{each.name}: {each.trouble}{fix}')}")
-        if each.dead:
-            screen.note(
-                f"{head} {printable(each.name)} refused {counted(each.dead, 'event')} for good; see: evsys-bus status"
-            )
+        unfinished = each.pending or each.owed or not each.is_known
+        told = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
+        for line in trouble_lines(told, receipt.journal, timed=False):
+            screen.note(f"{head} {printable(line)}")
     pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
-    if pending:
-        then = "" if receipt.finish is None else f"; finish with: {receipt.finish}"
-        screen.note(f"{head} events not delivered yet: {', '.join(pending)}{then}")
-    return bool(pending) or any(each.dead for each in receipt.deliveries)
+    pending += [f"{printable(each.name)} unknown" for each in receipt.deliveries if not each.is_known]
+    owed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
+    if pending or owed:
+        command = finish_command(receipt)
+        then = "" if command is None else f"; finish with: {command}"
+        what = "delivered yet" if not owed else "confirmed yet" if not pending else "delivered or not confirmed yet"
+        screen.note(f"{head} events not {what}: {', '.join([*pending, *owed])}{then}")
+    return not all(each.complete for each in receipt.deliveries)

@@ -3,6 +3,7 @@
 import difflib
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from evsys_bus.cli.records import ExperimentRecord, MetricRecord, RunRecord
 
 _MAX_CHECKPOINTS = 10
+_MAX_METRICS = 3
 
 
 @click.command("show")
@@ -22,20 +24,22 @@ _MAX_CHECKPOINTS = 10
 @json_option
 @color_option
 def command(folder: Path, as_json: bool) -> None:
-    """Show what is on record of RUN: the folder of a run or of an experiment, or its name below ./runs.
+    """Show what is on record of RUN: the folder of a run or of an experiment, its name below ./runs, or a journal.
 
-    Of every metric the first and last value are shown, and the least and greatest with their steps.
+    Of every metric the first and last value are shown, and the least and greatest with their steps. A run of a loop of
+    your own, which leaves nothing but its journal, is shown as that has it.
     """
     from evsys_bus.cli.records import read_experiment, read_run
-    from evsys_bus.training.rows import DAMAGE
+    from evsys_bus.files import DAMAGE
 
-    folder = _found(folder)
+    asked, folder = folder, _found(folder)
     try:
         record = read_experiment(folder) or read_run(folder)
     except DAMAGE as error:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:
-        raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}")
+        _show_journal(asked, folder, as_json=as_json)
+        return
     _ask_journal(record)
     if as_json:
         from evsys_bus.codec import json_line, to_plain
@@ -47,13 +51,72 @@ def command(folder: Path, as_json: bool) -> None:
     click.echo("\n".join(lines))
 
 
+def _show_journal(asked: Path, folder: Path, *, as_json: bool) -> None:
+    """The runs of a journal, and what was delivered of them."""
+    from evsys_bus.cli.adapter_states import adapter_rows, ranks_served, state_words
+    from evsys_bus.cli.deliveries import count_words
+    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.run_journal import read_runs
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import facts
+    from evsys_bus.delivery.accounts import accounts
+
+    try:
+        journal = found(asked)
+    except click.UsageError:
+        raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}") from None
+    runs, deliveries = read_runs(journal), accounts(journal.directory)
+    if journal.run is not None and not runs:
+        raise click.UsageError(f"{folder} holds no run, and {journal.directory} tells of none that is called so")
+    if as_json:
+        from evsys_bus.codec import json_line, to_plain
+
+        rows = [{"type": "run", **to_plain(each)[0]} for each in runs]
+        click.echo("\n".join(json_line(row).decode() for row in [*rows, *adapter_rows(journal.directory, deliveries)]))
+        return
+    ranks = ranks_served(journal.directory)
+    told = [
+        f"{each.name} {', '.join([*count_words(each), *([] if each.complete else [state_words(each, ranks)])]) or 'ok'}"
+        for each in deliveries
+    ]
+    known = [["journal", str(journal.directory)], *([["delivery", "   ".join(told)]] if told else [])]
+    width = width_of(sys.stdout)
+    lines = _run_lines(runs[0]) if len(runs) == 1 else _runs_lines(journal.directory, runs)
+    lines += ["", *facts([[name, printable(text)] for name, text in known], width)]
+    if not all(each.complete for each in deliveries):
+        lines.append(printable(f"what keeps them: evsys-bus status {shlex.quote(str(journal.directory))}"))
+    click.echo("\n".join(lines))
+
+
+def _runs_lines(directory: Path, runs: "list[RunRecord]") -> list[str]:
+    from evsys_bus.cli.amounts import NONE
+    from evsys_bus.cli.screen import printable, width_of
+    from evsys_bus.cli.tables import counted, table
+
+    rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
+    for each in runs:
+        last = "  ".join(f"{metric.name} {_told(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
+        evals = "  ".join(f"{metric.name} {_told(metric.last)}" for metric in each.evals[:_MAX_METRICS])
+        row = [each.name or NONE, each.status or NONE, _steps(each), last or NONE, evals or NONE]
+        rows.append([printable(cell) for cell in [*row, f"{len(each.checkpoints):,}", str(each.folder)]])
+    head = f"{directory}   {counted(len(runs), 'run')}"
+    return [printable(head), *(["", *table(rows, width_of(sys.stdout))] if runs else [])]
+
+
+def _steps(record: "RunRecord") -> str:
+    done = 0 if record.last_step is None else record.last_step + 1
+    return f"{done:,}" if record.num_steps is None else f"{done:,} of {record.num_steps:,}"
+
+
 def _ask_journal(record: "ExperimentRecord | RunRecord") -> None:
-    from evsys_bus.cli.run_journal import is_deserted, read_evals
+    from evsys_bus.cli.run_journal import is_deserted, read_evals, read_status
 
     if hasattr(record, "metrics"):
         run = cast("RunRecord", record)
         run.evals = read_evals(run.folder)
         running = run.result is None and run.entry is not None and run.entry.status == "running"
+        if run.result is None and run.entry is None:
+            run.status = read_status(run.folder)
     else:
         running = cast("ExperimentRecord", record).page.status == "running"
     record.process_gone = running and is_deserted(record.folder)
@@ -81,6 +144,11 @@ def _found(folder: Path) -> Path:
         return named[0]
     if named:
         raise click.UsageError(f"several runs are called {folder}: {', '.join(map(str, named))}")
+    from evsys_bus.cli.journals import found
+
+    with suppress(click.UsageError):
+        journal = found(folder)
+        return journal.directory if journal.run is None else journal.directory.parent / journal.run
     raise click.UsageError(f"there is no run {folder}{_others(folder)}")
 
 
@@ -135,20 +203,25 @@ def _run_lines(record: "RunRecord") -> list[str]:
 
     result, entry, width = record.result, record.entry, width_of(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
-    status = result.status if result is not None else entry.status if entry is not None else "unknown"
-    config = result.run_config if result is not None else entry.run_config if entry is not None else None
+    status = result.status if result is not None else entry.status if entry is not None else record.status or "unknown"
+    config = result.run_config if result is not None else entry.run_config if entry is not None else record.config
     steps = 0 if record.last_step is None else record.last_step + 1
     of = f" of {artifacts.total_requested_steps:,}" if artifacts is not None else ""
-    error = (result.error if result is not None else None) or (entry.error if entry is not None else None)
+    error = (result.error if result is not None else None) or (entry.error if entry is not None else record.error)
     known = [
         ["status", f"{status}{_gone(_parent(record.folder)) if record.process_gone else ''}"],
         *([["error", " ".join(error.split())]] if error else []),
         *([["config", params_line(cast("dict[str, Any]", config))]] if isinstance(config, dict) else []),
-        ["steps", f"{steps:,}{of}"],
+        ["steps", f"{steps:,}{of}" if of else _steps(record)],
         *([["trained in", duration(artifacts.train_seconds)]] if artifacts is not None else []),
         ["data", str(record.folder)],
+        *([["page", f"View run at {record.page}"]] if record.page else []),
     ]
-    lines = [record.folder.name, "", *facts([[name, printable(text)] for name, text in known], width)]
+    lines = [
+        printable(record.name or record.folder.name),
+        "",
+        *facts([[name, printable(text)] for name, text in known], width),
+    ]
     for head, found in (("metric", record.metrics), ("eval while it trained", record.evals)):
         if found:
             rows = [[head, "rows", "first", "last", "least", "at step", "greatest", "at step"]]
@@ -161,9 +234,10 @@ def _run_lines(record: "RunRecord") -> list[str]:
         rows += [[each.name, f"{each.batch:,}", *place] for each, place in zip(last, places, strict=True)]
         lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]
         lines += [f"({earlier} earlier ones)"] if earlier else []
-    if result is not None and result.evals:
+    evals = record.benchmarks if result is None else result.evals
+    if evals:
         rows = [["eval", "tags", "metrics"]]
-        for scored in result.evals:
+        for scored in evals:
             told = "  ".join(f"{name} {number(value)}" for name, value in scored.metrics.items())
             rows.append([scored.name, ",".join(scored.tags) or NONE, told])
         lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]

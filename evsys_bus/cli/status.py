@@ -9,12 +9,13 @@ import click
 
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.where import encode_json
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.adapter_states import AdapterState
     from evsys_bus.cli.progress.transfers import Transfer
     from evsys_bus.cli.streams import StreamState
     from evsys_bus.journal import Report
+    from evsys_bus.tasks import DeliveryStatus
 
 
 @click.command("status")
@@ -28,14 +29,14 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
     A stream is live while a process writes it, closed when its last writer closed it, dead when that was killed.
     """
-    from evsys_bus.cli.adapter_states import adapter_states
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.streams import streams
     from evsys_bus.cli.uploads import uploads_under_way
+    from evsys_bus.delivery.accounts import accounts
 
     directory = found(folder).directory
     states = streams(directory)
-    adapters = adapter_states(directory)
+    adapters = accounts(directory)
     uploads = uploads_under_way(directory)
     report = None
     if thoroughly:
@@ -43,14 +44,14 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
         report = verified(directory, screen)
     if as_json:
-        lines = _json_lines(states, adapters, uploads, report)
+        lines = _json_lines(directory, states, adapters, uploads, report)
     else:
         lines = [*_lines(directory, states, adapters, report), *_upload_lines(uploads)]
     click.echo("\n".join(lines))
 
 
 def _lines(
-    directory: Path, states: "list[StreamState]", adapters: "list[AdapterState]", report: "Report | None"
+    directory: Path, states: "list[StreamState]", adapters: "list[DeliveryStatus]", report: "Report | None"
 ) -> list[str]:
     from evsys_bus.cli.amounts import NONE, ago, size, span
     from evsys_bus.cli.screen import printable, width_of
@@ -86,13 +87,19 @@ def _upload_lines(uploads: "list[Transfer]") -> list[str]:
 
 
 def _json_lines(
-    states: "list[StreamState]", adapters: "list[AdapterState]", uploads: "list[Transfer]", report: "Report | None"
+    directory: Path,
+    states: "list[StreamState]",
+    adapters: "list[DeliveryStatus]",
+    uploads: "list[Transfer]",
+    report: "Report | None",
 ) -> list[str]:
     import msgspec
+
+    from evsys_bus.cli.adapter_states import adapter_rows
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
     rows: list[dict[str, Any]] = []  # Any: JSON
     rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
-    rows += [{"type": "adapter", **msgspec.to_builtins(each)} for each in adapters]
+    rows += adapter_rows(directory, adapters)
     rows += [{"type": "upload", **msgspec.to_builtins(each)} for each in uploads]
-    return [msgspec.json.encode(row).decode() for row in rows]
+    return [encode_json(row).decode() for row in rows]

@@ -44,7 +44,8 @@ def _stream(reader: JournalReader, stream: str) -> StreamState:
     folder = f"{reader.directory}/{stream}"
     live = reader.is_live(stream)
     names = layout.segments(disk, folder)
-    closed = False
+    # Without an event a writer that closes writes nothing; it only takes its reserve away, which a kill leaves.
+    closed = not names and _is_tidy(disk, folder)
     for name in names[-1:]:
         newest = next(frames_backwards(disk, f"{folder}/{name}"), None)
         closed = newest is not None and newest.kind == frame.CLOSED
@@ -65,3 +66,10 @@ def _stream(reader: JournalReader, stream: str) -> StreamState:
         last=None if last is None else last.sequence,
         last_time=last_time,
     )
+
+
+def _is_tidy(disk: OsDisk, folder: str) -> bool:
+    try:
+        return layout.RESERVE not in disk.names(folder)
+    except FileNotFoundError:  # it stands on another machine
+        return False

@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, timeout_option
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option, printable
+from evsys_bus.where import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.deliveries import Outcome
     from evsys_bus.cli.progress import ProgressMode
     from evsys_bus.cli.syncing import Work
     from evsys_bus.errors import EvsysBusError
+    from evsys_bus.tasks import DeliveryStatus
 
 
 @click.command("sync")
@@ -38,8 +41,10 @@ def command(
 ) -> int:
     """Deliver what is pending in the journal of RUN; without it, in the newest one below ./runs that has anything.
 
-    Exits with 4 where something stays pending because a destination refuses or is away, with 3 where another process
-    delivers already.
+    What was delivered but is owed, because the far side has not confirmed it, is finished too. Where the couriers of a
+    program that has ended still deliver, it waits for them, and takes over where they are stuck. Exits with 4 where
+    something stays pending or owed because a destination refuses or is away, with 3 where another process goes on
+    delivering, as a program that still runs.
     """
     from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
     from evsys_bus.cli.syncing import deliver, work_in
@@ -49,28 +54,27 @@ def command(
         raise click.UsageError("--all means every journal below ./runs; leave RUN or --all out")
     works = [work_in(each, adapters) for each in _journals(folder, adapters, everywhere=everywhere)]
     outcomes: list[Outcome] = []
-    errors: list[EvsysBusError] = [error for work in works for error in work.busy]
+    errors: list[EvsysBusError] = []
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
-        errors += _homeless(work)
+        errors += [*_homeless(work), *_unknown(work)]
         _say_moved(work, screen)
         if dry_run:
             click.echo("\n".join(_planned(work, as_json=as_json)), nl=bool(work.posted))
             continue
-        with deliveries_shown(progress, screen) as tell:
-            done, interrupted = deliver(work, timeout_seconds, tell)
-        if done:
-            click.echo("\n".join(outcome_json(done) if as_json else map(printable, outcome_lines(done))))
-        outcomes += done
-        if interrupted:
+        known = _say_known(work, screen)
+        with deliveries_shown(progress, screen, known) as view:
+            done = deliver(work, timeout_seconds, view.tell, view.note)
+        if done.outcomes:
+            lines = outcome_json(done.outcomes) if as_json else map(printable, outcome_lines(done.outcomes))
+            click.echo("\n".join(lines))
+        outcomes += done.outcomes
+        errors += done.busy
+        if done.interrupted:
             screen.note("interrupted; the rest stays pending, and goes out with the same command")
             return INTERRUPTED
-    for each in outcomes:
-        if each.dead:
-            screen.note(
-                f"{each.adapter}: {each.dead:,} refused for good; they are, with the reason, in {each.dead_letters}"
-            )
+    _say_failures(outcomes, screen)
     errors += [error for each in outcomes if (error := trouble_of(each)) is not None]
     if not works or not (outcomes or errors or dry_run):
         screen.note("nothing is pending")
@@ -79,7 +83,7 @@ def command(
 
 def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: bool) -> list[Path]:
     from evsys_bus.cli.journals import found, newest_first
-    from evsys_bus.cli.syncing import pending_in
+    from evsys_bus.cli.syncing import unfinished_in
     from evsys_bus.errors import did_you_mean
 
     if folder is not None:
@@ -93,24 +97,32 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
                     f"{directory} has no adapter {name}; {did_you_mean(name, known) or 'it has none'}"
                 )
         return [directory]
-    pending = (each for each in newest_first() if pending_in(each, adapters))
+    pending = (each for each in newest_first() if unfinished_in(each, adapters))
     return list(pending) if everywhere else [each for each in [next(pending, None)] if each is not None]
 
 
 def _planned(work: "Work", *, as_json: bool) -> list[str]:
-    import msgspec
-
     from evsys_bus.cli.tables import columns, counted
 
-    rows = [(each, account.pending) for each, account in work.posted if each.recipe is not None]
+    rows = [account for _, account in work.posted]
     if as_json:
-        return [
-            msgspec.json.encode(
-                {"type": "pending", "journal": str(work.directory), "adapter": each.name, "pending": pending}
-            ).decode()
-            for each, pending in rows
+        facts = [
+            {"type": "pending", "journal": str(work.directory), "adapter": each.name, "pending": each.pending}
+            | {"owed": each.owed}
+            for each in rows
         ]
-    return columns([[printable(each.name), f"{counted(pending, 'event')} to send"] for each, pending in rows])
+        return [encode_json(each).decode() for each in facts]
+    owes = any(each.owed for each in rows)
+    return columns(
+        [
+            [
+                printable(each.name),
+                f"{counted(each.pending, 'event')} to send",
+                *([f"{each.owed:,} to be confirmed"] if owes else []),
+            ]
+            for each in rows
+        ]
+    )
 
 
 def _homeless(work: "Work") -> "list[EvsysBusError]":
@@ -129,12 +141,42 @@ def _homeless(work: "Work") -> "list[EvsysBusError]":
     ]
 
 
+def _unknown(work: "Work") -> "list[EvsysBusError]":
+    from evsys_bus.cli.deliveries import unknown
+
+    return [unknown(work.directory, each) for each in work.unknown]
+
+
 def _say_moved(work: "Work", screen: Screen) -> None:
     for each, _ in work.posted:
         if each.folder and not Path(each.folder).is_dir():
             screen.note(
                 f"{each.name} was followed from {each.folder}, which is gone: relative paths are meant from here"
             )
+
+
+def _say_known(work: "Work", screen: Screen) -> "list[DeliveryStatus]":
+    """What kept events from being delivered before, at once: it may be what keeps them now."""
+    from evsys_bus.cli.deliveries import trouble_lines
+
+    known = [each for each in [*(account for _, account in work.posted), *work.busy] if each.error is not None]
+    for each in known:
+        alone = msgspec.structs.replace(each, hook_failures=0, task_failures=0, dead=0)
+        screen.note(printable("\n".join(trouble_lines(alone, work.directory))))
+    return known
+
+
+def _say_failures(outcomes: "list[Outcome]", screen: Screen) -> None:
+    from evsys_bus.cli.deliveries import trouble_lines
+
+    for each in outcomes:
+        if each.dead:
+            screen.note(
+                f"{each.adapter}: {each.dead:,} refused for good; they are, with the reason, in {each.dead_letters}"
+            )
+        if each.after.hook_failures or each.after.task_failures:
+            failures = msgspec.structs.replace(each.after, owed=0, error=None, dead=0)
+            screen.note(printable("\n".join(trouble_lines(failures, each.journal))))
 
 
 def _told(errors: "list[EvsysBusError]", screen: Screen) -> int:

@@ -3,18 +3,13 @@
 It ends when all is delivered; or, at its cursors, when its stdin says anything or ends.
 """
 
-import logging
 import os
 import select
-import signal
 from typing import Final
 
-import msgspec
-
-from evsys_bus.delivery.crew import Crew
-from evsys_bus.delivery.kept_process import DELIVERED_CODE, Order
-from evsys_bus.diagnostics import LOGGER_NAME
-from evsys_bus.wiring.followed import build_followed
+from evsys_bus.delivery.kept_process import DELIVERED_CODE
+from evsys_bus.delivery.process_log import flush_log
+from evsys_bus.wiring.courier_main import begin
 
 STOP_SECONDS: Final = 2.0
 """How long couriers may take to end when they are stopped."""
@@ -23,11 +18,7 @@ _LOOK_SECONDS: Final = 0.1
 
 def main(line: bytes) -> None:
     """Do what the `Order` says, and exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    order = msgspec.json.decode(line, type=Order)
-    logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
-    logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
-    crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed)
+    _, crew = begin(line)
     crew.start(enlists=False)
     crew.finish()
     while not crew.join(_LOOK_SECONDS):
@@ -35,6 +26,6 @@ def main(line: bytes) -> None:
             crew.stop()
             crew.join(STOP_SECONDS)
             break
-    logging.shutdown()
+    flush_log()
     # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
     os._exit(DELIVERED_CODE)

@@ -1,28 +1,41 @@
 """Delivering what is pending in one journal: a process for each folder that adapters were followed from.
 
 Relative paths in their params, and their modules, mean what they meant there.
+
+Where the courier process of a program that has ended still delivers, `join` waits for it, and ends it where it is
+stuck: then what is left is delivered here. That of a live program is left alone.
 """
 
+import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import msgspec
 
+from evsys_bus.cli.adapter_states import Ranks, ranks_served
 from evsys_bus.cli.deliveries import LOOK_SECONDS, Outcome, Watch, busy
 from evsys_bus.cli.delivery_progress import Tell
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.delivery.accounts import Account, accounts
+from evsys_bus.delivery.accounts import Accounts, accounts
 from evsys_bus.delivery.kept_process import DELIVERED_CODE, Order
 from evsys_bus.delivery.process import LOG_NAME
+from evsys_bus.delivery.process_log import open_log
 from evsys_bus.delivery.roster import Posted, import_path, roster
 from evsys_bus.errors import CourierBusyError
-from evsys_bus.journal import layout
+from evsys_bus.journal import JournalReader, OsDisk, layout
+from evsys_bus.journal.claim import owner
+from evsys_bus.journal.layout import Owner
+from evsys_bus.journal.signature import signed
+from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.where import encode_json
 
 # Nothing of ours may be imported before sys.path is what the order says.
 _BOOT: Final = (
@@ -30,67 +43,287 @@ _BOOT: Final = (
     'sys.path[:] = json.loads(line)["sys_path"]; from evsys_bus.cli.sync_main import main; main(line)'
 )
 _END_SECONDS: Final = 5.0
+STUCK_SECONDS: Final = 10.0
+"""A courier of a program that has ended is given so long to deliver anything; then it is ended."""
+_SURE_SECONDS: Final = 1.0
+"""A lock is signed a moment after it was taken."""
+_SIGNAL_SECONDS: Final = 1.0
+"""Between two signals to the same process."""
+_COURIER_MAIN: Final = "evsys_bus.wiring.courier_main"
 
 
 class Work(NamedTuple):
     """What there is to be delivered in one journal."""
 
     directory: Path
-    posted: list[tuple[Posted, Account]]
+    posted: list[tuple[Posted, DeliveryStatus]]
     """Can be delivered now."""
-    busy: list[CourierBusyError]
-    homeless: list[Account]
+    busy: list[DeliveryStatus]
+    """Another process delivers to these."""
+    homeless: list[DeliveryStatus]
     """Only the program that followed them has the adapter."""
+    unknown: list[DeliveryStatus]
+    """Their files cannot be read now."""
 
 
-def pending_in(directory: Path, only: Collection[str] = ()) -> list[Account]:
-    """The adapters of a journal that something is pending for."""
-    return [each for each in accounts(directory) if each.pending and (not only or each.name in only)]
+class Done(NamedTuple):
+    """What came of it."""
+
+    outcomes: list[Outcome]
+    busy: list[CourierBusyError]
+    """Of adapters that another process still delivers to."""
+    interrupted: bool = False
+
+
+def unfinished_in(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+    """The adapters of a journal that something is pending for, or that owe something."""
+    found = (each for each in accounts(directory) if each.pending or each.owed or not each.is_known)
+    return [each for each in found if not only or each.name in only or not each.is_known]
 
 
 def work_in(directory: Path, only: Collection[str] = ()) -> Work:
     """What there is to do."""
-    known = {each.name: each for each in roster(str(directory))}
-    work = Work(directory.absolute(), [], [], [])
-    for account in pending_in(directory, only):
+    try:
+        known = {each.name: each for each in roster(str(directory))}
+    except OSError:  # then nothing is known of its adapters, which each of them says
+        known = {}
+    work = Work(directory.absolute(), [], [], [], [])
+    for account in unfinished_in(directory, only):
         posted = known.get(account.name)
-        if account.busy:
-            work.busy.append(busy(directory, account.name))
-        elif posted is None or posted.recipe is None:
-            work.homeless.append(account)
-        else:
+        if not account.is_known:
+            work.unknown.append(account)
+        elif account.busy:
+            work.busy.append(account)
+        elif posted is not None and posted.recipe is not None:
             work.posted.append((posted, account))
+        elif account.pending:
+            work.homeless.append(account)
     return work
 
 
-def deliver(work: Work, timeout_seconds: float, tell: Tell) -> tuple[list[Outcome], bool]:
-    """Deliver until nothing is pending, or nothing more is to be expected.
+def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str], object]) -> Done:
+    """Deliver until nothing is pending or owed, or nothing more is to be expected.
 
-    Returns:
-        What came of it, and whether it was interrupted.
+    Args:
+        work: What there is to do.
+        timeout_seconds: An adapter that takes nothing for so long is given up.
+        tell: Shows how it goes.
+        note: Says what a person should know.
     """
+    done = _deliver(work, timeout_seconds, tell)
+    if done.interrupted:
+        return done
+    names = {each.name for each in [*(account for _, account in work.posted), *work.busy]}
+    held = {each.name for each in work_in(work.directory, names).busy}  # also by couriers that began meanwhile
+    held |= {each.name for each in work.busy}  # those that have ended since may have left something
+    if not held:
+        return done
+    joined = _join(work.directory, held, timeout_seconds, tell, note)
+    did_something = [each for each in joined.outcomes if each.before.pending or each.before.owed]
+    outcomes = _one_after_another(done.outcomes, did_something)
+    if joined.interrupted:
+        return Done(outcomes, [], interrupted=True)
+    left = work_in(work.directory, held)
+    rest = _deliver(left, timeout_seconds, tell)
+    outcomes = _one_after_another(outcomes, rest.outcomes)
+    still = {each.name: each for each in left.busy}
+    refused = [busy(work.directory, name, _why(each)) for name, each in still.items()]
+    return Done([each for each in outcomes if each.adapter not in still], refused, interrupted=rest.interrupted)
+
+
+def _one_after_another(first: Sequence[Outcome], then: Sequence[Outcome]) -> list[Outcome]:
+    """What became of each adapter in all."""
+    found = {each.adapter: each for each in first}
+    for each in then:
+        earlier = found.get(each.adapter, each)
+        seconds = each.seconds + (earlier.seconds if earlier is not each else 0.0)
+        found[each.adapter] = Outcome(each.journal, earlier.before, each.after, round(seconds, 1))
+    return list(found.values())
+
+
+def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
+    """In processes of our own."""
     outcomes: list[Outcome] = []
     places = dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted)
     at_once = [[each for each, _ in work.posted if (each.folder, each.sys_path) == place] for place in places]
     while at_once:
         posted = at_once.pop(0)
         watch = Watch(work.directory, {each.name for each in posted})
+        tell(watch.look(0))
         interrupted = False
         with Interrupts(lambda _: None), _process(work.directory, posted) as process:
             try:
+                elsewhere_since = math.inf
                 while process.poll() is None and not watch.is_over(timeout_seconds):
-                    tell(watch.look(process.pid))
+                    statuses = watch.look(process.pid)
+                    tell(statuses)
+                    if not _are_all_held_elsewhere(work.directory, statuses, process.pid):
+                        elsewhere_since = math.inf
+                    elif time.monotonic() - (elsewhere_since := min(elsewhere_since, time.monotonic())) > _SURE_SECONDS:
+                        break  # the couriers of a program that ended just now were quicker
                     time.sleep(LOOK_SECONDS)
             except KeyboardInterrupt:
                 interrupted = True
+            died_by = process.poll()
         tell(watch.look(process.pid))
         if len(posted) > 1 and not interrupted and process.returncode != DELIVERED_CODE:
             at_once[:0] = [[each] for each in posted]  # one of them ended it; by themselves the others are delivered to
             continue
-        outcomes += watch.outcomes()
+        outcomes += [_with_death(each, died_by, work.directory) for each in watch.outcomes()]
         if interrupted:
-            return outcomes, True
-    return outcomes, False
+            return Done(outcomes, [], interrupted=True)
+    return Done(outcomes, [])
+
+
+def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
+    """Whether other processes than this one deliver to all that have something left."""
+    left = [each for each in statuses if each.pending or each.owed]
+    return bool(left) and all(each.busy and _is_held_elsewhere(directory, each.name, pid) for each in left)
+
+
+def _is_held_elsewhere(directory: Path, name: str, pid: int) -> bool:
+    found = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
+    return found is not None and (found.pid, found.host) != (pid, os.uname().nodename)
+
+
+def _with_death(outcome: Outcome, code: int | None, directory: Path) -> Outcome:
+    """How the process ended, where it ended by itself before it had said what is wrong."""
+    after = outcome.after
+    if code in {None, DELIVERED_CODE} or not (after.pending or after.owed) or after.error is not None:
+        return outcome
+    assert code is not None
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    fix = f"read {directory / layout.COURIERS / LOG_NAME}"
+    after = msgspec.structs.replace(after, error=f"its process has ended by {how}", fix=fix)
+    return msgspec.structs.replace(outcome, after=after)
+
+
+def _join(directory: Path, names: set[str], timeout_seconds: float, tell: Tell, note: Callable[[str], object]) -> Done:
+    """Wait for the processes that deliver to these, as long as something moves; end those that are stuck."""
+    watch = Watch(directory, names)
+    joining = _Joining(directory, timeout_seconds, note)
+    interrupted = False
+    with Interrupts(lambda _: None):
+        try:
+            while True:
+                statuses = watch.look(None)
+                tell(statuses)
+                if not joining.goes_on([each for each in statuses if each.busy and (each.pending or each.owed)]):
+                    break
+                time.sleep(LOOK_SECONDS)
+        except KeyboardInterrupt:
+            interrupted = True
+    return Done(watch.outcomes(), [], interrupted=interrupted)
+
+
+class _Joining:
+    """The processes that deliver to a journal, while they are waited for."""
+
+    def __init__(self, directory: Path, timeout_seconds: float, note: Callable[[str], object]) -> None:
+        self._directory = directory
+        self._timeout_seconds = timeout_seconds
+        self._note = note
+        self._accounts = Accounts(directory)
+        self._ranks = ranks_served(directory)
+        self._began = time.monotonic()
+        self._all: list[DeliveryStatus] = []
+        self._moved: dict[str, tuple[tuple[int, ...], float]] = {}
+        self._noted: set[str] = set()
+        self._signalled: dict[int, float] = {}
+
+    def goes_on(self, held: Sequence[DeliveryStatus]) -> bool:
+        """Whether to wait on for those that other processes hold; ends what is stuck."""
+        self._all = self._accounts.read()
+        for each in self._all:
+            counts = (each.delivered, each.dead, each.owed)
+            if each.name not in self._moved or self._moved[each.name][0] != counts:
+                self._moved[each.name] = counts, time.monotonic()
+        orphaned: list[DeliveryStatus] = []
+        for each in held:
+            program = _program(self._directory, each.name, self._ranks)
+            if program is None:
+                orphaned.append(each)
+            elif each.name not in self._noted:
+                self._noted.add(each.name)
+                who = f"its program, process {program.pid} on {program.host}, still runs and delivers by itself"
+                self._note(f"{each.name}: {who}; waiting for it, {self._timeout_seconds:g} s at most")
+        for each in orphaned:
+            self._end_if_stuck(each.name)
+        if len(held) > len(orphaned) and time.monotonic() - self._began < self._timeout_seconds:
+            return True
+        return any(self._quiet_seconds(each.name) < self._patience(each.name) for each in orphaned)
+
+    def _patience(self, name: str) -> float:
+        """How long nothing may move: shorter where the process is on another machine, and nobody can be asked."""
+        here = _holder(self._directory, name) is not None
+        return self._timeout_seconds if here else min(STUCK_SECONDS, self._timeout_seconds)
+
+    def _quiet_seconds(self, name: str) -> float:
+        return time.monotonic() - self._moved[name][1] if name in self._moved else 0.0
+
+    def _end_if_stuck(self, name: str) -> None:
+        """End the process that holds this adapter, where its program is gone and nothing that it has moves any more."""
+        pid = _lingering_courier(self._directory, name)
+        if pid is None or time.monotonic() - self._signalled.get(pid, 0.0) < _SIGNAL_SECONDS:
+            return
+        patience = min(STUCK_SECONDS, self._timeout_seconds / 2)
+        for each in self._all:
+            if each.busy and (each.pending or each.owed) and _holder(self._directory, each.name) == pid:
+                waits_for_a_person = each.state in {"parked", "failed"} or (not each.pending and bool(each.owed_fix))
+                if not waits_for_a_person and self._quiet_seconds(each.name) < patience:
+                    return
+        if pid not in self._signalled:
+            self._note(f"{name}: the courier process {pid} of a program that has ended is stuck; taking over from it")
+        self._signalled[pid] = time.monotonic()
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _program(directory: Path, name: str, ranks: Ranks) -> Owner | None:
+    """The live program whose events this adapter is given: one that has a stream open for writing."""
+    reader, served = JournalReader(directory), ranks.get(name)
+    for stream in reader.streams():
+        if (served is None or layout.rank_of(stream) in served) and reader.is_live(stream):
+            return owner(OsDisk(), str(directory), stream) or Owner(0, "an unknown host", "")
+    return None
+
+
+def _holder(directory: Path, name: str) -> int | None:
+    """The process, on this machine, that delivers to the adapter."""
+    found = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
+    if found is None or (found.boot, found.host) != (OsDisk().boot(), os.uname().nodename):
+        return None
+    return found.pid
+
+
+def _lingering_courier(directory: Path, name: str) -> int | None:
+    """That process, where it is a courier process whose program is gone."""
+    pid = _holder(directory, name)
+    found = None if pid is None else _parent_and_command(pid)
+    if found is None or _COURIER_MAIN not in found[1]:
+        return None
+    writers = {owner(OsDisk(), str(directory), stream) for stream in JournalReader(directory).streams()}
+    return None if found[0] in {each.pid for each in writers if each is not None} else pid
+
+
+def _parent_and_command(pid: int) -> tuple[int, str] | None:
+    """None where there is no such process, or the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+        return int(stat.rpartition(")")[2].split()[1]), command
+    except (OSError, ValueError, IndexError):
+        pass
+    ps = shutil.which("ps")
+    if ps is None:
+        return None
+    line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # found on the user's own path
+    parent, _, command = line.stdout.strip().partition(" ")
+    return (int(parent), command) if parent.isdecimal() else None
+
+
+def _why(status: DeliveryStatus) -> str | None:
+    return None if status.trouble is None else f"{status.name}: {status.trouble}"
 
 
 @contextmanager
@@ -100,7 +333,7 @@ def _process(directory: Path, posted: Sequence[Posted]) -> "Generator[subprocess
     path = (*ours, *(each for each in sys_path if each not in ours))
     order = Order(str(directory), list(posted), path, 0.0, os.getpid())
     log = directory / layout.COURIERS / LOG_NAME
-    with os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600), "wb") as output:
+    with os.fdopen(open_log(str(log)), "wb") as output:
         process = subprocess.Popen(  # noqa: S603  # our own interpreter, and nothing from outside
             [sys.executable, "-P", "-c", _BOOT, str(directory)],
             bufsize=0,
@@ -113,7 +346,7 @@ def _process(directory: Path, posted: Sequence[Posted]) -> "Generator[subprocess
     assert process.stdin is not None
     try:
         with suppress(BrokenPipeError):  # it is dead already, and what is pending says so
-            rest = memoryview(msgspec.json.encode(order) + b"\n")
+            rest = memoryview(encode_json(order) + b"\n")
             while rest:
                 rest = rest[process.stdin.write(rest) :]
         yield process

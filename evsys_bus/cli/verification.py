@@ -35,6 +35,8 @@ def stream_lines(stream: StreamReport) -> list[str]:
     if stream.missing:
         lines.append(f"  ! lost: {_events(stream.missing)} {spans(stream.missing)}")
     lines += [f"  ! could not be read: {' '.join(each.split())}" for each in stream.unreadable]
+    if stream.removed:
+        lines.append(f"  {counted(stream.removed, 'event')} before these removed, as by retain")
     if stream.torn_bytes:
         lines.append(f"  {counted(stream.torn_bytes, 'byte')} of writes cut short, as by a kill; they cost no event")
     return lines
@@ -42,6 +44,9 @@ def stream_lines(stream: StreamReport) -> list[str]:
 
 def summary(report: Report) -> str:
     """The whole journal in a line."""
+    removed = sum(each.removed for each in report.streams)
+    if report.whole and removed:
+        return f"whole, but for {counted(removed, 'event')} that were removed from the front, as by retain"
     if report.whole:
         return "whole: every event that was recorded is there"
     lost = sum(within(each.missing) for each in report.streams)

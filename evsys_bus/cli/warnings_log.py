@@ -15,7 +15,8 @@ import evsys_bus
 from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.codec import json_line
 
-_KINDS: Final = ("callback", "hook", "evaluator", "file", "task", "run")
+_KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
+_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
 _OURS: Final = Path(evsys_bus.__file__).parent
 
@@ -32,31 +33,51 @@ class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
         try:
-            trace = self._trace(record)
-            sys.stderr.write(self._json(record, trace) if self._as_json else self._text(record, trace))
+            message, trace = self._parts(record)
+            sys.stderr.write(
+                self._json(record, message, trace) if self._as_json else self._text(record, message, trace)
+            )
             sys.stderr.flush()
         except (OSError, ValueError):
             pass  # stderr is gone, and with it whoever would read this
 
-    def _trace(self, record: logging.LogRecord) -> str:
-        if not record.exc_info or record.exc_info[1] is None:
-            return ""
-        kind = (record.name, record.getMessage().partition(" ")[0], *(getattr(record, each, None) for each in _KINDS))
+    def _parts(self, record: logging.LogRecord) -> tuple[str, str]:
+        """The message, and the traceback: the record's own, or the one that a courier's line came with."""
+        message = record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        told = getattr(record, "traceback", None)
+        if error is not None:
+            repeated = self._is_repeated(record, type(error))
+            lines = traceback.format_exception_only(error) if repeated else _foreign_part(error).format()
+            return message, "".join(lines).rstrip()
+        if isinstance(told, str):
+            message = message.replace(f" traceback={told}", "").rstrip()
+        else:
+            message, head, below = message.partition(f"\n{_HEAD}")
+            told = f"{head}{below}"
+        told = told.strip("\n")
+        if told and self._is_repeated(record, told.rpartition("\n")[2].partition(":")[0]):
+            told = told.rpartition("\n")[2]
+        return message, told
+
+    def _is_repeated(self, record: logging.LogRecord, error: object) -> bool:
+        """Whether one of this kind was shown with its traceback."""
+        phrase = record.getMessage().partition(" ")[0]
+        kind = (record.name, phrase, error, *(getattr(record, each, None) for each in _KINDS))
         repeated = kind in self._seen
         if len(self._seen) < _MAX_KINDS:
             self._seen.add(kind)
-        if repeated:
-            return "".join(traceback.format_exception_only(record.exc_info[1])).rstrip()
-        return "".join(_foreign_part(record.exc_info[1]).format()).rstrip()
+        return repeated
 
-    def _text(self, record: logging.LogRecord, trace: str) -> str:
+    def _text(self, record: logging.LogRecord, message: str, trace: str) -> str:
         level = record.levelname.lower()
         head = self._screen.style(f"{level}:", sys.stderr, fg="yellow" if level == "warning" else "red", bold=True)
-        below = "".join(f"\n  {line}" for line in trace.splitlines())
-        return f"{head} {printable(record.getMessage() + below)}\n"
+        first, *more = message.splitlines() or [""]
+        below = "".join(f"\n  {line}" for line in [*more, *trace.splitlines()])
+        return f"{head} {printable(first + below)}\n"
 
-    def _json(self, record: logging.LogRecord, trace: str) -> str:
-        facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": record.getMessage()}
+    def _json(self, record: logging.LogRecord, message: str, trace: str) -> str:
+        facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": message}
         return json_line(facts | ({"traceback": trace} if trace else {})).decode() + "\n"
 
 

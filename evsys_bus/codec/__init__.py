@@ -8,8 +8,21 @@ values and rows.
 from evsys_bus.codec.bounds import MAX_EVENT_BYTES
 from evsys_bus.codec.json_line import json_line
 from evsys_bus.codec.plain import Plain, to_plain
-from evsys_bus.codec.reading import decode
+from evsys_bus.codec.reading import RunContexts, decode
 from evsys_bus.codec.references import error_text
+from evsys_bus.codec.step_form import IntroductionNeeded
 from evsys_bus.codec.writing import encode, encoder, to_json
 
-__all__ = ["MAX_EVENT_BYTES", "Plain", "decode", "encode", "encoder", "error_text", "json_line", "to_json", "to_plain"]
+__all__ = [
+    "MAX_EVENT_BYTES",
+    "IntroductionNeeded",
+    "Plain",
+    "RunContexts",
+    "decode",
+    "encode",
+    "encoder",
+    "error_text",
+    "json_line",
+    "to_json",
+    "to_plain",
+]

@@ -37,6 +37,15 @@ def fields_of(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 
     return None
 
 
+def has_fields(kind: Any) -> bool:
+    """Whether values of this type have named fields. Any: a type."""
+    return (
+        issubclass(kind, (*HANDLES, msgspec.Struct, SimpleNamespace))
+        or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__", "model_fields"))
+        or (kind.__module__, kind.__name__) == ("argparse", "Namespace")
+    )
+
+
 def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
     """The fields of a Struct under the names, and with the tag, that msgspec would give them. Any: of all types."""
     config = value.__struct_config__

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from enum import Enum
+from functools import lru_cache
 from itertools import islice
 from pathlib import PurePath
 from typing import Any, Final, TypeAlias
 from uuid import UUID
+
+import msgspec
 
 from evsys_bus.codec.bounds import (
     INT_MAX,
@@ -28,12 +31,13 @@ from evsys_bus.codec.bounds import (
     MAX_SHOWN_CHARS,
     MAX_TEXT_CHARS,
 )
-from evsys_bus.codec.foreign import fields_of, shown, snapshot, without_surrogates
+from evsys_bus.codec.flat import TooLarge
+from evsys_bus.codec.foreign import fields_of, has_fields, shown, snapshot, without_surrogates
 
 Plain: TypeAlias = Any
-"""None, bool, int, float, str, bytes, dates, and dicts (text keys) and lists of them. Any: a recursive union would make
-every reader of decoded data narrow at each level."""
+"""None, bool, int, float, str, bytes, moments with a time zone, and dicts (text keys) and lists of them."""
 
+_SMALL_BYTES: Final = 256 * 1024
 _ITEM_BYTES: Final = 10
 """What msgpack needs at most for a number, or for the head of a text or a container."""
 
@@ -42,8 +46,8 @@ def to_plain(value: object, path: str = "", *, max_bytes: int = MAX_EVENT_BYTES)
     """Copy a value into plain data, within bounds, and say what had to be replaced.
 
     Faithful changes are made silently: scalars of numpy and torch become numbers, sets and tuples lists; dataclasses,
-    Structs, models and named tuples dicts; enums their values, paths and keys text. A handle becomes its scalars. Never
-    raises, whatever the value does when it is looked at, but for KeyboardInterrupt and SystemExit.
+    Structs, models and named tuples dicts; enums their values; dates, durations, paths and keys text. A handle becomes
+    its scalars. Never raises, whatever the value does when it is looked at, but for KeyboardInterrupt and SystemExit.
 
     Args:
         value: Anything.
@@ -61,6 +65,21 @@ def to_plain(value: object, path: str = "", *, max_bytes: int = MAX_EVENT_BYTES)
     return plain, copying.reasons
 
 
+def plain_at(value: object, trail: Iterable[str | int], reasons: dict[str, str]) -> Plain:
+    """As `to_plain`, for one small value inside an event; the reasons are added to those that there are.
+
+    Raises:
+        TooLarge: It is no small one.
+    """
+    copying = _Copying("", _SMALL_BYTES, trail, reasons)
+    plain = copying.plain(value)
+    if copying.left < _SMALL_BYTES // 2:
+        raise TooLarge
+    if copying.untold:
+        reasons["…"] = f"and {copying.untold} more"
+    return plain
+
+
 def dotted(path: str, steps: Iterable[str | int]) -> str:
     """A path in the form that people know: ``metrics.grads[3]``."""
     for step in steps:
@@ -76,14 +95,16 @@ def entries(plain: Plain) -> dict[str, Plain]:
 class _Copying:
     """One copy under way: where it stands, what it may still use, what it had to replace."""
 
-    __slots__ = ("_above", "_left", "_path", "_trail", "reasons", "untold")
+    __slots__ = ("_above", "_path", "_trail", "left", "reasons", "untold")
 
-    def __init__(self, path: str, max_bytes: int) -> None:
+    def __init__(
+        self, path: str, max_bytes: int, trail: Iterable[str | int] = (), reasons: dict[str, str] | None = None
+    ) -> None:
         self._path = path
-        self._trail: list[str | int] = []
+        self._trail: list[str | int] = [*trail]
         self._above: set[int] = set()
-        self._left = max_bytes
-        self.reasons: dict[str, str] = {}
+        self.left = max_bytes
+        self.reasons: dict[str, str] = {} if reasons is None else reasons
         self.untold = 0
 
     def plain(self, value: object) -> Plain:
@@ -94,7 +115,7 @@ class _Copying:
         depth = len(self._trail)
         try:
             copy = _EXACT.get(kind)
-            return self._other(value, kind) if copy is None else copy(self, value)
+            return (_way_of(kind) if copy is None else copy)(self, value)
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the value's own code ran, and may raise what it likes
@@ -106,10 +127,9 @@ class _Copying:
         if INT_MIN <= value <= INT_MAX:
             return value
         try:
-            near = float(value)
+            return self._replaced(float(value), "an integer beyond 64 bits, kept as a float")
         except OverflowError:
             return self._replaced(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
-        return self._replaced(near, "an integer beyond 64 bits, kept as a float")
 
     def text(self, value: str) -> str:
         if len(value) > MAX_TEXT_CHARS:
@@ -123,24 +143,26 @@ class _Copying:
                 value = without_surrogates(value)
                 size = len(value.encode())
                 self._replace("lone surrogates, written out as \\udc80")
-        if size > self._left:
-            kept = max(self._left // 4, 0)
+        if size > self.left:
+            kept = max(self.left // 4, 0)
             self._replace(f"a text of {len(value)} characters, cut to {kept}: the whole is too large")
             value = value[:kept]
             size = 4 * kept
-        self._left -= size
+        self.left -= size
         return value
 
     def octets(self, value: bytes) -> bytes:
-        kept = min(MAX_TEXT_CHARS, max(self._left, 0))
+        kept = min(MAX_TEXT_CHARS, max(self.left, 0))
         if len(value) > kept:
             self._replace(f"{len(value)} bytes, cut to {kept}")
-        self._left -= min(len(value), kept)
+        self.left -= min(len(value), kept)
         return value[:kept]
 
-    def moment(self, value: datetime) -> datetime:
+    def moment(self, value: datetime) -> Plain:
+        if value.tzinfo is None:
+            return msgspec.to_builtins(value)
         # Any other tzinfo may be Python code, which must not run inside the encoder.
-        return value if value.tzinfo is None or type(value.tzinfo) is timezone else value.astimezone(UTC)
+        return value if type(value.tzinfo) is timezone else value.astimezone(UTC)
 
     def mapping(self, source: object, entries: Mapping[Any, Any]) -> Plain:
         """A copy of ``entries``, which nobody else may hold; ``source`` is what they were taken from. Any: as found."""
@@ -153,7 +175,7 @@ class _Copying:
             name = key if type(key) is str and len(key) <= MAX_KEY_CHARS and key.isascii() else self._key(key)
             if name in out:
                 name = self._another(name, out)
-            self._left -= len(name)
+            self.left -= len(name)
             kind: type = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
             if kind is float or kind is bool or value is None or (kind is int and INT_MIN <= value <= INT_MAX):
                 out[name] = value
@@ -162,7 +184,7 @@ class _Copying:
             else:
                 out[name] = None  # its place; numbers come first, lest a neighbour use up all the room
                 later.append((name, value))
-            if self._left < 0:
+            if self.left < 0:
                 self._replace(f"cut after {len(out)} of {len(entries)} entries: the whole is too large")
                 break
         for name, value in later:
@@ -185,35 +207,17 @@ class _Copying:
         self._above.discard(id(source))
         return out
 
-    def _other(self, value: Any, kind: Any) -> Plain:  # noqa: C901, PLR0911 - a line for each kind of thing
-        """Subclasses and foreign types. Any: each branch knows what it has."""
-        if issubclass(kind, float):
-            return float.__float__(value)
-        if issubclass(kind, str):
-            return self.text(str.__str__(value))
-        if issubclass(kind, int):
-            return self.integer(int.__int__(value))
-        if hasattr(kind, "item"):
-            return self._array(value, kind)
-        if issubclass(kind, Enum):
-            return self.plain(value.value)
-        if issubclass(kind, PurePath):
-            return self.text(str(value))
-        fields = fields_of(value, kind)
-        if fields is not None:
-            return self.mapping(value, fields)
-        if issubclass(kind, Mapping):
-            return self.mapping(value, snapshot(lambda: dict(value.items())))
-        if issubclass(kind, Sequence | AbstractSet):
-            return self.sequence(value, snapshot(lambda: list(islice(value, max(self._left, 0) // _ITEM_BYTES + 1))))
-        if issubclass(kind, date | time):
-            return self.text(value.isoformat())
-        if hasattr(kind, "__float__"):
-            return self._replaced(float.__float__(float(value)), f"a {kind.__name__}, kept as a float")
-        return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
+    def items(self, value: Any) -> Plain:
+        return self.sequence(value, snapshot(lambda: list(islice(value, max(self.left, 0) // _ITEM_BYTES + 1))))
 
-    def _array(self, value: Any, kind: Any) -> Plain:
+    def stranger(self, value: Any) -> Plain:
+        if hasattr(type(value), "__float__"):  # pyright: ignore[reportUnknownArgumentType] - as found
+            return self._replaced(float.__float__(float(value)), f"a {type(value).__name__}, kept as a float")
+        return self._replaced(shown(value), f"a {type(value).__name__} cannot be recorded")
+
+    def array(self, value: Any) -> Plain:
         """A scalar or an array of numpy, torch, jax or their like. Any: known by its attributes alone."""
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
         shape = getattr(value, "shape", ())
         count = math.prod(shape)
         if count == 1:
@@ -223,7 +227,8 @@ class _Copying:
             if hasattr(single, "__float__"):  # np.longdouble's item is another one
                 return float.__float__(float(single))
             return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
-        picture = f"{kind.__name__}(shape={tuple(shape)}, dtype={getattr(value, 'dtype', '?')})"[:MAX_SHOWN_CHARS]
+        dtype = _text_of(getattr(value, "dtype", "?"))
+        picture = f"{kind.__name__}(shape={tuple(shape)}, dtype={dtype})"[:MAX_SHOWN_CHARS]
         return self._replaced(picture, f"an array of {count} values; record numbers, or a list of a few")
 
     def _key(self, key: Any) -> str:
@@ -238,7 +243,7 @@ class _Copying:
         if len(name) > MAX_KEY_CHARS:
             length, name = len(name), f"{name[: MAX_KEY_CHARS - 9]}…{zlib.crc32(name.encode()):08x}"
             self._replace(f"a name of {length} characters, cut to {MAX_KEY_CHARS}", name)
-        self._left -= 3 * len(name)  # mapping() counts a byte for each character; here there may be four
+        self.left -= 3 * len(name)  # mapping() counts a byte for each character; here there may be four
         return name
 
     def _another(self, name: str, taken: Mapping[str, object]) -> str:
@@ -255,15 +260,15 @@ class _Copying:
         return self._replaced(f"<{type(container).__name__}>", why)
 
     def _room(self, count: int) -> int:
-        room = min(count, max(self._left, 0) // _ITEM_BYTES)
+        room = min(count, max(self.left, 0) // _ITEM_BYTES)
         if room < count:
             self._replace(f"cut after {room} of {count} items: the whole is too large")
-        self._left -= room * _ITEM_BYTES
+        self.left -= room * _ITEM_BYTES
         return room
 
     def _replaced(self, stand_in: Plain, why: str) -> Plain:
         if type(stand_in) is str:
-            self._left -= len(stand_in)
+            self.left -= len(stand_in)
         self._replace(why)
         return stand_in
 
@@ -274,7 +279,7 @@ class _Copying:
         path = dotted(self._path, (*self._trail, *within))
         path = without_surrogates(path if len(path) <= MAX_PATH_CHARS else f"{path[:MAX_PATH_CHARS]}…")
         self.reasons[path] = why
-        self._left -= len(path) + len(why)
+        self.left -= len(path) + len(why)
 
 
 _EXACT: Final[dict[type, Callable[[_Copying, Any], Plain]]] = {
@@ -292,8 +297,37 @@ _EXACT: Final[dict[type, Callable[[_Copying, Any], Plain]]] = {
     bool: lambda _, value: value,
     type(None): lambda _, value: value,
     datetime: _Copying.moment,
-    date: lambda _, value: value,
-    timedelta: lambda _, value: value,
-    UUID: lambda _, value: value,
+    date: lambda _, value: msgspec.to_builtins(value),
+    timedelta: lambda _, value: msgspec.to_builtins(value),
+    UUID: lambda _, value: msgspec.to_builtins(value),
 }
 """How each exact type is copied. Any: the key says the type."""
+
+
+@lru_cache(maxsize=256)
+def _way_of(kind: Any) -> Callable[[_Copying, Any], Plain]:  # noqa: C901, PLR0911 - a line for each kind of thing
+    """How values of a type that is not in `_EXACT` are copied. Any: it is found out here."""
+    if issubclass(kind, float):
+        return lambda _, value: float.__float__(value)
+    if issubclass(kind, str):
+        return lambda copying, value: copying.text(str.__str__(value))
+    if issubclass(kind, int):
+        return lambda copying, value: copying.integer(int.__int__(value))
+    if hasattr(kind, "item"):
+        return _Copying.array
+    if issubclass(kind, Enum):
+        return lambda copying, value: copying.plain(value.value)
+    if issubclass(kind, PurePath):
+        return lambda copying, value: copying.text(str(value))
+    if has_fields(kind):
+        return lambda copying, value: copying.mapping(value, entries(fields_of(value, kind)))
+    if issubclass(kind, Mapping):
+        return lambda copying, value: copying.mapping(value, snapshot(lambda: dict(value.items())))
+    if issubclass(kind, Sequence | AbstractSet):
+        return _Copying.items
+    if issubclass(kind, date | time):
+        return lambda copying, value: copying.text(value.isoformat())
+    return _Copying.stranger
+
+
+_text_of: Final = lru_cache(maxsize=64)(str)

@@ -12,13 +12,78 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_origin
 import msgspec
 
 from evsys_bus.codec.plain import Plain, entries
+from evsys_bus.codec.references import above, read_folders
 from evsys_bus.codec.shapes import annotations_of, handle_in, is_plain
-from evsys_bus.context import LogContext, LoopState, TrainingBatch, detacher
+from evsys_bus.context import (
+    DetachedLogContext,
+    DetachedLoopState,
+    DetachedTrainingBatch,
+    LogContext,
+    LoopState,
+    TrainingBatch,
+    detacher,
+)
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, event_type
 
 Contexts: TypeAlias = Mapping[str, LogContext] | None
-"""The context of each run, by its key."""
+"""The context of each run, by its key; `RunContexts` where there may be two of one key."""
+
+
+_MOST_RUNS: Final = 10_000
+"""Contexts that are kept: runs that nobody ends would stay for ever."""
+
+
+class RunContexts(dict[str, LogContext]):
+    """The contexts of runs, by key, the newest where two experiments have a run of one key.
+
+    `decode` adds those that a state introduces.
+
+    Args:
+        introduced: Called with the key and the context of a run that a state introduced.
+    """
+
+    def __init__(self, introduced: Callable[[str, LogContext], None] | None = None) -> None:
+        super().__init__()
+        self.introduced: Final = introduced
+        self.shared: Final[set[str]] = set()
+        """Keys that runs of several experiments have."""
+        self._by_root: dict[str, dict[str, LogContext]] = {}
+
+    def of(self, run: str | None, root: str | None) -> LogContext | None:
+        """The context of the run of this experiment, which is named by its directory."""
+        return self._by_root.get(run or "", {}).get(root or "")
+
+    def put(self, run: str, root: str, ctx: LogContext) -> None:
+        """Add a context, or replace it."""
+        if run not in self and len(self) >= _MOST_RUNS:
+            oldest = next(iter(self._by_root))
+            for each in [*self._by_root[oldest]]:
+                self.drop(oldest, each)
+        same = self._by_root.setdefault(run, {})
+        same[root] = self[run] = ctx
+        if len(same) > 1:
+            self.shared.add(run)
+
+    def drop(self, run: str, root: str) -> None:
+        """Forget a context."""
+        same = self._by_root.get(run, {})
+        same.pop(root, None)
+        self.shared.discard(run)
+        if same:
+            self[run] = next(reversed(same.values()))
+            if len(same) > 1:
+                self.shared.add(run)
+        else:
+            self._by_root.pop(run, None)
+            self.pop(run, None)
+
+    def clear(self) -> None:
+        """Forget all."""
+        super().clear()
+        self.shared.clear()
+        self._by_root.clear()
+
 
 Reader: TypeAlias = Callable[[dict[str, Plain], str | None, Contexts], Event]
 
@@ -31,6 +96,8 @@ class _Head(msgspec.Struct, gc=False, kw_only=True):
     run: str | None = None
     rank: int = 0
     replaced: dict[str, str] = {}
+    handles: dict[str, str] = {}
+    keywords: tuple[str, ...] = ()
 
 
 class _AnyHead(_Head, gc=False, kw_only=True):
@@ -54,6 +121,7 @@ class _StepHead(_Head, gc=False, kw_only=True):
 _detached_state: Final = detacher(LoopState)
 _detached_context: Final = detacher(LogContext)
 _detached_batch: Final = detacher(TrainingBatch)
+_DETACHED: Final = frozenset({DetachedLoopState, DetachedLogContext, DetachedTrainingBatch})
 _unpack: Final = msgspec.msgpack.Decoder(_AnyHead).decode
 _unpack_step: Final = msgspec.msgpack.Decoder(_StepHead).decode
 
@@ -65,9 +133,9 @@ def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
 
     Args:
         data: What `encode` made.
-        contexts: Gives ``state.ctx``, by the run's key. Where the run is not in it, a state that had a ``ctx`` has one
-            that names the run, and where it lies, and nothing else (what a hook writes into that one reaches no later
-            hook); a state that had none has none.
+        contexts: Gives ``state.ctx``, by the run's key; `RunContexts` also learns those that a state introduces. Where
+            the run is not in it, a state that had a ``ctx`` has one that names the run, and where it lies, and nothing
+            else (what a hook writes into that one reaches no later hook); a state that had none has none.
 
     Raises:
         CodecError: The bytes are no envelope.
@@ -93,9 +161,12 @@ def _decode_any(data: bytes | memoryview, contexts: Contexts) -> Envelope:
     if type(tag) is not str:
         raise _no_envelope("its event has no type")
     known = event_type(tag)
+    for name, handle in head.handles.items():
+        if name in fields and handle in _HANDLES:
+            fields[name] = _HANDLES[handle](fields[name], head.run, contexts)
     event = None if known is None else _read(known, fields, head.run, contexts)
     if event is None:
-        event = UnknownEvent(tag, fields)
+        event = UnknownEvent(tag, fields, head.handles, head.keywords)
     return Envelope(head.stream, head.seq, head.time, event, head.run, head.rank, head.replaced)
 
 
@@ -150,47 +221,78 @@ def _as_it_is(value: Plain, _: str | None, __: Contexts) -> Plain:
 
 
 def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
-    if ref is None:
-        return None
-    parts = entries(ref)
+    if ref is None or type(ref) is DetachedLoopState:
+        return ref
+    parts = read_folders(entries(ref))
     state = _detached_state(parts)
     own: Any = parts.get("run")  # Any: as it was written
     key: Any = own if own and type(own) is str else run
-    if contexts is not None and key in contexts:
-        state.ctx = contexts[key]
-    elif own and type(own) is str:  # a bare state stays bare: adapters have their files elsewhere where there is a ctx
+    if "context" in parts:
+        state.ctx = _introduced(read_folders(entries(parts["context"])), _root_of(parts, key), key, contexts)
+    elif contexts is not None and key in contexts:
+        ctx = None
+        if type(contexts) is RunContexts and key in contexts.shared:
+            ctx = contexts.of(key, _root_of(parts, key))
+        state.ctx = contexts[key] if ctx is None else ctx
+    elif (own and key is own) or "root" in parts:
+        # A bare state stays bare: adapters have their files elsewhere where there is a ctx.
         parts["ctx"] = cast("Plain", _unannounced)
     return state
 
 
+def _introduced(parts: dict[str, Plain], root: str | None, run: Any, contexts: Contexts) -> LogContext:
+    """The context that stands in a state; the one that is known already, if it is. Any: as it was written."""
+    if root is not None:
+        parts.setdefault("output_dir", root)
+    ctx, root = _detached_context(parts), parts.get("output_dir")
+    if type(contexts) is not RunContexts or type(run) is not str or type(root) is not str:
+        return ctx
+    known = contexts.of(run, root)
+    if known is not None:
+        for part in ("ids", "extras"):
+            setattr(known, part, {**entries(parts.get(part)), **getattr(known, part)})
+        return known
+    for part in ("ids", "extras"):
+        setattr(ctx, part, entries(parts.get(part)))
+    contexts.put(run, root, ctx)
+    if contexts.introduced is not None:
+        contexts.introduced(run, ctx)
+    return ctx
+
+
 def _unannounced(parts: Mapping[str, Plain]) -> LogContext:
     """The context of a run whose start was not seen: what can be told of it from one of its states, when asked for."""
-    run, folder = cast("str", parts["run"]), parts.get("output_dir")
-    known: dict[str, Plain] = {"run_key": run, "ids": {}, "extras": {}}
-    if type(folder) is str:
-        known["output_dir"] = _above(folder, run.count("/") + 1)
+    run = parts.get("run")
+    known: dict[str, Plain] = {"run_key": run if type(run) is str else None, "ids": {}, "extras": {}}
+    root = _root_of(parts, run)
+    if root is not None:
+        known["output_dir"] = root
     return _detached_context(dict.fromkeys(("config", "run_config", "group_name")) | known)
 
 
-@functools.lru_cache(maxsize=256)
-def _above(folder: str, levels: int) -> str:
-    """The directory so many levels up; a path takes itself apart at every look, and steps of one run have one."""
-    path = PurePath(folder)
-    for _ in range(levels):
-        path = path.parent
-    return str(path)
+def _root_of(parts: Mapping[str, Plain], run: Any) -> str | None:
+    """The directory of the experiment that a state belongs to. Any: the key of its run, as it was written."""
+    root, folder = parts.get("root"), parts.get("output_dir")
+    if type(root) is str:
+        return root
+    return above(folder, run.count("/") + 1) if type(folder) is str and type(run) is str else None
 
 
 def _context(ref: Plain, _: str | None, __: Contexts) -> LogContext | None:
-    return None if ref is None else _detached_context(entries(ref))
+    return ref if ref is None or type(ref) is DetachedLogContext else _detached_context(read_folders(entries(ref)))
 
 
 def _batch(ref: Plain, _: str | None, __: Contexts) -> TrainingBatch | None:
-    return None if ref is None else _detached_batch(entries(ref))
+    return ref if ref is None or type(ref) is DetachedTrainingBatch else _detached_batch(entries(ref))
+
+
+_HANDLES: Final[dict[str, Part]] = {"state": _state, "context": _context, "batch": _batch}
 
 
 def typed(value: Plain, annotation: Any) -> Any:
     """The value as its annotation has it; where that fails, as much of it as possible. Any: annotations, and theirs."""
+    if type(value) in _DETACHED:
+        return value
     try:
         return msgspec.convert(value, annotation, str_keys=True, dec_hook=_foreign)
     except Exception:  # it is not as promised, or an __post_init__ or validator refuses it

@@ -2,14 +2,17 @@
 
 from typing import Any, Final, cast
 
-from evsys_bus.codec.plain import Plain
-
 REDACTED: Final = "<redacted>"
 
 _ENDINGS: Final = frozenset(
     {"apikey", "auth", "credential", "credentials", "key", "passwd", "password", "secret", "token"}
 )
-_CONFIGS: Final = frozenset({"config", "run_config"})
+_SURELY_SECRET: Final = (
+    *("api_key", "apikey", "access_key", "secret_key", "private_key", "secret", "password", "passwd"),
+    *("credential", "credentials", "token", "auth", "authorization"),
+)
+CONFIGS: Final = frozenset({"config", "run_config"})
+"""What is under these keys is searched."""
 
 
 def looks_secret(key: object, also: frozenset[str] = frozenset()) -> bool:
@@ -18,7 +21,30 @@ def looks_secret(key: object, also: frozenset[str] = frozenset()) -> bool:
     return name in also or name.replace("-", "_").rpartition("_")[2] in _ENDINGS
 
 
-def redact_configs(plain: Plain, also: frozenset[str] = frozenset()) -> dict[str, str]:
+def holds_credential(params: object) -> bool:
+    """Whether plain data has a text under a key that can only be a credential's; ``sort_key`` is none."""
+    if isinstance(params, dict):
+        return any(
+            (isinstance(value, str) and str(key).lower().replace("-", "_").endswith(_SURELY_SECRET))
+            or holds_credential(value)
+            for key, value in cast("dict[str, object]", params).items()
+        )
+    return isinstance(params, list) and any(map(holds_credential, cast("list[object]", params)))
+
+
+def has_config(plain: Any) -> bool:
+    """Whether there is anything in plain data for `redact_configs` to search. Any: plain data."""
+    values = plain
+    if type(plain) is dict:
+        if not CONFIGS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - as found
+            return True
+        values = cast("dict[str, Any]", plain).values()
+    elif type(plain) is not list:
+        return False
+    return any((type(each) is dict or type(each) is list) and has_config(each) for each in values)
+
+
+def redact_configs(plain: Any, also: frozenset[str] = frozenset()) -> dict[str, str]:
     """Replace the text under such keys, in place, in every ``config`` and ``run_config`` of plain data.
 
     Args:
@@ -33,7 +59,7 @@ def redact_configs(plain: Plain, also: frozenset[str] = frozenset()) -> dict[str
     return replaced
 
 
-def _search(value: Plain, path: str, also: frozenset[str], replaced: dict[str, str], *, inside: bool) -> None:
+def _search(value: Any, path: str, also: frozenset[str], replaced: dict[str, str], *, inside: bool) -> None:
     if isinstance(value, list):
         for index, each in enumerate(cast("list[Any]", value)):  # Any: plain data
             _search(each, f"{path}[{index}]", also, replaced, inside=inside)
@@ -45,4 +71,4 @@ def _search(value: Plain, path: str, also: frozenset[str], replaced: dict[str, s
                 entries[key] = REDACTED
                 replaced[place] = "it looks like a credential"
             else:
-                _search(each, place, also, replaced, inside=inside or key in _CONFIGS)
+                _search(each, place, also, replaced, inside=inside or key in CONFIGS)

@@ -5,8 +5,9 @@ first. All annotations are Any here: they may be classes, unions, generic aliase
 """
 
 import functools
+import sys
 from types import NoneType, UnionType
-from typing import Any, Final, Literal, Union, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -18,11 +19,31 @@ _PLAIN: Final = SCALARS | {bytes, Any, object}
 
 @functools.cache
 def annotations_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """The annotation of each field; Any for all where they cannot be evaluated (a name that is local to a function)."""
+    """The annotation of each field; Any for one that cannot be evaluated.
+
+    As where its type is imported for type checkers only, or is local to a function. The handles are known by their
+    names without an import.
+    """
     try:
         return {field.name: field.type for field in msgspec.structs.fields(struct)}
-    except NameError:
-        return dict.fromkeys(struct.__struct_fields__, Any)
+    except Exception:  # evaluating an annotation runs what it says
+        written: dict[str, tuple[Any, type]] = {}
+        for kind in reversed(struct.__mro__):
+            written |= {name: (each, kind) for name, each in vars(kind).get("__annotations__", {}).items()}
+        return {name: _evaluated(*written[name]) if name in written else Any for name in struct.__struct_fields__}
+
+
+def _evaluated(annotation: Any, kind: type) -> Any:
+    """An annotation of this class by itself."""
+    place = type(kind.__name__, (), {"__annotations__": {"it": annotation}, "__module__": kind.__module__})
+    module = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+    try:
+        return get_type_hints(place, {**_KNOWN, **module}, dict(vars(kind)), include_extras=True)["it"]
+    except Exception:  # as above
+        return Any
+
+
+_KNOWN: Final = {each.__name__: each for each in HANDLES}
 
 
 def handle_in(annotation: Any) -> type | None:

@@ -1,24 +1,24 @@
-"""The record of a step as a form: what stays from step to step is encoded once, and a step fills in its numbers.
+"""The record of a step in parts: what stays from step to step is encoded once.
 
-Of the bytes of a StepEnd nearly all are the same each time: names, stream, run, the state's folder and horizon. What is
-left to encode are four numbers and the metrics:
+    {"stream", "seq", "time", "run", "rank", "event": {"type", "state": {"step", …}, "step_idx",    the form
+                                                       "batch",                                     a constant, mostly
+                                                       "metrics"}, "replaced"}                      encoded anew
 
-    …, "seq": 17, "time": 1.7e9, …, "state": {"step": 16, …}, "step_idx": 16, "batch": {}, "metrics": {…}
-
-A form is cut out of what the ordinary encoder makes of such a step, so it cannot differ from that; only its numbers are
-as wide as any may be. A step with anything besides (a stop, an error, a batch with metrics of its own) goes the
-ordinary way.
+Of the first part only four numbers change as long as the state holds what it held, be it a `LoopState` or a host's own.
+Such a form is cut out of what the ordinary encoder makes of the step, so it cannot differ from that; only its numbers
+are as wide as any may be. Where a state changes with every step, the ordinary encoder encodes all of it.
 """
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from evsys_bus.codec.flat import are_keys, flat
-from evsys_bus.context import LogContext, LoopState, TrainingBatch
+from evsys_bus.codec.fields import Reasons, copy_handle, copy_row
+from evsys_bus.codec.flat import MOST_ITEMS, are_keys
+from evsys_bus.codec.step_watch import Watch, own_fields, stand_in_for, watched
+from evsys_bus.context import TrainingBatch
 from evsys_bus.events import StepEnd
 
 EncodeStep = Callable[[StepEnd, int, float], bytes]
@@ -27,8 +27,26 @@ EncodeStep = Callable[[StepEnd, int, float], bytes]
 MOST_FORMS: Final = 64
 """Runs that publish by turns have one each."""
 
-MOST_METRICS: Final = 1_000
-"""More take so much room that there may not be enough: the ordinary way stands that, and this one does not."""
+
+class IntroductionNeeded(Exception):  # noqa: N818 - no failure: the word for "the context of its run goes first"
+    """The first event of a run on record is to carry the whole context of the run."""
+
+
+class _Form(NamedTuple):
+    """What stands around the numbers, what puts them together, and what it holds good for."""
+
+    watch: Watch
+    fits: Callable[[Any], bool]
+    """Whether it is the form for a state."""
+    fill: Callable[..., bytes]
+    a: bytes
+    b: bytes
+    c: bytes
+    d: bytes
+    fill_index: Callable[[bytes, int, bytes], bytes] | None = None
+    """Puts the index behind the own fields, where the state has some; otherwise ``fill`` does."""
+    e: bytes = b""
+
 
 _pack_into: Final = msgspec.msgpack.Encoder().encode_into
 # Numbers as no step has them, each as wide as msgpack has any.
@@ -36,84 +54,95 @@ _SEQUENCE: Final = 0xFEED_0000_0000_0001
 _TIME: Final = -1.2345678901234567e-300
 _STEP: Final = -0x7EED_0000_0000_0002
 _INDEX: Final = -0x7EED_0000_0000_0003
+_OWN: Final = -0x7EED_0000_0000_0004
 _PLACES: Final = (
     struct.pack(">Q", _SEQUENCE),
     struct.pack(">d", _TIME),
     struct.pack(">q", _STEP),
     struct.pack(">q", _INDEX),
 )
-_NO_METRICS: Final = b"\x80"
-_NO_CONTEXT: Final = object()
+_NO_BATCH: Final = b"\xa5batch\xc0\xa7metrics"
+_PLAIN_BATCH: Final = b"\xa5batch\x80\xa7metrics"
+_BETWEEN: Final = len(_NO_BATCH)
+_NOTHING: Final = _NO_BATCH + b"\x80"
+_SIX_ENTRIES: Final = b"\x86"
+_SEVEN_ENTRIES: Final = b"\x87"
+_REPLACED: Final = b"\xa8replaced"
 
 
-class _Form(NamedTuple):
-    """What stands around the numbers, and what puts them together."""
-
-    fill: Callable[..., bytes]
-    a: bytes
-    b: bytes
-    c: bytes
-    d: bytes
-    e: bytes
-
-
-def step_encoder(ordinary: EncodeStep, most_bytes: int) -> EncodeStep:
+def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
+    ordinary: EncodeStep, most_bytes: int, introduces: Callable[[object], bool] | None = None
+) -> EncodeStep:
     """What encodes the steps of one stream, one at a time.
 
     Args:
         ordinary: Encodes any; asked for each form, and for the steps that fit none.
         most_bytes: What is longer may hold something that has to be cut: that is for the ordinary way.
+        introduces: Whether a state is of a run whose context is not on record; then `IntroductionNeeded` is raised.
     """
     forms = _Forms(ordinary)
     packed = bytearray()
-    # Those of the last step, and its form. Compared by identity: it is the run's state that holds them, all along.
-    num_steps: object = None
-    output_dir: object = None
-    run_key: object = None
-    loss_fn: object = None
     form: _Form | None = None
+    fits: Callable[[Any], bool] = _fits_none  # of the form
+    mixed = 0  # so many rows are not even tried as rows of floats
 
-    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:
-        nonlocal num_steps, output_dir, run_key, loss_fn, form
+    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - a call costs
+        nonlocal form, fits, mixed
         try:
-            state, batch, index = event.state, event.batch, event.step_idx
-            step, ctx = state.step, state.ctx
-            if (
-                type(state) is not LoopState
-                or type(batch) is not TrainingBatch
-                or type(step) is not int
-                or type(index) is not int
-                or state.stop_requested is not False
-                or state.stop_reason is not None
-                or state.error is not None
-                or batch.loss_fn_config is not None
-                or batch.metrics
-                or len(event.metrics) > MOST_METRICS
-            ):
+            state: Any = event.state  # Any: a program may have published None, here and in the next line
+            batch: Any = event.batch
+            index, metrics = event.step_idx, event.metrics
+            if not fits(state):
+                form, fits = None, _fits_none  # first, in case of a Ctrl-C in between
+                found = forms.recent.get(id(state))  # runs that publish by turns
+                if found is None or not found.fits(state):
+                    if introduces is not None and introduces(state):
+                        raise IntroductionNeeded  # noqa: TRY301 - likewise
+                    found = forms.of(state)
+                form = found
+                if found is not None:
+                    fits = found.fits
+            step = 0 if state is None else state.step
+            if form is None or type(index) is not int or type(step) is bool:
                 return ordinary(event, seq, time)
-            run = _NO_CONTEXT if ctx is None else ctx.run_key
-            if (
-                state.output_dir is not output_dir
-                or state.num_steps is not num_steps
-                or run is not run_key
-                or batch.loss_fn is not loss_fn
-            ):
-                form = None  # first, in case of a Ctrl-C in between
-                num_steps, output_dir, run_key, loss_fn = key = (state.num_steps, state.output_dir, run, batch.loss_fn)
-                form = forms.of(key)
-            if form is None:
-                return ordinary(event, seq, time)
-            metrics = {**event.metrics}
-            try:
-                total = sum(metrics.values())
-            except TypeError:
-                total = None
-            if type(total) is not float or not are_keys(metrics):
-                metrics = flat(metrics)
-            fill, a, b, c, d, e = form
-            _pack_into(metrics, packed)
-            data = fill(a, seq, b, time, c, step, d, index, e) + packed
-        except (KeyboardInterrupt, SystemExit):
+            reasons: Reasons | None = None
+            # A row of metrics is nearly always all floats; then, one call that looks at all of them is enough.
+            own: Any = None
+            if mixed:
+                mixed -= 1
+            elif type(metrics) is dict and len(metrics) <= MOST_ITEMS:
+                own = {**metrics}
+                try:
+                    total = sum(own.values())
+                except TypeError:
+                    total = None
+                if type(total) is not float or not are_keys(own):
+                    own, mixed = None, _LOOKS_EVERY
+            if own is None:
+                own = copy_row(metrics, reasons := {}, "metrics")
+            watch, _, fill, a, b, c, d, fill_index, e = form
+            between, tail, whole = _NO_BATCH, packed, False
+            if batch is None:
+                _pack_into(own, packed)
+            elif type(batch) is TrainingBatch and batch.loss_fn is batch.loss_fn_config is None and not batch.metrics:
+                between = _PLAIN_BATCH
+                _pack_into(own, packed)
+            else:
+                tail, whole = _tail(batch, own, reasons := reasons or {}), True
+            if reasons:
+                a = _SEVEN_ENTRIES + a[1:]
+                tail = tail + _REPLACED
+                _pack_into(reasons, tail, len(tail))
+            if fill_index is None:
+                if watch[3]:  # what was kept back must still be
+                    own_fields(state, watch)
+                data = fill(a, seq, b, time, c, step, d, index, between)
+            else:
+                fields = bytearray()
+                _pack_into(own_fields(state, watch), fields)
+                data = fill(a, seq, b, time, c, step, d) + fields + fill_index(e, index, between)
+            data = (data[:-_BETWEEN] if whole else data) + tail
+        except (KeyboardInterrupt, SystemExit, IntroductionNeeded):
             raise
         except BaseException:  # the ordinary way tells what it is
             return ordinary(event, seq, time)
@@ -122,41 +151,117 @@ def step_encoder(ordinary: EncodeStep, most_bytes: int) -> EncodeStep:
     return encode_step
 
 
+def _tail(batch: object, own: Any, reasons: Reasons) -> bytearray:
+    """The batch and the metrics. Any: plain data."""
+    tail = bytearray()
+    _pack_into({"batch": copy_handle(batch, TrainingBatch, "batch", reasons), "metrics": own}, tail)
+    del tail[0]  # that it is a map of two
+    return tail
+
+
+def _fits_none(_: object) -> bool:
+    return False
+
+
 class _Forms:
-    """One for each horizon, folder, run and loss."""
+    """One for each state of things: a run's horizon, folder and key, and whatever else a state holds."""
 
     def __init__(self, ordinary: EncodeStep) -> None:
+        self.recent: dict[int, _Form] = {}
+        """By the id of the state; another state may have it by now, so look whether the form fits."""
         self._ordinary = ordinary
         self._known: dict[object, _Form | None] = {}
+        self._seen: set[object] = set()
+        self._misses: dict[type, int] = {}
 
-    def of(self, key: tuple[object, object, object, object]) -> _Form | None:
-        """The form; None where there is none for such a step."""
-        typed: tuple[object, ...] = (type(key[0]), *key)  # 1 is not True
-        if typed not in self._known:
-            if len(self._known) == MOST_FORMS:
-                self._known.clear()
-            self._known[typed] = self._cut(*key)
-        return self._known[typed]
+    def of(self, state: Any) -> _Form | None:
+        """The form for a state; None where there is none, or none yet. Any: what it is, is found out here.
 
-    def _cut(self, num_steps: object, output_dir: object, run_key: object, loss_fn: object) -> _Form | None:
-        ctx: LogContext | None = None
-        # What is of another type may be another value tomorrow.
-        if type(num_steps) is not int or not isinstance(output_dir, Path):
+        A form is made when it is asked for the second time. What cannot be watched is looked at only now and then.
+        """
+        kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - as found
+        misses = self._misses.get(kind, 0)
+        if misses >= _PATIENCE and misses % _LOOKS_EVERY:
+            self._misses[kind] = misses + 1
             return None
-        if loss_fn is not None and type(loss_fn) is not str:
+        watch = watched(state)
+        form = None if watch is None else self._of(watch, state)
+        self._misses[kind] = misses + 1 if watch is None else 0
+        if form is not None:
+            if len(self.recent) >= MOST_FORMS:
+                self.recent.clear()
+            self.recent[id(state)] = form
+        return form
+
+    def _of(self, watch: Watch, state: object) -> _Form | None:
+        key = (watch, tuple(map(type, watch.held)))  # 1 is not True
+        if key in self._known:
+            return self._known[key]
+        if key not in self._seen:
+            if len(self._seen) >= MOST_FORMS:
+                self._seen.clear()
+            self._seen.add(key)
             return None
-        if run_key is not _NO_CONTEXT:
-            if run_key is not None and type(run_key) is not str:
-                return None
-            ctx = LogContext(output_dir.parent, run_key=run_key)
-        state = LoopState(_STEP, num_steps, output_dir, ctx=ctx)
-        data = self._ordinary(StepEnd(state, _INDEX, TrainingBatch(loss_fn=loss_fn), {}), _SEQUENCE, _TIME)
+        if len(self._known) >= MOST_FORMS:
+            self._known.clear()
+        form = self._known[key] = self._cut(state, watch)
+        return form
+
+    def _cut(self, state: Any, watch: Watch) -> _Form | None:
+        stand_in: Any = (
+            None if state is None else stand_in_for(state, watch, _STEP, _OWN)
+        )  # Any: it has the attributes of a state
+        data = self._ordinary(StepEnd(stand_in, _INDEX, cast("TrainingBatch", None), {}), _SEQUENCE, _TIME)
+        places = [*_PLACES] if state is not None else [*_PLACES[:2], _PLACES[3]]
+        if watch.own:
+            places.insert(3, msgspec.msgpack.encode(dict.fromkeys(watch.own, _OWN)))
         parts: list[bytes] = []
-        for place in _PLACES:
-            if data.count(place) != 1 or not data.endswith(_NO_METRICS):
+        rest = data.removesuffix(_NOTHING)
+        for place in places:
+            if rest.count(place) != 1:
                 return None
-            part, _, data = data.partition(place)
+            part, _, rest = rest.partition(place)
             parts.append(part)
-        parts.append(data.removesuffix(_NO_METRICS))
-        fill = struct.Struct(">{}sQ{}sd{}sq{}sq{}s".format(*map(len, parts))).pack
-        return _Form(fill, *parts)
+        if rest or not data.startswith(_SIX_ENTRIES) or not data.endswith(_NOTHING):
+            return None
+        sizes = [*map(len, parts)]
+        if state is None:
+            a, b, c = parts
+            return _Form(watch, watch.test(watch.held), _without_step(sizes), a, b, c, b"")
+        if not watch.own:
+            a, b, c, d = parts
+            return _Form(
+                watch,
+                watch.test(watch.held),
+                struct.Struct(">{}sQ{}sd{}sq{}sq{}s".format(*sizes, _BETWEEN)).pack,
+                a,
+                b,
+                c,
+                d,
+            )
+        a, b, c, d, e = parts
+        fill_index = struct.Struct(f">{len(e)}sq{_BETWEEN}s").pack
+        return _Form(
+            watch,
+            watch.test(watch.held),
+            struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes[:4])).pack,
+            a,
+            b,
+            c,
+            d,
+            fill_index,
+            e,
+        )
+
+
+def _without_step(sizes: list[int]) -> Callable[..., bytes]:
+    pack = struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes, _BETWEEN)).pack
+
+    def fill(a: bytes, seq: int, b: bytes, time: float, c: bytes, _: int, __: bytes, index: int, last: bytes) -> bytes:
+        return pack(a, seq, b, time, c, index, last)
+
+    return fill
+
+
+_PATIENCE: Final = 4
+_LOOKS_EVERY: Final = 64

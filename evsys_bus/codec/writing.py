@@ -1,23 +1,28 @@
 """Envelopes to bytes: the fast way for what is flat, the thorough way for everything else; neither ever raises.
 
 On the wire an envelope is one map, the same in msgpack and JSON:
-``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced"}``, the last only if not empty.
+``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``, the last
+three only if not empty, and the last two only for events that do not ship with the library: which fields are handles,
+and which the hook takes by keyword, for processes that do not know the class.
 """
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any, Final, cast
 
 import msgspec
 
 from evsys_bus.codec.bounds import MAX_EVENT_BYTES, MAX_TEXT_CHARS
+from evsys_bus.codec.fields import HANDLE_NAMES, Reasons, copier_of, handles_of
+from evsys_bus.codec.foreign import without_surrogates
 from evsys_bus.codec.json_line import nonfinite
 from evsys_bus.codec.plain import Plain, entries, to_plain
 from evsys_bus.codec.redaction import redact_configs
 from evsys_bus.codec.references import HANDLES, parts_of
 from evsys_bus.codec.shapes import annotations_of, handle_in
-from evsys_bus.codec.step_form import step_encoder
-from evsys_bus.codec.twins import twin_maker
-from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
+from evsys_bus.codec.step_form import IntroductionNeeded, step_encoder
+from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, ships
 
 # No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
 _encode_into: Final = msgspec.msgpack.Encoder().encode_into
@@ -34,26 +39,35 @@ class _Wire(msgspec.Struct, gc=False):
     time: float
     run: str | None
     rank: int
-    event: msgspec.Struct | Plain
+    event: Plain
     replaced: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    handles: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    keywords: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 def encode(
-    envelope: Envelope, *, max_event_bytes: int = MAX_EVENT_BYTES, secrets: frozenset[str] = frozenset()
+    envelope: Envelope,
+    *,
+    max_event_bytes: int = MAX_EVENT_BYTES,
+    secrets: frozenset[str] = frozenset(),
+    whole_context: bool = False,
 ) -> bytes:
     """The envelope as msgpack. Whatever the event holds, it neither raises nor loses the good values beside a bad one.
 
     Args:
-        envelope: Its event is read, never changed; where the event has containers inside containers, or values of
-            foreign types, they are copied by value first.
+        envelope: Its event is read, never changed; what it holds is copied by value first.
         max_event_bytes: More than this is cut to fit, texts and long lists first; ``replaced`` says what.
         secrets: Keys, in lower case, whose text is redacted in configs, besides those that look like a credential's.
+        whole_context: Put the whole context of a state into the event, not just the key of its run.
     """
-    if envelope.replaced:
+    if envelope.replaced or whole_context:
+        return _thorough(envelope, max_event_bytes, secrets, whole_context=whole_context)
+    event_type = type(envelope.event)
+    if not issubclass(event_type, Event):
         return _thorough(envelope, max_event_bytes, secrets)
-    return _ordinary(
-        type(envelope.event), envelope.stream, envelope.rank, lambda _: envelope.run, secrets, max_event_bytes
-    )(envelope.event, envelope.seq, envelope.time)
+    return _ordinary(event_type, envelope.stream, envelope.rank, lambda _: envelope.run, secrets, max_event_bytes)(
+        cast("Event", envelope.event), envelope.seq, envelope.time
+    )
 
 
 def encoder(
@@ -62,40 +76,69 @@ def encoder(
     rank: int,
     run_of: Callable[[Event], str | None],
     secrets: frozenset[str] = frozenset(),
+    introduces: Callable[[Any], bool] | None = None,
 ) -> Callable[[Event, int, float], bytes]:
     """What encodes the events of one type of one stream, given event, sequence and time; otherwise as `encode`.
 
-    For those who publish, one event at a time: where the event is flat, no envelope is made.
+    For those who publish, one event at a time: what stays from step to step is encoded once.
 
     Args:
+        event_type: Their type.
+        stream: Their stream.
+        rank: Of the process.
         run_of: The run of an event: it depends on nothing but the event's state, or its context.
         secrets: As `encode` takes them.
+        introduces: Whether a state is of a run whose context is not on record; then `IntroductionNeeded` is raised.
+            Asked where a state is not as it was at the last step. Any: a state.
     """
     ordinary = _ordinary(event_type, stream, rank, run_of, secrets, MAX_EVENT_BYTES)
     if event_type is not StepEnd:
-        return ordinary
-    return cast("Callable[[Event, int, float], bytes]", step_encoder(ordinary, MAX_TEXT_CHARS))
+        return (
+            ordinary
+            if introduces is None or "state" not in event_type.__struct_fields__
+            else _after_introduction(ordinary, introduces)
+        )
+    return cast("Callable[[Event, int, float], bytes]", step_encoder(ordinary, MAX_TEXT_CHARS, introduces))
+
+
+def _after_introduction(
+    ordinary: Callable[[Any, int, float], bytes], introduces: Callable[[Any], bool]
+) -> Callable[[Event, int, float], bytes]:
+    def encode_event(event: Any, seq: int, time: float) -> bytes:
+        if introduces(event.state):
+            raise IntroductionNeeded
+        return ordinary(event, seq, time)
+
+    return encode_event
 
 
 def _ordinary(
-    event_type: type[Event] | type[UnknownEvent],
+    event_type: type[Event],
     stream: str,
     rank: int,
     run_of: Callable[[Any], str | None],
     secrets: frozenset[str],
     max_event_bytes: int,
-) -> Callable[[Event | UnknownEvent, int, float], bytes]:
+) -> Callable[[Event, int, float], bytes]:
     """As `encoder`, for any type. Any: an event of that type."""
-    twin_of = twin_maker(event_type)
+    copy = _copier(event_type)
     most = min(MAX_TEXT_CHARS, max_event_bytes)  # some text in a larger one may be too long
+    shipped = ships(event_type)
 
-    def encode_event(event: Event | UnknownEvent, seq: int, time: float) -> bytes:
-        run = run_of(event)
+    def encode_event(event: Event, seq: int, time: float) -> bytes:
+        run, data = run_of(event), None
         try:
-            data = _pack(_Wire(stream, seq, time, run, rank, twin_of(event)))
+            if copy is not None:
+                reasons: Reasons = {}
+                wire = _Wire(stream, seq, time, run, rank, copy(event, reasons))
+                if reasons:
+                    wire.replaced = reasons
+                if not shipped:
+                    _describe(wire, event)
+                data = _pack(wire)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
+        except BaseException:  # a configuration is in it, or msgspec refused it: the thorough way tells
             data = None
         if data is None or len(data) > most:
             return _thorough(Envelope(stream, seq, time, event, run, rank), max_event_bytes, secrets)
@@ -104,20 +147,37 @@ def _ordinary(
     return encode_event
 
 
+_copier: Final = functools.cache(copier_of)
+
+
 def to_json(envelope: Envelope) -> bytes:
     """The envelope as one JSON object, in the shape and within the bounds that it has as msgpack.
 
     NaN and infinities become null; ``nonfinite`` beside the event then says which (``{"metrics.loss": "nan"}``).
     """
     row = _unpack(encode(envelope))
+    _show_folders(row["event"])
     flags = nonfinite(row["event"])
     if flags:
         row["nonfinite"] = flags
     return _to_json(row)
 
 
-def _thorough(envelope: Envelope, max_event_bytes: int, secrets: frozenset[str]) -> bytes:
-    tag, fields = _opened(envelope.event)
+def _show_folders(event: Plain) -> None:
+    """Have the directories of its handles stand there as text, whatever bytes are in their names."""
+    for handle in map(entries, entries(event).values()):
+        for parts in (handle, entries(handle.get("context"))):
+            for name in ("output_dir", "root"):
+                if type(parts.get(name)) is bytes:
+                    parts[name] = without_surrogates(os.fsdecode(cast("bytes", parts[name])))
+
+
+def _thorough(
+    envelope: Envelope, max_event_bytes: int, secrets: frozenset[str], *, whole_context: bool = False
+) -> bytes:
+    """All of the event by `to_plain`, within bounds that hold for all of it."""
+    raised: Reasons = {}
+    tag, fields = _opened(envelope.event, raised, whole_context=whole_context)
     names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
     head, _ = to_plain(names, max_bytes=max(max_event_bytes // 8, 1024))
     why = f"the event is larger than {max_event_bytes} bytes"
@@ -125,7 +185,7 @@ def _thorough(envelope: Envelope, max_event_bytes: int, secrets: frozenset[str])
         try:
             plain, reasons = to_plain(fields, max_bytes=int(max_event_bytes * share))
             reasons |= redact_configs(plain, secrets)
-            data = _packed(envelope, head, entries(plain), {**envelope.replaced, **reasons})
+            data = _packed(envelope, head, entries(plain), {**envelope.replaced, **raised, **reasons})
         except MemoryError:
             why = "there was no memory to encode the event"
             continue
@@ -146,27 +206,43 @@ def _packed(envelope: Envelope, head: Plain, body: dict[str, Plain], replaced: d
     wire = _Wire(
         head["stream"], envelope.seq, envelope.time, head["run"], envelope.rank, event, replaced or msgspec.UNSET
     )
+    _describe(wire, envelope.event)
     return _pack(wire)
 
 
-def _opened(event: Event | UnknownEvent) -> tuple[str, dict[str, Any]]:
+def _describe(wire: _Wire, event: Event | UnknownEvent) -> None:
+    """Say of an event that not every process knows what its hook takes."""
+    if isinstance(event, UnknownEvent):
+        handles, keywords = event.handles, [*event.keywords]
+    elif ships(type(event)):
+        return
+    else:
+        handles, keywords = (
+            handles_of(event),
+            [name for name in type(event).__struct_fields__ if name in event.keywords],
+        )
+    if handles:
+        wire.handles = handles
+    if keywords:
+        wire.keywords = keywords
+
+
+def _opened(event: Event | UnknownEvent, raised: Reasons, *, whole_context: bool) -> tuple[str, dict[str, Any]]:
     """The tag and the live fields of an event; what stands where a handle belongs, opened as one. Any: of all types."""
     if isinstance(event, UnknownEvent):
-        return event.type, event.fields
-    fields: dict[str, Any] = {}
-    for name, annotation in annotations_of(type(event)).items():
-        fields[name] = value = getattr(event, name)
-        kind = handle_in(annotation)
-        if kind is not None and value is not None and not issubclass(type(value), HANDLES):
-            fields[name] = _stranger(value, kind)
-    return event.hook.removeprefix("on_"), fields
+        kinds: dict[str, type | None] = {name: _KINDS.get(handle) for name, handle in event.handles.items()}
+        tag, fields = event.type, dict(event.fields)
+    else:
+        kinds = {name: handle_in(annotation) for name, annotation in annotations_of(type(event)).items()}
+        tag, fields = event.hook.removeprefix("on_"), {name: getattr(event, name) for name in kinds}
+    for name, value in fields.items():
+        kind = kinds.get(name) or next((each for each in HANDLES if issubclass(type(value), each)), None)
+        if kind is not None and value is not None:
+            fields[name] = parts_of(value, kind, (raised, name), context=whole_context)
+    state = fields.get("state")
+    if type(state) is dict and "step" not in state and "step_idx" in fields:
+        cast("dict[str, Any]", state)["step"] = fields["step_idx"]
+    return tag, fields
 
 
-def _stranger(value: object, kind: type) -> object:
-    """The parts of something that stands in the place of a handle, or itself where its own code keeps them back."""
-    try:
-        return parts_of(value, kind)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # to_plain will tell what it is
-        return value
+_KINDS: Final = {name: kind for kind, name in HANDLE_NAMES.items()}

@@ -8,39 +8,19 @@ import os
 import threading
 from collections.abc import Mapping
 from typing import Final
-from urllib.parse import unquote
 
 import msgspec
 
-from evsys_bus.delivery.followed import CourierState, Terms
+from evsys_bus.codec import error_text
+from evsys_bus.delivery.followed import Terms
 from evsys_bus.delivery.roster import roster
 from evsys_bus.delivery.states import read_state
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import Cursors, Disk, OsDisk, Place, frame, layout
 from evsys_bus.journal.frame import Damage, Frame
 from evsys_bus.journal.layout import SegmentName
-from evsys_bus.journal.scanning import SegmentScan
-
-
-class Account(msgspec.Struct, frozen=True):
-    """One adapter's."""
-
-    name: str
-    recorded: int
-    """Events of the streams it is served."""
-    delivered: int
-    dead: int
-    """Those that it did not take and never will; they are in its dead-letter file."""
-    pending: int
-    state: CourierState | None
-    """As its courier last wrote it down."""
-    busy: bool
-    """Whether a courier delivers to it now."""
-
-    @property
-    def trouble(self) -> str | None:
-        """What keeps it from being delivered to, in words; None where nothing does."""
-        return None if self.state is None or self.state.state in {"delivering", "idle"} else self.state.error
+from evsys_bus.journal.scanning import SegmentNames, SegmentScan
+from evsys_bus.tasks import DeliveryStatus
 
 
 class Accounts:
@@ -55,39 +35,78 @@ class Accounts:
         self._directory: Final = os.fspath(directory)
         self._disk: Final = OsDisk() if disk is None else disk
         self._pending: dict[str, Pending] = {}
+        self.unreadable: OSError | None = None
+        """What the last `read` could not read."""
 
-    def read(self, known: Mapping[str, int] | None = None) -> list[Account]:
-        """Of every adapter that has a cursor, a spec or a courier, by name.
+    def read(self, known: Mapping[str, int] | None = None) -> list[DeliveryStatus]:
+        """Of every adapter that has a cursor, a spec or a courier, by name; what cannot be read is ``unknown``.
 
         Args:
             known: The last sequence of streams that their own writer asks about; they need not be read.
         """
         disk, where = self._disk, self._directory
-        terms = {each.name: each.terms for each in roster(where, disk)}
-        names = sorted({*terms, *layout.followers(disk, where), *_with_state(disk, where)})
-        return [self._account(name, terms.get(name, Terms()), known or {}) for name in names]
+        terms: dict[str, Terms] = {}
+        names: set[str] = set()
+        self.unreadable = None
+        for look in (
+            lambda: terms.update({each.name: each.terms for each in roster(where, disk)}),
+            lambda: names.update(layout.followers(disk, where)),
+            lambda: names.update(_with_state(disk, where)),
+        ):
+            try:
+                look()
+            except OSError as error:
+                self.unreadable = error
+        names |= terms.keys()
+        if (error := self.unreadable) is not None:  # whatever can be read of them may be half of it
+            return [self.unknown(name, error) for name in sorted(names or {"(unknown)"})]
+        return [self._known_or_not(name, terms.get(name, Terms()), known or {}) for name in sorted(names)]
 
-    def unbooked(self, name: str, terms: Terms) -> Account:
+    def unknown(self, name: str, error: OSError) -> DeliveryStatus:
+        """Of an adapter whose files cannot be read now."""
+        why = f"its files cannot be read: {error_text(error)}"
+        fix = f"evsys-bus status {self._directory} says how it stands once they can"
+        return DeliveryStatus(name, state="unknown", error=why, fix=fix)
+
+    def _known_or_not(self, name: str, terms: Terms, known: Mapping[str, int]) -> DeliveryStatus:
+        try:
+            return self._account(name, terms, known)
+        except OSError as error:
+            self.unreadable = error
+            return self.unknown(name, error)
+
+    def unbooked(self, name: str, terms: Terms) -> DeliveryStatus:
         """Of an adapter for which nothing could be written down: all that is for it is pending."""
         pending = Pending(self._directory, terms.ranks, self._disk).count({})
         fix = "look at the log; a name that is shorter, or room on the disk, may be what is missing"
-        state = CourierState("failed", 0, 0.0, error="its books cannot be written", fix=fix)
-        return Account(name, pending, 0, 0, pending, state, busy=False)
+        error = "its cursor and state cannot be written"
+        return DeliveryStatus(name, recorded=pending, pending=pending, state="failed", error=error, fix=fix)
 
-    def _account(self, name: str, terms: Terms, known: Mapping[str, int]) -> Account:
+    def _account(self, name: str, terms: Terms, known: Mapping[str, int]) -> DeliveryStatus:
         disk, where = self._disk, self._directory
         # The state first, the cursor behind it, the journal last: what happens meanwhile shows as pending.
         state = read_state(disk, where, name)
         busy = disk.is_locked(layout.courier_file(where, name, "lock"))
-        places = Cursors(where, disk).load(name).streams
+        places = Cursors(where, disk).look(name).streams
         delivered, dead = sum(each.delivered for each in places.values()), sum(each.dead for each in places.values())
         if name not in self._pending:
             self._pending[name] = Pending(where, terms.ranks, disk)
         pending = self._pending[name].count(places, known)
-        return Account(name, delivered + dead + pending, delivered, dead, pending, state, busy)
+        state = state or DeliveryStatus()
+        return msgspec.structs.replace(
+            state,
+            name=name,
+            recorded=delivered + dead + pending,
+            delivered=delivered,
+            dead=dead,
+            pending=pending,
+            owed=min(state.owed, delivered),
+            absent=self._pending[name].absent(places),
+            busy=busy,
+        )
 
 
-def accounts(directory: str | os.PathLike[str], disk: Disk | None = None) -> list[Account]:
+def accounts(directory: str | os.PathLike[str], disk: Disk | None = None) -> list[DeliveryStatus]:
     """Of every adapter that has a cursor, a spec or a courier, by name; counted anew."""
     return Accounts(directory, disk).read()
 
@@ -97,7 +116,7 @@ def _with_state(disk: Disk, directory: str) -> list[str]:
         names = disk.names(f"{directory}/{layout.COURIERS}")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [unquote(name.removesuffix(_STATE)) for name in names if name.endswith(_STATE)]
+    return [layout.follower_of(name.removesuffix(_STATE)) for name in names if name.endswith(_STATE)]
 
 
 class Pending:
@@ -124,12 +143,24 @@ class Pending:
             known: The last sequence of streams that have no gaps and need not be read.
         """
         with self._lock:
-            names = layout.streams(self._disk, self._directory)
-            served = [name for name in names if self._ranks is None or layout.rank_of(name) in self._ranks]
-            return sum(self._count(name, places.get(name, Place()), known.get(name)) for name in {*served, *places})
+            served = {*self._served(), *places}
+            return sum(self._count(name, places.get(name, Place()), known.get(name)) for name in served)
+
+    def absent(self, places: Mapping[str, Place]) -> int:
+        """How many events were not in the journal any more when the follower came to them, or would not be now."""
+        with self._lock:
+            return sum(self._absent(name, places.get(name, Place())) for name in {*self._served(), *places})
+
+    def _served(self) -> list[str]:
+        names = layout.streams(self._disk, self._directory)
+        return [name for name in names if self._ranks is None or layout.rank_of(name) in self._ranks]
+
+    def _absent(self, stream: str, place: Place) -> int:
+        removed = layout.removed_in_front(layout.segments(self._disk, f"{self._directory}/{stream}"))
+        return max(0, max(place.sequence, removed) - place.delivered - place.dead)
 
     def _count(self, stream: str, place: Place, last: int | None) -> int:
-        if last is not None:
+        if last is not None and place.sequence:
             return max(0, last - place.sequence)
         ahead = self._ahead.get(stream)
         if ahead is None or ahead.is_removed():
@@ -147,6 +178,7 @@ class _Ahead:
         self._folder: Final = folder
         self._last = place.sequence
         self._found = 0
+        self._names: Final = SegmentNames(disk, folder)
         self._at: SegmentName | None = None
         self._scan: SegmentScan | None = None
         self._expected = 1
@@ -171,11 +203,7 @@ class _Ahead:
         return self._at is not None and self._at not in layout.segments(self._disk, self._folder)
 
     def _following(self) -> SegmentName | None:
-        names = layout.segments(self._disk, self._folder)
-        at = self._at
-        if at is None:
-            return next((name for name in reversed(names) if name.first <= self._last + 1), names[0] if names else None)
-        return next((name for name in names if name > at), None)
+        return self._names.holding(self._last + 1) if self._at is None else self._names.after(self._at)
 
     def _read_on(self, scan: SegmentScan) -> None:
         try:
@@ -191,9 +219,8 @@ class _Ahead:
                 self._found += piece - max(self._expected, self._last + 1) if piece > self._last + 1 else 0
                 self._last = max(self._last, piece - 1)
                 self._expected = piece
-            elif isinstance(piece, Frame) and piece.kind in {frame.EVENT, frame.CARRIED}:
-                if piece.kind == frame.EVENT:
-                    self._expected = max(self._expected, piece.sequence + 1)
+            elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
+                self._expected = max(self._expected, piece.sequence + 1)
                 if piece.sequence > self._last:
                     self._found += 1
                     self._last = piece.sequence

@@ -9,6 +9,8 @@ does not die: the sink counts as parked until it takes an event, or is built ane
 """
 
 import asyncio
+import math
+import time
 from bisect import bisect_right
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -17,13 +19,13 @@ from random import Random
 from typing import Any, Final
 
 from evsys_bus.codec.references import error_text
-from evsys_bus.delivery.receiver import Report, Rewindable, Taken, Trouble
+from evsys_bus.delivery.receiver import Report, Rewindable, Taken, Trouble, settle
 from evsys_bus.delivery.retry import ATTEMPTS, RetryPolicy, Sleep, plain_text, words
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BatchTooLargeError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope
 from evsys_bus.sink import Sink, sink_name
-from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded, name_of, other_tasks
 
 MOST_DEAD_IN_A_ROW: Final = 3
 MOST_LEFT_BEHIND: Final = 3
@@ -57,6 +59,12 @@ class SinkReceiver:
         self._grace_seconds = grace_seconds
         self._close_seconds = close_seconds
         self._faults = FaultLog()
+        self.failures = 0
+        """As `CountsFailures`."""
+        self.task_failures = 0
+        """A sink starts none that are counted."""
+        self.last_failure: str | None = None
+        """As `CountsFailures`."""
         self._report: Report = _nobody
         self._troubled = False
         self._unended: set[asyncio.Task[Ending]] = set()
@@ -100,6 +108,11 @@ class SinkReceiver:
         ending = self._checked(self._part, Ending(self._returned[0]))
         return self._settled(self._part, ending) if ending.error is None else None
 
+    @property
+    def writes_starts(self) -> bool:
+        """Whether starts that the journal repeats are to come by `take`, because the sink knows no other way."""
+        return not callable(getattr(self._sink, "introduce", None))
+
     def introduce(self, starts: Sequence[Envelope]) -> None:
         """Pass the start events on to a sink that has a method `introduce` for them; most need none.
 
@@ -119,15 +132,43 @@ class SinkReceiver:
         if mark is not None and isinstance(self._sink, Rewindable):
             self._sink.rewind(mark)
 
-    async def close(self) -> None:
-        """Close the sink, if opening it was begun, within `CLOSE_SECONDS`; its failure is logged."""
+    async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
+        """Have confirmed what is owed, and close the sink, if opening it was begun; its failure is logged.
+
+        Args:
+            deadline: How long it may take until what is owed is confirmed (monotonic); closing takes `CLOSE_SECONDS`.
+            settles: Have the far side confirm what is owed.
+        """
         for task in self._unended:
             task.cancel()
+        if settles and self._opening:
+            await settle(self._sink, self._name, deadline)
         if self._opening:
             ending = await self._bounded(self._sink.close, self._close_seconds)
             if ending.error is not None:
+                self.failures += 1
+                self.last_failure = f"close: {words(ending.error)}"
                 log().warning("sink.close_failed", sink=self._name, error=words(ending.error), exc_info=ending.error)
+        await self._strays_ended(deadline)
         self._faults.flush()
+
+    async def _strays_ended(self, deadline: float | None) -> None:
+        """Wait for tasks that the sink started and did not await; what is late is cancelled, counted and told."""
+        strays = [task for task in other_tasks() if task not in self._unended]
+        if not strays:
+            return
+        left = math.inf if deadline is None else deadline - time.monotonic()
+        ended, late = await asyncio.wait(strays, timeout=max(0.0, min(self._close_seconds, left)))
+        failed = [task for task in ended if not task.cancelled() and task.exception() is not None]
+        for task in late:
+            task.cancel()
+        self.task_failures += len(failed) + len(late)
+        for task in (*failed, *late):
+            why = "it had not ended at the close" if task in late else error_text(task.exception())
+            self.last_failure = f"task {name_of(task)}: {why}"
+            error = None if task in late else task.exception()
+            fix = "await it in write, which returns when the destination has the batch"
+            log().warning("sink.task_failed", sink=self._name, task=name_of(task), why=why, fix=fix, exc_info=error)
 
     def _fitting(self, sizes: Sequence[int]) -> int:
         """How many events of a batch go in one write: at least one."""
@@ -196,9 +237,8 @@ class SinkReceiver:
             self._searched = max(self._searched, len(part))
             return None
         in_a_row = 0 if isinstance(error, BatchTooLargeError) else self._dead_in_a_row + 1
-        self._faults.warn("sink.event_dead", None, error=error, sink=self._name, in_a_row=in_a_row)
         self._searched = 0  # it is found
-        return self._taken(Taken(1, {0: words(error)}), in_a_row)
+        return self._taken(Taken(1, {0: words(error)}, {0: error}), in_a_row)
 
     def _taken(self, taken: Taken, dead_in_a_row: int = 0) -> Taken:
         self._dead_in_a_row = dead_in_a_row

@@ -5,9 +5,10 @@ and tried again.
 """
 
 import os
+import sys
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, Final
 from urllib.parse import quote
@@ -17,13 +18,13 @@ import msgspec
 from evsys_bus.delivery.courier_lock import CourierLock
 from evsys_bus.delivery.dead_letters import DeadLetters
 from evsys_bus.delivery.feed import Batch, Broken
-from evsys_bus.delivery.followed import CourierState
 from evsys_bus.delivery.receiver import Taken
-from evsys_bus.delivery.states import write_state
-from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.delivery.states import kept, read_state, write_state
+from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Cursors, Disk, Place, layout
+from evsys_bus.tasks import DeliveryStatus
 
 LOOK_SECONDS: Final = 1.0
 """Between two looks whether the directory is still there."""
@@ -62,7 +63,7 @@ class Books:
         """As it was when its mark was taken."""
         self._lock: Final = CourierLock(directory, name, disk, clock)
         self._look_due = 0.0
-        self._state: CourierState | None = None
+        self._state: DeliveryStatus | None = None
         self._stated_at = 0.0
 
     def disown(self) -> None:
@@ -81,12 +82,16 @@ class Books:
         self._lock.take()
         _open.add(self)
         try:
-            self.cursor = self._own(self._cursors.read(self._name))
+            self.cursor = self._fresh(self._own(self._cursors.read(self._name)))
             self._letters.open(self.cursor)
         except OSError:
             self.close()
             raise
         return bool(self.cursor.streams)
+
+    def state_before(self) -> DeliveryStatus:
+        """What stays true of the state that an earlier courier left; see `kept`."""
+        return kept(read_state(self._disk, self._directory, self._name) if self._keep else None)
 
     def begin(self, after: Mapping[str, int]) -> None:
         """Let the cursor stand behind these sequences, by stream."""
@@ -103,13 +108,21 @@ class Books:
             dead = [index for index in taken.dead if index in part]
             for index in dead if self._keep else ():
                 self._letters.put(stream, sequences[index], taken.dead[index], envelopes[index])
+                self._tell_dead(stream, sequences[index], taken.dead[index], taken.errors.get(index))
             self._move(stream, last, number - len(dead), len(dead))
             self._count_steps(stream, envelopes if number == len(envelopes) else envelopes[part.start : part.stop])
+
+    def introduced(self, starts: Iterable[Envelope]) -> None:
+        """Note which trainings are open, by starts that were not delivered but introduced."""
+        for each in starts:
+            if isinstance(each.event, TrainStart):
+                self._open_or_close(each.stream, each.run or "", each.event)
 
     def broken(self, broken: Broken) -> None:
         """Enter a record that is no envelope: a dead letter."""
         if self._keep:
             self._letters.put(broken.stream, broken.sequence, broken.why, broken)
+            self._tell_dead(broken.stream, broken.sequence, broken.why)
         self._move(broken.stream, broken.sequence, 0, 1)
 
     @property
@@ -135,7 +148,16 @@ class Books:
                 cursor = self.cursor
                 self._unsaved = Cursor(dict(cursor.streams), dict(cursor.steps), mark(), self._kind)
                 self.changed = False
-            # A mark is good until the one after the next was taken: what was not saved is saved before there is one.
+            if not self.save():
+                return False
+        return True
+
+    def save(self) -> bool:
+        """Have the newest cursor that was made on the medium; whether it is.
+
+        A mark is good until the one after the next was taken, so no mark may be asked for while this is False.
+        """
+        if self._unsaved is not None:
             try:
                 self._cursors.save(self._name, self._unsaved)
             except OSError as error:
@@ -147,7 +169,7 @@ class Books:
         self._faults.warn("courier.not_committed", self._name, error=error, adapter=self._name)
         return False
 
-    def state(self, state: CourierState, *, urgent: bool) -> None:
+    def state(self, state: DeliveryStatus, *, urgent: bool) -> None:
         """Write the state down, if it differs from the last one; what is not urgent once a second at most."""
         now = self._clock.monotonic()
         before = self._state
@@ -192,6 +214,21 @@ class Books:
             self._letters.close()
         self._lock.let_go()
 
+    def _tell_dead(self, stream: str, sequence: int, why: str, error: Exception | None = None) -> None:
+        """Every dead letter is in the log, or in a count there."""
+        file = layout.courier_file(self._directory, self._name, "dead.jsonl")
+        self._faults.warn(
+            "delivery.dead_letter",
+            self._name,
+            error=error,
+            shape=message_shape(why),
+            adapter=self._name,
+            why=why,
+            stream=stream,
+            seq=sequence,
+            file=file,
+        )
+
     def _own(self, cursor: Cursor) -> Cursor:
         """The cursor; or a new one, where this one and its mark are of another kind of adapter, which had the name.
 
@@ -218,6 +255,20 @@ class Books:
         )
         return Cursor()
 
+    def _fresh(self, cursor: Cursor) -> Cursor:
+        """The cursor; or a new one, where it is older than what was removed: it was put back, as from a backup.
+
+        Rows behind its mark are of events that were removed, so they must not be cut: they are not delivered again.
+        """
+        for stream, place in cursor.streams.items() if cursor.mark is not None else ():
+            removed = layout.removed_in_front(layout.segments(self._disk, f"{self._directory}/{stream}"))
+            if removed > place.sequence:
+                facts = {"adapter": self._name, "stream": stream, "at": place.sequence, "removed_up_to": removed}
+                why = "the cursor is older than what was removed: what is there is compared with what was written"
+                log().warning("courier.begins_anew", **facts, why=why)
+                return Cursor()
+        return cursor
+
     def _move(self, stream: str, sequence: int, delivered: int, dead: int) -> None:
         before = self.cursor.place(stream)
         self.cursor.streams[stream] = Place(sequence, before.delivered + delivered, before.dead + dead)
@@ -231,7 +282,7 @@ class Books:
             if type(event) is StepEnd:
                 if steps:
                     run, step = envelope.run or "", event.step_idx
-                    if run in steps and type(step) is int and step > steps[run]:
+                    if run in steps and type(step) is int and (step > steps[run] or steps[run] == _BEHIND_ALL):
                         steps[run] = step
             elif isinstance(event, _TRAINING):
                 self._open_or_close(stream, envelope.run or "", event)
@@ -251,6 +302,8 @@ class Books:
             del self.cursor.steps[each]
 
 
+_BEHIND_ALL: Final = sys.maxsize - 1
+"""The largest step of a training that was introduced, and of which no step was in the journal yet."""
 _TRAINING: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
 _MOST_BYTES: Final = 16 << 20
 

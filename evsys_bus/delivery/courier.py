@@ -9,27 +9,36 @@ mark, then one cursor file with both. Whatever the adapter raises ends up in the
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final, Literal, NamedTuple, cast
 
+from evsys_bus.attached import Adapter
 from evsys_bus.callback import Callback
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.accounts import Pending
 from evsys_bus.delivery.books import Books
 from evsys_bus.delivery.feed import Batch, Feed
-from evsys_bus.delivery.followed import CourierState, Terms, kind_of
+from evsys_bus.delivery.followed import Terms, kind_of
 from evsys_bus.delivery.hooks import HookReceiver
-from evsys_bus.delivery.receiver import Receiver, Trouble
+from evsys_bus.delivery.receiver import CountsFailures, Receiver, Trouble
+from evsys_bus.delivery.retry import owed_of
+from evsys_bus.delivery.roster import is_followed
 from evsys_bus.diagnostics import FaultLog
+from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Event
 from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
+from evsys_bus.tasks import DeliveryStatus, running_loop
 
 COMMIT_SECONDS: Final = 0.2
 """Between two commits, while events come."""
 MOST_UNMARKED: Final = 10
 """How often in a row an adapter may fail to say how far it has got; then it has to be built anew, and rewound."""
 RETRY_SECONDS: Final = 1.0
+LONGEST_SECONDS: Final = 86_400.0
+"""What stands for no deadline."""
 
 
 class Counts(NamedTuple):
@@ -54,6 +63,7 @@ class Courier:
         slice_seconds: After so much work, sleep as long; where others in this process want the interpreter.
         poll_seconds: Between two looks into the journal.
         retry_seconds: After a commit that was refused, and after a receiver that failed where it never should.
+        log_path: The file with the log of this process, where it has one of its own.
         clock: The clocks.
         disk: The file system.
     """
@@ -71,6 +81,7 @@ class Courier:
         slice_seconds: float | None = None,
         poll_seconds: float = 0.02,
         retry_seconds: float = RETRY_SECONDS,
+        log_path: str | None = None,
         clock: Clock | None = None,
         disk: Disk | None = None,
     ) -> None:
@@ -82,6 +93,7 @@ class Courier:
         self._slice: Final = slice_seconds
         self._poll_seconds: Final = poll_seconds
         self._retry_seconds: Final = retry_seconds
+        self._log_path: Final = log_path
         self._clock: Final[Clock] = OsClock() if clock is None else clock
         self._disk: Final[Disk] = OsDisk() if disk is None else disk
         self._faults: Final = FaultLog()
@@ -91,6 +103,10 @@ class Courier:
         self._sink: Final = adapter if isinstance(adapter, Sink) else None
         self._receiver: Final = self._receiver_of(adapter)
         self._finishing = False
+        self._deadline: float | None = None
+        self._complete = False
+        self._before = DeliveryStatus()
+        """What an earlier courier has left: counts, and what is owed."""
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
@@ -101,6 +117,9 @@ class Courier:
         self._fault: Exception | None = None
         self._trouble: Trouble | None = None
         self._failing_since: float | None = None
+        self._owed: tuple[int, str | None, str | None] = (0, None, None)
+        self._failures = (0, 0)
+        """Of hooks and tasks, as they were last written down before a commit."""
         self._pending = Pending(self._directory, terms.ranks, self._disk)
 
     async def run(self) -> None:
@@ -112,6 +131,8 @@ class Courier:
         """
         self._loop = asyncio.get_running_loop()
         has_cursor = self._books.open()
+        before = self._before = self._books.state_before()
+        self._owed = (before.owed, before.error, before.owed_fix) if before.owed else (0, None, None)
         if not has_cursor and self._after is not None:
             self._books.begin(self._after)
         try:
@@ -126,8 +147,13 @@ class Courier:
             self._books.close()
             self._faults.flush()
 
-    def finish(self) -> None:
-        """End once all that is there was delivered; from any thread."""
+    def finish(self, deadline: float | None = None) -> None:
+        """End once all that is there was delivered; from any thread.
+
+        Args:
+            deadline: How long the adapter's tasks may take then (monotonic); None for as long as they take.
+        """
+        self._deadline = time.monotonic() + LONGEST_SECONDS if deadline is None else deadline
         self._finishing = True
 
     def stop(self) -> None:
@@ -144,6 +170,25 @@ class Courier:
         """Record what the adapter learnt; where there is nowhere to record it, nothing happens."""
         if self._publish is not None:
             self._publish(event)
+
+    def follows(self, name: str) -> bool:
+        """Whether a follower of this name is on record in this journal, and has not left."""
+        return is_followed(self._directory, name, self._disk)
+
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """As `Adapter.report_owed`: written down with the state, until the adapter reports again; from any thread."""
+        del adapter  # there is one
+        owed = owed_of(events, why, fix)
+        if self._loop is not None and running_loop() is not self._loop:
+            with suppress(RuntimeError):  # the loop is closed, and the state says what was known then
+                self._loop.call_soon_threadsafe(self._note_owed, owed)
+        else:
+            self._note_owed(owed)
+
+    def _note_owed(self, owed: tuple[int, str | None, str | None]) -> None:
+        before, self._owed = self._owed, owed
+        if owed != before:
+            self._tell("delivering", urgent=before[1:] != owed[1:] or not (owed[0] and before[0]))
 
     @property
     def counts(self) -> Counts:
@@ -162,7 +207,7 @@ class Courier:
         if hasattr(adapter, "take"):
             return cast("Receiver", adapter)
         return HookReceiver(
-            adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults, publish=self._publish
+            adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults, courier=self
         )
 
     async def _session(self, *, has_cursor: bool) -> None:
@@ -183,7 +228,10 @@ class Courier:
             await self._deliver(feed)
         finally:
             self._commit(last=True)
-            await receiver.close()
+            await receiver.close(
+                time.monotonic() if self._stopping else self._deadline,
+                settles=self._complete and not self._stopping,
+            )
             if self._sink is not None:
                 self._sink.evsys_attached = None
             self._tell("ended" if self._fault is None else "failed", urgent=True)
@@ -198,6 +246,8 @@ class Courier:
             starts = feed.introduction(cursor.steps if has_cursor else None)
             if starts:
                 self._receiver.introduce(starts)
+                if not has_cursor:
+                    self._books.introduced(starts)
             self._books.changed = True  # a first mark, before the first event: a kill soon after must find one
             self._commit(at_once=True)
         except Exception as error:  # raised again: whoever runs the courier decides what comes next
@@ -221,6 +271,7 @@ class Courier:
                 self._commit(at_once=True)
                 self._tell("idle")
                 if thorough and dry:
+                    self._complete = True
                     return
                 dry = thorough
                 await asyncio.sleep(0.0 if thorough else self._poll_seconds)
@@ -245,8 +296,34 @@ class Courier:
                     self._heard(None)
             await asyncio.sleep(self._slice or 0.0)
 
+    async def _introduce(self, batch: Batch) -> None:
+        """Have the adapter know what is open, where the journal does not go back to the starts; they do not count."""
+        starts, batch.starts = batch.starts, []
+        try:
+            self._taking = True
+            if getattr(self._receiver, "writes_starts", False):
+                place = 0
+                while place < len(starts):
+                    part = starts[place : place + self._receiver.max_events]
+                    taken = await self._receiver.take(part, [0] * len(part))
+                    for why in taken.dead.values():
+                        self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
+                    place += max(1, taken.done)
+            else:
+                self._receiver.introduce(starts)
+            self._taking = False
+        except RetryLaterError as error:
+            self._fault = error
+            raise
+        except Exception as error:  # a wall: the events behind them are delivered all the same
+            self._taking = False
+            self._faults.warn("courier.start_not_taken", self.name, error=error, adapter=self.name)
+        self._books.introduced(starts)
+
     async def _take(self, batch: Batch) -> None:
         """Have the receiver take the front of the batch. If it is stopped meanwhile, what was done is entered."""
+        if batch.starts:
+            await self._introduce(batch)
         try:
             self._taking = True
             taken = await self._receiver.take(batch.envelopes, batch.sizes)
@@ -258,6 +335,9 @@ class Courier:
             if known is not None:
                 self._taking = False
                 self._books.done(batch, known)
+            raise
+        except RetryLaterError as error:  # of a hook: nothing behind the last mark counts, and all of it comes again
+            self._fault = error
             raise
         except Exception as error:  # a wall: a receiver tries again by itself; this one has a fault
             self._taking = False
@@ -277,8 +357,9 @@ class Courier:
         if now < self._commit_due and not last and (self._refused or not at_once):
             return
         try:
-            if last and self._taking and self._receiver.mark() is not None:
+            if last and self._taking and (not self._books.save() or self._receiver.mark() is not None):
                 return  # it was stopped in the middle of a batch: its mark may cover rows that were not entered
+            self._tell_failures()
             committed = self._books.commit(self._receiver.mark)
             if last and committed:
                 self._receiver.mark()  # what the adapter kept for the mark before the last can go
@@ -293,6 +374,15 @@ class Courier:
         self._refused = not committed
         self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
 
+    def _tell_failures(self) -> None:
+        """Write down what failed before the cursor moves: a kill in between has it counted twice, not never."""
+        receiver = self._receiver
+        if isinstance(receiver, CountsFailures):
+            failures = receiver.failures, receiver.task_failures
+            if failures != self._failures:
+                self._failures = failures
+                self._tell("delivering", urgent=True)
+
     def _heard(self, trouble: Trouble | None) -> None:
         """What the receiver reports."""
         before, self._trouble = self._trouble, trouble
@@ -306,16 +396,22 @@ class Courier:
     def _tell(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
         """Write down how it fares."""
         trouble = self._trouble if self._fault is None else Trouble("retrying", error_text(self._fault), attempts=0)
+        owed, owed_why, owed_fix = self._owed
+        before, hooks = self._before, self._receiver if isinstance(self._receiver, CountsFailures) else None
         self._books.state(
-            CourierState(
-                state if trouble is None or state in {"ended", "failed"} else trouble.state,
-                os.getpid(),
-                0.0,
-                error=None if trouble is None else trouble.error,
-                fix=None if trouble is None else trouble.fix,
+            DeliveryStatus(
+                state=state if trouble is None or state in {"ended", "failed"} else trouble.state,
+                pid=os.getpid(),
+                owed=owed,
+                owed_fix=owed_fix,
+                error=owed_why if trouble is None else trouble.error,
+                fix=owed_fix if trouble is None else trouble.fix,
                 failing_since=self._failing_since,
                 attempts=0 if trouble is None else trouble.attempts,
-                hook_failures=self._receiver.failures if isinstance(self._receiver, HookReceiver) else 0,
+                hook_failures=before.hook_failures + (0 if hooks is None else hooks.failures),
+                task_failures=before.task_failures + (0 if hooks is None else hooks.task_failures),
+                last_failure=before.last_failure if hooks is None else hooks.last_failure or before.last_failure,
+                log=self._log_path,
             ),
             urgent=urgent,
         )

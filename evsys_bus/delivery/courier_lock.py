@@ -5,6 +5,7 @@ from typing import Final
 
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CourierBusyError
+from evsys_bus.files import lock_file
 from evsys_bus.journal import Clock, Disk, layout
 from evsys_bus.journal.signature import sign, signed
 
@@ -35,7 +36,7 @@ class CourierLock:
         """
         try:
             self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
-            self._file = self._disk.lock(self._path)
+            self._file = lock_file(self._path, disk=self._disk)
             if self._file is not None:
                 sign(self._disk, self._clock, self._file)
                 return

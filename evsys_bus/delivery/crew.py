@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from typing import Final, Literal
@@ -14,20 +15,23 @@ from evsys_bus.callback import Callback
 from evsys_bus.codec import encode
 from evsys_bus.delivery.accounts import Accounts
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import CourierState, Followed, Recipe
+from evsys_bus.delivery.followed import Followed, Recipe
 from evsys_bus.delivery.own_folder import own_folder
 from evsys_bus.delivery.roster import enlist
 from evsys_bus.delivery.states import is_held, write_state_of_idle
 from evsys_bus.delivery.turns import SHORT_TURNS
-from evsys_bus.diagnostics import FaultLog
+from evsys_bus.diagnostics import FaultLog, current_adapter
 from evsys_bus.errors import CourierBusyError, EvsysBusError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import Clock, Disk, JournalWriter, OsClock, OsDisk
 from evsys_bus.sink import Sink
-from evsys_bus.tasks import Job, LoopThread, TaskOffice
+from evsys_bus.tasks import DeliveryStatus, Job, LoopThread, TaskOffice
 
 BUSY_SECONDS: Final = 0.5
 """How long until a courier asks again for a lock that another process holds."""
+
+INSTANT_SECONDS: Final = 0.02
+"""The same, the first time."""
 
 Build = Callable[[Recipe], Callback | Sink]
 
@@ -41,8 +45,10 @@ class Crew:
         build: Builds one from its recipe; called on the adapter's own thread.
         slice_seconds: How long a courier may work before it lets other threads of the process go on; None where there
             are none to let.
+        office: Runs them all as its tasks, on its own loop; None gives each a thread.
         poll_seconds: How often the journal is read.
         again_seconds: How long until a delivery that broke down is begun again.
+        log_path: The file with the log of this process, where it has one of its own.
         clock: The clocks.
         disk: The file system.
     """
@@ -54,8 +60,10 @@ class Crew:
         build: Build,
         *,
         slice_seconds: float | None = None,
+        office: TaskOffice | None = None,
         poll_seconds: float = 0.02,
         again_seconds: float = 5.0,
+        log_path: str | None = None,
         clock: Clock | None = None,
         disk: Disk | None = None,
     ) -> None:
@@ -64,11 +72,13 @@ class Crew:
         self._slice_seconds = slice_seconds
         self._poll_seconds = poll_seconds
         self._again_seconds = again_seconds
+        self._log_path = log_path
         self._clock = OsClock() if clock is None else clock
         self._disk = OsDisk() if disk is None else disk
         self._faults = FaultLog(every_seconds=60.0)
         self._owner = os.getpid()
-        self._posts = [_Post(each, self._faults) for each in followed]
+        self.on_program_loop: Final = office is not None
+        self._posts = [_Post(each, self._faults, office) for each in followed]
         self._learnt = _Learnt(directory, self._clock, self._disk)
 
     def start(self, *, enlists: bool = True) -> None:
@@ -80,15 +90,32 @@ class Crew:
         if enlists:
             enlist(self._directory, [post.followed for post in self._posts], self._disk)
         for post in self._posts:
-            job = Job(self._serve, (post,), owner="courier", name=post.name, timeout=None, retry=None, lane=None)
+            owner, name = (post.name, "delivery") if self.on_program_loop else ("courier", post.name)
+            job = Job(
+                self._serve,
+                (post,),
+                owner=owner,
+                name=name,
+                timeout=None,
+                retry=None,
+                lane=None,
+                background=self.on_program_loop,  # it is told when to end
+            )
             post.office.spawn(job)
 
-    def finish(self) -> None:
-        """Have each end when it has delivered what is there; from any thread."""
+    def finish(self, deadline: float | None = None) -> None:
+        """Have each end when it has delivered what is there; from any thread.
+
+        Args:
+            deadline: How long tasks of the adapters may take, and what they owe (monotonic); None for no bound.
+        """
+        if self._owner == os.getpid():
+            for post in self._posts:
+                post.deadline = deadline
         self._ask("finish")
 
     def stop(self) -> None:
-        """Have each end now, at its cursor; from any thread."""
+        """Have each end now, at its cursor; from any thread. Its thread ends with it, whoever waits for that or not."""
         self._ask("stop")
 
     def join(self, timeout_seconds: float) -> bool:
@@ -97,7 +124,8 @@ class Crew:
             return True  # a forked child has none of the threads
         deadline = time.monotonic() + timeout_seconds
         for post in self._posts:
-            if post.ended.wait(max(0.0, deadline - time.monotonic())):
+            ended = post.ended.wait(max(0.0, deadline - time.monotonic()))
+            if ended and not self.on_program_loop:
                 post.thread.stop()
         if self.running:
             return False
@@ -121,14 +149,40 @@ class Crew:
                 post.ask(what)
 
     async def _serve(self, post: "_Post") -> None:
+        current_adapter.set(post.name)
         try:
             if self._slice_seconds is None:  # in a process of couriers; a program's threads share what is the program's
                 own_folder(post.name)
-            with nullcontext() if self._slice_seconds is None else SHORT_TURNS.at_most(self._slice_seconds):
-                while not (await self._deliver(post) or post.asked == "stop"):
+            alone = self._slice_seconds is None or self.on_program_loop
+            with nullcontext() if alone else SHORT_TURNS.at_most(self._slice_seconds or 0.0):
+                while not (await self._deliver_or_say(post) or post.asked == "stop"):
                     pass
         finally:
-            post.ended.set()
+            task = asyncio.current_task()
+            if self.on_program_loop and task is not None:
+                # Behind the callback that counts the task: whoever waits for the end reads the counts next.
+                task.add_done_callback(lambda _: post.ended.set())
+            else:
+                post.ended.set()
+                if post.asked == "stop":
+                    post.thread.end_soon()
+
+    async def _deliver_or_say(self, post: "_Post") -> bool:
+        """As `_deliver`; a failure is logged, and the delivery begins again.
+
+        It ends with the failure of a try that began after it was asked to.
+        """
+        asked = post.asked
+        try:
+            return await self._deliver(post)
+        except asyncio.CancelledError:
+            # An adapter's doing: it cancelled all tasks that it could find. We are stopped by other means.
+            self._has_failed(post, RuntimeError("the adapter cancelled its courier"))
+        except Exception as error:  # a wall: the next courier begins at the cursor, the others notice nothing
+            self._has_failed(post, error)
+        if post.asked is None:
+            await post.pause(self._again_seconds)
+        return asked is not None
 
     async def _deliver(self, post: "_Post") -> bool:
         """Whether that is the end of it; if not, it was worth a pause, and is begun again."""
@@ -142,23 +196,18 @@ class Crew:
         try:
             post.take_on(courier)
             await courier.run()
+            post.was_busy = False
         except CourierBusyError:
             return await self._busy(post)
-        except asyncio.CancelledError:
-            # An adapter's doing: it cancelled all tasks that it could find. We are stopped by other means.
-            self._has_failed(post, RuntimeError("the adapter cancelled its courier"))
-            await post.pause(self._again_seconds)
-            return post.asked is not None
-        except Exception as error:  # a wall: the next courier begins at the cursor, the others notice nothing
-            self._has_failed(post, error)
-            if post.asked is None:
-                await post.pause(self._again_seconds)
-            return post.asked is not None
         post.failed = False
         return True
 
     async def _busy(self, post: "_Post") -> bool:
         """Another process delivers, as when the couriers of a run that was killed are still at it."""
+        if not post.was_busy:  # perhaps somebody only asked whether it is locked, which locks it for an instant
+            post.was_busy = True
+            await post.pause(INSTANT_SECONDS)
+            return False
         fix = "it goes on here when that one ends; evsys-bus status tells how it fares"
         self._faults.warn("courier.busy", post.name, courier=post.name, journal=self._directory, fix=fix)
         post.failed = True
@@ -188,6 +237,7 @@ class Crew:
             publish=self._learnt.publish,
             slice_seconds=self._slice_seconds,
             poll_seconds=self._poll_seconds,
+            log_path=self._log_path,
             clock=self._clock,
             disk=self._disk,
         )
@@ -196,16 +246,17 @@ class Crew:
         post.failed = True
         self._faults.warn("courier.failed", post.name, error=error, courier=post.name)
         known = isinstance(error, EvsysBusError)
-        state = CourierState(
-            "failed",
-            os.getpid(),
-            self._clock.wall(),
+        state = DeliveryStatus(
+            state="failed",
+            pid=os.getpid(),
+            at=self._clock.wall(),
             error=f"{type(error).__name__}: {_words(error) if known else error}",
             fix=error.fix if known else "see the log for the traceback",
+            log=self._log_path,
         )
         try:
             write_state_of_idle(self._disk, self._directory, post.name, state)
-        except OSError as refusal:
+        except Exception as refusal:  # a wall: whatever the journal's folder is now
             self._faults.warn("courier.state_unwritten", post.name, error=refusal, courier=post.name)
 
 
@@ -216,14 +267,17 @@ def _words(error: EvsysBusError) -> str:
 class _Post:
     """One adapter, its thread, and its courier of the moment."""
 
-    def __init__(self, followed: Followed, faults: FaultLog) -> None:
+    def __init__(self, followed: Followed, faults: FaultLog, office: TaskOffice | None) -> None:
         self.name = followed.name
         self.followed = followed
         self.thread = LoopThread()
-        self.office = TaskOffice(self.thread.loop, faults)
+        self.office = TaskOffice(self.thread.loop, faults) if office is None else office
         self.ended = threading.Event()
         self.failed = False
+        self.was_busy = False
+        """Whether another courier held the lock when it was last asked for."""
         self.asked: Literal["finish", "stop"] | None = None
+        self.deadline: float | None = None
         self.accounts: Accounts | None = None
         self._courier: Courier | None = None
         self._lock = threading.Lock()
@@ -239,8 +293,12 @@ class _Post:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        if self._courier is not None and self.asked is not None:
-            getattr(self._courier, self.asked)()
+        if self._courier is None:
+            return
+        if self.asked == "finish":
+            self._courier.finish(self.deadline)
+        elif self.asked == "stop":
+            self._courier.stop()
 
     async def pause(self, seconds: float) -> None:
         """Until then, or until it is asked for something else."""
@@ -255,20 +313,33 @@ class _Learnt:
     def __init__(self, directory: str, clock: Clock, disk: Disk) -> None:
         self._writer = JournalWriter(directory, family="c", clock=clock, disk=disk)
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that publishes may come to it in the middle of it
+        self._waiting: deque[Event] = deque()
+        self._is_writing = False
         self._state: Literal["new", "open", "closed"] = "new"
 
     def publish(self, event: Event) -> None:
         with self._lock:
-            writer = self._writer
-            if self._state == "new":
-                writer.open()
-                self._state = "open"
-            run = getattr(event, "run", None)
-            envelope = Envelope(
-                writer.stream, writer.next_sequence, self._clock.wall(), event, run if isinstance(run, str) else None
-            )
-            writer.append(encode(envelope))
+            self._waiting.append(event)
+            if self._is_writing:
+                return  # who is in the middle of it goes on with this one
+            self._is_writing = True
+            try:
+                while self._waiting:
+                    self._write(self._waiting.popleft())
+            finally:
+                self._is_writing = False
+
+    def _write(self, event: Event) -> None:
+        writer = self._writer
+        if self._state == "new":
+            writer.open()
+            self._state = "open"
+        run = getattr(event, "run", None)
+        envelope = Envelope(
+            writer.stream, writer.next_sequence, self._clock.wall(), event, run if isinstance(run, str) else None
+        )
+        writer.append(encode(envelope))
 
     def close(self) -> None:
         with self._lock:

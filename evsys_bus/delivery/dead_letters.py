@@ -12,6 +12,7 @@ import msgspec
 from evsys_bus.codec import to_json
 from evsys_bus.delivery.feed import Broken
 from evsys_bus.events import Envelope
+from evsys_bus.files import DAMAGE
 from evsys_bus.journal import Clock, Cursor, Disk, layout
 
 MAX_WAITING: Final = 1000
@@ -70,7 +71,7 @@ class DeadLetters:
         for line in tail.splitlines():
             try:
                 letter = _read(line)
-            except msgspec.DecodeError:
+            except DAMAGE:
                 continue  # cut, by a crash or by us
             if letter.seq > cursor.place(letter.stream).sequence:
                 self._written.add((letter.stream, letter.seq))

@@ -1,17 +1,44 @@
 """`Followed`: an adapter that couriers deliver to, and how its delivery is meant to go."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Collection
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
+from evsys_bus.attached import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.delivery.receiver import Rewindable
+from evsys_bus.errors import SettingError
 from evsys_bus.sink import Sink
 
 OnFailure = Literal["count", "dead", "retry"]
 """What a followed hook that raises means for its event: ``count`` it and go on, as inline (the event is delivered);
 make it ``dead``, a dead letter; or ``retry`` it a few times with growing pauses, and make it a dead letter then."""
+
+
+def ranks_of(ranks: Ranks | None, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    """The ranks as a tuple; None for all of them.
+
+    Args:
+        ranks: As a class, an object or a spec says.
+        default: Where that is None.
+
+    Raises:
+        SettingError: It is something else.
+    """
+    if ranks is None:
+        return default
+    given = cast("object", ranks)  # people write what they like
+    if isinstance(given, str) and given in _NAMED_RANKS:
+        return _NAMED_RANKS[given]
+    if isinstance(given, Collection) and not isinstance(given, str) and given:
+        chosen = tuple(cast("Collection[object]", given))
+        if all(type(each) is int and each >= 0 for each in chosen):
+            return cast("tuple[int, ...]", chosen)
+    raise SettingError(f"ranks is {ranks!r:.80}", fix='write "rank0", "all", or the ranks themselves: (0, 2)')
+
+
+_NAMED_RANKS: Final[dict[str, tuple[int, ...] | None]] = {"rank0": (0,), "all": None}
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -25,6 +52,10 @@ class Recipe(msgspec.Struct, frozen=True):
     """Modules to import first, which register the kind."""
     half: Literal["whole", "delivery"] = "whole"
     """Of an adapter with two halves, the courier builds the delivery half."""
+    private: bool = False
+    """Whether its params hold a credential that a program gave in its code: then it stands in no file."""
+    environment: dict[str, Any] = {}
+    """Params that the environment of the program gave, for a process whose environment gives none. No secrets."""
 
 
 class Terms(msgspec.Struct, frozen=True):
@@ -58,26 +89,16 @@ class Followed(msgspec.Struct, frozen=True):
     """Builds it by its recipe in this process, for a bus whose couriers are threads."""
     terms: Terms = Terms()
     here: bool = False
-    """Deliver on a thread of the bus's own process, wherever the others are delivered to."""
+    """Deliver on the program's own event loop, by a task of the bus, wherever the others are delivered to."""
 
 
-class CourierState(msgspec.Struct, omit_defaults=True):
-    """How a delivery fares, as its courier last wrote it down; counts and places are in the cursor."""
+class CarriedSink(Callback):
+    """A sink in a list of callbacks: it has no hooks, and a bus delivers to the sink."""
 
-    state: Literal["delivering", "idle", "retrying", "parked", "ended", "failed"]
-    """Idle: all there is was delivered. Failed: the adapter cannot be built or opened."""
-    pid: int
-    at: float
-    """When this was written; seconds since the epoch, wall clock."""
-    error: str | None = None
-    """What the destination, or the adapter, said last."""
-    fix: str | None = None
-    failing_since: float | None = None
-    """Wall clock."""
-    attempts: int = 0
-    """Since it began to fail."""
-    hook_failures: int = 0
-    """Of a followed callback, in this process."""
+    def __init__(self, sink: Sink) -> None:
+        self.sink: Final = sink
+        self.spec_name = sink.spec_name
+        self.delivery = type(sink)  # pyright: ignore[reportAttributeAccessIssue] # of a class it is; here of one object
 
 
 def kind_of(adapter: object) -> str:

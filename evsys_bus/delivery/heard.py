@@ -9,10 +9,12 @@ from evsys_bus.attached import Learnt
 from evsys_bus.codec import decode
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.journal import Clock, JournalReader, Tail
+from evsys_bus.journal import Clock, JournalReader, layout
 
 LISTEN_SECONDS: Final = 0.2
 """Between two looks into the couriers' streams."""
+MOST_REST_SECONDS: Final = 60.0
+"""The same of a stream that nobody writes, where newer ones are there; each rest is four times as long."""
 
 _SEEMS_ONE: Final = Learnt.hook.removeprefix("on_").encode()
 """The tag of the event; a payload that holds it by chance is decoded in vain."""
@@ -33,24 +35,49 @@ class Heard:
         self._reader: Final = reader
         self._clock: Final = clock
         self._faults: Final = faults
-        self._tails: Final[dict[str, Tail]] = {}
+        self._streams: Final[dict[str, _Stream]] = {}
         self._due = 0.0
 
     def listen(self) -> list[Learnt]:
         """What was not known before; nothing, if it was asked for a moment ago."""
         news: list[Learnt] = []
-        if self._clock.monotonic() < self._due:
+        now = self._clock.monotonic()
+        if now < self._due:
             return news
         try:
-            for stream in self._reader.streams("c"):
-                if stream not in self._tails:
-                    self._tails[stream] = self._reader.tail(stream)
-                news += filter(None, (_learnt(record.payload) for record in self._tails[stream].poll()))
+            names = self._reader.streams("c")
+            newest = {layout.rank_of(name): name for name in names}.values()
+            for name in names:
+                stream = self._streams.setdefault(name, _Stream(self._reader, name))
+                news += stream.listen(now, is_newest=name in newest)
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", self._reader.directory, error=error)
         for each in news:
             self.extras.setdefault(each.run, {}).update(each.extras)
         self._due = self._clock.monotonic() + LISTEN_SECONDS
+        return news
+
+
+class _Stream:
+    """One stream, as far as it was read."""
+
+    def __init__(self, reader: JournalReader, name: str) -> None:
+        self._reader: Final = reader
+        self._name: Final = name
+        self._tail: Final = reader.tail(name)
+        self._rest_seconds = LISTEN_SECONDS
+        self._rests_until = 0.0
+
+    def listen(self, now: float, *, is_newest: bool) -> list[Learnt]:
+        """What came since; nothing, while it rests."""
+        if now < self._rests_until:
+            return []
+        rests = not is_newest and not self._reader.is_live(self._name)  # nobody continues it; asked before it is read
+        before = self._tail.last
+        news = [each for each in (_learnt(record.payload) for record in self._tail.poll()) if each is not None]
+        if rests and self._tail.last == before:
+            self._rest_seconds = min(4 * self._rest_seconds, MOST_REST_SECONDS)
+            self._rests_until = now + self._rest_seconds
         return news
 
 

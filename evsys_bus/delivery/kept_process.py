@@ -18,11 +18,12 @@ from typing import Final
 
 import msgspec
 
-from evsys_bus.delivery.followed import CourierState
 from evsys_bus.delivery.roster import Posted
 from evsys_bus.delivery.states import write_state_of_idle
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import OsDisk
+from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.where import encode_json
 
 QUICK_SECONDS: Final = 5.0
 """One that dies sooner than that may never do better."""
@@ -71,7 +72,7 @@ class KeptProcess:
         self.process: subprocess.Popen[bytes] | None = None
         """The one that runs now, or ran last."""
         self._order: Final = order
-        self._line: Final = msgspec.json.encode(order) + b"\n"
+        self._line: Final = encode_json(order) + b"\n"
         self._spawn: Final = spawn
         self._log_path: Final = log_path
         self._pause_seconds: Final = pause_seconds
@@ -84,8 +85,20 @@ class KeptProcess:
 
     def start(self) -> None:
         """Start it, and keep it alive."""
-        self.process = self._spawn()
-        self._watcher.start()
+        self.process = self._started()
+        try:
+            self._watcher.start()
+        except BaseException:  # no thread is to be had: nobody would tell it what to do
+            if self.process is not None:
+                _end(self.process, 0.0)
+            raise
+
+    def _started(self) -> "subprocess.Popen[bytes] | None":
+        try:
+            return self._spawn()
+        except Exception as error:  # a wall: no memory, or whatever keeps a process from being made; tried again
+            log().warning("couriers.not_started", journal=self._order.directory, exc_info=error)
+            return None
 
     def finish(self, until: float) -> None:
         """Have it end once it has delivered what is there.
@@ -139,7 +152,7 @@ class KeptProcess:
             self._asked.wait(pause)
             with self._lock:
                 self._told = False
-                self.process = self._spawn()
+                self.process = self._started()
 
     def _served(self) -> int | None:
         """Tell the process what to do, and wait for its end; its exit code, None where there is none."""
@@ -173,10 +186,10 @@ class KeptProcess:
         for each in self._order.followed:
             again = shlex.join(["evsys-bus", "sync", directory, "--adapter", each.name])
             fix = f"read {self._log_path}; then: {again}"
-            state = CourierState("failed", os.getpid(), time.time(), error=error, fix=fix)
+            state = DeliveryStatus(state="failed", pid=os.getpid(), at=time.time(), error=error, fix=fix)
             try:
                 write_state_of_idle(OsDisk(), directory, each.name, state)
-            except OSError as refusal:
+            except Exception as refusal:  # a wall: whatever the journal's folder is now
                 log().warning("courier.state_unwritten", courier=each.name, exc_info=refusal)
 
     def _names(self) -> str:

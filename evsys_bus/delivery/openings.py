@@ -3,11 +3,12 @@
 Each segment begins with the starts of what was open then, so one segment is all that is read.
 """
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, TypeAlias
 
 from evsys_bus.attached import Learnt
-from evsys_bus.codec import decode
+from evsys_bus.codec import RunContexts, decode
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
@@ -19,10 +20,11 @@ from evsys_bus.events import (
     GroupStart,
     RunEnd,
     RunStart,
+    StepEnd,
     TrainEnd,
     TrainStart,
 )
-from evsys_bus.journal import Disk, frame, layout
+from evsys_bus.journal import Disk, JournalReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.scanning import SegmentScan
 
@@ -35,11 +37,12 @@ _OF_A_CONTEXT: Final[frozenset[type]] = frozenset(
 )
 """Those with a ``ctx``, or with something for one."""
 
-_SEEMS_ONE: Final = (b"_start", b"n_end", b"t_end", b"learnt")
-"""What the tags of what matters end with; a payload that holds it by chance is decoded in vain."""
+_SEEMS_ONE: Final = (b"_start", b"n_end", b"t_end", b"learnt", b"\xa7context")
+"""What the tags of what matters end with, and the key of a context in a state; a payload that holds one by chance is
+decoded in vain."""
 
-Opening: TypeAlias = tuple[type, str | None]
-"""What is open: the type of its start event, and the name of the run or group."""
+Opening: TypeAlias = tuple[type, str, str | None]
+"""What is open: the type of its start event, the directory of the experiment, and the name of the run or group."""
 
 
 class Contexts:
@@ -54,7 +57,7 @@ class Contexts:
     """
 
     def __init__(self, heard: Mapping[str, Mapping[str, Any]]) -> None:
-        self.of_run: Final[dict[str, LogContext]] = {}
+        self.of_run: Final = RunContexts(self._inherit)
         self._heard: Final = heard
         self._experiment: LogContext | None = None
 
@@ -73,28 +76,39 @@ class Contexts:
         ctx, run = event.ctx, envelope.run
         if not isinstance(ctx, LogContext):
             return
-        own = None if run is None else self.of_run.get(run)
-        earlier = self._experiment if own is None else own
-        if earlier is not None:
-            for part in ("ids", "extras"):
-                setattr(ctx, part, {**getattr(ctx, part, {}), **getattr(earlier, part, {})})
-        if own is None and run is not None:
-            _add(ctx, self._heard.get(run, {}))
+        root = str(ctx.output_dir)
+        own = self.of_run.of(run, root)
+        if own is None:
+            self._inherit(run, ctx)
+        else:
+            _take_over(ctx, own)
         if isinstance(event, ExperimentEnd):
             self._experiment = None
             self.of_run.clear()
         elif isinstance(event, RunEnd):
-            self.of_run.pop(run or "", None)
+            self.of_run.drop(run or "", root)
         elif isinstance(event, RunStart) and run is not None:
-            self.of_run[run] = ctx
+            self.of_run.put(run, root, ctx)
         elif run is None:
             self._experiment = ctx
+
+    def _inherit(self, run: str | None, ctx: LogContext) -> None:
+        """Let a new context know what is known of the experiment and the run."""
+        if self._experiment is not None:
+            _take_over(ctx, self._experiment)
+        if run is not None:
+            _add(ctx, self._heard.get(run, {}))
 
     def learn(self, learnt: Learnt) -> None:
         """Let the context of a run that is open know it; those that come later get it from there."""
         ctx = self.of_run.get(learnt.run)
         if ctx is not None:
             _add(ctx, learnt.extras)
+
+
+def _take_over(ctx: LogContext, earlier: LogContext) -> None:
+    for part in ("ids", "extras"):
+        setattr(ctx, part, {**getattr(ctx, part, {}), **getattr(earlier, part, {})})
 
 
 def _add(ctx: LogContext, extras: Mapping[str, Any]) -> None:
@@ -128,6 +142,50 @@ def open_at(disk: Disk, folder: str, sequence: int, contexts: Contexts) -> dict[
     return found
 
 
+def begin_at_what_comes(starts: list[Envelope], reader: JournalReader, stream: str, after: int) -> None:
+    """Have each training of these starts begin at the first step that the stream still gives for its run.
+
+    An adapter that cuts what it wrote at ``state.step`` then cuts only what comes again; where no step comes, nothing.
+
+    Args:
+        starts: Of trainings and others; changed in place.
+        reader: Of the journal.
+        stream: Whose events are delivered behind the starts.
+        after: The sequence behind which they begin.
+    """
+    wanted = {each.run for each in starts if isinstance(each.event, TrainStart)}
+    first: dict[str | None, int] = {}
+    left = _MOST_BYTES_AHEAD
+    try:
+        for record in reader.read(stream, after) if wanted else ():
+            left -= len(record.payload)
+            if len(first) == len(wanted) or left < 0:
+                break
+            if _STEP in record.payload:
+                _note_step(record.payload, wanted, first)
+    except (OSError, JournalVersionError) as error:
+        log().warning("courier.starts_unreadable", stream=stream, exc_info=error)
+    for each in starts:
+        if isinstance(each.event, TrainStart):
+            each.event.state.step = first.get(each.run, sys.maxsize)
+
+
+def _note_step(payload: bytes, wanted: set[str | None], first: dict[str | None, int]) -> None:
+    try:
+        envelope = decode(payload)
+    except CodecError:
+        return
+    event, run = envelope.event, envelope.run
+    if isinstance(event, StepEnd) and run in wanted and run not in first and type(event.step_idx) is int:
+        first[run] = event.step_idx
+
+
+_STEP: Final = StepEnd.hook.removeprefix("on_").encode()
+"""The tag of the event; a payload that holds it by chance is decoded in vain."""
+_MOST_BYTES_AHEAD: Final = 256 << 20
+"""How much of a stream is read to find the first steps of its runs."""
+
+
 def _open_or_close(found: dict[Opening, Envelope], contexts: Contexts, payload: bytes) -> None:
     try:
         envelope = decode(payload, contexts.of_run)
@@ -135,14 +193,16 @@ def _open_or_close(found: dict[Opening, Envelope], contexts: Contexts, payload: 
         return  # it became a dead letter when it was its turn
     event, run = envelope.event, envelope.run
     contexts.heed(envelope)
+    handle: Any = getattr(event, "ctx", None) or getattr(getattr(event, "state", None), "ctx", None)
+    root = str(getattr(handle, "output_dir", ""))
     if isinstance(event, ExperimentStart | GroupStart | RunStart | TrainStart):
-        key = (type(event), event.group_name if isinstance(event, GroupStart) else run)
+        key = (type(event), root, event.group_name if isinstance(event, GroupStart) else run)
         found.pop(key, None)
         found[key] = envelope
     elif isinstance(event, TrainEnd):
-        found.pop((TrainStart, run), None)
+        found.pop((TrainStart, root, run), None)
     elif isinstance(event, RunEnd):
-        found.pop((TrainStart, run), None)
-        found.pop((RunStart, run), None)
+        found.pop((TrainStart, root, run), None)
+        found.pop((RunStart, root, run), None)
     elif isinstance(event, ExperimentEnd):
         found.clear()

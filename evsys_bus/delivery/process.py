@@ -13,13 +13,10 @@ from typing import Final
 
 from evsys_bus.delivery.followed import Followed
 from evsys_bus.delivery.kept_process import KeptProcess, Order
+from evsys_bus.delivery.process_log import LOG_NAME, MOST_BYTES, open_log, set_aside
 from evsys_bus.delivery.roster import current_folder, enlist, import_path, posted
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import layout
-
-LOG_NAME: Final = "process.log"
-"""Of its stdout and stderr, beside the couriers' files."""
-_MOST_LOG_BYTES: Final = 4 << 20
 
 # Nothing of ours may be imported before sys.path is the program's own: only there may we be found at all. Read without
 # a buffer, so that what follows the line stays in the pipe.
@@ -62,9 +59,14 @@ class CourierProcess:
         self._owner = 0
         self._kept: KeptProcess | None = None
 
-    def start(self) -> None:
-        """Start it, and keep it alive. It never raises: what goes wrong is logged and tried again."""
-        enlist(self.directory, self._followed)
+    def start(self, *, enlists: bool = True) -> None:
+        """Start it, and keep it alive. It never raises: what goes wrong is logged and tried again.
+
+        Args:
+            enlists: Whether to write down who is followed; False where that was done.
+        """
+        if enlists:
+            enlist(self.directory, self._followed)
         order = Order(self.directory, posted(self._followed), import_path(), self._linger_seconds, os.getpid())
         self._owner = os.getpid()
         try:
@@ -129,9 +131,11 @@ class CourierProcess:
 def _open_log(path: str) -> int:
     """For the owner alone; what an earlier process said stays, up to a bound."""
     try:
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = open_log(path)
+        if os.fstat(file).st_size <= MOST_BYTES:
+            return file
+        os.close(file)
+        set_aside(path)
+        return open_log(path)
     except OSError:
         return subprocess.DEVNULL
-    if os.fstat(file).st_size > _MOST_LOG_BYTES:
-        os.ftruncate(file, 0)
-    return file

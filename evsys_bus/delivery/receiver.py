@@ -1,9 +1,14 @@
 """`Receiver`: what a courier delivers to; one for callbacks (`hooks`), one for sinks (`batches`)."""
 
+import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
+from evsys_bus.attached import Adapter
+from evsys_bus.diagnostics import log
 from evsys_bus.events import Envelope
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded
 
 
 @runtime_checkable
@@ -44,6 +49,8 @@ class Taken(NamedTuple):
     """How many of its events are done with, from the front; at least one."""
     dead: Mapping[int, str] = {}
     """Of those: the indices of the ones that were not delivered and never will be, with the reason."""
+    errors: Mapping[int, Exception] = {}
+    """What was raised for them, where that is not in the log yet."""
 
 
 class Receiver(Protocol):
@@ -78,7 +85,11 @@ class Receiver(Protocol):
         ...
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Give the start events of what is open again to an adapter that was built anew; they are not counted."""
+        """Give start events again of what is open where the events go on; they are not counted.
+
+        An adapter that was built anew gets them, and one whose journal does not go back further. Nothing starts now: a
+        training's ``state.step`` is the first step that may come.
+        """
         ...
 
     def mark(self) -> Any:
@@ -92,6 +103,51 @@ class Receiver(Protocol):
         """Cut what the adapter wrote behind this mark; called before `introduce`. Any: what `mark` returned."""
         ...
 
-    async def close(self) -> None:
-        """Finish what is under way, within the receiver's own bounds; called once."""
+    async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
+        """Finish what is under way; called once.
+
+        Args:
+            deadline: How long that may take (monotonic); None for the receiver's own bounds.
+            settles: All was delivered: have the far side confirm what the adapter owes.
+        """
         ...
+
+
+@runtime_checkable
+class CountsFailures(Protocol):
+    """A receiver that counts what its adapter does wrong, beside what becomes of events."""
+
+    failures: int
+    """Hooks that raised, and a `close` that failed."""
+    task_failures: int
+    """Tasks of the adapter that raised, ran out of time or were cancelled."""
+    last_failure: str | None
+    """The newest of both."""
+
+
+async def settle(adapter: object, name: str, deadline: float | None) -> None:
+    """Call the adapter's `settle_owed` where it has one of its own; what it raises is logged.
+
+    Args:
+        adapter: A callback or a sink.
+        name: What it is called in the log.
+        deadline: Monotonic; None for `SETTLE_SECONDS` from now.
+    """
+    if not isinstance(adapter, Adapter) or type(adapter).settle_owed is Adapter.settle_owed:
+        return
+    now = time.monotonic()
+    until = now + SETTLE_SECONDS if deadline is None else deadline
+    unended: set[asyncio.Task[Ending]] = set()
+    ending = await call_bounded(
+        adapter.settle_owed,
+        until,
+        seconds=max(0.0, until - now),
+        grace_seconds=CANCEL_GRACE_SECONDS,
+        name=f"evsys-bus:{name}:settle",
+        unended=unended,
+    )
+    if ending.error is not None:
+        log().warning("owed.not_settled", adapter=name, exc_info=ending.error)
+
+
+SETTLE_SECONDS: Final = 5.0

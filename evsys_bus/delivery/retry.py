@@ -10,9 +10,10 @@ It owns the pauses and what is told of them. What becomes of a batch for good is
     anything else                five attempts; then not again or, where the sink itself seems to be at fault, as parked
 """
 
+import math
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, SupportsFloat, cast
 
 from evsys_bus.codec.references import error_text
 from evsys_bus.delivery.receiver import Trouble
@@ -121,6 +122,18 @@ def words(error: Exception) -> str:
 def plain_text(text: str) -> str:
     """The text, of bounded length, with what UTF-8 cannot carry replaced."""
     return text[:MAX_WORDS].encode("utf-8", "replace").decode()
+
+
+def owed_of(events: SupportsFloat, why: object, fix: object) -> tuple[int, str | None, str | None]:
+    """What an adapter reports as owed, fit for a file: a count, and texts of bounded length where something is owed.
+
+    Raises:
+        TypeError: ``events`` is no number.
+        ValueError: It is not finite.
+    """
+    count = max(0, math.ceil(events))
+    why, fix = (None if text is None or not count else plain_text(error_text(text)) for text in (why, fix))
+    return count, why, fix
 
 
 def text_of(error: Exception, name: str) -> str | None:

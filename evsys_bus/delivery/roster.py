@@ -10,10 +10,14 @@ from typing import Final
 
 import msgspec
 
-from evsys_bus.delivery.followed import CourierState, Followed, Recipe, Terms
-from evsys_bus.delivery.states import is_held, state_file, write_state_of_idle
-from evsys_bus.diagnostics import log
-from evsys_bus.journal import Cursor, Cursors, Disk, OsDisk, layout
+from evsys_bus.delivery.courier_lock import CourierLock
+from evsys_bus.delivery.followed import Followed, Recipe, Terms
+from evsys_bus.delivery.states import is_held, kept, read_state, state_file, write_state, write_state_of_idle
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.files import load_file, lock_file
+from evsys_bus.journal import Cursor, Cursors, Disk, OsClock, OsDisk, layout
+from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.where import decode_json, encode_json
 
 
 class Posted(msgspec.Struct, frozen=True):
@@ -50,25 +54,40 @@ def current_folder() -> str:
 
 
 def import_path() -> tuple[str, ...]:
-    """``sys.path`` as it means the same to another process; without what no JSON can hold."""
+    """``sys.path`` as it means the same to another process."""
     folder = current_folder()
     found = (os.path.join(folder, each) for each in map(str, sys.path))  # noqa: PTH118  # as text
-    return tuple(each for each in found if each.isprintable())
+    return tuple(each for each in found if "\0" not in each)
 
 
-def enlist(directory: str, followed: Iterable[Followed], disk: Disk | None = None) -> None:
+def enlist(directory: str, followed: Iterable[Followed], disk: Disk | None = None) -> list[str]:
     """Write down who is followed, and give each a cursor, so that retention waits for them from the first event on.
 
     What the disk refuses is logged, and keeps nobody from delivering.
+
+    Returns:
+        The names of those for whom the disk refused it.
     """
     disk = OsDisk() if disk is None else disk
+    refused: list[str] = []
     for each in posted(followed):
         try:
             disk.make_directory(f"{directory}/{layout.COURIERS}")
-            disk.replace(layout.courier_file(directory, each.name, "spec.json"), _write(each))
+            disk.replace(layout.courier_file(directory, each.name, "spec.json"), encode_json(_without_secrets(each)))
             _give_cursor(directory, each.name, disk)
         except (OSError, TypeError, ValueError) as error:
             log().warning("courier.not_enlisted", journal=directory, courier=each.name, exc_info=error)
+            refused.append(each.name)
+    return refused
+
+
+def _without_secrets(each: Posted) -> Posted:
+    """As it may stand in a file: what holds a credential can be built by its own program only."""
+    if each.recipe is None or not each.recipe.private:
+        return each
+    fix = "give it by the environment, and `evsys-bus sync` can deliver to it too"
+    log().info("courier.recipe_withheld", courier=each.name, why="its params hold a credential", fix=fix)
+    return msgspec.structs.replace(each, recipe=None)
 
 
 def post_again(directory: str, posts: Iterable[Posted], disk: Disk | None = None) -> None:
@@ -77,8 +96,8 @@ def post_again(directory: str, posts: Iterable[Posted], disk: Disk | None = None
     for each in posts:
         path = layout.courier_file(directory, each.name, "spec.json")
         try:
-            if path.rpartition("/")[2] not in disk.names(f"{directory}/{layout.COURIERS}"):
-                disk.replace(path, _write(each))
+            if not _is_there(disk, path):
+                disk.replace(path, encode_json(_without_secrets(each)))
         except (OSError, TypeError, ValueError) as error:
             log().warning("courier.not_enlisted", journal=directory, courier=each.name, exc_info=error)
 
@@ -86,7 +105,7 @@ def post_again(directory: str, posts: Iterable[Posted], disk: Disk | None = None
 def strike_off(directory: str, followed: Collection[str], rank: int, disk: Disk | None = None) -> None:
     """Note who is followed no more: who is on the roster, and not among these, and delivered to by nobody.
 
-    What is pending for it stays pending; but retention does not wait for it for ever (`evsys_bus.journal.retain`).
+    What is pending for it stays pending, and retention waits for it until it is forgotten (``evsys-bus forget``).
 
     Args:
         directory: The journal.
@@ -95,26 +114,56 @@ def strike_off(directory: str, followed: Collection[str], rank: int, disk: Disk 
         disk: The file system.
     """
     disk = OsDisk() if disk is None else disk
-    for each in roster(directory, disk):
+    try:
+        posts = roster(directory, disk)
+    except OSError as refusal:
+        log().warning("courier.not_struck_off", journal=directory, exc_info=refusal)
+        return
+    for each in posts:
         serves = each.terms.ranks is None or rank in each.terms.ranks
         if each.name in followed or not serves or each.left_at is not None or is_held(disk, directory, each.name):
             continue
-        command = shlex.join(["evsys-bus", "sync", directory, "--adapter", each.name])
-        fix = "follow it again" if each.recipe is None else f"follow it again, or: {command}"
-        state = CourierState("ended", os.getpid(), time.time(), error="it is not followed any more", fix=fix)
+        commands = [] if each.recipe is None else [shlex.join(["evsys-bus", "sync", directory, "--adapter", each.name])]
+        commands.append(shlex.join(["evsys-bus", "forget", each.name, directory]))
+        fix = f"follow it again, or: {', or: '.join(commands)}"
+        error = "it is not followed any more"
+        state = DeliveryStatus(state="ended", pid=os.getpid(), at=time.time(), error=error, fix=fix)
         try:
             left = msgspec.structs.replace(each, left_at=time.time())
-            disk.replace(layout.courier_file(directory, each.name, "spec.json"), _write(left))
+            disk.replace(layout.courier_file(directory, each.name, "spec.json"), encode_json(left))
             write_state_of_idle(disk, directory, each.name, state)
-        except OSError as error:
-            log().warning("courier.not_struck_off", journal=directory, courier=each.name, exc_info=error)
+        except OSError as refusal:
+            log().warning("courier.not_struck_off", journal=directory, courier=each.name, exc_info=refusal)
             continue
-        meaning = "what is pending stays so; a journal with retain lets go of it after a day, and it counts as dead"
+        meaning = (
+            "what is pending stays so, and a journal with retain keeps it, until evsys-bus forget is told its name"
+        )
         log().warning("courier.not_followed", journal=directory, courier=each.name, meaning=meaning, fix=fix)
 
 
+def forget(directory: str, name: str, disk: Disk | None = None) -> None:
+    """Take a follower off the record: its spec, its cursor and its state go; its dead letters stay.
+
+    Retention waits for it no longer. Followed again, it begins with the oldest event that is there then.
+
+    Raises:
+        CourierBusyError: A courier delivers to it.
+        OSError: The disk refuses; calling it again does what is left.
+    """
+    disk = OsDisk() if disk is None else disk
+    lock = CourierLock(directory, name, disk, OsClock())
+    lock.take()
+    try:
+        cursor = layout.cursor_file(directory, name)
+        for path in (layout.courier_file(directory, name, "spec.json"), state_file(directory, name), cursor):
+            with contextlib.suppress(FileNotFoundError):
+                disk.remove(path)
+    finally:
+        lock.let_go()
+
+
 def roster(directory: str, disk: Disk | None = None) -> list[Posted]:
-    """Who is on it, by name; a spec that cannot be read is logged and left out."""
+    """Who is on it, by name; a spec that is damaged, or cannot be read now, is logged once and left out."""
     disk = OsDisk() if disk is None else disk
     found: list[Posted] = []
     try:
@@ -126,30 +175,60 @@ def roster(directory: str, disk: Disk | None = None) -> list[Posted]:
             continue
         path = f"{directory}/{layout.COURIERS}/{name}"
         try:
-            found.append(_read(disk.read(path, 0, _MOST_BYTES)))
-        except (OSError, msgspec.DecodeError) as error:
-            log().warning("couriers.spec_unreadable", path=path, exc_info=error)
+            each = load_file(path, _decode, set_aside=False, most_bytes=_MOST_BYTES, disk=disk)
+        except OSError as error:
+            _FAULTS.warn("couriers.spec_unreadable", path, error=error, path=path)
+        else:
+            found += [] if each is None else [each]
     return found
+
+
+def _decode(data: bytes) -> Posted:
+    return decode_json(data, Posted)
+
+
+def _is_there(disk: Disk, path: str) -> bool:
+    try:
+        disk.size(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def is_followed(directory: str, name: str, disk: Disk) -> bool:
+    """Whether a follower of this name is on record and has not left; yes where that cannot be told now."""
+    try:
+        return (
+            decode_json(disk.read(layout.courier_file(directory, name, "spec.json"), 0, _MOST_BYTES), Posted).left_at
+            is None
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, msgspec.DecodeError):
+        return True
 
 
 def _give_cursor(directory: str, name: str, disk: Disk) -> None:
     """Under the lock: where another process delivers, the cursor is its own to make, and the state is true.
 
-    Where none does, the state is of another day: what was wrong then may have been mended.
+    Where none does, the state is of another day: what was wrong then may have been mended. What is counted stays.
     """
-    lock = disk.lock(layout.courier_file(directory, name, "lock"))
+    lock = lock_file(layout.courier_file(directory, name, "lock"), disk=disk)
     if lock is None:
         return
     try:
-        if name not in layout.followers(disk, directory):
+        if not _is_there(disk, layout.cursor_file(directory, name)):
             Cursors(directory, disk).save(name, Cursor())
-        with contextlib.suppress(FileNotFoundError):
-            disk.remove(state_file(directory, name))
+        stays = kept(read_state(disk, directory, name))
+        if stays != DeliveryStatus():
+            write_state(disk, directory, name, stays)
+        else:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                disk.remove(state_file(directory, name))
     finally:
         disk.close(lock)
 
 
 _SPEC: Final = ".spec.json"
 _MOST_BYTES: Final = 16 << 20
-_read: Final = msgspec.json.Decoder(Posted).decode
-_write: Final = msgspec.json.Encoder().encode
+_FAULTS: Final = FaultLog(every_seconds=60.0)

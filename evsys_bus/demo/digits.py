@@ -5,6 +5,7 @@ UCI repository), so nothing is downloaded; numpy does the arithmetic. Everything
 """
 
 import copy
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits  # pyright: ignore[reportUnknownVariableType] # it has no types
 
 from evsys_bus.context import EvalResult, LoopState, Prediction, TrainingBatch
+from evsys_bus.files import replace_file
 from evsys_bus.training import Benchmark, SnapshotBackend
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -162,11 +164,10 @@ class DigitNetwork:
 
     def _write(self, name: str, arrays: "dict[str, Floats]") -> str:
         """A file appears whole or not at all, so that a kill in the middle never leaves half a checkpoint."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        path, beside = self._directory / name, self._directory / f".{name}"
-        with beside.open("wb") as file:
-            np.savez(file, **arrays)  # pyright: ignore[reportArgumentType] # its keyword allow_pickle is no array
-        beside.replace(path)
+        path = self._directory / name
+        content = BytesIO()
+        np.savez(content, **arrays)  # pyright: ignore[reportArgumentType] # its keyword allow_pickle is no array
+        replace_file(path, content.getvalue(), mode=0o666)
         return str(path)
 
 

@@ -3,9 +3,9 @@
 It owns bytes, files and cursors; what the bytes say is the codec's business. The format is in docs/journal-format.md.
 """
 
+from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.cursor import Cursor, Cursors, Place
-from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.reader import JournalReader, Record, Tail
 from evsys_bus.journal.retain import Retain
 from evsys_bus.journal.verify import Report, verify

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Final
 
-from evsys_bus.journal.disk import Disk
+from evsys_bus.disk import Disk
 from evsys_bus.journal.layout import SegmentName
 
 

@@ -1,7 +1,8 @@
 """Which stream a new writer may write: one that a dead writer of the same rank left, or a new one.
 
-A stream is continued only in the boot in which it was written. After a power cut the newest records of a stream may be
-gone although followers have had them; their sequences must not be given to other events.
+Only the newest stream of a rank is continued, so that what is written later never stands before what was written
+earlier; and only in the boot in which it was written. After a power cut the newest records of a stream may be gone
+although followers have had them; their sequences must not be given to other events.
 """
 
 import os
@@ -9,15 +10,14 @@ import os
 import msgspec
 
 from evsys_bus.diagnostics import log
+from evsys_bus.disk import Disk
 from evsys_bus.errors import JournalVersionError
-from evsys_bus.journal import frame, layout
+from evsys_bus.journal import layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import Cursors
-from evsys_bus.journal.disk import Disk
-from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.layout import Family, Owner, SegmentName
+from evsys_bus.journal.layout import Family, Owner
 from evsys_bus.journal.place import place
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.scanning import next_sequence_in
 from evsys_bus.journal.signature import sign, signed
 
 
@@ -41,11 +41,12 @@ def claim(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = 
         OSError: The directory cannot be written.
     """
     disk.make_directory(directory)
-    for stream in reversed(layout.streams(disk, directory, rank, family)):
-        found = _continued(disk, clock, directory, stream)
-        if found is not None:
-            return found
-    stream = layout.new_stream(rank, clock.wall(), family)
+    _mark(disk, directory)
+    older = layout.streams(disk, directory, rank, family)
+    found = _continued(disk, clock, directory, older[-1]) if older else None
+    if found is not None:
+        return found
+    stream = layout.new_stream(rank, clock.wall(), family, older)
     place(disk, directory, stream)
     return Claim(stream, hold(disk, clock, directory, stream))
 
@@ -68,6 +69,14 @@ def owner(disk: Disk, directory: str, stream: str) -> Owner | None:
     return signed(disk, f"{directory}/{stream}/{layout.LOCK}")
 
 
+def _mark(disk: Disk, directory: str) -> None:
+    """Have the directory say that it is a journal; where it cannot, its streams say so."""
+    try:
+        layout.mark_as_journal(disk, directory)
+    except OSError as error:
+        log().warning("journal.not_marked", directory=directory, exc_info=error)
+
+
 def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim | None:
     """The stream, if it is free and may be continued."""
     before = owner(disk, directory, stream)
@@ -81,7 +90,7 @@ def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim |
             return None
         names = layout.segments(disk, folder)
         at_least = max(names[-1].first if names else 1, Cursors(directory, disk).furthest(stream) + 1)
-        following = max(at_least, *(_behind(disk, folder, name) for name in names[-1:]), 1)
+        following = max(at_least, *(next_sequence_in(disk, folder, name) for name in names[-1:]), 1)
         sign(disk, clock, lock)
     except (OSError, JournalVersionError) as error:
         log().warning("journal.not_continued", stream=stream, exc_info=error)
@@ -90,14 +99,3 @@ def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim |
         return None
     inherited = [f"{folder}/{name}" for name in names]
     return Claim(stream, lock, names[-1].ordinal if names else 0, following, inherited)
-
-
-def _behind(disk: Disk, folder: str, name: SegmentName) -> int:
-    """The sequence behind the last whole event of a segment; 0 where it has none."""
-    following = 0
-    for piece in SegmentScan(disk, f"{folder}/{name}").count(name.first):
-        if isinstance(piece, int):
-            following = piece
-        elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
-            following = max(following, piece.sequence + 1)
-    return following

@@ -63,6 +63,8 @@ class Run(NamedTuple):
     first: int
     """The sequence of the first of them."""
     payloads: list[bytes]
+    carried: bool = False
+    """Whether these are start events that the segment repeats, of what was open when it began."""
 
 
 class Rest(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Final, Literal
 from uuid import uuid4
 
 from evsys_bus.diagnostics import log
+from evsys_bus.disk import Disk
 from evsys_bus.journal import layout
-from evsys_bus.journal.disk import Disk
 
 _NOT_SUPPORTED: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 

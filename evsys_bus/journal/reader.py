@@ -6,14 +6,14 @@ damage. A reader writes nothing.
 
 import os
 from collections.abc import Generator, Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
+from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.frame import Frame, Rest, Run
 from evsys_bus.journal.layout import Family, SegmentName
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.scanning import SegmentNames, SegmentScan
 
 
 class Record(NamedTuple):
@@ -31,7 +31,7 @@ class JournalReader:
         self._disk = OsDisk() if disk is None else disk
 
     def streams(self, family: Family = "r") -> list[str]:
-        """Their names; those of one rank oldest first. None where there is no journal."""
+        """Their names, the one that was begun first coming first. None where there is no journal."""
         return layout.streams(self._disk, self.directory, family=family)
 
     def is_live(self, stream: str) -> bool:
@@ -52,7 +52,8 @@ class JournalReader:
         Args:
             stream: Its name.
             after: Give out what comes behind this sequence.
-            patience: How often a segment that is there and cannot be read raises OSError, before it is passed over.
+            patience: How often in a row a segment that is there and cannot be read raises OSError, before it is passed
+                over, or, where none follows it, taken to have been read to its end.
         """
         return Tail(self._disk, f"{self.directory}/{stream}", after, patience)
 
@@ -73,6 +74,7 @@ class Tail:
         self._disk = disk
         self._folder = folder
         self._expected = after + 1 if after else None  # never one that was given out: what numbers on from it is new
+        self._names: Final = SegmentNames(disk, folder)
         self._at: SegmentName | None = None
         self._scan: SegmentScan | None = None
         self._suspect = -1
@@ -88,7 +90,7 @@ class Tail:
         Raises:
             JournalVersionError: A newer version wrote what follows.
         """
-        for first, payloads in self.runs():
+        for first, payloads, _ in self.runs():
             for sequence, payload in enumerate(payloads, first):
                 self.last = sequence
                 yield Record(sequence, payload)
@@ -99,17 +101,17 @@ class Tail:
         A run counts as given out when the next one is asked for.
         """
         if self._given is not None:  # somebody stopped in the middle of it
-            first, payloads = self._given
+            first, payloads, carried = self._given
             taken = max(0, self.last + 1 - first)
-            yield from self._give(Run(first + taken, payloads[taken:]))
+            yield from self._give(Run(first + taken, payloads[taken:], carried))
         while True:
-            if self._scan is None:
-                start = self._start()
+            if self._at is None:
+                start = self._names.holding(self.last + 1)
                 if start is None:
                     return
                 self._enter(start)
             yield from self._drain(ended=False)
-            following = self._following()
+            following = self._names.after(cast("SegmentName", self._at))
             if following is None:
                 return
             # The old one may have grown between the reading and the listing; now it grows no more.
@@ -122,15 +124,6 @@ class Tail:
             yield run
             self.last = run.first + len(run.payloads) - 1
         self._given = None
-
-    def _start(self) -> SegmentName | None:
-        """The segment that holds the first event to give out."""
-        names = layout.segments(self._disk, self._folder)
-        return next((name for name in reversed(names) if name.first <= self.last + 1), names[0] if names else None)
-
-    def _following(self) -> SegmentName | None:
-        at = self._at
-        return next((name for name in layout.segments(self._disk, self._folder) if at is None or name > at), None)
 
     def _enter(self, name: SegmentName) -> None:
         self._expect(name.first)
@@ -148,12 +141,17 @@ class Tail:
         except JournalVersionError:
             raise
         except OSError as error:
+            is_gone = isinstance(error, FileNotFoundError)
+            if not is_gone:
+                self._refusals += 1
+                if self._refusals < self._patience:
+                    raise
             if not ended:
                 return  # it may be for now only
-            self._refusals += 1
-            if self._refusals < self._patience and not isinstance(error, FileNotFoundError):
-                raise
-            self.unreadable.append(scan.path)
+            if is_gone:
+                self._names.forget()
+            if not is_gone or scan.offset:  # else its events are missing, and nothing more
+                self.unreadable.append(scan.path)
         self._refusals = 0
 
     def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Run, None, bool]:
@@ -184,7 +182,7 @@ class Tail:
             self._expect(piece.sequence)
             self._expected = max(self._expected or 1, piece.sequence + 1)
         new = piece.sequence > self.last and piece.kind in {frame.EVENT, frame.CARRIED}
-        return Run(piece.sequence, [bytes(piece.payload)] if new else [])
+        return Run(piece.sequence, [bytes(piece.payload)] if new else [], piece.kind == frame.CARRIED)
 
     def _expect(self, sequence: int) -> None:
         """All before this one has been given out, or is missing."""

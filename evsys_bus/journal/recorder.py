@@ -9,16 +9,16 @@ import errno
 import math
 import threading
 from collections.abc import Callable
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.disk import Disk
 from evsys_bus.errors import ForkedBusError, JournalClosedError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.backlog import Backlog, Waiting
 from evsys_bus.journal.begun import Begun
 from evsys_bus.journal.claim import Claim, hold
 from evsys_bus.journal.clock import Clock
-from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.frame import pack
 from evsys_bus.journal.layout import SegmentName
 from evsys_bus.journal.reserve import Reserve
@@ -40,7 +40,9 @@ class Recorder:
         self.directory: Final = directory
         self.faults: Final = FaultLog()
         self.state: Literal["new", "open", "closed", "forked"] = "new"
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal handler that flushes may come to it in the middle of it
+        self.is_at_work = False
+        """Read under the lock: true only in a signal handler that came into the middle of `work_off`."""
         self.claim = Claim("", None)
         self.segment: OpenSegment | None = None
         self.retired: list[OpenSegment] = []
@@ -117,6 +119,14 @@ class Recorder:
 
     def work_off(self) -> None:
         """Write what waits, in order, as far as the disk takes it."""
+        if not self.is_at_work:
+            self.is_at_work = True
+            try:
+                self._work_off()
+            finally:
+                self.is_at_work = False
+
+    def _work_off(self) -> None:
         while True:
             segment = self.segment
             try:
@@ -186,12 +196,12 @@ class Recorder:
 
     def disown(self) -> None:
         """In a forked child: the journal stays with the parent. Takes no lock: who held it is not here."""
-        self.lock = threading.Lock()
+        self.lock, self.is_at_work = threading.RLock(), False
         if self.state == "open":
             self.state = "forked"
         self.release()
 
-    def say(self, phrase: str, error: Exception, **facts: object) -> None:
+    def say(self, phrase: str, error: Exception, **facts: Any) -> None:
         """Count a failure, and log it."""
         self.failures += 1
         self._quietly(lambda: self.faults.warn(phrase, self.directory, error=error, directory=self.directory, **facts))
@@ -218,12 +228,17 @@ class Recorder:
         return None
 
     def _write_one(self, waiting: Waiting) -> None:
-        if self.segment is not None and self.left <= 0:
+        before = self.segment
+        if before is not None and self.left <= 0:
             try:
                 self._begin(waiting)
             except OSError as error:
+                if self.segment is not before:  # the new one is not sound, and the one before has ended
+                    raise
                 # Too many open files, say: one long segment is better than none.
-                self.left = self._segment_bytes // _OVERDUE_SHARE
+                more = self._segment_bytes // _OVERDUE_SHARE
+                self.earlier_bytes += more - self.left  # so that what was written stays what it was
+                self.left = more
                 self.say("journal.not_rotated", error)
             else:
                 return
@@ -250,8 +265,14 @@ class Recorder:
         self.begun += 1
         self.segments.add(segment.path, name)
         if self._synced:
-            segment.sync()
-            self.sync_directories()
+            is_sound = False
+            try:
+                segment.sync()
+                self.sync_directories()
+                is_sound = True
+            finally:
+                if not is_sound:  # a power cut may take the file with all that is written to it later
+                    self.retire()
 
     def sync_directories(self) -> None:
         """Have the names of the segment, the stream and the journal on the medium."""

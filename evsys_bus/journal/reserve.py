@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from evsys_bus.journal.disk import Disk
+from evsys_bus.disk import Disk
 
 
 class Reserve:

@@ -1,111 +1,328 @@
-"""Which segments may go: those that are old enough, or too many, and that every follower is done with.
+"""Which segments may go: those that are old enough, or too many, and that every registered follower is done with.
 
-A follower that was taken out of the config is waited for a day longer. From then on what it has not had goes with the
-segments, and becomes dead letters of its: counted, and said. Nothing else would ever move its cursor.
+Registered is who has a cursor or a spec in the journal, and who is named by the program that writes it. One without a
+cursor has had nothing. One that was taken out of the config is waited for like the others, until it is forgotten.
+
+The older streams of the writer's rank and family that nobody writes count with its own: what kills, power cuts and
+other machines left there goes first, and nothing of a stream before all older ones are empty. A start of training that
+stays, while rows go that came after it, would have whoever begins anew cut these rows, which nothing brings again. Of
+an older stream one segment stays, without an event: it says how many there were.
 """
 
-import time
-from contextlib import ExitStack
-from itertools import pairwise
-from typing import Final
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise, takewhile
+from typing import Final, NamedTuple, cast
 
 import msgspec
 
 from evsys_bus.diagnostics import log
-from evsys_bus.journal import layout
+from evsys_bus.disk import NO_LOCKS, Disk
+from evsys_bus.errors import JournalVersionError
+from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
-from evsys_bus.journal.cursor import Cursors, Place
-from evsys_bus.journal.disk import Disk
-from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.cursor import Cursor, Cursors, Terms
+from evsys_bus.journal.layout import Family, SegmentName
+from evsys_bus.journal.scanning import next_sequence_in
+from evsys_bus.journal.segment import OpenSegment
 
-LEFT_SECONDS: Final = 86_400.0
-"""How long one that is not followed any more is waited for."""
+LOG_SECONDS: Final = 60.0
+"""Between two lines in the log on what was removed."""
 
 
 class Retain(msgspec.Struct, frozen=True):
-    """How much of a stream to keep; what is None sets no bound."""
+    """How much to keep of the streams of one rank; what is None sets no bound."""
 
     max_bytes: int | None = None
-    """Older segments go while the stream is larger."""
+    """Older segments go while the streams are larger together; those of the oldest stream first."""
     max_age_seconds: float | None = None
     """Segments go that were last written longer ago."""
 
 
-def prune(disk: Disk, clock: Clock, directory: str, stream: str, retain: Retain) -> list[SegmentName]:
-    """Remove the segments of a stream that may go, oldest first, never the newest one; which ones went.
+class Removed(msgspec.Struct):
+    """What retention has removed."""
 
-    The cursors are read from their files, so they are durable before anything is unlinked. Nothing goes while one of
-    the followers that have left is delivered to, by ``evsys-bus sync``.
+    segments: int = 0
+    events: int = 0
+    bytes: int = 0
+    up_to: int = 0
+    """The sequence of the last event."""
+
+
+class _Segment(NamedTuple):
+    """A segment that is written to the end."""
+
+    name: SegmentName
+    size: int
+    last: int
+    """The sequence of its last event."""
+    is_last: bool = False
+    """Whether no segment follows it, in a stream that nobody writes."""
+
+
+class Retention:
+    """Removes the segments that may go from the stream of a writer and from older ones, and keeps count of them.
+
+    Args:
+        disk: The file system.
+        clock: The clocks.
+        directory: The journal.
+        retain: The bounds.
     """
-    folder = f"{directory}/{stream}"
-    names = layout.segments(disk, folder)
-    sizes = {name: disk.size(f"{folder}/{name}") for name in names}
-    cursors = Cursors(directory, disk)
-    served = cursors.served(stream)
-    left = {name: at for name, at in served.items() if at is not None and clock.wall() - at > LEFT_SECONDS}
-    places = [cursors.load(name).place(stream).sequence for name in served if name not in left]
-    total = sum(sizes.values())
-    going: list[SegmentName] = []
-    up_to = 0
-    for name, following in pairwise(names):
-        path = f"{folder}/{name}"
-        too_many = retain.max_bytes is not None and total > retain.max_bytes
-        too_old = retain.max_age_seconds is not None and clock.wall() - disk.modified(path) > retain.max_age_seconds
-        last = following.first - 1
-        if any(place < last for place in places) or not (too_many or too_old):
-            break
-        total -= sizes[name]
-        going.append(name)
-        up_to = last
-    if not going or not _pass_over(disk, clock, directory, stream, up_to, left):
-        return []
-    for name in going:
-        disk.remove(f"{folder}/{name}")
-    return going
 
+    def __init__(self, disk: Disk, clock: Clock, directory: str, retain: Retain) -> None:
+        self.removed: Final = Removed()
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._directory: Final = directory
+        self._retain: Final = retain
+        self._cursors: Final = Cursors(directory, disk)
+        self._sizes: dict[SegmentName, int] = {}
+        """Of segments of the writer's stream."""
+        self._older: dict[str, list[_Segment]] = {}
+        """What is left of older streams that nobody writes, and that were looked at: no segment of those that are done
+        with."""
+        self._warned: set[str] = set()
+        """Followers that left, and that the log has named."""
+        self._unlogged: dict[str, Removed] = {}
+        """By stream."""
+        self._log_due = 0.0
 
-def _pass_over(disk: Disk, clock: Clock, directory: str, stream: str, up_to: int, left: dict[str, float]) -> bool:
-    """Have what these have not had, up to there, count as dead.
+    def prune(self, stream: str, followers: Collection[str] = ()) -> list[SegmentName]:
+        """Remove the segments that may go, oldest first, from older streams too, never the newest one of this.
 
-    For none of them, and False, where somebody delivers to one of them after all: then nothing goes.
-    """
-    cursors = Cursors(directory, disk)
-    with ExitStack() as locks:
-        for follower in left:
-            lock = disk.lock(layout.courier_file(directory, follower, "lock"))
-            if lock is None:
-                return False
-            locks.callback(disk.close, lock)
-        for follower, cursor in [(each, cursors.read(each)) for each in left]:  # all are read before one is moved
-            place = cursor.place(stream)
-            events = up_to - place.sequence
-            if events <= 0:
+        The cursors are read from their files, so they are durable before anything is unlinked.
+
+        Args:
+            stream: The writer's.
+            followers: Who is to be waited for whether or not the journal has them on record.
+
+        Returns:
+            Which segments of the writer's stream went.
+
+        Raises:
+            OSError: Something cannot be read now, so nothing went; or a segment could not be removed.
+        """
+        self._look_at_older(stream)
+        own, newest = self._segments_of(stream)
+        total = newest + sum(each.size for segments in (*self._older.values(), own) for each in segments)
+        passed = _Passed(self._cursors, followers)
+        gone: list[_Segment] = []
+        for each, segments in (*self._older.items(), (stream, own)):
+            due = self._due(each, segments, total)
+            may_go = self._passed(each, due, passed) if due else []
+            gone = self._remove(each, may_go) if each == stream else self._remove_older(each, may_go)
+            total -= sum(segment.size for segment in gone)
+            del segments[: len(gone)]
+            if segments and each != stream:
+                gone = []
+                break
+        self.log_removed(stream)
+        return [segment.name for segment in gone]
+
+    def log_removed(self, stream: str, *, last: bool = False) -> None:
+        """Say in the log what was removed since the last time, at most once in `LOG_SECONDS` and at the end.
+
+        The older streams have one line together.
+        """
+        now, unlogged = self._clock.monotonic(), self._unlogged
+        if not unlogged or (now < self._log_due and not last):
+            return
+        self._log_due, self._unlogged = now + LOG_SECONDS, {}
+        own = unlogged.pop(stream, None)
+        if unlogged:
+            counts = {
+                what: sum(getattr(each, what) for each in unlogged.values()) for what in ("segments", "events", "bytes")
+            }
+            log().info("journal.segments_removed", older_streams=len(unlogged), **counts, why="retain")
+        if own is not None:
+            log().info("journal.segments_removed", stream=stream, **msgspec.structs.asdict(own), why="retain")
+
+    def _look_at_older(self, stream: str) -> None:
+        """Look once at each older stream of the rank and family that nobody writes.
+
+        A writer that was killed left its reserve.
+        """
+        of_rank = layout.streams(self._disk, self._directory, layout.rank_of(stream), cast("Family", stream[0]))
+        older = [each for each in of_rank if layout.order_of(each) < layout.order_of(stream)]
+        known, self._older = self._older, {}
+        for each in older:
+            if each in known:
+                self._older[each] = known[each]
                 continue
-            when = time.strftime("%Y-%m-%d", time.gmtime(left[follower]))
-            why = f"{events} events up to this one went with their segments: it was taken out of the config on {when}"
-            letter = _Letter(stream, up_to, clock.wall(), why)
-            _append(disk, layout.courier_file(directory, follower, "dead.jsonl"), letter)
-            cursor.streams[stream] = Place(up_to, place.delivered, place.dead + events)
-            cursors.save(follower, cursor)
-            log().warning("journal.left_events_removed", follower=follower, stream=stream, events=events, up_to=up_to)
-    return True
+            try:
+                lock = self._disk.lock(f"{self._directory}/{each}/{layout.LOCK}")
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self._older[each] = []  # nobody can tell whether it is written
+                continue
+            if lock is None:
+                continue
+            try:
+                with suppress(FileNotFoundError):
+                    self._disk.remove(f"{self._directory}/{each}/{layout.RESERVE}")
+                self._older[each] = self._segments_left(each)
+            finally:
+                self._disk.close(lock)
+
+    def _segments_left(self, stream: str) -> list[_Segment]:
+        """The segments of a stream that nobody writes; none where only one without an event is left."""
+        folder = f"{self._directory}/{stream}"
+        names = layout.segments(self._disk, folder)
+        sizes = {name: self._disk.size(f"{folder}/{name}") for name in names}
+        found = [_Segment(name, sizes[name], following.first - 1) for name, following in pairwise(names)]
+        if names and sizes[names[-1]] > _EMPTY_BYTES:
+            found.append(_Segment(names[-1], sizes[names[-1]], 0, is_last=True))
+        return found
+
+    def _segments_of(self, stream: str) -> tuple[list[_Segment], int]:
+        """The segments of the writer's stream that are written to the end, and how large the newest one is."""
+        folder = f"{self._directory}/{stream}"
+        names = layout.segments(self._disk, folder)
+        self._sizes = {name: self._size(folder, name) for name in names[:-1]}
+        found = [_Segment(name, self._sizes[name], following.first - 1) for name, following in pairwise(names)]
+        return found, sum(self._disk.size(f"{folder}/{name}") for name in names[-1:])
+
+    def _due(self, stream: str, segments: list[_Segment], total: int) -> list[_Segment]:
+        """The segments that are over the bounds, oldest first, where all streams are this large together."""
+        most, due = self._retain.max_bytes, list[_Segment]()
+        for number, each in enumerate(segments):
+            too_many = most is not None and total > most
+            if not too_many and not self._is_too_old(f"{self._directory}/{stream}/{each.name}"):
+                break
+            if each.is_last and not each.last:
+                segments[number] = each._replace(last=self._last_in(stream, each.name))
+            total -= each.size
+            due.append(segments[number])
+        return due
+
+    def _last_in(self, stream: str, name: SegmentName) -> int:
+        """The sequence of the last event up to the end of a segment."""
+        try:
+            return max(name.first, next_sequence_in(self._disk, f"{self._directory}/{stream}", name)) - 1
+        except JournalVersionError as error:
+            raise OSError(str(error)) from error  # how many events it has, nobody knows
+
+    def _remove_older(self, stream: str, segments: Sequence[_Segment]) -> list[_Segment]:
+        """Remove these from an older stream, unless somebody is at work on it; which ones went."""
+        lock = self._disk.lock(f"{self._directory}/{stream}/{layout.LOCK}") if segments else None
+        if lock is None:
+            return []
+        try:
+            return self._remove(stream, segments)
+        finally:
+            self._disk.close(lock)
+
+    def _remove(self, stream: str, segments: Sequence[_Segment]) -> list[_Segment]:
+        gone: list[_Segment] = []
+        for each in segments:
+            try:
+                if each.is_last:
+                    self._follow_by_empty(stream, each)
+                self._disk.remove(f"{self._directory}/{stream}/{each.name}")
+            except OSError:
+                if not gone:
+                    raise
+                break  # what went is told first; the next round says what the disk refuses
+            gone.append(each)
+            self._count(stream, each)
+        if gone:
+            with suppress(OSError):  # else a power cut brings some of them back, which does no harm but to the room
+                self._disk.sync_path(f"{self._directory}/{stream}")
+        return gone
+
+    def _follow_by_empty(self, stream: str, segment: _Segment) -> None:
+        """Have a segment without an event stand behind the last one, so that no sequence is given out again."""
+        folder, following = f"{self._directory}/{stream}", segment.last + 1
+        name, closed = SegmentName(segment.name.ordinal + 1, following), frame.pack(following, b"", frame.CLOSED)
+        empty = OpenSegment.begin(self._disk, folder, name, closed)
+        try:
+            empty.sync()
+        finally:
+            empty.close()
+        self._disk.sync_path(folder)
+
+    def _size(self, folder: str, name: SegmentName) -> int:
+        known = self._sizes.get(name)
+        return self._disk.size(f"{folder}/{name}") if known is None else known
+
+    def _is_too_old(self, path: str) -> bool:
+        oldest = self._retain.max_age_seconds
+        return oldest is not None and self._clock.wall() - self._disk.modified(path) > oldest
+
+    def _passed(self, stream: str, due: list[_Segment], passed: "_Passed") -> list[_Segment]:
+        """Those of a stream's segments that everybody who is served it is done with."""
+        up_to, left = passed.up_to(stream, due)
+        if left:
+            self._warn_of_left(stream, due, up_to, left)
+        up_to = min([up_to, *left.values()])
+        return list(takewhile(lambda each: each.last <= up_to, due))
+
+    def _warn_of_left(self, stream: str, due: list[_Segment], up_to: int, left: Mapping[str, int]) -> None:
+        """Name once who is not followed any more and keeps what would go."""
+        for name, place in left.items():
+            held = [each.size for each in due if place < each.last <= up_to]
+            if held and name not in self._warned:
+                self._warned.add(name)
+                fix = shlex.join(["evsys-bus", "forget", name, self._directory])
+                facts = {"follower": name, "stream": stream, "segments": len(held), "bytes": sum(held)}
+                why = "it was taken out of the config and has not had them"
+                log().warning("journal.kept_for_left_follower", **facts, why=why, fix=fix)
+
+    def _count(self, stream: str, segment: _Segment) -> None:
+        for counts in (self.removed, self._unlogged.setdefault(stream, Removed())):
+            counts.segments += 1
+            counts.events += segment.last - segment.name.first + 1
+            counts.bytes += segment.size
+            counts.up_to = segment.last
 
 
-class _Letter(msgspec.Struct, frozen=True):
-    """A line of a dead-letter file, for many events."""
+class _Passed:
+    """How far everybody is, as this round found it: each cursor is read once.
 
-    stream: str
-    seq: int
-    at: float
-    why: str
+    A spec is read only of a follower that holds something back.
+
+    Args:
+        cursors: Of the journal.
+        followers: Who is to be waited for in any case.
+    """
+
+    def __init__(self, cursors: Cursors, followers: Collection[str]) -> None:
+        self._cursors = cursors
+        self._followers = followers
+        self._known: dict[str, Cursor] | None = None
+        self._terms: dict[str, Terms] = {}
+
+    def up_to(self, stream: str, due: Sequence[_Segment]) -> tuple[int, dict[str, int]]:
+        """The sequence up to which everybody who is followed is done with it, and the places of those who left.
+
+        Raises:
+            OSError: That cannot be told now.
+        """
+        if self._known is None:
+            names = sorted({*self._cursors.registered(), *self._followers})
+            self._known = {name: self._cursors.look(name) for name in names}
+        up_to = due[-1].last
+        left: dict[str, int] = {}
+        for name, cursor in self._known.items():
+            place = cursor.place(stream).sequence
+            if place >= up_to:
+                continue
+            terms = self._terms.get(name)
+            if terms is None:
+                terms = self._terms[name] = self._cursors.terms_of(name)
+            if not terms.serves(stream):
+                continue
+            if terms.left_at is not None and name not in self._followers:
+                left[name] = place
+            else:
+                up_to = min(up_to, place)
+            if up_to < due[0].last:
+                return up_to, {}
+        return up_to, left
 
 
-def _append(disk: Disk, path: str, letter: _Letter) -> None:
-    file = disk.lock(path)  # of all ways to open, the one that opens to append whether it is there or not
-    if file is None:
-        raise BlockingIOError(f"{path} is locked by another process")
-    try:
-        disk.write(file, msgspec.json.encode(letter) + b"\n")
-        disk.sync(file)
-    finally:
-        disk.close(file)
+_EMPTY_BYTES: Final = len(frame.head() + frame.pack(1, b"", frame.CLOSED))
+"""Of a segment without an event, at the most."""

@@ -1,15 +1,50 @@
-"""Reading one segment in pieces, from where the last reading stopped, in memory that does not grow with the file."""
+"""Reading a stream: one segment after another, each in pieces, in memory that does not grow with the file."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
+from evsys_bus.disk import Disk
 from evsys_bus.errors import JournalVersionError
-from evsys_bus.journal import frame
-from evsys_bus.journal.disk import Disk
+from evsys_bus.journal import frame, layout
 from evsys_bus.journal.frame import Damage, Frame, Rest, Run, scan
+from evsys_bus.journal.layout import SegmentName
 
 _CHUNK_BYTES: Final = 1 << 20
 _Taken = TypeVar("_Taken")
+
+
+class SegmentNames:
+    """The names of a stream's segments, in order. The folder is listed only when the names from before are used up.
+
+    Args:
+        disk: The file system.
+        folder: The stream's.
+    """
+
+    def __init__(self, disk: Disk, folder: str) -> None:
+        self._disk: Final = disk
+        self._folder: Final = folder
+        self._ahead: deque[SegmentName] = deque()
+
+    def holding(self, sequence: int) -> SegmentName | None:
+        """The segment that holds this event, or the first one behind it; None where there is none."""
+        names = layout.segments(self._disk, self._folder)
+        at = max((place for place, name in enumerate(names) if name.first <= sequence), default=0)
+        self._ahead = deque(names[at + 1 :])
+        return names[at] if names else None
+
+    def after(self, name: SegmentName) -> SegmentName | None:
+        """The segment that follows, which ends this one; None where there is none yet."""
+        while self._ahead and self._ahead[0] <= name:
+            self._ahead.popleft()
+        if not self._ahead:
+            self._ahead.extend(each for each in layout.segments(self._disk, self._folder) if each > name)
+        return self._ahead[0] if self._ahead else None
+
+    def forget(self) -> None:
+        """List the folder again before the next answer: segments were removed."""
+        self._ahead.clear()
 
 
 class SegmentScan:
@@ -109,3 +144,14 @@ class SegmentScan:
                 fix="upgrade evsys-bus where you read this journal",
             )
         return frame.HEAD_BYTES
+
+
+def next_sequence_in(disk: Disk, folder: str, name: SegmentName) -> int:
+    """The sequence behind the last whole event of a segment; 0 where it has none."""
+    following = 0
+    for piece in SegmentScan(disk, f"{folder}/{name}").count(name.first):
+        if isinstance(piece, int):
+            following = piece
+        elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
+            following = max(following, piece.sequence + 1)
+    return following

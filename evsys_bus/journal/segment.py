@@ -5,8 +5,8 @@ The one exception: a record of which the disk takes only a part is taken back, b
 
 from typing import Self
 
+from evsys_bus.disk import Disk
 from evsys_bus.journal import frame
-from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.layout import SegmentName
 
 

@@ -9,8 +9,9 @@ from typing import Final
 
 import msgspec
 
+from evsys_bus.disk import Disk
+from evsys_bus.files import DAMAGE
 from evsys_bus.journal.clock import Clock
-from evsys_bus.journal.disk import Disk
 from evsys_bus.journal.layout import Owner
 
 _MOST_BYTES: Final = 4096
@@ -35,7 +36,7 @@ def signed(disk: Disk, path: str) -> Owner | None:
     for line in reversed(data.split(b"\n")):
         try:
             return _decode(line)
-        except msgspec.DecodeError:
+        except DAMAGE:
             continue
     return None
 

@@ -8,8 +8,9 @@ import threading
 from typing import Final
 
 from evsys_bus.journal.recorder import Recorder
-from evsys_bus.journal.retain import Retain, prune
+from evsys_bus.journal.retain import Removed, Retain, Retention
 from evsys_bus.journal.segment import OpenSegment
+from evsys_bus.tasks import Gate, start_thread
 
 
 class Upkeep:
@@ -20,9 +21,14 @@ class Upkeep:
         self._recorder: Final = recorder
         self._syncs = syncs
         self._every = min(every_seconds, threading.TIMEOUT_MAX)
-        self._retain = retain
-        self._one_at_a_time = threading.Lock()
-        self._stopping = threading.Event()
+        self._retention = (
+            None if retain is None else Retention(recorder.disk, recorder.clock, recorder.directory, retain)
+        )
+        self.followers: frozenset[str] = frozenset()
+        """Who is to be waited for, whether or not the journal has them on record."""
+        self._one_at_a_time = threading.RLock()  # as the recorder's
+        self._is_in_round = False
+        self._stopping = Gate()
         self._thread: threading.Thread | None = None
         self._ended = False
         self._abandoned = False
@@ -30,14 +36,18 @@ class Upkeep:
         self._synced_begun = -1
         self._pruned_begun = 0
 
+    @property
+    def removed(self) -> Removed:
+        """What retention has removed."""
+        return Removed() if self._retention is None else self._retention.removed
+
     def start(self) -> None:
         """Make rounds from now on."""
-        self._thread = threading.Thread(target=self._run, name="evsys-bus journal", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(self._run, "evsys-bus journal")
 
     def stop(self, timeout_seconds: float) -> bool:
         """Make a last round, and close everything; whether that ended in time and all is on the medium."""
-        self._stopping.set()
+        self._stopping.open()
         if self._thread is None:
             return False
         self._thread.join(timeout_seconds)
@@ -46,7 +56,7 @@ class Upkeep:
     def abandon(self) -> None:
         """End soon, without waiting: the writer was dropped and not closed. What it appended stays as it is."""
         self._abandoned = True
-        self._stopping.set()
+        self._stopping.open()
 
     def round(self) -> None:
         """One round."""
@@ -54,39 +64,55 @@ class Upkeep:
         if recorder.state == "forked":
             return
         with self._one_at_a_time:
-            with recorder.lock:
-                if recorder.state == "open" and recorder.backlog:
-                    recorder.work_off()
-                retired, parting = recorder.retired, recorder.parting
-                recorder.retired, recorder.parting = [], retired
-                segment, written, begun = recorder.segment, recorder.written_bytes, recorder.begun
-            self._sync_inherited()
-            for each in parting:
-                self._close(each)
-            for each in retired:
-                self._sync(each)
-            if segment is not None:
-                if written != self._synced_bytes:
-                    self._sync(segment)
-                self._synced_bytes = written
-                if not self._is_there(segment):
-                    return
-            if begun != self._synced_begun and self._sync_directory():
-                self._synced_begun = begun
-            if recorder.state == "open":
-                self._make_room(begun)
+            if self._is_in_round:  # a signal handler came into the middle of one
+                return
+            self._is_in_round = True
+            try:
+                self._round()
+            finally:
+                self._is_in_round = False
+
+    def _round(self) -> None:
+        recorder = self._recorder
+        with recorder.lock:
+            if recorder.is_at_work:
+                return
+            if recorder.state == "open" and recorder.backlog:
+                recorder.work_off()
+            retired = [*recorder.retired]
+            parting, recorder.parting = recorder.parting, []
+            segment, written, begun = recorder.segment, recorder.written_bytes, recorder.begun
+        self._sync_inherited()
+        for each in parting:
+            self._close(each)
+        for each in retired:
+            self._sync(each)
+            self._part_with(each)
+        if segment is not None:
+            if written != self._synced_bytes:
+                self._sync(segment)
+            self._synced_bytes = written
+            if not self._is_there(segment):
+                return
+        if begun != self._synced_begun and self._sync_directory():
+            self._synced_begun = begun
+        if recorder.state == "open":
+            self._make_room(begun)
 
     def _run(self) -> None:
         while not self._stopping.wait(self._every):
             self._round_or_say()
         if self._abandoned:
-            self._recorder.release()
+            with self._recorder.lock:
+                self._recorder.release()
             return
         self._round_or_say()
         with self._recorder.lock:
             self._recorder.retire()
             self._recorder.segments.look()  # what the receipt says is true also of older ones
         self._round_or_say()
+        if self._retention is not None:
+            self._retention.log_removed(self._recorder.claim.stream, last=True)
         self._recorder.reserve.free()
         self._recorder.release()
         self._ended = True
@@ -96,6 +122,14 @@ class Upkeep:
             self.round()
         except Exception as error:  # a wall: without this thread nothing more would be synced
             self._recorder.say("journal.upkeep_failed", error)
+
+    def _part_with(self, segment: OpenSegment) -> None:
+        """Have the next round close it. Not before it is synced: a Ctrl-C may end a round at any line."""
+        recorder = self._recorder
+        with recorder.lock:
+            if segment in recorder.retired:
+                recorder.retired.remove(segment)
+                recorder.parting.append(segment)
 
     def _sync(self, segment: OpenSegment) -> None:
         if not self._syncs:
@@ -114,12 +148,12 @@ class Upkeep:
         """A power cut may come soon after the crash of the writer before."""
         inherited = self._recorder.claim.inherited
         while inherited:
-            path = inherited.pop()
             try:
                 if self._syncs:
-                    self._recorder.disk.sync_path(path)
+                    self._recorder.disk.sync_path(inherited[-1])
             except OSError as error:
                 self._recorder.say("journal.not_synced", error)
+            inherited.pop()
 
     def _sync_directory(self) -> bool:
         try:
@@ -158,8 +192,8 @@ class Upkeep:
     def _make_room(self, begun: int) -> None:
         recorder = self._recorder
         try:
-            if self._retain is not None and begun != self._pruned_begun:
-                gone = prune(recorder.disk, recorder.clock, recorder.directory, recorder.claim.stream, self._retain)
+            if self._retention is not None and begun != self._pruned_begun:
+                gone = self._retention.prune(recorder.claim.stream, self.followers)
                 with recorder.lock:
                     recorder.segments.retired(gone)
                 self._pruned_begun = begun

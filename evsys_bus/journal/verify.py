@@ -4,9 +4,9 @@ import os
 
 import msgspec
 
+from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.frame import Damage, Frame
 from evsys_bus.journal.reader import JournalReader
 from evsys_bus.journal.scanning import SegmentScan
@@ -43,6 +43,8 @@ class StreamReport(msgspec.Struct):
     """Behind the last whole record of a segment: a write cut short, as by a kill. No damage."""
     unreadable: list[str] = []
     """Segments that could not be read, and why."""
+    removed: int = 0
+    """Events in segments that are gone from the front, as `retain` removes them. No damage."""
 
     @property
     def whole(self) -> bool:
@@ -74,6 +76,7 @@ def _stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:
     folder = f"{reader.directory}/{stream}"
     names = layout.segments(disk, folder)
     expected = names[0].first if names else 1
+    report.removed = layout.removed_in_front(names)
     for name in names:
         expected = _miss(report, expected, name.first)
         try:

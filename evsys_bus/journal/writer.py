@@ -6,22 +6,26 @@ meanwhile, on a thread ───────────────────
 """
 
 import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, Literal, Self, TypeVar
 from zlib import crc32
 
+from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalOpenError, UnrecordedError
 from evsys_bus.journal.backlog import Backlog, Waiting
 from evsys_bus.journal.claim import claim
 from evsys_bus.journal.clock import Clock, OsClock
-from evsys_bus.journal.disk import Disk, OsDisk
 from evsys_bus.journal.frame import EVENT, MARK, pack, pack_body, pack_sum
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.recorder import Recorder
-from evsys_bus.journal.retain import Retain
+from evsys_bus.journal.retain import Removed, Retain
 from evsys_bus.journal.upkeep import Upkeep
+
+_SYNC_SECONDS: Final = 1.0
+"""What is left for the disk to sync, after what waited was tried until the deadline."""
 
 Flush = Literal["never", "interval", "always"]
 _Event = TypeVar("_Event")
@@ -99,9 +103,16 @@ class JournalWriter:
                 fix="give a directory that this user can write, with space left",
             ) from error
         self._first = self.next_sequence = claimed.next_sequence
-        recorder.open(claimed, self._reserve_bytes)
-        _open.add(recorder)
-        self._upkeep.start()
+        try:
+            recorder.open(claimed, self._reserve_bytes)
+            _open.add(recorder)
+            self._upkeep.start()
+        except BaseException:  # no thread is to be had, say: the stream is for others to write
+            recorder.state = "closed"
+            self._upkeep.abandon()
+            with recorder.lock:
+                recorder.release()
+            raise
         weakref.finalize(self, self._upkeep.abandon).atexit = False
         return self
 
@@ -196,11 +207,18 @@ class JournalWriter:
         self._recorder.backlog.lost += 1
         self.next_sequence += 1
 
+    def wait_for(self, followers: Iterable[str]) -> None:
+        """Have `retain` wait for these, whether or not the journal has them on record yet.
+
+        To be called before the first append, with all who are followed; what they have not had stays then.
+        """
+        self._upkeep.followers = frozenset(followers)
+
     def flush(self) -> None:
         """One round of upkeep now: write what waits, sync, prune."""
         self._upkeep.round()
 
-    def close(self, timeout_seconds: float = 5.0) -> bool:
+    def close(self, timeout_seconds: float = 5.0, again: Callable[[], bool] = lambda: False) -> bool:
         """Take no more, and have everything on the medium. No append may be in progress.
 
         What still waits is written first, on a full disk into the reserve: of what does not fit there the starts, ends
@@ -208,22 +226,31 @@ class JournalWriter:
 
         Args:
             timeout_seconds: A disk that hangs is left to the upkeep's thread after that.
+            again: Asked while the disk refuses what waits: it pauses, and says whether to try once more before the
+                reserve is used.
 
         Returns:
             Whether all that this writer was given is on the medium.
         """
         recorder = self._recorder
         deadline = recorder.clock.monotonic() + timeout_seconds
-        if recorder.state == "open":
-            if not recorder.lock.acquire(timeout=timeout_seconds):
+        least = 0.0
+        while recorder.state == "open":
+            last = not recorder.backlog or not again()
+            left = deadline - recorder.clock.monotonic()
+            if not recorder.lock.acquire(timeout=max(0.0, min(left, threading.TIMEOUT_MAX))):
                 return False
             try:
-                recorder.sign_off(self.next_sequence)
+                if last:
+                    recorder.sign_off(self.next_sequence)
+                else:
+                    least = _SYNC_SECONDS  # the tries may take all the time there is
+                    recorder.work_off()
             finally:
                 recorder.lock.release()
         if recorder.state != "closed":
             return False
-        ended = self._upkeep.stop(max(0.0, deadline - recorder.clock.monotonic()))
+        ended = self._upkeep.stop(max(least, deadline - recorder.clock.monotonic()))
         return ended and not self.unrecorded and not self.lost
 
     @property
@@ -251,6 +278,11 @@ class JournalWriter:
         """How many were given up, or were in segments that somebody removed."""
         recorder = self._recorder
         return recorder.backlog.lost + recorder.segments.removed(self.next_sequence - len(recorder.backlog))
+
+    @property
+    def removed(self) -> Removed:
+        """What `retain` has removed."""
+        return self._upkeep.removed
 
     @property
     def failures(self) -> int:

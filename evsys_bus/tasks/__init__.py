@@ -4,27 +4,52 @@ Tasks start in this room and nowhere else in the project. It knows nothing of ev
 the ``owner`` of a task.
 """
 
+from evsys_bus.tasks.adoption import HOOK_CALLS, AdoptionState, BareTasks, hook_call, name_of
 from evsys_bus.tasks.bounded_call import Ending, call_bounded
 from evsys_bus.tasks.job import Job
-from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, run_alone, running_loop
-from evsys_bus.tasks.office import CANCEL_GRACE_SECONDS, TaskOffice
-from evsys_bus.tasks.receipt import Delivery, Draining, Receipt, TaskCounts, wait_shielded
+from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, other_tasks, run_alone, run_on, running_loop, unended_calls
+from evsys_bus.tasks.office import CANCEL_GRACE_SECONDS, Ended, TaskOffice
+from evsys_bus.tasks.receipt import (
+    DeliveryState,
+    DeliveryStatus,
+    Draining,
+    Receipt,
+    TaskCounts,
+    prepare_to_wait,
+    wait_shielded,
+)
 from evsys_bus.tasks.see_through import see_through
+from evsys_bus.tasks.uninterrupted import Deadline, Gate, Uninterrupted, start_thread
 
 __all__ = [
     "CANCEL_GRACE_SECONDS",
+    "HOOK_CALLS",
     "STOP_SECONDS",
-    "Delivery",
+    "AdoptionState",
+    "BareTasks",
+    "Deadline",
+    "DeliveryState",
+    "DeliveryStatus",
     "Draining",
+    "Ended",
     "Ending",
+    "Gate",
     "Job",
     "LoopThread",
     "Receipt",
     "TaskCounts",
     "TaskOffice",
+    "Uninterrupted",
     "call_bounded",
+    "hook_call",
+    "name_of",
+    "other_tasks",
+    "prepare_to_wait",
     "run_alone",
+    "run_on",
     "running_loop",
     "see_through",
+    "start_thread",
+    "unended_calls",
     "wait_shielded",
 ]

@@ -59,6 +59,11 @@ class DaemonExecutor(ThreadPoolExecutor):
             self._calls.put(call)
         return future
 
+    @property
+    def unended(self) -> int:
+        """Calls that are at work or wait for their turn; from any thread."""
+        return self._unended
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more. It waits for nobody: who asks for that would wait for a call that hangs."""
         del wait, cancel_futures

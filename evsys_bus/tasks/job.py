@@ -12,7 +12,7 @@ from evsys_bus.errors import SpawnError
 class Job:
     """What `spawn` was given, and how far it has got."""
 
-    __slots__ = ("args", "attempts", "context", "fn", "kind", "lane", "name", "owner", "retry", "timeout")
+    __slots__ = ("args", "attempts", "background", "context", "fn", "kind", "lane", "name", "owner", "retry", "timeout")
 
     def __init__(
         self,
@@ -24,6 +24,7 @@ class Job:
         timeout: float | None,
         retry: Callable[..., Awaitable[object]] | None,
         lane: str | None,
+        background: bool = False,
     ) -> None:
         _check(fn)
         self.fn = fn
@@ -35,16 +36,27 @@ class Job:
         self.retry = retry
         self.lane = None if lane is None else (owner, lane)
         self.context = contextvars.copy_context()
+        self.background = background
         self.attempts = 0
 
     def __str__(self) -> str:
         return f"{self.owner}:{self.name}"
 
     async def run(self) -> None:
-        """All attempts, within the timeout."""
+        """All attempts, within the timeout.
+
+        Raises:
+            TimeoutError: They took longer.
+            RuntimeError: The task called ``sys.exit``.
+        """
+        bound = asyncio.timeout(self.timeout)
         try:
-            async with asyncio.timeout(self.timeout):
+            async with bound:
                 await (self._attempt(*self.args) if self.retry is None else self.retry(self._attempt, *self.args))
+        except TimeoutError:
+            if not bound.expired():
+                raise  # the task's own
+            raise TimeoutError(f"timed out after {self.timeout:g} s") from None
         except SystemExit as error:  # asyncio would let it out of the loop, and end the program for a task's sake
             raise RuntimeError(f"the task called sys.exit({error.code!r})") from error
 

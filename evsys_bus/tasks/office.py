@@ -9,11 +9,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.codec import error_text
+from evsys_bus.diagnostics import FaultLog, log, message_shape
+from evsys_bus.tasks.adoption import name_of
 from evsys_bus.tasks.job import Job
 from evsys_bus.tasks.loops import call_soon, running_loop
 from evsys_bus.tasks.receipt import Draining, Receipt, TaskCounts
@@ -22,8 +24,26 @@ CANCEL_GRACE_SECONDS: Final = 1.0
 """How long a cancelled task may take to end before it is left."""
 
 
+class Ended(NamedTuple):
+    """How one task ended."""
+
+    work: "Job | asyncio.Task[Any]"
+    """What was spawned, or the task that was adopted."""
+    name: str
+    failure: str | None
+    """What it raised, or that it was cancelled; None where it came to a good end."""
+
+
 class TaskOffice:
-    """Owners, bounds, lanes, isolation, counts, and the drain."""
+    """Owners, bounds, lanes, isolation, counts, and the drain.
+
+    Args:
+        loop: Gives the loop that spawned tasks run on.
+        faults: Where failures are logged.
+        max_running: Spawned tasks that run at a time.
+        max_waiting: Spawned tasks that wait for their turn; one more is refused.
+        on_end: Called when a task has ended, or was dropped before it began.
+    """
 
     def __init__(
         self,
@@ -32,9 +52,11 @@ class TaskOffice:
         *,
         max_running: int = 32,
         max_waiting: int = 10_000,
+        on_end: Callable[[Ended], object] | None = None,
     ) -> None:
         self._loop = loop
         self._faults = faults
+        self._on_end = on_end
         self._max_running = max_running
         self._max_waiting = max_waiting
         self._lock = threading.RLock()
@@ -45,6 +67,8 @@ class TaskOffice:
             asyncio.Task[Any], Job
         ] = {}  # Any, here and below: what a task returns is nobody's business
         self._adopted: dict[asyncio.Task[Any], str] = {}
+        self._background: dict[asyncio.Task[Any], Job] = {}  # nothing waits for these
+        self._ends_background = False
         self._owners: dict[str, TaskCounts] = {}
         self._watchers: list[Callable[[], object]] = []  # called whenever a task has ended
         self._closed = False
@@ -59,6 +83,9 @@ class TaskOffice:
                 self._faults.warn("task.refused", job.owner, owner=job.owner, task=job.name, why=why)
                 return False
             counts.spawned += 1
+            if job.background:
+                call_soon(self._loop(), partial(self._start_background, job))
+                return True
             if job.lane in self._lanes:
                 self._lanes[job.lane].append(job)
                 self._behind += 1
@@ -92,17 +119,30 @@ class TaskOffice:
     def cancel_all(self) -> None:
         """Cancel every task that has begun, and drop those that have not, from any thread."""
         with self._lock:
-            for job in [*self._ready, *(job for lane in self._lanes.values() for job in lane)]:
+            dropped = [*self._ready, *(job for lane in self._lanes.values() for job in lane)]
+            for job in dropped:
                 self._counts(job.owner).cancelled += 1
             self._ready.clear()
             self._lanes.clear()
             self._behind = 0
             tasks = [*self._running, *self._adopted]
-        for task in tasks:
-            if task.get_loop() is running_loop():
-                task.cancel()
-            else:
-                call_soon(task.get_loop(), task.cancel)
+        _cancel(tasks)
+        for job in dropped:
+            self._tell(Ended(job, job.name, "cancelled before it began"))
+
+    def end_background(self) -> None:
+        """Cancel the background tasks: all that they served has ended. From any thread; it does not wait."""
+        with self._lock:
+            self._ends_background = True
+            tasks = [*self._background]
+        _cancel(tasks)
+
+    async def background_ended(self, timeout: float) -> None:
+        """Wait at most so many seconds for the background tasks of the loop that runs here, after `end_background`."""
+        with self._lock:
+            tasks = [task for task in self._background if task.get_loop() is running_loop()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
 
     def drain(self, timeout: float, *, close: bool, stalled: asyncio.AbstractEventLoop | None = None) -> Draining:
         """Begin to wait for every task, at most ``timeout`` seconds; may be called on any thread.
@@ -179,10 +219,10 @@ class TaskOffice:
         with self._lock:
             left = [str(job) for job in (*self._running.values(), *self._ready)]
             left += [str(job) for lane in self._lanes.values() for job in lane]
-            left += [f"{owner}:{task.get_name()}" for task, owner in self._adopted.items()]
+            left += [f"{owner}:{name_of(task)}" for task, owner in self._adopted.items()]
         if left:
             log().warning("tasks.left", count=len(left), tasks=", ".join(sorted(left)[:10]))
-        return Receipt(total=total, owners=owners, left=tuple(sorted(left)), seconds=seconds)
+        return Receipt(total=total, tasks_by_owner=owners, left=tuple(sorted(left)), seconds=seconds)
 
     def _counts(self, owner: str) -> TaskCounts:
         counts = self._owners.get(owner)
@@ -201,35 +241,58 @@ class TaskOffice:
     def _start_ready(self) -> None:
         loop = self._loop()
         with self._lock:
-            while self._ready and len(self._running) < self._max_running:
-                job = self._ready.popleft()
+            while len(self._running) < self._max_running:
+                try:
+                    job = self._ready.popleft()
+                except IndexError:
+                    return
                 task = loop.create_task(job.run(), name=str(job), context=job.context)
                 self._running[task] = job
                 # Not a `finally` in the coroutine: one that is cancelled before its first step never runs.
                 task.add_done_callback(self._ended)
 
+    def _start_background(self, job: Job) -> None:
+        if self._ends_background:
+            self._counts(job.owner).completed += 1
+            return
+        task = self._loop().create_task(job.run(), name=str(job), context=job.context)
+        self._background[task] = job
+        task.add_done_callback(self._ended)
+
     def _ended(self, task: "asyncio.Task[Any]") -> None:
         """The wall around a task, spawned or adopted: what it raised is counted and logged, and goes no further."""
         error = None if task.cancelled() else task.exception()
         with self._lock:
-            job = self._running.pop(task, None)
+            job = self._running.pop(task, None) or self._background.pop(task, None)
             owner = self._adopted.pop(task) if job is None else job.owner
             counts = self._counts(owner)
-            counts.cancelled += task.cancelled()
+            # To be cancelled at the end is how a background task is meant to end.
+            cancelled = task.cancelled() and not (job is not None and job.background and self._ends_background)
+            counts.cancelled += cancelled
             counts.failed += error is not None
-            counts.completed += error is None and not task.cancelled()
+            counts.completed += error is None and not cancelled
             if job is not None:
                 counts.retries += max(0, job.attempts - 1)
                 self._leave_lane(job)
+        name = name_of(task) if job is None else job.name
         if error is not None:
-            name = task.get_name() if job is None else job.name
-            # By its function: names may be as many as tasks.
-            kind = getattr(task.get_coro(), "__qualname__", None) if job is None else job.kind
+            # Names may be as many as tasks.
+            kind = message_shape(name) if job is None else job.kind
             self._faults.warn("task.failed", (owner, kind), error=error, owner=owner, task=name)
         if self._ready:
             self._wake()
         for watcher in tuple(self._watchers):
             watcher()
+        if self._on_end is not None:
+            failure = error_text(error) if error is not None else "cancelled" if cancelled else None
+            self._tell(Ended(task if job is None else job, name, failure))
+
+    def _tell(self, ended: Ended) -> None:
+        if self._on_end is not None:
+            try:
+                self._on_end(ended)
+            except Exception as error:  # a wall: the other tasks are looked after all the same
+                self._faults.warn("task.end_unseen", ended.name, error=error, task=ended.name)
 
     def _leave_lane(self, job: Job) -> None:
         behind = self._lanes.get(job.lane) if job.lane is not None else None
@@ -238,3 +301,11 @@ class TaskOffice:
             self._behind -= 1
         elif job.lane is not None:
             self._lanes.pop(job.lane, None)
+
+
+def _cancel(tasks: "list[asyncio.Task[Any]]") -> None:
+    for task in tasks:
+        if task.get_loop() is running_loop():
+            task.cancel()
+        else:
+            call_soon(task.get_loop(), task.cancel)

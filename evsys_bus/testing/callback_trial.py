@@ -2,22 +2,25 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from types import FrameType
+from typing import Any, Final, TypeAlias
 
+from evsys_bus.attached import EventInfo
 from evsys_bus.callback import Callback, attach, check_hooks, detach, hook_of
 from evsys_bus.errors import HookError
 from evsys_bus.events import Event, StepEnd
 from evsys_bus.sink import Sink, check_marks
+from evsys_bus.tasks import HOOK_CALLS, BareTasks, hook_call, name_of
 from evsys_bus.testing.findings import Findings
 from evsys_bus.testing.folders import Contents, difference, empty_folder
 from evsys_bus.testing.sink_trial import Unheard, bounded
 from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, enveloped, hostile, minimal
 
 _Events: TypeAlias = Callable[[Path], Iterable[Iterable[Event]]]
-"""The events of a trial, given its folder, in parts: what a part spawned is run at its end."""
+"""The events of a trial, given its folder, in parts: what a part started is run at its end."""
 
 
 class CallbackTrial:
@@ -93,6 +96,7 @@ class CallbackTrial:
                 after: Any = self._make(folder)
                 after.rewind(mark)
                 self._call(after, [*starts, *events[middle:]])
+                self._close(after)
 
             if self._findings.met("it can be marked, and rewound to a mark that went through JSON", crash_and_go_on):
                 rewound = self._written(folder)
@@ -114,6 +118,7 @@ class CallbackTrial:
         adapter = self._make(folder)
         for some in events(folder):
             self._call(adapter, some, what)
+        self._close(adapter, what)
 
     def _written(self, folder: Path) -> Mapping[str, object]:
         found: list[Mapping[str, object]] = []
@@ -121,18 +126,41 @@ class CallbackTrial:
         return found[0] if found else {}
 
     def _call(self, adapter: Callback | Sink, events: Iterable[Event], what: str = "what it writes") -> None:
-        spawned = _Spawned()
-        attach(adapter, spawned)
+        """Call the hooks inside an event loop, then run the tasks that they have started, bare or spawned."""
+        asyncio.run(self._called(adapter, events, what))
+
+    async def _called(self, adapter: Callback | Sink, events: Iterable[Event], what: str) -> None:
+        started = _Started()
+        attach(adapter, started)
+        started.bare_tasks.begin_here()
         for event in events:
             hook = hook_of(adapter, type(event))
             if hook is None:
                 continue
             values = {name: getattr(event, name) for name in event.__struct_fields__}
             named = {name: values.pop(name) for name in event.keywords}
-            self._findings.met(f"{event.hook} takes", partial(hook, *values.values(), **named), what)
-        for name, run in spawned.taken:
-            self._findings.met(f"its task {name} takes", lambda: asyncio.run(bounded(run())), what)  # noqa: B023
-        detach(adapter, spawned)
+            self._findings.met(f"{event.hook} takes", partial(started.call, hook, values.values(), named), what)
+        for name, run in started.taken:
+            await self._await(f"its task {name()} takes", run, what)
+        started.bare_tasks.end()
+        detach(adapter, started)
+
+    async def _await(self, expectation: str, run: Callable[[], Awaitable[object]], what: str) -> None:
+        error: Exception | None = None
+        try:
+            await bounded(run())
+        except Exception as raised:  # the adapter's
+            error = raised
+
+        def again() -> None:
+            if error is not None:
+                raise error
+
+        self._findings.met(expectation, again, what)
+
+    def _close(self, adapter: Callback | Sink, what: str = "what it wrote") -> None:
+        if isinstance(adapter, Callback) and type(adapter).close is not Callback.close:
+            self._findings.met("it can be closed after", adapter.close, what)
 
 
 def _late(folder: Path) -> Iterator[Iterable[Event]]:
@@ -165,12 +193,15 @@ def _read(events: Iterable[Event]) -> Iterator[Event]:
         yield envelope.event
 
 
-class _Spawned(Unheard):
+class _Started(Unheard):
     """Takes the tasks of hooks, to run them when the hooks are done."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[str, Callable[[], Coroutine[Any, Any, object]]]] = []
-        """Any: as coroutines are typed."""
+        self.taken: list[tuple[Callable[[], str], Callable[[], Awaitable[object]]]] = []
+        """What each is called, and what runs it."""
+        self.bare_tasks: Final = BareTasks(lambda: True, self._owner_around, self._adopt)
+        code = compile("lambda hook, args, named: hook(*args, **named)", f"{HOOK_CALLS}, conformance>", "eval")
+        self.call: Final[Callable[..., object]] = eval(code, {"starts": self})  # noqa: S307 - what stands above
 
     def spawn(
         self,
@@ -178,11 +209,26 @@ class _Spawned(Unheard):
         /,
         *args: Any,
         name: str | None = None,
+        background: bool = False,
         **_: object,  # how they are run elsewhere
     ) -> bool:
-        """As `Callback.spawn`. Any: the arguments are those of ``fn``."""
-        self.taken.append((name or getattr(fn, "__name__", "task"), lambda: fn(*args)))
+        """Take it; a background task would be cancelled at once. Any: the arguments are those of ``fn``."""
+        if not background:
+            self.taken.append((lambda: name or getattr(fn, "__name__", "task"), lambda: fn(*args)))
         return True
+
+    def _owner_around(self, frame: FrameType | None) -> str | None:
+        call = hook_call(frame)
+        return "the adapter" if call is not None and call.f_globals.get("starts") is self else None
+
+    def _adopt(self, task: "asyncio.Task[Any]", owner: str) -> None:
+        """Any: a task's result is its maker's business."""
+        del owner
+        self.taken.append((lambda: name_of(task), lambda: task))
+
+    def current_event(self) -> EventInfo | None:
+        """Now."""
+        return None
 
     def publishes_here(self) -> bool:
         """It does."""

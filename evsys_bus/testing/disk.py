@@ -1,17 +1,33 @@
 """A file system in memory that fails, or stops the machine, at the call that a test names.
 
 It knows what a power cut knows: a file's data and a directory's entries are on the medium only once they were synced.
-Directories themselves are taken to be durable when made. It serves `evsys_bus.journal.Disk`, and one thread.
+Directories themselves, and symbolic links, are taken to be durable when made. It serves `evsys_bus.disk.Disk`, and one
+thread.
 """
 
 import errno
 import os
+import random
 from collections.abc import Callable, Iterator
-from typing import Final, Literal
+from contextlib import suppress
+from typing import Final, Literal, Protocol
+
+from evsys_bus.disk import replace_file
+
+_SECTOR: Final = 512
+_MOST_LINKS: Final = 8
 
 
 class MachineStopped(BaseException):
     """The machine stopped in this call; every later call stops as well, until `SimulatedDisk.restart`."""
+
+
+class Wall(Protocol):
+    """What tells the time at which a file is written; `ManualClock` does."""
+
+    def wall(self) -> float:
+        """Seconds since the epoch."""
+        ...
 
 
 class _File:
@@ -25,27 +41,44 @@ class _File:
         """Where the last one ended."""
 
 
+_Entry = tuple[str, _File | None, str | None]
+"""A change of a directory: a path, the file that it leads to from now on, and the path that the file was moved from."""
+
+
 class SimulatedDisk:
     """Files, their open descriptors, and faults to come.
+
+    Args:
+        clock: Tells when a file is written. Without it the test does, by `set_modified`.
 
     Attributes:
         calls: How many calls were made so far; `fail` counts them from here.
         room: How many bytes may still be written before the disk is full; None for no bound.
+        process: Whose the files are that are opened from now on; see `end_process`.
         without_locks: Directories below which every lock is refused, as over NFS without its lock service.
         without_appends: Directories below which a write goes behind the last one, wherever the file ends.
+        without_hard_links: Directories below which a file cannot have a second name.
+        unreadable: Directories of which nothing is listed or opened for now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Wall | None = None) -> None:
         self.calls = 0
         self.room: int | None = None
+        self.process = 0
         self.without_locks: set[str] = set()
         self.without_appends: set[str] = set()
+        self.without_hard_links: set[str] = set()
+        self.unreadable: set[str] = set()
+        self._clock = clock
         self._links: dict[str, str] = {}
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
+        self._changes: dict[str, list[_Entry]] = {}
+        """What changed in each directory since it was last synced."""
         self._directories: set[str] = {"/"}
         self._open: dict[int, _File] = {}
-        self._locks: dict[int, str] = {}
+        self._owners: dict[int, int] = {}
+        self._locks: dict[int, _File] = {}
         self._next = 3
         self._boots = 1
         self._stopped = False
@@ -67,22 +100,48 @@ class SimulatedDisk:
         """Let the machine stop in the call of this number; a write still puts this share of its bytes."""
         self._fault_at, self._fault, self._share = number, self._stop, share
 
-    def restart(self, ending: Literal["kill", "power"] = "kill", keep: float = 0.0) -> None:
+    @property
+    def stopped(self) -> bool:
+        """Whether the machine stands still."""
+        return self._stopped
+
+    def restart(
+        self, ending: Literal["kill", "power"] = "kill", keep: float = 0.0, *, chance: random.Random | None = None
+    ) -> None:
         """Go on with another process: after a kill all that was written is there, after a power cut what was synced.
 
         Args:
             ending: What ended the process before.
             keep: After a power cut, the share of the bytes that were not synced and are there nevertheless.
+            chance: Instead, chooses for each directory how many of its changes that were not synced are there, in their
+                order, and for each sector that was not synced whether it is as before, as written, or zeros.
         """
         self._stopped, self._fault_at = False, None
         self._open.clear()
+        self._owners.clear()
         self._locks.clear()
-        if ending == "power":
-            self._boots += 1
-            self._files = dict(self._durable)
-            for file in self._files.values():
+        if ending != "power":
+            return
+        self._boots += 1
+        found = dict(self._durable)
+        for changes in self._changes.values():
+            for change in changes[: 0 if chance is None else chance.randint(0, len(changes))]:
+                _enter(found, *change)
+        self._changes.clear()
+        self._files = found
+        for file in {id(each): each for each in found.values()}.values():
+            if chance is None:
                 rest = bytes(file.data[len(file.durable) :])
                 file.data = bytearray(file.durable + rest[: int(len(rest) * keep)])
+            elif bytes(file.data) != file.durable:
+                file.data = _torn(file.durable, bytes(file.data), chance)
+            file.durable = bytes(file.data)
+        self._durable = dict(found)
+
+    def end_process(self, process: int) -> None:
+        """Close what a process had open, and so let go of its locks, as when it is killed and others live on."""
+        for file in [each for each, owner in self._owners.items() if owner == process]:
+            self._forget(file)
 
     def paths(self) -> Iterator[str]:
         """All files."""
@@ -92,26 +151,39 @@ class SimulatedDisk:
         """What a file holds, to be looked at or damaged."""
         return self._files[path].data
 
+    def put(self, path: str, data: bytes) -> None:
+        """Have a file there that is on the medium, its folder too, whatever was there."""
+        self._directories.update(_parents(path))
+        file = self._files[path] = self._durable[path] = _File()
+        file.data, file.durable = bytearray(data), data
+
     def take_away(self, path: str) -> None:
         """Remove a directory, with all that is in it."""
         for each in [name for name in self._files if name.startswith(f"{path}/")]:
             del self._files[each]
+            self._durable.pop(each, None)
         self._directories = {each for each in self._directories if not _below(each, {path})}
         self._links = {each: target for each, target in self._links.items() if not _below(each, {path})}
+        self._changes = {each: changes for each, changes in self._changes.items() if not _below(each, {path})}
 
-    # -- what the journal asks of it ----------------------------------------------------------------------------------
+    def set_modified(self, path: str, wall: float) -> None:
+        """Let the file have been written last at this time."""
+        self._at(path).modified = wall
 
-    def make_directory(self, path: str) -> None:
+    # -- what is asked of it ------------------------------------------------------------------------------------------
+
+    def make_directory(self, path: str, mode: int = 0o700) -> None:  # noqa: ARG002  # all files are one user's
         """As `Disk`."""
         path = self._call(path)
-        while path not in self._directories:
-            self._directories.add(path)
-            path = _parent(path)
+        for each in [path, *_parents(path)]:
+            if each in self._files:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), each)
+        self._directories.update([path, *_parents(path)])
 
     def link(self, path: str, target: str) -> None:
         """As `Disk`."""
         self._call()
-        if path in self._links or path in self._directories:
+        if path in self._links or path in self._directories or path in self._files:
             raise FileExistsError(errno.EEXIST, "exists", path)
         self._links[path] = target
 
@@ -126,41 +198,56 @@ class SimulatedDisk:
             raise FileExistsError(errno.EEXIST, "exists", path)
         return self._opened(path)
 
-    def lock(self, path: str) -> int | None:
+    def open_new(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
+        """As `Disk`."""
+        path = self._call(path, entry=True)
+        if path in self._directories or self._files.get(path) in self._locks.values():
+            return None
+        self._links.pop(path, None)
+        if path in self._files:
+            self._change(path, None)
+        file = self._opened(path)
+        self._locks[file] = self._open[file]
+        return file
+
+    def open_file(self, path: str, mode: int = 0o666) -> int:  # noqa: ARG002  # all files are one user's
+        """As `Disk`."""
+        return self._opened(self._call(path))
+
+    def open_read(self, path: str) -> int:
         """As `Disk`."""
         path = self._call(path)
-        if path in self._locks.values():
+        self._at(path)
+        return self._opened(path)
+
+    def open_write(self, path: str) -> int:
+        """As `Disk`."""
+        return self.open_read(path)
+
+    def lock(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
+        """As `Disk`."""
+        path = self._call(path)
+        if self._files.get(path) in self._locks.values():
             return None
         file = self._opened(path)
         if _below(path, self.without_locks):
-            del self._open[file]
+            self._forget(file)
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-        self._locks[file] = path
+        self._locks[file] = self._open[file]
         return file
 
     def is_locked(self, path: str) -> bool:
         """As `Disk`."""
-        return self._call(path) in self._locks.values()
+        return self._files.get(self._call(path)) in self._locks.values()
 
     def write(self, file: int, data: bytes, /) -> int:
         """As `Disk`."""
-        kept = data
-        try:
-            self._call()
-        except MachineStopped:
-            self._file(file).data += data[: int(len(data) * self._share)]
-            raise
-        if self.room is not None:
-            kept = data[: self.room]
-            if not kept and data:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self.room -= len(kept)
-        one = self._file(file)
-        begin = one.position if one.astray else len(one.data)
-        one.data += bytes(max(0, begin - len(one.data)))
-        one.data[begin : begin + len(kept)] = kept
-        one.position = begin + len(kept)
-        return len(kept)
+        one = self._files_open(file, data)
+        return self._put(one, data, one.position if one.astray else len(one.data))
+
+    def pwrite(self, file: int, data: bytes, offset: int, /) -> int:
+        """As `Disk`."""
+        return self._put(self._files_open(file, data, offset), data, offset)
 
     def truncate(self, file: int, size: int) -> None:
         """As `Disk`."""
@@ -174,6 +261,12 @@ class SimulatedDisk:
         self._call()
         return len(self._file(file).data)
 
+    def links(self, file: int) -> int:
+        """As `Disk`."""
+        self._call()
+        one = self._file(file)
+        return sum(each is one for each in self._files.values())
+
     def sync(self, file: int) -> None:
         """As `Disk`."""
         self._call()
@@ -184,22 +277,30 @@ class SimulatedDisk:
         """As `Disk`."""
         path = self._call(path)
         if path in self._files:
-            self._files[path].durable = bytes(self._files[path].data)
+            one = self._files[path]
+            one.durable = bytes(one.data)
             return
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", path)
+        self._changes.pop(path, None)
         self._durable = {name: file for name, file in self._durable.items() if _parent(name) != path}
         self._durable |= {name: file for name, file in self._files.items() if _parent(name) == path}
 
     def close(self, file: int) -> None:
-        """As `Disk`."""
-        self._call()
-        self._open.pop(file, None)
-        self._locks.pop(file, None)
+        """As `Disk`; nothing where its process has ended. A machine that stops here does so at the next call."""
+        if file in self._open and not self._stopped:
+            with suppress(MachineStopped):
+                self._call()
+                self._forget(file)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """As `Disk`."""
         return bytes(self._at(self._call(path)).data[offset : offset + size])
+
+    def pread(self, file: int, size: int, offset: int, /) -> bytes:
+        """As `Disk`."""
+        self._call()
+        return bytes(self._file(file).data[offset : offset + size])
 
     def is_at(self, path: str, file: int) -> bool:
         """As `Disk`."""
@@ -208,6 +309,9 @@ class SimulatedDisk:
     def names(self, path: str) -> list[str]:
         """As `Disk`."""
         path = self._call(path)
+        self._refuse_unreadable(path)
+        if path in self._files:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", path)
         entries = [*self._files, *self._directories, *self._links]
@@ -215,28 +319,55 @@ class SimulatedDisk:
 
     def size(self, path: str) -> int:
         """As `Disk`."""
-        return len(self._at(self._call(path)).data)
+        path = self._call(path)
+        return 0 if path in self._directories else len(self._at(path).data)
 
     def modified(self, path: str) -> float:
-        """As `Disk`; set by the test, through ``set_modified``."""
+        """As `Disk`."""
         return self._at(self._call(path)).modified
 
-    def set_modified(self, path: str, wall: float) -> None:
-        """Let the file have been written last at this time."""
-        self._at(path).modified = wall
-
     def replace(self, path: str, data: bytes) -> None:
+        """As `Disk`; by the calls that the real one makes, each of which may fail or be the last."""
+        replace_file(path, data, make_folder=False, disk=self)
+
+    def rename(self, path: str, to: str) -> None:
         """As `Disk`."""
-        path = self._call(path)
-        file = _File()
-        file.data, file.durable = bytearray(data), data
-        self._files[path] = self._durable[path] = file
+        path, to = self._call(path, entry=True), self._to(to, entry=True)
+        if path in self._links:
+            self._links[to] = self._links.pop(path)
+            return
+        if path in self._directories:
+            self._rename_directory(path, to)
+            return
+        file = self._at(path)
+        if to in self._directories:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), to)
+        if self._files.get(to) is not file:  # two names of one file stay, as POSIX has it
+            self._links.pop(to, None)
+            self._change(to, file, path)
+
+    def hard_link(self, path: str, to: str) -> None:
+        """As `Disk`."""
+        path, to = self._call(path), self._to(to, entry=True)
+        if _below(path, self.without_hard_links):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+        file = self._at(path)
+        if to in self._files or to in self._links or to in self._directories:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to)
+        self._change(to, file)
+
+    def resolve(self, path: str) -> str:
+        """As `Disk`."""
+        return self._call(path)
 
     def remove(self, path: str) -> None:
         """As `Disk`."""
-        path = self._call(path)
-        self._give_back(len(self._at(path).data))
-        del self._files[path]
+        path = self._call(path, entry=True)
+        if path in self._links:
+            del self._links[path]
+            return
+        self._at(path)
+        self._change(path, None)
 
     def boot(self) -> str:
         """As `Disk`."""
@@ -244,28 +375,102 @@ class SimulatedDisk:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _call(self, path: str = "") -> str:
+    def _call(self, path: str = "", *, entry: bool = False) -> str:
         """Count the call, let it fail if it is its turn, and say where the path leads."""
         if self._stopped:
             raise MachineStopped
         self.calls += 1
         if self.calls == self._fault_at:
             self._fault()
-        link = next((each for each in self._links if _below(path, {each})), None)
-        return path if link is None else f"{self._links[link]}{path.removeprefix(link)}"
+        return self._to(path, entry=entry)
+
+    def _to(self, path: str, *, entry: bool = False) -> str:
+        """Where a path leads; the entry itself, where that is asked for, may be a link."""
+        for _ in range(_MOST_LINKS):
+            link = next((each for each in self._links if _below(path, {each}) and not (entry and path == each)), None)
+            if link is None:
+                return path
+            path = f"{self._links[link]}{path.removeprefix(link)}"
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
 
     def _stop(self) -> None:
         self._stopped = True
         raise MachineStopped
 
     def _opened(self, path: str) -> int:
+        self._refuse_unreadable(path)
+        if path in self._directories:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if _parent(path) not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", path)
         file: Final = self._next
         self._next += 1
-        self._open[file] = self._files.setdefault(path, _File())
+        if path not in self._files:
+            self._change(path, _File())
+        self._open[file] = self._files[path]
+        self._owners[file] = self.process
         self._open[file].astray = _below(path, self.without_appends)
         return file
+
+    def _forget(self, file: int) -> None:
+        for each in (self._open, self._owners, self._locks):
+            each.pop(file, None)
+
+    def _files_open(self, file: int, data: bytes, offset: int | None = None) -> _File:
+        """The file to be written; the machine may stop with a share of the bytes in it."""
+        try:
+            self._call()
+        except MachineStopped:
+            if file in self._open:
+                one, part = self._open[file], data[: int(len(data) * self._share)]
+                at = len(one.data) if offset is None else offset
+                one.data[at : at + len(part)] = part
+            raise
+        return self._file(file)
+
+    def _put(self, one: _File, data: bytes, begin: int) -> int:
+        more = max(0, begin + len(data) - len(one.data))
+        if self.room is not None and more > self.room:
+            data = data[: len(data) - more + self.room]
+            if not data:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            more = self.room
+        self._give_back(-more)
+        one.data += bytes(max(0, begin - len(one.data)))
+        one.data[begin : begin + len(data)] = data
+        one.position = begin + len(data)
+        if self._clock is not None:
+            one.modified = self._clock.wall()
+        return len(data)
+
+    def _change(self, path: str, file: _File | None, moved_from: str | None = None) -> None:
+        """Have a path lead to another file, or to none; on the medium once its directory was synced."""
+        before = self._files.get(path)
+        change = (path, file, moved_from)
+        _enter(self._files, *change)
+        self._changes.setdefault(_parent(path), []).append(change)
+        if before is not None and not any(each is before for each in self._files.values()):
+            self._give_back(len(before.data))
+
+    def _rename_directory(self, path: str, to: str) -> None:
+        """Move a directory with all that is in it, on the medium too."""
+        if to in self._files:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), to)
+        if any(each.startswith(f"{to}/") for each in [*self._files, *self._directories, *self._links]):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), to)
+        self._refuse_unreadable(path)
+
+        def moved(each: str) -> str:
+            return f"{to}{each.removeprefix(path)}" if _below(each, {path}) else each
+
+        self._directories = {moved(each) for each in self._directories}
+        self._files = {moved(each): file for each, file in self._files.items()}
+        self._durable = {moved(each): file for each, file in self._durable.items()}
+        self._links = {moved(each): target for each, target in self._links.items()}
+        self._changes = {
+            moved(folder): [(moved(name), file, old and moved(old)) for name, file, old in changes]
+            for folder, changes in self._changes.items()
+        }
 
     def _file(self, file: int) -> _File:
         if file not in self._open:
@@ -273,13 +478,41 @@ class SimulatedDisk:
         return self._open[file]
 
     def _at(self, path: str) -> _File:
+        self._refuse_unreadable(path)
+        if path in self._directories:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
         if path not in self._files:
             raise FileNotFoundError(errno.ENOENT, "no such file", path)
         return self._files[path]
 
+    def _refuse_unreadable(self, path: str) -> None:
+        if self.unreadable and _below(path, self.unreadable):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
     def _give_back(self, size: int) -> None:
         if self.room is not None:
             self.room += size
+
+
+def _enter(files: dict[str, _File], path: str, file: _File | None, moved_from: str | None) -> None:
+    if moved_from is not None:
+        files.pop(moved_from, None)
+    if file is None:
+        files.pop(path, None)
+    else:
+        files[path] = file
+
+
+def _torn(durable: bytes, written: bytes, chance: random.Random) -> bytearray:
+    """What a file may hold after a power cut that was not synced since it held ``durable``."""
+    size = chance.choice((len(durable), len(written), chance.randint(*sorted((len(durable), len(written))))))
+    found = bytearray(durable[:size].ljust(size, b"\0"))
+    for begin in range(0, size, _SECTOR):
+        end = min(size, begin + _SECTOR)
+        there = written[begin:end]
+        if there != bytes(found[begin:end]) and chance.randrange(2):
+            found[begin : begin + len(there)] = there
+    return found
 
 
 def _below(path: str, directories: set[str]) -> bool:
@@ -288,3 +521,9 @@ def _below(path: str, directories: set[str]) -> bool:
 
 def _parent(path: str) -> str:
     return path.rpartition("/")[0] or "/"
+
+
+def _parents(path: str) -> Iterator[str]:
+    while path != "/":
+        path = _parent(path)
+        yield path

@@ -2,11 +2,12 @@
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from evsys_bus.attached import Adapter
 from evsys_bus.callback import Callback
 from evsys_bus.errors import HookError, RejectedError
 from evsys_bus.events import Envelope, Event, UnknownEvent
@@ -96,14 +97,17 @@ def _through_json(mark: object) -> None:
     assert again == mark, f"{mark!r} comes back as {again!r}"
 
 
-async def bounded(work: Coroutine[Any, Any, object]) -> object:
-    """Any: as coroutines are typed."""
+async def bounded(work: Awaitable[object]) -> object:
+    """Await it under the deadline of the trials."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         return await work
 
 
 class Unheard:
     """What an adapter under test publishes to."""
+
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """Nobody asks."""
 
     def publish(self, event: Event) -> None:
         """Nobody asks."""

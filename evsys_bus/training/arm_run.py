@@ -27,6 +27,7 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import BenchmarkEval, RunEnd, RunStart
 from evsys_bus.training.checkpoints import FINAL
+from evsys_bus.training.error_file import keep_error
 from evsys_bus.training.loop import TrainingLoop
 from evsys_bus.training.plan import RunParts, RunPlan
 from evsys_bus.training.protocols import Benchmark, Scorer
@@ -89,6 +90,7 @@ class ArmRun:
             status, error = ("cancelled", "the experiment was stopped") if stopped else ("failed", _in_words(raised))
             if not stopped:
                 log().warning("run.failed", run=self.plan.run_key, error=error, exc_info=raised)
+                self._keep(raised)
         return self._end(status, error)
 
     async def _train_and_score(self, begin_from: str | None, *, resume: bool) -> None:
@@ -116,6 +118,11 @@ class ArmRun:
         finally:
             if parts.close is not None:
                 await self._close(parts.close)
+
+    def _keep(self, error: BaseException) -> None:
+        """Beside the run, unless its folder was refused: then it may be another's."""
+        if self._loop is None or self._loop.artifacts is not None:
+            keep_error(self.plan.run_dir, error)
 
     async def _parts(self) -> RunParts:
         made = cast("object", self.recipe.function(self.recipe.params(self.plan.params), self.plan))

@@ -3,6 +3,7 @@
 The backend makes the files; this module owns their names and the manifest, and finds the one to resume from.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +33,20 @@ class Checkpoints:
         """The file that lists the checkpoints."""
         return self._file.path
 
-    async def save(self, name: str, *, step_idx: int, epoch: int) -> ManifestRow:
-        """Save the full state and the weights, and put them on record.
+    @property
+    def stopped(self) -> str | None:
+        """Why the run that was resumed had ended before its horizon, if it was stopped for good."""
+        return None if self._came_from is None else self._came_from.stopped
+
+    async def save(self, name: str, *, step_idx: int, epoch: int, stopped: str | None = None) -> ManifestRow:
+        """Save the full state and the weights, and put them on record; ``stopped``: see `ManifestRow`.
 
         What is on record is never overwritten: a second ``final`` gets files of its own, and takes the first one's
         place on record once it is whole. What was resumed from is not saved again where no step has followed it.
         """
-        if self._came_from is not None and (self._came_from.name, self._came_from.batch) == (name, step_idx):
-            return self._came_from
+        came_from = self._came_from
+        if came_from is not None and (came_from.name, came_from.batch) == (name, step_idx):
+            return came_from if stopped is None else self._mark_stopped(came_from, stopped)
         known = any(row.name == name for row in self.rows)
         saved_as = f"{name}-{step_idx:06d}" if known else name
         row = ManifestRow(
@@ -48,11 +55,11 @@ class Checkpoints:
             epoch=epoch,
             state_path=await self._backend.save_state(saved_as),
             sampler_path=await self._backend.save_weights_for_sampler(saved_as),
+            stopped=stopped,
         )
         if known:
             self._forget(name)
-        self.rows.append(row)
-        self._file.append(msgspec.structs.asdict(row))
+        self._put_on_record(row)
         return row
 
     async def resume(self) -> int:
@@ -80,10 +87,30 @@ class Checkpoints:
         """Try once more to write the rows that the disk refused."""
         self._file.flush()
 
+    def _put_on_record(self, row: ManifestRow) -> None:
+        self.rows.append(row)
+        fields = msgspec.structs.asdict(row)
+        if row.stopped is None:
+            del fields["stopped"]
+        self._file.append(fields)
+
+    def _mark_stopped(self, row: ManifestRow, stopped: str) -> ManifestRow:
+        """Have it on record that the run ends with this checkpoint, which was saved when it was to go on."""
+        if row.stopped is None:
+            row = msgspec.structs.replace(row, stopped=stopped)
+            self.rows = [each for each in self.rows if each.name != row.name]
+            self._put_on_record(row)
+            if not self._file.waiting:  # else the row that is replaced is all that the disk has
+                self._drop_rows(row.name, lambda each: each.get("name") != row.name or "stopped" in each)
+        return row
+
     def _forget(self, name: str) -> None:
         self.rows = [row for row in self.rows if row.name != name]
+        self._drop_rows(name, lambda row: row.get("name") != name)
+
+    def _drop_rows(self, name: str, stays: Callable[[Row], bool]) -> None:
         try:
-            self._file.keep(lambda row: row.get("name") != name)
+            self._file.keep(stays)
         except OSError as error:
             log().warning("checkpoints.stale_row", file=str(self.manifest), name=name, error=str(error))
 

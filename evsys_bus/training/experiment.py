@@ -29,6 +29,7 @@ from evsys_bus.training.loop import JOURNAL
 from evsys_bus.training.outcome import conclude, summarise
 from evsys_bus.training.plan import RecipeFunction, RunPlan, chains_of, folder_name
 from evsys_bus.training.walls import LEAVE
+from evsys_bus.where import local_path
 from evsys_bus.wiring.build import build_callbacks
 from evsys_bus.wiring.experiment import ExperimentConfig
 from evsys_bus.wiring.load import read_experiment
@@ -45,7 +46,7 @@ class Experiment:
             the config lists.
         bus: An open bus to publish to instead; it stays open, and its callbacks are its owner's choice.
         resume: Continue what the directory holds: completed runs are skipped, others go on from their last full state,
-            failed ones are tried again.
+            failed ones are tried again. A completed run whose ``steps`` are raised goes on to the new horizon.
         output_dir: Default: the config's, or ``runs/<name>``.
         only_arms: Run these arms alone; the others may follow with ``resume``.
         only_seeds: Run these seeds alone.
@@ -54,6 +55,7 @@ class Experiment:
         ConfigError: The config, a parameter of an arm or a callback is wrong, or there is no such recipe, arm or seed.
         TrainingError: Both a bus and callbacks were given.
         HookError: A callback has a hook that could never be called.
+        SettingError: The output directory is a URL.
 
     Example:
         >>> def recipe(params, run):
@@ -79,17 +81,16 @@ class Experiment:
             raise TrainingError("an experiment takes a bus or callbacks, not both", fix="give the callbacks to the bus")
         self.config = config if isinstance(config, ExperimentConfig) else read_experiment(config, recipe=recipe)
         self.recipe = load_recipe(recipe or self.config.recipe)
-        self.output_dir = Path(
-            output_dir or self.config.output_dir or Path("runs", folder_name(self.config.name))
-        ).absolute()
+        given = output_dir or self.config.output_dir or Path("runs", folder_name(self.config.name))
+        self.output_dir = local_path(given, "output_dir")
         self._chains = chains_of(self.config, self.output_dir, only_arms=only_arms, only_seeds=only_seeds)
         for plan in self.plans:
             self.recipe.params(plan.params)
         for index, module in enumerate(self.config.plugins):
             import_module(module, Where(f"$.plugins[{index}]"), "plugin")
         if bus is None:
-            given = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
-            self._bus = EventBus(given, journal=self.output_dir / JOURNAL)
+            hooks = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
+            self._bus = EventBus(hooks, journal=self.output_dir / JOURNAL)
         else:
             self._bus = nullcontext(bus)
         self.ctx = LogContext(output_dir=self.output_dir, config=self.config)

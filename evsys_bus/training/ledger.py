@@ -4,7 +4,7 @@ It owns these files: what is read from them when an experiment is resumed, and w
 """
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, cast
@@ -15,10 +15,13 @@ from evsys_bus.codec import to_plain
 from evsys_bus.context import ArmResult, ExperimentResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
+from evsys_bus.files import DAMAGE, load_file, names_in, read_file, replace_file
+from evsys_bus.training.error_file import ERROR
 from evsys_bus.training.folder_lock import unwritable
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.rows import DAMAGE
 
+HORIZONS: Final = ("steps", "num_steps")
+"""Parameters that may be raised on a resume: the run is then trained longer."""
 LEDGER: Final = "experiment.json"
 RESULT: Final = "result.json"
 
@@ -35,6 +38,8 @@ class RunEntry(msgspec.Struct):
     """Why it failed, or did not begin."""
     run_config: dict[str, Any] = {}
     """What it was begun with; empty while it is pending. Any: as `RunPlan.params`."""
+    traceback: str | None = None
+    """The file in the run's folder that holds the traceback, if it failed."""
 
 
 class Page(msgspec.Struct):
@@ -54,7 +59,7 @@ class Page(msgspec.Struct):
 
 
 _decode: Final = msgspec.json.Decoder(Page).decode
-_MAX_PAGE_BYTES: Final = 1 << 40
+MOST_PAGE_BYTES: Final = 1 << 40
 """No bound in practice: the ledger never loses a run."""
 
 
@@ -72,7 +77,10 @@ class Ledger:
         self.path = folder / LEDGER
         self.unwritten = 0
         """How often the disk refused the ledger or a result."""
-        earlier = self._read()
+        plans = [*plans]
+        earlier = self._read(resume=resume)
+        if earlier is None and resume:
+            earlier = _rebuilt(folder, name, plans)
         if earlier is not None and not resume:
             raise TrainingError(
                 f"{folder} holds an experiment already", fix="resume it (resume=True), or choose another output_dir"
@@ -93,8 +101,9 @@ class Ledger:
             raise unwritable(folder, "the experiment's directory", error) from error
 
     def finished(self, plan: RunPlan) -> ArmResult | None:
-        """How this run ended, if it was completed; anything less is to be run, or run on."""
-        if self._page.runs[plan.run_key].status != "completed":
+        """How this run ended, if it was completed, up to its horizon of today; else it is to be run, or run on."""
+        entry = self._page.runs[plan.run_key]
+        if entry.status != "completed" or _raised(entry.run_config, _plain_config(plan)):
             return None
         return read_result(plan.run_dir)
 
@@ -116,6 +125,7 @@ class Ledger:
         """This run has ended, or will not begin."""
         entry = self._page.runs[plan.run_key]
         entry.status, entry.error = arm.status, arm.error
+        entry.traceback = ERROR if arm.status == "failed" and (plan.run_dir / ERROR).exists() else None
         if entry.run_config:
             self._try(plan.run_dir / RESULT, _encode(arm))
         self._write()
@@ -138,21 +148,50 @@ class Ledger:
             self.unwritten += 1
             log().warning("ledger.unwritten", file=str(path), error=str(error))
 
-    def _read(self) -> Page | None:
+    def _read(self, *, resume: bool) -> Page | None:
+        folder = self.path.parent
         try:
-            return _decode(self.path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
+            page = load_file(self.path, _decode, set_aside=resume, most_bytes=MOST_PAGE_BYTES)
+        except NotADirectoryError:
             return None
-        except (OSError, *DAMAGE) as error:
+        except OSError as error:
+            raise TrainingError(f"{self.path} cannot be read: {error}", fix="choose another output_dir") from error
+        if page is None and not resume and self.path.exists():
             raise TrainingError(
-                f"{self.path} cannot be read: {error}", fix="choose another output_dir, or put the file right"
-            ) from error
+                f"{folder} holds an experiment already, and its {LEDGER} is damaged",
+                fix="resume it (resume=True), or choose another output_dir",
+            )
+        return page
+
+
+def _rebuilt(folder: Path, name: str, plans: Iterable[RunPlan]) -> Page | None:
+    """What the results of the runs say, where the ledger is missing or was damaged; None where no run has ended."""
+    page = Page(name, started=_now())
+    for key in dict.fromkeys([*(plan.run_key for plan in plans), *names_in(folder)]):
+        result = read_result(folder / key) if (folder / key / RESULT).is_file() else None
+        if result is not None:
+            said: Any = result.run_config  # Any: as `RunPlan.params`
+            config = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
+            seed = config.get("seed")
+            page.runs[key] = RunEntry(
+                result.name,
+                seed if isinstance(seed, int) else 0,
+                config.get("stage"),
+                result.group_name,
+                result.status,
+                result.error,
+                config,
+                ERROR if (folder / key / ERROR).exists() else None,
+            )
+    if page.runs:
+        log().warning("ledger.rebuilt", file=str(folder / LEDGER), runs=len(page.runs))
+    return page if page.runs else None
 
 
 def read_result(run_dir: Path) -> ArmResult | None:
     """How the run in this folder ended; None where its ``result.json`` is missing or damaged."""
     try:
-        plain: object = msgspec.json.decode((run_dir / RESULT).read_bytes())
+        plain: object = msgspec.json.decode(read_file(run_dir / RESULT, most_bytes=MOST_PAGE_BYTES))
         # Not strict: JSON has no NaN, so they stand there as text.
         return msgspec.convert(plain, ArmResult, strict=False)
     except (OSError, *DAMAGE) as error:
@@ -167,7 +206,7 @@ def _encode(arm: ArmResult) -> bytes:
 
 
 def _encode_page(page: Page) -> bytes:
-    return msgspec.json.encode(to_plain(page, max_bytes=_MAX_PAGE_BYTES)[0])
+    return msgspec.json.encode(to_plain(page, max_bytes=MOST_PAGE_BYTES)[0])
 
 
 def _as_on_record(entry: RunEntry, run_dir: Path) -> ArmResult:
@@ -201,7 +240,8 @@ def _plain_config(plan: RunPlan) -> dict[str, Any]:
 
 def _check_same(plan: RunPlan, entry: RunEntry, folder: Path) -> None:
     now, then = _plain_config(plan), entry.run_config
-    changed = [key for key in {**then, **now} if now.get(key) != then.get(key)]
+    raised = _raised(then, now)
+    changed = [key for key in {**then, **now} if now.get(key) != then.get(key) and key not in raised]
     if then and changed:
         said = ", ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise TrainingError(
@@ -210,12 +250,15 @@ def _check_same(plan: RunPlan, entry: RunEntry, folder: Path) -> None:
         )
 
 
+def _raised(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The horizons that are further off now. Any: as `RunPlan.params`."""
+    both = [(key, then.get(key), now.get(key)) for key in HORIZONS]
+    return [key for key, was, is_ in both if type(was) is int and type(is_) is int and is_ > was]
+
+
 def _replace(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.new")
-    beside.write_bytes(content + b"\n")
-    beside.replace(path)
+    replace_file(path, content + b"\n", mode=0o666)
 
 
 def _now() -> str:

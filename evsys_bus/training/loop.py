@@ -29,13 +29,22 @@ from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 from evsys_bus.tasks import see_through
 from evsys_bus.training.checkpoints import FINAL, Checkpoints
+from evsys_bus.training.error_file import drop_error, keep_error
 from evsys_bus.training.folder_lock import locked, unwritable
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
 from evsys_bus.training.rows import RowFile
 from evsys_bus.training.walls import passes
+from evsys_bus.where import local_path
 
 JOURNAL: Final = "journal"
 """The folder of the journal, in that of the run or of the experiment that has a bus of its own."""
+
+
+_CANCELLED: Final = "cancelled"
+_GO_ON: Final = (
+    'to train on, remove "stopped" from its row in checkpoints.jsonl, and the callback that stops it; a callback that '
+    "only interrupts a run sets state.unfinished = True beside its request_stop"
+)
 
 
 class TrainingLoop:
@@ -52,10 +61,13 @@ class TrainingLoop:
         ctx: The run's context. Default: one for a run that is named after its directory.
         save_every: A checkpoint is due after every so many steps; 0 for none but the final one.
         steps_per_epoch: How many steps pass over the data once; for the manifest.
-        resume: Continue what the directory holds, from the last full state, or from the start if it holds none.
+        resume: Continue what the directory holds, from the last full state, or from the start if it holds none. A run
+            that reached its horizon goes on where ``num_steps`` is larger now. One that a callback had stopped for good
+            (`LoopState.request_stop`, and not ``unfinished``) takes no further step, and ends with the same result.
 
     Raises:
         TrainingError: The arguments do not fit together, or ``ctx.run_key`` leads out of ``ctx.output_dir``.
+        SettingError: The directory is a URL.
         HookError: A callback has a hook that could never be called.
     """
 
@@ -76,7 +88,7 @@ class TrainingLoop:
     ) -> None:
         if bus is not None and callbacks is not None:
             raise TrainingError("a loop takes a bus or callbacks, not both", fix="give the callbacks to the bus")
-        run_dir = Path(output_dir).absolute() if output_dir else _run_dir(ctx)
+        run_dir = local_path(output_dir, "output_dir") if output_dir else _run_dir(ctx)
         self.backend = backend
         self.step_builder = step_builder
         self.evaluators = tuple(evaluators)
@@ -122,7 +134,11 @@ class TrainingLoop:
         with locked(self.state.output_dir, "the run's directory"):
             self._open_run_dir()
             async with self._bus as bus:
-                return await see_through(self._train(bus), on_cancel=lambda: self.state.request_stop("cancelled"))
+                return await see_through(self._train(bus), on_cancel=self._cancel)
+
+    def _cancel(self) -> None:
+        if not self.state.stop_requested:  # else the run ends after this step anyway, for a reason of its own
+            self.state.request_stop(_CANCELLED)
 
     async def _train(self, bus: EventBus) -> LoopArtifacts:
         state = self.state
@@ -136,9 +152,12 @@ class TrainingLoop:
                 self._done += 1
                 # A backend may never really wait; hooks' tasks and a cancellation get their turn here.
                 await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._done - 1)
+            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
+            drop_error(state.output_dir)
         except BaseException as error:
             state.error = error
+            if not passes(error, cancelled=_being_cancelled()):
+                keep_error(state.output_dir, error)
             raise
         finally:
             self.metrics.flush()
@@ -172,9 +191,9 @@ class TrainingLoop:
         metrics.update(await self.backend.optim_step() or {})
         return metrics | {"step_seconds": time.perf_counter() - began}
 
-    async def _save(self, bus: EventBus, name: str, step_idx: int) -> None:
+    async def _save(self, bus: EventBus, name: str, step_idx: int, stopped: str | None = None) -> None:
         epoch = max(step_idx, 0) // self.steps_per_epoch if self.steps_per_epoch else 0
-        row = await self.checkpoints.save(name, step_idx=step_idx, epoch=epoch)
+        row = await self.checkpoints.save(name, step_idx=step_idx, epoch=epoch, stopped=stopped)
         bus.publish(Checkpoint(self.state, row))
 
     async def _evaluate(self, bus: EventBus, evaluator: Evaluator, step_idx: int) -> None:
@@ -209,7 +228,11 @@ class TrainingLoop:
         cut = self.metrics.keep(lambda row: isinstance(row.get("step"), int) and row["step"] < first)
         for row in self.metrics.rows():
             self.last_metrics = row
-        log().info("training.resumed", run=self.state.ctx and self.state.ctx.run_key, first_step=first, rows_cut=cut)
+        run, stopped = self.state.ctx and self.state.ctx.run_key, self.checkpoints.stopped
+        log().info("training.resumed", run=run, first_step=first, rows_cut=cut)
+        if stopped is not None:
+            self.state.request_stop(stopped)
+            log().warning("training.stopped_earlier", run=run, after_step=first - 1, why=stopped, fix=_GO_ON)
 
     def _open_run_dir(self) -> None:
         run_dir = self.state.output_dir
@@ -232,6 +255,13 @@ class TrainingLoop:
         )
 
 
+def _stopped_for_good(state: LoopState) -> str | None:
+    """Why, if a hook had the run end here; None where a resume is to go on."""
+    if not state.stop_requested or state.unfinished or state.stop_reason == _CANCELLED:
+        return None
+    return str(state.stop_reason or "a callback asked for it")
+
+
 def _due(every: int, step_idx: int) -> bool:
     return every > 0 and (step_idx + 1) % every == 0
 
@@ -249,7 +279,7 @@ def _being_cancelled() -> bool:
 def _run_dir(ctx: LogContext | None) -> Path:
     if ctx is None:
         raise TrainingError("the loop has nowhere to write", fix="give it an output_dir or a ctx")
-    run_dir, root = ctx.run_dir.absolute(), ctx.output_dir.absolute()
+    run_dir, root = local_path(ctx.run_dir, "ctx.output_dir"), local_path(ctx.output_dir, "ctx.output_dir")
     if not Path(os.path.normpath(run_dir)).is_relative_to(os.path.normpath(root)):
         raise TrainingError(
             f"the run_key {ctx.run_key!r} leads out of the experiment's directory {root}",

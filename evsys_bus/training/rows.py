@@ -13,15 +13,14 @@ import msgspec
 
 from evsys_bus.codec import json_line
 from evsys_bus.diagnostics import log
+from evsys_bus.disk import open_regular
+from evsys_bus.files import DAMAGE, open_binary, replace_file
 
 MAX_WAITING: Final = 10_000
 """Rows kept in memory while the disk refuses them; beyond it the oldest are given up, and counted."""
 
 Row = dict[str, Any]
 """One row. Any: the values are whatever was measured."""
-
-DAMAGE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding a damaged file raises: bytes that are no text and brackets without end are no `DecodeError`."""
 
 _decode = msgspec.json.Decoder(Row).decode
 
@@ -80,19 +79,20 @@ class RowFile:
         lines = list(self._lines())
         kept = [line for line in lines if (row := _parsed(line)) is not None and wanted(row)]
         if len(kept) < len(lines):
-            beside = self.path.with_name(f"{self.path.name}.new")
-            beside.write_bytes(b"".join(kept))
-            beside.replace(self.path)
+            replace_file(self.path, b"".join(kept), mode=0o666, follow_link=True)
         return len(lines) - len(kept)
 
     def _lines(self) -> Iterator[bytes]:
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                yield from file
+        try:
+            file = open_binary(self.path)
+        except FileNotFoundError:
+            return
+        with file:
+            yield from file
 
     def _write_waiting(self, *, troubled: bool) -> None:
         try:
-            file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            file = open_regular(str(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 while self._waiting:
                     _write_whole(file, self._waiting[0])

@@ -1,6 +1,7 @@
 """``build_callbacks``: a list of specs, checked as a whole, then constructed in order.
 
-What is followed is not constructed here, but described: `evsys_bus.wiring.followed` says how.
+All of it are callbacks, so that `dispatch` can call their hooks. What is followed carries how it is delivered to
+(`evsys_bus.wiring.followed`), for the bus that it is given to.
 """
 
 import itertools
@@ -10,11 +11,11 @@ from typing import Any, cast
 import msgspec
 
 from evsys_bus.callback import Callback
-from evsys_bus.delivery.followed import Followed
+from evsys_bus.delivery.followed import CarriedSink, Followed
 from evsys_bus.errors import BadSpecError, ConfigError, Where
-from evsys_bus.sink import Sink
+from evsys_bus.sink import Sink, check_sink
 from evsys_bus.wiring.construct import check_arguments, construct
-from evsys_bus.wiring.followed import as_followed, check_placement, delivery_half, follow
+from evsys_bus.wiring.followed import as_followed, check_placement, delivery_half
 from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, each_of, join, read_spec, together
 
@@ -27,9 +28,8 @@ def build_callbacks(
 ) -> list[Callback | Followed]:
     """Build the callbacks that specs describe, in their order; nothing is constructed unless all of them are right.
 
-    What is placed ``follow``, and every sink, is checked all the same, and then stands in the list as a `Followed`: it
-    is constructed where it is delivered to. Only what another process could not construct is constructed here. An
-    adapter with two halves stands there twice: its inline half, and its delivery half as a `Followed`.
+    A bus delivers to what is placed ``follow``, and to every sink, off the loop; an adapter with two halves runs
+    inline, and its other half is delivered to. A sink stands in the list as a callback without hooks that carries it.
 
     Args:
         specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``; or a `Callback` or a
@@ -72,7 +72,8 @@ def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tu
         path = join(at, index)
         try:
             if isinstance(item, Sink):
-                item = follow(item)  # noqa: PLW2901  # as if it had been given so
+                check_sink(item)
+                item = CarriedSink(item)  # noqa: PLW2901  # all that is built are callbacks
             if isinstance(item, Callback | Followed):
                 _hold(held, item.name if isinstance(item, Followed) else item.spec_name, path, path)
                 plans.append(item)
@@ -96,18 +97,32 @@ def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Regis
         label = spec.name or _number(spec.kind, taken)
         followed, half, place = as_followed(spec, cls, label, registry), delivery_half(cls), join(at, index)
         try:
-            if followed is None or half is not None:
-                built.append(cast("Callback", construct(spec.kind, cls, arguments, label, place, registry)))
+            adapter = construct(spec.kind, cls, arguments, label, place, registry)
             if followed is not None and followed.recipe is None:
-                live = construct(spec.kind, half or cls, arguments, label, place, registry)
+                live = adapter if half is None else construct(spec.kind, half, arguments, label, place, registry)
                 followed = msgspec.structs.replace(followed, live=live)
-            if followed is not None:
-                built.append(followed)
+            callback = CarriedSink(adapter) if isinstance(adapter, Sink) else adapter
+            _note(callback, spec, followed)
+            built.append(callback)
         except ConfigError as error:
             errors.append(error)
     if errors:
         raise together(errors)
     return built
+
+
+def _note(callback: Callback, spec: CallbackSpec, followed: Followed | None) -> None:
+    """What the spec says beyond the arguments, for the bus that the callback is given to."""
+    notes: dict[str, object] = {"evsys_subscription": followed}
+    if spec.placement is not None:
+        notes["placement"] = spec.placement
+    if spec.ranks is not msgspec.UNSET:
+        notes["ranks"] = spec.ranks or "all"
+    for key, value in notes.items():
+        try:
+            object.__setattr__(callback, key, value)
+        except AttributeError:
+            pass  # slots: it is placed as its class says
 
 
 def _plan(

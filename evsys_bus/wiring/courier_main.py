@@ -1,15 +1,16 @@
 """The courier process: builds the adapters that it is told, and delivers until nothing more is published.
 
 That is when its stdin says anything or ends, or when its parent is another one: a child that the program forked may
-keep the pipe open. It then goes on for at most the linger. SIGTERM means the same; SIGINT is the program's, not ours.
+keep the pipe open. It then goes on for at most the linger. SIGTERM means the same; once the program is gone, it ends
+the linger: another process takes over. SIGINT is the program's, not ours.
 """
 
+import atexit
 import faulthandler
-import logging
 import os
 import select
 import signal
-import sys
+import threading
 import time
 from typing import Final
 
@@ -17,51 +18,85 @@ import msgspec
 
 from evsys_bus.delivery.crew import Crew
 from evsys_bus.delivery.kept_process import DELIVERED_CODE, PENDING_CODE, Order
-from evsys_bus.diagnostics import LOGGER_NAME, log
+from evsys_bus.delivery.process_log import LOG_NAME, flush_log, log_to_file
+from evsys_bus.diagnostics import log
+from evsys_bus.journal import layout
+from evsys_bus.where import decode_json
 from evsys_bus.wiring.followed import build_followed
 
 GRACE_SECONDS: Final = 5.0
 """What comes on top of the linger before a process whose interpreter is held ends itself."""
-STOP_SECONDS: Final = 1.0
-"""How long couriers may take to end when the linger is over."""
+STOP_SECONDS: Final = 2.0
+"""How long couriers may take to end when the linger is over: more than what a cancelled task gets."""
+THREADS_SECONDS: Final = 5.0
+"""How long threads that adapters started may go on once all was delivered."""
 _LOOK_SECONDS: Final = 0.2
 """How often the parent is looked at."""
+
+
+def begin(line: bytes) -> tuple[Order, Crew]:
+    """What every process of couriers begins with: the order, the log, and the crew, which is not started yet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    order = decode_json(line, Order)
+    log_path = f"{order.directory}/{layout.COURIERS}/{LOG_NAME}"
+    log_to_file(log_path)
+    crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed, log_path=log_path)
+    return order, crew
 
 
 def main(line: bytes) -> None:
     """Do what the `Order` says, and exit."""
     terminated: list[int] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
-    order = msgspec.json.decode(line, type=Order)
-    logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s %(message)s")
-    logging.getLogger(LOGGER_NAME).setLevel(logging.INFO)
-    crew = Crew(order.directory, [each.as_followed() for each in order.followed], build_followed)
+    order, crew = begin(line)
     # An adapter may hold the interpreter for ever (a regular expression can), and nothing of Python runs then.
-    faulthandler.enable()
     patience = order.linger_seconds + GRACE_SECONDS
-    faulthandler.dump_traceback_later(patience, exit=True)
+    faulthandler.dump_traceback_later(patience, exit=True, file=2)
     crew.start()
     while not terminated and not select.select([0], [], [], _LOOK_SECONDS)[0] and os.getppid() == order.parent:
-        faulthandler.dump_traceback_later(patience, exit=True)
+        faulthandler.dump_traceback_later(patience, exit=True, file=2)
     wait_seconds = _told()
-    faulthandler.dump_traceback_later(wait_seconds + patience, exit=True)
-    crew.finish()
+    faulthandler.dump_traceback_later(wait_seconds + patience, exit=True, file=2)
     deadline = time.monotonic() + wait_seconds + order.linger_seconds
+    crew.finish(deadline)
+    signals_before: int | None = None  # the program was gone
     while not crew.join(_LOOK_SECONDS) and time.monotonic() < deadline:
         if os.getppid() != order.parent:  # it does not wait for us any more
             deadline = min(deadline, time.monotonic() + order.linger_seconds)
             order = msgspec.structs.replace(order, parent=os.getppid())
+            signals_before = len(terminated)
+        if signals_before is not None and len(terminated) > signals_before:
+            break
     left = {*crew.running, *crew.failed}
     if crew.running:
         crew.stop()
         crew.join(STOP_SECONDS)
     if left:
         log().warning("couriers.left", adapters=", ".join(sorted(left)), fix=f"evsys-bus sync {order.directory}")
-    logging.shutdown()
-    sys.stdout.flush()
-    # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
-    os._exit(PENDING_CODE if left else DELIVERED_CODE)
+    _exit(PENDING_CODE if left else DELIVERED_CODE, min(deadline - time.monotonic(), THREADS_SECONDS))
+
+
+def _exit(code: int, wait_seconds: float) -> None:
+    """End when the threads have ended that adapters started (uploads, say), as any program does; or after that time.
+
+    That is all there is of finalization: the rest would wait for an adapter, or a library, that hangs.
+    """
+
+    def end() -> None:
+        flush_log()
+        os._exit(code)
+
+    def give_up() -> None:
+        time.sleep(max(0.0, wait_seconds))
+        left = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not main_thread]
+        log().warning("couriers.threads_left", count=len(left), threads=", ".join(sorted(left)[:10]))
+        end()
+
+    main_thread = threading.main_thread()
+    if wait_seconds <= 0:
+        end()
+    threading.Thread(target=give_up, name="evsys-bus-exit", daemon=True).start()
+    atexit.register(end)  # the last to be registered, and so the first to run, once other threads have ended
 
 
 def _told() -> float:

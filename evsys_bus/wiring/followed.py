@@ -5,17 +5,24 @@ names the class as well (``module:Class``). What no other process could import o
 """
 
 import importlib
+import inspect
 import sys
+import threading
+from collections.abc import Callable
 from functools import partial
+from pathlib import PurePath
 from typing import Any, Final, Literal
 
 import msgspec
 
+from evsys_bus.attached import Ranks
 from evsys_bus.callback import Callback, callback_name, check_hooks
-from evsys_bus.delivery.followed import Followed, OnFailure, Recipe, Terms
+from evsys_bus.codec.redaction import holds_credential
+from evsys_bus.delivery.followed import Followed, OnFailure, Recipe, Terms, ranks_of
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BadSpecError, BrokenAdapterError, ConfigError, SinkMethodError, Where
 from evsys_bus.sink import Sink, check_marks, check_sink, sink_name
+from evsys_bus.where import decode_json, encode_json
 from evsys_bus.wiring.construct import check_arguments, construct
 from evsys_bus.wiring.params import check_params
 from evsys_bus.wiring.registry import REGISTRY, Registry
@@ -28,15 +35,16 @@ def follow(
     adapter: Callback | Sink,
     name: str | None = None,
     *,
-    ranks: tuple[int, ...] | None = (0,),
+    ranks: Ranks | None = (0,),
     on_failure: OnFailure = "count",
     required: bool = False,
     stop_after_seconds: float | None = None,
     max_staleness_seconds: float | None = None,
 ) -> Followed:
-    """Have a live object delivered to off the loop, from the journal, on a thread of this process.
+    """Have this very object delivered to off the loop, from the journal, on a thread of this process.
 
-    A spec is better where one will do: what it describes is delivered to in a process of its own, and on another day.
+    What its class follows by itself (``placement = "follow"``, sinks, delivery halves) need not be wrapped: given to a
+    bus as it is, it is delivered to by the courier process where that can build it again, and so also on another day.
 
     Args:
         adapter: Its hooks get detached objects.
@@ -44,6 +52,7 @@ def follow(
         ranks: As those that follow, in `CallbackSpec`.
 
     Raises:
+        SettingError: ``ranks`` is something else.
         BadSpecError: It may stop the run, or has a delivery half.
         HookError: A hook, or a method of a sink, could never be called.
 
@@ -67,7 +76,7 @@ def follow(
             why = f"its hooks run inline, and its delivery half, {half.__name__}, is what is delivered to"
             fix = f"build it from a spec, or give the bus both: EventBus([callback], sinks=[{half.__name__}(...)])"
             raise BadSpecError(f'"{label}" cannot be followed as a whole', why=why, fix=fix)
-    terms = Terms(ranks, on_failure, required, stop_after_seconds, max_staleness_seconds)
+    terms = Terms(ranks_of(ranks, None), on_failure, required, stop_after_seconds, max_staleness_seconds)
     return Followed(label, live=adapter, terms=terms)
 
 
@@ -111,7 +120,7 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
             fix="leave it out, or add placement: follow",
         )
         for key in Terms.__struct_fields__
-        if getattr(spec, key) != getattr(_USUAL, key)
+        if key != "ranks" and getattr(spec, key) != getattr(_USUAL, key)
     ]
 
 
@@ -134,7 +143,79 @@ def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Reg
         recipe = None
     build = None if recipe is None else partial(build_followed, recipe, registry=registry)
     here = half is not None and spec.placement == "inline"
-    return Followed(label, recipe, terms=spec.terms, build=build, here=here)
+    return Followed(label, recipe, terms=spec.terms(cls), build=build, here=here)
+
+
+def subscription_of(adapter: Callback | Sink, name: str, registry: Registry = REGISTRY) -> Followed:
+    """How an object that a bus was given is delivered to, as its class says.
+
+    By the courier process where the class has a ``Config`` that the object's arguments pass, so that it can be built
+    there again; else the object itself, on a thread of this process.
+
+    Args:
+        adapter: A sink, a callback that is followed, or one with a delivery half.
+        name: Keys its cursor and its counts.
+        registry: Where kinds are looked up.
+
+    Raises:
+        HookError: A hook, or a method of a sink, could never be called.
+        BadSpecError: It may stop the run, and so must run inline.
+    """
+    cls = type(adapter)
+    half = delivery_half(cls)
+    if isinstance(adapter, Sink):
+        check_sink(adapter)
+    elif half is None:
+        check_hooks(adapter)
+        check_marks(adapter)
+        if _stops_runs(cls):
+            raise BadSpecError(f'"{name}" cannot be followed', why=_STOPS, fix='leave out placement = "follow"')
+    terms = Terms(ranks_of(adapter.ranks, (0,)))
+    recipe = _recipe_of_object(adapter, registry)
+    if not isinstance(recipe, str):
+        return Followed(name, recipe, terms=terms, build=partial(build_followed, recipe, registry=registry))
+    log().info("adapter.follows_on_a_thread", adapter=name, why=recipe)
+    live = adapter
+    if half is not None:
+        live = half(*adapter.evsys_arguments.positional, **adapter.evsys_arguments.named)
+        live.spec_name = name
+    return Followed(name, live=live, terms=terms)
+
+
+def _recipe_of_object(adapter: Callback | Sink, registry: Registry) -> Recipe | str:
+    """The recipe, from the arguments that the object was constructed with, or why there is none."""
+    cls = type(adapter)
+    if cls.Config is None:
+        return "its class has no Config, so its arguments are not known to mean the same in another process"
+    if not _is_importable(cls):
+        return f"no other process can import {cls.__module__}:{cls.__qualname__}"
+    try:
+        bound = inspect.signature(cls).bind(*adapter.evsys_arguments.positional, **adapter.evsys_arguments.named)
+    except (TypeError, ValueError) as error:
+        return f"its arguments are not known: {error}"
+    if any(
+        each.kind is each.VAR_POSITIONAL for each in bound.signature.parameters.values() if each.name in bound.arguments
+    ):
+        return "it was constructed with *args"
+    named: dict[str, Any] = {}
+    for key, value in bound.arguments.items():
+        extra = bound.signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD
+        named |= value if extra else {key: value}
+    params = _portable(cls, {key: str(value) if isinstance(value, PurePath) else value for key, value in named.items()})
+    if params is None:
+        return "its arguments hold live objects, or its Config does not take them"
+    half: Literal["whole", "delivery"] = "whole" if delivery_half(cls) is None else "delivery"
+    private, environment = holds_credential(params), _from_environment(cls, usable=True)
+    return Recipe(_kind_of_class(cls, registry), params, half=half, private=private, environment=environment)
+
+
+def _kind_of_class(cls: AdapterClass, registry: Registry) -> str:
+    """The kind, where an installed package offers it and means this class; else ``module:Class``."""
+    try:
+        known = cls.name and not registry.is_registered(cls.name) and registry.find(cls.name) is cls
+    except ConfigError:
+        known = False
+    return cls.name if known else f"{cls.__module__}:{cls.__qualname__}"
 
 
 def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback | Sink:
@@ -147,15 +228,22 @@ def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback
     Raises:
         ConfigError: As `build_callbacks`; also where a plugin cannot be imported.
     """
-    for plugin in recipe.plugins:
-        _plug_in(recipe.kind, plugin, registry)
-    cls = registry.find(recipe.kind)
-    spec = CallbackSpec(recipe.kind, recipe.params)
-    arguments, errors = check_arguments(cls, spec, "$", registry)
-    if errors:
-        raise together(errors)
-    half = delivery_half(cls) if recipe.half == "delivery" else None
-    return construct(recipe.kind, half or cls, arguments, spec.label, "$", registry)
+    # One after another: two at once that import one package may each find it half imported. One that hangs in its
+    # import must not hold up the others for ever.
+    alone = _building.acquire(timeout=BUILD_SECONDS)
+    try:
+        for plugin in recipe.plugins:
+            _plug_in(recipe.kind, plugin, registry)
+        cls = _imported(recipe.kind, recipe.kind) if ":" in recipe.kind else registry.find(recipe.kind)
+        spec = CallbackSpec(recipe.kind, _with_environment(recipe, cls))
+        arguments, errors = check_arguments(cls, spec, "$", registry)
+        if errors:
+            raise together(errors)
+        half = delivery_half(cls) if recipe.half == "delivery" else None
+        return construct(recipe.kind, half or cls, arguments, spec.label, "$", registry)
+    finally:
+        if alone:
+            _building.release()
 
 
 def _stops_runs(cls: AdapterClass) -> bool:
@@ -173,13 +261,37 @@ def _recipe(spec: CallbackSpec, cls: AdapterClass, registry: Registry) -> Recipe
         plugins = (f"{cls.__module__}:{cls.__qualname__}",)
     half: Literal["whole", "delivery"] = "whole" if delivery_half(cls) is None else "delivery"
     params = _portable(cls, spec.params)
-    return "its params hold live objects" if params is None else Recipe(spec.kind, params, plugins, half)
+    if params is None:
+        return "its params hold live objects"
+    return Recipe(spec.kind, params, plugins, half, environment=_from_environment(cls, usable=True))
+
+
+def _from_environment(cls: AdapterClass, *, usable: bool = False) -> dict[str, Any]:
+    """The params that the environment of this process gives, as ``Config.from_environment`` of the class says.
+
+    Args:
+        cls: The adapter's.
+        usable: Only those that have a value, and hold no credential.
+    """
+    find: Callable[[], dict[str, Any]] | None = getattr(cls.Config, "from_environment", None)
+    found = {} if find is None else find()
+    if usable:
+        found = {name: value for name, value in found.items() if value is not None}
+        found = {} if holds_credential(found) else found
+    return found
+
+
+def _with_environment(recipe: Recipe, cls: AdapterClass) -> dict[str, Any]:
+    """The params; what neither they nor this environment gives is as in the environment of the program."""
+    here = _from_environment(cls) if recipe.environment else {}
+    kept = {name: value for name, value in recipe.environment.items() if name not in here}
+    return kept | {name: value for name, value in recipe.params.items() if value is not None or name not in kept}
 
 
 def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | None:
     """The params as they come out of a file again, if they mean the same then. Any: they are the adapter's own."""
     try:
-        plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(params, enc_hook=_as_text))
+        plain: dict[str, Any] = decode_json(encode_json(msgspec.to_builtins(params, enc_hook=_as_text)), dict[str, Any])
         before, _ = check_params(cls, params)
         after, findings = check_params(cls, plain)
         same = not findings and msgspec.to_builtins(before, enc_hook=_as_text) == msgspec.to_builtins(
@@ -193,8 +305,6 @@ def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | Non
 
 
 def _as_text(value: object) -> str:
-    from pathlib import PurePath
-
     if isinstance(value, PurePath):
         return str(value)
     raise TypeError
@@ -225,20 +335,27 @@ def _is_found(module: str) -> bool:
 
 def _plug_in(kind: str, plugin: str, registry: Registry) -> None:
     """Import the module; if it does not register the kind by itself, register the class that the plugin names."""
-    module, _, path = plugin.partition(":")
+    path = plugin.partition(":")[2]
+    found = _imported(kind, plugin)
+    if path and not registry.is_registered(kind):
+        register: Literal["register", "register_sink"] = "register_sink" if _is_sink(found) else "register"
+        getattr(registry, register)(kind, replace=True)(found)
+
+
+def _imported(kind: str, place: str) -> Any:
+    """What ``module:Class`` names, or the module."""
+    module, _, path = place.partition(":")
     try:
-        found: Any = importlib.import_module(module)  # Any: what a module holds
+        found: Any = importlib.import_module(module)
         for part in filter(None, path.split(".")):
             found = getattr(found, part)
     except Exception as error:  # a wall: whatever a plugin's import raises is that plugin's fault
         raise BrokenAdapterError(
-            f'"{plugin}", which offers the callback "{kind}", cannot be imported',
+            f'"{place}", which offers the callback "{kind}", cannot be imported',
             why=f"{type(error).__name__}: {error}",
             fix=f'see the cause: python -c "import {module}"',
         ) from error
-    if path and not registry.is_registered(kind):
-        register: Literal["register", "register_sink"] = "register_sink" if _is_sink(found) else "register"
-        getattr(registry, register)(kind, replace=True)(found)
+    return found
 
 
 def _is_sink(found: object) -> bool:
@@ -246,3 +363,7 @@ def _is_sink(found: object) -> bool:
 
 
 _USUAL: Final = CallbackSpec("")
+
+BUILD_SECONDS: Final = 10.0
+"""How long an adapter may take to be built before the next one is begun beside it."""
+_building: Final = threading.Lock()

@@ -289,8 +289,8 @@ def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], t
         ...     async def write(self, batch):
         ...         print(len(batch), "events for", self.path)
         >>> from evsys_bus.wiring import build_callbacks
-        >>> [followed] = build_callbacks([{"kind": "doctest_lines", "params": {"path": "lines.txt"}}])
-        >>> followed.name
+        >>> [carrier] = build_callbacks([{"kind": "doctest_lines", "params": {"path": "lines.txt"}}])
+        >>> carrier.spec_name
         'doctest_lines'
     """
     return REGISTRY.register_sink(kind, replace=replace)

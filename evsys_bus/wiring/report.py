@@ -97,12 +97,19 @@ def _wrong(subject: Subject, finding: Finding, params: Mapping[str, Any], place:
         return WrongParamError(what, where=where, why=finding.why, fix=_sentence("see why", subject.help))
     part = locate(subject.schema, finding.path)
     given = _given(params, finding.path)
-    must = expected(part, subject.schema)
-    what = f'"{_dotted(finding.path)}" of {subject.label} must be {must}, not {_shown(given, finding)}'
+    head = f'"{_dotted(finding.path)}" of {subject.label}'
+    if finding.why is not None and _is_free_text(part) and isinstance(given, str) and given:
+        what = f"{head} cannot be {_shown(given, finding)}"  # it is a text, as it should be: the reason says the rest
+    else:
+        what = f"{head} must be {expected(part, subject.schema)}, not {_shown(given, finding)}"
     choices = [each for each in part.get("enum", ()) if isinstance(each, str)]
     hint = did_you_mean(given, choices) if choices and isinstance(given, str) else ""
     fix = _sentence(hint, f"for example {_line(finding.path, subject.schema)}", subject.help)
     return WrongParamError(what, where=where, why=finding.why, fix=fix)
+
+
+def _is_free_text(part: Schema) -> bool:
+    return not part.keys() & {"enum", "pattern"} and "string" in str([part.get("type"), part.get("anyOf")])
 
 
 def _sentence(*parts: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
 
+from evsys_bus.attached import Ranks
 from evsys_bus.callback import Callback
-from evsys_bus.delivery.followed import OnFailure, Terms
+from evsys_bus.delivery.followed import OnFailure, Terms, ranks_of
 from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where, did_you_mean
 from evsys_bus.sink import Sink
 
@@ -46,10 +47,10 @@ class CallbackSpec(msgspec.Struct, frozen=True):
     """Keys its cursor and its counters; None means the kind, numbered where there are several."""
     placement: Placement | None = None
     """None leaves the choice to the adapter's class."""
-    ranks: tuple[int, ...] | None = (0,)
-    """This and what follows are the terms of one that is followed. Of which ranks' events; None means all."""
+    ranks: Ranks | msgspec.UnsetType | None = msgspec.UNSET
+    """Which ranks of a job it serves: ``rank0``, ``all`` (or null), or a list. Default: as its class says."""
     on_failure: OnFailure = "count"
-    """What a followed hook that raises means for its event."""
+    """This and what follows are for one that is followed. What a hook that raises means for its event."""
     required: bool = False
     """Stop the run if its delivery ends for good, or is parked."""
     stop_after_seconds: float | None = None
@@ -62,10 +63,10 @@ class CallbackSpec(msgspec.Struct, frozen=True):
         """The name, or the kind where none was given."""
         return self.name or self.kind
 
-    @property
-    def terms(self) -> Terms:
+    def terms(self, cls: AdapterClass) -> Terms:
         """How its delivery is meant to go, if it is followed."""
-        return Terms(*(getattr(self, key) for key in Terms.__struct_fields__))
+        ranks = ranks_of(cls.ranks, (0,)) if self.ranks is msgspec.UNSET else ranks_of(self.ranks or "all", None)
+        return Terms(ranks, self.on_failure, self.required, self.stop_after_seconds, self.max_staleness_seconds)
 
 
 def join(path: str, *parts: PathPart) -> str:
@@ -153,7 +154,7 @@ def _is_text(value: object) -> bool:
 
 def _is_ranks(value: object) -> bool:
     ranks = cast("list[object]", value)
-    return value is None or (
+    return value in (None, msgspec.UNSET, "rank0", "all") or (
         isinstance(value, list | tuple) and bool(ranks) and all(type(each) is int and each >= 0 for each in ranks)
     )
 
@@ -167,7 +168,7 @@ _CHECKS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "params": ("a mapping", lambda value: isinstance(value or {}, Mapping)),
     "name": ("a string that is not empty", lambda value: value is None or _is_text(value)),
     "placement": ('"inline" or "follow"', lambda value: value is None or value in get_args(Placement)),
-    "ranks": ("a list of ranks, such as [0], or null for all", _is_ranks),
+    "ranks": ('"rank0", "all" or a list of ranks, such as [0, 1]', _is_ranks),
     "on_failure": ('"count", "dead" or "retry"', lambda value: value in get_args(OnFailure)),
     "required": ("true or false", lambda value: isinstance(value, bool)),
     "stop_after_seconds": ("a number of seconds above 0", _is_seconds),

@@ -33,11 +33,13 @@ class Copy:
     Args:
         file: The file's descriptor.
         where: The place, in words, where there may be no room.
+        most: How much there can be; more is an error.
     """
 
-    def __init__(self, file: int | None = None, where: object = None) -> None:
+    def __init__(self, file: int | None = None, where: object = None, most: int | None = None) -> None:
         self.size = 0
         """How much there is."""
+        self._most: Final = most
         self._file: Final = file
         self._where: Final = where
         self._digest: Final = hashlib.sha256()
@@ -46,8 +48,13 @@ class Copy:
         """Add the next bytes; where that fails they are not added, and may be once more.
 
         Raises:
+            DamagedError: There is more than there can be.
             RetryLaterError: The disk is full.
         """
+        if self._most is not None and self.size + len(piece) > self._most:
+            raise DamagedError(
+                f"more than {self._most} bytes came", fix="fetch again; if that does not help, another checkpoint"
+            )
         if self._file is not None:
             done = 0
             with durable.needing_room(self._where), memoryview(piece) as view:
@@ -88,7 +95,7 @@ async def copy_into(
 
     Args:
         path: Where it goes.
-        theirs: The object, as the store has it.
+        theirs: The object, as the store has it; no more than that is taken.
         wanted: What it must be, if that is known.
         where: The store, in words.
         told: Is called with what there is, while that is read again.
@@ -100,13 +107,17 @@ async def copy_into(
     """
     while True:
         with _unfinished(path, theirs.sha256 or (wanted and wanted.sha256)) as (file, partial):
-            copy = Copy(file, path.parent)
+            copy = Copy(file, path.parent, theirs.size)
             while await to_thread.run_sync(copy.recall, theirs.size):
                 if told is not None:
                     told(copy.size, theirs.size)
             before = copy.size
             if before < theirs.size or not before:
-                await read(copy)
+                try:
+                    await read(copy)
+                except DamagedError:
+                    partial.unlink()
+                    raise
             await to_thread.run_sync(copy.finish)
             got = copy.stored(theirs.key)
             try:
@@ -125,6 +136,11 @@ def partial_of(path: Path, sha256: str) -> Path:
     """Where a copy to this path, of the content with this digest, stands until it is whole."""
     digits = hashlib.sha256(os.fsencode(path.name) + b"\0" + sha256.encode()).hexdigest()[:32]
     return _partial(path, digits)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether it has the name of a copy that is not whole."""
+    return _PARTIAL.fullmatch(path.name) is not None
 
 
 def clear(folder: Path, keep: Collection[Path] = ()) -> None:

@@ -59,18 +59,6 @@ def move(partial: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Have the file hold just this."""
-    partial = beside(path)
-    try:
-        with partial.open("wb") as file:
-            file.write(data)
-            sync(file)
-        move(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)  # it is in its place, unless this failed
-
-
 def sha256_of(path: Path) -> str:
     """The digest of a file's content, in hexadecimal."""
     with path.open("rb") as file:

@@ -1,11 +1,14 @@
 """`FolderStore`: objects as files of a directory; on a network file system, or as the twin of S3 in tests."""
 
+import errno
 import hashlib
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from anyio import to_thread
 
@@ -13,14 +16,23 @@ from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.copying import PIECE_BYTES, Copy, copy_into
 from evsys_adapters.checkpoints.ledger import Plan, Source, UploadLedger
 from evsys_adapters.checkpoints.store import (
+    MOST_SMALL_BYTES,
     ConflictError,
+    DamagedError,
     MissingError,
+    RefusedError,
     Stored,
     Told,
     check_key,
+    check_size,
     missing_file,
 )
+from evsys_bus.disk import OsDisk
 from evsys_bus.errors import ParkedError, RetryLaterError
+from evsys_bus.files import DamagedFileError, load_file, read_file, replace_file
+
+_LOCK_SECONDS: Final = 30.0
+_LOCK_PAUSE_SECONDS: Final = 0.01
 
 
 class FolderStore:
@@ -85,19 +97,27 @@ class FolderStore:
     async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
         """As `ObjectStore`; without ``stored`` the size is all that it can be held to."""
         try:
-            file = self._path(key).open("rb")
+            file = os.fdopen(OsDisk().open_read(str(self._path(key))), "rb")
         except FileNotFoundError as error:
             raise self._missing(key) from error
         with file:
             size = os.fstat(file.fileno()).st_size
+            check_size(key, size, stored, self.where)
             return await copy_into(path, Stored(key, size), stored, self.where, told, partial(_read, file, size, told))
 
-    async def get_bytes(self, key: str) -> bytes:
+    async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
+        """As `ObjectStore`; under a lock of the folder, so between processes that see the same locks."""
+        return await to_thread.run_sync(self._change_bytes, key, change)
+
+    async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
         """As `ObjectStore`."""
+        path = self._path(key)
         try:
-            return await to_thread.run_sync(self._path(key).read_bytes)
+            return await to_thread.run_sync(lambda: read_file(path, most_bytes=most_bytes))
         except FileNotFoundError as error:
             raise self._missing(key) from error
+        except DamagedFileError as error:
+            raise DamagedError(f"{path} cannot be used: {error}", fix="it was not written by evsys-bus") from error
 
     async def names(self, prefix: str) -> list[Stored]:
         """As `ObjectStore`."""
@@ -105,7 +125,12 @@ class FolderStore:
 
     async def delete(self, key: str) -> None:
         """As `ObjectStore`."""
-        await to_thread.run_sync(partial(self._path(key).unlink, missing_ok=True))
+        path = self._path(key)
+        if not path.parent.resolve().is_relative_to(self._directory.resolve()):
+            raise RefusedError(
+                f"{path} is reached by a link that leads out of {self._directory}", fix="remove it by hand"
+            )
+        await to_thread.run_sync(partial(path.unlink, missing_ok=True))
 
     async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
         """As `ObjectStore`."""
@@ -119,16 +144,27 @@ class FolderStore:
         if path.exists() and not replace:
             return self._same(key, len(data), sha256)
         with durable.needing_room(self.where):
-            durable.replace(path, data)
+            replace_file(path, data, mode=0o666)
         return Stored(key, len(data), sha256)
 
+    def _change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
+        path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent) as locked, durable.needing_room(self.where):
+            changed = change(load_file(path, bytes, set_aside=True))
+            if changed is not None:
+                replace_file(path, changed, mode=0o666)
+            return locked or changed is None
+
     def _names(self, prefix: str) -> Iterator[Stored]:
-        for folder, _, files in os.walk(self._directory):
+        for folder, _, files in os.walk(self._directory / prefix.rpartition("/")[0]):
             for name in files:
                 path = Path(folder, name)
                 key = path.relative_to(self._directory).as_posix()
                 if key.startswith(prefix) and not name.endswith(".partial"):
-                    yield Stored(key, path.stat().st_size)
+                    size = _size(path)
+                    if size is not None:
+                        yield Stored(key, size)
 
     def _abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
         plans = ledger.under(self.where, prefix)
@@ -155,6 +191,43 @@ class FolderStore:
 
     def _missing(self, key: str) -> MissingError:
         return MissingError(f"{self._path(key)} is not there", fix="see what is stored: evsys-bus checkpoints RUN")
+
+
+def _size(path: Path) -> int | None:
+    """None where it was removed meanwhile, or is a link that leads to nothing."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+            return None
+        raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[bool]:
+    """Hold the lock of a folder, if there are locks; whether it is held.
+
+    Raises:
+        RetryLaterError: Another process holds it for very long.
+    """
+    import fcntl  # POSIX only
+
+    file, until = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), time.monotonic() + _LOCK_SECONDS
+    locked = False
+    try:
+        while not locked:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError as error:
+                if time.monotonic() > until:
+                    raise RetryLaterError(f"another process has locked {folder} for {_LOCK_SECONDS:g} s") from error
+                time.sleep(_LOCK_PAUSE_SECONDS)
+            except OSError:  # no locks here
+                break
+        yield locked
+    finally:
+        os.close(file)
 
 
 async def _read(file: BinaryIO, size: int, told: Told | None, copy: Copy) -> None:

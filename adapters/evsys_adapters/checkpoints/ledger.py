@@ -6,13 +6,14 @@ a part that is sent again. The ledger knows no store: it is asked by where an ob
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
 import msgspec
 
 from evsys_adapters.checkpoints import durable
-from evsys_bus.diagnostics import log
+from evsys_bus.files import load_file, replace_file
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -73,7 +74,9 @@ class UploadLedger:
 
     def begin(self, plan: Plan) -> None:
         """Have the upload on record, in place of an earlier one to the same key."""
-        durable.replace(self._file(plan.where, plan.key), _write(plan) + b"\n")
+        file = self._file(plan.where, plan.key)
+        _read(file, set_aside=True)
+        replace_file(file, _write(plan) + b"\n")
 
     def finished(self, plan: Plan, part: Part) -> None:
         """Have it on record that the store has the part."""
@@ -84,7 +87,7 @@ class UploadLedger:
 
     def find(self, where: str, key: str) -> tuple[Plan, dict[int, Part]] | None:
         """The upload to the key, and the parts that the store has, by number."""
-        return _read(self._file(where, key))
+        return _read(self._file(where, key), set_aside=True)
 
     def under(self, where: str, prefix: str) -> list[Plan]:
         """The uploads to keys that begin so."""
@@ -93,22 +96,22 @@ class UploadLedger:
 
     def forget(self, where: str, key: str) -> None:
         """The upload to the key is done with."""
-        self._file(where, key).unlink(missing_ok=True)
+        with suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # no file of ours; it is set aside
+            self._file(where, key).unlink(missing_ok=True)
 
     def _file(self, where: str, key: str) -> Path:
         name = hashlib.sha256(f"{where}\0{key}".encode()).hexdigest()[:32]
         return self._directory / f"{name}.upload"
 
 
-def _read(path: Path) -> tuple[Plan, dict[int, Part]] | None:
-    try:
-        first, *lines = path.read_bytes().split(b"\n")
-        plan = _plan(first)
-    except FileNotFoundError:
-        return None
-    except msgspec.DecodeError as error:
-        log().warning("checkpoints.ledger_unreadable", path=str(path), exc_info=error)
-        return None
+def _read(path: Path, *, set_aside: bool = False) -> tuple[Plan, dict[int, Part]] | None:
+    """What an upload has on record; None where that is missing or damaged, so that it is begun again."""
+    return load_file(path, _decode, set_aside=set_aside)
+
+
+def _decode(content: bytes) -> tuple[Plan, dict[int, Part]]:
+    first, *lines = content.split(b"\n")
+    plan = _plan(first)
     parts: dict[int, Part] = {}
     for line in filter(None, lines):
         try:

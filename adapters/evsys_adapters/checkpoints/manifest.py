@@ -17,11 +17,16 @@ import msgspec
 
 from evsys_adapters._runs import digest, safe_name
 from evsys_bus.context import ManifestRow
+from evsys_bus.journal.layout import order_of
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
 PartName = Literal["state", "sampler"]
 PARTS: Final[tuple[PartName, ...]] = ("state", "sampler")
+FETCHED: Final = "fetched"
+"""The folder of checkpoints that were fetched, in that of the run."""
+Age = tuple[int, tuple[int, str], int]
+"""Of a checkpoint at a destination: the life of its stream, the stream, and its place there."""
 
 _URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_NAME_BYTES: Final = 255
@@ -44,18 +49,23 @@ class Manifest(msgspec.Struct, frozen=True):
     row: ManifestRow
     """As the trainer recorded it, with its own paths."""
     stream: str
-    """Of the event that announced it; with `seq` it says which of two checkpoints is the newer one."""
+    """Of the event that announced it; `age` says which of two checkpoints is the newer one."""
     seq: int
     files: list[StoredFile]
     state: str | None = None
     """The name of the state's file or directory below the checkpoint's folder; or its URI, where it was elsewhere."""
     sampler: str | None = None
     format: int = 1
+    life: int = 0
+    """Counts the streams as they came to the destination: clocks have no part in it. 0 in what 0.1.0 wrote, and in what
+    came late, after checkpoints of another machine that go further."""
+    origin: str = ""
+    """Names the spool that it came from: the counters of its streams say which of them is the newer one."""
 
     @property
-    def age(self) -> tuple[str, int]:
+    def age(self) -> Age:
         """The greater, the newer."""
-        return self.stream, self.seq
+        return self.life, order_of(self.stream), self.seq
 
     def is_same_as(self, other: "Manifest") -> bool:
         """Whether both are of the same content; who announced it when does not matter."""
@@ -66,14 +76,32 @@ class Manifest(msgspec.Struct, frozen=True):
         return mine == theirs
 
 
+class Life(msgspec.Struct, frozen=True, array_like=True):
+    """A stream whose checkpoints are at the destination."""
+
+    number: int
+    origin: str = ""
+    """As in `Manifest`."""
+
+
 class Latest(msgspec.Struct, frozen=True):
-    """The newest checkpoint of a run."""
+    """The newest checkpoint of a run, and which streams the destination knows."""
 
     checkpoint: str
     """Its folder."""
     stream: str
     seq: int
     format: int = 1
+    life: int = 0
+    batch: int | None = None
+    """The step after which it was saved; None in what 0.1.0 wrote."""
+    lives: dict[str, Life] = {}
+    """By stream, the newest ones; none in what 0.1.0 wrote."""
+
+    @property
+    def age(self) -> Age:
+        """As `Manifest.age`."""
+        return self.life, order_of(self.stream), self.seq
 
 
 def is_elsewhere(path: str) -> bool:

@@ -8,14 +8,15 @@ from urllib.parse import quote
 import anyio
 import msgspec
 
-from evsys_adapters._runs import run_context
+from evsys_adapters._runs import experiment_folder
 from evsys_adapters.checkpoints.manifest import component
 from evsys_adapters.checkpoints.store import ObjectStore, open_store
-from evsys_bus.context import LogContext, LoopState
 
 OPEN_SECONDS: Final = 60.0
 _EXPERIMENT_DIR: Final = "{output_dir}"
 _EXPERIMENT: Final = "{experiment}"
+PLACEHOLDERS: Final = (_EXPERIMENT, _EXPERIMENT_DIR)
+"""What a URL may have instead of the name of the experiment's folder, and of its path."""
 
 
 class Reach(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -81,10 +82,14 @@ def has_placeholders(url: str) -> bool:
     return _EXPERIMENT_DIR in url or _EXPERIMENT in url
 
 
-def url_for(url: str, handle: LoopState | LogContext) -> str:
-    """The URL with its placeholders filled in: the path of the experiment's folder, and its name."""
-    ctx = run_context(handle)
-    return url_in(url, Path(handle.output_dir).parent if ctx is None else Path(ctx.output_dir))
+def url_for(url: str, handle: object) -> str:
+    """The URL with its placeholders filled in: the path of the experiment's folder, and its name.
+
+    Args:
+        url: With placeholders, or without.
+        handle: The state or the context of a run; of whatever class.
+    """
+    return url_in(url, experiment_folder(handle))
 
 
 def url_in(url: str, folder: Path) -> str:

@@ -1,13 +1,125 @@
-"""Removing a trainer's checkpoint from this machine, and nothing besides."""
+"""Removing a trainer's checkpoints from this machine: what lies where they belong, and nothing besides.
 
+A checkpoint event may name anything: a base model that everybody uses, another run's files. So `Bounds` says where
+something may be removed, `plan` what of a checkpoint lies there, and `remove` follows no link on its way.
+"""
+
+import errno
 import os
 import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Final, NamedTuple
 
 from evsys_adapters.checkpoints.manifest import is_elsewhere
-from evsys_adapters.checkpoints.spool import local_path
+from evsys_adapters.checkpoints.spool import SPOOL, local_path
 from evsys_bus.context import ManifestRow
+from evsys_bus.disk import OsDisk
+from evsys_bus.journal import layout
+
+RECORD: Final = "checkpoints.jsonl"
+_RUN_FILES: Final = (RECORD, SPOOL, "metrics.jsonl", "metrics.csv", "result.json", "fetched")
+"""What a folder of a run has, one of them at least."""
+_OWN_NAMES: Final = frozenset({*_RUN_FILES, "journal", "error.txt", "experiment.json"})
+"""What we write into a run's or an experiment's folder ourselves."""
+_OUTSIDE: Final = "it lies outside the folders of the run and of its experiment"
+
+
+class Left(NamedTuple):
+    """Something that stays though its checkpoint goes."""
+
+    path: Path
+    why: str
+    outside: bool = False
+    """Whether it would go if its folder were among those in ``outside``."""
+
+
+class Removable(NamedTuple):
+    """Something that may be removed."""
+
+    path: Path
+    """Without links on the way."""
+    root: Path
+    """The folder that it lies in, by which it may be removed."""
+    found: os.stat_result
+    """What stood there when it was looked at."""
+
+
+class Plan(NamedTuple):
+    """What becomes of the files of a checkpoint."""
+
+    removable: list[Removable]
+    left: list[Left]
+
+
+class Bounds:
+    """Where files of one run's checkpoints may be removed: strictly inside its folder, its experiment's, or others.
+
+    Never a journal, a spool, the folder of another run, one that holds any of them, or the current directory.
+
+    Args:
+        run_dir: The run's folder.
+        experiment: That of its experiment, if it has one.
+        outside: Further folders, whose owner says so.
+        other_runs: Folders of other runs.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        experiment: Path | None = None,
+        outside: Iterable[Path] = (),
+        other_runs: Iterable[Path] = (),
+    ) -> None:
+        roots = [each.resolve() for each in (run_dir, experiment, *outside) if each is not None]
+        self.home: Final = [each.resolve() for each in (run_dir, experiment) if each is not None]
+        """Folders that a checkpoint may not be, nor hold."""
+        self._roots: Final = [each for each in roots if each != each.parent]
+        others = {each.resolve() for each in other_runs}
+        self._other_runs: Final = [each for each in others if not any(home.is_relative_to(each) for home in self.home)]
+
+    def root_of(self, path: Path) -> Path | None:
+        """The innermost folder that the path lies in, and in which something may be removed."""
+        around = [root for root in self._roots if root in path.parents]
+        return max(around, key=lambda root: len(root.parts), default=None)
+
+    def why_not(self, path: Path) -> Left | None:
+        """Why this may not be removed; None if it may.
+
+        Args:
+            path: Without links on the way.
+        """
+        return next(self._reasons(path), None)
+
+    def _reasons(self, path: Path) -> Iterator[Left]:
+        root = self.root_of(path)
+        if any(home.is_relative_to(path) for home in self.home):
+            yield Left(path, "the run's folder is, or lies in, it")
+        elif root is None:
+            yield Left(path, _OUTSIDE, outside=True)
+        with suppress(OSError):
+            if Path.cwd().is_relative_to(path):
+                yield Left(path, "it holds the current directory")
+        if path.parent in self.home and path.name in _OWN_NAMES:
+            yield Left(path, "evsys-bus keeps it")
+        yield from (
+            Left(path, f"{other} is the folder of another run")
+            for other in self._other_runs
+            if path.is_relative_to(other) or other.is_relative_to(path)
+        )
+        yield from (Left(path, f"{above} is not this run's") for above in self._foreign_around(path, root))
+        yield from (Left(path, f"{inner} in it is no part of a checkpoint") for inner in _foreign_below(path))
+
+    def _foreign_around(self, path: Path, root: Path | None) -> Iterator[Path]:
+        """The path, or a folder that it lies in, that is of a journal, a spool or another run."""
+        marks = _RUN_FILES if self.home[0] not in path.parents else (RECORD,)
+        for above in (path, *path.parents):
+            if any(home.is_relative_to(above) for home in self.home) or above == root:
+                break
+            if above.name == SPOOL or _is_journal(above) or any((above / name).exists() for name in marks):
+                yield above
 
 
 def places(row: ManifestRow) -> list[Path]:
@@ -22,26 +134,92 @@ def is_whole(row: ManifestRow) -> bool:
     return bool(named) and all(place.exists() for place in named)
 
 
-def removable(row: ManifestRow, others: Iterable[ManifestRow], run_dir: Path) -> list[Path]:
-    """What of a checkpoint can be removed: not what another one uses, and nothing that the run's folder lies in."""
-    used = [place.resolve() for other in others for place in places(other)] + [run_dir.resolve(), Path.cwd()]
-    found: list[Path] = []
+def plan(row: ManifestRow, others: Iterable[ManifestRow], bounds: Bounds) -> Plan:
+    """What of a checkpoint can be removed: what lies within the bounds, and no other checkpoint uses.
+
+    Where a link stands for a file, what it leads to is removed too, or both stay.
+    """
+    used = {real for other in others for place in places(other) for real in _links(place)}
+    used = {each for each in used if not any(home.is_relative_to(each) for home in bounds.home)}
+    made = Plan([], [])
     for place in places(row):
-        real = place.parent.resolve() / place.name  # a link is removed, and what it leads to stays
-        if os.path.lexists(place) and not any(
-            each.is_relative_to(at) for each in used for at in {real, place.resolve()}
-        ):
-            found.append(place)
+        reals = _links(place)
+        if any(each.is_relative_to(real) or real.is_relative_to(each) for each in used for real in reals):
+            continue
+        found: list[Removable] = []
+        for real in reversed(reals):  # a link last: while it is there, what it leads to can be found
+            left = bounds.why_not(real)
+            root = bounds.root_of(real)
+            if left is not None or root is None:
+                made.left.append(left or Left(real, _OUTSIDE, outside=True))
+                break
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found.append(Removable(real, root, real.lstat()))
+        else:
+            made.removable.extend(found)
+    return made
+
+
+def remove(each: Removable) -> None:
+    """Remove a file, a link or a directory, if it is still the one that was looked at; one that is gone is fine.
+
+    Raises:
+        OSError: It cannot be removed, or something else stands there, or in the way to it, by now.
+    """
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    folder = os.open(each.root, flags)
+    try:
+        for part in each.path.relative_to(each.root).parts[:-1]:
+            outer, folder = folder, os.open(part, flags, dir_fd=folder)
+            os.close(outer)
+        now = os.stat(each.path.name, dir_fd=folder, follow_symlinks=False)
+        if not os.path.samestat(now, each.found) or stat.S_IFMT(now.st_mode) != stat.S_IFMT(each.found.st_mode):
+            raise OSError(errno.ESTALE, "something else stands there by now", str(each.path))
+        if stat.S_ISDIR(now.st_mode):
+            shutil.rmtree(each.path.name, dir_fd=folder)  # follows no link either
+        else:
+            os.unlink(each.path.name, dir_fd=folder)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(folder)
+
+
+def _links(place: Path) -> list[Path]:
+    """Where the path leads, without links on the way; and, where that is a link, where this leads, and so on."""
+    found: list[Path] = []
+    while (real := _real(place)) not in found:
+        found.append(real)
+        if not real.is_symlink():
+            break
+        place = real.parent / real.readlink()
     return found
 
 
-def remove(place: Path) -> None:
-    """Remove a file, a link or a directory; one that is gone is fine.
+def _real(place: Path) -> Path:
+    if place.name in {"", ".."}:
+        return place.resolve()
+    return place.parent.resolve() / place.name
 
-    Raises:
-        OSError: It cannot be removed.
-    """
-    if place.is_dir() and not place.is_symlink():
-        shutil.rmtree(place)
-    else:
-        place.unlink(missing_ok=True)
+
+def _is_journal(folder: Path) -> bool:
+    """Whether it looks like the directory of a journal, or like a part of one."""
+    try:
+        names = [each.name for each in folder.iterdir()]
+    except OSError:
+        return False
+    parts = {layout.CURSORS, layout.COURIERS} & set(names) or any(name.endswith(".seg") for name in names)
+    return bool(parts) or layout.is_journal(OsDisk(), str(folder))
+
+
+def _foreign_below(path: Path) -> Iterator[Path]:
+    """What lies in a directory and is no part of a checkpoint: a run's record, a journal, another file system."""
+    if path.is_symlink() or not path.is_dir():
+        return
+    device = path.lstat().st_dev
+    for above, folders, files in os.walk(path):
+        here = Path(above)
+        if here.lstat().st_dev != device:
+            yield here
+        if RECORD in files or (SPOOL in folders and any((here / SPOOL).glob("*/*@*"))) or _is_journal(here):
+            yield here

@@ -1,20 +1,37 @@
 """Fetching a checkpoint: verified file by file, resumable, and never outside the folder that it was to go to."""
 
-from collections.abc import Callable
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Final
 
 import anyio
 import msgspec
 
 from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.copying import clear, partial_of
+from evsys_adapters.checkpoints.copying import clear, is_partial, partial_of
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import MANIFEST, Manifest, checkpoint_folder, inside, is_elsewhere
-from evsys_adapters.checkpoints.store import DamagedError, MissingError, Stored
+from evsys_adapters.checkpoints.store import (
+    MOST_SMALL_BYTES,
+    ConflictError,
+    DamagedError,
+    MissingError,
+    Stored,
+    check_size,
+)
 from evsys_bus.context import ManifestRow
-from evsys_bus.errors import DeliveryError, did_you_mean
+from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError, did_you_mean
+from evsys_bus.files import load_file, replace_file
 
+BEGUN: Final = ".manifest.json"
+"""What is being fetched; it becomes `MANIFEST` when all of it is here."""
+_DIGEST: Final = re.compile("[0-9a-f]{64}")
 AT_A_TIME: Final = 4
 Told = Callable[[int, int], None]
 """Is called with the bytes that are here, and the bytes in all."""
@@ -23,18 +40,27 @@ Told = Callable[[int, int], None]
 async def choose(destination: Destination, name: str | None) -> Manifest:
     """The checkpoint of this name, the newest where several have it; None for what `latest` names.
 
+    Where `latest` is missing or damaged, or names what was removed, it is the newest by the manifests.
+
     Raises:
+        DamagedError: Its manifest is there, and cannot be used.
         MissingError: There is none.
         DeliveryError, OSError: As the store does.
     """
-    if name is None:
-        latest = await destination.latest()
-        name = None if latest is None else latest.checkpoint
+    latest = await destination.latest() if name is None else None
     there = await destination.manifests()
-    found = [each for each in there if name in {checkpoint_folder(each.row), each.row.name}]
+    wanted = name if latest is None else latest.checkpoint
+    found = [each for each in there if wanted in {checkpoint_folder(each.row), each.row.name}]
+    found = found or (there if name is None else [])
     if found:
         return found[-1]
     known = [checkpoint_folder(each.row) for each in there]
+    if wanted in destination.damaged or (name is None and destination.damaged):
+        folder = min(destination.damaged) if wanted is None else wanted
+        raise DamagedError(
+            f"{destination.key(folder, MANIFEST)} is damaged",
+            fix=did_you_mean("", known) if known else "upload the checkpoint again, under another name",
+        )
     what = "no checkpoint" if name is None else f"no checkpoint {name}"
     raise MissingError(
         f"there is {what} below {destination.run_key}",
@@ -68,20 +94,25 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
     """Have the checkpoint in ``target/<checkpoint>``; the row that names it there.
 
     What is there already, with the right digest, is not fetched again; of a file that is there in part, the rest is.
+    Nothing is copied before the manifest, what the store has, and the room here are known to go together.
 
     Raises:
-        DamagedError: A name would lead out of the folder, or an object is not what the manifest says.
+        DamagedError: The manifest cannot be right, a name would lead out of the folder, or an object is not what the
+            manifest says.
+        ConflictError: Something else than this checkpoint is in the folder; it stays as it is.
+        RetryLaterError: There is no room for it.
         DeliveryError, OSError: As the store does.
     """
     folder = checkpoint_folder(manifest.row)
     root = target / folder
+    _check(manifest)
     paths = {file.name: _path(root, file.name) for file in manifest.files}
     row = msgspec.structs.replace(
         manifest.row, state_path=_place(root, manifest.state), sampler_path=_place(root, manifest.sampler)
     )
-    begun = {partial_of(paths[file.name], file.sha256) for file in manifest.files}
-    await anyio.to_thread.run_sync(clear, root, {*paths.values(), *begun})
-    total, done = sum(file.size for file in manifest.files), dict.fromkeys(paths, 0)
+    await _compare_sizes(destination, manifest)
+    await anyio.to_thread.run_sync(_prepare, root, manifest, paths)
+    total, here, done = sum(file.size for file in manifest.files), 0, dict.fromkeys(paths, 0)
     files = iter(manifest.files)
     failed: list[Exception] = []
 
@@ -90,9 +121,11 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
             path, key = paths[file.name], destination.key(folder, file.name)
 
             def see(count: int, _: int, name: str = file.name) -> None:
+                nonlocal here
+                here += count - done[name]
                 done[name] = count
                 if told is not None:
-                    told(sum(done.values()), total)
+                    told(here, total)
 
             try:
                 if not await anyio.to_thread.run_sync(_is_there, root, path, file.size, file.sha256):
@@ -107,18 +140,144 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
             group.start_soon(work)
     if failed:
         raise failed[0]
-    root.mkdir(parents=True, exist_ok=True)
-    durable.replace(root / MANIFEST, msgspec.json.encode(manifest))
+    await anyio.to_thread.run_sync(_finish, root, manifest)
     return row
+
+
+def _check(manifest: Manifest) -> None:
+    """See that a manifest can be right, whatever the store and the disk have.
+
+    Raises:
+        DamagedError: It cannot.
+    """
+    names = [file.name for file in manifest.files]
+    above = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
+    wrong = next((name for name in names if name in above or name.split("/")[0] in {MANIFEST, BEGUN}), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if wrong is not None or twice is not None:
+        raise _not_ours(f"lists {wrong if twice is None else twice!r} in two meanings")
+    for file in manifest.files:
+        if file.size < 0:
+            raise _not_ours(f"gives {file.name!r} a size of {file.size} bytes")
+        if not _DIGEST.fullmatch(file.sha256):
+            raise _not_ours(f"has no digest of {file.name!r}")
+
+
+async def _compare_sizes(destination: Destination, manifest: Manifest) -> None:
+    """Hold what the store lists to the manifest, before anything is copied.
+
+    Raises:
+        DamagedError: An object has another size.
+        MissingError: There is no such object.
+    """
+    folder, store = checkpoint_folder(manifest.row), destination.store
+    try:
+        there = {each.key: each.size for each in await store.names(f"{destination.key(folder)}/")}
+    except ParkedError:  # who may not list asks for each
+        return
+    for file in manifest.files:
+        key = destination.key(folder, file.name)
+        if key not in there:
+            raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is not whole")
+        check_size(key, there[key], Stored(key, file.size, file.sha256), store.where)
+
+
+def _prepare(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
+    """Have a folder for it that holds nothing else, and room."""
+    for place in (root.parent, root, *{above for path in paths.values() for above in _between(root, path)}):
+        if place.is_symlink() and not place.resolve().is_relative_to(root.parent.parent.resolve()):
+            raise _leads_out(place, root)
+    _refuse_other(root, manifest, paths)
+    root.mkdir(parents=True, exist_ok=True)
+    if len({_folded(name) for name in paths}) < len(paths) and _folds_names(root):
+        raise DamagedError(
+            "it has files whose names this file system takes for one", fix="fetch it to another file system"
+        )
+    begun = {file.name: partial_of(paths[file.name], file.sha256) for file in manifest.files}
+    clear(root, {*paths.values(), *begun.values()})
+    here = sum(min(file.size, max(_size(paths[file.name]), _size(begun[file.name]))) for file in manifest.files)
+    needed, free = sum(file.size for file in manifest.files) - here, shutil.disk_usage(root).free
+    if needed > free:
+        raise RetryLaterError(f"no room in {root}: {needed:,} bytes are to come, and there is room for {free:,}")
+    replace_file(root / BEGUN, msgspec.json.encode(manifest), mode=0o666)
+
+
+def _finish(root: Path, manifest: Manifest) -> None:
+    replace_file(root / MANIFEST, msgspec.json.encode(manifest), mode=0o666)
+    (root / BEGUN).unlink(missing_ok=True)
+
+
+def _refuse_other(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
+    """Leave a folder alone that holds something else than what was fetched, or begun to be.
+
+    Raises:
+        ConflictError: It does.
+    """
+    if not root.is_dir():
+        if root.exists():
+            raise _other(root, root)
+        return
+    for name in (MANIFEST, BEGUN):
+        known = load_file(root / name, _decode, set_aside=False, most_bytes=MOST_SMALL_BYTES)
+        if known is not None and checkpoint_folder(known.row) == root.name:
+            return
+    ours = {path: name for name, path in paths.items()}
+    digests = {file.name: (file.size, file.sha256) for file in manifest.files}
+    for above, _, names in os.walk(root):
+        for path in (Path(above, name) for name in names):
+            if path in {root / MANIFEST, root / BEGUN} or is_partial(path):
+                continue
+            size, sha256 = digests[ours[path]] if path in ours else (-1, "")
+            if not _is_right(path, size, sha256):
+                raise _other(root, path)
+
+
+def _other(root: Path, path: Path) -> ConflictError:
+    return ConflictError(
+        f"{root} is no checkpoint that was fetched: {path} is in the way", fix="move it away, or give another --to"
+    )
+
+
+def _not_ours(what: str) -> DamagedError:
+    return DamagedError(
+        f"the manifest {what}", fix="trust nothing that this manifest lists: it was not written by evsys-bus"
+    )
+
+
+def _leads_out(place: Path, root: Path) -> DamagedError:
+    return DamagedError(f"{place} is a link that leads out of {root}", fix="fetch into an empty folder")
+
+
+def _between(root: Path, path: Path) -> list[Path]:
+    """The folders from the root down to the path."""
+    return [above for above in path.parents if above != root and above.is_relative_to(root)]
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFD", name).casefold()
+
+
+def _folds_names(root: Path) -> bool:
+    """Whether the file system takes names for one that differ in case."""
+    probe = root / f".probe-a-{token_hex(4)}"
+    probe.touch()
+    try:
+        return probe.with_name(probe.name.upper()).exists()
+    finally:
+        probe.unlink()
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _path(root: Path, name: str) -> Path:
     plain = inside(name)
     if plain is None:
-        raise DamagedError(
-            f"the manifest has a file named {name!r}, which would not stay in {root}",
-            fix="trust nothing that this manifest lists: it was not written by evsys-bus",
-        )
+        raise _not_ours(f"has a file named {name!r}, which would not stay in {root}")
     return root / plain
 
 
@@ -128,9 +287,17 @@ def _place(root: Path, name: str | None) -> str | None:
 
 def _is_there(root: Path, path: Path, size: int, sha256: str) -> bool:
     """Whether the file is here; if not, its folder is, and truly below the root."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.parent.resolve().is_relative_to(root.resolve()):
-        raise DamagedError(f"{path.parent} is a link that leads out of {root}", fix="fetch into an empty folder")
+    for _ in range(2):  # before the folder is made, and after
+        if not path.parent.resolve().is_relative_to(root.resolve()):
+            raise _leads_out(path.parent, root)
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return _is_right(path, size, sha256)
+
+
+def _is_right(path: Path, size: int, sha256: str) -> bool:
     return (
         path.is_file() and not path.is_symlink() and path.stat().st_size == size and durable.sha256_of(path) == sha256
     )
+
+
+_decode: Final = msgspec.json.Decoder(Manifest).decode

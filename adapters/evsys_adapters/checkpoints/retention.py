@@ -1,11 +1,13 @@
 """Which checkpoints are kept: the rules, and nothing of files or buckets."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
 
 from evsys_bus.context import ManifestRow
+from evsys_bus.where import local_path
 
 Scores = Mapping[int, float]
 """The value of the metric that counts, by the 0-based step."""
@@ -31,6 +33,27 @@ class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     keep_best: Best | None = None
     """The best ones; and those behind the last eval, for theirs may be under way."""
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything is ever removed."""
+        return (self.keep_last, self.keep_every, self.keep_best) != (None, None, None)
+
+
+class LocalKeep(Keep, frozen=True, forbid_unknown_fields=True):
+    """What is kept on this machine."""
+
+    outside: list[str] = []
+    """Folders besides those of the run and of its experiment in which checkpoints may be removed."""
+
+    def __post_init__(self) -> None:
+        for folder in self.outside:
+            local_path(folder, "local.outside")
+
+    @property
+    def folders(self) -> list[Path]:
+        """Those folders, as paths."""
+        return [local_path(folder, "local.outside") for folder in self.outside]
+
 
 def prunable(rows: Sequence[ManifestRow], keep: Keep, scores: Scores, verified: int) -> list[ManifestRow]:
     """What may be removed.
@@ -42,7 +65,7 @@ def prunable(rows: Sequence[ManifestRow], keep: Keep, scores: Scores, verified: 
         verified: The index of the newest that is known to be where it should be; -1 for none. It stays, and so does
             everything newer.
     """
-    if keep == Keep():
+    if not keep.has_rules:
         return []
     kept = set(range(max(verified, 0), len(rows)))
     if keep.keep_last is not None:

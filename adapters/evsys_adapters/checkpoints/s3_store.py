@@ -9,6 +9,7 @@ anything. `probe` tries whether it does; for one that does not, the payload is s
 
 import asyncio
 import hashlib
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -22,6 +23,7 @@ from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection
 from evsys_adapters.checkpoints.s3_errors import WordError
 from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, again, base64_of
 from evsys_adapters.checkpoints.store import (
+    MOST_SMALL_BYTES,
     PART_BYTES,
     ConflictError,
     DamagedError,
@@ -31,10 +33,14 @@ from evsys_adapters.checkpoints.store import (
     Told,
     check,
     check_key,
+    check_size,
+    too_large,
 )
 from evsys_bus.errors import ParkedError, RetryLaterError
 
 READ_BYTES: Final = 1 << 20
+_CHANGES: Final = 20
+"""How often a change is tried, where others are faster."""
 
 
 class S3Store:
@@ -64,6 +70,7 @@ class S3Store:
         )
         self.where = self._connection.where
         self._probed = False
+        self._replaces_on_condition = True
 
     async def open(self) -> None:
         """As `ObjectStore`."""
@@ -107,20 +114,54 @@ class S3Store:
         """As `ObjectStore`. A download that is cut goes on where it ended, also in another process."""
         head = await self._head(key)
         theirs = Stored(key, head["ContentLength"], head["Metadata"].get("sha256"))
+        check_size(key, theirs.size, stored, self.where)
         return await copy_into(path, theirs, stored, self.where, told, partial(self._read, key, head, told))
 
-    async def get_bytes(self, key: str) -> bytes:
+    async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
+        """As `ObjectStore`: by ``If-Match`` and ``If-None-Match``, where the server knows them for an upload."""
+        check_key(key)
+        for _ in range(_CHANGES):
+            data, tag = None, None
+            try:
+                data, tag = await self._get(key, MOST_SMALL_BYTES)
+            except DamagedError:  # it is replaced, whatever it is
+                tag = (await self._head(key))["ETag"]
+            except MissingError:
+                pass
+            changed = change(data)
+            if changed is None:
+                return True
+            condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+            try:
+                await self._put(key, changed, condition if self._replaces_on_condition else {})
+            except WordError as error:
+                if error.word == "PreconditionFailed" or (tag is not None and error.status == 404):  # noqa: PLR2004
+                    continue
+                if error.status not in {400, 501} or not self._replaces_on_condition:
+                    raise
+                self._replaces_on_condition = False
+            else:
+                return self._replaces_on_condition
+        raise RetryLaterError(f"{key} in {self.where} is changed by others all the time")
+
+    async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
         """As `ObjectStore`."""
+        return (await self._get(key, most_bytes))[0]
+
+    async def _get(self, key: str, most_bytes: int) -> tuple[bytes, str]:
+        """A small object, and its tag."""
         try:
             async with self._connection.requesting("GetObject") as client:
                 reply = await client.get_object(Bucket=self._connection.bucket, Key=key)
                 async with reply["Body"] as body:
+                    if int(reply.get("ContentLength") or 0) > most_bytes:
+                        raise too_large(key, self.where, most_bytes)
                     data: bytes = await body.read()
         except WordError as error:
             raise self._missing(key, error) from error
         got = Stored(key, len(data), hashlib.sha256(data).hexdigest())
         check(got, Stored(key, len(data), reply["Metadata"].get("sha256")), self.where)
-        return data
+        return data, reply["ETag"]
 
     async def names(self, prefix: str) -> list[Stored]:
         """As `ObjectStore`."""
@@ -144,23 +185,26 @@ class S3Store:
 
     async def put_whole(self, wanted: Stored, data: bytes, *, replace: bool = False) -> Stored:
         """Send a small object in one request."""
-        assert wanted.sha256 is not None
-        condition: dict[str, Any] = {} if replace else {"IfNoneMatch": "*"}
         try:
-            await self._connection.call(
-                "put_object",
-                Key=wanted.key,
-                Body=data,
-                ChecksumSHA256=base64_of(wanted.sha256),
-                Metadata={"sha256": wanted.sha256},
-                **condition,
-            )
+            await self._put(wanted.key, data, {} if replace else {"IfNoneMatch": "*"})
         except WordError as error:
             if error.word != "PreconditionFailed":
                 raise
             if await self.standing(wanted) is None:
                 raise RetryLaterError(f"{wanted.key} was removed from {self.where} while it was stored") from error
         return wanted
+
+    async def _put(self, key: str, data: bytes, condition: dict[str, Any]) -> None:
+        """Send it in one request. Any: arguments of that."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        await self._connection.call(
+            "put_object",
+            Key=key,
+            Body=data,
+            ChecksumSHA256=base64_of(sha256),
+            Metadata={"sha256": sha256},
+            **condition,
+        )
 
     async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
         """The object under the key if it has that content; None if nothing stands there; else ConflictError.

@@ -2,14 +2,16 @@
 
     <run's folder>/spool/<digest of the URL>/
         <checkpoint>@<fingerprint>/              an entry: appears whole, by a rename
-            entry.json                           what it is
+            entry.json                           what it is; made anew from the event where it is damaged
             state/..., sampler/...               the files
         <checkpoint>@<fingerprint>.done.json     what became of it; its entry is gone then
+        origin.json                              names this spool at the destination
         <checkpoint>@<fingerprint>.refused/      an entry that is in conflict with what is at the destination
         ledger/                                  how far multipart uploads have got
 
-The fingerprint tells a checkpoint that is announced again from one that was saved again under the same name. Both
-halves make entries: the journal may hand the event to the courier before the hook has run.
+The fingerprint tells a checkpoint that is announced again from one that was saved again under the same name, and
+whether files are those that were announced. Both halves make entries: the journal may hand the event to the courier
+before the hook has run.
 """
 
 import errno
@@ -19,7 +21,9 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import Final, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
@@ -29,14 +33,20 @@ import msgspec
 from evsys_adapters._runs import digest, safe_name
 from evsys_adapters.checkpoints.manifest import Manifest, PartName, checkpoint_folder, is_elsewhere
 from evsys_adapters.checkpoints.places import Reach
+from evsys_bus import where
 from evsys_bus.codec import to_plain
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
+from evsys_bus.disk import OsDisk
+from evsys_bus.files import load_file, replace_file
 
 SPOOL: Final = "spool"
 ENTRY: Final = "entry.json"
 DONE: Final = ".done.json"
 REFUSED: Final = ".refused"
+_ORIGIN: Final = "origin.json"
+_MOST_BYTES: Final = 256 << 20
+"""Of an entry, or a marker, with the names of a million files."""
 LONG_AGO_SECONDS: Final = 3600.0
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
 
@@ -58,6 +68,8 @@ class Entry(msgspec.Struct, frozen=True):
     state: str | None = None
     """As in `Manifest`."""
     sampler: str | None = None
+    number: int = 0
+    """Counts the entries of one checkpoint that wait; the greater was announced later."""
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -73,18 +85,13 @@ class Waiting(NamedTuple):
     """An entry and where it is."""
 
     folder: Path
-    entry: Entry
+    entry: Entry | None
+    """None while its ``entry.json`` is missing or damaged; `Spool.mend` makes it anew."""
 
     def rewritten(self) -> str | None:
         """A file that is no longer what was announced: whoever writes into a file writes into all its links."""
-        for file in self.entry.files:
-            try:
-                now = (self.folder / file.name).stat()
-            except FileNotFoundError:
-                return file.name
-            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
-                return file.name
-        return None
+        files = () if self.entry is None else self.entry.files
+        return next((file.name for file in files if not _is_as_announced(self.folder / file.name, file)), None)
 
 
 class Spool:
@@ -95,8 +102,18 @@ class Spool:
 
     @classmethod
     def of(cls, run_dir: str | os.PathLike[str], url: str) -> Self:
-        """That of a run and a destination, as `checkpoint_upload` was told of it."""
-        return cls(Path(run_dir) / SPOOL / digest(url))
+        """That of a run, by its folder, and of a destination, by the URL that `checkpoint_upload` has."""
+        return cls(where.local_path(run_dir, "output_dir") / SPOOL / digest(url))
+
+    @property
+    def origin(self) -> str:
+        """What the destination calls it: made once, by whoever uploads."""
+        path = self.folder / _ORIGIN
+        known = load_file(path, msgspec.json.Decoder(str).decode, set_aside=True)
+        if known is None:
+            known = token_hex(8)
+            replace_file(path, msgspec.json.encode(known))
+        return known
 
     @property
     def ledger(self) -> Path:
@@ -111,33 +128,74 @@ class Spool:
         """
         sources, entry = _gathered(row, parts)
         folder = self.folder / f"{checkpoint_folder(entry.row)}@{_fingerprint(sources, entry)}"
-        done = self._marker(folder)
-        if not folder.is_dir() and not done.exists():
-            self._make(folder, sources, entry)
-        if done.exists():  # also where the other half was faster, and has gone all the way
+        if not folder.is_dir() and not self._is_done(folder):
+            numbers = [each.entry.number for each in self.waiting(row) if each.entry is not None]
+            self._make(folder, sources, msgspec.structs.replace(entry, number=1 + max(numbers, default=0)))
+        if self._is_done(folder):  # also where the other half was faster, and has gone all the way
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        return Waiting(folder, entry)
+        return Waiting(folder, _entry_in(folder) or entry)
 
     def waiting(self, row: ManifestRow | None = None) -> list[Waiting]:
-        """What waits of this checkpoint, or of all, oldest first."""
-        found = [
-            (folder.stat().st_mtime_ns, Waiting(folder, msgspec.json.decode(entry.read_bytes(), type=Entry)))
-            for folder in self._entries(row, "")
-            if (entry := folder / ENTRY).is_file() and not self._marker(folder).exists()
-        ]
-        return [waiting for _, waiting in sorted(found, key=lambda each: each[0])]
+        """What waits of this checkpoint, or of all, oldest first; also what has to be mended first."""
+        found: list[tuple[int, int, Waiting]] = []
+        for folder in self._entries(row, ""):
+            with suppress(FileNotFoundError, NotADirectoryError):  # the other process has finished it meanwhile
+                if stat.S_ISDIR(folder.lstat().st_mode) and _done_in(self._marker(folder)) is None:
+                    entry = _entry_in(folder)
+                    number = 0 if entry is None else entry.number
+                    found.append((number, folder.stat().st_mtime_ns, Waiting(folder, entry)))
+        return [waiting for *_, waiting in sorted(found, key=lambda each: each[:2])]
+
+    def mend(self, waiting: Waiting, row: ManifestRow, parts: Iterable[PartName]) -> Waiting:
+        """The entry, whole: files that are missing are linked again, and a damaged ``entry.json`` is made anew.
+
+        Args:
+            waiting: The entry.
+            row: The checkpoint, as its event has it.
+            parts: What of it is uploaded.
+
+        Raises:
+            FileNotFoundError: A file that was announced is neither here, nor, unchanged, where it was saved; or nobody
+                knows any more which files were.
+        """
+        folder, entry = waiting
+        if entry is None:
+            entry = _rebuilt(folder, row, tuple(parts))
+            if entry is None:
+                what = f"{ENTRY} is damaged, and the files that are left are not those that were announced"
+                raise FileNotFoundError(errno.ENOENT, what, str(folder / ENTRY))
+        for file in entry.files:
+            if not (folder / file.name).exists():
+                source = _source_of(row, file)
+                if source is None:
+                    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / file.name))
+                _put(source, f"{folder}/{file.name}")
+        if waiting.entry is None:
+            load_file(folder / ENTRY, _decode_entry, set_aside=True, most_bytes=_MOST_BYTES)
+            replace_file(folder / ENTRY, msgspec.json.encode(entry))
+            log().info("checkpoint.entry_rebuilt", checkpoint=folder.name)
+        return Waiting(folder, entry)
 
     def done(self, row: ManifestRow | None = None) -> list[Done]:
-        """What was uploaded of this checkpoint, or of all."""
-        return [msgspec.json.decode(path.read_bytes(), type=Done) for path in self._entries(row, DONE)]
+        """What was uploaded of this checkpoint, or of all; without what cannot be read (`unreadable`)."""
+        found = (_done_in(path) for path in self._entries(row, DONE))
+        return [each for each in found if each is not None]
+
+    def unreadable(self, row: ManifestRow | None = None) -> list[Path]:
+        """Markers of uploads of this checkpoint, or of all, that do not say any more what became of them."""
+        return [path for path in self._entries(row, DONE) if _done_in(path) is None]
 
     def finish(self, waiting: Waiting, done: Done) -> None:
         """The checkpoint is at the destination, and verified: say so, then let go of its files."""
-        temporary = self.folder / f".{uuid4().hex}"
-        temporary.write_bytes(msgspec.json.encode(done))
-        temporary.replace(self._marker(waiting.folder))
+        self.note(self._marker(waiting.folder), done)
         self.drop(waiting)
+
+    @staticmethod
+    def note(marker: Path, done: Done) -> None:
+        """Write what became of an upload, in place of what is damaged."""
+        _done_in(marker, set_aside=True)
+        replace_file(marker, msgspec.json.encode(done))
 
     def sweep(self) -> None:
         """Remove what was begun long ago, by a process that was killed over it."""
@@ -155,10 +213,14 @@ class Spool:
         """It cannot be uploaded: keep its files for a person to look at, and try no more."""
         aside = waiting.folder.with_name(f"{waiting.folder.name}{REFUSED}")
         shutil.rmtree(aside, ignore_errors=True)
-        waiting.folder.rename(aside)
+        with suppress(FileNotFoundError):  # somebody has removed it
+            waiting.folder.rename(aside)
 
     def _marker(self, folder: Path) -> Path:
         return folder.with_name(f"{folder.name}{DONE}")
+
+    def _is_done(self, folder: Path) -> bool:
+        return _done_in(self._marker(folder), set_aside=True) is not None
 
     def _entries(self, row: ManifestRow | None, suffix: str) -> Iterator[Path]:
         wanted = None if row is None else checkpoint_folder(_written(row))
@@ -179,9 +241,10 @@ class Spool:
                 if above not in made:
                     os.makedirs(above, exist_ok=True)  # noqa: PTH103 # as in `_files`
                     made.add(above)
-                copied += 0 if _linked(source.path, target) else file.size
-            (making / ENTRY).write_bytes(msgspec.json.encode(entry))
+                copied += 0 if _put(source.path, target) else file.size
+            replace_file(making / ENTRY, msgspec.json.encode(entry))
             making.rename(folder)
+            OsDisk().sync_path(str(self.folder))
         except OSError:
             shutil.rmtree(making, ignore_errors=True)
             if not folder.is_dir():  # the other half was not faster either
@@ -271,16 +334,74 @@ def _plain(name: str) -> str:
     return name if safe_name(bare) == bare else f"{safe_name(name)}-{digest(name)}"
 
 
-def _linked(source: str, target: str) -> bool:
+def _put(source: str, target: str) -> bool:
     """Link it; where that cannot be, copy it, and return False."""
     try:
-        os.link(source, target)
+        try:
+            os.link(source, target)
+        except FileNotFoundError:
+            os.makedirs(target.rpartition("/")[0], exist_ok=True)  # noqa: PTH103 # as in `_files`
+            os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         shutil.copy2(source, target)
+        OsDisk().sync_path(target)
         return False
     return True
+
+
+_decode_entry: Final = msgspec.json.Decoder(Entry).decode
+_decode_done: Final = msgspec.json.Decoder(Done).decode
+
+
+def _entry_in(folder: Path) -> Entry | None:
+    return load_file(folder / ENTRY, _decode_entry, set_aside=False, most_bytes=_MOST_BYTES)
+
+
+def _done_in(marker: Path, *, set_aside: bool = False) -> Done | None:
+    return load_file(marker, _decode_done, set_aside=set_aside, most_bytes=_MOST_BYTES)
+
+
+def _is_as_announced(path: str | Path, file: SpooledFile) -> bool:
+    try:
+        now = os.stat(path)  # noqa: PTH116 # as in `_files`
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return stat.S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) == (file.size, file.mtime_ns)
+
+
+def _source_of(row: ManifestRow, file: SpooledFile) -> str | None:
+    """Where a file of an entry was saved, if it is there as it was announced."""
+    for part, path in (("state", row.state_path), ("sampler", row.sampler_path)):
+        if path is None or is_elsewhere(path):
+            continue
+        root = local_path(path)
+        name = file.name.removeprefix(f"{part}/{safe_name(root.name)}")
+        if name != file.name and name[:1] in {"", "/"} and _is_as_announced(f"{root}{name}", file):
+            return os.path.realpath(f"{root}{name}")
+    return None
+
+
+def _rebuilt(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> Entry | None:
+    """The entry in this folder: of the files where they were saved, or of those in it, if those were announced."""
+    for found in (row, _in_spool(folder, row, parts)):
+        with suppress(OSError):
+            sources, entry = _gathered(found, parts)
+            if folder.name.endswith(f"@{_fingerprint(sources, entry)}"):
+                return msgspec.structs.replace(entry, row=_written(row))
+    return None
+
+
+def _in_spool(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> ManifestRow:
+    """The row, with the paths of the files in an entry."""
+    state, sampler = row.state_path, row.sampler_path
+    here: dict[str, str] = {}
+    for part, path in (("state", state), ("sampler", sampler)):
+        if path is not None and part in parts and not is_elsewhere(path):
+            here.setdefault(path, str(folder / part / safe_name(local_path(path).name)))
+    paths = [None if path is None else here.get(path, path) for path in (state, sampler)]
+    return msgspec.structs.replace(row, state_path=paths[0], sampler_path=paths[1])
 
 
 def _fingerprint(sources: list[_Source], entry: Entry) -> str:

@@ -27,6 +27,8 @@ Told = Callable[[int, int], None]
 """Is called with the bytes that are done, and the bytes in all."""
 
 PART_BYTES: Final = 16 << 20
+MOST_SMALL_BYTES: Final = 64 << 20
+"""A manifest of several hundred thousand files; what `ObjectStore.get_bytes` takes into memory."""
 MOST_KEY_BYTES: Final = 1024
 """S3's limit."""
 
@@ -85,6 +87,22 @@ def check(got: Stored, wanted: Stored | None, where: str) -> None:
         )
 
 
+def check_size(key: str, size: int, wanted: Stored | None, where: str) -> None:
+    """The same, by the size alone, before anything is fetched."""
+    if wanted is not None and size != wanted.size:
+        raise DamagedError(
+            f"{key} in {where} is not what was stored: {size} bytes, and not {wanted.size}",
+            fix="fetch another checkpoint; this object cannot be trusted",
+        )
+
+
+def too_large(key: str, where: str, most_bytes: int) -> DamagedError:
+    """The error that says that what should be small is not."""
+    return DamagedError(
+        f"{key} in {where} is larger than {most_bytes:,} bytes", fix="it was not written by evsys-bus; remove it"
+    )
+
+
 def check_key(key: str) -> None:
     """Raise RefusedError for what is no key."""
     if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or len(key.encode()) > MOST_KEY_BYTES:
@@ -98,6 +116,9 @@ def missing_file(path: Path) -> MissingError:
 
 class ObjectStore(Protocol):
     """Keeps objects under keys: texts with slashes, none of whose parts is empty, ``.`` or ``..``."""
+
+    where: str
+    """The store, in words."""
 
     async def open(self) -> None:
         """Get ready; asks nothing of the store yet."""
@@ -147,12 +168,28 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def get_bytes(self, key: str) -> bytes:
+    async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
+        """Replace a small object by what ``change`` makes of it, so that no change of another process is lost.
+
+        Args:
+            key: Of the object.
+            change: Gets what is there, None for nothing that could be used, and returns what is to be there, None for
+                no change. It may be called again, where another process was faster.
+
+        Returns:
+            Whether that is certain; False where the store cannot replace on a condition, and something was written.
+
+        Raises:
+            RetryLaterError: Others change it all the time.
+        """
+        ...
+
+    async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
         """Fetch a small object, verified where the store knows its digest.
 
         Raises:
             MissingError: There is no such object.
-            DamagedError: The content is another one.
+            DamagedError: The content is another one, or larger than ``most_bytes``: no more than that is read.
         """
         ...
 

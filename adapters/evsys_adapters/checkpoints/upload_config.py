@@ -5,8 +5,9 @@ from typing import Annotated, Final, Literal
 
 import msgspec
 
+from evsys_adapters._params import check_placeholders
 from evsys_adapters.checkpoints.manifest import PARTS, PartName
-from evsys_adapters.checkpoints.places import Reach
+from evsys_adapters.checkpoints.places import PLACEHOLDERS, Reach
 from evsys_bus.context import ManifestRow
 
 FINAL: Final = "final"
@@ -17,12 +18,14 @@ StoreUrl = Annotated[
 """Names an object store, as `open_store` takes it, but for placeholders."""
 
 
-def check_vendor(url: str) -> None:
-    """See that what speaks to such a store is installed.
+def check_url(url: str) -> None:
+    """See that its placeholders mean something, and that what speaks to such a store is installed.
 
     Raises:
-        ModuleNotFoundError: It is not; `build_callbacks` makes a BrokenAdapterError of it.
+        ValueError: One of them means nothing.
+        ModuleNotFoundError: A package is missing; `build_callbacks` makes a BrokenAdapterError of it.
     """
+    check_placeholders(url, "url", PLACEHOLDERS)
     if url.startswith("s3://") and find_spec("aiobotocore") is None:
         raise ModuleNotFoundError("s3:// needs aiobotocore", name="aiobotocore")
 
@@ -52,7 +55,7 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
     """How often an upload under way says how far it has got."""
 
     def __post_init__(self) -> None:
-        check_vendor(self.url)
+        check_url(self.url)
 
     @property
     def parts(self) -> tuple[PartName, ...]:

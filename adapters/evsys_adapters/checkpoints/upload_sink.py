@@ -13,19 +13,29 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NamedTuple
 
 import anyio
+import msgspec
 
 from evsys_adapters._params import checked
 from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded
-from evsys_adapters.checkpoints.manifest import Manifest, StoredFile, checkpoint_folder, component
+from evsys_adapters.checkpoints.manifest import (
+    FETCHED,
+    MANIFEST,
+    Manifest,
+    StoredFile,
+    checkpoint_folder,
+    component,
+)
 from evsys_adapters.checkpoints.places import Places, has_placeholders, url_for
 from evsys_adapters.checkpoints.spool import Done, Spool, SpooledFile, Waiting
-from evsys_adapters.checkpoints.store import ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.store import MOST_SMALL_BYTES, ConflictError, StoreError, UploadLedger
 from evsys_adapters.checkpoints.upload_config import CheckpointUploadConfig
 from evsys_adapters.checkpoints.upload_progress import Progress
+from evsys_bus.diagnostics import log
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, RetryLaterError
 from evsys_bus.events import Checkpoint, Envelope, ExperimentStart, RunStart
+from evsys_bus.files import load_file
 from evsys_bus.sink import Sink
 
 STALL_SECONDS: Final = 300.0
@@ -104,18 +114,15 @@ class UploadSink(Sink):
         spool = Spool.of(event.state.output_dir, self.config.url)
         task = _Task(envelope, event, spool, url, Destination(place.store, place.prefix, run), run)
         try:
-            waiting = spool.waiting(event.row)
-            if not waiting:
-                with durable.needing_room(spool.folder):
-                    made = spool.keep(event.row, self.config.parts)
-                waiting = [] if made is None else [made]
+            with durable.needing_room(spool.folder):
+                oldest = self._oldest(spool, event)
         except FileNotFoundError as error:
-            if not spool.done(event.row):  # it is announced again, long after it was uploaded and rotated away
+            # It is announced again, perhaps, long after it was uploaded and rotated away.
+            if not spool.done(event.row) and not await self._is_uploaded(task):
                 self._refuse(task, f"{error.filename} is gone, and was not linked while it was there")
             return
-        if not waiting:
+        if oldest is None:
             return
-        oldest = waiting[0]  # one that was saved again under the same name has an event of its own
         try:
             with durable.needing_room(spool.folder):  # for the ledger, and the note that it is done
                 await self._upload(task, oldest)
@@ -125,8 +132,33 @@ class UploadSink(Sink):
                 self.publish(CheckpointConflict(run, task.folder, event.row.batch, self._url(task), error.what))
             self._refuse(task, error.what)
 
+    def _oldest(self, spool: Spool, event: Checkpoint) -> Waiting | None:
+        """What is to be uploaded, whole; None if it was. One that was saved again has an event of its own.
+
+        Raises:
+            FileNotFoundError: It cannot be had any more.
+        """
+        waiting = spool.waiting(event.row)
+        if waiting:
+            try:
+                return spool.mend(waiting[0], event.row, self.config.parts)
+            except FileNotFoundError as error:
+                log().warning("checkpoint.entry_lost", entry=str(waiting[0].folder), missing=error.filename)
+                spool.set_aside(waiting[0])
+        return spool.keep(event.row, self.config.parts)
+
+    async def _is_uploaded(self, task: _Task) -> bool:
+        """Whether the destination has it, where the spool has a marker of that which cannot be read any more."""
+        markers = task.spool.unreadable(task.event.row)
+        manifest = await task.destination.manifest(task.folder) if markers else None
+        if manifest is None:
+            return False
+        task.spool.note(markers[0], Done(task.url, manifest, self.config.reach))
+        return True
+
     async def _upload(self, task: _Task, waiting: Waiting) -> None:
         entry, destination = waiting.entry, task.destination
+        assert entry is not None
         ledger = UploadLedger(task.spool.ledger)
         if destination.run_key not in self._swept:
             await destination.store.abort_abandoned(f"{destination.run_key}/", ledger)
@@ -149,7 +181,8 @@ class UploadSink(Sink):
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
         )
-        await destination.publish(manifest)
+        manifest = msgspec.structs.replace(manifest, origin=task.spool.origin)
+        manifest = await destination.publish(manifest, follows=_fetched_life(Path(task.event.state.output_dir)))
         intent = task.envelope.stream, task.envelope.seq
         if intent not in self._uploaded:  # there may be no room for the note, which is then tried again and again
             self._uploaded.add(intent)
@@ -169,7 +202,7 @@ class UploadSink(Sink):
         Raises:
             DeliveryError, OSError: The first that one of them met.
         """
-        files = iter(waiting.entry.files)
+        files = iter(() if waiting.entry is None else waiting.entry.files)
         stored: list[StoredFile] = []
         failed: list[Exception] = []
 
@@ -209,3 +242,11 @@ class UploadSink(Sink):
     @staticmethod
     def _url(task: _Task) -> str:
         return f"{task.url.rstrip('/')}/{task.run}/{task.folder}"
+
+
+def _fetched_life(run_dir: Path) -> int:
+    """The greatest life of a checkpoint that was fetched into the run's folder, for the run to go on from; -1: none."""
+    decode = msgspec.json.Decoder(Manifest).decode
+    paths = (run_dir / FETCHED).glob(f"*/{MANIFEST}")
+    found = (load_file(path, decode, set_aside=False, most_bytes=MOST_SMALL_BYTES) for path in paths)
+    return max((each.life for each in found if each is not None), default=-1)

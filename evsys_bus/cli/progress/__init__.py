@@ -13,6 +13,6 @@ view           which of these it is, and the thread on whose timer they read the
 
 from evsys_bus.cli.progress.board import Board, PlannedRun
 from evsys_bus.cli.progress.view import ProgressMode, resolved, shown
-from evsys_bus.cli.progress.waiting import Left, Waiting
+from evsys_bus.cli.progress.waiting import Waiting
 
-__all__ = ["Board", "Left", "PlannedRun", "ProgressMode", "Waiting", "resolved", "shown"]
+__all__ = ["Board", "PlannedRun", "ProgressMode", "Waiting", "resolved", "shown"]

@@ -50,12 +50,17 @@ class Relayed(Captured):
 
 
 class CapturedStream(io.TextIOBase):
-    """Stands in for a stream of the terminal; what asks for its size or its number still gets the terminal's."""
+    """Stands in for a stream of the terminal; what asks for its size or its number still gets the terminal's.
+
+    Each thread's lines stay whole. Once it is finished it passes on what is written by those who still hold it.
+    """
 
     def __init__(self, stream: TextIO, captured: Captured) -> None:
         self._stream = stream
         self._captured = captured
-        self._rest = ""
+        self._rests: dict[int, str] = {}
+        """What threads have begun a line with."""
+        self._finished = False
         self._lock = threading.Lock()
 
     @property
@@ -65,11 +70,23 @@ class CapturedStream(io.TextIOBase):
 
     def write(self, text: str, /) -> int:
         """Keep whole lines; a carriage return starts its line again, as it would on a terminal."""
+        thread = threading.get_ident()
         with self._lock:
-            *lines, self._rest = (self._rest + text).split("\n")
-        if lines:
-            self._captured.add([line.rpartition("\r")[2] if not line.endswith("\r") else line[:-1] for line in lines])
+            finished = self._finished
+            if not finished:
+                *lines, rest = (self._rests.pop(thread, "") + text).split("\n")
+                if rest:
+                    self._rests[thread] = rest[max(0, rest.rfind("\r", 0, -1) + 1) :]
+                if lines:
+                    self._captured.add([line.removesuffix("\r").rpartition("\r")[2] for line in lines])
+        if finished:
+            self._stream.write(text)
         return len(text)
+
+    def flush(self) -> None:
+        """Nothing waits here that could be shown."""
+        if self._finished:
+            self._stream.flush()
 
     def writable(self) -> bool:
         """It is."""
@@ -84,8 +101,9 @@ class CapturedStream(io.TextIOBase):
         return self._stream.fileno()
 
     def finish(self) -> None:
-        """Keep the last line too, though nothing ended it."""
+        """Keep the last lines too, though nothing ended them; what comes now is the terminal's."""
         with self._lock:
-            rest, self._rest = self._rest, ""
-        if rest:
-            self._captured.add([rest])
+            self._finished = True
+            if self._rests:
+                self._captured.add(list(self._rests.values()))
+            self._rests.clear()

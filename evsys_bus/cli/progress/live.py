@@ -4,7 +4,7 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Final, TextIO
 
@@ -14,12 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from evsys_bus.cli.amounts import NONE, duration
+from evsys_bus.cli.deliveries import count_words
 from evsys_bus.cli.progress.board import Board, RunProgress
 from evsys_bus.cli.progress.capture import Captured, CapturedStream
 from evsys_bus.cli.progress.figures import ArmFigures, arm_figures, eta, headline, pair
 from evsys_bus.cli.progress.transfer_bar import bar_line
 from evsys_bus.cli.progress.transfers import Look, Transfer
 from evsys_bus.cli.screen import is_terminal, printable
+from evsys_bus.tasks import DeliveryStatus
 
 _MAX_FAILURES: Final = 4
 _MAX_UPLOADS: Final = 2
@@ -35,10 +37,19 @@ class LiveView:
     """A table at the bottom of the terminal; what is printed meanwhile passes above it."""
 
     def __init__(
-        self, board: Board, stream: TextIO, *, title: str, success_metric: str | None, color: bool, uploads: Look
+        self,
+        board: Board,
+        stream: TextIO,
+        *,
+        title: str,
+        success_metric: str | None,
+        color: bool,
+        uploads: Look,
+        troubles: Callable[[], Sequence[DeliveryStatus]] = tuple,
     ) -> None:
         self._board = board
         self._uploads = uploads
+        self._troubles = troubles
         self._title = title
         self._success_metric = success_metric
         self._captured = Captured()
@@ -64,19 +75,24 @@ class LiveView:
         self._show_printed()
         size = shutil.get_terminal_size()
         self._console.size = (size.columns, size.lines)  # pyright: ignore[reportAttributeAccessIssue] # its setter takes a pair
-        under_way = self._uploads().under_way
         table = draw(
-            self._board, self._title, self._success_metric, width=size.columns, height=size.lines, uploads=under_way
+            self._board,
+            self._title,
+            self._success_metric,
+            width=size.columns,
+            height=size.lines,
+            uploads=self._uploads().under_way,
+            troubles=self._troubles(),
         )
         self._live.update(table, refresh=True)
 
     def close(self) -> None:
         """Take the table off, and give the terminal back."""
         self._restored.close()
+        self._live.stop()
         for stream in self._streams:
             stream.finish()
         self._show_printed()
-        self._live.stop()
 
     def _show_printed(self) -> None:
         lines = self._captured.take()
@@ -92,10 +108,13 @@ def draw(
     width: int,
     height: int,
     uploads: Sequence[Transfer] = (),
+    troubles: Sequence[DeliveryStatus] = (),
 ) -> RenderableType:
-    """The table for a terminal of this size, and below it what is uploaded just now."""
+    """The table for a terminal of this size, and below it what is uploaded just now, and which deliveries are stuck."""
     now = board.clock()
     below = _upload_lines(uploads, width)
+    if board.waiting is None:  # which says it itself
+        below += _trouble_lines(troubles, width, max(0, height - _OVERHEAD - 1 - len(below)))
     notices = _notices(board, width)
     height -= len(below) + max(len(notices) - 1, 0)
     show = headline(board, success_metric)
@@ -182,6 +201,22 @@ def _upload_lines(uploads: Sequence[Transfer], width: int) -> list[Text]:
     lines = [bar_line("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]]
     if len(uploads) > _MAX_UPLOADS:
         lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
+    return lines
+
+
+def _trouble_lines(troubles: Sequence[DeliveryStatus], width: int, room: int) -> list[Text]:
+    """Each whole, with its fix; those for which there is no room are counted."""
+    lines: list[Text] = []
+    for number, each in enumerate(troubles):
+        state = f"{each.state}: " if each.state in {"parked", "failed", "retrying"} else ""
+        why = "" if each.trouble is None else f"{state}{each.trouble}"
+        fix = each.owed_fix or each.fix
+        parts = (each.name, ", ".join(count_words(each)), why, f"fix: {fix}" if fix and why else "")
+        texts = textwrap.wrap(printable("   ".join(filter(None, parts))), max(width, 1), subsequent_indent="  ")
+        if len(lines) + len(texts) + (number + 1 < len(troubles)) > room:
+            more = _dim_line(f"… {len(troubles) - number} more in trouble: evsys-bus status")
+            return [*lines, more] if len(lines) < room else lines
+        lines += [Text(text, style="yellow") for text in texts]
     return lines
 
 

@@ -2,14 +2,20 @@
 
 import sys
 import threading
-from collections.abc import Generator
-from contextlib import contextmanager
-from typing import Final, Literal, Protocol, TextIO
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TextIO, TypeVar
 
 from evsys_bus.cli.progress.board import Board
 from evsys_bus.cli.progress.transfers import Look, no_uploads
 from evsys_bus.cli.screen import Screen, is_terminal
 from evsys_bus.diagnostics import log
+
+if TYPE_CHECKING:
+    from evsys_bus.tasks import DeliveryStatus
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 ProgressMode = Literal["auto", "live", "plain", "json", "off"]
 
@@ -38,9 +44,22 @@ def shown(
     title: str,
     success_metric: str | None,
     uploads: Look = no_uploads,
+    troubles: Callable[[], Sequence["DeliveryStatus"]] = tuple,
 ) -> Generator[None]:
-    """Show the board, and the uploads, on stderr while the block lasts; both are looked at on the view's thread."""
-    view = _view(board, mode, screen, sys.stderr, title=title, success_metric=success_metric, uploads=uploads)
+    """Show the board, the uploads and the deliveries in trouble on stderr while the block lasts.
+
+    All are looked at on the view's thread.
+    """
+    view = _view(
+        board,
+        mode,
+        screen,
+        sys.stderr,
+        title=title,
+        success_metric=success_metric,
+        uploads=_last_of(uploads, no_uploads()),
+        troubles=_last_of(troubles, ()),
+    )
     if view is None:
         yield
         return
@@ -70,6 +89,7 @@ def _view(
     title: str,
     success_metric: str | None,
     uploads: Look,
+    troubles: Callable[[], Sequence["DeliveryStatus"]],
 ) -> View | None:
     mode = resolved(mode, stream)
     if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
@@ -78,10 +98,30 @@ def _view(
         from evsys_bus.cli.progress.live import LiveView
 
         color = screen.colourful(stream)
-        return LiveView(board, stream, title=title, success_metric=success_metric, color=color, uploads=uploads)
+        return LiveView(
+            board,
+            stream,
+            title=title,
+            success_metric=success_metric,
+            color=color,
+            uploads=uploads,
+            troubles=troubles,
+        )
     from evsys_bus.cli.progress.lines import LineView, as_json, plain
 
     return LineView(board, stream, as_json if mode == "json" else plain, uploads=uploads)
+
+
+def _last_of(look: Callable[P, T], first: T) -> Callable[P, T]:
+    """The look; where files cannot be read now, what it found last: a glitch of a disk must not end the view."""
+    found = [first]
+
+    def last(*args: P.args, **kwargs: P.kwargs) -> T:
+        with suppress(OSError):
+            found[0] = look(*args, **kwargs)
+        return found[0]
+
+    return last
 
 
 def _keep_ticking(view: View, over: threading.Event) -> None:

@@ -2,22 +2,19 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
+from evsys_bus.cli.deliveries import count_words
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import counted
-from evsys_bus.tasks import Delivery
+from evsys_bus.tasks import DeliveryStatus
 
 LOOK_SECONDS: Final = 0.5
 """Between two looks: they read the journal's directory."""
 
 
-class Left(NamedTuple):
-    """What is not done yet."""
-
-    tasks: int
-    """Of callbacks."""
-    deliveries: Iterable[Delivery]
+Left = tuple[int, Iterable[DeliveryStatus]]
+"""Tasks of callbacks that have not ended, and the deliveries."""
 
 
 class Waiting:
@@ -38,7 +35,7 @@ class Waiting:
         self._seconds: Final = seconds
         self._due = self._began
         self._tasks = 0
-        self._pending: dict[str, int] = {}
+        self._deliveries: list[DeliveryStatus] = []
 
     @property
     def lasted(self) -> float:
@@ -50,16 +47,30 @@ class Waiting:
         if not self._is_any():
             return None
         parts = [counted(self._tasks, "task")] if self._tasks else []
-        parts += [f"{printable(name)}: {counted(count, 'event')}" for name, count in self._pending.items()]
-        return f"waiting for {', '.join(parts)}, at most {self._seconds_left} s more; {self._hint}"
+        parts += map(_awaited, self._unfinished)
+        others = [each for each in self._deliveries if each not in self._unfinished and count_words(each)]
+        failed = "".join(f"; {printable(each.name)}: {', '.join(count_words(each))}" for each in others)
+        return f"waiting for {', '.join(parts)}, at most {self._seconds_left} s more; {self._hint}{failed}"
 
     def facts(self) -> dict[str, Any] | None:
         """For a line of a log. Any: as `Facts`."""
         if not self._is_any():
             return None
-        tasks = {"tasks": self._tasks} if self._tasks else {}
-        events = {"adapters": ",".join(self._pending), "events": sum(self._pending.values())} if self._pending else {}
-        return {"event": "waiting", **tasks, **events, "at_most_seconds": self._seconds_left, "hint": self._hint}
+        facts: dict[str, Any] = {"event": "waiting"}
+        if self._tasks:
+            facts["tasks"] = self._tasks
+        if self._unfinished:
+            facts["adapters"] = ",".join(each.name for each in self._unfinished)
+            facts["events"] = sum(each.pending for each in self._unfinished)
+        for count in ("owed", "dead", "hook_failures", "task_failures"):
+            if number := sum(getattr(each, count) for each in self._deliveries):
+                facts[count] = number
+        facts |= {"at_most_seconds": self._seconds_left, "hint": self._hint}
+        for each in self._unfinished:
+            if each.trouble is not None:
+                fix = each.owed_fix or each.fix
+                return facts | {"adapter": each.name, "why": each.trouble} | ({"fix": fix} if fix else {})
+        return facts
 
     @property
     def _seconds_left(self) -> int:
@@ -69,9 +80,23 @@ class Waiting:
     def _hint(self) -> str:
         return "Ctrl-C twice ends it at once" if self._tasks else "Ctrl-C leaves them to sync"
 
+    @property
+    def _unfinished(self) -> list[DeliveryStatus]:
+        return [each for each in self._deliveries if each.pending or each.owed or not each.is_known]
+
     def _is_any(self) -> bool:
         if self._clock() >= self._due:
             self._due = self._clock() + LOOK_SECONDS
             self._tasks, deliveries = self._look()
-            self._pending = {each.name: each.pending for each in deliveries if each.pending}
-        return bool(self._tasks or self._pending)
+            self._deliveries = list(deliveries)
+        return bool(self._tasks or self._unfinished)
+
+
+def _awaited(status: DeliveryStatus) -> str:
+    """``csv: 58 events``, ``wandb: 120 owed (no key; fix: wandb login)``."""
+    words = count_words(status)
+    if status.pending:
+        words[0] = counted(status.pending, "event")
+    fix = status.owed_fix or status.fix
+    why = "" if status.trouble is None else f" ({status.trouble}{f'; fix: {fix}' if fix else ''})"
+    return printable(f"{status.name}: {', '.join(words)}{why}")

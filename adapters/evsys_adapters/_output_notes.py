@@ -1,0 +1,284 @@
+"""`NotedOutput`, `OutputNotes`: which events an output has the rows of, written down beside it with every mark.
+
+    .rows.csv.at                  beside a file
+    logs/.at                      in a folder
+
+So the output itself answers for each event whether it was handled, whatever became of the follower's cursor, and under
+whatever name it is followed. The note holds the last event of each stream, how long the files were, and what their
+writer knew of the run. It is on the medium before the cursor that belongs to the same mark: where the two differ, the
+note is newer, and counts. Files that have changed in another way than by their writer make it void, and so does their
+removal; outputs of 0.1.0 have none. Then rows are compared with those that come (`evsys_adapters._walk`).
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final, Literal, TypeVar
+
+import msgspec
+
+from evsys_bus.attached import EventInfo
+from evsys_bus.disk import current_disk, open_binary, replace_file
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.files import load_file
+from evsys_bus.journal.layout import order_of
+from evsys_bus.savepoints import Mark, Savepoints
+
+FIRST: Final = "?"
+"""Stands for the stream of the next event, where an output was begun before it had a note."""
+_MOST_STREAMS: Final = 64
+_TAIL_BYTES: Final = 4096
+
+_StructT = TypeVar("_StructT", bound=msgspec.Struct)
+
+
+class Position(msgspec.Struct, omit_defaults=True):
+    """Which events an output has the rows of."""
+
+    output: str = ""
+    """The file or folder."""
+    number: int = 0
+    """Of its last note; counts on whoever writes it."""
+    handled: dict[str, int] = {}
+    """The last event of each stream of the journal, by its sequence."""
+    since: str = ""
+    """Events of streams that were begun before this one are handled as well; empty: of none."""
+
+    def has(self, event: EventInfo) -> bool:
+        """Whether the event was handled."""
+        last = self.handled.get(event.stream)
+        return event.sequence <= last if last is not None else _is_older(event.stream, self.since)
+
+    def add(self, event: EventInfo) -> None:
+        """The event is handled."""
+        self.handled[event.stream] = event.sequence
+        if self.since == FIRST:
+            self.since = event.stream
+        if len(self.handled) > _MOST_STREAMS:
+            oldest, self.since = sorted(self.handled, key=order_of)[:2]
+            del self.handled[oldest]
+
+
+class _Note(msgspec.Struct):
+    version: Literal[1]
+    position: Position
+    mark: Mark
+    files: dict[str, tuple[int, str]]
+    """Size and digest of the end of each file, by its path from the note."""
+    state: msgspec.Raw
+    """What the writer knew of the run."""
+
+
+class NotedOutput:
+    """The output of one run, for one follower.
+
+    Args:
+        marks: Of the follower's files.
+        position: As its mark has it; None where there is no mark.
+        is_followed: Whether a courier delivers, so that events come again after a crash.
+    """
+
+    def __init__(self, marks: Savepoints, position: Position | None = None, *, is_followed: bool = True) -> None:
+        self.position = Position() if position is None else position
+        self.is_followed = is_followed
+        self._marks = marks
+        self._note: Path | None = None
+        self._written: object = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is known which events it has the rows of: a start that is given again tells nothing then."""
+        return bool(self.position.handled)
+
+    def has(self, event: EventInfo) -> bool:
+        """Whether nothing is to be done for the event, as its rows are there; else they are from now on."""
+        if not self.is_followed or not event.sequence or event.carried:
+            return False
+        if self.position.has(event):
+            return True
+        self.position.add(event)
+        return False
+
+    def found(self, place: Path, note: Path) -> bytes | None:
+        """To be called with the place once it is claimed.
+
+        Where its note is newer than the follower's mark, its files are made as they were at the note. What their writer
+        knew then; None where the mark counts, or where nobody knows.
+
+        Raises:
+            OSError: The disk refuses it.
+        """
+        if not self.is_followed:
+            with suppress(OSError):  # what is written now is in no note
+                current_disk().remove(str(note))
+            return None
+        position, self._note = self.position, note
+        if position.output != str(place):
+            position.output, position.number = str(place), 0
+        said = _read(note)
+        if said is None or said.position.number <= position.number:
+            return None
+        if not _is_whole(said, note, self._marks):
+            position.number = said.position.number
+            return None
+        mark = _mark_of(said, note)
+        is_ours = self._marks.join(mark)
+        self.position = said.position
+        self.position.output = str(place)
+        self._written = (dict(self.position.handled), self.position.since, bytes(said.state))
+        if not is_ours:
+            self._written = None  # the earlier versions that the next changes leave belong to this follower's marks
+            made = self.note(bytes(said.state), [note.parent / name for name in said.files])
+            if made is not None:
+                made(self._marks.last)()
+        return bytes(said.state)
+
+    def note(self, state: bytes, files: Iterable[Path]) -> "Callable[[Mark], Callable[[], object]] | None":
+        """What makes, once there is a mark, what writes a note of how the output is now; None where the last says it.
+
+        Raises:
+            OSError: A file cannot be read; nothing has changed.
+        """
+        position, note = self.position, self._note
+        changed = (dict(position.handled), position.since, state)
+        if note is None or not position.handled or changed == self._written:
+            return None
+        ends: dict[str, tuple[int, str]] = {}
+        for file in files:
+            size = _size(str(file))
+            ends[os.path.relpath(file, note.parent)] = (size, _tail(str(file), size))
+
+        def made(mark: Mark) -> Callable[[], object]:
+            position.number += 1
+            self._written = changed
+            bare = msgspec.structs.replace(mark, files={}, kept=[])
+            data = msgspec.json.encode(_Note(1, position, bare, ends, msgspec.Raw(state))) + b"\n"
+            return lambda: replace_file(note, data, mode=0o666)
+
+        return made
+
+
+class OutputNotes:
+    """Takes the marks of a follower's files, and writes the notes of its outputs."""
+
+    def __init__(self, marks: Savepoints) -> None:
+        self._marks = marks
+        self._pending: list[Callable[[], object]] = []
+
+    def take(self, outputs: Iterable[tuple[NotedOutput, bytes, Iterable[Path]]]) -> Mark:
+        """A mark, once the notes of these outputs, with what is known of them, and with their files, are written.
+
+        Raises:
+            OSError: The disk refuses it; to be called again.
+        """
+        self._write()  # before another mark is taken: one earlier version is kept
+        made = [output.note(state, files) for output, state, files in outputs]
+        mark = self._marks.take()
+        self._pending = [each(mark) for each in made if each is not None]
+        self._write()
+        return mark
+
+    def _write(self) -> None:
+        while self._pending:
+            self._pending[0]()
+            del self._pending[0]
+
+
+def is_empty(files: Iterable[Path]) -> bool:
+    """Whether none of them has anything in it.
+
+    Raises:
+        RetryLaterError: That cannot be learnt now.
+    """
+    try:
+        return not any(_size(str(file)) for file in files)
+    except OSError as error:
+        raise RetryLaterError(f"the output cannot be looked at: {error}") from error
+
+
+def note_of_file(file: Path) -> Path:
+    """Where the note of an output lies that is a file."""
+    return file.with_name(f".{file.name}.at")
+
+
+def note_of_folder(folder: Path) -> Path:
+    """Where the note of an output lies that is a folder."""
+    return folder / ".at"
+
+
+def without_newer(mark: Mark, positions: Iterable[Position], note_of: Callable[[Path], Path]) -> Mark:
+    """The mark, but for files of outputs whose note is newer: `NotedOutput.found` is to make them as they were then.
+
+    Raises:
+        OSError: A note cannot be read now.
+    """
+    newer: set[str] = set()
+    for each in positions:
+        if not each.output:
+            continue
+        note = note_of(Path(each.output))
+        said = _read(note)
+        if said is not None and said.position.number > each.number and _is_whole(said, note, Savepoints()):
+            newer.update(_mark_of(said, note).files)
+    if newer.isdisjoint(mark.files):
+        return mark
+    return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})
+
+
+def assign(struct: _StructT, other: _StructT) -> None:
+    """Have a struct, which others hold on to, hold what another one holds."""
+    for name in struct.__struct_fields__:
+        setattr(struct, name, getattr(other, name))
+
+
+def _read(note: Path) -> _Note | None:
+    return load_file(note, msgspec.json.Decoder(_Note).decode, set_aside=False)
+
+
+def _mark_of(said: _Note, note: Path) -> Mark:
+    files = {os.path.abspath(note.parent / name): size for name, (size, _) in said.files.items()}  # noqa: PTH100
+    return msgspec.structs.replace(said.mark, files=files)
+
+
+def _is_whole(said: _Note, note: Path, marks: Savepoints) -> bool:
+    """Whether the files are as the note says, or can be made so.
+
+    Of several, some may be gone: what was in a file that a person removes does not come again by itself.
+    """
+    mark = _mark_of(said, note)
+    gone = 0
+    for name, (size, digest) in said.files.items():
+        path = marks.version(os.path.abspath(note.parent / name), mark)  # noqa: PTH100
+        there = _size(path)
+        if size and not there:
+            gone += 1
+        elif there < size or _tail(path, size) != digest:
+            return False
+    return not gone or gone < sum(size > 0 for size, _ in said.files.values())
+
+
+def _size(path: str) -> int:
+    try:
+        return current_disk().size(path)
+    except FileNotFoundError:
+        return 0
+
+
+def _tail(path: str, size: int) -> str:
+    """A digest of the last bytes of the first ``size`` ones."""
+    if not size:
+        return ""
+    start = max(0, size - _TAIL_BYTES)
+    with open_binary(path, current_disk()) as file:
+        file.seek(start)
+        return blake2b(file.read(size - start), digest_size=16).hexdigest()
+
+
+def _is_older(stream: str, since: str) -> bool:
+    """Whether a stream was begun before another, in the same journal: in a new one counters begin anew."""
+    if since in {"", FIRST}:
+        return False
+    begun, begun_since = (each.rsplit("-", 2)[-2:-1] for each in (stream, since))
+    return order_of(stream) < order_of(since) and begun <= begun_since

@@ -1,0 +1,301 @@
+"""`Uploader`: has the run files of one callback uploaded, now and at the end, and reports what the server lacks."""
+
+import asyncio
+import configparser
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Final
+
+from evsys_adapters._wandb_upload import LOG, LOGIN_FIX, Problem, Tool, Upload
+from evsys_bus.diagnostics import FaultLog
+
+_PAUSES: Final = (1.0, 5.0, 15.0, 60.0)
+_SETTLE_PAUSES: Final = (0.5, 1.0, 2.0, 5.0)
+_LOGIN_SECONDS: Final = 2.0
+"""Between two looks whether somebody has logged in."""
+_END_SECONDS: Final = 0.3
+"""What ending a process and reporting may take."""
+_POLL_SECONDS: Final = 0.1
+_ASKING: Final = "setting up run"
+"""What the tool prints until the server has answered for the first time."""
+_AT_ONCE: Final = 16
+"""Files that one process of `Uploader.settle` is given."""
+_W_AND_B: Final = "https://api.wandb.ai"
+
+
+class Uploader:
+    """Uploads the run files of one callback, and knows how many of their events the server has not confirmed.
+
+    Args:
+        base_url: Of the server; None for that of the login.
+        report: Called with these events, and what keeps the upload.
+        faults: Where troubles are logged.
+        patience_seconds: How long the server may take to answer for the first time before that is one.
+        pauses: Seconds before it is tried again; the last one from then on.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        report: Callable[[int, str | None, str | None], None],
+        faults: FaultLog,
+        patience_seconds: float,
+        pauses: tuple[float, ...] = _PAUSES,
+    ) -> None:
+        self.uploads: dict[str, Upload] = {}
+        """By the path of the file."""
+        self.marks = False
+        """Whether marks are taken: what was counted since the last one is not delivered yet."""
+        self._base_url = base_url
+        self._report = report
+        self._reported: tuple[int, str | None, str | None] | None = None
+        self._faults = faults
+        self._patience_seconds = patience_seconds
+        self._pauses = pauses
+        self._settling = False
+        self.over = False
+        """Whether all was settled: tasks that upload end, until one is asked for again."""
+
+    def taken(self) -> dict[str, tuple[str, int, str]]:
+        """For a mark: the files that the server does not have whole; of each the run, the events and the URL."""
+        self.marks = True
+        for each in self.uploads.values():
+            each.marked = each.events
+        return {
+            path: (each.run, each.owed(at_mark=False, at_end=True), each.url)
+            for path, each in self.uploads.items()
+            if not each.finished and each.events
+        }
+
+    def tell(self) -> None:
+        """Report what is owed, if that has changed."""
+        owed, worst = 0, None
+        for each in list(self.uploads.values()):
+            left = each.owed(at_mark=self.marks and not self._settling, at_end=self._settling)
+            owed += left
+            if left and each.problem is not None and (worst is None or (each.problem.fix and not worst.fix)):
+                worst = each.problem
+        report = (owed, None, None) if worst is None else (owed, worst.why, worst.fix)
+        if report != self._reported:
+            self._reported = report
+            self._report(*report)
+
+    async def drive(self, upload: Upload) -> None:
+        """Upload one file while it is written, until its run has ended; try again without end."""
+        upload.starting = 0.0
+        if self._settling or upload.driven:
+            return
+        upload.driven, pauses = True, chain(self._pauses, repeat(self._pauses[-1]))
+        try:
+            while not (upload.done and upload.ended):
+                if self.over or (self._settling and (upload.done or upload.problem is not None)):
+                    return  # `settle` goes on with it, or has
+                if upload.done:
+                    await self._sleep(_POLL_SECONDS)
+                elif self._lacks_login(upload):
+                    await self._sleep(_LOGIN_SECONDS)
+                elif await self._attempt([upload]) or upload.done:
+                    pauses = chain(self._pauses, repeat(self._pauses[-1]))
+                else:
+                    if upload.problem is not None:
+                        self.warn(upload, upload.problem.why, upload.problem.fix or "check network and base_url")
+                    self.tell()
+                    await self._sleep(next(pauses))
+            upload.finished = True
+        except asyncio.CancelledError:
+            if not upload.done:
+                self.warn(upload, "the program ended before all was uploaded")
+            raise
+        finally:
+            upload.driven = False
+            self.tell()
+
+    def _lacks_login(self, upload: Upload) -> bool:
+        problem = self.login_problem()
+        if problem is not None:
+            if upload.problem != problem:
+                upload.problem = problem
+                self.warn(upload, *problem)
+            self.tell()
+        return problem is not None
+
+    async def settle(self, deadline: float, examine: Callable[[Upload], None]) -> None:
+        """Upload what the server does not have; see `Adapter.settle_owed`.
+
+        Args:
+            deadline: On the clock of ``time.monotonic``.
+            examine: Finds out what is not known of a file.
+        """
+        self._settling, self.over = True, False
+        attempt = 0
+        try:
+            async with asyncio.timeout(deadline - _END_SECONDS - time.monotonic()):
+                while left := self._left():
+                    waiting = [each for each in left if not each.driven]
+                    if not waiting:
+                        await asyncio.sleep(_POLL_SECONDS)
+                        self.tell()
+                    elif not await self._settle_some(waiting, examine):
+                        if all(each.problem is not None and each.problem.fix for each in left):
+                            return
+                        await asyncio.sleep(_SETTLE_PAUSES[min(attempt, len(_SETTLE_PAUSES) - 1)])
+                        attempt += 1
+        except TimeoutError:
+            pass  # what is left is reported
+        finally:
+            for each in self._left():
+                problem = each.problem or Problem("the program ended before all was uploaded")
+                self.warn(each, *problem)
+            self.tell()
+            self._settling, self.over = False, True
+        while self._driven() and time.monotonic() < deadline:  # noqa: ASYNC110 # on a loop that may be closed next
+            await asyncio.sleep(_POLL_SECONDS / 5)
+
+    async def _settle_some(self, waiting: list[Upload], examine: Callable[[Upload], None]) -> bool:
+        """Have one process upload some of these files; whether the server has all of one more of them."""
+        problem = self.login_problem()
+        if problem is not None:
+            for each in waiting:
+                each.problem = problem
+            return False
+        for each in waiting:
+            if not each.known:
+                examine(each)
+        waiting.sort(key=lambda each: (each.attempts, not each.ended))  # what ends by itself first
+        group = [each for each in waiting if each.ended == waiting[0].ended][:_AT_ONCE]
+        return await self._attempt(group, several=True) or any(each.done for each in group)
+
+    def warn(self, upload: Upload, why: str, first: str | None = None) -> None:
+        """Log what keeps the upload, and what finishes it."""
+        again = f"{first}; it is tried again; then: " if first else ""
+        fix = f'{again}wandb sync "{upload.file.parent}"'
+        self._faults.warn("wandb.not_uploaded", why, why=why, fix=fix, file=str(upload.file))
+
+    def login_problem(self) -> Problem | None:
+        """What is wrong with the login before the server is asked; None also where W&B alone can tell.
+
+        W&B's own ``authenticate_session`` would load its settings for good, into a process that may use wandb itself.
+        """
+        settings = _settings()
+        host = self._base_url or os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or _W_AND_B
+        key = os.environ.get("WANDB_API_KEY")
+        if "api_key" in settings or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+            return None
+        try:
+            auth = import_module("wandb.sdk.lib.wbauth")
+            invalid: type[Exception] = import_module("wandb.errors").AuthenticationError
+        except (ImportError, AttributeError):  # another version of W&B, whose process finds it out
+            return None
+        try:
+            if key:
+                auth.AuthApiKey(host=auth.HostUrl(host), api_key=key)
+            elif not auth.read_netrc_auth(host=host):
+                return Problem("no login", LOGIN_FIX)
+        except invalid as error:
+            where = "WANDB_API_KEY" if key else "the key in the netrc file"
+            return Problem(f"{where} is invalid: {error}", LOGIN_FIX)
+        except (AttributeError, TypeError, ValueError):  # likewise
+            pass
+        return None
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _left(self) -> list[Upload]:
+        for each in self.uploads.values():
+            each.finished = each.done and not each.driven
+        return [each for each in self.uploads.values() if not each.finished and each.events]
+
+    def _driven(self) -> bool:
+        return any(each.driven for each in self.uploads.values())
+
+    async def _sleep(self, seconds: float) -> None:
+        """Sleep, but not while all is to be settled."""
+        end = time.monotonic() + seconds
+        while not self._settling and time.monotonic() < end:  # noqa: ASYNC110 # from another loop, by polling
+            await asyncio.sleep(min(_POLL_SECONDS, seconds))
+
+    async def _attempt(self, uploads: Sequence[Upload], *, several: bool = False) -> bool:
+        """One process; True if it was ended because another file took the place of one that it reads."""
+        known = {each: _identity(each.file) for each in uploads}
+        printed = None if several else uploads[0].file.parent / LOG
+        environment = {"WANDB_BASE_URL": self._base_url} if self._base_url else {}
+        try:
+            tool = Tool(uploads, printed, environment)
+        except OSError as error:
+            for each in uploads:
+                each.problem = Problem(f"W&B's tool cannot be started: {error}")
+            return False
+        patience, renewed = self._patience_seconds, False
+        try:
+            while tool.works and not renewed:
+                await asyncio.sleep(_POLL_SECONDS)
+                tool.look()
+                renewed = any(_identity(each.file) != at for each, at in known.items())
+                if self._is_over(uploads) or (self.over and not several):
+                    break
+                slow = [each for each in uploads if _ASKING in each.status or each.passing is not None]
+                if not slow:
+                    patience = self._patience_seconds
+                elif patience > 0:
+                    patience -= _POLL_SECONDS
+                    if patience <= 0:
+                        self._impatient(slow[0])
+                self.tell()
+        finally:
+            by_itself = not tool.works
+            tool.end()
+            for each in uploads:
+                self._conclude(each, tool.text if by_itself or each.fatal else None, renewed=renewed)
+        return renewed
+
+    def _impatient(self, upload: Upload) -> None:
+        why = "the server does not answer, or answers with errors"
+        if upload.passing is None:
+            upload.waits(Problem(why))
+        else:
+            why = f"{why} ({upload.passing.why})"
+        self.warn(upload, why, "check network and base_url")
+
+    def _is_over(self, uploads: Iterable[Upload]) -> bool:
+        """Whether the process has nothing more to do that it could."""
+        over = True
+        for each in uploads:
+            if self._settling and not each.ended and each.idle and not each.done:
+                each.confirm()
+            over = over and (each.fatal or (self._settling and not each.ended and each.done))
+        return over
+
+    def _conclude(self, upload: Upload, printed: str | None, *, renewed: bool) -> None:
+        """The process has ended, having printed that, or was ended."""
+        if upload.fatal:
+            upload.forget()  # the tool's marker says that all was sent, and it was not
+        elif upload.file.with_suffix(".wandb.synced").exists() and not renewed and upload.ended:
+            upload.confirm()
+        if upload.done:
+            upload.problem = None
+        elif not renewed and printed is not None:
+            upload.problem = upload.failed(printed)
+
+
+def _settings() -> dict[str, str]:
+    """What W&B's settings files say, those of the current folder before those of the user."""
+    home = os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser()
+    found: dict[str, str] = {}
+    for file in (Path(home) / "settings", Path(os.environ.get("WANDB_DIR", ".")) / "wandb" / "settings"):
+        parser = configparser.ConfigParser(interpolation=None)
+        with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
+            parser.read(file)
+            found |= dict(parser["default"]) if "default" in parser else {}
+    return found
+
+
+def _identity(file: Path) -> int:
+    try:
+        return file.stat().st_ino
+    except FileNotFoundError:
+        return 0

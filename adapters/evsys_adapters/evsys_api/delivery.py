@@ -1,0 +1,501 @@
+"""`EvsysSink`: the delivery half of `evsys_logger`, which carries out the gateway's operations, in order.
+
+    ExperimentStart    create_experiment                RunStart        create_run (after create_group, if need be)
+    GroupStart         create_group                     StepEnd, Eval   log_metrics, one a row
+    Checkpoint         add_checkpoint                   BenchmarkEval   create_eval, then add_prediction, one a row
+    RunEnd             update_run                       ExperimentEnd   update_experiment
+
+Rows wait for one another as EvSys' own client has it: those of steps until there are ``flush_every``, those of evals
+until the next step; at the end of a batch nothing waits. Several are on their way at once, but nothing overtakes them.
+
+What is created is there once: see `evsys_adapters.evsys_api.creation`.
+
+At least once. A row of metrics may be sent again, with the same values, under the same step: the last one counts. A
+server that carries out a request after it let it time out, or that has no lists to ask, may have a row twice.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, ClassVar, Final, NamedTuple
+
+import anyio
+
+from evsys_adapters._params import checked
+from evsys_adapters._result_fields import field as field_of
+from evsys_adapters._result_fields import items
+from evsys_adapters._runs import run_id, step_of
+from evsys_adapters.evsys_api.creation import Creation, Scored
+from evsys_adapters.evsys_api.gateway import (
+    DEFAULT_URL,
+    EvsysLoggerConfig,
+    Gateway,
+    RefusedError,
+    is_offline,
+    key_of,
+    project_of,
+    url_of,
+)
+from evsys_adapters.evsys_api.known import Run
+from evsys_adapters.evsys_api.records import (
+    LEFT_OUT,
+    Args,
+    checkpoint_args,
+    eval_args,
+    finite,
+    numbers_of,
+    prediction_args,
+)
+from evsys_bus.context import LogContext
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError
+from evsys_bus.events import (
+    BenchmarkEval,
+    Checkpoint,
+    Envelope,
+    Eval,
+    Event,
+    ExperimentEnd,
+    ExperimentStart,
+    GroupStart,
+    RunEnd,
+    RunStart,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+)
+from evsys_bus.sink import Sink
+
+WRITE_SECONDS: Final = 2.0
+"""After so long what was sent of a batch is acknowledged, so that a crash sends little of it again."""
+
+Key = tuple[str, int]
+"""Stream and sequence of an event."""
+
+
+class EvsysRun(Event, frozen=True):
+    """A run that began to train without a RunStart, as the inline half saw it."""
+
+    run: str
+    ctx: LogContext
+
+
+class _Row(NamedTuple):
+    key: Key
+    run: Run
+    step: int
+    split: str
+    metrics: dict[str, float]
+    left_out: list[str]
+
+
+class EvsysSink(Sink):
+    """Sends events to EvSys. Its params are those of `EvsysLoggerConfig`."""
+
+    name: ClassVar[str] = "evsys_logger"
+    Config: ClassVar[type | None] = EvsysLoggerConfig
+    write_timeout_seconds: float = 86_400.0  # every request has a timeout of its own
+
+    def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
+        """Any: as `EvsysLoggerConfig` has them; they are checked."""
+        self.config = checked(EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params})
+        self._offline = False
+        self._gateway: Gateway | None = None
+        self._wanted_url: str | None = None
+        self._kept_url: str | None = None
+        self._kept_project: str | None = None
+        self._contexts: dict[str, object] = {}
+        """Of runs, by path."""
+        self._settled: dict[Key, str | None] = {}
+        """Events of the batch that are done with, and why those that never will be."""
+        self._held: dict[str, list[_Row]] = {}
+        self._ready: list[_Row] = []
+        self._scored: dict[Key, Scored] = {}
+        """Evals that are not there whole."""
+        self._faults = FaultLog()
+        self._creation = Creation(self._call, self._faults)
+        self._known = self._creation.known
+        self._handlers: dict[type, Callable[[Any, Envelope], Awaitable[None]]] = {
+            ExperimentStart: self._on_experiment_start,
+            GroupStart: self._on_group_start,
+            RunStart: self._on_run_start,
+            EvsysRun: self._on_run_start,
+            TrainStart: self._on_train_start,
+            StepEnd: self._on_step_end,
+            Eval: self._on_eval,
+            Checkpoint: self._on_checkpoint,
+            BenchmarkEval: self._on_benchmark_eval,
+            TrainEnd: self._on_train_end,
+            RunEnd: self._on_run_end,
+            ExperimentEnd: self._on_experiment_end,
+        }
+
+    # -- what a courier calls -----------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """See that there is a key, or that none is needed.
+
+        Raises:
+            ParkedError: There is none, or what the environment names is no server.
+        """
+        self._offline = is_offline()
+        if self._offline:
+            log().info(
+                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it one day: evsys-bus replay RUN --to evsys_logger"
+            )
+            return
+        self._wanted_url = url_of(self.config)
+        key_of(self.config)
+
+    async def write(self, batch: Sequence[Envelope]) -> int | None:
+        """Send the batch, or as much of it as can be sent now."""
+        if self._offline:
+            return None
+        self._held, self._ready = {}, []
+        until, end, failed = time.monotonic() + WRITE_SECONDS, len(batch), None
+        try:
+            for index, envelope in enumerate(batch):
+                await self._take(envelope)
+                if time.monotonic() > until:
+                    end = index + 1
+                    break
+            await self._flush()
+        except asyncio.CancelledError:
+            done = self._acknowledged(batch)
+            if not done:
+                raise
+            return done  # so that it need not come again on another day
+        except (DeliveryError, OSError) as error:  # what was sent before it is acknowledged first
+            failed = error
+        return self._outcome(batch, end, failed)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        self._faults.flush()
+        if self._gateway is not None:
+            await self._gateway.close()
+            self._gateway = None
+
+    def mark(self) -> dict[str, Any]:
+        """What the server has of ours. Any: plain data."""
+        self._creation.forgets()
+        url = self._wanted_url or self._kept_url
+        return {"url": url, "project_id": project_of(self.config) or self._kept_project, **self._known.plain()}
+
+    def rewind(self, mark: dict[str, Any]) -> None:
+        """Know what the server had at the mark. Any: what `mark` returned."""
+        self._kept_url, self._kept_project = mark.get("url"), mark.get("project_id")
+        wanted = self._wanted_url
+        if wanted is not None and self._kept_url is not None and wanted != self._kept_url:
+            log().warning(
+                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one mean nothing to another"
+            )
+            return
+        self._known.load(mark)
+
+    def introduce(self, starts: Sequence[Envelope]) -> None:
+        """Remember the contexts of runs that are open, for one that is still to be created."""
+        for each in starts:
+            if isinstance(each.event, RunStart | EvsysRun):
+                self._contexts[run_id(each.event.ctx)] = each.event.ctx
+
+    # -- batches ------------------------------------------------------------------------------------------------------
+
+    async def _take(self, envelope: Envelope) -> None:
+        key = (envelope.stream, envelope.seq)
+        if key in self._settled:
+            return
+        event = envelope.event
+        handler = self._handlers.get(type(event))
+        if handler is None:
+            self._settled[key] = None
+            return
+        if not isinstance(event, StepEnd | Eval):
+            await self._send_ready()
+        try:
+            await handler(event, envelope)
+        except RefusedError as refused:
+            self._settled[key] = refused.what
+            self._scored.pop(key, None)
+        else:
+            if not isinstance(event, StepEnd | Eval):
+                self._settled[key] = None
+
+    def _outcome(self, batch: Sequence[Envelope], end: int, failed: Exception | None) -> int | None:
+        """What to say of the batch: how much of it is done with; or to raise."""
+        keys = [(each.stream, each.seq) for each in batch]
+        done = next((index for index, key in enumerate(keys) if key not in self._settled), len(keys))
+        done = min(done, end)
+        dead = {index: why for index, key in enumerate(keys[:done]) if (why := self._settled[key]) is not None}
+        if dead and done < len(keys):  # a rejection speaks of a whole batch, and the others are still to come
+            done = min(dead)
+            if not done:
+                raise BatchTooLargeError(dead[0])
+        elif failed is not None and not done:
+            raise failed
+        for key in keys[:done]:
+            del self._settled[key]
+        if dead and done == len(keys):
+            raise RejectedError(dead)
+        return None if done == len(keys) else done
+
+    def _acknowledged(self, batch: Sequence[Envelope]) -> int:
+        """How many events at the front were sent, and none of them refused."""
+        sent = (self._settled.get((each.stream, each.seq), "not yet") is None for each in batch)
+        return next((index for index, each in enumerate(sent) if not each), len(batch))
+
+    async def _flush(self) -> None:
+        """Send every row that waits."""
+        for path in list(self._held):
+            self._release(path)
+        await self._send_ready()
+
+    def _release(self, path: str) -> None:
+        """Have what waits for more rows of that run wait no longer."""
+        self._ready += self._held.pop(path, [])
+
+    def _hold(self, row: _Row, *, step: bool) -> None:
+        path = row.run.path
+        held = self._held.setdefault(path, [])
+        held.append(row)
+        if step and sum(each.split == "train" for each in held) >= self.config.flush_every:
+            self._release(path)
+
+    async def _send_ready(self) -> None:
+        """Send the rows that wait for nothing, several at a time; two of the same step in their order."""
+        while self._ready:
+            rows: list[_Row] = []
+            steps: set[tuple[str, int, str]] = set()
+            for row in self._ready:
+                if (row.run.path, row.step, row.split) in steps:
+                    break
+                steps.add((row.run.path, row.step, row.split))
+                rows.append(row)
+            self._ready = self._ready[len(rows) :]
+            await self._at_once(rows, self._send_row)
+
+    async def _at_once(self, jobs: Sequence[Any], send: Callable[[Any], Awaitable[None]]) -> None:
+        """Do them, several at a time, begun in their order; none is begun once one has failed.
+
+        Raises:
+            DeliveryError, OSError: The first that one of them met.
+        """
+        if len(jobs) <= self.config.in_flight or self.config.in_flight == 1:  # few arrive in their order
+            for job in jobs:
+                await send(job)
+            return
+        left = iter(jobs)  # shared: each takes the next one
+        failed: list[Exception] = []
+
+        async def work() -> None:
+            for job in left:
+                try:
+                    await send(job)
+                except (DeliveryError, OSError) as error:  # those under way come to their end
+                    failed.append(error)
+                if failed:
+                    return
+
+        async with anyio.create_task_group() as group:
+            for _ in range(min(self.config.in_flight, len(jobs))):
+                group.start_soon(work)
+        if failed:
+            raise failed[0]
+
+    async def _send_row(self, row: _Row) -> None:
+        try:
+            await self._log(row, row.metrics)
+        except RefusedError as refused:
+            self._settled[row.key] = refused.what
+        else:
+            self._say_left_out(row.run, row.left_out)
+            self._settled[row.key] = None
+
+    async def _log(self, row: _Row, metrics: dict[str, float]) -> None:
+        """One row; in halves where it is too large."""
+        args = {"run_id": row.run.id, "step": row.step, "metrics": metrics, "split": row.split}
+        try:
+            await self._call("log_metrics", args)
+        except BatchTooLargeError as error:
+            if len(metrics) == 1:
+                raise RefusedError(error.what) from error
+            names = list(metrics)
+            for half in (names[: len(names) // 2], names[len(names) // 2 :]):
+                await self._log(row, {name: metrics[name] for name in half})
+
+    # -- hooks --------------------------------------------------------------------------------------------------------
+
+    async def _on_experiment_start(self, event: ExperimentStart, envelope: Envelope) -> None:
+        experiment = self._creation.experiment_of(event.ctx, envelope)
+        await self._creation.experiment(experiment, event.ctx, self._project())
+        if experiment.ended:
+            await self._call("update_experiment", {"experiment_id": experiment.id, "patch": {"status": "running"}})
+            experiment.ended = False
+
+    async def _on_group_start(self, event: GroupStart, envelope: Envelope) -> None:
+        experiment = self._creation.experiment_of(event.ctx, envelope)
+        await self._creation.experiment(experiment, event.ctx, self._project())
+        await self._creation.group(experiment, event.ctx, event.group_name)
+
+    async def _on_run_start(self, event: RunStart | EvsysRun, envelope: Envelope) -> None:
+        self._contexts[run_id(event.ctx)] = event.ctx
+        run = self._creation.run_of(event.ctx, envelope)
+        run.announced = run.announced or isinstance(event, RunStart)
+        await self._creation.run(run, event.ctx, self._project())
+        await self._go_on(run)
+
+    async def _on_train_start(self, event: TrainStart, envelope: Envelope) -> None:
+        del envelope
+        run = self._known.run_at.get(run_id(event.state))
+        if run is not None and run.id is not None:
+            await self._go_on(run)
+
+    async def _on_step_end(self, event: StepEnd, envelope: Envelope) -> None:
+        run = await self._run_of(event.state, envelope)
+        step = step_of(event.step_idx)
+        run.last_step = max(run.last_step, step)
+        self._add_row(run, envelope, step, event.metrics, "train")
+
+    async def _on_eval(self, event: Eval, envelope: Envelope) -> None:
+        run = await self._run_of(event.state, envelope)
+        self._add_row(run, envelope, step_of(event.step_idx), event.metrics, "val", f"{event.eval_name}/")
+
+    async def _on_checkpoint(self, event: Checkpoint, envelope: Envelope) -> None:
+        args = checkpoint_args(event.row)
+        if args is not None:
+            await self._creation.checkpoint(await self._run_of(event.state, envelope), args)
+
+    async def _on_benchmark_eval(self, event: BenchmarkEval, envelope: Envelope) -> None:
+        run = await self._run_of(event.ctx, envelope)
+        result, key = event.eval_result, (envelope.stream, envelope.seq)
+        at = field_of(result, "step") if event.step is None else event.step
+        step = None if at is None else step_of(at)
+        name = str(field_of(result, "name") or "benchmark")
+        place = -2 - run.last_step if step is None else step
+        if place in run.evals.get(name, ()):  # run again after a resume; the gateway cannot replace one
+            self._faults.warn("evsys.eval_kept", (run.path, name), run=run.path, name=name, step=step, why=_KEPT)
+            return
+        scored = self._scored.setdefault(key, Scored())
+        args = {"run_id": run.id, **eval_args(result, step)}
+        await self._creation.scored(run, scored, key, args)
+        await self._predict(run, scored, items(event.predictions), step)
+        del self._scored[key]
+        run.claim(name, place, scored.id)
+        left_out = items(field_of(args["breakdowns"], LEFT_OUT))
+        self._say_left_out(run, [f"{name}/{each}" for each in left_out])
+        if scored.refused:
+            first, why = next(iter(scored.refused.items()))
+            number = f"{len(scored.refused)} of {len(event.predictions)} predictions"
+            raise RefusedError(f"{number}, the first {first}: {why}")
+
+    async def _on_train_end(self, event: TrainEnd, envelope: Envelope) -> None:
+        run = self._known.run_at.get(run_id(event.state))
+        if run is not None and run.id is not None and not run.announced:
+            error = getattr(event.state, "error", None)
+            stopped = getattr(event.state, "stop_reason", None) == "cancelled"
+            await self._end(run, "failed" if error else "cancelled" if stopped else "completed", error)
+            self._contexts.pop(run.path, None)
+        del envelope
+
+    async def _on_run_end(self, event: RunEnd, envelope: Envelope) -> None:
+        run = await self._run_of(event.ctx, envelope)
+        status, error = (field_of(event.run_result, name) or field_of(event.arm, name) for name in ("status", "error"))
+        await self._end(run, status, error)
+        self._contexts.pop(run.path, None)
+
+    async def _on_experiment_end(self, event: ExperimentEnd, envelope: Envelope) -> None:
+        experiment = self._creation.experiment_of(event.ctx, envelope)
+        await self._creation.experiment(experiment, event.ctx, self._project())
+        patch: Args = {name: _text(field_of(event.result, name)) for name in ("status", "conclusion")}
+        score = finite(field_of(event.result, "best_score"), [])
+        if score is not None:
+            patch["best_score"] = score
+        await self._call("update_experiment", {"experiment_id": experiment.id, "patch": patch})
+        experiment.ended = True
+
+    async def _end(self, run: Run, status: object, error: object) -> None:
+        self._release(run.path)
+        await self._send_ready()
+        patch: Args = {"status": _text(status)}
+        if error:
+            patch["error_message"] = str(error)
+        if run.left_out:
+            patch["summary"] = {LEFT_OUT: dict(run.left_out)}
+        await self._call("update_run", {"run_id": run.id, "patch": patch})
+        run.ended = True
+
+    async def _go_on(self, run: Run) -> None:
+        """A run that had ended is resumed."""
+        if run.ended:
+            await self._call("update_run", {"run_id": run.id, "patch": {"status": "running"}})
+            run.ended = False
+
+    def _add_row(self, run: Run, envelope: Envelope, step: int, metrics: object, split: str, prefix: str = "") -> None:
+        numbers = numbers_of(metrics, prefix)
+        key = (envelope.stream, envelope.seq)
+        if numbers.values:
+            self._hold(_Row(key, run, step, split, *numbers), step=split == "train")
+        else:
+            self._say_left_out(run, numbers.left_out)
+            self._settled[key] = None
+
+    def _say_left_out(self, run: Run, names: list[str]) -> None:
+        if names:
+            run.leave_out(names)
+            self._faults.warn(
+                "evsys.values_left_out",
+                run.path,
+                run=run.path,
+                values=sum(run.left_out.values()),
+                names=dict(list(run.left_out.items())[:5]),
+                why="EvSys takes finite numbers alone; the rest of the row is there",
+            )
+
+    async def _predict(self, run: Run, scored: Scored, predictions: list[Any], step: int | None) -> None:
+        await self._creation.look_for_predictions(run, scored)
+        doubtful: set[int] = set()
+
+        async def send(index: int) -> None:
+            args = {"run_id": run.id, "eval_id": scored.id, **prediction_args(predictions[index], index, step)}
+            doubtful.add(index)
+            try:
+                await self._call("add_prediction", args)
+            except (RefusedError, BatchTooLargeError) as error:  # the others have their place
+                scored.refused[index] = error.what
+            doubtful.discard(index)
+            scored.sent.add(index)
+
+        try:
+            await self._at_once([index for index in range(len(predictions)) if index not in scored.sent], send)
+        finally:
+            scored.doubtful = bool(doubtful)
+
+    async def _run_of(self, handle: object, envelope: Envelope) -> Run:
+        """The run that the event is of; created where nobody announced it.
+
+        Raises:
+            RefusedError: The server will not have it.
+        """
+        run = self._known.run_at.get(run_id(handle))
+        if run is not None and run.id is not None:
+            return run
+        await self._send_ready()
+        ctx = self._contexts.get(run_id(handle), handle)
+        run = run or self._creation.run_of(ctx, envelope)
+        await self._creation.run(run, ctx, self._project())
+        return run
+
+    def _project(self) -> str | None:
+        return project_of(self.config) or self._kept_project
+
+    async def _call(self, op: str, args: Args) -> Any:
+        if self._gateway is None:
+            self._gateway = Gateway(self.config, self._wanted_url or self._kept_url or DEFAULT_URL)
+        return await self._gateway.call(op, args)
+
+
+_KEPT: Final = "it is there since an earlier attempt at the step, and the gateway replaces no eval"
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)

@@ -1,0 +1,263 @@
+"""The client of EvSys' gateway: one operation a request, over connections that are kept open.
+
+What an answer means is settled here:
+
+    2xx with ``{"result": …}``      done
+    400, 404, 409, 422, …           `RefusedError`: this operation, never
+    401, 403                        ParkedError: who we are
+    413                             BatchTooLargeError: this operation, as large as it is
+    408, 425, 429, 5xx              RetryLaterError, after ``Retry-After`` where it is given
+    2xx that is no JSON             RetryLaterError: a proxy, a login page
+    a redirect                      followed as the POST it was, on the same host; else ParkedError with the URL to set
+    none (refused, cut, timeout)    RetryLaterError
+
+aiohttp is imported when the first connection is needed.
+"""
+
+import asyncio
+import importlib
+import os
+import re
+import time
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
+from urllib.parse import urljoin, urlsplit
+
+import msgspec
+
+from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+PATH: Final = "/api/dashboard/api/sdk/data/"
+DEFAULT_URL: Final = "http://localhost:8000"
+_URL: Final = r"^https?://[^/@\s?#]+(/[^@\s?#]*)?$"
+_MOST_REDIRECTS: Final = 5
+_SHOWN: Final = 300
+"""Characters of an answer that are shown."""
+_ERROR_BYTES: Final = 1 << 16
+_BUSY: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+_REDIRECTS: Final = frozenset({301, 302, 307, 308})
+_NO_SUCH_PAGE: Final = frozenset({HTTPStatus.NOT_FOUND, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.GONE})
+_TRUE: Final = frozenset({"1", "true", "yes", "on"})
+
+
+class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What `EvsysLoggerCallback` can be told. The key is no param, which would be on record: the environment has it."""
+
+    project_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+    """Default: ``EVSYS_PROJECT_ID``."""
+    flush_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """Rows of a run that are sent together, as EvSys has it. None waits for longer than a batch, half a second."""
+    url: Annotated[str, msgspec.Meta(pattern=_URL, examples=[DEFAULT_URL])] | None = None
+    """Of the server. Default: ``EVSYS_API_URL``, or ``http://localhost:8000``."""
+    api_key_env: Annotated[str, msgspec.Meta(min_length=1)] = "EVSYS_API_KEY"
+    """The environment variable that holds the key."""
+    timeout_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
+    """Of one request."""
+    in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
+    """Rows, or predictions, on their way at a time, where their order says nothing; 1 sends one after the other."""
+
+    def __post_init__(self) -> None:
+        if find_spec("aiohttp") is None:
+            raise ModuleNotFoundError("evsys_logger needs aiohttp", name="aiohttp")
+
+    @staticmethod
+    def from_environment() -> dict[str, str | None]:
+        """The params that the environment gives: the server, and the project; never the key.
+
+        None for an address that is none, which `url_of` refuses.
+        """
+        found: dict[str, str | None] = {}
+        if url := os.environ.get("EVSYS_API_URL", "").strip():
+            found["url"] = url if re.match(_URL, url) else None
+        if project := os.environ.get("EVSYS_PROJECT_ID"):
+            found["project_id"] = project
+        return found
+
+
+def is_offline() -> bool:
+    """Whether ``EVSYS_OFFLINE`` says that nothing is to be sent."""
+    return os.environ.get("EVSYS_OFFLINE", "").strip().lower() in _TRUE
+
+
+def url_of(config: EvsysLoggerConfig) -> str | None:
+    """The server that params or environment name; None where they name none.
+
+    Raises:
+        ParkedError: What the environment names is no URL of a server.
+    """
+    found = config.url or os.environ.get("EVSYS_API_URL", "").strip() or None
+    if found is not None and not re.match(_URL, found):
+        fix = "set it to http://host:port or https://host, without user and password"
+        raise ParkedError("EVSYS_API_URL is no URL of a server", fix=fix)
+    return None if found is None else found.rstrip("/")
+
+
+def key_of(config: EvsysLoggerConfig) -> str:
+    """The key, as the environment has it now.
+
+    Raises:
+        ParkedError: There is none.
+    """
+    name = config.api_key_env
+    key = os.environ.get(name, "").strip()
+    if not key:
+        fix = (
+            f"set {name}, then `evsys-bus sync` (or the next run) sends everything; "
+            "EVSYS_OFFLINE=1 where nothing is to be sent"
+        )
+        raise ParkedError(f"{name} is not set, and EvSys takes nothing without a key", fix=fix)
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        why = "spaces, line ends, letters beyond ASCII"
+        raise ParkedError(f"{name} holds what no key holds: {why}", fix=f"set {name} to the key alone")
+    return key
+
+
+def project_of(config: EvsysLoggerConfig) -> str | None:
+    """The project that params or environment name."""
+    return config.project_id or os.environ.get("EVSYS_PROJECT_ID") or None
+
+
+class RefusedError(Exception):
+    """The server will not have this operation, now or ever."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
+
+
+class Gateway:
+    """Calls operations of one server.
+
+    Args:
+        config: The adapter's.
+        url: The server, without a path.
+    """
+
+    def __init__(self, config: EvsysLoggerConfig, url: str) -> None:
+        self.url: Final = url
+        self._config: Final = config
+        self._endpoint = f"{url}{PATH}"
+        self._session: aiohttp.ClientSession | None = None
+        self._errors: tuple[type[Exception], ...] = ()
+        self._has_answered = False
+        self._paused_until = 0.0
+        """Until when the server wants to be left alone; monotonic."""
+
+    async def call(self, op: str, args: Mapping[str, Any]) -> Any:
+        """Carry out one operation; its result. Any: JSON. Arguments that are None are left out.
+
+        Raises:
+            RefusedError: Never.
+            DeliveryError: As the module says.
+        """
+        wait = self._paused_until - time.monotonic()
+        if wait > 0:
+            raise RetryLaterError(f"{self.url} wants to be left alone", after_seconds=wait)
+        given = {name: value for name, value in args.items() if value is not None}
+        body = msgspec.json.encode({"op": op, "args": given})
+        url = self._endpoint
+        for _ in range(_MOST_REDIRECTS):
+            status, headers, data = await self._post(url, body)
+            if status not in _REDIRECTS:
+                if url != self._endpoint and status < HTTPStatus.BAD_REQUEST:
+                    self._endpoint = url
+                return self._result(op, status, headers, data)
+            url = self._redirected(url, status, headers.get("Location"))
+        raise RetryLaterError(f"{self._endpoint} redirects in a circle")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _open(self) -> "aiohttp.ClientSession":
+        if self._session is None:
+            # On a thread, for the loop may be the program's own, and the import takes a quarter of a second.
+            aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
+            self._errors = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._config.in_flight),
+                timeout=aiohttp.ClientTimeout(total=self._config.timeout_seconds),
+                headers={"Content-Type": "application/json", "Accept": "application/json"},
+                trust_env=True,  # proxies, as every client of EvSys finds them
+            )
+        assert self._session is not None
+        return self._session
+
+    async def _post(self, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        authorized = {"Authorization": f"Bearer {key_of(self._config)}"}
+        session = await self._open()
+        try:
+            async with session.post(url, data=body, headers=authorized, allow_redirects=False) as reply:
+                failed = reply.status >= HTTPStatus.BAD_REQUEST
+                data = await reply.content.read(_ERROR_BYTES) if failed else await reply.read()
+                return reply.status, reply.headers, data
+        except TimeoutError as error:
+            raise RetryLaterError(f"{url} did not answer within {self._config.timeout_seconds:g} s") from error
+        except self._errors as error:
+            raise RetryLaterError(f"{url}: {type(error).__name__}: {error}") from error
+
+    def _redirected(self, url: str, status: int, location: str | None) -> str:
+        """Where a redirect leads, if the key may go there."""
+        there = urljoin(url, location or "")
+        before, after = urlsplit(url), urlsplit(there)
+        same = (before.scheme, before.netloc) == (after.scheme, after.netloc)
+        safer = (before.scheme, after.scheme) == ("http", "https") and before.hostname == after.hostname
+        if location and (same or safer):
+            return there
+        fix = f"set url, or EVSYS_API_URL, to {after.scheme}://{after.netloc}" if location else "see its log"
+        raise ParkedError(
+            f"{url} answers {status} and leads to {there!r:.{_SHOWN}}, where the key is not sent unasked", fix=fix
+        )
+
+    def _result(self, op: str, status: int, headers: Mapping[str, str], data: bytes) -> Any:
+        if status < HTTPStatus.MULTIPLE_CHOICES:
+            self._has_answered = True
+            try:
+                answer: Any = msgspec.json.decode(data)
+            except msgspec.DecodeError:
+                kind = headers.get("Content-Type", "of no type")
+                what = f"{self._endpoint} answers {status} with {kind} that is no JSON ({_text(data)})"
+                raise RetryLaterError(f"{what}: a proxy, or a login page, stands before the API") from None
+            return cast("dict[str, Any]", answer).get("result") if isinstance(answer, dict) else None
+        what = f"{op}: {self._endpoint} answers {status}: {_text(data)}"
+        if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
+            fix = f"check {self._config.api_key_env}, and that it is a key of this server; it is tried once a minute"
+            raise ParkedError(what, fix=f"{fix}, and by `evsys-bus sync`")
+        if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            raise BatchTooLargeError(what)
+        if status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            after = _seconds(headers.get("Retry-After"))
+            if after is not None:
+                self._paused_until = time.monotonic() + after
+            raise RetryLaterError(what, after_seconds=after)
+        if status in _NO_SUCH_PAGE and not self._has_answered:
+            raise ParkedError(what, fix=f"there is no API of EvSys: check url, or EVSYS_API_URL, now {self.url}")
+        if status < HTTPStatus.BAD_REQUEST:  # 303 and its kin
+            raise ParkedError(what, fix="no API answers so: check url, or EVSYS_API_URL")
+        raise RefusedError(what)
+
+
+def _text(data: bytes) -> str:
+    return " ".join(data.decode("utf-8", "replace").split())[:_SHOWN]
+
+
+def _seconds(text: str | None) -> float | None:
+    """What a Retry-After says: seconds, or a date."""
+    if text is None:
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return None

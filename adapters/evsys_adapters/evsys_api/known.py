@@ -1,0 +1,138 @@
+"""What EvSys has of ours: its ids, by our ids. Kept beside the cursor; of what has ended, the newest."""
+
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import msgspec
+
+MOST_ENDED: Final = 500
+"""Runs, and experiments, that have ended and are still known; an older one is looked up where it goes on."""
+MOST_CLAIMED: Final = 64
+"""Of the evals of a run, the newest whose ids are known."""
+MOST_NAMES: Final = 50
+
+ServerId = str | int
+
+
+@dataclass(slots=True)
+class Experiment:
+    """One experiment."""
+
+    our_id: str
+    path: str
+    """Of its folder; events without ids are told apart by it."""
+    id: ServerId | None = None
+    """The server's; None before it is created, and where that was refused."""
+    ended: bool = False
+    groups: dict[str, ServerId | None] = field(default_factory=dict[str, ServerId | None])
+    """By name; None for one without an id."""
+    refused: str | None = None
+
+
+@dataclass(slots=True)
+class Run:
+    """One run."""
+
+    our_id: str
+    path: str
+    experiment: str
+    """Our id of its experiment."""
+    id: ServerId | None = None
+    announced: bool = False
+    """Whether it has a RunStart, and so will have a RunEnd."""
+    ended: bool = False
+    last_step: int = -1
+    evals: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
+    """The steps of the evals that are there, by name; of those after training -2 less the last step."""
+    claimed: list[ServerId] = field(default_factory=list[ServerId])
+    """The server's ids of the newest of them."""
+    left_out: dict[str, int] = field(default_factory=dict[str, int])
+    """How many values of each metric no JSON can hold."""
+    refused: str | None = None
+    made_here: bool = False
+    """Whether this process has created it, and so knows all that it has."""
+    checkpoints: set[tuple[Any, Any, Any]] | None = None
+    """Those that are there, by label, step and URI; None where that is not known."""
+
+    def claim(self, name: str, place: int, eval_id: ServerId | None) -> None:
+        """Know of an eval that is there whole, with all its predictions; not before, or a crash would make another."""
+        self.evals.setdefault(name, []).append(place)
+        if eval_id is not None:
+            self.claimed = [*self.claimed, eval_id][-MOST_CLAIMED:]
+
+    def leave_out(self, names: list[str]) -> None:
+        """Count values that were left out."""
+        for name in names:
+            if name in self.left_out or len(self.left_out) < MOST_NAMES:
+                self.left_out[name] = self.left_out.get(name, 0) + 1
+
+
+_NOT_KEPT: Final = frozenset({"refused", "made_here", "checkpoints"})
+
+
+class Known:
+    """All of them.
+
+    Args:
+        most_ended: How many runs, and experiments, that have ended are kept.
+    """
+
+    def __init__(self, most_ended: int = MOST_ENDED) -> None:
+        self._most_ended: Final = most_ended
+        self.experiments: dict[str, Experiment] = {}
+        self.runs: dict[str, Run] = {}
+        self.experiment_at: dict[str, Experiment] = {}
+        """The newest in each folder."""
+        self.run_at: dict[str, Run] = {}
+
+    def add_experiment(self, experiment: Experiment) -> Experiment:
+        """Know an experiment."""
+        self.experiments[experiment.our_id] = self.experiment_at[experiment.path] = experiment
+        return experiment
+
+    def add_run(self, run: Run) -> Run:
+        """Know a run."""
+        self.runs[run.our_id] = self.run_at[run.path] = run
+        return run
+
+    def prune(self) -> list[str]:
+        """Forget the oldest that have ended, once there are twice as many as are kept; our ids of them."""
+        runs = [run for run in self.runs.values() if run.ended]
+        runs = [] if len(runs) < 2 * self._most_ended else runs[: -self._most_ended]
+        for run in runs:
+            del self.runs[run.our_id]
+            if self.run_at.get(run.path) is run:
+                del self.run_at[run.path]
+        used = {run.experiment for run in self.runs.values()}
+        idle = [each for each in self.experiments.values() if each.ended and each.our_id not in used]
+        idle = [] if len(idle) < 2 * self._most_ended else idle[: -self._most_ended]
+        for each in idle:
+            del self.experiments[each.our_id]
+            if self.experiment_at.get(each.path) is each:
+                del self.experiment_at[each.path]
+        return [each.our_id for each in (*runs, *idle)]
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data (hence Any)."""
+        return {
+            "experiments": [_plain(each) for each in self.experiments.values() if each.id is not None],
+            "runs": [_plain(each) for each in self.runs.values() if each.id is not None],
+        }
+
+    def load(self, plain: dict[str, Any]) -> None:
+        """Know what `plain` returned as well; keys that a newer version may have added are passed over."""
+        for each in plain.get("experiments", ()):
+            self.add_experiment(msgspec.convert(each, Experiment))
+        for each in plain.get("runs", ()):
+            self.add_run(msgspec.convert(each, Run))
+
+
+def _plain(entry: Experiment | Run) -> dict[str, Any]:
+    return {name: _copied(getattr(entry, name)) for name in entry.__slots__ if name not in _NOT_KEPT}
+
+
+def _copied(value: Any) -> Any:
+    """Containers that go on changing, as they are now. Any: plain data."""
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in cast("dict[str, Any]", value).items()}
+    return list(cast("list[Any]", value)) if isinstance(value, list) else value

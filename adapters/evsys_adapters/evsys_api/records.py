@@ -1,0 +1,180 @@
+"""What the operations say: their arguments, made of events. JSON has no NaN: such a value is left out, and counted."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple, cast
+
+from evsys_adapters._logged_values import config_of
+from evsys_adapters._result_fields import field, fields, items
+from evsys_adapters._runs import run_name
+from evsys_bus.codec import to_plain
+from evsys_bus.context import ManifestRow
+
+TAG: Final = "evsys-bus:"
+"""What the tag begins with by which an experiment is found again; our id follows."""
+RUN_ID: Final = "evsys_bus_run_id"
+"""The key of our id in ``run_config``."""
+INDEX: Final = "evsys_bus_index"
+"""The key in a prediction's ``metadata`` of its place among those of its eval."""
+LEFT_OUT: Final = "evsys_bus_left_out"
+"""Where what was left out is noted: in ``metadata``, ``breakdowns`` and a run's ``summary``."""
+_COLUMNS: Final = ("task_id", "instruction", "model_output", "expected", "reward", "advantage")
+_MOST_NAMES: Final = 50
+
+Args = dict[str, Any]
+"""Of an operation. Any: JSON."""
+
+
+class Numbers(NamedTuple):
+    """What is left of a row of metrics."""
+
+    values: dict[str, float]
+    left_out: list[str]
+    """The names of the others."""
+
+
+def numbers_of(metrics: object, prefix: str = "") -> Numbers:
+    """The finite numbers of a row, those in nested mappings under ``outer/inner``.
+
+    Args:
+        metrics: Plain data, as a journal has it.
+        prefix: Put before every name.
+    """
+    values: dict[str, float] = {}
+    left_out: list[str] = []
+    given = cast("Mapping[str, Any]", metrics) if isinstance(metrics, Mapping) else fields(metrics)
+    for key, value in given.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, int | float) and math.isfinite(value):
+            values[name] = float(value)
+        elif isinstance(value, Mapping):
+            inside = numbers_of(cast("Mapping[str, Any]", value), f"{name}/")
+            values |= inside.values
+            left_out += inside.left_out
+        elif value is not None:
+            left_out.append(name)
+    return Numbers(values, left_out)
+
+
+def finite(value: Any, left_out: list[str], path: str = "") -> Any:
+    """Plain data without NaN and infinities: left out of mappings, null in lists. Any: plain data.
+
+    Args:
+        value: The data.
+        left_out: Gets the paths of what was left out.
+        path: Where the value stands.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        left_out.append(path)
+        return None
+    if isinstance(value, dict):
+        found: dict[str, Any] = {}
+        for key, each in cast("dict[str, Any]", value).items():
+            before = len(left_out)
+            kept = finite(each, left_out, f"{path}.{key}" if path else str(key))
+            if kept is not None or each is None or len(left_out) == before:
+                found[key] = kept
+        return found
+    if isinstance(value, list):
+        return [finite(each, left_out, f"{path}[{n}]") for n, each in enumerate(cast("list[Any]", value))]
+    return value
+
+
+def experiment_args(ctx: object, name: str, our_id: str, project_id: str | None) -> Args:
+    """Of ``create_experiment``.
+
+    Args:
+        ctx: The experiment's.
+        name: Of an experiment whose config has none.
+        our_id: Goes into the tags.
+        project_id: Where it belongs.
+    """
+    config = config_of(ctx).get("config")
+    metadata = field(config, "metadata")
+    tags = items(field(metadata, "tags")) or items(field(config, "tags"))
+    hypothesis = field(metadata, "hypothesis")
+    return {
+        "experiment_name": str(field(config, "name") or name or "experiment"),
+        "project_id": project_id,
+        "hypothesis": None if hypothesis is None else str(hypothesis),
+        "tags": [*map(str, tags), f"{TAG}{our_id}"],
+    }
+
+
+def run_args(ctx: object, handle: object, our_id: str) -> Args:
+    """Of ``create_run``, but for the ids of what it belongs to.
+
+    Args:
+        ctx: The run's; None where there is none.
+        handle: Names the run: its context or state.
+        our_id: Goes into ``run_config``.
+    """
+    left_out: list[str] = []
+    known = config_of(ctx)
+    given: Any = finite(known.get("run_config"), left_out)
+    config: Args = dict(cast("Args", given)) if isinstance(given, dict) else {} if given is None else {"config": given}
+    config.setdefault("name", run_name(handle))
+    config[RUN_ID] = our_id
+    if left_out:
+        config[LEFT_OUT] = left_out[:_MOST_NAMES]
+    kind = field(field(config, "algorithm"), "kind") or field(field(known.get("config"), "algorithm"), "kind")
+    seed = config.get("seed")
+    url = field(getattr(ctx, "extras", None), "wandb_url")
+    return {
+        "recipe_kind": kind if isinstance(kind, str) else None,
+        "run_config": config,
+        "seed": seed if type(seed) is int else None,
+        "status": "running",
+        "wandb_run_url": url if isinstance(url, str) else None,
+    }
+
+
+def checkpoint_args(row: ManifestRow) -> Args | None:
+    """Of ``add_checkpoint``; None for one that has no place."""
+    uri = field(row, "sampler_path") or field(row, "state_path")
+    if not uri:
+        return None
+    # EvSys' own client never says `is_final`: readers go by the label.
+    return {"uri": str(uri), "label": field(row, "name"), "step": field(row, "batch"), "is_final": False}
+
+
+def eval_args(result: object, step: int | None) -> Args:
+    """Of ``create_eval``."""
+    left_out: list[str] = []
+    metrics: Any = finite(to_plain(field(result, "metrics") or {})[0], left_out)
+    breakdowns: Any = finite(to_plain(field(result, "breakdowns") or {})[0], left_out, "breakdowns")
+    if left_out and isinstance(breakdowns, dict):
+        breakdowns = {**cast("Args", breakdowns), LEFT_OUT: left_out[:_MOST_NAMES]}
+    benchmark = field(result, "benchmark_id")
+    return {
+        "benchmark_id": None if benchmark is None else str(benchmark),
+        "metrics": metrics,
+        "breakdowns": breakdowns or None,
+        "step": step,
+    }
+
+
+def prediction_args(prediction: object, index: int, step: int | None) -> Args:
+    """Of ``add_prediction``, but for the ids; what the API has no column for goes into ``metadata``."""
+    left_out: list[str] = []
+    plain: Any = finite(to_plain(prediction)[0], left_out)
+    row: Args = dict(cast("Args", plain)) if isinstance(plain, dict) else {"model_output": str(plain)}
+    if "output" in row and "model_output" not in row:
+        row["model_output"] = row.pop("output")
+    columns = {name: row.pop(name, None) for name in _COLUMNS}
+    for name in ("task_id", "instruction", "model_output"):
+        value = columns[name]
+        columns[name] = value if value is None or isinstance(value, str) else str(value)
+    sample = row.pop("sample_idx", 0)
+    metadata = row.pop("metadata", None)
+    extras: Args = dict(cast("Args", metadata)) if isinstance(metadata, dict) else {}
+    if metadata is not None and not isinstance(metadata, dict):
+        extras["metadata"] = metadata
+    for name in ("kind", "run_id", "eval_id", "step"):
+        row.pop(name, None)
+    extras |= row
+    extras[INDEX] = index
+    if left_out:
+        extras[LEFT_OUT] = left_out[:_MOST_NAMES]
+    sampled = sample if type(sample) is int else 0
+    return {"kind": "eval", **columns, "step": step, "sample_idx": sampled, "metadata": extras}

@@ -1,0 +1,188 @@
+"""What a log call to EvSys costs the loop: ours, followed and placed inline, beside a blocking POST in the hook.
+
+The server of the tests runs in a process of its own. A loop takes a step every few milliseconds, and waits in between
+on its event loop; what a step's `publish` takes is its caller's cost. The other way is that of EvSys' own client, a new
+connection and a request that is waited for, by the standard library, which takes less time than `requests` does. Blocks
+of steps take turns, so a slow spell falls on all alike.
+"""
+
+import asyncio
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainingBatch, build_callbacks
+from evsys_bus.bench.harness import spread_of
+from evsys_bus.bench.lateness import apart, pin
+from evsys_bus.bench.question import Effort, Row, Table, Verdict
+
+STEPS: Final = 200
+"""Of a block."""
+STEP_SECONDS: Final = 0.005
+BLOCKING: Final = "a blocking POST in the hook"
+RECORDED: Final = "the journal alone"
+FOLLOWED: Final = "followed"
+INLINE: Final = "placed inline"
+MOST_SHARE: Final = 1 / 20
+_MOST_ROUNDS: Final = 8
+_METRICS: Final = {f"metric_{number}": number / 8 for number in range(8)}
+
+Blocks = dict[str, list[list[float]]]
+"""Nanoseconds, one of each step, by contender and round."""
+
+
+class Posting(Callback):
+    """The other way."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self._host = urlsplit(url).netloc
+        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self._run = self._call("create_run", {"status": "running"})["id"]
+
+    def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
+        """Send the row, and wait for the answer."""
+        del state, batch
+        self._call("log_metrics", {"run_id": self._run, "step": step_idx, "metrics": metrics, "split": "train"})
+
+    def _call(self, op: str, args: dict[str, object]) -> dict[str, str]:
+        connection = http.client.HTTPConnection(self._host)
+        body = json.dumps({"op": op, "args": args})
+        connection.request("POST", "/api/dashboard/api/sdk/data/", body, self._headers)
+        result = json.loads(connection.getresponse().read())["result"]
+        connection.close()
+        return result or {}
+
+
+class EvsysLogger:
+    """The question."""
+
+    name = "evsys"
+    promise = "A step that is logged to EvSys costs the loop a twentieth of a blocking POST at most"
+
+    def tables(self, effort: Effort) -> Iterator[Table]:
+        """The call, and how late the loop wakes up after its wait."""
+        missing = [each for each in ("aiohttp", "starlette", "uvicorn") if not importlib.util.find_spec(each)]
+        if missing:
+            absent = {BLOCKING: f"{', '.join(missing)} is not installed"}
+            yield Table(title="a step to EvSys", unit="ns", rows=[], absent=absent)
+            return
+        with _server() as (url, key), _environment(url, key):
+            calls, lateness = asyncio.run(_measure(url, key, min(max(effort.process_rounds, 2), _MOST_ROUNDS)))
+        for title, found, at in (
+            ("a step's call, its median", calls, 0.5),
+            ("a step's call, its 99th percentile", calls, 0.99),
+            ("the loop's wake-up is late by, the median", lateness, 0.5),
+            ("the loop's wake-up is late by, the 99th percentile", lateness, 0.99),
+        ):
+            medians = {name: [sorted(each)[int(len(each) * at)] for each in blocks] for name, blocks in found.items()}
+            ratios = {
+                name: [ours / theirs for ours, theirs in zip(each, medians[BLOCKING], strict=True)]
+                for name, each in medians.items()
+            }
+            judged = [
+                Verdict(f"{name}: at most {MOST_SHARE:g} of {BLOCKING}", share, share <= MOST_SHARE)
+                for name in (FOLLOWED, INLINE)
+                if (share := spread_of(ratios[name]).median) is not None and found is calls and at == 0.5  # noqa: PLR2004
+            ]
+            yield Table(
+                title=title,
+                unit="ns",
+                rows=[
+                    Row(
+                        name,
+                        spread_of(each),
+                        None if name == BLOCKING else spread_of(ratios[name]),
+                        ours=name != BLOCKING,
+                    )
+                    for name, each in medians.items()
+                ],
+                floor=BLOCKING,
+                verdicts=judged,
+            )
+
+
+async def _measure(url: str, key: str, rounds: int) -> tuple[Blocks, Blocks]:
+    ways: dict[str, Callable[[], list[object]]] = {
+        BLOCKING: lambda: [Posting(url, key)],
+        RECORDED: list,
+        FOLLOWED: lambda: list(build_callbacks([{"kind": "evsys_logger"}])),
+        INLINE: lambda: list(build_callbacks([{"kind": "evsys_logger", "placement": "inline"}])),
+    }
+    calls: Blocks = {name: [] for name in ways}
+    lateness: Blocks = {name: [] for name in ways}
+    names = list(ways)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            async with _bus(ways[name]()) as (bus, state):
+                took, late = await _steps(bus, state)
+            calls[name].append(took)
+            lateness[name].append(late)
+    return calls, lateness
+
+
+@asynccontextmanager
+async def _bus(callbacks: list[object]) -> AsyncGenerator[tuple[EventBus, LoopState], None]:
+    with apart() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        ctx = LogContext(Path(folder), config={"name": "bench"}, run_key="run")
+        async with EventBus(callbacks, journal=Path(folder, "journal")) as bus:
+            bus.publish(RunStart(ctx))
+            await asyncio.sleep(1.0)  # couriers have begun, on other cores than the loop
+            pin(cores[:1], threads=True)
+            yield bus, LoopState(0, STEPS, Path(folder, "run"), ctx=ctx)
+        if any(not each.complete for each in bus.receipt.deliveries) if bus.receipt else True:
+            raise RuntimeError(f"not all was delivered: {bus.receipt}")
+
+
+async def _steps(bus: EventBus, state: LoopState) -> tuple[list[float], list[float]]:
+    took: list[float] = []
+    late: list[float] = []
+    batch = TrainingBatch()
+    for step in range(STEPS):
+        began = time.perf_counter_ns()
+        bus.publish(StepEnd(state, step, batch, dict(_METRICS)))
+        ended = time.perf_counter_ns()
+        await asyncio.sleep(STEP_SECONDS)
+        took.append(ended - began)
+        late.append(max(0.0, time.perf_counter_ns() - ended - STEP_SECONDS * 1e9))
+    return took, late
+
+
+@contextlib.contextmanager
+def _server() -> Iterator[tuple[str, str]]:
+    """The tests' server, in a process of its own: where it listens, and its key."""
+    path = Path(__file__).parent.parent / "tests" / "support" / "evsys_server.py"
+    with apart():
+        process = subprocess.Popen([sys.executable, str(path), "0"], stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
+    try:
+        assert process.stdout is not None
+        url, _, key = process.stdout.readline().strip().partition(", key ")
+        yield url, key
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextlib.contextmanager
+def _environment(url: str, key: str) -> Iterator[None]:
+    names = ("EVSYS_API_URL", "EVSYS_API_KEY", "EVSYS_OFFLINE", "EVSYS_PROJECT_ID")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= {"EVSYS_API_URL": url, "EVSYS_API_KEY": key}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

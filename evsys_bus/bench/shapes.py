@@ -1,0 +1,178 @@
+"""P11: what steps cost as real programs shape them, beside the step that the other questions publish.
+
+A host has its own batches and states, or none; it puts texts, numbers of numpy, short lists and small dicts among its
+metrics; its state changes from step to step. Each shape is published to a bus with a journal, and compared with a
+`StepEnd` that has our handles and eight floats.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from time import perf_counter_ns
+from types import SimpleNamespace
+from typing import Any, Final
+
+from evsys_bus.bench.dispatch import BATCH, METRICS
+from evsys_bus.bench.harness import Run
+from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bus import EventBus
+from evsys_bus.context import LogContext, LoopState, TrainingBatch
+from evsys_bus.events import StepEnd
+
+BENCHMARKED: Final = "the benchmarked step"
+_ROOT: Final = Path("run").absolute()
+_WARM_UP: Final = 300
+"""Steps before anything is timed: the first ones compile what the later ones use."""
+
+Step = Callable[[int], StepEnd]
+"""Makes the event of a step. What is made anew for each step in a real program is made anew here too."""
+
+
+@dataclass
+class HostState:
+    """A host's own state: no class of ours, with fields of its own, some of them live."""
+
+    step: int = 0
+    num_steps: int = 1_000
+    output_dir: Path = _ROOT / "run"
+    epoch: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    model: object = field(default_factory=object)
+    phase: str = "warm"
+
+
+@dataclass
+class OwnLoopState(LoopState):
+    """A subclass of ours with fields of its own."""
+
+    epoch: int = 0
+    phase: str = "warm"
+
+
+class HostBatch:
+    """A host's own batch, which has none of our attributes."""
+
+    def __init__(self) -> None:
+        self.ids = [1, 2, 3]
+
+
+@dataclass
+class HostBatchWithMetrics:
+    """A host's own batch, which has some of our attributes."""
+
+    ids: list[int] = field(default_factory=list[int])
+    loss_fn: str = "grpo"
+    metrics: dict[str, float] = field(default_factory=lambda: {"tokens": 4096.0})
+
+
+def _state() -> LoopState:
+    return LoopState(0, 1_000, _ROOT / "run", ctx=LogContext(_ROOT, run_key="run"))
+
+
+# Any: a program may put anything in the place of a handle.
+def _with_state(state: Any) -> Step:
+    return lambda step: StepEnd(state, step, BATCH, METRICS)
+
+
+def _with_batch(batch: Any) -> Step:
+    state = _state()
+    return lambda step: StepEnd(state, step, batch, METRICS)
+
+
+def _with_metrics(metrics: dict[str, Any]) -> Step:
+    state = _state()
+    return lambda step: StepEnd(state, step, BATCH, metrics)
+
+
+def _with_changing_state() -> Step:
+    state: Any = HostState()
+
+    def make(step: int) -> StepEnd:
+        state.step, state.tokens, state.loss = step, 4_096 * step, 1 / (1 + step)
+        return StepEnd(state, step, BATCH, METRICS)
+
+    return make
+
+
+def _stopped() -> LoopState:
+    state = _state()
+    state.request_stop("no improvement")
+    return state
+
+
+def _numpy(kind: str) -> Step:
+    import numpy as np
+
+    make: Callable[[float], Any] = getattr(np, kind)
+    return _with_metrics({name: make(value) for name, value in METRICS.items()})
+
+
+_MOST: Final[dict[str, tuple[Callable[[], Step], float]]] = {
+    "batch None": (lambda: _with_batch(None), 2),
+    "batch a dict": (lambda: _with_batch({"input_ids": [1, 2], "labels": [3]}), 2),
+    "batch of the host's own": (lambda: _with_batch(HostBatch()), 2),
+    "batch of the host's own, with metrics": (lambda: _with_batch(HostBatchWithMetrics()), 2),
+    "batch with metrics and loss_fn_config": (
+        lambda: _with_batch(TrainingBatch(None, "grpo", {"clip": 0.2}, {"tokens": 4096.0})),
+        2,
+    ),
+    "state None": (lambda: _with_state(None), 2),
+    "state of the host's own": (lambda: _with_state(HostState()), 2),
+    "state of the host's own, changing": (_with_changing_state, 2),
+    "state a plain object": (lambda: _with_state(SimpleNamespace(step=0, num_steps=9, output_dir=str(_ROOT))), 2),
+    "state in a relative folder": (lambda: _with_state(SimpleNamespace(step=0, num_steps=9, output_dir="run")), 2),
+    "state a subclass of LoopState": (lambda: _with_state(OwnLoopState(0, 1_000, _ROOT, phase="main")), 2),
+    "state with a reason to stop": (lambda: _with_state(_stopped()), 2),
+    "num_steps None": (lambda: _with_state(LoopState(0, None, _ROOT)), 2),  # pyright: ignore[reportArgumentType]
+    "metrics of numpy, float32": (partial(_numpy, "float32"), 2),
+    "metrics of numpy, float64": (partial(_numpy, "float64"), 2),
+    "None, NaN, a text and a bool among metrics": (
+        lambda: _with_metrics({**METRICS, "none": None, "nan": math.nan, "text": "warm", "bool": True}),
+        2,
+    ),
+    "a list among metrics": (lambda: _with_metrics({**METRICS, "lengths": [12, 7, 31]}), 3),
+    "a dict among metrics": (lambda: _with_metrics({**METRICS, "reward": {"math": 0.5, "code": 0.25}}), 3),
+    "a dict of dicts and lists among metrics": (
+        lambda: _with_metrics({**METRICS, "reward": {"math": {"easy": 0.5, "hard": 0.1}, "code": [0.25, 0.5]}}),
+        3,
+    ),
+}
+"""How each shape is made, and how many times as long as the benchmarked step it may take."""
+
+
+@contextmanager
+def _published(make: Callable[[], Step]) -> Generator[Run, None, None]:
+    step = make()
+    with tempfile.TemporaryDirectory() as directory, EventBus([], journal=Path(directory, "journal")) as bus:
+
+        def run(operations: int) -> int:
+            begun = perf_counter_ns()
+            for i in range(operations):
+                bus.publish(step(i))
+            return perf_counter_ns() - begun
+
+        run(_WARM_UP)
+        yield run
+
+
+SHAPES: Final = TimedQuestion(
+    name="shapes",
+    promise="P11: a step of any shape is on record for about the cost of the benchmarked one",
+    cases=(
+        Case(
+            title="a step on record",
+            contenders={BENCHMARKED: Contender(partial(_published, lambda: _with_state(_state())), ours=True)}
+            | {
+                name: Contender(partial(_published, make), "numpy" if "numpy" in name else None, ours=True)
+                for name, (make, _) in _MOST.items()
+            },
+            floor=BENCHMARKED,
+            targets=tuple(Target(of=name, to=BENCHMARKED, at_most=most) for name, (_, most) in _MOST.items()),
+        ),
+    ),
+)

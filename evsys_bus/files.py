@@ -1,0 +1,618 @@
+"""Files that survive full disks, kills and resumes: what the journal and the file adapters write through.
+
+`replace_file`, `read_file` and `load_file` are for small files that are replaced as a whole. `AppendFile` owns the
+bytes of one file of lines, `Backlog` the writes that a disk refused, `FileLock` which process writes. What a line means
+is the business of the adapter.
+"""
+
+import errno
+import io
+import os
+import stat
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain, count, takewhile
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, TypeVar, cast
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.disk import (
+    BLOCK,
+    NO_LOCKS,
+    NOT_A_FILE,
+    DamagedFileError,
+    Disk,
+    OsDisk,
+    current_disk,
+    damaged_names,
+    open_binary,
+    parent_of,
+    read_file,
+    replace_by_blocks,
+    replace_file,
+    replacing,
+    use_disk,
+    write_all,
+)
+from evsys_bus.savepoints import Savepoints, hidden_name
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+__all__ = [
+    "DAMAGE",
+    "AppendFile",
+    "Backlog",
+    "DamagedFileError",
+    "FileLock",
+    "create_file",
+    "load_file",
+    "lock_file",
+    "names_in",
+    "open_binary",
+    "read_file",
+    "replace_file",
+    "use_disk",
+    "write_into_place",
+]
+
+_MAX_WAITING_BYTES: Final = 16 << 20
+_T = TypeVar("_T")
+_MOST_WARNED: Final = 1024
+
+DAMAGE: Final = (msgspec.MsgspecError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
+"""What decoding a damaged file may raise: bytes that are no text and brackets without end are no `DecodeError`."""
+
+_warned: dict[tuple[str, str], None] = {}
+"""Damaged files that stay where they are, and what is wrong with them: the newest ones."""
+
+
+def load_file(
+    path: str | os.PathLike[str],
+    decode: Callable[[bytes], _T],
+    *,
+    set_aside: bool,
+    most_bytes: int = 16 << 20,
+    disk: Disk | None = None,
+) -> _T | None:
+    """What a small file says; None where it is missing or damaged, so that it is made anew.
+
+    It is damaged if it is no regular file, empty, larger than ``most_bytes``, or if ``decode`` raises: ``file.damaged``
+    is then logged as a WARNING.
+
+    Args:
+        path: The file.
+        decode: Makes a value of its bytes; what it does not know (a later version, say) it refuses with ValueError.
+        set_aside: Whether to move a damaged file to ``<path>.damaged``, in place of an earlier one. For whoever
+            writes the file; who only looks leaves it.
+        most_bytes: How large it may be.
+        disk: The file system.
+
+    Raises:
+        OSError: It cannot be read now, which is no damage.
+    """
+    disk = current_disk() if disk is None else disk
+    place = os.fspath(path)
+    data: bytes | None = None
+    try:
+        data = read_file(place, most_bytes=most_bytes, disk=disk)
+        if not data:
+            raise DamagedFileError("it is empty")  # as any other damage
+        return decode(data)
+    except FileNotFoundError:
+        return None
+    except DAMAGE as error:
+        why = str(error) or type(error).__name__
+    aside = _set_aside(disk, place, data) if set_aside else None
+    if aside is not None:
+        log().warning("file.damaged", file=place, why=why, aside=aside)
+    elif (place, why) not in _warned:
+        _warned[place, why] = None
+        if len(_warned) > _MOST_WARNED:
+            _warned.pop(next(iter(_warned)), None)
+        log().warning("file.damaged", file=place, why=why)
+    return None
+
+
+def _set_aside(disk: Disk, place: str, data: bytes | None) -> str | None:
+    """Move a damaged file out of the way; None where it stays, or another process has written it anew meanwhile."""
+    try:
+        if data is not None and read_file(place, disk=disk) != data:
+            return None
+    except (OSError, DamagedFileError):
+        return None
+    for aside in damaged_names(place):
+        for _ in range(2):
+            try:
+                disk.rename(place, aside)
+            except FileNotFoundError:
+                return None
+            except OSError:  # a directory does not take the place of a file, nor the other way round
+                try:
+                    disk.remove(aside)
+                except OSError:
+                    break
+            else:
+                return aside
+    return None
+
+
+def create_file(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o600, disk: Disk | None = None) -> bool:
+    """As `replace_file`, but of several that do so at once the first one counts; whether it was this one.
+
+    Where the file system has no hard links the last one counts.
+    """
+    disk = current_disk() if disk is None else disk
+    place = os.fspath(path)
+    made = f"{place}.{token_hex(8)}.new"
+    replace_file(made, data, mode=mode, disk=disk)
+    try:
+        disk.hard_link(made, place)
+    except FileExistsError:
+        return False
+    except OSError:
+        disk.rename(made, place)
+    finally:
+        with suppress(FileNotFoundError):
+            disk.remove(made)
+    disk.sync_path(parent_of(place))
+    return True
+
+
+@contextmanager
+def write_into_place(
+    path: str | os.PathLike[str],
+    *,
+    mode: int = 0o666,
+    follow_link: bool = True,
+    make_folder: bool = True,
+    disk: Disk | None = None,
+) -> Generator[BinaryIO]:
+    """A file to write to that takes the place of what is at the path when the block ends, and not if it raises.
+
+    It is on the medium then. What is no regular file, as ``/dev/stdout``, is written to at once. Raises OSError.
+    """
+    disk = current_disk() if disk is None else disk
+    place = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
+    if isinstance(disk, OsDisk) and _is_special(place):
+        with Path(place).open("wb") as file:
+            yield file
+        return
+    made = replacing(place, mode=mode, make_folder=make_folder, disk=disk)
+    with made as file, io.BufferedWriter(_Writing(disk, file), BLOCK) as out:
+        yield cast("BinaryIO", out)
+        out.flush()
+    disk.sync_path(parent_of(place))
+
+
+class _Writing(io.RawIOBase):
+    def __init__(self, disk: Disk, file: int) -> None:
+        self._disk = disk
+        self._file = file
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "ReadableBuffer", /) -> int:
+        return self._disk.write(self._file, bytes(data))
+
+
+def _is_special(path: str) -> bool:
+    try:
+        kind = os.stat(path).st_mode  # noqa: PTH116  # as text
+    except OSError:
+        return False
+    return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
+
+
+class AppendFile:
+    """A file of whole lines with one writer.
+
+    Nothing is touched before the first call; the folder is made when it is needed. The file stays open between writes
+    (closing costs a round trip on network file systems); one that was removed meanwhile is made anew. A last line
+    without an end, torn by a kill, is cut off when the file is opened; so is, where no mark names the file, all from
+    zeros on that a power cut left (a copy stays beside it if more stands behind them). Every method may raise OSError.
+
+    With ``marks``, a file goes back to how it was at the last of them after a crash. ``disk`` is where it lies: the
+    real file system, unless a test names another (`use_disk`).
+    """
+
+    def __init__(self, path: Path, marks: Savepoints | None = None, *, disk: Disk | None = None) -> None:
+        self.path = path
+        self._disk: Final = current_disk() if disk is None else disk
+        self._key = os.path.abspath(path)  # noqa: PTH100  # as the marks call it
+        self._marks = Savepoints(disk=self._disk) if marks is None else marks
+        self._settled = False
+        self._fd: int | None = None
+        self._torn_at: int | None = None
+        """Where a refused write began of which a part is still in the file."""
+
+    def settle(self) -> None:
+        """Undo what a crashed process left behind its last mark; every method does so before it looks at the file."""
+        if not self._settled:
+            self._marks.settle(self._key)
+            if self._key not in self._marks.files:  # else it ends where it was on the medium
+                self._drop_torn()
+            self._settled = True
+        if self._fd is not None and self._torn_at is not None:
+            self._take_back(self._fd, self._torn_at)
+
+    def append(self, lines: bytes, *, head: bytes = b"") -> int:
+        """Append whole lines by one ``os.write``: all of them, or none and OSError.
+
+        ``head`` goes in front if the file is empty. Returns the size of the file before.
+        """
+        fd = self._open()
+        size = self._disk.length(fd)
+        self._marks.appending(self._key, size)
+        rest = lines if size else head + lines
+        try:
+            while rest:
+                rest = rest[self._disk.write(fd, rest) :]
+        finally:
+            if rest:
+                self._take_back(fd, size)
+        return size
+
+    def replace_tail(self, start: int, lines: bytes) -> None:
+        """Put ``lines`` where the last lines, from byte ``start`` on, were, in one write.
+
+        Shorter lines are padded with spaces. On OSError the old lines are gone, and the file ends at ``start``.
+        """
+        fd = self._open()
+        size = self._disk.length(fd)
+        lines = lines[:-1].ljust(size - start - 1) + b"\n"
+        if self._marks.protects(self._key, start):
+            self.rewrite(chain(self._head(start), [lines]))
+            return
+        self._marks.appending(self._key, size)
+        file, at, rest = self._disk.open_write(str(self.path)), start, lines
+        try:
+            while rest:
+                written = self._disk.pwrite(file, rest, at)
+                at, rest = at + written, rest[written:]
+        finally:
+            self._disk.close(file)
+            if rest:
+                self._take_back(fd, start)
+
+    def lines(self) -> Iterator[bytes]:
+        """Every whole line, its end included; none if there is no file."""
+        self.settle()
+        try:
+            file = open_binary(self.path, self._disk)
+        except FileNotFoundError:
+            return
+        with file:
+            yield from (line for line in file if line.endswith(b"\n"))
+
+    def rewrite(self, lines: Iterable[bytes]) -> int:
+        """Replace the whole file in one move, and return its new size; until then, and on an error, it is as it was."""
+        self._shut()
+        self.settle()
+        return self._replace(self._disk.resolve(str(self.path)), lines)  # a link stays a link
+
+    def size(self) -> int:
+        """How many bytes it has; 0 if there is no file."""
+        self.settle()
+        try:
+            return self._disk.size(str(self.path))
+        except FileNotFoundError:
+            return 0
+
+    def first_line(self) -> bytes:
+        """The first line, whole or torn; nothing if there is no file."""
+        self.settle()
+        try:
+            with open_binary(self.path, self._disk) as file:
+                return file.readline()
+        except FileNotFoundError:
+            return b""
+
+    def set_aside(self) -> Path | None:
+        """Move the file to ``<name>.<number>.set-aside``, the first that is free; None if there is none."""
+        self._shut()
+        target = self._disk.resolve(str(self.path))
+        try:
+            taken = set(self._disk.names(parent_of(target)))
+            name = target.rpartition("/")[2]
+            aside = next(each for number in count(1) if (each := f"{name}.{number}.set-aside") not in taken)
+            self._disk.rename(target, f"{parent_of(target)}/{aside}")
+        except FileNotFoundError:
+            return None
+        return Path(parent_of(target), aside)
+
+    def keep(self, wanted: Callable[[bytes], bool]) -> None:
+        """Cut the lines that are not wanted; a file that loses none is left alone."""
+        if not all(map(wanted, self.lines())):
+            self.rewrite(filter(wanted, self.lines()))
+
+    def close(self) -> None:
+        """Close the file; the next write opens it again."""
+        self._shut()
+        self._marks.closed(self._key)
+
+    def _replace(self, place: str, blocks: Iterable[bytes]) -> int:
+        folder, _, name = place.rpartition("/")
+        size = replace_by_blocks(
+            place,
+            _joined(blocks),
+            mode=0o666,
+            disk=self._disk,
+            beside=f"{folder}/{hidden_name(name)}.new",
+            moving=partial(self._marks.replacing, self._key),
+        )
+        self._marks.replaced(self._key)
+        return size
+
+    def _shut(self) -> None:
+        """Close the file; not before it is whole."""
+        if self._fd is not None:
+            self.settle()
+            self._forget()
+
+    def _forget(self) -> None:
+        fd, self._fd, self._torn_at = self._fd, None, None
+        if fd is not None:
+            self._disk.close(fd)
+
+    def _take_back(self, fd: int, size: int) -> None:
+        """Cut what a refused write left; where that is refused too, before the file is next used."""
+        self._torn_at = size
+        self._disk.truncate(fd, size)
+        self._torn_at = None
+
+    def _open(self) -> int:
+        if self._fd is not None and self._disk.links(self._fd):
+            self.settle()
+            return self._fd
+        self._forget()  # somebody removed it
+        self.settle()
+        path = str(self.path)
+        try:
+            fd = self._disk.open_file(path)
+        except FileNotFoundError:
+            self._disk.make_directory(parent_of(path), 0o777)
+            fd = self._disk.open_file(path)
+        try:
+            self._cut_torn(fd)
+        except OSError:
+            self._disk.close(fd)
+            raise
+        self._fd = fd
+        return fd
+
+    def _drop_torn(self) -> None:
+        """Cut the file where a power cut left zeros; what stands behind them comes again, and a copy of it is kept."""
+        target = self._disk.resolve(str(self.path))
+        try:
+            with open_binary(target, self._disk) as file:
+                whole = sum(map(len, takewhile(lambda line: b"\0" not in line, file)))
+                file.seek(whole)
+                behind = file.readline() and file.read(1)
+        except FileNotFoundError:
+            return
+        if whole < (size := self._disk.size(target)):
+            aside = f"{target}.{token_hex(4)}.set-aside" if behind else None
+            if aside is not None:
+                replace_by_blocks(aside, self._head(size), mode=0o666, disk=self._disk)
+            self._replace(target, self._head(whole))
+            log().warning("file.torn", file=str(self.path), kept_bytes=whole, aside=aside)
+
+    def _cut_torn(self, fd: int) -> None:
+        size = start = self._disk.length(fd)
+        newline = -1
+        while start and newline < 0:
+            end, start = start, max(0, start - BLOCK)
+            newline = self._disk.pread(fd, end - start, start).rfind(b"\n")
+        whole = start + newline + 1
+        if whole < size:
+            self._disk.truncate(fd, whole)
+
+    def _head(self, size: int) -> Iterator[bytes]:
+        """The first bytes of the file."""
+        with open_binary(self.path, self._disk) as file:
+            while size and (block := file.read(min(size, BLOCK))):
+                size -= len(block)
+                yield block
+
+
+def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in blocks, so that each write is worth its call."""
+    block = bytearray()
+    for line in lines:
+        block += line
+        if len(block) >= BLOCK:
+            yield bytes(block)
+            block.clear()
+    if block:
+        yield bytes(block)
+
+
+def names_in(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> list[str]:
+    """What is in a folder, sorted; nothing if there is no such folder. Raises OSError where it cannot be listed now."""
+    try:
+        return sorted((current_disk() if disk is None else disk).names(os.fspath(folder)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def lock_file(path: str, *, mode: int = 0o600, disk: Disk) -> int | None:
+    """As `Disk.lock`; the folder is made if need be, and what is no file there is set aside, with a WARNING."""
+    made = False
+    for last in (False, False, True):
+        try:
+            return disk.lock(path, mode)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            if last or not (missing or error.errno in NOT_A_FILE):
+                raise
+            if missing and not made:
+                made = True
+                disk.make_directory(parent_of(path), 0o777 if mode & 0o077 else 0o700)
+            else:  # no file, or a link to nothing
+                aside = _set_aside(disk, path, None)
+                log().warning("file.damaged", file=path, why=error.strerror, aside=aside)
+    raise AssertionError("the third try returns or raises")
+
+
+class FileLock:
+    """Says to other processes that this one is at work on something, for as long as the object lives.
+
+    It ends with the process, however that ends; a forked child does not have it. Who takes it again in this process
+    shares it. The locked file may hold a note, which `write` replaces and `read_file` reads.
+    """
+
+    _held: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
+    _guard: ClassVar = threading.RLock()  # a signal handler that publishes may come to `take` in the middle of it
+
+    def __init__(self, fd: int, disk: Disk) -> None:
+        self._fd: int | None = fd
+        self._disk = disk
+
+    @classmethod
+    def take(cls, path: Path, *, disk: Disk | None = None) -> "FileLock | None":
+        """Lock the file, made if need be; None while another process has it.
+
+        What is no file is set aside, with a WARNING. Where the file system has no locks it is held by everybody, with a
+        WARNING. Raises OSError.
+        """
+        disk = current_disk() if disk is None else disk
+        place = disk.resolve(str(path))
+        key = (id(disk), place)
+        with cls._guard:
+            lock = cls._held.get(key)
+            if lock is not None and lock.is_open:
+                return lock
+            try:
+                fd = lock_file(str(path), mode=0o666, disk=disk)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log().warning("file.not_locked", file=str(path), error=str(error))
+                fd = disk.open_file(str(path))
+            if fd is None:
+                return cls._held.get(key)  # that one may be ours by now
+            lock = cls._held[key] = cls(fd, disk)
+            return lock
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is this process's: not so in a child forked from the one that took it."""
+        return self._fd is not None
+
+    def write(self, note: bytes) -> None:
+        """Have the locked file hold just this, on the medium; a power cut may leave a part of it."""
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the lock was released")
+        self._disk.truncate(self._fd, 0)
+        write_all(self._disk, self._fd, note)
+        self._disk.sync(self._fd)
+
+    @classmethod
+    def close_in_child(cls) -> None:
+        """Else a child that outlives its parent would hold what nobody writes."""
+        cls._guard = threading.RLock()
+        for lock in list(cls._held.values()):
+            lock.release()
+        cls._held = WeakValueDictionary()
+
+    def release(self) -> None:
+        """Let another process have it, before this object is gone."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            self._disk.close(fd)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the descriptor is still good, which it is not once a simulated process has ended."""
+        try:
+            return self._fd is not None and self._disk.links(self._fd) >= 0
+        except OSError:
+            return False
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            self.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FileLock.close_in_child)
+
+
+class Backlog:
+    """Writes to one file, in order; what the disk refuses waits in memory and is tried again with the next write.
+
+    Bounded: beyond ``max_bytes`` the newest write is given up. The first refusal is logged at once, repeated ones at
+    most once a second with their count, and so is every write given up.
+    """
+
+    def __init__(self, file: str, *, max_bytes: int = _MAX_WAITING_BYTES) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self._faults = FaultLog()
+        self._waiting: deque[tuple[Callable[[], object], int]] = deque()
+        self._bytes = 0
+        self.lost = 0
+        """Writes given up, because too much was waiting."""
+
+    @property
+    def waiting(self) -> int:
+        """Writes that the disk has refused so far."""
+        return len(self._waiting)
+
+    def write(self, action: Callable[[], object], size: int) -> None:
+        """Run ``action`` after those that wait; one that raises OSError, having done nothing, is kept and run again.
+
+        ``size`` is about how many bytes it holds on to. What else it raises is a bug, and reaches the caller.
+        """
+        troubled = bool(self._waiting)
+        self._waiting.append((action, size))
+        self._bytes += size
+        self._run(troubled=troubled)
+        if self._waiting and self._bytes > self._max_bytes:
+            self._bytes -= self._waiting.pop()[1]
+            self.lost += 1
+            self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._waiting))
+
+    def settle(self) -> None:
+        """Try once more to write what waits, for a mark: what it says to be on the medium must be there.
+
+        Raises:
+            OSError: The disk still refuses, or has refused so much that rows were given up.
+        """
+        if self._waiting:
+            self._run(troubled=True)
+        if self._waiting or self.lost:
+            raise OSError(errno.EAGAIN, f"{len(self._waiting)} writes wait, {self.lost} were given up", self._file)
+
+    def flush(self) -> None:
+        """Try once more to write what waits, and log how much is left."""
+        if self._waiting:
+            self._run(troubled=True)
+        self._faults.flush()
+        if self._waiting:
+            log().warning("rows.unwritten", file=self._file, waiting=len(self._waiting), lost=self.lost)
+
+    def _run(self, *, troubled: bool) -> None:
+        while self._waiting:
+            action, size = self._waiting.popleft()
+            self._bytes -= size
+            try:
+                action()
+            except OSError as error:
+                self._waiting.appendleft((action, size))
+                self._bytes += size
+                self._faults.warn(
+                    "rows.waiting", "refused", file=self._file, why=str(error), waiting=len(self._waiting)
+                )
+                return
+        if troubled:
+            log().info("rows.written_again", file=self._file, lost=self.lost)

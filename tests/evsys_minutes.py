@@ -1,0 +1,126 @@
+"""EvSys' API in trouble for a minute: killed, hanging, refusing, cutting, losing replies; and what has arrived then.
+
+usage: uv run python tests/evsys_minutes.py [--seconds 60]
+
+All troubles at once, each with a server and a program of its own, which trains while the trouble lasts and then ends;
+`evsys-bus sync` finishes what is pending. The long form of tests/adapters/test_evsys_troubles.py.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from adapters import test_evsys_troubles as troubles
+from support import evsys_server as evsys
+from support.programs import EVSYS_BUS
+
+ANSWERS = {
+    "answers 429, Retry-After 1": lambda: evsys.answer(429, Retry_After="1"),
+    "answers 500": lambda: evsys.answer(500),
+    "answers HTML": lambda: evsys.html(200),
+    "hangs": lambda: "hang",
+    "cuts connections": lambda: "cut",
+}
+TROUBLES = [*ANSWERS, "answers 401", "is killed", "loses replies", "none"]
+
+
+def train(folder, url):
+    """The program: an experiment, and how long a publish took it."""
+    from evsys_bus import EventBus, build_callbacks
+
+    os.environ |= {"EVSYS_API_URL": url, "EVSYS_API_KEY": evsys.KEY}
+    taken = []
+    callbacks = build_callbacks([{"kind": "evsys_logger", "params": {"timeout_seconds": 5}}])
+    with EventBus(callbacks, journal=folder / "journal", drain_timeout=1, linger_seconds=0.5) as bus:
+
+        class Timed:
+            @staticmethod
+            def publish(event):
+                began = time.perf_counter()
+                bus.publish(event)
+                taken.append(time.perf_counter() - began)
+                time.sleep(0.02)
+
+        troubles.publish_experiment(Timed, folder)
+    print(json.dumps(statistics.median(taken) * 1e6))
+
+
+def trouble(name, seconds, folder, results):
+    """One trouble, from before the program begins; then healed, and synced until nothing is pending."""
+    with evsys.EvsysServer() as server:
+        url, until = server.url, time.monotonic() + seconds
+        if name in ANSWERS:
+            server.fault = lambda op, args: ANSWERS[name]() if time.monotonic() < until else None
+        elif name == "loses replies":
+            lost = set()
+
+            def lose(op, args):
+                key = json.dumps([op, args], sort_keys=True)
+                first = key not in lost
+                lost.add(key)
+                return first and time.monotonic() < until
+
+            server.lose = lose
+        elif name == "answers 401":
+            server.keys = set()
+        elif name == "is killed":
+            server.stop()
+        command = [sys.executable, __file__, "--train", str(folder), url]
+        took = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        time.sleep(max(0.0, until - time.monotonic()))
+        if name == "is killed":
+            server.start()
+        server.keys = {evsys.KEY}
+        environment = os.environ | {"EVSYS_API_URL": url, "EVSYS_API_KEY": evsys.KEY}
+        sync = [EVSYS_BUS, "sync", folder / "journal", "--timeout", "90"]
+        for _ in range(5):
+            done = subprocess.run(sync, env=environment, capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                break
+        try:
+            troubles.all_there(server)
+            results[name] = f"all there, once; publish {took:.0f} us; {server.asked} requests"
+        except AssertionError as error:
+            results[name] = f"WRONG: {error} {done.stdout} {done.stderr}"
+
+
+def main():
+    """Say what became of each; the exit code is the number that went wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--train", nargs=2)
+    arguments = parser.parse_args()
+    if arguments.train:
+        train(Path(arguments.train[0]), arguments.train[1])
+        return 0
+    results = {}
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
+        threads = []
+        for name in TROUBLES:
+            folder = Path(root, name.replace(" ", "-"), "experiment")
+            folder.mkdir(parents=True)
+            thread = threading.Thread(target=trouble, args=(name, arguments.seconds, folder, results))
+            thread.start()
+            threads.append(thread)
+            stack.callback(thread.join)
+        for thread in threads:
+            thread.join()
+    for name in TROUBLES:
+        print(f"the server {name}: {results.get(name, 'WRONG: it ended half-way')}")
+    wrong = sum(not results.get(name, "").startswith("all there") for name in TROUBLES)
+    print(
+        f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of trouble each"
+    )
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,425 @@
+"""Interrupts at random moments: SIGINT, once or twice, while short buses are entered, published to and left.
+
+    uv run python tests/interrupts.py --count 5000 [--seed 1]
+
+Each child process has one form of entering and its own journals; a timer of the system interrupts it between any two
+instructions. After each bus is checked: what was acknowledged is in the journal once, and nothing else is held or left
+behind: locks, threads, signal handlers, a later KeyboardInterrupt. After some buses the CSV file of the follower must
+have every row once. The seed fixes the moments as far as real processes can.
+
+An interrupt may tear asyncio itself, without any bus: a loop that had taken a task's next step out of its queue never
+makes it, and ``Runner.close`` waits for that task for ever. Such a runner gets the third Ctrl-C that a person would
+give; they are counted. What hangs otherwise is a fault: the child is ended, and another one goes on with its journal.
+"""
+
+import argparse
+import asyncio
+import collections
+import csv
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from evsys_bus import Callback, Eval, EventBus, LoopState, StepEnd, TrainingBatch, build_callbacks
+from evsys_bus.codec import decode
+from evsys_bus.disk import OsDisk
+from evsys_bus.journal import JournalReader, layout
+
+FORMS = ("with", "with in asyncio", "with in uvloop", "async with asyncio", "async with uvloop")
+HANG_SECONDS = 30
+LOST_SECONDS = 2
+"""How long a loop must sit still, with a task that nothing will ever wake, to be known as torn."""
+MOST_WRONG = 20
+BUSES_A_JOURNAL = 10
+EVENTS_A_BUS = 200
+COUNTS = ("interrupts", "buses", "not_left", "torn_runners", "lost_steps")
+COUNTERS = ("phases", "lines", "raised")
+
+
+class Program:
+    """One child: enters and leaves buses, and notes what went wrong."""
+
+    def __init__(self, form: str, seed: int, folder: Path) -> None:
+        self.form, self.folder = form, folder
+        self.random = random.Random(f"{form} {seed}")
+        self.wrong: list[str] = []
+        self.phases: collections.Counter[str] = collections.Counter()
+        self.lines: collections.Counter[str] = collections.Counter()
+        self.raised: collections.Counter[str] = collections.Counter()
+        self.interrupts = self.buses = self.not_left = self.torn_runners = self.lost_steps = self.step = 0
+        self.runner: asyncio.Runner | None = None
+        self.journal = self.out = Path()
+        self.acknowledged: list[tuple[str, int]] = []
+        self.second_after: float | None = None
+        self.waits_for_body = False
+        self.began = self.entry_seconds = self.body_seconds = 0.0
+        self.struck: list[str] = []
+        self.ignored: list[object] = []
+        sys.unraisablehook = lambda unraisable: self.ignored.append(unraisable.object)
+        self.until = float("inf")
+        threading.Thread(target=self._watch, daemon=True).start()
+        self.threads = set(threading.enumerate())
+        signal.signal(signal.SIGALRM, self._strike)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
+    # -- the interrupts -----------------------------------------------------------------------------------------------
+
+    def _strike(self, number: int, frame) -> None:
+        after, self.second_after = self.second_after, None
+        if after is not None:
+            signal.setitimer(signal.ITIMER_REAL, after)
+        phase, line = where(frame)
+        self.phases[phase] += 1
+        self.lines[line] += 1
+        self.struck.append(f"{phase} {line}")
+        self.interrupts += 1
+        signal.raise_signal(signal.SIGINT)
+
+    def arm(self, longest: float) -> None:
+        """Two of five while it publishes, and two of five before the exit, which takes longest; half of them twice."""
+        self.second_after = self.random.uniform(1e-5, 0.01) if self.random.random() < 0.5 else None
+        where = self.random.random()
+        self.waits_for_body = where < 0.4
+        if not self.waits_for_body:
+            most = self.entry_seconds + 1.1 * self.body_seconds if where < 0.8 else longest
+            signal.setitimer(signal.ITIMER_REAL, max(1e-5, self.random.uniform(0.0, most)))
+
+    def disarm(self) -> None:
+        self.second_after, self.waits_for_body = None, False
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+    def _watch(self) -> None:
+        """What a person before the terminal would do."""
+        still = 0
+        while True:
+            time.sleep(0.1)
+            still = still + 1 if self._is_torn() else 0
+            if still > 10 * LOST_SECONDS:
+                still = 0
+                self.lost_steps += 1
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            if time.monotonic() > self.until:
+                stacks = [traceback.format_stack(frame)[-9:] for frame in sys._current_frames().values()]
+                self.wrong.append(f"hangs; interrupted at {self.struck}; {self._tasks()}: {stacks}")
+                self.report(unchecked=[str(self.journal), str(self.out), self.acknowledged])
+                os._exit(70)
+
+    def _tasks(self) -> list[asyncio.Task]:
+        loop = getattr(self.runner, "_loop", None)
+        try:
+            return [] if loop is None else list(asyncio.all_tasks(loop))
+        except RuntimeError:
+            return []  # it changes meanwhile
+
+    def _is_torn(self) -> bool:
+        """Whether the loop sits still over a task whose next step is in nobody's queue."""
+        frame = sys._current_frames().get(threading.main_thread().ident)
+        names = set()
+        while frame is not None:
+            names.add(frame.f_code.co_name)
+            frame = frame.f_back
+        if "_cancel_all_tasks" not in names or ("_run_once" in names and "select" not in names):
+            return False
+        waits = [getattr(each, "_fut_waiter", None) for each in self._tasks()]
+        return any(each is None or each.done() for each in waits)
+
+    # -- one bus ------------------------------------------------------------------------------------------------------
+
+    def bus(self, journal: Path, out: Path, couriers: str = "thread") -> EventBus:
+        program = self
+
+        class Hooks(Callback):
+            def on_step_end(self, state, step_idx, batch, metrics):
+                metrics["more"] = sum(range(50))
+                if step_idx % 4 == 0:
+                    bus.publish(Eval(state, step_idx, "nested", {"v": 1.0}))
+                    program.acknowledged.append(("eval", step_idx))
+                if step_idx % 8 == 0:
+                    self.spawn(asyncio.sleep, 0.0)
+
+        specs = [{"kind": "csv_metrics", "params": {"out_path": str(out)}, "placement": "follow"}]
+        followed = build_callbacks(specs)
+        bus = EventBus([Hooks(), *followed], journal=journal, couriers=couriers, drain_timeout=5, linger_seconds=5)
+        return bus  # the hook needs its name
+
+    def publish(self, bus: EventBus, state: LoopState) -> None:
+        self.step += 1
+        step = self.step
+        bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 1.0 / step}))
+        self.acknowledged.append(("step", step))
+
+    def sync_body(self, bus: EventBus, state: LoopState) -> None:
+        with bus:
+            self.body_begins()
+            for _ in range(EVENTS_A_BUS):
+                self.publish(bus, state)
+            self.body_ends()
+
+    def body_begins(self) -> None:
+        self.entry_seconds = time.monotonic() - self.began
+        if self.waits_for_body:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-5, self.random.uniform(0.0, 1.1 * self.body_seconds)))
+
+    def body_ends(self) -> None:
+        self.body_seconds = time.monotonic() - self.began - self.entry_seconds
+
+    async def with_in_loop(self, bus: EventBus, state: LoopState) -> None:
+        self.sync_body(bus, state)
+
+    async def async_body(self, bus: EventBus, state: LoopState) -> None:
+        async with bus:
+            self.body_begins()
+            for _ in range(EVENTS_A_BUS):
+                self.publish(bus, state)
+                await asyncio.sleep(0)
+            self.body_ends()
+
+    def run(self, bus: EventBus, state: LoopState) -> None:
+        if self.form == "with":
+            self.sync_body(bus, state)
+            return
+        factory = asyncio.new_event_loop
+        if self.form.endswith("uvloop"):
+            import uvloop
+
+            factory = uvloop.new_event_loop
+        main = self.async_body if self.form.startswith("async") else self.with_in_loop
+        with asyncio.Runner(loop_factory=factory) as runner:
+            self.runner = runner
+            runner.get_loop()
+            runner.run(main(bus, state))
+
+    def one(self, journal: Path, out: Path, longest: float | None, couriers: str) -> float:
+        """One bus, interrupted unless there is no ``longest``; how long it took."""
+        self.journal, self.out = journal, out
+        state = LoopState(self.step, 10**9, journal.parent / "run")
+        bus = self.bus(journal, out, couriers)
+        self.began = began = time.monotonic()
+        self.until = began + HANG_SECONDS
+        raised, before = "nothing", self.interrupts
+        self.struck, self.ignored = [], []
+        try:
+            if longest is not None:
+                self.arm(longest)
+            self.run(bus, state)
+            self.disarm()
+        except BaseException as error:
+            self.disarm()
+            raised = type(error).__name__
+            if longest is None:
+                self.wrong.append(f"raised {error!r} where nobody interrupted")
+        took = time.monotonic() - began
+        if self.interrupts > before:
+            # Python itself drops what a finalizer or a callback of a weak reference raises.
+            raised = "nothing; Python ignored it" if raised == "nothing" and self.ignored else raised
+            self.raised[raised] += 1
+            if raised == "nothing":
+                self.wrong.append(f"an interrupt was swallowed; interrupted at {self.struck}")
+        for _ in range(3):  # what a later instruction would raise
+            time.sleep(0)
+        if took > HANG_SECONDS / 2:
+            self.wrong.append(f"took {took:.1f} s; interrupted at {self.struck}")
+        self.buses += 1
+        self.runner = None
+        self.check(bus, journal)
+        self.until = float("inf")
+        return took
+
+    def check(self, bus: EventBus, journal: Path) -> None:
+        if bus.health().state == "open" or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            # The interrupt came before the first instruction of the exit, or behind the last but one; or it tore the
+            # loop. The end of the program does this then.
+            self.not_left += 1
+            bus.__exit__(None, None, None)
+        until = time.monotonic() + 5
+        while (left := self.left_threads()) and time.monotonic() < until:
+            time.sleep(0.01)
+        if left:
+            at = {each.ident: each.name for each in threading.enumerate() if each not in self.threads}
+            stacks = [
+                traceback.format_stack(frame)[-6:] for ident, frame in sys._current_frames().items() if ident in at
+            ]
+            self.wrong.append(f"threads left: {left}: {stacks}; interrupted at {self.struck}")
+            self.threads |= set(threading.enumerate())
+        for stream in JournalReader(journal).streams() if journal.exists() else ():
+            if OsDisk().is_locked(f"{journal}/{stream}/{layout.LOCK}"):
+                self.wrong.append(f"{stream} is locked")
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            self.wrong.append("the handler of SIGTERM is not what it was")
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the interrupt tore `asyncio.Runner`
+            self.torn_runners += 1
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def left_threads(self) -> list[str]:
+        return [each.name for each in threading.enumerate() if each not in self.threads and each.is_alive()]
+
+    def check_journal(self, journal: Path, out: Path) -> None:
+        """All that was acknowledged is there once, and delivered once."""
+        reader = JournalReader(journal)
+        found: collections.Counter[tuple[str, int]] = collections.Counter()
+        for stream in reader.streams():
+            for record in reader.read(stream):
+                event = decode(record.payload).event
+                if isinstance(event, StepEnd):
+                    found["step", event.step_idx] += 1
+                elif isinstance(event, Eval):
+                    found["eval", event.step_idx] += 1
+        lost = [each for each in self.acknowledged if not found[each]]
+        twice = [each for each, count in found.items() if count > 1]
+        if lost:
+            self.wrong.append(f"acknowledged and not in the journal: {lost}")
+        if twice:
+            self.wrong.append(f"recorded twice: {twice}")
+        rows = [int(row["step"]) for row in csv.DictReader(out.open())] if out.exists() else []
+        undelivered = sorted({step for kind, step in found if kind == "step"} - set(rows))
+        if undelivered:
+            self.wrong.append(f"in the journal and not in the file: {undelivered}")
+        if len(rows) != len(set(rows)) or rows != sorted(rows):
+            self.wrong.append(f"rows doubled or out of order: {[row for row in rows if rows.count(row) > 1]}")
+        if strange := set(rows) - {step for _, step in found}:
+            self.wrong.append(f"in the file and not in the journal: {strange}")
+        self.acknowledged.clear()
+
+    def report(self, **more: object) -> None:
+        print(json.dumps({key: getattr(self, key) for key in (*COUNTS, "wrong", *COUNTERS)} | more), flush=True)
+
+    def all(self, count: int) -> None:
+        while self.interrupts < count and len(self.wrong) < MOST_WRONG:
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            journal, out = folder / "journal", folder / "m.csv"
+            # The first tells how long one takes, the last delivers what is left; both find what came up too late.
+            longest = 1.1 * self.one(journal, out, None, "thread")
+            couriers = "process" if self.random.random() < 0.02 else "thread"
+            for _ in range(2 if couriers == "process" else BUSES_A_JOURNAL):
+                self.one(journal, out, longest if couriers == "thread" else 0.5, couriers)
+            self.one(journal, out, None, "thread")
+            self.check_journal(journal, out)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def where(frame) -> tuple[str, str]:
+    """The phase of a bus that the frame belongs to, and the innermost line of ours."""
+    phase, line = "", ""
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if not line and ("evsys_" in file or file.startswith("<evsys-bus")):
+            line = f"{Path(file).name if '/' in file else '<publish>'}:{frame.f_lineno} {name}"
+        if not phase:
+            if name == "on_step_end":
+                phase = "hook"
+            elif "/codec/" in file:
+                phase = "encode"
+            elif "/journal/" in file:
+                phase = "write"
+            elif name in {"__aexit__", "__exit__"} and "event_bus" in file:
+                phase = "exit"
+            elif name in {"__aenter__", "__enter__", "_open"} and "event_bus" in file:
+                phase = "entry"
+            elif file.startswith("<evsys-bus"):
+                phase = "publish"
+        frame = frame.f_back
+    return phase or "the program, or its loop", line or "(elsewhere)"
+
+
+def child(form: str, count: int, seed: int, folder: Path) -> None:
+    logging.disable(logging.CRITICAL)
+    program = Program(form, seed, folder)
+    program.all(count)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    program.report()
+
+
+def after(given: list[str]) -> None:
+    """What a child has left that hung: what it had acknowledged is there, and can be delivered."""
+    logging.disable(logging.CRITICAL)
+    journal, out, acknowledged = json.loads(given[0])
+    program = Program("with", 0, Path(journal).parent)
+    program.one(Path(journal), Path(out), None, "thread")
+    program.acknowledged = [tuple(each) for each in acknowledged]
+    program.check_journal(Path(journal), Path(out))
+    program.report()
+
+
+def interrupt(count: int, seed: int, a_child: int = 250) -> dict[str, dict]:
+    """Interrupt so often, shared by the forms; what came of it, by form."""
+    with ThreadPoolExecutor(2) as pool:
+        totals = pool.map(lambda form: _interrupt(form, -(-count // len(FORMS)), seed, a_child), FORMS)
+        return dict(zip(FORMS, totals, strict=True))
+
+
+def _interrupt(form: str, share: int, seed: int, a_child: int) -> dict:
+    total = dict.fromkeys(COUNTS, 0) | {"wrong": []}
+    counters = {key: collections.Counter() for key in COUNTERS}
+    round_ = 0
+    while total["interrupts"] < share and len(total["wrong"]) < MOST_WRONG:
+        number = seed * 1000 + round_
+        round_ += 1
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            said = _run("--child", form, str(min(a_child, share)), str(number), folder)
+            unchecked = said.pop("unchecked", None)
+            if unchecked is not None:
+                said["wrong"] += [f"after it: {each}" for each in _run("--after", json.dumps(unchecked))["wrong"]]
+        total["wrong"] += [f"seed {number}: {each}" for each in said["wrong"]]
+        for key in COUNTS:
+            total[key] += said.get(key, 0)
+        for key, counter in counters.items():
+            counter.update(said.get(key, {}))
+    return total | counters
+
+
+def _run(*arguments: str) -> dict:
+    """One process of this script; what it reports."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=900, check=False
+    )
+    try:
+        said = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        said = {"wrong": []}
+    if done.returncode and not said["wrong"]:
+        said["wrong"].append(f"exit {done.returncode}: {done.stderr[-3000:]}")
+    return said
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+        return 0
+    if sys.argv[1:2] == ["--after"]:
+        after(sys.argv[2:])
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    began, bad = time.monotonic(), 0
+    for form, total in interrupt(given.count, given.seed).items():
+        print(f"{form}: {total['interrupts']} interrupts, {total['buses']} buses, {len(total['wrong'])} wrong")
+        print(
+            f"  raised: {dict(total['raised'])}; not left by themselves: {total['not_left']}, "
+            f"runners of asyncio torn: {total['torn_runners']}, and stuck: {total['lost_steps']}"
+        )
+        print(f"  hit: {dict(total['phases'].most_common())}; {len(total['lines'])} lines, most often:")
+        for line, count in total["lines"].most_common(8):
+            print(f"    {count:5} {line}")
+        for each in total["wrong"]:
+            print(f"  WRONG: {each}")
+        bad += len(total["wrong"])
+    print(f"seed {given.seed}, {time.monotonic() - began:.0f} s, {bad} wrong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""The rules that keep the listing readable, as code."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sabotage
+
+import evsys_bus
+from support import ROOT
+
+SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
+
+PUBLIC = """
+    ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
+    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health Learnt LogContext LoopArtifacts
+    LoopState ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks dispatch follow register_callback register_sink
+""".split()
+
+WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
+    "evsys_bus/callback.py": "hooks",
+    "evsys_bus/bus/callback_marks.py": "what callbacks make of their marks; code of what stands in a step",
+    "evsys_bus/bus/recording.py": "code of what stands in a state",
+    "evsys_bus/journal/upkeep.py": "a round of upkeep; the next one tries again",
+    "evsys_bus/attached.py": "copying what an adapter was constructed with",
+    "evsys_bus/bus/closing.py": "close and settle_owed of callbacks",
+    "evsys_bus/events.py": "the code of a step that is no int",
+    "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
+    "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
+    "evsys_bus/bus/entrance.py": "Ctrl-C while signals are let go; raised again",
+    "evsys_bus/watchdog.py": "its looks; the next ones follow",
+    "evsys_bus/tasks/uninterrupted.py": "Ctrl-C while one waits; raised once the work is done",
+    "evsys_bus/tasks/loops.py": "Ctrl-C while a loop is begun; raised again",
+    "evsys_bus/tasks/office.py": "who is told of a task's end",
+    "evsys_bus/journal/writer.py": "opening; raised again",
+    "evsys_bus/delivery/kept_process.py": "starting a process; its thread; writing what became of it",
+    "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
+    "evsys_bus/bus/news.py": "what stands in the couriers' log; the program's streams and handlers",
+    "evsys_bus/bus/following.py": "looks at files and couriers; what cannot be read is unknown",
+    "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
+    "evsys_bus/delivery/hooks.py": "followed hooks",
+    "evsys_bus/delivery/process_log.py": "code of what is logged",
+    "evsys_bus/testing/findings.py": "the adapter under test",
+    "evsys_bus/testing/callback_trial.py": "its tasks",
+    "evsys_bus/tasks/bounded_call.py": "a sink's calls; handed back as a value",
+    "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
+    "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
+    "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
+    "evsys_bus/codec/fields.py": "code of values",
+    "evsys_bus/codec/foreign.py": "code of values",
+    "evsys_bus/codec/json_line.py": "code of values",
+    "evsys_bus/codec/own_fields.py": "code of a host's state, and of what is in it",
+    "evsys_bus/codec/plain.py": "code of values",
+    "evsys_bus/codec/reading.py": "code of the types that values are decoded to",
+    "evsys_bus/codec/references.py": "code of a host's handles; the str of a stranger's exception",
+    "evsys_bus/codec/shapes.py": "code in annotations",
+    "evsys_bus/codec/step_form.py": "code of values",
+    "evsys_bus/codec/writing.py": "code of values",
+    "evsys_bus/tasks/see_through.py": "the training; raised again where it is awaited",
+    "evsys_bus/training/error_file.py": "the text of a stranger's exception",
+    "evsys_bus/training/arm_run.py": "a run of an experiment; benchmarks after training; its close",
+    "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
+    "evsys_bus/delivery/crew.py": "building an adapter; a delivery that broke down; writing that down",
+    "evsys_bus/wiring/construct.py": "a plugin's Config and constructor",
+    "evsys_bus/wiring/followed.py": "a plugin's import; a stranger's equality",
+    "evsys_bus/wiring/recipe.py": "a recipe's module, its Config and its annotation",
+    "evsys_bus/wiring/registry.py": "a plugin's import",
+    "adapters/evsys_adapters/_result_fields.py": "the look-up of a stranger",
+    "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
+    "adapters/evsys_adapters/print_progress.py": "the number of a stranger",
+    "adapters/evsys_adapters/_terminal.py": "the str of a stranger",
+}
+
+BREAKAGES = sabotage.breakages()
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_imports_never_point_up():
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("lint-imports"))], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_public_names_are_these():
+    assert sorted(evsys_bus.__all__) == sorted(PUBLIC)
+    for each in evsys_bus.__all__:
+        assert getattr(evsys_bus, each).__module__.startswith("evsys_bus.")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_file_has_at_most_about_600_lines(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 620
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_a_file_says_what_it_owns(path):
+    assert ast.get_docstring(tree(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_tasks_start_in_the_room_for_tasks_only(path):
+    starts = {"create_task", "ensure_future", "gather", "run_coroutine_threadsafe"}
+    called = {
+        node.func.attr
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    }
+    assert name(path).startswith("evsys_bus/tasks/") or not called & starts or "/bench/" in name(path)
+
+
+def test_the_list_of_walls_is_no_longer_than_it_must_be():
+    for each in WALLS:
+        assert (
+            "except Exception" in (text := (ROOT / each).read_text())
+            or "except BaseException" in text
+            or "except (Exception" in text
+        )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_everything_is_caught_at_the_known_walls_only(path):
+    wide = [
+        ast.unparse(node.type) if node.type else "everything"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ExceptHandler)
+        and (
+            node.type is None
+            or {"Exception", "BaseException"} & {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+        )
+    ]
+    assert not wide or name(path) in WALLS, wide
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_file_is_named_after_a_library_or_a_module_of_python(path):
+    taken = set(sys.stdlib_module_names) | {"anyio", "msgspec", "structlog", "uvloop", "click", "rich", "wandb"}
+    assert path.stem == "__init__" or path.stem not in taken - {"signals"}
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda each: each["name"])
+def test_a_planned_breakage_finds_its_function_and_its_tests(breakage):
+    text = (ROOT / sabotage.source_of(breakage["function"])).read_text(encoding="utf-8")
+    ast.parse(sabotage.broken(text, breakage["function"], breakage["body"]))
+    named = [each.split("::") for each in breakage["tests"].split() if each.startswith("tests/")]
+    assert named
+    for file, *test in named:
+        tests = (ROOT / file).read_text(encoding="utf-8")
+        for each in test:
+            assert re.search(rf"^ *(async )?def {re.escape(each.partition('[')[0])}\(", tests, re.MULTILINE), each
+
+
+def test_planned_breakages_have_names_of_their_own():
+    names = [each["name"] for each in BREAKAGES]
+    assert len(names) == len(set(names))
+
+
+def test_nothing_that_git_tracks_names_a_place_outside():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert "uv.lock" not in tracked
+    for each in tracked:
+        path = ROOT / each
+        if path.is_file() and path.suffix in {".py", ".md", ".toml", ".yaml", ""} and path != Path(__file__):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            assert "../shared" not in text, each
+            assert "/work/" not in text, each

@@ -1,0 +1,234 @@
+"""One simulated machine: virtual time, processes that die at a call, and faults of the disk, each of them counted.
+
+What a seed decides is decided here and in `simulation.py` by `random.Random`; nothing depends on real time, on the
+order of a set, or on threads.
+"""
+
+import asyncio
+import errno
+import os
+import random
+import selectors
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager, suppress
+from types import SimpleNamespace
+
+from evsys_bus.delivery import roster
+from evsys_bus.disk import replace_file
+from evsys_bus.testing import MachineStopped, ManualClock, SimulatedDisk
+
+ROOT = "/experiment"
+JOURNAL = f"{ROOT}/journal"
+THIRD = 1 / 3
+"""Added to what numbers an event, so that its last bytes are not those that stand where nothing was written."""
+CODES = (errno.EIO, errno.EMFILE)
+OPENING = {"lock", "open_append", "open_new", "open_read", "open_file", "open_write"}
+
+
+class Fault(Exception):  # noqa: N818 - the word for it here
+    """Something was not as it was promised."""
+
+
+@contextmanager
+def seeded_system(chance, clock):
+    """Have random bytes be those of the seed, and what else files hold of the real machine be always the same.
+
+    Of random bytes the names of streams and marks are made; the size of files, at which a disk is full and a write is
+    torn, goes by the number of the process, the time, and the names of the host and of folders.
+    """
+    system = (
+        (os, "urandom", chance.randbytes),
+        (random, "_urandom", chance.randbytes),
+        (os, "getpid", lambda: 4242),
+        (os, "uname", lambda: SimpleNamespace(nodename="simulated")),
+        (os, "getcwd", lambda: ROOT),
+        (roster, "import_path", lambda: (ROOT,)),
+        (time, "time", clock.wall),
+    )
+    before = [getattr(module, name) for module, name, _ in system]
+    for module, name, simulated in system:
+        setattr(module, name, simulated)
+    try:
+        yield
+    finally:
+        for (module, name, _), real in zip(system, before, strict=True):
+            setattr(module, name, real)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Jumps to its next timer instead of waiting for it."""
+
+    def __init__(self, clock):
+        super().__init__(_Jumping(clock))
+        self._clock = clock
+
+    def time(self):
+        return self._clock.monotonic()
+
+
+class _Jumping(selectors.DefaultSelector):
+    def __init__(self, clock):
+        super().__init__()
+        self._clock = clock
+
+    def select(self, timeout=None):
+        if timeout:
+            self._clock.advance(timeout)
+        return super().select(None if timeout is None else 0)
+
+
+class Machine:
+    """A disk, a clock, and what is wrong with them now.
+
+    Attributes:
+        faults: How many faults of each kind were injected.
+        trace: What happened, line by line.
+        failing: The share of calls that fail with EIO or EMFILE.
+        host: Which machine it is, for those who tell by the name of its boot.
+    """
+
+    def __init__(self, chance, *, traced=False):
+        self.clock = ManualClock(1_800_000_000.0)
+        self.disk = SimulatedDisk(self.clock)
+        self.chance = chance
+        self.faults = Counter()
+        self.trace = []
+        self.traced = traced
+        self.failing = 0.0
+        self.host = 1
+
+    def note(self, *what):
+        """Have it in the trace."""
+        line = f"{self.clock.monotonic():.3f} {self.disk.calls} " + " ".join(map(str, what))
+        self.trace.append(line)
+        if self.traced:
+            print(line, flush=True)
+
+    def inject(self, kind, *what):
+        """Count a fault of this kind."""
+        self.faults[kind] += 1
+        self.note("FAULT", kind, *what)
+
+    def calm(self):
+        """Nothing fails from now on."""
+        self.failing, self.disk.room = 0.0, None
+        self.disk.unreadable.clear()
+
+    def cut_power(self):
+        """What was not synced is there, or not, or in part, or zeros; changes of folders are there, or not."""
+        disk = self.disk
+        before = {path: bytes(disk.contents(path)) for path in disk.paths()}
+        disk.restart("power", chance=self.chance)
+        after = {path: bytes(disk.contents(path)) for path in disk.paths()}
+        for path in sorted({*before, *after}):
+            if before.get(path) != after.get(path):
+                kind = "a file gone" if path not in after else "a file back" if path not in before else "a file torn"
+                self.inject(f"power cut: {kind}", path)
+
+
+class Process:
+    """A process on the machine, as the `Disk` of those who work in it: its calls fail, or are its last ones.
+
+    Args:
+        machine: Where it runs.
+        chance: What decides about it.
+        lives: How many calls it makes before it is killed in the middle of one; None for no bound.
+        fine: Whether nothing of the machine's faults concerns it.
+    """
+
+    def __init__(self, machine, chance, *, lives=None, fine=False):
+        self.machine = machine
+        self.alive = True
+        self.calls = 0
+        self.interrupt_at = None
+        """The number of the call in which KeyboardInterrupt is raised."""
+        self._chance = chance
+        self._lives = lives
+        self._fine = fine
+        self._files = {}
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        call = self._call
+        bound = lambda *args, **named: call(name, *args, **named)  # noqa: E731
+        self.__dict__[name] = bound
+        return bound
+
+    def boot(self):
+        return f"{self.machine.disk.boot()} host {self.machine.host}"
+
+    def replace(self, path, data):
+        replace_file(path, data, make_folder=False, disk=self)
+
+    def kill(self):
+        """End it; the system closes its files."""
+        if self.alive:
+            self.alive = False
+            for file in sorted(self._files):
+                with suppress(OSError, MachineStopped):
+                    self.machine.disk.close(file)
+
+    def _call(self, name, *args, **named):
+        machine = self.machine
+        if not self.alive:
+            if name == "close":  # the system did that
+                return None
+            raise MachineStopped
+        self.calls += 1
+        if self.calls == self._lives and name != "close":
+            self._die(name, args, named)
+        if self.calls == self.interrupt_at and threading.current_thread() is threading.main_thread():
+            machine.inject("interrupt", name)
+            if self._chance.random() < 0.5:
+                raise KeyboardInterrupt
+            self._perform(name, args, named)
+            raise KeyboardInterrupt
+        if machine.failing and not self._fine and self._chance.random() < machine.failing:
+            self._fail(name, args)
+        return self._perform(name, args, named)
+
+    def _die(self, name, args, named):
+        machine, chance = self.machine, self._chance
+        machine.inject("killed in a call", name, args[0] if args else "")
+        with suppress(OSError):
+            if name == "write":
+                machine.faults["killed in a write"] += 1
+                machine.disk.write(args[0], bytes(args[1])[: chance.randint(0, len(args[1]))])
+            elif chance.random() < 0.5:
+                self._perform(name, args, named)
+        self.kill()
+        raise MachineStopped
+
+    def _fail(self, name, args):
+        machine, chance = self.machine, self._chance
+        if name == "close" or (name in OPENING and str(args[0]).endswith((".lock", ".run"))):
+            return  # without its lock a courier delivers all the same: that is not what is tried here
+        if name == "write" and chance.random() < 0.5:
+            machine.faults["short write"] += 1
+            with suppress(OSError):
+                machine.disk.write(args[0], bytes(args[1])[: chance.randrange(max(1, len(args[1])))])
+        code = chance.choice(CODES)
+        machine.inject(errno.errorcode[code], name, *args[:1])
+        raise OSError(code, errno.errorcode[code])
+
+    def _perform(self, name, args, named):
+        machine = self.machine
+        try:
+            result = getattr(machine.disk, name)(*args, **named)
+        except PermissionError:
+            machine.faults["folder unreadable"] += 1
+            raise
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                machine.faults["disk full"] += 1
+            raise
+        if name in OPENING and result is not None:
+            self._files[result] = None
+        elif name == "close":
+            self._files.pop(args[0], None)
+        elif name == "names":
+            return sorted(result)
+        return result

@@ -1,0 +1,304 @@
+"""A small server of EvSys' API: the gateway, its operations, answers and errors, and what may go wrong on the way.
+
+Strict where the hosted service would be: an unknown operation, an unknown argument or a missing one is a 4xx, NaN is
+no JSON, and a row belongs to something that is there. Every request is kept as it came (`operations`), so that a test
+can compare order and fields. `python tests/support/evsys_server.py PORT` serves by itself.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import socket
+import sys
+import threading
+import time
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+KEY = "evk-for-tests"
+PATH = "/api/dashboard/api/sdk/data/"
+
+READS = frozenset({"get_experiment", "list_experiments", "list_groups", "get_run", "list_runs", "list_checkpoints"})
+READS |= {"list_evals", "list_predictions", "get_metrics"}
+
+# Operation: the arguments that it must have, and those that it may have; None: any others besides.
+OPERATIONS = {
+    "create_experiment": ({"experiment_name"}, None),
+    "update_experiment": ({"experiment_id", "patch"}, set()),
+    "get_experiment": ({"experiment_id"}, set()),
+    "list_experiments": (set(), {"project_id", "valid_only"}),
+    "create_group": ({"experiment_id", "name"}, {"description"}),
+    "list_groups": ({"experiment_id"}, set()),
+    "create_run": (set(), None),
+    "update_run": ({"run_id", "patch"}, set()),
+    "get_run": ({"run_id"}, set()),
+    "list_runs": (set(), {"experiment_id", "group_id"}),
+    "log_metrics": ({"run_id", "step", "metrics", "split"}, set()),
+    "get_metrics": ({"run_id"}, {"name", "split"}),
+    "add_checkpoint": ({"run_id", "uri"}, {"label", "step", "base_model", "is_final"}),
+    "list_checkpoints": ({"run_id"}, set()),
+    "create_eval": (
+        {"run_id"},
+        {"benchmark_id", "metrics", "breakdowns", "step", "checkpoint_id", "model_ref", "sdk_version"},
+    ),
+    "list_evals": ({"run_id"}, set()),
+    "add_prediction": (
+        {"run_id", "kind"},
+        {
+            *("eval_id", "task_id", "instruction", "expected", "reward", "step", "sample_idx", "metadata"),
+            *("model_output", "advantage"),
+        },
+    ),
+    "list_predictions": ({"run_id"}, {"kind"}),
+}
+
+
+class RefusedError(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status, self.text = status, text
+
+
+class EvsysServer:
+    """Serves on a thread of its own, and keeps what it is sent in memory, also while it does not serve.
+
+    Attributes:
+        fault: Called with (operation, args) before anything is done; what it returns is answered instead: a Response,
+            ``"hang"`` or ``"cut"``. None answers as usual.
+        lose: Called likewise, after it was done; true: the reply is cut in its middle.
+        keys: Those that are accepted.
+    """
+
+    def __init__(self, port=0):
+        self.port = port
+        self.keys = {KEY}
+        self.fault = self.lose = None
+        self.forget()
+        self.max_bytes = 1 << 20
+        self.redirect = 308
+        self._numbers = itertools.count(1)
+        self._server = self._thread = self._hanging = None
+
+    def forget(self):
+        """Hold nothing."""
+        self.operations = []
+        """(operation, args) of every request that was carried out, reads included, in order."""
+        self.asked = 0
+        self.connections = set()
+        self.tables = {name: {} for name in ("experiments", "groups", "runs", "evals")}
+        self.metrics, self.checkpoints, self.predictions = [], [], []
+
+    # -- serving ------------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self):
+        # With its protocol, by which asyncio knows a socket that is not to wait for more.
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(("127.0.0.1", self.port))
+        listening.listen(128)
+        self.port = listening.getsockname()[1]
+        routes = [
+            Route(PATH, self.gateway, methods=["POST"]),
+            Route("/moved/{rest:path}", self.moved, methods=["POST"]),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes), log_level="critical", timeout_graceful_shutdown=0, lifespan="off", loop="asyncio"
+        )
+        self._server = uvicorn.Server(config)
+        self._hanging = asyncio.Event()
+
+        async def serve():
+            try:
+                await self._server.serve(sockets=[listening])
+            finally:
+                # What still waits for its peer, or was accepted after the server had closed its connections.
+                for _ in range(10):
+                    for connection in list(self._server.server_state.connections):
+                        connection.transport.abort()
+                    await asyncio.sleep(0)
+
+        def run():
+            with contextlib.suppress(asyncio.CancelledError):
+                asyncio.run(serve())
+            listening.close()
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.001)
+        return self
+
+    def stop(self):
+        """As if it were killed: connections are cut, and its port is free; what it holds stays."""
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join()
+        self._server = None
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        if self._server is not None:
+            self.stop()
+
+    async def moved(self, request: Request):
+        return RedirectResponse(f"/{request.path_params['rest']}", status_code=self.redirect)
+
+    async def gateway(self, request: Request):
+        self.asked += 1
+        self.connections.add(request.client)
+        body = await request.body()
+        try:
+            if request.headers.get("authorization", "").removeprefix("Bearer ") not in self.keys:
+                raise RefusedError(401, "no such key")
+            if len(body) > self.max_bytes:
+                raise RefusedError(413, "too large")
+            said = json.loads(body, parse_constant=_no_constant)
+            op, args = said["op"], said["args"]
+            instead = self.fault and self.fault(op, args)
+            if instead == "hang":
+                await asyncio.sleep(3600)
+            if instead == "cut":
+                return _Cut()
+            if instead is not None:
+                return instead
+            result = self.carry_out(op, args)
+        except RefusedError as refused:
+            return JSONResponse({"error": refused.text}, refused.status)
+        except (ValueError, KeyError) as error:
+            return JSONResponse({"error": f"no request: {error}"}, 400)
+        if self.lose and self.lose(op, args):
+            return _Cut()
+        return JSONResponse({"result": result})
+
+    # -- the operations -----------------------------------------------------------------------------------------------
+
+    def carry_out(self, op, args):
+        if op not in OPERATIONS:
+            raise RefusedError(400, f"unknown op {op!r}")
+        needed, others = OPERATIONS[op]
+        missing, strange = needed - args.keys(), set() if others is None else args.keys() - needed - others
+        if missing or strange:
+            raise RefusedError(422, f"{op}: missing {sorted(missing)}, unknown {sorted(strange)}")
+        for key, table in (("experiment_id", "experiments"), ("group_id", "groups"), ("run_id", "runs")):
+            if key in args and args[key] not in self.tables[table]:
+                raise RefusedError(404, f"no {key} {args[key]}")
+        self.operations.append((op, args))
+        return getattr(self, f"_{op}")(**args)
+
+    def _add(self, table, row):
+        row = {"id": f"{table[0]}{next(self._numbers)}", **row}
+        self.tables[table][row["id"]] = row
+        return row
+
+    def _of(self, table, **wanted):
+        rows = self.tables[table].values()
+        return [row for row in rows if all(row.get(key) == value for key, value in wanted.items() if value is not None)]
+
+    def _create_experiment(self, **row):
+        return self._add("experiments", row)
+
+    def _update_experiment(self, experiment_id, patch):
+        self.tables["experiments"][experiment_id].update(patch)
+        return self.tables["experiments"][experiment_id]
+
+    def _get_experiment(self, experiment_id):
+        return self.tables["experiments"][experiment_id]
+
+    def _list_experiments(self, project_id=None, valid_only=False):
+        return self._of("experiments", project_id=project_id)
+
+    def _create_group(self, **row):
+        return self._add("groups", row)
+
+    def _list_groups(self, experiment_id):
+        return self._of("groups", experiment_id=experiment_id)
+
+    def _create_run(self, **row):
+        return self._add("runs", {"status": "pending", **row})
+
+    def _update_run(self, run_id, patch):
+        self.tables["runs"][run_id].update(patch)
+        return self.tables["runs"][run_id]
+
+    def _get_run(self, run_id):
+        return self.tables["runs"][run_id]
+
+    def _list_runs(self, experiment_id=None, group_id=None):
+        return self._of("runs", experiment_id=experiment_id, group_id=group_id)
+
+    def _log_metrics(self, run_id, step, metrics, split):
+        if split not in {"train", "val", "test"} or type(step) is not int:
+            raise RefusedError(422, f"split {split}, step {step}")
+        new = [{"run_id": run_id, "step": step, "name": k, "value": v, "split": split} for k, v in metrics.items()]
+        self.metrics += new
+        return []
+
+    def _get_metrics(self, run_id, name=None, split=None):
+        """Identical points are folded, and the last one counts."""
+        found = {}
+        for row in self.metrics:
+            if row["run_id"] == run_id and name in {None, row["name"]} and split in {None, row["split"]}:
+                found[row["split"], row["step"], row["name"]] = {k: v for k, v in row.items() if k != "run_id"}
+        return list(found.values())
+
+    def _add_checkpoint(self, **row):
+        self.checkpoints.append(row)
+        return row
+
+    def _list_checkpoints(self, run_id):
+        return [row for row in self.checkpoints if row["run_id"] == run_id]
+
+    def _create_eval(self, **row):
+        return self._add("evals", {"metrics": {}, **row})
+
+    def _list_evals(self, run_id):
+        return self._of("evals", run_id=run_id)
+
+    def _add_prediction(self, **row):
+        self.predictions.append(row)
+        return row
+
+    def _list_predictions(self, run_id, kind=None):
+        return [row for row in self.predictions if row["run_id"] == run_id and kind in {None, row["kind"]}]
+
+
+class _Cut(Response):
+    """A reply that ends before it is complete; with it ends the connection."""
+
+    async def __call__(self, scope, receive, send):
+        head = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": b'{"resu', "more_body": False})
+
+
+def html(status=200):
+    return HTMLResponse("<!doctype html><title>Please log in</title>", status)
+
+
+def answer(status, **headers):
+    return JSONResponse(
+        {"error": "not today"}, status, {key.replace("_", "-"): value for key, value in headers.items()}
+    )
+
+
+def _no_constant(text):
+    raise ValueError(f"{text} is no JSON")
+
+
+if __name__ == "__main__":
+    with EvsysServer(int(sys.argv[1])) as server:
+        print(f"{server.url}, key {KEY}", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()

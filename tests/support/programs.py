@@ -1,0 +1,23 @@
+"""Programs of their own: the installed command, and Python source."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
+"""The installed command."""
+
+
+def run_evsys_bus(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run the installed command to its end. Any: options of `subprocess.run`."""
+    return _run([EVSYS_BUS, *map(str, arguments)], options)
+
+
+def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run Python source to its end. Any: options of `subprocess.run`."""
+    return _run([sys.executable, "-c", source, *map(str, arguments)], options)
+
+
+def _run(line: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(line, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # the caller may say

@@ -1,0 +1,105 @@
+"""What `torture.py` needs of the machine, and whether it is there: a clock of our own, strace, mounts, modes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <semaphore.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <dlfcn.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+static volatile int64_t *offset;
+
+__attribute__((constructor)) static void begin(void) {
+    const char *path = getenv("TORTURE_CLOCK");
+    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    if (file < 0) return;
+    void *at = mmap(0, sizeof *offset, PROT_READ, MAP_SHARED, file, 0);
+    if (at != MAP_FAILED) offset = at;
+    close(file);
+}
+int clock_gettime(clockid_t id, struct timespec *now) {
+    int code = syscall(SYS_clock_gettime, id, now);
+    if (!code && offset && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE)) now->tv_sec += *offset;
+    return code;
+}
+int gettimeofday(struct timeval *now, void *zone) {
+    int code = syscall(SYS_gettimeofday, now, zone);
+    if (!code && offset) now->tv_sec += *offset;
+    return code;
+}
+time_t time(time_t *out) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    if (out) *out = now.tv_sec;
+    return now.tv_sec;
+}
+int sem_timedwait(sem_t *sem, const struct timespec *until) {
+    int (*real)(sem_t *, const struct timespec *) = dlsym(RTLD_NEXT, "sem_timedwait");
+    struct timespec at = *until;
+    if (offset) at.tv_sec -= *offset;
+    return real(sem, &at);
+}
+"""
+
+
+class Tools:
+    """What this machine has; what it lacks is counted as skipped."""
+
+    def __init__(self, folder):
+        self.clock = self._clock(folder)
+        self.strace = shutil.which("strace") if self._straces() else None
+        self.mounts = self._mounts(folder)
+        self.unprivileged = self._unprivileged()
+
+    @staticmethod
+    def _clock(folder):
+        compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "clock.so"
+        if compiler is None:
+            return None
+        (folder / "clock.c").write_text(CLOCK)
+        line = [compiler, "-shared", "-fPIC", "-O1", "-o", str(library), str(folder / "clock.c"), "-ldl"]
+        if subprocess.run(line, check=False, capture_output=True).returncode:
+            return None
+        (folder / "an-hour").write_bytes((3600).to_bytes(8, "little"))
+        environment = os.environ | {"LD_PRELOAD": str(library), "TORTURE_CLOCK": str(folder / "an-hour")}
+        line = [sys.executable, "-c", "import time; print(time.time())"]
+        said = subprocess.run(line, check=False, capture_output=True, env=environment).stdout
+        return library if said and float(said) - time.time() > 3000 else None
+
+    @staticmethod
+    def _straces():
+        if shutil.which("strace") is None:
+            return False
+        line = ["strace", "-e", "inject=fsync:error=EIO", "-o", "/dev/null", sys.executable, "-c", "pass"]
+        return subprocess.run(line, check=False, capture_output=True).returncode == 0
+
+    @staticmethod
+    def _mounts(folder):
+        place = folder / "mount"
+        place.mkdir()
+        line = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+        if os.geteuid() or shutil.which("mount") is None or subprocess.run(line, check=False).returncode:
+            return False
+        return subprocess.run(["umount", str(place)], check=False).returncode == 0
+
+    @staticmethod
+    def _unprivileged():
+        """What a command begins with so that modes of files count for it, which they do not for root."""
+        if os.geteuid():
+            return []
+        line = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+        if shutil.which("setpriv") and subprocess.run([*line, "true"], check=False).returncode == 0:
+            return line
+        return None

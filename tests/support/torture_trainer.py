@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""The training program of `torture.py`: one life of a run, as the plan in a file describes it.
+
+It writes a line of JSON into a pipe once `publish` has returned, so its parent knows what was acknowledged, and others
+when it has entered the bus, begins to leave it, and has left it.
+"""
+
+import asyncio
+import contextlib
+import errno
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import uvloop
+
+from evsys_bus import (
+    Callback,
+    Checkpoint,
+    EventBus,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    StepEnd,
+    TrainEnd,
+    TrainingBatch,
+    TrainStart,
+    build_callbacks,
+)
+from evsys_bus.errors import EvsysBusError
+from evsys_bus.journal import JournalWriter, Retain
+
+HORIZON = 1_000_000
+"""A life says which one it is by ``num_steps``: this and its number."""
+
+
+def value_of(life, step):
+    """The metric of a step in a life; a 32-bit float holds it."""
+    return float(life * 1000 + step % 1000)
+
+
+class Inline(Callback):
+    """Counts, as a callback that runs in the loop does."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        self.steps += 1
+
+
+class Life:
+    """One life."""
+
+    def __init__(self, plan, pipe):
+        self.plan, self.pipe = plan, pipe
+        self.work = Path(plan["work"])
+        self.run_dir = self.work / "out" / "run"
+        retain = None if plan["retain_bytes"] is None else Retain(max_bytes=plan["retain_bytes"])
+        self.writer = JournalWriter(
+            self.work / "journal",
+            segment_bytes=plan["segment_bytes"],
+            flush=plan["flush"],
+            flush_seconds=0.3,
+            retain=retain,
+        )
+        self.step = plan["first"]
+        context = LogContext(output_dir=self.run_dir.parent, run_key=self.run_dir.name)
+        horizon = HORIZON + plan["life"]
+        self.state = LoopState(step=self.step, num_steps=horizon, output_dir=self.run_dir, ctx=context)
+        self.bus = None
+
+    def make_bus(self):
+        plan = self.plan
+        self.bus = EventBus(
+            [Inline(), *build_callbacks(plan["specs"])],
+            journal=self.writer,
+            linger_seconds=plan["linger_seconds"],
+            drain_timeout=plan["drain_timeout"],
+            couriers=plan["couriers"],
+        )
+        return self.bus
+
+    def say(self, what, **facts):
+        """To the parent; a write that an injected fault refused is tried again."""
+        line = json.dumps({"what": what, **facts}).encode() + b"\n"
+        for _ in range(100):
+            try:
+                os.write(self.pipe, line)
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    return
+                time.sleep(0.02)
+            else:
+                return
+
+    def publish(self, event, what, step, **facts):
+        self.bus.publish(event)
+        writer = self.writer
+        place = {"stream": writer.stream, "seq": writer.next_sequence - 1}
+        missing = {"unrecorded": writer.unrecorded, "lost": writer.lost}
+        self.say(what, step=step, **place, **missing, **facts)
+
+    def start(self):
+        self.publish(TrainStart(self.state), "start", self.step)
+
+    def one_step(self):
+        step = self.state.step = self.step
+        metrics = {"value": value_of(self.plan["life"], step), "life": float(self.plan["life"])}
+        self.publish(StepEnd(self.state, step, TrainingBatch(), metrics), "step", step)
+        self.step += 1
+        if step % self.plan["save_every"] == self.plan["save_every"] - 1:
+            self.save(step)
+        if step % 20 == 0:
+            self.bus.health()  # it never raises
+
+    def save(self, step):
+        """A checkpoint, in files of its own; a disk that refuses it costs the checkpoint, as in any program."""
+        name = f"life{self.plan['life']:03d}-{step:06d}"
+        folder = self.run_dir / "checkpoints" / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "state.bin").write_bytes(os.urandom(3000))
+            (folder / "notes.json").write_text(json.dumps({"step": step}))
+        except OSError:
+            return
+        row = ManifestRow(name, batch=step, state_path=str(folder))
+        self.publish(Checkpoint(self.state, row), "checkpoint", step, name=name)
+
+    def end(self):
+        self.publish(TrainEnd(self.state, LoopArtifacts()), "end", self.state.step)
+
+    def is_over(self):
+        return time.monotonic() > self.until
+
+    def begin(self):
+        self.until = time.monotonic() + self.plan["seconds"]
+        self.say("entered", stream=self.writer.stream)
+        self.start()
+
+    def left(self):
+        receipt = None if self.bus is None else self.bus.receipt
+        facts = {} if receipt is None else {"unrecorded": receipt.unrecorded, "recorded": receipt.recorded}
+        self.say("left", told=receipt is not None, **facts)
+
+    async def live_async(self):
+        try:
+            async with self.make_bus():
+                try:
+                    self.begin()
+                    while not self.is_over():
+                        self.one_step()
+                        await asyncio.sleep(self.plan["pace_seconds"])
+                    self.end()
+                finally:
+                    self.say("leaving")
+        finally:
+            self.left()
+
+    def live_sync(self):
+        try:
+            with self.make_bus():
+                try:
+                    self.begin()
+                    while not self.is_over():
+                        self.one_step()
+                        time.sleep(self.plan["pace_seconds"])
+                    self.end()
+                finally:
+                    self.say("leaving")
+        finally:
+            self.left()
+
+
+def main():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    importlib.import_module("torture_sink")
+    life = Life(plan, int(sys.argv[2]))
+    try:
+        if plan["entry"] == "sync":
+            life.live_sync()
+        else:
+            factory = uvloop.new_event_loop if plan["entry"] == "uvloop" else asyncio.new_event_loop
+            with asyncio.Runner(loop_factory=factory) as runner:
+                runner.run(life.live_async())
+    except (EvsysBusError, OSError) as error:
+        # The journal may refuse the entry while its directory is away: that is an answer, not a fault.
+        entered = life.bus is not None and life.bus.receipt is not None
+        life.say("raised", error=f"{type(error).__name__}: {error}", entered=entered, trace=traceback.format_exc())
+        return 7
+    except Exception:
+        life.say("raised", error="", entered=True, trace=traceback.format_exc())
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(main())
+    sys.exit(130)

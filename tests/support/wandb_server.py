@@ -1,0 +1,321 @@
+"""What the tests of wandb_logger share: a W&B server as far as its client asks for one, and readers of its files.
+
+W&B's own reader is its ``wandb-core``: `wandb sync` reads a file with it, and sends what it read to the server. The
+Python reader that W&B had up to 0.24 is gone.
+"""
+
+import asyncio
+import contextlib
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from evsys_adapters import WandbLoggerCallback
+from evsys_adapters._wandb_records import Records
+from evsys_bus.codec import decode
+from evsys_bus.delivery.hooks import HookReceiver
+from evsys_bus.diagnostics import FaultLog
+from evsys_bus.events import Envelope, StepEnd
+from evsys_bus.journal import JournalReader
+from support import loggers
+
+KEY = "a" * 40
+
+
+class WandbServer(ThreadingHTTPServer):
+    """As much of W&B as its own client asks for; answers with ``status`` as long as that is an error.
+
+    While ``listens`` is not set it takes connections and answers nobody.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.status = 200
+        self.refuses = None
+        """What it has against every run."""
+        self.asked = 0
+        self.lines = {}
+        self.runs = {}
+        self.files = {}
+        self.summary = {}
+        self.exits = {}
+        """The exit codes of the runs that have ended."""
+        self.sent = {}
+        """How many lines of each run came, those that came again included."""
+        self.listens = threading.Event()
+        self.listens.set()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def rows(self, run):
+        """The history of a run, as it was sent."""
+        found = self.lines.get(run, {})
+        return [json.loads(found[number]) for number in sorted(found)]
+
+    def answer(self, path, body):
+        if path.endswith("/file_stream"):
+            files = json.loads(body).get("files", {})
+            part = files.get("wandb-history.jsonl", {"content": []})
+            if "wandb-summary.json" in files:
+                self.summary = json.loads(files["wandb-summary.json"]["content"][0])
+            run, said = path.split("/")[-2], json.loads(body)
+            if said.get("complete"):
+                self.exits[run] = said["exitcode"]
+            self.sent[run] = self.sent.get(run, 0) + len(part["content"])
+            lines = self.lines.setdefault(run, {})
+            lines.update({part["offset"] + index: line for index, line in enumerate(part["content"])})
+            return {}
+        if path != "/graphql":
+            self.files[path.removeprefix("/up/")] = body
+            return {}
+        asked = json.loads(body)
+        said = asked.get("variables") or {}
+        if "upsertBucket" in asked["query"] and self.refuses is not None:
+            return {"errors": [{"message": self.refuses, "path": ["upsertBucket"]}], "data": {"upsertBucket": None}}
+        if "upsertBucket" in asked["query"]:
+            self.runs.setdefault(said["name"], []).append(said)
+            project = {"id": "cA==", "name": said["project"], "entity": {"id": "ZQ==", "name": "team"}}
+            named = {"name": said["name"], "displayName": said["displayName"], "config": "{}", "project": project}
+            bucket = {"id": "aWQ=", "description": None, "sweepName": None, "historyLineCount": 0, **named}
+            return {"data": {"upsertBucket": {"inserted": True, "bucket": bucket}}}
+        if "createRunFiles" in asked["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in said["files"]]
+            return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
+        return {"data": {"serverInfo": {"features": []}, "viewer": {"id": "x", "entity": "team", "flags": "{}"}}}
+
+
+class Answers(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        self.server.listens.wait()
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.headers.get("content-encoding") == "gzip":
+            body = gzip.decompress(body)
+        with self.server.lock:
+            self.server.asked += 1
+            status = self.server.status
+            reply = self.server.answer(self.path, body) if status == 200 else {"error": "not today"}
+        data = json.dumps(reply).encode()
+        with contextlib.suppress(OSError):  # a client that was killed
+            self._send(status, data)
+
+    def _send(self, status, data):
+        self.send_response(status)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_PUT = do_GET = do_POST  # noqa: N815 # http.server's names
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """W&B, here; and no trace of an account of whoever runs the test."""
+    for name in [each for each in os.environ if each.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    server = WandbServer()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))  # for its logs
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.listens.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def login(server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+
+
+def files_of(folder):
+    return sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb"))
+
+
+def sync(*files):
+    """W&B's own reader at work, as `wandb sync` calls it: the import of wandb, which takes longest, is made once."""
+    import wandb
+    from wandb.cli import beta_sync
+
+    nothing = dict.fromkeys(("entity", "project", "run_id", "job_type", "replace_tags"), "")
+    never = dict.fromkeys(("live", "dry_run", "skip_synced", "skip_online", "verbose"), False)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            beta_sync.sync(list(files), **nothing, **never, skip_confirmation=True, parallelism=len(files))
+    finally:
+        wandb.teardown()  # its service; and the next test has another server
+    assert all(file.with_suffix(".wandb.synced").exists() for file in files), said.getvalue()
+    assert "ERROR" not in said.getvalue(), said.getvalue()
+
+
+def sync_by_command(*files):
+    """The command that the fix of a warning names."""
+    folders = [str(file.parent) for file in files]
+    done = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True, check=True)
+    assert "ERROR" not in done.stderr, done.stderr
+
+
+def id_of(file):
+    return file.stem.removeprefix("run-")
+
+
+def series(rows, head):
+    """Every value of one stream of rows, by metric: (step, value), in order of steps."""
+    found = {}
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith(f"{head}/") and key != f"{head}/step" and f"{head}/step" in row:
+                found.setdefault(key.removeprefix(f"{head}/"), []).append((row[f"{head}/step"], value))
+    return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
+
+
+def times(journal):
+    """When each step of the journal was published, by run."""
+    reader, found = JournalReader(journal), {}
+    for stream in reader.streams():
+        for record in reader.read(stream):
+            envelope = decode(record.payload)
+            if isinstance(envelope.event, StepEnd):
+                run = envelope.run or Path(envelope.event.state.output_dir).name
+                found.setdefault(run, {})[envelope.event.step_idx] = envelope.time
+    return found
+
+
+def same(one, other):
+    """Whether two series are the same; NaN is NaN, and W&B has no negative zero."""
+    return len(one) == len(other) and all(
+        step == at and (value == found or (value != value and found != found))  # noqa: PLR0124 # NaN
+        for (step, value), (at, found) in zip(one, other, strict=True)
+    )
+
+
+def records_in(file):
+    """Its records, by our own reader: what that is worth, the tests with W&B's show."""
+    records = Records()
+    with file.open("rb") as opened:
+        return [records._messages.Record.FromString(payload) for payload, _ in records.scan(opened)]
+
+
+def rows_in(file):
+    """The history, read as above."""
+    rows = [each.history for each in records_in(file) if each.HasField("history")]
+    return [{item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+class Run(loggers.Run):
+    """A run that wandb_logger logs."""
+
+    def __init__(self, folder, key="run", **params):
+        super().__init__(WandbLoggerCallback("p", **{"mode": "offline", **params}), folder, key)
+
+    @property
+    def file(self):
+        [file] = files_of(self.ctx.run_dir)
+        return file
+
+
+class Delivery:
+    """Delivers to a logger as its courier does, on the loop of the test, and keeps what it publishes and owes."""
+
+    def __init__(self, logger, stream="s", seq=0):
+        self.logger, self.stream, self.seq = logger, stream, seq
+        self.learnt, self.owed = [], (0, None, None)
+        self.receiver = HookReceiver(logger, faults=FaultLog(), courier=self)
+
+    def publish(self, event):
+        self.learnt.append(event)
+
+    def report_owed(self, adapter, events, why, fix):
+        assert 0 <= events <= self.seq
+        self.owed = (events, why, fix)
+
+    async def __aenter__(self):
+        await self.receiver.open(lambda trouble: None)
+        return self
+
+    async def __aexit__(self, *exc):
+        self.receiver._office.end_background()
+        await self.receiver.close()
+        await asyncio.sleep(0.2)
+
+    async def take(self, *events, at=None):
+        """Deliver these events, the first one published at that time and the others a second apart."""
+        begun = time.time() if at is None else at
+        batch = []
+        for offset, event in enumerate(events):
+            self.seq += 1
+            run = getattr(getattr(event, "ctx", None) or getattr(event, "state", None), "run_key", None)
+            batch.append(Envelope(self.stream, self.seq, begun + offset, event, run))
+        await self.receiver.take(batch, [1] * len(batch))
+        assert self.receiver.failures == 0
+        return self.receiver.mark()
+
+    async def until(self, condition, seconds=20.0):
+        async with asyncio.timeout(seconds):
+            while not condition():
+                await asyncio.sleep(0.02)
+
+    async def settle(self, seconds=30.0):
+        """The end of a courier; how long it took."""
+        began = time.monotonic()
+        self.logger.close()
+        await self.logger.settle_owed(began + seconds)
+        return time.monotonic() - began
+
+
+def settle(logger, seconds=30.0):
+    """The end of a bus."""
+    logger.close()
+    asyncio.run(logger.settle_owed(time.monotonic() + seconds))
+
+
+def publish(bus, *events):
+    for some in events:
+        for event in some:
+            bus.publish(event)
+
+
+def processes(folder):
+    """What is left of W&B's processes that work on files below the folder, or were started for one."""
+    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line]
+
+
+def cores():
+    """The services of W&B that run, by pid; of this worker of the test run, by what they inherited from it."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
+    found = {line.split()[0] for line in listed.splitlines() if "wandb-core" in line and " Z" not in line}
+    return {pid for pid in found if _is_ours(pid)}
+
+
+def _is_ours(pid):
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return worker is None or f"PYTEST_XDIST_WORKER={worker}".encode() in environment

@@ -1,0 +1,498 @@
+#!/usr/bin/env python3
+"""Real processes, real disks, and everything that goes wrong with them; then look at what reached the adapters.
+
+usage: uv run python tests/torture.py --minutes 30 [--seed N] [--only KIND ...] [--but KIND ...]
+
+A directory lives through many lives of a training process (`torture_trainer.py`), each of which acknowledges what it
+has published through a pipe. Kills, signals, stops, limits, full disks, links, modes, damaged small files, clocks, a
+restart of the machine, failing system calls, other commands at the same time, and changes of the config come by chance.
+After a few lives everything is let be, `evsys-bus sync` delivers the rest, and then `torture_oracle.py` looks: every
+acknowledged event is on record, or went by retention, or is counted as unrecorded; the files of the adapters hold
+exactly what the lives published; the commands end; no process is left, none was late. The seed repeats the choices, not
+the moments. Nothing outside the temporary directory is touched, and no more than two cores are used.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from support import torture_faults as faults
+from support import torture_oracle as oracle
+from support.torture_life import Life, NotEndedError
+from support.torture_oracle import Fault, insist
+from support.torture_tools import Tools
+
+START_SECONDS = 30.0
+DRAIN_SECONDS = 3.0
+LINGER_SECONDS = 1.5
+SLACK_SECONDS = 12.0
+"""On top of every deadline: the machine is shared."""
+SETTLE_SECONDS = 60.0
+DISK_BYTES = 32 << 20
+NAMES = ("table", "logs", "board", "lines")
+"""The followers that there are from the beginning, by the name that keys their cursor."""
+
+SINK = """
+import asyncio, os
+from pathlib import Path
+
+from evsys_bus import Sink, register_sink
+from evsys_bus.errors import RetryLaterError
+
+
+@register_sink("torture_lines")
+class Lines(Sink):
+    max_batch_seconds = 0.05
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    async def write(self, batch):
+        if self.path.with_name("away").exists():
+            raise RetryLaterError("away")
+        if self.path.with_name("slow").exists():
+            await asyncio.sleep(0.05)
+        data = "".join(f"\\n{each.stream} {each.seq} ." for each in batch).encode() + b"\\n"
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            if os.write(file, data) < len(data):
+                raise OSError(28, "no room")
+        finally:
+            os.close(file)
+"""
+
+
+class Scene:
+    """One directory, from life to life."""
+
+    def __init__(self, directory, seed, tools, counts, only=(), but=()):
+        self.directory, self.tools, self.counts, self.only, self.but = directory, tools, counts, only, but
+        self.chance = chance = random.Random(seed)
+        self.notes, self.work = directory / "notes", directory / "work"
+        self.notes.mkdir(parents=True)
+        self.work.mkdir()
+        self.disk = tools.mounts and self.allows("disk_full") and chance.random() < 0.3
+        if self.disk:
+            line = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.work)]
+            subprocess.run(line, check=True)
+        (self.notes / "torture_sink.py").write_text(SINK)
+        self.clock = self.notes / "clock"
+        self.set_clock(0)
+        self.prefix = [] if tools.unprivileged is None else tools.unprivileged
+        self.retain_bytes = chance.choice((None, None, 20_000, 100_000))
+        self.segment_bytes = chance.choice((2_000, 10_000, 1 << 20)) if self.retain_bytes is None else 4_000
+        self.couriers = chance.choice(("process",) * 9 + ("thread",))
+        self.followers = {name: name for name in NAMES}
+        """What writes -> the name under which it is followed now."""
+        self.away, self.since, self.emptied = set(), {}, {}
+        """Who is not followed now; since which life each was; and since which life there may be output of it."""
+        self.old_names = {name: [] for name in NAMES}
+        self.life_number = self.next_step = 0
+        self.needs_life, self.latest_damaged_at = False, -1
+        self.story = []
+        self.expected = oracle.Expected()
+        self.children = []
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    @property
+    def journal(self):
+        return self.work / "journal"
+
+    def allows(self, kind):
+        return kind not in self.but and (not self.only or kind in self.only)
+
+    def note(self, kind, text=""):
+        self.counts[kind] += 1
+        self.story.append(f"{time.monotonic():.2f} life {self.life_number}: {kind} {text}")
+
+    def skip(self, kind):
+        self.counts[f"skipped: {kind}"] += 1
+
+    def environment(self):
+        before = os.environ.get("PYTHONPATH")
+        found = os.environ | {"PYTHONPATH": os.pathsep.join([str(self.notes), *([before] if before else [])])}
+        if self.tools.clock is not None:
+            found |= {"LD_PRELOAD": str(self.tools.clock), "TORTURE_CLOCK": str(self.clock)}
+        return found
+
+    def set_clock(self, seconds):
+        if not self.clock.exists():
+            self.clock.write_bytes(bytes(8))
+        with self.clock.open("r+b") as file:
+            file.write(int(seconds).to_bytes(8, "little", signed=True))
+
+    def specs(self):
+        """What the next life follows."""
+        out = self.work / "out"
+        params = {
+            "table": ("csv_metrics", {"out_path": str(out / "metrics.csv")}),
+            "logs": ("local_logger", {"print_every": 0}),
+            "board": ("tensorboard_logger", {"log_dir": str(out / "tensorboard")}),
+        }
+        specs = [{"kind": "checkpoint_upload", "params": {"url": f"file://{self.work}/store"}}]
+        for what, name in self.followers.items():
+            kind, given = params.get(what, ("torture_lines", {"path": str(self.work / f"sink-{what}")}))
+            if what not in self.away:
+                follows = {} if kind == "torture_lines" else {"placement": "follow"}
+                specs.append({"kind": kind, "name": name, "params": given} | follows)
+        return specs
+
+    def courier_pids(self):
+        return [pid for pid, line in oracle.processes(self.directory).items() if "courier_main" in line]
+
+    # -- one life -----------------------------------------------------------------------------------------------------
+
+    def live(self, during, end=None):
+        chance = self.chance
+        self.life_number += 1
+        self.counts["lives"] += 1
+        first = self.next_step
+        if chance.random() < 0.4:
+            first = chance.choice((max(0, first - chance.randint(1, 60)), max(0, first - 1), 0))
+        end = end or chance.choice([each for each in ENDS if self.allows(each)] or ["end"])
+        plan = {
+            "work": str(self.work),
+            "life": self.life_number,
+            "first": first,
+            "seconds": chance.uniform(0.2, 1.5) if end == "end" else 600.0,
+            "pace_seconds": chance.choice((0.001, 0.003, 0.01)),
+            "entry": chance.choice(("async", "uvloop", "sync")),
+            "retain_bytes": self.retain_bytes,
+            "segment_bytes": self.segment_bytes,
+            "flush": chance.choice(("interval", "interval", "always", "never")),
+            "save_every": chance.choice((25, 60)),
+            "linger_seconds": LINGER_SECONDS,
+            "drain_timeout": DRAIN_SECONDS,
+            "couriers": self.couriers,
+            "specs": self.specs(),
+        }
+        early = end in {"kill_early", "int_early", "term_early"}
+        self.note(end, f"{plan['entry']} from step {first}")
+        life = Life(self, plan)
+        followed = self.followers.keys() - self.away
+        try:
+            if early:
+                life.pause(chance.uniform(0.0, 1.2))
+            else:
+                self._go_through(life, during)
+            self._end(life, end)
+            self._check_end(life, end)
+        finally:
+            if life.alive:
+                life.send(signal.SIGCONT)
+                life.send(signal.SIGKILL)
+                life.process.wait()
+            life.over.wait(10)
+        if life.entered.is_set():
+            self.since = dict.fromkeys(followed, self.life_number) | self.since
+            self.needs_life = False
+        self.expected.take(self.life_number, life, self.journal)
+        self.counts["acknowledged"] += len(life.acks)
+        steps = [ack["step"] for ack in life.acks if ack["what"] == "step"]
+        self.next_step = steps[-1] + 1 if steps else first
+
+    def _go_through(self, life, during):
+        if not life.wait_entered(START_SECONDS):
+            insist(not life.alive, f"life {self.life_number} has not entered its bus after {START_SECONDS:g} s")
+            return
+        for fault in during:
+            life.pause(self.chance.uniform(0.0, 0.4))
+            if not life.alive:
+                break
+            fault(self, life)
+        if self.chance.random() < 0.8:
+            life.pause(self.chance.uniform(0.0, 0.6))
+
+    def _end(self, life, end):
+        began = time.monotonic()
+        if end in {"kill", "kill_early"}:
+            life.send(signal.SIGKILL)
+        elif end in {"kill_all", "kill_then_couriers"}:
+            life.send(signal.SIGKILL)
+            if end == "kill_then_couriers":
+                time.sleep(self.chance.uniform(0.0, 0.3))
+            self.kill_couriers()
+        elif end in {"term", "term_early"}:
+            life.send(signal.SIGTERM)
+        elif end in {"int", "int_early", "int_twice", "int_thrice"}:
+            life.send(signal.SIGINT)
+            for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
+                life.pause(self.chance.choice((0.0, 0.001, 0.02, 0.2)))
+                life.send(signal.SIGINT)
+        else:
+            began = None
+        if began is not None:
+            life.asked_at = min(life.asked_at or began, began)
+        while life.alive and life.asked_at is None and time.monotonic() < (began or time.monotonic()) + START_SECONDS:
+            time.sleep(0.01)
+        asked = life.asked_at or time.monotonic()
+        left = asked + DRAIN_SECONDS + 1.0 + SLACK_SECONDS + life.stopped_seconds - time.monotonic()
+        life.wait_end(max(left, 0.1))
+
+    def _check_end(self, life, end):
+        """It ended as it was to, and raised nothing that was not raised into it."""
+        code, said = life.process.returncode, life.log.read_text(errors="replace")
+        raised = life.raised
+        if raised is not None and end.startswith("int") and "KeyboardInterrupt" in raised["trace"]:
+            return  # it came in the middle of an import, say, where Python makes another error of it
+        if raised is not None and "/evsys_bus/" not in raised["trace"]:
+            self.counts["raised by others"] += 1  # uvloop's own end, say, where no more files can be opened
+            return
+        if raised is not None:
+            refused = raised["error"].startswith(("JournalOpenError", "OSError")) and not life.entered.is_set()
+            insist(refused, f"life {self.life_number} raised: {raised['trace'] or raised['error']}")
+            self.counts["entries refused"] += 1
+            return
+        fine = {
+            "end": {0},
+            "term": {-signal.SIGTERM, 0},
+            "term_early": {-signal.SIGTERM, 0},
+        }.get(end, {0, 1, 130, -signal.SIGINT, -signal.SIGKILL, -signal.SIGTERM})
+        insist(code in fine, f"life {self.life_number}, {end}, ended with {code}: {said[-3000:]}")
+
+    def kill_couriers(self):
+        for pid in self.courier_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                self.counts["couriers killed"] += 1
+
+    # -- the end ------------------------------------------------------------------------------------------------------
+
+    def settle(self):
+        """Let everything be, deliver the rest, and look."""
+        for name in ("away", "slow"):
+            (self.work / name).unlink(missing_ok=True)
+        if self.needs_life:
+            self.live([], "end")
+        environment = self.environment()
+        if self.chance.random() < 0.5:
+            oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
+        if not oracle.JournalReader(self.journal).streams():
+            return  # no life has come so far
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while True:
+            code, out, err = oracle.command(["sync", self.journal], environment, seconds=SETTLE_SECONDS + SLACK_SECONDS)
+            if code == 0:
+                break
+            insist(time.monotonic() < deadline, f"sync still ends with {code}:\n{out}{err[-3000:]}")
+            time.sleep(0.5)
+        self.expected.places |= self.expected.read(self.journal)
+        self.inspect(environment)
+        oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
+
+    def inspect(self, environment):
+        """Raises: Fault."""
+        journal, out = self.journal, self.work / "out"
+        _, said, _ = oracle.command(["status", journal, "--json"], environment)
+        for line in said.splitlines():
+            row = json.loads(line)
+            if row.get("type") in {"adapter", "delivery"} or "pending" in row:
+                insist(not row["pending"], f"not all was delivered: {row}")
+                insist(row["recorded"] == row["delivered"] + row["dead"], f"the account does not add up: {row}")
+                self.counts["dead letters"] += row["dead"]
+        rows = self.expected.rows()
+        dead = {what: self._letters(what) for what in self.followers}
+        logs, board = out / "run" / "logs" / "training", out / "tensorboard"
+        files = {
+            "table": (out.glob("metrics*.csv*"), out / "metrics.csv", oracle.csv_rows),
+            "logs": (out.glob("run/logs*/training/metrics*"), logs / "metrics.jsonl", oracle.jsonl_rows),
+            "board": (board.glob("*"), board / "run", oracle.tensorboard_rows),
+        }
+        for what in self.since:
+            if what in files:
+                self._compare(what, rows, dead[what], *files[what])
+                continue
+            # With retention a new one can have only what was there when it came.
+            since = self.since[what] if self.retain_bytes else 0
+
+            def excused(life, place, what=what, since=since):
+                return life < since or place[1] <= dead[what].get(place[0], 0)
+
+            oracle.inspect_sink(what, self.expected, self.work / f"sink-{what}", excused)
+        letters = oracle.letters(journal, "checkpoint_upload")
+        oracle.inspect_checkpoints(
+            self.expected, self.work / "store", out / "run", letters, latest_of=self.latest_damaged_at + 1
+        )
+        for arguments in (["journal", "verify"], ["tail"], ["show"], ["status"]):
+            code, said, err = oracle.command([*arguments, journal], environment)
+            insist(code == 0, f"{' '.join(arguments)} ended with {code}:\n{said[-1500:]}{err[-1500:]}")
+
+    def _letters(self, what):
+        found = {}
+        for name in (self.followers[what], *self.old_names.get(what, ())):
+            for stream, sequence in oracle.letters(self.journal, name).items():
+                found[stream] = max(sequence, found.get(stream, 0))
+        return found
+
+    def _compare(self, what, rows, dead, places, main, read):
+        """The one file has it all; or, where it was lost sight of, it and those beside it."""
+
+        def excused(step):
+            value, (stream, sequence), _ = rows[step]
+            return value // 1000 < self.emptied.get(what, 0) or sequence <= dead.get(stream, 0)
+
+        try:
+            oracle.compare(f"{what} {main}", rows, read(main) if main.exists() else [], excused)
+        except Fault:
+            beside = [each for each in places if each != main and not each.name.endswith(".run")]
+            if not beside:
+                raise
+            wanted = {(step, value) for step, (value, _, must) in rows.items() if must and not excused(step)}
+            missing = wanted - {pair for each in [*beside, main] if each.exists() for pair in read(each)}
+            insist(not missing, f"{what}: {sorted(missing)[:3]} are neither in {main} nor in {beside}")
+            self.note("written beside", str(beside))
+
+    def close(self, *, keep):
+        (self.notes / "story").write_text("\n".join(self.story))
+        if self.disk and keep:
+            shutil.copytree(self.work, self.directory / "work-kept", symlinks=True, dirs_exist_ok=True)
+        clear(self.directory)
+        if not keep:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+ENDS = (
+    *(
+        "end",
+        "end",
+        "end",
+        "kill",
+        "kill",
+        "kill",
+        "kill_all",
+        "kill_then_couriers",
+        "kill_early",
+        "term",
+        "term",
+        "term_early",
+    ),
+    *("int", "int_early", "int_twice", "int_twice", "int_thrice"),
+)
+
+
+def one_directory(folder, seed, tools, only, but, lives=None):
+    """A directory, and what becomes of it: what was counted, and why it failed or None."""
+    counts, fault = Counter(), None
+    scene = Scene(folder, seed, tools, counts, only, but)
+    number = scene.chance.randint(6, 14) if lives is None else lives
+    try:
+        before_settling = scene.chance.randint(2, 6)
+        for turn in range(1, number + 1):
+            scene.live(faults.choose(scene, faults.DURING, (0, 1, 2, 3, 4)))
+            for each in faults.choose(scene, faults.BETWEEN, (0, 1, 1, 2, 2)):
+                each(scene)
+            if turn % before_settling == 0 or turn == number:
+                scene.settle()
+        counts["directories"] += 1
+    except (Fault, NotEndedError) as error:
+        fault = str(error)
+    except Exception:
+        fault = traceback.format_exc()
+    if fault is not None:
+        (folder / "notes" / "fault").write_text(fault)
+    scene.close(keep=fault is not None)
+    return counts, fault
+
+
+def torture(seconds, *, seed, folder, only=(), but=(), first=0, most=None, lives=None, jobs=1, tell=lambda _: None):
+    """So long, or so many directories, ``jobs`` of them at a time; the counts, and what failed."""
+    counts, failures, numbers = Counter(), [], itertools.count(first)
+    tools, deadline, lock = Tools(folder), time.monotonic() + seconds, threading.Lock()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts it in the background; children inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def work():
+        while time.monotonic() < deadline and ((number := next(numbers)) - first < (most or 10**9)):
+            place = folder / f"from-{number:04d}"
+            its, fault = one_directory(place, f"{seed} {number}", tools, only, but, lives)
+            with lock:
+                counts.update(its)
+                if fault is not None:
+                    failures.append((number, fault))
+                    tell(f"FAILED --seed {seed} --first {number} --directories 1, kept in {place}:\n{fault[:1500]}")
+                tell(f"{counts['lives']:>6} lives  {counts['acknowledged']:,} acknowledged  {len(failures)} failures")
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    return counts, failures
+
+
+def clear(folder):
+    """End what works in the folder, and unmount what is mounted there."""
+    for pid in oracle.processes(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for line in Path("/proc/mounts").read_text().splitlines():
+        if line.split()[1].startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", line.split()[1]], check=False)
+
+
+def report(counts, failures):
+    """What is printed at the end."""
+    known = ("lives", "directories", "acknowledged", "entries refused", "written beside", "dead letters")
+    yield "  ".join(f"{name} {counts[name]:,}" for name in known)
+    for name, count in sorted(counts.items()):
+        if name not in known:
+            yield f"  {name:<28} {count:>7,}"
+    yield f"failures {len(failures)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Real processes and disks under all faults; see the file.")
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
+    parser.add_argument("--first", type=int, default=0, help="the number of the first directory")
+    parser.add_argument("--directories", type=int, help="so many at the most")
+    parser.add_argument("--jobs", type=int, default=2, help="directories at a time")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="of all faults and ends these only")
+    parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="of all faults and ends not these")
+    parser.add_argument("--folder", help="where the directories go; default: the system's temporary directory")
+    asked = parser.parse_args()
+    print(f"seed {asked.seed}", flush=True)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    os.sched_setaffinity(0, cores)
+    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=asked.folder))
+    began = time.monotonic()
+    try:
+        counts, failures = torture(
+            asked.minutes * 60,
+            seed=asked.seed,
+            folder=folder,
+            only=asked.only,
+            but=asked.but,
+            first=asked.first,
+            most=asked.directories,
+            jobs=asked.jobs,
+            tell=lambda text: print(text, flush=True),
+        )
+    except KeyboardInterrupt:
+        clear(folder)
+        os._exit(130)  # the threads would go on
+    print(f"seed {asked.seed}, {time.monotonic() - began:.0f} s")
+    print("\n".join(report(counts, failures)))
+    for number, fault in failures:
+        print(f"kept: {folder / f'from-{number:04d}'}: {fault.strip().splitlines()[0][:300]}")
+    if not failures:
+        shutil.rmtree(folder)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
