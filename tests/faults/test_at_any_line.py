@@ -137,7 +137,7 @@ def test_a_handler_that_flushes_the_journal_comes_back_at_any_line_of_writing_it
     assert bus.receipt.recorded == step
 
 
-@pytest.mark.timeout(60)  # each line waits for a hook
+@pytest.mark.timeout(60)  # each line waits for a hook; the longer the patience, the more lines
 def test_a_handler_that_publishes_comes_back_while_its_thread_waits_for_another_threads_hook(step_end):
     inside, go_on = threading.Event(), threading.Event()
 
@@ -146,7 +146,7 @@ def test_a_handler_that_publishes_comes_back_while_its_thread_waits_for_another_
             inside.set()
             go_on.wait(30)
 
-    with EventBus([Holds()], publish_patience_seconds=0.01) as bus:
+    with EventBus([Holds()], publish_patience_seconds=0.001) as bus:
         other = threading.Thread(target=lambda: bus.publish(Eval(None, 0, "e", {})))
         other.start()
         assert inside.wait(10)
