@@ -16,16 +16,16 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 VERSION: Final = 1
-"""The format version. A reader refuses later versions; new kinds of frames do not change it."""
+"""The format version. A reader refuses later ones; new kinds of frames do not change it."""
 MAX_PAYLOAD_BYTES: Final = 64 << 20
 """A larger length is treated as damage. The codec keeps events far below it."""
 
 EVENT: Final = 0
 """Kind: an envelope. Readers skip kinds that they do not know."""
 CARRIED: Final = 1
-"""Kind: the start event of a run that was open when the segment was created, with its original sequence."""
+"""Kind: the start event of a run that was open when the segment was created."""
 CLOSED: Final = 2
-"""Kind: the writer closed the journal. It has no payload; its sequence is the one that the next event would have had."""
+"""Kind: the writer closed the journal. No payload; its sequence is the one that the next event would have."""
 
 _SUM_BYTES: Final = 4
 _BODY: Final = struct.Struct("<2sHIQ")

@@ -52,8 +52,8 @@ class JournalReader:
         Args:
             stream: Its name.
             after: Start after this sequence.
-            patience: After how many consecutive failures to read an existing segment it is skipped or, if it is the last one,
-                treated as read. Earlier failures raise OSError.
+            patience: After how many failures in a row to read an existing segment it is skipped or, if it is the last
+                one, treated as read. Earlier failures raise OSError.
         """
         return Tail(self._disk, f"{self.directory}/{stream}", after, patience)
 
