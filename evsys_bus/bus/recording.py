@@ -179,7 +179,7 @@ class Recording:
         return refusals[0] if refusals else None
 
     def last(self) -> dict[str, int]:
-        """Return the stream and the sequence of its last event; empty if events wait or were lost: gaps are possible."""
+        """Return the stream and the sequence of its last event; empty if events wait or were lost (possible gaps)."""
         writer = self.writer
         return {} if writer.lost or writer.unrecorded else {self._stream: writer.next_sequence - 1}
 
