@@ -264,7 +264,7 @@ class JournalInUseError(JournalError):
 class DeliveryError(EvsysBusError):
     """Raised by a sink to decide what happens to the batch; ``fix`` is shown to people who look at the adapter."""
 
-    def __init__(self, what: str, *, fix: str = "evsys-bus status tells how the delivery goes on") -> None:
+    def __init__(self, what: str, *, fix: str = "evsys-bus status shows how the delivery continues") -> None:
         super().__init__(what, fix=fix)
 
 

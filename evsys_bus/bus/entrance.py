@@ -28,7 +28,7 @@ class Entrance:
         self._term = TermSignal(self._stop) if handles_signals else None
         self._leave: Callable[[], object] | None = None
         self._owner = 0
-        self._lock = threading.RLock()  # guards _leaver
+        self._lock = threading.RLock()  # guards `_leaver`
         self._leaver: threading.Thread | None = None
         self._is_left = Gate()
 
@@ -84,7 +84,7 @@ class Entrance:
         """Finish pending work if the program ends without leaving the bus."""
         if self._leave is not None and self._owner == os.getpid():
             if self._leaver is None:
-                fix = "enter it with `with` or `async with`, which leave it also where something is raised"
+                fix = "enter it with `with` or `async with`, which leave it even if an exception is raised"
                 log().warning("bus.never_left", fix=fix)
             self._leave()
 

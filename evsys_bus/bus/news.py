@@ -130,7 +130,7 @@ class News:
         if news == said:
             return
         if news is not None:
-            fix = state.fix or "it is tried again; evsys-bus status tells how it fares"
+            fix = state.fix or "it is retried; evsys-bus status shows its progress"
             facts: dict[str, object] = {"why": state.error, "safe": "its events wait on disk", "fix": fix}
             failed = self._failed.pop(name, None) if news == "failed" else None
             if failed is not None and failed.traceback is not None:

@@ -59,9 +59,9 @@ class CallbackTrial:
         for what, metrics in hostile():
             self._give(f"metrics with {what}", lambda folder, row=metrics: [_row(folder, row)])
         self._give("late and repeated steps", _late)
-        again = self._after("start events that are told again", _told_again)
+        again = self._after("repeated start events", _told_again)
         if again != calm:
-            findings.note(f"start events that are told again change nothing; {difference(calm, again)}")
+            findings.note(f"repeated start events change nothing; {difference(calm, again)}")
         if follow:
             self._try_followed(calm, least)
 
