@@ -363,7 +363,7 @@ class Following:
         told = self.told(receipt)
         for each in told.deliveries if not ended else ():
             if each.is_known and each.busy and not each.pending and not each.owed:
-                meaning = "all was delivered, but its close has not returned"
+                meaning = "all was delivered, but its shutdown has not finished"
                 log().warning("delivery.not_ended", adapter=each.name, why=each.error, meaning=meaning)
         if told.finish is not None:
             self._tell(told.deliveries, told.finish)
