@@ -95,7 +95,7 @@ def conclude(summaries: Sequence[ArmSummary], success: SuccessMetric | None = No
         if next_best.whole or not best.whole:
             sentence += f", ahead of {next_best.name} ({next_best.score}){_within_spread(best, next_best)}"
         else:
-            sentence += f", before {next_best.name} ({next_best.score}, not whole)"
+            sentence += f", before {next_best.name} ({next_best.score}, incomplete)"
     return Verdict(best.name, _mean(best), " ".join([f"{sentence}.", *_troubles(summaries)]))
 
 
