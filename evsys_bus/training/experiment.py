@@ -149,7 +149,7 @@ class Experiment:
         return result
 
     async def _all_chains(self, bus: EventBus, ledger: Ledger) -> None:
-        """Run all chains, at most ``max_concurrent_runs`` at a time; a worker takes the next chain when it is free."""
+        """Run all sequences, at most ``max_concurrent_runs`` at a time; a worker takes the next when it is free."""
         if not self._chains:
             return
         waiting = iter(self._chains)
