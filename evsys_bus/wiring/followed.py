@@ -134,7 +134,7 @@ def _wrong_marks(cls: AdapterClass, path: str) -> list[ConfigError]:
 
 
 def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Registry = REGISTRY) -> Followed | None:
-    """Return the subscription of a spec; None if it runs inline. Without a reference, the caller has to set ``live``."""
+    """Return the subscription of a spec; None if it runs inline. Without a reference, the caller sets ``live``."""
     half = delivery_half(cls)
     if placement_of(spec, cls) != "follow" and half is None:
         return None
