@@ -19,7 +19,7 @@ from evsys_bus import Callback, EventBus
 from evsys_bus.context import LoopArtifacts, LoopState, ManifestRow, TrainingBatch
 from evsys_bus.events import Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 
-PRIZES = [0.1, 0.3, 0.2, 0.5, 0.9, 0.4, 0.6, 0.2]  # probability of a prize behind each door, which the policy has to learn
+PRIZES = [0.1, 0.3, 0.2, 0.5, 0.9, 0.4, 0.6, 0.2]  # per door: what the policy has to learn
 WORKERS, ROLLOUTS_PER_STEP, PLAYS, RATE = 4, 2, 16, 0.03
 EVAL_EVERY, SAVE_EVERY, GOOD_ENOUGH = 10, 20, 0.85
 

@@ -49,9 +49,7 @@ class Lag:
     """The suite ``lag``."""
 
     name = "lag"
-    promise = (
-        "P7: a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
-    )
+    promise = "P7: a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
         """Measure the memory, then the times."""
