@@ -106,7 +106,7 @@ class Expected:
         insist(not lost, f"{len(lost)} acknowledged events are not recorded: {lost[:3]}")
 
     def rows(self):
-        """Return step -> (value, place, whether it is required), each step as the last life that ran it published it."""
+        """Return step -> (value, place, whether it is required), each step as the last life that ran it has it."""
         rows = {}
         by_life = {}
         for (life, kind, step), place in self.places.items():
@@ -140,7 +140,7 @@ def letters(journal, name):
 
 
 def compare(what, wanted, found, excused):
-    """Check that the rows ``found``, [(step, value)], are those wanted; ``excused`` tells which steps may be missing."""
+    """Check that the rows ``found``, [(step, value)], are those wanted; ``excused`` returns whether a step may be missing."""
     doubled = [step for step, count in Counter(step for step, _ in found).items() if count > 1]
     insist(not doubled, f"{what}: {len(doubled)} steps occur twice, such as {doubled[:5]}")
     wrong = next((each for each in pairwise(found) if each[0][0] > each[1][0]), None)
@@ -202,7 +202,7 @@ def inspect_sink(name, expected, path, excused):
 
 
 def inspect_checkpoints(expected, store, run_dir, dead, *, latest_of):
-    """Check the uploaded checkpoints, and ``latest.json`` if the newest checkpoint is of life ``latest_of`` or later."""
+    """Check the uploaded checkpoints, and ``latest.json`` if the newest one is of life ``latest_of`` or later."""
     manifests = {}
     for path in store.glob("run/*/manifest.json"):
         manifest = json.loads(path.read_text())
