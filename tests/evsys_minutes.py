@@ -117,9 +117,7 @@ def main():
     for name in TROUBLES:
         print(f"the server {name}: {results.get(name, 'WRONG: it ended early')}")
     wrong = sum(not results.get(name, "").startswith("all there") for name in TROUBLES)
-    print(
-        f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of faults each"
-    )
+    print(f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of faults each")
     return wrong
 
 

@@ -87,7 +87,7 @@ class Program:
         signal.raise_signal(signal.SIGINT)
 
     def arm(self, longest: float) -> None:
-        """Schedule an interrupt: 40 % while it publishes, 40 % before the exit, 20 % at any time; half of them twice."""
+        """Schedule an interrupt: 40 % in the body, 40 % before the exit, 20 % at any time; half of them twice."""
         self.second_after = self.random.uniform(1e-5, 0.01) if self.random.random() < 0.5 else None
         where = self.random.random()
         self.waits_for_body = where < 0.4

@@ -193,7 +193,7 @@ class Inspector:
         self._decode = msgspec.msgpack.Decoder(_Seen).decode
 
     def look(self, life: Life, *, by: signal.Signals) -> tuple[int, int]:
-        """Return how many records are new, and how many receipts have no record; raises `Fault` for other errors."""
+        """Return how many records are new, and how many receipts lack a record; raises `Fault` for other errors."""
         streams = JournalReader(self.journal).streams()
         _insist(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
         if not streams:
@@ -208,7 +208,7 @@ class Inspector:
             if seen.event.type == "step_end":
                 step = _followed(step, seen.event.step_idx)
         _insist(
-            records - kept <= 1, f"{records - kept} records have no receipt, where at most one can have been in progress"
+            records - kept <= 1, f"{records - kept} records have no receipt, where only one can have been in progress"
         )
         self._verify(by, wrote=records > 0)
         return records, life.receipts - kept
@@ -225,7 +225,7 @@ class Inspector:
 def _followed(before: int | None, step: int) -> int:
     """Return the step if it follows the previous one or, as the first of a life, a checkpoint."""
     _insist(before is None or step == before + 1, f"step {step} follows step {before}")
-    _insist(before is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, which does not follow a checkpoint")
+    _insist(before is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
     return step
 
 

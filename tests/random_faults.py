@@ -220,7 +220,8 @@ class Rows(Destination):
     def __init__(self, scene, post, process, share):
         super().__init__(scene, post, process, share)
         self._plan = (each for each in outcomes(post.chance, share) if not isinstance(each, LostReplyError))
-        self._plan = (None if each == "deaf" else each for each in self._plan)  # a write that continues after its cancellation cannot be rewound
+        # A write that continues after its cancellation cannot be rewound.
+        self._plan = (None if each == "deaf" else each for each in self._plan)
         self.file = RowFile(process, f"{ROWS}/{post.name}")
 
     async def open(self):

@@ -462,7 +462,7 @@ def main():
     parser.add_argument("--directories", type=int, help="stop after this many directories")
     parser.add_argument("--jobs", type=int, default=2, help="directories at a time")
     parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="only these kinds of faults and ends")
-    parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="all kinds of faults and ends except these")
+    parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="not these kinds of faults and ends")
     parser.add_argument("--folder", help="where the directories go; default: the system's temporary directory")
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)

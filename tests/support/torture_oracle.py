@@ -140,7 +140,7 @@ def letters(journal, name):
 
 
 def compare(what, wanted, found, excused):
-    """Check that the rows ``found``, [(step, value)], are those wanted; ``excused`` returns whether a step may be missing."""
+    """Check that ``found``, [(step, value)], are the rows wanted; ``excused(step)``: it may be missing."""
     doubled = [step for step, count in Counter(step for step, _ in found).items() if count > 1]
     insist(not doubled, f"{what}: {len(doubled)} steps occur twice, such as {doubled[:5]}")
     wrong = next((each for each in pairwise(found) if each[0][0] > each[1][0]), None)
