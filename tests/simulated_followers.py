@@ -147,7 +147,7 @@ class Follower:
             try:
                 return await self.courier.run()
             except RetryLaterError as error:
-                self.simulation.machine.inject("courier anew", self.name, error)
+                self.simulation.machine.inject("courier restarted", self.name, error)
                 self._look_at_failures()
                 if self.asked:
                     raise

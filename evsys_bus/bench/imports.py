@@ -51,7 +51,7 @@ def process(*arguments: str) -> Generator[Run, None, None]:
 
 IMPORTS: Final = TimedQuestion(
     name="imports",
-    promise="P10: the import and the command line start about as fast as what they stand on",
+    promise="P10: the import and the command line start about as fast as their dependencies",
     cases=(
         Case(
             title="processes, start to end",

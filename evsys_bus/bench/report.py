@@ -108,5 +108,5 @@ def _ratio(ratio: Spread | None) -> tuple[str, str]:
 
 def _verdict(verdict: Verdict) -> str:
     if verdict.kept is None or verdict.measured is None:
-        return f"    ----  {verdict.promise}: not judged"
+        return f"    ----  {verdict.promise}: not measured"
     return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {_figure(verdict.measured)} {verdict.unit}"
