@@ -631,7 +631,7 @@ class Scene:
         reached = {each[1:] for each in got}
         must = owed - self.lost
         _insist(must <= reached | dead, f"{post.name} lacks {sorted(must - reached - dead)[:5]} of {len(must)}")
-        _insist(reached | dead <= mine, f"{post.name} has events that were never published: {sorted((reached | dead) - mine)[:5]}")
+        _insist(reached | dead <= mine, f"{post.name} has unpublished events: {sorted((reached | dead) - mine)[:5]}")
         orders = defaultdict(list)
         for life, stream, sequence in dict.fromkeys(got):
             orders[life, stream].append(sequence)
