@@ -179,7 +179,7 @@ class OutputPlaces:
     def _warn(self, refused: Refusal, place: Path) -> None:
         fix = self._fix
         if refused != "second_run":
-            fix = "have one process and one follower write the files of a run, or give each an output of its own"
+            fix = "let only one process and one adapter write the files of a run, or give each its own output"
         names = {"taken": str(self.first), "file": str(place)}
         log().warning(f"{self._kind}.{refused}", run=self._run, **names, fix=fix)
 

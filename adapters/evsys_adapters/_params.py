@@ -48,7 +48,7 @@ def check_placeholders(text: str, name: str, known: Sequence[str]) -> None:
     """
     strange = [found for found in _BRACES.findall(text) if found not in known]
     if strange:
-        what = f"{strange[0]} stands for nothing; the placeholders are {', '.join(known)}"
+        what = f"{strange[0]} is not a placeholder; the placeholders are {', '.join(known)}"
         raise ValueError(f"{what}, and other braces are not allowed{_at(name)}")
 
 

@@ -297,7 +297,7 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
                 notes = self._rewound.get(key)
                 run = self._runs[key] = self._open(handle, key, notes)
             except OSError as error:  # a row can be buffered, but the existing rows must be known first
-                raise RetryLaterError(f"the files of {key} cannot be looked at: {error}") from error
+                raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
             if notes is None and not self._has_mark and has_courier(self):  # its cursor may be lost
                 run.notes.course.unplaced = True

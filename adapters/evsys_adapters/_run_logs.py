@@ -321,7 +321,7 @@ class RunLogs:
                 self.place()
                 self._forgo_walk()
             except OSError as error:
-                raise RetryLaterError(f"{self.logs} cannot be looked at: {error}") from error
+                raise RetryLaterError(f"{self.logs} cannot be read: {error}") from error
         known, self._known = self._known, None
         return known
 

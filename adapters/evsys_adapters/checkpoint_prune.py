@@ -129,13 +129,13 @@ class CheckpointPrune(Sink):
             await self._prune_remote(run)
         if awaited:
             # The end of a training stays pending until its last upload is done: it may allow further removals.
-            raise RetryLaterError(f"{awaited[-1]} waits to be uploaded", after_seconds=AGAIN_SECONDS)
+            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=AGAIN_SECONDS)
 
     async def close(self) -> None:
         """Close the destinations, and log how many files were not removed."""
         for run_dir, count in self._left.items():
             if count > 1:
-                log().warning("checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints stay")
+                log().warning("checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints were not removed")
         self._left.clear()
         await self._places.close()
 
@@ -219,7 +219,7 @@ class CheckpointPrune(Sink):
                 checkpoint=row.name,
                 path=str(left.path),
                 why=left.why,
-                meaning="it is not pruned, nor is what else of this run's checkpoints lies so",
+                meaning="it is not pruned, nor are other files of this run's checkpoints in the same situation",
                 fix=opt_in or "remove it by hand, if it is no longer needed",
             )
 

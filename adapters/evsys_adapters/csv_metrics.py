@@ -261,7 +261,7 @@ class _RunTable:
                 self._open()
                 self._forgo_walk()
             except OSError as error:
-                raise RetryLaterError(f"{self.path} cannot be looked at: {error}") from error
+                raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
     def introduce(self) -> None:
         if self.course.walks:

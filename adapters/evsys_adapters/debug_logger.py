@@ -123,14 +123,14 @@ class DebugLoggerCallback(Callback):
         elif not self._told:
             self._told = True
             fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
-            log().warning("debug_logger.not_shown", why="its lines are at DEBUG, the log is above", fix=fix)
+            log().warning("debug_logger.not_shown", why="its lines are logged at DEBUG, which the log level hides", fix=fix)
 
     def _shown(self, name: str, value: object) -> str:
         """Format an argument as one line of at most ``max_len`` characters, even if its repr raises."""
         try:
             text = self._brief.argument(name, value)
         except Exception as error:  # a foreign repr
-            text = f"<{type(value).__name__}: {type(error).__name__} when it was looked at>"
+            text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
         text = text if len(text) <= self._max_len else f"{text[: self._max_len - 1]}…"
         return printable(text)
 

@@ -240,7 +240,7 @@ class EarlyStoppingCallback(Callback):
             return f"no finite value of {what} in {history.older.evals + len(history.points)} evals"
         best = f"best {history.best:.6g} at step {history.best_step}"
         if history.evals_since_best == 0:
-            return f"{what} is good enough: {best}"
+            return f"{what} has reached its target: {best}"
         return f"no improvement of {what} for {history.evals_since_best} evals; {best}"
 
     def _miss(self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]) -> None:

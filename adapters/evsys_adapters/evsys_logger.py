@@ -105,7 +105,7 @@ class EvsysLoggerCallback(Callback):
         if is_offline() and not self._said_offline:
             self._said_offline = True
             fix = "unset EVSYS_OFFLINE; what is recorded until then: evsys-bus replay RUN --to evsys_logger"
-            log().info("evsys.offline", why="EVSYS_OFFLINE is set, and nothing is sent", fix=fix)
+            log().info("evsys.offline", why="EVSYS_OFFLINE is set, so nothing is sent", fix=fix)
         self._put(ctx, "experiment_id", output_dir_of(ctx), "experiment")
 
     def _put_group(self, ctx: object, name: str) -> None:

@@ -54,7 +54,7 @@ class Copy:
         """
         if self._most is not None and self.size + len(piece) > self._most:
             raise DamagedError(
-                f"more than {self._most} bytes came", fix="fetch again; if that does not help, another checkpoint"
+                f"received more than {self._most} bytes", fix="fetch again; if that does not help, fetch another checkpoint"
             )
         if self._file is not None:
             done = 0

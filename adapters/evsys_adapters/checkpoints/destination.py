@@ -102,7 +102,7 @@ class Destination:
             await self.store.put_bytes(self.key(folder, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
             verified = await self.manifest(folder)
             if verified is None or not verified.is_same_as(manifest):
-                raise RetryLaterError(f"{self.key(folder, MANIFEST)} is not what was written")
+                raise RetryLaterError(f"{self.key(folder, MANIFEST)} differs from what was written")
         elif not there.is_same_as(manifest):
             raise ConflictError(f"{self.key(folder, MANIFEST)} is the manifest of another checkpoint")
         await self._move_latest(manifest, standing)

@@ -28,7 +28,7 @@ def needing_room(where: object) -> Generator[None]:
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise RetryLaterError(f"no room in {where}: {error.strerror}; it goes on once there is some") from error
+        raise RetryLaterError(f"no room in {where}: {error.strerror}; it resumes once there is space") from error
 
 
 def beside(path: Path) -> Path:

@@ -128,7 +128,7 @@ class FolderStore:
         path = self._path(key)
         if not path.parent.resolve().is_relative_to(self._directory.resolve()):
             raise RefusedError(
-                f"{path} is reached by a link that leads out of {self._directory}", fix="remove it by hand"
+                f"{path} is behind a link that leaves {self._directory}", fix="remove it by hand"
             )
         await to_thread.run_sync(partial(path.unlink, missing_ok=True))
 
@@ -190,7 +190,7 @@ class FolderStore:
         return self._directory / key
 
     def _missing(self, key: str) -> MissingError:
-        return MissingError(f"{self._path(key)} is not there", fix="see what is stored: evsys-bus checkpoints RUN")
+        return MissingError(f"{self._path(key)} does not exist", fix="see what is stored: evsys-bus checkpoints RUN")
 
 
 def _size(path: Path) -> int | None:

@@ -45,7 +45,7 @@ class PartBody:
             want = min(_READ_BYTES, self._size - done)
             piece = await to_thread.run_sync(os.pread, self._file, want, self._offset + done)
             if not piece:
-                raise ShortFileError(f"{self._size - done} bytes of a part are gone")
+                raise ShortFileError(f"{self._size - done} bytes of a part are missing")
             done += len(piece)
             yield piece
 

@@ -96,7 +96,7 @@ class Bounds:
     def _reasons(self, path: Path) -> Iterator[Left]:
         root = self.root_of(path)
         if any(home.is_relative_to(path) for home in self.home):
-            yield Left(path, "the run's folder is, or lies in, it")
+            yield Left(path, "it is or contains the run's folder")
         elif root is None:
             yield Left(path, _OUTSIDE, outside=True)
         with suppress(OSError):
@@ -109,8 +109,8 @@ class Bounds:
             for other in self._other_runs
             if path.is_relative_to(other) or other.is_relative_to(path)
         )
-        yield from (Left(path, f"{above} is not this run's") for above in self._foreign_around(path, root))
-        yield from (Left(path, f"{inner} in it is no part of a checkpoint") for inner in _foreign_below(path))
+        yield from (Left(path, f"{above} does not belong to this run") for above in self._foreign_around(path, root))
+        yield from (Left(path, f"{inner} in it is not part of a checkpoint") for inner in _foreign_below(path))
 
     def _foreign_around(self, path: Path, root: Path | None) -> Iterator[Path]:
         """Yield the path and its parents that belong to a journal, a spool or another run."""
@@ -174,7 +174,7 @@ def remove(each: Removable) -> None:
             os.close(outer)
         now = os.stat(each.path.name, dir_fd=folder, follow_symlinks=False)
         if not os.path.samestat(now, each.found) or stat.S_IFMT(now.st_mode) != stat.S_IFMT(each.found.st_mode):
-            raise OSError(errno.ESTALE, "something else stands there by now", str(each.path))
+            raise OSError(errno.ESTALE, "it was replaced meanwhile", str(each.path))
         if stat.S_ISDIR(now.st_mode):
             shutil.rmtree(each.path.name, dir_fd=folder)  # rmtree follows no symbolic links either
         else:

@@ -64,7 +64,7 @@ async def choose(destination: Destination, name: str | None) -> Manifest:
     what = "no checkpoint" if name is None else f"no checkpoint {name}"
     raise MissingError(
         f"there is {what} below {destination.run_key}",
-        fix=did_you_mean(name or "", known) or "look at the prefix, and at the run's name: they are parts of the key",
+        fix=did_you_mean(name or "", known) or "check the prefix and the run's name: they are parts of the key",
     )
 
 
@@ -85,7 +85,7 @@ async def newest_state(destination: Destination) -> Manifest | None:
     if latest is not None and not there:
         raise MissingError(
             f"there is no checkpoint {latest.checkpoint} below {destination.run_key}, though latest.json names it",
-            fix="look at the prefix: what was uploaded was removed since",
+            fix="check the prefix: the uploaded checkpoint may have been removed",
         )
     return next((each for each in reversed(there) if each.state is not None), None)
 
@@ -154,7 +154,7 @@ def _check(manifest: Manifest) -> None:
     wrong = next((name for name in names if name in above or name.split("/")[0] in {MANIFEST, BEGUN}), None)
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if wrong is not None or twice is not None:
-        raise _not_ours(f"lists {wrong if twice is None else twice!r} in two meanings")
+        raise _not_ours(f"lists {wrong if twice is None else twice!r} more than once")
     for file in manifest.files:
         if file.size < 0:
             raise _not_ours(f"gives {file.name!r} a size of {file.size} bytes")
@@ -177,7 +177,7 @@ async def _compare_sizes(destination: Destination, manifest: Manifest) -> None:
     for file in manifest.files:
         key = destination.key(folder, file.name)
         if key not in there:
-            raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is not whole")
+            raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is incomplete")
         check_size(key, there[key], Stored(key, file.size, file.sha256), store.where)
 
 
@@ -190,14 +190,14 @@ def _prepare(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if len({_folded(name) for name in paths}) < len(paths) and _folds_names(root):
         raise DamagedError(
-            "it has files whose names this file system takes for one", fix="fetch it to another file system"
+            "it has files whose names are the same on this file system", fix="fetch it to another file system"
         )
     begun = {file.name: partial_of(paths[file.name], file.sha256) for file in manifest.files}
     clear(root, {*paths.values(), *begun.values()})
     here = sum(min(file.size, max(_size(paths[file.name]), _size(begun[file.name]))) for file in manifest.files)
     needed, free = sum(file.size for file in manifest.files) - here, shutil.disk_usage(root).free
     if needed > free:
-        raise RetryLaterError(f"no room in {root}: {needed:,} bytes are to come, and there is room for {free:,}")
+        raise RetryLaterError(f"no room in {root}: {needed:,} bytes are needed, and {free:,} are free")
     replace_file(root / BEGUN, msgspec.json.encode(manifest), mode=0o666)
 
 
@@ -233,18 +233,18 @@ def _refuse_other(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> 
 
 def _other(root: Path, path: Path) -> ConflictError:
     return ConflictError(
-        f"{root} is no checkpoint that was fetched: {path} is in the way", fix="move it away, or give another --to"
+        f"{root} is not a fetched checkpoint: {path} is in the way", fix="move it away, or give another --to"
     )
 
 
 def _not_ours(what: str) -> DamagedError:
     return DamagedError(
-        f"the manifest {what}", fix="trust nothing that this manifest lists: it was not written by evsys-bus"
+        f"the manifest {what}", fix="do not trust the files that it lists: it was not written by evsys-bus"
     )
 
 
 def _leads_out(place: Path, root: Path) -> DamagedError:
-    return DamagedError(f"{place} is a link that leads out of {root}", fix="fetch into an empty folder")
+    return DamagedError(f"{place} is a link that leaves {root}", fix="fetch into an empty folder")
 
 
 def _between(root: Path, path: Path) -> list[Path]:

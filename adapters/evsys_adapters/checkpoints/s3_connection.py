@@ -104,7 +104,7 @@ class S3Connection:
             self._refused = self._refused or isinstance(trouble, ParkedError)
             raise trouble from error
         except exceptions.SSLError as error:
-            fix = "have its certificate trusted: AWS_CA_BUNDLE names a file of authorities"
+            fix = "trust its certificate: set AWS_CA_BUNDLE to a file of certificate authorities"
             raise ParkedError(f"{self.where} cannot be trusted: {error}", fix=fix) from error
         except (
             exceptions.HTTPClientError,
@@ -114,11 +114,11 @@ class S3Connection:
         ) as error:
             raise RetryLaterError(f"{self.where} cannot be reached: {str(error) or 'it took too long'}") from error
         except _vendor("botocore.parsers").ResponseParserError as error:
-            raise RetryLaterError(f"{self.where} replied with what is not S3's: {error}") from error
+            raise RetryLaterError(f"{self.where} sent a response that is not S3's: {error}") from error
         except exceptions.BotoCoreError as error:
             self._refused = True
-            fix = "name a key in the environment, in ~/.aws/credentials, or by `profile`; it is looked for again"
-            raise ParkedError(f"{self.where} cannot be asked: {error}", fix=fix) from error
+            fix = "name a key in the environment, in ~/.aws/credentials, or by `profile`; it is read again at the next attempt"
+            raise ParkedError(f"{self.where} cannot be used: {error}", fix=fix) from error
         finally:
             self._in_flight -= 1
 
@@ -149,7 +149,7 @@ class S3Connection:
                 session.create_client("s3", config=config, **self._settings)
             )
         except (_vendor("botocore.exceptions").BotoCoreError, ValueError) as error:  # unknown profile, invalid endpoint
-            raise ParkedError(f"{self.where} cannot be asked: {error}", fix="correct the adapter's params") from error
+            raise ParkedError(f"{self.where} cannot be used: {error}", fix="correct the adapter's params") from error
         if found is not None:
             self._key = KeyOrigin(f"{found.access_key[:4]}…", _ORIGINS.get(found.method, f"from {found.method}"))
 

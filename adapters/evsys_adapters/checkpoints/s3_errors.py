@@ -40,7 +40,7 @@ class WordError(RefusedError):
     def __init__(self, refusal: Refusal, where: str) -> None:
         super().__init__(
             f"{where} refuses {refusal.operation}: {refusal.word}, status {refusal.status}; {refusal.message}",
-            fix="look the word up in the server's documents; the file is still here",
+            fix="look up the error code in the server's documentation; the file is still here",
         )
         self.word = refusal.word
         self.status = refusal.status
@@ -111,7 +111,7 @@ def meaning(  # noqa: PLR0911 # a table
         )
     if word in _FULL or refusal.status == 507:  # noqa: PLR2004
         return ParkedError(
-            f"{where} takes no more: {word}, {refusal.message}", fix="make room, or raise the bucket's quota"
+            f"{where} is full: {word}, {refusal.message}", fix="make room, or raise the bucket's quota"
         )
     if refusal.status in {401, 403}:
         action = _ACTIONS.get(refusal.operation, f"s3:{refusal.operation}")

@@ -142,7 +142,7 @@ class S3Store:
                 self._replaces_on_condition = False
             else:
                 return self._replaces_on_condition
-        raise RetryLaterError(f"{key} in {self.where} is changed by others all the time")
+        raise RetryLaterError(f"{key} in {self.where} is changed by other processes all the time")
 
     async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
         """See `ObjectStore.get_bytes`."""

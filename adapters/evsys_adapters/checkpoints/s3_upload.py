@@ -116,7 +116,7 @@ class FileUpload:
         if there is None or not completed:
             await self._abort()
         if there is None:
-            raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is begun again")
+            raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is restarted")
         return there
 
     async def _planned(self, file: BinaryIO, source: Source) -> tuple[Plan, dict[int, Part]]:

@@ -162,7 +162,7 @@ class Spool:
         if entry is None:
             entry = _rebuilt(folder, row, tuple(parts))
             if entry is None:
-                what = f"{ENTRY} is damaged, and the files that are left are not those that were announced"
+                what = f"{ENTRY} is damaged, and the remaining files differ from those of the checkpoint event"
                 raise FileNotFoundError(errno.ENOENT, what, str(folder / ENTRY))
         for file in entry.files:
             if not (folder / file.name).exists():
@@ -323,7 +323,7 @@ def _below(folder: str, names: str, above: tuple[tuple[int, int], ...]) -> Itera
 
 def _source(path: str, found: os.stat_result) -> _Source:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no file that could be uploaded", path)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return _Source(path, found)
 
 

@@ -119,7 +119,7 @@ class UploadSink(Sink):
         except FileNotFoundError as error:
             # The event may be repeated long after the checkpoint was uploaded and removed.
             if not spool.done(event.row) and not await self._is_uploaded(task):
-                self._refuse(task, f"{error.filename} is gone, and was not linked while it was there")
+                self._refuse(task, f"{error.filename} is missing, and was not linked while it existed")
             return
         if oldest is None:
             return
@@ -176,7 +176,7 @@ class UploadSink(Sink):
         changed = waiting.rewritten()
         if changed is not None:
             task.spool.drop(waiting)
-            self._refuse(task, f"{changed} was written to after the checkpoint was announced")
+            self._refuse(task, f"{changed} was modified after the checkpoint event")
             return
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
@@ -233,7 +233,7 @@ class UploadSink(Sink):
         if failed:
             raise failed[0]
         if silence.cancelled_caught:
-            raise RetryLaterError(f"no byte of {task.folder} went through for {STALL_SECONDS:g} s")
+            raise RetryLaterError(f"the upload of {task.folder} made no progress for {STALL_SECONDS:g} s")
         return sorted(stored, key=lambda file: file.name)
 
     def _refuse(self, task: _Task, why: str) -> None:

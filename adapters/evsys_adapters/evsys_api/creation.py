@@ -242,7 +242,7 @@ class Creation:
         found = server_id(await self._once(ours, op, args))
         if found is None:
             self._doubts.add(ours)
-            raise RetryLaterError(f"{op}: the server answers without an id, by which it could be looked up")
+            raise RetryLaterError(f"{op}: the server's response has no id")
         return found, None
 
     async def _once(self, ours: object, op: str, args: Args) -> Any:
@@ -263,7 +263,7 @@ class Creation:
         try:
             found = await self._call(op, args)
         except RefusedError as refused:
-            fix = "what was created just before a crash may be there twice"
+            fix = "objects created just before a crash may exist twice"
             self._faults.warn("evsys.cannot_look_up", op, op=op, why=refused.what, fix=fix)
             return []
         return [cast("Args", row) for row in items(found) if isinstance(row, dict)]

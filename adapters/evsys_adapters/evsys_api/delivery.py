@@ -141,7 +141,7 @@ class EvsysSink(Sink):
         self._offline = is_offline()
         if self._offline:
             log().info(
-                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it one day: evsys-bus replay RUN --to evsys_logger"
+                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it later: evsys-bus replay RUN --to evsys_logger"
             )
             return
         self._wanted_url = url_of(self.config)
@@ -188,7 +188,7 @@ class EvsysSink(Sink):
         wanted = self._wanted_url
         if wanted is not None and self._kept_url is not None and wanted != self._kept_url:
             log().warning(
-                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one mean nothing to another"
+                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one server are unknown to another"
             )
             return
         self._known.load(mark)
@@ -448,7 +448,7 @@ class EvsysSink(Sink):
                 run=run.path,
                 values=sum(run.left_out.values()),
                 names=dict(list(run.left_out.items())[:5]),
-                why="EvSys takes finite numbers alone; the rest of the row is there",
+                why="EvSys accepts only finite numbers; the rest of the row was sent",
             )
 
     async def _predict(self, run: Run, scored: Scored, predictions: list[Any], step: int | None) -> None:
@@ -494,7 +494,7 @@ class EvsysSink(Sink):
         return await self._gateway.call(op, args)
 
 
-_KEPT: Final = "it is there since an earlier attempt at the step, and the gateway replaces no eval"
+_KEPT: Final = "it exists since an earlier attempt at the step, and the gateway cannot replace an eval"
 
 
 def _text(value: object) -> str | None:

@@ -94,7 +94,7 @@ def url_of(config: EvsysLoggerConfig) -> str | None:
     found = config.url or os.environ.get("EVSYS_API_URL", "").strip() or None
     if found is not None and not re.match(_URL, found):
         fix = "set it to http://host:port or https://host, without user and password"
-        raise ParkedError("EVSYS_API_URL is no URL of a server", fix=fix)
+        raise ParkedError("EVSYS_API_URL is not the URL of a server", fix=fix)
     return None if found is None else found.rstrip("/")
 
 
@@ -111,10 +111,10 @@ def key_of(config: EvsysLoggerConfig) -> str:
             f"set {name}, then `evsys-bus sync` (or the next run) sends everything; "
             "EVSYS_OFFLINE=1 where nothing is to be sent"
         )
-        raise ParkedError(f"{name} is not set, and EvSys takes nothing without a key", fix=fix)
+        raise ParkedError(f"{name} is not set, and EvSys requires a key", fix=fix)
     if not (key.isascii() and key.isprintable() and " " not in key):
         why = "spaces, line ends, letters beyond ASCII"
-        raise ParkedError(f"{name} holds what no key holds: {why}", fix=f"set {name} to the key alone")
+        raise ParkedError(f"{name} has characters that no key has: {why}", fix=f"set {name} to the key alone")
     return key
 
 
@@ -158,7 +158,7 @@ class Gateway:
         """
         wait = self._paused_until - time.monotonic()
         if wait > 0:
-            raise RetryLaterError(f"{self.url} wants to be left alone", after_seconds=wait)
+            raise RetryLaterError(f"{self.url} asked to wait", after_seconds=wait)
         given = {name: value for name, value in args.items() if value is not None}
         body = msgspec.json.encode({"op": op, "args": given})
         url = self._endpoint
@@ -169,7 +169,7 @@ class Gateway:
                     self._endpoint = url
                 return self._result(op, status, headers, data)
             url = self._redirected(url, status, headers.get("Location"))
-        raise RetryLaterError(f"{self._endpoint} redirects in a circle")
+        raise RetryLaterError(f"{self._endpoint} has too many redirects")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -214,7 +214,7 @@ class Gateway:
             return there
         fix = f"set url, or EVSYS_API_URL, to {after.scheme}://{after.netloc}" if location else "see its log"
         raise ParkedError(
-            f"{url} answers {status} and leads to {there!r:.{_SHOWN}}, where the key is not sent unasked", fix=fix
+            f"{url} redirects ({status}) to {there!r:.{_SHOWN}}, where the key is not sent automatically", fix=fix
         )
 
     def _result(self, op: str, status: int, headers: Mapping[str, str], data: bytes) -> Any:
@@ -224,12 +224,12 @@ class Gateway:
                 answer: Any = msgspec.json.decode(data)
             except msgspec.DecodeError:
                 kind = headers.get("Content-Type", "of no type")
-                what = f"{self._endpoint} answers {status} with {kind} that is no JSON ({_text(data)})"
-                raise RetryLaterError(f"{what}: a proxy, or a login page, stands before the API") from None
+                what = f"{self._endpoint} answers {status} with {kind} that is not JSON ({_text(data)})"
+                raise RetryLaterError(f"{what}: a proxy or a login page may be in front of the API") from None
             return cast("dict[str, Any]", answer).get("result") if isinstance(answer, dict) else None
         what = f"{op}: {self._endpoint} answers {status}: {_text(data)}"
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-            fix = f"check {self._config.api_key_env}, and that it is a key of this server; it is tried once a minute"
+            fix = f"check {self._config.api_key_env}, and that it is a key of this server; it is retried once a minute"
             raise ParkedError(what, fix=f"{fix}, and by `evsys-bus sync`")
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
@@ -239,9 +239,9 @@ class Gateway:
                 self._paused_until = time.monotonic() + after
             raise RetryLaterError(what, after_seconds=after)
         if status in _NO_SUCH_PAGE and not self._has_answered:
-            raise ParkedError(what, fix=f"there is no API of EvSys: check url, or EVSYS_API_URL, now {self.url}")
+            raise ParkedError(what, fix=f"this is not an EvSys API: check url, or EVSYS_API_URL, now {self.url}")
         if status < HTTPStatus.BAD_REQUEST:  # 303 and similar
-            raise ParkedError(what, fix="no API answers so: check url, or EVSYS_API_URL")
+            raise ParkedError(what, fix="this is not an API response: check url, or EVSYS_API_URL")
         raise RefusedError(what)
 
 

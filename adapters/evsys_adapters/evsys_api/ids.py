@@ -66,7 +66,7 @@ def kept_id(folder: Path | None, name: str) -> str:
         if known is None and not create_file(path, f"{made}\n".encode(), mode=0o666):
             known = load_file(path, _id_of, set_aside=False)  # created by another process meanwhile
     except OSError as error:
-        fix = "a resume has another id, and is another run for EvSys: have the folder writable"
+        fix = "make the folder writable; without the stored id, a resumed run is another run for EvSys"
         log().warning("evsys.id_not_kept", path=str(path), error=str(error), fix=fix)
         known = None
     return known or made
