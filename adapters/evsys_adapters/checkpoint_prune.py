@@ -135,7 +135,9 @@ class CheckpointPrune(Sink):
         """Close the destinations, and log how many files were not removed."""
         for run_dir, count in self._left.items():
             if count > 1:
-                log().warning("checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints were not removed")
+                log().warning(
+                    "checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints were not removed"
+                )
         self._left.clear()
         await self._places.close()
 

@@ -123,7 +123,9 @@ class DebugLoggerCallback(Callback):
         elif not self._told:
             self._told = True
             fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
-            log().warning("debug_logger.not_shown", why="its lines are logged at DEBUG, which the log level hides", fix=fix)
+            log().warning(
+                "debug_logger.not_shown", why="its lines are logged at DEBUG, which the log level hides", fix=fix
+            )
 
     def _shown(self, name: str, value: object) -> str:
         """Format an argument as one line of at most ``max_len`` characters, even if its repr raises."""

@@ -54,7 +54,8 @@ class Copy:
         """
         if self._most is not None and self.size + len(piece) > self._most:
             raise DamagedError(
-                f"received more than {self._most} bytes", fix="fetch again; if that does not help, fetch another checkpoint"
+                f"received more than {self._most} bytes",
+                fix="fetch again; if that does not help, fetch another checkpoint",
             )
         if self._file is not None:
             done = 0

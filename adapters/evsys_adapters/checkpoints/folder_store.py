@@ -127,9 +127,7 @@ class FolderStore:
         """See `ObjectStore.delete`."""
         path = self._path(key)
         if not path.parent.resolve().is_relative_to(self._directory.resolve()):
-            raise RefusedError(
-                f"{path} is behind a link that leaves {self._directory}", fix="remove it by hand"
-            )
+            raise RefusedError(f"{path} is behind a link that leaves {self._directory}", fix="remove it by hand")
         await to_thread.run_sync(partial(path.unlink, missing_ok=True))
 
     async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:

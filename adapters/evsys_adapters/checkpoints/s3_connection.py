@@ -117,7 +117,7 @@ class S3Connection:
             raise RetryLaterError(f"{self.where} sent a response that is not S3's: {error}") from error
         except exceptions.BotoCoreError as error:
             self._refused = True
-            fix = "name a key in the environment, in ~/.aws/credentials, or by `profile`; it is read again at the next attempt"
+            fix = "set a key in the environment, ~/.aws/credentials, or `profile`; it is read again at each attempt"
             raise ParkedError(f"{self.where} cannot be used: {error}", fix=fix) from error
         finally:
             self._in_flight -= 1

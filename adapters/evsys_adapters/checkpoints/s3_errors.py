@@ -110,9 +110,7 @@ def meaning(  # noqa: PLR0911 # a table
             f"the bucket {bucket!r} is in another region: {refusal.message or word}", fix="set `region` to the bucket's"
         )
     if word in _FULL or refusal.status == 507:  # noqa: PLR2004
-        return ParkedError(
-            f"{where} is full: {word}, {refusal.message}", fix="make room, or raise the bucket's quota"
-        )
+        return ParkedError(f"{where} is full: {word}, {refusal.message}", fix="make room, or raise the bucket's quota")
     if refusal.status in {401, 403}:
         action = _ACTIONS.get(refusal.operation, f"s3:{refusal.operation}")
         return ParkedError(

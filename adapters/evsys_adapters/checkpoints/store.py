@@ -111,7 +111,9 @@ def check_key(key: str) -> None:
 
 def missing_file(path: Path) -> MissingError:
     """Return the error for a missing local file."""
-    return MissingError(f"{path} does not exist, so it cannot be stored", fix="keep files until they are stored; this one is lost")
+    return MissingError(
+        f"{path} does not exist, so it cannot be stored", fix="keep files until they are stored; this one is lost"
+    )
 
 
 class ObjectStore(Protocol):
