@@ -254,7 +254,7 @@ class _Joining:
         return any(self._quiet_seconds(each.name) < self._patience(each.name) for each in orphaned)
 
     def _patience(self, name: str) -> float:
-        """Return the allowed time without progress: shorter if the process is on another machine and cannot be checked."""
+        """Return the allowed time without progress: shorter if the process is on another machine, out of reach."""
         here = _holder(self._directory, name) is not None
         return self._timeout_seconds if here else min(STUCK_SECONDS, self._timeout_seconds)
 
@@ -262,7 +262,7 @@ class _Joining:
         return time.monotonic() - self._moved[name][1] if name in self._moved else 0.0
 
     def _end_if_stuck(self, name: str) -> None:
-        """End the process that delivers to this adapter if its program has ended and none of its adapters progresses."""
+        """End the process that delivers to this adapter if its program has ended and no adapter of it progresses."""
         pid = _lingering_courier(self._directory, name)
         if pid is None or time.monotonic() - self._signalled.get(pid, 0.0) < _SIGNAL_SECONDS:
             return
