@@ -108,7 +108,7 @@ class EventReader:
         if missing:
             told.append(f"{counted(sum(last - first + 1 for first, last in missing), 'event')} missing")
         if damaged:
-            told.append(f"{counted(damaged, 'damaged byte')}")
+            told.append(f"{counted(damaged, 'byte')} damaged")
         if self.no_envelopes:
             told.append(f"{counted(self.no_envelopes, 'record')} that cannot be decoded")
         told += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable]

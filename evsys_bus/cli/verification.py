@@ -54,7 +54,7 @@ def summary(report: Report) -> str:
     unread = sum(len(each.unreadable) for each in report.streams)
     facts = [
         *([f"{counted(lost, 'event')} lost"] if lost else []),
-        *([counted(aside, "damaged byte")] if aside else []),
+        *([f"{counted(aside, 'byte')} damaged"] if aside else []),
         *([f"{counted(unread, 'segment')} not readable"] if unread else []),
     ]
     kept = sum(each.records for each in report.streams)
@@ -63,7 +63,7 @@ def summary(report: Report) -> str:
 
 def _damage_told(stream: StreamReport, damage: DamagedRange) -> str:
     place = f"{Path(damage.segment).name} at byte {damage.offset:,}"
-    return f"{counted(damage.length, 'damaged byte')} in {place}; {_before(stream, damage)} before that"
+    return f"{counted(damage.length, 'byte')} damaged in {place}; {_before(stream, damage)} before that"
 
 
 def _before(stream: StreamReport, damage: DamagedRange) -> str:
