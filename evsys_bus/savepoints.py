@@ -11,7 +11,7 @@ changed later in a file is undone when that file is next looked at, also by a la
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -101,22 +101,23 @@ class Savepoints:
         """The last mark, or the one that this was rewound to."""
         return self._last
 
-    def join(self, mark: Mark) -> bool:
-        """Have the files that this mark names as they were then, and no others, whatever mark this was rewound to.
+    def join(self, mark: Mark, others: Iterable[str] = ()) -> bool:
+        """Have the files that this mark names, and these others, as they were then, whatever mark this was rewound to.
 
         Whether the mark is of this follower, or this is one from now on; else the files are looked after from here on.
         """
         last = self._last
-        for file in mark.files:
+        files = dict.fromkeys([*mark.files, *others])
+        for file in files:
             self._restore(file, mark)
         if last.number and mark.id != last.id:
-            for file in mark.files:
+            for file in files:
                 self._sizes.pop(file, None)
             return False
         ended = {**last.ended, **mark.ended}
         ended[mark.life] = max(mark.number, ended.get(mark.life, 0))
-        files = {**last.files, **mark.files}
-        self._last = Mark(mark.id, last.life, max(last.number, mark.number), files, ended, last.kept)
+        sizes = {**last.files, **mark.files}
+        self._last = Mark(mark.id, last.life, max(last.number, mark.number), sizes, ended, last.kept)
         self._sizes.update(mark.files)
         return True
 
