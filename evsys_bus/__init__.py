@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
 __version__: Final = "0.1.0"
 
+importlib.import_module("datetime")
+"""Before msgspec, whose C code imports it unchecked: a Ctrl-C in there would be lost, and crash the process later."""
+
 _HOMES: Final = {
     "attached": ("Learnt",),
     "bus": ("EventBus", "Health", "Receipt"),

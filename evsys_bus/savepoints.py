@@ -11,7 +11,7 @@ such a life changed after that in a file is undone when the file is next used, a
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -103,22 +103,23 @@ class Savepoints:
         """The last mark, or the one that was rewound to."""
         return self._last
 
-    def join(self, mark: Mark) -> bool:
-        """Restore the files of this mark, and no others, whatever mark was rewound to before.
+    def join(self, mark: Mark, others: Iterable[str] = ()) -> bool:
+        """Restore the files of this mark, and these others, whatever mark was rewound to before.
 
         Returns whether the mark belongs to this adapter, possibly from now on. If not, the files are tracked anew.
         """
         last = self._last
-        for file in mark.files:
+        files = dict.fromkeys([*mark.files, *others])
+        for file in files:
             self._restore(file, mark)
         if last.number and mark.id != last.id:
-            for file in mark.files:
+            for file in files:
                 self._sizes.pop(file, None)
             return False
         ended = {**last.ended, **mark.ended}
         ended[mark.life] = max(mark.number, ended.get(mark.life, 0))
-        files = {**last.files, **mark.files}
-        self._last = Mark(mark.id, last.life, max(last.number, mark.number), files, ended, last.kept)
+        sizes = {**last.files, **mark.files}
+        self._last = Mark(mark.id, last.life, max(last.number, mark.number), sizes, ended, last.kept)
         self._sizes.update(mark.files)
         return True
 

@@ -94,18 +94,30 @@ class NotedOutput:
 
     def has(self, event: EventInfo) -> bool:
         """Whether nothing is to be done for the event, as its rows are there; else they are from now on."""
-        if not self.is_followed or not event.sequence or event.carried:
-            return False
-        if self.position.has(event):
+        if self.is_handled(event):
             return True
-        self.position.add(event)
+        self.add(event)
         return False
 
-    def found(self, place: Path, note: Path) -> bytes | None:
+    def is_handled(self, event: EventInfo) -> bool:
+        """Whether nothing is to be done for the event, as its rows are there."""
+        return self.is_followed and event.sequence > 0 and not event.carried and self.position.has(event)
+
+    def add(self, event: EventInfo) -> None:
+        """The rows of the event are there."""
+        if self.is_followed and event.sequence and not event.carried:
+            self.position.add(event)
+
+    def found(self, place: Path, note: Path, others: Iterable[Path] = ()) -> bytes | None:
         """To be called with the place once it is claimed.
 
         Where its note is newer than the follower's mark, its files are made as they were at the note. What their writer
         knew then; None where the mark counts, or where nobody knows.
+
+        Args:
+            place: Where the output lies.
+            note: Its note.
+            others: Files that may have come to the output behind the note, which does not name them.
 
         Raises:
             OSError: The disk refuses it.
@@ -124,10 +136,10 @@ class NotedOutput:
             position.number = said.position.number
             return None
         mark = _mark_of(said, note)
-        is_ours = self._marks.join(mark)
+        is_ours = self._marks.join(mark, [os.path.abspath(each) for each in others])  # noqa: PTH100
         self.position = said.position
         self.position.output = str(place)
-        self._written = (dict(self.position.handled), self.position.since, bytes(said.state))
+        self._written = (dict(self.position.handled), self.position.since, bytes(said.state), [*said.files])
         if not is_ours:
             self._written = None  # the earlier versions that the next changes leave belong to this follower's marks
             made = self.note(bytes(said.state), [note.parent / name for name in said.files])
@@ -142,13 +154,16 @@ class NotedOutput:
             OSError: A file cannot be read; nothing has changed.
         """
         position, note = self.position, self._note
-        changed = (dict(position.handled), position.since, state)
-        if note is None or not position.handled or changed == self._written:
+        if note is None or not position.handled:
+            return None
+        names = {os.path.relpath(file, note.parent): str(file) for file in files}
+        changed = (dict(position.handled), position.since, state, [*names])
+        if changed == self._written:
             return None
         ends: dict[str, tuple[int, str]] = {}
-        for file in files:
-            size = _size(str(file))
-            ends[os.path.relpath(file, note.parent)] = (size, _tail(str(file), size))
+        for name, file in names.items():
+            size = _size(file)
+            ends[name] = (size, _tail(file, size))
 
         def made(mark: Mark) -> Callable[[], object]:
             position.number += 1
@@ -222,6 +237,8 @@ def without_newer(mark: Mark, positions: Iterable[Position], note_of: Callable[[
         said = _read(note)
         if said is not None and said.position.number > each.number and _is_whole(said, note, Savepoints()):
             newer.update(_mark_of(said, note).files)
+            folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # as the marks call it
+            newer.update(file for file in mark.files if folder in Path(file).parents)
     if newer.isdisjoint(mark.files):
         return mark
     return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})

@@ -3,21 +3,25 @@
     hooks ── the run of the event ── `RunNotes`: what is void, late or new ── rows: stream, step, values
 
 The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
+A note beside the file records which events it has the rows of (`evsys_adapters._output_notes`); without one, as beside
+files of 0.1.0, rows that may be delivered again are compared with the existing ones.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import msgspec
 
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters._output_claim import has_courier, without_others
+from evsys_adapters._output_notes import FIRST, NotedOutput, OutputNotes, Position, without_newer
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field, items
-from evsys_adapters._run_notes import NotesT, packed, unpacked
+from evsys_adapters._run_notes import NotesT, noted, notes_in, packed, unpacked
 from evsys_adapters._runs import first_step_of, is_carried, is_run_of, rank_of_event, ranked_key, run_id, step_of
 from evsys_bus.attached import Ranks
 from evsys_bus.callback import Callback
@@ -40,11 +44,19 @@ class LoggedRun(Generic[NotesT]):
     Args:
         log: Its file.
         notes: State of the run that is not in the file.
+        output: Which events the file has the rows of.
         lock: A reentrant lock, held while a method changes them, if another thread may.
     """
 
-    def __init__(self, log: RecordLog, notes: NotesT, lock: AbstractContextManager[object] | None = None) -> None:
+    def __init__(
+        self,
+        log: RecordLog,
+        notes: NotesT,
+        output: NotedOutput,
+        lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self.log = log
+        self.output = output
         self.lock = threading.RLock() if lock is None else lock
         self.notes = notes
         self.at = 0.0
@@ -56,9 +68,12 @@ class LoggedRun(Generic[NotesT]):
         """Keys of the rows that were not in the file when they were delivered."""
 
     def introduced(self) -> None:
-        """The run's start event is repeated, and its rows may be: rows already in the file are skipped."""
+        """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
         with self.lock:
-            self.notes.course.introduced()
+            if self.output.is_known and not self.notes.course.unplaced:
+                self.notes.course.continued()
+            else:
+                self.notes.course.introduced()
 
     def begin(self, first_step: int) -> None:
         """Training starts at this step: later steps in the file become void."""
@@ -105,6 +120,10 @@ class LoggedRun(Generic[NotesT]):
         breakdowns = field(result, "breakdowns")
         if breakdowns:
             self._show(step, head, "breakdowns", breakdowns)
+
+    def state(self) -> bytes:
+        """Return the run's state as it is written to the note beside the file."""
+        return noted(self.notes)
 
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
@@ -195,6 +214,7 @@ class _LoggerMark(msgspec.Struct, frozen=True):
     files: Mark
     runs: dict[str, bytes]
     """The encoded `RunNotes` of each run."""
+    positions: dict[str, Position] = {}
 
 
 class RunLogger(Callback, Generic[RunT, NotesT]):
@@ -214,8 +234,11 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         self._has_mark = False
         self._runs: dict[str, RunT] = {}
         self._notes = notes
-        self._rewound: dict[str, NotesT] = {}
+        self._output_notes = OutputNotes(self._marks)
+        self._rewound: dict[str, tuple[NotesT, Position]] = {}
         """States restored from the mark, of runs without an event since."""
+        self._left: dict[str, RunT] = {}
+        """Runs whose experiment has ended since the mark."""
         self._max_pred_rows = max_pred_rows
 
     def on_run_start(self, ctx: LogContext) -> None:
@@ -229,17 +252,19 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         if is_carried(self.event):
             run.introduced()
         elif first_step is not None:
-            run.begin(first_step)
+            self._once(run, lambda: run.begin(first_step))
         self._announce(run, state)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics."""
         del batch
-        self._run(state).add_step(step_of(step_idx), metrics)
+        run = self._run(state)
+        self._once(run, lambda: run.add_step(step_of(step_idx), metrics))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Log the eval's metrics."""
-        self._run(state).add_eval(step_of(step_idx), str(eval_name), metrics)
+        run = self._run(state)
+        self._once(run, lambda: run.add_eval(step_of(step_idx), str(eval_name), metrics))
 
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
@@ -247,19 +272,20 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         """Log the benchmark's scores and predictions."""
         at = field(eval_result, "step") if step is None else step
         known = None if at is None else step_of(at)
-        self._run(ctx).add_benchmark(known, eval_result, predictions, self._max_pred_rows)
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Bring the file into order and close it."""
         del artifacts
         run = self._run(state)
-        run.notes.course.ends()
+        self._once(run, lambda: self._train_ends(run, state))
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Close the files of the experiment's runs, and drop their state."""
-        del result
         for run in self._leave(ctx):
+            self._once(run, lambda run=run: self._experiment_ends(run, result))
             run.close(forget=True)
 
     def close(self) -> None:
@@ -273,10 +299,14 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        for run in self._runs.values():
+        written = [*self._left.values(), *self._runs.values()]
+        for run in written:
             run.log.settle()
-        notes: dict[str, NotesT] = self._rewound | {key: run.notes for key, run in self._runs.items()}
-        return msgspec.to_builtins(_LoggerMark(self._marks.take(), packed(notes)))
+        files = self._output_notes.take((run.output, run.state(), [run.log.path]) for run in written)
+        self._left = {}
+        known = self._rewound | {key: (run.notes, run.output.position) for key, run in self._runs.items()}
+        notes = packed({key: notes for key, (notes, _) in known.items()})
+        return msgspec.to_builtins(_LoggerMark(files, notes, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -285,21 +315,31 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             OSError: A file cannot be cut.
         """
         said = msgspec.convert(mark, _LoggerMark)
-        self._marks.rewind(without_others(said.files, self))
+        files = without_others(said.files, self)
+        self._marks.rewind(without_newer(files, said.positions.values(), self._note_of))
         self._has_mark = True
-        self._rewound = unpacked(said.runs, self._notes)
+        for key, notes in unpacked(said.runs, self._notes).items():
+            position = said.positions.get(key) or Position(since=FIRST if notes.course.begun else "")
+            if files is not said.files and not position.handled:
+                notes.course.unplaced = True
+            self._rewound[key] = (notes, position)
 
     def _run(self, handle: LoopState | LogContext) -> RunT:
         key = self._key(handle)
         run = self._runs.get(key)
         if run is None:
+            is_followed = has_courier(self)
+            notes, position = self._rewound.get(key) or (None, None)
+            if is_followed and key in self._left:
+                notes, position = self._left[key].notes, self._left[key].output.position
+            output = NotedOutput(self._marks, position, is_followed=is_followed)
             try:
-                notes = self._rewound.get(key)
-                run = self._runs[key] = self._open(handle, key, notes)
+                run = self._runs[key] = self._open(handle, notes, output)
             except OSError as error:  # a row can be buffered, but the existing rows must be known first
                 raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
-            if notes is None and not self._has_mark and has_courier(self):  # its cursor may be lost
+            self._left.pop(key, None)
+            if notes is None and not output.is_known and not self._has_mark and is_followed:  # its cursor may be lost
                 run.notes.course.unplaced = True
         run.at = self.event.time
         return run
@@ -315,11 +355,40 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         """Yield the runs of an experiment while removing them from the registry."""
         self._rewound = {key: notes for key, notes in self._rewound.items() if not is_run_of(key, ctx)}
         for key in [each for each in self._runs if is_run_of(each, ctx)]:
-            run = self._runs.pop(key)
+            run = self._left[key] = self._runs.pop(key)
             run.at = self.event.time
             yield run
 
-    def _open(self, handle: LoopState | LogContext, key: str, notes: NotesT | None) -> RunT:
+    def _once(self, run: RunT, log: Callable[[], object]) -> None:
+        """Call ``log`` unless the file has the event's rows: events are repeated where a cursor was lost or is older."""
+        event = self.event
+        if not run.output.is_handled(event):
+            log()
+            run.output.add(event)
+
+    def _known(self, output: NotedOutput, place: Path, others: Iterable[Path] = ()) -> NotesT | None:
+        """Return the run's state from the note of an output that is newer than the mark, and restore its files to it.
+
+        Raises:
+            OSError: The disk refuses it.
+        """
+        known = output.found(place, self._note_of(place), others)
+        return None if known is None else notes_in(known, self._notes)
+
+    def _train_ends(self, run: RunT, state: LoopState) -> None:
+        """The training has ended."""
+        del state
+        run.notes.course.ends()
+
+    def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
+        """The run's experiment has ended."""
+
+    @staticmethod
+    def _note_of(place: Path) -> Path:
+        """Return the path of the note of an output."""
+        raise NotImplementedError
+
+    def _open(self, handle: LoopState | LogContext, notes: NotesT | None, output: NotedOutput) -> RunT:
         """Open the run on its first event, or its first event after `rewind`, then with its state."""
         raise NotImplementedError
 

@@ -72,6 +72,16 @@ def packed(notes: Mapping[str, RunNotes]) -> dict[str, bytes]:
     return {key: msgspec.msgpack.encode(each) for key, each in notes.items()}
 
 
+def noted(notes: RunNotes) -> bytes:
+    """Notes of a run for the note beside its output, as JSON."""
+    return msgspec.json.encode(msgspec.msgpack.encode(notes))
+
+
+def notes_in(said: bytes, kind: type[NotesT]) -> NotesT:
+    """What `noted` made."""
+    return msgspec.msgpack.decode(msgspec.json.decode(said, type=bytes), type=kind)
+
+
 def unpacked(notes: Mapping[str, bytes], kind: type[NotesT]) -> dict[str, NotesT]:
     """Decode the result of `packed`; the runs count as rewound."""
     found = {key: msgspec.msgpack.decode(each, type=kind) for key, each in notes.items()}

@@ -48,6 +48,10 @@ class StepTracker(msgspec.Struct, omit_defaults=True):
             self.unplaced = True
         self.begun, self.rewound = True, False
 
+    def continued(self) -> None:
+        """The run's start is given again, and it is known what was written: nothing of it is void."""
+        self.begun, self.rewound = True, False
+
     def starts(self, first_step: int) -> bool:
         """Training starts at this step; rows from it on are void. Returns True."""
         self.unplaced = False

@@ -17,6 +17,7 @@ from typing import Any, Final
 from evsys_adapters._experiment_pages import hypothesis_of
 from evsys_adapters._logged_values import Table, config_of, json_of, markdown, prefixed, split, text_of
 from evsys_adapters._output_claim import OutputClaim
+from evsys_adapters._output_notes import NotedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import LoggedRun
@@ -43,11 +44,7 @@ class EventFiles:
 
     def __init__(self, folder: Path, marks: Savepoints) -> None:
         self._folder = folder
-        try:
-            there = {each.name for each in folder.iterdir()}
-        except (FileNotFoundError, NotADirectoryError):
-            there = set[str]()
-        known = {name for name in there | names_beside(folder) if _NAME.fullmatch(name)}
+        known = self.names_in(folder)
         for name in known:
             marks.settle(os.path.abspath(folder / name))  # noqa: PTH100  # as the marks call it
             (folder / f"{hidden_name(name)}.new").unlink(missing_ok=True)
@@ -56,6 +53,15 @@ class EventFiles:
         self.newest = folder / max(full, key=_number, default=FIRST_NAME)
         """The file that goes on."""
         self._empty = [folder / name for name in known if name not in full and name != self.newest.name]
+
+    @staticmethod
+    def names_in(folder: Path) -> set[str]:
+        """The names of event files that are there, or of which an earlier version is."""
+        try:
+            there = {each.name for each in folder.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
+            there = set[str]()
+        return {name for name in there | names_beside(folder) if _NAME.fullmatch(name)}
 
     @property
     def undone(self) -> bool:
@@ -97,10 +103,11 @@ class TensorBoardRun(LoggedRun[RunNotes]):
         log: RecordLog,
         events: Events,
         notes: RunNotes,
+        output: NotedOutput,
         lock: AbstractContextManager[object],
         keep_tidy: Callable[[], object],
     ) -> None:
-        super().__init__(log, notes, lock)
+        super().__init__(log, notes, output, lock)
         self.name = name
         self.claim: OutputClaim | None = None
         """Of its folder; None once it was given up."""

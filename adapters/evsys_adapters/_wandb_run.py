@@ -14,6 +14,7 @@ import msgspec
 
 from evsys_adapters._experiment_pages import hypothesis_of
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, values_of
+from evsys_adapters._output_notes import NotedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import LoggedRun
 from evsys_adapters._run_notes import UNKNOWN, RunNotes
@@ -63,6 +64,8 @@ class WandbRun(LoggedRun[WandbNotes]):
         records: Makes the records.
         flush_seconds: How long a row may wait in memory.
         notes: What was known of the run at the mark.
+        output: Which events the file has the rows of.
+        look: Gives what the note beside the file says, if it is newer than the mark.
         clock: What time it is, instead of the times of the events.
         new_id: Names a run of W&B.
         at: When the event was published that made the run known.
@@ -75,6 +78,8 @@ class WandbRun(LoggedRun[WandbNotes]):
         records: Records,
         flush_seconds: float,
         notes: WandbNotes | None,
+        output: NotedOutput,
+        look: Callable[[NotedOutput, Path], WandbNotes | None],
         clock: Callable[[], float] | None,
         new_id: Callable[[], str],
         at: float,
@@ -89,7 +94,7 @@ class WandbRun(LoggedRun[WandbNotes]):
             began = time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
             path = folder / f"offline-run-{began}-{self.id}" / f"run-{self.id}.wandb"
         log = RecordLog(path, marks, records, flush_seconds)
-        super().__init__(log, notes or _notes_of(log, records, now))
+        super().__init__(log, look(output, path) or notes or _notes_of(log, records, now), output)
         self.at = at
         if self.notes.lines < 0:
             self.notes.lines = sum(records.outline(each).row >= 0 for each in log.records())

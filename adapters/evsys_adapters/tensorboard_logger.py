@@ -15,7 +15,8 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page
-from evsys_adapters._output_claim import OutputPlaces, is_of_run, owner_of
+from evsys_adapters._output_claim import OutputClaim, OutputPlaces, is_of_run, owner_of
+from evsys_adapters._output_notes import NotedOutput, note_of_folder
 from evsys_adapters._params import check_local_path, checked
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import RunLogger
@@ -103,12 +104,6 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
         run.result, run.arm = run_result, arm
         run.close()
 
-    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Write the conclusion beside every run; then forget them."""
-        for run in self._leave(ctx):
-            run.tell(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
-            run.close(forget=True)
-
     def close(self) -> None:
         """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
         with self._lock:
@@ -141,23 +136,41 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
         """The run, which was given up, as at the end: another follower may write its folder by now."""
         try:
             folder, run.claim = self._places(handle).take_followed()
+            known = self._known_in(folder, run.output)
+            if known is not None or folder != run.log.path.parent:
+                again = self._opened(run.name, folder, run.claim, known or run.notes, run.output)
+                again.result, again.arm, again.at = run.result, run.arm, run.at
+                run = self._runs[self._key(handle)] = again
         except OSError as error:
+            run.claim = None
             raise RetryLaterError(f"the folder of {run.name} cannot be claimed: {error}") from error
-        if folder != run.log.path.parent:
-            key, known = self._key(handle), run
-            run = self._runs[key] = self._open(handle, key, known.notes)
-            run.result, run.arm, run.at = known.result, known.arm, known.at
         return run
 
-    def _open(self, handle: LoopState | LogContext, key: str, notes: RunNotes | None) -> TensorBoardRun:
-        del key
+    def _open(self, handle: LoopState | LogContext, notes: RunNotes | None, output: NotedOutput) -> TensorBoardRun:
         folder, claim = self._places(handle).take_followed()
+        known = self._known_in(folder, output)
+        return self._opened(run_name(handle), folder, claim, known or notes, output)
+
+    def _known_in(self, folder: Path, output: NotedOutput) -> RunNotes | None:
+        return self._known(output, folder, [folder / name for name in EventFiles.names_in(folder)])
+
+    def _opened(
+        self, name: str, folder: Path, claim: OutputClaim, notes: RunNotes | None, output: NotedOutput
+    ) -> TensorBoardRun:
         files, events = EventFiles(folder, self._marks), Events(self._clock)
         log = RecordLog(files.newest, self._marks, events, self._config.flush_secs)
         notes = notes or RunNotes(top=UNKNOWN if any(log.records()) else -1)
-        run = TensorBoardRun(run_name(handle), files, log, events, notes, self._lock, self._keep_tidy)
+        run = TensorBoardRun(name, files, log, events, notes, output, self._lock, self._keep_tidy)
         run.claim = claim
         return run
+
+    def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
+        """Write the conclusion beside the run."""
+        run.tell(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
+
+    @staticmethod
+    def _note_of(place: Path) -> Path:
+        return note_of_folder(place)
 
     def _places(self, handle: LoopState | LogContext) -> OutputPlaces:
         folder = ranked_folder(self._folder(handle), self._rank())

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 
 from evsys_adapters._logged_values import config_of
+from evsys_adapters._output_notes import NotedOutput, note_of_file
 from evsys_adapters._params import checked
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import RunLogger
@@ -29,7 +30,7 @@ from evsys_adapters._wandb_upload import Upload
 from evsys_adapters._wandb_uploader import Uploader
 from evsys_bus.attached import Learnt
 from evsys_bus.callback import Callback
-from evsys_bus.context import ArmResult, LogContext, LoopArtifacts, LoopState, RunResult, TrainingBatch
+from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, NotAttachedError
 
@@ -122,29 +123,21 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         del batch
         step = _whole(step_idx)
         run = self._run(state)
-        if step % self._config.log_every == 0 or step + 1 == num_steps_of(state):
-            run.add_step(step, metrics)
-        else:
-            run.hold(step, metrics)
-
-    def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Put the file in order; a run that nobody announced ends here."""
-        super().on_train_end(state, artifacts)
-        run, ctx = self._runs[self._key(state)], run_context(state)
-        run.release()
-        run.notes.failed = field(state, "error") is not None
-        if field(ctx, "run_key") is None:
-            run.conclude()
-            run.close()
+        is_due = step % self._config.log_every == 0 or step + 1 == num_steps_of(state)
+        self._once(run, lambda: run.add_step(step, metrics) if is_due else run.hold(step, metrics))
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
         run = self._run(ctx)
         status = field(run_result, "status") or field(arm, "status")
         error = field(run_result, "error") or field(arm, "error")
-        run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
-        run.notes.failed = bool(error)
-        run.conclude()
+
+        def ends() -> None:
+            run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
+            run.notes.failed = bool(error)
+            run.conclude()
+
+        self._once(run, ends)
         run.close()
 
     def close(self) -> None:
@@ -152,11 +145,15 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         for run in self._runs.values():
             run.conclude()
             run.close()
-        for notes in self._rewound.values():  # what was written behind the mark, when an earlier courier closed
+        for key, (notes, position) in list(self._rewound.items()):
+            # What was written behind the mark, when an earlier courier closed.
             if notes.file and (notes.held or notes.untidy or (notes.failed is not None and not notes.ended)):
-                run = self._run_in(Path(notes.file).parent.parent, notes, notes.held[2] if notes.held else time.time())
+                at = notes.held[2] if notes.held else time.time()
+                run = self._run_in(Path(notes.file).parent.parent, notes, NotedOutput(self._marks, position), at)
                 run.conclude()
                 run.close()
+                self._left[key] = run
+                self._rewound[key] = (run.notes, run.output.position)
 
     async def settle_owed(self, deadline: float) -> None:
         """Upload what the server does not have, also of runs of an earlier day that are in the mark."""
@@ -213,15 +210,30 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
             run.conclude()
             yield run
 
-    def _open(self, handle: LoopState | LogContext, key: str, notes: WandbNotes | None) -> WandbRun:
-        del key
-        run = self._run_in(ranked_folder(run_folder(handle), self._rank()) / "wandb", notes, self.event.time)
+    def _train_ends(self, run: WandbRun, state: LoopState) -> None:
+        """Put the file in order; a run that nobody announced ends here."""
+        super()._train_ends(run, state)
+        run.close()
+        run.release()
+        run.notes.failed = field(state, "error") is not None
+        if field(run_context(state), "run_key") is None:
+            run.conclude()
+
+    @staticmethod
+    def _note_of(place: Path) -> Path:
+        return note_of_file(place)
+
+    def _open(self, handle: LoopState | LogContext, notes: WandbNotes | None, output: NotedOutput) -> WandbRun:
+        folder = ranked_folder(run_folder(handle), self._rank()) / "wandb"
+        run = self._run_in(folder, notes, output, self.event.time)
         self._announce(run, handle)
         return run
 
-    def _run_in(self, folder: Path, notes: WandbNotes | None, at: float) -> WandbRun:
-        parts = (self._marks, self._records, self._config.flush_secs, notes, self._clock, self._new_id, at)
-        return WandbRun(folder, *parts)
+    def _run_in(self, folder: Path, notes: WandbNotes | None, output: NotedOutput, at: float) -> WandbRun:
+        known = (notes, output, self._known)
+        return WandbRun(
+            folder, self._marks, self._records, self._config.flush_secs, *known, self._clock, self._new_id, at
+        )
 
     def _announce(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Say what the run is, where that is not said, and have it uploaded."""

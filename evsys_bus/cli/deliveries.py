@@ -3,6 +3,7 @@
 This module does not deliver anything itself.
 """
 
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -105,10 +106,19 @@ class Watch:
             } | found
         return [each.look(found.get(each.now.name, each.now), pid) for each in self._watched]
 
-    def is_over(self, timeout_seconds: float) -> bool:
-        """Whether every delivery with pending events is given up, or all are without progress for too long."""
+    def is_over(self, timeout_seconds: float, overtaken_seconds: float = math.inf) -> bool:
+        """Whether every delivery with pending events is given up, or all are without progress for too long.
+
+        Args:
+            timeout_seconds: A delivery without progress for this long is given up.
+            overtaken_seconds: So is one that delivered what was pending at first this long ago, and never catches up.
+        """
         left = [each for each in self._watched if each.now.pending] or self._watched
-        return all(each.is_given_up(timeout_seconds) for each in left)
+        return all(each.is_given_up(timeout_seconds) or each.is_overtaken(overtaken_seconds) for each in left)
+
+    def overtaken(self, seconds: float) -> list[str]:
+        """The adapters that have had all that was there at first for so long, where more was recorded meanwhile."""
+        return [each.now.name for each in self._watched if each.is_overtaken(seconds)]
 
     def count_from_now(self) -> None:
         """Restart the time that counts as no progress."""
@@ -126,6 +136,7 @@ class _Watched:
         self.moved_at = self._began = time.monotonic()
         self._before: Final = account
         self._ended_at: float | None = None
+        self._had_first_at = math.inf
         self._state: DeliveryStatus | None = None
         """The last status that its courier wrote, except for ``ended``."""
 
@@ -136,12 +147,19 @@ class _Watched:
         if (account.delivered, account.dead, account.owed) != (self.now.delivered, self.now.dead, self.now.owed):
             self.moved_at = now
         self._ended_at = None if account.pending or account.owed else self._ended_at or now
+        taken = account.delivered + account.dead - self._before.delivered - self._before.dead
+        if self._before.is_known and taken >= self._before.pending:
+            self._had_first_at = min(self._had_first_at, now)
         self.now = account
         if account.state is None or pid not in {None, account.pid}:
             return msgspec.structs.replace(account, state="delivering", error=None, fix=None)
         if account.state != "ended" or not account.pending:
             self._state = account
         return account
+
+    def is_overtaken(self, seconds: float) -> bool:
+        """Whether it has had all that was there at first for so long, and more was recorded meanwhile."""
+        return self.now.pending > 0 and time.monotonic() - self._had_first_at >= seconds
 
     def is_given_up(self, timeout_seconds: float) -> bool:
         """Whether the delivery is parked or failed, or made no progress within the timeout."""

@@ -44,7 +44,7 @@ def command(
     Owed events, which were delivered but not confirmed by the destination, are confirmed too. If the couriers of a
     program that has ended still deliver, the command waits for them, and takes over if they are stuck. Exits with 4 if
     events stay pending or owed because a destination rejects them or is unavailable, with 3 if another process keeps
-    delivering, such as a program that still runs.
+    delivering, such as a program that still runs. What a program records meanwhile need not be delivered.
     """
     from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
     from evsys_bus.cli.syncing import deliver, work_in
@@ -55,6 +55,7 @@ def command(
     works = [work_in(each, adapters) for each in _journals(folder, adapters, everywhere=everywhere)]
     outcomes: list[Outcome] = []
     errors: list[EvsysBusError] = []
+    overtaken: list[Outcome] = []
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
@@ -70,12 +71,16 @@ def command(
             lines = outcome_json(done.outcomes) if as_json else map(printable, outcome_lines(done.outcomes))
             click.echo("\n".join(lines))
         outcomes += done.outcomes
+        passed = [each for each in done.outcomes if each.adapter in done.overtaken]
+        overtaken += [each for each in passed if each.after.pending and each.after.error is None]
         errors += done.busy
         if done.interrupted:
             screen.note("interrupted; the rest stays pending: run the same command again")
             return INTERRUPTED
     _say_failures(outcomes, screen)
-    errors += [error for each in outcomes if (error := trouble_of(each)) is not None]
+    for each in overtaken:
+        screen.note(f"{each.adapter}: a program records more, which goes on; all that was there is delivered")
+    errors += [error for each in outcomes if each not in overtaken and (error := trouble_of(each)) is not None]
     if not works or not (outcomes or errors or dry_run):
         screen.note("nothing is pending")
     return _told(errors, screen)

@@ -47,6 +47,8 @@ STUCK_SECONDS: Final = 10.0
 """A courier process of an ended program is terminated after this long without progress."""
 _SURE_SECONDS: Final = 1.0
 """The owner of a lock is written a moment after the lock was taken."""
+_OVERTAKEN_SECONDS: Final = 5.0
+"""How long to continue past what was pending at first, where programs record more than adapters take."""
 _SIGNAL_SECONDS: Final = 1.0
 """Interval between two signals to the same process."""
 _COURIER_MAIN: Final = "evsys_bus.wiring.courier_main"
@@ -73,6 +75,8 @@ class Done(NamedTuple):
     busy: list[CourierBusyError]
     """Errors of adapters that another process still delivers to."""
     interrupted: bool = False
+    overtaken: frozenset[str] = frozenset()
+    """Adapters that have all that was pending at first, where a program goes on to record more."""
 
 
 def unfinished_in(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
@@ -113,7 +117,9 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str]
     done = _deliver(work, timeout_seconds, tell)
     if done.interrupted:
         return done
-    names = {each.name for each in [*(account for _, account in work.posted), *work.busy]}
+    names = {each.name for each in [*(account for _, account in work.posted), *work.busy]} - done.overtaken
+    if not names:
+        return done
     held = {each.name for each in work_in(work.directory, names).busy}  # includes couriers that started since
     held |= {each.name for each in work.busy}  # couriers that have ended since may have left events
     if not held:
@@ -122,13 +128,14 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str]
     did_something = [each for each in joined.outcomes if each.before.pending or each.before.owed]
     outcomes = _one_after_another(done.outcomes, did_something)
     if joined.interrupted:
-        return Done(outcomes, [], interrupted=True)
+        return Done(outcomes, [], True, done.overtaken)
     left = work_in(work.directory, held)
     rest = _deliver(left, timeout_seconds, tell)
     outcomes = _one_after_another(outcomes, rest.outcomes)
     still = {each.name: each for each in left.busy}
     refused = [busy(work.directory, name, _why(each)) for name, each in still.items()]
-    return Done([each for each in outcomes if each.adapter not in still], refused, interrupted=rest.interrupted)
+    outcomes = [each for each in outcomes if each.adapter not in still]
+    return Done(outcomes, refused, rest.interrupted, done.overtaken | rest.overtaken)
 
 
 def _one_after_another(first: Sequence[Outcome], then: Sequence[Outcome]) -> list[Outcome]:
@@ -144,8 +151,10 @@ def _one_after_another(first: Sequence[Outcome], then: Sequence[Outcome]) -> lis
 def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
     """Deliver in child processes."""
     outcomes: list[Outcome] = []
+    overtaken: set[str] = set()
     places = dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted)
     at_once = [[each for each, _ in work.posted if (each.folder, each.sys_path) == place] for place in places]
+    patience = min(_OVERTAKEN_SECONDS, timeout_seconds)
     while at_once:
         posted = at_once.pop(0)
         watch = Watch(work.directory, {each.name for each in posted})
@@ -154,7 +163,7 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
         with Interrupts(lambda _: None), _process(work.directory, posted) as process:
             try:
                 elsewhere_since = math.inf
-                while process.poll() is None and not watch.is_over(timeout_seconds):
+                while process.poll() is None and not watch.is_over(timeout_seconds, patience):
                     statuses = watch.look(process.pid)
                     tell(statuses)
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):
@@ -169,10 +178,11 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
         if len(posted) > 1 and not interrupted and process.returncode != DELIVERED_CODE:
             at_once[:0] = [[each] for each in posted]  # one adapter ended the process; deliver to each one separately
             continue
+        overtaken.update(watch.overtaken(0.0))
         outcomes += [_with_death(each, died_by, work.directory) for each in watch.outcomes()]
         if interrupted:
             return Done(outcomes, [], interrupted=True)
-    return Done(outcomes, [])
+    return Done(outcomes, [], overtaken=frozenset(overtaken))
 
 
 def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:

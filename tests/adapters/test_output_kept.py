@@ -427,6 +427,54 @@ def test_an_old_cursor_that_a_person_puts_back_in_a_life_that_was_void_since_los
         assert [step for step, _ in after[name]] == [*range(80)]
 
 
+def points(root: Path) -> object:
+    events = EventAccumulator(str(root / "out/tensorboard/digits"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+RECORD_FILES: dict[str, Callable[[Path], object]] = {"tensorboard": points, "wandb": history}
+
+
+def restarted_often_for(name: str, root: Path) -> Life:
+    """As `restarted_often`, for one adapter; the cursor as it was after each life is in ``olds``."""
+    life = Life(root)
+    for number, (first, end) in enumerate(((0, 60), (40, 70), (65, 90), (50, 55), (53, 80), (20, 75))):
+        if number:
+            reboot(life)
+        life.publish([*(life.starts() if not number else [TrainStart(life.state(first))])])
+        life.publish(evals(life, range(first, end)))
+        life.deliver(ADAPTERS[name][0](root))
+        (root / f"cursor-{number}").write_bytes(Path(layout.cursor_file(life.journal, "rows")).read_bytes())
+    return life
+
+
+@pytest.mark.parametrize("name", RECORD_FILES)
+@pytest.mark.parametrize("kept", [(1, 1, 1, 1, 1, 1), (99, 1, 99, 1, 2, 1), (2, 99, 99, 99, 99, 1), (99,) * 6])
+def test_after_many_restarts_with_gaps_a_file_of_records_tells_what_it_holds(tmp_path, name, kept):
+    life, read = restarted_often_for(name, tmp_path), RECORD_FILES[name]
+    before = read(tmp_path)
+    lose_cursors(life, notes=False)
+    keep_newest(life, kept)
+    life.deliver(ADAPTERS[name][0](tmp_path))
+    assert read(tmp_path) == before
+    other = restarted_often_for(name, tmp_path / "other")
+    for each in (life, other):
+        each.publish([TrainStart(each.state(70)), *evals(each, range(70, 77))])
+        each.deliver(ADAPTERS[name][0](each.root))
+    assert read(tmp_path) == read(other.root) != before
+
+
+@pytest.mark.parametrize("name", RECORD_FILES)
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 4])
+def test_an_old_cursor_that_a_person_puts_back_loses_no_record(tmp_path, name, number):
+    life, read = restarted_often_for(name, tmp_path), RECORD_FILES[name]
+    before = read(tmp_path)
+    Path(layout.cursor_file(life.journal, "rows")).write_bytes((tmp_path / f"cursor-{number}").read_bytes())
+    life.deliver(ADAPTERS[name][0](tmp_path))
+    assert read(tmp_path) == before
+
+
 def test_an_eval_behind_a_start_is_there_though_no_step_follows(tmp_path):
     life = Life(tmp_path)
     life.publish([*life.starts(), Eval(life.state(), 0, "digits", {"score": 0.5})])
@@ -628,15 +676,9 @@ def test_rows_that_are_alike_are_no_reason_to_leave_out_new_ones(tmp_path, twice
         assert rows == before[name] + [(step, 7) for step in range(100, 110)]
 
 
-def points(root: Path) -> object:
-    events = EventAccumulator(str(root / "out/tensorboard/digits"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_start_that_was_carried_out_makes_nothing_void_when_it_comes_again(tmp_path, name):
-    make, read = ADAPTERS[name][0], points if name == "tensorboard" else history
+    make, read = ADAPTERS[name][0], RECORD_FILES[name]
     life = Life(tmp_path)
     life.publish([*life.starts(), *life.steps(range(70))])
     reboot(life)

@@ -229,6 +229,24 @@ def test_sync_gives_up_a_destination_that_takes_nothing_for_so_long_and_delivers
     assert lines(tmp_path / "lines.txt") == [*range(1, 13)]
 
 
+def test_sync_ends_though_a_live_program_records_more_than_the_destination_takes(command, tmp_path):
+    directory = journal(tmp_path)
+    followed(tmp_path, mode="slow")  # takes 100 events a second
+    process = command.start("sync", tmp_path, "--timeout", "1", "--progress", "off")
+    deadline = time.monotonic() + 12
+    with EventBus([], journal=directory) as bus:
+        while process.poll() is None and time.monotonic() < deadline:
+            bus.publish(step(tmp_path, 0))
+            time.sleep(0.002)
+        assert process.poll() == 0, process.communicate()
+        [account] = accounts(directory)
+    _, err = process.communicate()
+    assert account.delivered >= 12
+    assert account.pending > 0
+    assert "wandb: a program records more, which goes on; all that was there is delivered" in err
+    assert lines(tmp_path / "lines.txt")[:12] == [*range(1, 13)]
+
+
 def test_sync_leaves_an_adapter_alone_that_another_process_delivers_to_and_exits_3(command, tmp_path):
     directory = journal(tmp_path)
     followed(tmp_path, "busy")
