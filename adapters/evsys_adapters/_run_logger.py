@@ -360,7 +360,7 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             yield run
 
     def _once(self, run: RunT, log: Callable[[], object]) -> None:
-        """Call ``log`` unless the file has the event's rows: events are repeated where a cursor was lost or is older."""
+        """Call ``log`` unless the file has the event's rows: events repeat where a cursor was lost or is older."""
         event = self.event
         if not run.output.is_handled(event):
             log()

@@ -653,7 +653,7 @@ def test_replay_tells_what_was_refused_what_raised_and_where_it_got_stuck(comman
     )
     code, out, err = command(*line, "lines", "--set", "path=x.txt", "--set", "mode=down")
     assert (code, out.split()[:9]) == (4, "lines 0 events sent 0 dead 0 left 12".split())
-    assert "error[EB901]: 12 events could not be pushed through lines" in err
+    assert "error[EB901]: 12 events could not be delivered to lines" in err
     assert "RetryLaterError: 503 busy" in err
     code, out, _ = command(*line, "lines", "--set", "path=halves.txt", "--set", "mode=halves")
     assert (code, lines(tmp_path / "halves.txt")) == (0, [*range(1, 13)]), out
