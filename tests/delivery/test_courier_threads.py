@@ -190,8 +190,8 @@ def test_one_that_changes_the_current_directory_changes_only_its_own(tmp_path, p
 
 RACE = """
     import threading
-    from evsys_bus.delivery.followed import Recipe
-    from evsys_bus.wiring.followed import build_followed
+    from evsys_bus.delivery.subscription import Recipe
+    from evsys_bus.config.subscription_builder import build_followed
 
     def build(kind):
         try:
