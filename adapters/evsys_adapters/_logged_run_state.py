@@ -76,14 +76,14 @@ def encode_states(states: Mapping[str, LoggedRunState]) -> dict[str, bytes]:
     return {key: msgspec.msgpack.encode(each) for key, each in states.items()}
 
 
-def noted(notes: LoggedRunState) -> bytes:
-    """Notes of a run for the note beside its output, as JSON."""
-    return msgspec.json.encode(msgspec.msgpack.encode(notes))
+def encode_state(state: LoggedRunState) -> bytes:
+    """Encode a state as JSON, for the note beside the run's output."""
+    return msgspec.json.encode(msgspec.msgpack.encode(state))
 
 
-def notes_in(said: bytes, kind: type[StateT]) -> StateT:
-    """What `noted` made."""
-    return msgspec.msgpack.decode(msgspec.json.decode(said, type=bytes), type=kind)
+def decode_state(encoded: bytes, kind: type[StateT]) -> StateT:
+    """Decode the result of `encode_state`."""
+    return msgspec.msgpack.decode(msgspec.json.decode(encoded, type=bytes), type=kind)
 
 
 def decode_states(encoded: Mapping[str, bytes], kind: type[StateT]) -> dict[str, StateT]:
