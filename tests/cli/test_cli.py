@@ -122,7 +122,11 @@ def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
 
 
 def test_an_os_error_is_the_machine_s_fault_and_exits_3():
-    before = "import evsys_bus.cli.explain as e\ndef no(): raise OSError(28, 'No space left on device', 'x')\ne.list_codes = no"
+    before = (
+        "import evsys_bus.cli.explain as e\n"
+        "def no(): raise OSError(28, 'No space left on device', 'x')\n"
+        "e.list_codes = no"
+    )
     done = in_a_process("explain", before=before)
     assert (done.returncode, done.stderr) == (3, "error: No space left on device: x\n")
 

@@ -216,7 +216,7 @@ def test_a_fetch_of_nothing_has_no_rate_and_divides_by_nothing():
     told = []
     make_byte_counter("low", "step-000199", told.append)(0, 0)
     assert (told[0].fraction, told[0].bytes_per_second, told[0].eta_seconds) == (1.0, 0.0, None)
-    assert format_transfer_bar("", "", told[0], width=80, now=told[0].told).plain.endswith("0/0 B  0 B/s  eta -")
+    assert format_transfer_bar("", "", told[0], width=80, now=told[0].reported_at).plain.endswith("0/0 B  0 B/s  eta -")
 
 
 @pytest.mark.parametrize(
