@@ -230,6 +230,11 @@ class Scene:
             life.send(signal.SIGTERM)
         elif end in {"int", "int_early", "int_twice", "int_thrice"}:
             life.send(signal.SIGINT)
+            if end == "int_early":  # Python loses one that comes in the callback of a lock of its imports, say
+                life.pause(DRAIN_SECONDS + SLACK_SECONDS / 2)
+                if life.alive and "Exception ignored in" in life.log.read_text(errors="replace"):
+                    began = time.monotonic()
+                    life.send(signal.SIGINT)
             for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
                 life.pause(self.chance.choice((0.0, 0.001, 0.02, 0.2)))
                 life.send(signal.SIGINT)

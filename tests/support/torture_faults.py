@@ -391,10 +391,16 @@ def output_removed(scene):
     path = {"table": out / "metrics.csv", "logs": out / "run" / "logs", "board": out / "tensorboard"}[what]
     scene.note("output_removed", what)
     scene.emptied[what] = scene.life_number + 1
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    for _ in range(50):
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError:  # a courier that lingers writes into it
+            time.sleep(0.02)
+        else:
+            break
 
 
 def machine_restarted(scene):
