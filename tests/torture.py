@@ -229,15 +229,7 @@ class Scene:
         elif end in {"term", "term_early"}:
             life.send(signal.SIGTERM)
         elif end in {"int", "int_early", "int_twice", "int_thrice"}:
-            life.send(signal.SIGINT)
-            if end == "int_early":  # Python loses one that comes in the callback of a lock of its imports, say
-                life.pause(DRAIN_SECONDS + SLACK_SECONDS / 2)
-                if life.alive and "Exception ignored in" in life.log.read_text(errors="replace"):
-                    began = time.monotonic()
-                    life.send(signal.SIGINT)
-            for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
-                life.pause(self.chance.choice((0.0, 0.001, 0.02, 0.2)))
-                life.send(signal.SIGINT)
+            began = self._interrupt(life, end)
         else:
             began = None
         if began is not None:
@@ -247,6 +239,20 @@ class Scene:
         asked = life.asked_at or time.monotonic()
         left = asked + DRAIN_SECONDS + 1.0 + SLACK_SECONDS + life.stopped_seconds - time.monotonic()
         life.wait_end(max(left, 0.1))
+
+    def _interrupt(self, life, end):
+        """Once, or as often as the end says; when that came through."""
+        began = time.monotonic()
+        life.send(signal.SIGINT)
+        for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
+            life.pause(self.chance.choice((0.0, 0.001, 0.02, 0.2)))
+            life.send(signal.SIGINT)
+        if end == "int_early":  # Python loses one that comes in the callback of a lock of its imports, say
+            life.pause(DRAIN_SECONDS + SLACK_SECONDS / 2)
+            if life.alive and "Exception ignored in" in life.log.read_text(errors="replace"):
+                began = time.monotonic()
+                life.send(signal.SIGINT)
+        return began
 
     def _check_end(self, life, end):
         """It ended as it was to, and raised nothing that was not raised into it."""
