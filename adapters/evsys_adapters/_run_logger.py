@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -36,6 +36,9 @@ from evsys_bus.context import (
 )
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
+
+_MOST_DOUBTFUL: Final = 10_000
+"""Rows of which is remembered that they may be void: every mark carries them."""
 
 
 class LoggedRun(Generic[NotesT]):
@@ -64,8 +67,6 @@ class LoggedRun(Generic[NotesT]):
         self._recorded: set[int] | None = None
         """Keys of the rows that are in the file, while rows may come again; None until they are asked for."""
         self._newest = 0.0
-        self._doubtful: set[int] = set()
-        """Keys of the rows that came meanwhile, and were not there."""
 
     def introduced(self) -> None:
         """The training's start is given again. Rows of it may come again, unless it is known which are in the file."""
@@ -137,8 +138,8 @@ class LoggedRun(Generic[NotesT]):
         """Whether a row is in the file, and comes again behind a start that was given again."""
         if not self._may_repeat() or self._recorded is None:
             return False
-        if key not in self._recorded:
-            self._doubtful.add(key)
+        if key not in self._recorded and len(self.notes.doubtful) < _MOST_DOUBTFUL:
+            self.notes.doubtful.append(key)
         return key in self._recorded
 
     def _may_repeat(self) -> bool:
@@ -148,14 +149,15 @@ class LoggedRun(Generic[NotesT]):
             return False
         if self._recorded is None:
             try:
-                self._recorded, self._newest = self._rows_there()
+                recorded, self._newest = self._rows_there()
+                self._recorded = recorded.difference(self.notes.doubtful)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
         if self.at > self._newest:  # from here on all is new
             if course.pending is not None:
                 self._carry_out(course.pending)
             course.unplaced, self._recorded = False, None
-            self._doubtful.clear()
+            self.notes.doubtful = []
         return course.unplaced
 
     def _decide(self, *, there: bool) -> None:
@@ -165,9 +167,9 @@ class LoggedRun(Generic[NotesT]):
             return
         if not there:
             self._carry_out(first)
-        elif self._doubtful:
-            self._drop(self._doubtful)
-        self._doubtful = set()
+        elif self.notes.doubtful:
+            self._drop(frozenset(self.notes.doubtful))
+        self.notes.doubtful = []
 
     def _carry_out(self, first_step: int) -> None:
         self._recorded = None

@@ -4,6 +4,7 @@ Tells what is run again and has to be void, and which values of an eval are new.
 """
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -28,6 +29,8 @@ class RunNotes(msgspec.Struct, omit_defaults=True):
     """Whether the configuration was written down."""
     top: int = -1
     """The largest step of anything in the file; `UNKNOWN` for a file of an earlier day."""
+    doubtful: list[int] = []
+    """Keys of rows that were added while others came again: a start that comes again may have made them void."""
 
     def starts(self, first_step: int) -> bool:
         """Training starts at this step; whether this step and later ones are void in the file."""
@@ -72,14 +75,19 @@ def packed(notes: Mapping[str, RunNotes]) -> dict[str, bytes]:
     return {key: msgspec.msgpack.encode(each) for key, each in notes.items()}
 
 
+def key_of(data: bytes) -> int:
+    """The same for the same data, in every process."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
 def noted(notes: RunNotes) -> bytes:
     """Notes of a run for the note beside its output, as JSON."""
     return msgspec.json.encode(msgspec.msgpack.encode(notes))
 
 
-def notes_in(said: bytes, kind: type[NotesT]) -> NotesT:
+def notes_in(encoded: bytes, kind: type[NotesT]) -> NotesT:
     """What `noted` made."""
-    return msgspec.msgpack.decode(msgspec.json.decode(said, type=bytes), type=kind)
+    return msgspec.msgpack.decode(msgspec.json.decode(encoded, type=bytes), type=kind)
 
 
 def unpacked(notes: Mapping[str, bytes], kind: type[NotesT]) -> dict[str, NotesT]:

@@ -21,7 +21,7 @@ from evsys_adapters._output_notes import NotedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import LoggedRun
-from evsys_adapters._run_notes import RunNotes
+from evsys_adapters._run_notes import RunNotes, key_of
 from evsys_adapters._tensorboard_events import Events
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog
@@ -168,7 +168,7 @@ class TensorBoardRun(LoggedRun[RunNotes]):
             self._keep_tidy()
 
     def _add(self, payload: bytes) -> None:
-        if not self._is_repeated(hash(payload)):
+        if not (self.notes.course.unplaced and self._is_repeated(key_of(payload))):
             self.log.add(payload)
 
     def _rows_there(self) -> tuple[set[int], float]:
@@ -180,12 +180,12 @@ class TensorBoardRun(LoggedRun[RunNotes]):
             if is_restart:  # what it made void is not there for anybody who reads the file
                 found = {key: each for key, each in found.items() if each < step}
             else:
-                found[hash(payload)] = step
+                found[key_of(payload)] = step
         return set(found), newest
 
     def _drop(self, keys: AbstractSet[int]) -> None:
         gone = frozenset(keys)
-        self.log.rewrite(lambda payloads: (each for each in payloads if hash(each) not in gone))
+        self.log.rewrite(lambda payloads: (each for each in payloads if key_of(each) not in gone))
 
     def _is_there(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
         numbers, texts = split(values)

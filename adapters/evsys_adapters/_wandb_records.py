@@ -11,9 +11,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from evsys_adapters._logged_values import json_of
+from evsys_adapters._run_notes import key_of
 
 _HEAD: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK: Final = 1 << 15
@@ -50,7 +52,8 @@ class Outline(NamedTuple):
 
 def row_key(items: Mapping[str, str]) -> int:
     """The same for two rows of the history that say the same at the same time, by their values as JSON."""
-    return hash(frozenset((name, value) for name, value in items.items() if name not in _COUNTED))
+    pairs = sorted((name, value) for name, value in items.items() if name not in _COUNTED)
+    return key_of("\0".join(chain.from_iterable(pairs)).encode(errors="surrogatepass"))
 
 
 class Records:

@@ -168,7 +168,7 @@ class WandbRun(LoggedRun[WandbNotes]):
             self.notes.metrics.add(name)
         now = self._now()
         times = {"_timestamp": now, "_runtime": max(0.0, now - self.notes.started)}
-        if not self._is_repeated(self._key(row, now)):
+        if not (self.notes.course.unplaced and self._is_repeated(self._key(row, now))):
             self._add(self._records.row(self.id, self.notes.row, row | times))
             self.notes.row += 1
             self._set_lines(self.notes.lines + 1)

@@ -154,7 +154,7 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
     overtaken: set[str] = set()
     places = dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted)
     at_once = [[each for each, _ in work.posted if (each.folder, each.sys_path) == place] for place in places]
-    patience = min(_OVERTAKEN_SECONDS, timeout_seconds)
+    overtaken_seconds = min(_OVERTAKEN_SECONDS, timeout_seconds)
     while at_once:
         posted = at_once.pop(0)
         watch = Watch(work.directory, {each.name for each in posted})
@@ -163,7 +163,7 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
         with Interrupts(lambda _: None), _process(work.directory, posted) as process:
             try:
                 elsewhere_since = math.inf
-                while process.poll() is None and not watch.is_over(timeout_seconds, patience):
+                while process.poll() is None and not watch.is_over(timeout_seconds, overtaken_seconds):
                     statuses = watch.look(process.pid)
                     tell(statuses)
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):

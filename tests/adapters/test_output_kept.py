@@ -676,6 +676,38 @@ def test_rows_that_are_alike_are_no_reason_to_leave_out_new_ones(tmp_path, twice
         assert rows == before[name] + [(step, 7) for step in range(100, 110)]
 
 
+@pytest.mark.parametrize("name", RECORD_FILES)
+def test_a_follower_of_records_of_0_1_0_that_is_stopped_behind_each_row_remembers_which_ones_are_doubtful(
+    tmp_path, name, monkeypatch
+):
+    make, read = ADAPTERS[name][0], RECORD_FILES[name]
+    life = Life(tmp_path)
+    life.publish([*life.starts(), *life.steps(range(100))])
+    reboot(life)
+    life.publish([TrainStart(life.state(60)), *life.steps(range(60, 130))])
+    life.deliver(make(tmp_path))
+    before = read(tmp_path)
+    lose_cursors(life)
+    keep_newest(life, (2, 99))  # in front are rows that the second start made void
+    adapter: Any = make(tmp_path)
+    add_step, couriers = adapter.on_step_end, list[Courier]()
+
+    def add_and_stop(self: Callback, *args: Any) -> None:
+        add_step.__func__(self, *args)
+        couriers[-1].stop()
+
+    monkeypatch.setattr(type(adapter), "on_step_end", add_and_stop)
+    for _ in range(20):
+        adapter = make(tmp_path)
+        adapter.spec_name = "rows"
+        couriers.append(Courier(life.journal, "rows", adapter, Terms(), slice_seconds=0.0))
+        couriers[-1].finish()
+        run_alone(couriers[-1].run)
+    monkeypatch.undo()
+    life.deliver(make(tmp_path))
+    assert read(tmp_path) == before
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_start_that_was_carried_out_makes_nothing_void_when_it_comes_again(tmp_path, name):
     make, read = ADAPTERS[name][0], RECORD_FILES[name]
