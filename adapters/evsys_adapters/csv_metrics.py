@@ -175,9 +175,9 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
         """
-        for run in self._runs.values():
-            run.backlog.settle()
         written = [*self._left.values(), *self._runs.values()]
+        for run in written:
+            run.backlog.settle()
         files = self._notes.take((run.output, msgspec.json.encode(run.course), [run.path]) for run in written)
         self._left = {}
         known = self._rewound | {key: (run.course, run.output.position) for key, run in self._runs.items()}

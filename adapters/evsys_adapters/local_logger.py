@@ -222,9 +222,9 @@ class LocalLoggerCallback(Callback):
             OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
         """
         self._pages.settle()
-        for run in self._runs.values():
-            run.logs.settle()
         written = [*self._left.values(), *self._runs.values()]
+        for run in written:
+            run.logs.settle()
         files = self._notes.take((run.logs.output, run.state(), run.logs.paths()) for run in written)
         self._left = {}
         return msgspec.to_builtins(_LoggerMark(files, {key: run.mark() for key, run in self._runs.items()}))

@@ -321,6 +321,24 @@ def test_there_is_no_mark_while_rows_wait(make, tmp_path):
 
 
 @BOTH
+def test_there_is_no_mark_while_rows_of_an_experiment_that_has_ended_wait(make, tmp_path):
+    callback = make(tmp_path)
+    callback.mark()
+    (tmp_path / "a").write_text("in the way")
+    call(callback, ("on_step_end", "a", (0, TrainingBatch(), {"p": 1}), {}), tmp_path)
+    call(callback, END, tmp_path)
+    with pytest.raises(OSError, match="writes wait"):
+        callback.mark()
+    (tmp_path / "a").unlink()
+    callback.mark()
+    rows = [each for each in (tmp_path / "a").rglob("metrics.*") if each.suffix in {".csv", ".jsonl"}]
+    assert [each.read_text() for each in rows if each.stat().st_size] in (
+        ["step,p\n0,1\n"],
+        ['{"step":0,"p":1}\n'],
+    )
+
+
+@BOTH
 def test_where_no_courier_asks_for_marks_nothing_is_kept(make, tmp_path):
     for _ in range(2):
         callback = make(tmp_path)
