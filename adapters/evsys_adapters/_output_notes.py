@@ -238,7 +238,7 @@ def without_newer(mark: Mark, positions: Iterable[Position], note_of: Callable[[
         if said is not None and said.position.number > each.number and _is_whole(said, note, Savepoints()):
             newer.update(_mark_of(said, note).files)
             folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # as the marks call it
-            newer.update(file for file in mark.files if folder in Path(file).parents)
+            newer.update(file for file in mark.files if Path(file).parent == folder)  # it had another name since
     if newer.isdisjoint(mark.files):
         return mark
     return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})
