@@ -1,1 +1,1 @@
-"""The benchmarks that need more than the package installs: ``python -m benchmarks``."""
+"""Benchmarks that need packages beyond the dependencies of evsys-bus: ``python -m benchmarks``."""

@@ -1,8 +1,8 @@
-"""The questions of ``evsys-bus bench``, with frameworks and experiment trackers as peers, and ``survival``.
+"""The suites of ``evsys-bus bench`` with frameworks and experiment trackers as peers, and some more suites.
 
 usage: uv run --group peers python -m benchmarks journal
 
-Any of the questions, or none for all of them. The group installs gigabytes; peers that are missing are left out.
+Name the suites to run, or none for all of them. The group installs gigabytes; missing peers are left out.
 """
 
 from collections.abc import Mapping
@@ -55,4 +55,4 @@ def _questions() -> Mapping[str, Question]:
 
 
 if __name__ == "__main__":
-    bench_command(_questions, doc="Ask the questions of `evsys-bus bench`, beside heavier peers, and `survival`.")()
+    bench_command(_questions, doc="Run the suites of `evsys-bus bench` against heavier peers, and `survival`.")()

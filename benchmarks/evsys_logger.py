@@ -1,9 +1,9 @@
-"""What a log call to EvSys costs the loop: ours, followed and placed inline, beside a blocking POST in the hook.
+"""What logging a step to EvSys costs the loop: `evsys_logger` with ``follow`` and ``inline``, and a blocking POST.
 
-The server of the tests runs in a process of its own. A loop takes a step every few milliseconds, and waits in between
-on its event loop; what a step's `publish` takes is its caller's cost. The other way is that of EvSys' own client, a new
-connection and a request that is waited for, by the standard library, which takes less time than `requests` does. Blocks
-of steps take turns, so a slow spell falls on all alike.
+The server of the tests runs in its own process. A loop publishes a step every few milliseconds and waits in between;
+the duration of `publish` is the cost for its caller. The blocking POST does what EvSys' own client does, one new
+connection and one awaited request per step, but with the standard library, which is faster than `requests`. Blocks of
+steps are interleaved, so that a slow phase of the machine affects all alike.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from evsys_bus.bench.lateness import apart, pin
 from evsys_bus.bench.question import Effort, Row, Table, Verdict
 
 STEPS: Final = 200
-"""Of a block."""
+"""Number of steps in a block."""
 STEP_SECONDS: Final = 0.005
 BLOCKING: Final = "a blocking POST in the hook"
 RECORDED: Final = "the journal alone"
@@ -39,11 +39,11 @@ _MOST_ROUNDS: Final = 8
 _METRICS: Final = {f"metric_{number}": number / 8 for number in range(8)}
 
 Blocks = dict[str, list[list[float]]]
-"""Nanoseconds, one of each step, by contender and round."""
+"""Nanoseconds of each step, by candidate and round."""
 
 
 class Posting(Callback):
-    """The other way."""
+    """A callback that sends every step by a blocking POST."""
 
     def __init__(self, url: str, key: str) -> None:
         self._host = urlsplit(url).netloc
@@ -51,7 +51,7 @@ class Posting(Callback):
         self._run = self._call("create_run", {"status": "running"})["id"]
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Send the row, and wait for the answer."""
+        """Send the row and wait for the response."""
         del state, batch
         self._call("log_metrics", {"run_id": self._run, "step": step_idx, "metrics": metrics, "split": "train"})
 
@@ -65,13 +65,13 @@ class Posting(Callback):
 
 
 class EvsysLogger:
-    """The question."""
+    """The suite ``evsys``."""
 
     name = "evsys"
     promise = "A step that is logged to EvSys costs the loop a twentieth of a blocking POST at most"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """The call, and how late the loop wakes up after its wait."""
+        """Measure the call, and how late the loop wakes up after its wait."""
         missing = [each for each in ("aiohttp", "starlette", "uvicorn") if not importlib.util.find_spec(each)]
         if missing:
             absent = {BLOCKING: f"{', '.join(missing)} is not installed"}
@@ -138,7 +138,7 @@ async def _bus(callbacks: list[object]) -> AsyncGenerator[tuple[EventBus, LoopSt
         ctx = LogContext(Path(folder), config={"name": "bench"}, run_key="run")
         async with EventBus(callbacks, journal=Path(folder, "journal")) as bus:
             bus.publish(RunStart(ctx))
-            await asyncio.sleep(1.0)  # couriers have begun, on other cores than the loop
+            await asyncio.sleep(1.0)  # the couriers have started, on other cores than the loop
             pin(cores[:1], threads=True)
             yield bus, LoopState(0, STEPS, Path(folder, "run"), ctx=ctx)
         if any(not each.complete for each in bus.receipt.deliveries) if bus.receipt else True:
@@ -161,7 +161,7 @@ async def _steps(bus: EventBus, state: LoopState) -> tuple[list[float], list[flo
 
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[str, str]]:
-    """The tests' server, in a process of its own: where it listens, and its key."""
+    """Run the server of the tests in its own process; yields its URL and its key."""
     path = Path(__file__).parent.parent / "tests" / "support" / "evsys_server.py"
     with apart():
         process = subprocess.Popen([sys.executable, str(path), "0"], stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours

@@ -1,7 +1,7 @@
-"""Training frameworks as peers in the question ``dispatch``: each through the code that its own trainer calls.
+"""Training frameworks as peers in the suite ``dispatch``, each through the code that its own trainer calls.
 
-They take gigabytes to install (group ``peers``) and are left out where they are missing. What each hands to its hooks
-is its own choice; the hook does nothing in all of them. None of them isolates a hook that raises.
+They take gigabytes to install (group ``peers``) and are left out where they are missing. Each passes its own arguments
+to its hooks; the hook does nothing in all of them. None of them isolates a hook that raises.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any, Final
 from evsys_bus.bench.dispatch import BATCH, METRICS, Peer
 from evsys_bus.bench.harness import Run
 
-# The frameworks' hooks and callers are typed Any here: pyright runs where they are not installed.
+# Types of the frameworks are Any, because pyright runs where they are not installed.
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def transformers(k: int) -> Generator[Run, None, None]:
 
     class NoOp(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     transformers_logging.set_verbosity_error()
     called = CallbackHandler([], None, None, None, None)
@@ -44,20 +44,20 @@ def transformers(k: int) -> Generator[Run, None, None]:
 
 @contextmanager
 def lightning(k: int) -> Generator[Run, None, None]:
-    """The function by which Lightning's loops call every callback."""
+    """The function with which Lightning's loops call every callback."""
     import lightning.pytorch as pl
     from lightning.pytorch.trainer.call import _call_callback_hooks
 
     class NoOp(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(max_epochs=1, enable_model_summary=False, accelerator="cpu", **quiet)
     trainer.callbacks = [NoOp() for _ in range(k)]
     module = pl.LightningModule()
-    trainer.strategy._lightning_module = module  # noqa: SLF001 - there is no other way in without a training
+    trainer.strategy._lightning_module = module  # noqa: SLF001 - there is no public way without training
     module.trainer = trainer
 
     def run(operations: int) -> int:
@@ -78,7 +78,7 @@ def composer(k: int) -> Generator[Run, None, None]:
         from composer.devices import DeviceCPU
         from composer.loggers import Logger
         from composer.models import ComposerModel
-    except RuntimeError as error:  # a torchvision that does not fit the installed torch says so in this way
+    except RuntimeError as error:  # raised by a torchvision that does not match the installed torch
         raise ImportError(str(error)) from error
     import torch
     from torch.utils.data import DataLoader
@@ -94,7 +94,7 @@ def composer(k: int) -> Generator[Run, None, None]:
 
     class NoOp(Callback):
         def batch_end(self, state: Any, logger: Any) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     state = State(
         model=Model(),
@@ -130,7 +130,7 @@ def keras(k: int) -> Generator[Run, None, None]:
 
     class NoOp(keras.callbacks.Callback):
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            """Nothing."""
+            """Do nothing."""
 
     called = CallbackList([NoOp() for _ in range(k)], add_history=False, add_progbar=False)
 

@@ -1,6 +1,6 @@
-"""Experiment trackers as peers in the questions ``journal`` and ``kills``; left out where they are not installed.
+"""Experiment trackers as peers in the suites ``journal`` and ``kills``; left out where they are not installed.
 
-Each is called as its own documentation shows, and told to keep everything on this machine.
+Each is called as its documentation shows and configured to store everything on this machine.
 """
 
 import os
@@ -16,7 +16,7 @@ from evsys_bus.bench.loggers import Log, Logger
 TENSORBOARD: Final = "tensorboardX"
 WANDB: Final = "wandb, offline"
 
-# Any: pyright runs where the peers are not installed.
+# Types of the peers are Any, because pyright runs where they are not installed.
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def _tensorboard(directory: Path) -> Generator[Log, None, None]:
 
 
 def _count_tensorboard(directory: Path) -> int:
-    """Steps of which every scalar is there."""
+    """Count the steps of which every scalar was written."""
     from tensorboardX.proto.event_pb2 import Event
 
     seen: dict[int, int] = {}
@@ -49,7 +49,7 @@ def _count_tensorboard(directory: Path) -> int:
 
 
 def _tensorboard_records(content: bytes) -> Iterator[bytes]:
-    """TFRecords: length, its checksum, the record, its checksum; up to the first that is cut."""
+    """Read TFRecords (length, its checksum, the record, its checksum) up to the first truncated one."""
     place = 0
     while place + 12 <= len(content):
         (length,) = struct.unpack_from("<Q", content, place)
@@ -74,7 +74,7 @@ def _wandb(directory: Path) -> Generator[Log, None, None]:
 
 
 def _count_wandb(directory: Path) -> int:
-    """History records in the run's file."""
+    """Count the history records in the file of the run."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     records = (
@@ -84,7 +84,7 @@ def _count_wandb(directory: Path) -> int:
 
 
 def _wandb_records(content: bytes, head: int = 7, block: int = 32_768) -> Iterator[bytes]:
-    """LevelDB's log: blocks of fragments, each with checksum, length and kind; up to the first that is cut."""
+    """Read a LevelDB log (blocks of fragments with checksum, length and kind) up to the first truncated record."""
     place, record = head, b""
     while place + head <= len(content):
         left = block - place % block

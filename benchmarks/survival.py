@@ -1,9 +1,9 @@
-"""What becomes of 200 uploads that a callback starts in the very last hook, when the program then ends.
+"""How many of 200 uploads that a callback starts in the very last hook are finished when the program ends.
 
-Each way of starting them and of ending is a process of its own. An upload is 50 ms of waiting and then one byte
-appended to a file, so the size of the file is the number of uploads that were finished. Ours must finish all of them.
+Each scenario, a way to start them and a way to end, runs in its own process. An upload waits 50 ms and then appends one
+byte to a file, so the size of the file is the number of finished uploads. The bus must finish all of them.
 
-As a script it is one of these processes: ``survival.py SCENARIO FILE``.
+As a script, this file is one of these processes: ``survival.py SCENARIO FILE``.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ Scenario = Callable[[Upload], Coroutine[Any, Any, None]]
 
 
 async def bare_create_task(upload: Upload) -> None:
-    """The main coroutine returns; asyncio.run cancels what is left."""
+    """The main coroutine returns; ``asyncio.run`` cancels the unfinished tasks."""
     _started.update(asyncio.create_task(upload()) for _ in range(UPLOADS))  # noqa: TID251 - what the reference advises
 
 
 async def task_group(upload: Upload) -> None:
-    """Nothing goes wrong."""
+    """The block ends normally."""
     async with asyncio.TaskGroup() as group:
         _start(group, upload)
 
@@ -47,7 +47,7 @@ async def task_group_body_raises(upload: Upload) -> None:
 
 
 async def task_group_sigterm(upload: Upload) -> None:
-    """The scheduler ends the job."""
+    """The scheduler ends the job by SIGTERM."""
     async with asyncio.TaskGroup() as group:
         _start(group, upload)
         await _job_is_ended()
@@ -59,28 +59,28 @@ def _start(group: asyncio.TaskGroup, upload: Upload) -> None:
 
 
 class Adopted(Callback):
-    """Starts the uploads as the reference advises: by a bare ``create_task``."""
+    """Starts the uploads with a bare ``create_task``, as the reference implementation advises."""
 
     def __init__(self, upload: Upload) -> None:
         self.upload = upload
 
-    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the hook's shape
-        """Start all of them, keep none."""
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the signature of the hook
+        """Start all uploads and keep no reference to them."""
         for _ in range(UPLOADS):
             asyncio.create_task(self.upload())  # noqa: TID251, RUF006 - the bus adopts them
 
 
 class Spawned(Adopted):
-    """Starts the uploads by `Callback.spawn`."""
+    """Starts the uploads with `Callback.spawn`."""
 
-    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the hook's shape
-        """Start all of them."""
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:  # noqa: ARG002 - the signature of the hook
+        """Start all uploads."""
         for _ in range(UPLOADS):
             self.spawn(self.upload)
 
 
 def on_the_bus(kind: type[Adopted], ending: Callable[[], Awaitable[None]]) -> Scenario:
-    """The last event is published, then the program ends in one way or another."""
+    """Make a scenario that publishes the last event and then ends by ``ending``."""
 
     async def scenario(upload: Upload) -> None:
         async with EventBus([kind(upload)]) as bus:
@@ -121,22 +121,22 @@ SCENARIOS: Final[dict[str, Scenario]] = {
 
 
 def survivors(scenario: str) -> int:
-    """How many uploads one process finished."""
+    """Run the scenario in a process and return how many uploads it finished."""
     with tempfile.NamedTemporaryFile() as finished:
         command = [sys.executable, __file__, scenario, finished.name]
-        # The way in which it ends is the point, so its exit code and its traceback are not.
+        # Several scenarios end with an error, so exit code and traceback are ignored.
         subprocess.run(command, check=False, capture_output=True, timeout=DEADLINE)  # noqa: S603 - our own command
         return Path(finished.name).stat().st_size
 
 
 class Survival:
-    """The question; counts do not vary with the effort, so each process runs once."""
+    """The suite ``survival``; counts do not depend on the effort, so each process runs once."""
 
     name = "survival"
     promise = f"Of {UPLOADS} uploads of {SECONDS * 1000:.0f} ms started in the last hook, all are finished"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - a count is a count
-        """One table: every scenario, and a verdict for each of ours."""
+    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - counts do not depend on it
+        """Count the finished uploads of every scenario."""
         counts = {scenario: survivors(scenario) for scenario in SCENARIOS}
         ours = {scenario: count for scenario, count in counts.items() if scenario.startswith("evsys-bus")}
         yield Table(

@@ -1,9 +1,9 @@
-"""P4 with S3: what a training loop notices of a checkpoint on its way to a bucket that stalls, or takes all it gets.
+"""P4 with S3: how the upload of a checkpoint affects a training loop, to a stalling bucket and at full speed.
 
-Blocks of steps take turns: without adapters, twice in each round, to know how far two equal runs lie apart; while the
-courier process uploads through a proxy that holds up every piece for half a second; and while it uploads at full
-speed. The trainer has the first core; courier, proxy and server share the others. And how late the loop itself wakes
-while ``placement: inline`` has it upload through that proxy.
+Blocks of steps alternate: without adapters, twice per round, to know how much two equal runs differ; while the courier
+process uploads through a proxy that delays every chunk by half a second; and while it uploads at full speed. The
+trainer runs on the first core; courier, proxy and server share the others. Another table shows how late the loop wakes
+while it uploads through that proxy itself, with ``placement: inline``.
 """
 
 import asyncio
@@ -47,11 +47,11 @@ from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.tasks import run_alone
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
-"""How many steps of each length, in seconds, a block has."""
+"""Number of steps in a block, by their length in seconds."""
 STALLED: Final = "an upload to an S3 that stalls 500 ms"
 INLINE: Final = "an upload on the loop itself, to that S3"
 FULL: Final = "an upload at full speed"
-"""Without a verdict: a training node does not have the S3 server on it."""
+"""Has no target, because a training node does not run the S3 server."""
 STALL_SECONDS: Final = 0.5
 BYTES: Final = 400_000_000
 BUCKET: Final = "steps"
@@ -72,19 +72,19 @@ anyio.run(main, *sys.argv[1:])
 
 
 class UploadSteps:
-    """The question."""
+    """The suite ``upload-steps``."""
 
     name = "upload-steps"
     promise = "P4: while a checkpoint is uploaded, the training loop's steps take as long as without"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """A table for each kind and length of step."""
+        """Measure each kind and length of step."""
         rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
         if not all(importlib.util.find_spec(each) for each in ("swift", "aiobotocore")):
             yield Table(title="steps", unit="ns", rows=[], absent={STALLED: "swift, the server, is not installed"})
             return
         kinds: tuple[Kind, ...] = ("waits", "computes")
-        logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)  # it would say after each block what is left to upload
+        logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)  # else it logs the unfinished upload after each block
         with tempfile.TemporaryDirectory() as folder, _s3(Path(folder)) as (direct, stalling):
             saved = Path(folder, "saved")
             saved.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))
@@ -102,7 +102,7 @@ class UploadSteps:
 
 
 def _inline_table(saved: Path, endpoint: str, seconds: float, steps: int, rounds: int) -> Table:
-    """How late a loop wakes that uploads by itself."""
+    """Measure how late the loop wakes while it uploads itself."""
     found: dict[str, list[Block]] = {ALONE: [], INLINE: []}
     for _ in range(rounds):
         found[ALONE].append(run_alone(partial(_block_beside, None, saved, seconds, steps)))
@@ -123,7 +123,7 @@ def _inline_table(saved: Path, endpoint: str, seconds: float, steps: int, rounds
 
 
 async def _block_beside(endpoint: str | None, saved: Path, seconds: float, steps: int) -> Block:
-    """A block of steps that wait, on the loop that uploads meanwhile; without an endpoint it does not."""
+    """Measure a block of waiting steps on a loop that also uploads, or that does not if ``endpoint`` is None."""
     url = f"s3://{BUCKET}/{time.monotonic_ns()}"
     adapters = []
     if endpoint is not None:
@@ -137,7 +137,7 @@ async def _block_beside(endpoint: str | None, saved: Path, seconds: float, steps
             until = time.monotonic() + _PATIENCE_SECONDS
             while endpoint and not any(b'"upload":"' in path.read_bytes() for path in ledger.glob("*.upload")):
                 if time.monotonic() > until:
-                    raise TimeoutError("the upload does not begin")
+                    raise TimeoutError("the upload does not start")
                 await asyncio.sleep(0.01)
             return await block(bus, "waits", seconds, steps)
 
@@ -166,10 +166,10 @@ def _bus_alone() -> Generator[EventBus, None, None]:
 
 @contextmanager
 def _bus_uploading(saved: Path, endpoint: str) -> Generator[EventBus, None, None]:
-    """A bus whose courier process is in the middle of an upload, from the beginning of the block to its end."""
+    """Open a bus whose courier process is uploading during the whole block."""
     url = f"s3://{BUCKET}/{time.monotonic_ns()}"
     spec = {"kind": "checkpoint_upload", "params": {"url": url, "endpoint": endpoint, "region": "us-east-1"}}
-    # Beside the checkpoint, as hard links do not lead to another file system.
+    # In the directory of the checkpoint, because hard links cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=saved.parent, ignore_cleanup_errors=True) as folder:
         state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
         spool = Spool.of(state.output_dir, url)
@@ -184,7 +184,7 @@ def _bus_uploading(saved: Path, endpoint: str) -> Generator[EventBus, None, None
 
 @contextmanager
 def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None]:
-    """A bus on the first core; its courier process, on the others."""
+    """Open a bus on the first core, with its courier process on the others."""
     with apart() as cores:
         bus = EventBus(adapters, journal=folder / "journal", drain_timeout=0.0, linger_seconds=0.0)
         with bus:
@@ -195,7 +195,7 @@ def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None
 
 @contextmanager
 def _s3(folder: Path) -> Generator[tuple[str, str], None, None]:
-    """A server with the bucket, and a proxy before it that stalls: where both listen."""
+    """Run a server with the bucket and a stalling proxy in front of it; yields the endpoints of both."""
     server = s3_server(folder / "s3")
     os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
     with apart():
@@ -214,7 +214,7 @@ def _s3(folder: Path) -> Generator[tuple[str, str], None, None]:
 
 
 def _abort_all(endpoint: str) -> None:
-    """So that the server does not keep what no block will go on with."""
+    """Abort all unfinished uploads, which no later block continues."""
     client = _client(endpoint)
     for each in client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", ()):
         client.abort_multipart_upload(Bucket=BUCKET, Key=each["Key"], UploadId=each["UploadId"])
@@ -230,5 +230,5 @@ def _wait(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + _PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > until:
-            raise TimeoutError("the upload does not begin")
+            raise TimeoutError("the upload does not start")
         time.sleep(0.01)

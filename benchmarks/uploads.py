@@ -1,7 +1,7 @@
-"""P8: an upload of 200 MB to a real S3 server on loopback, beside bare aiobotocore and Amazon's command line.
+"""P8: an upload of 200 MB to a real S3 server on loopback, compared with bare aiobotocore and Amazon's command line.
 
-All send parts of 16 MiB, four side by side; ours also makes digests, keeps the ledger, asks before and looks after. The
-command is a process of its own, whose start is part of its time.
+All send parts of 16 MiB, four concurrently; ours also computes digests, writes the ledger, and checks the object before
+and after. The command is a separate process, whose start is part of its time.
 """
 
 import importlib.util
@@ -41,13 +41,13 @@ s3 =
 
 
 class Uploads:
-    """The question."""
+    """The suite ``uploads``."""
 
     name = "uploads"
     promise = "P8: an upload to S3 at 0.95 of the speed of bare aiobotocore and of Amazon's command, in 64 MB"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """The speed, then the memory."""
+        """Measure the speed, then the memory."""
         if not all(importlib.util.find_spec(each) for each in ("swift", "aiobotocore")):
             yield Table(title="upload of 200 MB", unit="MB/s", rows=[], absent={BARE: "swift, the server, is missing"})
             return
@@ -87,7 +87,7 @@ class Uploads:
 
 
 async def _measure(server: Any, directory: Path, effort: Effort) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each contender in each round, and by how many MB this process grew while ours sent the first time."""
+    """Return the seconds of each candidate per round, and the memory growth in MB of our first upload."""
     os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
     path = directory / "weights"
     path.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES // (1 << 20) + 1))[:BYTES])
@@ -117,7 +117,7 @@ async def _measure(server: Any, directory: Path, effort: Effort) -> tuple[dict[s
                     began = time.perf_counter()
                     await contenders[name]("weights")
                     seconds[name].append(time.perf_counter() - began)
-                growth = growth or peak.growth  # of the first, which is ours: what others took is not given back
+                growth = growth or peak.growth  # of our first upload: memory that others have used is not returned
                 await client.delete_object(Bucket="uploads", Key="weights")
     await store.close()
     return seconds, growth
@@ -126,7 +126,7 @@ async def _measure(server: Any, directory: Path, effort: Effort) -> tuple[dict[s
 async def _command(server: Any, key: str, path: Path) -> None:
     config = path.with_name("aws_config")
     config.write_text(_AWS_CONFIG, encoding="utf-8")
-    # As ours: the server checks digests that are sent with a part, and no checksums that follow it.
+    # Like ours: the server checks digests sent with a part, but not trailing checksums.
     settings = {"AWS_CONFIG_FILE": str(config), "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required"}
     command = ["aws", "s3", "cp", str(path), f"s3://uploads/{key}", "--endpoint-url", server.endpoint, "--no-progress"]
     done = await anyio.run_process(
@@ -160,7 +160,7 @@ async def _bare(client: Any, key: str, path: Path) -> None:
 
 
 class _Peak:
-    """How much more memory this process held at most than when it was entered."""
+    """Measures the largest growth of this process' memory within its block."""
 
     def __enter__(self) -> Self:
         self.growth = 0.0
@@ -180,7 +180,7 @@ class _Peak:
 
 
 def s3_server(folder: Path) -> Any:
-    """The tests' server. Any: it is loaded from its file, as the tests are no package."""
+    """Load the `S3Server` of the tests from its file, because the tests are not a package."""
     path = Path(__file__).parent.parent / "tests" / "support" / "s3_server.py"
     spec = importlib.util.spec_from_file_location("s3_server", path)
     assert spec is not None

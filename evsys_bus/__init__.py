@@ -1,6 +1,6 @@
 """evsys-bus: an event bus for training loops, whose callbacks and loggers never stall, kill or lose a run.
 
-The public names; each is loaded when it is first asked for, so that ``evsys-bus --help`` answers at once.
+Public names are imported on first access, so that ``evsys-bus --help`` starts quickly.
 """
 
 import importlib
@@ -125,7 +125,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name. Any: what the name stands for; type checkers read the imports above."""
+    """Import a public name on first access."""
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

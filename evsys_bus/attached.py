@@ -1,11 +1,11 @@
-"""What callbacks and sinks have in common, and what they are attached to while they work: a bus or a courier.
+"""`Adapter`, the base of callbacks and sinks, and the protocols of what they are attached to: a bus or a courier.
 
-    a callback, inline        the bus: spawns its tasks; what it publishes is an event like any other
-    a callback, followed      its courier: likewise, but what it publishes goes into the couriers' own stream
+    an inline callback        the bus: runs its tasks; events that it publishes are ordinary events
+    a followed callback       its courier: runs its tasks; events that it publishes go into the couriers' own stream
     a sink                    its courier, for publishing alone
 
-Followers are given no events of the couriers' stream, and nobody counts them: who delivers would never come to an end.
-But one of them all couriers heed: `Learnt`.
+Adapters are not given the events of the couriers' stream, and these are not counted as pending: a delivery would
+otherwise cause the next one without end. The exception is `Learnt`, which all couriers read.
 """
 
 import copy
@@ -16,49 +16,49 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 from evsys_bus.events import Event
 
 Ranks = Literal["rank0", "all"] | tuple[int, ...]
-"""Of a job of several processes: the ranks whose events an adapter is given."""
+"""In a job of several processes: the ranks whose events an adapter is given."""
 
 RetryPolicy = Callable[..., Awaitable[object]]
-"""Called as ``await policy(fn, *args)``: a bound caller of stamina, an ``AsyncRetrying`` of tenacity, or your own."""
+"""Called as ``await policy(fn, *args)``: stamina's bound caller, tenacity's ``AsyncRetrying``, or your own."""
 
 
 class Learnt(Event, frozen=True):
-    """What became known of a run off the loop, as the page that shows it; in ``ctx.extras`` of followers from then on.
+    """Facts about a run that became known off the loop, such as the URL of its page; merged into ``ctx.extras``.
 
-    It reaches every followed callback and sink of the journal, also those of another process or another day. Who learns
-    it looks there first, for a courier that begins anew calls the start hooks again. Inline callbacks share the live
-    context; one of them that learns something writes it there besides.
+    Every followed callback and sink of the journal gets them, also in another process or on another day. An adapter
+    should look into ``ctx.extras`` before it acts, because a restarted courier calls the start hooks again. Inline
+    callbacks share the live context; an inline callback should also write such facts to its ``ctx.extras``.
     """
 
     run: str
     """The run key."""
     extras: dict[str, Any]
-    """What to put into ``ctx.extras``; the newest of a key counts. Any: plain values."""
+    """Entries for ``ctx.extras``, as plain values; the newest value of a key counts."""
 
 
 class EventInfo(NamedTuple):
-    """Where and when the event that a hook is handed was published."""
+    """When the event of a hook was published, and its position in the journal."""
 
     time: float
     """Seconds since the epoch, wall clock."""
     stream: str = ""
-    """The journal stream; empty where nothing is recorded."""
+    """The journal stream; empty if nothing is recorded."""
     sequence: int = 0
-    """Its number in that stream, from 1; 0 where nothing is recorded."""
+    """Its number in that stream, from 1; 0 if nothing is recorded."""
     carried: bool = False
-    """The event is a start that is given again, so that the adapter knows what is open where its events go on: nothing
-    starts now, and nothing that was written before is to be cut. It is not counted."""
+    """The event is a start that is repeated, so that the adapter knows which runs are open. Nothing starts now, nothing
+    written before may be truncated, and the event is not counted."""
 
 
 class Arguments(NamedTuple):
-    """What an adapter was constructed with."""
+    """The arguments with which an adapter was constructed."""
 
     positional: tuple[Any, ...] = ()
-    named: dict[str, Any] = {}  # noqa: RUF012 # never written to
+    named: dict[str, Any] = {}  # noqa: RUF012 # never modified
 
 
 class _InitSignature:
-    """``inspect.signature(cls)``: that of ``__init__``; ``__new__``, which takes anything, would hide it."""
+    """``inspect.signature(cls)``: that of ``__init__``, which ``__new__`` would hide."""
 
     def __get__(self, adapter: object, owner: type) -> inspect.Signature:
         signature = inspect.signature(owner.__init__)
@@ -66,28 +66,28 @@ class _InitSignature:
 
 
 class Adapter:
-    """The base of `Callback` and `Sink`: remembers its arguments, so that it can be built again, and what is owed."""
+    """The base of `Callback` and `Sink`: stores its arguments, so that it can be built again in another process."""
 
     name: ClassVar[str] = ""
     """The kind under which the class is registered."""
     Config: ClassVar[type | None] = None
-    """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model. Where the arguments of
-    an object pass it, the courier process builds the object again; else it is delivered to on a thread of this one.
-    The params that a static method ``from_environment`` of it returns (a dict, no secrets) are recorded too, for a
-    later process whose own environment gives none."""
+    """What its params are validated against: a msgspec Struct, a dataclass or a pydantic model. If the arguments of an
+    object are valid for it, the courier process builds the object again; otherwise the object is delivered to on a
+    thread of this process. If it has a static method ``from_environment``, the params which that returns (a dict, no
+    secrets) are recorded too, for a later process whose environment lacks them."""
     ranks: ClassVar[Ranks | None] = None
-    """Which ranks of a job it serves, unless its spec says: ``"rank0"``, ``"all"`` or a tuple of ranks. None: all for
-    what runs inline, rank 0 for what is delivered to by a courier."""
+    """Which ranks of a job it serves, unless its spec sets them: ``"rank0"``, ``"all"`` or a tuple of ranks. None: all
+    ranks for inline callbacks, rank 0 for adapters of a courier."""
 
     spec_name: str | None = None
-    """The name in the spec that it was built from; its cursor, its counts, logs and receipts go by it."""
+    """The name in the spec that it was built from, used for its cursor, counts, logs and receipts."""
     evsys_arguments: Arguments = Arguments()
-    """Kept by ``__new__``; never shown."""
+    """Set by ``__new__``; never displayed."""
 
     __signature__ = _InitSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Construct, and keep a copy of the arguments."""
+        """Construct the adapter and store a copy of its arguments."""
         if cls.__init__ is object.__init__ and (args or kwargs):
             raise TypeError(f"{cls.__name__}() takes no arguments")
         new: Any = super().__new__
@@ -98,31 +98,31 @@ class Adapter:
         return self
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Say how many delivered events the far side has not confirmed; 0 once it has all of them.
+        """Report how many delivered events the far side has not confirmed; 0 once it has confirmed all.
 
-        Shown in ``health()``, the receipt, the live view and ``evsys-bus status``; ``--strict`` counts it as
-        undelivered, and ``evsys-bus sync`` calls `settle_owed`. Does nothing where the adapter is on no bus.
+        Shown in ``health()``, the receipt, the live view and ``evsys-bus status``; ``--strict`` counts them as
+        undelivered, and ``evsys-bus sync`` calls `settle_owed`. Does nothing if the adapter is not attached to a bus.
 
         Args:
-            events: At most as many as were delivered; a part of one counts as one.
-            why: What keeps the far side from confirming; None while it is at it.
-            fix: What a person has to do; None where it may pass by itself. With ``required``, it stops the run.
+            events: At most the number of delivered events; a partially confirmed event counts as one.
+            why: What prevents the confirmation; None while it is in progress.
+            fix: What a person has to do; None if it may resolve by itself. With ``required``, it stops the run.
         """
         raise NotImplementedError
 
     async def settle_owed(self, deadline: float) -> None:
-        """Have the far side confirm what is owed. Called at the end of a run and by ``evsys-bus sync``.
+        """Wait for the far side to confirm outstanding events. Called at the end of a run and by ``evsys-bus sync``.
 
         Args:
-            deadline: On the clock of ``time.monotonic``. Return earlier where a person has to act first.
+            deadline: On the clock of ``time.monotonic``. Return earlier if a person has to act first.
         """
 
 
 def _copied(value: Any) -> Any:
-    """A copy of plain containers, which the program may change later; anything else as it is."""
+    """Return a copy of plain containers, which the program may change later; any other value unchanged."""
     try:
         return copy.deepcopy(value) if type(value) in {list, dict, set} else value
-    except Exception:  # a live object in it; then no other process could be given it anyway
+    except Exception:  # it contains a live object, which no other process could be given anyway
         return value
 
 
@@ -130,11 +130,11 @@ class Publishes(Protocol):
     """What an adapter may publish to."""
 
     def publish(self, event: Event) -> None:
-        """Record what was learnt."""
+        """Record an event of the adapter."""
         ...
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """Note what the adapter reports with `Adapter.report_owed`."""
+        """Record what the adapter reports with `Adapter.report_owed`."""
         ...
 
 
@@ -153,13 +153,13 @@ class Spawner(Publishes, Protocol):
         owner: str | None = None,
         background: bool = False,
     ) -> bool:
-        """Run ``fn(*args)`` beside the hooks; see `Callback.spawn`."""
+        """Run ``fn(*args)`` as a task beside the hooks; see `Callback.spawn`."""
         ...
 
     def current_event(self) -> EventInfo | None:
-        """Of the event whose hook runs on this thread now; None outside a hook."""
+        """Return the event whose hook is running on this thread, or None outside a hook."""
         ...
 
     def publishes_here(self) -> bool:
-        """Whether this thread is inside a hook that this bus called."""
+        """Return whether this thread is inside a hook that this bus or courier called."""
         ...

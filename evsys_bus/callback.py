@@ -1,6 +1,6 @@
 """The contract for callback authors: `Callback`, its eleven hooks, and what happens when one raises.
 
-This module owns the contract and its checks, and `dispatch`, which calls one hook on many callbacks. The bus calls
+This module contains the contract, its checks, and `dispatch`, which calls one hook on many callbacks. The bus calls
 hooks by itself, faster, with the same isolation (`isolate`).
 """
 
@@ -31,7 +31,7 @@ from evsys_bus.events import Event, declared_events
 
 
 class _CurrentEvent:
-    """``self.event``. No property, so that a class may have an attribute of that name for itself."""
+    """``self.event``: not a property, so that a class may define an attribute of that name."""
 
     @overload
     def __get__(self, callback: None, owner: type) -> Self: ...
@@ -48,14 +48,14 @@ class _CurrentEvent:
 
 
 class Callback(Adapter):
-    """Hooks of a training, all sync, all no-ops: override the ones you need.
+    """Hooks of a training run, all sync and all no-ops: override the ones you need.
 
-    Hooks run inside ``publish``, on the thread that publishes, in the order in which the callbacks were given. What one
-    raises is logged and isolated. Keep what belongs to a run under its key (``state.run_key``, or ``ctx.run_key`` where
-    a hook is handed that), never bare on the instance: runs may be trained at the same time.
+    Hooks run inside ``publish``, on the publishing thread, in the order in which the callbacks were given. Exceptions
+    are logged and isolated. Store the state of a run under its key (``state.run_key``, or ``ctx.run_key`` in hooks
+    that take a context), never directly on the instance: several runs may train at the same time.
 
-    Async work goes to `spawn`. A bare ``asyncio.create_task`` in a hook works too where an event loop runs: the bus
-    adopts the task, logs what it raises, and waits for it at the end.
+    Use `spawn` for async work. A bare ``asyncio.create_task`` in a hook works too if an event loop is running: the bus
+    adopts the task, logs its exception, and waits for it at the end.
 
     Example:
         >>> class Loss(Callback):
@@ -66,26 +66,26 @@ class Callback(Adapter):
     """
 
     placement: ClassVar[Literal["inline", "follow"]] = "inline"
-    """Where it runs if its spec does not say: in ``publish``, with live objects, or off the loop, from the journal. One
-    object asks for another place with ``callback.placement = "inline"``."""
+    """Where it runs unless its spec sets it: in ``publish``, with live objects, or off the loop, from the journal. Set
+    ``callback.placement = "inline"`` to change it for one object."""
     stops_runs: ClassVar[bool] = False
-    """Whether it may stop the run; then it cannot be followed."""
+    """Whether it may stop the run; if so, it cannot be followed."""
     marks_inline: ClassVar[bool] = True
-    """Whether a bus with a journal records the marks of one that has `mark` and `rewind` and runs inline. False where
-    they are of files, for a courier, which gives again what a rewind cuts; inline nothing is given again."""
+    """Whether a bus with a journal records the marks of an inline callback that has `mark` and `rewind`. False if the
+    marks are positions in files: a courier delivers again what a rewind truncates, but nothing is repeated inline."""
     delivery: ClassVar[type | None] = None
-    """Its delivery half, where it has one: a `Sink` class, constructed with the same arguments and delivered to by a
-    courier. The callback itself then runs inline, and does no I/O. With ``placement = "inline"`` the half is delivered
-    to on the program's own event loop, by a task of the bus."""
+    """Its delivery half, if it has one: a `Sink` class, constructed with the same arguments and delivered to by a
+    courier. The callback itself then runs inline and does no I/O. With ``placement = "inline"``, the bus delivers to
+    the half in a task on the program's own event loop."""
 
     event = _CurrentEvent()
-    """Time, stream and sequence of the event that the running hook is handed: when it was published, however late a
-    followed callback is given it. Outside a hook, and without a bus, the time is now."""
+    """Time, stream and sequence of the event of the running hook: when it was published, however late a followed
+    callback gets it. Outside a hook, and without a bus, the time is now."""
 
     evsys_subscription: Any = None
-    """How it is delivered to, set by `build_callbacks`."""
+    """How it is delivered to; set by `build_callbacks`."""
     evsys_attached: ClassVar[tuple[Spawner, ...]] = ()
-    """The open buses that hold it, or its courier; kept on the instance by them."""
+    """The open buses that hold it, or its courier; set by them on the instance."""
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Fires once at the start of an experiment, before any arm. Write ``ctx.ids["experiment_id"]`` here."""
@@ -139,19 +139,19 @@ class Callback(Adapter):
 
         Args:
             fn: A coroutine function. Pass the function and its arguments, not a coroutine.
-            name: What it is called in receipts and logs; default: the function's name.
-            timeout: Seconds, over all attempts; after that it is cancelled and counted as failed.
+            name: The task's name in receipts and logs; default: the function's name.
+            timeout: Seconds over all attempts, after which the task is cancelled and counted as failed.
             retry: A policy object, called as ``await retry(fn, *args)``; see `RetryPolicy`.
-            lane: Tasks of one lane run one after another, in order.
-            background: For a task that goes on until it is told to stop, such as a watcher: nothing waits for it, and
-                it is cancelled at the end, after `close`.
+            lane: Tasks of the same lane run one after another, in order.
+            background: For a task that runs until it is cancelled, such as a watcher: nothing waits for it, and it is
+                cancelled at the end, after `close`.
 
         Returns:
-            False if it was refused, because too many wait already: logged, and counted in ``health()``.
+            False if it was refused because too many tasks wait already: logged, and counted in ``health()``.
 
         Raises:
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
-            SpawnError: ``fn`` is no coroutine function.
+            SpawnError: ``fn`` is not a coroutine function.
         """
         bus = _attached(self, "spawn")
         owner = callback_name(self)
@@ -160,22 +160,22 @@ class Callback(Adapter):
         )
 
     def close(self) -> None:
-        """Flush and release what the hooks opened. Not a hook: called once by each bus, or courier, that called hooks.
+        """Flush and release what the hooks opened. Not a hook: called once by each bus or courier that called hooks.
 
-        That is after the last hook and the last task, or when the callback is removed; on any thread, and within the
-        deadline of the end. A hook that is called later opens again what it needs.
+        It is called after the last hook and the last task, or when the callback is removed; on any thread, and within
+        the deadline of the shutdown. A hook that is called later must reopen what it needs.
         """
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Say how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        """Report how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
         for each in self.evsys_attached:
             each.report_owed(self, events, why, fix)
 
     def publish(self, event: Event) -> None:
-        """Have something on record: what a task of this callback learnt, say.
+        """Record an event, such as a result of one of the callback's tasks.
 
-        Where the callback is followed, it goes into the couriers' own stream of the journal, and followers notice
-        nothing of it, unless it is `Learnt`. Inline it is an event like any other, with its hooks.
+        In a followed callback it goes into the couriers' own stream of the journal, which adapters are not given,
+        except for `Learnt`. Inline it is an ordinary event, with its hooks.
 
         Raises:
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
@@ -184,7 +184,7 @@ class Callback(Adapter):
 
 
 def _attached(callback: Callback, act: str) -> Spawner:
-    """What the callback is attached to; of several, the one that has called it."""
+    """Return what the callback is attached to; of several, the one that called it."""
     attached = callback.evsys_attached
     if not attached:
         raise NotAttachedError(
@@ -197,13 +197,13 @@ def _attached(callback: Callback, act: str) -> Spawner:
 
 
 def attach(callback: object, bus: Spawner) -> None:
-    """Have the callback spawn on this bus."""
+    """Attach the callback to a bus, for its tasks and events."""
     if isinstance(callback, Callback):
         _set_attached(callback, (*_others(callback, bus), bus))
 
 
 def detach(callback: object, bus: Spawner) -> None:
-    """Have the callback spawn on this bus no more."""
+    """Detach the callback from a bus."""
     if isinstance(callback, Callback):
         _set_attached(callback, _others(callback, bus))
 
@@ -213,29 +213,29 @@ def _others(callback: Callback, bus: Spawner) -> tuple[Spawner, ...]:
 
 
 def _set_attached(callback: Callback, attached: tuple[Spawner, ...]) -> None:
-    object.__setattr__(callback, "evsys_attached", attached)  # a frozen dataclass makes a good callback too
+    object.__setattr__(callback, "evsys_attached", attached)  # a callback may be a frozen dataclass
 
 
 def callback_name(callback: object) -> str:
-    """How a callback is called in logs, health and receipts: the name in its spec, or its class's."""
+    """Return the name of a callback in logs, health and receipts: from its spec, or that of its class."""
     name = attribute(callback, "spec_name")
     return name if isinstance(name, str) and name else type(callback).__name__
 
 
 def attribute(callback: object, name: str) -> Any:
-    """The attribute, or None where there is none; also where looking it up raises. Any: whatever it is."""
+    """Return the attribute, or None if there is none or the lookup raises."""
     try:
         return getattr(callback, name, None)
-    except Exception:  # a __getattr__ or a property of a stranger
+    except Exception:  # a foreign __getattr__ or property
         return None
 
 
 def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs: Any) -> None:
-    """Call one hook on every callback, in order; a raising one is logged at WARNING and the next one runs.
+    """Call one hook on every callback, in order; an exception is logged at WARNING and the next callback is called.
 
-    A callback without that hook is skipped; a hook that nobody has is a no-op. KeyboardInterrupt and SystemExit are
-    raised after the remaining callbacks ran. Hooks run inline, whatever their class says: there is no bus, and so no
-    journal, no tasks and no delivery; a callback that needs them is logged once.
+    Callbacks without that hook are skipped. KeyboardInterrupt and SystemExit are raised after the remaining callbacks
+    ran. Hooks run inline, whatever their class declares: there is no bus, and so no journal, no tasks and no delivery;
+    a callback that needs them is logged once.
     """
     leave: BaseException | None = None
     for callback in callbacks or ():
@@ -252,7 +252,7 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
 
 
 def _warn_of_dispatch(callback: object) -> None:
-    """Log once that a delivery half gets nothing where no bus is."""
+    """Log once that a delivery half receives nothing without a bus."""
     if isinstance(callback, Callback) and not callback.evsys_attached and not attribute(callback, "evsys_warned"):
         object.__setattr__(callback, "evsys_warned", True)
         half = attribute(attribute(callback, "delivery"), "__name__")
@@ -261,7 +261,7 @@ def _warn_of_dispatch(callback: object) -> None:
 
 
 def may_return(method: Callable[..., object]) -> bool:
-    """Whether a hook may return anything but None; a plain function that never does need not be looked at."""
+    """Return whether a hook may return a value other than None, and so needs `check_returned`."""
     function = getattr(method, "__func__", method)
     if not isinstance(function, FunctionType) or function.__code__.co_flags & _RUNS_LATER:
         return True
@@ -278,20 +278,20 @@ def may_return(method: Callable[..., object]) -> bool:
 
 
 def check_returned(callback: object, hook: str, value: object) -> None:
-    """Look at what a hook returned; a future or task is fine, for it runs by itself.
+    """Check the return value of a hook; a future or task is fine, because it runs by itself.
 
     Raises:
-        AsyncHookError: It returned a coroutine or a generator, of which nothing would ever run.
+        AsyncHookError: It is a coroutine or a generator, which would never run.
     """
     kind = type(value)
     if value is None or not issubclass(kind, Awaitable | Generator | AsyncGenerator):
         return
-    import asyncio  # loaded where there is an awaitable
+    import asyncio  # loaded already if there is an awaitable
 
     if asyncio.isfuture(value):
         return
     if issubclass(kind, Coroutine):
-        cast("Coroutine[Any, Any, Any]", value).close()  # Python would say that it was never awaited
+        cast("Coroutine[Any, Any, Any]", value).close()  # avoids the warning "was never awaited"
     raise AsyncHookError(
         f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nobody runs it",
         why="hooks are sync: the loop never waits for a callback",
@@ -300,10 +300,10 @@ def check_returned(callback: object, hook: str, value: object) -> None:
 
 
 def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog | None = None) -> BaseException | None:
-    """The wall around every hook: log what it raised at WARNING, with the callback's and the hook's name.
+    """Handle an exception of a hook: log it at WARNING, with the names of callback and hook.
 
-    Returns the error if it must reach the caller once the remaining hooks ran (KeyboardInterrupt and SystemExit), else
-    None. ``asyncio.CancelledError`` stays inside: sync code cannot be cancelled, so a hook that raises it is at fault.
+    Returns the error if it must be raised after the remaining hooks ran (KeyboardInterrupt and SystemExit), else None.
+    ``asyncio.CancelledError`` is handled too: sync code cannot be cancelled, so a hook that raises it has a bug.
     """
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return error
@@ -318,7 +318,7 @@ def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog 
 
 
 def hook_of(callback: object, event_type: type[Event]) -> Callable[..., object] | None:
-    """The callback's own method for this event, or None where it has none or only the no-op it inherits."""
+    """Return the callback's own method for this event, or None if it has none or only the inherited no-op."""
     method = attribute(callback, event_type.hook)
     default = getattr(Callback, event_type.hook, None)
     if not callable(method) or (default is not None and getattr(method, "__func__", None) is default):
@@ -331,15 +331,15 @@ _RUNS_LATER: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_AS
 
 
 def check_hooks(callback: object) -> None:
-    """Check a callback's hooks before it is added, so that a mistake shows in second 1 and not after the first epoch.
+    """Check a callback's hooks when it is added, so that a mistake shows in second 1 and not after the first epoch.
 
-    Methods called ``on_…`` that are no hook, and nearly none, are logged once and left alone: callbacks written for
-    older or newer references still run.
+    Unknown methods called ``on_…`` are logged once and ignored, so that callbacks written for older or newer versions
+    still run.
 
     Raises:
         AsyncHookError: A hook, or `Callback.close`, is ``async def``.
         HookSignatureError: A hook cannot take its event's arguments.
-        MisspeltHookError: A method's name nearly is a hook's.
+        MisspeltHookError: A method's name is nearly that of a hook.
         NotACallbackError: It has no hook at all: a spec, a class, a plain function.
     """
     if isinstance(callback, type):
@@ -399,7 +399,7 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
-        return  # a callable written in C may have none; its first call will tell
+        return  # a callable written in C may have no signature
     try:
         signature.bind(*(_PLACEHOLDER for _ in positional), **dict.fromkeys(event.keywords, _PLACEHOLDER))
     except TypeError as error:
@@ -413,13 +413,13 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
 
 
 def _is_inherited_from_another_kind(callback: object, method: str) -> bool:
-    """Whether a class that is no callback of ours brings the method, as where one class serves two trainers."""
+    """Return whether a foreign base class defines the method, as in a class that serves two trainers."""
     home = next((each for each in type(callback).__mro__ if method in vars(each)), None)
     return home not in {None, type(callback)} and not issubclass(home or object, Callback)
 
 
 def _near_miss(name: str, hooks: Iterable[str]) -> str | None:
-    """The hook that ``name`` was meant to be, if it is a slip of the pen away from one."""
+    """Return the hook that ``name`` was probably meant to be, if any."""
     plain = {hook.replace("_", ""): hook for hook in hooks}
     squeezed = name.lower().replace("_", "").replace("begin", "start")
     if squeezed in plain:

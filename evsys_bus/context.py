@@ -1,14 +1,14 @@
-"""What hooks are handed: the two handles of a run in progress, and the results it leaves.
+"""The arguments of hooks: the handles of a run in progress, and its results.
 
-`LoopState`, `LogContext` and `TrainingBatch` are *handles*: live, mutable, shared by every inline callback. They are
-never encoded; an envelope carries a reference to them, and the far side gets a detached twin with the same attributes
+`LoopState`, `LogContext` and `TrainingBatch` are *handles*: live, mutable, and shared by all inline callbacks. They are
+never encoded; an envelope carries a reference to them, and the far side gets a detached copy with the same attributes
 (`detached`). Everything else here is a frozen value. In the order of a training:
 
     experiment  LogContext ─┬─ run  LogContext ── LoopState ── TrainingBatch, ManifestRow, EvalResult ── LoopArtifacts
                             │                                                       RunResult, ArmResult
                             └─ ExperimentResult
 
-Status words, everywhere: pending, running, completed, failed, cancelled.
+The status words are always: pending, running, completed, failed, cancelled.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,38 +23,38 @@ from evsys_bus.errors import DetachedError
 from evsys_bus.where import local_path
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
-"""How far an arm, a run or an experiment has got."""
+"""Progress of an arm, a run or an experiment."""
 
 Prediction = dict[str, Any]
-"""One task of a benchmark: task_id, instruction, expected, output, reward, metadata, any of which may be absent."""
+"""One task of a benchmark: task_id, instruction, expected, output, reward, metadata, all of them optional."""
 
 
 class _Handle:
-    """A live object that cannot leave its process; what travels is a reference, read as a detached twin."""
+    """A live object that stays in its process; readers of a record get a detached copy."""
 
     __slots__ = ()
 
     def __repr__(self) -> str:
-        """Scalars only: configs may hold credentials, and live parts may be anything."""
+        """Show scalars only: configs may contain credentials, and live parts may be any object."""
         parts = ((each.name, getattr(self, each.name, None)) for each in fields(self))  # pyright: ignore[reportArgumentType] # subclasses are dataclasses
         shown = (f"{name}={value!r}" for name, value in parts if isinstance(value, str | int | PurePath))
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
 Unsaid = Mapping[str, Callable[[], Any]]
-"""Attributes that travel only where they are not as nearly always, and what makes them. Any: of their type."""
+"""Attributes that are omitted from the record if they have their usual value, and factories of that value."""
 
 
 class _Detached:
-    """What turns a handle into its detached twin: the parts that travelled are looked up when they are asked for."""
+    """Turns a handle into a detached one: the recorded parts are looked up on access."""
 
-    # Live classes must not inherit this: a class with `__getattr__` pays for it with every attribute that is read.
+    # Live classes must not inherit this: `__getattr__` slows down every attribute access.
     __slots__ = ()
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, attribute: str) -> Any:
-            # Only reached when the ordinary look-up fails: the slot is empty. Any: it is of the attribute's type.
+            # Only called if the ordinary lookup fails, because the slot is empty.
             kind, ours = type(self).__name__, attribute in self.__dataclass_fields__
             own, live = ({}, ()) if attribute == "_parts" else map(self._parts.get, ("own", "live"))
             if type(own) is dict and attribute in own:
@@ -63,7 +63,7 @@ class _Detached:
                 raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
             if ours and attribute in self._parts:
                 value = self._parts[attribute]
-                if type(value) is FunctionType:  # nothing that travels is one: it is made now that it is asked for
+                if type(value) is FunctionType:  # never a recorded value: a factory, called on first access
                     value = value(self._parts)
             elif attribute in self._unsaid:
                 value = self._unsaid[attribute]()
@@ -80,35 +80,35 @@ class _Detached:
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class LogContext(_Handle):
-    """What a logger needs to know of the experiment and the run it logs; one per run, and one for the experiment."""
+    """What a logger needs to know of an experiment and a run; one per run, and one for the experiment."""
 
     output_dir: Path
     """The experiment's directory, absolute; a run's is ``<output_dir>/<run_key>``."""
     config: Any = None
-    """The experiment's configuration, as it was given. Any: it is the host's own type."""
+    """The experiment's configuration as given, of the host's own type."""
     store: Any = None
-    """The host's store of experiments, live. Any: it is the host's own type."""
+    """The host's store of experiments, live."""
     run_key: str | None = None
-    """Names the run: its folder, and the ``run`` of an envelope. None in the experiment's own context."""
+    """Identifies the run: its folder, and the ``run`` of an envelope. None in the experiment's own context."""
     run_config: Any = None
-    """The configuration of this run. Any: it is the host's own type."""
+    """The configuration of this run, of the host's own type."""
     group_name: str | None = None
     """The group (replicates of one arm, or one continual stage) that the run belongs to."""
     ids: dict[str, Any] = field(default_factory=dict[str, Any])
     """Identifiers written by callbacks: ``experiment_id``, ``group:<name>``, ``run_id``."""
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
-    """Scratch handed from one callback to a later one, for example ``wandb_url``."""
+    """Values passed from one callback to a later one, for example ``wandb_url``."""
 
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LogContext.output_dir")
 
     @property
     def run_dir(self) -> Path:
-        """The run's own directory, or the experiment's where there is no run."""
+        """The run's own directory, or the experiment's if there is no run."""
         return self.output_dir if self.run_key is None else self.output_dir / self.run_key
 
     def for_run(self, run_key: str, run_config: Any = None, group_name: str | None = None) -> "LogContext":
-        """A context for one run: same experiment, ids and extras copied so that runs do not mix."""
+        """Return a context for one run of the same experiment; ids and extras are copied, so that runs do not mix."""
         return LogContext(
             output_dir=self.output_dir,
             config=self.config,
@@ -123,52 +123,52 @@ class LogContext(_Handle):
 
 @dataclass(slots=True, eq=False, repr=False, weakref_slot=True)
 class LoopState(_Handle):
-    """The loop in progress; every loop hook but the experiment's is handed the same object."""
+    """The loop in progress; all hooks of a loop get the same object."""
 
     step: int
-    """The step that runs or ran last, 0-based. At TrainStart: the first step to run, so not 0 after a resume."""
+    """The step that is running or ran last, 0-based. At TrainStart: the first step to run, so not 0 after a resume."""
     num_steps: int
-    """The horizon asked for."""
+    """The requested number of steps."""
     output_dir: Path
     """The run's directory, absolute."""
     backend: Any = None
-    """What trains, live. Any: it is the host's own type."""
+    """What trains, live, of the host's own type."""
     log_store: Any = None
-    """Where the loop writes its metrics rows, live. Any: it is the host's own type."""
+    """Where the loop writes its metrics rows, live, of the host's own type."""
     checkpoint_mgr: Any = None
-    """What saves checkpoints, live. Any: it is the host's own type."""
+    """What saves checkpoints, live, of the host's own type."""
     stop_requested: bool = False
-    """Whether some hook asked to stop after the current step."""
+    """Whether a hook requested a stop after the current step."""
     stop_reason: str | None = None
-    """Why, in the words of the first hook that gave a reason."""
+    """The first reason given with a stop request."""
     error: BaseException | None = None
-    """What the loop raised, from TrainEnd on."""
+    """The exception of the loop, from TrainEnd on."""
     ctx: LogContext | None = None
-    """The context of the run, where there is one."""
+    """The context of the run, if there is one."""
     unfinished: bool = False
-    """Set beside a stop that is not the run's own end, as where something that it needs has failed: the run then counts
-    as cancelled, and a resume goes on with it."""
+    """Set together with a stop that interrupts the run, for example because something that it needs has failed: the run
+    then counts as cancelled, and a resume continues it."""
 
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LoopState.output_dir")
 
     @property
     def run_key(self) -> str:
-        """What a callback keeps of a run it keeps under this: the context's, else the name of the run's directory."""
+        """The key under which callbacks store data of a run: the context's, or the name of the run's directory."""
         ctx = self.ctx
         return self.output_dir.name if ctx is None or ctx.run_key is None else ctx.run_key
 
     def request_stop(self, reason: str | None = None) -> None:
-        """Ask the loop to break after the current step; its writes, due checkpoint and due evals still happen."""
+        """Ask the loop to stop after the current step; its writes, due checkpoint and due evals still happen."""
         self.stop_requested = True
         if self.stop_reason is None:
             self.stop_reason = reason
 
 
 class DetachedLoopState(_Detached, LoopState):
-    """A `LoopState` read from a record: scalars as they were, no live parts, and no way to stop what is over.
+    """A `LoopState` read from a record: recorded scalars, no live parts, and no way to stop the run.
 
-    Own fields of the recorded state that are scalars or small plain data are attributes; what it lacks has its default.
+    Attributes that a subclass added are available if they were scalars or small plain data; omitted ones have defaults.
     """
 
     __slots__ = ("_parts",)
@@ -189,13 +189,13 @@ class TrainingBatch(_Handle):
     """What one step trained on."""
 
     data: Any = None
-    """The examples, live. Any: they are the host's own type."""
+    """The examples, live, of the host's own type."""
     loss_fn: str | None = None
     """The name of the loss."""
     loss_fn_config: dict[str, Any] | None = None
     """Its parameters."""
     metrics: dict[str, float] = field(default_factory=dict[str, float])
-    """What is known of the batch before the step: sizes, token counts."""
+    """Facts about the batch that are known before the step: sizes, token counts."""
 
 
 class DetachedLogContext(_Detached, LogContext):
@@ -216,7 +216,7 @@ class DetachedTrainingBatch(_Detached, TrainingBatch):
 
 HandleT = TypeVar("HandleT", bound=_Handle)
 
-_DETACHED: Final[dict[type, Any]] = {  # Any: pyright knows no way from a class to its detached twin's
+_DETACHED: Final[dict[type, Any]] = {  # pyright cannot express the mapping from a class to its detached subclass
     LoopState: DetachedLoopState,
     DetachedLoopState: DetachedLoopState,
     LogContext: DetachedLogContext,
@@ -225,12 +225,12 @@ _DETACHED: Final[dict[type, Any]] = {  # Any: pyright knows no way from a class 
 
 
 def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
-    """The twin of a handle that holds just these attributes; any other one raises `DetachedError` when asked for."""
+    """Return a detached handle with just these attributes; any other one raises `DetachedError` on access."""
     return detacher(kind)(attributes)
 
 
 def detacher(kind: type[HandleT]) -> Callable[[Mapping[str, Any]], HandleT]:
-    """What makes such twins, for those who make many. Any: as above."""
+    """Return a function that creates detached handles, for callers that create many."""
     twin_of: Any = _DETACHED[kind]
     new = object.__new__
 
@@ -246,7 +246,7 @@ class ManifestRow(msgspec.Struct, frozen=True):
     """One row of ``checkpoints.jsonl``."""
 
     name: str
-    """Unique within the run; the last one is always ``final``."""
+    """Unique within the run; the last row is always ``final``."""
     batch: int = 0
     """The 0-based step after which it was saved."""
     epoch: int = 0
@@ -256,7 +256,8 @@ class ManifestRow(msgspec.Struct, frozen=True):
     sampler_path: str | None = None
     """The weights alone, for inference: a path or a URI."""
     stopped: str | None = None
-    """Of a ``final``: why the run ended there for good, before its horizon. None where a resume goes on behind it."""
+    """Of a ``final`` row: why the run ended for good before its last requested step. None if a resume continues after
+    it."""
 
 
 class LoopArtifacts(msgspec.Struct, frozen=True):
@@ -268,7 +269,7 @@ class LoopArtifacts(msgspec.Struct, frozen=True):
     checkpoints: list[ManifestRow] = msgspec.field(default_factory=list[ManifestRow])
     """In the order in which they were saved."""
     total_requested_steps: int = 0
-    """The horizon asked for, not the steps run."""
+    """The requested number of steps, not the number of steps run."""
     train_seconds: float = 0.0
 
 
@@ -279,7 +280,7 @@ class EvalResult(msgspec.Struct, frozen=True):
     benchmark_id: str | None = None
     metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     breakdowns: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    """Metrics by category, as the benchmark names them. Any: the shape is the benchmark's own."""
+    """Metrics by category, as named and structured by the benchmark."""
     eval_seconds: float = 0.0
     step: int | None = None
     """The 0-based train step it was scored at; None after training."""
@@ -296,15 +297,15 @@ class RunResult(msgspec.Struct, frozen=True):
     """The last training metrics."""
     artifacts: LoopArtifacts | None = None
     error: str | None = None
-    """What it raised, as text, if it failed."""
+    """The exception as text, if the run failed."""
 
 
 class ArmResult(msgspec.Struct, frozen=True):
-    """How one run of one arm ended, evaluation included."""
+    """How one run of one arm ended, including its evaluation."""
 
     name: str
     run_config: Any = None
-    """Any: the host's own type."""
+    """The configuration of the run, of the host's own type."""
     status: Status = "completed"
     metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])
     eval_metrics: dict[str, float] = msgspec.field(default_factory=dict[str, float])

@@ -1,7 +1,7 @@
-"""How the project speaks of trouble: structlog over the standard logging, under the name ``evsys_bus``.
+"""Logging: structlog over the standard library's logging, with the logger ``evsys_bus``.
 
-The host program's logging configuration rules; nothing here configures output. structlog is imported when the first
-line is logged, not before: it would add a third to the time of ``import evsys_bus``.
+The host program's logging configuration applies; nothing here configures output. structlog is imported when the first
+line is logged, because it would add a third to the time of ``import evsys_bus``.
 """
 
 import contextlib
@@ -23,23 +23,20 @@ if TYPE_CHECKING:
 LOGGER_NAME: Final = "evsys_bus"
 
 current_adapter: Final = ContextVar[str | None]("evsys_bus_adapter", default=None)
-"""The adapter that a courier delivers to here; log lines get it as the fact ``adapter``."""
+"""The adapter that a courier is delivering to; added to log lines as the fact ``adapter``."""
 
 RECORD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
-    """Structlog's last processor: a readable message, and ``event`` and every fact as attributes of the log record.
-
-    Any: the signature is structlog's (logger, method name, event dict).
-    """
+    """Structlog's last processor: a readable message, with ``event`` and all facts as attributes of the log record."""
     phrase = facts.pop("event")
     passed = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
     adapter = current_adapter.get()
     if adapter is not None and "adapter" not in facts:
         facts["adapter"] = adapter
     shown = " ".join(f"{key}={value}" for key, value in facts.items())
-    # "%" would be taken for a format directive by handlers that merge args; there are none to merge.
+    # Return no args: handlers that merge args would interpret a "%" in the message.
     message = f"{phrase} {shown}".rstrip()
     extra = {f"{key}_" if key in RECORD_FIELDS else key: value for key, value in facts.items()}
     return (message,), {"extra": {"event": phrase, **extra}, **passed}
@@ -47,17 +44,16 @@ def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[
 
 @functools.cache
 def log() -> "BoundLogger":
-    """The project's logger: a constant phrase, and facts as keys: ``log().warning("hook.failed", hook=…)``."""
+    """Return the project's logger: a constant phrase, and facts as keys: ``log().warning("hook.failed", hook=…)``."""
     with _without_closed_stdout():
         import structlog
 
     class Guarded(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
-            """Any: as structlog has it."""
             try:
                 return super()._proxy_to_logger(method_name, event, *args, **facts)
-            except Exception:  # a handler or a filter of the host: its fault must not reach the loop
-                if logging.raiseExceptions and sys.stderr is not None:  # as the standard library's own handlers do
+            except Exception:  # a handler or filter of the host failed, which must not affect the loop
+                if logging.raiseExceptions and sys.stderr is not None:  # like the standard library's own handlers
                     traceback.print_exc()
                 return None
 
@@ -72,7 +68,7 @@ def log() -> "BoundLogger":
 
 @contextlib.contextmanager
 def _without_closed_stdout() -> Generator[None, None, None]:
-    """Structlog asks the standard output, as it is imported, whether it is a terminal; one that is closed raises."""
+    """Hide a closed stdout while structlog is imported: it calls ``isatty()``, which raises on a closed stream."""
     out = sys.stdout
     try:
         sys.stdout.isatty()
@@ -85,22 +81,22 @@ def _without_closed_stdout() -> Generator[None, None, None]:
 
 
 MOST_KINDS: Final = 1000
-"""Kinds of fault that one `FaultLog` tells apart; what is new after that is told apart by phrase alone."""
+"""Kinds of fault that one `FaultLog` distinguishes; further ones are distinguished by phrase alone."""
 MOST_SHAPES: Final = 20
-"""Messages of different shape that are told apart for one phrase and key."""
+"""Message shapes that are distinguished for one phrase and key."""
 
 
 class FaultLog:
-    """WARNINGs that repeat: the first of a kind is logged at once, then at most one a second, with the exact count.
+    """Logs repeated WARNINGs: the first of a kind at once, then at most one a second, with the exact count.
 
-    A kind is a phrase, a key, and of an error its type and the shape of its message (`message_shape`). Safe from any
-    thread. What is still unsaid goes out with `flush`.
+    A kind is a phrase, a key, and for an error its type and the shape of its message (`message_shape`). Thread-safe.
+    `flush` logs what is still suppressed.
     """
 
     def __init__(self, *, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._every = every_seconds
         self._clock = clock
-        self._lock = threading.RLock()  # a signal handler, or a finalizer, may come here in the middle of it
+        self._lock = threading.RLock()  # reentrant, for signal handlers and finalizers
         self._kinds: dict[Hashable, _Kind] = {}
         self._shapes: dict[Hashable, set[Hashable]] = {}
 
@@ -111,10 +107,10 @@ class FaultLog:
 
         Args:
             phrase: The log event.
-            key: What it is about.
+            key: What the fault is about.
             error: Logged with its traceback.
-            shape: Tells kinds apart where there is no error.
-            facts: What else is logged.
+            shape: Distinguishes kinds if there is no error.
+            facts: Further facts to log.
         """
         now = self._clock()
         of_error = shape if error is None else (type(error), message_shape(error))
@@ -152,7 +148,7 @@ class FaultLog:
 
 
 class _Kind:
-    """One kind of fault, as seen so far."""
+    """Counters of one kind of fault."""
 
     __slots__ = ("count", "logged_at", "unsaid")
 
@@ -163,10 +159,10 @@ class _Kind:
 
 
 def message_shape(said: object) -> str:
-    """What an error or a text says, bounded, without the words that hold digits: numbers, addresses, ids."""
+    """Return the start of a message without words that contain digits: numbers, addresses, ids."""
     try:
         return _WORDS.sub(lambda word: "#" if any(map(str.isdigit, word[0])) else word[0], str(said)[:200])
-    except Exception:  # whatever a stranger's __str__ raises
+    except Exception:  # a foreign __str__ may raise
         return ""
 
 
@@ -174,14 +170,14 @@ _WORDS: Final = re.compile(r"[\w.+-]+")
 
 
 class _CollectorPaused:
-    """While another thread's frames are walked: no automatic garbage collection, on Python 3.11.
+    """Disables automatic garbage collection while another thread's frames are walked, on Python 3.11.
 
-    There, asking for a frame's ``f_back`` may start a collection while the frame object is being made; a finalizer that
+    There, reading a frame's ``f_back`` may start a collection while the frame object is being created; a finalizer that
     lets other threads run then leaves it dangling, and the process may crash. 3.12 collects at safe points only.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # as above
+        self._lock = threading.RLock()  # reentrant, as in FaultLog
         self._inside = 0
         self._was_on = False
 
@@ -200,4 +196,4 @@ class _CollectorPaused:
 
 
 collector_paused: Final = _CollectorPaused() if sys.version_info < (3, 12) else contextlib.nullcontext()
-"""``with collector_paused:`` around every walk of another thread's stack."""
+"""Use ``with collector_paused:`` around every walk of another thread's stack."""

@@ -1,7 +1,7 @@
-"""The file system, as the journal and the file adapters see it: a small protocol, the real one, and small files.
+"""The file system interface of the journal and the file adapters, the real implementation, and helpers for small files.
 
-Tests put a simulated disk in its place (`evsys_bus.testing.SimulatedDisk`), which fails, or stops the machine, at the
-call they name.
+Tests use a simulated disk instead (`evsys_bus.testing.SimulatedDisk`), which returns errors or stops the machine at a
+chosen call.
 """
 
 import errno
@@ -23,101 +23,101 @@ NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno
 
 
 class DamagedFileError(ValueError):
-    """What stands at a path is not what was written there: no file, too large, empty, or not to be decoded."""
+    """The content of a path is damaged: not a regular file, too large, empty, or not decodable."""
 
 
 class Disk(Protocol):
-    """What is asked of a file system. Paths are text; every method raises OSError as the real one does."""
+    """The file system operations in use. Paths are text. Methods raise OSError as the real file system does."""
 
     def make_directory(self, path: str, mode: int = 0o700) -> None:
-        """Make it, for the owner alone, and its parents; it may exist, or be a link to where it is to be made."""
+        """Create the directory and its parents, for the owner only. It may exist, or be a link to the path."""
         ...
 
     def link(self, path: str, target: str) -> None:
-        """Have the path lead to a directory elsewhere. It must not exist."""
+        """Create a symbolic link to a directory. The path must not exist."""
         ...
 
     def local_directories(self) -> Iterable[str]:
-        """Where on this machine a journal may stand that cannot stand where it should; the best one first."""
+        """Local directories for journals whose own file system is not suitable, the best one first."""
         ...
 
     def open_append(self, path: str) -> int:
-        """A new file, for the owner alone, whose every write goes to its end. It must not exist."""
+        """Create a file for the owner only and open it for appending. It must not exist."""
         ...
 
     def open_new(self, path: str, mode: int = 0o600) -> int | None:
-        """A new, empty file to be moved into place, locked while it is open.
+        """Create an empty file that is locked while it is open, to be renamed to another path later.
 
-        What a process that was killed left there is removed; None while another one writes there.
+        A file that a killed process left is removed. Returns None while another process writes there.
         """
         ...
 
     def open_read(self, path: str) -> int:
-        """Open a regular file. Anything else is an OSError at once; nothing is waited for."""
+        """Open a regular file. Anything else is an immediate OSError; it never blocks."""
         ...
 
     def open_file(self, path: str, mode: int = 0o666) -> int:
-        """Open the file, made if need be with this mode less the umask, to read it and to write to its end."""
+        """Open the file for reading and appending. It is created if needed, with this mode minus the umask."""
         ...
 
     def open_write(self, path: str) -> int:
-        """Open a regular file that exists, to overwrite bytes or to cut it."""
+        """Open an existing regular file, to overwrite or truncate it."""
         ...
 
     def lock(self, path: str, mode: int = 0o600) -> int | None:
-        """Open the file, made if need be, and lock it for as long as it stays open; None where another one holds it."""
+        """Open the file, created if needed, and lock it while it stays open. None if another process has it locked."""
         ...
 
     def is_locked(self, path: str) -> bool:
-        """Whether someone holds the lock of this file; no, where the file system has no locks."""
+        """Whether the file is locked; False where the file system has no locks."""
         ...
 
     def write(self, file: int, data: bytes, /) -> int:
-        """One write; how many bytes it took."""
+        """Write once. Returns how many bytes were written."""
         ...
 
     def pwrite(self, file: int, data: bytes, offset: int, /) -> int:
-        """One write in place, for which the file is not open to append; how many bytes it took."""
+        """Write once at an offset. The file must not be open for appending. Returns how many bytes were written."""
         ...
 
     def truncate(self, file: int, size: int) -> None:
-        """Cut the file."""
+        """Truncate the file."""
         ...
 
     def length(self, file: int) -> int:
-        """How long the open file is."""
+        """The length of the open file."""
         ...
 
     def links(self, file: int) -> int:
-        """How many names the open file has; 0 once it was removed."""
+        """How many names the open file has; 0 after it was removed."""
         ...
 
     def sync(self, file: int) -> None:
-        """Have the data on the medium."""
+        """Sync the data of the open file to disk."""
         ...
 
     def sync_path(self, path: str) -> None:
-        """Have the data of a file on the medium that is not open, or the entries of a directory."""
+        """Sync the data of a file that is not open, or the entries of a directory."""
         ...
 
     def close(self, file: int) -> None:
-        """Close it."""
+        """Close the file."""
         ...
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """Up to ``size`` bytes from there; fewer only at the end of the file."""
+        """Read up to ``size`` bytes from the offset; fewer only at the end of the file."""
         ...
 
     def pread(self, file: int, size: int, offset: int, /) -> bytes:
-        """One read of an open file; nothing at its end."""
+        """Read once from an open file; empty at its end."""
         ...
 
     def is_at(self, path: str, file: int) -> bool:
-        """Whether the open file is the one that stands at this path."""
+        """Whether the open file is the one at this path."""
         ...
 
     def names(self, path: str) -> Iterable[str]:
-        """What stands in a directory, in no order."""
+        """The names in a directory, in no order."""
         ...
 
     def size(self, path: str) -> int:
@@ -129,27 +129,27 @@ class Disk(Protocol):
         ...
 
     def replace(self, path: str, data: bytes) -> None:
-        """Have the file hold just this, whole or not at all, on the medium when this returns. The folder must exist."""
+        """Replace the content of the file atomically. It is synced when this returns. The folder must exist."""
         ...
 
     def rename(self, path: str, to: str) -> None:
-        """Move it, in place of what is there; both have the same parent."""
+        """Rename a file, replacing an existing one. Both paths have the same parent."""
         ...
 
     def hard_link(self, path: str, to: str) -> None:
-        """Give the file a second name, which must not exist; OSError where the file system has no such links."""
+        """Create a hard link, which must not exist; OSError where the file system has none."""
         ...
 
     def resolve(self, path: str) -> str:
-        """Where a path leads, over all links."""
+        """The path with all links resolved."""
         ...
 
     def remove(self, path: str) -> None:
-        """Unlink it."""
+        """Remove the file."""
         ...
 
     def boot(self) -> str:
-        """Names the time since the machine started; empty where that is not known."""
+        """Identifies the boot of the machine; empty if that is not known."""
         ...
 
 
@@ -157,16 +157,16 @@ class OsDisk:
     """The real file system."""
 
     def make_directory(self, path: str, mode: int = 0o700) -> None:
-        """As `Disk`."""
+        """Create the directory and its parents."""
         # Not `Path.resolve`: for a link to itself that raises RuntimeError before Python 3.13, and not OSError.
         Path(os.path.realpath(path)).mkdir(mode=mode, parents=True, exist_ok=True)
 
     def link(self, path: str, target: str) -> None:
-        """As `Disk`; a symbolic link."""
+        """Create a symbolic link."""
         Path(path).symlink_to(target, target_is_directory=True)
 
     def local_directories(self) -> Iterable[str]:
-        """As `Disk`: the user's state, which outlives a restart of the machine, then the temporary directory."""
+        """The user's state directory, which survives a restart of the machine, then the temporary directory."""
         import tempfile  # seldom needed
 
         home = os.environ.get("HOME", "")
@@ -177,13 +177,13 @@ class OsDisk:
         yield tempfile.gettempdir()
 
     def open_append(self, path: str) -> int:
-        """As `Disk`."""
+        """Create a file and open it for appending."""
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def open_new(self, path: str, mode: int = 0o600) -> int | None:
-        """As `Disk`; a link or FIFO that stands there is removed, not followed; a directory is left."""
+        """Create an empty, locked file. An existing link or FIFO is removed, not followed; a directory stays."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        for _ in range(3):  # another process may remove the file between its making and its lock
+        for _ in range(3):  # another process may remove the file before it is locked
             try:
                 file = os.open(path, flags, mode)
             except FileExistsError:
@@ -196,19 +196,19 @@ class OsDisk:
         return None
 
     def open_read(self, path: str) -> int:
-        """As `Disk`."""
+        """Open a regular file for reading."""
         return open_regular(path, os.O_RDONLY)
 
     def open_file(self, path: str, mode: int = 0o666) -> int:
-        """As `Disk`."""
+        """Open or create a file for reading and appending."""
         return open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
 
     def open_write(self, path: str) -> int:
-        """As `Disk`."""
+        """Open an existing file for reading and writing."""
         return open_regular(path, os.O_RDWR)
 
     def lock(self, path: str, mode: int = 0o600) -> int | None:
-        """As `Disk`; by ``flock``, so that the lock ends with the process, however it ends."""
+        """Lock a file with ``flock``, so that the lock ends with the process, however it ends."""
         import fcntl  # POSIX only
 
         file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
@@ -223,7 +223,7 @@ class OsDisk:
         return file
 
     def is_locked(self, path: str) -> bool:
-        """As `Disk`; takes a shared lock for an instant."""
+        """Whether the file is locked. Takes a shared lock for an instant."""
         import fcntl  # POSIX only
 
         try:
@@ -237,7 +237,7 @@ class OsDisk:
         except BlockingIOError:
             return True
         except OSError:
-            return False  # as `lock` said when it was tried
+            return False  # no locks here, as `lock` reports
         finally:
             os.close(file)
         return False
@@ -247,23 +247,23 @@ class OsDisk:
     pwrite = staticmethod(os.pwrite)
 
     def truncate(self, file: int, size: int) -> None:
-        """As `Disk`."""
+        """Truncate the open file."""
         os.ftruncate(file, size)
 
     def length(self, file: int) -> int:
-        """As `Disk`."""
+        """The length of the open file."""
         return os.fstat(file).st_size
 
     def links(self, file: int) -> int:
-        """As `Disk`."""
+        """How many names the open file has."""
         return os.fstat(file).st_nlink
 
     def sync(self, file: int) -> None:
-        """As `Disk`."""
+        """Sync the data of the open file."""
         _sync(file)
 
     def sync_path(self, path: str) -> None:
-        """As `Disk`."""
+        """Sync a file that is not open, or a directory."""
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             os.fsync(file)
@@ -271,11 +271,11 @@ class OsDisk:
             os.close(file)
 
     def close(self, file: int) -> None:
-        """As `Disk`."""
+        """Close the file."""
         os.close(file)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """As `Disk`."""
+        """Read up to ``size`` bytes from the offset."""
         file = self.open_read(path)
         try:
             return _read(self, file, size, offset)
@@ -285,7 +285,7 @@ class OsDisk:
     pread = staticmethod(os.pread)
 
     def is_at(self, path: str, file: int) -> bool:
-        """As `Disk`."""
+        """Whether the open file is the one at this path."""
         try:
             return os.path.samestat(Path(path).stat(), os.fstat(file))
         except OSError as error:
@@ -294,39 +294,39 @@ class OsDisk:
             raise
 
     def names(self, path: str) -> Iterable[str]:
-        """As `Disk`."""
+        """The names in a directory."""
         return os.listdir(path)  # noqa: PTH208  # as text; a Path of each costs more than the call
 
     def size(self, path: str) -> int:
-        """As `Disk`."""
+        """The length of a file."""
         return Path(path).stat().st_size
 
     def modified(self, path: str) -> float:
-        """As `Disk`."""
+        """When the file was last written, in seconds since the epoch."""
         return Path(path).stat().st_mtime
 
     def replace(self, path: str, data: bytes) -> None:
-        """As `Disk`."""
+        """Replace the content of the file atomically."""
         replace_file(path, data, make_folder=False, disk=self)
 
     def rename(self, path: str, to: str) -> None:
-        """As `Disk`."""
+        """Rename a file."""
         os.rename(path, to)  # noqa: PTH104  # as text
 
     def hard_link(self, path: str, to: str) -> None:
-        """As `Disk`."""
+        """Create a hard link."""
         os.link(path, to)  # as text
 
     def resolve(self, path: str) -> str:
-        """As `Disk`."""
+        """The path with all links resolved."""
         return os.path.realpath(path)
 
     def remove(self, path: str) -> None:
-        """As `Disk`."""
+        """Remove the file."""
         Path(path).unlink()
 
     def boot(self) -> str:
-        """As `Disk`; Linux tells."""
+        """The boot id that Linux provides; empty on other systems."""
         try:
             return Path("/proc/sys/kernel/random/boot_id").read_bytes().decode().strip()
         except OSError:
@@ -337,7 +337,7 @@ _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
 def _locked(file: int) -> bool:
-    """Whether no other process has locked the file, or it has no locks."""
+    """Lock the file if possible. Returns False only if another process has locked it."""
     import fcntl  # POSIX only
 
     try:
@@ -350,7 +350,7 @@ def _locked(file: int) -> bool:
 
 
 def _remove_left(path: str) -> bool:
-    """Remove what nobody writes any more; whether the path is free."""
+    """Remove a file that no process writes any more. Returns whether the path is free."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -358,7 +358,7 @@ def _remove_left(path: str) -> bool:
     except OSError:  # a link, or nothing that can be opened; a directory cannot be unlinked
         return _unlinked(path)
     try:
-        if _locked(file):  # while it is ours, nobody else moves or removes it
+        if _locked(file):  # while this process has the lock, no other one renames or removes it
             try:
                 same = os.path.samestat(os.lstat(path), os.fstat(file))
             except FileNotFoundError:
@@ -388,14 +388,14 @@ _current: Disk = OsDisk()
 
 
 def current_disk() -> Disk:
-    """Where files are written for which no disk is named: the real one, unless `use_disk` names another."""
+    """The disk that is used if none is given: the real one, or that of `use_disk`."""
     return _current
 
 
 @contextmanager
 def use_disk(disk: Disk) -> Generator[None]:
-    """Have the file adapters that are made within write to this disk, in every thread: for tests."""
-    global _current  # noqa: PLW0603  # one for the process
+    """Use this disk by default within the block, in every thread. For tests."""
+    global _current  # noqa: PLW0603  # one per process
     before, _current = _current, disk
     try:
         yield
@@ -412,21 +412,21 @@ def replace_file(
     make_folder: bool = True,
     disk: Disk | None = None,
 ) -> None:
-    """Have the file hold just this, whole or not at all, on the medium when this returns.
+    """Replace the content of a file atomically. It is synced when this returns.
 
-    The data is written beside (``<path>.new``) and moved into place, so that a kill, a full disk or a power cut leaves
-    the earlier version. Two processes that replace one file do not mix their data.
+    The data is written to ``<path>.new``, which is then renamed, so that a kill, a full disk or a power cut leaves the
+    previous version. Two processes that replace the same file do not mix their data.
 
     Args:
         path: The file. A symbolic link there is replaced by a file; a directory there is moved to ``<path>.damaged``.
-        data: All that it is to hold.
-        mode: Its permissions, less the umask; what users read is 0o666.
-        follow_link: Whether to replace the file that a symbolic link at the path leads to, and keep the link.
-        make_folder: Whether to make the folder that it lies in, if need be.
+        data: The new content.
+        mode: Its permissions minus the umask; use 0o666 for files that users read.
+        follow_link: Whether to replace the target of a symbolic link at the path, and leave the link.
+        make_folder: Whether to create the parent folder if it is missing.
         disk: The file system.
 
     Raises:
-        OSError: It may not be on the medium; the file holds the earlier version or this one, as a whole.
+        OSError: The new content may not be synced; the file has the previous or the new version, each complete.
     """
     disk = _current if disk is None else disk
     place = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
@@ -444,10 +444,17 @@ def replace_by_blocks(
     beside: str | None = None,
     moving: Callable[[], object] | None = None,
 ) -> int:
-    """As `replace_file`, but for a last sync of the folder: on OSError the file is as it was. Returns its new size.
+    """Replace the content of a file atomically by an iterable of blocks. Returns the new size.
 
-    The path leads over no link, the data is written to ``beside`` first, and ``moving`` is called when it is on the
-    medium and about to take the file's place.
+    Unlike `replace_file` it does not sync the folder. On OSError the file is unchanged. The path must not be a link.
+
+    Args:
+        place: The file.
+        blocks: The new content.
+        mode: Its permissions minus the umask.
+        disk: The file system.
+        beside: Where the data is written first.
+        moving: Called after the data was synced and before the rename.
     """
     size = 0
     with replacing(place, mode=mode, disk=disk, beside=beside, moving=moving) as file:
@@ -468,9 +475,9 @@ def replacing(
     displace: bool = False,
     moving: Callable[[], object] | None = None,
 ) -> Generator[int]:
-    """As `replace_by_blocks`, for a block of code that writes to the file which it is given, open.
+    """A context manager that yields an open file, which replaces the one at the path when the block ends.
 
-    With ``displace`` a directory that stands in the file's place is moved to ``<path>.damaged``.
+    With ``displace`` a directory at the path is moved to ``<path>.damaged``. See `replace_by_blocks` for the others.
     """
     beside = f"{place}.new" if beside is None else beside
     try:
@@ -501,7 +508,7 @@ def replacing(
 
 
 def _displace(disk: Disk, place: str) -> None:
-    """Have a directory, which is nothing of ours, make room; it is kept."""
+    """Rename a directory, which is not ours, out of the way."""
     for aside in damaged_names(place):
         with suppress(OSError):
             disk.rename(place, aside)
@@ -509,22 +516,22 @@ def _displace(disk: Disk, place: str) -> None:
 
 
 def damaged_names(place: str) -> Iterator[str]:
-    """What a damaged file is called once it is set aside: the first name whose place it can take."""
+    """Names for a damaged file that is quarantined, to be tried in order."""
     yield f"{place}.damaged"
     yield from (f"{place}.damaged.{number}" for number in range(1, 10))
 
 
 def write_all(disk: Disk, file: int, data: bytes) -> None:
-    """Write in as many turns as it takes."""
+    """Write all data, by as many calls as needed."""
     while data:
         data = data[disk.write(file, data) :]
 
 
 def read_file(path: str | os.PathLike[str], *, most_bytes: int = 16 << 20, disk: Disk | None = None) -> bytes:
-    """All that a small file holds.
+    """Read a whole small file.
 
     Raises:
-        DamagedFileError: It is no regular file (a directory, a FIFO, a link to itself), or larger than ``most_bytes``.
+        DamagedFileError: It is not a regular file (a directory, FIFO or link to itself) or exceeds ``most_bytes``.
         OSError: It is missing (FileNotFoundError), or cannot be read now.
     """
     disk = _current if disk is None else disk
@@ -545,7 +552,7 @@ def read_file(path: str | os.PathLike[str], *, most_bytes: int = 16 << 20, disk:
 
 
 def open_binary(path: str | os.PathLike[str], disk: Disk | None = None) -> BinaryIO:
-    """A regular file to be read from its beginning, buffered, line by line or otherwise. Raises OSError."""
+    """Open a regular file for buffered reading. Raises OSError."""
     disk = _current if disk is None else disk
     return cast("BinaryIO", io.BufferedReader(_Reading(disk, disk.open_read(os.fspath(path))), BLOCK))
 
@@ -586,7 +593,7 @@ class _Reading(io.RawIOBase):
 
 
 def _open_beside(disk: Disk, place: str, beside: str, mode: int) -> tuple[str, int]:
-    """A new file beside the one to be replaced, under a name of its own while another process replaces it too."""
+    """Create the temporary file, with a unique name if another process is replacing the file too."""
     for each in (beside, f"{place}.{token_hex(8)}.new"):
         file = disk.open_new(each, mode)
         if file is not None:
@@ -598,16 +605,16 @@ def _try_to_remove(disk: Disk, path: str) -> None:
     try:
         disk.remove(path)
     except OSError:
-        return  # the next one that replaces the file does
+        return  # the next replacement of the file removes it
 
 
 def parent_of(path: str) -> str:
-    """The folder of a path."""
+    """The parent folder of a path."""
     return os.path.dirname(path) or "."  # noqa: PTH120  # as text
 
 
 def open_regular(path: str, flags: int, mode: int = 0o600) -> int:
-    """Open a regular file of the real file system; what else stands there is an OSError, and is not waited for."""
+    """Open a regular file of the real file system. Anything else is an immediate OSError; it never blocks."""
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     kind = os.fstat(file).st_mode
     if stat.S_ISREG(kind):

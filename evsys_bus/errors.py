@@ -1,20 +1,20 @@
 """The error tree: what went wrong, where, and what to do next.
 
     EvsysBusError
-    ├── ConfigError (ValueError)             a spec, a params dict or a file says something that cannot be built
+    ├── ConfigError (ValueError)             a spec, a params dict or a file contains something that cannot be built
     │   ├── UnknownKindError     EB101       no adapter is registered under this kind
     │   ├── UnknownParamError    EB102       the adapter has no such parameter
     │   ├── WrongParamError      EB103       a parameter has the wrong type or lies out of range
     │   ├── BadSpecError         EB104       not a {kind, params} at all
     │   ├── DuplicateKindError   EB105       the kind is registered already
     │   ├── BrokenAdapterError   EB106       the adapter is known but cannot be loaded or constructed
-    │   ├── DocumentError        EB107       an experiment that cannot be read, or that does not fit together
+    │   ├── DocumentError        EB107       an experiment that cannot be read, or whose parts are inconsistent
     │   └── ConfigErrors                     several of the above, found in one pass
     ├── HookError (TypeError)                a hook that could never be called, found when the callback is added
     │   ├── AsyncHookError       EB201       ``async def`` where hooks are sync
     │   ├── HookSignatureError   EB202       the hook cannot take its event's arguments
-    │   ├── MisspeltHookError    EB203       the method's name nearly is a hook's
-    │   ├── NotACallbackError    EB204       it has no hook at all
+    │   ├── MisspeltHookError    EB203       the method's name is nearly that of a hook
+    │   ├── NotACallbackError    EB204       the object has no hook at all
     │   └── SinkMethodError      EB205       a method of a sink, or ``mark`` or ``rewind``, that could never be called
     ├── EventError (TypeError)   EB301       what was published or declared is not an event
     ├── BusError (RuntimeError)
@@ -22,26 +22,26 @@
     │   ├── ForkedBusError       EB502       the bus belongs to the parent process
     │   ├── SettingError (ValueError) EB507  a setting of the bus is out of range
     │   ├── PublishLoopError     EB503       hooks publish inside hooks without end
-    │   └── NotAttachedError     EB504       ``spawn`` on a callback that no open bus holds
-    ├── SpawnError (TypeError)   EB505       ``spawn`` was given something that is no coroutine function
-    ├── DetachedError (AttributeError) EB506 a live object was asked of a detached one
-    ├── CodecError (ValueError)  EB601       bytes that are no envelope
+    │   └── NotAttachedError     EB504       ``spawn`` on a callback that is on no open bus
+    ├── SpawnError (TypeError)   EB505       ``spawn`` was given something that is not a coroutine function
+    ├── DetachedError (AttributeError) EB506 a live attribute of a detached object was accessed
+    ├── CodecError (ValueError)  EB601       bytes that are not an envelope
     ├── JournalError (OSError)
     │   ├── JournalOpenError     EB801       the journal's directory cannot be written
-    │   ├── UnrecordedError      EB802       the disk did not take an event, and the journal was told to raise then
+    │   ├── UnrecordedError      EB802       the disk refused an event, and the journal is configured to raise
     │   ├── JournalVersionError  EB803       written by a newer version
     │   ├── JournalClosedError   EB804       an append before the journal was opened, or after it was closed
-    │   └── JournalInUseError    EB805       a live process writes what was to be changed
-    ├── DeliveryError                        what a sink raises to say what becomes of the batch
+    │   └── JournalInUseError    EB805       a live process is writing what was to be changed
+    ├── DeliveryError                        raised by a sink to decide what happens to the batch
     │   ├── RetryLaterError      EB901       not now: the destination is busy or away
-    │   ├── ParkedError          EB902       not until someone mends it: the destination refuses who we are
+    │   ├── ParkedError          EB902       not until a person fixes it: the destination refuses our credentials
     │   ├── RejectedError        EB903       never: the destination refuses these events
     │   └── BatchTooLargeError   EB904       not so many at once
     ├── CourierBusyError (RuntimeError) EB905 another process delivers to the adapter
     └── TrainingError (RuntimeError) EB701   the reference loop was given something it cannot train with
 
-Every error carries a ``code``, the ``where`` it was found (if that is a place in a config) and the ``fix``.
-This module owns their one shape in text; who prints them, and in which colours, is the command line's business.
+Every error has a ``code``, the location ``where`` it was found (if that is in a config) and the ``fix``. This module
+defines their text; printing and colours are up to the command line.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,9 +51,9 @@ from evsys_bus.where import Where
 
 
 class EvsysBusError(Exception):
-    """The root of the tree.
+    """The base class of all errors.
 
-    ``str(error)`` is the one shape that people see: code and what, where, why, the exact fix.
+    ``str(error)`` is what users see: code and message, location, reason, and the exact fix.
     """
 
     code: ClassVar[str] = "EB000"
@@ -76,7 +76,7 @@ class EvsysBusError(Exception):
 
 
 class ConfigError(EvsysBusError, ValueError):
-    """A spec, a params dict or a file says something that cannot be built."""
+    """A spec, a params dict or a file contains something that cannot be built."""
 
 
 class UnknownKindError(ConfigError):
@@ -98,7 +98,7 @@ class WrongParamError(ConfigError):
 
 
 class BadSpecError(ConfigError):
-    """Not a ``{kind, params}`` at all."""
+    """The value is not a ``{kind, params}`` at all."""
 
     code = "EB104"
 
@@ -116,7 +116,7 @@ class BrokenAdapterError(ConfigError):
 
 
 class DocumentError(ConfigError):
-    """An experiment that cannot be read, names a recipe that is not there, or does not fit together."""
+    """An experiment cannot be read, names a recipe that does not exist, or is inconsistent."""
 
     code = "EB107"
 
@@ -149,13 +149,13 @@ class HookSignatureError(HookError):
 
 
 class MisspeltHookError(HookError):
-    """The method's name nearly is a hook's."""
+    """The method's name is nearly that of a hook."""
 
     code = "EB203"
 
 
 class NotACallbackError(HookError):
-    """It has no hook at all."""
+    """The object has no hook at all."""
 
     code = "EB204"
 
@@ -201,28 +201,28 @@ class PublishLoopError(BusError):
 
 
 class NotAttachedError(BusError):
-    """``spawn`` on a callback that no open bus holds."""
+    """``spawn`` was called on a callback that is on no open bus."""
 
     code = "EB504"
 
 
 class SpawnError(EvsysBusError, TypeError):
-    """``spawn`` was given something that is no coroutine function."""
+    """``spawn`` was given something that is not a coroutine function."""
 
     code = "EB505"
 
 
 class DetachedError(EvsysBusError, AttributeError):
-    """A live object was asked of a detached one.
+    """A live attribute of a detached object was accessed.
 
-    It is an ``AttributeError``, so ``getattr(state, "backend", None)`` gives the default.
+    It is an ``AttributeError``, so ``getattr(state, "backend", None)`` returns the default.
     """
 
     code = "EB506"
 
 
 class CodecError(EvsysBusError, ValueError):
-    """Bytes that are no envelope."""
+    """The bytes are not an envelope."""
 
     code = "EB601"
 
@@ -238,13 +238,13 @@ class JournalOpenError(JournalError):
 
 
 class UnrecordedError(JournalError):
-    """The disk did not take an event, and the journal was told to raise then."""
+    """The disk refused an event, and the journal is configured to raise."""
 
     code = "EB802"
 
 
 class JournalVersionError(JournalError):
-    """Written by a newer version."""
+    """The journal was written by a newer version."""
 
     code = "EB803"
 
@@ -256,20 +256,20 @@ class JournalClosedError(JournalError):
 
 
 class JournalInUseError(JournalError):
-    """A live process writes what was to be changed."""
+    """A live process is writing what was to be changed."""
 
     code = "EB805"
 
 
 class DeliveryError(EvsysBusError):
-    """What a sink raises to say what becomes of the batch; ``fix`` is shown to people who look at the adapter."""
+    """Raised by a sink to decide what happens to the batch; ``fix`` is shown to people who look at the adapter."""
 
-    def __init__(self, what: str, *, fix: str = "evsys-bus status tells how the delivery goes on") -> None:
+    def __init__(self, what: str, *, fix: str = "evsys-bus status shows how the delivery continues") -> None:
         super().__init__(what, fix=fix)
 
 
 class RetryLaterError(DeliveryError):
-    """Not now: the destination is busy or away. Tried again without end, after ``after_seconds`` where it said so."""
+    """Not now: the destination is busy or away. Retried without end, after ``after_seconds`` if given."""
 
     code = "EB901"
 
@@ -279,7 +279,7 @@ class RetryLaterError(DeliveryError):
 
 
 class ParkedError(DeliveryError):
-    """Not until someone mends it, as with a wrong key: the adapter is parked, and tried once a minute."""
+    """Not until a person fixes it, such as a wrong key: the adapter is parked, and retried once a minute."""
 
     code = "EB902"
 
@@ -290,7 +290,7 @@ class RejectedError(DeliveryError):
     code = "EB903"
 
     def __init__(self, reasons: Mapping[int, str]) -> None:
-        """Say why, for each index in the batch."""
+        """Give the reason for each rejected index of the batch."""
         super().__init__(f"{len(reasons)} events were rejected: {'; '.join(sorted(set(reasons.values()))[:3])}")
         self.reasons = dict(reasons)
 
@@ -314,7 +314,7 @@ class TrainingError(EvsysBusError, RuntimeError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean "x"?``, or the known words when none is near, or an empty string when there are none."""
+    """Return ``did you mean "x"?``, the known words if none is close, or an empty string if there are none."""
     import difflib  # only when something went wrong
 
     words = sorted(known)

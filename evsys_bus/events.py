@@ -9,13 +9,14 @@ The timeline; each event calls the hook ``on_<name>`` with its fields, in their 
     │  │  │  │  StepEnd                              every step, after its metrics row is written
     │  │  │  │  Checkpoint                           after each checkpoint's manifest row is recorded
     │  │  │  │  Eval, then BenchmarkEval(step=n)     per evaluator; per benchmark, in-loop
-    │  │  │  TrainEnd                                once, the final checkpoint's save included
+    │  │  │  TrainEnd                                once, after the final checkpoint was saved
     │  │  │  BenchmarkEval(step=None)                per benchmark, after training
     │  │  RunEnd                                     after eval, before the run is marked completed
     ExperimentEnd                                    once, at the end
 
-An event of your own is a subclass; its hook is named after it, and callbacks that have such a method are called.
-It takes positional arguments in the order of the fields; fields listed in ``keywords`` are passed by name.
+To declare your own event, subclass `Event`; its hook is named after the class, and callbacks that have such a method
+are called. Hooks take positional arguments in the order of the fields; fields listed in ``keywords`` are passed by
+name.
 
 Example:
     >>> class RolloutEnd(Event, frozen=True):
@@ -47,12 +48,12 @@ from evsys_bus.context import (
 from evsys_bus.errors import EventError
 
 _RESERVED: Final = frozenset({"hook", "keywords"})
-_ELSEWHERE: Final = {  # what ships in other modules, imported yet or not
+_ELSEWHERE: Final = {  # events of the library in other modules, whether imported yet or not
     "learnt": "evsys_bus.attached",
     "bus_callback_marks": "evsys_bus.bus.callback_marks",
 }
 _STEP_BITS: Final = 63
-"""What the files of TensorBoard and W&B have room for, besides the sign."""
+"""Maximum size of a step in the files of TensorBoard and W&B, without the sign."""
 _declared: dict[str, type["Event"]] = {}
 
 
@@ -63,16 +64,15 @@ def _snake(name: str) -> str:
 class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
     """What happened. Subclass it to declare an event of your own.
 
-    Events are not tracked by the garbage collector (it would tax every step), so one that points back at itself is
+    Events are not tracked by the garbage collector (that would slow down every step), so one that refers to itself is
     never freed; handles and metrics are fine.
 
     Raises:
-        EventError: The subclass's name makes the same hook as one of the events that ship with the library, or a
-            field has a name that cannot be used.
+        EventError: The subclass's name results in the hook of an event of the library, or a field has an invalid name.
     """
 
     hook: ClassVar[str] = ""
-    """The method of a callback that this event calls: ``on_`` and the class's name in snake case."""
+    """The method of callbacks that this event calls: ``on_`` and the class's name in snake case."""
     keywords: ClassVar[frozenset[str]] = frozenset()
     """Fields that the hook takes by keyword only."""
 
@@ -98,17 +98,17 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
 
 
 def event_type(tag: str) -> type[Event] | None:
-    """The event type with this tag on the wire, or None where this process knows none."""
+    """Return the event type with this tag, or None if this process has none."""
     return _declared.get(tag)
 
 
 def ships(kind: type[Event]) -> bool:
-    """Whether an event type ships with the library, so that every process knows it."""
+    """Return whether an event type is part of the library, so that every process can decode it."""
     return kind.__module__ == __name__ or _ELSEWHERE.get(kind.hook.removeprefix("on_")) == kind.__module__
 
 
 def declared_events() -> dict[str, type[Event]]:
-    """Every event type known so far, by its tag on the wire (``step_end``); the last declaration of a tag counts."""
+    """Return all event types declared so far, by tag (``step_end``); the last declaration of a tag counts."""
     return dict(_declared)
 
 
@@ -199,17 +199,17 @@ class ExperimentEnd(Event, frozen=True):
 
 
 def step_field(event_type: type[Event]) -> str | None:
-    """The field of an event of ours that holds a step; None where there is none."""
+    """Return the name of the field that holds the step of one of our events, or None."""
     if issubclass(event_type, StepEnd | Eval):
         return "step_idx"
     return "step" if issubclass(event_type, BenchmarkEval) else None
 
 
 def with_whole_step(event: Event) -> Event:
-    """The event with its step as an int: of a whole float, a numpy integer, a tensor of one number.
+    """Return the event with its step as an int: from an integral float, a numpy integer or a tensor with one number.
 
     Raises:
-        EventError: Its step is no whole number, or larger than any file can hold.
+        EventError: Its step is not a whole number, or too large for some file format.
     """
     name = step_field(type(event))
     if name is None:
@@ -236,9 +236,9 @@ def with_whole_step(event: Event) -> Event:
 
 
 class UnknownEvent(msgspec.Struct, frozen=True):
-    """An event of a type that this process does not know, kept as it was read; its handles are detached.
+    """An event of a type that this process does not know, with the fields that were read; its handles are detached.
 
-    Its hook can be called nevertheless:
+    Its hook can still be called:
 
         hook = getattr(callback, f"on_{event.type}")
         args, kwargs = event.arguments()
@@ -246,22 +246,22 @@ class UnknownEvent(msgspec.Struct, frozen=True):
     """
 
     type: str
-    """Its tag on the wire."""
+    """Its tag in the record."""
     fields: dict[str, Any]
-    """What it carried, in the order of its class. Any: whatever the writer put there."""
+    """The recorded fields, in the order of its class."""
     handles: dict[str, str] = {}
     """Which fields are handles: ``state``, ``context`` or ``batch``."""
     keywords: tuple[str, ...] = ()
     """Fields that the hook takes by keyword only."""
 
     def arguments(self) -> tuple[list[Any], dict[str, Any]]:
-        """What the hook takes: by position, in the order of the fields, and by keyword. Any: as they were read."""
+        """Return the positional and keyword arguments of the hook."""
         by_name = {name: self.fields[name] for name in self.keywords if name in self.fields}
         return [value for name, value in self.fields.items() if name not in by_name], by_name
 
 
 class Envelope(msgspec.Struct, frozen=True, gc=False):
-    """An event on its way. ``(stream, seq)`` names it for ever; order is total within a stream."""
+    """An event with its metadata. ``(stream, seq)`` identifies it forever; order is total within a stream."""
 
     stream: str
     """One publishing process."""
@@ -274,4 +274,4 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     """The run key; None for experiment-wide events."""
     rank: int = 0
     replaced: dict[str, str] = msgspec.field(default_factory=dict[str, str])
-    """Values that could not travel: path within the event (``metrics.loss``) -> why, in words."""
+    """Values that could not be encoded: path within the event (``metrics.loss``) -> reason."""

@@ -1,8 +1,8 @@
-"""Files that survive full disks, kills and resumes: what the journal and the file adapters write through.
+"""Files that survive full disks, kills and restarts, for the journal and for file adapters.
 
-`replace_file`, `read_file` and `load_file` are for small files that are replaced as a whole. `AppendFile` owns the
-bytes of one file of lines, `Backlog` the writes that a disk refused, `FileLock` which process writes. What a line means
-is the business of the adapter.
+`replace_file`, `read_file` and `load_file` are for small files that are replaced as a whole. `AppendFile` writes a file
+of lines, `Backlog` holds writes that the disk refused, and `FileLock` ensures a single writer. The adapter decides what
+a line contains.
 """
 
 import errno
@@ -68,10 +68,10 @@ _T = TypeVar("_T")
 _MOST_WARNED: Final = 1024
 
 DAMAGE: Final = (msgspec.MsgspecError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
-"""What decoding a damaged file may raise: bytes that are no text and brackets without end are no `DecodeError`."""
+"""What decoding a damaged file may raise. Invalid UTF-8 and deep nesting do not raise `DecodeError`."""
 
 _warned: dict[tuple[str, str], None] = {}
-"""Damaged files that stay where they are, and what is wrong with them: the newest ones."""
+"""Damaged files that were not moved, with the reason; only the newest ones."""
 
 
 def load_file(
@@ -82,21 +82,22 @@ def load_file(
     most_bytes: int = 16 << 20,
     disk: Disk | None = None,
 ) -> _T | None:
-    """What a small file says; None where it is missing or damaged, so that it is made anew.
+    """Decode a small file. Returns None if it is missing or damaged, so that the caller writes it again.
 
-    It is damaged if it is no regular file, empty, larger than ``most_bytes``, or if ``decode`` raises: ``file.damaged``
-    is then logged as a WARNING.
+    A file is damaged if it is not a regular file, empty, larger than ``most_bytes``, or if ``decode`` raises. This
+    logs the warning ``file.damaged``.
 
     Args:
         path: The file.
-        decode: Makes a value of its bytes; what it does not know (a later version, say) it refuses with ValueError.
-        set_aside: Whether to move a damaged file to ``<path>.damaged``, in place of an earlier one. For whoever
-            writes the file; who only looks leaves it.
-        most_bytes: How large it may be.
+        decode: Converts the bytes to a value. It raises ValueError for content that it does not know, such as a
+            later version.
+        set_aside: Whether to move a damaged file to ``<path>.damaged``, replacing an earlier one. True for the
+            writer of the file; False for readers, which leave it.
+        most_bytes: The maximum size.
         disk: The file system.
 
     Raises:
-        OSError: It cannot be read now, which is no damage.
+        OSError: It cannot be read now. This is not damage.
     """
     disk = current_disk() if disk is None else disk
     place = os.fspath(path)
@@ -104,7 +105,7 @@ def load_file(
     try:
         data = read_file(place, most_bytes=most_bytes, disk=disk)
         if not data:
-            raise DamagedFileError("it is empty")  # as any other damage
+            raise DamagedFileError("it is empty")  # handled like any other damage below
         return decode(data)
     except FileNotFoundError:
         return None
@@ -122,7 +123,7 @@ def load_file(
 
 
 def _set_aside(disk: Disk, place: str, data: bytes | None) -> str | None:
-    """Move a damaged file out of the way; None where it stays, or another process has written it anew meanwhile."""
+    """Move a damaged file out of the way. Returns None if it stays, or another process has replaced it meanwhile."""
     try:
         if data is not None and read_file(place, disk=disk) != data:
             return None
@@ -145,9 +146,9 @@ def _set_aside(disk: Disk, place: str, data: bytes | None) -> str | None:
 
 
 def create_file(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o600, disk: Disk | None = None) -> bool:
-    """As `replace_file`, but of several that do so at once the first one counts; whether it was this one.
+    """Create a file atomically unless it exists. Returns whether this call created it; of several, only the first does.
 
-    Where the file system has no hard links the last one counts.
+    Where the file system has no hard links the last call replaces the file.
     """
     disk = current_disk() if disk is None else disk
     place = os.fspath(path)
@@ -175,9 +176,10 @@ def write_into_place(
     make_folder: bool = True,
     disk: Disk | None = None,
 ) -> Generator[BinaryIO]:
-    """A file to write to that takes the place of what is at the path when the block ends, and not if it raises.
+    """A context manager that yields a file to write to, which replaces the one at the path when the block ends.
 
-    It is on the medium then. What is no regular file, as ``/dev/stdout``, is written to at once. Raises OSError.
+    It is synced then. If the block raises, nothing is replaced. A path that is not a regular file, such as
+    ``/dev/stdout``, is written to directly. Raises OSError.
     """
     disk = current_disk() if disk is None else disk
     place = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
@@ -213,41 +215,44 @@ def _is_special(path: str) -> bool:
 
 
 class AppendFile:
-    """A file of whole lines with one writer.
+    """A file of complete lines with one writer.
 
-    Nothing is touched before the first call; the folder is made when it is needed. The file stays open between writes
-    (closing costs a round trip on network file systems); one that was removed meanwhile is made anew. A last line
-    without an end, torn by a kill, is cut off when the file is opened; so is, where no mark names the file, all from
-    zeros on that a power cut left (a copy stays beside it if more stands behind them). Every method may raise OSError.
+    Nothing is opened before the first call, and the folder is created when needed. The file stays open between
+    writes, because closing costs a round trip on network file systems; a file that was removed meanwhile is created
+    again. An incomplete last line, torn by a kill, is cut off when the file is opened. Where no mark names the file,
+    everything after zeros that a power cut left is cut off as well; if there is data behind the zeros, a copy is saved
+    beside the file. Every method may raise OSError.
 
-    With ``marks``, a file goes back to how it was at the last of them after a crash. ``disk`` is where it lies: the
-    real file system, unless a test names another (`use_disk`).
+    Args:
+        path: The file.
+        marks: If given, the file is restored to the state at the last mark after a crash.
+        disk: The file system; by default the real one (`use_disk`).
     """
 
     def __init__(self, path: Path, marks: Savepoints | None = None, *, disk: Disk | None = None) -> None:
         self.path = path
         self._disk: Final = current_disk() if disk is None else disk
-        self._key = os.path.abspath(path)  # noqa: PTH100  # as the marks call it
+        self._key = os.path.abspath(path)  # noqa: PTH100  # the path that the marks use
         self._marks = Savepoints(disk=self._disk) if marks is None else marks
         self._settled = False
         self._fd: int | None = None
         self._torn_at: int | None = None
-        """Where a refused write began of which a part is still in the file."""
+        """The start of a failed write that is partly still in the file."""
 
     def settle(self) -> None:
-        """Undo what a crashed process left behind its last mark; every method does so before it looks at the file."""
+        """Undo what a crashed process wrote after its last mark. Every method calls it before it uses the file."""
         if not self._settled:
             self._marks.settle(self._key)
-            if self._key not in self._marks.files:  # else it ends where it was on the medium
+            if self._key not in self._marks.files:  # otherwise the mark has its size
                 self._drop_torn()
             self._settled = True
         if self._fd is not None and self._torn_at is not None:
             self._take_back(self._fd, self._torn_at)
 
     def append(self, lines: bytes, *, head: bytes = b"") -> int:
-        """Append whole lines by one ``os.write``: all of them, or none and OSError.
+        """Append complete lines by one write: all of them, or none and OSError.
 
-        ``head`` goes in front if the file is empty. Returns the size of the file before.
+        ``head`` is written first if the file is empty. Returns the size of the file before.
         """
         fd = self._open()
         size = self._disk.length(fd)
@@ -262,9 +267,9 @@ class AppendFile:
         return size
 
     def replace_tail(self, start: int, lines: bytes) -> None:
-        """Put ``lines`` where the last lines, from byte ``start`` on, were, in one write.
+        """Replace the last lines, from byte ``start`` on, by ``lines``, in one write.
 
-        Shorter lines are padded with spaces. On OSError the old lines are gone, and the file ends at ``start``.
+        Shorter lines are padded with spaces. On OSError the old lines are lost, and the file ends at ``start``.
         """
         fd = self._open()
         size = self._disk.length(fd)
@@ -284,7 +289,7 @@ class AppendFile:
                 self._take_back(fd, start)
 
     def lines(self) -> Iterator[bytes]:
-        """Every whole line, its end included; none if there is no file."""
+        """Yield every complete line with its newline; none if there is no file."""
         self.settle()
         try:
             file = open_binary(self.path, self._disk)
@@ -294,13 +299,13 @@ class AppendFile:
             yield from (line for line in file if line.endswith(b"\n"))
 
     def rewrite(self, lines: Iterable[bytes]) -> int:
-        """Replace the whole file in one move, and return its new size; until then, and on an error, it is as it was."""
+        """Replace the whole file atomically and return its new size. On an error it is unchanged."""
         self._shut()
         self.settle()
         return self._replace(self._disk.resolve(str(self.path)), lines)  # a link stays a link
 
     def size(self) -> int:
-        """How many bytes it has; 0 if there is no file."""
+        """The size in bytes; 0 if there is no file."""
         self.settle()
         try:
             return self._disk.size(str(self.path))
@@ -308,7 +313,7 @@ class AppendFile:
             return 0
 
     def first_line(self) -> bytes:
-        """The first line, whole or torn; nothing if there is no file."""
+        """The first line, complete or torn; empty if there is no file."""
         self.settle()
         try:
             with open_binary(self.path, self._disk) as file:
@@ -317,7 +322,7 @@ class AppendFile:
             return b""
 
     def set_aside(self) -> Path | None:
-        """Move the file to ``<name>.<number>.set-aside``, the first that is free; None if there is none."""
+        """Rename the file to ``<name>.<number>.set-aside``, with the first free number. None if there is no file."""
         self._shut()
         target = self._disk.resolve(str(self.path))
         try:
@@ -330,12 +335,12 @@ class AppendFile:
         return Path(parent_of(target), aside)
 
     def keep(self, wanted: Callable[[bytes], bool]) -> None:
-        """Cut the lines that are not wanted; a file that loses none is left alone."""
+        """Remove the lines for which ``wanted`` is false. The file is rewritten only if there are any."""
         if not all(map(wanted, self.lines())):
             self.rewrite(filter(wanted, self.lines()))
 
     def close(self) -> None:
-        """Close the file; the next write opens it again."""
+        """Close the file. The next write opens it again."""
         self._shut()
         self._marks.closed(self._key)
 
@@ -353,7 +358,7 @@ class AppendFile:
         return size
 
     def _shut(self) -> None:
-        """Close the file; not before it is whole."""
+        """Close the file, after removing the rest of a failed write."""
         if self._fd is not None:
             self.settle()
             self._forget()
@@ -364,7 +369,7 @@ class AppendFile:
             self._disk.close(fd)
 
     def _take_back(self, fd: int, size: int) -> None:
-        """Cut what a refused write left; where that is refused too, before the file is next used."""
+        """Remove what a failed write left. If that fails too, it is tried again before the next use of the file."""
         self._torn_at = size
         self._disk.truncate(fd, size)
         self._torn_at = None
@@ -373,7 +378,7 @@ class AppendFile:
         if self._fd is not None and self._disk.links(self._fd):
             self.settle()
             return self._fd
-        self._forget()  # somebody removed it
+        self._forget()  # it was removed
         self.settle()
         path = str(self.path)
         try:
@@ -390,7 +395,7 @@ class AppendFile:
         return fd
 
     def _drop_torn(self) -> None:
-        """Cut the file where a power cut left zeros; what stands behind them comes again, and a copy of it is kept."""
+        """Cut the file where a power cut left zeros. What is behind them is delivered again; a copy of it is saved."""
         target = self._disk.resolve(str(self.path))
         try:
             with open_binary(target, self._disk) as file:
@@ -417,7 +422,7 @@ class AppendFile:
             self._disk.truncate(fd, whole)
 
     def _head(self, size: int) -> Iterator[bytes]:
-        """The first bytes of the file."""
+        """Yield the first bytes of the file."""
         with open_binary(self.path, self._disk) as file:
             while size and (block := file.read(min(size, BLOCK))):
                 size -= len(block)
@@ -425,7 +430,7 @@ class AppendFile:
 
 
 def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks, so that each write is worth its call."""
+    """Combine lines into blocks, to make fewer write calls."""
     block = bytearray()
     for line in lines:
         block += line
@@ -437,7 +442,7 @@ def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def names_in(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> list[str]:
-    """What is in a folder, sorted; nothing if there is no such folder. Raises OSError where it cannot be listed now."""
+    """The names in a folder, sorted; none if there is no such folder. Raises OSError if it cannot be listed now."""
     try:
         return sorted((current_disk() if disk is None else disk).names(os.fspath(folder)))
     except (FileNotFoundError, NotADirectoryError):
@@ -445,7 +450,7 @@ def names_in(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> lis
 
 
 def lock_file(path: str, *, mode: int = 0o600, disk: Disk) -> int | None:
-    """As `Disk.lock`; the folder is made if need be, and what is no file there is set aside, with a WARNING."""
+    """Lock a file as `Disk.lock` does, and create its folder if needed. What is not a file is quarantined."""
     made = False
     for last in (False, False, True):
         try:
@@ -464,14 +469,14 @@ def lock_file(path: str, *, mode: int = 0o600, disk: Disk) -> int | None:
 
 
 class FileLock:
-    """Says to other processes that this one is at work on something, for as long as the object lives.
+    """A lock between processes, held for as long as the object exists.
 
-    It ends with the process, however that ends; a forked child does not have it. Who takes it again in this process
-    shares it. The locked file may hold a note, which `write` replaces and `read_file` reads.
+    It ends with the process, however that ends, and a forked child does not have it. Taking it again in the same
+    process returns the same lock. The locked file may contain a note, which `write` replaces and `read_file` reads.
     """
 
     _held: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
-    _guard: ClassVar = threading.RLock()  # a signal handler that publishes may come to `take` in the middle of it
+    _guard: ClassVar = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `take`
 
     def __init__(self, fd: int, disk: Disk) -> None:
         self._fd: int | None = fd
@@ -479,10 +484,10 @@ class FileLock:
 
     @classmethod
     def take(cls, path: Path, *, disk: Disk | None = None) -> "FileLock | None":
-        """Lock the file, made if need be; None while another process has it.
+        """Lock the file, created if needed. Returns None while another process has the lock.
 
-        What is no file is set aside, with a WARNING. Where the file system has no locks it is held by everybody, with a
-        WARNING. Raises OSError.
+        What is not a file is quarantined, with a warning. Where the file system has no locks, every process gets one,
+        with a warning. Raises OSError.
         """
         disk = current_disk() if disk is None else disk
         place = disk.resolve(str(path))
@@ -499,17 +504,17 @@ class FileLock:
                 log().warning("file.not_locked", file=str(path), error=str(error))
                 fd = disk.open_file(str(path))
             if fd is None:
-                return cls._held.get(key)  # that one may be ours by now
+                return cls._held.get(key)  # another thread of this process may have it by now
             lock = cls._held[key] = cls(fd, disk)
             return lock
 
     @property
     def is_held(self) -> bool:
-        """Whether it is this process's: not so in a child forked from the one that took it."""
+        """Whether this process has the lock. False in a child forked from the one that took it."""
         return self._fd is not None
 
     def write(self, note: bytes) -> None:
-        """Have the locked file hold just this, on the medium; a power cut may leave a part of it."""
+        """Replace the content of the locked file and sync it. A power cut may leave a part of it."""
         if self._fd is None:
             raise OSError(errno.EBADF, "the lock was released")
         self._disk.truncate(self._fd, 0)
@@ -518,21 +523,21 @@ class FileLock:
 
     @classmethod
     def close_in_child(cls) -> None:
-        """Else a child that outlives its parent would hold what nobody writes."""
+        """Release all locks in a forked child, so that it does not hold them after its parent has ended."""
         cls._guard = threading.RLock()
         for lock in list(cls._held.values()):
             lock.release()
         cls._held = WeakValueDictionary()
 
     def release(self) -> None:
-        """Let another process have it, before this object is gone."""
+        """Release the lock now."""
         fd, self._fd = self._fd, None
         if fd is not None:
             self._disk.close(fd)
 
     @property
     def is_open(self) -> bool:
-        """Whether the descriptor is still good, which it is not once a simulated process has ended."""
+        """Whether the descriptor is valid. It is not after the end of a simulated process."""
         try:
             return self._fd is not None and self._disk.links(self._fd) >= 0
         except OSError:
@@ -548,10 +553,10 @@ if hasattr(os, "register_at_fork"):
 
 
 class Backlog:
-    """Writes to one file, in order; what the disk refuses waits in memory and is tried again with the next write.
+    """Ordered writes to one file. What the disk refuses is held in memory and retried with the next write.
 
-    Bounded: beyond ``max_bytes`` the newest write is given up. The first refusal is logged at once, repeated ones at
-    most once a second with their count, and so is every write given up.
+    Beyond ``max_bytes`` the newest write is dropped. The first error is logged at once, repeated ones at most once a
+    second with their count, and so is every dropped write.
     """
 
     def __init__(self, file: str, *, max_bytes: int = _MAX_WAITING_BYTES) -> None:
@@ -561,17 +566,17 @@ class Backlog:
         self._waiting: deque[tuple[Callable[[], object], int]] = deque()
         self._bytes = 0
         self.lost = 0
-        """Writes given up, because too much was waiting."""
+        """Writes that were dropped because too many were pending."""
 
     @property
     def waiting(self) -> int:
-        """Writes that the disk has refused so far."""
+        """How many writes are pending because the disk refused them."""
         return len(self._waiting)
 
     def write(self, action: Callable[[], object], size: int) -> None:
-        """Run ``action`` after those that wait; one that raises OSError, having done nothing, is kept and run again.
+        """Run ``action`` after the pending ones. If it raises OSError, having done nothing, it is retried later.
 
-        ``size`` is about how many bytes it holds on to. What else it raises is a bug, and reaches the caller.
+        ``size`` is about how many bytes it holds in memory. Any other exception is a bug and is raised.
         """
         troubled = bool(self._waiting)
         self._waiting.append((action, size))
@@ -583,18 +588,18 @@ class Backlog:
             self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._waiting))
 
     def settle(self) -> None:
-        """Try once more to write what waits, for a mark: what it says to be on the medium must be there.
+        """Retry the pending writes and raise if any are left. Call it before a mark.
 
         Raises:
-            OSError: The disk still refuses, or has refused so much that rows were given up.
+            OSError: Writes are still pending, or some were dropped.
         """
         if self._waiting:
             self._run(troubled=True)
         if self._waiting or self.lost:
-            raise OSError(errno.EAGAIN, f"{len(self._waiting)} writes wait, {self.lost} were given up", self._file)
+            raise OSError(errno.EAGAIN, f"{len(self._waiting)} writes pending, {self.lost} dropped", self._file)
 
     def flush(self) -> None:
-        """Try once more to write what waits, and log how much is left."""
+        """Retry the pending writes and log how many are left."""
         if self._waiting:
             self._run(troubled=True)
         self._faults.flush()

@@ -1,13 +1,13 @@
-"""`Savepoints`: going back to how files were when a courier last took note, whatever became of them since.
+"""`Savepoints`: restores files after a crash to their state at the last mark.
 
-A mark holds the size of every open file; what was appended behind it is cut. What changes a file in any other way (a
-cut, a new column, an eval that is replaced, another name) first leaves the earlier version beside it, as a hard link
-``.<name>.<id>-<life>-<number>-<size>.before`` (the name as `hidden_name` has it), and so does the first change of a
-file that the mark does not name. So every file goes back to the byte. Until the first mark was taken nothing is kept:
-an inline callback pays nothing.
+A mark holds the size of every open file; what was appended later is cut off. Any other change of a file (a cut, a new
+column, a replaced eval, a rename) first saves the previous version beside it, as a hard link named
+``.<name>.<id>-<life>-<number>-<size>.before`` (with the name as `hidden_name` returns it). So does the first change of
+a file that the mark does not contain. Thus every file is restored to the byte. Before the first mark nothing is saved,
+so an inline callback has no cost.
 
-A *life* is what one object wrote. A life that ended in a crash is known by the mark that it was rewound to; what it
-changed later in a file is undone when that file is next looked at, also by a later life.
+A *life* is what one object wrote. After a crash the mark records to which number each earlier life was rewound. What
+such a life changed after that in a file is undone when the file is next used, also by a later life.
 """
 
 import re
@@ -26,46 +26,48 @@ _BEFORE: Final = re.compile(r"\.([0-9a-f]{8})-([0-9a-f]{8})-(\d+)-(\d+)\.before$
 
 
 class Mark(msgspec.Struct, frozen=True):
-    """How far some files have got, as plain data."""
+    """The state of some files, as plain data."""
 
     id: str
-    """The same for all marks of one follower."""
+    """Identifies the adapter: the same for all its marks."""
     life: str
     number: int
-    """Counts on over all lives."""
+    """Increases over all lives."""
     files: dict[str, int]
-    """Sizes, by absolute path, of the files that were open."""
+    """The size of each open file, by absolute path."""
     ended: dict[str, int]
-    """Earlier lives, and the number of the mark to which each was rewound."""
+    """Earlier lives, with the number of the mark to which each was rewound."""
     kept: list[str]
-    """Earlier versions of files that nobody needs once this mark is on record."""
+    """Previous versions of files, to be removed once this mark is durable."""
 
 
 class Savepoints:
-    """The marks of one callback's files, which go by their absolute paths.
+    """The marks of the files of one callback, which are identified by absolute path.
 
-    One earlier mark stays good: that the last one is on record is known when the next is taken. ``disk`` is where the
-    files lie: the real file system, unless a test names another (`evsys_bus.files.use_disk`).
+    The mark before the last one also stays valid: only the next `take` shows that the last one was stored.
+
+    Args:
+        disk: The file system; by default the real one (`evsys_bus.files.use_disk`).
     """
 
     def __init__(self, *, disk: Disk | None = None) -> None:
         self._disk: Final = current_disk() if disk is None else disk
         self._last = Mark(token_hex(4), token_hex(4), 0, {}, {}, [])
         self._sizes: dict[str, int] = {}
-        """Up to where a file's bytes belong to the last mark; 0 once the earlier version lies beside it."""
+        """How many bytes of each file belong to the last mark; 0 once its previous version is saved."""
         self._open: dict[str, None] = {}
         self._changed: dict[str, None] = {}
         self._settled: set[str] = set()
         self._kept: list[tuple[int, str]] = []
-        """Earlier versions, and the numbers of the marks that they belong to."""
+        """Previous versions, with the numbers of their marks."""
 
     @property
     def files(self) -> list[str]:
-        """The files that the last mark names."""
+        """The files in the last mark."""
         return [*self._last.files]
 
     def take(self) -> Mark:
-        """A new mark; the last one again if no file has changed. Raises OSError, and is then to be called again."""
+        """Create a mark, or return the last one if no file has changed. After an OSError call it again."""
         last = self._last
         for number, path in self._kept:
             if number < last.number:
@@ -81,7 +83,7 @@ class Savepoints:
         return self._last
 
     def rewind(self, mark: Mark) -> None:
-        """Have the files as they were: now where the mark names them, others when they are first looked at."""
+        """Restore the files of the mark now, and others when they are next used."""
         ended = {**mark.ended, mark.life: mark.number}
         self._last = Mark(mark.id, token_hex(4), mark.number, mark.files, ended, mark.kept)
         for path in mark.kept:
@@ -92,19 +94,19 @@ class Savepoints:
             self.settle(file)
 
     def settle(self, file: str) -> None:
-        """Undo what a life that crashed did to the file behind its mark. To be called before it is first looked at."""
+        """Undo what a crashed life did to the file after its mark. Call it before the file is first used."""
         if self._last.number and file not in self._settled:
             self._restore(file, self._last)
 
     @property
     def last(self) -> Mark:
-        """The last mark, or the one that this was rewound to."""
+        """The last mark, or the one that was rewound to."""
         return self._last
 
     def join(self, mark: Mark, others: Iterable[str] = ()) -> bool:
-        """Have the files that this mark names, and these others, as they were then, whatever mark this was rewound to.
+        """Restore the files of this mark, and these others, whatever mark was rewound to before.
 
-        Whether the mark is of this follower, or this is one from now on; else the files are looked after from here on.
+        Returns whether the mark belongs to this adapter, possibly from now on. If not, the files are tracked anew.
         """
         last = self._last
         files = dict.fromkeys([*mark.files, *others])
@@ -122,7 +124,7 @@ class Savepoints:
         return True
 
     def version(self, file: str, mark: Mark) -> str:
-        """Which file `join` makes this one of."""
+        """The path of the version that `join` would restore."""
         target = self._disk.resolve(file)
         _, first = self._undone(target, mark)
         return target if first is None else first.path
@@ -130,50 +132,50 @@ class Savepoints:
     def _restore(self, file: str, mark: Mark) -> None:
         target = self._disk.resolve(file)
         versions, first = self._undone(target, mark)
-        for each in reversed(versions):  # a later one is a version of what is undone with the first
+        for each in reversed(versions):  # later ones are versions of a state that is undone with the first
             if each is not first:
                 self._disk.remove(each.path)
         size = mark.files.get(file)
         if first is not None:
             self._cut(first.path, first.size if size is None else min(first.size, size))
             self._disk.rename(first.path, target)
-            self._remove(first.path)  # a link to the same file is not moved
+            self._remove(first.path)  # renaming a link to the same file does nothing
         elif size is not None:
             self._cut(target, size)
         self._settled.add(file)
 
     def _undone(self, target: str, mark: Mark) -> "tuple[list[_Version], _Version | None]":
-        """The earlier versions of a file, and the one that it was at the mark, or before; None if it is that still."""
+        """The saved versions of a file, and the one it had at the mark; None if that is the current one."""
         versions = sorted(self._versions(target, mark.id), key=lambda each: each.number)
         ended = {**mark.ended, mark.life: mark.number}
         return versions, next((each for each in versions if each.number >= ended.get(each.life, 0)), None)
 
     def appending(self, file: str, size: int) -> None:
-        """To be called before rows are appended, with the size of the file; somebody may have removed what it was."""
+        """Call before rows are appended, with the size of the file; it is smaller if somebody replaced the file."""
         self._open[file] = self._changed[file] = None
         if self._last.number and size < self._sizes.get(file, size + 1):
             self._sizes[file] = self._keep(file, size)
 
     def protects(self, file: str, start: int) -> bool:
-        """Whether the bytes from ``start`` on may not be changed in place."""
+        """Whether the bytes from ``start`` on must not be changed in place."""
         return self._last.number > 0 and start < self._sizes.get(file, start + 1)
 
     def replacing(self, file: str) -> None:
-        """To be called before another version takes the file's place."""
+        """Call before the file is replaced."""
         self._open[file] = self._changed[file] = None
         if self._last.number and self._sizes.get(file) != 0:
             self._keep(file)
 
     def replaced(self, file: str) -> None:
-        """To be called when it has."""
+        """Call after the file was replaced."""
         self._sizes[file] = 0
 
     def closed(self, file: str) -> None:
-        """The file is not expected to change soon, and need not be named."""
+        """Call when the file is closed, so that later marks do not contain it."""
         self._open.pop(file, None)
 
     def _keep(self, file: str, size: int | None = None) -> int:
-        """Leave the file as it is at the last mark beside it, and return how large it was then."""
+        """Save the file in its state at the last mark, and return its size then."""
         target, mark = self._disk.resolve(file), self._last
         if size is None:
             size = self._sizes.get(file, self._size(target))
@@ -181,14 +183,14 @@ class Savepoints:
         beside = f"{folder}/{hidden_name(name)}.{mark.id}-{mark.life}-{mark.number}-{size}.before"
         if (mark.number, beside) not in self._kept:
             self._link(target, beside)
-            self._disk.sync_path(folder or "/")  # before anything of the change may be on the medium
+            self._disk.sync_path(folder or "/")  # before any part of the change can reach the disk
             self._kept.append((mark.number, beside))
         return size
 
     def _versions(self, target: str, follower: str) -> "Iterator[_Version]":
-        """What lies beside a file, of the marks with this id."""
+        """The saved versions of a file for marks with this id."""
         folder, _, name = target.rpartition("/")
-        prefixes = {f"{hidden_name(name)}.", f".{name}."}  # the second as 0.1.0 wrote it
+        prefixes = {f"{hidden_name(name)}.", f".{name}."}  # 0.1.0 wrote the second
         for each in _names(self._disk, folder):
             found = _BEFORE.search(each)
             if found is not None and found[1] == follower and each[: found.start() + 1] in prefixes:
@@ -197,11 +199,11 @@ class Savepoints:
     def _link(self, target: str, beside: str) -> None:
         try:
             self._disk.hard_link(target, beside)
-        except FileExistsError:  # of an earlier try, which failed behind this
+        except FileExistsError:  # from an earlier attempt that failed after this
             return
         except FileNotFoundError:
             replace_by_blocks(beside, [], mode=0o666, disk=self._disk)
-        except OSError:  # a file system without links: a copy is as good, and dearer
+        except OSError:  # a file system without hard links: a copy costs more and is as good
             with open_binary(target, self._disk) as file:
                 replace_by_blocks(beside, iter(partial(file.read, BLOCK), b""), mode=0o666, disk=self._disk)
 
@@ -221,7 +223,7 @@ class Savepoints:
         for each in (path, parent_of(path)):
             try:
                 self._disk.sync_path(each)
-            except FileNotFoundError:  # removed by somebody; it is made anew with the next row
+            except FileNotFoundError:  # it was removed; the next row creates it again
                 continue
 
     def _size(self, path: str) -> int:
@@ -245,12 +247,12 @@ class _Version(NamedTuple):
 
 
 def hidden_name(name: str) -> str:
-    """What a file beside this one is called that nobody else is to read: TensorBoard reads all ``tfevents``."""
+    """A hidden name for a file beside this one. It avoids ``tfevents``, because TensorBoard reads all such files."""
     return f".{name.replace('tfevents', 'tf-events')}"
 
 
 def names_beside(folder: Path, disk: Disk | None = None) -> set[str]:
-    """The names of files of which an earlier version lies in the folder, whosever marks it belongs to."""
+    """The names of files that have a saved version in the folder, for any mark."""
     names = _names(current_disk() if disk is None else disk, str(folder))
     found = [name[: match.start()] for name in names if (match := _BEFORE.search(name))]
     return {name.removeprefix(".").replace("tf-events", "tfevents") for name in found}

@@ -4,19 +4,19 @@
     write(batch)                  one at a time, in order; returns when the destination has the batch
     close()                       once, at the end, also after an `open` that raised
 
-The journal is the queue: what `write` has not acknowledged is given to it again, also on another day. So a batch may
-come twice after a crash; ``(envelope.stream, envelope.seq)`` names an event for ever, and a repeat should change
-nothing. What `write` raises says what becomes of the batch:
+The journal is the queue: events that `write` has not acknowledged are delivered again, possibly on another day. A batch
+may therefore be repeated after a crash; ``(envelope.stream, envelope.seq)`` identifies an event forever, and a repeated
+event should change nothing. What `write` returns or raises decides what happens to the batch:
 
     nothing, or None returned     delivered
-    a number n returned           the first n are delivered, the others come again
-    RetryLaterError, OSError,     tried again without end, with growing pauses; ``after_seconds`` is honoured
+    a number n returned           the first n are delivered, the others are delivered again
+    RetryLaterError, OSError,     retried without end, with growing pauses; ``after_seconds`` is honoured
       TimeoutError
-    ParkedError                   the adapter is parked: tried once a minute, and shown
-    RejectedError({index: why})   those are dead letters, the others are delivered
-    BatchTooLargeError            halved; a single event is a dead letter
-    anything else                 tried a few times; then halved to find the event it fails on, which is a dead letter;
-                                    after three of those in a row the sink is parked until it takes one
+    ParkedError                   the adapter is parked: retried once a minute, and shown
+    RejectedError({index: why})   those become dead letters, the others are delivered
+    BatchTooLargeError            halved; a single event becomes a dead letter
+    anything else                 retried a few times; then halved to find the failing event, which becomes a dead
+                                    letter; after three of those in a row the sink is parked until it takes an event
 """
 
 import inspect
@@ -43,27 +43,28 @@ class Sink(Adapter):
 
     max_batch_events: int = 500
     max_batch_bytes: int = 1 << 20
-    """Of encoded events; one event that is larger is a batch by itself."""
+    """Size of the encoded events; a single event that is larger is a batch by itself."""
     max_batch_seconds: float = 0.5
-    """How old the first event of a batch may grow before it is sent alone."""
+    """How long the first event of a batch waits for more."""
     write_timeout_seconds: float = 60.0
-    """An `open` or `write` that takes longer is cancelled and tried again; one that ignores that is left behind."""
+    """An `open` or `write` that takes longer is cancelled and retried; one that ignores the cancellation is
+    abandoned."""
 
     evsys_attached: Publishes | None = None
     """The courier, while the sink is open."""
 
     async def open(self) -> None:
-        """Connect. Raises what `write` may raise, with the same meaning; it is then called again."""
+        """Connect. It may raise the same errors as `write`, with the same meaning, and is then called again."""
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """Deliver the batch: events in the order of their streams, never none."""
+        """Deliver the batch: at least one event, in the order of their streams."""
         raise NotImplementedError(f"{type(self).__name__}.write")
 
     async def close(self) -> None:
         """Disconnect."""
 
     def publish(self, event: Event) -> None:
-        """Have what the delivery learnt (a URL, an upload) on record, in the courier's own stream of the journal.
+        """Record a result of the delivery (a URL, an upload) in the courier's own stream of the journal.
 
         Raises:
             NotAttachedError: The sink is not open.
@@ -75,13 +76,13 @@ class Sink(Adapter):
         self.evsys_attached.publish(event)
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Say how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        """Report how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
         if self.evsys_attached is not None:
             self.evsys_attached.report_owed(self, events, why, fix)
 
 
 def sink_name(sink: Sink) -> str:
-    """How a sink is called in logs, status and receipts."""
+    """Return the name of a sink in logs, status and receipts."""
     return sink.spec_name or sink.name or type(sink).__name__
 
 
@@ -90,14 +91,14 @@ _AWAITABLES: Final = ("Awaitable", "Coroutine", "Future", "Task")
 
 
 def check_sink(sink: Sink | type[Sink]) -> None:
-    """Check a sink's methods before it is added, so that a mistake shows in second 1 and not as dead letters.
+    """Check a sink's methods when it is added, so that a mistake shows in second 1 and not as dead letters.
 
     Args:
-        sink: The sink, or the class, where another process will make it.
+        sink: The sink, or its class if another process will construct it.
 
     Raises:
-        SinkMethodError: `open`, `write` or `close` is not async, or cannot be called as a courier does; `write` is not
-            there; or as `check_marks`.
+        SinkMethodError: `open`, `write` or `close` is not async, or cannot be called by a courier; `write` is missing;
+            or an error of `check_marks`.
     """
     owner = _owner(sink)
     write = sink.write
@@ -114,13 +115,13 @@ def check_sink(sink: Sink | type[Sink]) -> None:
 
 
 def check_marks(adapter: object) -> None:
-    """Check the two methods that something has which is followed and can be rewound.
+    """Check ``mark`` and ``rewind`` of a followed adapter.
 
     Args:
-        adapter: It, or its class.
+        adapter: The adapter, or its class.
 
     Raises:
-        SinkMethodError: There is one without the other, or one is ``async def``.
+        SinkMethodError: One of them is missing, or is ``async def``.
     """
     owner = _owner(adapter)
     found = {name: getattr(adapter, name, None) for name in ("mark", "rewind")}
@@ -153,7 +154,7 @@ def _check_method(label: str, method: Callable[..., object], given: Sequence[str
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
-        return  # a callable written in C may have none; its first call will tell
+        return  # a callable written in C may have no signature
     try:
         signature.bind(*given)
     except TypeError as error:
@@ -163,7 +164,7 @@ def _check_method(label: str, method: Callable[..., object], given: Sequence[str
 
 
 def _is_sync(method: Callable[..., object]) -> bool:
-    """Whether it is a plain function; not a decorator's, or one that says what it returns: that may be awaitable."""
+    """Return whether it is a plain function: not decorated, and not annotated with an awaitable result."""
     function = method.__func__ if isinstance(method, MethodType) else method
     if not isinstance(function, FunctionType) or inspect.unwrap(function) is not function:
         return False

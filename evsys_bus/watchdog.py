@@ -1,8 +1,8 @@
-"""The watchdog: names a hook that blocks, with its stack, while it blocks.
+"""The watchdog: reports a hook that blocks, with its stack, while it blocks.
 
-It costs the publisher nothing: a daemon thread looks a few times in `blocked_seconds` whether the same hook call is
-still in progress, by the publisher's own frame. This module owns the thread and the patience; what a hook call looks
-like, and what is done about a blocked one, is told to it.
+It costs the publisher nothing: a daemon thread checks a few times in `blocked_seconds` whether the same hook call is
+still in progress, by the publisher's own frame. This module runs the thread and measures the time; its user supplies
+the hook call in progress and handles a blocked one.
 """
 
 import threading
@@ -19,7 +19,7 @@ from evsys_bus.tasks import Gate, start_thread
 LOOKS_PER_PATIENCE: Final = 4
 
 CallT = TypeVar("CallT")
-"""How the publisher knows a hook."""
+"""The publisher's type for a hook."""
 
 
 class Sighting(NamedTuple, Generic[CallT]):
@@ -27,33 +27,34 @@ class Sighting(NamedTuple, Generic[CallT]):
 
     hook: CallT
     mark: Hashable
-    """Equal for two sightings of one call, different for two calls."""
+    """Equal for two observations of the same call, different for two calls."""
     frame: FrameType
     """The innermost frame of the thread that is in the hook."""
     outer: FrameType
-    """The publisher's frame that made the call: where the stack that is reported begins."""
+    """The publisher's frame that made the call: the reported stack starts inside it."""
 
 
 class Blocked(NamedTuple, Generic[CallT]):
-    """A hook call that has lasted too long."""
+    """A hook call that has taken too long."""
 
     hook: CallT
     seconds: float
-    """How long it has lasted at least, so far."""
+    """How long it has taken so far, at least."""
     held_interpreter: bool
-    """It let no other thread run meanwhile, so it shows only now that it has ended or come up for air."""
+    """It let no other thread run (the GIL was held), so it is reported only after it has returned or released the
+    GIL."""
     stack: str
     """The hook's stack, outermost call first."""
 
 
 class Watchdog(Generic[CallT]):
-    """A daemon thread that looks, waits, and tells.
+    """A daemon thread that reports hook calls that take too long.
 
     Args:
-        look: Gives the hook call in progress.
-        tell: Called with one that lasts too long.
-        between: Called before each look. What these, or the look, raise is logged, and ends nothing.
-        blocked_seconds: What is too long.
+        look: Returns the hook call in progress.
+        tell: Called with a call that takes too long.
+        between: Called before each check. Exceptions of these, and of the check, are logged and end nothing.
+        blocked_seconds: How long a call may take.
     """
 
     def __init__(
@@ -75,11 +76,11 @@ class Watchdog(Generic[CallT]):
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._thread = start_thread(self._run, "evsys-bus-watchdog")
 
     def stop(self) -> None:
-        """End, without waiting for longer than a look takes."""
+        """Stop the thread, waiting at most as long as one check takes."""
         self._stop.open()
         if self._thread is not None:
             self._thread.join(self._patience)
@@ -95,7 +96,7 @@ class Watchdog(Generic[CallT]):
             for look in (*self._between, partial(self._look_once, now, late)):
                 try:
                     look()
-                except Exception as error:  # a wall: without this thread nobody would look any more
+                except Exception as error:  # isolated: the checks must continue
                     self._faults.warn("watchdog.look_failed", type(error), error=error)
 
     def _look_once(self, now: float, late: float) -> None:
@@ -107,7 +108,7 @@ class Watchdog(Generic[CallT]):
         if seen.mark != self._mark:
             self._mark, self._since, self._tell_after = seen.mark, now - late if held else now, self._patience
         if now - self._since >= self._tell_after:
-            self._tell_after = 2 * (now - self._since)  # say it again when it has lasted twice as long
+            self._tell_after = 2 * (now - self._since)  # report again after twice the time
             self._tell(Blocked(seen.hook, now - self._since, held, _stack(seen)))
 
 

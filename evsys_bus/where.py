@@ -1,6 +1,6 @@
-"""Places: `Where` in a configuration, with a caret under the token; `local_path` on this machine's disk.
+"""Locations: `Where` in a configuration, with a caret under the token; `local_path` on this machine's disk.
 
-Also `encode_json` and `decode_json`, for what holds paths: the name of a folder need not be UTF-8, and JSON must be.
+Also `encode_json` and `decode_json` for data with paths: folder names need not be valid UTF-8, but JSON must be.
 """
 
 import os
@@ -12,22 +12,22 @@ import msgspec
 
 _T = TypeVar("_T")
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""As a path begins that was a URL; `pathlib` makes one slash of two. One letter is a drive."""
+"""Start of a URL, also after `pathlib` has merged its two slashes. A single letter is a drive."""
 
 
 class Where(msgspec.Struct, frozen=True):
-    """A place in a configuration."""
+    """A location in a configuration."""
 
     path: str
-    """JSON path, ``$`` being the whole: ``$.callbacks[1].kind``."""
+    """JSON path, ``$`` being the root: ``$.callbacks[1].kind``."""
     file: str | None = None
-    """The file it was read from, if it was read from one; or the option of the command line."""
+    """The file that it was read from, or the command line option, if any."""
     line: int | None = None
     """1-based line in that file."""
     column: int | None = None
     """1-based column of the token."""
     text: str | None = None
-    """The line itself, so that a caret can be drawn under the token."""
+    """The line itself, for drawing a caret under the token."""
     width: int = 1
     """Length of the token in characters."""
 
@@ -45,7 +45,7 @@ class Where(msgspec.Struct, frozen=True):
 
 
 def local_path(text: str | os.PathLike[str], what: str) -> Path:
-    """The absolute path that a setting names now: ``~`` is expanded, and a later ``chdir`` changes nothing.
+    """Return a setting's path as an absolute one: ``~`` is expanded, and a later ``chdir`` changes nothing.
 
     Args:
         text: The path, absolute or relative to the working directory.
@@ -54,7 +54,7 @@ def local_path(text: str | os.PathLike[str], what: str) -> Path:
     Raises:
         SettingError: It is a URL, or the home directory of a user who does not exist.
     """
-    from evsys_bus.errors import SettingError  # that module needs `Where`
+    from evsys_bus.errors import SettingError  # circular: that module needs `Where`
 
     if type(text) is str and text.startswith("/"):
         return Path(text)
@@ -73,14 +73,14 @@ def local_path(text: str | os.PathLike[str], what: str) -> Path:
 
 
 def encode_json(value: object) -> bytes:
-    """The value as JSON, as `msgspec.json.encode` has it; what is not UTF-8 in its texts stands there as escapes.
+    """Encode like `msgspec.json.encode`, with escapes for text that is not valid UTF-8.
 
-    Python's text of a path has a lone surrogate for each byte that is no UTF-8 (`os.fsdecode`). It becomes the escape
-    that `json.dumps` writes and `json.loads` reads back; msgspec refuses both.
+    Python represents each invalid byte of a path as a lone surrogate (`os.fsdecode`). It becomes the escape that
+    `json.dumps` writes and `json.loads` reads; msgspec refuses both.
 
     Raises:
-        TypeError: JSON has nothing for it.
-        UnicodeEncodeError: A text is none, and no path either.
+        TypeError: JSON has no such type.
+        UnicodeEncodeError: A text is invalid, and not from a path either.
     """
     try:
         return _encode(value)
@@ -96,14 +96,14 @@ def decode_json(data: bytes, kind: type[_T]) -> _T: ...
 @overload
 def decode_json(data: bytes, kind: Any) -> Any: ...
 def decode_json(data: bytes, kind: Any) -> Any:
-    """What `encode_json` wrote. Any: a type, and a value of it.
+    """Decode what `encode_json` wrote.
 
     Raises:
-        msgspec.DecodeError: It is no JSON, or not of this type.
+        msgspec.DecodeError: It is not JSON, or not of this type.
     """
     try:
         return msgspec.json.decode(data, type=kind)
-    except (UnicodeDecodeError, RecursionError) as error:  # no text, or brackets without end
+    except (UnicodeDecodeError, RecursionError) as error:  # not text, or nested too deeply
         raise msgspec.DecodeError(str(error)) from error
     except msgspec.ValidationError:
         raise

@@ -1,4 +1,4 @@
-"""A side eval: every checkpoint is scored beside the loop, and the score comes back as an Eval of its own step.
+"""A side eval: every checkpoint is scored concurrently with the loop, and the score is published as an Eval.
 
 python examples/side_eval.py [OUTPUT_DIR]
 """
@@ -18,18 +18,18 @@ Point = tuple[float, float]
 
 
 class SideEval(Callback):
-    """Scores what was saved, not what is being trained: the loop has moved on by the time the score is known."""
+    """Scores saved checkpoints, not the model in training, which has moved on when the score is known."""
 
     def __init__(self, bus: EventBus, points: list[Point]) -> None:
         self.bus = bus
         self.points = points
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Checkpoints are scored one after another."""
+        """Spawn the scoring; tasks of one lane run one after another."""
         self.spawn(self.score, state, row, lane="side-eval", timeout=60)
 
     async def score(self, state: LoopState, row: ManifestRow) -> None:
-        """Publishing from a task is as good as from the loop; `row.batch` is the step that was saved."""
+        """Score a checkpoint and publish from the task; `row.batch` is the step that was saved."""
         x, y = json.loads(await asyncio.to_thread(Path(row.state_path or "").read_text, encoding="utf-8"))
         await asyncio.sleep(0.01)  # a real one takes longer
         right = [(x * px + y * py > 0) == (px + 2 * py > 0) for px, py in self.points]
@@ -37,15 +37,15 @@ class SideEval(Callback):
 
 
 class Told(Callback):
-    """Sees the side evals like any other."""
+    """Prints the side evals, which arrive like any other."""
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Late, in order."""
+        """Print a score: it arrives late, but in order."""
         print(f"{eval_name} of step {step_idx}, at step {state.step}: {metrics['accuracy']:.2f}")
 
 
 async def main(output_dir: Path) -> None:
-    """A perceptron learns on which side of a line a point lies."""
+    """Train a perceptron to classify on which side of a line a point lies."""
     dice = random.Random(1)  # noqa: S311 # points, and seeded
     points = [(dice.gauss(0, 1), dice.gauss(0, 1)) for _ in range(400)]
     state = LoopState(step=0, num_steps=STEPS, output_dir=output_dir)
@@ -62,7 +62,7 @@ async def main(output_dir: Path) -> None:
                 path.write_text(json.dumps([x, y]), encoding="utf-8")
                 bus.publish(Checkpoint(state, ManifestRow(path.stem, batch=step_idx, state_path=str(path))))
             await asyncio.sleep(0.001)  # a step
-        await bus.drain()  # so that the last evals come before the end; leaving the block would wait for them too
+        await bus.drain()  # so that the last evals arrive before TrainEnd; the end of the block would wait for them too
         bus.publish(TrainEnd(state, LoopArtifacts(str(output_dir), total_requested_steps=STEPS)))
 
 

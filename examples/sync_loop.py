@@ -1,8 +1,8 @@
-"""A plain synchronous loop: a straight line is fitted to points, and checkpoints are shipped beside it.
+"""A synchronous loop that fits a line to points, while its checkpoints are copied in the background.
 
     python examples/sync_loop.py [OUTPUT_DIR]
 
-No event loop runs here, so the bus is entered with `with`; what a hook spawns runs on a thread of the bus's own.
+No event loop runs here, so the bus is entered with `with`, and tasks that hooks spawn run on a thread of the bus.
 """
 
 import asyncio
@@ -20,20 +20,20 @@ STEPS, BATCH, RATE, SAVE_EVERY = 300, 16, 0.2, 100
 
 
 class Upload(Callback):
-    """Ships every checkpoint to another folder; the loop never waits for it."""
+    """Copies every checkpoint to another folder; the loop never waits for it."""
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """What takes time is spawned: a coroutine function, then its arguments."""
+        """Spawn slow work: a coroutine function, then its arguments."""
         self.spawn(self.upload, Path(row.state_path or ""), state.output_dir / "shipped", lane="uploads", timeout=10)
 
     async def upload(self, path: Path, destination: Path) -> None:
-        """Blocking work goes to a thread, or it would hold up the other tasks."""
+        """Copy in a thread, because blocking work would delay the other tasks."""
         await asyncio.to_thread(shutil.copy2, path, destination)
         print(f"shipped {path.name}")
 
 
 def main(output_dir: Path) -> None:
-    """Stochastic gradient descent on the squared error; what it has to find is y = 3x - 1."""
+    """Minimize the squared error by stochastic gradient descent; the points are around y = 3x - 1."""
     (output_dir / "shipped").mkdir(parents=True, exist_ok=True)
     dice = random.Random(0)  # noqa: S311 # points, and seeded
     state = LoopState(step=0, num_steps=STEPS, output_dir=output_dir)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Publish metrics that another thread changes meanwhile, a great many times.
+"""Publish metrics while another thread changes them, many times.
 
 usage: uv run python tests/changing.py --rows 10000000
 
-A second thread adds to and takes from the row while it is published to a bus with a journal; from every other journal's
-rows also from a list in them, so that both the quick and the thorough way of encoding are tried. No publish may raise,
-the process may not crash, and every row must be in the journal and decode, under its own step.
+A second thread adds keys to the metrics and removes them while they are published to a bus with a journal. In every
+other journal it also changes a list in them, so that both the fast and the general encoder are tested. No publish may
+raise, the process must not crash, and every row must be in the journal, decodable, and under its own step.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from evsys_bus.codec import decode
 from evsys_bus.journal import JournalReader, verify
 
 ROWS_EACH = 250_000
-"""To one journal; it is removed when all of them were found there."""
+"""Rows per journal; a journal is removed when all its rows were found."""
 
 
 def change(metrics: dict, stop: threading.Event) -> None:
-    """As a careless monitoring thread might, a hundred thousand times a second."""
+    """Change the metrics like a careless monitoring thread, a hundred thousand times a second."""
     rewards = metrics.get("rewards", [])
     for turn in itertools.count():
         if stop.is_set():
@@ -36,7 +36,7 @@ def change(metrics: dict, stop: threading.Event) -> None:
         rewards.append(float(turn) if turn % 8 else [turn])
         if turn % 3 == 0:
             rewards.clear()
-        time.sleep(0)  # lets go of the interpreter, and takes it back in the middle of whatever the publisher does
+        time.sleep(0)  # releases the interpreter lock, and takes it again at any point of the publisher
 
 
 def publish_all(rows: int, journal: Path, *, flat: bool) -> None:
@@ -56,7 +56,7 @@ def publish_all(rows: int, journal: Path, *, flat: bool) -> None:
 
 
 def find_all(rows: int, journal: Path) -> int:
-    """How many rows hold values from the changing thread; raises where one is missing or is not that step's."""
+    """Count the rows with values of the changing thread; raises if a row is missing or under the wrong step."""
     report = verify(journal)
     assert report.whole, report
     [stream] = report.streams
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--folder", help="where the journal goes; default: the system's temporary directory")
     asked = parser.parse_args()
-    sys.setswitchinterval(1e-5)  # a hundred times as many chances to meet
+    sys.setswitchinterval(1e-5)  # switches threads a hundred times more often
     folder = Path(tempfile.mkdtemp(prefix="changing-", dir=asked.folder))
     done = changed = 0
     while done < asked.rows:

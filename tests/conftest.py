@@ -1,4 +1,4 @@
-"""What every test may use: both event loops, and real programs in processes of their own."""
+"""Fixtures for all tests: both event loops, and real programs in separate processes."""
 
 import asyncio
 import contextlib
@@ -18,25 +18,25 @@ import uvloop
 from evsys_bus import LoopState, StepEnd, TrainingBatch
 from evsys_bus.cli import run
 
-# Hundreds of interpreters are started here. Where this is set (container images do), each compiles all that it imports,
-# which is most of what a short program does.
+# The tests start hundreds of interpreters. Where this is set (as in container images), each compiles everything that it
+# imports, which is most of the work of a short program.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
-# What a script starts in the background ignores SIGINT, and so would all that is started here.
+# A process that a script starts in the background ignores SIGINT, and so would its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 collect_ignore = ["support", *(path.name for path in Path(__file__).parent.glob("*.py"))]
-"""Commands and helpers: they hold no tests, and `--doctest-modules` would import each a second time."""
+"""Commands and helpers: they contain no tests, and `--doctest-modules` would import each a second time."""
 
 
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Async tests run once on asyncio's own loop and once on uvloop."""
+    """Run async tests once on asyncio's own loop and once on uvloop."""
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What the example in a docstring declares is its own: an event of the example of `Event` ships with nothing."""
+    """Define the classes of docstring examples in ``__main__``: an event of an example belongs to no package."""
     for item in items:
         if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
             item.dtest.globs["__name__"] = "__main__"
@@ -49,7 +49,7 @@ def state(tmp_path: Path) -> LoopState:
 
 @pytest.fixture
 def journal(tmp_path: Path) -> str:
-    """Where a journal may be; nothing is there yet."""
+    """The path of a journal directory that does not exist yet."""
     return str(tmp_path / "journal")
 
 
@@ -63,7 +63,7 @@ def step_end(state: LoopState) -> Callable[..., StepEnd]:
 
 @pytest.fixture
 def evsys_bus(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process and in tmp_path: exit code, stdout, stderr."""
+    """Run the command line in this process, in tmp_path; returns exit code, stdout and stderr."""
 
     def command(*arguments: object) -> tuple[int, str, str]:
         with contextlib.chdir(tmp_path):
@@ -78,7 +78,7 @@ Program = subprocess.Popen[str]
 
 @pytest.fixture
 def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
-    """Start a Python program of its own; what still runs at the end of the test is killed."""
+    """Start Python programs in separate processes; those still running at the end of the test are killed."""
     started: list[Program] = []
 
     def start(source: str, *args: str, **environment: str) -> Program:
@@ -104,7 +104,7 @@ def program(tmp_path: Path) -> Iterator[Callable[..., Program]]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> Iterator[None]:
-    """What a test printed or logged may hold anything; between the workers only text that can be encoded travels."""
+    """Escape what a test printed or logged: only text that can be encoded can be sent between the workers."""
     del item, call
     report = yield
     report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
@@ -113,7 +113,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real S3 server: the `S3Server` of tests/support/s3_server.py. Any: it is imported only where it can run."""
+    """Run a real S3 server, the `S3Server` of tests/support/s3_server.py; imported only where it can run."""
     if not os.environ.get("CI"):
         pytest.importorskip("swift")
         pytest.importorskip("aiobotocore")
@@ -127,7 +127,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def s3_bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
-    """A bucket of its own on that server: its name, and the params that lead an adapter there. Any: params."""
+    """Create a bucket on the S3 server; returns its name and the params with which an adapter uses it."""
     import botocore.config
     import botocore.session
 

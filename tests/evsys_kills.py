@@ -3,12 +3,12 @@
 
 usage: uv run python tests/evsys_kills.py --kills 100
 
-An experiment of two arms with two seeds, with in-loop and final benchmarks, predictions and checkpoints, is ended by
-SIGKILL at random moments: the trainer, its courier, both, or the courier while it lingers. Now and then the server
-answers 500, cuts a connection, loses a reply after it has acted, or is itself killed and comes back. The next life
-resumes. When the experiment has come to its end `evsys-bus sync` delivers the rest, and then: one experiment, one group
-an arm, one run a run, each eval once with each prediction once, each checkpoint once, and every metric of the journal,
-value by value. The seed repeats the choices, not the moments.
+An experiment of two arms with two seeds, with in-loop and final benchmarks, predictions and checkpoints, is killed by
+SIGKILL at random moments: the trainer, its courier, both, or the courier in its grace period. Now and then the server
+responds 500, cuts a connection, drops the response to an executed request, or is itself killed and restarted. The next
+life resumes. When the experiment has ended, `evsys-bus sync` delivers the rest. Then the server must have one
+experiment, one group per arm, one run per run, each eval once with each prediction once, each checkpoint once, and
+every metric of the journal, value by value. The seed repeats the choices, not the moments.
 """
 
 import argparse
@@ -48,12 +48,12 @@ CONFIG = {
 }
 
 
-class Fault(Exception):  # noqa: N818 - the word for it here
-    """Something is not at the server as it should be."""
+class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+    """Raised when the server's data is not as it should be."""
 
 
 class Model:
-    """One number that grows by the rate at each step."""
+    """A backend with one number, which grows by the rate at each step."""
 
     def __init__(self, rate: float, folder: Path) -> None:
         self.value, self.rate, self.folder = 0.0, rate, folder
@@ -85,7 +85,7 @@ class Batches:
 
 
 class Tasks:
-    """A benchmark, with an id at the server or without one."""
+    """A benchmark, with or without an id at the server."""
 
     every = EVAL_EVERY
 
@@ -114,7 +114,7 @@ def recipe(params: dict[str, float], run: object) -> RunParts:
 
 
 def train(directory: Path) -> int:
-    """One life."""
+    """Run one life of the trainer."""
     callbacks = build_callbacks([{"kind": "evsys_logger", "params": {"timeout_seconds": 5}}])
     folder = directory / "killed"
     experiment = Experiment(CONFIG, recipe=recipe, callbacks=callbacks, output_dir=folder, resume=True)
@@ -122,7 +122,7 @@ def train(directory: Path) -> int:
 
 
 class Weather:
-    """What goes wrong at the server."""
+    """Injects faults into the server."""
 
     def __init__(self, server: object, chance: random.Random) -> None:
         self.server, self.chance, self.counts = server, chance, collections.Counter()
@@ -161,7 +161,7 @@ class Weather:
 
 
 class Scene:
-    """One directory and one server, from life to life."""
+    """One directory and one server, through all lives of the trainer."""
 
     def __init__(self, directory: Path, server: object, chance: random.Random) -> None:
         self.directory, self.server, self.chance = directory, server, chance
@@ -171,7 +171,7 @@ class Scene:
         self.environment = os.environ | {"EVSYS_API_URL": server.url, "EVSYS_API_KEY": key, "EVSYS_OFFLINE": ""}
 
     def live(self, victim: str | None) -> bool:
-        """A life; whether it came to its end by itself."""
+        """Run one life; returns whether it ended by itself."""
         trainer = subprocess.Popen(
             [sys.executable, __file__, "--train", str(self.directory)], env=self.environment, stderr=subprocess.PIPE
         )
@@ -217,7 +217,7 @@ class Scene:
                     self.couriers += 1
 
     def sync(self) -> None:
-        """Deliver the rest, as a person would who waits for couriers that linger."""
+        """Deliver the rest; retries while couriers are still in their grace period."""
         command = [EVSYS_BUS, "sync", str(self.journal)]
         until = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -229,7 +229,7 @@ class Scene:
             time.sleep(0.2)
 
     def inspect(self) -> tuple[int, int]:
-        """How many points and evals there are, each as in the journal; a `Fault` otherwise."""
+        """Return how many points and evals there are; raises `Fault` if they differ from the journal."""
         tables, server = self.server.tables, self.server
         _same("experiments", ["killed"], [row["experiment_name"] for row in tables["experiments"].values()])
         _same("groups", ["high", "low"], sorted(row["name"] for row in tables["groups"].values()))
@@ -252,7 +252,7 @@ class Scene:
         return len(points), len(evals)
 
     def _recorded_events(self) -> tuple[dict[object, float], dict[object, int], set[object]]:
-        """What the journal says: points, how many benchmarks of a kind there are at a step, checkpoints."""
+        """Return what is in the journal: points, the number of evals by run, benchmark and step, checkpoints."""
         reader = JournalReader(self.journal)
         points, scored, saved, ended = {}, collections.defaultdict(set), set(), False
         for stream in reader.streams():
@@ -263,7 +263,7 @@ class Scene:
                     points |= {
                         (run, "train", event.step_idx, key): float(value)
                         for key, value in event.metrics.items()
-                        if not key.endswith("_seconds")  # another one each time that the step is run
+                        if not key.endswith("_seconds")  # differs each time the step is run
                     }
                 elif isinstance(event, Eval):
                     points |= {
@@ -275,7 +275,7 @@ class Scene:
                     saved.add((run, event.row.name, event.row.batch))
                 ended = ended or isinstance(event, ExperimentEnd)
         if not ended:
-            raise Fault("the experiment has not come to its end")
+            raise Fault("the experiment has not ended")
         return points, {key: len(names) for key, names in scored.items()}, saved
 
 
@@ -291,7 +291,7 @@ def _same(what: str, wanted: object, found: object) -> None:
 
 
 def kill(number: int, *, seed: int, folder: Path, tell=lambda _: None) -> collections.Counter:
-    """So many ends by SIGKILL; what there was in all."""
+    """Kill ``number`` times; returns the totals."""
     from support.evsys_server import EvsysServer
 
     chance, counts, turn = random.Random(seed), collections.Counter(), 0
@@ -322,7 +322,7 @@ def kill(number: int, *, seed: int, folder: Path, tell=lambda _: None) -> collec
 
 
 def main() -> int:
-    """The long form."""
+    """Run the long form of the test."""
     parser = argparse.ArgumentParser(description="Kill a trainer and its courier over and over; see the file.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)

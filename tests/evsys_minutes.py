@@ -1,9 +1,10 @@
-"""EvSys' API in trouble for a minute: killed, hanging, refusing, cutting, losing replies; and what has arrived then.
+"""Faults of EvSys' API for a minute each: killed, hanging, refusing, cutting connections, losing responses.
 
 usage: uv run python tests/evsys_minutes.py [--seconds 60]
 
-All troubles at once, each with a server and a program of its own, which trains while the trouble lasts and then ends;
-`evsys-bus sync` finishes what is pending. The long form of tests/adapters/test_evsys_troubles.py.
+All faults run at once, each with its own server and program, which trains during the fault and then ends; then
+`evsys-bus sync` delivers what is pending, and everything must have arrived once. The long form of
+tests/adapters/test_evsys_troubles.py.
 """
 
 import argparse
@@ -33,7 +34,7 @@ TROUBLES = [*ANSWERS, "answers 401", "is killed", "loses replies", "none"]
 
 
 def train(folder, url):
-    """The program: an experiment, and how long a publish took it."""
+    """Publish an experiment and print the median microseconds of a publish."""
     from evsys_bus import EventBus, build_callbacks
 
     os.environ |= {"EVSYS_API_URL": url, "EVSYS_API_KEY": evsys.KEY}
@@ -54,7 +55,7 @@ def train(folder, url):
 
 
 def trouble(name, seconds, folder, results):
-    """One trouble, from before the program begins; then healed, and synced until nothing is pending."""
+    """Run one fault, starting before the program; then end the fault and sync until nothing is pending."""
     with evsys.EvsysServer() as server:
         url, until = server.url, time.monotonic() + seconds
         if name in ANSWERS:
@@ -93,7 +94,7 @@ def trouble(name, seconds, folder, results):
 
 
 def main():
-    """Say what became of each; the exit code is the number that went wrong."""
+    """Print the result of each fault; the exit code is the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--train", nargs=2)
@@ -114,11 +115,9 @@ def main():
         for thread in threads:
             thread.join()
     for name in TROUBLES:
-        print(f"the server {name}: {results.get(name, 'WRONG: it ended half-way')}")
+        print(f"the server {name}: {results.get(name, 'WRONG: it ended early')}")
     wrong = sum(not results.get(name, "").startswith("all there") for name in TROUBLES)
-    print(
-        f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of trouble each"
-    )
+    print(f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of faults each")
     return wrong
 
 

@@ -2,14 +2,14 @@
 
     uv run python tests/interrupts.py --count 5000 [--seed 1]
 
-Each child process has one form of entering and its own journals; a timer of the system interrupts it between any two
-instructions. After each bus is checked: what was acknowledged is in the journal once, and nothing else is held or left
-behind: locks, threads, signal handlers, a later KeyboardInterrupt. After some buses the CSV file of the follower must
-have every row once. The seed fixes the moments as far as real processes can.
+Each child process has one form of entering a bus and its own journals; a system timer interrupts it between any two
+instructions. After each bus, everything acknowledged must be in the journal once, and nothing may be left behind: no
+lock, thread or signal handler, and no later KeyboardInterrupt. After some buses, the CSV file of an adapter must have
+every row once. The seed determines the moments as far as that is possible with real processes.
 
-An interrupt may tear asyncio itself, without any bus: a loop that had taken a task's next step out of its queue never
-makes it, and ``Runner.close`` waits for that task for ever. Such a runner gets the third Ctrl-C that a person would
-give; they are counted. What hangs otherwise is a fault: the child is ended, and another one goes on with its journal.
+An interrupt may break asyncio itself, even without a bus: a loop that had taken a task's next step from its queue never
+runs it, and ``Runner.close`` waits for that task forever. Such a runner gets a third Ctrl-C, as a person would do, and
+is counted. Any other hang is a failure: the child is ended, and another one continues with its journal.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from evsys_bus.journal import JournalReader, layout
 FORMS = ("with", "with in asyncio", "with in uvloop", "async with asyncio", "async with uvloop")
 HANG_SECONDS = 30
 LOST_SECONDS = 2
-"""How long a loop must sit still, with a task that nothing will ever wake, to be known as torn."""
+"""How long a loop must wait, with a task that nothing will ever wake, to count as broken."""
 MOST_WRONG = 20
 BUSES_A_JOURNAL = 10
 EVENTS_A_BUS = 200
@@ -48,7 +48,7 @@ COUNTERS = ("phases", "lines", "raised")
 
 
 class Program:
-    """One child: enters and leaves buses, and notes what went wrong."""
+    """One child: enters and leaves buses, and records what went wrong."""
 
     def __init__(self, form: str, seed: int, folder: Path) -> None:
         self.form, self.folder = form, folder
@@ -71,7 +71,7 @@ class Program:
         threading.Thread(target=self._watch, daemon=True).start()
         self.threads = set(threading.enumerate())
         signal.signal(signal.SIGALRM, self._strike)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 
     # -- the interrupts -----------------------------------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ class Program:
         signal.raise_signal(signal.SIGINT)
 
     def arm(self, longest: float) -> None:
-        """Two of five while it publishes, and two of five before the exit, which takes longest; half of them twice."""
+        """Schedule an interrupt: 40 % in the body, 40 % before the exit, 20 % at any time; half of them twice."""
         self.second_after = self.random.uniform(1e-5, 0.01) if self.random.random() < 0.5 else None
         where = self.random.random()
         self.waits_for_body = where < 0.4
@@ -100,7 +100,7 @@ class Program:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def _watch(self) -> None:
-        """What a person before the terminal would do."""
+        """Interrupt a stuck runner again, as a person would, and end a child that hangs."""
         still = 0
         while True:
             time.sleep(0.1)
@@ -120,10 +120,10 @@ class Program:
         try:
             return [] if loop is None else list(asyncio.all_tasks(loop))
         except RuntimeError:
-            return []  # it changes meanwhile
+            return []  # the set of tasks changed during the iteration
 
     def _is_torn(self) -> bool:
-        """Whether the loop sits still over a task whose next step is in nobody's queue."""
+        """Return whether the loop waits for a task whose next step is not scheduled anywhere."""
         frame = sys._current_frames().get(threading.main_thread().ident)
         names = set()
         while frame is not None:
@@ -151,7 +151,7 @@ class Program:
         specs = [{"kind": "csv_metrics", "params": {"out_path": str(out)}, "placement": "follow"}]
         followed = build_callbacks(specs)
         bus = EventBus([Hooks(), *followed], journal=journal, couriers=couriers, drain_timeout=5, linger_seconds=5)
-        return bus  # the hook needs its name
+        return bus  # named, because the hook refers to it
 
     def publish(self, bus: EventBus, state: LoopState) -> None:
         self.step += 1
@@ -201,7 +201,7 @@ class Program:
             runner.run(main(bus, state))
 
     def one(self, journal: Path, out: Path, longest: float | None, couriers: str) -> float:
-        """One bus, interrupted unless there is no ``longest``; how long it took."""
+        """Run one bus, interrupted unless ``longest`` is None; returns how long it took."""
         self.journal, self.out = journal, out
         state = LoopState(self.step, 10**9, journal.parent / "run")
         bus = self.bus(journal, out, couriers)
@@ -218,15 +218,15 @@ class Program:
             self.disarm()
             raised = type(error).__name__
             if longest is None:
-                self.wrong.append(f"raised {error!r} where nobody interrupted")
+                self.wrong.append(f"raised {error!r} without an interrupt")
         took = time.monotonic() - began
         if self.interrupts > before:
-            # Python itself drops what a finalizer or a callback of a weak reference raises.
+            # Python ignores exceptions of finalizers and weak reference callbacks.
             raised = "nothing; Python ignored it" if raised == "nothing" and self.ignored else raised
             self.raised[raised] += 1
             if raised == "nothing":
                 self.wrong.append(f"an interrupt was swallowed; interrupted at {self.struck}")
-        for _ in range(3):  # what a later instruction would raise
+        for _ in range(3):  # gives a late exception the chance to be raised here
             time.sleep(0)
         if took > HANG_SECONDS / 2:
             self.wrong.append(f"took {took:.1f} s; interrupted at {self.struck}")
@@ -238,8 +238,8 @@ class Program:
 
     def check(self, bus: EventBus, journal: Path) -> None:
         if bus.health().state == "open" or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            # The interrupt came before the first instruction of the exit, or behind the last but one; or it tore the
-            # loop. The end of the program does this then.
+            # The interrupt came before the first instruction of the exit or at its very end, or it broke the loop. A
+            # program would leave the bus at its end, as here.
             self.not_left += 1
             bus.__exit__(None, None, None)
         until = time.monotonic() + 5
@@ -257,7 +257,7 @@ class Program:
                 self.wrong.append(f"{stream} is locked")
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             self.wrong.append("the handler of SIGTERM is not what it was")
-        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the interrupt tore `asyncio.Runner`
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # the interrupt broke `asyncio.Runner`
             self.torn_runners += 1
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -265,7 +265,7 @@ class Program:
         return [each.name for each in threading.enumerate() if each not in self.threads and each.is_alive()]
 
     def check_journal(self, journal: Path, out: Path) -> None:
-        """All that was acknowledged is there once, and delivered once."""
+        """Check that everything acknowledged was recorded once and delivered once."""
         reader = JournalReader(journal)
         found: collections.Counter[tuple[str, int]] = collections.Counter()
         for stream in reader.streams():
@@ -298,7 +298,7 @@ class Program:
         while self.interrupts < count and len(self.wrong) < MOST_WRONG:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             journal, out = folder / "journal", folder / "m.csv"
-            # The first tells how long one takes, the last delivers what is left; both find what came up too late.
+            # The first measures how long a bus takes, the last delivers the rest; both detect late exceptions.
             longest = 1.1 * self.one(journal, out, None, "thread")
             couriers = "process" if self.random.random() < 0.02 else "thread"
             for _ in range(2 if couriers == "process" else BUSES_A_JOURNAL):
@@ -309,7 +309,7 @@ class Program:
 
 
 def where(frame) -> tuple[str, str]:
-    """The phase of a bus that the frame belongs to, and the innermost line of ours."""
+    """Return the phase of the bus that the frame belongs to, and the innermost line of evsys_bus."""
     phase, line = "", ""
     while frame is not None:
         file, name = frame.f_code.co_filename, frame.f_code.co_name
@@ -341,7 +341,7 @@ def child(form: str, count: int, seed: int, folder: Path) -> None:
 
 
 def after(given: list[str]) -> None:
-    """What a child has left that hung: what it had acknowledged is there, and can be delivered."""
+    """Check the journal of a child that hung: everything acknowledged is there and can be delivered."""
     logging.disable(logging.CRITICAL)
     journal, out, acknowledged = json.loads(given[0])
     program = Program("with", 0, Path(journal).parent)
@@ -352,7 +352,7 @@ def after(given: list[str]) -> None:
 
 
 def interrupt(count: int, seed: int, a_child: int = 250) -> dict[str, dict]:
-    """Interrupt so often, shared by the forms; what came of it, by form."""
+    """Interrupt ``count`` times, divided among the forms; returns the results by form."""
     with ThreadPoolExecutor(2) as pool:
         totals = pool.map(lambda form: _interrupt(form, -(-count // len(FORMS)), seed, a_child), FORMS)
         return dict(zip(FORMS, totals, strict=True))
@@ -379,7 +379,7 @@ def _interrupt(form: str, share: int, seed: int, a_child: int) -> dict:
 
 
 def _run(*arguments: str) -> dict:
-    """One process of this script; what it reports."""
+    """Run this script in a process; returns its report."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=900, check=False
     )

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""Kill a training process over and over, and look for what it had been promised was on record.
+"""Kill a training process over and over, and check that everything it had published is in the journal.
 
 usage: uv run python tests/kills.py --kills 200 --receipts 5000000
 
-A training process (`TrainingLoop` on a bus with a journal) writes the sequence of each event into shared memory once
-`publish` has returned: its receipt. It is ended by SIGKILL at a random moment and started again, with ``resume``, in
-the same directory. After every kill each receipt must be in the journal, the sequences without a gap, the steps in
-order, and `verify` clean but for torn tails. Of ten lives one trains at 5 steps a second, one at 1,000, one is killed
-while it starts, and seven train as fast as they can. After ten kills the directory's last life is ended by SIGTERM, and
-another directory is begun. The seed repeats the choices, not the moments.
+A training process (`TrainingLoop` on a bus with a journal) writes the sequence of each event to shared memory once
+`publish` has returned: its receipt. It is killed by SIGKILL at a random moment and restarted, with ``resume``, in the
+same directory. After every kill each receipt must be in the journal, the sequences must have no gap, the steps must be
+in order, and `verify` may report nothing but torn tails. Of ten lives, one trains at 5 steps a second, one at 1,000,
+one is killed during its start, and seven train as fast as they can. After ten kills the last life of the directory is
+ended by SIGTERM, and a new directory is used. The seed repeats the choices, not the moments.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from evsys_bus.journal import JournalReader, JournalWriter, verify
 
 KILLS_EACH = 10
 PACES = {0: 5, 1: 1_000}
-"""Steps a second, by the kill's number modulo 10; the others do not wait."""
+"""Steps per second, by the number of the kill modulo 10; the others do not wait."""
 STARTING = 2
-"""The kill's number modulo 10 that comes while the process starts."""
+"""The number of the kill, modulo 10, that happens while the process starts."""
 SAVE_EVERY = 2_000
 SEGMENT_BYTES = (1 << 18, 1 << 22, 1 << 26)
 FIRST, LAST = 0, 1
-"""Places in the shared memory: the sequence that a life begins with, and its last receipt."""
+"""Indices in the shared memory: the first sequence of a life, and its last receipt."""
 PATIENCE_SECONDS = 60.0
 
 
@@ -45,7 +45,7 @@ PATIENCE_SECONDS = 60.0
 
 
 class Line:
-    """A straight line that is fitted to points by gradient descent: a backend whose steps take next to no time."""
+    """A backend that fits a line to points by gradient descent, with very short steps."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -64,7 +64,7 @@ class Line:
 
     async def save_state(self, name):
         self.directory.mkdir(exist_ok=True)
-        path = self.directory / "state.json"  # one file, or a long run leaves thousands
+        path = self.directory / "state.json"  # one file, because a long run would leave thousands
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps({"name": name, "weights": self.weights}))
         beside.replace(path)
@@ -73,11 +73,11 @@ class Line:
     save_weights_for_sampler = save_state
 
     async def load_state(self, path):
-        self.weights = json.loads(Path(path).read_text())["weights"]  # noqa: ASYNC240 - it has nothing else to do
+        self.weights = json.loads(Path(path).read_text())["weights"]  # noqa: ASYNC240 - nothing else runs on the loop
 
 
 class Points:
-    """The points; ``pace`` a second, or as many as are asked for."""
+    """The points: ``pace`` per second, or without waiting if it is 0."""
 
     def __init__(self, pace: int) -> None:
         self.pace = pace
@@ -90,7 +90,7 @@ class Points:
 
 
 class Receipts:
-    """A bus that tells the shared memory what it has published."""
+    """A bus that writes the sequence of each published event to shared memory."""
 
     def __init__(self, bus: EventBus, writer: JournalWriter, shared: memoryview) -> None:
         self.bus, self.writer, self.shared = bus, writer, shared
@@ -123,7 +123,7 @@ async def train(directory: Path, shared: memoryview, pace: int, segment_bytes: i
 
 
 class Tally:
-    """What came of it so far."""
+    """The totals so far."""
 
     def __init__(self) -> None:
         self.kills = self.receipts = self.records = self.lost = self.torn = self.unborn = 0
@@ -132,8 +132,8 @@ class Tally:
         return f"kills {self.kills} receipts {self.receipts:,} lost {self.lost}"
 
 
-class Fault(Exception):  # noqa: N818 - the word for it here and in the journal
-    """The journal is not what it was promised to be."""
+class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+    """Raised when the journal does not keep its promises."""
 
 
 class Life:
@@ -155,14 +155,14 @@ class Life:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
                 said = self.process.communicate()[1].decode()
-                raise Fault(f"the training ended by itself, or stood still, at {now} receipts: {said}")
+                raise Fault(f"the training ended by itself, or made no progress, at {now} receipts: {said}")
             time.sleep(0.0005)
 
     def end(self, by: signal.Signals) -> None:
         self.process.send_signal(by)
         said = self.process.communicate(timeout=PATIENCE_SECONDS)[1].decode()
         if self.process.returncode != -by:
-            raise Fault(f"it was to end by {by.name} and ended with {self.process.returncode}: {said}")
+            raise Fault(f"it should have ended by {by.name} and ended with {self.process.returncode}: {said}")
 
     @property
     def first(self) -> int:
@@ -184,7 +184,7 @@ class _Seen(msgspec.Struct):
 
 
 class Inspector:
-    """Follows the one stream of a directory from kill to kill, reading each record once."""
+    """Reads the one stream of a directory from kill to kill, each record once."""
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
@@ -193,9 +193,9 @@ class Inspector:
         self._decode = msgspec.msgpack.Decoder(_Seen).decode
 
     def look(self, life: Life, *, by: signal.Signals) -> tuple[int, int]:
-        """How many records came since the last look, and how many receipts have none; a `Fault` for all else."""
+        """Return how many records are new, and how many receipts lack a record; raises `Fault` for other errors."""
         streams = JournalReader(self.journal).streams()
-        _insist(len(streams) <= 1, f"a life did not go on in the stream of the one before: {streams}")
+        _insist(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
         if not streams:
             return 0, life.receipts
         self.tail = self.tail or JournalReader(self.journal).tail(streams[0])
@@ -208,7 +208,7 @@ class Inspector:
             if seen.event.type == "step_end":
                 step = _followed(step, seen.event.step_idx)
         _insist(
-            records - kept <= 1, f"{records - kept} records have no receipt, where only one can have been on its way"
+            records - kept <= 1, f"{records - kept} records have no receipt, where only one can have been in progress"
         )
         self._verify(by, wrote=records > 0)
         return records, life.receipts - kept
@@ -217,15 +217,15 @@ class Inspector:
         tail = self.tail
         [report] = verify(self.journal).streams
         sound = not (tail.missing or tail.damaged_bytes or tail.unreadable) and (report.last or 0) == tail.last
-        _insist(sound and report.whole and not report.live, f"missing {tail.missing}; verify says {report}")
-        _insist(not wrote or report.closed == (by == signal.SIGTERM), f"ended by {by.name}; verify says {report}")
+        _insist(sound and report.whole and not report.live, f"missing {tail.missing}; verify reports {report}")
+        _insist(not wrote or report.closed == (by == signal.SIGTERM), f"ended by {by.name}; verify reports {report}")
         self.torn_bytes = report.torn_bytes
 
 
 def _followed(before: int | None, step: int) -> int:
-    """The step, if it comes behind the one before, or behind a checkpoint where it is the first of a life."""
+    """Return the step if it follows the previous one or, as the first of a life, a checkpoint."""
     _insist(before is None or step == before + 1, f"step {step} follows step {before}")
-    _insist(before is not None or step % SAVE_EVERY == 0, f"it went on at step {step}, which is behind no checkpoint")
+    _insist(before is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
     return step
 
 
@@ -237,7 +237,7 @@ def _insist(fine: bool, why: str) -> None:
 def one_directory(
     directory: Path, numbers: range, *, each: int, in_peace_at: int, chance: random.Random, tally: Tally, tell
 ) -> None:
-    """Kill it once for each number, then end it in peace, once there are so many receipts in all."""
+    """Kill it once for each number, then end it by SIGTERM once there are ``in_peace_at`` receipts in total."""
     directory.mkdir()
     inspector = Inspector(directory / "journal")
     for number in (*numbers, None):
@@ -264,12 +264,12 @@ def one_directory(
 
 
 def kill(kills: int, receipts: int, *, seed: int, folder: Path, tell=lambda _: None) -> Tally:
-    """So many kills, and at least so many receipts. Raises: Fault."""
+    """Kill ``kills`` times, with at least ``receipts`` receipts in total; raises `Fault`."""
     chance = random.Random(seed)
     tally = Tally()
     while tally.kills < kills:
         left = kills - tally.kills
-        # Of ten lives seven carry the volume.
+        # Seven of ten lives publish most of the events.
         each = max(round((receipts - tally.receipts) / left / 0.7), 10)
         directory = folder / f"from-{tally.kills:05d}"
         numbers = range(tally.kills, tally.kills + min(KILLS_EACH, left))
@@ -295,7 +295,7 @@ def main() -> int:
             asked.kills, asked.receipts, seed=asked.seed, folder=folder, tell=lambda text: print(text, flush=True)
         )
     except Fault as fault:
-        print(f"journals kept in {folder}: {fault}", file=sys.stderr)
+        print(f"journals are in {folder}: {fault}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
     print(f"{time.monotonic() - began:.0f} s")

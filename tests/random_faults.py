@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""A random mix of all faults of delivery, on virtual time and a simulated machine; the seed replays it.
+"""A random mix of all delivery faults, on virtual time and a simulated machine; a seed replays the same run.
 
 usage: uv run python tests/random_faults.py --seeds 1000
 
-Programs of several ranks publish, end, are killed and go on; couriers start, are stopped, are killed in the middle of a
-write, and are started twice; disks fail, fill up and come back; the machine loses its power; destinations are away,
-refuse, take a part, never return, ignore their cancellation, or keep a batch and say that they did not. Then the dust
-settles, and: every event on record is delivered, or a dead letter, to every adapter that it is for; the accounts agree
-with the journal; the order of each stream was kept; what is rewindable has each event exactly once. Time is that of an
-event loop which jumps to its next timer, so hours of outages cost nothing, and the same seed does the same again.
-This is about destinations; the lives of a run, and the files of its followers, are tried by `simulation.py`.
+Programs of several ranks publish, end, are killed and continue; couriers start, are stopped, are killed in the middle
+of a write, and are started twice; disks fail, fill up and recover; the machine loses power; destinations are
+unavailable, refuse, accept a part, never return, ignore cancellation, or store a batch and report an error. Then
+everything is drained, and: every recorded event is delivered, or a dead letter, for every adapter that it is for; the
+delivery status agrees with the journal; each stream was delivered in order; rewindable adapters have each event exactly
+once. The event loop jumps to its next timer, so hours of outages take no time, and the same seed does the same again.
+This tests destinations; `simulation.py` tests the lives of a run and the files of adapters.
 """
 
 import argparse
@@ -66,15 +66,15 @@ JOURNAL = "/journal"
 ROWS = "/rows"
 CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE)
 SPARED = (".lock',)",)
-"""Arguments of calls that do not fail. Without its lock a courier delivers all the same, and so may another one: that
-is not what is tried here."""
+"""Arguments of calls that never fail. A courier that cannot lock delivers all the same, and so may another one, which
+is not tested here."""
 AT_FAULT = (KeyError, RuntimeError, MemoryError, BatchTooLargeError)
-"""What ends a courier, where it is raised by the opening of its adapter."""
+"""Errors that end a courier if its adapter raises them when it is opened."""
 SETTLE_SECONDS = 100_000.0
 
 
-class Fault(Exception):  # noqa: N818 - the word for it here
-    """Something was not as it was promised."""
+class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+    """Raised when a promise was not kept."""
 
 
 def _insist(fine, why):
@@ -83,7 +83,7 @@ def _insist(fine, why):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Jumps to its next timer instead of waiting for it."""
+    """An event loop that jumps to its next timer instead of waiting."""
 
     def __init__(self, clock):
         super().__init__(_Jumping(clock))
@@ -105,9 +105,9 @@ class _Jumping(selectors.DefaultSelector):
 
 
 class Process:
-    """A process on the machine: its calls fail, or are its last ones; when it is killed its files are closed.
+    """A process on the machine: its calls may fail or kill it, which closes its files.
 
-    It is a `Disk`, for those who work in it.
+    It is the `Disk` of the code that runs in it.
     """
 
     def __init__(self, disk, chance, *, failing=0.0, dying=0.0):
@@ -128,7 +128,7 @@ class Process:
 
     def _call(self, name, *args):
         if not self.alive:
-            if name == "close":  # the system did that
+            if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
         if self._chance.random() < self._dying:
@@ -156,18 +156,18 @@ class Process:
         try:
             getattr(self._disk, name)(*args)
         except (OSError, MachineStopped):
-            pass  # the process is at its end
+            pass  # the process is being killed
 
 
 # -- destinations -----------------------------------------------------------------------------------------------------
 
 
 class LostReplyError(OSError):
-    """The destination has the batch, and the reply was lost."""
+    """The destination has stored the batch, but its response was lost."""
 
 
 def outcomes(chance, share):
-    """What calls of a sink come to, without end."""
+    """Yield the outcomes of calls of a sink, without end."""
     faults = (
         *(lambda: RetryLaterError("busy"), lambda: RetryLaterError("429", after_seconds=chance.choice((5, math.nan)))),
         *(ConnectionRefusedError, TimeoutError, LostReplyError, KeyError, MemoryError),
@@ -181,7 +181,7 @@ def outcomes(chance, share):
 
 
 class Destination(FailingSink):
-    """Keeps what it takes in a place that outlives its process, with the number of the life it came in."""
+    """A sink whose data survives its process; stores events with the number of the life that delivered them."""
 
     write_timeout_seconds = 5.0
 
@@ -215,12 +215,13 @@ class Destination(FailingSink):
 
 
 class Rows(Destination):
-    """Writes a row for each event into a file, and can be rewound."""
+    """A rewindable sink that writes a row per event to a file."""
 
     def __init__(self, scene, post, process, share):
         super().__init__(scene, post, process, share)
         self._plan = (each for each in outcomes(post.chance, share) if not isinstance(each, LostReplyError))
-        self._plan = (None if each == "deaf" else each for each in self._plan)  # nobody can rewind what goes on alone
+        # A write that continues after its cancellation cannot be rewound.
+        self._plan = (None if each == "deaf" else each for each in self._plan)
         self.file = RowFile(process, f"{ROWS}/{post.name}")
 
     async def open(self):
@@ -238,7 +239,7 @@ class Rows(Destination):
 
 
 class Hooks(FailingCallback):
-    """A followed callback; which of its calls raise is chance."""
+    """A callback delivered to by a courier, whose calls raise at random."""
 
     def __init__(self, scene, post, process, share):
         errors = (KeyError("no"), OSError("no"), RuntimeError("no"))
@@ -260,7 +261,7 @@ class Hooks(FailingCallback):
 
 
 class HookRows(Hooks):
-    """A followed callback that writes a row for each step, and can be rewound."""
+    """A rewindable callback that writes a row per step to a file."""
 
     def __init__(self, scene, post, process, share):
         super().__init__(scene, post, process, share)
@@ -281,7 +282,7 @@ class HookRows(Hooks):
 
 
 class RowFile:
-    """Rows on the simulated disk; a batch is in it whole, or not at all once it is next looked at."""
+    """A file of rows on the simulated disk; an incomplete batch is removed before the next access."""
 
     def __init__(self, disk, path):
         self.disk, self.path, self.file, self.whole = disk, path, None, 0
@@ -309,11 +310,11 @@ class RowFile:
             self.disk.truncate(self.file, self.whole)
 
 
-# -- who lives on the machine -----------------------------------------------------------------------------------------
+# -- programs and couriers --------------------------------------------------------------------------------------------
 
 
 class Publisher:
-    """The program of one rank, from life to life."""
+    """The program of one rank, through all its lives."""
 
     def __init__(self, scene, rank):
         self.scene, self.rank = scene, rank
@@ -365,7 +366,7 @@ class Publisher:
         self._append(RunEnd(self.state.ctx, RunResult(), ArmResult("arm")), "append_end")
 
     def close(self):
-        self.process._dying = 0.0  # its last rounds are made by a thread, which must not be what dies
+        self.process._dying = 0.0  # the last maintenance runs on a thread, which must not be killed
         self.writer.close()
         self.process.kill()
         self.writer = None
@@ -385,14 +386,14 @@ class Publisher:
 
 
 class Post:
-    """One adapter, and its couriers from life to life."""
+    """One adapter, and its couriers through all their lives."""
 
     def __init__(self, scene, name, kind, terms):
         self.scene, self.name, self.kind, self.terms = scene, name, kind, terms
         self.chance = Random(f"{scene.seed} {name}")
         self.lives = 0
         self.got = []
-        """Life, stream and sequence of what reached a destination that outlives its process."""
+        """Life, stream and sequence of what reached a destination that survives its process."""
         self.task = self.courier = self.process = self.adapter = None
 
     def start(self, *, fine=False):
@@ -412,7 +413,7 @@ class Post:
         return Courier(JOURNAL, self.name, adapter, self.terms, **options)
 
     async def refuse_another(self):
-        """While this one delivers, nobody else does."""
+        """Check that no other courier can deliver while this one does."""
         disk = self.scene.disk
         process = Process(disk, self.chance)
         adapter = self.kind(self.scene, self, process, 0.0)
@@ -432,7 +433,7 @@ class Post:
             await self.end()
 
     async def end(self):
-        """Wait for it; what it may end with is known."""
+        """Wait for the courier, and check that it ended without an unexpected error."""
         await asyncio.wait([self.task])
         error = None if self.task.cancelled() else self.task.exception()
         known = (MachineStopped, OSError, *AT_FAULT)
@@ -444,7 +445,7 @@ class Post:
 
 
 class Scene:
-    """One machine, and all that happens on it."""
+    """One machine, and everything that runs on it."""
 
     def __init__(self, seed):
         self.seed = seed
@@ -455,11 +456,11 @@ class Scene:
         self.weather = 0.0
         self.number = 0
         self.numbers = {}
-        """What the steps are numbered by -> stream and sequence."""
+        """Number of a step -> its stream and sequence."""
         self.on_record = {}
-        """Stream and sequence of each event that was ever seen on record -> whether it is a step."""
+        """Stream and sequence of each event that was ever seen in the journal -> whether it is a step."""
         self.lost = set()
-        """Of those: what a power cut took."""
+        """Those of them that a power cut removed."""
         self.power_cuts = 0
         self.told = blake2b()
         self.publishers = [Publisher(self, rank) for rank in range(chance.randint(1, 3))]
@@ -475,11 +476,11 @@ class Scene:
         return chance.choice((0.0, 0.0, 0.01, 0.1)) * self.weather
 
     def tell(self, *what):
-        """Note it, with the time; a replay must tell the same."""
+        """Add to the trace, with the time; a replay must give the same trace."""
         self.told.update(f"{self.clock.monotonic():.6f} {what}\n".encode())
 
     async def play(self):
-        """All acts, and the end."""
+        """Run all actions, then drain and check."""
         enlist(JOURNAL, [Followed(post.name, terms=post.terms) for post in self.posts], self.disk)
         acts = (
             *[self.publish] * 8,
@@ -559,7 +560,7 @@ class Scene:
                     publisher.kill()
 
     async def cut_power(self):
-        """In the middle of whatever call that is."""
+        """Cut the power in the middle of a random call."""
         self.look()
         self.disk.stop(self.disk.calls + self.chance.randint(1, 100), self.chance.random())
         await asyncio.sleep(self.chance.choice((0.1, 1.0)))
@@ -573,12 +574,12 @@ class Scene:
         self.disk.restart("power", keep=self.chance.choice((0.0, 0.5, 1.0)))
         self.lost |= before.keys() - self._there().keys()
         self.power_cuts += 1
-        await asyncio.sleep(2.0)  # the names of streams hold the second
+        await asyncio.sleep(2.0)  # the names of streams contain the second
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
     async def settle(self):
-        """Everything ends, the weather is fine, and couriers finish."""
+        """Stop everything, end the faults, and let couriers deliver the rest."""
         self.weather, self.disk.room = 0.0, None
         for post in self.posts:
             await post.kill()
@@ -592,11 +593,11 @@ class Scene:
             try:
                 await asyncio.wait_for(asyncio.shield(post.task), SETTLE_SECONDS)
             except TimeoutError:
-                raise Fault(f"{post.name} stands still at {post.courier.counts}") from None
+                raise Fault(f"{post.name} makes no progress at {post.courier.counts}") from None
             await post.end()
 
     def look(self):
-        """Learn what is on record."""
+        """Update what is known to be recorded."""
         self.on_record |= self._there()
 
     def _there(self):
@@ -611,7 +612,7 @@ class Scene:
         return there
 
     def inspect(self):
-        """Raises: Fault."""
+        """Check every adapter; raises `Fault`."""
         for post in self.posts:
             ranks = post.terms.ranks
             mine = {each for each in self.on_record if ranks is None or layout.rank_of(each[0]) in ranks}
@@ -630,19 +631,19 @@ class Scene:
         reached = {each[1:] for each in got}
         must = owed - self.lost
         _insist(must <= reached | dead, f"{post.name} lacks {sorted(must - reached - dead)[:5]} of {len(must)}")
-        _insist(reached | dead <= mine, f"{post.name} has what nobody published: {sorted((reached | dead) - mine)[:5]}")
+        _insist(reached | dead <= mine, f"{post.name} has unpublished events: {sorted((reached | dead) - mine)[:5]}")
         orders = defaultdict(list)
         for life, stream, sequence in dict.fromkeys(got):
             orders[life, stream].append(sequence)
         for (life, stream), order in orders.items():
             at = next((each for each in pairwise(order) if each[0] > each[1]), None)
-            _insist(at is None, f"{post.name}, in life {life}, got {at} of {stream} in this order")
+            _insist(at is None, f"{post.name}, in life {life}, received {at} of {stream} in this order")
         (account,) = (each for each in accounts(JOURNAL, self.disk) if each.name == post.name)
         _insist(account.pending == 0 and not account.busy, f"not all was delivered: {account}")
         least, most = len(mine - self.lost), len(mine)
         right = least <= account.recorded == account.delivered + account.dead <= most
-        _insist(right, f"{account}, where {least} to {most} events are on record")
-        _insist(account.dead <= len(dead), f"{account}, and {len(dead)} letters")
+        _insist(right, f"{account}, where {least} to {most} events are recorded")
+        _insist(account.dead <= len(dead), f"{account}, and {len(dead)} dead letters")
         if type(post.adapter) is Rows:
             _insist(account.delivered == len(got), f"{account}, and {len(got)} rows")
         self.tell(post.name, account.delivered, account.dead, [(life, seq) for life, _, seq in got])
@@ -651,19 +652,19 @@ class Scene:
         path = layout.courier_file(JOURNAL, post.name, "dead.jsonl")
         if path not in self.disk.paths():
             return set()
-        whole = bytes(self.disk.contents(path)).split(b"\n")[:-1]  # behind it there may be one that a kill cut
+        whole = bytes(self.disk.contents(path)).split(b"\n")[:-1]  # a kill may have truncated the last one
         try:
             letters = [msgspec.json.decode(line, type=DeadLetter) for line in whole]
         except msgspec.DecodeError as error:
-            raise Fault(f"{post.name} has a letter that cannot be read: {error}") from error
+            raise Fault(f"{post.name} has a dead letter that cannot be read: {error}") from error
         return {(letter.stream, letter.seq) for letter in letters}
 
 
 def play(seed):
-    """One scene. Raises: Fault."""
+    """Run one seed; raises `Fault`."""
     scene = Scene(seed)
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what is retried is said, thousands of times
+    logging.disable(logging.CRITICAL)  # retries are logged, thousands of times
     try:
         with asyncio.Runner(loop_factory=lambda: VirtualLoop(scene.clock)) as runner:
             runner.run(scene.play())
@@ -673,7 +674,7 @@ def play(seed):
 
 
 def main():
-    """The long form."""
+    """Run the long form of the test."""
     parser = argparse.ArgumentParser(description="A random mix of all faults of delivery; see the file.")
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--first", type=int, default=time.time_ns() % 10**9, help="to replay: the seed that failed")

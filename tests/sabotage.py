@@ -1,9 +1,9 @@
-"""Put each breakage of sabotage.toml into a copy of the tree, and see the tests that guard the promise fail.
+"""Apply each breakage of sabotage.toml to a copy of the tree, and check that the tests of the promise fail.
 
-usage: uv run python tests/sabotage.py [WORD ...]     only breakages whose name or function holds one of the words
+usage: uv run python tests/sabotage.py [WORD ...]     only breakages whose name or function contains one of the words
 
-A breakage replaces the body of one function. The new body may call the function as it was: ``original(...)``, of a
-method without ``self``. A breakage that no test catches is a promise without a guard.
+A breakage replaces the body of one function. The new body may call the original function as ``original(...)``, without
+``self`` in a method. A breakage that no test catches is a promise without a test.
 """
 
 import ast
@@ -20,7 +20,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parent.parent
 PLACES = {"evsys_bus": ".", "evsys_adapters": "adapters"}
-"""Where each package lies."""
+"""The directory that contains each package, relative to the tree."""
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "runs", "dist")
 TIMEOUT_SECONDS = 120
 
@@ -28,19 +28,19 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def breakages() -> list[dict[str, str]]:
-    """All of them."""
+    """Return all breakages."""
     return tomllib.loads((ROOT / "tests" / "sabotage.toml").read_text(encoding="utf-8"))["breakage"]
 
 
 def source_of(function: str) -> pathlib.Path:
-    """The file of a function such as ``evsys_bus.delivery.books:Books.commit``, relative to the tree."""
+    """Return the file of a function such as ``evsys_bus.delivery.books:Books.commit``, relative to the tree."""
     module = function.partition(":")[0]
     path = pathlib.Path(PLACES[module.partition(".")[0]], *module.split("."))
     return path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
 
 
 def found(tree: ast.Module, function: str) -> tuple[Function, bool]:
-    """The function's definition, and whether it is a method.
+    """Return the definition of the function, and whether it is a method.
 
     Raises:
         LookupError: There is no such function.
@@ -58,7 +58,7 @@ def found(tree: ast.Module, function: str) -> tuple[Function, bool]:
 
 
 class _Original(ast.NodeTransformer):
-    """Has ``original`` mean the function as it was."""
+    """Makes ``original`` refer to the original function."""
 
     def __init__(self, kept: str, owner: str | None) -> None:
         self.kept, self.owner = kept, owner
@@ -74,11 +74,11 @@ class _Original(ast.NodeTransformer):
 
 
 def broken(text: str, function: str, body: str) -> str:
-    """The source with another body for the function.
+    """Return the source with the body of the function replaced.
 
     Raises:
         LookupError: There is no such function.
-        SyntaxError: The body is no Python.
+        SyntaxError: The body is not valid Python.
     """
     tree = ast.parse(text)
     node, is_method = found(tree, function)
@@ -88,7 +88,7 @@ def broken(text: str, function: str, body: str) -> str:
     kept = f"_original_{node.name.strip('_')}"
     owner = node.args.args[0].arg if is_method and node.args.args else None
     original = _Original(kept, owner)
-    # In a function, so that `return` and `await` may stand in it.
+    # Parsed in a function, because it may contain `return` and `await`.
     [wrapped] = ast.parse("async def body():\n" + textwrap.indent(body, "    ")).body
     assert isinstance(wrapped, ast.AsyncFunctionDef)
     node.body = [original.visit(each) for each in wrapped.body]
@@ -99,7 +99,7 @@ def broken(text: str, function: str, body: str) -> str:
 
 
 def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
-    """Whether its tests caught it, and the first test that failed, or what went wrong."""
+    """Return whether its tests caught it, and the first failed test, or what went wrong."""
     with tempfile.TemporaryDirectory() as directory:
         tree = pathlib.Path(directory, "tree")
         shutil.copytree(ROOT, tree, ignore=IGNORED, symlinks=True)
@@ -110,7 +110,7 @@ def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
             )
         except (LookupError, OSError, SyntaxError) as error:
             return False, f"OUT OF DATE: {error}"
-        # The copy comes first on the path, before the installed project.
+        # The copy is first on the path, before the installed project.
         environment = os.environ | {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'adapters'}"}
         tests = "-m pytest -q -x -n 0 -p no:cacheprovider --tb=line".split()
         command = [sys.executable, *tests, *breakage["tests"].split()]
@@ -125,13 +125,13 @@ def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
     failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
     if failed is not None:
         return True, failed[1]
-    # A test that hangs in a thread has its whole process ended by pytest-timeout.
+    # If a test hangs in a thread, pytest-timeout ends the whole process.
     hangs = "Timeout" in done.stdout + done.stderr
     return hangs, "it hangs" if hangs else f"BROKEN RUN\n{done.stdout}{done.stderr}"
 
 
 def main() -> int:
-    """Run them one at a time; the exit code says whether one was not caught."""
+    """Run the breakages one at a time; the exit code is 1 if one was not caught."""
     words = sys.argv[1:]
     chosen = [
         each for each in breakages() if not words or any(word in each["name"] + each["function"] for word in words)

@@ -1,4 +1,4 @@
-"""The followers of `simulation.py`: how each is built in a process, what its files hold, by their bytes, and should."""
+"""The adapters of `simulation.py`: how each is built in a process, what its files contain, and what they should."""
 
 import asyncio
 import csv
@@ -18,11 +18,11 @@ from evsys_bus.errors import RetryLaterError
 from evsys_bus.testing import MachineStopped
 
 AGAIN_SECONDS = 5.0
-"""How long until a courier whose hook asked for it begins anew; as `Crew` has it."""
+"""Delay before a courier restarts after its hook raised `RetryLaterError`; the same as in `Crew`."""
 
 
 def in_process(kind, process, *args, **params):
-    """An adapter of this class, all of whose work is done in this process."""
+    """Make an adapter of this class that does all its work in this process."""
 
     class Placed(kind):
         def __getattribute__(self, name):
@@ -43,12 +43,12 @@ def in_process(kind, process, *args, **params):
 
 
 def rows_of(disk, path, number_in):
-    """The number of the event of each row of a file; None for a line that a power cut has torn.
+    """Return the event number of each row of a file; None for a line torn by a power cut.
 
     Args:
-        disk: Where it lies.
+        disk: The disk of the file.
         path: The file.
-        number_in: What stands for the number in a whole line; raises ValueError or LookupError where nothing does.
+        number_in: Returns the number in a complete line; raises ValueError or LookupError if there is none.
     """
     rows = []
     for line in bytes(disk.contents(path)).splitlines(keepends=True):
@@ -75,7 +75,7 @@ class CsvKind:
         return in_process(CsvMetricsCallback, process, "{run_dir}/" + self._label + ".csv")
 
     def files(self, disk, run, rank):
-        """The rows of each file of the run, as the numbers of events: by what they are, then by path."""
+        """Return the event numbers in each file of the run, by kind of row, then by path."""
         begin = f"{ROOT}/{run}/{self._label}"
         paths = [path for path in disk.paths() if path.startswith(begin) and path.endswith(".csv")]
         return {"step": {path: self._rows(disk, path) for path in paths}}
@@ -97,7 +97,7 @@ class JsonlKind:
         return in_process(LocalLoggerCallback, process, print_every=0)
 
     def files(self, disk, run, rank):
-        """As above."""
+        """Return the event numbers in each file of the run, by kind of row, then by path."""
         folder = f"{ROOT}/{run}/rank{rank}" if rank else f"{ROOT}/{run}"
         found = {}
         for what, folder_name in (("step", "training"), ("eval", "validation")):
@@ -111,7 +111,7 @@ KINDS = {"csv": CsvKind, "jsonl": JsonlKind}
 
 
 class Follower:
-    """One follower by its name, and its couriers from life to life."""
+    """One subscription by its name, and its couriers through all their lives."""
 
     def __init__(self, simulation, name, group):
         self.simulation, self.name, self.group = simulation, name, group
@@ -128,26 +128,26 @@ class Follower:
         self.task = asyncio.get_running_loop().create_task(self._deliver())
 
     def finish(self):
-        """Have it end when all is delivered, and begin anew no more."""
+        """End the courier when everything is delivered, without another restart."""
         self.asked = True
         self.courier.finish()
 
     def stop(self):
-        """Have it end now."""
+        """End the courier now."""
         self.asked = True
         self.courier.stop()
 
     async def _deliver(self):
-        """Run couriers one after the other, each where the last one stood, as `Crew` does.
+        """Run couriers one after the other, each from the position of the previous one, as `Crew` does.
 
         Raises:
-            RetryLaterError: A hook raised it, and the courier was to end.
+            RetryLaterError: A hook raised it while the courier was ending.
         """
         while True:
             try:
                 return await self.courier.run()
             except RetryLaterError as error:
-                self.simulation.machine.inject("courier anew", self.name, error)
+                self.simulation.machine.inject("courier restarted", self.name, error)
                 self._look_at_failures()
                 if self.asked:
                     raise
@@ -161,7 +161,7 @@ class Follower:
         return self.courier_in(self.process, self.chance.choice((0.2, 1.0)))
 
     def courier_in(self, process, poll_seconds=1.0):
-        """A courier for this follower in that process, made as `Crew` does."""
+        """Make a courier in this process, as `Crew` does."""
         adapter = self.group.kind(process)
         adapter.spec_name = self.name
         clock = self.simulation.machine.clock
@@ -173,7 +173,7 @@ class Follower:
             self.task.cancel()
 
     async def end(self):
-        """Wait for it, and have a look at what it ended with."""
+        """Wait for the courier, and check that it ended without an unexpected error."""
         if self.task is None:
             return
         await asyncio.wait([self.task])
@@ -191,35 +191,35 @@ class Follower:
 
 
 class Group:
-    """The followers that share an output: one, or several that were renamed or doubled."""
+    """The subscriptions that share an output: one, or several after a rename or a duplication."""
 
     def __init__(self, kind, number, ranks):
         self.kind = KINDS[kind](number)
         self.label = f"{kind}{number}"
         self.ranks = ranks
         self.excused = set()
-        """Numbers of events that may be missing: gone before it was registered, or with a file that was removed."""
+        """Numbers of events that may be missing: pruned before the registration, or in a file that was removed."""
         self.enlisted = False
-        """Whether one of its followers was registered, so that retention waits for it."""
+        """Whether one of its subscriptions was registered, so that retention waits for it."""
         self.beside = False
-        """Whether rows may stand in several files: followers were renamed or doubled, or a cursor was lost."""
+        """Whether rows may be in several files, after a rename, a duplication or the loss of a cursor."""
 
     def serves(self, one):
-        """Whether the event is for these followers."""
+        """Return whether the event is for these subscriptions."""
         return self.ranks is None or one.rank in self.ranks
 
 
 class Owed:
-    """The rows of one output of one run and rank, by the rules of the README.
+    """The expected rows of one output of one run and rank, by the rules of the README.
 
-    Rows stand in the order in which they were published. A start of training at a step cuts the rows of that step and
-    of later ones; an eval that comes again takes the place of the earlier one.
+    Rows are in the order of publication. A start of training at a step removes the rows of that step and of later ones;
+    a repeated eval replaces the earlier one.
     """
 
     def __init__(self, what):
         self._what = what
         self.rows = {}
-        """Number -> whether it must be there."""
+        """Event number -> whether its row is required."""
         self._at = {}
 
     def take(self, one, must):

@@ -1,7 +1,7 @@
-"""One simulated machine: virtual time, processes that die at a call, and faults of the disk, each of them counted.
+"""A simulated machine: virtual time, processes that are killed in a call, and disk faults, each of them counted.
 
-What a seed decides is decided here and in `simulation.py` by `random.Random`; nothing depends on real time, on the
-order of a set, or on threads.
+All random choices are made here and in `simulation.py` by `random.Random`; nothing depends on real time, the order of
+a set, or threads.
 """
 
 import asyncio
@@ -22,21 +22,21 @@ from evsys_bus.testing import MachineStopped, ManualClock, SimulatedDisk
 ROOT = "/experiment"
 JOURNAL = f"{ROOT}/journal"
 THIRD = 1 / 3
-"""Added to what numbers an event, so that its last bytes are not those that stand where nothing was written."""
+"""Added to the number of an event, so that its last bytes differ from the zeros of unwritten data."""
 CODES = (errno.EIO, errno.EMFILE)
 OPENING = {"lock", "open_append", "open_new", "open_read", "open_file", "open_write"}
 
 
-class Fault(Exception):  # noqa: N818 - the word for it here
-    """Something was not as it was promised."""
+class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+    """Raised when a promise was not kept."""
 
 
 @contextmanager
 def seeded_system(chance, clock):
-    """Have random bytes be those of the seed, and what else files hold of the real machine be always the same.
+    """Take random bytes from the seed, and make other data of the real machine that files contain constant.
 
-    Of random bytes the names of streams and marks are made; the size of files, at which a disk is full and a write is
-    torn, goes by the number of the process, the time, and the names of the host and of folders.
+    Names of streams and marks consist of random bytes. The size of files, which decides when a disk is full and where a
+    write is torn, depends on the pid, the time, and the names of the host and of folders.
     """
     system = (
         (os, "urandom", chance.randbytes),
@@ -58,7 +58,7 @@ def seeded_system(chance, clock):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Jumps to its next timer instead of waiting for it."""
+    """An event loop that jumps to its next timer instead of waiting."""
 
     def __init__(self, clock):
         super().__init__(_Jumping(clock))
@@ -80,13 +80,13 @@ class _Jumping(selectors.DefaultSelector):
 
 
 class Machine:
-    """A disk, a clock, and what is wrong with them now.
+    """A disk, a clock, and their current faults.
 
     Attributes:
         faults: How many faults of each kind were injected.
         trace: What happened, line by line.
         failing: The share of calls that fail with EIO or EMFILE.
-        host: Which machine it is, for those who tell by the name of its boot.
+        host: The number of the machine, which is part of its boot id.
     """
 
     def __init__(self, chance, *, traced=False):
@@ -100,7 +100,7 @@ class Machine:
         self.host = 1
 
     def note(self, *what):
-        """Have it in the trace."""
+        """Add a line to the trace."""
         line = f"{self.clock.monotonic():.3f} {self.disk.calls} " + " ".join(map(str, what))
         self.trace.append(line)
         if self.traced:
@@ -112,12 +112,12 @@ class Machine:
         self.note("FAULT", kind, *what)
 
     def calm(self):
-        """Nothing fails from now on."""
+        """End all faults."""
         self.failing, self.disk.room = 0.0, None
         self.disk.unreadable.clear()
 
     def cut_power(self):
-        """What was not synced is there, or not, or in part, or zeros; changes of folders are there, or not."""
+        """Cut the power: unsynced data survives, is lost, partly lost or zeroed; changes of folders survive or not."""
         disk = self.disk
         before = {path: bytes(disk.contents(path)) for path in disk.paths()}
         disk.restart("power", chance=self.chance)
@@ -129,13 +129,13 @@ class Machine:
 
 
 class Process:
-    """A process on the machine, as the `Disk` of those who work in it: its calls fail, or are its last ones.
+    """A process on the machine, and the `Disk` of the code that runs in it: its calls may fail or kill it.
 
     Args:
-        machine: Where it runs.
-        chance: What decides about it.
-        lives: How many calls it makes before it is killed in the middle of one; None for no bound.
-        fine: Whether nothing of the machine's faults concerns it.
+        machine: The machine.
+        chance: The source of its random choices.
+        lives: It is killed in the middle of this call; None for never.
+        fine: Whether the faults of the machine do not apply to it.
     """
 
     def __init__(self, machine, chance, *, lives=None, fine=False):
@@ -143,7 +143,7 @@ class Process:
         self.alive = True
         self.calls = 0
         self.interrupt_at = None
-        """The number of the call in which KeyboardInterrupt is raised."""
+        """Number of the call in which KeyboardInterrupt is raised."""
         self._chance = chance
         self._lives = lives
         self._fine = fine
@@ -164,7 +164,7 @@ class Process:
         replace_file(path, data, make_folder=False, disk=self)
 
     def kill(self):
-        """End it; the system closes its files."""
+        """End the process; the system closes its files."""
         if self.alive:
             self.alive = False
             for file in sorted(self._files):
@@ -174,7 +174,7 @@ class Process:
     def _call(self, name, *args, **named):
         machine = self.machine
         if not self.alive:
-            if name == "close":  # the system did that
+            if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
         self.calls += 1
@@ -205,7 +205,7 @@ class Process:
     def _fail(self, name, args):
         machine, chance = self.machine, self._chance
         if name == "close" or (name in OPENING and str(args[0]).endswith((".lock", ".run"))):
-            return  # without its lock a courier delivers all the same: that is not what is tried here
+            return  # a courier that cannot lock delivers all the same, which is not tested here
         if name == "write" and chance.random() < 0.5:
             machine.faults["short write"] += 1
             with suppress(OSError):

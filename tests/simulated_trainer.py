@@ -1,4 +1,4 @@
-"""The trainers of `simulation.py`: what they publish through the writer of a rank, and what became of it."""
+"""The trainers of `simulation.py`: what they publish through the writer of a rank, and what happened to it."""
 
 import math
 import struct
@@ -30,7 +30,7 @@ from evsys_bus.journal import JournalWriter
 
 
 class Published:
-    """One event, and what became of it."""
+    """One event, and what happened to it."""
 
     __slots__ = (
         "acknowledged",
@@ -51,24 +51,24 @@ class Published:
     def __init__(self, number, rank, run, kind, step, name):
         self.number, self.rank, self.run, self.kind, self.step, self.name = number, rank, run, kind, step, name
         self.stream, self.frame = "", b"?"
-        """Where it went, and as what, by docs/journal-format.md; a start that is repeated later is another frame."""
+        """Its stream and its frame, by docs/journal-format.md; a start that is repeated later is another frame."""
         self.before_start = False
-        """It is a step before the one at which its run was begun or resumed last."""
+        """Whether it is a step before the one at which its run was last started or resumed."""
         self.acknowledged = False
-        """Publish has returned, and nothing waits."""
+        """Whether publish has returned and nothing waits in memory."""
         self.safe = False
-        """And a power cut takes it no more."""
+        """Whether it is acknowledged and survives a power cut."""
         self.seen = False
-        """It was in the journal when somebody looked."""
+        """Whether it was ever found in the journal."""
         self.lost = False
-        """And a power cut took it from there."""
+        """Whether a power cut removed it from the journal."""
 
     def __repr__(self):
         return f"{self.number}: {self.kind} {self.run} rank {self.rank} step {self.step} {self.name or ''}".strip()
 
 
 class Trainer:
-    """The program of one rank, from life to life."""
+    """The program of one rank, through all its lives."""
 
     def __init__(self, simulation, rank):
         self.simulation, self.rank = simulation, rank
@@ -78,13 +78,13 @@ class Trainer:
         self.steps = {}
         """The next step of each run that has not ended."""
         self.firsts = {}
-        """The step at which each run was begun or resumed last."""
+        """The step at which each run was last started or resumed."""
         self.states = {}
-        """Of the runs that were begun or resumed in this life."""
+        """The states of the runs that were started or resumed in this life."""
         self.in_doubt = 0
-        """What was published before that may not be on the medium, though it was synced."""
+        """Events published before this index may be missing on the disk although they were synced."""
         self.waiting = []
-        """What was published, and perhaps waits for the disk."""
+        """Events that were published and may still wait for the disk."""
 
     def open(self):
         simulation, chance = self.simulation, self.chance
@@ -114,7 +114,7 @@ class Trainer:
             self.kill()
 
     def publish(self, count):
-        """A burst: steps, late ones, several of one step, evals, ends of runs."""
+        """Publish steps, late steps, several rows of one step, evals, and ends of runs."""
         chance = self.chance
         run = self._choose()
         for _ in range(count):
@@ -164,7 +164,7 @@ class Trainer:
             self.waiting = []
 
     def _choose(self):
-        """A run to publish for, begun or resumed if need be."""
+        """Choose a run to publish for, and start or resume it if needed."""
         chance = self.chance
         if not self.steps or (len(self.steps) < 3 and chance.random() < 0.05):
             self.begun += 1
@@ -211,7 +211,7 @@ class Trainer:
             self.waiting = []
 
     def _note_safe(self, begun, failures):
-        """What was synced is there after a power cut; what a disk has refused to sync is in doubt for good."""
+        """Mark synced events as safe; events that the disk refused to sync stay in doubt."""
         if self.writer.failures != failures:
             self.in_doubt = begun
         else:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Random lives of a run on a simulated machine; after them the followers' files are compared with what was published.
+"""Random lives of a run on a simulated machine, after which the files of adapters are compared with what was published.
 
-usage: uv run python tests/simulation.py --seeds 2000 [--first N] [--jobs 2]     all of them
-       uv run python tests/simulation.py --seed N [--without ACT ...]            one, with its trace
+usage: uv run python tests/simulation.py --seeds 2000 [--first N] [--jobs 2]     many seeds
+       uv run python tests/simulation.py --seed N [--without ACT ...]            one seed, with its trace
 
-Trainers of several ranks publish runs into one journal, are killed or interrupted, and go on at a step at or before the
-last one; couriers write the files of followers meanwhile. Everything may fail: see `Simulation`. What the files must
-hold is reckoned from what `publish` took, by the rules in the README, and by no code of the product (`Owed`). The same
-seed does the same again, to the call. What destinations do that are no files, is tried by `random_faults.py`.
+Trainers of several ranks publish runs to one journal, are killed or interrupted, and resume at or before the last step,
+while couriers write the files of adapters. Everything may fail: see `Simulation`. The expected content of the files is
+computed from what was published, by the rules in the README and without code of the product (`Owed`). The same seed
+does the same again, call by call. `random_faults.py` tests destinations that are not files.
 """
 
 import argparse
@@ -41,8 +41,8 @@ from evsys_bus.journal import Retain
 from evsys_bus.testing import MachineStopped
 
 DRAW = 3
-"""Counts the changes of what a seed draws; a seed means the same life in the same draw only, and only as long as
-the product asks the disk the same. So each fault that was found in the product has a test of its own besides."""
+"""Version of how a seed is used. A seed gives the same life only with the same version, and only while the product
+makes the same disk calls; so each bug found in the product also has its own test."""
 WEEK = 604_800.0
 SETTLE_SECONDS = 100_000.0
 SEPARATOR = b"\xff" * 8
@@ -53,7 +53,7 @@ NUMBER = re.compile(rb"\xa6number\xcb(.{8})", re.DOTALL)
 
 
 class Simulation:
-    """One seed: the lives of one experiment, and their faults."""
+    """One seed: all lives of one experiment, with their faults."""
 
     def __init__(self, seed, *, traced=False, without=()):
         self.seed = seed
@@ -64,19 +64,19 @@ class Simulation:
         self.retain = chance.choice((None, None, Retain(max_bytes=2000), Retain(max_age_seconds=3600.0)))
         self.published = []
         self.there = set()
-        """The numbers of what is in the journal."""
+        """The numbers of the events in the journal."""
         self.trainers = [Trainer(self, rank) for rank in range(chance.choice((1, 1, 1, 2, 3)))]
         self.followers = []
         self.groups = []
         self.troubles = []
-        """What was raised where nobody caught it."""
+        """Exceptions that nothing caught."""
         self.courier_process = None
         self.lives = 0
         self.inspections = 0
 
     @property
     def digest(self):
-        """Of all that happened; the same for the same seed."""
+        """Digest of the trace; the same for the same seed."""
         return blake2b("\n".join(self.machine.trace).encode()).hexdigest()
 
     async def play(self):
@@ -91,7 +91,7 @@ class Simulation:
             self._between_lives()
         await self.settle(everybody=True)
         if self.troubles:
-            raise Fault(f"raised where nobody caught it: {self.troubles[:3]}")
+            raise Fault(f"not caught: {self.troubles[:3]}")
 
     # -- a life -------------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Simulation:
             self.courier_process.kill()
 
     def _as_program(self, trainer, act, *args):
-        """What a trainer does until it is killed or interrupted."""
+        """Run an action of a trainer, which may be killed or interrupted in it."""
         try:
             act(*args)
         except MachineStopped:
@@ -161,10 +161,10 @@ class Simulation:
         self.look()
 
     def _interrupted(self, trainer):
-        """It goes on, or leaves by its ``with``, in which it may be interrupted again; then it is gone."""
+        """Let an interrupted trainer continue, or close it, in which it may be interrupted again and killed."""
         chance = self.chance
         trainer.process.interrupt_at = None
-        trainer.waiting = []  # what was in it when it was interrupted was not acknowledged
+        trainer.waiting = []  # an interrupted publish does not acknowledge
         if chance.random() < 0.3:
             return
         if chance.random() < 0.5:
@@ -252,7 +252,7 @@ class Simulation:
         self.machine.clock.jump(seconds)
 
     async def _power(self):
-        """In the middle of whatever call that is."""
+        """Cut the power in the middle of a random call."""
         machine, disk = self.machine, self.machine.disk
         machine.inject("power cut")
         disk.stop(disk.calls + self.chance.randint(1, 60), self.chance.random())
@@ -272,7 +272,7 @@ class Simulation:
         for number in sorted(before - self.there):
             one = self.published[number]
             if one.safe:
-                raise Fault(f"a power cut took what was synced: {one}")
+                raise Fault(f"a power cut removed a synced event: {one}")
             one.lost = True
 
     # -- between lives ------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Simulation:
         return [each for each in self.followers if not each.left]
 
     def enlist(self, process):
-        """As a program does that begins."""
+        """Register the subscriptions, as a program does at its start."""
         active = self.active()
         for group in {each.group: None for each in active if not each.group.enlisted}:
             group.enlisted = True
@@ -290,7 +290,7 @@ class Simulation:
             strike_off(JOURNAL, [each.name for each in active], 0, process)
             enlist(JOURNAL, [Followed(each.name, Recipe("a"), terms=each.terms) for each in active], process)
         except OSError as error:
-            self.machine.note("not enlisted", error)
+            self.machine.note("not registered", error)
         process.kill()
 
     def _add_followers(self):
@@ -318,7 +318,7 @@ class Simulation:
     def _add_one(self):
         if len(self.groups) < 4:
             self.machine.inject("follower added")
-            self._add("csv")  # a second local_logger would have the files of the first
+            self._add("csv")  # a second local_logger would use the files of the first
 
     def _leave(self):
         follower = self.chance.choice(self.followers)
@@ -338,7 +338,7 @@ class Simulation:
         self.followers.append(Follower(self, name, follower.group))
 
     def _double(self):
-        """Another follower over the same output."""
+        """Add another subscription with the same output."""
         group = self.chance.choice(self.groups)
         if sum(each.group is group for each in self.active()) < 3:
             name = f"{group.label}-{len(self.followers)}"
@@ -347,7 +347,7 @@ class Simulation:
             self.followers.append(Follower(self, name, group))
 
     def _remove_output(self):
-        """A person removes a file of rows; what was in it need not come again."""
+        """Remove a file of rows, as a person might; its rows may be missing from then on."""
         group, one = self.chance.choice(self.groups), self.chance.choice(self.published or [None])
         if one is None:
             return
@@ -356,7 +356,7 @@ class Simulation:
             path = self.chance.choice(sorted(files))
             self.machine.inject("output removed", path)
             group.excused.update(files[path])
-            self.machine.disk.put(path, b"")  # so that it is gone from the medium as well
+            self.machine.disk.put(path, b"")  # so that it is removed from the durable state as well
             self.machine.disk._files.pop(path)
             self.machine.disk._durable.pop(path)
 
@@ -406,10 +406,10 @@ class Simulation:
         self.machine.inject("clock back" if seconds < 0 else "clock forward", round(seconds))
         self.machine.clock.jump(seconds)
 
-    # -- what is there, and what should be ----------------------------------------------------------------------------
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def _in_journal(self):
-        """The numbers of what the segments hold, by their bytes."""
+        """Return the numbers of the events in the segments, found in their bytes."""
         data = self._bytes_of_journal()
         found = (struct.unpack(">d", each)[0] for each in NUMBER.findall(data))
         return {int(each) for each in found if 0 < each < 1e9 and int(each) + THIRD == each} | {
@@ -421,7 +421,7 @@ class Simulation:
         return SEPARATOR.join(bytes(disk.contents(path)) for path in disk.paths() if path.endswith(".seg"))
 
     def look(self):
-        """Learn what is in the journal; what was acknowledged must be."""
+        """Update what is in the journal; every acknowledged event must be there."""
         there = self._in_journal()
         for each in self.published:
             if each.number in there:
@@ -431,7 +431,7 @@ class Simulation:
         self.there = there
 
     def pruned(self):
-        """Retention may have removed something."""
+        """Update what is in the journal after retention may have pruned it."""
         there = self._in_journal()
         gone = self.there - there
         if gone:
@@ -439,7 +439,7 @@ class Simulation:
         self.there = there
 
     async def settle(self, *, everybody=False):
-        """Nothing fails any more, and couriers finish; then everything has to be there."""
+        """End all faults, let couriers deliver the rest, and check the files."""
         machine = self.machine
         machine.note("SETTLE")
         machine.calm()
@@ -459,15 +459,15 @@ class Simulation:
             try:
                 await asyncio.wait_for(asyncio.shield(follower.task), SETTLE_SECONDS)
             except TimeoutError:
-                raise Fault(f"{follower.name} stands still at {follower.courier.counts}") from None
+                raise Fault(f"{follower.name} makes no progress at {follower.courier.counts}") from None
             except (OSError, RetryLaterError) as error:
-                raise Fault(f"{follower.name} cannot go on: {error!r}") from error
+                raise Fault(f"{follower.name} cannot continue: {error!r}") from error
             await follower.end()
             follower.process.kill()
         self.inspect()
 
     def inspect(self):
-        """Raises: Fault."""
+        """Check all files and delivery statuses; raises `Fault`."""
         self.inspections += 1
         for group in self.groups:
             if any(each.group is group for each in self.active()):
@@ -476,9 +476,9 @@ class Simulation:
         for follower in self.active():
             account = balance.get(follower.name)
             if account is None:
-                raise Fault(f"there is no account of {follower.name}")
+                raise Fault(f"there is no delivery status of {follower.name}")
             if account.pending or account.busy or account.recorded != account.delivered + account.dead:
-                raise Fault(f"the account is wrong: {account}")
+                raise Fault(f"the delivery status is wrong: {account}")
 
     def _inspect_files(self, group):
         owed = {}
@@ -495,12 +495,12 @@ class Simulation:
         found = set()
         for path, lines in files.items():
             rows = [each for each in lines if each is not None]
-            if beside:  # nothing tells whether a row of a step before a start was written before that start
+            if beside:  # a row of a step before a start may have been written before or after that start
                 rows = [*dict.fromkeys(each for each in rows if self.published[each].before_start)] + [
                     each for each in rows if not self.published[each].before_start
                 ]
             if None in lines and any(owed.get(each) for each in lines[lines.index(None) :]):
-                raise Fault(f"{where}: torn, and written on behind that: {path}")
+                raise Fault(f"{where}: torn, with rows after it: {path}")
             if len(set(rows)) < len(rows):
                 twice = sorted(each for each, count in Counter(rows).items() if count > 1)
                 raise Fault(f"{where}: doubled in {path}: {self._named(twice)}")
@@ -510,12 +510,12 @@ class Simulation:
             found |= set(rows)
             stale = [each for each in rows if each not in owed]
             if stale and (len(files) == 1 or not beside):
-                raise Fault(f"{where}: run again, and still in {path}: {self._named(stale)}")
+                raise Fault(f"{where}: replaced by a later life, but still in {path}: {self._named(stale)}")
         lacks = [number for number, must in owed.items() if must and number not in found]
         if lacks:
             raise Fault(f"{where}: lost {len(lacks)} of {len(owed)}: {self._named(lacks)}")
         if len(files) > 1 and not beside:
-            raise Fault(f"{where}: stand in {sorted(files)}")
+            raise Fault(f"{where}: in several files: {sorted(files)}")
 
     def _named(self, numbers):
         return [self.published[each] for each in numbers[:5]]
@@ -525,12 +525,12 @@ gc.freeze()
 
 
 def play(seed, *, traced=False, without=()):
-    """One seed. Raises: Fault."""
+    """Run one seed; raises `Fault`."""
     simulation = Simulation(seed, traced=traced, without=without)
     before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # what is retried is logged, thousands of times
+    logging.disable(logging.CRITICAL)  # retries are logged, thousands of times
     gc.collect()
-    gc.disable()  # when it runs is no part of the seed, and what it finds may hold a lock
+    gc.disable()  # the seed does not determine when it runs, and a finalizer may hold a lock
     hook, threading.excepthook = threading.excepthook, lambda args: _in_thread(simulation, args)
     try:
         loop = lambda: VirtualLoop(simulation.machine.clock)  # noqa: E731
@@ -553,12 +553,12 @@ def _in_thread(simulation, args):
 
 
 def _play_many(seeds, without=()):
-    """What became of these seeds: faults, lives, published, failures."""
+    """Run these seeds; returns faults, lives, published events, inspections and failures."""
     faults, lives, published, inspections, failures = Counter(), 0, 0, 0, []
     for seed in seeds:
         try:
             simulation = play(seed, without=without)
-        except Exception as error:  # told at the end
+        except Exception as error:  # reported at the end
             simulation = getattr(error, "simulation", None)
             failures.append((seed, f"{type(error).__name__}: {error}", simulation and simulation.machine.trace[-15:]))
             if not isinstance(error, Fault):
@@ -573,14 +573,14 @@ def _play_many(seeds, without=()):
 
 
 def main():
-    """The long form."""
+    """Run the long form of the test."""
     parser = argparse.ArgumentParser(description="Random lives of a run on a simulated machine; see the file.")
     parser.add_argument("--seeds", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--seed", type=int, help="to replay: the one that failed, with its trace")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument(
-        "--without", nargs="*", default=(), help="acts to leave out, such as _jump, to see what matters"
+        "--without", nargs="*", default=(), help="actions to leave out, such as _jump, to find the cause"
     )
     asked = parser.parse_args()
     if asked.seed is not None:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Real processes, real disks, and everything that goes wrong with them; then look at what reached the adapters.
+"""Real processes and disks with every kind of fault; afterwards, what reached the adapters is checked.
 
 usage: uv run python tests/torture.py --minutes 30 [--seed N] [--only KIND ...] [--but KIND ...]
 
-A directory lives through many lives of a training process (`torture_trainer.py`), each of which acknowledges what it
-has published through a pipe. Kills, signals, stops, limits, full disks, links, modes, damaged small files, clocks, a
-restart of the machine, failing system calls, other commands at the same time, and changes of the config come by chance.
-After a few lives everything is let be, `evsys-bus sync` delivers the rest, and then `torture_oracle.py` looks: every
-acknowledged event is on record, or went by retention, or is counted as unrecorded; the files of the adapters hold
-exactly what the lives published; the commands end; no process is left, none was late. The seed repeats the choices, not
-the moments. Nothing outside the temporary directory is touched, and no more than two cores are used.
+A directory is used by many lives of a training process (`torture_trainer.py`), each of which acknowledges through a
+pipe what it has published. Faults occur at random: kills, signals, stops, limits, full disks, links, file modes,
+damaged small files, clock jumps, a restart of the machine, failing system calls, concurrent commands, and changes of
+the config. After a few lives the faults end, `evsys-bus sync` delivers the rest, and `torture_oracle.py` checks: every
+acknowledged event is recorded, or pruned by retention, or counted as unrecorded; the files of the adapters contain
+exactly what the lives published; all commands end; no process is left, and none was late. The seed repeats the choices,
+not the moments. Nothing outside the temporary directory is changed, and at most two cores are used.
 """
 
 import argparse
@@ -39,11 +39,11 @@ START_SECONDS = 30.0
 DRAIN_SECONDS = 3.0
 LINGER_SECONDS = 1.5
 SLACK_SECONDS = 12.0
-"""On top of every deadline: the machine is shared."""
+"""Added to every deadline, because the machine is shared."""
 SETTLE_SECONDS = 60.0
 DISK_BYTES = 32 << 20
 NAMES = ("table", "logs", "board", "lines")
-"""The followers that there are from the beginning, by the name that keys their cursor."""
+"""The initial adapters, by the name of their cursor."""
 
 SINK = """
 import asyncio, os
@@ -76,7 +76,7 @@ class Lines(Sink):
 
 
 class Scene:
-    """One directory, from life to life."""
+    """One directory, through all its lives."""
 
     def __init__(self, directory, seed, tools, counts, only=(), but=()):
         self.directory, self.tools, self.counts, self.only, self.but = directory, tools, counts, only, but
@@ -96,9 +96,9 @@ class Scene:
         self.segment_bytes = chance.choice((2_000, 10_000, 1 << 20)) if self.retain_bytes is None else 4_000
         self.couriers = chance.choice(("process",) * 9 + ("thread",))
         self.followers = {name: name for name in NAMES}
-        """What writes -> the name under which it is followed now."""
+        """Output -> the current name of the adapter that writes it."""
         self.away, self.since, self.emptied = set(), {}, {}
-        """Who is not followed now; since which life each was; and since which life there may be output of it."""
+        """Outputs without an adapter now; the first life of each; and the first life with output after a removal."""
         self.old_names = {name: [] for name in NAMES}
         self.life_number = self.next_step = 0
         self.needs_life, self.latest_damaged_at = False, -1
@@ -106,7 +106,7 @@ class Scene:
         self.expected = oracle.Expected()
         self.children = []
 
-    # -- what is there ------------------------------------------------------------------------------------------------
+    # -- configuration ------------------------------------------------------------------------------------------------
 
     @property
     def journal(self):
@@ -136,7 +136,7 @@ class Scene:
             file.write(int(seconds).to_bytes(8, "little", signed=True))
 
     def specs(self):
-        """What the next life follows."""
+        """Return the adapters of the next life."""
         out = self.work / "out"
         params = {
             "table": ("csv_metrics", {"out_path": str(out / "metrics.csv")}),
@@ -255,13 +255,13 @@ class Scene:
         return began
 
     def _check_end(self, life, end):
-        """It ended as it was to, and raised nothing that was not raised into it."""
+        """Check that the process ended as expected and raised nothing by itself."""
         code, said = life.process.returncode, life.log.read_text(errors="replace")
         raised = life.raised
         if raised is not None and end.startswith("int") and "KeyboardInterrupt" in raised["trace"]:
-            return  # it came in the middle of an import, say, where Python makes another error of it
+            return  # e.g. in the middle of an import, where Python turns it into another error
         if raised is not None and "/evsys_bus/" not in raised["trace"]:
-            self.counts["raised by others"] += 1  # uvloop's own end, say, where no more files can be opened
+            self.counts["raised by others"] += 1  # e.g. by uvloop when no more files can be opened
             return
         if raised is not None:
             refused = raised["error"].startswith(("JournalOpenError", "OSError")) and not life.entered.is_set()
@@ -284,7 +284,7 @@ class Scene:
     # -- the end ------------------------------------------------------------------------------------------------------
 
     def settle(self):
-        """Let everything be, deliver the rest, and look."""
+        """End all faults, deliver the rest, and check."""
         for name in ("away", "slow"):
             (self.work / name).unlink(missing_ok=True)
         if self.needs_life:
@@ -293,7 +293,7 @@ class Scene:
         if self.chance.random() < 0.5:
             oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
         if not oracle.JournalReader(self.journal).streams():
-            return  # no life has come so far
+            return  # no life has opened the journal
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
             code, out, err = oracle.command(["sync", self.journal], environment, seconds=SETTLE_SECONDS + SLACK_SECONDS)
@@ -306,14 +306,14 @@ class Scene:
         oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
 
     def inspect(self, environment):
-        """Raises: Fault."""
+        """Check the status, all files and the commands; raises `Fault`."""
         journal, out = self.journal, self.work / "out"
         _, said, _ = oracle.command(["status", journal, "--json"], environment)
         for line in said.splitlines():
             row = json.loads(line)
             if row.get("type") in {"adapter", "delivery"} or "pending" in row:
                 insist(not row["pending"], f"not all was delivered: {row}")
-                insist(row["recorded"] == row["delivered"] + row["dead"], f"the account does not add up: {row}")
+                insist(row["recorded"] == row["delivered"] + row["dead"], f"the status does not add up: {row}")
                 self.counts["dead letters"] += row["dead"]
         rows = self.expected.rows()
         dead = {what: self._letters(what) for what in self.followers}
@@ -327,7 +327,7 @@ class Scene:
             if what in files:
                 self._compare(what, rows, dead[what], *files[what])
                 continue
-            # With retention a new one can have only what was there when it came.
+            # With retention, a new adapter gets only what was still there when it was added.
             since = self.since[what] if self.retain_bytes else 0
 
             def excused(life, place, what=what, since=since):
@@ -350,7 +350,7 @@ class Scene:
         return found
 
     def _compare(self, what, rows, dead, places, main, read):
-        """The one file has it all; or, where it was lost sight of, it and those beside it."""
+        """Check that the main file has all rows or, if a new file had to be used, that all files together do."""
 
         def excused(step):
             value, (stream, sequence), _ = rows[step]
@@ -396,7 +396,7 @@ ENDS = (
 
 
 def one_directory(folder, seed, tools, only, but, lives=None):
-    """A directory, and what becomes of it: what was counted, and why it failed or None."""
+    """Run all lives of one directory; returns its counts, and why it failed or None."""
     counts, fault = Counter(), None
     scene = Scene(folder, seed, tools, counts, only, but)
     number = scene.chance.randint(6, 14) if lives is None else lives
@@ -420,10 +420,10 @@ def one_directory(folder, seed, tools, only, but, lives=None):
 
 
 def torture(seconds, *, seed, folder, only=(), but=(), first=0, most=None, lives=None, jobs=1, tell=lambda _: None):
-    """So long, or so many directories, ``jobs`` of them at a time; the counts, and what failed."""
+    """Run for this time, or for ``most`` directories, ``jobs`` at a time; returns the counts and the failures."""
     counts, failures, numbers = Counter(), [], itertools.count(first)
     tools, deadline, lock = Tools(folder), time.monotonic() + seconds, threading.Lock()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts it in the background; children inherit it
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell; children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def work():
@@ -446,7 +446,7 @@ def torture(seconds, *, seed, folder, only=(), but=(), first=0, most=None, lives
 
 
 def clear(folder):
-    """End what works in the folder, and unmount what is mounted there."""
+    """Kill the processes that work in the folder, and unmount what is mounted there."""
     for pid in oracle.processes(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -456,7 +456,7 @@ def clear(folder):
 
 
 def report(counts, failures):
-    """What is printed at the end."""
+    """Yield the lines that are printed at the end."""
     known = ("lives", "directories", "acknowledged", "entries refused", "written beside", "dead letters")
     yield "  ".join(f"{name} {counts[name]:,}" for name in known)
     for name, count in sorted(counts.items()):
@@ -470,10 +470,10 @@ def main():
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--first", type=int, default=0, help="the number of the first directory")
-    parser.add_argument("--directories", type=int, help="so many at the most")
+    parser.add_argument("--directories", type=int, help="stop after this many directories")
     parser.add_argument("--jobs", type=int, default=2, help="directories at a time")
-    parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="of all faults and ends these only")
-    parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="of all faults and ends not these")
+    parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="only these kinds of faults and ends")
+    parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="not these kinds of faults and ends")
     parser.add_argument("--folder", help="where the directories go; default: the system's temporary directory")
     asked = parser.parse_args()
     print(f"seed {asked.seed}", flush=True)
@@ -495,7 +495,7 @@ def main():
         )
     except KeyboardInterrupt:
         clear(folder)
-        os._exit(130)  # the threads would go on
+        os._exit(130)  # the threads would continue
     print(f"seed {asked.seed}, {time.monotonic() - began:.0f} s")
     print("\n".join(report(counts, failures)))
     for number, fault in failures:

@@ -1,9 +1,9 @@
-"""Read the W&B files of a run with W&B's own Python reader, and compare them with its journal, value by value.
+"""Read the W&B files of runs with W&B's own Python reader, and compare them with the journal, value by value.
 
 usage: uv run --no-sync --with 'wandb==0.24.*' python tests/wandb_datastore.py FOLDER …
 
-FOLDER holds a journal, and runs that wandb_logger has logged. W&B 0.24 was the last to have that reader, `DataStore`;
-`uv run --with` puts it before the W&B of this project, which wrote the files, for this one command.
+FOLDER contains a journal and runs logged by wandb_logger. W&B 0.24 was the last version with that reader, `DataStore`;
+for this command, `uv run --with` puts it before the W&B version of this project, which wrote the files.
 """
 
 import json
@@ -19,7 +19,7 @@ from support import wandb_server
 
 
 def rows(file: Path) -> Iterator[dict[str, object]]:
-    """The history of a run; W&B's reader checks every checksum."""
+    """Yield the history of a run; W&B's reader verifies every checksum."""
     store = DataStore()
     store.open_for_scan(str(file))
     while (data := store.scan_data()) is not None:
@@ -29,7 +29,7 @@ def rows(file: Path) -> Iterator[dict[str, object]]:
 
 
 def main(folder: Path) -> int:
-    """How many series of the folder differ from the journal's, in a value or in the time of a step."""
+    """Return how many series of the folder differ from the journal, in a value or in the time of a step."""
     [journal] = folder.glob("**/journal")
     files = {file.parents[2].name: file for file in wandb_server.files_of(folder)}
     logged = {run: list(rows(file)) for run, file in files.items()}
@@ -52,7 +52,7 @@ def main(folder: Path) -> int:
             print(f"{run}: the times of the steps are not the journal's")
     number = sum(map(len, logged.values()))
     print(f"W&B {wandb.__version__}: {number} rows; of the journal {values} values, {nans} of them NaN")
-    print("every one is there, and there once" if not wrong else f"{wrong} series differ")
+    print("every value is there exactly once" if not wrong else f"{wrong} series differ")
     return wrong
 
 

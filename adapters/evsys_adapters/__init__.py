@@ -1,4 +1,4 @@
-"""The callbacks that ship with evsys-bus, each in a file of its own, loaded when it is first asked for."""
+"""The callbacks that ship with evsys-bus; each lives in its own module, which is imported on first use."""
 
 import importlib
 from typing import TYPE_CHECKING, Any, Final
@@ -46,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a callback, and only that one. Any: a class; type checkers read the imports above."""
+    """Import a callback's module on first access."""
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""What a metric's name and value look like in a CSV file: always one line, and never a formula.
+"""Column names and cell values of a CSV file: always one line, and never a formula.
 
 A text that begins with one of ``= + - @`` or a tab runs as a formula when the file is opened in a spreadsheet; it gets
-an apostrophe in front, which spreadsheets hide. Numbers stand as they are.
+a leading apostrophe, which spreadsheets hide. Numbers are written unchanged.
 """
 
 import functools
@@ -15,19 +15,19 @@ from evsys_bus.codec import to_plain
 STEP: Final = "step"
 """The first column."""
 MORE: Final = "more_metrics"
-"""The last column, where there is one: a JSON object of metrics that have no column of their own."""
+"""The last column, if present: a JSON object of metrics that have no column of their own."""
 
 _MAX_CELL: Final = 8_192
-"""Letters; spreadsheets take 32,767 in a cell, and Python's csv module 131,072."""
+"""Characters per cell; spreadsheets accept 32,767 and Python's csv module 131,072."""
 _MAX_COLUMN: Final = 256
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""The last four are the full-width forms, which some spreadsheets take for the others."""
+"""The last four are the full-width forms, which some spreadsheets treat alike."""
 _CONTROLS: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), 127)}
-"""Everything that would end the line or trouble a reader, written out: a line break becomes ``\\n``."""
+"""Control characters that would end the line or confuse a reader, as escapes: a line break becomes ``\\n``."""
 
 
 def cells_of(metrics: object) -> dict[str, str]:
-    """The columns and cells of one row of metrics, copied by value; none for what is no mapping."""
+    """Return the columns and cells of one row of metrics, copied by value; empty if ``metrics`` is not a mapping."""
     plain = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else to_plain(metrics)[0]
     if not isinstance(plain, dict):
         return {}
@@ -36,11 +36,11 @@ def cells_of(metrics: object) -> dict[str, str]:
 
 
 def _cell(value: object) -> str:
-    """``nan`` and ``inf`` for those floats, nothing for None, JSON for lists and mappings."""
+    """Format a value: ``nan`` and ``inf`` for those floats, empty for None, JSON for lists and mappings."""
     kind: type = type(value)
     if kind is float:
         return repr(value)
-    plain = to_plain(value)[0]  # also what only claims to be a number
+    plain = to_plain(value)[0]  # also catches types that only pretend to be numbers
     if plain is None:
         return ""
     if isinstance(plain, bool | int | float):
@@ -52,14 +52,13 @@ def _cell(value: object) -> str:
 
 @functools.lru_cache(maxsize=4_096)
 def _column(name: str) -> str:
-    """Names that are too long are cut, and kept apart by a digest; those that are taken say that they are metrics."""
+    """Return the column for a metric: long names are cut and get a digest, reserved ones the prefix ``metrics.``."""
     if len(name) > _MAX_COLUMN:
         name = f"{name[:_MAX_COLUMN]}…{digest(name)}"
     return f"metrics.{name}" if name in {"", STEP, MORE} else _text(name, 2 * _MAX_COLUMN)
 
 
 def _key(name: object) -> str:
-    """A key that is no text, as text."""
     return next(iter(to_plain({name: None})[0]))
 
 

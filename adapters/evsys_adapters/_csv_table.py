@@ -1,10 +1,9 @@
-"""`CsvTable`: a CSV file whose rows always have the width of its header, though columns appear while it grows.
+"""`CsvTable`: a CSV file whose rows always match its header, though columns may appear while it grows.
 
-It owns the layout and its cost. A row is one append. A new column changes the header, so the file is written again; a
-large one only if it has grown enough since the last time to pay for that. Until it has, new metrics stand as a JSON
-object in a last column ``more_metrics``, which is made when it is first needed; they move to columns of their own when
-the file is next written, or closed. So every byte is copied a bounded number of times, whatever appears when, and every
-metric is in the file after every row.
+A row costs one append. A new column changes the header, so the file is rewritten; a large file only once it has grown
+enough since the last rewrite. Until then, new metrics are stored as a JSON object in a last column ``more_metrics``,
+which is created on demand; they move to columns of their own at the next rewrite or on close. So every byte is copied a
+bounded number of times, and every metric is in the file after every row.
 """
 
 import csv
@@ -23,29 +22,29 @@ from evsys_bus.files import AppendFile
 from evsys_bus.savepoints import Savepoints
 
 MAX_COLUMNS: Final = 4_096
-"""Every row pays for every column; metrics beyond stay in ``more_metrics``."""
+"""Every row pays for every column; further metrics stay in ``more_metrics``."""
 CHEAP_BYTES: Final = 1 << 18
-"""A file up to this size is written again whenever a column appears."""
+"""A file up to this size is rewritten whenever a column appears."""
 MAX_COPIES: Final = 4
-"""A larger one, if it is at most so many times what was appended since it was last written."""
+"""A larger file is rewritten if it is at most this many times what was appended since the last rewrite."""
 _ROWS_BETWEEN_TRIES: Final = 64
-"""A full disk is not asked with every row to take the whole file again."""
+"""Rows to append after a failed rewrite before the next attempt, so that a full disk is not retried with every row."""
 
 _decode_more = msgspec.json.Decoder(dict[str, str]).decode
 
 
 def row_of(step: int, cells: Mapping[str, str]) -> dict[str, str]:
-    """The cells of a row that are not empty, with its step."""
+    """Return the non-empty cells of a row, including its step."""
     return {name: text for name, text in {STEP: str(step), **cells}.items() if text}
 
 
 def row_key(step: int, cells: Mapping[str, str]) -> int:
-    """What `CsvTable.rows` has for such a row."""
+    """Return the key that `CsvTable.rows` yields for such a row."""
     return hash(frozenset(row_of(step, cells).items()))
 
 
 class CsvTable:
-    """One CSV file with one writer. A method that raises OSError has not changed what is in the file."""
+    """One CSV file with one writer. A method that raises OSError leaves the file's content unchanged."""
 
     def __init__(
         self,
@@ -67,15 +66,15 @@ class CsvTable:
         self._looked = False
         self._has_rows = False
         self._more: dict[str, None] = {}
-        """Metrics that have stood in ``more_metrics`` in some row, in the order of their appearance."""
+        """Metrics that were stored in ``more_metrics`` in some row, in order of appearance."""
         self._size = 0
         self._grown = 0
-        """Bytes appended since the file was last written as a whole."""
+        """Bytes appended since the last rewrite."""
         self._refusal: tuple[OSError, int] | None = None
-        """Why the file could not be written again, and how many rows to let pass before the next try."""
+        """Why the last rewrite failed, and how many rows to let pass before the next attempt."""
 
     def append(self, step: int, cells: Mapping[str, str]) -> None:
-        """Add one row, and the columns that it needs; ``cells`` as `evsys_adapters._csv_cells` makes them."""
+        """Append one row, adding the columns that it needs; ``cells`` is the result of `cells_of`."""
         self._look()
         if not self._known.issuperset(cells) or not self._has_rows:
             self._make_room(cells)
@@ -88,7 +87,7 @@ class CsvTable:
             self._has_rows = True
 
     def cut(self, first_step: int, cells: Mapping[str, str] | None = None) -> None:
-        """Drop the rows of that step and of later ones; with ``cells``, what stands before a row like it is kept."""
+        """Drop the rows from that step on; with ``cells``, keep everything before the last row equal to it."""
         self._look()
         same = None if cells is None else self._place_of(first_step, cells)
 
@@ -101,14 +100,14 @@ class CsvTable:
         self._count()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.rows`."""
         self._look()
         for line in islice(self._file.lines(), 1, None):
             row = self._row(line)
             yield hash(frozenset(row.items())), self._step(line)
 
     def keep(self, stays: Callable[[int, int | None], bool]) -> int:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.keep`."""
         self._look()
         kept = [not number or stays(number - 1, self._step(line)) for number, line in enumerate(self._file.lines())]
         if not all(kept):
@@ -117,11 +116,11 @@ class CsvTable:
         return max(0, sum(kept) - 1)
 
     def carry_out(self, first_step: int) -> None:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.carry_out`."""
         self.cut(first_step)
 
     def close(self) -> None:
-        """Give every metric its column, as far as there is room, and close the file."""
+        """Give every metric its own column as far as there is room, and close the file."""
         try:
             columns = self._with(())
             if columns != self._columns:
@@ -130,11 +129,11 @@ class CsvTable:
             self._file.close()
 
     def try_again(self) -> None:
-        """Do not wait any longer before the file is written again, though the disk refused it lately."""
+        """Allow the next rewrite at once, even if the disk refused the last one."""
         self._refusal = None
 
     def _look(self) -> None:
-        """Learn what is in the file; one that is no table of ours is set aside."""
+        """Read the existing file; a file that is not a table of steps is quarantined."""
         if self._looked:
             return
         self._file.settle()
@@ -151,7 +150,7 @@ class CsvTable:
         self._looked = True
 
     def _header(self) -> list[str]:
-        """The cells of the first line, whole or torn; none if there is no file or nothing in it."""
+        """Return the cells of the first line, complete or torn; empty if there is no file or it is empty."""
         line = self._file.first_line()
         return self._cells(line) or ([""] if line else [])
 
@@ -160,8 +159,8 @@ class CsvTable:
         self._size = self._grown = self._file.size() if self._has_rows else 0
 
     def _make_room(self, names: Iterable[str]) -> None:
-        """Make columns for new metrics, or else a place for them in ``more_metrics``."""
-        if not self._has_rows:  # a header without rows was left by a cut; it goes with them
+        """Add columns for new metrics, or make sure that they fit into ``more_metrics``."""
+        if not self._has_rows:  # `cut` left a header without rows; it is replaced with them
             self._more = {}
             self._use([STEP])
             self._use(self._with(names))
@@ -176,13 +175,13 @@ class CsvTable:
             self._rewrite(columns)
 
     def _with(self, names: Iterable[str]) -> list[str]:
-        """The columns, and more for what stands in ``more_metrics`` and for ``names``, as far as there is room."""
+        """Return the columns extended by the contents of ``more_metrics`` and by ``names``, up to the limit."""
         wanted = dict.fromkeys([*self._columns, *self._more, *names])
         wanted.pop(MORE, None)
         return [*islice(wanted, self._max_columns), *([MORE] if len(wanted) > self._max_columns else [])]
 
     def _rewrite(self, columns: list[str]) -> None:
-        """Write the file again with more columns, ``more_metrics`` being the last or none."""
+        """Rewrite the file with more columns; ``more_metrics`` is the last of them or absent."""
         if self._refusal is not None:
             error, rows = self._refusal
             if rows:
@@ -199,7 +198,7 @@ class CsvTable:
 
     def _widened(self, columns: list[str]) -> Iterator[bytes]:
         yield self._line(columns)
-        # Where more_metrics is empty, new columns after it and new columns before it are the same bytes.
+        # Where more_metrics is empty, new columns before or after it are the same bytes.
         padding = self._delimiter.encode() * len(columns)
         spare = len(padding) - len(self._delimiter.encode()) * len(self._columns)
         for line in islice(self._file.lines(), 1, None):
@@ -212,9 +211,9 @@ class CsvTable:
                 yield line.rstrip(b"\r\n")[:spare] + b"\n"
 
     def _parted(self, line: bytes) -> tuple[list[str], dict[str, str]]:
-        """The cells of a row and what stands in its ``more_metrics``, which may be too long for the csv module.
+        """Split a row into its cells and the contents of ``more_metrics``, which may be too long for the csv module.
 
-        Inside a quoted cell quotes are doubled, so a delimiter, a quote and a brace are always the beginning of one.
+        Inside a quoted cell quotes are doubled, so a delimiter, a quote and a brace always begin such a cell.
         """
         row, mark, more = line.rstrip(b"\r\n").rpartition(self._delimiter.encode() + b'"{')
         if not mark or not more.endswith(b'}"'):
@@ -224,7 +223,7 @@ class CsvTable:
         return [], {}
 
     def _place_of(self, step: int, cells: Mapping[str, str]) -> int | None:
-        """Which line is the last row with this step and these cells."""
+        """Return the number of the last line with this step and these cells."""
         wanted = row_of(step, cells)
         same: int | None = None
         for number, line in enumerate(self._file.lines()):
@@ -233,14 +232,14 @@ class CsvTable:
         return same
 
     def _row(self, line: bytes) -> dict[str, str]:
-        """The cells of a row that are not empty, by the names of their metrics."""
+        """Return the non-empty cells of a row by metric name."""
         cells, more = self._parted(line) if MORE in self._known else ([], {})
         row = dict(zip(self._columns, cells or self._cells(line), strict=False))
         row.pop(MORE, None)
         return {name: text for name, text in (row | more).items() if text}
 
     def _spread(self, row: Mapping[str, str], columns: list[str]) -> list[str]:
-        """The cells of a row in the order of the columns; what has no column goes to ``more_metrics``."""
+        """Order the cells of a row by column; metrics without a column go to ``more_metrics``."""
         known = self._known if columns is self._columns else frozenset(columns)
         if not known.issuperset(row):
             more = {name: text for name, text in row.items() if name not in known}
@@ -258,7 +257,7 @@ class CsvTable:
         return text.getvalue().encode()
 
     def _cells(self, line: bytes) -> list[str]:
-        """The cells of a line; none if it is not to be read, as one with a cell beyond the csv module's limit."""
+        """Parse a line; empty if a cell exceeds the csv module's limit."""
         with suppress(csv.Error):
             return next(csv.reader([line.decode(errors="replace")], delimiter=self._delimiter), list[str]())
         return []

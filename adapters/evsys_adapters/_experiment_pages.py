@@ -1,7 +1,7 @@
-"""The pages that local_logger leaves: a run's conclusion, and the experiment with its arms side by side.
+"""Markdown pages of local_logger: a run's conclusion, and the experiment with its arms side by side.
 
-Pure functions from results, which may lack any field, to Markdown. Names cannot break out of their cells; hypothesis
-and conclusion are Markdown of the user's own and stand as they were written.
+Pure functions from results, which may lack any field, to Markdown. Names are escaped inside table cells; hypothesis and
+conclusion are the user's own Markdown and are inserted unchanged.
 """
 
 import math
@@ -15,22 +15,22 @@ from urllib.parse import quote
 from evsys_adapters._result_fields import field, fields, items
 
 _MAX_COLUMNS: Final = 6
-"""Metrics in a table of arms; the rows of the runs have them all."""
+"""Metric columns in the table of arms; the table of runs has twice as many."""
 _MAX_TEXT: Final = 200
 _MARKUP: Final = str.maketrans({letter: f"\\{letter}" for letter in "\\|<>[]*`"})
 
 Ended = Sequence[tuple[Path, Any]]
-"""Folders of runs and how they ended. Any: an ArmResult, or what the host has instead."""
+"""Run folders with their results: an ArmResult, or the host's equivalent."""
 
 
 def hypothesis_of(config: object) -> str | None:
-    """``config.metadata["hypothesis"]``, where both may be objects or mappings."""
+    """Return ``config.metadata["hypothesis"]``; both levels may be objects or mappings."""
     said = field(field(config, "metadata"), "hypothesis")
     return str(said) if said else None
 
 
 def conclusion_page(result: object, run: str, run_result: object, arm: object) -> str:
-    """What came out of the experiment, and of this run."""
+    """Return the page with the outcome of the experiment and of this run."""
     status = field(arm, "status") or field(run_result, "status")
     error = field(arm, "error") or field(run_result, "error")
     metrics = fields(field(run_result, "metrics")) | fields(field(arm, "metrics")) | fields(field(arm, "eval_metrics"))
@@ -45,7 +45,7 @@ def conclusion_page(result: object, run: str, run_result: object, arm: object) -
 
 
 def experiment_page(result: object, root: Path, ended: Ended, hypothesis: str | None) -> str:
-    """The experiment: status, hypothesis, arms, runs with links to their folders, conclusion."""
+    """Return the page of the experiment: status, hypothesis, arms, runs with links to their folders, conclusion."""
     runs = items(field(result, "arms")) or [arm for _, arm in ended]
     facts = [f"- status: {_cell(field(result, 'status'))}", *_best(result)]
     return _page(
@@ -63,14 +63,14 @@ def experiment_page(result: object, root: Path, ended: Ended, hypothesis: str | 
 
 
 def number(value: object) -> str:
-    """A number in five significant digits, nothing for None, anything else as one line of bounded text."""
+    """Format a number with five significant digits; empty for None, anything else as one line of bounded text."""
     if isinstance(value, float):
         return f"{value:.5g}"
     return "" if value is None else _cell(value)
 
 
 def _arms(runs: Iterable[object], best: object) -> str:
-    """One row per arm: its metrics as the mean over its runs."""
+    """Return a table with one row per arm; metrics are means over its runs."""
     arms: dict[str, list[object]] = {}
     for run in runs:
         arms.setdefault(str(field(run, "name")), []).append(run)
@@ -110,19 +110,19 @@ def _runs(runs: Sequence[object], root: Path, ended: Ended) -> str:
 
 
 def _folder(run: object, root: Path, ended: Ended) -> Path | None:
-    """The folder of a run inside the experiment's: the one its events came from, or the one its result names."""
+    """Find the folder of a run inside the experiment's: where its events came from, or the one named by its result."""
     said = field(field(field(run, "run_result"), "artifacts"), "run_dir")
     candidates = [
         *(folder for folder, arm in ended if arm is run),
         *([Path(str(said))] if said else []),
-        *(folder for folder, arm in ended if arm == run),  # as after a journey through a record
+        *(folder for folder, arm in ended if arm == run),  # equal after serialization
         root / str(field(run, "name")),
     ]
     return next((each for each in candidates if each.is_relative_to(root) and each != root and each.is_dir()), None)
 
 
 def _metrics(run: object) -> dict[str, Any]:
-    """What an arm is judged by: its eval metrics, or else its training metrics. Any: values of every type."""
+    """Return the eval metrics of a run, or else its training metrics."""
     return fields(field(run, "eval_metrics")) or fields(field(run, "metrics"))
 
 

@@ -1,4 +1,4 @@
-"""What loggers make of metrics and predictions: plain values, numbers apart from texts, bounded tables."""
+"""Conversion of metrics and predictions for loggers: plain values, numbers and texts, bounded tables."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,32 +10,31 @@ from evsys_bus.codec.redaction import redact_configs
 
 TRAIN: Final = "train"
 EVAL: Final = "eval/"
-"""What the names of streams of evals begin with."""
+"""Prefix of the stream names of evals."""
 _MAX_CELL: Final = 2_000
 _COLUMNS: Final = ("task_id", "instruction", "expected", "output", "reward", "metadata")
-"""Of predictions, in this order; others behind them."""
+"""Preferred order of prediction columns; other columns follow."""
 
 
 class Table(NamedTuple):
-    """Predictions as they are shown."""
+    """A table of predictions."""
 
     columns: list[str]
     rows: list[list[Any]]
-    """Any: plain values of every type."""
     total: int
-    """How many there were, before the cap."""
+    """Number of predictions before the limit."""
 
     @property
     def caption(self) -> str:
-        """How many of them are shown."""
+        """How many of the predictions are shown."""
         return f"{len(self.rows)} of {self.total} predictions"
 
 
 def prefixed(stream: str, key: str) -> str:
-    """The name of a metric among those of all streams: ``train/loss``, ``eval/held out/accuracy``.
+    """Return the qualified name of a metric: ``train/loss``, ``eval/held out/accuracy``.
 
-    A key that begins so already stays as it is; so does one of the training that has a ``/``, which is the prefix that
-    its program, or a framework, chose.
+    A key that already has the prefix stays as it is; so does a training key with a ``/``, whose prefix the program or a
+    framework chose.
     """
     if key.startswith(f"{stream}/") or (stream == TRAIN and "/" in key):
         return key
@@ -43,13 +42,13 @@ def prefixed(stream: str, key: str) -> str:
 
 
 def values_of(metrics: object) -> dict[str, Any]:
-    """Metrics as plain data. Any: values of every type."""
+    """Convert metrics to plain data."""
     plain, _ = to_plain(cast("object", metrics) if isinstance(metrics, Mapping) else fields(metrics))
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
 
 
 def split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
-    """The numbers among plain values (hence Any), NaN and infinities too, and the others as texts."""
+    """Split plain values into numbers, including NaN and infinities, and everything else as texts."""
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
     for name, value in values.items():
@@ -61,17 +60,17 @@ def split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def text_of(value: object) -> str:
-    """A text as it is, anything else as JSON."""
+    """Return a string unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json_of(value)
 
 
 def json_of(value: object) -> str:
-    """Plain data as JSON, with NaN and infinities as Python and W&B write them."""
+    """Encode plain data as JSON, with NaN and infinities as Python and W&B write them."""
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
 def config_of(ctx: object) -> dict[str, Any]:
-    """The configurations of a context, without what looks like a credential. Any: plain data."""
+    """Return the configurations of a context with credentials redacted."""
     given = {name: field(ctx, name) for name in ("config", "run_config")}
     plain, _ = to_plain({name: value for name, value in given.items() if value is not None})
     redact_configs(plain)
@@ -79,7 +78,7 @@ def config_of(ctx: object) -> dict[str, Any]:
 
 
 def table_of(predictions: object, cap: int) -> Table:
-    """The first predictions, as many as the cap allows."""
+    """Build a table of the first ``cap`` predictions."""
     given = items(predictions)
     shown = [values_of(each) or {"prediction": to_plain(each)[0]} for each in given[:cap]]
     names: Iterable[str] = dict.fromkeys(name for each in shown for name in each)
@@ -88,7 +87,7 @@ def table_of(predictions: object, cap: int) -> Table:
 
 
 def markdown(table: Table) -> str:
-    """The table, with what it leaves out stated below."""
+    """Render the table as Markdown, followed by its caption."""
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     drawn = "\n".join(f"| {' | '.join(map(_cell, cells))} |" for cells in lines)
     return f"{drawn}\n\n{table.caption}" if table.columns else table.caption

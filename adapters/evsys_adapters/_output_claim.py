@@ -1,8 +1,8 @@
-"""`OutputPlaces`, `OutputClaim`: which follower of which run writes an output file or folder, now and on later days.
+"""`OutputPlaces`, `OutputClaim`: which adapter and run own an output file or folder, now and in later processes.
 
-A hidden note says it: ``.<name>.run`` beside a file, ``.run`` in a folder. It holds the run, seen from there, behind a
-zero byte the name of the follower, and an end of line. (0.1.0 wrote the run alone, for TensorBoard its whole path.)
-While the output is written, the note is locked.
+A hidden owner file records it: ``.<name>.run`` beside a file, ``.run`` in a folder. It holds the run's path relative to
+it, a zero byte, the adapter's name and a line end. (0.1.0 wrote only the run, for TensorBoard as an absolute path.)
+While the output is written, the owner file is locked.
 """
 
 import os
@@ -23,16 +23,16 @@ from evsys_bus.files import DamagedFileError, FileLock, read_file
 from evsys_bus.savepoints import Mark, Savepoints
 
 Refusal = Literal["second_run", "in_use", "second_follower"]
-"""The output is another run's; or it is written now, by another process or follower; or another follower's, who is
-followed still."""
+"""Why an output cannot be used: it belongs to another run; another process or adapter is writing it now; or it
+belongs to another adapter that is still subscribed."""
 
 
 class OutputClaim:
-    """One output, for as long as the object lives: no other process writes it, and in this one no other follower.
+    """Exclusive use of one output while the object lives, against other processes and other adapters of this one.
 
     Args:
-        follower: Its name.
-        lock: Of the note; None where nobody is kept away.
+        follower: The adapter's name.
+        lock: Lock of the owner file; None if the output is not exclusive.
     """
 
     _held: ClassVar["weakref.WeakValueDictionary[tuple[int, str], OutputClaim]"] = weakref.WeakValueDictionary()
@@ -44,20 +44,20 @@ class OutputClaim:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is this process's: not so in a child forked from the one that took it."""
+        """Whether this process holds the lease; False in a child forked from the process that acquired it."""
         return self._lock is None or self._lock.is_held
 
     @classmethod
     def take(
         cls, note: Path, run: str, follower: str, is_followed: Callable[[str], bool] | None = None
     ) -> "OutputClaim | Refusal":
-        """Claim the output for a follower, and write down that it is its.
+        """Acquire the output for an adapter, and record the adapter as its owner.
 
         Args:
-            note: The file beside the output, or in it; the folder is made if need be.
-            run: As `owner_of` has it.
-            follower: Its name.
-            is_followed: Tells of another, whose output it was, whether it is still; None: it does not matter.
+            note: The owner file beside or in the output; its folder is created if needed.
+            run: The result of `owner_of`.
+            follower: The adapter's name.
+            is_followed: Whether the adapter with this name is still subscribed; None skips the check.
 
         Raises:
             OSError: The disk refuses it.
@@ -71,7 +71,7 @@ class OutputClaim:
             if held is not None and held.is_held:
                 return held if held.follower == follower else "in_use"
             lock = FileLock.take(note)
-            refusal = _refusal(note, run, follower, is_followed)  # since the look at it
+            refusal = _refusal(note, run, follower, is_followed)  # it may have changed since the first check
             if refusal is not None:
                 return refusal
             if lock is None:
@@ -83,17 +83,17 @@ class OutputClaim:
 
 
 class OutputPlaces:
-    """Where the output of one run may lie, for one callback.
+    """The candidate paths for one run's output of one callback.
 
-    Does not keep the callback alive, whose end gives its output up.
+    Does not keep the callback alive; the lease ends with it.
 
     Args:
-        callback: Who writes it.
-        run: As `owner_of` has it.
-        places: The file or folder; the next one where it is another run's.
-        marks: Of the callback: what they name was its own.
-        fix: How people give each an output of its own.
-        folder: Whether it is a folder.
+        callback: The writer.
+        run: The result of `owner_of`.
+        places: The file or folder, then alternatives in case it belongs to another run.
+        marks: The callback's savepoints; files that they name were its own.
+        fix: How users give each run an output of its own.
+        folder: Whether the output is a folder.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class OutputPlaces:
         self._folder = folder
 
     def take(self) -> tuple[Path, OutputClaim]:
-        """The place that was this follower's; else the first one that is nobody's who still writes there.
+        """Acquire the path that this adapter used before, else the first one without an active owner.
 
         Raises:
             OSError: The disk refuses it.
@@ -133,11 +133,11 @@ class OutputPlaces:
                     return each, claim
                 refused = refused or claim
                 if claim == "second_run" and each is place and place is not self._places[-1]:
-                    break  # the next place has a name of its own for this run
+                    break  # the next candidate has a distinct name for this run
         raise AssertionError("there is always another number")
 
     def take_followed(self) -> tuple[Path, OutputClaim]:
-        """As `take` where a courier delivers; else the first place, of which nobody is kept away.
+        """Acquire a path if a courier delivers to the callback; otherwise return the first path without a lock.
 
         Raises:
             OSError: The disk refuses it.
@@ -147,12 +147,12 @@ class OutputPlaces:
         return self.first, OutputClaim()
 
     def _is_followed(self, name: str) -> bool:
-        """Whether a follower of this name is on record where the callback is delivered to, and has not left."""
+        """Whether an adapter of this name is subscribed to the same journal."""
         asks = (getattr(each, "follows", None) for each in _attached(self._callback()))
         return any(callable(ask) and ask(name) for ask in asks)
 
     def _own(self) -> Path | None:
-        """The place that was this follower's on an earlier day: as it says itself, else as the mark says."""
+        """Find the path that this adapter used before, by its owner file or else by the mark."""
         there: list[Path] = []
         for place in self._places:
             for each in chain([place], self._numbered(place)):
@@ -179,30 +179,30 @@ class OutputPlaces:
     def _warn(self, refused: Refusal, place: Path) -> None:
         fix = self._fix
         if refused != "second_run":
-            fix = "have one process and one follower write the files of a run, or give each an output of its own"
+            fix = "let only one process and one adapter write the files of a run, or give each its own output"
         names = {"taken": str(self.first), "file": str(place)}
         log().warning(f"{self._kind}.{refused}", run=self._run, **names, fix=fix)
 
 
 def has_courier(callback: Callback | None) -> bool:
-    """Whether a courier delivers to the callback: events may come that it was given before."""
+    """Whether a courier delivers to the callback, so that events may be delivered twice."""
     return any(getattr(each, "has_courier", False) for each in _attached(callback))
 
 
 def without_others(mark: Mark, callback: Callback) -> Mark:
-    """The mark, but for files that another follower has gone on with since: how they were is of no use any more."""
+    """Drop the files from the mark that another adapter has continued since; their earlier state is obsolete."""
     follower = callback_name(callback)
     files = {file: size for file, size in mark.files.items() if _follower_at(Path(file)) in {"", follower}}
     return mark if len(files) == len(mark.files) else msgspec.structs.replace(mark, files=files)
 
 
 def owner_of(handle: object) -> str:
-    """The run's folder, the same through whatever links it is reached."""
-    return os.path.realpath(run_id(handle).replace("\0", "\\0"))  # a key may hold what no path can
+    """Return the run's folder with symbolic links resolved."""
+    return os.path.realpath(run_id(handle).replace("\0", "\\0"))  # a key may contain a zero byte, which no path may
 
 
 def writer_of(note: Path, run: str) -> str | None:
-    """The follower whose output it is; empty where it is the run's and no follower is named; None where it is not."""
+    """Return the adapter that owns the output; empty if only the run is recorded, None if it is not the run's."""
     said = _read(note)
     words, _, follower = said.removesuffix(b"\n").partition(b"\0")
     if words not in _names_of(note, run):
@@ -211,7 +211,7 @@ def writer_of(note: Path, run: str) -> str | None:
 
 
 def _follower_at(file: Path) -> str:
-    """The follower that the note of a file names, or of the folders that it may lie in; empty where none does."""
+    """Return the adapter named by the owner file of a file or of its folders; empty if there is none."""
     for note in (file.with_name(f".{file.name}.run"), file.parent / ".run", file.parent.parent / ".run"):
         said = _read(note)
         follower = said.removesuffix(b"\n").partition(b"\0")[2]
@@ -221,20 +221,20 @@ def _follower_at(file: Path) -> str:
 
 
 def is_of_run(folder: Path, run: str) -> bool:
-    """Whether the folder is this run's, now or since an earlier day; one that is nobody's is this run's from now on."""
+    """Whether the folder belongs to this run; a folder without owner is assigned to it."""
     note = folder / ".run"
     if not _is_other(note, run) and writer_of(note, run) is None:
         try:
             lock = FileLock.take(note)
             if lock is not None and writer_of(note, run) is None and not _is_other(note, run):
                 lock.write(_seen_from(note, run) + b"\n")
-        except OSError:  # a disk that refuses this refuses rows as well, which wait
+        except OSError:  # a disk that refuses this refuses rows as well, which are buffered
             pass
     return not _is_other(note, run)
 
 
 def seen_from(output: Path, run: str) -> str:
-    """The run relative to the folder of the output or its note: the same after both were moved together."""
+    """Return the run's path relative to the folder of the output: unchanged after both were moved together."""
     return os.path.relpath(run, os.path.realpath(output.parent))
 
 
@@ -243,18 +243,18 @@ def _seen_from(output: Path, run: str) -> bytes:
 
 
 def _names_of(note: Path, run: str) -> tuple[bytes, bytes]:
-    """What the run is called in a note; the second as 0.1.0 called it for TensorBoard."""
+    """Return the names of the run in an owner file; the second form is the one that 0.1.0 wrote for TensorBoard."""
     return _seen_from(note, run), run.encode(errors="surrogateescape")
 
 
 def _is_other(note: Path, run: str) -> bool:
-    """Whether the output is another run's; what a full disk or a power cut left of a note is nobody's."""
+    """Whether the output belongs to another run; a damaged owner file counts as nobody's."""
     said = _read(note)
     return all(names_another(said, name, note.parent) for name in _names_of(note, run))
 
 
 def _refusal(note: Path, run: str, follower: str, is_followed: Callable[[str], bool] | None) -> Refusal | None:
-    """Why the follower must not write the output, whoever writes it now."""
+    """Return why the adapter must not write the output, apart from current locks."""
     if _is_other(note, run):
         return "second_run"
     writer = writer_of(note, run)
@@ -268,7 +268,7 @@ def _attached(callback: Callback | None) -> Sequence[object]:
 
 
 def _read(note: Path) -> bytes:
-    """What is written down; empty where nothing is, or what is no file."""
+    """Return the content of the owner file; empty if it is missing or not a regular file."""
     try:
         return read_file(note)
     except (FileNotFoundError, NotADirectoryError, DamagedFileError):

@@ -1,4 +1,4 @@
-"""Checking the parameters of a callback that is constructed by hand as strictly as those that come from a config."""
+"""Validation of parameters passed to a callback's constructor, as strict as validation of config files."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +15,10 @@ ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
 
 
 def checked(config: type[ConfigT], params: Mapping[str, object]) -> ConfigT:
-    """The parameters as their ``Config``.
+    """Convert the parameters to their ``Config``.
 
     Raises:
-        WrongParamError: One of them has the wrong type or lies out of range.
+        WrongParamError: A parameter has the wrong type or is out of range.
     """
     try:
         return msgspec.convert(params, config)
@@ -31,38 +31,38 @@ def checked(config: type[ConfigT], params: Mapping[str, object]) -> ConfigT:
 
 
 def listed(names: Iterable[str] | None) -> object:
-    """Names as a list, for `checked`, which takes no other sequence; one text alone stays one, and is refused there."""
+    """Return names as a list for `checked`; a single string is returned unchanged, and is rejected there."""
     return names if names is None or isinstance(names, str | bytes) else list(names)
 
 
 def check_placeholders(text: str, name: str, known: Sequence[str]) -> None:
-    """Refuse braces that stand for nothing, in the ``__post_init__`` of a Config.
+    """Reject unknown placeholders and stray braces, in the ``__post_init__`` of a Config.
 
     Args:
-        text: The value of the param.
-        name: The param.
-        known: The placeholders that it may have, with their braces.
+        text: The value of the parameter.
+        name: The parameter.
+        known: The allowed placeholders, including their braces.
 
     Raises:
-        ValueError: There are others, or a single brace.
+        ValueError: There is another placeholder, or a single brace.
     """
     strange = [found for found in _BRACES.findall(text) if found not in known]
     if strange:
-        what = f"{strange[0]} stands for nothing; the placeholders are {', '.join(known)}"
+        what = f"{strange[0]} is not a placeholder; the placeholders are {', '.join(known)}"
         raise ValueError(f"{what}, and other braces are not allowed{_at(name)}")
 
 
 def check_local_path(text: str, name: str, known: Sequence[str] = (), *, whole: str | None = None) -> None:
-    """Refuse what is no path on this machine, in the ``__post_init__`` of a Config; else as `check_placeholders`.
+    """Reject a text that is not a local path, in the ``__post_init__`` of a Config; includes `check_placeholders`.
 
     Args:
-        text: As there.
-        name: As there.
-        known: As there.
-        whole: A placeholder that stands for an absolute path, where the text begins with it.
+        text: The value of the parameter.
+        name: The parameter.
+        known: The allowed placeholders, including their braces.
+        whole: A placeholder that expands to an absolute path when the text begins with it.
 
     Raises:
-        ValueError: It is a URL, has an unknown placeholder, or names the home directory of nobody.
+        ValueError: It is a URL, has an unknown placeholder, or names the home directory of an unknown user.
     """
     check_placeholders(text, name, known)
     if whole is None or not text.startswith(whole):
@@ -73,5 +73,5 @@ def check_local_path(text: str, name: str, known: Sequence[str] = (), *, whole: 
 
 
 def _at(name: str) -> str:
-    """The place as msgspec writes it, so that an error in a file shows the line."""
+    """Format the location as msgspec does, so that an error in a file shows the line."""
     return f" - at `$.{name}`"

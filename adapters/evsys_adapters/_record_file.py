@@ -1,7 +1,7 @@
-"""`RecordLog`: a file of binary records that survives full disks, kills and resumes, in a format that others read.
+"""`RecordLog`: a file of binary records in another tool's format that survives full disks, kills and resumes.
 
-Owns the bytes and when they are written; a `Format` says what a record looks like, and what is in it is its users'
-business. Rows wait in memory until they are many, old, or asked for; then they go in one write.
+It owns the bytes and when they are written; a `Format` defines the encoding of records. Rows are buffered until there
+are enough of them, the oldest is due, or they are requested; then they are written at once.
 """
 
 import os
@@ -18,29 +18,29 @@ _MAX_BUFFERED_BYTES: Final = 1 << 16
 
 
 class Format(Protocol):
-    """How records stand in a file."""
+    """The encoding of records in a file."""
 
     def head(self) -> bytes:
-        """What the file begins with."""
+        """Return the bytes at the start of the file."""
         ...
 
     def frame(self, payload: bytes, at: int) -> bytes:
-        """A record as it stands at this place in the file."""
+        """Encode a record for this offset in the file."""
         ...
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-        """Every whole record, the head left out, and where it ends; a torn one ends the file."""
+        """Yield every complete record after the header with its end offset; a torn record ends the iteration."""
         ...
 
 
 class RecordLog:
-    """The records of one file. No method but `settle`, `records` and `move` raises OSError: what is refused waits.
+    """The records of one file. Only `settle`, `records` and `move` raise OSError: refused writes are kept for a retry.
 
     Args:
-        path: The file; nothing is touched before the first record.
-        marks: Of the callback; its files go back to the last mark after a crash.
-        form: How records look.
-        flush_seconds: How long a record may wait in memory.
+        path: The file; created with the first record.
+        marks: The callback's savepoints; after a crash its files are rewound to the last mark.
+        form: The encoding of records.
+        flush_seconds: How long a record may stay in memory.
     """
 
     def __init__(self, path: Path, marks: Savepoints, form: Format, flush_seconds: float) -> None:
@@ -54,7 +54,7 @@ class RecordLog:
 
     @property
     def path(self) -> Path:
-        """The file; another one after `move`."""
+        """The current file; `move` changes it."""
         return self._file.path
 
     @property
@@ -73,19 +73,19 @@ class RecordLog:
             self.flush()
 
     def flush(self) -> None:
-        """Hand what waits in memory to the system."""
+        """Write the buffered records to the file."""
         if self._buffer:
             payloads, size = self._buffer, self._bytes
             self._buffer, self._bytes = [], 0
             self._backlog.write(partial(self._append, payloads), size)
 
     def settle(self) -> None:
-        """Have everything with the system, for a mark; raises OSError if the disk refuses, or if rows were given up."""
+        """Write all records to the file; raises OSError if the disk refuses, or if rows were dropped."""
         self.flush()
         self._backlog.settle()
 
     def close(self, *, forget: bool = False) -> None:
-        """Write what waits, and close the file until the next record; marks go on naming it, unless to be forgotten."""
+        """Write buffered records, and close the file until the next one; with ``forget``, marks no longer name it."""
         self.flush()
         self._backlog.flush()
         if forget:
@@ -94,7 +94,7 @@ class RecordLog:
             self._file.pause()
 
     def records(self) -> Iterator[bytes]:
-        """Every record in the file; none if there is none."""
+        """Yield every record in the file; nothing if there is no file."""
         self.flush()
         self._file.settle()
         try:
@@ -105,17 +105,18 @@ class RecordLog:
             yield from (payload for payload, _ in self._form.scan(file))
 
     def rewrite(self, change: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
-        """Replace all records by what ``change`` makes of them, in one move."""
+        """Replace all records atomically by the result of ``change``."""
         self.flush()
         self._backlog.write(lambda: self._file.rewrite(self._framed(change(self.records()), 0)), 0)
 
     def move(self, path: Path, change: Callable[[BinaryIO], Iterable[bytes]]) -> None:
-        """Give the file another name, and the content that ``change`` makes of it; each takes one move.
+        """Rename the file and replace its content by the result of ``change``; each step is atomic.
 
-        At any moment one file is there, with every record. Nothing happens where there is no file.
+        At any moment exactly one file exists, with every record. Does nothing if there is no file.
 
         Raises:
-            OSError: The disk refuses, or has refused rows, which wait. It may have the content, and not the name yet.
+            OSError: The disk refuses it, or has refused rows, which stay buffered. The file may have the new content
+                under the old name.
         """
         self.settle()
         if self._file.is_there():
@@ -136,7 +137,7 @@ class RecordLog:
 
 
 class _RecordFile(AppendFile):
-    """A `AppendFile` whose lines are records."""
+    """An `AppendFile` whose lines are records."""
 
     def __init__(self, path: Path, marks: Savepoints, form: Format) -> None:
         super().__init__(path, marks)
@@ -157,7 +158,7 @@ class _RecordFile(AppendFile):
         self._shut()
         with self.open() as old:
             self._replace(str(self.path), change(old))
-        key = os.path.abspath(path)  # noqa: PTH100  # as the marks call it
+        key = os.path.abspath(path)  # noqa: PTH100  # savepoints use this form
         self._marks.replacing(key)
         try:
             self._disk.rename(str(self.path), str(path))
@@ -175,7 +176,7 @@ class _RecordFile(AppendFile):
         return self._disk.length(self._open())
 
     def _drop_torn(self) -> None:
-        """Records hold zeros, and a checksum each: `_cut_torn` finds those that a power cut tore."""
+        """Records contain zeros, and a checksum each: `_cut_torn` finds those that a power cut tore."""
 
     def _cut_torn(self, fd: int) -> None:
         size = self._disk.length(fd)
@@ -183,7 +184,7 @@ class _RecordFile(AppendFile):
             return
         with self.open() as file:
             whole = len(self._form.head())
-            for _, whole in self._form.scan(file):  # noqa: B007 # the last one is asked for
+            for _, whole in self._form.scan(file):  # noqa: B007 # only the last one matters
                 pass
         if whole != size:
             self._disk.truncate(fd, 0 if whole > size else whole)

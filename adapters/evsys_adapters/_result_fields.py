@@ -1,4 +1,4 @@
-"""Reading results and handles: ours, an older or newer version's, a host's own, a plain dict, or nothing at all."""
+"""Tolerant access to results and handles: ours, those of other versions, a host's own objects, plain dicts, or None."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -7,23 +7,17 @@ from evsys_bus.codec import to_plain
 
 
 def field(thing: object, name: str, default: object = None) -> Any:
-    """A field of an object or an entry of a mapping; the default where it has none, or where looking it up raises.
-
-    Any: it is whatever the thing holds.
-    """
+    """Return an attribute of an object or an entry of a mapping; the default if it is missing or reading it raises."""
     try:
         if isinstance(thing, Mapping):
             return cast("Mapping[str, Any]", thing).get(name, default)
         return getattr(thing, name, default)
-    except Exception:  # a property or a __getattr__ of a host's
+    except Exception:  # a property or __getattr__ of the host
         return default
 
 
 def fields(thing: object) -> dict[str, Any]:
-    """Every entry of a mapping or field of an object, in a dict of its own; empty for what has none.
-
-    Any: values of every type, as they are where ``thing`` is a mapping, else as plain data.
-    """
+    """Return all entries of a mapping or fields of an object as a new dict; empty if it has none."""
     if isinstance(thing, Mapping):
         return dict(cast("Mapping[str, Any]", thing))
     plain, _ = to_plain(vars(thing) if hasattr(thing, "__dict__") else thing)
@@ -31,5 +25,5 @@ def fields(thing: object) -> dict[str, Any]:
 
 
 def items(thing: object) -> list[Any]:
-    """The items of a list, a tuple or a set, in a list of its own; empty for what is none. Any: items of every type."""
+    """Return the items of a list, a tuple or a set as a new list; empty for anything else."""
     return list(cast("list[Any]", thing)) if isinstance(thing, list | tuple | set | frozenset) else []

@@ -1,10 +1,10 @@
-"""`RunLogger` and `LoggedRun`: what loggers have in common that write a file of records for each run.
+"""`RunLogger` and `LoggedRun`: the common part of loggers that write a file of records for each run.
 
-    hooks ── the run that they speak of ── `RunNotes`: what is void, late or new ── rows: stream, step, values
+    hooks ── the run of the event ── `RunNotes`: what is void, late or new ── rows: stream, step, values
 
-The streams are ``train`` and ``eval/<name>``. How a row stands in the file, and what else is said of a run, is each
-logger's own. A note beside the file says of which events it has the rows (`evsys_adapters._output_notes`); where there
-is none, as beside files of 0.1.0, rows that may come again are compared with those that are there.
+The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
+A note beside the file records which events it has the rows of (`evsys_adapters._output_notes`); without one, as beside
+files of 0.1.0, rows that may be delivered again are compared with the existing ones.
 """
 
 import threading
@@ -46,9 +46,9 @@ class LoggedRun(Generic[NotesT]):
 
     Args:
         log: Its file.
-        notes: What is known of it besides.
+        notes: State of the run that is not in the file.
         output: Which events the file has the rows of.
-        lock: Held while a method changes them, where another thread may; a lock that its owner may take again.
+        lock: A reentrant lock, held while a method changes them, if another thread may.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class LoggedRun(Generic[NotesT]):
         self.lock = threading.RLock() if lock is None else lock
         self.notes = notes
         self.at = 0.0
-        """When the event was published that is being logged; seconds since the epoch."""
+        """Publication time of the event being logged; seconds since the epoch."""
         self._recorded: set[int] | None = None
-        """Keys of the rows that are in the file, while rows may come again; None until they are asked for."""
+        """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
         self._newest = 0.0
 
     def introduced(self) -> None:
-        """The training's start is given again. Rows of it may come again, unless it is known which are in the file."""
+        """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
         with self.lock:
             if self.output.is_known and not self.notes.course.unplaced:
                 self.notes.course.continued()
@@ -77,7 +77,7 @@ class LoggedRun(Generic[NotesT]):
                 self.notes.course.introduced()
 
     def begin(self, first_step: int) -> None:
-        """Training starts at this step: what is run again is void."""
+        """Training starts at this step: later steps in the file become void."""
         with self.lock:
             if self._may_repeat():
                 self.notes.course.starts_pending(first_step)
@@ -85,10 +85,10 @@ class LoggedRun(Generic[NotesT]):
                 self._carry_out(first_step)
 
     def add_step(self, step: int, metrics: object) -> None:
-        """A row of the training; None for one that is not to be logged."""
+        """Log a training row; None only records the step."""
         with self.lock:
             if not self.notes.course.begun and metrics is not None and self._is_there(TRAIN, step, values_of(metrics)):
-                self.notes.course.introduced()  # there was no start, and this very event was logged before
+                self.notes.course.introduced()  # the start is missing, and this row was logged before
             if self.notes.course.pending is not None and metrics is not None:
                 self._decide(there=self._is_there(TRAIN, step, values_of(metrics)))
             if self.notes.steps(step):
@@ -97,7 +97,7 @@ class LoggedRun(Generic[NotesT]):
                 self._write(TRAIN, step, values_of(metrics))
 
     def add_eval(self, step: int, name: str, metrics: object) -> None:
-        """A row of an eval: what was not said of it already."""
+        """Log an eval: only the values that were not logged yet."""
         with self.lock:
             values, stream = values_of(metrics), f"{EVAL}{name}"
             news = self.notes.news(name, step, values)
@@ -109,7 +109,7 @@ class LoggedRun(Generic[NotesT]):
                 self._write(stream, step, news)
 
     def add_benchmark(self, step: int | None, result: object, predictions: object, most: int) -> None:
-        """A benchmark, with so many predictions at the most; one without a step was scored after training."""
+        """Log a benchmark with up to ``most`` predictions; one without a step was scored after training."""
         name = str(field(result, "name") or "benchmark")
         head = f"final/{name}" if step is None else f"{EVAL}{name}"
         if step is None:
@@ -123,11 +123,11 @@ class LoggedRun(Generic[NotesT]):
             self._show(step, head, "breakdowns", breakdowns)
 
     def state(self) -> bytes:
-        """What the note beside the file says of the run."""
+        """Return the run's state as it is written to the note beside the file."""
         return noted(self.notes)
 
     def close(self, *, forget: bool = False) -> None:
-        """Put the file in order, and write what waits; the next row opens it again."""
+        """Bring the file into order and write buffered rows; the next row opens it again."""
         with self.lock:
             if self.notes.untidy:
                 self._tidy()
@@ -135,7 +135,7 @@ class LoggedRun(Generic[NotesT]):
             self.log.close(forget=forget)
 
     def _is_repeated(self, key: int) -> bool:
-        """Whether a row is in the file, and comes again behind a start that was given again."""
+        """Whether a row is in the file already, and is delivered again after a repeated start."""
         if not self._may_repeat() or self._recorded is None:
             return False
         if key not in self._recorded and len(self.notes.doubtful) < _MOST_DOUBTFUL:
@@ -143,7 +143,7 @@ class LoggedRun(Generic[NotesT]):
         return key in self._recorded
 
     def _may_repeat(self) -> bool:
-        """Whether what comes now may be in the file."""
+        """Whether rows that are delivered now may be in the file."""
         course = self.notes.course
         if not course.unplaced:
             return False
@@ -153,7 +153,7 @@ class LoggedRun(Generic[NotesT]):
                 self._recorded = recorded.difference(self.notes.doubtful)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
-        if self.at > self._newest:  # from here on all is new
+        if self.at > self._newest:  # everything from here on is new
             if course.pending is not None:
                 self._carry_out(course.pending)
             course.unplaced, self._recorded = False, None
@@ -161,7 +161,7 @@ class LoggedRun(Generic[NotesT]):
         return course.unplaced
 
     def _decide(self, *, there: bool) -> None:
-        """The first row behind a start that came again is in the file, or not: whether that start was carried out."""
+        """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
         first, self.notes.course.pending = self.notes.course.pending, None
         if first is None:
             return
@@ -177,35 +177,35 @@ class LoggedRun(Generic[NotesT]):
             self._void(first_step)
 
     def _drop(self, keys: AbstractSet[int]) -> None:
-        """Take the rows with these keys out of the file."""
+        """Remove the rows with these keys from the file."""
         raise NotImplementedError
 
     def _rows_there(self) -> tuple[set[int], float]:
-        """A key for each row in the file, and the time of the newest one."""
+        """Return the keys of all rows in the file, and the time of the newest."""
         raise NotImplementedError
 
     def _is_there(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
-        """Whether the file has this very row, of this very time. Any: plain values."""
+        """Whether the file contains this row with the current event time."""
         raise NotImplementedError
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
-        """Log a row. Any: plain values."""
+        """Log a row."""
         raise NotImplementedError
 
     def _conclude(self, head: str, values: Mapping[str, Any]) -> None:
-        """Log what a benchmark scored after training. Any: plain values."""
+        """Log the scores of a benchmark that was run after training."""
         raise NotImplementedError
 
     def _show(self, step: int | None, head: str, what: str, shown: Table | object) -> None:
-        """Log what a benchmark has to show besides numbers."""
+        """Log what a benchmark has besides numbers."""
         raise NotImplementedError
 
     def _void(self, first_step: int) -> None:
-        """Have that step and later ones void in the file."""
+        """Make this step and later ones void in the file."""
         raise NotImplementedError
 
     def _tidy(self) -> None:
-        """Put the file in order."""
+        """Bring the file into order."""
         raise NotImplementedError
 
 
@@ -215,16 +215,16 @@ RunT = TypeVar("RunT", bound=LoggedRun[Any])
 class _LoggerMark(msgspec.Struct, frozen=True):
     files: Mark
     runs: dict[str, bytes]
-    """Their notes."""
+    """The encoded `RunNotes` of each run."""
     positions: dict[str, Position] = {}
 
 
 class RunLogger(Callback, Generic[RunT, NotesT]):
-    """Logs every run to a file of its own; behind a courier, a crash doubles no row in it and loses none.
+    """Logs every run to its own file; behind a courier, a crash neither duplicates nor loses a row.
 
     Args:
-        notes: What is known of a run besides what is in its file.
-        max_pred_rows: Predictions in the table of one eval.
+        notes: The type of the run's state.
+        max_pred_rows: Maximum number of predictions in the table of one eval.
     """
 
     marks_inline: ClassVar[bool] = False
@@ -238,17 +238,17 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         self._notes = notes
         self._output_notes = OutputNotes(self._marks)
         self._rewound: dict[str, tuple[NotesT, Position]] = {}
-        """Runs that were known at the mark, and are still to be heard of."""
+        """States restored from the mark, of runs without an event since."""
         self._left: dict[str, RunT] = {}
         """Runs whose experiment has ended since the mark."""
         self._max_pred_rows = max_pred_rows
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """Write down what the run is."""
+        """Write the description of the run."""
         self._announce(self._run(ctx), ctx)
 
     def on_train_start(self, state: LoopState) -> None:
-        """Void what is about to be run again."""
+        """Make the steps void that will be run again."""
         run = self._run(state)
         first_step = first_step_of(state)
         if is_carried(self.event):
@@ -271,35 +271,35 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Log what the benchmark scored, and its predictions."""
+        """Log the benchmark's scores and predictions."""
         at = field(eval_result, "step") if step is None else step
         known = None if at is None else step_of(at)
         run = self._run(ctx)
         self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Put the file in order."""
+        """Bring the file into order and close it."""
         del artifacts
         run = self._run(state)
         self._once(run, lambda: self._train_ends(run, state))
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Forget the runs of the experiment."""
+        """Close the files of the experiment's runs, and drop their state."""
         for run in self._leave(ctx):
             self._once(run, lambda run=run: self._experiment_ends(run, result))
             run.close(forget=True)
 
     def close(self) -> None:
-        """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
+        """Bring every file into order, write buffered rows and close it; a later hook continues."""
         for run in [*self._runs.values()]:
             run.close()
 
     def mark(self) -> Any:
-        """How far the files have got, as plain data (hence Any); their rows are on the medium.
+        """Return the position of all files as plain data; their rows are synced to disk first.
 
         Raises:
-            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
+            OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         written = [*self._left.values(), *self._runs.values()]
         for run in written:
@@ -311,7 +311,7 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         return msgspec.to_builtins(_LoggerMark(files, notes, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
-        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
+        """Restore the files to their state at the mark. Call it before any hook.
 
         Raises:
             OSError: A file cannot be cut.
@@ -337,8 +337,8 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             output = NotedOutput(self._marks, position, is_followed=is_followed)
             try:
                 run = self._runs[key] = self._open(handle, notes, output)
-            except OSError as error:  # a row that is not written yet can wait; what is there must be known first
-                raise RetryLaterError(f"the files of {key} cannot be looked at: {error}") from error
+            except OSError as error:  # a row can be buffered, but the existing rows must be known first
+                raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
             self._left.pop(key, None)
             if notes is None and not output.is_known and not self._has_mark and is_followed:  # its cursor may be lost
@@ -350,11 +350,11 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         return ranked_key(run_id(handle), self._rank())
 
     def _rank(self) -> int:
-        """Of the process whose event this is: each has files of its own."""
+        """Rank of the process that published the event: each rank has its own files."""
         return rank_of_event(self.event)
 
     def _leave(self, ctx: LogContext) -> Iterator[RunT]:
-        """The runs of an experiment, which are known no longer then."""
+        """Yield the runs of an experiment while removing them from the registry."""
         self._rewound = {key: notes for key, notes in self._rewound.items() if not is_run_of(key, ctx)}
         for key in [each for each in self._runs if is_run_of(each, ctx)]:
             run = self._left[key] = self._runs.pop(key)
@@ -362,14 +362,14 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             yield run
 
     def _once(self, run: RunT, log: Callable[[], object]) -> None:
-        """Log what the event says, unless the file has it: it comes again where a cursor was lost, or is older."""
+        """Call ``log`` unless the file has the event's rows: events repeat where a cursor was lost or is older."""
         event = self.event
         if not run.output.is_handled(event):
             log()
             run.output.add(event)
 
     def _known(self, output: NotedOutput, place: Path, others: Iterable[Path] = ()) -> NotesT | None:
-        """What the note of an output says of the run, if it is newer than the mark; its files are as they were then.
+        """Return the run's state from the note of an output that is newer than the mark, and restore its files to it.
 
         Raises:
             OSError: The disk refuses it.
@@ -387,13 +387,13 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
 
     @staticmethod
     def _note_of(place: Path) -> Path:
-        """Where the note of an output lies."""
+        """Return the path of the note of an output."""
         raise NotImplementedError
 
     def _open(self, handle: LoopState | LogContext, notes: NotesT | None, output: NotedOutput) -> RunT:
-        """The run, which is heard of for the first time, or since its rewinding; then with its notes."""
+        """Open the run on its first event, or its first event after `rewind`, then with its state."""
         raise NotImplementedError
 
     def _announce(self, run: RunT, handle: LoopState | LogContext) -> None:
-        """Say what the run is, where that is not said."""
+        """Write the description of the run if it is missing."""
         raise NotImplementedError

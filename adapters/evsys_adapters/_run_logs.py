@@ -1,12 +1,12 @@
-"""`RunLogs`: the log files of one run, and the rules by which their rows are kept.
+"""`RunLogs`: the log files of one run, and how rows replace earlier ones.
 
-    <run>/logs/training/metrics.jsonl                        one row per step, as it came
+    <run>/logs/training/metrics.jsonl                        one row per step, in order of arrival
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
-    <run>/logs/.run                                          whose they are, see `evsys_adapters._output_claim`
+    <run>/logs/.run                                          the owner, see `evsys_adapters._output_claim`
 
-What is in a row is its callers' business, but for the keys ``step`` and ``benchmark``.
+Callers choose the content of rows, except for the keys ``step`` and ``benchmark``.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,11 +28,10 @@ from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
 Row = Mapping[str, Any]
-"""Any: values are what people put into metrics and predictions."""
 
 
 class RowKey(msgspec.Struct, frozen=True):
-    """What names an eval, and so its row and its predictions."""
+    """The key of an eval's row and of its predictions."""
 
     step: int | None = None
     """0-based; None after training."""
@@ -47,7 +46,7 @@ _decode_key: Final = msgspec.json.Decoder(RowKey).decode
 
 
 def _key_of(line: bytes) -> RowKey | None:
-    """The key of a row; None for a line that is no row of ours, which stays as it is."""
+    """Return the key of a row; None for a foreign line, which is left alone."""
     try:
         return _decode_key(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -55,12 +54,12 @@ def _key_of(line: bytes) -> RowKey | None:
 
 
 class StepRows:
-    """A file of rows that belong to steps. Only `settle` raises OSError: what the disk refuses waits in memory.
+    """A file of rows that belong to steps. Only `settle` raises OSError: refused writes are kept in memory for a retry.
 
     Args:
-        place: The folder ``logs``, asked for each row; may raise OSError.
-        path: Where the file lies, where the folder is the first one.
-        marks: Of the callback.
+        place: Returns the folder ``logs``; called for each row, may raise OSError.
+        path: Path of the file if the first candidate folder is used.
+        marks: The callback's savepoints.
     """
 
     def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
@@ -81,26 +80,26 @@ class StepRows:
         self._backlog.write(lambda: self._file.append(line), len(line))
 
     def cut(self, first_step: int, *, but: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
-        """Drop the rows of that step and of later ones, ``but`` those of the given evals.
+        """Drop the rows from that step on, except for the evals in ``but``.
 
-        With ``row``, what stands before the last row like it is kept.
+        With ``row``, everything before the last row equal to it is kept.
         """
         like = None if row is None else json_line(row) + b"\n"
         self._backlog.write(partial(self._cut, first_step, but, like), 0)
 
     def settle(self) -> None:
-        """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""
+        """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
         self._backlog.settle()
 
     def flush(self) -> None:
-        """Try to write what waits, and close the file until the next row."""
+        """Retry refused writes, and close the file until the next row."""
         self._backlog.flush()
         if self._open_file is not None:
             self._open_file.close()
 
     @property
     def _file(self) -> AppendFile:
-        """The file; raises OSError where nobody can tell now which it is."""
+        """The open file; raises OSError if its folder cannot be determined now."""
         path = self._place() / self.name
         if self._open_file is None or self._open_file.path != path:
             self._open_file = AppendFile(path, self._marks)
@@ -108,7 +107,7 @@ class StepRows:
         return self._open_file
 
     def forget(self) -> None:
-        """What is known of a file is to be learnt of another one."""
+        """Forget what is known of the file's content, because another file is used now."""
 
     def _cut(self, first_step: int, but: frozenset[RowKey], like: bytes | None) -> None:
         kept = 0
@@ -124,7 +123,7 @@ class StepRows:
 
 
 class TrainingRows(StepRows):
-    """A file with the rows of a training, which may come again over what was written before."""
+    """A file of training rows, which may be delivered again over existing ones."""
 
     def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints, course: StepTracker) -> None:
         super().__init__(place, path, marks)
@@ -132,45 +131,45 @@ class TrainingRows(StepRows):
         self._course = course
 
     def introduced(self, then: Callable[[], object]) -> None:
-        """The training's start is given again."""
+        """The training's start event is repeated."""
         self._backlog.write(lambda: (self._walk.introduced(), then()), 0)
 
     def starts(self, first_step: int, then: Callable[[bool], object]) -> None:
-        """Training starts at this step. ``then`` is told whether to cut; if not, the next row decides."""
+        """Training starts at this step. ``then`` receives whether to cut now; if not, the next row decides."""
         self._backlog.write(lambda: then(self._walk.starts(first_step)), 0)
 
     def walk(self, step: int, row: Row, cut: Callable[[int], object], found: Callable[[], object]) -> None:
-        """Add a row, unless it stands; call ``cut`` if it shows that a start is to be carried out, or else ``found``.
+        """Append a row unless it is in the file.
 
-        What they do must not raise OSError.
+        Calls ``cut`` if a pending start has to be applied, and ``found`` if it was before. They must not raise OSError.
         """
         line = json_line(row) + b"\n"
         self._backlog.write(partial(self._walk_on, step, line, cut, found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.rows`."""
         for line in self._file.lines():
             key = _key_of(line)
             yield hash(line), None if key is None else key.step
 
     def keep(self, stays: Callable[[int, int | None], bool]) -> int:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.keep`."""
         kept = [stays(number, step) for number, (_, step) in enumerate(self.rows())]
         if not all(kept):
             self._file.rewrite(compress(self._file.lines(), kept))
         return sum(kept)
 
     def flush(self) -> None:
-        """Try to write what waits, and close the file until the next row."""
+        """Retry refused writes, and close the file until the next row."""
         super().flush()
         self._walk.look_again()
 
     def forget(self) -> None:
-        """As `StepRows.forget`."""
+        """See `StepRows.forget`."""
         self._walk.look_again()
 
     def carry_out(self, first_step: int) -> None:
-        """As `evsys_adapters._walk.WalkedFile`."""
+        """See `evsys_adapters._walk.WalkedFile.carry_out`."""
         self._cut(first_step, frozenset(), None)
 
     def _walk_on(self, step: int, line: bytes, cut: Callable[[int], object], found: Callable[[], object]) -> None:
@@ -192,31 +191,31 @@ class EvalRows(StepRows):
     def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
         super().__init__(place, path, marks)
         self._known: set[RowKey] | None = None
-        """The evals in the file; None until it was read."""
+        """Keys of the evals in the file; None until it was read."""
         self._last: tuple[RowKey, int] | None = None
-        """The last eval in the file and where its block begins, if we wrote it."""
+        """The last eval in the file and the offset of its block, if this object wrote it."""
 
     def put(self, key: RowKey, rows: Iterable[Row], *, again: bool = False) -> None:
-        """Put the rows of an eval where its earlier ones were; no rows remove those.
+        """Write the rows of an eval in place of its earlier ones; an empty ``rows`` removes them.
 
-        ``again``: if there are earlier ones, they stay as they are.
+        ``again``: earlier rows, if any, are kept unchanged.
         """
         block = b"".join(json_line(row) + b"\n" for row in rows)
         self._backlog.write(partial(self._put, key, block, again), len(block))
 
     def holds(self, benchmark: str) -> bool:
-        """Whether there are rows of the benchmark from within the training."""
+        """Whether the file has rows of this benchmark from during the training."""
         try:
             return any(key.benchmark == benchmark and key.step is not None for key in self._keys())
         except OSError:
             return False
 
     def forget(self) -> None:
-        """As `StepRows.forget`."""
+        """See `StepRows.forget`."""
         self._known = self._last = None
 
     def has(self, key: RowKey) -> bool:
-        """Whether there are rows of this eval."""
+        """Whether the file has rows of this eval."""
         try:
             return key in self._keys()
         except OSError:
@@ -251,27 +250,27 @@ class EvalRows(StepRows):
 
 
 class RunNotes(msgspec.Struct, omit_defaults=True):
-    """What the rules need to know of a run besides what is in its files."""
+    """State of a run that is not in its files."""
 
     course: StepTracker = msgspec.field(default_factory=StepTracker)
     splits: dict[str, Split] = {}
-    """Where the evals of each name went that came from within the training."""
+    """The split of each eval name that occurred during training."""
     fresh: list[RowKey] = []
-    """Evals that came before the first step was known, or in a walk and were not there before."""
+    """Evals from before the first known step, or from a replay that were not in the file."""
     doubtful: list[RowKey] = []
-    """Those of a walk that came before the last start."""
+    """Evals of a replay from before the last start."""
     held: list[bytes] = []
-    """Evals that came behind a start of which the next row tells whether it was carried out; packed."""
+    """Evals after a pending start, encoded; the next training row decides whether the start was applied."""
 
 
 class RunLogs:
-    """The log files of one run; nothing is touched before the first row.
+    """The log files of one run; nothing is created before the first row.
 
     Args:
-        logs: The folder ``logs`` in the run's.
-        marks: Of the callback.
-        notes: What is known of the run besides.
-        output: Which events their rows are of.
+        logs: The folder ``logs`` of the run.
+        marks: The callback's savepoints.
+        notes: State of the run that is not in its files.
+        output: Which events the files already contain.
     """
 
     def __init__(
@@ -284,7 +283,7 @@ class RunLogs:
         self.logs = logs
         self.output = NotedOutput(marks or Savepoints(), is_followed=False) if output is None else output
         self.places: OutputPlaces | None = None
-        """Whose they are, and so where they lie; None while the run is known from a mark only."""
+        """Candidate folders and their owner; None while the run is known from a mark only."""
         self.notes = RunNotes() if notes is None else notes
         self._claim: OutputClaim | None = None
         self._known: bytes | None = None
@@ -300,7 +299,7 @@ class RunLogs:
         }
 
     def place(self) -> Path:
-        """The folder, which is this follower's from now on.
+        """Return the folder, acquired for this adapter.
 
         Raises:
             OSError: The disk refuses it.
@@ -312,7 +311,7 @@ class RunLogs:
         return self.logs
 
     def look(self) -> bytes | None:
-        """Claim the folder, so that it is known what comes again; what its note says where that is news.
+        """Acquire the folder, to find out which rows exist; returns the state stored beside it where that is newer.
 
         Raises:
             RetryLaterError: The disk refuses it.
@@ -322,12 +321,12 @@ class RunLogs:
                 self.place()
                 self._forgo_walk()
             except OSError as error:
-                raise RetryLaterError(f"{self.logs} cannot be looked at: {error}") from error
+                raise RetryLaterError(f"{self.logs} cannot be read: {error}") from error
         known, self._known = self._known, None
         return known
 
     def know(self, notes: RunNotes) -> None:
-        """Know of the run what its note says."""
+        """Replace the state of the run by this one."""
         assign(self.notes.course, notes.course)
         notes.course = self.notes.course
         assign(self.notes, notes)
@@ -335,11 +334,11 @@ class RunLogs:
             each.forget()
 
     def paths(self) -> list[Path]:
-        """The files, where they lie now."""
+        """The current paths of the files."""
         return [self.logs / each.name for each in self._files()]
 
     def _forgo_walk(self) -> None:
-        """Where there are no rows, none comes again."""
+        """Skip the matching of rows if the files are empty."""
         if self.notes.course.unplaced and is_empty(self.paths()):
             self.notes.course.unplaced = False
 
@@ -348,7 +347,7 @@ class RunLogs:
         return self._claim is not None and self._claim.is_held
 
     def give_up(self) -> None:
-        """Let another one have the folder; the next row claims it again."""
+        """Release the folder for other adapters; the next row acquires it again."""
         self._claim = None
 
     @property
@@ -362,7 +361,7 @@ class RunLogs:
         return sum(each.waiting for each in self._files())
 
     def introduced(self) -> None:
-        """The start of the run's training is given again: what comes may be there already."""
+        """The run's start event is repeated: rows that follow may be in the files."""
         if self.notes.course.walks:
             self._training.introduced(self._doubt)
         elif not self.output.is_known:
@@ -370,7 +369,7 @@ class RunLogs:
             self._forgo_walk()
 
     def begin(self, first_step: int) -> None:
-        """Drop what was logged of that step and later ones: it is run again."""
+        """Drop the rows from that step on: it is run again."""
 
         def then(cuts: bool) -> None:
             self._doubt()
@@ -383,7 +382,7 @@ class RunLogs:
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
-        """Add a training row; where nobody said `begin`, the first step says it, but evals that came before it stay."""
+        """Add a training row. Without `begin`, the first step acts as the start, but earlier evals are kept."""
         row = {"step": step, **row}
         if self.notes.course.walks:
             self._training.walk(step, row, self._carry_out, self._found)
@@ -395,15 +394,14 @@ class RunLogs:
         self._training.add(row)
 
     def ends(self) -> None:
-        """The training has ended."""
         self.notes.course.ends()
         self._release(again=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
-        """Put the row of an eval, and its predictions.
+        """Write the row of an eval, and its predictions.
 
-        ``rollouts`` and ``split`` are None where only the metrics are known: the predictions stay, and the row goes
-        where those of its name went before, or else to validation.
+        ``rollouts`` and ``split`` are None if only the metrics are known: predictions are kept, and the row goes to the
+        split of earlier evals with that name, or else to validation.
         """
         course = self.notes.course
         if course.pending is not None and key.step is not None:
@@ -440,20 +438,20 @@ class RunLogs:
             each.cut(first_step)
 
     def _doubt(self) -> None:
-        """A start comes in a walk: what was put before it may be void."""
+        """A start arrived during a replay: evals written before it may be void."""
         if self.notes.course.walks:
             self.notes.doubtful += self.notes.fresh
             self.notes.fresh = []
 
     def _carry_out(self, first_step: int) -> None:
-        """A start that was to be decided about was not carried out, but for the rows of the training."""
+        """Apply a pending start to the eval files; the training rows were cut already."""
         for each in self._files()[1:]:
             each.cut(first_step)
         self._release(again=False)
         self.notes.fresh, self.notes.doubtful = [], []
 
     def _found(self) -> None:
-        """A row of the training stands: what did not stand before the last start is void."""
+        """A training row is in the file, so the last start was applied before: evals new since are void."""
         doubtful, self.notes.doubtful = self.notes.doubtful, []
         for key in doubtful:
             for each in (*self._evals.values(), *self._rollouts.values()):
@@ -463,19 +461,19 @@ class RunLogs:
             self.notes.fresh = []
 
     def _release(self, *, again: bool) -> None:
-        """Put the evals that were held back."""
+        """Write the deferred evals."""
         held, self.notes.held = self.notes.held, []
         for each in held:
             key, row, rollouts, split = _decode_held(each)
             self._put_eval(key, row, rollouts, split, again=again)
 
     def settle(self) -> None:
-        """Try to write what waits; raises OSError if the disk still refuses, or if rows were given up."""
+        """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
         for each in self._files():
             each.settle()
 
     def flush(self) -> None:
-        """Try to write what waits, and close the files until the next row."""
+        """Retry refused writes, and close the files until the next row."""
         for each in self._files():
             each.flush()
 

@@ -1,6 +1,6 @@
-"""`RunNotes`: what a logger knows of a run besides what is in its file, and so what its marks carry.
+"""`RunNotes`: the state of a logged run that is not in its file; it is saved in marks.
 
-Tells what is run again and has to be void, and which values of an eval are new.
+It decides which rows are void because they are run again, and which values of an eval are new.
 """
 
 from collections.abc import Mapping
@@ -16,28 +16,28 @@ UNKNOWN: Final = 1 << 62
 
 
 class RunNotes(msgspec.Struct, omit_defaults=True):
-    """One run."""
+    """State of one logged run."""
 
     course: StepTracker = msgspec.field(default_factory=StepTracker)
     last: int | None = None
-    """The largest step that was trained."""
+    """The largest trained step."""
     evals: dict[str, tuple[int, dict[str, Any]]] = {}
-    """The newest eval of each name: its step, and its values. Any: plain values."""
+    """The newest eval of each name: its step and values."""
     untidy: bool = False
-    """Whether steps came late, or evals again, so that the file is to be put in order."""
+    """Whether steps came late or evals were repeated, so that the file has to be put in order."""
     described: bool = False
-    """Whether the configuration was written down."""
+    """Whether the configuration was written."""
     top: int = -1
-    """The largest step of anything in the file; `UNKNOWN` for a file of an earlier day."""
+    """The largest step in the file; `UNKNOWN` for a file of an earlier process."""
     doubtful: list[int] = []
-    """Keys of rows that were added while others came again: a start that comes again may have made them void."""
+    """Keys of rows added among repeated ones: a repeated start may show that they are void."""
 
     def starts(self, first_step: int) -> bool:
-        """Training starts at this step; whether this step and later ones are void in the file."""
+        """Training starts at this step; returns whether it voids rows in the file."""
         return self.course.starts(first_step) and self._voids(first_step)
 
     def steps(self, step: int) -> bool:
-        """A step was seen; whether it is the first sign of a training, and voids what the file has from it on."""
+        """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
         late = self.last is not None and step < self.last
         void = self.course.steps(step) and self._voids(step)
         self.untidy = self.untidy or (late and not void)
@@ -46,7 +46,7 @@ class RunNotes(msgspec.Struct, omit_defaults=True):
         return void
 
     def news(self, name: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Those values of an eval that were not said of it already; NaN is NaN. Any: plain values."""
+        """Return the values of an eval that were not logged yet; NaN equals NaN."""
         at, said = self.evals.get(name, (step, {}))
         if at != step:
             said = {}
@@ -71,7 +71,7 @@ NotesT = TypeVar("NotesT", bound=RunNotes)
 
 
 def packed(notes: Mapping[str, RunNotes]) -> dict[str, bytes]:
-    """Notes of runs for a mark, which travels as JSON and so has no NaN."""
+    """Encode states for a mark, which is JSON and so cannot hold NaN."""
     return {key: msgspec.msgpack.encode(each) for key, each in notes.items()}
 
 
@@ -91,7 +91,7 @@ def notes_in(encoded: bytes, kind: type[NotesT]) -> NotesT:
 
 
 def unpacked(notes: Mapping[str, bytes], kind: type[NotesT]) -> dict[str, NotesT]:
-    """What `packed` made, of runs of which nothing was heard since."""
+    """Decode the result of `packed`; the runs count as rewound."""
     found = {key: msgspec.msgpack.decode(each, type=kind) for key, each in notes.items()}
     for each in found.values():
         each.course.rewound = True

@@ -1,7 +1,7 @@
-"""Which run a hook speaks of, at which step, and which folder is its own.
+"""The run, step and folder that a hook call refers to.
 
-State of a callback that belongs to a run is kept under `run_id`; files of a run lie in `run_folder`. Handles may be of
-any class: what has a ``ctx`` or a ``step`` is the state of a loop, anything else is a context, and each may lack
+State of a callback that belongs to a run is keyed by `run_id`; files of a run go to `run_folder`. Handles may be of any
+class: an object with a ``ctx`` or a ``step`` is the state of a loop, anything else is a context, and each may lack
 attributes.
 """
 
@@ -21,21 +21,21 @@ from evsys_bus.diagnostics import log
 from evsys_bus.where import local_path
 
 _MAX_FOLDER_BYTES: Final = 255
-"""What file systems take."""
+"""Limit of common file systems."""
 _MAX_NAME_BYTES: Final = 200
-"""The rest is for what callbacks put around a name."""
+"""The rest is for suffixes that callbacks add."""
 _UNBOUNDED_STEPS: Final = 1 << 53
-"""A horizon from here on stands for "no end": ``sys.maxsize``, or a float of that size."""
+"""A step count from here on means "no end": ``sys.maxsize``, or a float of that size."""
 _STEP_BITS: Final = 63
-"""What event files have room for, besides the sign."""
+"""What event files can store, besides the sign."""
 _STREAM_RANK: Final = re.compile(r"[a-z]+(\d+)-")
 _ABSENT: Final = object()
 
 
 def run_context(handle: object) -> LogContext | None:
-    """The context of the run: the handle itself, or the state's, if it has one.
+    """Return the context of the run: the handle itself, or the state's context if it has one.
 
-    It may be an object of another class with the same attributes, or with some of them.
+    It may be an object of another class with some of the same attributes.
     """
     ctx = field(handle, "ctx", _ABSENT)
     if ctx is _ABSENT:
@@ -44,13 +44,13 @@ def run_context(handle: object) -> LogContext | None:
 
 
 def run_key(handle: object) -> str | None:
-    """The key that its context gives the run; None where there is none."""
+    """Return the run key of the handle's context, or None."""
     key: object = field(run_context(handle), "run_key")
     return key if isinstance(key, str) or key is None else str(key)
 
 
 def run_id(handle: object) -> str:
-    """The path under which the run was announced: the same for a state and for its context. Touches no disk."""
+    """Return the output path of the run: the same for a state and for its context. Does not access the disk."""
     ctx, key = run_context(handle), run_key(handle)
     root = output_dir_of(ctx)
     if not root or key is None:
@@ -66,14 +66,14 @@ def is_run_of(run: str, ctx: object) -> bool:
 
 
 def run_name(handle: object) -> str:
-    """What people call the run, as one component of a path."""
+    """Return the run's name as one path component."""
     return safe_name(run_key(handle) or Path(run_id(handle)).name)
 
 
 def run_folder(handle: object) -> Path:
-    """Where files of the run lie: ``<output_dir>/<run_key>``, or beside it if that would lie outside ``output_dir``.
+    """Return the run's folder: ``<output_dir>/<run_key>``, or a sibling if that would leave ``output_dir``.
 
-    Absolute. Looks at the disk for symbolic links, so ask once per run.
+    The path is absolute. Resolves symbolic links on disk, so call it once per run.
 
     Raises:
         ValueError: Neither the handle nor its context has an ``output_dir``, or it is a URL.
@@ -98,7 +98,7 @@ def run_folder(handle: object) -> Path:
 
 
 def experiment_folder(handle: object) -> Path:
-    """Where files of the experiment lie: the context's folder, or the one around the folder of a state without context.
+    """Return the experiment's folder: that of the context, or the parent of the folder of a state without context.
 
     Raises:
         ValueError: Neither has an ``output_dir``, or it is a URL.
@@ -112,12 +112,12 @@ def experiment_folder(handle: object) -> Path:
 
 
 def step_of(step_idx: object) -> int:
-    """The step as an int: of an int of any library, a float that is whole, an array of one such number.
+    """Return the step as an int; accepts ints of any library, whole floats, and arrays of one such number.
 
-    A bus makes it an int before hooks see it; `evsys_bus.dispatch` hands on what it is given.
+    A bus converts steps before it calls hooks; `evsys_bus.dispatch` passes them unchanged.
 
     Raises:
-        TypeError: It is no whole number, or larger than any file can hold.
+        TypeError: It is not a whole number, or larger than any file can hold.
     """
     step = _whole(step_idx)
     if step is None:
@@ -128,7 +128,7 @@ def step_of(step_idx: object) -> int:
 
 
 def _whole(number: Any) -> int | None:
-    """As an int, if it is a whole number of any kind. Any: that is found out here."""
+    """Return the number as an int if it is a whole number of any type, else None."""
     try:
         return operator.index(number)
     except TypeError:
@@ -144,82 +144,82 @@ def _whole(number: Any) -> int | None:
 
 
 def first_step_of(state: object) -> int | None:
-    """The step at which training starts, by the state; None where it says none."""
+    """Return the step at which training starts; None if the state has none."""
     step = field(state, "step")
     return None if step is None else step_of(step)
 
 
 def num_steps_of(state: object) -> int | None:
-    """How many steps the run is to have; None where nobody knows, whatever stands for that."""
+    """Return the number of steps of the run; None if it is unknown or unbounded."""
     steps = _whole(field(state, "num_steps"))
     return steps if steps is not None and 0 < steps < _UNBOUNDED_STEPS else None
 
 
 @functools.lru_cache(maxsize=64)
 def rank_of_stream(stream: str | None) -> int:
-    """The rank of the process whose stream of the journal this is; 0 for what is no name of a stream."""
+    """Return the rank encoded in the name of a journal stream; 0 for any other text."""
     found = _STREAM_RANK.match(stream or "")
     return int(found[1]) if found is not None else 0
 
 
 def rank_of_event(event: EventInfo) -> int:
-    """Of the process that published the event: as its stream says, else, where nothing is recorded, its launcher."""
+    """Return the rank of the event's process: from its stream, or that of this process if it is not recorded."""
     return rank_of_stream(event.stream) if event.stream else rank_of()
 
 
 def is_carried(event: EventInfo) -> bool:
-    """Whether it is a start that is given again, at which nothing starts; not so where another bus does not say."""
+    """Whether the event is a repeated start, at which nothing begins; False if the bus does not set ``carried``."""
     return bool(getattr(event, "carried", False))
 
 
 def ranked_key(run: str, rank: int) -> str:
-    """What a callback keeps of a run of one rank it keeps under this; `is_run_of` takes it as the run's."""
+    """Return the key for state of one run and rank; `is_run_of` accepts it as the run's."""
     return f"{run}\0{rank}" if rank else run
 
 
 def ranked_folder(folder: Path, rank: int) -> Path:
-    """Where files of a rank lie: those of rank 0 in the run's folder, those of another in a folder of its own there."""
+    """Return the folder for files of a rank: the run's folder for rank 0, else a subfolder."""
     return folder / f"rank{rank}" if rank else folder
 
 
 def safe_name(text: str) -> str:
-    """``text`` as one component of a path that leads nowhere else; two texts may get the same."""
+    """Return ``text`` as one safe path component; two texts may map to the same."""
     plain = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "-" for letter in text)
-    plain = plain.lstrip(".- ")  # no hidden file, no `..`, no option of a command
+    plain = plain.lstrip(".- ")  # no hidden file, no `..`, no command-line option
     return plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(".- ") or "run"
 
 
 def digest(text: str) -> str:
-    """Eight characters that tell two texts apart."""
+    """Return a digest of eight characters."""
     return hashlib.blake2s(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
 def output_dir_of(handle: object) -> str:
-    """Its ``output_dir`` as text, as it was given; empty where there is none."""
+    """Return the handle's ``output_dir`` as text, unchanged; empty if there is none."""
     folder: object = field(handle, "output_dir")
     if folder is None:
         return ""
     try:
         return os.fsdecode(os.fspath(cast("os.PathLike[str]", folder)))
-    except TypeError:  # it is no path of any kind
+    except TypeError:  # it is not a path
         return str(folder)
 
 
 def _is_plain(part: str) -> bool:
-    """Whether it names a folder here: not nothing, not ``..``, nothing unprintable, no longer than names may be."""
+    """Whether the text is a valid, printable folder name of bounded length."""
     return part not in {"", ".", ".."} and part.isprintable() and len(part.encode()) <= _MAX_FOLDER_BYTES
 
 
 def names_another(said: bytes, owner: bytes, folder: Path) -> bool:
-    """Whether the note beside a file, which says whose it is, names another run than this owner.
+    """Whether the owner file beside an output names another run than this owner.
 
-    A part of the owner's name, or zeros, are what a power cut leaves, and nobody's; unless that part is the name of a
-    run that is there, of a note without an end of line, as 0.1.0 wrote it.
+    A prefix of the owner's name, or zeros, are left by a power cut and count as nobody's; unless that prefix is the
+    name of an existing run, from an owner file without line end as 0.1.0 wrote it.
 
     Args:
-        said: What the note holds: the name, and what else is noted behind a zero byte.
-        owner: The folder of the run, absolute or as seen from ``folder``.
-        folder: Where the note lies.
+        said: Content of the owner file: the name, and after a zero byte other data.
+        owner: The folder of the run, absolute or relative to ``folder``.
+        folder: Folder of the owner file.
     """
     whole = said.endswith(b"\n")
     name = said.removesuffix(b"\n").partition(b"\0")[0]

@@ -1,48 +1,48 @@
-"""`StepTracker`: how far a run's training has got, for adapters that cut what is run again."""
+"""`StepTracker`: the training progress of a run, for adapters that cut rows of steps that are run again."""
 
 import msgspec
 
 
 class Walk(msgspec.Struct, omit_defaults=True):
-    """How far a walk has got; see `evsys_adapters._walk`."""
+    """Progress of matching delivered rows with those in a file; see `evsys_adapters._walk`."""
 
     stood: int
-    """How many rows were in the file when it began."""
+    """Rows in the file when matching began."""
     passed: int = 0
-    """How many of them are in front of the pointer."""
+    """Index of the row behind the last matched one."""
     appended: int = 0
-    """How many rows were added behind them since."""
+    """Rows appended behind them since."""
     doubtful: int = 0
-    """How many of those, the first ones, came before the last start."""
+    """How many of the appended rows, the first ones, came before the last start."""
 
 
 class StepTracker(msgspec.Struct, omit_defaults=True):
-    """How far a run's training has got; tells a start that is told again from one that begins anew."""
+    """Training progress of a run; distinguishes a repeated start event from a new start."""
 
     begun: bool = False
-    """Whether rows have come, or are to come: what is run again has been cut."""
+    """Whether a training has started, so that rows of steps to be run again are cut already."""
     first: int | None = None
-    """The step at which training started; None while there is none."""
+    """The first step of the training; None outside of one."""
     largest: int | None = None
     """The largest step since."""
     rewound: bool = False
-    """Nothing was heard of the run since it was rewound."""
+    """Whether there was no event of the run since it was rewound."""
     unplaced: bool = False
-    """The run is known from an introduction only: rows that come may be in what was written before."""
+    """Whether only a repeated start is known: rows that follow may be in the file."""
     walk: Walk | None = None
-    """The walk over what was written before, once its first row has come."""
+    """Progress of the matching, once the first row was delivered."""
     pending: int | None = None
-    """The step of a start that came meanwhile: the next row decides whether it was carried out already."""
+    """The step of a start during the matching: the next row decides whether it was applied already."""
 
     @property
     def walks(self) -> bool:
-        """Whether rows that come may be in what was written before."""
+        """Whether rows that follow may be in the file."""
         return self.unplaced or self.walk is not None
 
     def introduced(self) -> None:
-        """The run's start is given again, because events go on behind it: nothing that was written is void.
+        """The run's start event is repeated before later events; nothing in the output is void.
 
-        Where the output was not rewound, nobody knows how much of it comes again; the next row tells.
+        If the output was not rewound, the following rows are matched with those in it.
         """
         if not self.rewound or not self.begun:
             self.unplaced = True
@@ -53,19 +53,19 @@ class StepTracker(msgspec.Struct, omit_defaults=True):
         self.begun, self.rewound = True, False
 
     def starts(self, first_step: int) -> bool:
-        """Training starts at this step: what was written of it and of later ones is void. True."""
+        """Training starts at this step; rows from it on are void. Returns True."""
         self.unplaced = False
         self.pending = None
         self._begins(first_step)
         return True
 
     def starts_pending(self, first_step: int) -> None:
-        """Training starts at this step; whether that was carried out already is not known yet."""
+        """Training starts at this step; it is not known yet whether that was applied already."""
         self.pending = first_step if self.pending is None else min(self.pending, first_step)
         self._begins(first_step)
 
     def steps(self, step: int) -> bool:
-        """A step was seen; True if it is the first sign of a training."""
+        """Record a step; returns True if it is the first of a training."""
         news = not self.begun
         self.begun, self.rewound = True, False
         if self.largest is None or step > self.largest:
@@ -73,7 +73,6 @@ class StepTracker(msgspec.Struct, omit_defaults=True):
         return news
 
     def ends(self) -> None:
-        """The training has ended."""
         self.first = self.largest = None
         self.rewound = False
 

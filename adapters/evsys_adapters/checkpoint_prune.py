@@ -1,8 +1,8 @@
-"""`CheckpointPrune`: removes checkpoints that the rules no longer keep, from this machine and from the destination.
+"""`CheckpointPrune`: removes checkpoints that the rules no longer retain, locally and at the destination.
 
-A sink, for it waits for uploads and talks to the destination. It owns when something is removed; which, is the business
-of `checkpoints.retention`. Nothing is removed before a newer checkpoint is verified where it should be: at the
-destination if there is a ``url``, else on this machine.
+It is a sink because it waits for uploads and calls the destination. It decides when to remove; `checkpoints.retention`
+decides what. Nothing is removed before a newer checkpoint is verified: at the destination if there is a ``url``, else
+on this machine.
 """
 
 import math
@@ -33,24 +33,24 @@ from evsys_bus.where import local_path
 
 MOST_SCORES: Final = 1_000
 AGAIN_SECONDS: Final = 0.2
-"""After so long it looks again, at least, whether the last upload has ended."""
+"""Delay before checking again whether the last upload has finished."""
 
 
 class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `CheckpointPrune` can be told."""
+    """Parameters of `CheckpointPrune`."""
 
     local: LocalKeep = LocalKeep()
-    """What is kept of the trainer's own files. Default: everything. Whatever it says, only what lies in the folder of
-    the run, or of its experiment, is removed, or in a folder among ``outside``."""
+    """Retention of the trainer's own files. Default: everything. Only files in the folder of the run or of its
+    experiment, or in a folder listed in ``outside``, are ever removed."""
     remote: Keep = Keep()
-    """What is kept at the destination. Default: everything."""
+    """Retention at the destination. Default: everything."""
     url: StoreUrl | None = None
-    """The destination, just as `checkpoint_upload` has it. With it, local files go only once a newer checkpoint is
-    verified there; without, once a newer one is whole on this machine."""
+    """The destination, same as in `checkpoint_upload`. With it, local files are removed only once a newer checkpoint
+    is verified there; without it, once a newer one is complete on this machine."""
     dry_run: bool = False
-    """Remove nothing, and have on record what would be removed."""
+    """Remove nothing; only record what would be removed."""
     endpoint: str | None = None
-    """This and the following as `checkpoint_upload` has them."""
+    """This and the following parameters are the same as in `checkpoint_upload`."""
     region: str | None = None
     path_style: bool | None = None
     profile: str | None = None
@@ -67,26 +67,26 @@ class _Known(msgspec.Struct):
 
 
 class _Run(msgspec.Struct):
-    """What is known of one run."""
+    """State of one run."""
 
     key: str
     run_dir: str
     url: str | None
     """The destination of its checkpoints."""
     known: list[_Known] = msgspec.field(default_factory=list[_Known])
-    """Its checkpoints that may still be here, the oldest first."""
+    """Its checkpoints that may still be on this machine, oldest first."""
     local: dict[int, float] = msgspec.field(default_factory=dict[int, float])
-    """Scores by which the local rules judge."""
+    """Scores for the local rules, by step."""
     remote: dict[int, float] = msgspec.field(default_factory=dict[int, float])
     experiment: str | None = None
-    """The experiment's folder, where the run's lies in it."""
+    """The experiment's folder, if the run's folder is inside it."""
 
 
 class CheckpointPrune(Sink):
-    """Removes checkpoints, as `CheckpointPruneConfig` says; what was removed is on record as CheckpointPruned.
+    """Removes checkpoints according to `CheckpointPruneConfig`, and publishes CheckpointPruned for each.
 
-    The newest verified checkpoint and everything newer always stays; so does a file that a kept checkpoint uses too,
-    and everything at the destination unless ``remote`` says otherwise.
+    The newest verified checkpoint and everything newer are always retained; so are files shared with a retained
+    checkpoint, and everything at the destination unless ``remote`` has rules.
     """
 
     name: ClassVar[str] = "checkpoint_prune"
@@ -94,7 +94,7 @@ class CheckpointPrune(Sink):
     write_timeout_seconds: float = 600.0  # large directories, many objects
 
     def __init__(self, **params: Any) -> None:
-        """Any: as `CheckpointPruneConfig` has them; they are checked."""
+        """Validate the parameters against `CheckpointPruneConfig`."""
         self.config = checked(CheckpointPruneConfig, params)
         self._runs: dict[str, _Run] = {}
         self._destinations: dict[str, Destination] = {}
@@ -103,58 +103,60 @@ class CheckpointPrune(Sink):
         )
         self._told: set[tuple[str, str, str]] = set()
         self._left: dict[str, int] = {}
-        """How much stayed here though its checkpoint went, by run."""
+        """Number of files per run that were not removed with their checkpoint."""
 
     async def open(self) -> None:
-        """Look whether the destination is there, where it matters."""
+        """Check that the destination is available if remote rules need it."""
         if self.config.remote.has_rules and self.config.url is not None and not has_placeholders(self.config.url):
             await self._places.place(self.config.url)
 
     async def write(self, batch: Sequence[Envelope]) -> None:
-        """Take note of checkpoints and evals, and remove what may go now."""
+        """Record checkpoints and evals, and remove what the rules allow."""
         touched: dict[str, _Run] = {}
         ended: list[_Run] = []
         for envelope in batch:
             event = envelope.event
-            if isinstance(event, RunStart):  # what lies in its folder is no business of other runs
+            if isinstance(event, RunStart):  # so that the files in its folder are protected from pruning of other runs
                 self._run(envelope, event.ctx)
             elif isinstance(event, Checkpoint | Eval | TrainEnd):
                 run = self._run(envelope, event.state)
                 touched[run.run_dir] = run
                 self._learn(run, envelope, event)
                 ended += [run] if isinstance(event, TrainEnd) else []
-        awaited = [name for run in ended for name in self._uploading(run)]  # looked up before: they may end meanwhile
+        awaited = [name for run in ended for name in self._uploading(run)]  # first: uploads may finish meanwhile
         for run in touched.values():
             self._prune_local(run)
             await self._prune_remote(run)
         if awaited:
-            # The last event of a training is not done with before its last upload is: what that replaces may go then.
-            raise RetryLaterError(f"{awaited[-1]} waits to be uploaded", after_seconds=AGAIN_SECONDS)
+            # The end of a training stays pending until its last upload is done: it may allow further removals.
+            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=AGAIN_SECONDS)
 
     async def close(self) -> None:
-        """Close what was opened, and log how much stayed."""
+        """Close the destinations, and log how many files were not removed."""
         for run_dir, count in self._left.items():
             if count > 1:
-                log().warning("checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints stay")
+                log().warning(
+                    "checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints were not removed"
+                )
         self._left.clear()
         await self._places.close()
 
     def mark(self) -> Any:
-        """What is known of the runs, kept beside the cursor. Any: plain data."""
+        """Return the state of all runs as plain data, stored beside the cursor."""
         return msgspec.to_builtins(self._runs, str_keys=True)
 
     def rewind(self, mark: Any) -> None:
-        """Know what was known then. Any: as above."""
+        """Restore the state from a mark."""
         self._runs = msgspec.convert(mark, dict[str, _Run], strict=False)
 
     def _run(self, envelope: Envelope, handle: object) -> _Run:
-        """The run of a state, or of the context of a run."""
+        """Return the run of a state or of a run's context."""
         run_dir = (
             local_path(output_dir_of(handle), "output_dir") if run_context(handle) is not handle else run_folder(handle)
         )
         key = component(envelope.run or run_dir.name)
         name = str(run_dir)
-        if name in self._runs and self._runs[name].key != key:  # another run, whose files lie in the same folder
+        if name in self._runs and self._runs[name].key != key:  # another run with the same folder
             name = f"{name}\0{key}"
         if name not in self._runs:
             url = None if self.config.url is None else url_for(self.config.url, handle)
@@ -200,7 +202,7 @@ class CheckpointPrune(Sink):
                 self._tell(run, row, "local", [str(each.path) for each in removed])
 
     def _rows(self) -> Iterator[ManifestRow]:
-        """Every checkpoint that may still be here, of all runs."""
+        """Yield all checkpoints of all runs that may still be on this machine."""
         return (each.row for run in self._runs.values() for each in run.known)
 
     def _bounds(self, run: _Run) -> Bounds:
@@ -209,7 +211,7 @@ class CheckpointPrune(Sink):
         return Bounds(Path(run.run_dir), experiment, self.config.local.folders, others)
 
     def _report_left(self, run: _Run, row: ManifestRow, left: Left) -> None:
-        """Count what stays; the first of a run is logged."""
+        """Count a file that is not removed; log the first of a run."""
         self._left[run.run_dir] = self._left.get(run.run_dir, 0) + 1
         if self._left[run.run_dir] == 1:
             opt_in = f"to have such files removed: local: {{outside: [{left.path.parent}]}}" if left.outside else None
@@ -219,7 +221,7 @@ class CheckpointPrune(Sink):
                 checkpoint=row.name,
                 path=str(left.path),
                 why=left.why,
-                meaning="it is not pruned, nor is what else of this run's checkpoints lies so",
+                meaning="it is not pruned, nor are other files of this run's checkpoints in the same situation",
                 fix=opt_in or "remove it by hand, if it is no longer needed",
             )
 
@@ -275,7 +277,7 @@ def _removed(each: Removable) -> bool:
 
 
 def _bound(scores: dict[int, float], best: Best) -> None:
-    """Of very many scores, the best and the last ones matter."""
+    """Reduce a large number of scores to the best and the latest ones."""
     if len(scores) > 2 * MOST_SCORES:
         ranked = sorted(scores, key=lambda step: scores[step], reverse=best.mode == "max")
         kept = {*ranked[:MOST_SCORES], *sorted(scores)[-MOST_SCORES:]}

@@ -1,6 +1,6 @@
-"""`CheckpointUploadCallback`: has every checkpoint at a bucket or in another folder, and the loop waits for none.
+"""`CheckpointUploadCallback`: copies every checkpoint to a bucket or another folder without blocking the loop.
 
-It owns the inline half, which makes hard links; the delivery half, which uploads them, is `checkpoints.upload_sink`.
+The inline half creates hard links; the delivery half, `checkpoints.upload_sink`, uploads them.
 """
 
 from typing import Any, ClassVar
@@ -15,12 +15,12 @@ from evsys_bus.diagnostics import log
 
 
 class CheckpointUploadCallback(Callback):
-    """Uploads the files and directories that Checkpoint events name, by a courier.
+    """Uploads the files and directories named by Checkpoint events, in a courier.
 
-    They are hard-linked into ``spool/`` in the run's folder when they are announced, so the trainer may remove its own
-    at once; it must write every checkpoint to new files, though, never into those of an earlier one. A checkpoint is
-    at the destination once its ``manifest.json`` is; ``latest.json`` names the newest. What lies elsewhere already (a
-    path that is a URI) is recorded in the manifest, and not uploaded.
+    They are hard-linked into ``spool/`` in the run's folder when the event is published, so the trainer may remove its
+    own files at once; but it must write every checkpoint to new files, never into those of an earlier one. A checkpoint
+    is complete at the destination once its ``manifest.json`` exists; ``latest.json`` names the newest. Paths that are
+    remote URIs are recorded in the manifest and not uploaded.
 
     Example:
         >>> upload = CheckpointUploadCallback("s3://bucket/{experiment}", checkpoints=1000, what="state")
@@ -33,14 +33,14 @@ class CheckpointUploadCallback(Callback):
     delivery: ClassVar[type | None] = UploadSink
 
     def __init__(self, url: str, **params: Any) -> None:
-        """Any: as `CheckpointUploadConfig` has them; they are checked."""
+        """Validate the parameters against `CheckpointUploadConfig`."""
         self.config = checked(CheckpointUploadConfig, {"url": url, **params})
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Link its files, before the trainer can remove them."""
+        """Link the checkpoint's files before the trainer can remove them."""
         if not self.config.wants(row):
             return
         try:
             Spool.of(state.output_dir, self.config.url).keep(row, self.config.parts)
-        except OSError as error:  # the delivery half tries as well, and makes it a dead letter if it cannot either
+        except OSError as error:  # the delivery half tries again, and rejects the event if it fails too
             log().warning("checkpoint.not_linked", checkpoint=row.name, error=str(error))

@@ -1,4 +1,4 @@
-"""`CsvMetricsCallback`: the metrics of every step as a CSV file that pandas reads at any moment.
+"""`CsvMetricsCallback`: the metrics of every step as a CSV file that pandas can read at any time.
 
 step,loss,lr
 0,0.6931,0.001
@@ -56,13 +56,13 @@ _RANK: Final = "{rank}"
 
 
 class CsvMetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `CsvMetricsCallback` can be told."""
+    """Parameters of `CsvMetricsCallback`."""
 
     out_path: Annotated[str, msgspec.Meta(min_length=1)]
-    """The file; relative to the directory that is current when the callback is made. Folders are made. ``{run_dir}``
-    stands for the run's own folder, ``{run}`` for its key, ``{rank}`` for the rank of the process."""
+    """The file; relative to the current directory when the callback is constructed. Folders are created.
+    ``{run_dir}`` is replaced by the run's own folder, ``{run}`` by its key, ``{rank}`` by the rank of the process."""
     delimiter: Annotated[str, msgspec.Meta(pattern=r'^[^\w\s\x00-\x1f\x7f".+-]$|^[ \t]$')] = ","
-    """What separates the cells: one character that no number contains."""
+    """The delimiter of cells: one character that no number contains."""
 
     def __post_init__(self) -> None:
         check_local_path(self.out_path, "out_path", (_RUN_DIR, _RUN, _RANK), whole=_RUN_DIR)
@@ -75,24 +75,24 @@ class _CsvMark(msgspec.Struct, frozen=True):
 
 
 class CsvMetricsCallback(Callback):
-    r"""Mirrors the metrics of every step to a CSV file: a column ``step``, then one per metric.
+    r"""Writes the metrics of every step to a CSV file: a column ``step``, then one per metric.
 
-    A row is one append, whatever the length of the file. Metrics may appear later: they get columns of their own, at
-    the latest when the training ends, and stand as JSON in a column ``more_metrics`` until then where making the column
-    at once would cost too much. A step may have several rows, and rows may come late. Text that a spreadsheet would run
-    as a formula gets an apostrophe in front.
+    A row is one append, whatever the length of the file. Metrics may appear later: they get their own columns by the
+    end of the training at the latest, and are stored as JSON in a column ``more_metrics`` until then if adding a column
+    at once would be too expensive. A step may have several rows, and rows may come late. Text that a spreadsheet would
+    run as a formula gets a leading apostrophe.
 
-    A resumed run continues the file: rows at or past its first step are cut before new ones come. Without
-    ``on_train_start`` the first step that is seen counts as the first one. A file belongs to one run (a hidden file
-    ``.<name>.run`` beside it says to which), and while it is written to one process. Another run that comes to it, now
-    or on another day, gets ``<stem>-<run key><suffix>``; another process that trains the same run at the same time,
+    A resumed run continues the file: rows from its first step on are cut before new ones are added. Without
+    ``on_train_start`` the first step that is logged counts as the first one. A file belongs to one run (recorded in a
+    hidden file ``.<name>.run`` beside it), and while it is written to one process. Another run with the same path, now
+    or later, gets ``<stem>-<run key><suffix>``; another process that trains the same run at the same time,
     ``<stem>-2<suffix>``; a rank above 0, ``<stem>-rank<rank><suffix>``, unless ``out_path`` has ``{rank}``. A WARNING
-    names the file then. So it does where two followers of one run have one path: the second writes
-    ``<stem>-2<suffix>``, also on later days. A follower under a new name goes on with the file of one that is followed
-    no more.
+    names the file in these cases. If two adapters of one run have the same path, the second one writes
+    ``<stem>-2<suffix>``, also in later processes. An adapter with a new name continues the file of one that is no
+    longer subscribed.
 
-    Rows that the disk refuses wait in memory, up to 16 MiB, and are tried again with the next one. Where a courier
-    delivers, a crash doubles no row and loses none: it is rewound to the last `mark`.
+    Rows that the disk refuses are kept in memory, up to 16 MiB, and retried with the next one. Behind a courier, a
+    crash neither duplicates nor loses a row: the file is rewound to the last `mark`.
 
     Example:
         >>> from pathlib import Path
@@ -121,17 +121,17 @@ class CsvMetricsCallback(Callback):
         self._has_mark = False
         self._notes = OutputNotes(self._marks)
         self._rewound: dict[str, tuple[StepTracker, Position]] = {}
-        """Runs of which nothing was heard since the mark, or since their experiment ended in the middle of a walk."""
+        """Runs without an event since the mark, or whose experiment ended while rows were being matched."""
         self._left: dict[str, _RunTable] = {}
-        """Runs whose experiment has ended since the mark."""
+        """Runs whose experiment has ended since the last mark."""
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has refused so far and that wait in memory."""
+        """Rows that the disk has refused so far and that are kept in memory."""
         return sum(run.backlog.waiting for run in self._runs.values())
 
     def on_train_start(self, state: LoopState) -> None:
-        """Cut what is about to be run again."""
+        """Cut the rows of steps that will be run again."""
         run, first = self._run(state), first_step_of(state)
         if run.output.has(self.event):
             return
@@ -156,7 +156,7 @@ class CsvMetricsCallback(Callback):
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Forget the runs of the experiment."""
+        """Close the files of the experiment's runs, and drop their state."""
         del result
         for run in [each for each in self._runs if is_run_of(each, ctx)]:
             table = self._left[run] = self._runs.pop(run)
@@ -165,15 +165,15 @@ class CsvMetricsCallback(Callback):
         self._rewound = {run: each for run, each in self._rewound.items() if each[0].walks or not is_run_of(run, ctx)}
 
     def close(self) -> None:
-        """Write what waits, and close the files; a later hook opens them again and goes on."""
+        """Write buffered rows and close the files; a later hook opens them again and continues."""
         for run in self._runs.values():
             run.close()
 
     def mark(self) -> Any:
-        """How far the files have got, as plain data (hence Any); their rows are on the medium.
+        """Return the position of all files as plain data; their rows are synced to disk first.
 
         Raises:
-            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
+            OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         written = [*self._left.values(), *self._runs.values()]
         for run in written:
@@ -185,7 +185,7 @@ class CsvMetricsCallback(Callback):
         return msgspec.to_builtins(_CsvMark(files, courses, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
-        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
+        """Restore the files to their state at the mark. Call it before any hook.
 
         Raises:
             OSError: A file cannot be cut.
@@ -223,7 +223,7 @@ class CsvMetricsCallback(Callback):
         return run
 
     def _places(self, state: LoopState, rank: int) -> Iterator[Path]:
-        """Where the run's file may lie; the first that is not another run's is taken."""
+        """Yield candidate paths for the run's file; the first one that belongs to no other run is used."""
         name = run_name(state)
         folder = str(run_folder(state)) if _RUN_DIR in self._out_path else ""
         words = {_RUN: name, _RUN_DIR: folder, _RANK: str(rank)}
@@ -255,13 +255,13 @@ class _RunTable:
         self._claim: OutputClaim | None = None
 
     def look(self) -> None:
-        """Learn what is known of the file, so that it is known what comes again; raises RetryLaterError."""
+        """Acquire the file, to find out which rows it has; raises RetryLaterError."""
         if self.output.is_followed and not self._is_claimed:
             try:
                 self._open()
                 self._forgo_walk()
             except OSError as error:
-                raise RetryLaterError(f"{self.path} cannot be looked at: {error}") from error
+                raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
     def introduce(self) -> None:
         if self.course.walks:
@@ -303,13 +303,13 @@ class _RunTable:
         self.course.steps(step)
 
     def _close(self) -> None:
-        """Close the file; from here on another process may go on with it."""
+        """Close the file, and release it for other processes."""
         if self._table is not None:
             self._table.close()
         self._table = self._claim = None
 
     def _open(self) -> CsvTable:
-        """The table, at the first place that is ours or nobody's."""
+        """Return the table, at the first candidate path that can be acquired."""
         if self._table is None or not self._is_claimed:
             self.path, claim = self._places.take()
             known = self.output.found(self.path, note_of_file(self.path))
@@ -321,7 +321,7 @@ class _RunTable:
         return self._table
 
     def _forgo_walk(self) -> None:
-        """Where there are no rows, none comes again."""
+        """Skip the matching of rows if the file is empty."""
         if self.course.unplaced and is_empty([self.path]):
             self.course.unplaced = False
 

@@ -1,4 +1,4 @@
-"""`DebugLoggerCallback`: every hook and its arguments in the log, bounded, for finding out what fires when."""
+"""`DebugLoggerCallback`: logs every hook with its bounded arguments, to find out which hooks run when."""
 
 import logging
 import reprlib
@@ -27,7 +27,7 @@ from evsys_bus.context import (
 from evsys_bus.diagnostics import LOGGER_NAME, log
 
 _MAX_ITEMS: Final = 30
-"""Entries of a mapping or a sequence; the text is cut to ``max_len`` anyway, but need not be made in full first."""
+"""Maximum number of entries of a mapping or sequence, so that a long text is not built only to be cut."""
 
 
 _FIELDS: Final = {
@@ -37,24 +37,24 @@ _FIELDS: Final = {
     "arm": ("name", "status", "group_name", "run_id", "metrics", "eval_metrics", "error"),
     "result": ("name", "status", "best_arm", "best_score", "conclusion", "arms"),
 }
-"""What is shown of an argument that is called so."""
+"""The fields shown of hook arguments with these names."""
 
 
 class DebugLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `DebugLoggerCallback` can be told."""
+    """Parameters of `DebugLoggerCallback`."""
 
     max_len: Annotated[int, msgspec.Meta(ge=10)] = 400
-    """Characters of one argument."""
+    """Maximum number of characters of one argument."""
     max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 3
-    """Prediction rows of a benchmark that are shown."""
+    """Maximum number of predictions shown of a benchmark."""
 
 
 class DebugLoggerCallback(Callback):
-    """Logs every hook and its arguments at DEBUG, under the logger ``evsys_bus``.
+    """Logs every hook and its arguments at DEBUG, in the logger ``evsys_bus``.
 
-    Arguments may hold whatever people put into metrics and predictions, so they are shown at DEBUG only, cut to
-    ``max_len`` characters; configs, which hold credentials, are not shown. Where the logger is above DEBUG nothing is
-    formatted, and one WARNING tells how to see the lines.
+    Arguments may contain arbitrary user data in metrics and predictions, so they are shown only at DEBUG, cut to
+    ``max_len`` characters; configs, which may contain credentials, are not shown. If the logger's level is above DEBUG,
+    nothing is formatted, and one WARNING explains how to see the lines.
     """
 
     name: ClassVar[str] = "debug_logger"
@@ -69,52 +69,52 @@ class DebugLoggerCallback(Callback):
         self._told = False
 
     def on_experiment_start(self, ctx: LogContext) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_experiment_start", ctx=ctx)
 
     def on_group_start(self, ctx: LogContext, group_name: str) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_group_start", ctx=ctx, group_name=group_name)
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_run_start", ctx=ctx)
 
     def on_train_start(self, state: LoopState) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_train_start", state=state)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_step_end", state=state, step_idx=step_idx, batch=batch, metrics=metrics)
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_checkpoint", state=state, row=row)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_eval", state=state, step_idx=step_idx, eval_name=eval_name, metrics=metrics)
 
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Log it, and the first few predictions on lines of their own."""
+        """Log the call, and the first predictions on separate lines."""
         rows = items(predictions)
         self._log("on_benchmark_eval", ctx=ctx, eval_result=eval_result, predictions=len(rows), step=step)
         for index, row in enumerate(rows[: self._max_pred_rows]):
             self._log("on_benchmark_eval", prediction=index, row=row)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_train_end", state=state, artifacts=artifacts)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_run_end", ctx=ctx, run_result=run_result, arm=arm)
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Log it."""
+        """Log the call."""
         self._log("on_experiment_end", ctx=ctx, result=result)
 
     def _log(self, hook: str, **arguments: object) -> None:
@@ -123,22 +123,24 @@ class DebugLoggerCallback(Callback):
         elif not self._told:
             self._told = True
             fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
-            log().warning("debug_logger.not_shown", why="its lines are at DEBUG, the log is above", fix=fix)
+            log().warning(
+                "debug_logger.not_shown", why="its lines are logged at DEBUG, which the log level hides", fix=fix
+            )
 
     def _shown(self, name: str, value: object) -> str:
-        """One line of at most ``max_len`` characters, whatever the value does when it is looked at."""
+        """Format an argument as one line of at most ``max_len`` characters, even if its repr raises."""
         try:
             text = self._brief.argument(name, value)
-        except Exception as error:  # the repr of a stranger
-            text = f"<{type(value).__name__}: {type(error).__name__} when it was looked at>"
+        except Exception as error:  # a foreign repr
+            text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
         text = text if len(text) <= self._max_len else f"{text[: self._max_len - 1]}…"
         return printable(text)
 
 
 class _Brief(reprlib.Repr):
-    """Bounded reprs, in which handles and results show what tells them apart, and no config, whatever their class is.
+    """Bounded reprs in which handles and results show their identifying fields, and no config.
 
-    A method ``repr_X`` of a ``reprlib.Repr`` is asked for values whose type is called X, also inside containers.
+    `reprlib.Repr` calls a method ``repr_X`` for values whose type is named X, also inside containers.
     """
 
     def __init__(self, max_len: int) -> None:
@@ -148,14 +150,14 @@ class _Brief(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = max_len
 
     def argument(self, name: str, value: object) -> str:
-        """The argument of a hook that is called so."""
+        """Format the hook argument with this name."""
         if value is None or name not in _FIELDS or (name == "batch" and isinstance(value, Mapping)):
             return self.repr(value)
         run = {"run": run_id(value)} if name == "state" else {}
         return self._fields(value, self.maxlevel, *_FIELDS[name], **run)
 
     def repr_instance(self, x: object, level: int) -> str:
-        """As reprlib does, but for results that are inside others and hold a config."""
+        """Like `reprlib.Repr.repr_instance`, but hides the config of nested results."""
         if hasattr(x, "run_config"):
             return self._fields(x, level, *_FIELDS["ctx" if hasattr(x, "output_dir") else "arm"])
         return super().repr_instance(x, level)

@@ -1,6 +1,6 @@
 """`EarlyStoppingCallback`: stop a run when a metric of its evals no longer improves.
 
-It owns the judgement; the loop decides what stopping means (`LoopState.request_stop`).
+It decides when to stop; the loop decides what stopping means (`LoopState.request_stop`).
 """
 
 import math
@@ -19,26 +19,26 @@ from evsys_bus.diagnostics import log
 
 
 class EarlyStoppingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `EarlyStoppingCallback` can be told."""
+    """Parameters of `EarlyStoppingCallback`."""
 
     metric: Annotated[str, msgspec.Meta(min_length=1)]
-    """The metric to watch, by its name in the eval's metrics."""
+    """The name of the metric in the eval's metrics."""
     eval_name: str | None = None
-    """The eval to watch. Default: every eval that has the metric, each judged by itself; the first to stall stops."""
+    """The eval to watch. Default: every eval with the metric, each on its own; the first one to stall stops the run."""
     patience: Annotated[int, msgspec.Meta(ge=1)] = 3
-    """Stop after so many evals without improvement."""
+    """Stop after this many evals without improvement."""
     mode: Literal["max", "min"] = "max"
     """Whether larger or smaller is better."""
     min_delta: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    """A change counts as improvement only if it is larger than this."""
+    """The minimum change that counts as an improvement (exclusive)."""
 
 
 MOST_MARKED: Final = 256
-"""Evals that a mark holds one by one, the newest; of older ones it holds what was best."""
+"""How many of the newest evals a mark stores individually; older ones are summarized."""
 
 
 class OlderEvals(NamedTuple):
-    """What is known of evals whose values are not kept."""
+    """Summary of evals whose values are not stored."""
 
     best: float | None = None
     best_step: int | None = None
@@ -48,30 +48,30 @@ class OlderEvals(NamedTuple):
 
 
 class EvalHistory:
-    """The watched metric of one eval in one run, in the order of the steps, however late some of them came."""
+    """The watched metric of one eval in one run, ordered by step regardless of arrival."""
 
     def __init__(self) -> None:
         self.points: list[tuple[int, float]] = []
-        """``(step, value)``, one for each step; NaN included. Of a resumed run the newest 256 and those that follow."""
+        """``(step, value)`` for each step, including NaN. After a resume, the newest 256 and later ones."""
         self.best: float | None = None
-        """The best value so far; None while there was no finite one."""
+        """The best finite value so far, or None."""
         self.best_step: int | None = None
         """The 0-based step of the best value."""
         self.evals_since_best: int = 0
-        """Evals at later steps than the best; all of them while there is no best."""
+        """Number of evals at later steps than the best; all of them if there is no best."""
         self.older = OlderEvals()
-        """What is known of the evals before the points."""
+        """Summary of the evals before `points`."""
 
 
 class EarlyStoppingCallback(Callback):
-    """Asks the run to stop after ``patience`` evals without improvement of a metric.
+    """Requests a stop of the run after ``patience`` evals without improvement of a metric.
 
-    NaN and infinities are never the best value and count as no improvement. An eval of an older step that comes late
-    takes its place among the steps, so the order of arrival does not matter; one of the same step replaces the earlier.
-    A run that is resumed is judged by all its evals, those before the interruption included, where the bus has a
-    journal; evals at steps that run again count anew. If it had been enough already, it stops before its first step.
+    NaN and infinities are never the best value and count as no improvement. A late eval of an older step is inserted in
+    step order, so the order of arrival does not matter; one of the same step replaces the earlier one. A resumed run is
+    judged by all its evals, including those before the interruption if the bus has a journal; evals at steps that are
+    run again count anew. If the criterion was met already, it stops before its first step.
 
-    Subclass it for a policy of your own: `improved` says what is better, `should_stop` when it is enough.
+    Subclass it for another policy: `improved` compares values, `should_stop` decides.
 
     Example:
         >>> class StopAtTarget(EarlyStoppingCallback):
@@ -105,17 +105,17 @@ class EarlyStoppingCallback(Callback):
         return gain > self.config.min_delta
 
     def should_stop(self, history: EvalHistory) -> bool:
-        """Whether it is enough; asked after every eval that has the metric."""
+        """Whether to stop the run; called after every eval with the metric."""
         return history.evals_since_best >= self.config.patience
 
     def history(self, run: LoopState | LogContext, eval_name: str | None = None) -> EvalHistory:
-        """What was seen of a run: in the given eval, else the configured one, else the first that had the metric."""
+        """Return the run's history of the given eval, else the configured one, else the first one with the metric."""
         histories = self._run(run).histories
         name = eval_name or self.config.eval_name or next(iter(histories), None)
         return histories.get(name, EvalHistory()) if name else EvalHistory()
 
     def on_train_start(self, state: LoopState) -> None:
-        """Forget what will be run again; stop at once if what is left is enough."""
+        """Drop evals of steps that will be run again; stop at once if the criterion is met."""
         first = first_step_of(state) or 0
         for history in self._run(state).histories.values():
             history.points = [point for point in history.points if point[0] < first]
@@ -124,7 +124,7 @@ class EarlyStoppingCallback(Callback):
                 self._stop(state, history)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Judge the eval, and ask the run to stop if it is enough."""
+        """Record the eval, and request a stop if the criterion is met."""
         if self.config.eval_name not in {None, eval_name}:
             self._run(state).others.add(eval_name)
             return
@@ -139,7 +139,7 @@ class EarlyStoppingCallback(Callback):
             self._stop(state, history)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Say so if there were evals and none could be judged."""
+        """Warn if there were evals but none with the metric."""
         del artifacts
         run = self._run(state)
         if run.others and not run.histories:
@@ -152,29 +152,28 @@ class EarlyStoppingCallback(Callback):
             )
 
     def mark(self) -> Any:
-        """What is known of all runs. Any: plain data."""
+        """Return the state of all runs as plain data."""
         return {key: self._marked(run) for key, run in self._runs.items()}
 
     def rewind(self, mark: Any) -> None:
-        """Know what was known then. Any: as above."""
+        """Restore the state of all runs."""
         self._runs = {key: self._restored(each) for key, each in mark.items()}
 
     def mark_run(self, run: LoopState | LogContext) -> Any:
-        """What is known of one run, for the bus to record. Any: plain data."""
+        """Return the state of one run as plain data, for the bus to record."""
         return self._marked(self._run(run))
 
     def rewind_run(self, run: LoopState, mark: Any, newest: Any) -> None:
-        """Know of one run what was known then, and what came late: evals of older steps. Any: as above."""
+        """Restore the state of one run from a mark, including evals of older steps that arrived later."""
         first = first_step_of(run) or 0
         restored = self._runs[run_id(run)] = self._restored(mark)
         for name, later in self._restored(newest).histories.items():
-            if later.older.last_step < first:  # else it holds evals that run again, and no longer one by one
+            if later.older.last_step < first:  # otherwise its summary includes evals that are run again
                 later.points = [point for point in later.points if point[0] < first]
                 self._judge(later)
                 restored.histories[name] = later
 
     def _marked(self, run: "_Run") -> dict[str, Any]:
-        """Any: plain data."""
         evals: dict[str, Any] = {}
         for name, history in run.histories.items():
             points = sorted(history.points)
@@ -185,7 +184,7 @@ class EarlyStoppingCallback(Callback):
         return {"metric": self.config.metric, "mode": self.config.mode, "evals": evals, "others": sorted(run.others)}
 
     def _restored(self, mark: Any) -> "_Run":
-        """The run that a mark tells of; a new one if the mark is of another metric. Any: plain data, or None."""
+        """Restore a run from a mark; a new run if the mark is of another metric."""
         run = _Run()
         if mark is None or (mark["metric"], mark["mode"]) != (self.config.metric, self.config.mode):
             return run
@@ -198,7 +197,7 @@ class EarlyStoppingCallback(Callback):
         return run
 
     def _stop(self, state: LoopState, history: EvalHistory) -> None:
-        if hasattr(state, "stop_requested") and not hasattr(state, "request_stop"):  # a host's own
+        if hasattr(state, "stop_requested") and not hasattr(state, "request_stop"):  # the host's own state class
             state.stop_requested = True
         else:
             state.request_stop(self._reason(history))
@@ -210,7 +209,7 @@ class EarlyStoppingCallback(Callback):
             self._judge(history)
 
     def _put(self, history: EvalHistory, step: int, value: float) -> bool:
-        """Among the points, in the order of the steps, instead of one of the same step; whether it is the last."""
+        """Insert a point in step order, replacing one of the same step; returns whether it is the last."""
         points = history.points
         at = bisect_left(points, step, key=itemgetter(0))
         if at < len(points) and points[at][0] == step:
@@ -220,7 +219,7 @@ class EarlyStoppingCallback(Callback):
         return at == len(points) - 1
 
     def _judge(self, history: EvalHistory) -> OlderEvals:
-        """Go over all evals again, in the order of the steps; return what they come to."""
+        """Recompute the best value from all evals in step order; returns the summary."""
         older = history.older
         history.best, history.best_step, history.evals_since_best = older[:3]
         for step, value in history.points:
@@ -241,11 +240,11 @@ class EarlyStoppingCallback(Callback):
             return f"no finite value of {what} in {history.older.evals + len(history.points)} evals"
         best = f"best {history.best:.6g} at step {history.best_step}"
         if history.evals_since_best == 0:
-            return f"{what} is good enough: {best}"
+            return f"{what} has reached its target: {best}"
         return f"no improvement of {what} for {history.evals_since_best} evals; {best}"
 
     def _miss(self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]) -> None:
-        """Warn once; where every eval is watched, only after they all had their turn and none had the metric."""
+        """Warn once about a missing metric; if all evals are watched, only after each was seen once without it."""
         expected = self.config.eval_name is not None or (eval_name in run.others and not run.histories)
         run.others.add(eval_name)
         if expected and not run.warned:
@@ -263,19 +262,19 @@ class EarlyStoppingCallback(Callback):
 
 
 class _Run:
-    """What is known of one run."""
+    """State of one run."""
 
     __slots__ = ("histories", "others", "warned")
 
     def __init__(self) -> None:
         self.histories: dict[str, EvalHistory] = {}
         self.others: set[str] = set()
-        """Evals that could not be judged."""
+        """Evals without the metric."""
         self.warned = False
 
 
 def _number(value: object) -> float | None:
-    """A number of any kind, those of numpy and torch included; None for what is none."""
+    """Convert a number of any type, including numpy and torch, to a float; None for anything else."""
     if isinstance(value, str) or not isinstance(value, SupportsFloat):
         return None
     try:

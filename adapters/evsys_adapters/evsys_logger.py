@@ -1,6 +1,6 @@
-"""`EvsysLoggerCallback`: everything that happens goes to EvSys, and the loop waits for none of it.
+"""`EvsysLoggerCallback`: sends all events to EvSys without blocking the loop.
 
-It owns the inline half, which makes ids; the delivery half, which sends, is `evsys_api.delivery`.
+The inline half creates IDs; the delivery half, `evsys_api.delivery`, sends the events.
 """
 
 from collections.abc import MutableMapping
@@ -22,18 +22,18 @@ from evsys_bus.where import local_path
 
 
 class EvsysLoggerCallback(Callback):
-    """Logs experiments, groups, runs, metrics, checkpoints and evals to EvSys, by a courier.
+    """Logs experiments, groups, runs, metrics, checkpoints and evals to EvSys, in a courier.
 
-    The ids that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are made on
-    the spot, UUIDv7, and kept in ``.evsys_ids/`` in the folder of what they name: a resumed run has the ones that it
-    had, and is the same run for EvSys. An id that is there already stays. The server has ids of its own; ours is in an
-    experiment's ``tags`` and in a run's ``run_config``.
+    The IDs that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are created
+    immediately, as UUIDv7, and stored in ``.evsys_ids/`` in the folder of their object: a resumed run has the same IDs,
+    and is the same run for EvSys. Existing IDs are kept. The server assigns its own IDs; ours is in an experiment's
+    ``tags`` and in a run's ``run_config``.
 
-    The key is in the environment (``EVSYS_API_KEY``) and never among params. Without one nothing is sent, and all is as
-    soon as there is one: ``evsys-bus sync``, or the next run. With ``EVSYS_OFFLINE=1`` nothing is sent nor owed; the
-    journal has it, and ``evsys-bus replay RUN --to evsys_logger`` sends it.
+    The API key is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Without one nothing is sent,
+    and everything is sent once there is one: by ``evsys-bus sync``, or by the next run. With ``EVSYS_OFFLINE=1``
+    nothing is sent and nothing stays pending; ``evsys-bus replay RUN --to evsys_logger`` sends it from the journal.
 
-    What is sent when, and what a crash may double, is told in `evsys_adapters.evsys_api.delivery`.
+    See `evsys_adapters.evsys_api.delivery` for what is sent when, and what a crash may duplicate.
 
     Example:
         >>> logger = EvsysLoggerCallback("my-project")
@@ -42,7 +42,7 @@ class EvsysLoggerCallback(Callback):
         (1, 'EvsysSink')
 
     Raises:
-        ModuleNotFoundError: aiohttp is not installed; `build_callbacks` makes a BrokenAdapterError of it.
+        ModuleNotFoundError: aiohttp is not installed; `build_callbacks` converts it to a BrokenAdapterError.
     """
 
     name: ClassVar[str] = "evsys_logger"
@@ -51,30 +51,30 @@ class EvsysLoggerCallback(Callback):
     ranks: ClassVar[Ranks | None] = "rank0"
 
     def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
-        """Any: as `EvsysLoggerConfig` has them; they are checked."""
+        """Validate the parameters against `EvsysLoggerConfig`."""
         self.config = checked(EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params})
         self._made: dict[tuple[str, str], str] = {}
-        """Our ids, by what they name: a path, and the key in ``ids``."""
+        """Our IDs, by path and key in ``ids``."""
         self._ours: set[str] = set()
         self._announced: set[str] = set()
         self._said_offline = False
 
     def on_experiment_start(self, ctx: LogContext) -> None:
-        """Give the experiment its id."""
+        """Set the experiment's ID."""
         self._put_experiment(ctx)
 
     def on_group_start(self, ctx: LogContext, group_name: str) -> None:
-        """Give the group its id."""
+        """Set the group's ID."""
         self._put_experiment(ctx)
         self._put_group(ctx, group_name)
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """Give the run its id, and whatever it belongs to that has none."""
+        """Set the run's ID, and the missing IDs of its experiment and group."""
         self._announced.add(run_id(ctx))
         self._put_run(ctx)
 
     def on_train_start(self, state: LoopState) -> None:
-        """Give ids to a run that had no RunStart, and have it known to the delivery half what the run is."""
+        """Set the IDs of a run without RunStart, and publish its context to the delivery half."""
         ctx = run_context(state)
         if ctx is None or run_id(state) in self._announced:
             return
@@ -84,18 +84,18 @@ class EvsysLoggerCallback(Callback):
         if not folder or key is None:
             return
         seen = LogContext(Path(folder), run_key=key, ids=dict(getattr(ctx, "ids", ())))
-        for name in ("config", "run_config", "group_name"):  # it may be of another class
+        for name in ("config", "run_config", "group_name"):  # the context may be of another class
             setattr(seen, name, getattr(ctx, name, None))
-        with suppress(EvsysBusError):  # called without a bus
+        with suppress(EvsysBusError):  # not attached to a bus
             self.publish(EvsysRun(key, seen))
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """The run is over."""
+        """Forget that the run was announced."""
         del run_result, arm
         self._announced.discard(run_id(ctx))
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Forget the experiment; what is resumed finds its ids where they are kept."""
+        """Forget the experiment's IDs; a resumed one reads them from disk."""
         del result
         over = [key for key in self._made if is_run_of(key[0], ctx)]
         for key in over:
@@ -105,7 +105,7 @@ class EvsysLoggerCallback(Callback):
         if is_offline() and not self._said_offline:
             self._said_offline = True
             fix = "unset EVSYS_OFFLINE; what is recorded until then: evsys-bus replay RUN --to evsys_logger"
-            log().info("evsys.offline", why="EVSYS_OFFLINE is set, and nothing is sent", fix=fix)
+            log().info("evsys.offline", why="EVSYS_OFFLINE is set, so nothing is sent", fix=fix)
         self._put(ctx, "experiment_id", output_dir_of(ctx), "experiment")
 
     def _put_group(self, ctx: object, name: str) -> None:
@@ -119,7 +119,7 @@ class EvsysLoggerCallback(Callback):
         self._put(ctx, "run_id", run_id(ctx), "run")
 
     def _put(self, ctx: object, key: str, path: str, file: str) -> None:
-        """Write the id, unless there is one, which is not of another run or experiment of ours."""
+        """Set the ID unless there is one, other than a stale ID of another run or experiment."""
         ids: object = getattr(ctx, "ids", None)
         if not isinstance(ids, MutableMapping):
             return
@@ -134,7 +134,7 @@ class EvsysLoggerCallback(Callback):
 
 
 def _folder(ctx: object, path: str, file: str) -> Path | None:
-    """Where an id is kept."""
+    """Return the folder in which an ID is stored."""
     if not path:
         return None
     try:

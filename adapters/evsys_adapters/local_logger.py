@@ -1,6 +1,6 @@
-"""`LocalLoggerCallback`: an experiment as a folder of files that people and scripts read without any tool.
+"""`LocalLoggerCallback`: an experiment as a folder of files that people and scripts can read without tools.
 
-<output_dir>/experiment.md                       the arms side by side, when the experiment has ended
+<output_dir>/experiment.md                       comparison of the arms, once the experiment has ended
 <output_dir>/<run_key>/logs/                     see `evsys_adapters._run_logs`
 """
 
@@ -53,21 +53,21 @@ _LOGS: Final = "logs"
 
 
 class LocalLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `LocalLoggerCallback` can be told."""
+    """Parameters of `LocalLoggerCallback`."""
 
     print_every: Annotated[int, msgspec.Meta(ge=0)] = 1
-    """Print a line on stdout every so many steps; 0 for never."""
+    """Print a line on stdout every this many steps; 0 for never."""
     keys: list[str] | None = None
-    """Metrics to print, in this order. Default: all. The files always hold all."""
+    """Metrics to print, in this order. Default: all. The files always contain all."""
 
 
 class _RunMark(msgspec.Struct, frozen=True):
     folder: str
     notes: RunNotes
     ended: bytes | None
-    """How the run ended, packed: a mark travels as JSON, which has no NaN."""
+    """The run's result, encoded: a mark is JSON, which has no NaN."""
     logs: str = "logs"
-    """The name of the folder in it."""
+    """Name of the logs folder in ``folder``."""
     position: Position = msgspec.field(default_factory=Position)
 
 
@@ -82,21 +82,21 @@ class _LoggerMark(msgspec.Struct, frozen=True):
 
 
 class LocalLoggerCallback(Callback):
-    """Logs training, evals, predictions, hypothesis and conclusion to files under the experiment's folder.
+    """Logs training, evals, predictions, hypothesis and conclusion to files in the experiment's folder.
 
-    Every row of an eval carries the name of its benchmark. There is one row per (name, step), and one set of
-    predictions: a repeat replaces them. A benchmark tagged ``val`` goes to validation, any other to test; an eval that
-    is no benchmark goes to validation. Logs of ranks above 0 lie in ``<run_key>/rank<rank>/``. A resumed run continues
-    its files: what they hold of its first step and later ones is cut, evals after training are kept. Without
-    ``on_train_start`` the first step that is seen is the first.
+    Every row of an eval has the name of its benchmark. There is one row per (name, step), and one set of predictions: a
+    repeated eval replaces them. A benchmark tagged ``val`` goes to validation, any other to test; an eval that is not a
+    benchmark goes to validation. Logs of ranks above 0 go to ``<run_key>/rank<rank>/``. A resumed run continues its
+    files: rows from its first step on are cut, evals after training are kept. Without ``on_train_start`` the first step
+    that is logged is the first.
 
-    Where two followers log one run, the second one's folder is ``logs-2``, also on later days, and its page of the
-    experiment ``experiment-2.md``; a WARNING names the folder. A follower under a new name goes on in the folder of one
-    that is followed no more.
+    If two adapters log one run, the second one's folder is ``logs-2``, also in later processes, and its page of the
+    experiment ``experiment-2.md``; a WARNING names the folder. An adapter with a new name continues in the folder of
+    one that is no longer subscribed.
 
-    Results may be ours or anybody's: fields that they lack are left out. Rows that the disk refuses wait in memory, up
-    to 16 MiB for each file, and are tried again with the next one. Where a courier delivers, a crash doubles no row and
-    loses none: it is rewound to the last `mark`.
+    Results may be of any class: missing fields are omitted. Rows that the disk refuses are kept in memory, up to 16 MiB
+    for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
+    files are rewound to the last `mark`.
     """
 
     marks_inline: ClassVar[bool] = False
@@ -114,19 +114,19 @@ class LocalLoggerCallback(Callback):
         self._notes = OutputNotes(self._marks)
         self._has_mark = False
         self._left: dict[str, _Run] = {}
-        """Runs whose experiment has ended since the mark."""
+        """Runs whose experiment has ended since the last mark."""
 
     @property
     def waiting(self) -> int:
-        """Writes that the disk has refused so far and that wait in memory."""
+        """Writes that the disk has refused so far and that are kept in memory."""
         return self._pages.waiting + sum(run.logs.waiting for run in self._runs.values())
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """Write down the hypothesis."""
+        """Write the hypothesis."""
         self._run(ctx)
 
     def on_train_start(self, state: LoopState) -> None:
-        """Cut what is about to be run again."""
+        """Cut the rows of steps that will be run again."""
         run, first = self._run(state), first_step_of(state)
         if run.logs.output.has(self.event):
             return
@@ -155,7 +155,7 @@ class LocalLoggerCallback(Callback):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Log what the benchmark scored, and its predictions."""
+        """Log the benchmark's scores and predictions."""
         logs = self._run(ctx).logs
         if logs.output.has(self.event):
             return
@@ -181,7 +181,7 @@ class LocalLoggerCallback(Callback):
         self._pages.flush()
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """Remember how the run ended, for the conclusion."""
+        """Remember the run's result for the conclusion."""
         run = self._run(ctx)
         run.result, run.arm = run_result, arm
         run.logs.flush()
@@ -208,7 +208,7 @@ class LocalLoggerCallback(Callback):
         self._pages.flush()
 
     def close(self) -> None:
-        """Write what waits, and close the files; a later hook opens them again and goes on."""
+        """Write buffered rows and close the files; a later hook opens them again and continues."""
         for run in self._runs.values():
             run.logs.flush()
             run.logs.give_up()
@@ -216,10 +216,10 @@ class LocalLoggerCallback(Callback):
         self._lines.flush()
 
     def mark(self) -> Any:
-        """How far the files have got, as plain data (hence Any); their rows are on the medium.
+        """Return the position of all files as plain data; their rows are synced to disk first.
 
         Raises:
-            OSError: Rows wait because the disk refuses them, or were given up. There is no mark without them.
+            OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         self._pages.settle()
         written = [*self._left.values(), *self._runs.values()]
@@ -230,7 +230,7 @@ class LocalLoggerCallback(Callback):
         return msgspec.to_builtins(_LoggerMark(files, {key: run.mark() for key, run in self._runs.items()}))
 
     def rewind(self, mark: Any) -> None:
-        """Have the files as they were at the mark. To be called first of all. Any: what `mark` returned.
+        """Restore the files to their state at the mark. Call it before any hook.
 
         Raises:
             OSError: A file cannot be cut.
@@ -252,7 +252,7 @@ class LocalLoggerCallback(Callback):
                 run.has_ended(of_run.ended)
 
     def _leave(self, key: str) -> "_Run":
-        """The run, which is known no longer then; but that it is in the middle of a walk over its files is."""
+        """Remove and return the run; if its rows are being matched with its files, that state is retained."""
         run = self._left[key] = self._runs.pop(key)
         if run.logs.notes.course.walks:
             again = self._runs[key] = _Run(RunLogs(run.logs.logs, self._marks, run.logs.notes, run.logs.output))
@@ -292,14 +292,14 @@ class LocalLoggerCallback(Callback):
         self._pages.write(lambda: AppendFile(place() / name).rewrite([text]), len(text))
 
     def _print(self, run: "_Run", head: str, metrics: dict[str, Any]) -> None:
-        """One line. Any: metrics of every type."""
+        """Print one line."""
         keys = metrics if self._config.keys is None else [key for key in self._config.keys if key in metrics]
         names = [one_line(run.name)] if len(self._runs) > 1 else []
         self._lines.print("  ".join([*names, head, *(f"{one_line(key)} {_figure(metrics[key])}" for key in keys)]))
 
 
 class _Run:
-    """What is known of one run."""
+    """State of one run."""
 
     def __init__(self, logs: RunLogs) -> None:
         self.logs = logs
@@ -309,29 +309,29 @@ class _Run:
         self.arm: ArmResult | None = None
 
     def mark(self) -> _RunMark:
-        """What a mark says of it."""
+        """Return the run's part of a mark."""
         logs = self.logs
         return _RunMark(str(logs.folder), logs.notes, self.ended(), logs.logs.name, logs.output.position)
 
     def state(self) -> bytes:
-        """What the note beside its files says of it."""
+        """Encode the state that is stored beside the run's files."""
         return msgspec.json.encode(_RunState(self.logs.notes, self.ended()))
 
     def has_state(self, known: bytes) -> None:
-        """What `state` said."""
+        """Restore the result of `state`."""
         state = msgspec.json.decode(known, type=_RunState)
         self.logs.know(state.notes)
         if state.ended is not None:
             self.has_ended(state.ended)
 
     def ended(self) -> bytes | None:
-        """How it ended; None while it has not."""
+        """Encode the run's result; None while it has not ended."""
         if self.result is None and self.arm is None:
             return None
         return msgspec.msgpack.encode(to_plain([self.result, self.arm])[0])
 
     def has_ended(self, packed: bytes) -> None:
-        """What `ended` said; as plain data where it was not ours, which the pages read as well."""
+        """Restore the result of `ended`; as plain data if it has another type, which the pages accept too."""
         try:
             self.result, self.arm = msgspec.msgpack.decode(packed, type=tuple[RunResult | None, ArmResult | None])
         except msgspec.ValidationError:
@@ -339,12 +339,12 @@ class _Run:
 
 
 def _figure(value: object) -> str:
-    """A metric as it is printed: five significant digits, nothing for None."""
+    """Format a metric for printing: five significant digits, empty for None."""
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else one_line(value)
 
 
 def _head(key: RowKey) -> dict[str, Any]:
-    """What every row of an eval begins with. Any: rows hold values of every type."""
+    """Return the first fields of every row of an eval."""
     return {"benchmark": key.benchmark, "step": key.step}
 
 
@@ -354,9 +354,9 @@ def _eval_row(key: RowKey, metrics: object) -> dict[str, Any]:
 
 
 def _apart(thing: object, what: str, taken: Container[str]) -> dict[str, Any]:
-    """The fields of ``thing``; those whose names are taken are called ``<what>.<name>``.
+    """Return the fields of ``thing``; those whose names are taken get the prefix ``<what>.``.
 
-    A thing that has no fields is the one field ``what``. Any: values of every type.
+    A value without fields becomes the single field ``what``.
     """
     row = fields(thing)
     if not row and thing is not None and not isinstance(thing, Mapping):

@@ -1,8 +1,8 @@
-"""`PrintProgressCallback`: one plain line on stdout per step, with the rate and the time that is left.
+"""`PrintProgressCallback`: one plain line on stdout per step, with the rate and the remaining time.
 
     step 12/300  loss 0.4312  accuracy 0.87  41.2 steps/s  eta 0:07
 
-No carriage returns and no colours, so it reads the same in a terminal, a pipe and a batch job's log.
+Without carriage returns and colours, so it reads the same in a terminal, a pipe and a batch job's log.
 """
 
 import math
@@ -31,29 +31,29 @@ from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatc
 _WHOLE_FROM: Final = 1e4
 _WHOLE_BELOW: Final = 1e9
 _LONGEST_ETA_SECONDS: Final = 1e10
-"""Three hundred years; a horizon that is farther away is no estimate."""
+"""Three hundred years; a longer estimate is not shown."""
 
 
 class PrintProgressConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `PrintProgressCallback` can be told."""
+    """Parameters of `PrintProgressCallback`."""
 
     every: Annotated[int, msgspec.Meta(ge=1)] = 1
-    """Print every so many steps; the first and the last step of a run are always printed."""
+    """Print every this many steps; the first and the last step of a run are always printed."""
     keys: list[str] | None = None
-    """Metrics to print, in this order; a step that lacks one leaves it out. Default: all, in the order of the row."""
+    """Metrics to print, in this order; missing ones are omitted. Default: all, in the order of the row."""
 
 
 class PrintProgressCallback(Callback):
     """Prints one line per step; a line names its run in an experiment, and once there are several runs.
 
-    Rate and eta come from the times of the events, so a run that is followed or replayed shows the rate it had. Where
-    nobody knows how many steps there are to be, a line has neither total nor eta.
+    Rate and remaining time are computed from the times of the events, so a followed or replayed run shows its original
+    rate. If the number of steps is unknown, a line has neither total nor remaining time.
 
     Args:
-        every: As in `PrintProgressConfig`.
-        keys: As in `PrintProgressConfig`.
-        clock: Seconds, for rate and eta. Default: the time of the event.
-        stream: Where to print; default: ``sys.stdout`` at that moment.
+        every: See `PrintProgressConfig`.
+        keys: See `PrintProgressConfig`.
+        clock: Seconds, for the rate. Default: the time of the event.
+        stream: Where to print; default: ``sys.stdout`` at the time of printing.
 
     Example:
         >>> progress = PrintProgressCallback(clock=lambda: 0.0)
@@ -80,10 +80,10 @@ class PrintProgressCallback(Callback):
         self._clock = clock
         self._lines = LinePrinter("print_progress.closed", stream)
         self._runs: dict[str, _Pace] = {}
-        self._named = False  # whether lines name their run: once there are several, or may be
+        self._named = False  # whether lines name their run: in an experiment, or with several runs
 
     def on_experiment_start(self, ctx: LogContext) -> None:
-        """Name the run in every line from here on."""
+        """Name the run in every line from now on."""
         del ctx
         self._named = True
 
@@ -98,7 +98,7 @@ class PrintProgressCallback(Callback):
         del batch
         run, step, now = self._key(state), step_of(step_idx), self._now()
         pace = self._runs.get(run)
-        if pace is None:  # attached to a run in progress: this step's duration is not known
+        if pace is None:  # attached during a run: the duration of this step is unknown
             pace = self._runs[run] = _Pace(self._name(state), step + 1, now)
         first = pace.last_step is None
         pace.see(step)
@@ -108,7 +108,7 @@ class PrintProgressCallback(Callback):
             self._print_last(pace)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Print the last step's line if it was not due, and forget the run."""
+        """Print the last step's line if it was not printed, and forget the run."""
         del artifacts
         pace = self._runs.get(self._key(state))
         if pace is not None:
@@ -116,7 +116,7 @@ class PrintProgressCallback(Callback):
             del self._runs[self._key(state)]
 
     def close(self) -> None:
-        """Print the last step's line of every run, where it was not due."""
+        """Print the last step's line of every run, if it was not printed."""
         for pace in list(self._runs.values()):
             self._print_last(pace)
         self._lines.flush()
@@ -146,17 +146,17 @@ class PrintProgressCallback(Callback):
 
 
 class _Step(NamedTuple):
-    """What the line of a step is made of."""
+    """The data of one line."""
 
     step: int
     num_steps: int | None
     metrics: dict[str, Any]
-    """Any: people put what they like into metrics."""
+    """Values may be of any type."""
     time: float
 
 
 class _Pace:
-    """How fast one run goes."""
+    """The rate of one run."""
 
     __slots__ = ("began", "first_step", "last_step", "name", "unprinted")
 
@@ -168,11 +168,11 @@ class _Pace:
         self.unprinted: _Step | None = None
 
     def see(self, step_idx: int) -> None:
-        """Late and repeated steps do not set the pace back."""
+        """Record a step; late and repeated steps do not decrease the count."""
         self.last_step = step_idx if self.last_step is None else max(self.last_step, step_idx)
 
     def shown(self, num_steps: int | None, now: float) -> list[str]:
-        """Rate and eta, as far as they are known."""
+        """Format rate and remaining time, as far as they are known."""
         seconds = now - self.began
         done = 0 if self.last_step is None else self.last_step + 1 - self.first_step
         if done <= 0 or not 0 < seconds < math.inf:
@@ -186,13 +186,13 @@ class _Pace:
 
 
 def _fmt_value(value: object) -> str:
-    """A number in four significant digits (what is not zero never looks like zero), anything else as bounded text."""
+    """Format a number with four significant digits, never a non-zero one as zero, anything else as bounded text."""
     if isinstance(value, int):
         return one_line(value)
     if isinstance(value, SupportsFloat) and not isinstance(value, str):
         try:
             number = float(value)
-        except Exception:  # whatever a stranger's __float__ raises: it is text then
+        except Exception:  # whatever a foreign __float__ raises: it is text then
             return one_line(value)
         return f"{number:.0f}" if _WHOLE_FROM <= abs(number) < _WHOLE_BELOW else f"{number:.4g}"
     return one_line(value)

@@ -1,6 +1,6 @@
-"""How fast it is, asked on the machine in front of you and beside the alternatives: ``evsys-bus bench``.
+"""Benchmarks of evsys-bus on this machine, next to the alternatives: ``evsys-bus bench``.
 
-One file per question (`dispatch`, `imports`, `costs`, `journal`, `kills`, `growth`); `question` says what a question
-is, `harness` times contenders fairly, `report` and `plot` show what came out. Everything is judged by ratios within one
-interleaved run: absolute times belong to a machine and a moment.
+One file per suite (`dispatch`, `imports`, `costs`, `journal`, `kills`, `growth`, ...). `question` defines what a suite
+is, `harness` does the timing, `report` and `plot` format the results. Targets compare ratios within one interleaved
+run, because absolute times depend on the machine and the moment.
 """

@@ -1,7 +1,7 @@
-"""P3: what five loggers cost the training loop per step, followed, against the same five called inline.
+"""P3: what five loggers cost the training loop per step with ``placement: follow``, compared with inline.
 
-Progress, CSV, local files, TensorBoard and W&B offline. Followed, the loop records the step in the journal and goes on,
-while the courier process is at work beside it on what was recorded.
+Progress, CSV, local files, TensorBoard and W&B offline. With ``follow`` the loop only records the step in the journal;
+the courier process delivers what was recorded at the same time.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _PACKAGES: Final = ("tensorboardX", "wandb")
 
 
 def _specs(directory: Path, placement: Placement) -> list[CallbackSpec]:
-    params: dict[str, dict[str, Any]] = {  # Any: of every type, as the kinds want them
+    params: dict[str, dict[str, Any]] = {
         "print_progress": {},
         "csv_metrics": {"out_path": str(directory / "metrics.csv")},
         "local_logger": {},
@@ -64,7 +64,7 @@ def _publishing(placement: Placement) -> Generator[Run, None, None]:
                 step += operations
                 return taken
 
-            run(1)  # what is imported at the first step is not what a step costs
+            run(1)  # the first step imports modules, which is not part of the cost of a step
             yield run
 
 

@@ -1,4 +1,4 @@
-"""Adapters that are as bad as any: they compute, stall and hang, in the couriers of the question `lateness`."""
+"""Adapters that compute, stall and hang, for the couriers of the suite `lateness`."""
 
 import time
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ STALL_SECONDS = 0.5
 
 @register_callback("bench_computes")
 class Computes(Callback):
-    """Holds the interpreter for five milliseconds at every step."""
+    """A callback that holds the interpreter for five milliseconds at every step."""
 
     name: ClassVar[str] = "bench_computes"
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Compute."""
+        """Compute for `BUSY_SECONDS`."""
         del state, step_idx, batch, metrics
         until = time.perf_counter() + BUSY_SECONDS
         while time.perf_counter() < until:
@@ -33,26 +33,26 @@ class Computes(Callback):
 
 @register_callback("bench_notes")
 class Notes(Callback):
-    """Does what a well-behaved logger does: a few dozen microseconds of work."""
+    """A callback that does as little as a well-behaved logger: a few dozen microseconds of work."""
 
     name: ClassVar[str] = "bench_notes"
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Make a row."""
+        """Format a row."""
         del batch
         self.row = ",".join(f"{name}={value:.6g}" for name, value in {"step": step_idx, **metrics}.items()), state.step
 
 
 @register_sink("bench_stalls")
 class Stalls(Sink):
-    """Takes half a second for every request."""
+    """A sink that takes half a second for every batch."""
 
     name: ClassVar[str] = "bench_stalls"
     max_batch_events = 50
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """Stall."""
+        """Sleep for `STALL_SECONDS`."""
         del batch
         await anyio.sleep(STALL_SECONDS)
         return None
@@ -60,11 +60,11 @@ class Stalls(Sink):
 
 @register_sink("bench_hangs")
 class Hangs(Sink):
-    """Never answers."""
+    """A sink that never returns."""
 
     name: ClassVar[str] = "bench_hangs"
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """Hang."""
+        """Sleep forever."""
         del batch
         await anyio.sleep_forever()

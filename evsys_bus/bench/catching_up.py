@@ -1,7 +1,8 @@
-"""P6: how fast a courier catches up with a journal, and P7: what memory that takes, however much is pending.
+"""P6: how fast a courier catches up with a journal, and P7: how much memory that takes.
 
-A journal of ``STEPS_PER_ROUND`` steps for each round, 150,000 by default, is read by a courier for a receiver that does
-nothing: reading, checking, decoding and handing over are what is left. ``--rounds 5000`` makes it 10,000,000 steps.
+A courier reads a journal of ``STEPS_PER_ROUND`` steps per round (150,000 by default) and delivers to a receiver that
+discards everything, so what is measured is reading, verifying, decoding and handing over. ``--rounds 5000`` makes it
+10,000,000 steps.
 """
 
 import tempfile
@@ -23,14 +24,14 @@ from evsys_bus.tasks import run_alone
 
 STEPS_PER_ROUND: Final = 1_000
 AT_LEAST: Final = 200_000
-"""Events a second."""
+"""Events per second."""
 MAX_GROWTH_MB: Final = 20
 _MOST_TURNS: Final = 7
 _LEAST_STEPS: Final = 50_000
 
 
 class _Nothing:
-    """A receiver that takes everything at once."""
+    """A receiver that accepts every batch and discards it."""
 
     max_events = 512
     max_bytes = 1 << 20
@@ -40,7 +41,7 @@ class _Nothing:
         self.taken = 0
 
     async def open(self, report: Report) -> None:
-        """Nothing to open."""
+        pass
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
         del sizes
@@ -48,29 +49,29 @@ class _Nothing:
         return Taken(len(batch))
 
     def interrupted(self) -> None:
-        """Nothing is interrupted."""
+        pass
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Nobody to introduce them to."""
+        pass
 
     def mark(self) -> Any:
-        """Any: nothing is kept."""
+        pass
 
     def rewind(self, mark: Any) -> None:
-        """Any: as above."""
+        pass
 
     async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
-        """Nothing to close."""
+        pass
 
 
 class CatchingUp:
-    """The question."""
+    """The suite ``couriers``."""
 
     name = "couriers"
     promise = "P6: a courier that is behind catches up at 200,000 events a second, in memory that does not grow"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """The rate, then the memory."""
+        """Measure the rate, then the memory."""
         steps = max(effort.rounds * STEPS_PER_ROUND, _LEAST_STEPS)
         with tempfile.TemporaryDirectory() as directory:
             journal = Path(directory, "journal")
@@ -108,7 +109,7 @@ def _rate(journal: Path, steps: int) -> float:
     run_alone(courier.run)
     taken = time.perf_counter() - began
     if receiver.taken != steps:
-        raise RuntimeError(f"the courier handed over {receiver.taken:,} of {steps:,} events")
+        raise RuntimeError(f"the courier delivered {receiver.taken:,} of {steps:,} events")
     return steps / taken
 
 

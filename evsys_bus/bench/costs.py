@@ -1,4 +1,4 @@
-"""What the parts cost: building an event, having callbacks that do not listen, handing tasks over, waiting for them."""
+"""What the parts cost: building an event, callbacks that do not override a hook, spawning tasks, awaiting them."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator
@@ -19,7 +19,7 @@ from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, Train
 from evsys_bus.events import StepEnd
 
 TASKS: Final = 200
-"""Handed over in one operation."""
+"""How many tasks one operation spawns."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ def _building_a_dict() -> Generator[Run, None, None]:
 
 class _OnlyRunEnd(Callback):
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextmanager
@@ -83,13 +83,13 @@ def _publishing_past(k: int) -> Generator[Run, None, None]:
 
 @dataclass
 class _Laps:
-    """Readings of the clock."""
+    """Clock readings of one operation."""
 
     begun: int = 0
     handed_over: int = 0
-    """Every task is handed over."""
+    """When every task had been spawned."""
     finished: int = 0
-    """Every task is done, and the block that owns them is left."""
+    """When every task was done and the block that owns them was left."""
 
 
 async def _nothing() -> None:
@@ -99,11 +99,11 @@ async def _nothing() -> None:
 async def _create_task(laps: _Laps) -> None:
     laps.begun = perf_counter_ns()
     tasks = [
-        asyncio.create_task(_nothing())  # noqa: TID251 - it is what ours is compared with
+        asyncio.create_task(_nothing())  # noqa: TID251 - the baseline
         for _ in range(TASKS)
     ]
     laps.handed_over = perf_counter_ns()
-    await asyncio.gather(*tasks)  # noqa: TID251 - as above
+    await asyncio.gather(*tasks)  # noqa: TID251 - the baseline
     laps.finished = perf_counter_ns()
 
 

@@ -1,4 +1,4 @@
-"""The courier processes of a bus that a question has opened: they outlive it by a moment, and write in its journal."""
+"""Waiting for the courier processes of a benchmarked bus, which outlive it briefly and write to its journal."""
 
 import os
 import time
@@ -14,7 +14,7 @@ _PATIENCE_SECONDS: Final = 20.0
 
 
 def wait_for_their_end(journal: Path) -> None:
-    """Until none of them runs; only then can the journal's directory be removed."""
+    """Wait until no courier process of this journal runs; only then can its directory be removed."""
     until = time.monotonic() + _PATIENCE_SECONDS
     while any(map(_runs, _pids(journal))) and time.monotonic() < until:
         time.sleep(0.01)

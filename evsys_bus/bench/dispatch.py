@@ -1,7 +1,7 @@
-"""P1: what it costs to tell K callbacks, which do nothing, that a step has ended.
+"""P1: what it costs to dispatch a step event to K callbacks that do nothing.
 
-All contenders call K methods of one shape with the same four arguments. The floor is a bare loop over bound methods: no
-isolation, no order of types, nothing. Ours builds the event each time, as a training loop does.
+All candidates call K methods of the same signature with the same four arguments. The baseline is a bare loop over bound
+methods, without isolation or ordering. The bus builds the event each time, as a training loop does.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -30,15 +30,15 @@ REFERENCE: Final = "reference dispatch"
 
 
 class NoOp(Callback):
-    """The hook that is called; it does nothing."""
+    """A callback whose hook does nothing."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @contextmanager
 def bare_loop(k: int) -> Generator[Run, None, None]:
-    """The floor: K calls and no more."""
+    """The baseline: K calls and nothing else."""
     hooks = [NoOp().on_step_end for _ in range(k)]
 
     def run(operations: int) -> int:
@@ -54,7 +54,7 @@ def bare_loop(k: int) -> Generator[Run, None, None]:
 
 @contextmanager
 def publish(k: int) -> Generator[Run, None, None]:
-    """Ours: a bus as it is by default, without a loop; the event is built each time."""
+    """A bus with its default settings, without an event loop; the event is built each time."""
     with EventBus([NoOp() for _ in range(k)]) as bus:
 
         def run(operations: int) -> int:
@@ -69,15 +69,14 @@ def publish(k: int) -> Generator[Run, None, None]:
 
 @contextmanager
 def our_dispatch(k: int) -> Generator[Run, None, None]:
-    """Ours for those without a bus: `evsys_bus.dispatch`."""
+    """The function `evsys_bus.dispatch`, for programs without a bus."""
     yield _by_name(dispatch, [NoOp() for _ in range(k)])
 
 
 @contextmanager
 def reference_dispatch(k: int) -> Generator[Run, None, None]:
-    """The reference implementation's way: look the hook up by its name, call it in a try, for every callback."""
+    """The reference implementation: for every callback, look up the hook by name and call it in a ``try``."""
 
-    # Any: the arguments are those of the hook.
     def by_name(callbacks: list[NoOp], hook: str, *args: Any, **kwargs: Any) -> None:
         for callback in callbacks:
             function = getattr(callback, hook, None)
@@ -104,7 +103,7 @@ def _by_name(call: Callable[..., None], callbacks: list[NoOp]) -> Run:
 
 @contextmanager
 def pluggy_hook(k: int) -> Generator[Run, None, None]:
-    """The hook call of pluggy; it takes keyword arguments only, and collects what the hooks return."""
+    """A hook call of pluggy, which takes keyword arguments only and collects the return values."""
     import pluggy
 
     class Spec:
@@ -137,7 +136,7 @@ def pluggy_hook(k: int) -> Generator[Run, None, None]:
 
 @contextmanager
 def blinker_signal(k: int) -> Generator[Run, None, None]:
-    """A signal of blinker with weak references, which are its default; a receiver gets the sender besides."""
+    """A signal of blinker with weak references, its default; receivers also get the sender."""
     import blinker
 
     class Receiver:
@@ -163,7 +162,7 @@ def blinker_signal(k: int) -> Generator[Run, None, None]:
 
 @contextmanager
 def pyee_emitter(k: int) -> Generator[Run, None, None]:
-    """An emitter of pyee; a raising listener ends the round."""
+    """An emitter of pyee; a listener that raises stops the emit."""
     from pyee.base import EventEmitter
 
     emitter = EventEmitter()
@@ -182,10 +181,10 @@ def pyee_emitter(k: int) -> Generator[Run, None, None]:
 
 @dataclass(frozen=True)
 class Peer:
-    """Somebody else's dispatch."""
+    """The dispatch of another library."""
 
     open: Callable[[int], AbstractContextManager[Run]]
-    """Takes K."""
+    """Called with K."""
     package: str
 
 
@@ -197,7 +196,7 @@ LIGHT_PEERS: Final = {
 
 
 def dispatch_question(peers: Mapping[str, Peer], at_least: Mapping[str, float]) -> TimedQuestion:
-    """The question with these peers; ``at_least``: how many times as long as ours a peer must take at K = 8."""
+    """Build the suite with these peers; ``at_least`` is the least ratio of each peer to ours at K = 8."""
 
     def case(k: int, *targets: Target, beside: Mapping[str, Peer] = peers) -> Case:
         contenders = {

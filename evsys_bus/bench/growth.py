@@ -1,8 +1,8 @@
-"""P7: what a publish costs, and what memory the process holds, when a run has grown long.
+"""P7: what a publish costs late in a long run, and how much memory the process holds by then.
 
-A bus that has published ``STEPS_PER_ROUND`` steps for each round of samples, 300,000 by default, is timed against a
-bus that has just been opened, sample beside sample. ``--rounds 5000`` makes the run 10,000,000 steps long, which takes
-two minutes and 4 GB of the temporary directory. Nothing reads the journal, so all these events are pending.
+A bus that has published ``STEPS_PER_ROUND`` steps per round of samples (300,000 by default) is timed against a bus that
+was just opened, in interleaved samples. ``--rounds 5000`` makes the run 10,000,000 steps long, which takes two minutes
+and 4 GB of the temporary directory. Nothing reads the journal, so all these events are pending.
 """
 
 import tempfile
@@ -22,19 +22,19 @@ from evsys_bus.events import StepEnd
 
 STEPS_PER_ROUND: Final = 2_000
 MOST_ROUNDS: Final = 150
-"""Of samples; more of them only make the run longer."""
+"""Most rounds of samples; ``--rounds`` above this only makes the run longer."""
 MAX_GROWTH_MB: Final = 20
 NEW: Final = "a bus at its first steps"
 
 
 class Growth:
-    """The question."""
+    """The suite ``growth``."""
 
     name = "growth"
     promise = "P7: the ten-millionth publish costs what the first one does, and memory stays flat"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """Times, then memory."""
+        """Measure the times, then the memory."""
         steps = effort.rounds * STEPS_PER_ROUND
         grown: list[float] = []
         old = f"a bus after {steps:,} steps"
@@ -61,7 +61,7 @@ class Growth:
 
 @contextmanager
 def _new() -> Generator[Run, None, None]:
-    """Each sample has a bus of its own, which has published one step: the one that begins the journal."""
+    """Time a new bus per sample, after its first step, which creates the journal."""
 
     def run(operations: int) -> int:
         with _opened() as bus:
@@ -73,7 +73,7 @@ def _new() -> Generator[Run, None, None]:
 
 @contextmanager
 def _old(steps: int, grown: list[float]) -> Generator[Run, None, None]:
-    """A bus that has published so many steps; notes the megabytes that they left in memory."""
+    """Time a bus that has published ``steps`` steps; appends the growth of memory in megabytes to ``grown``."""
     with _opened() as bus:
         _publish(bus, 0, STEPS_PER_ROUND)
         before = resident_megabytes()
@@ -106,7 +106,7 @@ def _publish(bus: EventBus, first: int, steps: int) -> int:
 
 
 def resident_megabytes(pid: int | Literal["self"] = "self") -> float | None:
-    """What a process holds, this one or another; None where the system does not say."""
+    """Resident memory of this or another process; None where the system does not report it."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except FileNotFoundError:

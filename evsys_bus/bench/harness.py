@@ -1,8 +1,8 @@
-"""Timing several contenders so that a busy machine is unfair to none of them.
+"""Timing several candidates so that a busy machine affects all of them alike.
 
-Every contender is calibrated to samples of about the same length; then they are sampled round after round, each round
-beginning with another one. A slow spell of a shared machine so falls on neighbours alike, and the ratio of two
-contenders within one round holds when their times do not. This module owns that and nothing of what is measured.
+Every candidate is calibrated to samples of about the same length. Then each round samples all of them, starting with
+a different one each time. A slow phase of a shared machine thus hits neighbours alike, and the ratio of two candidates
+within a round is stable even when their times are not.
 """
 
 import gc
@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 import msgspec
 
 Run = Callable[[int], int]
-"""Do the operation so many times; returns the nanoseconds that they took, set-up not counted."""
+"""Performs the operation the given number of times and returns the nanoseconds taken, without the set-up."""
 
 _MOST_OPERATIONS = 1_000_000
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """A median, and the quartiles that half of the rounds lay between."""
+    """A median and its quartiles."""
 
     median: float
     low: float
@@ -28,13 +28,13 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 def spread_of(values: list[float]) -> Spread:
-    """The spread of at least two values."""
+    """Compute the spread of at least two values."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return Spread(median, low, high)
 
 
 class Samples:
-    """Nanoseconds per operation of every contender in every round; the n-th of each were taken in the same round."""
+    """Nanoseconds per operation, by candidate and round; the n-th values of all candidates are of the same round."""
 
     def __init__(self, rounds: Mapping[str, list[float]]) -> None:
         self._rounds = dict(rounds)
@@ -47,12 +47,12 @@ class Samples:
         return spread_of(self._rounds[contender])
 
     def ratio(self, of: str, to: str) -> Spread:
-        """How many times as long ``of`` takes as ``to``: the spread of the ratios within each round."""
+        """Return the spread of the ratios of ``of`` to ``to`` within each round."""
         return spread_of([a / b for a, b in zip(self._rounds[of], self._rounds[to], strict=True)])
 
 
 def calibrate(run: Run, sample_ns: int) -> int:
-    """How many operations make up a sample of about this length; at least one."""
+    """Return how many operations take about ``sample_ns``; at least one."""
     operations = 1
     while True:
         taken = max(run(operations), 1)
@@ -62,7 +62,7 @@ def calibrate(run: Run, sample_ns: int) -> int:
 
 
 def interleave(runs: Mapping[str, Run], *, rounds: int, sample_ns: int) -> Samples:
-    """Sample every contender once per round, the garbage collector off within the sample, for all alike."""
+    """Sample every candidate once per round, with the garbage collector off during each sample."""
     operations = {name: calibrate(run, sample_ns) for name, run in runs.items()}
     names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}

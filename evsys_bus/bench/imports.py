@@ -1,8 +1,8 @@
-"""P10: what a program pays for ``import evsys_bus``, and a person for ``evsys-bus --help``.
+"""P10: how long ``import evsys_bus`` and ``evsys-bus --help`` take.
 
-Whole processes of this interpreter, start to end, so the interpreter's own start is in every number; it is shown alone
-as well. The package loads its names when they are asked for, so a program's real import, with names, is judged too: by
-what it stands on with asyncio, which anyio no longer imports until it must, and which every such program has anyway.
+Each is a whole process of this interpreter from start to end, so every number includes the start of the interpreter,
+which is also shown alone. The package loads its names lazily, so importing names is measured too. Its baseline adds
+asyncio, which anyio imports only when it needs to and which every program with an event loop imports anyway.
 """
 
 import os
@@ -35,8 +35,8 @@ _PROGRAMS: Final = {
 
 @contextmanager
 def process(*arguments: str) -> Generator[Run, None, None]:
-    """A process that runs ``python -c`` with these arguments and ends well."""
-    # Without byte code on disk every import would be a compilation, which is not what an installed package does.
+    """Time ``python -c`` with these arguments; its exit code must be 0."""
+    # Without byte code on disk every import would compile, which does not happen in an installed package.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", *arguments]
 
@@ -51,7 +51,7 @@ def process(*arguments: str) -> Generator[Run, None, None]:
 
 IMPORTS: Final = TimedQuestion(
     name="imports",
-    promise="P10: the import and the command line start about as fast as what they stand on",
+    promise="P10: the import and the command line start about as fast as their dependencies",
     cases=(
         Case(
             title="processes, start to end",

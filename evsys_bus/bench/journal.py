@@ -1,13 +1,13 @@
-"""P2: what it costs to have a step on record before ``publish`` returns.
+"""P2: what it costs to record a step in the journal before ``publish`` returns.
 
-Back to back the floor is what no journal can do without: make the event, call K hooks, encode what the record holds,
-frame it with a checksum, one write to a file. It encodes the straight way, msgspec over Structs made of the event's
-attributes: no copy, no check, no bound, so a value that msgspec refuses, or a dict that another thread changes
-meanwhile, would end it.
+Back to back, the baseline is the least that any journal does: build the event, call K hooks, encode the record, frame
+it with a checksum, and write it to a file. It encodes Structs made of the event's attributes with msgspec, without
+copies, checks or limits, so a value that msgspec refuses, or a dict that another thread changes meanwhile, would make
+it raise.
 
-At 1,000 steps a second, with cold caches after each millisecond of sleep, ours is set beside that floor at the same
-pace, and beside other ways to put eight metrics on disk: each in a process of its own, round after round, and only the
-calls are timed.
+At 1,000 steps a second, with cold caches after each millisecond of sleep, the bus is compared with that baseline at the
+same pace and with other ways to write eight metrics to disk. Each runs in its own process, in interleaved rounds, and
+only the calls are timed.
 """
 
 import os
@@ -40,7 +40,7 @@ MOST_OF_FLOOR: Final = 1.35
 RATE: Final = 1_000
 CALLS: Final = 500
 _MOST_ROUNDS: Final = 25
-"""Of processes; ``--rounds`` is meant for samples."""
+"""Most rounds that start a process each; ``--rounds`` is meant for samples."""
 
 
 @contextmanager
@@ -107,18 +107,18 @@ _BACK_TO_BACK: Final = Case(
 
 @dataclass(frozen=True)
 class Journal:
-    """The question."""
+    """The suite ``journal``."""
 
     modules: tuple[str, ...]
-    """Where those are whom ours is set beside at 1,000 steps a second: modules with ``LOGGERS``."""
+    """Modules with ``LOGGERS``: the loggers to compare with at 1,000 steps a second."""
     at_least: Mapping[str, float]
-    """How many times as long as ours each must take."""
+    """The least ratio of each logger's time to ours."""
 
     name = "journal"
     promise = "P2: on record before publish returns, for about the cost of writing it"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """Back to back, then at 1,000 steps a second."""
+        """Measure back to back, then at 1,000 steps a second."""
         yield measure(_BACK_TO_BACK, effort)
         yield self._paced(min(effort.process_rounds, _MOST_ROUNDS))
 

@@ -1,8 +1,8 @@
-"""P5: how many of the steps that were logged are gone when the process is killed right after the last one.
+"""P5: how many logged steps are lost when the process is killed right after the last one.
 
-Each contender logs in a process of its own, at 1, 5 and 1,000 steps a second, and ends itself by SIGKILL the moment
-that the last call has returned. What is then on disk is counted. Slow training loses most to buffers: at a step a
-second a buffer that is written every two minutes, or every 8 kB, holds the whole start of a run.
+Each candidate logs in its own process, at 1, 5 and 1,000 steps a second, and kills itself by SIGKILL as soon as the
+last call has returned. Then the steps on disk are counted. Slow training loses most to buffers: at one step a second,
+a buffer that is written every two minutes or every 8 kB holds the whole start of a run.
 """
 
 import tempfile
@@ -18,30 +18,30 @@ from evsys_bus.bench.log_process import LogProcess, loggers_in
 from evsys_bus.bench.question import Effort, Row, Table, Verdict
 
 STEPS: Final = {1: 8, 5: 40, 1_000: 5_000}
-"""How many steps are logged, by steps a second."""
+"""How many steps are logged, by steps per second."""
 _SETTLE_SECONDS: Final = 2.0
-"""For helper processes of a peer, which outlive the kill and may still write."""
+"""Time for helper processes of a peer, which survive the kill and may still write."""
 
 
 @dataclass(frozen=True)
 class Kills:
-    """The question; counts do not vary with the effort, so each process runs once."""
+    """The suite ``kills``; counts do not depend on the effort, so each process runs once."""
 
     modules: tuple[str, ...]
-    """Where the contenders are: modules with ``LOGGERS``, that a new process can import."""
+    """Modules with ``LOGGERS``, the candidates, that a new process can import."""
 
     name = "kills"
     promise = "P5: no step that was logged is lost to SIGKILL"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - a count is a count
-        """A table for each rate."""
+    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - counts do not depend on it
+        """Count the lost steps at each rate."""
         for rate, steps in STEPS.items():
             with tempfile.TemporaryDirectory() as folder:
                 yield self._table(Path(folder), steps, rate)
 
     def _table(self, folder: Path, steps: int, rate: int) -> Table:
         found = loggers_in(self.modules)
-        # All at the same time, as they mostly sleep.
+        # All run at the same time, because they mostly sleep.
         started: list[LogProcess] = []
         for name, (module, _) in found.items():
             directory = folder / str(len(started))

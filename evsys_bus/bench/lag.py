@@ -1,6 +1,6 @@
-"""P7 for couriers: what it costs to be far behind: memory, here and in the courier process, and the asking how far.
+"""P7 for couriers: what a large backlog costs: memory of the program and the courier process, and time to read it.
 
-A bus publishes ``STEPS_PER_ROUND`` steps for each round, 300,000 by default, to a sink that takes none of them.
+A bus publishes ``STEPS_PER_ROUND`` steps per round (300,000 by default) to a sink that accepts none of them.
 ``--rounds 5000`` makes it 10,000,000 steps, which takes five minutes and 4 GB of the temporary directory.
 """
 
@@ -25,34 +25,34 @@ from evsys_bus.tasks import DeliveryStatus
 
 MAX_HEALTH_MS: Final = 50.0
 STATUS_MB_A_SECOND: Final = 200
-"""Of frames and checksums: to know from disk alone what is pending, all of it is read."""
+"""Megabytes of journal per second: counting what is pending from disk alone reads all of it."""
 _HEALTH_CALLS: Final = 20
 _STATUS_CALLS: Final = 3
 _PATIENCE_SECONDS: Final = 20.0
 
 
 class TakesNothing(Sink):
-    """A destination that is away, for as long as anybody asks."""
+    """A sink whose destination is never available."""
 
     name = "takes_nothing"
 
     async def write(self, batch: Sequence[Envelope]) -> None:
-        """As `Sink`."""
+        """Raise `RetryLaterError`."""
         del batch
-        raise RetryLaterError("it takes nothing")
+        raise RetryLaterError("the destination is not available")
 
 
 _FOLLOWED: Final = Followed("behind", Recipe("takes_nothing", {}, (f"{__name__}:{TakesNothing.__qualname__}",)))
 
 
 class Lag:
-    """The question."""
+    """The suite ``lag``."""
 
     name = "lag"
-    promise = "P7: a destination that takes nothing costs no memory, however much is pending, and its lag is soon told"
+    promise = "P7: a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """The memory, then the times."""
+        """Measure the memory, then the times."""
         steps = effort.rounds * STEPS_PER_ROUND
         with tempfile.TemporaryDirectory() as directory:
             journal = Path(directory, "journal")
@@ -94,7 +94,7 @@ def _memory(
 def _times(steps: int, megabytes: float, health: Spread, status: Spread) -> Table:
     rate = megabytes / status.median * 1e3
     return Table(
-        title=f"how long it takes to be told that {steps:,} events ({megabytes:,.0f} MB) are pending",
+        title=f"how long it takes to read that {steps:,} events ({megabytes:,.0f} MB) are pending",
         unit="ms",
         rows=[Row("health()", health, ours=True), Row("status, from disk alone", status, ours=True)],
         verdicts=[
@@ -110,14 +110,14 @@ def _publish(bus: EventBus, first: int, steps: int) -> None:
 
 
 def _courier_of(journal: Path) -> int:
-    """The courier process, once it has tried to deliver."""
+    """Return the pid of the courier process, once it has tried to deliver."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end:
         for each in accounts(journal):
             if each.state == "retrying":
                 return each.pid
         time.sleep(0.05)
-    raise RuntimeError("the courier process has not begun to deliver")
+    raise RuntimeError("the courier process has not started to deliver")
 
 
 def _pending(journal: Path, steps: int) -> list[DeliveryStatus]:

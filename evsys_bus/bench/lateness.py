@@ -1,10 +1,9 @@
-"""P4: what a training loop notices of couriers that compute, stall and hang: its steps' time, and how late it wakes.
+"""P4: how couriers that compute, stall and hang affect a training loop: its step times and its wake-up delays.
 
-A loop of steps that wait (as for a remote backend) or compute publishes each of them, without adapters, and with
-followed ones that are as bad as any. Blocks of both take turns; a block without adapters is measured twice in each
-round, to know how far two equal runs lie apart. Trainer and couriers are pinned to cores of their own where there are
-two, as they are on a training node: a thread of the trainer that waits for a core beside a courier that computes would
-keep the interpreter from the loop meanwhile.
+A loop of steps that wait (as for a remote backend) or compute publishes each step, without adapters and with badly
+behaved ones in couriers. Blocks of both alternate. Each round measures two blocks without adapters, to know how much
+two equal runs differ. Trainer and couriers are pinned to different cores where there are at least two, as on a training
+node: otherwise a thread of the trainer could hold the interpreter lock while it waits for a core that a courier uses.
 """
 
 import asyncio
@@ -36,39 +35,39 @@ from evsys_bus.wiring import CallbackSpec, build_callbacks
 Kind = Literal["waits", "computes"]
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80, 0.2: 8}
-"""How many steps of each length, in seconds, a block has."""
+"""Number of steps in a block, by their length in seconds."""
 MEDIAN_WITHIN: Final = 1.01
 P99_WITHIN: Final = 1.03
 LATE_WITHIN_NS: Final = 500_000
-"""In thread mode, at p99."""
+"""Bound on the extra wake-up delay with courier threads, at p99."""
 ALONE: Final = "no adapters"
 ALIKE: Final = "no adapters, again"
 PROCESS: Final = "adapters in the courier process"
 THREAD: Final = "adapters on threads"
 _BAD: Final = ("bench_computes", "bench_stalls", "bench_hangs")
 _ON_THREADS: Final = ("bench_notes", "bench_stalls", "bench_hangs")
-"""What a hook itself computes cannot be cut into slices: such a one belongs in the process."""
+"""Without `Computes`: a hook that computes cannot be interrupted, so it belongs in the courier process."""
 _DELIVERS: Final = ("bench_computes", "bench_notes", "bench_stalls")
 _PATIENCE_SECONDS: Final = 60.0
 _MOST_ROUNDS: Final = 12
 
 
 class Block(NamedTuple):
-    """The steps of one contender in one round, in seconds; both in order of size."""
+    """The steps of one candidate in one round, in seconds; both lists are sorted."""
 
     steps: list[float]
     late: list[float]
-    """How much later than it should it went on after a wait."""
+    """How much later than requested each sleep returned."""
 
 
 class Lateness:
-    """The question."""
+    """The suite ``lateness``."""
 
     name = "lateness"
     promise = "P4: whatever the couriers go through, the training loop's steps take as long as without them"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """A table for each kind and length of step."""
+        """Measure each kind and length of step."""
         rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
         kinds: tuple[Kind, ...] = ("waits", "computes")
         for kind in kinds:
@@ -99,20 +98,20 @@ def _table(kind: Kind, seconds: float, steps: int, rounds: int) -> Table:
 
 
 def row(name: str, blocks: Sequence[Block], *, ours: bool) -> Row:
-    """The median step of all rounds, to the p99."""
+    """Make the row of one candidate: the median step of all rounds, with the p99 as its upper end."""
     steps = sorted(chain.from_iterable(each.steps for each in blocks))
     median, most = statistics.median(steps) * 1e9, p99(steps) * 1e9
     return Row(name, Spread(median, median, most), ours=ours)
 
 
 def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Block], what: str) -> list[Verdict]:
-    """Whether the steps are as long as without: within 1 % at the median and 3 % at p99, or as two equal runs are.
+    """Check that steps take as long as without: within 1 % at the median and 3 % at p99, or as two equal runs differ.
 
     Args:
-        with_it: A block for each round.
-        alone: A run without, in the same rounds.
-        alike: Another one.
-        what: Begins the promise.
+        with_it: The blocks to check, one per round.
+        alone: Blocks without what is checked, of the same rounds.
+        alike: A second set of blocks like ``alone``.
+        what: The start of the promise.
     """
     verdicts: list[Verdict] = []
     for name, of, most in (("median", statistics.median, MEDIAN_WITHIN), ("p99", p99, P99_WITHIN)):
@@ -126,7 +125,7 @@ def within(with_it: Sequence[Block], alone: Sequence[Block], alike: Sequence[Blo
 
 
 def p99(ordered: list[float]) -> float:
-    """The value that one in a hundred exceeds."""
+    """Return the 99th percentile of a sorted list."""
     return ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
 
 
@@ -137,7 +136,7 @@ def blocks(
     steps: int,
     rounds: int,
 ) -> dict[str, list[Block]]:
-    """The blocks of each contender, one in each round; they take turns, and in each round another one begins."""
+    """Measure one block per candidate and round; each round starts with a different candidate."""
     found: dict[str, list[Block]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(rounds):
@@ -148,7 +147,7 @@ def blocks(
 
 
 async def block(bus: EventBus, kind: Kind, seconds: float, steps: int) -> Block:
-    """So many steps of a training loop, each published."""
+    """Run and publish ``steps`` steps of a training loop."""
     found = Block([], [])
     for step in range(steps):
         began = time.perf_counter()
@@ -180,18 +179,18 @@ def _bus(*adapters: Callback | Followed, couriers: Literal["process", "thread"])
 
 
 def _wait_for_couriers(bus: EventBus) -> None:
-    """Until those that deliver anything have begun to: what is asked is how it is while they are busy."""
+    """Wait until the adapters have started to deliver, so that the couriers are busy during the block."""
     bus.publish(StepEnd(STATE, 0, BATCH, METRICS))
     until = time.monotonic() + _PATIENCE_SECONDS
     while any(each.name in _DELIVERS and not each.delivered for each in bus.health().deliveries):
         if time.monotonic() > until:
-            raise TimeoutError("the couriers do not begin to deliver")
+            raise TimeoutError("the couriers do not start to deliver")
         time.sleep(0.01)
 
 
 @contextmanager
 def apart() -> Generator[list[int], None, None]:
-    """What is started here is on all cores but the first; gives all of them, and takes them back at the end."""
+    """Pin what is started in this block to all cores but the first; yields all cores and restores them at the end."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     pin(cores[1:])
     try:
@@ -201,7 +200,7 @@ def apart() -> Generator[list[int], None, None]:
 
 
 def pin(cores: list[int], *, threads: bool = False) -> None:
-    """The calling thread, and what it starts from here on; or all threads that there are."""
+    """Pin the calling thread, and what it starts from now on, to these cores; or all threads of the process."""
     tasks = Path("/proc/self/task")
     for task in [int(each.name) for each in tasks.iterdir()] if threads and tasks.exists() else [0]:
         _pin(task, cores)
@@ -218,7 +217,7 @@ def _bus_alone() -> AbstractContextManager[EventBus]:
 
 
 def _bus_with(kinds: tuple[str, ...], couriers: Literal["process", "thread"]) -> AbstractContextManager[EventBus]:
-    importlib.import_module("evsys_bus.bench.busy")  # registers them
+    importlib.import_module("evsys_bus.bench.busy")  # registers the adapters
     return _bus(*build_callbacks([CallbackSpec(kind) for kind in kinds]), couriers=couriers)
 
 

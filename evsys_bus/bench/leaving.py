@@ -1,4 +1,4 @@
-"""P13: how long it takes to leave a bus whose adapters have nothing left to do."""
+"""P13: how long the exit of a bus takes when its adapters have nothing left to do."""
 
 import importlib.util
 import tempfile
@@ -26,17 +26,17 @@ _KINDS: Final[dict[str, tuple[dict[str, Any], str | None]]] = {
     "tensorboard_logger": ({}, "tensorboardX"),
     "wandb_logger": ({"project": "bench", "mode": "offline"}, "wandb"),
 }
-"""Kind -> its params, and the package that it needs."""
+"""Params and required package, by kind of adapter."""
 
 
 class Leaving:
-    """The question."""
+    """The suite ``leaving``."""
 
     name = "leaving"
     promise = "P13: a bus whose adapters are idle is left in under a second"
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """Each followed adapter alone, and all of them."""
+        """Measure each adapter alone, then all of them."""
         rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
         kinds = {kind: needs for kind, (_, needs) in _KINDS.items()}
         there = [kind for kind, needs in kinds.items() if needs is None or importlib.util.find_spec(needs)]
@@ -53,7 +53,7 @@ class Leaving:
 
 
 def _leave(kinds: list[str]) -> float:
-    """Nanoseconds from the end of the block to its receipt."""
+    """Return the nanoseconds from the end of the block to its receipt."""
     specs = [CallbackSpec(kind, _KINDS[kind][0], placement="follow") for kind in kinds]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         state = LoopState(0, STEPS, Path(folder, "run"))
@@ -66,7 +66,7 @@ def _leave(kinds: list[str]) -> float:
                 if time.monotonic() > until:
                     raise TimeoutError(f"nothing is delivered to {kinds}")
                 time.sleep(0.02)
-            time.sleep(0.3)  # idle, and looked at as such
+            time.sleep(0.3)  # so that the couriers notice that they are idle
             began = time.perf_counter_ns()
         taken = time.perf_counter_ns() - began
         wait_for_their_end(Path(folder, "journal"))

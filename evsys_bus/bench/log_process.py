@@ -1,8 +1,8 @@
-"""One logger at work in a process of its own, where nobody else's threads are: at a pace, to be timed or to be killed.
+"""One logger at a steady pace in a process of its own, which contains no other threads; to be timed or killed.
 
-As a module it is that process: ``python -m evsys_bus.bench.log_process MODULE LOGGER DIRECTORY STEPS RATE END``. It
-logs STEPS steps, RATE a second; then it prints how many nanoseconds a call took at the median (END is ``time``), or
-ends by SIGKILL the moment that the last call has returned (END is ``die``).
+The module is also that process: ``python -m evsys_bus.bench.log_process MODULE LOGGER DIRECTORY STEPS RATE END``. It
+logs STEPS steps, RATE a second. Then it prints the median nanoseconds of a call (END is ``time``), or kills itself by
+SIGKILL as soon as the last call has returned (END is ``die``).
 """
 
 import importlib
@@ -26,7 +26,7 @@ _WARM_SHARE: Final = 5
 
 
 def loggers_in(modules: tuple[str, ...]) -> Mapping[str, tuple[str, Logger]]:
-    """The loggers that these modules have in ``LOGGERS``, by name, each with its module."""
+    """Return the ``LOGGERS`` of these modules, by name, each with the name of its module."""
     found: dict[str, tuple[str, Logger]] = {}
     for module in modules:
         loggers = cast("Mapping[str, Logger]", importlib.import_module(module).LOGGERS)
@@ -35,7 +35,7 @@ def loggers_in(modules: tuple[str, ...]) -> Mapping[str, tuple[str, Logger]]:
 
 
 class LogProcess:
-    """The process, from outside."""
+    """A running process of this module."""
 
     def __init__(
         self, module: str, name: str, directory: Path, *, steps: int, rate: int, end: Literal["time", "die"]
@@ -53,11 +53,11 @@ class LogProcess:
         )
 
     def wait(self) -> str:
-        """Until it has ended; returns what it printed last.
+        """Wait for the process to end and return the last line that it printed.
 
         Raises:
             ModuleNotFoundError: The logger's package is not installed.
-            RuntimeError: It did not end as it should.
+            RuntimeError: The process failed.
         """
         out, said = self._process.communicate(timeout=self._patience)
         if self._process.returncode != (-signal.SIGKILL if self._end == "die" else 0):
@@ -72,7 +72,7 @@ def _log(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> No
     taken: list[int] = []
     with logger.open(directory) as log:
         due = time.perf_counter()
-        values = Random(1)  # noqa: S311 # as real metrics, with all their digits
+        values = Random(1)  # noqa: S311 # values with as many digits as real metrics
         for step in range(steps):
             metrics = {name: values.random() for name in METRICS}
             due += 1 / rate

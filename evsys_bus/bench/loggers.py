@@ -1,4 +1,4 @@
-"""Ways to put a step's metrics on disk, ours among them: what the questions `journal` and `kills` compare."""
+"""Ways to write the metrics of a step to disk, including ours: the candidates of the suites `journal` and `kills`."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from evsys_bus.journal import JournalReader, OsDisk, frame
 from evsys_bus.journal.scanning import SegmentScan
 
 Log = Callable[[int, dict[str, float]], object]
-"""Given a step and its metrics."""
+"""Logs one step and its metrics."""
 
 OURS: Final = "EventBus, journal"
 JSON_FLUSH: Final = "json.dumps, write, flush"
@@ -27,13 +27,13 @@ JSON: Final = "json.dumps, write"
 K: Final = 8
 PACED: Final = f"EventBus, journal, {K} callbacks"
 PACED_FLOOR: Final = f"bare loop over {K}, encode, CRC, os.write"
-"""What no journal can do without: the event, its hooks, its encoding, a frame with a checksum, one write."""
+"""The least that any journal does: build the event, call its hooks, encode, frame with a checksum, write."""
 FLOOR: Final = "msgspec, os.write"
-"""The least that puts a row with the system: no event, no checksum, no bounds, and nobody could read a torn one."""
+"""The least that hands a row to the system: no event, checksum or limits, and a torn row could not be read."""
 
 
 class RawState(msgspec.Struct, gc=False, omit_defaults=True):
-    """A `LoopState` as the record holds it."""
+    """A `LoopState` as it is recorded."""
 
     step: int
     num_steps: int
@@ -45,15 +45,15 @@ class RawState(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class RawBatch(msgspec.Struct, gc=False, omit_defaults=True):
-    """A `TrainingBatch`, likewise."""
+    """A `TrainingBatch` as it is recorded."""
 
     loss_fn: str | None = None
-    loss_fn_config: dict[str, Any] | None = None  # Any: what the loss takes
+    loss_fn_config: dict[str, Any] | None = None
     metrics: dict[str, float] = {}
 
 
 class RawStep(msgspec.Struct, gc=False, tag="step_end"):
-    """A StepEnd, likewise."""
+    """A `StepEnd` as it is recorded."""
 
     state: RawState
     step_idx: int
@@ -62,7 +62,7 @@ class RawStep(msgspec.Struct, gc=False, tag="step_end"):
 
 
 class RawRecord(msgspec.Struct, gc=False):
-    """What stands in the journal, made the straight way: no copy, no check, no bound."""
+    """A record of the journal, built without copies, checks or limits."""
 
     stream: str
     seq: int
@@ -74,13 +74,13 @@ class RawRecord(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True)
 class Logger:
-    """One way, set up in a directory that is there and empty."""
+    """One way to log, opened in an existing empty directory."""
 
     open: Callable[[Path], AbstractContextManager[Log]]
     count: Callable[[Path], int]
-    """How many steps are whole on disk, when the process has ended."""
+    """Counts the complete steps on disk, after the process has ended."""
     package: str | None = None
-    """What must be installed for it."""
+    """The package that it requires."""
     ours: bool = False
 
 

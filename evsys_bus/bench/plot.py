@@ -1,7 +1,7 @@
-"""The report as an SVG picture: a panel per table, a bar per contender, times on a log axis.
+"""The report as an SVG picture: one panel per table, one bar per candidate, times on a log axis.
 
-Written by hand, so that a plot needs nothing installed. It follows the reader's light or dark setting and is drawn for
-a width of 800 pixels.
+The SVG is written directly, so plotting requires no package. It follows the reader's light or dark setting and is
+drawn for a width of 800 pixels.
 """
 
 import math
@@ -15,9 +15,9 @@ from evsys_bus.bench.report import Report, amount
 
 _WIDTH: Final = 800
 _LEFT: Final = 250
-"""Where the bars begin; the labels stand left of it."""
+"""x of the start of the bars; the labels are left of it."""
 _RIGHT: Final = 650
-"""Where the longest bar ends; the values stand right of the bars."""
+"""x of the end of the longest bar; the values are right of the bars."""
 _ROW: Final = 26
 _BAR: Final = 16
 
@@ -36,7 +36,7 @@ _STYLE: Final = """
 
 
 def as_svg(report: Report) -> str:
-    """The picture, as the text of a self-contained SVG file."""
+    """Return the report as the text of a self-contained SVG file."""
     machine = report.machine
     where = f"Python {machine.python}, {machine.platform}, {machine.cores} cores; medians, with the quartiles as a line"
     parts = [_text(24, 30, where, "note")]
@@ -67,7 +67,7 @@ def as_svg(report: Report) -> str:
 
 @dataclass(frozen=True)
 class _Axis:
-    """Values to pixels: decades for times, from zero for counts."""
+    """Maps values to pixels: logarithmic for times, linear from zero for counts."""
 
     low: float
     high: float
@@ -92,7 +92,7 @@ def _axis(table: Table) -> _Axis:
     high = max(value.high for value in values) or 1.0
     if table.unit != "ns":
         return _Axis(0.0, high, log=False)
-    # A bar on a log axis has no natural zero; the shortest one gets a fifth of a decade and a tick below it.
+    # A log axis has no zero, so the shortest bar gets at least a fifth of a decade, and a tick below it.
     low = 10.0 ** math.floor(math.log10(min(value.low for value in values)) - 0.2)
     return _Axis(low, high, log=True)
 

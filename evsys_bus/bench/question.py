@@ -1,10 +1,10 @@
-"""A question that a benchmark asks, how its contenders answer, and what the answer is.
+"""Benchmark suites: their cases, candidates and targets, and the results.
 
-    Question ── Case ─┬─ Contender   one way to do the thing, among them the floor that the others are compared with
-                      └─ Target      a promise: how one contender's time relates to another's, in the same rounds
+    Question ── Case ─┬─ Contender   one way to do it; one of them is the baseline that the others are compared with
+                      └─ Target      a promise about the ratio of two candidates' times, within the same rounds
 
-Asking gives an `Answer`: per case a `Table` with a row per contender and a verdict per target. A question that does not
-measure times (how many tasks survive?) gives its tables in its own way.
+Running a suite gives an `Answer`: one `Table` per case, with a row per candidate and a `Verdict` per target. A suite
+that does not measure times (how many tasks survive?) makes its tables itself.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,44 +18,44 @@ from evsys_bus.bench.harness import Run, Samples, Spread, interleave
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One contender's result, in the unit of its table."""
+    """The result of one candidate, in the unit of its table."""
 
     contender: str
     value: Spread
     ratio: Spread | None = None
-    """To the floor, within the same rounds; None where there is no floor."""
+    """Ratio to the baseline, within the same rounds; None where there is no baseline."""
     ours: bool = False
-    """Whether it is evsys-bus that is measured here; the plot sets it off."""
+    """Whether this candidate is evsys-bus; the plot highlights it."""
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """One target, judged."""
+    """The result of one target."""
 
     promise: str
     measured: float | None = None
-    """None if one of its contenders was absent."""
+    """None if one of its candidates was absent."""
     kept: bool | None = None
-    """None if it could not be judged."""
+    """Whether the target was met; None if it could not be measured."""
     unit: str = "x"
-    """Of what was measured."""
+    """The unit of ``measured``."""
 
 
 class Table(msgspec.Struct, frozen=True):
-    """What one case gave."""
+    """The result of one case."""
 
     title: str
     unit: str
-    """``ns`` per operation, or what is counted."""
+    """``ns`` (per operation), or the name of what is counted."""
     rows: list[Row]
     floor: str | None = None
-    """The contender that the ratios are to."""
+    """The candidate that the ratios refer to."""
     verdicts: list[Verdict] = msgspec.field(default_factory=list[Verdict])
     absent: dict[str, str] = msgspec.field(default_factory=dict[str, str])
-    """Contenders that could not take part, and why."""
+    """Reasons, by the name of each candidate that could not run."""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What one question gave."""
+    """The result of one suite."""
 
     question: str
     promise: str
@@ -63,7 +63,7 @@ class Answer(msgspec.Struct, frozen=True):
 
     @property
     def missed(self) -> list[Verdict]:
-        """The targets that were judged and not reached."""
+        """The targets that were measured and not met."""
         return [each for table in self.tables for each in table.verdicts if each.kept is False]
 
 
@@ -72,32 +72,32 @@ class Effort:
     """How long to measure."""
 
     rounds: int
-    """Of samples in this process; at least 2."""
+    """Rounds of samples taken in this process; at least 2."""
     process_rounds: int
-    """Of samples that start a process each; at least 2."""
+    """Rounds of samples that start a process each; at least 2."""
     sample_ns: int = 4_000_000
 
 
 class Question(Protocol):
-    """Anything that can be asked."""
+    """A benchmark suite."""
 
     @property
     def name(self) -> str:
-        """The word on the command line."""
+        """The name on the command line."""
         ...
 
     @property
     def promise(self) -> str:
-        """What we hold to be true, in one sentence."""
+        """What the suite checks, in one sentence."""
         ...
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """Measure, one case after another."""
+        """Measure one case after another."""
         ...
 
 
 def ask(question: Question, effort: Effort, progress: Callable[[str], None]) -> Answer:
-    """Ask one question; ``progress`` hears of every table that is done."""
+    """Run one suite; ``progress`` is called with a line for each finished table."""
     tables: list[Table] = []
     progress(f"{question.name} ...")
     for table in question.tables(effort):
@@ -108,26 +108,26 @@ def ask(question: Question, effort: Effort, progress: Callable[[str], None]) -> 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to do the thing that a case measures."""
+    """One way to do what a case measures."""
 
     open: Callable[[], AbstractContextManager[Run]]
-    """Sets it up, yields what runs it, takes it down."""
+    """Sets the candidate up, yields the function to time, and tears it down."""
     package: str | None = None
-    """What must be installed for it; without that the contender is absent. None: it is always there."""
+    """The package that it requires; the candidate is absent without it. None if it requires none."""
     ours: bool = False
-    """Whether it is evsys-bus that is measured here."""
+    """Whether this candidate is evsys-bus."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A promise about the time of one contender over that of another."""
+    """Bounds on the ratio of one candidate's time to another's."""
 
     of: str
     to: str
     at_most: float | None = None
-    """Kept if ``of`` takes at most so many times as long as ``to``."""
+    """Upper bound on the ratio of ``of`` to ``to``."""
     at_least: float | None = None
-    """Kept if ``of`` takes at least so many times as long as ``to``."""
+    """Lower bound on the ratio of ``of`` to ``to``."""
 
     def judge(self, samples: Samples) -> Verdict:
         """Compare the median of the ratios within each round with the bounds."""
@@ -144,19 +144,19 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Contenders that do one and the same thing."""
+    """Candidates that do the same thing."""
 
     title: str
     contenders: Mapping[str, Contender]
     floor: str
-    """The contender that the others are compared with; its package must be there."""
+    """The candidate that the others are compared with; its package must be installed."""
     targets: tuple[Target, ...] = ()
     starts_processes: bool = False
-    """One operation takes a good part of a second, so fewer rounds must do."""
+    """Whether one operation starts a process, which is slow, so that `Effort.process_rounds` applies."""
 
 
 def measure(case: Case, effort: Effort) -> Table:
-    """Set up every contender of a case that is there, and time them against each other."""
+    """Set up every available candidate of a case and time them against each other."""
     runs: dict[str, Run] = {}
     absent: dict[str, str] = {}
     with ExitStack() as stack:
@@ -183,13 +183,13 @@ def measure(case: Case, effort: Effort) -> Table:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedQuestion:
-    """A question that is answered by the times of its cases."""
+    """A suite of timed cases."""
 
     name: str
     promise: str
     cases: tuple[Case, ...]
 
     def tables(self, effort: Effort) -> Iterator[Table]:
-        """Measure, one case after another."""
+        """Measure one case after another."""
         for case in self.cases:
             yield measure(case, effort)

@@ -1,4 +1,4 @@
-"""What was measured, on which machine, as a table for a terminal or a pipe."""
+"""The results of a benchmark and the machine they were measured on, as text tables."""
 
 import os
 import platform
@@ -15,25 +15,25 @@ _PACKAGES: Final = ("evsys-bus", "msgspec", "anyio", "uvloop", "pluggy", "blinke
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """Where the numbers are from."""
+    """The machine that the numbers were measured on."""
 
     python: str
     cores: int
-    """That this process may use."""
+    """How many cores this process may use."""
     platform: str
     packages: dict[str, str]
-    """Installed version by name."""
+    """Installed versions, by name."""
 
 
 class Report(msgspec.Struct, frozen=True):
-    """Everything that one call of the benchmark found; what ``--json`` writes."""
+    """The results of one call of the benchmark; what ``--json`` writes."""
 
     machine: Machine
     answers: list[Answer]
 
 
 def this_machine(packages: Iterable[str] = ()) -> Machine:
-    """This machine, and what is installed of ours, of what we stand on, of the peers and of ``packages``."""
+    """Describe this machine, with the installed versions of our dependencies, the peers and ``packages``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         python=platform.python_version(),
@@ -54,22 +54,22 @@ _DIGITS: Final = 3
 
 
 def amount(value: float, unit: str) -> str:
-    """A value in a unit that suits its size: ``412 ns``, ``12.3 µs``; counts stay counts."""
+    """Format a value: times in a unit that suits their size (``412 ns``, ``12.3 µs``), others in their own unit."""
     if unit != "ns":
         return f"{_figure(value)} {unit}"
     for size, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
-        if value >= size * 0.9995:  # 999.7 ns would be told as 1e+03 ns
+        if value >= size * 0.9995:  # 999.7 ns would be printed as 1e+03 ns
             return f"{value / size:.3g} {name}"
     return f"{value:.3g} ns"
 
 
 def _figure(value: float) -> str:
-    """Three digits that count, or all of those before the point."""
+    """Format with three significant digits, or with all digits before the decimal point."""
     return f"{value:,.0f}" if len(f"{abs(value):.0f}") > _DIGITS else f"{value:.{_DIGITS}g}"
 
 
 def as_text(report: Report) -> str:
-    """The report, aligned, without colour or control characters; ends with a newline."""
+    """Return the report as aligned text without colour or control characters, ending with a newline."""
     return "\n".join([*_head(report.machine), *(line for answer in report.answers for line in _answer(answer)), ""])
 
 
@@ -108,5 +108,5 @@ def _ratio(ratio: Spread | None) -> tuple[str, str]:
 
 def _verdict(verdict: Verdict) -> str:
     if verdict.kept is None or verdict.measured is None:
-        return f"    ----  {verdict.promise}: not judged"
+        return f"    ----  {verdict.promise}: not measured"
     return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {_figure(verdict.measured)} {verdict.unit}"

@@ -1,8 +1,8 @@
-"""P11: what steps cost as real programs shape them, beside the step that the other questions publish.
+"""P11: what steps of the shapes that real programs publish cost, compared with the step of the other suites.
 
-A host has its own batches and states, or none; it puts texts, numbers of numpy, short lists and small dicts among its
-metrics; its state changes from step to step. Each shape is published to a bus with a journal, and compared with a
-`StepEnd` that has our handles and eight floats.
+A host program has its own batches and states, or none; its metrics contain strings, numpy numbers, short lists and
+small dicts; its state changes from step to step. Each shape is published to a bus with a journal and compared with a
+`StepEnd` that has our own handles and eight floats.
 """
 
 import math
@@ -26,15 +26,15 @@ from evsys_bus.events import StepEnd
 BENCHMARKED: Final = "the benchmarked step"
 _ROOT: Final = Path("run").absolute()
 _WARM_UP: Final = 300
-"""Steps before anything is timed: the first ones compile what the later ones use."""
+"""Steps before anything is timed: the first ones compile encoders that the later ones use."""
 
 Step = Callable[[int], StepEnd]
-"""Makes the event of a step. What is made anew for each step in a real program is made anew here too."""
+"""Makes the event of a step; what a real program creates anew for each step is created anew here too."""
 
 
 @dataclass
 class HostState:
-    """A host's own state: no class of ours, with fields of its own, some of them live."""
+    """A state class of a host program, unrelated to `LoopState`, some of whose fields cannot be encoded."""
 
     step: int = 0
     num_steps: int = 1_000
@@ -48,14 +48,14 @@ class HostState:
 
 @dataclass
 class OwnLoopState(LoopState):
-    """A subclass of ours with fields of its own."""
+    """A subclass of `LoopState` with more fields."""
 
     epoch: int = 0
     phase: str = "warm"
 
 
 class HostBatch:
-    """A host's own batch, which has none of our attributes."""
+    """A batch class of a host program with no attribute of `TrainingBatch`."""
 
     def __init__(self) -> None:
         self.ids = [1, 2, 3]
@@ -63,7 +63,7 @@ class HostBatch:
 
 @dataclass
 class HostBatchWithMetrics:
-    """A host's own batch, which has some of our attributes."""
+    """A batch class of a host program with some attributes of `TrainingBatch`."""
 
     ids: list[int] = field(default_factory=list[int])
     loss_fn: str = "grpo"
@@ -74,7 +74,6 @@ def _state() -> LoopState:
     return LoopState(0, 1_000, _ROOT / "run", ctx=LogContext(_ROOT, run_key="run"))
 
 
-# Any: a program may put anything in the place of a handle.
 def _with_state(state: Any) -> Step:
     return lambda step: StepEnd(state, step, BATCH, METRICS)
 
@@ -142,7 +141,7 @@ _MOST: Final[dict[str, tuple[Callable[[], Step], float]]] = {
         3,
     ),
 }
-"""How each shape is made, and how many times as long as the benchmarked step it may take."""
+"""How each shape is made, and the highest ratio of its cost to the benchmarked step."""
 
 
 @contextmanager

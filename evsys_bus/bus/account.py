@@ -1,4 +1,4 @@
-"""What is known of one hook of one callback: exact counts, sampled times."""
+"""Statistics of one hook of one callback: exact counts and sampled times."""
 
 from collections.abc import Callable
 from typing import Final
@@ -6,11 +6,11 @@ from typing import Final
 import msgspec
 
 SLOW_NANOSECONDS: Final = 1_000_000
-"""A hook seen to take this long is timed every time from then on."""
+"""A hook that was seen to take this long is timed on every later call."""
 
 
 class HookHealth(msgspec.Struct, frozen=True):
-    """How one hook of one callback fares."""
+    """Counts and times of one hook of one callback."""
 
     callback: str
     hook: str
@@ -19,14 +19,14 @@ class HookHealth(msgspec.Struct, frozen=True):
     failures: int
     """Exact: calls that raised."""
     blocked: int
-    """Calls that the watchdog found lasting too long."""
+    """Calls that the watchdog reported as blocking."""
     mean_seconds: float
-    """Over the sampled calls: the first, then 1 in 64, all of them once the hook was seen to take 1 ms."""
+    """Mean of the sampled calls: the first, then 1 in 64; every call once the hook was seen to take 1 ms."""
     max_seconds: float
     """The longest of the sampled calls."""
 
     def plus(self, other: "HookHealth | None") -> "HookHealth":
-        """Both in one."""
+        """Return the combined counts and times of both."""
         if other is None:
             return self
         calls = self.calls + other.calls
@@ -43,7 +43,7 @@ class HookHealth(msgspec.Struct, frozen=True):
 
 
 class HookAccount:
-    """The live account of one hook, kept while its callback is attached."""
+    """Live counters of one hook, held while its callback is attached."""
 
     __slots__ = (
         "blocked",
@@ -63,7 +63,7 @@ class HookAccount:
         self.owner = owner
         self.hook = hook
         self.method = method
-        self.calls = 0  # of units that are gone; the unit in use counts by itself
+        self.calls = 0  # of retired compiled code only; the code in use has its own counter
         self.failures = 0
         self.blocked = 0
         self.sampled = 0
@@ -71,13 +71,17 @@ class HookAccount:
         self.max_ns = 0
 
     def took(self, nanoseconds: int) -> None:
-        """One sampled call."""
+        """Add one sampled call."""
         self.sampled += 1
         self.sampled_ns += nanoseconds
         self.max_ns = max(self.max_ns, nanoseconds)
 
     def health(self, counting: int) -> HookHealth:
-        """The account as it stands; ``counting`` is the count of the unit in use."""
+        """Return the current values.
+
+        Args:
+            counting: Calls counted by the compiled code in use, which are not yet part of `calls`.
+        """
         return HookHealth(
             callback=self.owner,
             hook=self.hook,

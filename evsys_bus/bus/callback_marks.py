@@ -1,13 +1,13 @@
-"""Marks of inline callbacks: what they know of a run is recorded beside its checkpoints, and given back on a resume.
+"""Marks of inline callbacks: their state of a run, recorded in the journal and restored when the run resumes.
 
-Two callbacks of the bus's own do it, the first and the last of its list:
+The bus adds two callbacks of its own for this, the first and the last of its list:
 
     TrainStart at step s   first: rewinds each callback to its newest recorded mark at or before s; last: records all
-    Checkpoint             last: records the marks of all
-    Eval, BenchmarkEval    last: records those that changed
+    Checkpoint             last: records all marks
+    Eval, BenchmarkEval    last: records the marks that changed
 
-A mark is an event like any other, recorded right behind the one that it was taken after; no hook wants it. Nothing is
-recorded where no inline callback keeps marks.
+A mark is an ordinary event, recorded right after the event that it was taken at; it calls no hook. Nothing is recorded
+if no inline callback has marks.
 """
 
 import operator
@@ -31,36 +31,41 @@ from evsys_bus.journal.frame import Frame, Run
 from evsys_bus.journal.scanning import SegmentScan
 
 READ_SECONDS: Final = 10.0
-"""How long a resume looks for marks, newest first, before it goes on without those that it has not found."""
+"""How long a resume searches the journal for marks, newest first, before it continues without the missing ones."""
 
 
 class BusCallbackMarks(Event, frozen=True):
-    """What inline callbacks know of a run; recorded by the bus, for itself."""
+    """The marks of inline callbacks for one run; recorded by the bus for its own use."""
 
     run: str
     """The run key."""
     folder: str
-    """The run's directory: a journal may hold several runs of one key."""
+    """The run's directory; a journal may hold several runs with the same key."""
     step: int
-    """How many steps were done: the first one that the marks know nothing of."""
+    """Number of completed steps, which is the first step that the marks do not cover."""
     marks: dict[str, Any]
-    """By the name of the callback. Any: plain data of the callback's own."""
+    """By callback name; plain data."""
 
 
 class RewindableByRun(Protocol):
-    """An inline callback whose marks are told apart by run: resuming one run leaves what it knows of others alone."""
+    """An inline callback with separate marks per run, so that resuming one run leaves the state of others alone."""
 
     def mark_run(self, run: Any) -> Any:
-        """What is known of this run. Any: its `LoopState` or `LogContext`; plain data."""
+        """Return the state of this run as plain data.
+
+        Args:
+            run: Its `LoopState` or `LogContext`.
+        """
         ...
 
     def rewind_run(self, run: Any, mark: Any, newest: Any) -> None:
-        """Know of this run what the mark says. Any: its `LoopState`, the step to begin with in ``run.step``; marks.
+        """Restore the state of this run from a mark.
 
         Args:
-            run: About to train.
-            mark: The newest at or before ``run.step``; None where there is none.
-            newest: The newest of all, also behind that step: for what came late, of steps that will not run again.
+            run: The `LoopState` of the run that is about to train; ``run.step`` is its first step.
+            mark: The newest mark at or before ``run.step``, or None.
+            newest: The newest mark of all, possibly after that step: for results that arrived late, of steps that will
+                not run again.
         """
         ...
 
@@ -72,14 +77,14 @@ _FAILURES: Final = (OSError, JournalVersionError)
 def with_marks(
     callbacks: Iterable[object], journal: JournalWriter | str | os.PathLike[str] | None, rank: int = 0
 ) -> tuple[object, ...]:
-    """The callbacks, between the two that keep their marks; as they are if none keeps marks, or there is no journal.
+    """Return the callbacks with the two that record marks added; unchanged if there are no marks or no journal.
 
-    May be given what it returned, with callbacks added or removed: the two stay the same objects.
+    The result may be passed in again with callbacks added or removed: the two recording callbacks are reused.
 
     Args:
-        callbacks: The inline ones of a bus.
+        callbacks: The inline callbacks of a bus.
         journal: Where that bus records.
-        rank: Of this process; its own streams are looked into first.
+        rank: Rank of this process; its own streams are searched first.
     """
     before = tuple(callbacks)
     given = tuple(each for each in before if not isinstance(each, _Rewinds | _Records))
@@ -99,14 +104,14 @@ def with_marks(
 def recorded_marks(
     directory: str, run: str, *, rank: int = 0, disk: Disk | None = None, seconds: float = READ_SECONDS
 ) -> Iterator[BusCallbackMarks]:
-    """The marks of a run that a journal holds, newest first; what cannot be read is passed over, with a WARNING.
+    """Yield the recorded marks of a run, newest first; unreadable streams are skipped with a WARNING.
 
     Args:
         directory: The journal.
         run: The run key.
-        rank: The streams of this rank come first, then those of others.
+        rank: Streams of this rank come first, then the others.
         disk: The file system.
-        seconds: How long to read on.
+        seconds: Time limit for reading.
     """
     disk = OsDisk() if disk is None else disk
     until = time.monotonic() + seconds
@@ -146,7 +151,7 @@ def _payloads(disk: Disk, path: str, first: int, until: float) -> Iterator[bytes
 
 
 def _marks_in(payload: bytes, run: str) -> BusCallbackMarks | None:
-    """The event, without the marks that could not be recorded whole; None if it is another one."""
+    """Return the event without marks that were recorded incompletely, or None for any other event."""
     try:
         envelope = decode(payload)
     except CodecError:
@@ -154,7 +159,7 @@ def _marks_in(payload: bytes, run: str) -> BusCallbackMarks | None:
     event = cast("object", envelope.event)
     if not isinstance(event, BusCallbackMarks) or envelope.run != run:
         return None
-    # What is read is kept as it was written, and another version may have written it.
+    # Decoding does not check the field types, and another version may have written the event.
     if type(event.step) is not int or type(event.folder) is not str or type(event.marks) is not dict:
         return None
     cut = [path for path in envelope.replaced if path.startswith("marks")]
@@ -163,25 +168,25 @@ def _marks_in(payload: bytes, run: str) -> BusCallbackMarks | None:
 
 
 class _Marks:
-    """The callbacks of one bus that keep marks, and what was recorded of them."""
+    """Takes, records and restores the marks of one bus's callbacks."""
 
     def __init__(self, directory: str, rank: int) -> None:
         self.callbacks: Mapping[str, object] = {}
-        """By the names under which their marks are recorded."""
+        """By the name under which their marks are recorded."""
         self._directory: Final = directory
         self._rank: Final = rank
         self._training: Final[dict[tuple[str, str], int]] = {}
-        """The runs between TrainStart and TrainEnd, and how many steps of each were done."""
+        """Runs between TrainStart and TrainEnd, and the number of completed steps of each."""
         self._recorded: Final[dict[tuple[str, str], dict[str, bytes]]] = {}
-        """What was recorded last of the runs that train, by callback, encoded."""
+        """The encoded marks recorded last for each run in training, by callback."""
         self._known: Final[set[tuple[str, str]]] = set()
-        """The runs of which something was recorded here."""
+        """Runs for which this process has recorded marks."""
 
     def rewind(self, state: LoopState) -> None:
-        """Give the callbacks back what was recorded of this run at or before the step that it begins with."""
+        """Restore each callback from the marks recorded at or before the run's first step."""
         run, step = _run_of(state), _whole(attribute(state, "step"))
         if run is None or step is None or (step == 0 and run not in self._known):
-            return  # at the first step of a run that is new here, nothing is known
+            return  # a new run at step 0 has no marks
         leave: BaseException | None = None
         for name, (mark, newest) in self._found(run, step).items():
             callback = self.callbacks[name]
@@ -196,12 +201,12 @@ class _Marks:
             raise leave
 
     def taken(self, handle: object, step: int | None, *, changed_only: bool) -> BusCallbackMarks | None:
-        """The marks, now; None if none is to be recorded.
+        """Take the marks and return the event to record, or None if there is nothing to record.
 
         Args:
             handle: The run's state or context.
-            step: The last one that was done, where that is known.
-            changed_only: Leave out those that were recorded before.
+            step: The last completed step, or None if unknown.
+            changed_only: Omit marks equal to those recorded last.
         """
         run = _run_of(handle)
         if run is None:
@@ -227,19 +232,18 @@ class _Marks:
         return BusCallbackMarks(run[0], without_surrogates(run[1]), done, marks) if marks else None
 
     def begin(self, state: LoopState) -> None:
-        """The run trains."""
+        """Start tracking a run."""
         run = _run_of(state)
         if run is not None:
             self._training[run] = _whole(attribute(state, "step")) or 0
 
     def end(self, state: LoopState) -> None:
-        """It does no more."""
+        """Stop tracking a run."""
         run = _run_of(state) or ("", "")
         self._training.pop(run, None)
         self._recorded.pop(run, None)
 
     def _rewind_all(self, callback: Rewindable, mark: Any, run: tuple[str, str]) -> None:
-        """Any: plain data."""
         others = [key for key, folder in self._training if (key, folder) != run]
         if others:
             log().warning(
@@ -253,9 +257,9 @@ class _Marks:
         callback.rewind(mark)
 
     def _found(self, run: tuple[str, str], step: int) -> dict[str, tuple[Any, Any]]:
-        """Of each callback the newest mark at or before the step, and the newest of all. Any: plain data."""
+        """Return for each callback the newest mark at or before the step, and the newest mark of all."""
         key, folder = run[0], without_surrogates(run[1])
-        # Those of the same directory, else those of the same key: a run may have been moved.
+        # Prefer marks of the same directory, then those of the same key: a run may have been moved.
         here: dict[str, list[Any]] = {}
         elsewhere: dict[str, list[Any]] = {}
         for each in recorded_marks(self._directory, key, rank=self._rank):
@@ -269,7 +273,7 @@ class _Marks:
 
 
 class _Rewinds(Callback):
-    """Stands first: rewinds the others before a hook of theirs sees the TrainStart."""
+    """The first callback: restores the others before their hooks receive the TrainStart."""
 
     spec_name = "callback_marks"
 
@@ -277,12 +281,12 @@ class _Rewinds(Callback):
         self.marks = marks
 
     def on_train_start(self, state: LoopState) -> None:
-        """Rewind."""
+        """Restore the marks."""
         self.marks.rewind(state)
 
 
 class _Records(Callback):
-    """Stands last: has recorded what the others know once they have seen an event."""
+    """The last callback: records the marks after all others have handled an event."""
 
     spec_name = "callback_marks"
 
@@ -290,19 +294,19 @@ class _Records(Callback):
         self.marks = marks
 
     def on_train_start(self, state: LoopState) -> None:
-        """Record all: what an earlier attempt recorded behind this step counts no more."""
+        """Record all marks; those that an earlier attempt recorded after this step no longer count."""
         self.marks.begin(state)
         step = _whole(attribute(state, "step"))
         self._record(state, None if step is None else step - 1, changed_only=False)
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Record all: a resume begins behind a checkpoint."""
-        # 0 is what a row says that was given no step.
+        """Record all marks, because a resume starts from a checkpoint."""
+        # 0 is also the default of a row that was given no step.
         step = _whole(attribute(row, "batch")) or _whole(attribute(state, "step"))
         self._record(state, step, changed_only=False)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Record what changed."""
+        """Record the marks that changed."""
         del eval_name, metrics
         steps = [step for step in (_whole(attribute(state, "step")), _whole(step_idx)) if step is not None]
         self._record(state, max(steps, default=None), changed_only=True)
@@ -310,12 +314,12 @@ class _Records(Callback):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Record what changed."""
-        del eval_result, predictions, step  # it may be of an older step than others that were marked
+        """Record the marks that changed."""
+        del eval_result, predictions, step  # its step may be older than that of earlier marks
         self._record(ctx, None, changed_only=True)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """The run trains no more."""
+        """Stop tracking the run."""
         del artifacts
         self.marks.end(state)
 
@@ -326,10 +330,11 @@ class _Records(Callback):
 
 
 def _keep_marks(callbacks: Iterable[object]) -> dict[str, object]:
-    """Those that keep marks, by names of their own."""
+    """Return the callbacks with marks, by unique names."""
     marked: dict[str, object] = {}
     for callback in callbacks:
-        # Of files, say: for a courier, which gives again what is cut. Inline nothing comes again.
+        # Marks of files, for example, are for a courier, which delivers truncated rows again. Inline callbacks get
+        # nothing twice.
         if isinstance(callback, type) or attribute(callback, "marks_inline") is False:
             continue
         if _is_by_run(callback) or _is_whole(callback):
@@ -340,10 +345,10 @@ def _keep_marks(callbacks: Iterable[object]) -> dict[str, object]:
 
 
 def _mark_of(callback: object, handle: object) -> Any:
-    """A copy of the mark. Any: plain data.
+    """Return a copy of the callback's mark as plain data.
 
     Raises:
-        TypeError: It is not plain data.
+        TypeError: The mark is not plain data.
     """
     mark = callback.mark_run(handle) if _is_by_run(callback) else cast("Rewindable", callback).mark()
     plain, replaced = to_plain(mark)
@@ -361,25 +366,25 @@ def _is_whole(callback: object) -> TypeGuard[Rewindable]:
 
 
 def _has(callback: object, *methods: str) -> bool:
-    """Looked up in the class: an instance may answer to every name."""
+    """Check the class, because an instance may define ``__getattr__``."""
     return all(callable(attribute(type(callback), method)) for method in methods)
 
 
 def _run_of(handle: object) -> tuple[str, str] | None:
-    """The key and the directory of a run, the same for its state and its context; None if it has neither."""
+    """Return key and directory of a run, equal for its state and its context; None if it has neither."""
     is_state = attribute(handle, "step") is not None
     ctx = attribute(handle, "ctx") if is_state else handle
     key = attribute(ctx, "run_key")
     try:
         folder = cast("str", os.fspath(attribute(ctx if type(key) is str else handle, "output_dir")))
-        # By text: a Path costs ten times as much.
+        # os.path, because a Path costs ten times as much.
         return (key, os.path.join(folder, key)) if type(key) is str else (os.path.basename(folder), folder)  # noqa: PTH118, PTH119
     except TypeError:
         return None
 
 
 def _whole(step: object) -> int | None:
-    """A step as an int; None if it is none."""
+    """Return a step as an int, or None if it is not a whole number."""
     try:
         if isinstance(step, SupportsIndex):
             return operator.index(step)

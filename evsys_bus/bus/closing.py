@@ -1,7 +1,6 @@
-"""What inline callbacks are owed at the end: `close`, and a last chance to have their far side confirm.
+"""Closing inline callbacks at the end: `close`, and a last chance for their far side to confirm what it got.
 
-Their code may block, so it runs on a thread of its own, and whoever leaves the bus waits for it no longer than the
-deadline.
+Their code may block, so it runs on its own thread, and leaving the bus waits for it at most until the deadline.
 """
 
 import asyncio
@@ -26,22 +25,22 @@ def wants_closing(callback: object) -> bool:
 
 
 def close_callback(callback: object, failed: Callable[[object], None]) -> None:
-    """Call its `close`; what that raises is logged and counted."""
+    """Call the callback's `close`; an exception is logged and counted."""
     if isinstance(callback, Callback) and type(callback).close is not Callback.close:
         try:
             check_returned(callback, "close", callback.close())
-        except BaseException as error:  # a wall, as around hooks
+        except BaseException as error:  # isolated, like hooks
             log().warning("callback.close_failed", callback=callback_name(callback), exc_info=error)
             failed(callback)
 
 
 class Closing:
-    """Closes callbacks in their order, on a thread.
+    """Closes callbacks in order, on its own thread.
 
     Args:
-        callbacks: Whose hooks were called.
-        loop: Where `settle_owed` runs; None where no loop runs any more.
-        failed: Counts a callback whose `close` raised, or did not return.
+        callbacks: Those whose hooks were called.
+        loop: Runs `settle_owed`; None if no event loop is running.
+        failed: Called with a callback whose `close` raised or did not return.
     """
 
     def __init__(
@@ -59,16 +58,16 @@ class Closing:
         self._thread = threading.Thread(target=self._run, name="evsys-bus-close", daemon=True)
 
     def start(self, deadline: Deadline) -> None:
-        """Begin; it is to end by the deadline."""
+        """Start closing; the work should be done by the deadline."""
         self._deadline = deadline
         if self._callbacks:
             try:
                 self._thread.start()
-            except RuntimeError:  # the program ends, and Python starts no thread any more
+            except RuntimeError:  # the interpreter is shutting down and starts no more threads
                 self._run()
 
     def join(self) -> None:
-        """Wait for the end, at most until the deadline."""
+        """Wait for the thread, at most until the deadline."""
         if not self._thread.ident:
             return
         while self._thread.is_alive() and self._deadline.left():
@@ -95,6 +94,6 @@ class Closing:
         try:
             run_on(self._loop, callback.settle_owed(self._deadline.at), left)
         except TimeoutError:
-            pass  # what is owed still is on the receipt
-        except BaseException as error:  # a wall, as around hooks
+            pass  # the receipt shows what is still unconfirmed
+        except BaseException as error:  # isolated, like hooks
             log().warning("callback.settle_failed", callback=callback_name(callback), exc_info=error)

@@ -1,16 +1,16 @@
-"""`publish`, compiled for the callbacks that a bus has.
+"""`publish`, compiled for the callbacks of a bus.
 
-One *unit* of code per event type: its hooks as local names, called one after another, each in a ``try`` that costs
-nothing until it catches. A callback that does not override the hook is not in it. In the unit of the hot event type the
-calls stand in `publish` itself, so that one publish is one Python frame around the hooks:
+There is one compiled unit per event type. It calls the hooks of that type one after another, each in a ``try`` that
+costs nothing unless it catches. Callbacks that do not override the hook are not part of it. For the hot event type the
+calls are inlined in `publish` itself, so that one publish is one Python frame around the hooks:
 
-    take the token · count · call, call, call · record · run what hooks published meanwhile · give the token back
+    take the token · count · call, call, call · record · run what hooks published meanwhile · return the token
 
-The token makes publishes take turns (a lock costs five times as much). Counts are exact: `ticks` is an iterator that
-lasts until the next call to be timed, and what is left of it tells how many there were. Time is sampled: the first call
-of a unit and then every 64th goes through `timed`, which reads the clock between the hooks; with a hook that was seen
-slow, every one. What the code needs are its globals: a closure copies each of its names into every call's frame. The
-watchdog and the adoption of tasks need no mark from here: the frame's line says which hook.
+The token serializes publishes (a lock costs five times as much). Counts are exact: `ticks` is an iterator that lasts
+until the next call to be timed, and its remaining length gives the count. Times are sampled: the first call of a unit
+and then every 64th goes through `timed`, which reads the clock between the hooks; every call once a hook was slow. The
+names that the code uses are its globals, because a closure would copy each of them into every call's frame. The
+watchdog and the adoption of tasks need no marker: the line number of the frame identifies the hook.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from evsys_bus.tasks import HOOK_CALLS
 SAMPLE_EVERY: Final = 64
 
 FILENAME: Final = HOOK_CALLS
-"""What the filename of compiled code begins with."""
+"""Prefix of the filename of compiled code."""
 
 _UNIT: Final = """\
 def publish(event):
@@ -81,19 +81,19 @@ def timed(event):
 """
 
 Dispatch = Callable[..., None]
-"""Takes an event, and the time at which it was published; without that, it is now."""
+"""Takes an event and optionally the time at which it was published; default: now."""
 
 _CALL: Final = re.compile(r"\s+try: (?:check\d+\()?h(\d+)\(")
 _numbers = itertools.count(1)
 
 
 class Unit:
-    """The compiled code of one event type, and the accounts of the hooks that it calls."""
+    """The compiled code of one event type, and the counters of the hooks that it calls."""
 
     publish: Callable[[Event], None]
-    """Of use in the unit of the hot event type only."""
+    """Used for the hot event type only."""
     dispatch: Dispatch
-    """Calls the hooks; whoever calls it holds the token. Given when the event was published, where that was earlier."""
+    """Calls the hooks. The caller holds the token, and passes the publish time if that was earlier."""
 
     def __init__(
         self,
@@ -107,16 +107,16 @@ class Unit:
         failed: Callable[[HookAccount, BaseException], None],
         **parts: Any,
     ) -> None:
-        """Compile. Any: ``parts`` are the names that the template takes, given by the publisher."""
+        """Compile. ``parts`` are further globals of the template, given by the publisher."""
         self.tag = str(event_type.__struct_config__.tag)
         self.record_first = record_first
         self.accounts = tuple(accounts)
         self.filename = f"{prefix}{next(_numbers)}>: {event_type.__name__}"
         self._stride = SAMPLE_EVERY
-        # How many events there will have been when the ticks are used up, and the ticks; one name, for other readers.
+        # The event count when the ticks run out, and the ticks; one tuple, so that other threads read them together.
         self._progress: tuple[int, itertools.repeat[None]] = (0, itertools.repeat(None, 0))
-        # Folded into the accounts a few times a second, off the publishing thread. At a million publishes a second
-        # some are overwritten before that, which a sample can bear.
+        # Folded into the counters a few times a second, off the publishing thread. At a million publishes a second
+        # some are overwritten before that, which is fine for samples.
         self._samples: deque[tuple[int, ...]] = deque(maxlen=1024)
         checked = [may_return(account.method) for account in self.accounts]
         source = _source(event_type, checked, recorded=record is not None, record_first=record_first)
@@ -144,15 +144,15 @@ class Unit:
             },
             **parts,
         }
-        exec(compile(source, self.filename, "exec"), self._space)  # noqa: S102 # our own template; no input gets into it
+        exec(compile(source, self.filename, "exec"), self._space)  # noqa: S102 # our own template, without outside input
         self.publish, self.dispatch = self._space["publish"], self._space["dispatch"]
 
     def event_time(self) -> float:
-        """When the event was published whose hooks were called last; seconds since the epoch."""
+        """Return when the last dispatched event was published, in seconds since the epoch."""
         return self._space.get("now", 0.0)
 
     def count(self) -> int:
-        """How many events were dispatched, exactly."""
+        """Return the exact number of dispatched events."""
         at_end, ticks = self._progress
         return at_end - length_hint(ticks)
 
@@ -161,13 +161,13 @@ class Unit:
         return lambda index, error: failed(accounts[index], error)
 
     def _renewed(self) -> "itertools.repeat[None]":
-        """A call is being timed; this many until the next."""
+        """Start a new sampling interval, because a call is being timed; return its ticks."""
         ticks = itertools.repeat(None, self._stride - 1)
         self._progress = (self._progress[0] + self._stride, ticks)
         return ticks
 
     def fold(self) -> None:
-        """Bring the samples into the accounts."""
+        """Move the samples into the counters."""
         while True:
             try:
                 times = self._samples.popleft()
@@ -179,32 +179,32 @@ class Unit:
                     self._stride = 1
 
     def record_by(self, record: Callable[[Event, float], None]) -> None:
-        """Record by another function from now on, if events are recorded at all."""
+        """Replace the function that records events, if events are recorded at all."""
         if self._space["record"] is not None:
             self._space["record"] = record
 
     def forget(self) -> None:
-        """End: counts and samples go into the accounts, and a `publish` that somebody kept goes by the new units."""
+        """Retire this code: move its counts into the counters; a `publish` that somebody stored uses the new code."""
         self._space["hot"] = None
         self.fold()
         for account in self.accounts:
             account.calls += self.count()
-        linecache.cache.pop(self.filename, None)  # where a traceback put it
+        linecache.cache.pop(self.filename, None)  # a traceback may have added it
 
 
 class _Source:
-    """Shows the compiled code in tracebacks, for as long as the code itself lives."""
+    """Shows the compiled code in tracebacks for as long as the code itself lives."""
 
     def __init__(self, source: str) -> None:
         self._source = source
 
     def get_source(self, _: str) -> str:
-        """What `linecache` asks a module's loader for."""
+        """Return the source; `linecache` calls this on a module's loader."""
         return self._source
 
 
 def _source(event_type: type[Event], checked: Sequence[bool], *, recorded: bool, record_first: bool) -> str:
-    """The code; ``checked`` says for each hook whether what it returns has to be looked at."""
+    """Return the source code; ``checked`` says for each hook whether its return value must be checked."""
     fields = event_type.__struct_fields__
     locals_of = {name: f"a{index}" for index, name in enumerate(fields)}
     unpack = ["; ".join(f"{local} = event.{name}" for name, local in locals_of.items())] if checked and fields else []
@@ -220,9 +220,9 @@ def _source(event_type: type[Event], checked: Sequence[bool], *, recorded: bool,
         timed_calls += [*lines, f"t{index + 1} = clock()"]
     prepare = list(unpack)
     step = step_field(event_type)
-    if step is not None:  # of what comes from users' code the step alone must be exact: files are keyed by it
+    if step is not None:  # the one user value that must be exact, because files are keyed by it
         given = locals_of[step] if unpack else f"event.{step}"
-        # On record it must fit in 63 bits too; the shift shows all that need a second look, negative ones included.
+        # A recorded step must fit in 63 bits too; the shift catches every value that needs a check, also negative ones.
         fits = f" or {given} >> 62" if recorded else ""
         prepare += [
             f"if type({given}) is not int{fits}:",

@@ -1,4 +1,4 @@
-"""Who entered a bus: a task of a loop, or a thread without one; how SIGTERM, or the end of the program, has it left."""
+"""Entering and leaving a bus: by a task or a thread, by SIGTERM, or at the end of the program."""
 
 import asyncio
 import atexit
@@ -15,33 +15,33 @@ from evsys_bus.tasks import Gate
 
 
 class Entrance:
-    """The way into one bus, and out of it.
+    """Tracks who entered a bus and who leaves it.
 
     Args:
-        handles_signals: Whether SIGTERM is listened to.
+        handles_signals: Whether to handle SIGTERM.
     """
 
     def __init__(self, *, handles_signals: bool) -> None:
         self.loop: asyncio.AbstractEventLoop | None = None
-        """The caller's, under ``async with``."""
-        self._task: asyncio.Task[Any] | None = None  # Any: what the caller's task returns is its own
+        """The caller's loop, under ``async with``."""
+        self._task: asyncio.Task[Any] | None = None
         self._term = TermSignal(self._stop) if handles_signals else None
         self._leave: Callable[[], object] | None = None
         self._owner = 0
-        self._lock = threading.RLock()  # over who leaves
+        self._lock = threading.RLock()  # guards `_leaver`
         self._leaver: threading.Thread | None = None
         self._is_left = Gate()
 
     def by_task(self) -> None:
-        """The current task enters."""
+        """Note that the current task enters."""
         self.loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
 
     def listen(self, leave: Callable[[], object]) -> None:
-        """Listen to SIGTERM from here on; where it came already, leave at once.
+        """Handle SIGTERM and program exit from here on; leave at once if SIGTERM has already arrived.
 
         Args:
-            leave: How the bus is left, should the program end without having done so.
+            leave: Leaves the bus if the program ends without having done so.
         """
         self._leave, self._owner = leave, os.getpid()
         atexit.register(self._at_exit)
@@ -49,15 +49,15 @@ class Entrance:
             self._stop()
 
     def leaves_here(self, wait_seconds: float = 0.0) -> bool:
-        """This thread is about to leave the bus; False where another one has left it, or is on its way out.
+        """Claim leaving the bus for this thread; return False if another thread has left it or is leaving it.
 
         Args:
-            wait_seconds: How long that one is waited for.
+            wait_seconds: How long to wait for that other thread.
         """
         here, main = threading.current_thread(), threading.main_thread()
         with self._lock:
             by = self._leaver
-            # One that ended half-way is no leaver; the main thread passes for ended while the program ends.
+            # A thread that died half-way does not count; the main thread is not "alive" at interpreter shutdown.
             if not self._is_left.is_open and (by is None or by is here or not (by.is_alive() or by is main)):
                 self._leaver = here
                 return True
@@ -65,10 +65,10 @@ class Entrance:
         return False
 
     def close(self) -> None:
-        """All is done: if SIGTERM brought us here, end by it."""
+        """Finish leaving; if SIGTERM was the cause, end the process by it."""
         try:
             self._let_go()
-        except BaseException:  # Ctrl-C, between two of these
+        except BaseException:  # Ctrl-C between two statements
             self._let_go()
             raise
         if self._term is not None:
@@ -81,16 +81,16 @@ class Entrance:
             self._term.remove()
 
     def _at_exit(self) -> None:
-        """The program ends, and has not left the bus: what is under way is finished all the same."""
+        """Finish pending work if the program ends without leaving the bus."""
         if self._leave is not None and self._owner == os.getpid():
             if self._leaver is None:
-                fix = "enter it with `with` or `async with`, which leave it also where something is raised"
+                fix = "enter it with `with` or `async with`, which leave it even if an exception is raised"
                 log().warning("bus.never_left", fix=fix)
             self._leave()
 
     def _stop(self) -> None:
-        """In the signal handler."""
+        """Called in the signal handler."""
         if self.loop is not None and self._task is not None and self.loop.is_running() and not self._task.done():
             self.loop.call_soon_threadsafe(self._task.cancel, "SIGTERM")
-        elif self._leaver is None:  # also where that task, or its loop, is over: a cancellation would reach nobody
+        elif self._leaver is None:  # also if that task or its loop has ended: a cancellation would have no effect
             sys.exit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""`EventBus`: what a program enters, publishes to, and leaves with everything done."""
+"""`EventBus`: the object that a program enters, publishes to and leaves."""
 
 import asyncio
 import inspect
@@ -52,37 +52,38 @@ T = TypeVar("T")
 
 _EXIT_THREAD: Final = "evsys-bus-exit"
 _LOOK_SECONDS: Final = 0.1
-"""Between two looks whether an interrupt has cut the deadline."""
+"""Interval of checks whether an interrupt has cut the deadline short."""
 _DELIVERY_SECONDS: Final = 1.0
-"""What a disk that refuses what waits leaves of the deadline to the couriers."""
+"""Part of the deadline reserved for the couriers while a failing disk is retried."""
 
 
 class EventBus:
-    """Callbacks in their order, each isolated; tasks that are waited for; one deadline at the end.
+    """Calls callbacks in order, each isolated, waits for the tasks they start, and ends within one deadline.
 
-    Enter it with ``async with`` where an event loop runs: spawned tasks run on that loop. Enter it with ``with`` in a
-    program without one: they run on a thread of the bus's own. `publish`, `spawn`, `health` and `drain` are the same in
-    both, and may be called from any thread.
+    Enter it with ``async with`` if an event loop is running: spawned tasks run on that loop. Enter it with ``with`` in
+    a program without one: they run on a thread of the bus. `publish`, `spawn`, `health` and `drain` work the same in
+    both cases and may be called from any thread.
 
     Args:
-        callbacks: Called in this order. Any object with hooks will do; `Callback` has them all, typed.
-        journal: A directory, or a `JournalWriter` that is not open yet: every event is on record there before `publish`
+        callbacks: Called in this order. Any object with hooks works; `Callback` declares all of them, with types.
+        journal: A directory, or a `JournalWriter` that is not open yet. Every event is recorded there before `publish`
             returns, and survives the end of the process. None records nothing.
-        sinks: Delivered to off the loop, from the journal, like what is followed among the callbacks (see `follow`);
-            without one, from a temporary journal, which stays while anything is undelivered.
-        couriers: Where those are delivered to: by a process of its own, or by threads of this one.
-        linger_seconds: How long the courier process may go on once the bus is closed, or the program dead.
-        rank: Which of several processes this is. Default: what the launcher says, else 0.
-        redact: Keys whose text is kept out of the journal in configs, besides those that look like a credential's.
-        drain_timeout: Seconds that leaving the block may take, over all tasks and deliveries. Tasks still at work are
-            cancelled then, and left, named in the receipt, a second later; what is pending stays in the journal.
-        handle_signals: On SIGTERM, where the program has no handler of its own: leave the block as if cancelled, drain,
-            and end by the signal. Only where the bus is entered on the main thread.
-        blocked_hook_seconds: A hook that lasts longer is named, with its stack, while it blocks.
-        publish_patience_seconds: How long a publish waits for another thread's; after that its event is left to that
-            thread, in order, and counted as ``handed_over``.
+        sinks: Delivered to off the loop, from the journal, like followed callbacks (see `follow`). Without a journal,
+            from a temporary one, which is kept while anything is undelivered.
+        couriers: Deliver to these adapters from a separate process, or from threads of this one.
+        linger_seconds: How long the courier process may continue after the bus is closed or the program has died.
+        rank: Which of several processes this is. Default: the rank set by the launcher, else 0.
+        redact: Config keys whose text is not recorded, in addition to those that look like credentials.
+        drain_timeout: Seconds that leaving the block may take, for all tasks and deliveries. Tasks that are still
+            running are then cancelled, and abandoned a second later; the receipt names them. Pending events stay in
+            the journal.
+        handle_signals: On SIGTERM, if the program has no handler of its own: leave the block as if cancelled, drain,
+            and end by the signal. Only if the bus is entered on the main thread.
+        blocked_hook_seconds: A hook that takes longer is logged, with its stack, while it blocks.
+        publish_patience_seconds: How long a publish waits for that of another thread. After that its event is left to
+            the other thread, in order, and counted as ``handed_over``.
         max_running_tasks: How many spawned tasks run at a time.
-        max_waiting_tasks: How many wait for their turn; one more is refused, logged and counted.
+        max_waiting_tasks: How many may wait for their turn; any more are refused, logged and counted.
 
     Raises:
         HookError: A callback has a hook that could never be called, or none at all.
@@ -102,21 +103,21 @@ class EventBus:
     if TYPE_CHECKING:
 
         def publish(self, event: Event) -> None:
-            """Call the event's hook on every callback that has it, in order; return when they have returned.
+            """Call the event's hook on every callback that has it, in order, and return when all have returned.
 
-            What a hook raises is logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
-            remaining hooks ran. Published from inside a hook, the event runs after the current one, before the
-            outermost publish returns.
+            Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
+            remaining hooks ran. An event published from inside a hook is dispatched after the current one, before
+            the outermost publish returns.
 
             Raises:
                 BusNotOpenError: The bus was not entered yet, or is closed.
                 ForkedBusError: In a child process forked from the one that entered the bus.
-                EventError: That is no event.
-                PublishLoopError: In a hook, if hooks publish inside hooks without end.
+                EventError: The argument is not an event.
+                PublishLoopError: Hooks publish inside hooks without end.
             """
 
     else:
-        # Attribute look-up in slots is what `publish` costs least with.
+        # Slots make the attribute lookup of `publish` fastest.
         __slots__ = (  # sorted by what they are
             *(
                 "__weakref__",
@@ -165,7 +166,7 @@ class EventBus:
             self._faults,
             patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
             expose=self._expose,
-            before=lambda _: self._bare_tasks.begin_here(),  # the thread it comes from may run a loop that is new
+            before=lambda _: self._bare_tasks.begin_here(),  # its thread may run a new event loop
         )
         self._office = TaskOffice(
             self._loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
@@ -188,9 +189,9 @@ class EventBus:
         return self._publisher.callbacks
 
     def add(self, callback: object) -> None:
-        """Call this callback too, after the others; from inside a hook: from the next publish on.
+        """Add a callback after the others; called from inside a hook, it takes effect with the next publish.
 
-        It runs inline, also where its class is followed: what is to be delivered to is given to the bus at the start.
+        It runs inline, even if its class is followed: adapters to deliver to are given to the bus at the start.
 
         Raises:
             HookError: It has a hook that could never be called.
@@ -203,12 +204,12 @@ class EventBus:
         self._publisher.change(lambda callbacks: (*callbacks, callback))
 
     def remove(self, callback: object) -> None:
-        """Call this callback no more; from inside a hook: from the next publish on.
+        """Remove a callback; called from inside a hook, it takes effect with the next publish.
 
-        What is followed is delivered to until the bus is left, with what is recorded until then; the log says so.
+        A followed adapter still gets the events recorded until the bus is left; this is logged.
         """
         if self._following.delivers_to(callback):
-            why = "its events are recorded, and it is delivered to until the bus is left"
+            why = "its events are recorded, and are delivered to it until the bus is left"
             log().warning("callback.still_followed", callback=callback_name(callback), why=why)
         self._publisher.change(
             lambda callbacks: tuple(each for each in callbacks if each is not callback), partial(self._let_go, callback)
@@ -231,11 +232,11 @@ class EventBus:
         owner: str | None = None,
         background: bool = False,
     ) -> bool:
-        """Run ``fn(*args)`` beside the loop; see `Callback.spawn`.
+        """Run ``fn(*args)`` as a task beside the loop; see `Callback.spawn`.
 
         Raises:
             BusNotOpenError: The bus was not entered yet, or is closed.
-            SpawnError: ``fn`` is no coroutine function.
+            SpawnError: ``fn`` is not a coroutine function.
         """
         owner = owner or "program"
         job = Job(fn, args, owner=owner, name=name, timeout=timeout, retry=retry, lane=lane, background=background)
@@ -248,25 +249,25 @@ class EventBus:
     def drain(self, timeout: float | None = None) -> Draining:
         """Wait for the tasks so far: ``await bus.drain()``, or ``bus.drain().result()`` on a thread without the loop.
 
-        The bus stays open and nothing is cancelled; what has not ended after ``timeout`` seconds (default: the bus's
-        ``drain_timeout``) is named in the receipt. Cancelling the wait leaves the tasks alone.
+        The bus stays open and nothing is cancelled; the receipt names tasks that have not ended after ``timeout``
+        seconds (default: the bus's ``drain_timeout``). Cancelling the wait does not affect the tasks.
         """
         return self._office.drain(self._drain_timeout if timeout is None else timeout, close=False)
 
     def health(self) -> Health:
-        """Every count, now."""
+        """Return all current counts."""
         return health_of(self._publisher, self._office, self._bare_tasks.state, self._recording, self._following)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """Note what an inline callback reports with `Adapter.report_owed`."""
+        """Record what an inline callback reports with `Adapter.report_owed`."""
         self._following.report_owed(adapter, events, why, fix)
 
     def current_event(self) -> EventInfo | None:
-        """Of the event whose hook runs on this thread now; None outside a hook."""
+        """Return the event whose hook is running on this thread, or None outside a hook."""
         return self._publisher.current_event(inspect.currentframe())
 
     def publishes_here(self) -> bool:
-        """Whether the code that calls this runs inside a hook that this bus called."""
+        """Return whether the calling code runs inside a hook that this bus called."""
         return self._owner_around(inspect.currentframe()) is not None
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ class EventBus:
         deadline = Deadline(self._drain_timeout)
         try:
             cancelled = await self._leave_on_loop(deadline)
-        except BaseException:  # Ctrl-C, between two lines of it
+        except BaseException:  # Ctrl-C between two statements
             self._leave(deadline, in_haste=True)
             raise
         finally:
@@ -291,12 +292,12 @@ class EventBus:
             raise asyncio.CancelledError if isinstance(cancelled, asyncio.CancelledError) else cancelled
 
     async def _leave_on_loop(self, deadline: Deadline) -> BaseException | None:
-        """What cancelled it, or interrupted it, meanwhile."""
+        """Leave without blocking the loop; return the cancellation or interrupt that arrived meanwhile, if any."""
         draining = self._office.drain(self._drain_timeout, close=True)
         longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
         cancelled = await wait_shielded(draining, seconds=longest)
         self.receipt = draining.result() if draining.done() else self._office.close_now()
-        # What is not delivered is safe, so a second cancellation (Ctrl-C twice) ends the wait for it.
+        # Undelivered events are safe in the journal, so a second cancellation (Ctrl-C twice) ends the wait for them.
         most = 1 if cancelled else 2
         self._ending = ending = Uninterrupted(partial(self._end, deadline), _EXIT_THREAD)
         ending.start()
@@ -317,17 +318,17 @@ class EventBus:
         deadline = Deadline(self._drain_timeout)
         try:
             self._leave(deadline)
-        except BaseException:  # Ctrl-C; also between two lines, where the work had not begun
+        except BaseException:  # Ctrl-C, possibly between two statements, before the work has started
             self._leave(deadline, in_haste=True)
             raise
         finally:
             self._close_entrance()
 
     def _leave(self, deadline: Deadline, *, in_haste: bool = False) -> None:
-        """Without a loop to wait on; where the end has begun already, wait for it."""
+        """Leave by blocking this thread; if leaving has already started, wait for it."""
         if in_haste:
             deadline.cut()
-        # A loop that runs on this very thread (a notebook's) cannot turn while we wait: its tasks are only named.
+        # An event loop of this very thread (a notebook's) cannot run while we wait: its tasks are only listed.
         stalled = self._entrance.loop or running_loop()
         ending = self._ending
         if ending is None:
@@ -350,17 +351,17 @@ class EventBus:
             opening.do(_nothing)
             self._bare_tasks.begin_here()
             self._entrance.listen(self.__exit__)
-            return self  # noqa: TRY300 # what comes up on this very line is undone too
+            return self  # noqa: TRY300 # an interrupt on this very line is undone too
         except BaseException as error:
             try:
                 self._leave_half_entered(opening, error)
-            except BaseException:  # Ctrl-C again; also between two lines, where the work had not begun
+            except BaseException:  # Ctrl-C again, possibly between two statements, before the work has started
                 self._leave_half_entered(opening, error)
                 raise
             raise
 
     def _leave_half_entered(self, opening: "Uninterrupted[None]", error: BaseException) -> None:
-        """Let go of all that was opened."""
+        """Release everything that was opened."""
         self._publisher.entry_error = error
         if self._ending is None:
             self._ending = Uninterrupted(partial(self._undo_opening, opening, running_loop()), _EXIT_THREAD)
@@ -375,7 +376,7 @@ class EventBus:
         if self._recording is not None or self._publisher.state == "open":
             self._drain_and_end(Deadline(0.0), stalled)
 
-    # -- on a thread of its own, where no interrupt tears it ----------------------------------------------------------
+    # -- on a separate thread, where no KeyboardInterrupt is raised ---------------------------------------------------
 
     def _open_parts(self) -> None:
         self._open_journal()
@@ -393,7 +394,7 @@ class EventBus:
             self._following.register(self._recording.writer)
 
     def _drain_and_end(self, deadline: Deadline, stalled: asyncio.AbstractEventLoop | None) -> None:
-        """Without a loop to wait on. ``stalled`` cannot turn meanwhile: its tasks are only named."""
+        """Shut down without a loop to wait on; tasks of the ``stalled`` loop, which cannot run, are only listed."""
         self.receipt = self._office.close_now() if self._entrance.loop is not None else self._drained(deadline, stalled)
         self._end(deadline)
 
@@ -404,12 +405,12 @@ class EventBus:
             while not deadline.is_cut and time.monotonic() < until:
                 with suppress(TimeoutError):
                     return draining.result(_LOOK_SECONDS)
-        except Exception as error:  # a wall: what is left of the end has to be done
+        except Exception as error:  # isolated: the remaining steps must run
             self._faults.warn("bus.step_failed", "drain", error=error, step="drain")
-        return self._office.close_now()  # Ctrl-C; or a task blocks the thread that should drain
+        return self._office.close_now()  # Ctrl-C, or a task blocks the thread that should drain
 
     def _end(self, deadline: Deadline) -> None:
-        """Take no more, record and deliver what there is, let everything go; the tasks are done."""
+        """Stop taking events, record and deliver the remaining ones, and release everything; the tasks have ended."""
         began = time.monotonic()
         receipt = self.receipt or Receipt(TaskCounts(), {})
         self._step("publisher", None, partial(self._publisher.close, deadline))
@@ -422,10 +423,10 @@ class EventBus:
         self.receipt = receipt
         receipt = self._step("couriers", receipt, partial(self._deliver, receipt, deadline))
         self._step("tasks", None, self._office.end_background)
-        # A task that blocks the loop's thread has had its time.
+        # Do not wait again for a task that blocks the loop's thread.
         join_seconds = 0.0 if receipt.left and deadline.left() == 0.0 and not deadline.is_cut else STOP_SECONDS
         self._step("loop", None, partial(self._thread.stop, join_seconds, self._office.background_ended))
-        total, by_owner = self._office.counts()  # deliveries that are placed inline are tasks too
+        total, by_owner = self._office.counts()  # inline deliveries are tasks too
         seconds = receipt.seconds + time.monotonic() - began
         self.receipt = msgspec.structs.replace(receipt, total=total, tasks_by_owner=by_owner, seconds=seconds)
         self._step("watchdog", None, self._watchdog.stop)
@@ -435,10 +436,10 @@ class EventBus:
         self._faults.flush()
 
     def _step(self, name: str, otherwise: T, act: Callable[[], T]) -> T:
-        """One step of the end; what it raises is said, and the next one follows."""
+        """Run one step of the shutdown; an exception is logged, and the next step follows."""
         try:
             return act()
-        except Exception as error:  # a wall: see above
+        except Exception as error:  # isolated: the next step must run
             self._faults.warn("bus.step_failed", name, error=error, step=name)
             return otherwise
 
@@ -455,10 +456,10 @@ class EventBus:
             receipt, deadline, Closing(closing, loop, self._publisher.units.close_failed), loop_runs=loop is not None
         )
 
-    # -- what the parts need ------------------------------------------------------------------------------------------
+    # -- what the components need -------------------------------------------------------------------------------------
 
     def _expose(self, publish: Callable[[Event], None]) -> None:
-        self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for those who read it
+        self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for readers
 
     def _loop(self) -> asyncio.AbstractEventLoop:
         return self._entrance.loop or self._thread.loop()
@@ -469,15 +470,15 @@ class EventBus:
 
 
 def _nothing() -> None:
-    """Where an interrupt cannot shorten anything."""
+    """Ignore the interrupt: nothing here can be cut short."""
 
 
 def _check_threads() -> None:
-    """Refuse threads that are none, as gevent's monkey patch makes them: they would wait for each other for ever."""
+    """Refuse green threads, as gevent's monkey patch installs them: they would wait for each other forever."""
     patch = sys.modules.get("gevent.monkey")
     if patch is not None and patch.is_module_patched("threading"):
         raise SettingError(
             "gevent has replaced the threads of this process, and a bus needs real ones",
             why="its event loop and its deadlines run on threads beside the program's",
-            fix="leave them alone: gevent.monkey.patch_all(thread=False, threading=False)",
+            fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
         )

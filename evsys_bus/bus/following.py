@@ -1,9 +1,9 @@
-"""The couriers of a bus: which adapters they deliver to, started with the bus, asked to finish with it.
+"""Deliveries of a bus: which adapters couriers deliver to, where the couriers run, and how they start and finish.
 
-One rule says where an adapter works: as its class declares, however it reached the bus. What is followed and can be
-built again is delivered to by a process of its own; what cannot, by threads of this one that work in slices; the half
-of an adapter that is placed inline by a task on the program's own loop. The journal's directory is all that they and
-the bus have in common.
+An adapter works where its class declares, however it reached the bus. Followed adapters that can be rebuilt are
+delivered to by a separate process; those that cannot, by threads of this one that work in short slices; the delivery
+half of an inline adapter by a task on the program's own loop. Couriers and bus share the journal directory and nothing
+else.
 """
 
 import itertools
@@ -37,37 +37,37 @@ if TYPE_CHECKING:  # at run time they are imported where something is followed
     from evsys_bus.delivery.roster import Posted
 
 Couriers = Literal["process", "thread"]
-"""Where couriers work: in a process of their own, or all of them on threads of this one."""
+"""Where couriers run: in a separate process, or on threads of this one."""
 Place = Literal["process", "thread", "loop"]
-"""Where one adapter is delivered to; ``loop``: by a task on the program's own event loop."""
+"""Where the courier of one adapter runs; ``loop``: as a task on the program's own event loop."""
 Placement = Literal["inline", "follow"]
-"""In publish, or off the loop."""
+"""Inside publish, or off the loop."""
 
 SLICE_SECONDS: Final = 0.0002
-"""How long a courier's thread works before it lets the loop's go on."""
+"""How long a courier thread works before it yields to the loop's thread."""
 REGISTER_SECONDS: Final = 1.0
-"""Between two tries to have a follower on record."""
+"""Interval of retries to register an adapter on disk."""
 LOOK_SECONDS: Final = 0.1
-"""Between two looks at how couriers fare, while they finish."""
+"""Interval of checks of the couriers while they finish."""
 LOOP_POLL_SECONDS: Final = 0.05
-"""How often a courier on the program's own loop looks into the journal."""
+"""How often a courier on the program's own loop polls the journal."""
 _STUCK: Final = ("parked", "failed")
 STOP_SECONDS: Final = 0.5
-"""What couriers on threads get to end once the deadline has passed; one that an adapter blocks is left behind."""
+"""How long courier threads may take to end after the deadline; one that its adapter blocks is abandoned."""
 
 
 class Following:
-    """The adapters that couriers deliver to, of what a bus was given.
+    """Starts, observes and finishes the deliveries of one bus.
 
     Args:
-        callbacks: As the bus was given them.
-        sinks: Likewise.
-        couriers: Where they work.
-        linger_seconds: How long the courier process may go on once the bus is closed, or its process dead.
-        rank: Of this process.
+        callbacks: The callbacks given to the bus.
+        sinks: The sinks given to the bus.
+        couriers: Where the couriers run.
+        linger_seconds: How long the courier process may continue after the bus is closed or its process has died.
+        rank: Rank of this process.
 
     Raises:
-        SettingError: Two of them have the same name.
+        SettingError: Two adapters have the same name.
         HookError: A hook, or a method of a sink, could never be called.
         BadSpecError: A callback that may stop the run is to be followed.
     """
@@ -84,7 +84,7 @@ class Following:
         self._rank = rank
         self._followed: tuple[Followed, ...] = ()
         self._objects: list[object] = []
-        """What was given as an object and is followed, or has a half that is."""
+        """Live objects that are followed, or whose delivery half is."""
         inline = tuple(each for each in (*given, *sinks) if self._take(each, (*given, *sinks)))
         _check_names(self._followed)
         self._couriers: Couriers = couriers
@@ -97,25 +97,25 @@ class Following:
         self._posted: list[Posted] = []
         self._faults = FaultLog(every_seconds=60.0)
         self._unregistered: tuple[Followed, ...] = ()
-        """Those whom the disk does not take on record yet."""
+        """Subscriptions that the disk has not accepted yet."""
         self._register_due = 0.0
-        self._lock = threading.Lock()  # over the accounts
+        self._lock = threading.Lock()  # guards reading the progress files
         self._reader = 0
-        """The thread that reads them now."""
+        """Identifier of the thread that is reading them, or 0."""
         self._last_read: list[DeliveryStatus] = []
         self._owed: dict[str, DeliveryStatus] = {}
-        """Of inline callbacks that owe something."""
+        """Status of inline callbacks with unconfirmed events."""
         self._earlier: dict[str, DeliveryStatus] = {}
-        """The statuses of an earlier day: their failures are not this bus's."""
+        """Statuses found at the start: their failures are not counted for this bus."""
         self._process: CourierProcess | None = None
         self._crews: list[Crew] = []
         self._news: News | None = None
         self._guard = Guard([each for each in self._followed if each.terms.stops])
         self.inline: Final[tuple[object, ...]] = (*inline, *([self._guard] if self._guard.watched else []))
-        """The others, in their order, and the guard if one is needed."""
+        """The inline callbacks in order, and the guard if one is needed."""
 
     def _take(self, given: object, beside: tuple[object, ...]) -> bool:
-        """Subscribe what of it is followed; whether its hooks run inline."""
+        """Subscribe the adapter or its delivery half; return whether its hooks run inline."""
         if isinstance(given, Followed):
             self._objects.append(given.live)
             self._followed += (_checked(given),)
@@ -146,7 +146,7 @@ class Following:
             target = adapter.sink if isinstance(adapter, CarriedSink) else adapter
             known = subscription_of(target, self._name_for(target))
             try:
-                adapter.spec_name = known.name  # its logs and tasks go by the name of its deliveries
+                adapter.spec_name = known.name  # its logs and tasks use the name of its deliveries
             except AttributeError:
                 pass  # slots or frozen
         if isinstance(adapter, Callback) and adapter.delivery is not None and not isinstance(adapter, CarriedSink):
@@ -154,7 +154,7 @@ class Following:
         self._followed += (known,)
 
     def _name_for(self, adapter: Callback | Sink) -> str:
-        """The kind, numbered where there are several, or the name of the class."""
+        """Return the kind, with a number if it is taken, or else the name of the class."""
         if adapter.spec_name or not adapter.name:
             return adapter.spec_name or type(adapter).__name__
         taken = {each.name for each in self._followed}
@@ -162,7 +162,7 @@ class Following:
         return next(each for each in names if each not in taken)
 
     def delivers_to(self, given: object) -> bool:
-        """Whether this very object, or a half of it, was given to be delivered to."""
+        """Return whether this very object, or its delivery half, is delivered to."""
         return given is not None and any(each is given for each in self._objects)
 
     def __bool__(self) -> bool:
@@ -170,23 +170,23 @@ class Following:
 
     @property
     def uses_loop(self) -> bool:
-        """Whether something is delivered to by tasks on the program's own loop."""
+        """Whether some courier is a task on the program's own loop."""
         return any(crew.on_program_loop for crew in self._crews)
 
     def temporary_journal(self) -> str:
-        """A directory for a journal that nobody asked for, but that followers need; it goes when all is delivered."""
+        """Create a journal directory if something is followed but none was given; removed once all is delivered."""
         self._temporary = True
         self._directory = directory = tempfile.mkdtemp(prefix="evsys-bus-")
         log().info("journal.temporary", directory=directory, why="something is followed, and no journal was given")
         return directory
 
     def register(self, journal: JournalWriter) -> None:
-        """Have the followers on record, and retention wait for them; before the first event is published.
+        """Register the adapters on disk, and make retention wait for them, before the first event is published.
 
-        Where the disk refuses it, it is tried again once a second (`look_after`); retention waits all the same.
+        If the disk refuses, `look_after` tries again once a second; retention waits all the same.
 
         Args:
-            journal: That of the bus, opened.
+            journal: The opened journal of the bus.
         """
         from evsys_bus.delivery.roster import strike_off
 
@@ -208,7 +208,7 @@ class Following:
         self._register()
 
     def _register(self) -> None:
-        """Write down those who are not yet on record."""
+        """Register the adapters that are not registered on disk yet."""
         from evsys_bus.delivery.roster import enlist
 
         refused = enlist(self._directory, self._unregistered)
@@ -216,11 +216,11 @@ class Following:
         self._register_due = time.monotonic() + REGISTER_SECONDS
 
     def start(self, last: Callable[[], dict[str, int]], office: TaskOffice) -> None:
-        """Begin to deliver what is recorded, if anything is followed.
+        """Start the couriers, if anything is followed.
 
         Args:
-            last: The stream that this process writes, and the sequence of its last event; none where there are gaps.
-            office: Runs the couriers of adapters that are placed inline.
+            last: Returns the stream of this process and the sequence of its last event; empty if there are gaps.
+            office: Runs couriers that are tasks on the program's loop.
         """
         if not self._followed:
             return
@@ -256,7 +256,7 @@ class Following:
         return {name: status for name, status in found if status is not None}
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """Note what an inline callback owes; 0 events: nothing any more."""
+        """Record how many events an inline callback has unconfirmed; 0 clears the entry."""
         from evsys_bus.delivery.retry import owed_of
 
         name = callback_name(adapter)
@@ -269,11 +269,11 @@ class Following:
 
     @property
     def owes(self) -> bool:
-        """Whether an inline callback owes something."""
+        """Whether an inline callback has unconfirmed events."""
         return bool(self._owed)
 
     def look_after(self) -> None:
-        """Now and then, off every thread that matters: tell the log, and the guard, how the deliveries fare."""
+        """Check the deliveries; called periodically on the watchdog's thread."""
         if self._unregistered and time.monotonic() >= self._register_due:
             self._try("delivery.not_registered", self._register)
         if self._news is not None:
@@ -285,14 +285,14 @@ class Following:
             self._guard.judge(self._read(), gave_up=self._process is not None and self._process.gave_up)
 
     def places(self) -> dict[str, Place]:
-        """Where each is delivered to."""
+        """Return where the courier of each adapter runs."""
         return {
             each.name: "loop" if each.here else "thread" if each.recipe is None else self._couriers
             for each in self._followed
         }
 
     def deliveries(self) -> tuple[DeliveryStatus, ...]:
-        """How far each has got; after them, inline callbacks that owe something."""
+        """Return the status of each delivery, then of inline callbacks with unconfirmed events."""
         elsewhere = [
             DeliveryStatus(each.name, state="other_rank", fix=f"rank {(each.terms.ranks or (0,))[0]} delivers to it")
             for each in self._followed
@@ -301,15 +301,15 @@ class Following:
         return (*(() if self._accounts is None else self._read()), *elsewhere, *tuple(self._owed.values()))
 
     def _read(self) -> "list[DeliveryStatus]":
-        """How far each has got. It never raises: what cannot be read is unknown."""
+        """Return the status of each delivery. Never raises: what cannot be read is reported as unknown."""
         assert self._accounts is not None
-        if self._reader == threading.get_ident():  # a signal handler, in the middle of a look of this very thread
+        if self._reader == threading.get_ident():  # in a signal handler that interrupted this read
             return self._last_read
         with self._lock:
             self._reader = threading.get_ident()
             try:
                 self._last_read = self._read_now()
-            except Exception as error:  # a wall: files that another program, or a bad disk, has in its hands
+            except Exception as error:  # isolated: another program or a bad disk may have changed the files
                 self._faults.warn("delivery.unknown", self._directory, error=error, journal=self._directory)
                 refusal = error if isinstance(error, OSError) else OSError(error_text(error))
                 self._last_read = [self._accounts.unknown(each.name, refusal) for each in self._serving]
@@ -330,22 +330,22 @@ class Following:
         return [_since(each, self._earlier.get(each.name)) for each in found]
 
     def _try(self, phrase: str, act: Callable[[], object]) -> None:
-        """Do it; what it raises is said, and goes no further."""
+        """Run the action; an exception is logged and suppressed."""
         try:
             act()
-        except Exception as error:  # a wall: one look that fails must not end the others, nor the looking
+        except Exception as error:  # isolated: one failed check must not prevent the others
             self._faults.warn(phrase, self._directory, error=error, journal=self._directory)
 
     def finish(self, receipt: Receipt, deadline: Deadline, closing: Closing, *, loop_runs: bool) -> Receipt:
-        """Close inline callbacks, and have all that is recorded delivered; the receipt then says how far that got.
+        """Close inline callbacks, finish the deliveries, and return the receipt with their status.
 
-        What is pending then stays in the journal. The process goes on for as long as it lingers.
+        What is pending then stays in the journal. The courier process may continue for its grace period.
 
         Args:
-            receipt: So far.
-            deadline: How long that may take.
-            closing: Of the inline callbacks.
-            loop_runs: Whether the loop of the bus runs; if not, nothing that is placed inline does either.
+            receipt: The receipt so far.
+            deadline: How long this may take.
+            closing: Closes the inline callbacks.
+            loop_runs: Whether the loop of the bus is running; otherwise no courier on it can finish.
         """
         if self._process is not None:
             self._process.finish(deadline.left())
@@ -363,7 +363,7 @@ class Following:
         told = self.told(receipt)
         for each in told.deliveries if not ended else ():
             if each.is_known and each.busy and not each.pending and not each.owed:
-                meaning = "all was delivered, but what it does at its end has not returned"
+                meaning = "all was delivered, but its shutdown has not finished"
                 log().warning("delivery.not_ended", adapter=each.name, why=each.error, meaning=meaning)
         if told.finish is not None:
             self._tell(told.deliveries, told.finish)
@@ -375,7 +375,7 @@ class Following:
         return told
 
     def _wait_for_couriers(self, deadline: Deadline, *, loop_runs: bool) -> bool:
-        """Until all have ended, or the time is up, or nothing more is to be expected; whether they have ended."""
+        """Wait until all couriers have ended, time is up, or no more progress is possible; return whether all ended."""
         crews = [crew for crew in self._crews if loop_runs or not crew.on_program_loop]
         while not (ended := self._have_ended(crews, LOOK_SECONDS)) and deadline.left():
             if not self._some_may_yet_take_events():
@@ -388,20 +388,20 @@ class Following:
         return ended and len(crews) == len(self._crews)
 
     def told(self, receipt: Receipt) -> Receipt:
-        """The receipt, with how far each delivery has got by now."""
+        """Return the receipt with the current status of each delivery."""
         deliveries = self.deliveries()
         due = any(each.pending or each.owed or not each.is_known for each in deliveries if each.name not in self._owed)
         finish = f"evsys-bus sync {self._directory}" if due else None
         return msgspec.structs.replace(receipt, deliveries=deliveries, finish=finish)
 
     def _have_ended(self, crews: "Sequence[Crew]", wait_seconds: float) -> bool:
-        """Whether all couriers have; waits a little for them."""
+        """Wait briefly for the couriers; return whether all have ended."""
         end = time.monotonic() + wait_seconds
         process = self._process is None or self._process.wait(wait_seconds)
         return all([crew.join(max(0.0, end - time.monotonic())) for crew in crews]) and process  # noqa: C419 # each
 
     def _some_may_yet_take_events(self) -> bool:
-        """Whether waiting may help: not where all that is pending is parked, or for an adapter that cannot be built."""
+        """Return False if everything pending is for parked adapters or for adapters that cannot be built."""
         pending = [each for each in self._read() if each.pending or not each.is_known]
         return not pending or any(each.state not in _STUCK for each in pending)
 
@@ -413,17 +413,19 @@ class Following:
         log().warning("delivery.pending", **pending, **owed, lingers_seconds=goes_on, fix=command)
 
     def _build(self, recipe: Recipe) -> Callback | Sink:
-        """The adapter, in this process; whoever made the recipe gave a way."""
+        """Build an adapter in this process; its recipe was made together with a way to build it."""
         build = next(each.build for each in self._followed if each.recipe is recipe)
         assert build is not None
         return build()
 
 
 def placement_of(callback: Callback) -> Placement:
-    """Where it runs, or its delivery half does: as the object says, else its class; a half is followed by default.
+    """Return where a callback, or its delivery half, works: as set on the object, else on its class.
+
+    A delivery half is followed by default.
 
     Raises:
-        SettingError: It says neither of both.
+        SettingError: The value is neither of the two.
     """
     kinds = itertools.takewhile(lambda kind: kind is not Callback, type(callback).__mro__)
     declared = any("placement" in vars(each) for each in (callback, *kinds) if hasattr(each, "__dict__"))
@@ -437,7 +439,7 @@ def placement_of(callback: Callback) -> Placement:
 
 
 def _ranks_of(callback: Callback) -> tuple[int, ...] | None:
-    """Which ranks its hooks run on; None for all."""
+    """Return the ranks on which its hooks run; None for all."""
     known: Followed | None = callback.evsys_subscription
     if callback.delivery is not None:  # both halves on the same ranks
         return ranks_of(callback.ranks, (0,)) if known is None else known.terms.ranks
@@ -445,12 +447,12 @@ def _ranks_of(callback: Callback) -> tuple[int, ...] | None:
 
 
 def _is_live(given: object, half: type) -> bool:
-    """Whether this is a sink of that class that was given by itself."""
+    """Return whether this is a sink of that class that was given on its own."""
     return isinstance(given.live if isinstance(given, Followed) else given, half)
 
 
 def _since(status: DeliveryStatus, earlier: DeliveryStatus | None) -> DeliveryStatus:
-    """The status with only the failures that came after an earlier one."""
+    """Return the status with only the failures that were added since an earlier one."""
     if earlier is None or not status.is_known:
         return status
     failures = {

@@ -1,4 +1,4 @@
-"""What a bus says of itself: every count that moves when something is dropped, refused, late or raised."""
+"""Health of a bus: every count that changes when something is dropped, refused, late or raised."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts, TaskOffic
 
 
 class Health(msgspec.Struct, frozen=True):
-    """A bus at one moment. All counts are exact and grow only."""
+    """A snapshot of a bus. All counts are exact and only grow."""
 
     state: Literal["new", "open", "closed", "forked"]
     published: dict[str, int]
@@ -24,27 +24,27 @@ class Health(msgspec.Struct, frozen=True):
     tasks_running: int
     """Adopted ones included."""
     tasks_waiting: int
-    """Accepted, and waiting for a place or for their lane."""
+    """Accepted tasks that wait for a free slot or for an earlier task of their lane."""
     handed_over: int
-    """Events of a thread that waited `publish_patience_seconds` in vain, left to the thread whose hook held the bus."""
+    """Events of threads that waited `publish_patience_seconds` in vain, left to the thread whose hook held the bus."""
     refused: int
-    """Events whose `publish` returned, and that met no hook and are not in the journal: too many were handed over, or
-    the bus was left meanwhile and they could not be recorded."""
+    """Events whose `publish` returned although no hook was called and nothing was recorded: too many were handed over,
+    or the bus was left meanwhile and they could not be recorded."""
     adoption: AdoptionState
     journal: JournalHealth | None = None
-    """None where nothing is recorded."""
+    """None if nothing is recorded."""
     deliveries: tuple[DeliveryStatus, ...] = ()
-    """One for each followed adapter, as the journal's directory says."""
+    """One for each followed adapter, read from the journal directory."""
     couriers: dict[str, Place] = {}
-    """Where each of those is delivered to."""
+    """Where the courier of each of them runs."""
     without_hooks: int = 0
-    """Events that are in the journal and met no hook: another thread's hook held the bus until it was left."""
+    """Events that are in the journal but whose hooks were not called: another thread's hook held the bus to the end."""
 
 
 def health_of(
     publisher: Publisher, office: TaskOffice, adoption: AdoptionState, recording: Recording | None, following: Following
 ) -> Health:
-    """Ask all parts of a bus."""
+    """Collect the counts of all components of a bus."""
     tasks, by_owner = office.counts()
     running, waiting = office.load()
     return Health(

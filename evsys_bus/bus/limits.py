@@ -1,18 +1,18 @@
-"""What the bus's settings may be."""
+"""Validation of the bus's settings."""
 
 from typing import Final
 
 from evsys_bus.errors import SettingError
 
 _MOST_SECONDS: Final = 1e8
-"""Three years: what waits longer waits for ever, and the system's calls take no more."""
+"""Three years; system calls accept no longer timeouts."""
 
 
 def seconds(name: str, value: float, least: float = 0.0) -> float:
-    """A duration within what clocks take; infinity is three years.
+    """Return a valid duration; infinity becomes three years.
 
     Raises:
-        SettingError: It is less than ``least``, or no number.
+        SettingError: It is less than ``least``, or not a number.
     """
     if not value >= least:  # NaN too
         raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {least:g}")

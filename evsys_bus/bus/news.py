@@ -1,9 +1,8 @@
-"""What couriers in a process of their own have to say, said in the program while it runs.
+"""The log of the courier process, repeated in the program's own log while it runs.
 
-Three things are said. That an adapter is stuck, with why and what to do, and that it goes on: once, and of what a
-courier tries again only when it has lasted, for most of it passes. Every other WARNING of the couriers' log, as it was
-logged there, at most one a second of a kind. And what adapters print, where this program prints. Nothing is lost in any
-case.
+It contains three things. State changes: an adapter is stuck, with the reason and the fix, or works again; failures that
+are retried are logged only if they persist, because most are temporary. Every other WARNING of the couriers' log, at
+most one a second of each kind. And the output that adapters print. The couriers' own log file stays complete.
 """
 
 import logging
@@ -22,26 +21,26 @@ if TYPE_CHECKING:  # at run time they are imported where something is followed
     from evsys_bus.tasks import DeliveryStatus
 
 LASTING_SECONDS: Final = 10.0
-"""After so long a failure that is tried again is told."""
+"""A failure that is retried is logged after this time."""
 _STUCK: Final = ("parked", "failed")
 COARSE_SECONDS: Final = 1.0
 BYTES_A_LOOK: Final = 256 << 10
-"""How much of the log is read at a time; at the end all that there is."""
+"""How much of the log is read at a time; the last poll reads all of it."""
 LINES_A_LOOK: Final = 100
-"""WARNINGs of our own logger; what is more is counted."""
+"""WARNINGs of our own logger per poll; any more are only counted."""
 MOST_KINDS: Final = 1000
-"""Kinds of WARNINGs of other loggers that are told apart."""
+"""Kinds of WARNINGs of other loggers that are distinguished."""
 _TOLD_ELSEWHERE: Final = ("sink.parked", "sink.retrying", "couriers.left")
-"""What the states and the receipt say too: ``delivery.parked``, ``delivery.retrying``, ``delivery.pending``."""
+"""Events also logged as ``delivery.parked``, ``delivery.retrying`` or ``delivery.pending``."""
 
 
 class News:
-    """Of the adapters that a process delivers to.
+    """Logs what happens to the adapters that a courier process delivers to.
 
     Args:
         directory: The journal.
-        names: The adapters'.
-        every_seconds: Between two looks at the couriers' states, at first; up to four times that while they stay.
+        names: The adapters' names.
+        every_seconds: Initial interval of reading the couriers' states; up to four times that while they do not change.
         monotonic: The clock.
     """
 
@@ -63,22 +62,22 @@ class News:
         self._log: Final = LogReader(self._log_path)
         self._repeats: Final = _Repeats(monotonic)
         self._failed: dict[str, Line] = {}
-        """The last ``courier.failed`` of an adapter, until its state says the same."""
+        """The last ``courier.failed`` line of an adapter, until its state reports the failure."""
         self._changed: int = 0
-        """When something in the folder was last seen to be replaced; nanoseconds since the epoch."""
+        """Modification time of the folder at the last read, in nanoseconds since the epoch."""
         self._again_at = math.inf
-        """When the states have to be read again all the same; monotonic."""
+        """When to read the states even if the folder has not changed; monotonic."""
         self._states: Final[dict[str, DeliveryStatus | None]] = dict.fromkeys(names)
         self._told: Final[dict[str, str | None]] = dict.fromkeys(names)
-        """What was said last of each; None where all is well."""
+        """The state logged last for each adapter; None if it works."""
         self._every_seconds: Final = every_seconds
         self._pause = every_seconds
         self._due = 0.0
         self._monotonic: Final = monotonic
-        self._lock: Final = threading.Lock()  # the last look is not the watchdog's
+        self._lock: Final = threading.Lock()  # the last poll runs on another thread than the watchdog's
 
     def look(self, *, last: bool = False) -> None:
-        """Say what has changed; nothing, if it was asked for a moment ago and this is not the ``last`` look."""
+        """Log what has changed; do nothing if the last poll was a moment ago, unless this is the ``last`` one."""
         with self._lock:
             now = self._monotonic()
             if now < self._due and not last:
@@ -87,7 +86,7 @@ class News:
             failed = dict(self._failed)
             try:
                 self._follow_log(last=last)
-            except Exception as error:  # a wall: whatever stands in a file must not end the thread that looks
+            except Exception as error:  # isolated: no file content may end the polling thread
                 log().warning("couriers.log_unreadable", log=self._log_path, exc_info=error)
             self._read(-math.inf if last else self._again_at, now)
             self._due = now + self._pause
@@ -95,7 +94,7 @@ class News:
                 if state is not None:
                     self._tell(name, state)
             for name, line in (self._failed if last else failed).copy().items():
-                if self._failed.get(name) is line:  # its state was told before: this one failed in another way
+                if self._failed.get(name) is line:  # its state was logged before: this is a different failure
                     del self._failed[name]
                     _say_own(line)
             if last:
@@ -103,17 +102,20 @@ class News:
                 self._log.close()
 
     def _read(self, again_at: float, now: float) -> None:
-        """Most looks are one system call: each lets go of the interpreter, which a loop that computes notices."""
+        """Read the states if they may have changed.
+
+        Most polls are one system call: each releases the GIL, which slows a loop that computes.
+        """
         from evsys_bus.delivery.states import read_state
 
         try:
-            changed = os.stat(self._folder).st_mtime_ns  # noqa: PTH116 # a Path of it would cost as much as the call
+            changed = os.stat(self._folder).st_mtime_ns  # noqa: PTH116 # creating a Path would cost as much as the call
         except OSError:
             return
         if changed == self._changed and now < again_at:
             return
         self._states.update({name: read_state(self._disk, self._directory, name) for name in self._states})
-        # Clocks of file systems are coarse: what was replaced just now may be so again, and look the same.
+        # File system timestamps are coarse: another replacement right after this one may have the same time.
         unsure = changed != self._changed or None in self._states.values()
         self._again_at = now + COARSE_SECONDS if unsure else math.inf
         if changed != self._changed:
@@ -128,7 +130,7 @@ class News:
         if news == said:
             return
         if news is not None:
-            fix = state.fix or "it is tried again; evsys-bus status tells how it fares"
+            fix = state.fix or "it is retried; evsys-bus status shows its progress"
             facts: dict[str, object] = {"why": state.error, "safe": "its events wait on disk", "fix": fix}
             failed = self._failed.pop(name, None) if news == "failed" else None
             if failed is not None and failed.traceback is not None:
@@ -141,7 +143,7 @@ class News:
         self._told[name] = news
 
     def _follow_log(self, *, last: bool) -> None:
-        """Say what is new in the couriers' log."""
+        """Log the new lines of the couriers' log."""
         own = 0
         for line in self._log.read(None if last else BYTES_A_LOOK):
             self._pause = self._every_seconds
@@ -162,7 +164,7 @@ class News:
 
 
 def _say_own(line: "Line") -> None:
-    """As our own logger said it there."""
+    """Log a line of our own logger with the same level and facts."""
     facts = {_fact(key): value for key, value in line.facts.items()}
     if line.adapter is not None:
         facts = {"adapter": line.adapter, **facts}
@@ -173,24 +175,24 @@ def _say_own(line: "Line") -> None:
 
 
 def _fact(key: str) -> str:
-    """The name of a fact that a log record could not have as an attribute."""
+    """Undo the suffix that keeps facts apart from the attributes of log records."""
     return key[:-1] if key.endswith("_") and key[:-1] in RECORD_FIELDS else key
 
 
 def _print(line: "Line") -> None:
-    """What an adapter printed, where this program prints."""
+    """Print what an adapter printed to this program's stream."""
     stream = sys.stderr if line.stream == "stderr" else sys.stdout
     text = line.print or ""
     try:
         encoding = stream.encoding or "utf-8"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
-    except Exception:  # noqa: S110  # closed, or None, or a stranger's: nobody is there to read it
+    except Exception:  # noqa: S110  # closed, or None, or replaced by the host: there is no reader
         pass
 
 
 class _Repeats:
-    """WARNINGs of other loggers: the first of a kind at once, then at most one a second, with how often it came."""
+    """Limits WARNINGs of other loggers: the first of a kind at once, then at most one a second, with the count."""
 
     def __init__(self, monotonic: Callable[[], float], every_seconds: float = 1.0) -> None:
         self._monotonic: Final = monotonic
@@ -218,7 +220,7 @@ class _Repeats:
 
 
 def _say_others(line: "Line", count: int) -> None:
-    """Under the name of the logger that said it there."""
+    """Log a line under the name of its original logger."""
     level: Any = logging.getLevelNamesMapping().get(line.level, logging.WARNING)
     text = line.message if count == 1 else f"{line.message} ({count} times)"
     if line.traceback is not None:

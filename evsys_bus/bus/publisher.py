@@ -1,8 +1,8 @@
-"""The publishing half of a bus: the token and who waits for it, what is published meanwhile, and what a hook raises.
+"""Publishing: the token and its queue, events published meanwhile, and exceptions of hooks.
 
-The fast path is compiled (`compile`); this is everything around it: the first event of a type, a publish from inside a
-hook or from a signal handler, a publish from another thread, a token lost to an interrupt, callbacks added and removed.
-It knows nothing of tasks and nothing of event loops.
+The fast path is compiled (`compile`). This module handles everything else: the first event of a type, a publish from
+inside a hook, from a signal handler or from another thread, a token lost to an interrupt, and callbacks that are added
+or removed. It does not depend on tasks or event loops.
 """
 
 import inspect
@@ -31,18 +31,18 @@ from evsys_bus.tasks import Deadline
 from evsys_bus.watchdog import Blocked, Sighting
 
 NESTED_LIMIT: Final = 1_000
-"""How many events the hooks of one publish may publish in turn, all generations together."""
+"""How many events the hooks of one publish may publish, including those of nested hooks."""
 HANDED_OVER_LIMIT: Final = 10_000
 """How many events of other threads may wait for the thread whose hook holds the bus."""
 
 SEAL_SECONDS: Final = 1.0
-"""How long closing waits at least for another thread to come to the end of recording an event."""
+"""Minimum time that closing waits for another thread to finish recording an event."""
 
 HOT: Final = StepEnd
 
 
 class _Late:
-    """An event whose hooks cannot run at once."""
+    """An event whose hooks cannot run immediately."""
 
     __slots__ = ("event", "is_begun", "is_done", "published", "sequence")
 
@@ -51,18 +51,22 @@ class _Late:
         self.published = published
         """Seconds since the epoch."""
         self.is_begun = False
-        """Whether its hooks were called, or some of them."""
+        """Whether at least some of its hooks were called."""
         self.is_done = False
-        """Whether it is on record, or counted as refused."""
+        """Whether it is recorded, or counted as refused."""
         self.sequence = 0
-        """The one that was the next when its turn began; it keeps the token, or the seal, until it is done."""
+        """The next sequence of the journal when its dispatch started; no other event is recorded before it is done."""
 
 
 class Publisher:
-    """Takes events, calls hooks.
+    """Takes events and calls hooks.
 
-    ``expose`` is given the compiled `publish` whenever it changes; ``before`` is called with each event that is not a
-    hot one, before its hooks.
+    Args:
+        callbacks: In the order of the calls.
+        faults: Logs failures of hooks and dropped events.
+        patience_seconds: How long a publish waits for that of another thread.
+        expose: Called with the compiled `publish` whenever it changes.
+        before: Called with each event that is not a hot one, before its hooks.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class Publisher:
         self.without_hooks = 0
         self.entry_error: BaseException | None = None
         """Why the bus could not be entered."""
-        self._sealed = threading.RLock()  # over what is recorded once the bus is closed and a hook holds it still
+        self._sealed = threading.RLock()  # guards recording after close, while a hook still holds the token
         self._recorded_for_hook: Event | None = None
         self._faults = faults
         self._patience = patience_seconds
@@ -105,21 +109,21 @@ class Publisher:
         self._renew()
         _alive.add(self)
 
-    # -- the paths that are not hot -----------------------------------------------------------------------------------
+    # -- slow paths ---------------------------------------------------------------------------------------------------
 
     def _first_of(self, event_type: type[Event]) -> Dispatch:
-        """The first event of a type since the callbacks changed, or any event when the bus is not open."""
+        """Compile for the first event of a type since the callbacks changed; raise if the bus is not open."""
         self._check_open()
-        if not issubclass(event_type, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # what a caller really gives
+        if not issubclass(event_type, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
             raise _no_event(event_type)
         return self.units.compile(event_type, self.callbacks, hot=False, **self._parts(event_type)).dispatch
 
     def _contended(self, event: Event) -> None:
-        """The token is taken: by this thread, which is in a hook, or by another one, or it was lost."""
+        """Publish when the token is taken: by this thread in a hook, by another thread, or lost to an interrupt."""
         self._check_open()
-        if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # what a caller really gives
+        if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
             raise _no_event(type(event))
-        late = _Late(with_whole_step(event), time.time())  # here, where an error still reaches who publishes
+        late = _Late(with_whole_step(event), time.time())  # validate here, where an error still reaches the caller
         if self._stack.holder(inspect.currentframe()) is not None:
             self._publish_nested(late)
         elif not self._held(partial(self._dispatch, late)):
@@ -129,22 +133,22 @@ class Publisher:
         self.units.dispatch_of[type(late.event)](late.event, late.published)
 
     def _dispatch_late(self, late: "_Late") -> None:
-        """An event from the queue; its publish may have returned, so nobody is left to raise an error at."""
+        """Dispatch an event from the queue; its publish may have returned, so errors reach no caller."""
         if self.state != "open" or late.is_begun:
             self._record_without_hooks(late)
             return
         late.sequence = self._next_sequence()
         late.is_begun = True
         self._dispatch(late)
-        late.is_done = True  # not so where an interrupt came; `_settle` finds it again
+        late.is_done = True  # not reached after an interrupt: `_settle` then sees the event again
 
     def _next_sequence(self) -> int:
         return 0 if self.recording is None else self.recording.writer.next_sequence
 
     def _record_without_hooks(self, late: "_Late") -> None:
-        """Its publish has returned, and its hooks cannot be called, or not all of them."""
+        """Record an event whose publish has returned and whose hooks cannot be called, or not all of them."""
         if late.is_done or (late.sequence and late.sequence != self._next_sequence()):
-            return  # the sequence was its own: an interrupt came once it was recorded
+            return  # it was recorded before an interrupt came
         if self.recording is None:
             late.is_done = True
             if not late.is_begun:
@@ -161,19 +165,19 @@ class Publisher:
             self._faults.warn("publish.without_hooks", name, event_type=name, why=why)
 
     def _record_now(self, event: Event, published: float) -> bool:
-        """Record it outside its publish; where that fails, it is counted and said."""
+        """Record an event outside its publish; a failure is counted and logged."""
         assert self.recording is not None
         with self._sealed:
             try:
                 refusal = self.recording.record(event, published)
-            except Exception as error:  # a wall: nobody is left to raise it at
+            except Exception as error:  # isolated: there is no caller to raise it to
                 refusal = error
         if refusal is not None:
             self._refuse(event, f"it could not be recorded: {error_text(refusal)}")
         return refusal is None
 
     def _record_sealed(self, event: Event, published: float) -> None:
-        """What a publish records by that was in a hook when the bus was closed."""
+        """Record for a publish that was inside a hook when the bus was closed."""
         with self._sealed:
             if event is not self._recorded_for_hook:
                 self._record_now(event, published)
@@ -204,7 +208,7 @@ class Publisher:
         self._try_held(_nothing)  # the other thread may have finished between our last try and the append
 
     def _withdraw(self, item: "_Late | BaseException | Callable[[], None]") -> bool:
-        """Take it out of the queue; False where another thread has done so."""
+        """Remove an item from the queue; return False if another thread has done so."""
         try:
             self._queue.remove(item)
         except ValueError:
@@ -212,7 +216,7 @@ class Publisher:
         return True
 
     def _held(self, act: Callable[[], None]) -> bool:
-        """Do something with the token held, waiting for it as long as patience lasts; False when it did not come."""
+        """Run the action with the token, waiting for it as long as patience lasts; return False if it timed out."""
         deadline = time.monotonic() + self._patience
         pause = 0.0
         while not self._try_held(act):
@@ -239,10 +243,10 @@ class Publisher:
         return True
 
     def _settle(self, leave: BaseException | None = None) -> None:
-        """Before the token is given back: what hooks published, what they changed, and what must reach the caller.
+        """Process the queue before the token is returned: nested events, changes of callbacks, and errors to raise.
 
-        What is in the queue stays there until it is done, so that no interrupt loses it; and whatever is raised, the
-        rest is done first. Of several errors the first is raised, and none is left behind for a later publish.
+        An item stays in the queue until it is done, so that no interrupt loses it. Everything is processed before an
+        error is raised; of several errors the first is raised, and none is left for a later publish.
         """
         item: _Late | BaseException | Callable[[], None] | None = None
         while self._queue:
@@ -264,7 +268,7 @@ class Publisher:
             raise leave
 
     def raise_later(self, error: BaseException) -> None:
-        """Raise it from the publish in progress, once its hooks have run and the token is given back."""
+        """Raise an error from the current publish, after its hooks have run and the token was returned."""
         self._queue.append(error)
 
     def _failed(self, account: HookAccount, error: BaseException) -> None:
@@ -285,7 +289,7 @@ class Publisher:
             raise BusNotOpenError(
                 "publish on a bus that could not be entered",
                 why=error_text(self.entry_error),
-                fix="make a new EventBus once that is mended",
+                fix="make a new EventBus once that is fixed",
             )
         if self.state == "new":
             raise BusNotOpenError("publish before the bus was entered", fix="`async with EventBus(...) as bus:` first")
@@ -294,17 +298,17 @@ class Publisher:
     # -- opening, changing, closing -----------------------------------------------------------------------------------
 
     def open(self, recording: Recording | None) -> None:
-        """Take events from here on, and record them if there is where to."""
+        """Start taking events, and recording them if there is a journal."""
         self.recording = recording
         self.state = "open"
         self._renew()
 
     def close(self, deadline: Deadline | None = None) -> None:
-        """Take no more events, once what waits has run.
+        """Stop taking events after the queue was processed. May be called from any thread.
 
-        A hook that blocks in another thread is waited for as patience lasts; where events were left to that thread,
-        until the deadline. What waits then is recorded without its hooks, and the thread that comes out of its hook
-        later finds its event recorded. From any thread.
+        A hook that blocks in another thread is waited for as long as patience lasts, or until the deadline if events
+        were left to that thread. Events that are still queued then are recorded without hooks, and so is the event of
+        the blocked hook.
         """
         deadline = Deadline(0.0) if deadline is None else deadline
         if self.state == "open" and not self._shut(deadline):
@@ -313,7 +317,7 @@ class Publisher:
         self.units.forget()
 
     def _shut(self, deadline: Deadline) -> bool:
-        """Close with the token held, so that nobody is inside; False where it did not come."""
+        """Close with the token held, so that no hook is running; return False if the token cannot be had."""
 
         def shut() -> None:
             try:
@@ -327,14 +331,14 @@ class Publisher:
             if max(left, deadline.left() if self._queue else 0.0) <= 0.0:
                 return False
             if self._stack.holder(inspect.currentframe()) is not None:
-                return False  # this very thread is in a hook, and would wait for itself
+                return False  # this very thread is inside a hook and would wait for itself
             self._lost_token.restore()
             time.sleep(pause)
             pause = min(0.001, pause + 0.00005)
         return True
 
     def _take_over(self, deadline: Deadline) -> None:
-        """Record what nobody else will: a hook holds the bus, and is not waited for any longer."""
+        """Close while a hook holds the token and is not waited for any longer; record the remaining events."""
         self.state = "closed"
         if self.recording is None:
             self._take_over_queue()
@@ -348,7 +352,7 @@ class Publisher:
                     self._record_for_hook(*held)
                     self._take_over_queue()
                     return
-            time.sleep(0.001)  # it records, or goes from one event to the next
+            time.sleep(0.001)  # it is recording, or between two events
         if not self._try_held(_nothing):
             for item in tuple(self._queue):
                 if isinstance(item, _Late) and self._withdraw(item):
@@ -360,7 +364,7 @@ class Publisher:
                 self._record_without_hooks(item)
 
     def _event_in_hook(self) -> tuple[Event, float, bool] | None:
-        """The event whose hook holds the bus, when it was published, and whether it is on record already."""
+        """Return the event whose hook holds the token, its publish time, and whether it is recorded already."""
         for _, holder in self._stack.holders():
             unit = self.units.find(holder.f_code.co_filename)
             event = holder.f_locals.get("event")
@@ -369,7 +373,7 @@ class Publisher:
         return None
 
     def _record_for_hook(self, event: Event, published: float, is_recorded: bool) -> None:
-        """The event of the hook that holds the bus."""
+        """Record the event of the hook that holds the token."""
         for item in tuple(self._queue):
             if isinstance(item, _Late) and item.event is event:
                 item.is_done = True
@@ -380,7 +384,7 @@ class Publisher:
     def change(
         self, update: Callable[[tuple[object, ...]], tuple[object, ...]], then: Callable[[], None] | None = None
     ) -> None:
-        """Change the callbacks, from the next publish on; ``then`` is called with it."""
+        """Change the callbacks from the next publish on, and then call ``then``."""
 
         def renew() -> None:
             self.callbacks = update(self.callbacks)
@@ -393,7 +397,7 @@ class Publisher:
             self._queue.append(renew)
 
     def disown(self) -> None:
-        """In a forked child: the bus stays with the parent."""
+        """Mark the bus as the parent's, in a forked child."""
         if self.state == "open":
             self.state = "forked"
         self.units.after_fork()
@@ -404,18 +408,18 @@ class Publisher:
 
     def _renew(self) -> None:
         self.units.forget()
-        # While the bus is not open, no callback is compiled in and the inlined path is closed: every event comes by
-        # `_first_of`, which says why it is refused.
+        # While the bus is not open, no callbacks are compiled in and the inlined path is disabled: every event reaches
+        # `_first_of`, which raises the reason.
         is_open = self.state == "open"
         unit = self.units.compile(HOT, self.callbacks if is_open else (), hot=is_open, **self._parts(HOT))
         if not is_open:
             self.units.forget()
-        if is_open:  # what is published where a run ends, as of a lack of memory, must not be compiled there
+        if is_open:  # compile events of the end of a run now: it may end because of a lack of memory
             self.units.dispatch_of.update({each: self._first_of(each) for each in BEFORE_HOOKS})
         self._expose(unit.publish)
 
     def _parts(self, event_type: type[Event]) -> dict[str, Any]:
-        """What the compiled code needs of here. Any: functions and containers of several types."""
+        """Return what the compiled code needs from this object."""
         return {
             "tokens": self._tokens,
             "queue": self._queue,
@@ -428,20 +432,20 @@ class Publisher:
             "record_first": self.recording is not None and event_type in BEFORE_HOOKS,
         }
 
-    # -- who is inside ------------------------------------------------------------------------------------------------
+    # -- the publish in progress --------------------------------------------------------------------------------------
 
     def publishing(self) -> bool:
-        """Whether some thread is inside a publish; cheap, and only a hint: it may be over the next moment."""
+        """Return whether some thread is inside a publish; cheap, and only a hint, since it may end at any moment."""
         return not self._tokens
 
     def hook_around(self, frame: FrameType | None) -> HookAccount | None:
-        """The hook in which the code of this frame runs, if this bus called it."""
+        """Return the hook in which the code of this frame runs, if this bus called it."""
         while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
             frame = frame.f_back
-        return self._stack.hook_at(frame)  # the innermost hook; None where it is another bus's
+        return self._stack.hook_at(frame)  # the innermost hook; None if it is one of another bus
 
     def current_event(self, frame: FrameType | None) -> EventInfo | None:
-        """Of the event whose hook runs in this frame, or further out."""
+        """Return the event whose hook runs in this frame or an outer one."""
         while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
             frame = frame.f_back
         unit = None if frame is None else self.units.by_file.get(frame.f_code.co_filename)
@@ -452,7 +456,7 @@ class Publisher:
         return self.recording.info(unit.event_time(), recorded=unit.record_first)
 
     def look(self) -> Sighting[HookAccount] | None:
-        """The hook call in progress, for the watchdog."""
+        """Return the hook call in progress, for the watchdog."""
         if self._tokens:
             return None
         for frame, holder in self._stack.holders():
@@ -463,7 +467,7 @@ class Publisher:
         return None
 
     def tell_blocked(self, blocked: Blocked[HookAccount]) -> None:
-        """What the watchdog has found: count it, say it."""
+        """Count and log a blocked hook."""
         blocked.hook.blocked += 1
         log().warning(
             "hook.blocked",
@@ -476,7 +480,7 @@ class Publisher:
 
 
 def _nothing() -> None:
-    """The act of one who only wants the queue run."""
+    """Do nothing; for callers that only want the queue processed."""
 
 
 def _no_event(given: type) -> EventError:

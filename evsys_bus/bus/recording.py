@@ -1,7 +1,7 @@
-"""The recording half of a bus: each event becomes an envelope, and the envelope one append to the journal.
+"""Recording: each event becomes an envelope, and each envelope one append to the journal.
 
-An event is recorded after its hooks, with the ids and metrics that they added; a checkpoint and the ends of things
-before them, because an upload or a failure must be on record even if a hook dies on it. The time is taken on entry.
+An event is recorded after its hooks, with the ids and metrics that they added; checkpoints and the ends of runs before
+their hooks, because an upload or a failure must be recorded even if a hook dies on it. The time is taken on entry.
 """
 
 import os
@@ -41,50 +41,50 @@ from evsys_bus.journal import JournalWriter
 from evsys_bus.tasks import Deadline, Receipt
 
 BEFORE_HOOKS: Final = frozenset({Checkpoint, TrainEnd, RunEnd, ExperimentEnd})
-"""Event types that are on record before a hook sees them."""
+"""Event types that are recorded before their hooks run."""
 
 _STARTS: Final = frozenset({ExperimentStart, GroupStart, RunStart, TrainStart})
 _ENDS: Final = frozenset({TrainEnd, RunEnd, ExperimentEnd})
 CLOSE_SECONDS: Final = 1.0
-"""What closing the journal may take at least, also where the tasks have used up the deadline."""
+"""Minimum time for closing the journal, even if the tasks have used up the deadline."""
 _FIRST_PAUSE_SECONDS: Final = 0.02
 _LAST_PAUSE_SECONDS: Final = 0.25
-"""Between two tries of what the disk refuses, while the bus is left."""
+"""Maximum interval of retries while the bus is closing and the disk refuses writes."""
 SCRIMPED_BYTES: Final = 16 << 10
-"""What an event may take where there is no memory for all of it."""
+"""Maximum size of an event that is truncated for lack of memory."""
 _RANKS: Final = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-"""Where launchers say which process of many this is: torchrun, Slurm, Open MPI, MPICH."""
+"""Environment variables for the rank set by launchers: torchrun, Slurm, Open MPI, MPICH."""
 
 
 _RunOf = Callable[[Event], str | None]
-"""How the run key of an event is found."""
+"""Returns the run key of an event."""
 _Append = Callable[[Event, str | None, bytes], None]
-"""Appends an event, given its run and what was made of both."""
+"""Appends an event, given its run and the encoded envelope."""
 
 
 class JournalHealth(msgspec.Struct, frozen=True):
-    """How the journal of a bus fares."""
+    """Counts of the journal of a bus."""
 
     directory: str
     stream: str
     recorded: int
-    """Events with the operating system."""
+    """Events written to the operating system."""
     unrecorded: int
-    """Events that wait in memory, because the disk does not take them."""
+    """Events that wait in memory because the disk refuses them."""
     lost: int
-    """Events given up because too many waited."""
+    """Events dropped because too many waited."""
     failures: int
-    """How often the disk refused something."""
+    """How often the disk refused an operation."""
     removed_segments: int = 0
-    """Segments that `retain` has removed."""
+    """Segments removed by `retain`."""
     removed_events: int = 0
-    """Events in those."""
+    """Events in the removed segments."""
     removed_bytes: int = 0
-    """Their size."""
+    """Size of the removed segments."""
 
 
 class Recording:
-    """Writes what a bus publishes; called with the bus's token held, so by one thread at a time."""
+    """Records the events of a bus. Called with the bus's token held, so by one thread at a time."""
 
     def __init__(
         self, writer: JournalWriter, rank: int, leave: Callable[[BaseException], None], secrets: frozenset[str]
@@ -95,9 +95,9 @@ class Recording:
         self._rank = rank
         self._leave = leave
         self._faults = FaultLog()
-        self._started: set[str | None] = set()  # scopes with a RunStart, which RunEnd and not TrainEnd will close
-        self._roots: dict[str, str] = {}  # of runs, by key: the directory of the experiment
-        self._introduced: set[tuple[str | None, str]] = set()  # runs whose context is on record: key and directory
+        self._started: set[str | None] = set()  # scopes with a RunStart: closed by RunEnd, not by TrainEnd
+        self._roots: dict[str, str] = {}  # by run key: the directory of the experiment
+        self._introduced: set[tuple[str | None, str]] = set()  # runs whose context is recorded: key and directory
 
     @classmethod
     def open(
@@ -111,9 +111,9 @@ class Recording:
 
         Args:
             journal: A directory, or a writer that is not open yet.
-            rank: Which of several processes this is.
-            leave: Called with what must be raised from the publish in progress.
-            secrets: As `evsys_bus.codec.encode` takes them.
+            rank: Rank of this process.
+            leave: Called with errors to be raised from the current publish.
+            secrets: See `evsys_bus.codec.encode`.
 
         Raises:
             JournalOpenError: The directory cannot be written.
@@ -129,12 +129,12 @@ class Recording:
         return recording
 
     def close(self, receipt: Receipt, deadline: Deadline, spare_seconds: float = 0.0) -> Receipt:
-        """Have it all on the medium, in what is left of the deadline, and say so on the receipt.
+        """Write and sync everything within the deadline, and return the receipt with the counts.
 
         Args:
-            receipt: So far.
-            deadline: What the disk refuses is tried again until then; once where none of it is left.
-            spare_seconds: How much of it is left to others.
+            receipt: The receipt so far.
+            deadline: Refused writes are retried until then, or once if it has passed.
+            spare_seconds: How much of it is reserved for others.
         """
         writer = self.writer
         pause = _FIRST_PAUSE_SECONDS
@@ -152,7 +152,7 @@ class Recording:
         )
 
     def way_of(self, event_type: type[Event]) -> Callable[[Event, float], None]:
-        """The function that records events of this type, given when they were published."""
+        """Return the function that records events of this type, given an event and its publish time."""
         fields = event_type.__struct_fields__
         run_of = partial(_run_of, next((way for field, way in _WAYS.items() if field in fields), None))
         if event_type in _STARTS:
@@ -165,7 +165,7 @@ class Recording:
         return self._recorder(run_of, encode_event)
 
     def record(self, event: Event, published: float) -> BaseException | None:
-        """Record one event outside its publish; what the journal refused it with, where it was asked to raise.
+        """Record one event outside its publish; return the journal's error if it was configured to raise.
 
         Raises:
             JournalClosedError: The journal is closed.
@@ -179,16 +179,16 @@ class Recording:
         return refusals[0] if refusals else None
 
     def last(self) -> dict[str, int]:
-        """The stream, and the sequence of its last event; empty where some wait or were given up: there may be gaps."""
+        """Return the stream and the sequence of its last event; empty if events wait or were lost (possible gaps)."""
         writer = self.writer
         return {} if writer.lost or writer.unrecorded else {self._stream: writer.next_sequence - 1}
 
     def info(self, now: float, *, recorded: bool) -> EventInfo:
-        """Of the event whose hooks run now, which has its number already, or gets the next one."""
+        """Describe the event whose hooks are running; if not ``recorded`` yet, it will get the next sequence."""
         return EventInfo(now, self._stream, self.writer.next_sequence - recorded)
 
     def health(self) -> JournalHealth:
-        """Every count, now."""
+        """Return all current counts."""
         writer = self.writer
         removed = writer.removed
         return JournalHealth(
@@ -206,13 +206,13 @@ class Recording:
     def _recorder(
         self, run_of: _RunOf, encode_event: Callable[[Event, int, float], bytes]
     ) -> Callable[[Event, float], None]:
-        """For the many: steps and evals. What it needs are its own names: an attribute costs more."""
+        """Return the recorder for frequent events. It uses local names only, because attributes are slower."""
         append, leave = self.writer.appender(encode_event), self._leave
 
         def record(event: Event, now: float) -> None:
             try:
                 append(event, now)
-            except UnrecordedError as error:  # only where the program asked for it
+            except UnrecordedError as error:  # only if the journal is configured to raise
                 leave(error)
             except MemoryError as error:
                 self._scrimp(self._append_plain, event, now, run_of(event), error)
@@ -246,7 +246,7 @@ class Recording:
         return encode(envelope, max_event_bytes=max_event_bytes, secrets=self._secrets, whole_context=whole_context)
 
     def _introduction(self, event: Event) -> tuple[str | None, str] | None:
-        """The run whose whole context an event is to carry, because no other event on record has it."""
+        """Return the run whose whole context the event must carry because no recorded event has it yet."""
         place = _place_of(getattr(event, "state", None))
         if place is None or (
             _scope_of(*place) in self._started if isinstance(event, TrainStart) else place in self._introduced
@@ -255,12 +255,12 @@ class Recording:
         return place
 
     def _lacks_context(self, state: object) -> bool:
-        """Whether the context of a state is not on record."""
+        """Return whether the context of this state is not recorded yet."""
         place = _place_of(state)
         return place is not None and place not in self._introduced
 
     def _scrimp(self, append: _Append, event: Event, now: float, run: str | None, error: MemoryError) -> None:
-        """There is no memory for the record: have less of it recorded, or the event counted as lost."""
+        """Record a truncated event for lack of memory, or count it as lost."""
         try:
             append(event, run, self._encoded(event, now, run, SCRIMPED_BYTES))
         except UnrecordedError as refusal:
@@ -270,7 +270,7 @@ class Recording:
         try:
             self._faults.warn("journal.no_memory", type(event), error=error, event_type=type(event).__name__)
         except MemoryError:
-            pass  # the counts have to do
+            pass  # it is still counted
 
     def _append_plain(self, _: Event, __: str | None, payload: bytes) -> None:
         self.writer.append(payload)
@@ -279,7 +279,7 @@ class Recording:
         self.writer.append(payload, keep=True)
 
     def _append_introduction(self, event: Event, run: str | None, payload: bytes) -> None:
-        """As a start: each later segment begins with it, and so with the context."""
+        """Append like a start event: each later segment begins with it, and so with the context."""
         self.writer.append_start(payload, self._scope(event, run))
 
     def _append_start(self, event: Event, run: str | None, payload: bytes) -> None:
@@ -293,7 +293,7 @@ class Recording:
     def _append_end(self, event: Event, run: str | None, payload: bytes) -> None:
         scope = self._scope(event, run)
         if isinstance(event, TrainEnd) and scope in self._started:
-            self.writer.append(payload, keep=True)  # the run goes on: its benchmarks and its RunEnd are still to come
+            self.writer.append(payload, keep=True)  # the run continues: its benchmarks and its RunEnd follow
             return
         self._started.discard(scope)
         if isinstance(event, RunEnd) and run is not None:
@@ -301,7 +301,7 @@ class Recording:
         self.writer.append_end(payload, scope)
 
     def _scope(self, event: Any, run: str | None) -> str | None:
-        """What an event opens or closes: a run of one experiment; None for the experiment. Any: a start or an end."""
+        """Return what the event opens or closes: a run of one experiment, or None for the experiment."""
         if run is None:
             return None
         handle = event.ctx if hasattr(event, "ctx") else reader_of(event.state)("ctx")
@@ -312,7 +312,7 @@ class Recording:
 
 
 class _LastName:
-    """The name of a path; of the one that was asked for last it is known, for a path takes itself apart anew."""
+    """Returns the last component of a path, with a cache of one, because `PurePath` parses itself each time."""
 
     def __init__(self) -> None:
         self._last: tuple[object, str] = (None, "")
@@ -329,30 +329,30 @@ _name_of: Final = _LastName().of
 
 
 def _run_of_state(event: Any) -> object:
-    """The run of an event with a ``state``. Any: a program may put anything there; its attributes decide."""
+    """Return the run of an event with a ``state``, which may be any object with the right attributes."""
     state = event.state
     try:
         ctx = getattr(state, "ctx", None)
         run = None if ctx is None else getattr(ctx, "run_key", None)
         return _name_of(state.output_dir) if run is None else run
-    except Exception:  # a dict, or one whose own code raises what it likes
+    except Exception:  # a dict, or an object whose own code raises
         return run_and_root(state)[0]
 
 
 def _run_of_ctx(event: Any) -> object:
-    """The run of an event with a ``ctx``; None for those of the whole experiment. Any: as above."""
+    """Return the run of an event with a ``ctx``; None for events of the whole experiment."""
     return reader_of(event.ctx)("run_key")
 
 
 def _place_of(state: Any) -> tuple[str | None, str] | None:
-    """Of a state that has a context, the key of its run and the directory of its experiment. Any: as above."""
+    """Return run key and experiment directory of a state that has a context, or None."""
     try:
         ctx = state.ctx
         if ctx is None:
             return None
         run, root = getattr(ctx, "run_key", None), getattr(ctx, "output_dir", None)
         run = _name_of(state.output_dir) if run is None else run_key_of(run)
-    except Exception:  # a dict, or one that lacks something, or whose own code raises what it likes
+    except Exception:  # a dict, or an object that lacks an attribute or whose own code raises
         ctx = reader_of(state)("ctx")
         if ctx is None or ctx is ABSENT:
             return None
@@ -361,7 +361,7 @@ def _place_of(state: Any) -> tuple[str | None, str] | None:
 
 
 def _root_of(folder: object) -> str:
-    """The directory of an experiment as text; empty where there is none."""
+    """Return the directory of an experiment as text; empty if there is none."""
     return "" if folder is None else str(folder_of(folder))
 
 
@@ -370,26 +370,26 @@ def _scope_of(run: str | None, root: str) -> str:
 
 
 def _run_of_run(event: Any) -> object:
-    """The run of an event that names it. Any: as above."""
+    """Return the run of an event with a ``run`` field."""
     return event.run
 
 
 _WAYS: Final = {"state": _run_of_state, "ctx": _run_of_ctx, "run": _run_of_run}
-"""By what an event has."""
+"""By the field that an event has."""
 
 
 def _run_of(way: Callable[[Event], object] | None, event: Event) -> str | None:
-    """The run of an event; None for one that says nothing of a run, or nothing that could be one."""
+    """Return the run key of an event, or None if it has none."""
     if way is None:
         return None
     try:
         run = way(event)
-    except Exception:  # what a program puts into a state may be anything
+    except Exception:  # a program may put any object into a state
         return None
     return run_key_of(run)
 
 
 def rank_of(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank that the launcher gave this process; 0 where there is none."""
+    """Return the rank that the launcher gave this process, or 0."""
     found = (environment.get(name, "") for name in _RANKS)
     return next((int(rank) for rank in found if rank.isdecimal()), 0)

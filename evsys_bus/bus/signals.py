@@ -1,9 +1,8 @@
-"""SIGTERM, so that a polite end is a drained one.
+"""SIGTERM handling: drain every open bus before the process ends.
 
-Where it has its default disposition, our handler stops the code of every open bus once, and when the last of them has
-closed the signal is raised again with the default in place: the process ends as its sender expects, its tasks done.
-Where the host has a handler, theirs runs and ours only passes it on. SIGINT is the runner's, which cancels the main
-task as it is.
+With the default disposition, our handler stops the code of every open bus once. When the last bus has closed, the
+signal is raised again with the default in place, so that the process ends as its sender expects. If the host has a
+handler, that one runs, and ours only forwards to it. SIGINT is left to the asyncio runner, which cancels the main task.
 """
 
 import os
@@ -16,9 +15,9 @@ from typing import Any
 
 
 class TermSignal:
-    """The ear of one bus, from its entry to its exit. Off the main thread nothing is installed.
+    """The SIGTERM handler of one bus, from its entry to its exit. Nothing is installed off the main thread.
 
-    ``stop`` is called in the signal handler, on the main thread, once.
+    ``stop`` is called once in the signal handler, on the main thread.
     """
 
     def __init__(self, stop: Callable[[], None]) -> None:
@@ -26,13 +25,13 @@ class TermSignal:
         self._was_last = False
 
     def install(self) -> bool:
-        """Begin to listen; True if the signal came already, and another bus is still on its way out."""
+        """Install the handler; return True if the signal has arrived already and another bus is still closing."""
         if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
             return False
         now = signal.getsignal(signal.SIGTERM)
         if now is None or now is signal.SIG_IGN:
             return False  # set outside Python, or meant to be ignored
-        _shared.listening.append(self)  # first: where an interrupt comes before the rest, `remove` undoes it
+        _shared.listening.append(self)  # first, so that `remove` undoes it after an interrupt
         if now is not _handle:
             _shared.earlier = now
             _shared.received = False
@@ -40,8 +39,8 @@ class TermSignal:
         return _shared.received and _shared.earlier is signal.SIG_DFL
 
     def remove(self) -> None:
-        """Stop listening; the last one gives the host its handler back, unless it has set another one since."""
-        # An interrupt may come between any two of these; done once more, they come to the same.
+        """Remove the handler; the last one restores the host's handler, unless it has set another one since."""
+        # An interrupt may come between any two statements; calling this again has the same result.
         self._was_last = self._was_last or _shared.listening == [self]
         if self in _shared.listening:
             _shared.listening.remove(self)
@@ -49,22 +48,22 @@ class TermSignal:
             _give_back()
 
     def raise_again(self) -> None:
-        """After the last `remove`: end as the signal would have ended the process, had we not been there."""
+        """End the process as the signal would have, after the last `remove`."""
         if self._was_last and _shared.received and _shared.earlier is signal.SIG_DFL:
-            for stream in (sys.stdout, sys.stderr):  # a signal's default end flushes nothing
+            for stream in (sys.stdout, sys.stderr):  # the default disposition flushes nothing
                 try:
                     stream.flush()
                 except (AttributeError, OSError, ValueError):
-                    pass  # no stream, or a broken one: nothing to save
+                    pass  # no stream, or a broken one
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 class _Shared:
-    """What all buses of the process share: there is one handler for a signal."""
+    """State shared by all buses of the process, because a signal has only one handler."""
 
     def __init__(self) -> None:
         self.listening: list[TermSignal] = []
-        self.earlier: Any = None  # Any: a handler, or one of the signal module's two constants
+        self.earlier: Any = None  # a handler, or SIG_DFL or SIG_IGN
         self.received = False
         self.pid = os.getpid()
 
@@ -73,10 +72,10 @@ _shared = _Shared()
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
-    if os.getpid() != _shared.pid:  # it came in a forked child before the child could forget us
+    if os.getpid() != _shared.pid:  # it arrived in a forked child before the after-fork hook ran
         _forget_in_child()
         os.kill(os.getpid(), number)
-    elif not _shared.listening:  # the last bus was left by a thread that may not give the handler back
+    elif not _shared.listening:  # the last bus was left by a thread that may not restore the handler
         _give_back()
         os.kill(os.getpid(), number)
     elif _shared.earlier is not signal.SIG_DFL:
@@ -86,20 +85,20 @@ def _handle(number: int, frame: FrameType | None) -> None:
         try:
             for each in reversed(_shared.listening):  # the innermost first
                 each.stop()
-        except RuntimeError:  # of a loop that was closed this instant
-            _shared.received = False  # it may have stopped nothing: the next one is heard again
+        except RuntimeError:  # its loop was just closed
+            _shared.received = False  # possibly nothing was stopped: handle the next signal
             raise
 
 
 def _give_back() -> None:
-    """Put the host's handler back in the place of ours; Python lets the main thread alone do it."""
+    """Restore the host's handler; Python allows this on the main thread only."""
     on_main_thread = threading.current_thread() is threading.main_thread()
     if on_main_thread and signal.getsignal(signal.SIGTERM) is _handle:
         signal.signal(signal.SIGTERM, _shared.earlier)
 
 
 def _forget_in_child() -> None:
-    """A forked child has no bus to drain: the signal has to end it as it would have ended it without us."""
+    """Remove the handlers in a forked child, which has no bus to drain."""
     _give_back()
     _shared.listening.clear()
     _shared.pid = os.getpid()

@@ -1,7 +1,7 @@
-"""Who is inside a publish, read off the stacks: so the fast path has no mark to set, and none to forget.
+"""Find out from the stacks who is inside a publish, so that the fast path need not set and reset a marker.
 
-The frame of compiled code (`compile`) says which hook by its line; the two functions of the publisher that wait for the
-token and that hold it are known by their code.
+The line number of a frame of compiled code (`compile`) identifies the hook. The two methods of the publisher that wait
+for the token and that hold it are identified by their code objects.
 """
 
 import sys
@@ -17,7 +17,7 @@ from evsys_bus.bus.compile import Unit
 from evsys_bus.diagnostics import collector_paused, log
 
 LOST_SECONDS: Final = 0.02
-"""How long the token must have been with nobody to count as lost."""
+"""How long the token must have been missing without a holder to count as lost."""
 
 
 class StackReader:
@@ -27,13 +27,13 @@ class StackReader:
         self, publisher: object, units: Mapping[str, Unit], prefix: str, *, waits: CodeType, holds: CodeType
     ) -> None:
         self._publisher = publisher
-        self._prefix = prefix  # units that are gone count too: a `publish` of theirs holds the token until it returns
+        self._prefix = prefix  # also of retired code: its `publish` holds the token until it returns
         self._units = units  # by the filename of their code
         self._waits = waits
         self._holds = holds
 
     def holder(self, frame: FrameType | None) -> FrameType | None:
-        """The innermost frame, from this one outward, that holds the token; a publish that waits for it holds none."""
+        """Return the innermost frame, from this one outward, that holds the token; a waiting publish holds none."""
         waiting = False
         while frame is not None:
             code = frame.f_code
@@ -49,12 +49,12 @@ class StackReader:
         return None
 
     def hook_at(self, holder: FrameType | None) -> HookAccount | None:
-        """The hook that the frame is calling, if it is calling one."""
+        """Return the hook that the frame is calling, if any."""
         unit = None if holder is None else self._units.get(holder.f_code.co_filename)
         return None if unit is None or holder is None else unit.lines.get(holder.f_lineno)
 
     def holders(self) -> list[tuple[FrameType, FrameType]]:
-        """Of every thread that holds the token (one, or none): its innermost frame, and the one that holds."""
+        """Return, for every thread that holds the token (at most one), its innermost frame and the holding frame."""
         found: list[tuple[FrameType, FrameType]] = []
         with collector_paused:
             for frame in sys._current_frames().values():  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] # documented
@@ -65,12 +65,12 @@ class StackReader:
 
 
 class LostToken:
-    """Brings back a token that an interrupt lost between taking and guarding it: it is missing, and nobody is inside.
+    """Restores a token that an interrupt lost between taking it and entering the ``try`` block.
 
     Args:
-        tokens: Where it should be.
-        holders: Who holds it.
-        dispatched: How many events were dispatched so far.
+        tokens: The container of the token.
+        holders: Returns the frames that hold it.
+        dispatched: Returns the number of dispatched events.
     """
 
     def __init__(self, tokens: deque[None], holders: Callable[[], object], dispatched: Callable[[], int]) -> None:
@@ -82,10 +82,10 @@ class LostToken:
         self._missed: tuple[int, float] | None = None
 
     def restore(self) -> None:
-        """Called while one waits for it.
+        """Restore the token if it is lost; called repeatedly while waiting for it.
 
-        It must be missed twice, with nothing dispatched in between: while we look, it passes from hand to hand. One
-        looks at a time; who comes meanwhile, as a signal handler in the middle of a look, does without.
+        It must be missing twice, with nothing dispatched in between, because it may change hands during a check. Only
+        one thread checks at a time; others, and a signal handler that interrupts a check, return at once.
         """
         if self._looking:
             return

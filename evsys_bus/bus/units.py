@@ -1,4 +1,4 @@
-"""The compiled units of a bus and the accounts of its hooks: which code runs for an event, and how often it did."""
+"""The compiled code of a bus and the counters of its hooks: what runs for an event, and how often it did."""
 
 import itertools
 import threading
@@ -15,7 +15,7 @@ _numbers: Final = itertools.count(1)
 
 
 class DispatchTable(dict[type[Event], Dispatch]):
-    """Event type -> the compiled dispatch; ``first_of`` compiles a missing one, or raises."""
+    """Maps event types to compiled dispatch functions; ``first_of`` compiles a missing one, or raises."""
 
     def __init__(self, first_of: Callable[[type[Event]], Dispatch]) -> None:
         super().__init__()
@@ -26,21 +26,21 @@ class DispatchTable(dict[type[Event], Dispatch]):
 
 
 class Units:
-    """All units in use. Changed with the token held; read from any thread."""
+    """All compiled code in use. Changed with the token held; read from any thread."""
 
     def __init__(self, first_of: Callable[[type[Event]], Dispatch]) -> None:
         self.prefix = f"{FILENAME} {next(_numbers)}."
-        """What the filenames of this bus's code begin with, and of no other's."""
+        """Prefix of the filenames of this bus's compiled code; unique per bus."""
         self.dispatch_of = DispatchTable(first_of)
         self.by_file: dict[str, Unit] = {}
         self._accounts: dict[tuple[int, str], HookAccount] = {}
-        self._gone: dict[tuple[str, str], HookHealth] = {}  # of callbacks that are gone, by name
-        self._published: dict[str, int] = {}  # by units that are gone
-        self._folding = threading.RLock()  # a signal handler may ask for health in the middle of it
+        self._gone: dict[tuple[str, str], HookHealth] = {}  # of removed callbacks, by name
+        self._published: dict[str, int] = {}  # by retired code
+        self._folding = threading.RLock()  # reentrant, for a signal handler that calls health()
         self._all: weakref.WeakSet[Unit] = weakref.WeakSet()
 
     def compile(self, event_type: type[Event], callbacks: Iterable[object], *, hot: bool, **parts: Any) -> Unit:
-        """Compile the hooks of these callbacks for one event type. Any: what `Unit` takes."""
+        """Compile the hooks of these callbacks for one event type; ``parts`` are passed to `Unit`."""
         accounts = [account for callback in callbacks if (account := self._account(callback, event_type)) is not None]
         unit = Unit(event_type, accounts, hot=hot, prefix=self.prefix, **parts)
         self._all.add(unit)
@@ -49,11 +49,11 @@ class Units:
         return unit
 
     def after_fork(self) -> None:
-        """In a forked child: a lock that another thread held would stay held for ever."""
+        """Replace the lock in a forked child: one held by another thread would stay locked forever."""
         self._folding = threading.RLock()
 
     def let_go(self, callbacks: Iterable[object]) -> None:
-        """Keep the counts, and nothing else, of callbacks that are not among these."""
+        """Discard callbacks that are not among these, except for their counts."""
         staying = {id(callback) for callback in callbacks}
         with self._folding:
             for key, account in list(self._accounts.items()):
@@ -63,7 +63,7 @@ class Units:
                     self._gone[name] = account.health(0).plus(self._gone.get(name))
 
     def forget(self) -> None:
-        """End all units; their counts stay."""
+        """Retire all compiled code; the counts stay."""
         with self._folding:
             self.dispatch_of.clear()
             for unit in tuple(self.by_file.values()):
@@ -72,22 +72,22 @@ class Units:
                     self._published[unit.tag] = self._published.get(unit.tag, 0) + unit.count()
 
     def find(self, filename: str) -> Unit | None:
-        """The unit with this code, also one that is gone and still at work."""
+        """Return the unit with this filename, including retired ones that are still running."""
         return next((each for each in tuple(self._all) if each.filename == filename), None)
 
     def record_by(self, record: Callable[[Event, float], None]) -> None:
-        """Have every unit record by this function from now on, also those that are gone and still at work."""
+        """Replace the record function of every unit, including retired ones that are still running."""
         for unit in tuple(self._all):
             unit.record_by(record)
 
     def fold(self) -> None:
-        """Bring sampled times into the accounts; the watchdog does so a few times a second."""
+        """Move sampled times into the counters; the watchdog does so a few times a second."""
         with self._folding:
             for unit in tuple(self.by_file.values()):
                 unit.fold()
 
     def called(self, callback: object) -> bool:
-        """Whether a hook of this callback was called so far."""
+        """Return whether a hook of this callback was called so far."""
         counting = {id(account): unit for unit in tuple(self.by_file.values()) for account in unit.accounts}
         return any(
             account.calls or (id(account) in counting and counting[id(account)].count())
@@ -103,14 +103,14 @@ class Units:
             self._gone[name] = failed.plus(self._gone.get(name))
 
     def published(self) -> dict[str, int]:
-        """How many events were dispatched, by type, exactly."""
+        """Return the exact number of dispatched events by type."""
         counts = dict(self._published)
         for unit in tuple(self.by_file.values()):
             counts[unit.tag] = counts.get(unit.tag, 0) + unit.count()
         return {tag: count for tag, count in counts.items() if count}
 
     def hooks(self) -> tuple[HookHealth, ...]:
-        """Every hook that a callback overrides and that could be called so far."""
+        """Return the health of every overridden hook that could be called so far."""
         self.fold()
         counting = {id(account): unit for unit in tuple(self.by_file.values()) for account in unit.accounts}
         present = tuple(
@@ -123,7 +123,7 @@ class Units:
         method = hook_of(callback, event_type)
         if method is None:
             return None
-        key = (id(callback), event_type.hook)  # the account holds the callback, so the id stays its own
+        key = (id(callback), event_type.hook)  # the account references the callback, so its id stays unique
         if key not in self._accounts:
             self._accounts[key] = HookAccount(callback, callback_name(callback), event_type.hook, method)
         return self._accounts[key]

@@ -1,6 +1,6 @@
-"""The command line: one file per command, each imported only when it is called.
+"""The command line: one module per command, imported only when the command runs.
 
-This module owns the list of commands and the way of one command line, from its arguments to its exit code:
+This module owns the list of commands and runs one command line, from its arguments to its exit code:
 
     0 ok · 1 the training code raised · 2 usage or config · 3 local environment · 4 remote
     5 deliveries pending (--strict) · 130 interrupted
@@ -17,41 +17,41 @@ import click
 from evsys_bus.cli.screen import Screen
 
 COMMANDS: Final[Mapping[str, str]] = {
-    "demo": "three small networks learn to read handwritten digits, in seconds: a run to look at",
-    "run": "run an experiment file",
-    "check": "check an experiment file and show what it would run; start nothing",
-    "tail": "the events of a live or finished journal",
+    "demo": "trains three small networks on handwritten digits, in seconds",
+    "run": "runs an experiment file",
+    "check": "checks an experiment file and shows what it would run; starts nothing",
+    "tail": "shows the events of a live or finished journal",
     "follow": "runs an adapter beside a live run, in this process",
-    "replay": "pushes a recorded run through any adapter",
+    "replay": "delivers a recorded run to any adapter",
     "sync": "delivers what is pending",
-    "status": "the streams of a journal, who writes them, and how far each adapter has got",
-    "forget": "takes an adapter that left the config off a journal's record",
-    "journal": "verify, repair or export a journal",
-    "show": "what is known of a run or an experiment: status, metrics, checkpoints, evals",
-    "checkpoints": "the checkpoints of a run, here and at their destination",
+    "status": "shows the streams of a journal, their writers, and the progress of each adapter",
+    "forget": "removes an adapter from a journal whose config no longer has it",
+    "journal": "verifies, repairs or exports a journal",
+    "show": "shows a run or an experiment: status, metrics, checkpoints, evals",
+    "checkpoints": "lists the checkpoints of a run, local and uploaded",
     "fetch": "downloads a checkpoint and verifies it",
-    "adapters": "the kinds of callbacks there are; with KIND its schema, defaults and an example",
-    "doctor": "what this machine has and lacks",
-    "bench": "dispatch latency and costs on this machine, as a table and a plot",
-    "explain": "the page of help for an error code",
+    "adapters": "lists the kinds of callbacks; with KIND its schema, defaults and an example",
+    "doctor": "checks Python, packages, disk and environment of this machine",
+    "bench": "measures dispatch latency and costs on this machine, as a table and a plot",
+    "explain": "shows the help page of an error code",
 }
-"""What each command does. The command itself is ``command`` in ``evsys_bus.cli.<name>``."""
+"""What each command does, by name. The click command is ``command`` in ``evsys_bus.cli.<name>``."""
 
 
 class _ReaderLeft(Exception):  # noqa: N818 # it is no error
-    """Whoever read stdout has gone."""
+    """The reader of stdout has closed it."""
 
 
 class LazyGroup(click.Group):
-    """A group that knows what its commands do without importing them."""
+    """A click group that lists its commands without importing them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """The commands, in the order in which they are shown."""
+        """Return the command names in display order."""
         del ctx
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the command."""
+        """Import and return the command, or None where there is none of this name."""
         del ctx
         if cmd_name not in COMMANDS:
             return None
@@ -60,7 +60,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """The command; click's own list of what it may have been is empty here."""
+        """Find the command, and suggest the nearest name for an unknown one, which click cannot do here."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             import difflib
@@ -70,14 +70,14 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command. That nobody reads its result any more is no fault of its own, as click would have it."""
+        """Run the command; a closed stdout is not reported as an error, as click would do."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
             raise _ReaderLeft from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The list in ``--help``; click's own would import every command for its help text."""
+        """Write the list in ``--help``; click's own version would import every command for its help text."""
         del ctx
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))

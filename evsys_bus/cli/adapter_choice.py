@@ -1,4 +1,4 @@
-"""Which adapter a command line means: ``--to KIND``, its params, and the user's modules that offer it."""
+"""The adapter that a command line selects: ``--to KIND``, its params, and the plugin modules that register it."""
 
 import re
 import sys
@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from evsys_bus.sink import Sink
     from evsys_bus.wiring.document import Document
 
-_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 _AT: Final = "$.callbacks[0]"
 
 
 def adapter_options(command: _CommandT) -> _CommandT:
-    """``--to``, as ``kind``, ``--set``, as ``sets``, and ``--plugin``, as ``plugins``."""
+    """Add ``--to`` (argument ``kind``), ``--set`` (``sets``) and ``--plugin`` (``plugins``) to a command."""
     for option in (
-        click.option("--plugin", "plugins", multiple=True, metavar="MODULE", help="Import it first; it offers KIND."),
+        click.option(
+            "--plugin", "plugins", multiple=True, metavar="MODULE", help="Import this module first; it registers KIND."
+        ),
         click.option(
             "--set",
             "sets",
@@ -37,10 +39,10 @@ def adapter_options(command: _CommandT) -> _CommandT:
 
 
 def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None) -> "Followed":
-    """The adapter, described, and checked as far as can be without building it.
+    """Return the subscription that the options describe, validated without building the adapter.
 
     Raises:
-        ConfigError: There is no such kind, its params do not fit, or it cannot be followed.
+        ConfigError: The kind is unknown, its params are invalid, or it does not support delivery by a courier.
     """
     from evsys_bus.errors import ConfigError, Where
     from evsys_bus.wiring import CallbackSpec, build_callbacks, with_overrides
@@ -59,14 +61,14 @@ def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | N
         for each in getattr(error, "errors", (error,)):
             _place(each, params)
         raise
-    return cast("Callback", callback).evsys_subscription  # of two halves: an inline one belongs to a live run alone
+    return cast("Callback", callback).evsys_subscription  # an inline half works in a live run only
 
 
 def built(followed: "Followed") -> "Callback | Sink":
-    """The adapter itself.
+    """Return the adapter of a subscription, built if it is not a live object.
 
     Raises:
-        ConfigError: It cannot be built.
+        ConfigError: The adapter cannot be built.
     """
     from evsys_bus.wiring import build_followed
 
@@ -77,7 +79,7 @@ def built(followed: "Followed") -> "Callback | Sink":
 
 
 def _as_yaml(text: str) -> str:
-    """With quotes around a value that is no YAML: ``out_path={run_dir}/metrics.csv`` means what it says."""
+    """Quote a value that is not valid YAML, such as ``out_path={run_dir}/metrics.csv``."""
     from evsys_bus.errors import DocumentError
     from evsys_bus.wiring.compose import compose
 
@@ -90,12 +92,12 @@ def _as_yaml(text: str) -> str:
 
 
 def _place(error: Any, params: "Document") -> None:
-    """Name the option where it went wrong, not a place in a list that nobody wrote. Any: a config error."""
+    """Make a config error point to the command line option instead of a position in the generated spec."""
     from evsys_bus.errors import Where
 
     path = "" if error.where is None else error.where.path
     inside = path.startswith(f"{_AT}.params.")
     error.where = params.where(f"${path.removeprefix(f'{_AT}.params')}") if inside else None
     if isinstance(error.where, Where) and error.where.line is not None:
-        error.where = None  # it stands nowhere: it was left out
+        error.where = None  # the param was not given, so there is no text to point to
     error.fix = re.sub(r"^add (\w+): ", r"add --set \1=", error.fix)

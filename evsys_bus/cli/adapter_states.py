@@ -1,4 +1,4 @@
-"""The adapters of a journal as ``status`` shows them: how far each is, and what keeps it."""
+"""The adapters of a journal as ``status`` shows them: progress, state and errors."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,14 @@ from evsys_bus.tasks import DeliveryStatus
 
 _MINUTE: Final = 60
 UNKNOWN: Final = "?"
-"""In the place of a count of a delivery whose files cannot be read."""
+"""Shown instead of the counts of a delivery whose files cannot be read."""
 
 Ranks = Mapping[str, tuple[int, ...] | None]
-"""Which ranks each adapter serves; None for all."""
+"""The ranks that each adapter serves; None for all."""
 
 
 def ranks_served(directory: str | Path) -> Ranks:
-    """Of every adapter that was followed in this journal; of none where that cannot be read."""
+    """Return the ranks of every adapter of this journal; empty if the journal cannot be read."""
     try:
         return {each.name: each.terms.ranks for each in roster(str(directory))}
     except OSError:
@@ -35,7 +35,7 @@ def ranks_served(directory: str | Path) -> Ranks:
 
 
 def state_words(status: DeliveryStatus, ranks: Ranks) -> str:
-    """Its state in a word or two, as far as what its courier wrote down is true still."""
+    """Return the state in one or two words; a recorded state counts only while the courier runs."""
     if status.state in {"failed", "unknown"}:
         return str(status.state)
     if status.state == "other_rank" and not status.busy:
@@ -47,7 +47,7 @@ def state_words(status: DeliveryStatus, ranks: Ranks) -> str:
 
 
 def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[dict[str, Any]]:
-    """For JSON: the status, with what only a look into the journal can tell. Any: JSON."""
+    """Return the JSON rows of adapters: each status, completed with facts from the journal."""
     ranks = ranks_served(directory)
     rows: list[dict[str, Any]] = []
     for each in statuses:
@@ -65,7 +65,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
 
 
 def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None = None) -> list[str]:
-    """The table, and below it what there is to know and to do."""
+    """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = ranks_served(directory)
     owes = any(each.owed for each in statuses)
     rows = [["adapter", "state", "delivered", *(["owed"] if owes else []), "pending", "dead", "lag"]]
@@ -82,14 +82,16 @@ def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: in
         )
     lines = table(rows, width)
     for each in statuses:
-        absent = [f"{each.name}: {counted(each.absent, 'event')} not delivered: removed before it had them"]
+        absent = [
+            f"{each.name}: {counted(each.absent, 'event')} not delivered: removed from the journal before delivery"
+        ]
         for line in (*trouble_lines(each, directory), *(absent if each.absent else [])):
             lines += wrapped(printable(line), width, indent="  ")
     log = directory / layout.COURIERS / LOG_NAME
     if log.exists() and any(trouble_lines(each, directory) for each in statuses):
         lines.append(f"log of the couriers: {printable(str(log))}")
     reader = JournalReader(directory)
-    is_live = any(map(reader.is_live, reader.streams()))  # then its own couriers are at it
+    is_live = any(map(reader.is_live, reader.streams()))  # then its own couriers deliver
     waiting = [
         each
         for each in statuses
@@ -103,7 +105,7 @@ def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: in
 
 
 def _lag_seconds(directory: Path, status: DeliveryStatus) -> float | None:
-    """Since the newest event that was delivered was published, over all streams; None where none was."""
+    """Return the age of the newest delivered event over all streams; None if none was delivered."""
     reader = JournalReader(directory)
     times: list[float] = []
     for stream, place in Cursors(str(directory)).load(status.name).streams.items():
@@ -112,7 +114,7 @@ def _lag_seconds(directory: Path, status: DeliveryStatus) -> float | None:
             if record is not None and record.sequence == place.sequence:
                 times.append(decode(record.payload).time)
         except (CodecError, JournalVersionError, OSError):
-            continue  # it is behind by a number of events, then
+            continue  # the lag is then shown as a number of events
     return max(0.0, time.time() - max(times)) if times else None
 
 

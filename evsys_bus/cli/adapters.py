@@ -1,4 +1,4 @@
-"""``evsys-bus adapters``: the kinds of callbacks there are, and what each can be told."""
+"""``evsys-bus adapters``: lists the kinds of callbacks and their params."""
 
 import click
 

@@ -1,11 +1,11 @@
-"""Amounts as people read them: bytes, ages, ranges of sequences."""
+"""Formatting of sizes, rates, durations and ranges of sequences for people."""
 
 import math
 from collections.abc import Sequence
 from typing import Final
 
 NONE: Final = "-"
-"""Shown where there is nothing to show yet."""
+"""Shown where there is no value yet."""
 _STEP: Final = 1000
 _MINUTE: Final = 60
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
@@ -13,7 +13,7 @@ _WHOLE_RATE_FROM: Final = 10
 
 
 def size(count: int) -> str:
-    """``312 B``, ``3.2 MB``."""
+    """Return a number of bytes as ``312 B`` or ``3.2 MB``."""
     if count < _STEP:
         return f"{count} B"
     amount = float(count)
@@ -25,7 +25,7 @@ def size(count: int) -> str:
 
 
 def of_size(done: int, total: int) -> str:
-    """``212/400 MB``, ``0.21/3.10 GB``: both in the unit of the whole, in three digits."""
+    """Return ``212/400 MB`` or ``0.21/3.10 GB``: both numbers in the unit of the total, with three digits."""
     unit = size(total).rpartition(" ")[2]
     scale = _STEP ** _UNITS.index(unit)
     digits = 0 if unit == "B" else 2 if total < 10 * scale else 1 if total < 100 * scale else 0
@@ -33,14 +33,14 @@ def of_size(done: int, total: int) -> str:
 
 
 def rate(bytes_per_second: float) -> str:
-    """``53 MB/s``, ``5.3 MB/s``."""
+    """Return a rate as ``53 MB/s`` or ``5.3 MB/s``."""
     amount, _, unit = size(round(bytes_per_second)).partition(" ")
     whole = float(amount.replace(",", "")) >= _WHOLE_RATE_FROM
     return f"{amount.partition('.')[0] if whole else amount} {unit}/s"
 
 
 def duration(seconds: float | None) -> str:
-    """``0:42``, ``1:02:03``, ``3d 04:05``."""
+    """Return a duration as ``0:42``, ``1:02:03`` or ``3d 04:05``."""
     if seconds is None or not math.isfinite(seconds):
         return NONE
     minutes, rest = divmod(round(seconds), 60)
@@ -52,22 +52,22 @@ def duration(seconds: float | None) -> str:
 
 
 def ago(seconds: float) -> str:
-    """``4 s ago``, ``1:02:03 ago``."""
+    """Return an age as ``4 s ago`` or ``1:02:03 ago``."""
     whole = max(0, round(seconds))
     return f"{whole} s ago" if whole < _MINUTE else f"{duration(whole)} ago"
 
 
 def span(first: int, last: int) -> str:
-    """``81``, ``81 to 83``."""
+    """Return an inclusive range as ``81`` or ``81 to 83``."""
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def spans(ranges: Sequence[tuple[int, int]], most: int = 10) -> str:
-    """``81 to 83, 90``."""
+    """Return inclusive ranges as ``81 to 83, 90``."""
     told = [span(first, last) for first, last in ranges[:most]]
     return ", ".join([*told, *([f"and {len(ranges) - most:,} more ranges"] if len(ranges) > most else [])])
 
 
 def within(ranges: Sequence[tuple[int, int]]) -> int:
-    """How many sequences there are in all of these."""
+    """Return how many numbers these inclusive ranges hold."""
     return sum(last - first + 1 for first, last in ranges)

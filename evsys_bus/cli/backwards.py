@@ -1,6 +1,6 @@
-"""The newest records of a stream first, read from the ends of its segments: what is shown of a journal of any size.
+"""Reading a stream newest record first, from the ends of its segments, so that the cost does not grow with its size.
 
-Damage is passed over. Who must know of it verifies the journal.
+Damaged bytes are skipped without a report; `evsys_bus.journal.verify` reports them.
 """
 
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ _WINDOW_BYTES: Final = 1 << 20
 
 
 def newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Record]:
-    """The events of a stream, from the last one that is whole back to the first.
+    """Yield the intact events of a stream, newest first.
 
     Raises:
-        JournalVersionError: A newer version wrote them.
+        JournalVersionError: A newer version of evsys-bus wrote them.
     """
     folder = f"{directory}/{stream}"
     names = layout.segments(disk, folder)
     above: int | None = None
     for name in reversed(names):
         for each in frames_backwards(disk, f"{folder}/{name}"):
-            # Only the oldest segment there is gives out the starts it carries: the others repeat them.
+            # Carried start events count in the oldest segment only; the later segments repeat them.
             if each.kind != frame.EVENT and (each.kind != frame.CARRIED or name != names[0]):
                 continue
             if above is None or each.sequence < above:
@@ -33,16 +33,16 @@ def newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Record]:
 
 
 def frames_backwards(disk: Disk, path: str) -> Iterator[Frame]:
-    """The whole frames of one segment, last one first, of all kinds.
+    """Yield the intact frames of one segment, newest first, of all kinds.
 
     Raises:
-        JournalVersionError: A newer version wrote it.
+        JournalVersionError: A newer version of evsys-bus wrote it.
     """
-    next(SegmentScan(disk, path).pieces(), None)  # it is the one who knows versions
+    next(SegmentScan(disk, path).pieces(), None)  # checks the format version
     end, window = disk.size(path), _WINDOW_BYTES
     while end > 0:
         start = max(0, end - window)
-        # It begins in the middle of a frame, which the scan takes for damage and passes over.
+        # The window may begin in the middle of a frame, which the scan treats as damage and skips.
         frames = [piece for piece in frame.scan(disk.read(path, start, end - start)) if isinstance(piece, Frame)]
         yield from reversed(frames)
         if start == 0:
@@ -50,4 +50,4 @@ def frames_backwards(disk: Disk, path: str) -> Iterator[Frame]:
         if frames:
             end, window = start + frames[0].end - len(frames[0].payload) - frame.HEADER_BYTES, _WINDOW_BYTES
         else:
-            window *= 2  # a record, or damage, that is larger
+            window *= 2  # a record, or a damaged range, is larger than the window

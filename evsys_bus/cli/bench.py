@@ -1,4 +1,4 @@
-"""``evsys-bus bench``: the table on stdout, progress on stderr, the plot in a file."""
+"""``evsys-bus bench``: prints a table to stdout and progress to stderr, and writes a plot."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,23 +9,23 @@ import click
 if TYPE_CHECKING:
     from evsys_bus.bench.question import Effort, Question
 
-DOC: Final = """Measure latency and costs on this machine, beside the alternatives that are installed.
+DOC: Final = """Measure latency and costs on this machine, compared with the alternatives that are installed.
 
-QUESTION is any of dispatch, imports, costs, journal, shapes, kills, growth, couriers, lag, lateness, all-loggers;
-without one, all of them are asked, which takes ten minutes.
-Quote the ratios: they are taken within one interleaved run, while absolute times belong to a machine and a moment.
+SUITE is any of dispatch, imports, costs, journal, shapes, kills, growth, couriers, lag, lateness, all-loggers;
+without one, all of them run, which takes ten minutes.
+Quote the ratios: they come from one interleaved run, while absolute times depend on the machine and its load.
 """
 
 
 def bench_command(questions: "Callable[[], Mapping[str, Question]]", *, doc: str) -> click.Command:
-    """A command that asks any of these questions; they are fetched when it runs, not before."""
+    """Return a command that runs any of these suites; ``questions`` is called when the command runs."""
 
     @click.command(name="bench", help=doc)
-    @click.argument("names", metavar="[QUESTION]...", nargs=-1)
+    @click.argument("names", metavar="[SUITE]...", nargs=-1)
     @click.option("--rounds", type=click.IntRange(min=2), help="Rounds of samples; more rounds, steadier medians.")
-    @click.option("--quick", is_flag=True, help="A fraction of the time: good for a look, not for a quotation.")
-    @click.option("--svg", type=_FILE, default="bench.svg", show_default=True, help="Where the plot goes.")
-    @click.option("--json", "json_path", type=_FILE, help="Write everything that was measured here.")
+    @click.option("--quick", is_flag=True, help="A fraction of the time; too inaccurate for quoting.")
+    @click.option("--svg", type=_FILE, default="bench.svg", show_default=True, help="File to write the plot to.")
+    @click.option("--json", "json_path", type=_FILE, help="File to write all measurements to.")
     @click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed.")
     def bench(
         names: tuple[str, ...], rounds: int | None, quick: bool, svg: Path, json_path: Path | None, strict: bool
@@ -52,7 +52,7 @@ def bench_command(questions: "Callable[[], Mapping[str, Question]]", *, doc: str
 
 
 class _OutputFile(click.Path):
-    """A file to write whose folder is there; said before a minute of measuring, not after."""
+    """A path to write to; a missing folder is an error before the measurements, not after them."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, writable=True, path_type=Path)
@@ -72,7 +72,7 @@ def _chosen(questions: "Mapping[str, Question]", names: tuple[str, ...]) -> "lis
 
     for name in names:
         if name not in questions:
-            raise click.UsageError(f'there is no question "{name}"; {did_you_mean(name, questions)}')
+            raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, questions)}')
     return [questions[name] for name in names or questions]
 
 

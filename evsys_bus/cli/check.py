@@ -1,4 +1,4 @@
-"""``evsys-bus check``: an experiment file, checked and spread out; nothing is started."""
+"""``evsys-bus check``: validates an experiment file and shows its runs; nothing is started."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from evsys_bus.cli.screen import color_option
 def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
     """Check the experiment that FILE describes, and show what it would run.
 
-    Everything that is wrong is told in one pass, with its line. Nothing is started or written.
+    All errors are reported in one pass, each with its line. Nothing is started or written.
     """
     from evsys_bus.cli.planned import plan_json, plan_lines, planned
 

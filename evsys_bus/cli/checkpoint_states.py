@@ -1,6 +1,6 @@
-"""What is known of the checkpoints of a run or an experiment: those that were announced, and where they are.
+"""The recorded checkpoints of a run or an experiment, and where each of them is.
 
-Read from the journal, from ``checkpoints.jsonl`` and from the spool in the run's folder; no destination is asked.
+Read from the journal, from ``checkpoints.jsonl`` and from the spool in the run's folder, without any network access.
 """
 
 from collections.abc import Iterator
@@ -27,37 +27,37 @@ from evsys_bus.journal import JournalReader
 
 Here = Literal["whole", "partly", "gone", "elsewhere"]
 There = Literal["uploaded", "waiting", "conflict", "pruned", "unknown"]
-"""``unknown``: it was uploaded, and what is on record of that cannot be read any more."""
+"""``unknown``: it was uploaded, and the record of the upload can no longer be read."""
 
 
 class Remote(msgspec.Struct, frozen=True):
-    """A checkpoint at one destination, or on its way there."""
+    """A checkpoint at one destination, or waiting to be uploaded there."""
 
     state: There
     url: str | None = None
-    """The destination; None while it is not known."""
+    """The destination; None while it is unknown."""
     reach: Reach = Reach()
     bytes: int | None = None
 
 
 class CheckpointState(msgspec.Struct):
-    """One checkpoint, and where it is."""
+    """One checkpoint, its local files and its uploads."""
 
     run: str
     folder: Path
-    """The run's."""
+    """The folder of the run."""
     row: ManifestRow
     local: Here
     remote: list[Remote]
 
     @property
     def name(self) -> str:
-        """What it is called at a destination, and by `fetch`."""
+        """The name of the checkpoint at a destination and for ``evsys-bus fetch``."""
         return checkpoint_folder(self.row)
 
 
 def checkpoint_states(asked: Path | None) -> list[CheckpointState]:
-    """The checkpoints of a run or of an experiment, run by run, in the order in which they were announced.
+    """Return the checkpoints of a run or an experiment, grouped by run, in the order in which they were saved.
 
     Raises:
         click.UsageError: There is no such run.
@@ -72,7 +72,7 @@ def checkpoint_states(asked: Path | None) -> list[CheckpointState]:
 
 
 def _places(asked: Path | None) -> tuple[Found | None, Path | None]:
-    """The journal, and the folder of the one run that was asked for; one of them may be None."""
+    """Return the journal and the folder of the requested run; one of them may be None."""
     folder = asked if asked is not None and (asked / CHECKPOINTS).is_file() else None
     try:
         return found(asked), folder
@@ -97,7 +97,7 @@ def _announced(journal: Found | None, folder: Path | None) -> Iterator[tuple[Pat
 
 
 def _pruned(directory: Path) -> Iterator[tuple[tuple[str, str], str]]:
-    """Where something was removed from the destination: run and checkpoint -> URL."""
+    """Yield ``((run, checkpoint), url)`` for everything that was pruned from a destination."""
     reader = JournalReader(directory)
     for stream in reader.streams("c"):
         for record in reader.read(stream):
@@ -122,7 +122,7 @@ def _state(run_dir: Path, row: ManifestRow, pruned: dict[tuple[str, str], str]) 
 def _exists(place: Path) -> bool:
     try:
         return place.exists()
-    except OSError:  # no name that a file could have, or in a folder that is not ours to look into
+    except OSError:  # an invalid file name, or a folder without permission to read
         return False
 
 

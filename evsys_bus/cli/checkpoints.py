@@ -1,4 +1,4 @@
-"""``evsys-bus checkpoints``: the checkpoints of a run, here and at their destination."""
+"""``evsys-bus checkpoints``: lists the checkpoints of a run, local and uploaded."""
 
 import sys
 from pathlib import Path
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", as_json: bool) -> None:
     """Show the checkpoints of RUN; without it, of the newest journal below ./runs.
 
-    What is here is looked at; what is elsewhere is told as it was recorded. With --from the destination itself is asked
-    for the checkpoints of RUN, which is then the run's name there.
+    Local files are checked; the state of uploads is shown as it was recorded. With --from the destination itself is
+    asked for the checkpoints of RUN, which is then the run's name there.
     """
     if url is not None:
         if asked is None:
@@ -36,7 +36,7 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", 
 
     states = checkpoint_states(None if asked is None else Path(asked))
     if not states:
-        screen.note("no checkpoint was announced")
+        screen.note("no checkpoint is recorded")
         return
     lines = [_json(each) for each in states] if as_json else _table(states)
     click.echo("\n".join(lines))
@@ -67,7 +67,7 @@ def _table(states: "list[CheckpointState]") -> list[str]:
 def _json(state: "CheckpointState") -> str:
     import msgspec
 
-    row: dict[str, Any] = {  # Any: JSON
+    row: dict[str, Any] = {
         "type": "checkpoint",
         "checkpoint": state.name,
         **msgspec.to_builtins(state, enc_hook=str),

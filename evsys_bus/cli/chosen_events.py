@@ -1,4 +1,4 @@
-"""`ChosenEvents`: some of a journal's events, at the pace that is wanted, for a receiver that knows of no choice."""
+"""`ChosenEvents`: passes selected events of a journal to a receiver, at a chosen speed."""
 
 import asyncio
 import time
@@ -21,22 +21,22 @@ _MOST_REASONS: Final = 5
 
 
 class ChosenEvents:
-    """A receiver before another one.
+    """Wraps the receiver of an adapter: filters its events by type and run, paces and counts them.
 
     Args:
-        adapter: What gets the events; None for nobody, to count them.
-        types: Which types; none means all.
-        run: Whose events, besides those of no run; None for everybody's.
-        speed: How many seconds of the journal in one; 0 for as fast as they are taken.
+        adapter: Receives the events; None only counts them.
+        types: The types of events to pass on; empty for all.
+        run: Only events of this run, and those that belong to no run; None for all.
+        speed: Seconds of the journal per second; 0 for as fast as the adapter accepts them.
         monotonic: The clock.
 
     Attributes:
-        sent: Events that were taken, by type.
-        dead: Those that were not, and never will be.
-        reasons: Why, of the first few.
-        passed_over: Those that were not wanted.
-        trouble: What keeps the adapter from taking more, now.
-        last: The sequence of the last event that it is done with, by stream.
+        sent: Number of delivered events, by type.
+        dead: Number of rejected events.
+        reasons: Why the first few were rejected.
+        passed_over: Number of events that the filter skipped.
+        trouble: What keeps the adapter from accepting events now; None if nothing does.
+        last: The sequence of the last handled event, by stream.
         waiting: Whether the next event is not due yet.
     """
 
@@ -72,16 +72,16 @@ class ChosenEvents:
 
     @property
     def seen(self) -> int:
-        """Events of the journal that are done with."""
+        """Number of handled events: delivered, rejected or skipped."""
         return self.sent.total() + self.dead + self.passed_over
 
     @property
     def hook_failures(self) -> int:
-        """How often a hook has raised."""
+        """Number of hook calls that raised."""
         return 0 if self._hooks is None else self._hooks.failures
 
     async def open(self, report: Report) -> None:
-        """As `Receiver`."""
+        """Open the adapter's receiver, and remember the problems it reports."""
 
         def heard(trouble: Trouble | None) -> None:
             self.trouble = trouble
@@ -93,7 +93,7 @@ class ChosenEvents:
             await self._receiver.open(heard)
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
-        """As `Receiver`: the wanted ones of the front, once they are due."""
+        """Deliver the selected events from the front of the batch, once they are due."""
         self._given = ()
         if self._speed:
             batch = await self._due(batch)
@@ -105,29 +105,29 @@ class ChosenEvents:
         return self._settled(taken)
 
     def interrupted(self) -> Taken | None:
-        """As `Receiver`."""
+        """Return the result of a cancelled `take` if it is known."""
         known = None if self._receiver is None or not self._given else self._receiver.interrupted()
         return None if known is None else self._settled(known)
 
     @property
     def writes_starts(self) -> bool:
-        """As `SinkReceiver`."""
+        """Whether the sink writes the start events of open runs itself; see `SinkReceiver`."""
         return isinstance(self._receiver, SinkReceiver) and self._receiver.writes_starts
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """As `Receiver`."""
+        """Pass on the selected start events."""
         wanted = [each for each in starts if self._is_wanted(each)]
         if self._receiver is not None and wanted:
             self._receiver.introduce(wanted)
 
     def mark(self) -> Any:
-        """Nothing is marked: nobody will go on from there. Any: as `Receiver`."""
+        """Return None: the delivery is never resumed."""
 
     def rewind(self, mark: Any) -> None:
-        """As `mark`."""
+        """Do nothing: the delivery is never resumed."""
 
     async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
-        """As `Receiver`; what is owed is not asked for again."""
+        """Close the receiver; unconfirmed events are not confirmed."""
         del settles
         if self._receiver is not None:
             await self._receiver.close(deadline)
@@ -135,10 +135,10 @@ class ChosenEvents:
             self._sink.evsys_attached = None
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """Nobody asks."""
+        """Do nothing: unconfirmed events are not tracked here."""
 
     def publish(self, event: Event) -> None:
-        """What a sink learns: it was on record when the run was live, and is not recorded again."""
+        """Do nothing: the event was recorded while the run was live."""
 
     def _is_wanted(self, envelope: Envelope) -> bool:
         if self._run is not None and envelope.run not in {None, self._run}:
@@ -146,7 +146,7 @@ class ChosenEvents:
         return not self._types or type_of(envelope.event) in self._types
 
     def _settled(self, taken: Taken) -> Taken:
-        """What that means for the batch of which only the wanted ones were given out."""
+        """Translate the result for the selected events into one for the whole batch."""
         wanted = self._wanted
         done = len(self._given) if taken.done >= len(wanted) else wanted[taken.done]
         self._count(self._given, wanted[: taken.done], taken, done)
@@ -162,7 +162,7 @@ class ChosenEvents:
         self.reasons.extend(list(dict.fromkeys(taken.dead.values()))[: max(0, room)])
 
     async def _due(self, batch: Sequence[Envelope]) -> Sequence[Envelope]:
-        """Wait for the first one, and give those that are due with it."""
+        """Wait until the first event is due, and return the events that are due by then."""
         if self._began is None:
             self._began = self._monotonic(), batch[0].time
         began, first = self._began

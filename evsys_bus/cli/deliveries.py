@@ -1,6 +1,6 @@
-"""Deliveries as the command line sees them: how far each has got, from disk alone, and what is to be said of it.
+"""Deliveries as the command line shows them: progress and errors, read from the journal's files.
 
-Who delivers, in which process, is the commands' business.
+This module does not deliver anything itself.
 """
 
 import math
@@ -32,58 +32,58 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
 LOOK_SECONDS: Final = 0.2
-"""How often a delivery under way is looked at."""
+"""Interval between two reads of an active delivery."""
 TROUBLE_SECONDS: Final = 1.0
 LASTING_SECONDS: Final = 10.0
-"""What is tried again is told of after so long: most of it passes."""
+"""A retried error is reported only after this long, because most pass by themselves."""
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What became of one delivery, between two looks at it."""
+    """The change of one delivery between two points in time."""
 
     journal: str
     before: DeliveryStatus
     after: DeliveryStatus
-    """Its state, error and fix are what its courier wrote last before it ended; None where it wrote nothing."""
+    """State, error and fix are the last ones that the courier wrote before it ended; None if it wrote none."""
     seconds: float
 
     @property
     def adapter(self) -> str:
-        """Its name."""
+        """The name of the adapter."""
         return self.after.name
 
     @property
     def is_known(self) -> bool:
-        """Whether its counts mean anything: not so where its files could not be read."""
+        """Whether the counts are valid: False if the files could not be read."""
         return self.before.is_known and self.after.is_known
 
     @property
     def events(self) -> int:
-        """That were pending before, or came meanwhile."""
+        """Events that were pending at the start or were recorded since."""
         return self.sent + self.dead + self.after.pending
 
     @property
     def sent(self) -> int:
-        """Events that were delivered meanwhile."""
+        """Events delivered in between."""
         return self.after.delivered - self.before.delivered
 
     @property
     def dead(self) -> int:
-        """Events that became dead letters meanwhile."""
+        """Events that became dead letters in between."""
         return self.after.dead - self.before.dead
 
     @property
     def dead_letters(self) -> str | None:
-        """The file, where there are new ones."""
+        """The dead-letter file, if there are new dead letters."""
         return dead_letter_file(self.journal, self.after.name) if self.dead else None
 
 
 class Watch:
-    """Adapters of one journal, from now on, while they are delivered to.
+    """Monitors the deliveries to some adapters of a journal, from now on.
 
     Args:
         directory: The journal.
-        names: Which of them.
+        names: The adapters.
     """
 
     def __init__(self, directory: Path, names: "Collection[str]") -> None:
@@ -92,10 +92,10 @@ class Watch:
         self._watched: Final = [_Watched(each) for each in self._accounts.read() if each.name in names]
 
     def look(self, pid: int | None) -> list[DeliveryStatus]:
-        """How far they are; the state that another process than this one has written does not count.
+        """Read and return the status of each delivery.
 
         Args:
-            pid: The process; None where any may deliver.
+            pid: Ignore states written by other processes than this one; None accepts all.
         """
         found = {each.name: each for each in self._accounts.read()}
         if self._accounts.unreadable is not None:
@@ -107,11 +107,11 @@ class Watch:
         return [each.look(found.get(each.now.name, each.now), pid) for each in self._watched]
 
     def is_over(self, timeout_seconds: float, overtaken_seconds: float = math.inf) -> bool:
-        """Whether those that still have something are given up; where all have all, they end by themselves, or hang.
+        """Whether every delivery with pending events is given up, or all are without progress for too long.
 
         Args:
-            timeout_seconds: One of which nothing moves for so long is given up.
-            overtaken_seconds: So is one that has had all that was there at first for so long, and gets ever more.
+            timeout_seconds: A delivery without progress for this long is given up.
+            overtaken_seconds: So is one that delivered what was pending at first this long ago, and never catches up.
         """
         left = [each for each in self._watched if each.now.pending] or self._watched
         return all(each.is_given_up(timeout_seconds) or each.is_overtaken(overtaken_seconds) for each in left)
@@ -121,12 +121,12 @@ class Watch:
         return [each.now.name for each in self._watched if each.is_overtaken(seconds)]
 
     def count_from_now(self) -> None:
-        """Begin anew to count the time in which nothing moves."""
+        """Restart the time that counts as no progress."""
         for each in self._watched:
             each.moved_at = time.monotonic()
 
     def outcomes(self) -> list[Outcome]:
-        """What became of them, as of the last look."""
+        """Return the outcome of each delivery as of the last `look`."""
         return [each.outcome(self._directory) for each in self._watched]
 
 
@@ -138,12 +138,12 @@ class _Watched:
         self._ended_at: float | None = None
         self._had_first_at = math.inf
         self._state: DeliveryStatus | None = None
-        """What its courier said last, but for its end."""
+        """The last status that its courier wrote, except for ``ended``."""
 
     def look(self, account: DeliveryStatus, pid: int | None) -> DeliveryStatus:
         now = time.monotonic()
         if not account.is_known:
-            return account  # perhaps the next look can read it; until then, what was last known counts
+            return account  # the next read may succeed; until then the last known status counts
         if (account.delivered, account.dead, account.owed) != (self.now.delivered, self.now.dead, self.now.owed):
             self.moved_at = now
         self._ended_at = None if account.pending or account.owed else self._ended_at or now
@@ -162,7 +162,7 @@ class _Watched:
         return self.now.pending > 0 and time.monotonic() - self._had_first_at >= seconds
 
     def is_given_up(self, timeout_seconds: float) -> bool:
-        """Whether nothing more is to be expected of it today: it is parked, or nothing has moved for long."""
+        """Whether the delivery is parked or failed, or made no progress within the timeout."""
         if self.now.pending and self._state is not None and self._state.state in {"parked", "failed"}:
             return True
         return time.monotonic() - self.moved_at >= timeout_seconds
@@ -177,23 +177,23 @@ class _Watched:
 
 
 def dead_letter_file(directory: str | Path, name: str) -> str | None:
-    """Where the dead letters of an adapter are; None where there are none."""
+    """Return the path of an adapter's dead-letter file; None if there is none."""
     letters = Path(layout.courier_file(str(directory), name, "dead.jsonl"))
     return str(letters) if letters.exists() else None
 
 
 def trouble_lines(status: DeliveryStatus, directory: str | Path | None, *, timed: bool = True) -> list[str]:
-    """What a person should know of a delivery, a line for each: what is wrong, the fix, and where more is written.
+    """Return a line for each problem of a delivery, with its fix and the file that has more details.
 
     Args:
         status: The delivery.
-        directory: The journal; None where there is none.
-        timed: Whether to say since when it fails.
+        directory: The journal; None if there is none.
+        timed: Include since when the delivery fails.
     """
     lines: list[str] = []
     parts: list[str] = []
     if status.owed:
-        parts.append(f"{counted(status.owed, 'event')} delivered, but not confirmed by the far side")
+        parts.append(f"{counted(status.owed, 'event')} delivered, but not confirmed by the destination")
     if status.error is not None:
         since = (
             ""
@@ -206,7 +206,7 @@ def trouble_lines(status: DeliveryStatus, directory: str | Path | None, *, timed
         lines.append(_line(f"{status.name}: {': '.join(parts)}", fix, status.log if status.state == "failed" else None))
     failed = [f"its hooks raised {counted(status.hook_failures, 'time')}"] if status.hook_failures else []
     if status.task_failures:
-        failed.append(f"{counted(status.task_failures, 'task')} that they started failed")
+        failed.append(f"{counted(status.task_failures, 'task')} started by them failed")
     if failed:
         last = "" if status.last_failure is None else f"; the last one: {status.last_failure}"
         lines.append(_line(f"{status.name}: {', '.join(failed)}{last}", None, status.log))
@@ -223,7 +223,7 @@ def _line(what: str, fix: str | None, log: str | None) -> str:
 
 
 def count_words(status: DeliveryStatus) -> list[str]:
-    """What is not as it should be, in numbers: ``120 owed``, ``3 dead``; empty where all is well."""
+    """Return the counts that are not zero, as ``120 owed`` or ``3 dead``; empty if the delivery is complete."""
     if not status.is_known:
         return ["unknown"]
     counts = (
@@ -237,11 +237,11 @@ def count_words(status: DeliveryStatus) -> list[str]:
 
 
 class TroubleWatch:
-    """What couriers report of the adapters that are in trouble, from their state files; for one thread.
+    """Reads the problems that couriers report in their state files. Not thread-safe.
 
     Args:
-        directory: The journal; it need not be there yet.
-        clock: Seconds, monotonic: between two looks that read anything are at least `TROUBLE_SECONDS`.
+        directory: The journal; it may not exist yet.
+        clock: Monotonic seconds; files are read at most every `TROUBLE_SECONDS`.
     """
 
     def __init__(self, directory: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -251,7 +251,7 @@ class TroubleWatch:
         self._found: list[DeliveryStatus] = []
 
     def look(self) -> list[DeliveryStatus]:
-        """Those that are stuck, owe something that a person has to act for, or have failed hooks, tasks or events."""
+        """Return the deliveries that are stuck, need a person to act, or had failing hooks, tasks or events."""
         now = self._clock()
         if now >= self._due:
             self._due = now + TROUBLE_SECONDS
@@ -269,7 +269,7 @@ class TroubleWatch:
 
 
 def _is_told(status: DeliveryStatus) -> bool:
-    if status.state in {None, "ended", "other_rank"}:  # another program may have left it
+    if status.state in {None, "ended", "other_rank"}:  # possibly written by an earlier program
         return False
     lasting = status.failing_since is not None and time.time() - status.failing_since >= LASTING_SECONDS
     stuck = status.state in {"parked", "failed"} or lasting or (status.owed and status.owed_fix is not None)
@@ -277,20 +277,20 @@ def _is_told(status: DeliveryStatus) -> bool:
 
 
 def sync_command(directory: str | Path, *names: str) -> str:
-    """The command that delivers what is pending, and has what is owed confirmed."""
+    """Return the command that delivers pending events and confirms unconfirmed ones."""
     return shlex.join(["evsys-bus", "sync", str(directory), *(word for name in names for word in ("--adapter", name))])
 
 
 def busy(directory: Path, name: str, why: str | None = None) -> CourierBusyError:
-    """What to say where another process delivers."""
+    """Return the error for an adapter that another process delivers to."""
     holder = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
     who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
-    fix = f"let it finish, or end it; see how it fares: evsys-bus status {directory}"
+    fix = f"let it finish, or end it; check its progress: evsys-bus status {directory}"
     return CourierBusyError(f"{who} delivers {directory} to {name}", why=why, fix=fix)
 
 
 def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
-    """The table."""
+    """Return the table of outcomes."""
     owes = any(each.before.owed or each.after.owed for each in outcomes)
     return columns(
         [
@@ -316,8 +316,8 @@ def outcome_lines(outcomes: "Sequence[Outcome]") -> list[str]:
 
 
 def outcome_json(outcomes: "Sequence[Outcome]") -> list[str]:
-    """A line of JSON for each."""
-    rows: list[dict[str, Any]] = [  # Any: JSON
+    """Return a line of JSON for each outcome."""
+    rows: list[dict[str, Any]] = [
         {
             "type": "delivery",
             "journal": each.journal,
@@ -345,22 +345,22 @@ def outcome_json(outcomes: "Sequence[Outcome]") -> list[str]:
 
 
 def unbuildable(what: str, why: str | None, fix: str) -> BrokenAdapterError:
-    """What to say where an adapter cannot be built here: for the command line that is no fault of its words."""
+    """Return the error for an adapter that cannot be built here; its exit code is that of the environment."""
     error = BrokenAdapterError(what, why=why, fix=fix)
     error.__cause__ = ImportError(what)
     return error
 
 
 def unknown(journal: str | Path, status: DeliveryStatus) -> EvsysBusError:
-    """What to say of an adapter whose files cannot be read."""
-    error = RetryLaterError(f"it is not known what is pending for {status.name}")
+    """Return the error for an adapter whose files cannot be read."""
+    error = RetryLaterError(f"the pending events for {status.name} are unknown")
     error.why = status.error
-    error.fix = f"see to it that its files can be read   then: {sync_command(journal)}"
+    error.fix = f"make its files readable   then: {sync_command(journal)}"
     return error
 
 
 def trouble_of(outcome: Outcome) -> EvsysBusError | None:
-    """Why something is pending or owed still, and what to do; None if nothing is."""
+    """Return the error for events that are still pending or unconfirmed; None if there are none."""
     after, name = outcome.after, outcome.adapter
     again = sync_command(outcome.journal, name)
     if not outcome.is_known:
@@ -372,13 +372,13 @@ def trouble_of(outcome: Outcome) -> EvsysBusError | None:
         if after.state == "failed":
             return unbuildable(what, why, f"{fix or 'see the log beside the journal'}   then: {again}")
         error = ParkedError(what) if after.state == "parked" else RetryLaterError(what)
-        silent = f"it took nothing for a while; nor did it say why ({outcome.seconds:.0f} s)"
+        silent = f"it accepted no events and gave no reason ({outcome.seconds:.0f} s)"
     elif after.owed:
-        what = f"{counted(after.owed, 'event')} for {name} stay owed: delivered, but not confirmed by the far side"
+        what = f"{counted(after.owed, 'event')} for {name} stay owed: delivered, but not confirmed by the destination"
         fix = after.owed_fix or after.fix
         why = after.error or outcome.before.error
         error = RetryLaterError(what) if fix is None else ParkedError(what)
-        silent = "the far side did not say why"
+        silent = "the destination gave no reason"
     else:
         return None
     error.why = why or silent

@@ -1,6 +1,6 @@
-"""How deliveries go on, on stderr: bars on a terminal, ``key=value`` or JSON lines elsewhere.
+"""Progress of deliveries on stderr: bars on a terminal, ``key=value`` or JSON lines elsewhere.
 
-A line is written every 30 s, and whenever the state of an adapter changes.
+Lines are written every 30 s, and whenever the state of an adapter changes.
 """
 
 import sys
@@ -23,7 +23,7 @@ progress_option: Final = click.option(
     type=click.Choice(PROGRESS),
     default="auto",
     show_default=True,
-    help="How it shows itself on stderr. auto: live on a terminal, plain otherwise.",
+    help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
 )
 timeout_option: Final = click.option(
     "--timeout",
@@ -32,7 +32,7 @@ timeout_option: Final = click.option(
     default=30.0,
     show_default=True,
     metavar="SECONDS",
-    help="Give an adapter up for today once it has taken nothing for so long.",
+    help="Give up on an adapter once it has accepted no events for this long.",
 )
 
 
@@ -40,24 +40,24 @@ Tell = Callable[[Sequence["DeliveryStatus"]], object]
 
 
 class DeliveryView(NamedTuple):
-    """Shows deliveries while they go on."""
+    """Shows the progress of deliveries."""
 
     tell: Tell
-    """How they are now; several times a second."""
+    """Called several times a second with the current statuses."""
     note: Callable[[str], object]
-    """A line for people."""
+    """Prints a line."""
 
 
 @contextmanager
 def deliveries_shown(
     mode: "ProgressMode", screen: Screen, known: Sequence["DeliveryStatus"] = ()
 ) -> Generator[DeliveryView]:
-    """Show deliveries on stderr while the block lasts.
+    """Show the progress of deliveries on stderr within the block.
 
     Args:
-        mode: How.
-        screen: Where.
-        known: Deliveries whose trouble was said already.
+        mode: How progress is shown.
+        screen: The terminal.
+        known: Deliveries whose errors were reported already.
     """
     from evsys_bus.cli.progress import resolved
 
@@ -75,7 +75,7 @@ def deliveries_shown(
 
 
 class _Counted:
-    """Events that an adapter is done with since it was first shown; tell of it before the first one is delivered."""
+    """Counts handled events per adapter since the first call for it, which must come before the first delivery."""
 
     def __init__(self) -> None:
         self._began: Final = time.monotonic()
@@ -86,7 +86,7 @@ class _Counted:
         return now - self._first.setdefault(status.name, now)
 
     def rate(self, status: "DeliveryStatus") -> float:
-        """Events a second."""
+        """Return the events per second."""
         return self.done(status) / max(time.monotonic() - self._began, 1e-9)
 
 
@@ -115,7 +115,6 @@ class _Lines:
                 self._screen.note(self._form(self._facts(each)))
 
     def _facts(self, status: "DeliveryStatus") -> dict[str, Any]:
-        """Any: what a line is made of."""
         facts: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "event": "delivery",
@@ -148,14 +147,14 @@ def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView
         *([TextColumn("{task.fields[rate]}"), TimeRemainingColumn()] if wide else []),
         TextColumn("{task.fields[state]}"),
     )
-    tasks: dict[str, Any] = {}  # Any: rich's
+    tasks: dict[str, Any] = {}
     counted = _Counted()
     with Progress(
         *columns,
         console=console,
         transient=True,
         refresh_per_second=8,
-        redirect_stdout=is_terminal(sys.stdout),  # and if it is a pipe, what adapters print stays in that
+        redirect_stdout=is_terminal(sys.stdout),  # the output of adapters must stay in a pipe
     ) as progress:
 
         def note(text: str) -> None:
@@ -166,7 +165,7 @@ def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView
                 done = counted.done(each)
                 if each.name not in tasks:
                     tasks[each.name] = progress.add_task(escape(printable(each.name)), rate="", state="")
-                if each.trouble is not None and told.get(each.name) != each.trouble:  # whole, and once, above the bars
+                if each.trouble is not None and told.get(each.name) != each.trouble:  # in full, once, above the bars
                     told[each.name] = each.trouble
                     fix = each.owed_fix or each.fix
                     note(f"{each.name}: {each.trouble}{f'   fix: {fix}' if fix else ''}")
@@ -182,7 +181,7 @@ def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView
 
 
 def _state(status: "DeliveryStatus") -> str:
-    """In a word or two: why is said above the bars."""
+    """Return the state in one or two words; the reason is shown above the bars."""
     owed = f"{status.owed:,} owed" if status.owed else ""
     state = "" if status.state in {None, "delivering"} else str(status.state)
     return " ".join(filter(None, (state, owed)))

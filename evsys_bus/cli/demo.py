@@ -1,4 +1,4 @@
-"""``evsys-bus demo``: an experiment on real data, run as any other."""
+"""``evsys-bus demo``: runs a short experiment on real data."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``evsys-bus doctor``: what this machine has and lacks; secrets are never shown."""
+"""``evsys-bus doctor``: reports on this machine's Python, packages, disk and environment; secrets are never shown."""
 
 import sys
 from pathlib import Path
@@ -64,7 +64,7 @@ def command(screen: Screen, as_json: bool) -> int:
     for fault in faults:
         click.echo(f"{screen.style('!', sys.stdout, fg='red', bold=True)} {fault}")
     if not faults:
-        click.echo("all that evsys-bus needs works here")
+        click.echo("everything that evsys-bus needs works here")
     return 3 if faults else 0
 
 
@@ -100,7 +100,7 @@ def _version(package: str) -> str:
 
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:
-    """The packages that ours needs, and those of its extras; without an extra that is but others together."""
+    """Return the required packages, and those of each extra except for extras that only combine other extras."""
     import re
     from importlib.metadata import PackageNotFoundError, requires
 
@@ -108,7 +108,7 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
 
     try:
         lines = requires("evsys-bus") or []
-    except PackageNotFoundError:  # it runs from where it was not installed
+    except PackageNotFoundError:  # the package is not installed
         lines = []
     needed = [found[0] for line in lines if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
     extras = extras_of(lines)
@@ -134,7 +134,7 @@ def _disk(folder: Path) -> dict[str, str]:
         facts["free"] = f"unknown: {error.strerror}"
     try:
         with tempfile.TemporaryDirectory(prefix=".evsys-bus-doctor-", dir=folder) as probe:
-            facts["append"] = _append_works(os.path.join(probe, "append"))  # noqa: PTH118 # os.open takes it as it is
+            facts["append"] = _append_works(os.path.join(probe, "append"))  # noqa: PTH118 # os.open takes a string
             facts["lock"] = _lock_works(os.path.join(probe, "lock"))  # noqa: PTH118 # as above
     except OSError as error:
         facts["write"] = f"fails: {error.strerror}"
@@ -142,7 +142,7 @@ def _disk(folder: Path) -> dict[str, str]:
 
 
 def _append_works(path: str) -> str:
-    """Two descriptors that append by turns, as a writer and its resumed self do; network file systems may lose one."""
+    """Append from two descriptors in turns, as a writer and its successor do; some network file systems lose data."""
     import os
 
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
@@ -157,7 +157,7 @@ def _append_works(path: str) -> str:
 
 
 def _lock_works(path: str) -> str:
-    """A second descriptor must not get a lock that the first one holds."""
+    """Check that a second descriptor cannot take a lock that the first one holds."""
     import os
 
     try:
@@ -187,7 +187,7 @@ def _environment() -> dict[str, str]:
 
 
 def _redacted(name: str, value: str) -> str:
-    """The value; only its length where the name or an address with a password says that it is a secret."""
+    """Return the value without secrets: only its length if the name implies one, and URLs without credentials."""
     import re
 
     if any(word in name.upper() for word in _SECRET_WORDS):

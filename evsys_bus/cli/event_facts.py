@@ -1,6 +1,6 @@
-"""What an event says, for people: its type, its step, its metrics, and the rest in a few words.
+"""The type, step, metrics and further facts of an event, for people.
 
-Events come from journals of other programs and versions, so nothing is taken for granted but that they are events.
+Events may come from journals of other programs and versions, so the types of their fields are not trusted.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from evsys_bus.events import (
 
 
 def type_of(event: Event | UnknownEvent) -> str:
-    """As it is written in a journal: ``step_end``."""
+    """Return the type of an event as journals record it: ``step_end``."""
     return event.type if isinstance(event, UnknownEvent) else event.hook.removeprefix("on_")
 
 
 def step_of(event: Event | UnknownEvent) -> int | None:
-    """The 0-based train step that it belongs to; None where it has none."""
+    """Return the 0-based train step of an event; None if it has none."""
     if isinstance(event, Checkpoint):
         step = _get(event.row, "batch")
     else:
@@ -40,7 +40,7 @@ def step_of(event: Event | UnknownEvent) -> int | None:
 
 
 def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
-    """Its metrics, those of an eval or a benchmark under its name: ``val/acc``. Any: what the program measured."""
+    """Return the metrics of an event; those of an eval or a benchmark have its name as prefix: ``val/acc``."""
     if isinstance(event, Eval):
         return _under(event.eval_name, event.metrics)
     if isinstance(event, BenchmarkEval):
@@ -53,7 +53,7 @@ def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
 
 
 def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]:  # noqa: PLR0911 # one for each type
-    """The rest, in a few words each; without the run, where it is said already."""
+    """Return further facts of an event as short texts; ``run`` is left out, because it is shown elsewhere."""
     match event:
         case StepEnd() | Eval():
             return []
@@ -86,7 +86,6 @@ def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]: 
 
 
 def _fields(event: Event | UnknownEvent) -> Mapping[str, Any]:
-    """Any: as `_get`."""
     if isinstance(event, UnknownEvent):
         return event.fields
     return {name: _get(event, name) for name in event.__struct_fields__}
@@ -117,5 +116,4 @@ def _entries(metrics: object) -> dict[str, Any]:
 
 
 def _get(thing: object, name: str, default: object = None) -> Any:
-    """Any: fields of what may be of any type."""
     return getattr(thing, name, default)

@@ -1,4 +1,4 @@
-"""Events as lines: time, run, type, step and metrics, in columns that only ever grow wider."""
+"""Events as lines of text: time, run, type, step and metrics, in columns that only grow wider."""
 
 import re
 import time
@@ -20,11 +20,11 @@ _MOST_CHARS: Final = 160
 
 
 class EventLines:
-    """Makes them.
+    """Formats events as lines.
 
     Args:
-        metric: Show the metrics with such names, all of them; None shows the first ones.
-        columns: The width of the terminal, which no line exceeds; None where there is none.
+        metric: Show all metrics whose names match; None shows the first few.
+        columns: The width of the terminal, which no line exceeds; None for no limit.
     """
 
     def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
@@ -33,12 +33,12 @@ class EventLines:
         self._widths = [0, 0, 0]
 
     def expect(self, envelopes: Iterable[Envelope]) -> None:
-        """Make room for the cells of all of these."""
+        """Widen the columns for these events."""
         for envelope in envelopes:
             self._widen(_cells(envelope))
 
     def line(self, envelope: Envelope) -> str:
-        """The line of one event."""
+        """Return the line of one event."""
         cells = _cells(envelope)
         self._widen(cells)
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(envelope.time))
@@ -65,7 +65,7 @@ class EventLines:
 
 
 def _cells(envelope: Envelope) -> list[str]:
-    """Run, type, step."""
+    """Return run, type and step."""
     step = step_of(envelope.event)
     run = NONE if envelope.run is None else printable(envelope.run)
     run = f"{run} rank {envelope.rank}" if envelope.rank else run
@@ -73,5 +73,4 @@ def _cells(envelope: Envelope) -> list[str]:
 
 
 def _value(value: Any) -> str:
-    """Any: a metric may be anything."""
     return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

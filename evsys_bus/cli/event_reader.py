@@ -1,7 +1,7 @@
-"""`EventReader`: the events of a journal in one order, and only those that are wanted.
+"""`EventReader`: the events of all streams of a journal in one order, filtered.
 
-Streams of different ranks are merged by time. Of one rank, a stream whose writer is gone comes before the streams that
-were begun after it, whatever the clocks said: a resumed run is read behind what it resumes.
+Streams of different ranks are merged by time. Of one rank, a stream without a live writer comes before all streams that
+were started after it, even if clocks disagree: a resumed run follows the run that it resumes.
 """
 
 import heapq
@@ -28,23 +28,23 @@ from evsys_bus.journal.scanning import SegmentScan
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """Which events; what is empty or None does not matter."""
+    """Selects events; an empty or None field matches everything."""
 
     types: frozenset[str] = frozenset()
     run: str | None = None
     metric: re.Pattern[str] | None = None
-    """Searched for in the names of an event's metrics; events without metrics have none that fits."""
+    """Matches events with a metric whose name contains this pattern."""
     since: float | None = None
     """Seconds since the epoch."""
 
     def may_be(self, payload: bytes) -> bool:
-        """False for most of what is not wanted, without decoding it: texts stand in it as they are."""
+        """Return False for most events that do not match, without decoding: payloads contain texts verbatim."""
         if self.types and not any(each.encode() in payload for each in self.types):
             return False
         return self.run is None or self.run.encode(errors="replace") in payload
 
     def is_it(self, envelope: Envelope) -> bool:
-        """Whether this is one of them."""
+        """Return whether the event matches."""
         if self.since is not None and envelope.time < self.since:
             return False
         if self.run is not None and envelope.run != self.run:
@@ -55,18 +55,18 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class EventReader:
-    """A place in each stream of a journal; at first the beginning.
+    """Reads a journal from a position in each of its streams, at first the beginning.
 
     Args:
         directory: The journal.
-        wanted: Which events.
+        wanted: The filter.
         disk: The file system.
-        learnt: Whether those of the couriers' streams are among them: what delivery learnt.
+        learnt: Include the couriers' streams, which hold the annotations of runs.
     """
 
     def __init__(self, directory: Path, wanted: Wanted, disk: Disk | None = None, *, learnt: bool = False) -> None:
         self.no_envelopes = 0
-        """Whole records that could not be decoded."""
+        """Number of intact records that could not be decoded."""
         self._disk = OsDisk() if disk is None else disk
         self._reader = JournalReader(directory, self._disk)
         self._wanted = wanted
@@ -75,20 +75,20 @@ class EventReader:
         self._missing: list[tuple[int, int]] = []
 
     def latest(self, count: int) -> list[Envelope]:
-        """The last ``count`` events, oldest first; the place is then the end."""
+        """Return the last ``count`` events, oldest first, and move to the end."""
         merged = list(self._in_order({stream: self._latest(stream, count) for stream in self._streams()}))
         return merged[-count:] if count else []
 
     def seek(self, since: float) -> None:
-        """Move to the segments that may hold events from this time on, by the time of the first event of each."""
+        """Move to the first segments that may hold events since this time."""
         for stream in self._streams():
             self._tails[stream] = self._reader.tail(stream, self._before(stream, since))
 
     def poll(self) -> Iterator[Envelope]:
-        """What comes behind the place, up to what is there now; run it to its end, and the place is there.
+        """Yield the events from the position to the current end; exhaust the iterator to move there.
 
         Raises:
-            JournalVersionError: A newer version wrote what follows.
+            JournalVersionError: A newer version of evsys-bus wrote the next segment.
         """
         streams = self._streams()
         for stream in streams:
@@ -97,20 +97,20 @@ class EventReader:
         return self._in_order({stream: self._decoded(self._tails[stream].poll()) for stream in streams})
 
     def ends(self) -> dict[str, int]:
-        """The sequence of the last event that was read, by stream."""
+        """Return the sequence of the last event that was read, by stream."""
         return {stream: tail.last for stream, tail in self._tails.items()}
 
     def troubles(self) -> list[str]:
-        """What was not there to be read, in words."""
+        """Return descriptions of missing events, damaged bytes and unreadable files."""
         missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing)]
         damaged = sum(tail.damaged_bytes for tail in self._tails.values())
         told: list[str] = []
         if missing:
             told.append(f"{counted(sum(last - first + 1 for first, last in missing), 'event')} missing")
         if damaged:
-            told.append(f"{counted(damaged, 'byte')} set aside")
+            told.append(f"{counted(damaged, 'byte')} damaged")
         if self.no_envelopes:
-            told.append(f"{counted(self.no_envelopes, 'record')} of an unknown shape")
+            told.append(f"{counted(self.no_envelopes, 'record')} that cannot be decoded")
         told += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable]
         return told
 
@@ -118,7 +118,7 @@ class EventReader:
         return [stream for family in self._families for stream in self._reader.streams(family)]
 
     def _in_order(self, events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
-        """The events of streams, which are given in their order."""
+        """Merge the events of streams; each stream is in order."""
         ranks: dict[tuple[str, int], list[str]] = {}
         for stream in events:
             ranks.setdefault((stream[0], layout.rank_of(stream)), []).append(stream)
@@ -126,13 +126,13 @@ class EventReader:
 
     def _of_rank(self, streams: Sequence[str], events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
         for at, stream in enumerate(streams, start=1):
-            if streams[at:] and self._reader.is_live(stream):  # the others are written beside it
+            if streams[at:] and self._reader.is_live(stream):  # it is written at the same time as the others
                 yield from _merged([events[stream], self._of_rank(streams[at:], events)])
                 return
             yield from events[stream]
 
     def _latest(self, stream: str, count: int) -> list[Envelope]:
-        """The last ones of one stream, oldest first."""
+        """Return the last matching events of one stream, oldest first."""
         records = newest_first(self._disk, self._reader.directory, stream)
         newest = next(records, None)
         self._tails[stream] = self._reader.tail(stream, 0 if newest is None else newest.sequence)
@@ -172,7 +172,7 @@ class EventReader:
             return None
 
     def _before(self, stream: str, since: float) -> int:
-        """The sequence behind which the first segment that matters begins; 0 for all of them."""
+        """Return the sequence before the first segment to read; 0 for all segments."""
         names = layout.segments(self._disk, f"{self._reader.directory}/{stream}")
         for name in reversed(names[1:]):
             scan = SegmentScan(self._disk, f"{self._reader.directory}/{stream}/{name}")
@@ -185,7 +185,7 @@ class EventReader:
 
 
 class _KeyAlone(dict[str, LogContext]):
-    """For every run a context that has its key and nothing else, so that a state that is shown names its run."""
+    """Maps every run key to a context that has only this key, so that a decoded state names its run."""
 
     def __contains__(self, run: object) -> bool:
         return isinstance(run, str)
@@ -198,7 +198,7 @@ _KEYS: Final = _KeyAlone()
 
 
 def _merged(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
-    """By time; within a stream in its order, whatever its clock did."""
+    """Merge by time; the order within a stream is kept even if its clock jumped."""
     for _, envelope in heapq.merge(*map(_timed, streams), key=itemgetter(0)):
         yield envelope
 

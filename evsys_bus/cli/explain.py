@@ -1,4 +1,4 @@
-"""``evsys-bus explain``: the page of help for an error code, offline."""
+"""``evsys-bus explain``: shows the help page of an error code, offline."""
 
 import click
 
@@ -9,7 +9,7 @@ from evsys_bus.cli.screen import color_option
 @click.argument("code", required=False)
 @color_option
 def command(code: str | None) -> None:
-    """Show the page of help for CODE, for example EB101; without it, list the codes."""
+    """Show the help page of CODE, for example EB101; without CODE, list all codes."""
     if code is None:
         from evsys_bus.cli.tables import columns
 
@@ -26,14 +26,14 @@ def command(code: str | None) -> None:
 
 
 def codes() -> list[str]:
-    """Every code that has a page."""
+    """Return every code that has a page."""
     from importlib.resources import files
 
     return sorted(each.name.removesuffix(".md") for each in files("evsys_bus.cli").joinpath("pages").iterdir())
 
 
 def page(code: str) -> str:
-    """Its page: the first line is the code, two blanks, and the error in a few words."""
+    """Return the page of a code; its first line is the code, two blanks and a summary of the error."""
     from importlib.resources import files
 
     return files("evsys_bus.cli").joinpath("pages", f"{code}.md").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A journal's events in formats that other programs read."""
+"""Export of a journal's events as JSON Lines and CSV."""
 
 import csv
 import io
@@ -19,12 +19,12 @@ from evsys_bus.files import write_into_place
 _COMMON: Final = ("time", "stream", "seq", "run", "rank")
 _OWN: Final = {"step_end": ("step",), "eval": ("step", "eval")}
 _FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""What spreadsheets take for a formula; the last four are full-width forms."""
+"""Prefixes that spreadsheets treat as a formula; the last four are full-width forms."""
 
 
 @contextmanager
 def destination(path: Path | None) -> Generator[BinaryIO]:
-    """Stdout; or a file, which stands under its name when it is complete, and not before."""
+    """Open stdout, or a file that appears under its name only when it is complete."""
     if path is None:
         yield sys.stdout.buffer
         return
@@ -33,7 +33,7 @@ def destination(path: Path | None) -> Generator[BinaryIO]:
 
 
 def export_jsonl(reader: EventReader, out: Path | None) -> int:
-    """One JSON object per event; how many there were."""
+    """Write one JSON object per event, and return the number of events."""
     count = 0
     with destination(out) as file:
         for envelope in reader.poll():
@@ -43,13 +43,13 @@ def export_jsonl(reader: EventReader, out: Path | None) -> int:
 
 
 def export_csv(new_reader: Callable[[], EventReader], places: dict[str, Path | None]) -> dict[str, int]:
-    """A table per event type, with a column for each metric or field that occurs; how many rows each has.
+    """Write a table per event type, with a column for each metric or field, and return the number of rows of each.
 
-    The journal is read twice: for the columns, and for the rows. What is appended in between is left out.
+    The journal is read twice: for the columns, and for the rows. Events appended in between are left out.
 
     Args:
-        new_reader: Makes a reader at the beginning.
-        places: Where the table of each type goes; types that do not occur get a table without rows.
+        new_reader: Returns a reader at the beginning.
+        places: The output file of each type; types that do not occur get a table without rows.
     """
     reader = new_reader()
     tables: dict[str, dict[str, None]] = {kind: dict.fromkeys((*_COMMON, *_OWN.get(kind, ()))) for kind in places}
@@ -71,7 +71,6 @@ def export_csv(new_reader: Callable[[], EventReader], places: dict[str, Path | N
 
 
 def _write(file: BinaryIO, columns: list[str], rows: Iterable[dict[str, Any]]) -> int:
-    """Any: cells."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=False)
     try:
         writer = csv.writer(text, lineterminator="\n")
@@ -83,11 +82,11 @@ def _write(file: BinaryIO, columns: list[str], rows: Iterable[dict[str, Any]]) -
         text.flush()
         return count
     finally:
-        text.detach()  # the file is its opener's to close
+        text.detach()  # the caller closes the file
 
 
 def _cells(envelope: Envelope) -> dict[str, Any]:
-    """A row by column. Any: cells."""
+    """Return a row as a dict by column."""
     event = envelope.event
     row: dict[str, Any] = {
         "time": envelope.time,
@@ -111,7 +110,7 @@ def _cells(envelope: Envelope) -> dict[str, Any]:
 
 
 def _leaves(envelope: Envelope) -> dict[str, Any]:
-    """The fields of any event, those of nested ones under dotted names. Any: cells."""
+    """Return the fields of any event, nested ones under dotted names."""
     row = msgspec.json.decode(to_json(envelope))
     leaves: dict[str, Any] = {}
     _spread(row["event"], "", leaves)
@@ -128,18 +127,17 @@ def _spread(value: object, path: str, leaves: dict[str, Any]) -> None:
 
 
 def _entries(value: object) -> dict[str, Any]:
-    """Any: JSON."""
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 def _cell(value: object) -> object:
-    """Numbers as they are, lists as JSON."""
+    """Return numbers unchanged, and anything else as text, lists as JSON."""
     if value is None or type(value) in {int, float}:
         return value
     return _text(value if isinstance(value, str) else msgspec.json.encode(value).decode())
 
 
 def _text(text: str) -> str:
-    """Without what a spreadsheet would run, and on one line."""
+    """Escape formulas and line breaks."""
     text = text.replace("\r", "\\r").replace("\n", "\\n").replace("\x00", "\\x00")
     return f"'{text}" if text.startswith(_FORMULA) else text

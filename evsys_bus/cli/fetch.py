@@ -1,4 +1,4 @@
-"""``evsys-bus fetch``: one checkpoint, downloaded and verified."""
+"""``evsys-bus fetch``: downloads and verifies one checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -20,9 +20,9 @@ _MOST_NAMED: Final = 3
 @click.command("fetch")
 @click.argument("asked", metavar="RUN[@NAME]")
 @store_options
-@click.option("--to", "target", type=click.Path(path_type=Path), help="The run's folder; default: RUN, or runs/RUN.")
+@click.option("--to", "target", type=click.Path(path_type=Path), help="The run's folder; default: RUN or runs/RUN.")
 @click.option(
-    "--record", is_flag=True, help="Add it to checkpoints.jsonl there, so that `run --resume` begins with it."
+    "--record", is_flag=True, help="Add it to checkpoints.jsonl there, so that `run --resume` continues from it."
 )
 @json_option
 @color_option
@@ -32,8 +32,8 @@ def command(
 ) -> None:
     """Fetch a checkpoint of RUN into fetched/ in its folder; NAME as `checkpoints` shows it, by default the newest.
 
-    Every file is verified by its digest, and what is there already is not fetched again: after an interruption the same
-    command goes on. On a new machine say --from URL; RUN is then the run's name there.
+    Every file is verified by its digest, and files that exist already are not fetched again: after an interruption the
+    same command continues. On a new machine use --from URL; RUN is then the run's name there.
     """
     run, name = _parted(asked)
     folder, key = run if run.is_dir() else RUNS / run, run.absolute().name
@@ -61,7 +61,7 @@ def _parted(asked: str) -> tuple[Path, str | None]:
     if not at or Path(asked).exists():
         return Path(asked), None
     if not run or not name:
-        raise click.UsageError(f"{asked!r} is no RUN@NAME")
+        raise click.UsageError(f"{asked!r} is not of the form RUN@NAME")
     return Path(run), name
 
 
@@ -76,12 +76,12 @@ def _refuse_experiment(asked: Path, folder: Path) -> None:
 
 
 def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
-    """Where it was uploaded to, as the run's folder has it on record; and that folder."""
+    """Return the destination that the run's folder records, its options, and that folder."""
     from evsys_bus.cli.checkpoint_states import checkpoint_states
 
     known_here = checkpoint_states(run)
     states = [each for each in known_here if each.folder.name == run.absolute().name]
-    if not states and len({each.folder for each in known_here}) == 1:  # of a journal, or a folder, with one run
+    if not states and len({each.folder for each in known_here}) == 1:  # a journal or a folder with a single run
         states = known_here
     there = [
         (state, (remote.url, remote.reach, state.folder))
@@ -97,7 +97,7 @@ def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
     known = [state.name for state, _ in there]
     if name is not None and known:
         raise click.UsageError(f"{run} has no uploaded checkpoint {name}; {did_you_mean(name, known)}")
-    raise click.UsageError(f"no upload of {run} is on record here; say where its checkpoints are: --from URL")
+    raise click.UsageError(f"no upload of {run} is recorded here; give the URL of its checkpoints: --from URL")
 
 
 def _fetch(url: str, reach: "Reach", run: str, name: str | None, folder: Path, screen: Screen) -> "ManifestRow":

@@ -1,4 +1,4 @@
-"""How a fetch goes on, on stderr: a bar on a terminal, ``key=value`` or JSON lines elsewhere; a quick one is silent."""
+"""Progress of a download on stderr: a bar on a terminal, else ``key=value`` or JSON lines; short ones show nothing."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ Tell = Callable[[Transfer], None]
 
 @contextmanager
 def fetches_shown(mode: ProgressMode, screen: Screen) -> Generator[Tell]:
-    """What to tell how a fetch goes, as often as one likes, while the block lasts."""
+    """Yield a function that shows the progress of a download; it may be called often."""
     mode = resolved(mode, sys.stderr)
     if mode == "live":
         with _bar(screen) as tell:

@@ -1,4 +1,4 @@
-"""Checkpoints that are fetched: where they lie in a run's folder, how they come on its record, how they are told."""
+"""Fetched checkpoints: adding them to the run's record, and describing their contents."""
 
 import errno
 from pathlib import Path
@@ -14,15 +14,15 @@ from evsys_bus.training.rows import Row, RowFile
 
 
 def put_on_record(folder: Path, row: ManifestRow, *, as_last: bool = False) -> None:
-    """As the trainer would have, had it saved this here; what is on record under that name gives way.
+    """Add a checkpoint to the run's record as if it had been saved here, replacing the one of the same name and step.
 
     Args:
-        folder: The run's.
-        row: The checkpoint, with its paths here.
-        as_last: What is on record of later steps gives way too.
+        folder: The folder of the run.
+        row: The checkpoint, with local paths.
+        as_last: Remove checkpoints of later steps from the record too.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The record cannot be written.
     """
 
     def stays(each: Row) -> bool:
@@ -35,15 +35,15 @@ def put_on_record(folder: Path, row: ManifestRow, *, as_last: bool = False) -> N
         file.keep(stays)
     file.append(msgspec.structs.asdict(row))
     file.flush()
-    if file.waiting:  # a trainer goes on without; what is to begin from this row must not
+    if file.waiting:  # a trainer continues without the row, but a run that is to resume from it must not
         raise OSError(errno.ENOSPC, "the record of checkpoints cannot be written", str(file.path))
 
 
 def contents(manifest: Manifest) -> str:
-    """``4 files, 312.4 MB``."""
+    """Return the contents as ``4 files, 312.4 MB``."""
     return f"{counted(len(manifest.files), 'file')}, {size(total_bytes(manifest))}"
 
 
 def total_bytes(manifest: Manifest) -> int:
-    """Of all its files."""
+    """Return the size of all files."""
     return sum(file.size for file in manifest.files)

@@ -1,4 +1,4 @@
-"""``evsys-bus follow``: an adapter beside a live run, in this process."""
+"""``evsys-bus follow``: delivers a live run to an adapter in this process."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @click.command("follow")
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @adapter_options
-@click.option("--name", help="Keep a cursor under this name: the next time goes on there.")
-@click.option("--from-start", is_flag=True, help="With --name: from the first event on once more.")
+@click.option("--name", help="Store a cursor under this name; the next call continues there.")
+@click.option("--from-start", is_flag=True, help="With --name: start again at the first event.")
 @timeout_option
 @progress_option
 @json_option
@@ -36,11 +36,11 @@ def command(
     progress: "ProgressMode",
     as_json: bool,
 ) -> int:
-    """Deliver the events of RUN to an adapter until the run is over, or Ctrl-C.
+    """Deliver the events of RUN to an adapter until the run ends, or until Ctrl-C.
 
-    It begins at the first event, and leaves nothing in the journal. With --name it is a follower like those of the run:
-    it goes on where it was left the last time, and `status` and `sync` know it. A run that is over is delivered, and
-    that is all.
+    Delivery begins at the first event, and leaves nothing in the journal. With --name the adapter has a cursor like
+    those of the run: it continues where it stopped the last time, and `status` and `sync` include it. If the run has
+    ended already, its events are delivered and the command ends.
     """
     from evsys_bus.cli.adapter_choice import chosen
     from evsys_bus.cli.deliveries import outcome_json, outcome_lines, sync_command, trouble_of
@@ -55,7 +55,7 @@ def command(
     if name is not None:
         refuse_other(journal.directory, followed)
     if journal.run is not None:
-        screen.note(f"{journal.run} shares its journal: all of {journal.directory} is followed")
+        screen.note(f"{journal.run} shares its journal: all events of {journal.directory} are delivered")
     with (
         printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
         deliveries_shown(progress, screen) as view,
@@ -68,15 +68,15 @@ def command(
         outcome, interrupted = followup.run(timeout_seconds, view.tell)
     click.echo("\n".join(outcome_json([outcome]) if as_json else outcome_lines([outcome])))
     if outcome.dead:
-        kept = "" if outcome.dead_letters is None else f"; they are, with the reason, in {outcome.dead_letters}"
-        screen.note(f"{outcome.dead:,} refused for good{kept}")
+        kept = "" if outcome.dead_letters is None else f"; events and reasons are in {outcome.dead_letters}"
+        screen.note(f"{outcome.dead:,} rejected{kept}")
     if interrupted:
-        again = "the same command begins at the first event again; with --name it would go on where it was left"
+        again = "the same command starts again at the first event; with --name it would continue where it stopped"
         if name is not None:
-            again = f"the same command goes on there, and so does: {sync_command(journal.directory)}"
+            again = f"the same command continues where it stopped, and so does: {sync_command(journal.directory)}"
         screen.note(f"interrupted; {again}")
         return INTERRUPTED
     error = trouble_of(outcome)
     if error is not None and name is None:
-        error.fix = f"{outcome.after.fix or 'mend the cause'}   then say the same again"
+        error.fix = f"{outcome.after.fix or 'remove the cause'}   then run the same command again"
     return 0 if error is None else tell(error, screen)

@@ -1,7 +1,7 @@
-"""One adapter beside a run, until the run is over: what ``evsys-bus follow`` does.
+"""Delivery of a live run to one adapter until the run ends, for ``evsys-bus follow``.
 
-A run is over when nobody writes a stream of its journal any more. With a name it is a follower like those of the run,
-and has a cursor; without one it is given all events from the first on, and leaves nothing in the journal.
+A run has ended when no process writes a stream of its journal. An adapter with a name has a cursor, like the adapters
+of the run itself; one without a name gets all events from the first on, and leaves nothing in the journal.
 """
 
 import os
@@ -31,16 +31,16 @@ from evsys_bus.tasks import DeliveryStatus, run_alone
 from evsys_bus.tasks.daemon_executor import DaemonExecutor
 
 STOP_SECONDS: Final = 5.0
-"""How long it may take to end at its cursor."""
+"""Time for the courier to stop and save its cursor."""
 
 
 class Followup:
-    """One adapter that has a cursor, delivered to in this process.
+    """Delivers to an adapter with a cursor, in this process.
 
     Args:
         directory: The journal.
-        followed: The adapter.
-        from_start: Begin anew, whatever its cursor says.
+        followed: The subscription.
+        from_start: Reset the cursor, and begin at the first event.
 
     Raises:
         CourierBusyError: Another process delivers to it.
@@ -58,7 +58,7 @@ class Followup:
         self._crew = Crew(str(self._directory), [followed], lambda _: built(followed))
 
     def run(self, timeout_seconds: float, tell: Tell) -> tuple[Outcome, bool]:
-        """Deliver until the run is over; what came of it, and whether it was interrupted."""
+        """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         interrupted = False
         with Interrupts(lambda _: None):
             self._crew.start()
@@ -66,7 +66,7 @@ class Followup:
                 self._go(timeout_seconds, tell)
             except KeyboardInterrupt:
                 interrupted = True
-            with suppress(KeyboardInterrupt):  # the second one: the cursor stays where it is
+            with suppress(KeyboardInterrupt):  # on the second signal the cursor stays where it is
                 self._crew.stop()
                 self._crew.join(STOP_SECONDS)
         self._watch.look(os.getpid())
@@ -98,11 +98,11 @@ class Followup:
 
 
 class OneOffFollowup:
-    """One adapter without a cursor, delivered to in this process from the first event on.
+    """Delivers to an adapter without a cursor, in this process, from the first event on.
 
     Args:
         directory: The journal.
-        followed: The adapter.
+        followed: The subscription.
 
     Raises:
         CourierBusyError: Another process delivers to the same adapter: both would write the same files.
@@ -124,7 +124,7 @@ class OneOffFollowup:
         self._finishing = False
 
     def run(self, timeout_seconds: float, tell: Tell) -> tuple[Outcome, bool]:
-        """As `Followup.run`."""
+        """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         before, began = self._look(), time.monotonic()
         interrupted = False
         with Interrupts(lambda _: None):
@@ -133,7 +133,7 @@ class OneOffFollowup:
                 self._go(delivery, timeout_seconds, tell)
             except KeyboardInterrupt:
                 interrupted = True
-            with suppress(KeyboardInterrupt):  # the second one
+            with suppress(KeyboardInterrupt):  # the second signal
                 if self._courier is not None:
                     self._courier.stop()
                 wait([delivery], STOP_SECONDS)
@@ -179,15 +179,15 @@ def _is_live(reader: JournalReader) -> bool:
 
 
 def refuse_other(directory: Path, followed: Followed) -> None:
-    """One name, one adapter.
+    """Check that the name is not used by another adapter of the journal.
 
     Raises:
-        BadSpecError: Another adapter is followed under this name.
+        BadSpecError: Another adapter has this name.
     """
     for each in roster(str(directory)):
         if each.name == followed.name and each.recipe != followed.recipe:
             raise BadSpecError(
                 f'"{each.name}" is followed already, with other params',
-                why="the name keys its cursor; what it has delivered went elsewhere",
-                fix="give this one a name of its own: --name",
+                why="its cursor is stored under this name, and its events went to another destination",
+                fix="choose another name: --name",
             )

@@ -1,4 +1,4 @@
-"""``evsys-bus forget``: takes a follower off the record of a journal, so that retention waits for it no longer."""
+"""``evsys-bus forget``: removes an adapter from a journal, so that retention no longer waits for it."""
 
 from pathlib import Path
 
@@ -10,17 +10,17 @@ from evsys_bus.cli.screen import Screen, color_option
 @click.command("forget")
 @click.argument("name", metavar="NAME")
 @click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask.")
+@click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask for confirmation.")
 @color_option
 @click.pass_obj
 def command(screen: Screen, name: str, folder: Path | None, sure: bool) -> None:
     """Forget the adapter NAME in the journal of RUN; without RUN, in the newest one below ./runs.
 
-    For an adapter that was taken out of the config for good: its cursor, its spec and its state are removed, a journal
-    with `retain` no longer keeps events for it, and `status` and `sync` no longer name it. Its dead letters stay.
+    For an adapter that was removed from the config: its cursor, spec and state are deleted, a journal with `retain` no
+    longer retains events for it, and `status` and `sync` no longer list it. Its dead letters stay.
 
-    Refused while the adapter is delivered to. One that is followed again later begins with the oldest event that the
-    journal has then. To deliver what is pending instead: evsys-bus sync RUN --adapter NAME.
+    Fails while a process delivers to the adapter. If the adapter is added again later, it begins with the oldest event
+    that the journal has then. To deliver pending events instead: evsys-bus sync RUN --adapter NAME.
     """
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.screen import printable
@@ -34,7 +34,7 @@ def command(screen: Screen, name: str, folder: Path | None, sure: bool) -> None:
     status = known.get(name)
     if status is None:
         near = did_you_mean(name, known)
-        raise click.UsageError(printable(f'{directory} knows no adapter "{name}"{near and f"; {near}"}'))
+        raise click.UsageError(printable(f'{directory} has no adapter "{name}"{near and f"; {near}"}'))
     pending = f", {counted(status.pending, 'event')} pending" if status.pending else ""
     question = f"Forget {name} in {directory} ({status.delivered:,} delivered{pending})?"
     if not sure:

@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM: the first one stops the runs after their step, the second one ends the program.
+"""Handling of Ctrl-C and SIGTERM: the first signal stops the runs after their step, the second ends the program.
 
-While only deliveries are waited for, one ends that wait.
+During the drain at the end, one signal ends the drain.
 
-What is done between the two (checkpoints named ``final``, the drain) is the experiment's and the bus's business.
+The shutdown between the two signals (checkpoints named ``final``, the drain) belongs to the experiment and the bus.
 """
 
 import asyncio
@@ -13,20 +13,20 @@ from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
 AGAIN_SECONDS: Final = 0.5
-"""How soon a task that is to leave its wait is cancelled once more."""
+"""Interval at which a task that is to stop waiting is cancelled again."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Listens while its block lasts; off the main thread it hears nothing."""
+    """Handles signals within the block; outside the main thread it does nothing."""
 
     def __init__(self, on_first: Callable[[signal.Signals], None]) -> None:
         self.received: signal.Signals | None = None
-        """The first signal, if one came."""
+        """The first signal that was received."""
         self._on_first = on_first
         self._cancel: Callable[[], object] | None = None
         self._leave: Callable[[], object] | None = None
-        self._earlier: dict[signal.Signals, Any] = {}  # Any: a handler, or one of the signal module's constants
+        self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -40,19 +40,19 @@ class Interrupts:
             signal.signal(each, signal.SIG_DFL if earlier is None else earlier)
 
     def stop_this_task(self) -> None:
-        """From here on, the first signal cancels the task that calls this."""
+        """Cancel the current task on the first signal."""
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
 
     def end_the_wait_of_this_task(self) -> None:
-        """From here on the task that calls this only waits: the next signal, whatever came before, has it leave."""
+        """Cancel the current task, which only waits from now on, on the next signal, until it has ended."""
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
 
-        def leave() -> None:  # a bus takes one cancellation for tasks, and up to two for deliveries
+        def leave() -> None:  # a bus needs one cancellation for tasks, and up to two for deliveries
             if not task.done():
                 task.cancel()
                 loop.call_later(AGAIN_SECONDS, leave)

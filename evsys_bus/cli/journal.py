@@ -1,4 +1,4 @@
-"""``evsys-bus journal``: whether a journal is whole, its repair, and its events for other programs."""
+"""``evsys-bus journal``: verifies, repairs and exports a journal."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -28,9 +28,9 @@ def command() -> None:
 @color_option
 @click.pass_obj
 def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
-    """Check every record of RUN by its checksum, and that no sequence is missing.
+    """Check the checksum of every record of RUN, and that no sequence is missing.
 
-    Exits with 3 if something that was recorded is lost. A write that a kill cut short is no loss: it was never
+    Exits with 3 if recorded events are lost. A write that was cut short by a kill is no loss: it was never
     acknowledged. Nothing is changed.
     """
     import msgspec
@@ -53,17 +53,17 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     return 0 if report.whole else _DAMAGED
 
 
-@command.command("repair", short_help="set damaged segments aside, write them anew without the damage")
+@command.command("repair", short_help="quarantine damaged segments, and rewrite them without the damage")
 @_run_argument
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @color_option
 @click.pass_obj
 def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
-    """Set the damaged segments of RUN aside, and write them anew with their whole records only.
+    """Quarantine the damaged segments of RUN, and rewrite them with their intact records only.
 
-    Nothing needs it for reading: damage is passed over. What is lost stays lost. Each damaged segment is kept beside
-    the new one, with ".damaged" behind its name. Let nobody follow or sync the run meanwhile. Exits with 3 if a segment
-    cannot even be read.
+    Reading does not need a repair: damage is skipped. Lost events stay lost. Each damaged segment is kept next to the
+    new one, with the suffix ".damaged". Do not follow or sync the run at the same time. Exits with 3 if a segment
+    cannot be read at all.
     """
     from evsys_bus.cli.amounts import size
     from evsys_bus.cli.journals import found
@@ -80,7 +80,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
             f"{each.segment.parent.name}/{each.segment.name}",
             f"{counted(each.events, 'event')} kept",
             f"{size(each.dropped_bytes)} dropped",
-            f"as it was: {each.aside.name}",
+            f"original: {each.aside.name}",
         ]
         for each in done
     ]
@@ -89,7 +89,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     click.echo("\n".join([*columns(rows), *([""] if rows else []), last]))
     unreadable = [f"{each.stream}/{' '.join(why.split())}" for each in report.streams for why in each.unreadable]
     for each in unreadable:
-        screen.note(printable(f"left as it is: {each}"))
+        screen.note(printable(f"not repaired: {each}"))
     return _DAMAGED if unreadable else 0
 
 
@@ -98,17 +98,19 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
 @click.option(
     "--format", "kind", type=click.Choice(["csv", "jsonl"]), required=True, help="How the events are written."
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Where to; default: stdout. For several tables a folder.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Output file; default: stdout. A folder for several tables."
+)
 @event_options
 @color_option
 @click.pass_obj
 def export_command(
     screen: Screen, folder: Path, kind: str, out: Path | None, types: tuple[str, ...], run_key: str | None
 ) -> None:
-    """Write the events of RUN, merged by time, for other programs.
+    """Export the events of RUN, merged by time.
 
-    jsonl: one object per event, as `tail --json` shows them. csv: one table per type of event, step_end if no type is
-    given, with a column for each metric or field that occurs; the tables of several types go into the folder --out.
+    jsonl: one object per event, as in `tail --json`. csv: one table per type of event, step_end if no type is given,
+    with a column for each metric or field; the tables of several types are written into the folder --out.
     """
     from evsys_bus.cli.event_reader import EventReader, Wanted
     from evsys_bus.cli.export import export_csv, export_jsonl
@@ -140,7 +142,7 @@ def export_command(
 
 
 def _tables(types: tuple[str, ...], out: Path | None) -> dict[str, Path | None]:
-    """Where the table of each type goes."""
+    """Return the output file of each type's table."""
     if len(types) == 1:
         return {types[0]: out}
     if out is None:

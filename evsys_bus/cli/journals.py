@@ -1,4 +1,4 @@
-"""Which journal a command line means: its directory, the folder of a run or experiment, or a name below ./runs."""
+"""Finding the journal of a command line: its directory, the folder of a run or experiment, or a name below ./runs."""
 
 import difflib
 from collections.abc import Iterator
@@ -13,18 +13,18 @@ _MOST_NAMED: Final = 5
 
 
 class Found(NamedTuple):
-    """A journal that is there."""
+    """An existing journal."""
 
     directory: Path
     run: str | None = None
-    """The run that was asked for, where the journal is that of its whole experiment."""
+    """The requested run, if the journal belongs to its whole experiment."""
 
 
 def found(asked: Path | None) -> Found:
-    """The journal that is meant; None means the newest one below ``./runs``.
+    """Find the requested journal; None means the newest one below ``./runs``.
 
     Raises:
-        click.UsageError: There is none, or several would fit.
+        click.UsageError: There is none, or several match.
     """
     if asked is None:
         newest = max(_below(RUNS), key=_written, default=None)
@@ -47,7 +47,7 @@ def found(asked: Path | None) -> Found:
 
 
 def newest_first() -> list[Path]:
-    """The journals below ``./runs``, the one that was written last first."""
+    """Return the journals below ``./runs``, most recently written first."""
     return sorted(_below(RUNS), key=_written, reverse=True)
 
 
@@ -74,7 +74,7 @@ def _below(root: Path) -> Iterator[Path]:
 
 
 def _written(directory: Path) -> float:
-    """When something was last appended to it."""
+    """Return the time of the last append."""
     return max((each.stat().st_mtime for each in directory.glob("*/*.seg")), default=directory.stat().st_mtime)
 
 

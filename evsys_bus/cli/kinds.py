@@ -1,4 +1,4 @@
-"""The kinds of adapters as ``evsys-bus adapters`` tells of them: in a list, and each on a page of its own."""
+"""The kinds of adapters for ``evsys-bus adapters``: a list, and the details of each."""
 
 import inspect
 from typing import Any
@@ -11,21 +11,21 @@ from evsys_bus.wiring.registry import REGISTRY
 
 
 class Entry(msgspec.Struct, omit_defaults=True):
-    """One kind in the list."""
+    """An entry of the list."""
 
     kind: str
     target: str
     packages: tuple[str, ...]
     summary: str = ""
     error: str = ""
-    """Why it cannot be loaded; the others can."""
+    """Why the kind cannot be loaded."""
     missing: str = ""
-    """What it needs and is not installed here."""
+    """Required packages that are not installed."""
     fix: str = ""
 
 
 class Page(msgspec.Struct):
-    """All about one kind. Any: JSON."""
+    """The details of one kind."""
 
     kind: str
     target: str
@@ -37,12 +37,12 @@ class Page(msgspec.Struct):
 
 
 def entries() -> list[Entry]:
-    """Every kind."""
+    """Return an entry for every kind."""
     return [_entry(kind, origin) for kind, origin in callback_kinds().items()]
 
 
 def entry_lines(found: list[Entry]) -> list[str]:
-    """The list, a kind a line; what is missing for it stands below."""
+    """Return the list as text, with missing packages below each kind."""
     width = max((len(entry.kind) for entry in found), default=0)
     lines: list[str] = []
     for entry in found:
@@ -66,7 +66,7 @@ def _entry(kind: str, origin: Origin) -> Entry:
 
 
 def page_of(kind: str) -> Page:
-    """All about one.
+    """Return the details of a kind.
 
     Raises:
         UnknownKindError, BrokenAdapterError: There is no such kind, or it cannot be loaded.
@@ -86,7 +86,7 @@ def page_of(kind: str) -> Page:
 
 
 def page_text(page: Page) -> str:
-    """The page, for people."""
+    """Return the details as text."""
     schema = msgspec.json.format(msgspec.json.encode(page.schema), indent=2).decode()
     width = max(map(len, page.defaults), default=0)
     defaults = [f"  {key:<{width}}  {_json(value)}" for key, value in page.defaults.items()]
@@ -105,7 +105,7 @@ def page_text(page: Page) -> str:
 
 
 def _summary(kind: str) -> str:
-    """The first line of the class's docstring: its own, not the one it inherits."""
+    """Return the first line of the class's own docstring, not of an inherited one."""
     cls = REGISTRY.find(kind)
     return inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__).partition("\n")[0]
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how a command line is written down again."""
+"""Options shared by several commands, and reconstruction of a command line."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ import click
 
 from evsys_bus.cli.screen import color_option
 
-_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 PROGRESS: Final = ["auto", "live", "plain", "json", "off"]
 
 set_option: Final = click.option(
@@ -18,7 +18,7 @@ json_option: Final = click.option("--json", "as_json", is_flag=True, help="The r
 
 
 def running_options(command: _CommandT) -> _CommandT:
-    """Those of every command that starts an experiment."""
+    """Add the options of every command that starts an experiment."""
     for option in (
         color_option,
         json_option,
@@ -27,17 +27,17 @@ def running_options(command: _CommandT) -> _CommandT:
             type=click.Choice(PROGRESS),
             default="auto",
             show_default=True,
-            help="How it shows itself on stderr. auto: live on a terminal, plain otherwise.",
+            help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
         ),
         click.option(
             "--strict",
             is_flag=True,
-            help="Exit with 5 if an event was not delivered, or a callback's task not finished.",
+            help="Exit with 5 if an event was not delivered, or a callback's task did not finish.",
         ),
         click.option(
             "--resume",
             is_flag=True,
-            help="Go on with what the output directory holds, or with what checkpoint_upload has sent elsewhere.",
+            help="Continue from the output directory, or from checkpoints that checkpoint_upload has uploaded.",
         ),
         set_option,
         click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),
@@ -48,12 +48,12 @@ def running_options(command: _CommandT) -> _CommandT:
 
 
 def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
-    """``--output-dir``."""
+    """Return the option ``--output-dir``."""
     return click.option("--output-dir", type=click.Path(path_type=Path, file_okay=True), help=help_text)
 
 
 def written(*words: object, **options: Any) -> list[str]:
-    """The command line, from its options as they were given. Any: text, numbers, paths, and tuples of them."""
+    """Return the command line with these arguments and options."""
     line = ["evsys-bus", *map(str, words)]
     for name, value in options.items():
         given = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)

@@ -1,6 +1,6 @@
-"""What an experiment file asks for, read, checked and spread out into runs; nothing is started or written here.
+"""Loading an experiment file into a validated plan of runs, for ``check``, ``run`` and ``demo``.
 
-``check``, ``run`` and ``demo`` all begin with this.
+Nothing is started or written here.
 """
 
 import sys
@@ -26,7 +26,7 @@ _MAX_VALUE_CHARS = 60
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """An experiment, ready to run."""
+    """A validated experiment and its runs."""
 
     file: Path
     document: Document
@@ -37,7 +37,7 @@ class Planned(msgspec.Struct, frozen=True):
 
     @property
     def title(self) -> str:
-        """One line: the name, how much it is, and where the data goes."""
+        """One line: the name, the number of runs, and the output directory."""
         arms = len(dict.fromkeys(run.arm for run in self.runs))
         seeds = len({run.seed for run in self.runs})
         stages = len(dict.fromkeys(run.stage for run in self.runs))
@@ -48,7 +48,7 @@ class Planned(msgspec.Struct, frozen=True):
 
     @property
     def shown_folder(self) -> str:
-        """The directory as people write it: relative where it lies below the working directory."""
+        """The directory, relative if it is inside the working directory."""
         try:
             return str(self.folder.absolute().relative_to(Path.cwd()))
         except ValueError:
@@ -63,12 +63,12 @@ def planned(
     seeds: Sequence[int] = (),
     output_dir: Path | None = None,
 ) -> Planned:
-    """Read the file and settle everything that can be settled before anything starts.
+    """Load and validate an experiment file.
 
-    Modules beside the file are found, as those beside a script are, but after installed ones.
+    Modules next to the file can be imported, as for a script, but installed modules take precedence.
 
     Raises:
-        ConfigError: The file, an override, or what was asked for of it is wrong; several as `ConfigErrors`.
+        ConfigError: The file, an override, or a requested arm or seed is invalid; several errors as `ConfigErrors`.
     """
     document = with_overrides(read_document(file), list(sets))
     beside = str(file.absolute().parent)
@@ -91,7 +91,7 @@ def _check_known(option: str, wanted: Sequence[object], known: Sequence[object],
 
 
 def earlier_page(folder: Path) -> Page | None:
-    """What the ledger in this directory says, if it holds one that can be read."""
+    """Return the experiment recorded in this directory; None if there is none or it cannot be read."""
     try:
         return msgspec.json.decode(read_file(folder / LEDGER, most_bytes=MOST_PAGE_BYTES), type=Page)
     except (OSError, *DAMAGE):
@@ -99,13 +99,13 @@ def earlier_page(folder: Path) -> Page | None:
 
 
 def plan_lines(plan: Planned) -> list[str]:
-    """The plan, for people."""
+    """Return the plan as text."""
     config = plan.config
     lines = [plan.title, ""]
     metric = config.success_metric
     facts = [
         ["recipe", config.recipe],
-        ["best arm by", f"{metric.name} ({metric.mode})" if metric else "not asked for"],
+        ["best arm by", f"{metric.name} ({metric.mode})" if metric else "not set"],
         ["at a time", counted(config.max_concurrent_runs, "run")],
         *([["plugins", ", ".join(config.plugins)]] if config.plugins else []),
     ]
@@ -129,8 +129,8 @@ def plan_lines(plan: Planned) -> list[str]:
 
 
 def plan_json(plan: Planned) -> list[str]:
-    """The plan as JSON: a line for each run, and one for the experiment."""
-    rows: list[dict[str, Any]] = [  # Any: as the parameters
+    """Return the plan as JSON: a line for each run, and one for the experiment."""
+    rows: list[dict[str, Any]] = [
         {"type": "planned_run", "run": run.run_key, "run_dir": str(run.run_dir), "run_config": run.run_config}
         for run in plan.runs
     ]
@@ -153,7 +153,7 @@ def _state(run: RunPlan, folder: Path) -> str:
 
 
 def params_line(params: Mapping[str, Any]) -> str:
-    """Parameters on one line. Any: as `Params`."""
+    """Return parameters on one line."""
     return "  ".join(f"{key}={_value(value)}" for key, value in params.items())
 
 

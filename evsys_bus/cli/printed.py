@@ -1,4 +1,4 @@
-"""What callbacks print while stdout is for JSON: it goes to stderr, and there too as JSON where that is asked for."""
+"""Reserves stdout for JSON results: other output goes to stderr, as JSON if progress is JSON."""
 
 import sys
 from collections.abc import Generator
@@ -10,7 +10,7 @@ from evsys_bus.codec import json_line
 
 @contextmanager
 def printed_aside(*, result_is_json: bool, progress_is_json: bool) -> Generator[None]:
-    """Keep stdout for the result while the block lasts, if that is JSON."""
+    """Redirect stdout to stderr within the block if the result is JSON."""
     if not result_is_json:
         yield
         return

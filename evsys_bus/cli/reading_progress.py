@@ -1,4 +1,4 @@
-"""Progress of reading a whole journal: a bar on stderr where that is a terminal, and nothing elsewhere."""
+"""Progress of reading a whole journal: a bar on stderr if it is a terminal."""
 
 import sys
 from collections.abc import Callable, Generator
@@ -10,17 +10,17 @@ from evsys_bus.cli.screen import Screen, is_terminal
 from evsys_bus.journal import Disk, OsDisk
 
 _WORTH_A_BAR: Final = 32 << 20
-"""Less is read before one has looked."""
+"""Smaller journals are read in a moment."""
 
 
 class _ToldDisk(OsDisk):
-    """The real disk, which tells how much was read."""
+    """The real disk; reports how many bytes were read."""
 
     def __init__(self, tell: Callable[[int], object]) -> None:
         self._tell = tell
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """As `Disk`."""
+        """Read, and report the number of bytes."""
         data = super().read(path, offset, size)
         self._tell(len(data))
         return data
@@ -28,13 +28,13 @@ class _ToldDisk(OsDisk):
 
 @contextmanager
 def disk_with_progress(directory: Path, what: str, screen: Screen, *, times: int = 1) -> Generator[Disk]:
-    """A disk whose reading shows while the block lasts.
+    """Yield a disk whose reads advance a progress bar.
 
     Args:
         directory: The journal.
-        what: What is being done to it.
-        screen: Where it shows.
-        times: How often all of it will be read.
+        what: The label of the bar.
+        screen: The terminal.
+        times: How often the whole journal will be read.
     """
     total = sum(each.stat().st_size for each in directory.glob("*/*.seg")) * times
     if total < _WORTH_A_BAR or not is_terminal(sys.stderr):

@@ -1,4 +1,4 @@
-"""What the folder of a run or an experiment says of it; read only, a line at a time, and patient with damage."""
+"""The records in the folder of a run or an experiment, read line by line; damaged lines are skipped."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ _NO_METRICS: Final = frozenset({"step", "nonfinite", "replaced"})
 
 
 class MetricRecord(msgspec.Struct):
-    """One metric over the steps of a run; NaN and infinities are counted, and are neither least nor greatest."""
+    """A metric over the steps of a run; NaN and infinities are counted, and excluded from least and greatest."""
 
     name: str
     rows: int = 0
@@ -31,7 +31,7 @@ class MetricRecord(msgspec.Struct):
     greatest_step: int | None = None
 
     def see(self, value: float, step: int | None) -> None:
-        """One more row."""
+        """Add a value."""
         self.rows += 1
         if not math.isfinite(value):
             self.nonfinite += 1
@@ -45,48 +45,47 @@ class MetricRecord(msgspec.Struct):
 
 
 class RunRecord(msgspec.Struct):
-    """Everything on record of one run."""
+    """Everything that is recorded about a run."""
 
     folder: Path
     entry: RunEntry | None
-    """Its line in the experiment's ledger; None where it belongs to no experiment."""
+    """The run's entry in the record of its experiment; None if it belongs to none."""
     result: ArmResult | None
     last_step: int | None
     rows: int
     metrics: list[MetricRecord]
     checkpoints: list[ManifestRow]
     evals: list[MetricRecord] = []
-    """Those made while it trained, by their steps: ``val/acc``; from the journal, for whoever asks it."""
+    """Evals during training, such as ``val/acc``; read from the journal on request."""
     process_gone: bool = False
-    """It is called running, and no process writes its journal."""
+    """The status is running, but no process writes the journal."""
     name: str | None = None
-    """Its run key, where the journal tells of it."""
+    """The run key, if the record comes from a journal."""
     status: str | None = None
-    """By the journal: how its RunEnd or TrainEnd says; without one running, ended or killed, as its writer is."""
+    """Status by the journal: that of RunEnd or TrainEnd, else running, ended or killed, depending on the writer."""
     error: str | None = None
     num_steps: int | None = None
     config: Any = None
-    """Any: as the program gave it."""
     page: str | None = None
-    """The URL where it is shown."""
+    """The URL of the run's page."""
     benchmarks: list[EvalResult] = []
 
 
 class ExperimentRecord(msgspec.Struct):
-    """Everything on record of an experiment."""
+    """Everything that is recorded about an experiment."""
 
     folder: Path
     page: Page
     process_gone: bool = False
-    """As a run's."""
+    """The status is running, but no process writes the journal."""
 
 
 def read_experiment(folder: Path) -> ExperimentRecord | None:
-    """The experiment in this folder; None where there is none.
+    """Read the experiment in this folder; None if there is none.
 
     Raises:
-        Its ledger is damaged: one of `DAMAGE`.
-        OSError: It cannot be read.
+        Exception: One of `DAMAGE`: the experiment's file is damaged.
+        OSError: The file cannot be read.
     """
     path = folder / LEDGER
     if not path.is_file():
@@ -95,7 +94,7 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
 
 
 def read_run(folder: Path) -> RunRecord | None:
-    """The run in this folder; None where there is none."""
+    """Read the run in this folder; None if there is none."""
     if not any((folder / name).is_file() for name in (METRICS, CHECKPOINTS, RESULT)):
         return None
     try:
@@ -122,18 +121,18 @@ def read_run(folder: Path) -> RunRecord | None:
 
 
 def read_checkpoints(folder: Path) -> list[ManifestRow]:
-    """What the run in this folder has saved, in order; what was brought from elsewhere stands among it."""
+    """Return the recorded checkpoints of the run in this folder, in order, fetched ones included."""
     return list(_manifest(RowFile(folder / CHECKPOINTS).rows()))
 
 
 def found_runs(root: Path) -> list[Path]:
-    """Folders of runs and experiments up to two levels below ``root``."""
+    """Return the folders of runs and experiments up to two levels below ``root``."""
     below = [*root.glob("*/"), *root.glob("*/*/")] if root.is_dir() else []
     return [each for each in below if any((each / name).is_file() for name in (LEDGER, METRICS))]
 
 
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Any: a row holds what was measured; what JSON has no number for stands in its ``nonfinite``."""
+    """Yield the metrics of a row; values that JSON cannot represent are listed in its ``nonfinite``."""
     for name, value in row.items():
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NO_METRICS:
             yield name, as_float(value)
@@ -143,7 +142,7 @@ def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def as_float(value: float) -> float:
-    """JSON has integers beyond every float."""
+    """Convert to float; integers beyond the range of floats become infinite."""
     try:
         return float(value)
     except OverflowError:
@@ -151,7 +150,6 @@ def as_float(value: float) -> float:
 
 
 def _manifest(rows: Iterable[dict[str, Any]]) -> Iterator[ManifestRow]:
-    """Any: as `_numbers`."""
     for row in rows:
         try:
             yield msgspec.convert(row, ManifestRow)

@@ -1,7 +1,7 @@
-"""Repairing a journal: damaged segments are set aside whole, and written anew with the whole records of theirs only.
+"""Repairing a journal: damaged segments are quarantined, and rewritten with their intact records only.
 
-Nothing needs it for reading: readers pass over damage. It makes the next reading quicker and quieter, and keeps what
-was damaged for whoever wants to look into it. What is lost stays lost, and stays missing in the sequences.
+Reading does not need a repair, because readers skip damage. A repair makes later reads faster and free of warnings, and
+retains the damaged segment for inspection. Lost events stay lost, and stay missing in the sequences.
 """
 
 import errno
@@ -24,29 +24,29 @@ _ASIDE: Final = ".damaged"
 
 
 class Repaired(msgspec.Struct):
-    """One segment."""
+    """A repaired segment."""
 
     segment: Path
     events: int
-    """In what stands in its place."""
+    """Number of events in the rewritten segment."""
     dropped_bytes: int
     aside: Path
-    """Where the segment is kept as it was."""
+    """The original segment in quarantine."""
 
 
 def to_repair(report: Report) -> list[StreamReport]:
-    """The streams that have something to repair."""
+    """Return the streams that have damaged segments."""
     return [each for each in report.streams if each.damaged]
 
 
 def repair(directory: Path, streams: Iterable[StreamReport], *, dry_run: bool) -> list[Repaired]:
-    """Repair the damaged segments of these streams; with ``dry_run`` only say what would be done.
+    """Repair the damaged segments of these streams; with ``dry_run`` only return what would be done.
 
-    Nobody should read them meanwhile: a reader in the middle of a segment would lose its place.
+    No other process should read them at the same time: a reader inside a segment would lose its position.
 
     Raises:
-        JournalInUseError: A process writes one of them; nothing was changed.
-        OSError: The disk refused it. Every segment is either as it was or repaired.
+        JournalInUseError: A process writes one of the streams; nothing was changed.
+        OSError: The disk failed. Every segment is either unchanged or repaired.
     """
     disk = OsDisk()
     locks: list[int] = []
@@ -73,12 +73,12 @@ def _repair(disk: OsDisk, segment: Path, *, dry_run: bool) -> Repaired:
     if not dry_run:
         _set_aside(segment, done.aside)
         disk.replace(str(segment), whole)
-        os.utime(segment, ns=(before.st_atime_ns, before.st_mtime_ns))  # `retain` goes by its age
+        os.utime(segment, ns=(before.st_atime_ns, before.st_mtime_ns))  # `retain` uses the file's age
     return done
 
 
 def _set_aside(segment: Path, aside: Path) -> None:
-    """A second name for it, which takes no room; a copy where the file system has no such thing."""
+    """Hard-link the segment, which takes no space; copy it where the file system has no hard links."""
     try:
         aside.hardlink_to(segment)
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""``evsys-bus replay``: a recorded run, pushed through any adapter."""
+"""``evsys-bus replay``: delivers a recorded run to any adapter."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 @adapter_options
 @event_options
-@click.option("--from-seq", type=click.IntRange(min=1), default=1, metavar="N", help="From this sequence on.")
+@click.option("--from-seq", type=click.IntRange(min=1), default=1, metavar="N", help="Start at this sequence.")
 @click.option(
     "--speed",
     type=click.FloatRange(min=0),
     default=0.0,
     metavar="X",
-    help="1 is as fast as it was, 10 ten times as fast; without it, as fast as the adapter takes it.",
+    help="1 is the original speed, 10 ten times as fast; default: as fast as the adapter accepts events.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be pushed, and push nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
 @timeout_option
 @progress_option
 @json_option
@@ -51,9 +51,9 @@ def command(
     progress: "ProgressMode",
     as_json: bool,
 ) -> int:
-    """Push the recorded events of RUN through an adapter, as often as you like: no cursor is read or moved.
+    """Deliver the recorded events of RUN to an adapter, any number of times: no cursor is read or moved.
 
-    Where RUN is one run of an experiment, it is that run's events, and those of the experiment as a whole.
+    If RUN is one run of an experiment, the events are those of this run and of the experiment as a whole.
     """
     from evsys_bus.cli.adapter_choice import built, chosen
     from evsys_bus.cli.chosen_events import ChosenEvents
@@ -89,7 +89,7 @@ def _lines(done: "Replayed", *, dry_run: bool) -> list[str]:
     sent = sum(done.sent.values())
     if dry_run:
         rows = [[each, f"{count:,}"] for each, count in sorted(done.sent.items())]
-        return [f"{done.adapter}   {counted(sent, 'event')} to push", *columns(rows, indent="  ")]
+        return [f"{done.adapter}   {counted(sent, 'event')} to deliver", *columns(rows, indent="  ")]
     rest = [f"left {done.left:,}"] if done.left else []
     counts = [f"sent {sent:,}", f"dead {done.dead:,}", *rest, f"{done.seconds:.1f}s"]
     if done.seconds > 0:
@@ -105,23 +105,23 @@ def _json(done: "Replayed", *, dry_run: bool) -> list[str]:
 
 
 def _told(done: "Replayed", events: "ChosenEvents", screen: Screen) -> int:
-    """What went wrong; the exit code."""
+    """Report errors on stderr, and return the exit code."""
     from evsys_bus.cli.tables import counted
     from evsys_bus.cli.telling import INTERRUPTED, OK, RAISED, REMOTE, tell
     from evsys_bus.errors import RetryLaterError
 
     for why in events.reasons:
-        screen.note(f"refused: {printable(why)}")
+        screen.note(f"rejected: {printable(why)}")
     if events.hook_failures:
         screen.note(f"hooks of {done.adapter} raised {counted(events.hook_failures, 'time')}")
     if done.interrupted:
         places = list(events.last.values())
-        again = f"; go on with --from-seq {places[0] + 1}" if len(places) == 1 else ""
+        again = f"; continue with --from-seq {places[0] + 1}" if len(places) == 1 else ""
         screen.note(f"interrupted with {counted(done.left, 'event')} left{again}")
         return INTERRUPTED
     if done.left:
-        error = RetryLaterError(f"{counted(done.left, 'event')} could not be pushed through {done.adapter}")
-        error.why = done.error or "it took nothing for a while, and did not say why"
-        error.fix = "mend the cause, and replay once more"
+        error = RetryLaterError(f"{counted(done.left, 'event')} could not be delivered to {done.adapter}")
+        error.why = done.error or "it accepted no events and gave no reason"
+        error.fix = "remove the cause, and run the same command again"
         return tell(error, screen)
     return REMOTE if done.dead else RAISED if events.hook_failures else OK

@@ -1,4 +1,4 @@
-"""A replay from its first event to its last: the courier on this thread, what shows how it goes on another."""
+"""Replays a journal: the courier runs on this thread, its progress is shown from another one."""
 
 import os
 import signal
@@ -22,24 +22,24 @@ from evsys_bus.tasks import DeliveryStatus, run_alone
 
 
 class Replayed(msgspec.Struct, frozen=True):
-    """What came of it."""
+    """The result of a replay."""
 
     adapter: str
     sent: dict[str, int]
-    """By type of event."""
+    """Number of delivered events by type."""
     dead: int
     left: int
-    """Events of the journal that it did not come to."""
+    """Number of events that were not reached."""
     seconds: float
     interrupted: bool = False
     error: str | None = None
-    """What the destination said last, where something is left."""
+    """The last error of the destination, if events are left."""
 
 
 def replay(
     directory: Path, name: str, events: ChosenEvents, after: int, timeout_seconds: float, tell: Tell
 ) -> Replayed:
-    """Push what is recorded behind this sequence of each stream, and there now, through the adapter.
+    """Deliver the events after this sequence of each stream, up to the current end, to the adapter.
 
     Raises:
         Exception: The adapter cannot be opened.
@@ -68,7 +68,7 @@ def replay(
 
 
 def status_of(name: str, events: ChosenEvents, pending: int) -> DeliveryStatus:
-    """How a delivery fares that keeps nothing on disk."""
+    """Return the status of a delivery that stores nothing on disk."""
     trouble = events.trouble
     return DeliveryStatus(
         name,
@@ -85,7 +85,7 @@ def status_of(name: str, events: ChosenEvents, pending: int) -> DeliveryStatus:
 
 @contextmanager
 def _stopped_by_signals(courier: Courier) -> Generator[list[int]]:
-    """The first signal stops the courier; the second one ends the program, also where a hook hangs."""
+    """Stop the courier on the first signal, and exit on the second one even if a hook hangs."""
     heard: list[int] = []
 
     def hear(number: int, frame: object) -> None:
@@ -110,7 +110,7 @@ def _stopped_by_signals(courier: Courier) -> Generator[list[int]]:
 def _shown(
     name: str, events: ChosenEvents, total: int, courier: Courier, timeout_seconds: float, tell: Tell
 ) -> Generator[None]:
-    """Tell how it goes on while the block lasts, from a thread; and stop what has taken nothing for too long."""
+    """Report progress from a thread within the block, and stop the courier after too long without progress."""
     over = threading.Event()
 
     def watch() -> None:

@@ -1,4 +1,4 @@
-"""How an experiment ended, on stdout: the arms side by side, the conclusion, and where everything is."""
+"""The result of an experiment on stdout: a table of arms, the conclusion, and the location of the data."""
 
 import sys
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ def result_lines(
     receipt: Receipt | None = None,
     pages: Mapping[str, str] = {},
 ) -> list[str]:
-    """The result, for people; ``pages`` are the URLs of runs, where they are known."""
+    """Return the result as text; ``pages`` are the known URLs of runs."""
     width = width_of(sys.stdout)
     arms = summarise(result.arms, plan.config.success_metric)
     metrics = [name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _UNTOLD]
@@ -64,8 +64,8 @@ def result_json(
     receipt: Receipt | None = None,
     pages: Mapping[str, str] = {},
 ) -> list[str]:
-    """The result as JSON: a line for each run, arm and delivery, and one for the experiment."""
-    rows: list[dict[str, Any]] = [  # Any: JSON
+    """Return the result as JSON: a line for each run, arm and delivery, and one for the experiment."""
+    rows: list[dict[str, Any]] = [
         {
             "type": "run",
             "run": run.run_key,
@@ -104,7 +104,7 @@ def result_json(
 
 
 def finish_command(receipt: Receipt) -> str | None:
-    """The command that delivers what is pending and has confirmed what is owed; None where nothing is."""
+    """Return the command that delivers pending events and confirms unconfirmed ones; None if there are none."""
     if receipt.finish is not None or receipt.journal is None:
         return receipt.finish
     settled_by_sync = any(each.owed and each.state is not None for each in receipt.deliveries)  # inline ones have none
@@ -112,7 +112,7 @@ def finish_command(receipt: Receipt) -> str | None:
 
 
 def _deliveries(receipt: Receipt) -> str:
-    """``csv_metrics ok   wandb 1,204 pending, 120 owed``."""
+    """Return ``csv_metrics ok   wandb 1,204 pending, 120 owed``."""
     ranks: Ranks = {} if receipt.journal is None else ranks_served(receipt.journal)
     return GAP.join(f"{each.name} {', '.join(count_words(each)) or _well(each, ranks)}" for each in receipt.deliveries)
 
@@ -146,5 +146,5 @@ def _failure(run: RunPlan, arm: ArmResult, plan: Planned) -> str:
 
 
 def _pairs(plan: Planned, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:
-    """Both are in the order of the plan; behind it come the runs of earlier sessions that this one did not plan."""
+    """Pair planned runs with results: both are in plan order, followed by unplanned runs of earlier sessions."""
     return list(zip(plan.runs, result.arms, strict=False))

@@ -1,7 +1,7 @@
-"""What ``run --resume`` has to bring here first: checkpoints that ``checkpoint_upload`` sent elsewhere.
+"""Fetching checkpoints before ``run --resume`` that ``checkpoint_upload`` has uploaded.
 
-Of what is here and what is there, a run goes on from the one of the later step; of two of the same step, from the one
-here. What is fetched comes on the run's record, where the loop finds it. Nothing is written at a destination.
+A run continues from the checkpoint of the latest step; if a local and a remote one have the same step, from the local
+one. Fetched checkpoints are added to the run's record, where the loop finds them. Nothing is written to a destination.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,19 +38,19 @@ from evsys_bus.training.plan import RunPlan
 from evsys_bus.wiring.spec import read_spec
 
 ATTEMPTS: Final = 3
-"""To ask a destination: what is away for a moment should not end a job that was started anew by a machine."""
+"""Attempts to query a destination: a short outage should not end a job that a scheduler has restarted."""
 
 _Showing = Callable[[], AbstractContextManager[Tell]]
 
 
 def bring_newest(plan: Planned, mode: ProgressMode, screen: Screen) -> None:
-    """Have in each run's folder what it is to go on from, where that was uploaded and is not here.
+    """Fetch the newest checkpoint of each run that was uploaded and is not local.
 
     Raises:
-        DeliveryError: A destination cannot be asked, and a run that had begun has nothing here to go on from; or what
-            is there is damaged. What was fetched stays, and is not fetched again.
-        TrainingError: Somebody trains in the experiment's directory.
-        OSError: This machine's disk.
+        DeliveryError: A destination cannot be reached, and a started run has no local checkpoint; or the remote one is
+            damaged. Fetched files stay, and are not fetched again.
+        TrainingError: Another process trains in the experiment's directory.
+        OSError: The local disk failed.
     """
     sources = _sources(plan)
     runs = _unfinished(plan)
@@ -64,7 +64,7 @@ def bring_newest(plan: Planned, mode: ProgressMode, screen: Screen) -> None:
 
 
 class _Source(NamedTuple):
-    """A destination of uploads, to be fetched from."""
+    """A destination of uploads."""
 
     url: str
     reach: Reach
@@ -73,9 +73,9 @@ class _Source(NamedTuple):
 class _Run(NamedTuple):
     plan: RunPlan
     here: ManifestRow | None
-    """Its newest checkpoint whose full state is here."""
+    """The newest checkpoint whose full state is local."""
     began: bool
-    """Not so where it waits for its first turn, by what is on record here."""
+    """Whether the run has started, by the local record."""
 
     @property
     def key(self) -> str:
@@ -83,7 +83,7 @@ class _Run(NamedTuple):
 
 
 class _There(NamedTuple):
-    """The newest checkpoint of a run that is elsewhere."""
+    """The newest uploaded checkpoint of a run."""
 
     url: str
     destination: Destination
@@ -110,7 +110,7 @@ def _unfinished(plan: Planned) -> list[_Run]:
 
 
 def _newest_here(run_dir: Path) -> ManifestRow | None:
-    """As the loop would choose it, of those whose state it could load."""
+    """Return the checkpoint that the training loop would choose among those with a loadable state."""
     loadable = [
         row
         for row in read_checkpoints(run_dir)
@@ -126,7 +126,7 @@ async def _bring(sources: Sequence[_Source], runs: Sequence[_Run], showing: _Sho
         for url, error in away.items():
             if lost:
                 raise _not_asked(url, lost, error) from error
-            log().warning("resume.not_asked", url=url, error=_what(error), then="what is here is gone on from")
+            log().warning("resume.not_asked", url=url, error=_what(error), then="local checkpoints are used")
         for run in runs:
             there = newest.get(run.key)
             if there is not None and (run.here is None or run.here.batch < there.manifest.row.batch):
@@ -140,7 +140,7 @@ async def _bring(sources: Sequence[_Source], runs: Sequence[_Run], showing: _Sho
 async def _look(
     sources: Sequence[_Source], runs: Sequence[_Run], stores: AsyncExitStack
 ) -> tuple[dict[str, _There], dict[str, DeliveryError | OSError]]:
-    """The newest of each run that is elsewhere, by run; and why destinations could not be asked, by URL."""
+    """Return the newest uploaded checkpoint by run, and the errors of unreachable destinations by URL."""
     newest: dict[str, _There] = {}
     away: dict[str, DeliveryError | OSError] = {}
     for source in sources:
@@ -165,20 +165,20 @@ async def _newest_there(destination: Destination) -> Manifest | None:
     ):
         with attempt:
             return await newest_state(destination)
-    raise AssertionError  # tenacity raised what the last attempt did
+    raise AssertionError  # tenacity reraises the error of the last attempt
 
 
 async def _fetch(run: _Run, there: _There, tell: Tell) -> None:
     folder = run.plan.run_dir.absolute()
     checkpoint = checkpoint_folder(there.manifest.row)
     for other in (folder / FETCHED).glob("*"):
-        if other.name != checkpoint:  # what was begun of it is not gone on with, and takes room
+        if other.name != checkpoint:  # a partial download of another checkpoint is not continued, and takes space
             await anyio.to_thread.run_sync(clear, other)
     told = metered(run.key, checkpoint, tell)
     try:
         row = await fetch(there.destination, there.manifest, folder / FETCHED, told)
     except (RetryLaterError, ParkedError) as error:
-        error.fix = "say the same again, once it can be reached: what is here already is not fetched again"
+        error.fix = "run the same command again once it can be reached: files that are here are not fetched again"
         raise
     await anyio.to_thread.run_sync(lambda: put_on_record(folder, row, as_last=True))
 
@@ -186,11 +186,11 @@ async def _fetch(run: _Run, there: _There, tell: Tell) -> None:
 def _not_asked(url: str, runs: Sequence[str], error: DeliveryError | OSError) -> DeliveryError:
     if isinstance(error, StoreError):
         return error
-    what = f"{url} cannot be asked for a checkpoint of {names_of(runs)}, and none is here"
+    what = f"{url} cannot be asked for a checkpoint of {names_of(runs)}, and there is no local one"
     told = RetryLaterError(what) if isinstance(error, RetryLaterError) else ParkedError(what)
     mend = f"{error.fix}; then" if isinstance(error, ParkedError) else "once it can be reached,"
     told.why = _what(error)
-    told.fix = f"{mend} say the same again. To begin from the start: without --resume, in an --output-dir of its own"
+    told.fix = f"{mend} run the same command again. To start over: without --resume, in another --output-dir"
     return told
 
 

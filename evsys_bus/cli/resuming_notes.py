@@ -1,4 +1,4 @@
-"""What is told of checkpoints that ``run --resume`` brings, or finds nowhere: to people, logs and programs."""
+"""Reports of the checkpoints that ``run --resume`` fetches or misses, as text, plain lines or JSON."""
 
 import time
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ _MOST_NAMED: Final = 4
 
 
 class ResumeNotes:
-    """Tells on stderr, also with ``--progress off``: what a run begins from is no progress."""
+    """Reports on stderr, even with ``--progress off``: the starting point of a run is not progress."""
 
     def __init__(self, mode: ProgressMode, screen: Screen) -> None:
         self._form = {"json": as_json, "plain": plain}.get(mode)
         self._screen = screen
 
     def fetched(self, run: str, url: str, manifest: Manifest) -> None:
-        """The run goes on from this."""
+        """Report that the run continues from this checkpoint."""
         row, name = manifest.row, checkpoint_folder(manifest.row)
         words = (
             f"{run} goes on after step {row.batch:,}, from {name}: {contents(manifest)}, fetched from {url}, verified"
@@ -31,7 +31,7 @@ class ResumeNotes:
         self._tell(words, "fetched", facts | {"bytes": total_bytes(manifest), "url": url})
 
     def from_the_start(self, runs: Sequence[str], urls: Sequence[str]) -> None:
-        """There is nothing that these runs could go on from."""
+        """Report that these runs start from scratch, because there is no checkpoint to continue from."""
         begin, their = ("begins", "its") if len(runs) == 1 else ("begin", "their")
         where = " or ".join(urls)
         words = f"{names_of(runs)} {begin} from the start: no checkpoint with {their} full state is here, or at {where}"
@@ -45,5 +45,5 @@ class ResumeNotes:
 
 
 def names_of(runs: Sequence[str]) -> str:
-    """``low-s0, low-s1``; many are counted."""
+    """Return ``low-s0, low-s1``, or the number of runs if there are many."""
     return ", ".join(runs) if len(runs) <= _MOST_NAMED else counted(len(runs), "run")

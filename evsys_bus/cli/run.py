@@ -1,4 +1,4 @@
-"""``evsys-bus run``: an experiment file, run."""
+"""``evsys-bus run``: runs an experiment file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @click.command("run")
 @click.argument("file", type=click.Path(path_type=Path))
 @output_dir_option("Default: the file's output_dir, or runs/<name>.")
-@click.option("--dry-run", is_flag=True, help="Show what it would run, and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the runs, and start nothing.")
 @running_options
 @click.pass_obj
 def command(
@@ -33,8 +33,8 @@ def command(
 ) -> int:
     """Run the experiment that FILE describes.
 
-    Progress goes to stderr, the result to stdout. The first Ctrl-C stops the runs after the step in hand, with a
-    checkpoint; --resume goes on from there.
+    Progress goes to stderr, the result to stdout. The first Ctrl-C stops the runs after the current step, with a
+    checkpoint; --resume continues from there.
     """
     from evsys_bus.cli.planned import plan_json, plan_lines, planned
 

@@ -1,4 +1,4 @@
-"""What a journal says of runs: of those that have no folder, or page, of ours all of it; of others what it adds."""
+"""Facts about runs from their journal: everything for runs without records of their own, additions for the others."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -38,13 +38,13 @@ _LEARNT: Final = Learnt.hook.removeprefix("on_").encode()
 
 
 def read_evals(folder: Path) -> list[MetricRecord]:
-    """The metrics of the evals of a run, ``val/acc``, over the steps at which they were made, as far as can be read."""
+    """Read the metrics of a run's evals, such as ``val/acc``, over the steps; an unreadable rest is skipped."""
     journal = _journal(folder)
     if journal is None:
         return []
     records: dict[str, MetricRecord] = {}
     reader = EventReader(journal.directory, Wanted(types=frozenset({"eval"}), run=journal.run))
-    with suppress(JournalVersionError, OSError):  # the folder has the rest
+    with suppress(JournalVersionError, OSError):  # the other facts come from the folder
         for envelope in reader.poll():
             for name, value in _numbers(envelope.event):
                 records.setdefault(name, MetricRecord(name)).see(value, step_of(envelope.event))
@@ -52,11 +52,11 @@ def read_evals(folder: Path) -> list[MetricRecord]:
 
 
 def read_pages(directory: Path, *, inline: bool = True) -> dict[str, str]:
-    """The pages that show the runs of a journal, by run: what loggers have published of them.
+    """Read the URLs that loggers have published for the runs of a journal, by run.
 
     Args:
         directory: The journal.
-        inline: Whether inline callbacks may have published one; it takes reading all of the journal.
+        inline: Include URLs published by inline callbacks, which takes reading the whole journal.
     """
     families: tuple[Family, ...] = ("c", "r") if inline else ("c",)
     reader = JournalReader(directory)
@@ -79,7 +79,7 @@ def _learnt(payload: bytes) -> Learnt | None:
 
 
 def read_status(folder: Path) -> str | None:
-    """How the run in this folder stands by its journal; None where there is none."""
+    """Read the status of the run in this folder from its journal; None if there is no journal."""
     journal = _journal(folder)
     if journal is None:
         return None
@@ -91,7 +91,7 @@ def read_status(folder: Path) -> str | None:
 
 
 def is_deserted(folder: Path) -> bool:
-    """Whether a run or an experiment has a journal that no process writes any more."""
+    """Return whether a run or an experiment has a journal that no process writes."""
     journal = _journal(folder)
     if journal is None:
         return False
@@ -100,10 +100,10 @@ def is_deserted(folder: Path) -> bool:
 
 
 def read_runs(journal: Found) -> list[RunRecord]:
-    """The runs of a journal, in the order in which they began; only the one that was asked for, where one was.
+    """Read the runs of a journal in the order in which they started, or only the requested one.
 
     Raises:
-        JournalVersionError: A newer version wrote it.
+        JournalVersionError: A newer version of evsys-bus wrote it.
     """
     directory = journal.directory
     reader = EventReader(directory, Wanted())
@@ -125,7 +125,7 @@ _OF_RUNS: Final = (RunStart, TrainStart, StepEnd, Eval, Checkpoint, BenchmarkEva
 
 
 class _Run:
-    """One run, while its events are read."""
+    """Builds the record of a run from its events."""
 
     def __init__(self, key: str) -> None:
         self.key: Final = key
@@ -137,7 +137,7 @@ class _Run:
         self._evals: Final[dict[str, MetricRecord]] = {}
 
     def see(self, envelope: Envelope) -> None:
-        """One more event of it, in their order."""
+        """Add the next event."""
         event, record = envelope.event, self._record
         self._stream = envelope.stream
         self._look_at(event)
@@ -166,7 +166,7 @@ class _Run:
                 pass
 
     def record(self, directory: Path, streams: Mapping[str, str], page: str | None) -> RunRecord:
-        """All of it."""
+        """Return the record."""
         record = self._record
         beside = None if self._folder is None else directory.parent / self._folder.name
         moved = self._folder is None or (not self._folder.is_dir() and beside is not None and beside.is_dir())
@@ -199,14 +199,14 @@ _STATUS: Final = {"live": "running", "closed": "ended", "dead": "killed"}
 
 
 def run_key_of(journal: Found) -> str | None:
-    """The key of the run that was asked for, which need not be the name of its folder."""
+    """Find the key of the requested run, which may differ from the name of its folder."""
     if journal.run is None:
         return None
     reader, name = JournalReader(journal.directory), journal.run.encode(errors="replace")
     by_folder: str | None = None
     for stream in reader.streams():
         for record in reader.read(stream):
-            if name not in record.payload:  # texts stand in it as they are
+            if name not in record.payload:  # payloads contain texts verbatim
                 continue
             try:
                 envelope = decode(record.payload)
@@ -228,7 +228,7 @@ def _key(envelope: Envelope) -> str | None:
 
 
 def _named_after(directory: Path) -> str:
-    """What a run is called of which no event says a name."""
+    """Return the name of a run whose events carry none, from the journal's path."""
     whole = directory.absolute()
     return (whole.parent if whole.name == JOURNAL else whole).name
 

@@ -1,6 +1,6 @@
-"""What the terminal can show: colour or none, and text that cannot play tricks on it.
+"""The terminal: whether it gets colour, its width, and text without control characters.
 
-It owns the decision about colour. What is said, and on which stream, is each command's business.
+This module decides about colour; what is printed, and to which stream, is up to each command.
 """
 
 import os
@@ -16,13 +16,13 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class Screen:
-    """One command's view of the terminal; ``--color`` sets its mode before anything is shown."""
+    """The terminal of one command; ``--color`` sets its mode before anything is printed."""
 
     def __init__(self) -> None:
         self.mode: ColorMode = "auto"
 
     def colourful(self, stream: TextIO) -> bool:
-        """Whether this stream gets colour: ``--color``, then NO_COLOR, then FORCE_COLOR, then whether it is a TTY."""
+        """Return whether this stream gets colour, by ``--color``, NO_COLOR, FORCE_COLOR, or being a terminal."""
         if self.mode != "auto":
             return self.mode == "always"
         if os.environ.get("NO_COLOR"):
@@ -32,32 +32,32 @@ class Screen:
         return is_terminal(stream)
 
     def note(self, text: str = "") -> None:
-        """A line on stderr: progress, notes, errors. Where stderr is a full disk, it is lost; the exit code tells."""
+        """Print a line to stderr; it is lost if stderr cannot be written, as on a full disk."""
         with suppress(OSError):
             click.echo(text, err=True, color=True)
 
     def style(self, text: str, stream: TextIO, **how: bool | str) -> str:
-        """The text in a colour, where there is colour."""
+        """Return the text with this style if the stream gets colour."""
         return click.style(text, **how) if self.colourful(stream) else text  # pyright: ignore[reportArgumentType] # click's own keywords
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person may be looking at it, on something that can move a cursor."""
+    """Return whether the stream is a terminal that can move its cursor."""
     try:
         return stream.isatty() and os.environ.get("TERM", "") != "dumb"
-    except (AttributeError, ValueError):  # there is none, or it is closed
+    except (AttributeError, ValueError):  # the stream is None or closed
         return False
 
 
 def width_of(stream: TextIO) -> int | None:
-    """The columns of the terminal that it goes to; None where it goes elsewhere, and may be as wide as it is."""
-    import shutil  # it loads what decompresses, which `--help` does not need
+    """Return the columns of the stream's terminal; None if it is no terminal, which has no limit."""
+    import shutil  # it imports compression modules, which `--help` does not need
 
     return shutil.get_terminal_size().columns if is_terminal(stream) else None
 
 
 def printable(text: str) -> str:
-    """The text with control characters spelt out: what came from files and exceptions must not steer a terminal."""
+    """Return the text with control characters escaped: text of files and errors must not control the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
@@ -75,5 +75,5 @@ color_option: Final = click.option(
     expose_value=False,
     is_eager=True,
     callback=_set_mode,
-    help="NO_COLOR and FORCE_COLOR are honoured too.",
+    help="Colour the output; auto obeys NO_COLOR and FORCE_COLOR.",
 )

@@ -1,4 +1,4 @@
-"""Options that say which events of a journal are wanted."""
+"""Options that select events of a journal."""
 
 import re
 import time
@@ -8,38 +8,38 @@ from typing import Any, Final, TypeVar
 
 import click
 
-_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _moment(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
-    """A duration before now, or a moment, as seconds since the epoch."""
+    """Parse a duration before now, or a time, as seconds since the epoch."""
     before = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text or "")
     if text is None or before:
         return time.time() - float(before[1]) * _UNITS[before[2]] if before else None
     try:
         return datetime.fromisoformat(text).astimezone().timestamp()
     except (ValueError, OverflowError):
-        what = f"{text!r} is neither a duration (90s, 10m, 2h, 1d) nor a moment (2026-01-31T12:00)"
+        what = f"{text!r} is neither a duration (90s, 10m, 2h, 1d) nor a time (2026-01-31T12:00)"
         raise click.BadParameter(what, ctx, param) from None
 
 
 def _pattern(ctx: click.Context, param: click.Parameter, text: str | None) -> re.Pattern[str] | None:
-    """A regular expression."""
+    """Compile a regular expression."""
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
-        raise click.BadParameter(f"{text!r} is no regular expression: {error}", ctx, param) from None
+        raise click.BadParameter(f"{text!r} is not a regular expression: {error}", ctx, param) from None
 
 
 def _words(ctx: click.Context, param: click.Parameter, given: tuple[str, ...]) -> tuple[str, ...]:
-    """Words with commas between them, each once, in their order."""
+    """Split comma-separated words, without duplicates, in order."""
     del ctx, param
     return tuple(dict.fromkeys(word.strip() for each in given for word in each.split(",") if word.strip()))
 
 
 def event_options(command: _CommandT) -> _CommandT:
-    """``--type``, as ``types``, and ``--run``."""
+    """Add ``--type`` (argument ``types``) and ``--run`` (``run_key``) to a command."""
     for option in (
         click.option("--run", "run_key", metavar="KEY", help="Only events of this run."),
         click.option(
@@ -56,19 +56,19 @@ def event_options(command: _CommandT) -> _CommandT:
 
 
 since_option: Final = click.option(
-    "--since", metavar="TIME", callback=_moment, help="Only events since then: 10m, 2h, 2026-01-31T12:00."
+    "--since", metavar="TIME", callback=_moment, help="Only events since this time: 10m, 2h, 2026-01-31T12:00."
 )
 metric_option: Final = click.option(
-    "--metric", metavar="REGEX", callback=_pattern, help="Only events with such a metric, and only those metrics."
+    "--metric", metavar="REGEX", callback=_pattern, help="Only events with a matching metric, and only those metrics."
 )
 
 
 def unmatched(types: tuple[str, ...]) -> str:
-    """Why nothing may have been found."""
+    """Return the message for an empty result, with suggestions for unknown types."""
     from evsys_bus.errors import did_you_mean
     from evsys_bus.events import declared_events
 
     known = declared_events()
     strange = [each for each in types if each not in known]
-    hints = [f'"{each}" is no type of event that is known here; {did_you_mean(each, known)}' for each in strange]
-    return "; ".join(["no event fits", *hints])
+    hints = [f'"{each}" is not a known type of event; {did_you_mean(each, known)}' for each in strange]
+    return "; ".join(["no event matches", *hints])

@@ -1,4 +1,4 @@
-"""One experiment from its plan to its exit code: what ``run`` and ``demo`` share."""
+"""Running an experiment from its plan to its exit code, for ``run`` and ``demo``."""
 
 import asyncio
 import shlex
@@ -37,25 +37,25 @@ from evsys_bus.wiring import build_callbacks
 
 _MAX_STOPPED: Final = 4
 _DRAIN_SECONDS: Final = 20.0
-"""What leaving the bus may take; as the bus's own default."""
+"""Deadline of the drain; the bus's own default."""
 
 
 class Wishes(NamedTuple):
-    """How the experiment is to be run and shown."""
+    """How to run and show the experiment."""
 
     resume: bool = False
     strict: bool = False
     progress: ProgressMode = "auto"
     as_json: bool = False
     command: Sequence[str] = ()
-    """The command line without ``--resume``, to be repeated with it."""
+    """The command line without ``--resume``, for hints."""
 
 
 def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
-    """Run it, show it, tell how it ended.
+    """Run the experiment, show its progress and result, and return the exit code.
 
     Raises:
-        EvsysBusError: It could not be started.
+        EvsysBusError: The experiment could not be started.
     """
     again = shlex.join([*wishes.command, "--resume"])
     _refuse_used(plan, wishes, again)
@@ -66,11 +66,11 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
         bring_newest(plan, resolved(wishes.progress, sys.stderr), screen)
     board = _board(plan, wishes)
     as_json = wishes.progress == "json"
-    if resolved(wishes.progress, sys.stderr) == "plain":  # the table says it itself
-        screen.note(f"{plan.title}\nCtrl-C stops after the step in hand; go on with: {again}")
+    if resolved(wishes.progress, sys.stderr) == "plain":  # the live table shows it itself
+        screen.note(f"{plan.title}\nCtrl-C stops after the current step; go on with: {again}")
 
     def told(received: signal.Signals) -> None:
-        board.notice = f"{received.name}: stopping after the steps in hand; once more ends it at once"
+        board.notice = f"{received.name}: stopping after the current steps; a second one ends the program at once"
         board.say("stopping", signal=received.name)
 
     began = time.monotonic()
@@ -102,12 +102,12 @@ def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
     pages = {run.run_key: pages[run.run_key] for run in plan.runs if run.run_key in pages}
     form = result_json if wishes.as_json else result_lines
     lines = form(plan, outcome.result, seconds, outcome.receipt, pages)
-    with suppress(BrokenPipeError):  # nobody reads it any more; the exit code is the training's all the same
+    with suppress(BrokenPipeError):  # stdout is closed; the exit code is still that of the training
         click.echo("\n".join(lines))
     unfinished = _tell_troubles(outcome, screen)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
-    if outcome.result.status == "cancelled":  # by a delivery that it needs
+    if outcome.result.status == "cancelled":  # by a required delivery
         screen.note(f"stopped before it was done; go on with: {again}")
         return REMOTE
     return PENDING if unfinished and wishes.strict else OK
@@ -124,7 +124,7 @@ async def _train(
 ) -> _Outcome:
     interrupts.stop_this_task()
     bus = EventBus(callbacks, journal=plan.folder / JOURNAL, drain_timeout=_DRAIN_SECONDS)
-    try:  # before the journal says in words of its own that it cannot be opened there
+    try:  # otherwise the journal would report it, as an error of its own directory
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(plan.folder.absolute(), "the experiment's directory", error) from error
@@ -147,11 +147,11 @@ async def _train(
     except asyncio.CancelledError:
         if trained is None:
             raise
-        # All runs had ended before: only the wait for deliveries was cut short, and what is pending is told.
+        # All runs had ended: only the drain was cut short, and pending events are reported.
     finally:
         board.waiting = None
     assert trained is not None
-    return _Outcome(trained, bus.health(), bus.receipt)  # what was called when the bus was left counts too
+    return _Outcome(trained, bus.health(), bus.receipt)  # read after the bus was left, so that its last calls count
 
 
 def _left(health: Health) -> tuple[int, Sequence[DeliveryStatus]]:
@@ -159,10 +159,10 @@ def _left(health: Health) -> tuple[int, Sequence[DeliveryStatus]]:
 
 
 def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
-    """Before anything else, and with the command line that goes on."""
+    """Refuse a directory that holds an experiment, with the command line that continues it."""
     if not wishes.resume and (plan.folder / LEDGER).exists():
         page = earlier_page(plan.folder)
-        why = None if page is None else f'it is "{page.name}", {page.status}, begun {page.started}'
+        why = None if page is None else f'it is "{page.name}", {page.status}, started {page.started}'
         raise TrainingError(
             f"{plan.shown_folder} holds an experiment already",
             why=why,
@@ -171,7 +171,7 @@ def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
 
 
 def _built(plan: Planned) -> list[object]:
-    """The callbacks; what their constructors refuse is told with the line of the file."""
+    """Build the callbacks; errors of their constructors point to the line of the file."""
     try:
         return list(build_callbacks(plan.config.callbacks))
     except ConfigError as error:
@@ -207,7 +207,7 @@ def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -
 
 
 def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
-    """What callbacks and deliveries could not do; whether some of it was left undone."""
+    """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     unfinished = False
     for hook in outcome.health.hooks:
@@ -225,12 +225,12 @@ def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
             screen.note(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
     if receipt.left:
         unfinished = True
-        screen.note(f"{head} still running at the end, and left: {', '.join(receipt.left)}")
+        screen.note(f"{head} still running at the end: {', '.join(receipt.left)}")
     return _tell_undelivered(receipt, screen) or unfinished
 
 
 def _tell_undelivered(receipt: Receipt, screen: Screen) -> bool:
-    """What went wrong with deliveries; the last line is the command that finishes them."""
+    """Report problems of deliveries, ending with the command that finishes them."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known

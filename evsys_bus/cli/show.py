@@ -1,4 +1,4 @@
-"""``evsys-bus show``: what is on record of a run or an experiment."""
+"""``evsys-bus show``: shows the records of a run or an experiment."""
 
 import difflib
 import shlex
@@ -24,10 +24,10 @@ _MAX_METRICS = 3
 @json_option
 @color_option
 def command(folder: Path, as_json: bool) -> None:
-    """Show what is on record of RUN: the folder of a run or of an experiment, its name below ./runs, or a journal.
+    """Show the records of RUN: the folder of a run or of an experiment, its name below ./runs, or a journal.
 
-    Of every metric the first and last value are shown, and the least and greatest with their steps. A run of a loop of
-    your own, which leaves nothing but its journal, is shown as that has it.
+    Every metric is shown with its first and last value, and the least and greatest with their steps. A run of your own
+    training loop, which has only a journal, is shown from that.
     """
     from evsys_bus.cli.records import read_experiment, read_run
     from evsys_bus.files import DAMAGE
@@ -47,12 +47,12 @@ def command(folder: Path, as_json: bool) -> None:
         kind = "run" if hasattr(record, "metrics") else "experiment"
         click.echo(json_line({"type": kind, **to_plain(record)[0]}))
         return
-    lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # told apart by what they have
+    lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # distinguished by their fields
     click.echo("\n".join(lines))
 
 
 def _show_journal(asked: Path, folder: Path, *, as_json: bool) -> None:
-    """The runs of a journal, and what was delivered of them."""
+    """Show the runs of a journal and their deliveries."""
     from evsys_bus.cli.adapter_states import adapter_rows, ranks_served, state_words
     from evsys_bus.cli.deliveries import count_words
     from evsys_bus.cli.journals import found
@@ -67,7 +67,7 @@ def _show_journal(asked: Path, folder: Path, *, as_json: bool) -> None:
         raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}") from None
     runs, deliveries = read_runs(journal), accounts(journal.directory)
     if journal.run is not None and not runs:
-        raise click.UsageError(f"{folder} holds no run, and {journal.directory} tells of none that is called so")
+        raise click.UsageError(f"{folder} holds no run, and {journal.directory} has none of this name")
     if as_json:
         from evsys_bus.codec import json_line, to_plain
 
@@ -84,7 +84,7 @@ def _show_journal(asked: Path, folder: Path, *, as_json: bool) -> None:
     lines = _run_lines(runs[0]) if len(runs) == 1 else _runs_lines(journal.directory, runs)
     lines += ["", *facts([[name, printable(text)] for name, text in known], width)]
     if not all(each.complete for each in deliveries):
-        lines.append(printable(f"what keeps them: evsys-bus status {shlex.quote(str(journal.directory))}"))
+        lines.append(printable(f"for the reasons: evsys-bus status {shlex.quote(str(journal.directory))}"))
     click.echo("\n".join(lines))
 
 
@@ -123,18 +123,18 @@ def _ask_journal(record: "ExperimentRecord | RunRecord") -> None:
 
 
 def _gone(experiment: Path) -> str:
-    """What to say behind "running"."""
+    """Return the text after "running" for an experiment without a process."""
     again = shlex.join(["--resume", "--output-dir", str(experiment)])
     return f", but its process is gone; go on with: evsys-bus run FILE {again}"
 
 
 def _parent(folder: Path) -> Path:
-    """Of ``.`` too."""
+    """Return the parent folder, also that of ``.``."""
     return (folder if folder.name else folder.absolute()).parent
 
 
 def _found(folder: Path) -> Path:
-    """The folder itself, or the one of this name below ``./runs``."""
+    """Return the folder itself, or the one of this name below ``./runs``."""
     if folder.is_dir():
         return folder
     from evsys_bus.cli.records import found_runs
@@ -252,7 +252,7 @@ def _metric_row(each: "MetricRecord") -> list[str]:
 
 
 def _near(path: str | None, folder: Path) -> str:
-    """Relative to the run's folder where it lies in there."""
+    """Return a path relative to the run's folder if it is inside."""
     if path is None:
         return "-"
     return path.removeprefix(f"{folder.absolute()}/")

@@ -1,4 +1,4 @@
-"""``evsys-bus status``: the streams of a journal, who writes them, and how far each adapter has got."""
+"""``evsys-bus status``: shows the streams of a journal, their writers, and the progress of each adapter."""
 
 import sys
 import time
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @click.command("status")
 @click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option("--verify", "thoroughly", is_flag=True, help="Read all of it, and count what is damaged or missing.")
+@click.option("--verify", "thoroughly", is_flag=True, help="Read the whole journal; report damaged and missing events.")
 @json_option
 @color_option
 @click.pass_obj
 def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool) -> None:
     """Show the streams of RUN and its adapters; without RUN, of the newest journal below ./runs.
 
-    A stream is live while a process writes it, closed when its last writer closed it, dead when that was killed.
+    A stream is live while a process writes it, closed if its last writer closed it, dead if that was killed.
     """
     from evsys_bus.cli.journals import found
     from evsys_bus.cli.streams import streams
@@ -98,7 +98,7 @@ def _json_lines(
     from evsys_bus.cli.adapter_states import adapter_rows
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
-    rows: list[dict[str, Any]] = []  # Any: JSON
+    rows: list[dict[str, Any]] = []
     rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
     rows += adapter_rows(directory, adapters)
     rows += [{"type": "upload", **msgspec.to_builtins(each)} for each in uploads]

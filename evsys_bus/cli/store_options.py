@@ -1,4 +1,4 @@
-"""Options that say where checkpoints are stored, and the way there."""
+"""Options for the store of checkpoints, and opening it."""
 
 import functools
 from collections.abc import AsyncGenerator, Callable
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from evsys_adapters.checkpoints.destination import Destination
     from evsys_adapters.checkpoints.places import Reach
 
-_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])  # Any: a command takes what its options say
+_CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 
 
 def store_options(command: _CommandT) -> _CommandT:
-    """``--from``, as ``url``, and how it is reached, as ``reach``."""
+    """Add ``--from`` (argument ``url``) and the connection options (argument ``reach``) to a command."""
 
     @functools.wraps(command)
     def with_reach(
@@ -29,10 +29,14 @@ def store_options(command: _CommandT) -> _CommandT:
 
     wrapped: Callable[..., Any] = with_reach
     for option in (
-        click.option("--profile", metavar="NAME", help="Of the AWS configuration, whose credentials are used."),
-        click.option("--path-style/--host-style", default=None, help="Where the bucket stands in a request."),
-        click.option("--region", metavar="NAME", help="Of the bucket."),
-        click.option("--endpoint", metavar="URL", help="Of a server that speaks S3, where it is not Amazon's."),
+        click.option("--profile", metavar="NAME", help="The profile of the AWS configuration with the credentials."),
+        click.option(
+            "--path-style/--host-style",
+            default=None,
+            help="Address the bucket by path or by host.",
+        ),
+        click.option("--region", metavar="NAME", help="The region of the bucket."),
+        click.option("--endpoint", metavar="URL", help="The URL of an S3-compatible server other than Amazon's."),
         click.option("--from", "url", metavar="URL", help="Where to look: s3://bucket/prefix or file:///folder."),
     ):
         wrapped = option(wrapped)
@@ -41,10 +45,11 @@ def store_options(command: _CommandT) -> _CommandT:
 
 @asynccontextmanager
 async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], Destination]]":
-    """What has each run's checkpoints at this URL, for as long as the block lasts; nothing is written there.
+    """Open the store at this URL within the block; yields a function from a run to its destination. Read-only.
 
     Raises:
-        ConfigError, DeliveryError, OSError: As a store does; BrokenAdapterError where its client is not installed.
+        ConfigError, DeliveryError, OSError: The store raised it.
+        BrokenAdapterError: The client library of the store is not installed.
     """
     from evsys_adapters.checkpoints.destination import Destination
     from evsys_adapters.checkpoints.manifest import component
@@ -56,7 +61,7 @@ async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], 
             place = await places.place(url, probe=False)
         except ModuleNotFoundError as error:
             fix = "pip install 'evsys-bus[s3]'   or   uv add 'evsys-bus[s3]'"
-            what = f"{url} cannot be asked from here"
+            what = f"{url} cannot be reached from here"
             raise BrokenAdapterError(what, why=f"{error.name} is not installed", fix=fix) from error
         yield lambda run: Destination(place.store, place.prefix, component(run))
     finally:
@@ -65,6 +70,6 @@ async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], 
 
 @asynccontextmanager
 async def at_destination(url: str, reach: "Reach", run: str) -> "AsyncGenerator[Destination]":
-    """As `at_store`, for one run."""
+    """Open the destination of one run at this URL within the block; raises what `at_store` does."""
     async with at_store(url, reach) as destination_of:
         yield destination_of(run)

@@ -1,4 +1,4 @@
-"""The streams of a journal at a glance: from file names, sizes and the last records alone."""
+"""The state of a journal's streams, read from file names, sizes and the last records only."""
 
 from pathlib import Path
 from typing import Literal
@@ -14,26 +14,26 @@ from evsys_bus.journal.layout import Owner
 
 
 class StreamState(msgspec.Struct):
-    """One stream."""
+    """The state of one stream."""
 
     stream: str
     state: Literal["live", "closed", "dead"]
     owner: Owner | None
-    """Who writes it, or wrote it last."""
+    """The current or last writer."""
     segments: int
     bytes: int
     first: int | None
-    """The sequence of the first event that is kept; None where there is no event."""
+    """The sequence of the oldest retained event; None if there is no event."""
     last: int | None
     last_time: float | None
     """When the last event was published."""
 
 
 def streams(directory: Path) -> list[StreamState]:
-    """Every stream.
+    """Read the state of every stream.
 
     Raises:
-        JournalVersionError: A newer version wrote it.
+        JournalVersionError: A newer version of evsys-bus wrote it.
     """
     reader = JournalReader(directory)
     return [_stream(reader, stream) for stream in reader.streams()]
@@ -44,7 +44,7 @@ def _stream(reader: JournalReader, stream: str) -> StreamState:
     folder = f"{reader.directory}/{stream}"
     live = reader.is_live(stream)
     names = layout.segments(disk, folder)
-    # Without an event a writer that closes writes nothing; it only takes its reserve away, which a kill leaves.
+    # A writer that closes a stream without events only removes its reserve file, which a kill leaves behind.
     closed = not names and _is_tidy(disk, folder)
     for name in names[-1:]:
         newest = next(frames_backwards(disk, f"{folder}/{name}"), None)
@@ -55,7 +55,7 @@ def _stream(reader: JournalReader, stream: str) -> StreamState:
         try:
             last_time = decode(last.payload).time
         except CodecError:
-            pass  # whole, but of an unknown shape: its sequence is known all the same
+            pass  # intact but not decodable: its sequence is still known
     return StreamState(
         stream=stream,
         state="live" if live else "closed" if closed else "dead",
@@ -71,5 +71,5 @@ def _stream(reader: JournalReader, stream: str) -> StreamState:
 def _is_tidy(disk: OsDisk, folder: str) -> bool:
     try:
         return layout.RESERVE not in disk.names(folder)
-    except FileNotFoundError:  # it stands on another machine
+    except FileNotFoundError:  # the stream's directory is missing
         return False

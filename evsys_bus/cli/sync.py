@@ -1,4 +1,4 @@
-"""``evsys-bus sync``: delivers what is pending."""
+"""``evsys-bus sync``: delivers pending events."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
-@click.option("--dry-run", is_flag=True, help="Show what would be sent, and send nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
 @timeout_option
 @progress_option
 @json_option
@@ -39,12 +39,12 @@ def command(
     progress: "ProgressMode",
     as_json: bool,
 ) -> int:
-    """Deliver what is pending in the journal of RUN; without it, in the newest one below ./runs that has anything.
+    """Deliver the pending events of RUN; without RUN, of the newest journal below ./runs that has any.
 
-    What was delivered but is owed, because the far side has not confirmed it, is finished too. Where the couriers of a
-    program that has ended still deliver, it waits for them, and takes over where they are stuck. Exits with 4 where
-    something stays pending or owed because a destination refuses or is away, with 3 where another process goes on
-    delivering, as a program that still runs. What a program records meanwhile need not be delivered.
+    Owed events, which were delivered but not confirmed by the destination, are confirmed too. If the couriers of a
+    program that has ended still deliver, the command waits for them, and takes over if they are stuck. Exits with 4 if
+    events stay pending or owed because a destination rejects them or is unavailable, with 3 if another process keeps
+    delivering, such as a program that still runs. What a program records meanwhile need not be delivered.
     """
     from evsys_bus.cli.deliveries import outcome_json, outcome_lines, trouble_of
     from evsys_bus.cli.syncing import deliver, work_in
@@ -75,7 +75,7 @@ def command(
         overtaken += [each for each in passed if each.after.pending and each.after.error is None]
         errors += done.busy
         if done.interrupted:
-            screen.note("interrupted; the rest stays pending, and goes out with the same command")
+            screen.note("interrupted; the rest stays pending: run the same command again")
             return INTERRUPTED
     _say_failures(outcomes, screen)
     for each in overtaken:
@@ -134,11 +134,11 @@ def _homeless(work: "Work") -> "list[EvsysBusError]":
     from evsys_bus.cli.deliveries import unbuildable
     from evsys_bus.cli.tables import counted
 
-    why = "it was given as a live object, or cannot be imported elsewhere: no recipe for it is beside the journal"
-    fix = "resume that program; or push the run through an adapter of a kind: evsys-bus replay RUN --to KIND"
+    why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
+    fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
     return [
         unbuildable(
-            f"{counted(each.pending, 'event')} for {each.name} can be delivered by its own program only",
+            f"{counted(each.pending, 'event')} for {each.name} can only be delivered by its own program",
             why,
             fix,
         )
@@ -156,12 +156,12 @@ def _say_moved(work: "Work", screen: Screen) -> None:
     for each, _ in work.posted:
         if each.folder and not Path(each.folder).is_dir():
             screen.note(
-                f"{each.name} was followed from {each.folder}, which is gone: relative paths are meant from here"
+                f"{each.name} was set up in {each.folder}, which is gone: relative paths are resolved from here"
             )
 
 
 def _say_known(work: "Work", screen: Screen) -> "list[DeliveryStatus]":
-    """What kept events from being delivered before, at once: it may be what keeps them now."""
+    """Report the last known errors before the delivery starts, because they may still apply."""
     from evsys_bus.cli.deliveries import trouble_lines
 
     known = [each for each in [*(account for _, account in work.posted), *work.busy] if each.error is not None]
@@ -176,9 +176,7 @@ def _say_failures(outcomes: "list[Outcome]", screen: Screen) -> None:
 
     for each in outcomes:
         if each.dead:
-            screen.note(
-                f"{each.adapter}: {each.dead:,} refused for good; they are, with the reason, in {each.dead_letters}"
-            )
+            screen.note(f"{each.adapter}: {each.dead:,} rejected; events and reasons are in {each.dead_letters}")
         if each.after.hook_failures or each.after.task_failures:
             failures = msgspec.structs.replace(each.after, owed=0, error=None, dead=0)
             screen.note(printable("\n".join(trouble_lines(failures, each.journal))))
@@ -189,4 +187,4 @@ def _told(errors: "list[EvsysBusError]", screen: Screen) -> int:
         return 0
     from evsys_bus.cli.telling import tell
 
-    return tell(ExceptionGroup("some of it stays pending", errors), screen)
+    return tell(ExceptionGroup("some events stay pending", errors), screen)

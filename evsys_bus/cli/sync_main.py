@@ -1,6 +1,6 @@
-"""The process in which ``evsys-bus sync`` delivers: in the folder, and with the imports, of who followed the adapters.
+"""The process in which ``evsys-bus sync`` delivers, with the folder and the import path of the original program.
 
-It ends when all is delivered; or, at its cursors, when its stdin says anything or ends.
+It ends when everything is delivered, or with saved cursors when its stdin gets input or is closed.
 """
 
 import os
@@ -12,12 +12,12 @@ from evsys_bus.delivery.process_log import flush_log
 from evsys_bus.wiring.courier_main import begin
 
 STOP_SECONDS: Final = 2.0
-"""How long couriers may take to end when they are stopped."""
+"""Time for couriers to end when they are stopped."""
 _LOOK_SECONDS: Final = 0.1
 
 
 def main(line: bytes) -> None:
-    """Do what the `Order` says, and exit."""
+    """Deliver as the `Order` in this line specifies, and exit."""
     _, crew = begin(line)
     crew.start(enlists=False)
     crew.finish()
@@ -27,5 +27,5 @@ def main(line: bytes) -> None:
             crew.join(STOP_SECONDS)
             break
     flush_log()
-    # No finalization: it would wait for the threads of a library that an adapter uses, or for an adapter that hangs.
+    # Skips interpreter shutdown, which would wait for threads of libraries or for an adapter that hangs.
     os._exit(DELIVERED_CODE)

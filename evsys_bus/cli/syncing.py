@@ -1,9 +1,9 @@
-"""Delivering what is pending in one journal: a process for each folder that adapters were followed from.
+"""Delivering the pending events of a journal, with one process per original working directory of its adapters.
 
-Relative paths in their params, and their modules, mean what they meant there.
+So relative paths in their params, and their modules, are resolved as in the original program.
 
-Where the courier process of a program that has ended still delivers, `join` waits for it, and ends it where it is
-stuck: then what is left is delivered here. That of a live program is left alone.
+If the courier process of a program that has ended still delivers, `deliver` waits for it, ends it if it is stuck, and
+delivers the rest itself. The courier process of a live program is left alone.
 """
 
 import math
@@ -37,59 +37,59 @@ from evsys_bus.journal.signature import signed
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.where import encode_json
 
-# Nothing of ours may be imported before sys.path is what the order says.
+# sys.path must be set before anything of evsys_bus is imported.
 _BOOT: Final = (
     "import sys, json; line = sys.stdin.buffer.raw.readline() or sys.exit(); "
     'sys.path[:] = json.loads(line)["sys_path"]; from evsys_bus.cli.sync_main import main; main(line)'
 )
 _END_SECONDS: Final = 5.0
 STUCK_SECONDS: Final = 10.0
-"""A courier of a program that has ended is given so long to deliver anything; then it is ended."""
+"""A courier process of an ended program is terminated after this long without progress."""
 _SURE_SECONDS: Final = 1.0
-"""A lock is signed a moment after it was taken."""
+"""The owner of a lock is written a moment after the lock was taken."""
 _OVERTAKEN_SECONDS: Final = 5.0
-"""How long to go on behind what was pending at first, where programs record more than adapters take."""
+"""How long to continue past what was pending at first, where programs record more than adapters take."""
 _SIGNAL_SECONDS: Final = 1.0
-"""Between two signals to the same process."""
+"""Interval between two signals to the same process."""
 _COURIER_MAIN: Final = "evsys_bus.wiring.courier_main"
 
 
 class Work(NamedTuple):
-    """What there is to be delivered in one journal."""
+    """The pending deliveries of a journal."""
 
     directory: Path
     posted: list[tuple[Posted, DeliveryStatus]]
-    """Can be delivered now."""
+    """These can be delivered now."""
     busy: list[DeliveryStatus]
     """Another process delivers to these."""
     homeless: list[DeliveryStatus]
-    """Only the program that followed them has the adapter."""
+    """Only the original program has the adapter."""
     unknown: list[DeliveryStatus]
-    """Their files cannot be read now."""
+    """The files of these cannot be read now."""
 
 
 class Done(NamedTuple):
-    """What came of it."""
+    """The result of a sync."""
 
     outcomes: list[Outcome]
     busy: list[CourierBusyError]
-    """Of adapters that another process still delivers to."""
+    """Errors of adapters that another process still delivers to."""
     interrupted: bool = False
     overtaken: frozenset[str] = frozenset()
     """Adapters that have all that was pending at first, where a program goes on to record more."""
 
 
 def unfinished_in(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
-    """The adapters of a journal that something is pending for, or that owe something."""
+    """Return the adapters of a journal that have pending or unconfirmed events."""
     found = (each for each in accounts(directory) if each.pending or each.owed or not each.is_known)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
 def work_in(directory: Path, only: Collection[str] = ()) -> Work:
-    """What there is to do."""
+    """Return the pending deliveries of a journal."""
     try:
         known = {each.name: each for each in roster(str(directory))}
-    except OSError:  # then nothing is known of its adapters, which each of them says
+    except OSError:  # every adapter is then reported as unreadable
         known = {}
     work = Work(directory.absolute(), [], [], [], [])
     for account in unfinished_in(directory, only):
@@ -106,13 +106,13 @@ def work_in(directory: Path, only: Collection[str] = ()) -> Work:
 
 
 def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str], object]) -> Done:
-    """Deliver until nothing is pending or owed, or nothing more is to be expected.
+    """Deliver until nothing is pending or unconfirmed, or no more progress is to be expected.
 
     Args:
-        work: What there is to do.
-        timeout_seconds: An adapter that takes nothing for so long is given up.
-        tell: Shows how it goes.
-        note: Says what a person should know.
+        work: The pending deliveries.
+        timeout_seconds: An adapter that accepts nothing for this long is given up.
+        tell: Shows the progress.
+        note: Prints a line for the user.
     """
     done = _deliver(work, timeout_seconds, tell)
     if done.interrupted:
@@ -120,8 +120,8 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str]
     names = {each.name for each in [*(account for _, account in work.posted), *work.busy]} - done.overtaken
     if not names:
         return done
-    held = {each.name for each in work_in(work.directory, names).busy}  # also by couriers that began meanwhile
-    held |= {each.name for each in work.busy}  # those that have ended since may have left something
+    held = {each.name for each in work_in(work.directory, names).busy}  # includes couriers that started since
+    held |= {each.name for each in work.busy}  # couriers that have ended since may have left events
     if not held:
         return done
     joined = _join(work.directory, held, timeout_seconds, tell, note)
@@ -139,7 +139,7 @@ def deliver(work: Work, timeout_seconds: float, tell: Tell, note: Callable[[str]
 
 
 def _one_after_another(first: Sequence[Outcome], then: Sequence[Outcome]) -> list[Outcome]:
-    """What became of each adapter in all."""
+    """Combine two successive outcomes of each adapter into one."""
     found = {each.adapter: each for each in first}
     for each in then:
         earlier = found.get(each.adapter, each)
@@ -149,7 +149,7 @@ def _one_after_another(first: Sequence[Outcome], then: Sequence[Outcome]) -> lis
 
 
 def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
-    """In processes of our own."""
+    """Deliver in child processes."""
     outcomes: list[Outcome] = []
     overtaken: set[str] = set()
     places = dict.fromkeys((each.folder, each.sys_path) for each, _ in work.posted)
@@ -169,14 +169,14 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):
                         elsewhere_since = math.inf
                     elif time.monotonic() - (elsewhere_since := min(elsewhere_since, time.monotonic())) > _SURE_SECONDS:
-                        break  # the couriers of a program that ended just now were quicker
+                        break  # the couriers of a program that has just ended took the locks first
                     time.sleep(LOOK_SECONDS)
             except KeyboardInterrupt:
                 interrupted = True
             died_by = process.poll()
         tell(watch.look(process.pid))
         if len(posted) > 1 and not interrupted and process.returncode != DELIVERED_CODE:
-            at_once[:0] = [[each] for each in posted]  # one of them ended it; by themselves the others are delivered to
+            at_once[:0] = [[each] for each in posted]  # one adapter ended the process; deliver to each one separately
             continue
         overtaken.update(watch.overtaken(0.0))
         outcomes += [_with_death(each, died_by, work.directory) for each in watch.outcomes()]
@@ -186,7 +186,7 @@ def _deliver(work: Work, timeout_seconds: float, tell: Tell) -> Done:
 
 
 def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
-    """Whether other processes than this one deliver to all that have something left."""
+    """Return whether other processes deliver to all adapters that have events left."""
     left = [each for each in statuses if each.pending or each.owed]
     return bool(left) and all(each.busy and _is_held_elsewhere(directory, each.name, pid) for each in left)
 
@@ -197,7 +197,7 @@ def _is_held_elsewhere(directory: Path, name: str, pid: int) -> bool:
 
 
 def _with_death(outcome: Outcome, code: int | None, directory: Path) -> Outcome:
-    """How the process ended, where it ended by itself before it had said what is wrong."""
+    """Add the exit status of a process that ended without reporting an error."""
     after = outcome.after
     if code in {None, DELIVERED_CODE} or not (after.pending or after.owed) or after.error is not None:
         return outcome
@@ -209,7 +209,7 @@ def _with_death(outcome: Outcome, code: int | None, directory: Path) -> Outcome:
 
 
 def _join(directory: Path, names: set[str], timeout_seconds: float, tell: Tell, note: Callable[[str], object]) -> Done:
-    """Wait for the processes that deliver to these, as long as something moves; end those that are stuck."""
+    """Wait for the processes that deliver to these adapters while they make progress; end those that are stuck."""
     watch = Watch(directory, names)
     joining = _Joining(directory, timeout_seconds, note)
     interrupted = False
@@ -227,7 +227,7 @@ def _join(directory: Path, names: set[str], timeout_seconds: float, tell: Tell, 
 
 
 class _Joining:
-    """The processes that deliver to a journal, while they are waited for."""
+    """Decides how long to wait for other processes that deliver to a journal."""
 
     def __init__(self, directory: Path, timeout_seconds: float, note: Callable[[str], object]) -> None:
         self._directory = directory
@@ -242,7 +242,7 @@ class _Joining:
         self._signalled: dict[int, float] = {}
 
     def goes_on(self, held: Sequence[DeliveryStatus]) -> bool:
-        """Whether to wait on for those that other processes hold; ends what is stuck."""
+        """Return whether to keep waiting for these adapters; ends stuck processes."""
         self._all = self._accounts.read()
         for each in self._all:
             counts = (each.delivered, each.dead, each.owed)
@@ -264,7 +264,7 @@ class _Joining:
         return any(self._quiet_seconds(each.name) < self._patience(each.name) for each in orphaned)
 
     def _patience(self, name: str) -> float:
-        """How long nothing may move: shorter where the process is on another machine, and nobody can be asked."""
+        """Return the allowed time without progress: shorter if the process is on another machine, out of reach."""
         here = _holder(self._directory, name) is not None
         return self._timeout_seconds if here else min(STUCK_SECONDS, self._timeout_seconds)
 
@@ -272,7 +272,7 @@ class _Joining:
         return time.monotonic() - self._moved[name][1] if name in self._moved else 0.0
 
     def _end_if_stuck(self, name: str) -> None:
-        """End the process that holds this adapter, where its program is gone and nothing that it has moves any more."""
+        """End the process that delivers to this adapter if its program has ended and no adapter of it progresses."""
         pid = _lingering_courier(self._directory, name)
         if pid is None or time.monotonic() - self._signalled.get(pid, 0.0) < _SIGNAL_SECONDS:
             return
@@ -290,7 +290,7 @@ class _Joining:
 
 
 def _program(directory: Path, name: str, ranks: Ranks) -> Owner | None:
-    """The live program whose events this adapter is given: one that has a stream open for writing."""
+    """Return a live program that writes events for this adapter; None if there is none."""
     reader, served = JournalReader(directory), ranks.get(name)
     for stream in reader.streams():
         if (served is None or layout.rank_of(stream) in served) and reader.is_live(stream):
@@ -299,7 +299,7 @@ def _program(directory: Path, name: str, ranks: Ranks) -> Owner | None:
 
 
 def _holder(directory: Path, name: str) -> int | None:
-    """The process, on this machine, that delivers to the adapter."""
+    """Return the PID of the process on this machine that delivers to the adapter; None if there is none."""
     found = signed(OsDisk(), layout.courier_file(str(directory), name, "lock"))
     if found is None or (found.boot, found.host) != (OsDisk().boot(), os.uname().nodename):
         return None
@@ -307,7 +307,7 @@ def _holder(directory: Path, name: str) -> int | None:
 
 
 def _lingering_courier(directory: Path, name: str) -> int | None:
-    """That process, where it is a courier process whose program is gone."""
+    """Return the PID of that process if it is a courier process whose program has ended."""
     pid = _holder(directory, name)
     found = None if pid is None else _parent_and_command(pid)
     if found is None or _COURIER_MAIN not in found[1]:
@@ -317,7 +317,7 @@ def _lingering_courier(directory: Path, name: str) -> int | None:
 
 
 def _parent_and_command(pid: int) -> tuple[int, str] | None:
-    """None where there is no such process, or the system does not say."""
+    """Return the parent's PID and the command line of a process; None if it is unknown."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
@@ -327,7 +327,7 @@ def _parent_and_command(pid: int) -> tuple[int, str] | None:
     ps = shutil.which("ps")
     if ps is None:
         return None
-    line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # found on the user's own path
+    line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # from the user's PATH
     parent, _, command = line.stdout.strip().partition(" ")
     return (int(parent), command) if parent.isdecimal() else None
 
@@ -338,24 +338,24 @@ def _why(status: DeliveryStatus) -> str | None:
 
 @contextmanager
 def _process(directory: Path, posted: Sequence[Posted]) -> "Generator[subprocess.Popen[bytes]]":
-    """Runs while the block does, and is then stopped at its cursors. All were followed from the same folder."""
+    """Run a process that delivers within the block, and stop it with saved cursors. All share one working directory."""
     folder, sys_path, ours = posted[0].folder, posted[0].sys_path, import_path()
     path = (*ours, *(each for each in sys_path if each not in ours))
     order = Order(str(directory), list(posted), path, 0.0, os.getpid())
     log = directory / layout.COURIERS / LOG_NAME
     with os.fdopen(open_log(str(log)), "wb") as output:
-        process = subprocess.Popen(  # noqa: S603  # our own interpreter, and nothing from outside
+        process = subprocess.Popen(  # noqa: S603  # our own interpreter with fixed arguments
             [sys.executable, "-P", "-c", _BOOT, str(directory)],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             cwd=folder if Path(folder).is_dir() else None,
-            start_new_session=True,  # Ctrl-C is ours: it is stopped at its cursors then
+            start_new_session=True,  # Ctrl-C is handled here, and stops the process with saved cursors
         )
     assert process.stdin is not None
     try:
-        with suppress(BrokenPipeError):  # it is dead already, and what is pending says so
+        with suppress(BrokenPipeError):  # the process has died; its events stay pending
             rest = memoryview(encode_json(order) + b"\n")
             while rest:
                 rest = rest[process.stdin.write(rest) :]

@@ -1,6 +1,6 @@
-"""Rows of text in columns, for results on stdout: no boxes, no colours, so that ``cut`` and eyes can read them.
+"""Rows of text in columns for results on stdout: without boxes and colours, so that ``cut`` can read them.
 
-Where they go to a terminal that is too narrow for them they are laid out anew, so that no word is broken.
+On a terminal that is too narrow they are laid out differently, so that no word is broken.
 """
 
 import textwrap
@@ -11,11 +11,11 @@ from typing import Final
 GAP: Final = "   "
 _INNER: Final = "  "
 _LEAST_ROOM: Final = 20
-"""Of text: in less nothing is wrapped."""
+"""Text is not wrapped into fewer columns than this."""
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
-    """One line per row; every column but the last as wide as its widest cell."""
+    """Return one line per row; every column but the last is as wide as its widest cell."""
     widths = [max(map(_width, column)) for column in zip(*rows, strict=True)] if rows else []
     lines: list[str] = []
     for row in rows:
@@ -25,7 +25,7 @@ def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None = None, *, indent: str = "") -> list[str]:
-    """`columns`, the first row with their heads; a row below the other, head by head, where the width is too small."""
+    """Return `columns` with a head row; if the width is too small, return each row as ``head cell`` pairs."""
     lines = columns(rows, indent=indent)
     if width is None or all(_width(line) <= width for line in lines) or not rows:
         return lines
@@ -38,7 +38,7 @@ def table(rows: Sequence[Sequence[str]], width: int | None = None, *, indent: st
 
 
 def facts(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """`columns` of names and texts; a text that is too long goes on below itself."""
+    """Return `columns` of names and texts; long texts are wrapped in their column."""
     room = 0 if width is None or not rows else width - max(_width(name) for name, _ in rows) - len(GAP)
     if room < _LEAST_ROOM:
         return columns(rows)
@@ -46,9 +46,9 @@ def facts(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
 
 
 def wrapped(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
-    """The text, at most as wide; what follows the first line is set in.
+    """Return the text wrapped to the width, with further lines indented.
 
-    A command is left in one line, for what the terminal wraps is copied as one.
+    A command stays in one line, because a line that the terminal wraps can be copied as one.
     """
     if width is None or _width(text) + len(indent) <= width or "evsys-bus " in text or width < _LEAST_ROOM:
         return [f"{indent}{text}"]
@@ -63,7 +63,7 @@ def wrapped(text: str, width: int | None = None, *, indent: str = "") -> list[st
 
 
 def counted(count: int, thing: str) -> str:
-    """``1 arm``, ``5 arms``."""
+    """Return ``1 arm`` or ``5 arms``."""
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
@@ -73,7 +73,7 @@ def _numbered(text: str, room: int) -> list[tuple[int, str]]:
 
 
 def _packed(pairs: Sequence[str], width: int, indent: str) -> list[str]:
-    """As many on a line as there is room for; at least one."""
+    """Put as many pairs on each line as fit, at least one."""
     lines: list[str] = []
     for pair in pairs:
         longer = f"{lines[-1]}{GAP}{pair}" if lines else ""
@@ -85,6 +85,6 @@ def _packed(pairs: Sequence[str], width: int, indent: str) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """In cells of a terminal."""
+    """Return the width in cells of a terminal."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
     return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)

@@ -1,4 +1,4 @@
-"""``evsys-bus tail``: the events of a journal, live or finished."""
+"""``evsys-bus tail``: shows the events of a live or finished journal."""
 
 import re
 import sys
@@ -24,8 +24,8 @@ _POLL_SECONDS: Final = 0.2
 
 @click.command("tail")
 @click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
-@click.option("-n", "count", type=click.IntRange(min=0), help="How many; 20, or with --since all, if it is not given.")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("-n", "count", type=click.IntRange(min=0), help="Number of events; default: 20, or all with --since.")
+@click.option("-f", "--follow", is_flag=True, help="Keep showing new events, until Ctrl-C.")
 @event_options
 @metric_option
 @since_option
@@ -45,8 +45,8 @@ def command(
 ) -> None:
     """Show the last events of RUN: a run, an experiment or a journal; without it, of the newest one below ./runs.
 
-    One line each: time, run, type, step, metrics. Events of several processes are merged by time; what couriers have
-    learnt, as the page of a run at W&B, is among them.
+    One line each: time, run, type, step, metrics. Events of several processes are merged by time; facts that couriers
+    have added, such as the URL of a run at W&B, are included.
     """
     from evsys_bus.cli.event_lines import EventLines
     from evsys_bus.cli.event_reader import EventReader, Wanted
@@ -76,7 +76,7 @@ def command(
 
 
 class _Shown:
-    """What was put on stdout."""
+    """Prints events to stdout."""
 
     def __init__(self, lines: "EventLines | None") -> None:
         self.events = 0
@@ -84,7 +84,7 @@ class _Shown:
         """None for JSON."""
 
     def add(self, envelopes: "Iterable[Envelope]") -> None:
-        """Put them there."""
+        """Print these events."""
         from evsys_bus.codec import to_json
 
         for envelope in envelopes:
@@ -93,7 +93,7 @@ class _Shown:
 
 
 def _follow(reader: "EventReader", shown: _Shown) -> None:
-    """Until Ctrl-C: also when the writer has gone, for a resumed run goes on in the same journal."""
+    """Print new events until Ctrl-C, even without a live writer: a resumed run uses the same journal."""
     while True:
         shown.add(reader.poll())
         time.sleep(_POLL_SECONDS)

@@ -1,6 +1,6 @@
-"""How errors are told on stderr, and the exit code each of them means.
+"""Reporting errors on stderr, and their exit codes.
 
-Ours are shown in their one shape; a stranger's, which is training code that raised, with its traceback.
+Errors of evsys-bus are shown as message, reason and fix; others, raised by training code, with their traceback.
 """
 
 import sys
@@ -33,7 +33,7 @@ INTERRUPTED: Final = 130
 
 
 def tell(error: BaseException, screen: Screen) -> int:
-    """Tell it, and return the exit code."""
+    """Report an error on stderr, and return the exit code."""
     told = sorted(_ours(error), key=_place)
     if told:
         screen.note("\n\n".join(_painted(each, screen) for each in told))
@@ -49,7 +49,7 @@ def tell(error: BaseException, screen: Screen) -> int:
 
 
 def _ours(error: BaseException) -> Iterator[EvsysBusError]:
-    """The errors of ours in it; none if there is a stranger among them, for then the traceback says more."""
+    """Yield the evsys-bus errors of an exception or a group; nothing if a group has others, which need a traceback."""
     if isinstance(error, ConfigErrors):
         yield from error.errors
     elif isinstance(error, EvsysBusError):
@@ -62,7 +62,7 @@ def _ours(error: BaseException) -> Iterator[EvsysBusError]:
 
 
 def _place(error: EvsysBusError) -> tuple[str, int, int]:
-    """The order of the file; errors without a line keep theirs."""
+    """Return the sort key by position in the file; errors without a line keep their order."""
     where = error.where
     return ("", 0, 0) if where is None else (where.file or "", where.line or 0, where.column or 0)
 

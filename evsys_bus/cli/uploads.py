@@ -1,6 +1,6 @@
-"""Uploads under way: what couriers say of them in their streams of a journal, read a little at a time.
+"""Active uploads of checkpoints, read incrementally from the couriers' streams of a journal.
 
-It owns what counts as under way: told of by a courier that lives, not long ago, and not ended since.
+An upload is active if a live courier has reported it recently and it has not finished since.
 """
 
 import itertools
@@ -18,27 +18,27 @@ from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail
 
 LOOK_SECONDS: Final = 0.5
 MOST_SILENT_SECONDS: Final = 300.0
-"""As long as `upload_sink` waits for a byte before it begins anew."""
+"""The time that `upload_sink` waits for a byte before it restarts an upload."""
 _MOST_RECORDS: Final = 1000
-"""That are looked through, from the end, for the last word on an upload."""
+"""Limit of records that are searched, from the end, for the last report of an upload."""
 _WORDS: Final = (b"upload_progress", b"checkpoint_uploaded", b"checkpoint_conflict")
 
 _Word = UploadProgress | CheckpointUploaded | CheckpointConflict
 
 
 class _Lane(NamedTuple):
-    """Where one upload follows on another: from one courier to one destination."""
+    """Identifies the uploads of one courier to one destination, which are sequential."""
 
     stream: str
     destination: str
 
 
 class UploadWatch:
-    """The uploads of one journal, from the first look on. For one thread.
+    """Monitors the uploads of a journal from the first call on. Not thread-safe.
 
     Args:
-        directory: The journal; it need not be there yet.
-        clock: Seconds, monotonic: between two looks that read anything are at least `LOOK_SECONDS`.
+        directory: The journal; it may not exist yet.
+        clock: Monotonic seconds; the journal is read at most every `LOOK_SECONDS`.
         wall: Seconds since the epoch.
         disk: The file system.
     """
@@ -60,13 +60,13 @@ class UploadWatch:
         self._due = clock()
 
     def look(self, *, at_once: bool = False) -> Uploads:
-        """What is under way, and what ended since the last look; as `Look`."""
+        """Return active uploads, and those that finished since the last call; ``at_once`` ignores the interval."""
         now, ended = self._clock(), list[Ended]()
         if at_once or now >= self._due:
             self._due = now + LOOK_SECONDS
             try:
                 ended = self._read_on()
-            except OSError:  # a journal on a disk that is away, or of a newer version: there is nothing to tell
+            except OSError:  # the disk is unavailable, or the journal is of a newer version
                 self._lanes.clear()
         recent = self._wall() - MOST_SILENT_SECONDS
         return Uploads([each for each in self._lanes.values() if each.told > recent], ended)
@@ -92,16 +92,16 @@ class UploadWatch:
         return ended
 
     def _at_end(self, stream: str) -> Tail:
-        """What was said so far was of another day, or is said again soon."""
+        """Skip earlier records: they are outdated, or repeated soon."""
         newest = next(newest_first(self._disk, self._reader.directory, stream), None)
         return self._reader.tail(stream, 0 if newest is None else newest.sequence)
 
 
 def uploads_under_way(directory: Path) -> list[Transfer]:
-    """Those of a journal just now.
+    """Return the active uploads of a journal.
 
     Raises:
-        JournalVersionError: A newer version wrote it.
+        JournalVersionError: A newer version of evsys-bus wrote it.
     """
     reader, disk, recent = JournalReader(directory), OsDisk(), time.time() - MOST_SILENT_SECONDS
     last: dict[_Lane, Transfer | None] = {}
@@ -113,7 +113,7 @@ def uploads_under_way(directory: Path) -> list[Transfer]:
 
 
 def _words(records: Iterable[Record]) -> Iterator[tuple[float, _Word]]:
-    """What is said of uploads, and when."""
+    """Yield the events about uploads, with their time."""
     for record in records:
         if not any(word in record.payload for word in _WORDS):
             continue

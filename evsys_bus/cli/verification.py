@@ -1,4 +1,4 @@
-"""What `evsys_bus.journal.verify` found, in words."""
+"""The report of `evsys_bus.journal.verify` as text."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from evsys_bus.journal.verify import DamagedRange, StreamReport
 
 
 def verified(directory: Path, screen: Screen) -> Report:
-    """Read all of the journal."""
+    """Verify the whole journal, with a progress bar."""
     with disk_with_progress(directory, "verifying", screen) as disk:
         return verify(directory, disk)
 
 
 def stream_lines(stream: StreamReport) -> list[str]:
-    """One line on the stream, and one on each thing that is wrong with it."""
+    """Return a line for the stream, and one for each problem."""
     state = "live" if stream.live else "closed" if stream.closed else "not closed"
     numbers = "" if stream.first is None or stream.last is None else f" ({span(stream.first, stream.last)})"
     head = [
@@ -38,23 +38,23 @@ def stream_lines(stream: StreamReport) -> list[str]:
     if stream.removed:
         lines.append(f"  {counted(stream.removed, 'event')} before these removed, as by retain")
     if stream.torn_bytes:
-        lines.append(f"  {counted(stream.torn_bytes, 'byte')} of writes cut short, as by a kill; they cost no event")
+        lines.append(f"  {counted(stream.torn_bytes, 'byte')} of incomplete writes, as after a kill; no event is lost")
     return lines
 
 
 def summary(report: Report) -> str:
-    """The whole journal in a line."""
+    """Return the result for the whole journal in one line."""
     removed = sum(each.removed for each in report.streams)
     if report.whole and removed:
-        return f"whole, but for {counted(removed, 'event')} that were removed from the front, as by retain"
+        return f"whole, except for {counted(removed, 'event')} removed from the front, as by retain"
     if report.whole:
-        return "whole: every event that was recorded is there"
+        return "whole: no recorded event is missing"
     lost = sum(within(each.missing) for each in report.streams)
     aside = sum(damage.length for each in report.streams for damage in each.damaged)
     unread = sum(len(each.unreadable) for each in report.streams)
     facts = [
         *([f"{counted(lost, 'event')} lost"] if lost else []),
-        *([f"{counted(aside, 'byte')} set aside"] if aside else []),
+        *([f"{counted(aside, 'byte')} damaged"] if aside else []),
         *([f"{counted(unread, 'segment')} not readable"] if unread else []),
     ]
     kept = sum(each.records for each in report.streams)
@@ -63,11 +63,11 @@ def summary(report: Report) -> str:
 
 def _damage_told(stream: StreamReport, damage: DamagedRange) -> str:
     place = f"{Path(damage.segment).name} at byte {damage.offset:,}"
-    return f"{counted(damage.length, 'byte')} set aside in {place}; {_before(stream, damage)} before that"
+    return f"{counted(damage.length, 'byte')} damaged in {place}; {_before(stream, damage)} before that"
 
 
 def _before(stream: StreamReport, damage: DamagedRange) -> str:
-    """How many events of the stream before the damage are whole."""
+    """Return the number of intact events of the stream before the damage."""
     first = int(Path(damage.segment).stem.partition("-")[2])
     following = first
     scan = SegmentScan(OsDisk(), damage.segment)

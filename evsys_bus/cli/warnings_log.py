@@ -1,6 +1,6 @@
-"""WARNINGs of the bus, its callbacks and everybody else, as lines on stderr while a command runs.
+"""Prints WARNING and higher log records of all loggers to stderr while a command runs.
 
-The first of a kind comes with its traceback, a repeat as one line: a hook that fails every step must not bury the rest.
+The first record of a kind has its traceback, repeats are one line: a hook that fails every step must not hide the rest.
 """
 
 import logging
@@ -22,7 +22,7 @@ _OURS: Final = Path(evsys_bus.__file__).parent
 
 
 class _Lines(logging.Handler):
-    """Writes to what ``sys.stderr`` is at that moment, which while a table is shown is kept from tearing it."""
+    """Writes to the current ``sys.stderr``, which is redirected while a table is shown."""
 
     def __init__(self, screen: Screen, *, as_json: bool) -> None:
         super().__init__(logging.WARNING)
@@ -39,10 +39,10 @@ class _Lines(logging.Handler):
             )
             sys.stderr.flush()
         except (OSError, ValueError):
-            pass  # stderr is gone, and with it whoever would read this
+            pass  # stderr is closed or full
 
     def _parts(self, record: logging.LogRecord) -> tuple[str, str]:
-        """The message, and the traceback: the record's own, or the one that a courier's line came with."""
+        """Return the message and the traceback, which is the record's own or part of a courier's log line."""
         message = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
         told = getattr(record, "traceback", None)
@@ -61,7 +61,7 @@ class _Lines(logging.Handler):
         return message, told
 
     def _is_repeated(self, record: logging.LogRecord, error: object) -> bool:
-        """Whether one of this kind was shown with its traceback."""
+        """Return whether a record of this kind was shown with its traceback before."""
         phrase = record.getMessage().partition(" ")[0]
         kind = (record.name, phrase, error, *(getattr(record, each, None) for each in _KINDS))
         repeated = kind in self._seen
@@ -82,7 +82,7 @@ class _Lines(logging.Handler):
 
 
 def _foreign_part(error: BaseException) -> traceback.TracebackException:
-    """The traceback without our own frames, which say nothing about what was raised; whole where it is all ours."""
+    """Return the traceback without frames of evsys-bus, unless there are no others."""
     told = traceback.TracebackException.from_exception(error)
     foreign = [frame for frame in told.stack if not Path(frame.filename).is_relative_to(_OURS)]
     if foreign:
@@ -92,7 +92,7 @@ def _foreign_part(error: BaseException) -> traceback.TracebackException:
 
 @contextmanager
 def warnings_shown(screen: Screen, *, as_json: bool = False) -> Generator[None]:
-    """Show WARNINGs and worse on stderr while the block lasts."""
+    """Print WARNING and higher log records to stderr within the block."""
     lines = _Lines(screen, as_json=as_json)
     root = logging.getLogger()
     root.addHandler(lines)

@@ -1,8 +1,8 @@
-"""Events as bytes and back: the only room that knows how they look on the wire.
+"""Encode events to bytes and decode them again; the only package that knows the wire format.
 
-Envelopes go as msgpack (`encode`, `decode`) and, for people and browsers, as JSON (`to_json`). Whatever an event holds,
-encoding it neither raises nor loses the good values beside a bad one. `to_plain` and `json_line` do the same for single
-values and rows.
+Envelopes are encoded as msgpack (`encode`, `decode`) or as JSON for people and browsers (`to_json`). Whatever an event
+holds, encoding it never raises, and a value that cannot be encoded does not cost the values beside it. `to_plain` and
+`json_line` do the same for single values and rows.
 """
 
 from evsys_bus.codec.bounds import MAX_EVENT_BYTES

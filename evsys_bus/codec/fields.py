@@ -1,7 +1,7 @@
-"""The fields of an event as plain data, copied: what an encoder may be given.
+"""Copy the fields of an event into built-in types, ready for an encoder.
 
-Each field is copied by itself, the usual values fast (`evsys_bus.codec.flat`) and any other by `to_plain`, so one that
-is odd costs only itself.
+Each field is copied on its own: common values by the fast path (`evsys_bus.codec.flat`), any other value by `to_plain`.
+A field that cannot be encoded therefore does not affect the others.
 """
 
 import functools
@@ -29,21 +29,22 @@ from evsys_bus.events import Event
 Reasons: TypeAlias = dict[str, str]
 """Path within the event -> why a value was replaced."""
 Copy: TypeAlias = Callable[[Any, Reasons], Plain]
-"""Copies a value. Any: as it is found."""
+"""Copies a value and records what it had to replace."""
 
 
-class NeedsRedaction(Exception):  # noqa: N818 - no failure, as `NotFlat`
-    """There is a configuration in an event, to be searched for credentials when all of it was copied."""
+class NeedsRedaction(Exception):  # noqa: N818 - control flow, not an error
+    """The event holds a configuration, which must be searched for credentials once all of it is copied."""
 
 
 HANDLE_NAMES: Final[dict[type, str]] = {LoopState: "state", LogContext: "context", TrainingBatch: "batch"}
-"""How the handles are called on the wire."""
+"""The wire name of each handle class."""
 
 
 def copier_of(event_type: type[Event]) -> Callable[[Event, Reasons], dict[str, Plain]] | None:
-    """The function that copies the fields of an event, its tag first; None where only `to_plain` may copy all of it.
+    """Return a function that copies the tag and the fields of an event of this type.
 
-    That is where it has a context or a configuration: there may be credentials in those.
+    Returns None for an event with a context or a configuration: these may hold credentials, so the whole event has to
+    go through `to_plain` and redaction.
     """
     tag = event_type.hook.removeprefix("on_")
     copies: list[tuple[str, Copy]] = []
@@ -51,7 +52,7 @@ def copier_of(event_type: type[Event]) -> Callable[[Event, Reasons], dict[str, P
         handle = handle_in(annotation)
         if name in CONFIGS or (handle is not None and issubclass(handle, LogContext)):
             return None
-        copies.append((name, _copy_of(handle, name)))  # pyright: ignore[reportUnknownArgumentType] - as found
+        copies.append((name, _copy_of(handle, name)))  # pyright: ignore[reportUnknownArgumentType] - untyped
 
     def copy(event: Event, reasons: Reasons) -> dict[str, Plain]:
         fields: dict[str, Plain] = {"type": tag}
@@ -66,10 +67,13 @@ def copier_of(event_type: type[Event]) -> Callable[[Event, Reasons], dict[str, P
 
 
 def handles_of(event: Event) -> dict[str, str]:
-    """Which fields of an event are handles, and of which kind; by the values where the annotation leaves it open."""
+    """Map the fields of an event that hold a handle to the handle's wire name.
+
+    Where an annotation does not decide it, the value does.
+    """
     found: dict[str, str] = {}
     for name, handle in _handles_in(type(event)).items():
-        kind: Any = type(getattr(event, name)) if handle is None else handle  # pyright: ignore[reportUnknownVariableType] - as found
+        kind: Any = type(getattr(event, name)) if handle is None else handle  # pyright: ignore[reportUnknownVariableType] - untyped
         ours = next((each for each in HANDLES if issubclass(kind, each)), None)
         if ours is not None:
             found[name] = HANDLE_NAMES[ours]
@@ -78,7 +82,7 @@ def handles_of(event: Event) -> dict[str, str]:
 
 @functools.cache
 def _handles_in(event_type: type[Event]) -> dict[str, type | None]:
-    """The fields that are handles, and of which class; None where that is open."""
+    """Map fields that hold or may hold a handle to its class; None where only the value can tell."""
     found = {
         name: (handle_in(each), is_plain(each) and each not in {Any, object})
         for name, each in annotations_of(event_type).items()
@@ -87,7 +91,7 @@ def _handles_in(event_type: type[Event]) -> dict[str, type | None]:
 
 
 def copy_handle(handle: object, kind: type, name: str, reasons: Reasons) -> Plain:
-    """The parts of a handle that travel, copied."""
+    """Copy the parts of a handle that are encoded."""
     if handle is None:
         return None
     if type(handle) is TrainingBatch and is_bare(handle):
@@ -104,31 +108,31 @@ def copy_handle(handle: object, kind: type, name: str, reasons: Reasons) -> Plai
 
 
 def is_bare(batch: TrainingBatch) -> bool:
-    """Whether nothing of a batch travels."""
+    """Whether a batch has nothing to encode."""
     return batch.loss_fn is batch.loss_fn_config is None and not batch.metrics
 
 
 def copy_row(value: Any, reasons: Reasons, *trail: str) -> Plain:
-    """A copy of what usually is a dict of scalars. Any: that is found out."""
+    """Copy a value that is usually a dict of scalars."""
     try:
-        if type(value) is dict and len(value) <= MOST_ITEMS:  # pyright: ignore[reportUnknownArgumentType] - as found
+        if type(value) is dict and len(value) <= MOST_ITEMS:  # pyright: ignore[reportUnknownArgumentType] - untyped
             own: dict[Any, Any] = {**value}
             if SCALARS.issuperset(map(type, own.values())) and are_keys(own):
                 return own
         return _copy_row(value, reasons, trail)
     except (KeyboardInterrupt, SystemExit, NeedsRedaction, TooLarge):
         raise
-    except BaseException:  # no mapping, or one with odd keys; or its own code ran, and may raise what it likes
+    except BaseException:  # no mapping, keys that are not text, or the value's own code raised
         return copy_value(value, reasons, *trail)
 
 
 def _copy_row(value: Any, reasons: Reasons, trail: tuple[str, ...]) -> dict[str, Plain]:
     own = shallow(value)
     for key, each in own.items():
-        kind = type(each)  # pyright: ignore[reportUnknownVariableType] - as found
+        kind = type(each)  # pyright: ignore[reportUnknownVariableType] - untyped
         if kind in SCALARS:
             continue
-        plain = numbers.get(kind)  # pyright: ignore[reportUnknownArgumentType] - as found
+        plain = numbers.get(kind)  # pyright: ignore[reportUnknownArgumentType] - untyped
         if plain is not None:
             own[key] = plain(each)
             continue
@@ -141,12 +145,12 @@ def _copy_row(value: Any, reasons: Reasons, trail: tuple[str, ...]) -> dict[str,
 
 
 def copy_value(value: Any, reasons: Reasons, *trail: str) -> Plain:
-    """A copy of any value. Any: what it is, is found out here."""
+    """Copy any value."""
     try:
         plain = small(value)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # not usual, or its own code ran: `to_plain` tells what it is
+    except BaseException:  # not a common value, or its own code raised; `to_plain` handles both
         plain = plain_at(value, trail, reasons)
     if type(plain) not in SCALARS and has_config(plain):
         raise NeedsRedaction
@@ -160,8 +164,8 @@ def _copy_of(handle: type | None, name: str) -> Copy:
 
 
 def copy_field(value: Any, reasons: Reasons, name: str) -> Plain:
-    """A copy of the value of a field. Any: it is of any type, whatever the annotation says."""
-    kind = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+    """Copy the value of a field; the value may be of any type, whatever the annotation says."""
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
     if kind in SCALARS:
         return value
     if issubclass(kind, dict):

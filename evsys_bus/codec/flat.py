@@ -1,7 +1,7 @@
-"""The usual values, copied fast: scalars of Python, numpy and torch, and small lists and dicts of them.
+"""Fast path for common values: scalars of Python, numpy and torch, and small lists and dicts of them.
 
-What is not usual raises `NotFlat` here, and is copied by `evsys_bus.codec.plain`, which knows every kind of value and
-says what it had to replace.
+Any other value raises `NotFlat`. The caller then copies it with `evsys_bus.codec.plain`, which handles every kind of
+value and records what it had to replace.
 """
 
 from collections.abc import Callable
@@ -11,32 +11,30 @@ from typing import Any, Final
 from evsys_bus.codec.bounds import MAX_KEY_CHARS
 
 SCALARS: Final = frozenset({float, int, str, bool, NoneType})
-"""The exact types that hold nothing else, so that encoding them can run no code."""
+"""Exact types without contained objects; encoding their values cannot run foreign code."""
 MOST_ITEMS: Final = 1_000
 """Of a container inside a row."""
 MOST_KEYS: Final = 10_000
-"""Of a row: more are copied with an eye on the room that they take."""
+"""Of a row; a larger one is copied by `to_plain`, which limits its size."""
 _DEPTH: Final = 4
-"""Containers inside containers; what contains itself is deeper."""
+"""Of nested containers; a container that contains itself exceeds it."""
 
 
-class NotFlat(Exception):  # noqa: N818 - no failure: the word for "this one needs the thorough way"
-    """A value that may only be encoded after `to_plain` has copied it."""
+class NotFlat(Exception):  # noqa: N818 - control flow, not an error
+    """The value has to be copied by `to_plain` before it can be encoded."""
 
 
-class TooLarge(Exception):  # noqa: N818 - no failure: the word for "this one needs bounds for the whole event"
-    """A value that takes a good part of an event's room."""
+class TooLarge(Exception):  # noqa: N818 - control flow, not an error
+    """The value is so large that the size of the whole event has to be limited."""
 
 
 def flat(mapping: Any) -> dict[str, Any]:
-    """A copy of a mapping that holds scalars under text keys of bounded length; numpy's and torch's are made plain.
-
-    Any: what it is, and what it holds, is found out here.
+    """Copy a mapping of text keys to scalars; scalars of numpy and torch become Python numbers.
 
     Raises:
-        NotFlat, AttributeError: It holds something else.
-        TypeError, RuntimeError: It is no mapping, or another thread changed it meanwhile.
-        Exception: What the values' own code raises.
+        NotFlat, AttributeError: The mapping holds other values, or keys that are too long.
+        TypeError, RuntimeError: It is not a mapping, or another thread changed it meanwhile.
+        Exception: Raised by the code of a value.
     """
     own = shallow(mapping)
     if not are_scalars(own):
@@ -47,17 +45,16 @@ def flat(mapping: Any) -> dict[str, Any]:
 
 
 def shallow(mapping: Any) -> dict[Any, Any]:
-    """A dict of the same entries, which nobody else holds. Raises as `flat`. Any: that is found out."""
+    """Return a new dict with the same entries; raises like `flat`."""
     if len(mapping) > MOST_KEYS:
         raise NotFlat
     return {**mapping}
 
 
 def are_scalars(own: dict[Any, Any]) -> bool:
-    """Whether a dict that nobody else holds has only floats, ints and bools as values; False where that is unclear.
+    """Whether all values of a private dict are surely floats, ints or bools.
 
-    One call looks at all values: where every one is such a number, their sum is a float or an int, and nothing that
-    holds something else can be among them.
+    One call of ``sum`` examines all values: if the sum is exactly a float or an int, every value is such a number.
     """
     try:
         total = sum(own.values())
@@ -67,13 +64,13 @@ def are_scalars(own: dict[Any, Any]) -> bool:
 
 
 def small(value: Any, depth: int = _DEPTH) -> Any:
-    """A copy of a scalar, or of a small list, tuple or dict of such. Any: what it is, is found out here.
+    """Copy a scalar, or a small list, tuple or dict of scalars.
 
     Raises:
-        NotFlat: It is something else, or larger.
-        Exception: What the value's own code raises, or what comes of a thread that changes it meanwhile.
+        NotFlat: The value is something else, or too large.
+        Exception: Raised by the value's own code, or because another thread changed the value meanwhile.
     """
-    kind = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
     if kind in SCALARS:
         return value
     if kind is list or kind is tuple:
@@ -96,24 +93,24 @@ def _items(value: Any, depth: int) -> list[Any]:
     items = [*value]
     if not SCALARS.issuperset(map(type, items)):
         for index, each in enumerate(items):
-            kind = type(each)  # pyright: ignore[reportUnknownVariableType] - as found
+            kind = type(each)  # pyright: ignore[reportUnknownVariableType] - untyped
             if kind not in SCALARS:
-                plain = numbers.get(kind)  # pyright: ignore[reportUnknownArgumentType] - as found
+                plain = numbers.get(kind)  # pyright: ignore[reportUnknownArgumentType] - untyped
                 items[index] = small(each, depth - 1) if plain is None else plain(each)
     return items
 
 
-# The keys of metrics are the same step after step: a set that knows them looks at all of a row in one call.
+# The keys of metrics repeat from step to step, so one call of issuperset usually checks a whole row.
 _keys: Final[set[str]] = set()
 are_keys: Final = _keys.issuperset
-"""Whether all of them are texts of bounded length; False also for those that `with_text_keys` has not seen."""
+"""Whether all keys are known to be text of limited length; False also for keys `with_text_keys` has not seen yet."""
 
 
 def with_text_keys(own: dict[Any, Any]) -> dict[str, Any]:
-    """The dict itself where its keys are texts of bounded length, or a copy of it with such keys.
+    """Return the dict itself if its keys are text of limited length, else a copy with such keys.
 
     Raises:
-        NotFlat: There is more to be done, as where two keys become the same text.
+        NotFlat: A key is too long or not a scalar, or two keys become the same text.
     """
     if not all(type(key) is str for key in own):
         if not SCALARS.issuperset(map(type, own)):
@@ -130,9 +127,9 @@ def with_text_keys(own: dict[Any, Any]) -> dict[str, Any]:
 
 
 def number_of(kind: type) -> Callable[[Any], Any] | None:
-    """What makes a plain number of one of numpy's, which hold nothing else; None for any other type.
+    """Return the conversion from a numpy scalar type to a Python number; None for any other type.
 
-    ``float(x)`` takes a tenth of the time of ``x.item()``. Any: a number of that type.
+    ``float(x)`` takes a tenth of the time of ``x.item()``.
     """
     plain = numbers.get(kind)
     if plain is None and kind.__module__ == "numpy":
@@ -144,12 +141,12 @@ def number_of(kind: type) -> Callable[[Any], Any] | None:
 
 _PLAIN: Final[dict[str, Callable[[Any], Any]]] = {"float": float, "int": int, "uint": int, "bool": bool}
 numbers: Final[dict[type, Callable[[Any], Any]]] = {}
-"""Those that `number_of` has found."""
+"""Cache of `number_of`."""
 
 
 def _number(value: Any) -> Any:
-    """The scalar in a scalar of numpy or torch. Any: known by having an ``item``."""
-    plain = number_of(type(value))  # pyright: ignore[reportUnknownArgumentType] - as found
+    """Convert a numpy or torch scalar to a Python scalar."""
+    plain = number_of(type(value))  # pyright: ignore[reportUnknownArgumentType] - untyped
     if plain is not None:
         return plain(value)
     single = value.item()

@@ -1,4 +1,4 @@
-"""How values of other people's types are looked at: their fields, their picture in a line, a copy while they change.
+"""Inspect values of third-party types: their fields, a short repr, and a copy while other threads change them.
 
 Types are recognised by their class, never through the value's ``__class__`` (which may raise or lie) and never by
 importing their library.
@@ -18,8 +18,8 @@ T = TypeVar("T")
 _ATTEMPTS: Final = 5
 
 
-def fields_of(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 - a line for each kind of thing
-    """The fields of what has named fields, one level deep; None for anything else. Any: known by its class alone."""
+def fields_of(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 - one line for each kind of class
+    """Return the named fields of a value, one level deep; None if its class has none."""
     if issubclass(kind, HANDLES):
         return parts_of(value, kind)
     if issubclass(kind, msgspec.Struct):
@@ -38,7 +38,7 @@ def fields_of(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 
 
 
 def has_fields(kind: Any) -> bool:
-    """Whether values of this type have named fields. Any: a type."""
+    """Whether values of this type have named fields."""
     return (
         issubclass(kind, (*HANDLES, msgspec.Struct, SimpleNamespace))
         or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__", "model_fields"))
@@ -47,7 +47,7 @@ def has_fields(kind: Any) -> bool:
 
 
 def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
-    """The fields of a Struct under the names, and with the tag, that msgspec would give them. Any: of all types."""
+    """Return the fields of a Struct with the names and the tag that msgspec would encode."""
     config = value.__struct_config__
     fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
     tag = {} if config.tag is None else {cast("str", config.tag_field): config.tag}
@@ -55,7 +55,7 @@ def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
 
 
 def snapshot(take: Callable[[], T]) -> T:
-    """What ``take`` returns, tried again when another thread changed the original meanwhile."""
+    """Call ``take`` and return its result, with retries when another thread changed the original meanwhile."""
     for _ in range(_ATTEMPTS - 1):
         try:
             return take()
@@ -65,17 +65,17 @@ def snapshot(take: Callable[[], T]) -> T:
 
 
 def shown(value: object) -> str:
-    """What a value looks like, in a line: a name where it has one, else its repr. Never raises."""
+    """Return a value's qualified name if it has one, else its repr, on one line. Never raises."""
     try:
         name = getattr(value, "__qualname__", None)
         line = f"{cast('Any', value).__module__}.{name}" if type(name) is str else repr(value)
         return without_surrogates(line[:MAX_SHOWN_CHARS])
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # the value's own code ran, and may raise what it likes
+    except BaseException:  # raised by the value's own code
         return f"<{type(value).__name__}>"
 
 
 def without_surrogates(text: str) -> str:
-    r"""The text with lone surrogates written out (``\udc80``), so that it is valid UTF-8."""
+    r"""Return the text with lone surrogates escaped (``\udc80``), so that it is valid UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,6 +1,6 @@
-"""Rows of ``metrics.jsonl`` and its like: one JSON object on a line, from whatever a training puts into a row.
+"""Encode rows of ``metrics.jsonl`` and similar files: one JSON object per line, from values of any type.
 
-JSON has no NaN: such a number becomes null, and a ``nonfinite`` key beside it says what it was.
+JSON has no NaN: such a number becomes null, and a ``nonfinite`` key records what it was.
 """
 
 import itertools
@@ -18,10 +18,10 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
-    """One row as a JSON object, without the newline. Never raises. Any: rows hold what people put into them.
+    """Encode one row as a JSON object, without the newline. Never raises.
 
-    A value that JSON cannot carry is replaced, a ``replaced`` key says why; NaN and infinities become null, a
-    ``nonfinite`` key says which. Where the row has keys of these names itself, it keeps its own.
+    A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
+    a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
 
     Example:
         >>> json_line({"step": 3, "loss": float("nan")})
@@ -32,9 +32,9 @@ def json_line(row: Mapping[str, Any]) -> bytes:
         line = _encode(own)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # not flat, or refused by msgspec, or a value's own code raised: the thorough way tells
+    except BaseException:  # not scalars, refused by msgspec, or a value's own code raised
         return _thorough_line(row)
-    if len(line) > MAX_TEXT_CHARS:  # some text in it may be too long
+    if len(line) > MAX_TEXT_CHARS:  # a text in it may be too long
         return _thorough_line(row)
     return _flagged(own) if b"null" in line else line
 
@@ -55,7 +55,7 @@ def _flagged(row: dict[str, Plain]) -> bytes:
 
 
 def nonfinite(value: Plain, path: str = "") -> dict[str, str]:
-    """Where plain data holds NaN or an infinity, which JSON cannot say: path -> ``nan``, ``inf`` or ``-inf``."""
+    """Find NaN and infinities in built-in data, which JSON cannot represent: path -> ``nan``, ``inf`` or ``-inf``."""
     found: dict[str, str] = {}
     items = cast("list[Plain]", value) if type(value) is list else []
     for step, item in itertools.chain(entries(value).items(), enumerate(items)):

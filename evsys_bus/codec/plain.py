@@ -1,9 +1,9 @@
-"""Any value, copied into plain data: what msgspec encodes without running anybody's code.
+"""Copy any value into built-in types, which msgspec encodes without running foreign code.
 
-`to_plain` is for what people put into metrics, configs and predictions: numpy and torch scalars, dataclasses, pydantic
-models, paths, and the occasional circular, hostile or 50 MB object. One bad value never costs its neighbours: it is
-replaced, and the reason is told. The copy is by value, so a thread that keeps changing the original cannot reach the
-encoder.
+`to_plain` handles what people put into metrics, configs and predictions: numpy and torch scalars, dataclasses, pydantic
+models, paths, and the occasional circular, hostile or 50 MB object. A value that cannot be encoded is replaced and the
+reason is recorded; its neighbours are not affected. The result shares nothing with the original, so a thread that keeps
+changing the original cannot disturb the encoder.
 """
 
 import math
@@ -35,28 +35,29 @@ from evsys_bus.codec.flat import TooLarge
 from evsys_bus.codec.foreign import fields_of, has_fields, shown, snapshot, without_surrogates
 
 Plain: TypeAlias = Any
-"""None, bool, int, float, str, bytes, moments with a time zone, and dicts (text keys) and lists of them."""
+"""None, bool, int, float, str, bytes, datetimes with a time zone, and dicts (with text keys) and lists of these."""
 
 _SMALL_BYTES: Final = 256 * 1024
 _ITEM_BYTES: Final = 10
-"""What msgpack needs at most for a number, or for the head of a text or a container."""
+"""Upper bound for a number, or for the header of a text or a container, in msgpack."""
 
 
 def to_plain(value: object, path: str = "", *, max_bytes: int = MAX_EVENT_BYTES) -> tuple[Plain, dict[str, str]]:
-    """Copy a value into plain data, within bounds, and say what had to be replaced.
+    """Copy a value into built-in types, within size limits, and report what was replaced.
 
-    Faithful changes are made silently: scalars of numpy and torch become numbers, sets and tuples lists; dataclasses,
-    Structs, models and named tuples dicts; enums their values; dates, durations, paths and keys text. A handle becomes
-    its scalars. Never raises, whatever the value does when it is looked at, but for KeyboardInterrupt and SystemExit.
+    Conversions without loss are not reported: scalars of numpy and torch become numbers; sets and tuples become lists;
+    dataclasses, Structs, models and named tuples become dicts; enums become their values; dates, durations, paths and
+    keys become text. A handle becomes its scalars. Never raises, whatever the value's own code does, except for
+    KeyboardInterrupt and SystemExit.
 
     Args:
-        value: Anything.
-        path: Where the value stands, put before the paths of what was replaced.
-        max_bytes: What the copy may take as msgpack, roughly; it bounds the number of items too. The numbers of a
-            mapping are kept before its texts and containers.
+        value: Any object.
+        path: Path of the value; prefix of the paths of replaced values.
+        max_bytes: Approximate size limit of the copy as msgpack; it also limits the number of items. The numbers of a
+            mapping are copied before its texts and containers.
 
     Returns:
-        The copy, and for every value that could not be carried: its path (``metrics.grads[3]``) -> why, in words.
+        The copy, and for every value that was replaced: its path (``metrics.grads[3]``) -> the reason, in words.
     """
     copying = _Copying(path, max_bytes)
     plain = copying.plain(value)
@@ -66,10 +67,10 @@ def to_plain(value: object, path: str = "", *, max_bytes: int = MAX_EVENT_BYTES)
 
 
 def plain_at(value: object, trail: Iterable[str | int], reasons: dict[str, str]) -> Plain:
-    """As `to_plain`, for one small value inside an event; the reasons are added to those that there are.
+    """Copy one small value inside an event like `to_plain`; reasons are added to ``reasons``.
 
     Raises:
-        TooLarge: It is no small one.
+        TooLarge: The value is not small.
     """
     copying = _Copying("", _SMALL_BYTES, trail, reasons)
     plain = copying.plain(value)
@@ -81,19 +82,19 @@ def plain_at(value: object, trail: Iterable[str | int], reasons: dict[str, str])
 
 
 def dotted(path: str, steps: Iterable[str | int]) -> str:
-    """A path in the form that people know: ``metrics.grads[3]``."""
+    """Format a path: ``metrics.grads[3]``."""
     for step in steps:
         path = f"{path}[{step}]" if type(step) is int else f"{path}.{step}" if path else str(step)
     return path
 
 
 def entries(plain: Plain) -> dict[str, Plain]:
-    """Plain data that should be a dict; an empty one if it is something else."""
+    """Return the value if it is a dict, else an empty dict."""
     return plain if type(plain) is dict else {}  # pyright: ignore[reportUnknownVariableType, reportReturnType]
 
 
 class _Copying:
-    """One copy under way: where it stands, what it may still use, what it had to replace."""
+    """The state of one copy: the current path, the bytes left, and what was replaced."""
 
     __slots__ = ("_above", "_path", "_trail", "left", "reasons", "untold")
 
@@ -108,7 +109,7 @@ class _Copying:
         self.untold = 0
 
     def plain(self, value: object) -> Plain:
-        """The value as plain data, or what stands in for it."""
+        """Copy the value into built-in types, or return a replacement."""
         kind = type(value)
         if kind is float or kind is bool or value is None:
             return value
@@ -118,7 +119,7 @@ class _Copying:
             return (_way_of(kind) if copy is None else copy)(self, value)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the value's own code ran, and may raise what it likes
+        except BaseException as error:  # raised by the value's own code
             del self._trail[depth:]
             self._above.discard(id(value))
             return self._replaced(shown(value), f"{type(error).__name__} when it was read")
@@ -161,11 +162,11 @@ class _Copying:
     def moment(self, value: datetime) -> Plain:
         if value.tzinfo is None:
             return msgspec.to_builtins(value)
-        # Any other tzinfo may be Python code, which must not run inside the encoder.
+        # Any other tzinfo may be Python code, and that must not run inside the encoder.
         return value if type(value.tzinfo) is timezone else value.astimezone(UTC)
 
     def mapping(self, source: object, entries: Mapping[Any, Any]) -> Plain:
-        """A copy of ``entries``, which nobody else may hold; ``source`` is what they were taken from. Any: as found."""
+        """Copy ``entries``, a private dict that was taken from ``source``."""
         if self._barred(source):
             return self._left_out(source)
         self._above.add(id(source))
@@ -176,13 +177,13 @@ class _Copying:
             if name in out:
                 name = self._another(name, out)
             self.left -= len(name)
-            kind: type = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+            kind: type = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
             if kind is float or kind is bool or value is None or (kind is int and INT_MIN <= value <= INT_MAX):
                 out[name] = value
             elif issubclass(kind, float):
                 out[name] = float.__float__(value)
             else:
-                out[name] = None  # its place; numbers come first, lest a neighbour use up all the room
+                out[name] = None  # filled below: numbers come first, so that a large neighbour cannot displace them
                 later.append((name, value))
             if self.left < 0:
                 self._replace(f"cut after {len(out)} of {len(entries)} entries: the whole is too large")
@@ -195,7 +196,7 @@ class _Copying:
         return out
 
     def sequence(self, source: object, items: Sequence[object]) -> Plain:
-        """A copy of ``items``, which may change meanwhile; ``source`` is what they were taken from."""
+        """Copy ``items``, which were taken from ``source`` and may change meanwhile."""
         if self._barred(source):
             return self._left_out(source)
         self._above.add(id(source))
@@ -211,20 +212,20 @@ class _Copying:
         return self.sequence(value, snapshot(lambda: list(islice(value, max(self.left, 0) // _ITEM_BYTES + 1))))
 
     def stranger(self, value: Any) -> Plain:
-        if hasattr(type(value), "__float__"):  # pyright: ignore[reportUnknownArgumentType] - as found
+        if hasattr(type(value), "__float__"):  # pyright: ignore[reportUnknownArgumentType] - untyped
             return self._replaced(float.__float__(float(value)), f"a {type(value).__name__}, kept as a float")
         return self._replaced(shown(value), f"a {type(value).__name__} cannot be recorded")
 
     def array(self, value: Any) -> Plain:
-        """A scalar or an array of numpy, torch, jax or their like. Any: known by its attributes alone."""
-        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+        """Copy a scalar of numpy, torch, jax or a similar library, or replace an array by a description."""
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
         shape = getattr(value, "shape", ())
         count = math.prod(shape)
         if count == 1:
             single = value.item()
             if type(single) in _EXACT:
                 return self.plain(single)
-            if hasattr(single, "__float__"):  # np.longdouble's item is another one
+            if hasattr(single, "__float__"):  # np.longdouble.item() returns another np.longdouble
                 return float.__float__(float(single))
             return self._replaced(shown(value), f"a {kind.__name__} cannot be recorded")
         dtype = _text_of(getattr(value, "dtype", "?"))
@@ -232,18 +233,18 @@ class _Copying:
         return self._replaced(picture, f"an array of {count} values; record numbers, or a list of a few")
 
     def _key(self, key: Any) -> str:
-        """A key as text. Any: it is looked at only behind the wall."""
+        """Convert a key to text."""
         try:
             name = without_surrogates(str.__str__(str(key.value if issubclass(type(key), Enum) else key)))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the key's own code ran, and may raise what it likes
+        except BaseException as error:  # raised by the key's own code
             name = f"<{type(key).__name__}>"
             self._replace(f"{type(error).__name__} when a key was read", name)
         if len(name) > MAX_KEY_CHARS:
             length, name = len(name), f"{name[: MAX_KEY_CHARS - 9]}…{zlib.crc32(name.encode()):08x}"
             self._replace(f"a name of {length} characters, cut to {MAX_KEY_CHARS}", name)
-        self.left -= 3 * len(name)  # mapping() counts a byte for each character; here there may be four
+        self.left -= 3 * len(name)  # mapping() counts one byte a character; here a character may take four
         return name
 
     def _another(self, name: str, taken: Mapping[str, object]) -> str:
@@ -301,12 +302,12 @@ _EXACT: Final[dict[type, Callable[[_Copying, Any], Plain]]] = {
     timedelta: lambda _, value: msgspec.to_builtins(value),
     UUID: lambda _, value: msgspec.to_builtins(value),
 }
-"""How each exact type is copied. Any: the key says the type."""
+"""Exact type -> how its values are copied."""
 
 
 @lru_cache(maxsize=256)
-def _way_of(kind: Any) -> Callable[[_Copying, Any], Plain]:  # noqa: C901, PLR0911 - a line for each kind of thing
-    """How values of a type that is not in `_EXACT` are copied. Any: it is found out here."""
+def _way_of(kind: Any) -> Callable[[_Copying, Any], Plain]:  # noqa: C901, PLR0911 - one line for each kind of class
+    """Return how values of a type that is not in `_EXACT` are copied."""
     if issubclass(kind, float):
         return lambda _, value: float.__float__(value)
     if issubclass(kind, str):

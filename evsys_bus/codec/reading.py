@@ -1,7 +1,7 @@
-"""Bytes to envelopes: real event classes with detached handles, tolerant of older and newer writers.
+"""Decode bytes to envelopes with real event classes and detached handles; accepts older and newer writers.
 
-Only the envelope itself is strict. In an event, unknown fields are ignored, absent ones take their defaults, and a
-value that is not of the type it should be is kept as it was read: a hook sees the row rather than nothing.
+Only the envelope itself is checked strictly. In an event, unknown fields are ignored, absent ones take their defaults,
+and a value of an unexpected type is passed on as it was read, so that a hook still sees the row.
 """
 
 import functools
@@ -27,35 +27,35 @@ from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, event_type
 
 Contexts: TypeAlias = Mapping[str, LogContext] | None
-"""The context of each run, by its key; `RunContexts` where there may be two of one key."""
+"""Run key -> context of the run; use `RunContexts` where several experiments may share a key."""
 
 
 _MOST_RUNS: Final = 10_000
-"""Contexts that are kept: runs that nobody ends would stay for ever."""
+"""Contexts in memory at a time; without a limit, runs that never end would accumulate."""
 
 
 class RunContexts(dict[str, LogContext]):
-    """The contexts of runs, by key, the newest where two experiments have a run of one key.
+    """Run key -> context; the newest one where two experiments have a run with the same key.
 
-    `decode` adds those that a state introduces.
+    `decode` adds the contexts that it finds in recorded states.
 
     Args:
-        introduced: Called with the key and the context of a run that a state introduced.
+        introduced: Called with the key and the context of each run that `decode` adds.
     """
 
     def __init__(self, introduced: Callable[[str, LogContext], None] | None = None) -> None:
         super().__init__()
         self.introduced: Final = introduced
         self.shared: Final[set[str]] = set()
-        """Keys that runs of several experiments have."""
+        """Keys that runs of several experiments share."""
         self._by_root: dict[str, dict[str, LogContext]] = {}
 
     def of(self, run: str | None, root: str | None) -> LogContext | None:
-        """The context of the run of this experiment, which is named by its directory."""
+        """Return the context of a run of the experiment with this directory, or None."""
         return self._by_root.get(run or "", {}).get(root or "")
 
     def put(self, run: str, root: str, ctx: LogContext) -> None:
-        """Add a context, or replace it."""
+        """Add or replace a context."""
         if run not in self and len(self) >= _MOST_RUNS:
             oldest = next(iter(self._by_root))
             for each in [*self._by_root[oldest]]:
@@ -66,7 +66,7 @@ class RunContexts(dict[str, LogContext]):
             self.shared.add(run)
 
     def drop(self, run: str, root: str) -> None:
-        """Forget a context."""
+        """Remove a context."""
         same = self._by_root.get(run, {})
         same.pop(root, None)
         self.shared.discard(run)
@@ -79,7 +79,7 @@ class RunContexts(dict[str, LogContext]):
             self.pop(run, None)
 
     def clear(self) -> None:
-        """Forget all."""
+        """Remove all contexts."""
         super().clear()
         self.shared.clear()
         self._by_root.clear()
@@ -92,7 +92,7 @@ class _Head(msgspec.Struct, gc=False, kw_only=True):
     stream: str
     seq: int
     time: float
-    event: Any  # Any: as it was written
+    event: Any
     run: str | None = None
     rank: int = 0
     replaced: dict[str, str] = {}
@@ -105,7 +105,7 @@ class _AnyHead(_Head, gc=False, kw_only=True):
 
 
 class _Step(msgspec.Struct, gc=False):
-    """A step that has every field. Any: as they were written. What it has besides is passed over unread."""
+    """A step that has every field. Unknown fields are skipped without decoding them."""
 
     type: Literal["step_end"]
     state: Any
@@ -127,25 +127,25 @@ _unpack_step: Final = msgspec.msgpack.Decoder(_StepHead).decode
 
 
 def decode(data: bytes | memoryview, contexts: Contexts = None) -> Envelope:
-    """The envelope that was encoded; its event is of its own class, or an `UnknownEvent` where this process has none.
+    """Decode an envelope. Its event has its own class, or is an `UnknownEvent` where this process does not know that.
 
-    Handles are detached: their scalars are there, live parts raise `DetachedError`.
+    Handles are detached: their scalars are available, live parts raise `DetachedError`.
 
     Args:
-        data: What `encode` made.
-        contexts: Gives ``state.ctx``, by the run's key; `RunContexts` also learns those that a state introduces. Where
-            the run is not in it, a state that had a ``ctx`` has one that names the run, and where it lies, and nothing
-            else (what a hook writes into that one reaches no later hook); a state that had none has none.
+        data: The result of `encode`.
+        contexts: Run key -> the context to use as ``state.ctx``. `decode` adds contexts found in recorded states to a
+            `RunContexts`. For a run that is not in it, a state that had a ``ctx`` gets one with only the run key and
+            the directory (what a hook writes into that one reaches no later hook); a state that had none gets None.
 
     Raises:
-        CodecError: The bytes are no envelope.
+        CodecError: The bytes are not an envelope.
     """
-    try:  # nearly all are steps: they take three quarters of the time where nothing is looked up by name
+    try:  # fast path: nearly all events are steps, and decoding them without a look-up of fields saves a quarter
         head = _unpack_step(data)
     except (ValueError, TypeError, RecursionError, BufferError):
         return _decode_any(data, contexts)
     run, step = head.run, head.event
-    state: Any = _state(step.state, run, contexts)  # Any: a program may have published None, here and in the next line
+    state: Any = _state(step.state, run, contexts)  # a program may have published None, here and in the next line
     batch: Any = _batch(step.batch, run, contexts)
     event = StepEnd(state, step.step_idx, batch, step.metrics)
     return Envelope(head.stream, head.seq, head.time, event, run, head.rank, head.replaced)
@@ -155,7 +155,7 @@ def _decode_any(data: bytes | memoryview, contexts: Contexts) -> Envelope:
     try:
         head = _unpack(data)
         fields = head.event
-        tag: Any = fields.pop("type")  # Any: as it was written
+        tag: Any = fields.pop("type")
     except Exception as error:
         raise _no_envelope(f"{type(error).__name__}: {error}") from error
     if type(tag) is not str:
@@ -176,11 +176,11 @@ def _no_envelope(why: str) -> CodecError:
 
 
 def _read(kind: type[Event], fields: dict[str, Plain], run: str | None, contexts: Contexts) -> Event | None:
-    """The event, or None if a field that it needs is absent or refused."""
+    """Build the event; None if a required field is absent or refused."""
     reader, parts = _reader(kind)
     try:
         return reader(fields, run, contexts)
-    except Exception:  # a field is absent, or the event's __post_init__ refuses what it is given
+    except Exception:  # a field is absent, or the event's __post_init__ raised
         present = {name: part(fields[name], run, contexts) for name, part in parts.items() if name in fields}
     try:
         return kind(**present)
@@ -189,25 +189,25 @@ def _read(kind: type[Event], fields: dict[str, Plain], run: str | None, contexts
 
 
 Part: TypeAlias = Callable[[Plain, str | None, Contexts], Any]
-"""Reads one field. Any: it makes what the field is annotated with."""
+"""Decodes one field to the type of its annotation."""
 
 
 @functools.cache
 def _reader(kind: type[Event]) -> tuple[Reader, dict[str, Part]]:
-    """The function that reads an event with all its fields, and what reads each field of an incomplete one."""
+    """Return the function that builds a complete event, and the functions that decode single fields."""
     parts: dict[str, Part] = {}
     calls: list[str] = []
     for name, annotation in annotations_of(kind).items():
         part = parts[name] = _part(annotation)
         read = f"fields[{name!r}]" if part is _as_it_is else f"parts[{name!r}](fields[{name!r}], run, contexts)"
         calls.append(f"{name}={read}")
-    # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
+    # Generated code, like the constructors of dataclasses: a loop over the fields would take twice as long.
     source = f"lambda fields, run, contexts: kind({', '.join(calls)})"
     return eval(source, {"kind": kind, "parts": parts}), parts  # noqa: S307 - made of identifiers
 
 
 def _part(annotation: Any) -> Part:
-    """What reads a field of this annotation. Any: annotations."""
+    """Return the function that decodes a field with this annotation."""
     handle = handle_in(annotation)
     if handle is None:
         return _as_it_is if is_plain(annotation) else lambda value, _, __: typed(value, annotation)
@@ -225,7 +225,7 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
         return ref
     parts = read_folders(entries(ref))
     state = _detached_state(parts)
-    own: Any = parts.get("run")  # Any: as it was written
+    own: Any = parts.get("run")
     key: Any = own if own and type(own) is str else run
     if "context" in parts:
         state.ctx = _introduced(read_folders(entries(parts["context"])), _root_of(parts, key), key, contexts)
@@ -235,13 +235,13 @@ def _state(ref: Plain, run: str | None, contexts: Contexts) -> LoopState | None:
             ctx = contexts.of(key, _root_of(parts, key))
         state.ctx = contexts[key] if ctx is None else ctx
     elif (own and key is own) or "root" in parts:
-        # A bare state stays bare: adapters have their files elsewhere where there is a ctx.
+        # A state without ctx must not get one: adapters choose their file paths by whether there is a ctx.
         parts["ctx"] = cast("Plain", _unannounced)
     return state
 
 
 def _introduced(parts: dict[str, Plain], root: str | None, run: Any, contexts: Contexts) -> LogContext:
-    """The context that stands in a state; the one that is known already, if it is. Any: as it was written."""
+    """Return the context recorded in a state, or the known context of that run."""
     if root is not None:
         parts.setdefault("output_dir", root)
     ctx, root = _detached_context(parts), parts.get("output_dir")
@@ -261,7 +261,7 @@ def _introduced(parts: dict[str, Plain], root: str | None, run: Any, contexts: C
 
 
 def _unannounced(parts: Mapping[str, Plain]) -> LogContext:
-    """The context of a run whose start was not seen: what can be told of it from one of its states, when asked for."""
+    """Build the context of a run whose start was not read, from what one of its states records."""
     run = parts.get("run")
     known: dict[str, Plain] = {"run_key": run if type(run) is str else None, "ids": {}, "extras": {}}
     root = _root_of(parts, run)
@@ -271,7 +271,7 @@ def _unannounced(parts: Mapping[str, Plain]) -> LogContext:
 
 
 def _root_of(parts: Mapping[str, Plain], run: Any) -> str | None:
-    """The directory of the experiment that a state belongs to. Any: the key of its run, as it was written."""
+    """Return the directory of the experiment that a state belongs to."""
     root, folder = parts.get("root"), parts.get("output_dir")
     if type(root) is str:
         return root
@@ -290,17 +290,17 @@ _HANDLES: Final[dict[str, Part]] = {"state": _state, "context": _context, "batch
 
 
 def typed(value: Plain, annotation: Any) -> Any:
-    """The value as its annotation has it; where that fails, as much of it as possible. Any: annotations, and theirs."""
+    """Convert a value to its annotated type; where that fails, convert as much of it as possible."""
     if type(value) in _DETACHED:
         return value
     try:
         return msgspec.convert(value, annotation, str_keys=True, dec_hook=_foreign)
-    except Exception:  # it is not as promised, or an __post_init__ or validator refuses it
+    except Exception:  # the value has another type, or a __post_init__ or validator raised
         return _typed_in_part(value, annotation)
 
 
 def _typed_in_part(value: Plain, annotation: Any) -> Any:
-    """Structs and lists of them, each field read by itself; anything else as it is. Any: as for `typed`."""
+    """Convert the fields of Structs, and of lists of Structs, one by one; return anything else unchanged."""
     if get_origin(annotation) is list and type(value) is list:
         return [typed(each, get_args(annotation)[0]) for each in cast("list[Plain]", value)]
     struct = next((each for each in (annotation, *get_args(annotation)) if _is_struct(each)), None)
@@ -320,7 +320,7 @@ def _is_struct(annotation: Any) -> bool:
 
 
 def _foreign(kind: Any, value: Plain) -> Any:
-    """Types that msgspec leaves to us. Any: that is what they are."""
+    """Convert to types that msgspec does not support."""
     if issubclass(kind, PurePath):
         return kind(value)
     if hasattr(kind, "model_validate"):

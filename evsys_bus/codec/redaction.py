@@ -1,4 +1,4 @@
-"""Redaction: what looks like a credential in a configuration never reaches a record."""
+"""Redact credentials in configurations before they are recorded."""
 
 from typing import Any, Final, cast
 
@@ -12,17 +12,17 @@ _SURELY_SECRET: Final = (
     *("credential", "credentials", "token", "auth", "authorization"),
 )
 CONFIGS: Final = frozenset({"config", "run_config"})
-"""What is under these keys is searched."""
+"""Values under these keys are searched for credentials."""
 
 
 def looks_secret(key: object, also: frozenset[str] = frozenset()) -> bool:
-    """Whether a key's last word (``wandb_api_key``), or the key itself, is one of a credential."""
+    """Whether a key, or its last word (``wandb_api_key``), names a credential."""
     name = str(key).lower()
     return name in also or name.replace("-", "_").rpartition("_")[2] in _ENDINGS
 
 
 def holds_credential(params: object) -> bool:
-    """Whether plain data has a text under a key that can only be a credential's; ``sort_key`` is none."""
+    """Whether built-in data has a text under a key that can only be a credential's; ``sort_key`` is not one."""
     if isinstance(params, dict):
         return any(
             (isinstance(value, str) and str(key).lower().replace("-", "_").endswith(_SURELY_SECRET))
@@ -33,10 +33,10 @@ def holds_credential(params: object) -> bool:
 
 
 def has_config(plain: Any) -> bool:
-    """Whether there is anything in plain data for `redact_configs` to search. Any: plain data."""
+    """Whether built-in data holds a configuration for `redact_configs` to search."""
     values = plain
     if type(plain) is dict:
-        if not CONFIGS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - as found
+        if not CONFIGS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
             return True
         values = cast("dict[str, Any]", plain).values()
     elif type(plain) is not list:
@@ -45,14 +45,14 @@ def has_config(plain: Any) -> bool:
 
 
 def redact_configs(plain: Any, also: frozenset[str] = frozenset()) -> dict[str, str]:
-    """Replace the text under such keys, in place, in every ``config`` and ``run_config`` of plain data.
+    """Redact the text under keys that name a credential, in place, in every ``config`` and ``run_config``.
 
     Args:
-        plain: As `evsys_bus.codec.to_plain` makes it; it ends somewhere.
+        plain: Built-in data without cycles, such as `evsys_bus.codec.to_plain` returns.
         also: Further keys, in lower case.
 
     Returns:
-        Path -> why, as `to_plain` returns it.
+        Path -> reason, in the form that `to_plain` returns.
     """
     replaced: dict[str, str] = {}
     _search(plain, "", also, replaced, inside=False)
@@ -61,10 +61,10 @@ def redact_configs(plain: Any, also: frozenset[str] = frozenset()) -> dict[str, 
 
 def _search(value: Any, path: str, also: frozenset[str], replaced: dict[str, str], *, inside: bool) -> None:
     if isinstance(value, list):
-        for index, each in enumerate(cast("list[Any]", value)):  # Any: plain data
+        for index, each in enumerate(cast("list[Any]", value)):
             _search(each, f"{path}[{index}]", also, replaced, inside=inside)
     elif isinstance(value, dict):
-        entries = cast("dict[str, Any]", value)  # Any: as above
+        entries = cast("dict[str, Any]", value)
         for key, each in entries.items():
             place = f"{path}.{key}" if path else key
             if inside and isinstance(each, str | bytes) and looks_secret(key, also):

@@ -1,17 +1,17 @@
-"""What of a handle travels: the scalars of `LoopState`, the parts of `LogContext` and `TrainingBatch` that are data.
+"""The parts of handles that are encoded: the scalars of `LoopState`, and the data of `LogContext` and `TrainingBatch`.
 
-Attributes decide, never the class: a host's own state, context or batch travels with what it has of ours, and a state
-with its own fields too. The handle itself is never given to an encoder; the live parts (``backend``, ``store``,
-``batch.data``, …) never leave. On the wire a state is a map, in which what is as nearly always is left out
-(`evsys_bus.context.Unsaid`):
+Attributes decide, not the class: of a host's own state, context or batch, the attributes with our names are encoded,
+and of a state its custom fields too. An encoder never receives the handle itself, and live parts (``backend``,
+``store``, ``batch.data``, …) are never encoded. On the wire a state is a map; fields with their usual values are
+omitted (`evsys_bus.context.Unsaid`):
 
     step, num_steps, output_dir, stop_requested, stop_reason
-    error      what the loop raised, as text
+    error      the exception that the loop raised, as text
     run        the run key of its context
-    root       the context's output_dir, where output_dir does not say it
-    context    the whole context, in the event that introduces a run
-    live       the names of its own fields that do not travel
-    own        its own fields, by name
+    root       the context's output_dir, unless it follows from output_dir
+    context    the whole context, in the first recorded event of a run
+    live       the names of the custom fields that are not encoded
+    own        the custom fields, by name
 """
 
 import functools
@@ -36,22 +36,20 @@ HANDLES: Final = (LoopState, LogContext, TrainingBatch)
 CONTEXT_PARTS: Final = ("output_dir", "run_key", "group_name", "ids", "extras", "config", "run_config")
 _BATCH_PARTS: Final = ("loss_fn", "loss_fn_config", "metrics")
 COPIED: Final = frozenset({"own", "live"})
-"""Parts of a state that hold nothing that anybody else holds."""
+"""Parts of a state that are copies already."""
 
 Raised = tuple[dict[str, str], str]
-"""Where it is noted that reading an attribute raised something, path -> why; and the path of the handle."""
+"""Errors of reading attributes, path -> reason, to add to; and the path of the handle."""
 
 
 def parts_of(handle: object, kind: type, raised: Raised | None = None, *, context: bool = False) -> dict[str, Any]:
-    """The parts of a handle that travel, uncopied; those that it lacks, as detached ones do, are left out.
-
-    Any: they are of every type.
+    """Return the parts of a handle that are encoded, not copied; parts that it lacks are left out.
 
     Args:
-        handle: A handle, or something that stands in its place: an object of any class, or a dict with such keys.
-        kind: Which handle it is.
-        raised: Where it is noted that its code raises.
-        context: Of a state, the whole context too.
+        handle: A handle, an object of any class in its place, or a dict with the same keys.
+        kind: The handle class to read it as.
+        raised: Collects errors raised by the handle's own code.
+        context: Include the whole context of a state.
     """
     if issubclass(type(handle), _DETACHED):
         return _written_again(handle)
@@ -68,11 +66,11 @@ def parts_of(handle: object, kind: type, raised: Raised | None = None, *, contex
 
 
 def _written_again(handle: Any) -> dict[str, Any]:
-    """The parts of a handle that was read: those that were written, as they are now. Any: a detached handle."""
+    """Return the parts of a detached handle that were recorded, with their current values."""
     parts: dict[str, Any] = {}
     for name, written in handle._parts.items():  # noqa: SLF001 - its own
         if name == "output_dir":
-            parts[name] = written_folder(str(handle.output_dir))  # relative to where it was written, if it is
+            parts[name] = written_folder(str(handle.output_dir))  # a relative path is relative to the writer's cwd
         elif name not in _NO_ATTRIBUTES:
             parts[name] = getattr(handle, name, written)
         elif name != "ctx":
@@ -87,7 +85,7 @@ _NO_ATTRIBUTES: Final = frozenset({"run", "root", "context", "live", "own", "ctx
 
 
 def reader_of(handle: object, raised: Raised | None = None) -> Callable[[str], Any]:
-    """What reads an attribute, or the entry of a dict; `ABSENT` where there is none, or where reading it raises."""
+    """Return a function that reads an attribute or a dict entry; it returns `ABSENT` if there is none or on errors."""
     if issubclass(type(handle), dict):
         entries = cast("dict[str, Any]", handle)
         return lambda name: entries.get(name, ABSENT)
@@ -97,7 +95,7 @@ def reader_of(handle: object, raised: Raised | None = None) -> Callable[[str], A
             return getattr(handle, name, ABSENT)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the handle's own code ran, and may raise what it likes
+        except BaseException as error:  # raised by the handle's own code
             if raised is not None:
                 notes, path = raised
                 notes.setdefault(f"{path}.{name}", f"{type(error).__name__} when it was read")
@@ -107,7 +105,7 @@ def reader_of(handle: object, raised: Raised | None = None) -> Callable[[str], A
 
 
 def run_and_root(state: object) -> tuple[str | None, str | None]:
-    """The key of a state's run, and the directory of its experiment where it has a context; None for what it lacks."""
+    """Return the run key of a state, and the experiment's directory if it has a context; None for a missing part."""
     read = reader_of(state)
     ctx = read("ctx")
     of_ctx = reader_of(None if ctx is ABSENT else ctx)
@@ -119,23 +117,24 @@ def run_and_root(state: object) -> tuple[str | None, str | None]:
 
 
 def run_key_of(key: Any) -> str | None:
-    """The key of a run as text, whatever a host has for one, as a number; None for none. Any: that is found out."""
+    """Convert a run key to text; a host may use another type, such as a number. None stays None."""
     if key is None or key is ABSENT or isinstance(key, str):
         return None if key is ABSENT else key
     try:
         return str(key)
-    except Exception:  # its own code ran, and may raise what it likes
+    except Exception:  # raised by the key's own code
         return type(key).__name__
 
 
 def folder_of(path: Any) -> Any:
-    """A directory as absolute text; what is none, as it is. Any: that is found out.
+    """Return a directory as an absolute path in text; return a value that is not a path unchanged.
 
-    Between `hold_folders` and `release_folders` a relative one stays where it was when it was first asked for.
+    Between `hold_folders` and `release_folders`, a relative path is resolved once, against the working directory of
+    its first use.
     """
     try:
         text = path if type(path) is str else os.fsdecode(cast("os.PathLike[str]", path))
-    except Exception:  # it is none, or its own code raised what it likes
+    except Exception:  # not a path, or raised by its own code
         return path
     if text[:1] == "/" or "://" in text:
         return text
@@ -144,7 +143,7 @@ def folder_of(path: Any) -> Any:
         return known
     try:
         folder = str(Path(text).expanduser().absolute())
-    except (OSError, RuntimeError, ValueError):  # there is no such user, or no working directory
+    except (OSError, RuntimeError, ValueError):  # no such user, or no working directory
         return text
     if _holders and len(_folders) < _MOST_FOLDERS:
         _folders[text] = folder
@@ -152,7 +151,7 @@ def folder_of(path: Any) -> Any:
 
 
 def written_folder(folder: Any) -> Any:
-    """A directory as it travels: text, or bytes where its name is not UTF-8 (`read_folders`). Any: it may be none."""
+    """Encode a directory as text, or as bytes if its name is not UTF-8 (see `read_folders`)."""
     if type(folder) is not str or folder.isascii():
         return folder
     try:
@@ -160,13 +159,13 @@ def written_folder(folder: Any) -> Any:
     except UnicodeEncodeError:
         try:
             return os.fsencode(folder)
-        except UnicodeEncodeError:  # no folder is called so
+        except UnicodeEncodeError:  # not a possible file name
             pass
     return folder
 
 
 def read_folders(parts: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a handle that was read, its directories as text again. Any: they are of every type."""
+    """Decode the directories among the parts of a handle to text, in place."""
     for name in ("output_dir", "root"):
         if type(parts.get(name)) is bytes:
             parts[name] = os.fsdecode(parts[name])
@@ -174,17 +173,17 @@ def read_folders(parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def hold_folders(holder: object) -> None:
-    """Have the program change its working directory without moving the runs of states with relative folders."""
+    """Keep relative run directories where they are when the program changes its working directory."""
     _holders.add(id(holder))
 
 
 def is_held(path: object) -> bool:
-    """Whether a relative directory is known to stay where it is."""
+    """Whether a relative directory has been pinned to an absolute one."""
     return isinstance(path, str | PurePath) and str(path) in _folders
 
 
 def release_folders(holder: object) -> None:
-    """End what `hold_folders` began; with the last holder, all folders are forgotten."""
+    """Undo `hold_folders`; without any holder left, no directory stays pinned."""
     _holders.discard(id(holder))
     if not _holders:
         _folders.clear()
@@ -197,7 +196,7 @@ _holders: Final[set[int]] = set()
 
 @functools.lru_cache(maxsize=256)
 def above(folder: str, levels: int) -> str:
-    """The directory so many levels up; a path takes itself apart at every look, and steps of one run have one."""
+    """Return the directory ``levels`` levels up; cached, because all steps of a run ask for the same one."""
     path = PurePath(folder)
     for _ in range(levels):
         path = path.parent
@@ -205,7 +204,7 @@ def above(folder: str, levels: int) -> str:
 
 
 def error_text(error: object) -> str:
-    """An exception as text: its type and what it says. Text, as a detached state has it, stays as it is."""
+    """Format an exception as its type and message; return text, which detached states have, unchanged."""
     if type(error) is str:
         return error
     try:
@@ -215,7 +214,7 @@ def error_text(error: object) -> str:
 
 
 def attributes(value: object, names: Any) -> dict[str, Any]:
-    """Those of the named attributes that the value has. Any: names come from foreign classes, values are anything."""
+    """Return the attributes with these names that the value has."""
     found = ((name, getattr(value, name, ABSENT)) for name in names)
     return {name: part for name, part in found if part is not ABSENT}
 
@@ -225,7 +224,7 @@ def _named(read: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
 
 
 def batch_parts(batch: Any, raised: Raised | None) -> dict[str, Any]:
-    """As `parts_of`, for a batch."""
+    """Return the parts of a batch that are encoded, like `parts_of`."""
     if issubclass(type(batch), dict):
         loss_fn, config, metrics = (batch.get(name) for name in _BATCH_PARTS)
     else:
@@ -235,11 +234,11 @@ def batch_parts(batch: Any, raised: Raised | None) -> dict[str, Any]:
             metrics = getattr(batch, "metrics", None)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # its own code ran, and may raise what it likes
+        except BaseException:  # raised by the batch's own code
             read = reader_of(batch, raised)
             loss_fn, config, metrics = (None if (part := read(name)) is ABSENT else part for name in _BATCH_PARTS)
     parts: dict[str, Any] = {}
-    if loss_fn is not None:  # a host's batch may hold the function itself
+    if loss_fn is not None:  # a host's batch may hold the function instead of its name
         parts["loss_fn"] = getattr(loss_fn, "__name__", loss_fn) if callable(loss_fn) else loss_fn
     if config is not None:
         parts["loss_fn_config"] = config
@@ -279,13 +278,13 @@ _two: Final = attrgetter(*_CONTEXT_KEYS)
 def _read(
     handle: object, names: tuple[str, ...], all_of: Callable[[Any], tuple[Any, ...]], raised: Raised | None = None
 ) -> tuple[Any, ...]:
-    """The named attributes of a handle, `ABSENT` for those that it lacks; ``all_of`` reads them where it has all."""
+    """Read attributes of a handle, `ABSENT` for missing ones; ``all_of`` reads them in one call if it has them all."""
     try:
         if not issubclass(type(handle), dict):
             return all_of(handle)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException:  # it lacks one, or its own code ran, and may raise what it likes
+    except BaseException:  # an attribute is missing, or the handle's own code raised
         return tuple(map(reader_of(handle, raised), names))
     return tuple(map(reader_of(handle), names))
 

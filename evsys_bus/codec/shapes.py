@@ -1,7 +1,7 @@
-"""What the annotation of an event's field promises, as far as the codec acts on it.
+"""Read the annotations of event fields, as far as the codec uses them.
 
-A promise is not trusted when an event is written (people put anything anywhere); it only chooses the way that is tried
-first. All annotations are Any here: they may be classes, unions, generic aliases, or whatever a user writes.
+When an event is encoded, an annotation only chooses what is tried first, because a field may hold a value of any type.
+Annotations may be classes, unions, generic aliases, or whatever a user writes.
 """
 
 import functools
@@ -19,14 +19,14 @@ _PLAIN: Final = SCALARS | {bytes, Any, object}
 
 @functools.cache
 def annotations_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """The annotation of each field; Any for one that cannot be evaluated.
+    """Return the annotation of each field; Any for one that cannot be evaluated.
 
-    As where its type is imported for type checkers only, or is local to a function. The handles are known by their
-    names without an import.
+    An annotation cannot be evaluated if its type is imported for type checkers only, or is local to a function. Names
+    of handle classes are resolved without an import.
     """
     try:
         return {field.name: field.type for field in msgspec.structs.fields(struct)}
-    except Exception:  # evaluating an annotation runs what it says
+    except Exception:  # evaluating an annotation runs its code
         written: dict[str, tuple[Any, type]] = {}
         for kind in reversed(struct.__mro__):
             written |= {name: (each, kind) for name, each in vars(kind).get("__annotations__", {}).items()}
@@ -34,12 +34,12 @@ def annotations_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def _evaluated(annotation: Any, kind: type) -> Any:
-    """An annotation of this class by itself."""
+    """Evaluate one annotation of a class; Any if that fails."""
     place = type(kind.__name__, (), {"__annotations__": {"it": annotation}, "__module__": kind.__module__})
     module = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
     try:
         return get_type_hints(place, {**_KNOWN, **module}, dict(vars(kind)), include_extras=True)["it"]
-    except Exception:  # as above
+    except Exception:  # evaluating an annotation runs its code
         return Any
 
 
@@ -47,7 +47,7 @@ _KNOWN: Final = {each.__name__: each for each in HANDLES}
 
 
 def handle_in(annotation: Any) -> type | None:
-    """The handle class of ``LoopState``, ``LoopState | None`` and their like; None for other annotations."""
+    """Return the handle class of an annotation such as ``LoopState`` or ``LoopState | None``; None for others."""
     kinds = [each for each in _members(annotation) if each is not NoneType]
     if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], HANDLES):
         return kinds[0]
@@ -55,18 +55,18 @@ def handle_in(annotation: Any) -> type | None:
 
 
 def is_scalar(annotation: Any) -> bool:
-    """Numbers, text, None, and unions of them."""
+    """Whether an annotation allows only numbers, text and None."""
     return all(each in SCALARS for each in _members(annotation))
 
 
 def is_flat(annotation: Any) -> bool:
-    """A dict of scalars under text keys."""
+    """Whether an annotation is a dict of scalars with text keys."""
     arguments = get_args(annotation)
     return get_origin(annotation) is dict and arguments[0] is str and is_scalar(arguments[1])
 
 
 def is_plain(annotation: Any) -> bool:
-    """What reads back from the wire as it was, so that nothing needs converting."""
+    """Whether values of an annotation are decoded unchanged, without a conversion."""
     for each in _members(annotation):
         origin, arguments = get_origin(each), get_args(each)
         if each in _PLAIN or origin is Literal or each is list or each is dict:

@@ -1,12 +1,12 @@
-"""The record of a step in parts: what stays from step to step is encoded once.
+"""Encode steps with byte templates: what does not change from step to step is encoded once.
 
-    {"stream", "seq", "time", "run", "rank", "event": {"type", "state": {"step", …}, "step_idx",    the form
-                                                       "batch",                                     a constant, mostly
-                                                       "metrics"}, "replaced"}                      encoded anew
+    {"stream", "seq", "time", "run", "rank", "event": {"type", "state": {"step", …}, "step_idx",    the template
+                                                       "batch",                                     usually a constant
+                                                       "metrics"}, "replaced"}                      encoded each time
 
-Of the first part only four numbers change as long as the state holds what it held, be it a `LoopState` or a host's own.
-Such a form is cut out of what the ordinary encoder makes of the step, so it cannot differ from that; only its numbers
-are as wide as any may be. Where a state changes with every step, the ordinary encoder encodes all of it.
+In the first part only four numbers change while the other fields of the state stay the same, for a `LoopState` as for
+a host's own state. A template is cut out of the output of the general encoder, so it cannot differ from that, except
+that its numbers always have the widest encoding. A state that changes with every step goes through the general encoder.
 """
 
 import struct
@@ -22,34 +22,34 @@ from evsys_bus.context import TrainingBatch
 from evsys_bus.events import StepEnd
 
 EncodeStep = Callable[[StepEnd, int, float], bytes]
-"""Given the event, its sequence and its time."""
+"""Encodes an event with its sequence number and time."""
 
 MOST_FORMS: Final = 64
-"""Runs that publish by turns have one each."""
+"""Templates in memory; runs that publish alternately have one each."""
 
 
-class IntroductionNeeded(Exception):  # noqa: N818 - no failure: the word for "the context of its run goes first"
-    """The first event of a run on record is to carry the whole context of the run."""
+class IntroductionNeeded(Exception):  # noqa: N818 - control flow, not an error
+    """This event is the first recorded one of its run, and has to include the whole context of the run."""
 
 
 class _Form(NamedTuple):
-    """What stands around the numbers, what puts them together, and what it holds good for."""
+    """The bytes around the numbers, the functions that join them, and the states that the template fits."""
 
     watch: Watch
     fits: Callable[[Any], bool]
-    """Whether it is the form for a state."""
+    """Whether the template fits a state."""
     fill: Callable[..., bytes]
     a: bytes
     b: bytes
     c: bytes
     d: bytes
     fill_index: Callable[[bytes, int, bytes], bytes] | None = None
-    """Puts the index behind the own fields, where the state has some; otherwise ``fill`` does."""
+    """Writes the step index after the custom fields of the state; without custom fields, ``fill`` writes it."""
     e: bytes = b""
 
 
 _pack_into: Final = msgspec.msgpack.Encoder().encode_into
-# Numbers as no step has them, each as wide as msgpack has any.
+# Placeholders that no real step contains, each with the widest msgpack encoding.
 _SEQUENCE: Final = 0xFEED_0000_0000_0001
 _TIME: Final = -1.2345678901234567e-300
 _STEP: Final = -0x7EED_0000_0000_0002
@@ -70,34 +70,34 @@ _SEVEN_ENTRIES: Final = b"\x87"
 _REPLACED: Final = b"\xa8replaced"
 
 
-def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
+def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a single frame, for speed
     ordinary: EncodeStep, most_bytes: int, introduces: Callable[[object], bool] | None = None
 ) -> EncodeStep:
-    """What encodes the steps of one stream, one at a time.
+    """Return a function that encodes the steps of one stream, one at a time.
 
     Args:
-        ordinary: Encodes any; asked for each form, and for the steps that fit none.
-        most_bytes: What is longer may hold something that has to be cut: that is for the ordinary way.
-        introduces: Whether a state is of a run whose context is not on record; then `IntroductionNeeded` is raised.
+        ordinary: The general encoder, for building templates and for steps that fit none.
+        most_bytes: A longer record may hold values that have to be cut, so it goes to the general encoder.
+        introduces: Whether the context of a state's run is not recorded yet; then `IntroductionNeeded` is raised.
     """
     forms = _Forms(ordinary)
     packed = bytearray()
     form: _Form | None = None
-    fits: Callable[[Any], bool] = _fits_none  # of the form
-    mixed = 0  # so many rows are not even tried as rows of floats
+    fits: Callable[[Any], bool] = _fits_none  # form.fits
+    mixed = 0  # the next rows that are not tried as rows of floats
 
-    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - a call costs
+    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - calls are slow
         nonlocal form, fits, mixed
         try:
-            state: Any = event.state  # Any: a program may have published None, here and in the next line
+            state: Any = event.state  # a program may have published None, here and in the next line
             batch: Any = event.batch
             index, metrics = event.step_idx, event.metrics
             if not fits(state):
-                form, fits = None, _fits_none  # first, in case of a Ctrl-C in between
-                found = forms.recent.get(id(state))  # runs that publish by turns
+                form, fits = None, _fits_none  # reset first, in case of a Ctrl-C in between
+                found = forms.recent.get(id(state))  # runs that publish alternately
                 if found is None or not found.fits(state):
                     if introduces is not None and introduces(state):
-                        raise IntroductionNeeded  # noqa: TRY301 - likewise
+                        raise IntroductionNeeded  # noqa: TRY301 - calls are slow
                     found = forms.of(state)
                 form = found
                 if found is not None:
@@ -106,7 +106,7 @@ def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
             if form is None or type(index) is not int or type(step) is bool:
                 return ordinary(event, seq, time)
             reasons: Reasons | None = None
-            # A row of metrics is nearly always all floats; then, one call that looks at all of them is enough.
+            # Nearly all rows of metrics hold only floats, which one call of sum confirms.
             own: Any = None
             if mixed:
                 mixed -= 1
@@ -134,7 +134,7 @@ def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
                 tail = tail + _REPLACED
                 _pack_into(reasons, tail, len(tail))
             if fill_index is None:
-                if watch[3]:  # what was kept back must still be
+                if watch[3]:  # excluded fields must still be excluded
                     own_fields(state, watch)
                 data = fill(a, seq, b, time, c, step, d, index, between)
             else:
@@ -144,7 +144,7 @@ def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
             data = (data[:-_BETWEEN] if whole else data) + tail
         except (KeyboardInterrupt, SystemExit, IntroductionNeeded):
             raise
-        except BaseException:  # the ordinary way tells what it is
+        except BaseException:  # the general encoder handles any value
             return ordinary(event, seq, time)
         return data if len(data) <= most_bytes else ordinary(event, seq, time)
 
@@ -152,10 +152,10 @@ def step_encoder(  # noqa: C901, PLR0915 - what it returns is one frame
 
 
 def _tail(batch: object, own: Any, reasons: Reasons) -> bytearray:
-    """The batch and the metrics. Any: plain data."""
+    """Encode the batch and the metrics."""
     tail = bytearray()
     _pack_into({"batch": copy_handle(batch, TrainingBatch, "batch", reasons), "metrics": own}, tail)
-    del tail[0]  # that it is a map of two
+    del tail[0]  # the map header
     return tail
 
 
@@ -164,22 +164,22 @@ def _fits_none(_: object) -> bool:
 
 
 class _Forms:
-    """One for each state of things: a run's horizon, folder and key, and whatever else a state holds."""
+    """Templates, one for each combination of a run's horizon, directory and key and the other fields of its state."""
 
     def __init__(self, ordinary: EncodeStep) -> None:
         self.recent: dict[int, _Form] = {}
-        """By the id of the state; another state may have it by now, so look whether the form fits."""
+        """By ``id`` of the state; another state may have the same id by now, so check that the template fits."""
         self._ordinary = ordinary
         self._known: dict[object, _Form | None] = {}
         self._seen: set[object] = set()
         self._misses: dict[type, int] = {}
 
     def of(self, state: Any) -> _Form | None:
-        """The form for a state; None where there is none, or none yet. Any: what it is, is found out here.
+        """Return the template for a state; None if there is none, or none yet.
 
-        A form is made when it is asked for the second time. What cannot be watched is looked at only now and then.
+        A template is built at the second request. A type of state that cannot be compared is tried only now and then.
         """
-        kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - as found
+        kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - untyped
         misses = self._misses.get(kind, 0)
         if misses >= _PATIENCE and misses % _LOOKS_EVERY:
             self._misses[kind] = misses + 1
@@ -210,7 +210,7 @@ class _Forms:
     def _cut(self, state: Any, watch: Watch) -> _Form | None:
         stand_in: Any = (
             None if state is None else stand_in_for(state, watch, _STEP, _OWN)
-        )  # Any: it has the attributes of a state
+        )  # it has the attributes of a state
         data = self._ordinary(StepEnd(stand_in, _INDEX, cast("TrainingBatch", None), {}), _SEQUENCE, _TIME)
         places = [*_PLACES] if state is not None else [*_PLACES[:2], _PLACES[3]]
         if watch.own:

@@ -1,6 +1,7 @@
-"""What of a state must stay as it is for its record to stay as it is, but for some numbers; and the test of that.
+"""Test whether a state is unchanged, apart from some numbers, so that a byte template still fits it.
 
-The test costs a fraction of a microsecond: identity first, equality where that fails. No live object is held by it.
+The test takes a fraction of a microsecond: it compares identity first, and equality where that fails. It keeps no
+reference to live objects.
 """
 
 import functools
@@ -16,25 +17,25 @@ from evsys_bus.context import DetachedLoopState, LoopState
 
 
 class Watch(NamedTuple):
-    """What of a state must stay as it is for a form to hold good."""
+    """The values of a state that must stay the same for a template to fit."""
 
     test: Callable[[Any], Callable[[Any], bool]]
-    """Given ``held``, what says whether a state still holds that. Any: a state of any class."""
+    """Given ``held``, returns the function that tests whether a state still has these values."""
     held: tuple[Any, ...]
     own: tuple[str, ...] = ()
-    """The own fields that travel; their values may change."""
+    """The custom fields that are encoded; their values may change."""
     kept: tuple[str, ...] = ()
-    """The containers and texts among its own fields that do not, because of their size or of what is in them."""
+    """The custom fields with texts and containers that are not encoded, because of their size or content."""
 
 
 def watched(state: Any) -> Watch | None:
-    """What of a state must stay as it is; None where that cannot be watched, as with what can change in place.
+    """Return the values of a state that must stay the same; None if they cannot be compared, such as mutable values.
 
-    Own fields may change; of those that are live only the type is held. Any: a state of any class.
+    Custom fields may change; of live objects only the type is compared.
     """
     if state is None:
         return NOTHING
-    kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - as found
+    kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - untyped
     if issubclass(kind, dict | DetachedLoopState):
         return None
     tests = _Tests()
@@ -55,19 +56,19 @@ _HELD_OF_CONTEXT: Final = ("run_key", "output_dir")
 
 
 class _Tests:
-    """The tests of a state, and what it held."""
+    """Collects the tests of a state and the expected values."""
 
     def __init__(self) -> None:
         self.tests: list[str] = []
         self.held: list[object] = []
 
     def add(self, test: str, value: object) -> None:
-        """Add a test; its ``{}`` stand for the value."""
+        """Add a test, in which ``{}`` is a placeholder for the value."""
         self.tests.append(test.replace("{}", f"v{len(self.held)}"))
         self.held.append(value)
 
     def hold(self, of: object, place: str, names: tuple[str, ...]) -> bool:
-        """Have these attributes stay as they are; False where one of them can change in place."""
+        """Add tests that these attributes stay the same; False if one of them is mutable."""
         for name in names:
             value = getattr(of, name, ABSENT)
             at = f"{place}.{name}"
@@ -83,7 +84,7 @@ class _Tests:
 
 
 def _watch_own(state: object, tests: _Tests) -> tuple[list[str], list[str]]:
-    """The own fields that travel, and the containers that do not; of others the type is held."""
+    """Return the encoded custom fields and the excluded ones; add tests of the type for live objects."""
     own: list[str] = []
     kept: list[str] = []
     instance = getattr(state, "__dict__", None)
@@ -91,7 +92,7 @@ def _watch_own(state: object, tests: _Tests) -> tuple[list[str], list[str]]:
         tests.add("len(state.__dict__) == {}", len(cast("dict[Any, Any]", instance)))
     for name in own_names(state):
         value = getattr(state, name, ABSENT)
-        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
         if own_part(value, name) is not ABSENT:
             own.append(name)
         elif kind in CONTAINERS or kind in SCALARS:
@@ -106,16 +107,16 @@ def _is_absolute(path: Any) -> bool:
 
 
 def own_fields(state: object, watch: Watch) -> dict[str, Any]:
-    """The own fields of a state that travel, copied.
+    """Copy the custom fields of a state that are encoded.
 
     Raises:
-        NotFlat: They are not the same as when the form was made.
-        AttributeError: Likewise.
+        NotFlat: They are not the same fields as when the template was built.
+        AttributeError: A field is missing.
     """
     own: dict[str, Any] = {}
     for name in watch.own:
         value = getattr(state, name)
-        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - as found
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
         if kind is not float and kind is not bool and value is not None:
             value = own_part(value, name)
             if value is ABSENT:
@@ -128,10 +129,7 @@ def own_fields(state: object, watch: Watch) -> dict[str, Any]:
 
 
 def stand_in_for(state: Any, watch: Watch, step: int, own: int) -> SimpleNamespace:
-    """An object with what a state holds, live objects apart, and these numbers for what may change.
-
-    Any: a state of any class.
-    """
+    """Return an object with the values of a state, without live objects, and placeholders for what may change."""
     parts: dict[str, Any] = dict.fromkeys(() if type(state) is LoopState else own_names(state), _LIVE)
     parts |= dict.fromkeys(watch.own, own)
     for name in _HELD:
@@ -152,12 +150,12 @@ def _is_none(_: object) -> Callable[[object], bool]:
 
 
 NOTHING: Final = Watch(_is_none, ())
-"""Of no state."""
+"""For steps that are published without a state."""
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(tests: tuple[str, ...]) -> Callable[[Any], Callable[[Any], bool]]:
-    # Written out, as dataclasses write their constructors: a loop over the names would take three times as long.
+    # Generated code, like the constructors of dataclasses: a loop over the names would take three times as long.
     names = ", ".join(f"v{number}" for number in range(len(tests)))
     source = f"""def test(held):
     ({names},) = held

@@ -1,9 +1,9 @@
-"""Envelopes to bytes: the fast way for what is flat, the thorough way for everything else; neither ever raises.
+"""Encode envelopes to bytes: a fast path for common values, `to_plain` for all others. Encoding never raises.
 
 On the wire an envelope is one map, the same in msgpack and JSON:
-``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``, the last
-three only if not empty, and the last two only for events that do not ship with the library: which fields are handles,
-and which the hook takes by keyword, for processes that do not know the class.
+``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``. The last
+three are present only if not empty, and the last two only for event classes defined outside the library: they tell
+processes without the class which fields are handles, and which ones the hook takes by keyword.
 """
 
 import functools
@@ -24,13 +24,13 @@ from evsys_bus.codec.shapes import annotations_of, handle_in
 from evsys_bus.codec.step_form import IntroductionNeeded, step_encoder
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, ships
 
-# No enc_hook, ever: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
+# Never use enc_hook: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
 _encode_into: Final = msgspec.msgpack.Encoder().encode_into
 _unpack: Final = msgspec.msgpack.Decoder().decode
 _to_json: Final = msgspec.json.Encoder().encode
 
 _SHARES: Final = (0.95, 0.5, 0.1, 0.01)
-"""Parts of the room that the thorough way tries to fill with the event; the head takes some as well."""
+"""Fractions of the size limit to try for the event when it is cut; the envelope takes some bytes as well."""
 
 
 class _Wire(msgspec.Struct, gc=False):
@@ -52,13 +52,13 @@ def encode(
     secrets: frozenset[str] = frozenset(),
     whole_context: bool = False,
 ) -> bytes:
-    """The envelope as msgpack. Whatever the event holds, it neither raises nor loses the good values beside a bad one.
+    """Encode an envelope as msgpack. Never raises; a value that cannot be encoded does not affect the others.
 
     Args:
-        envelope: Its event is read, never changed; what it holds is copied by value first.
-        max_event_bytes: More than this is cut to fit, texts and long lists first; ``replaced`` says what.
-        secrets: Keys, in lower case, whose text is redacted in configs, besides those that look like a credential's.
-        whole_context: Put the whole context of a state into the event, not just the key of its run.
+        envelope: Its event is read, never changed; its values are copied first.
+        max_event_bytes: A larger event is cut to fit, texts and long lists first; ``replaced`` lists what was cut.
+        secrets: Keys, in lower case, whose text is redacted in configs, besides keys that name a credential.
+        whole_context: Include the whole context of a state in the event, not just the run key.
     """
     if envelope.replaced or whole_context:
         return _thorough(envelope, max_event_bytes, secrets, whole_context=whole_context)
@@ -78,18 +78,19 @@ def encoder(
     secrets: frozenset[str] = frozenset(),
     introduces: Callable[[Any], bool] | None = None,
 ) -> Callable[[Event, int, float], bytes]:
-    """What encodes the events of one type of one stream, given event, sequence and time; otherwise as `encode`.
+    """Return a function that encodes events of one type in one stream, given the event, its sequence number and time.
 
-    For those who publish, one event at a time: what stays from step to step is encoded once.
+    The result is that of `encode`, but faster: what does not change from step to step is encoded once. Call the
+    function with one event at a time.
 
     Args:
-        event_type: Their type.
-        stream: Their stream.
-        rank: Of the process.
-        run_of: The run of an event: it depends on nothing but the event's state, or its context.
-        secrets: As `encode` takes them.
-        introduces: Whether a state is of a run whose context is not on record; then `IntroductionNeeded` is raised.
-            Asked where a state is not as it was at the last step. Any: a state.
+        event_type: The type of the events.
+        stream: The stream of the events.
+        rank: The rank of the process.
+        run_of: Returns the run key of an event; it may depend only on the event's state or context.
+        secrets: Further keys to redact, see `encode`.
+        introduces: Whether the context of a state's run is not recorded yet; then `IntroductionNeeded` is raised.
+            Called whenever a state has changed since the last step.
     """
     ordinary = _ordinary(event_type, stream, rank, run_of, secrets, MAX_EVENT_BYTES)
     if event_type is not StepEnd:
@@ -120,9 +121,9 @@ def _ordinary(
     secrets: frozenset[str],
     max_event_bytes: int,
 ) -> Callable[[Event, int, float], bytes]:
-    """As `encoder`, for any type. Any: an event of that type."""
+    """Return the general encoder for one type of event, without templates."""
     copy = _copier(event_type)
-    most = min(MAX_TEXT_CHARS, max_event_bytes)  # some text in a larger one may be too long
+    most = min(MAX_TEXT_CHARS, max_event_bytes)  # a text in a larger event may be too long
     shipped = ships(event_type)
 
     def encode_event(event: Event, seq: int, time: float) -> bytes:
@@ -138,7 +139,7 @@ def _ordinary(
                 data = _pack(wire)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException:  # a configuration is in it, or msgspec refused it: the thorough way tells
+        except BaseException:  # it holds a configuration, or msgspec refused a value
             data = None
         if data is None or len(data) > most:
             return _thorough(Envelope(stream, seq, time, event, run, rank), max_event_bytes, secrets)
@@ -151,9 +152,9 @@ _copier: Final = functools.cache(copier_of)
 
 
 def to_json(envelope: Envelope) -> bytes:
-    """The envelope as one JSON object, in the shape and within the bounds that it has as msgpack.
+    """Encode an envelope as one JSON object, with the same structure and limits as msgpack.
 
-    NaN and infinities become null; ``nonfinite`` beside the event then says which (``{"metrics.loss": "nan"}``).
+    NaN and infinities become null; a ``nonfinite`` key beside the event lists them (``{"metrics.loss": "nan"}``).
     """
     row = _unpack(encode(envelope))
     _show_folders(row["event"])
@@ -164,7 +165,7 @@ def to_json(envelope: Envelope) -> bytes:
 
 
 def _show_folders(event: Plain) -> None:
-    """Have the directories of its handles stand there as text, whatever bytes are in their names."""
+    """Convert the directories of an event's handles to text, in place, even if their names are not UTF-8."""
     for handle in map(entries, entries(event).values()):
         for parts in (handle, entries(handle.get("context"))):
             for name in ("output_dir", "root"):
@@ -175,7 +176,7 @@ def _show_folders(event: Plain) -> None:
 def _thorough(
     envelope: Envelope, max_event_bytes: int, secrets: frozenset[str], *, whole_context: bool = False
 ) -> bytes:
-    """All of the event by `to_plain`, within bounds that hold for all of it."""
+    """Encode an event with `to_plain`, within a size limit for the whole event."""
     raised: Reasons = {}
     tag, fields = _opened(envelope.event, raised, whole_context=whole_context)
     names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
@@ -195,7 +196,7 @@ def _thorough(
 
 
 def _pack(wire: _Wire) -> bytes:
-    """Into a buffer of Python's: where memory ends while msgspec enlarges one of its own, it crashes (seen, 0.22)."""
+    """Encode into a bytearray: msgspec 0.22 crashes if memory runs out while it enlarges a buffer of its own."""
     buffer = bytearray()
     _encode_into(wire, buffer)
     return bytes(buffer)
@@ -211,7 +212,7 @@ def _packed(envelope: Envelope, head: Plain, body: dict[str, Plain], replaced: d
 
 
 def _describe(wire: _Wire, event: Event | UnknownEvent) -> None:
-    """Say of an event that not every process knows what its hook takes."""
+    """Add handles and keywords to the envelope of an event class that other processes may not know."""
     if isinstance(event, UnknownEvent):
         handles, keywords = event.handles, [*event.keywords]
     elif ships(type(event)):
@@ -228,7 +229,7 @@ def _describe(wire: _Wire, event: Event | UnknownEvent) -> None:
 
 
 def _opened(event: Event | UnknownEvent, raised: Reasons, *, whole_context: bool) -> tuple[str, dict[str, Any]]:
-    """The tag and the live fields of an event; what stands where a handle belongs, opened as one. Any: of all types."""
+    """Return the tag and the fields of an event, not copied; a value in place of a handle is replaced by its parts."""
     if isinstance(event, UnknownEvent):
         kinds: dict[str, type | None] = {name: _KINDS.get(handle) for name, handle in event.handles.items()}
         tag, fields = event.type, dict(event.fields)

@@ -1,5 +1,5 @@
-"""Couriers: they carry a journal to callbacks and sinks, off the loop, now or on another day.
+"""Couriers: they deliver the events of a journal to callbacks and sinks, off the event loop, during the run or later.
 
-The journal's directory is the whole interface between the process that publishes and those that deliver: cursors,
-states and dead letters stand beside the streams, so all who look agree.
+The journal directory is the only interface between the process that publishes and those that deliver: cursors, status
+files and dead letters are stored beside the streams, so every reader gets the same picture.
 """

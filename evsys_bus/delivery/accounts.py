@@ -1,7 +1,7 @@
-"""`accounts`: how far every adapter of a journal has got, from disk alone: ``recorded = delivered + dead + pending``.
+"""`accounts`: the delivery progress of every adapter of a journal: ``recorded = delivered + dead + pending``.
 
-Delivered and dead are what the cursor says; pending is what stands behind it, counted by frames and checksums, with
-nothing decoded. So two processes that look agree.
+Everything is read from disk. The cursor holds the delivered and dead counts; pending events are those after the cursor,
+counted by frames and checksums without decoding. So all processes that read a journal get the same counts.
 """
 
 import os
@@ -24,7 +24,7 @@ from evsys_bus.tasks import DeliveryStatus
 
 
 class Accounts:
-    """The accounts of one journal, for those who ask again and again: what was counted is not counted again.
+    """Reads the delivery progress of one journal repeatedly; events are counted only once.
 
     Args:
         directory: The journal.
@@ -36,13 +36,15 @@ class Accounts:
         self._disk: Final = OsDisk() if disk is None else disk
         self._pending: dict[str, Pending] = {}
         self.unreadable: OSError | None = None
-        """What the last `read` could not read."""
+        """The error of the last `read`; None if it could read everything."""
 
     def read(self, known: Mapping[str, int] | None = None) -> list[DeliveryStatus]:
-        """Of every adapter that has a cursor, a spec or a courier, by name; what cannot be read is ``unknown``.
+        """The status of every adapter that has a cursor, a spec or a courier, sorted by name.
+
+        An adapter whose files cannot be read has the state ``unknown``.
 
         Args:
-            known: The last sequence of streams that their own writer asks about; they need not be read.
+            known: The last sequence of each stream that the calling process writes; these streams are not read.
         """
         disk, where = self._disk, self._directory
         terms: dict[str, Terms] = {}
@@ -58,14 +60,14 @@ class Accounts:
             except OSError as error:
                 self.unreadable = error
         names |= terms.keys()
-        if (error := self.unreadable) is not None:  # whatever can be read of them may be half of it
+        if (error := self.unreadable) is not None:  # the names found may be incomplete
             return [self.unknown(name, error) for name in sorted(names or {"(unknown)"})]
         return [self._known_or_not(name, terms.get(name, Terms()), known or {}) for name in sorted(names)]
 
     def unknown(self, name: str, error: OSError) -> DeliveryStatus:
-        """Of an adapter whose files cannot be read now."""
+        """The status of an adapter whose files cannot be read now."""
         why = f"its files cannot be read: {error_text(error)}"
-        fix = f"evsys-bus status {self._directory} says how it stands once they can"
+        fix = f"run evsys-bus status {self._directory} once they can be read"
         return DeliveryStatus(name, state="unknown", error=why, fix=fix)
 
     def _known_or_not(self, name: str, terms: Terms, known: Mapping[str, int]) -> DeliveryStatus:
@@ -76,15 +78,15 @@ class Accounts:
             return self.unknown(name, error)
 
     def unbooked(self, name: str, terms: Terms) -> DeliveryStatus:
-        """Of an adapter for which nothing could be written down: all that is for it is pending."""
+        """The status of an adapter whose files could not be written: all of its events are pending."""
         pending = Pending(self._directory, terms.ranks, self._disk).count({})
-        fix = "look at the log; a name that is shorter, or room on the disk, may be what is missing"
+        fix = "read the log; the disk may be full, or the name too long"
         error = "its cursor and state cannot be written"
         return DeliveryStatus(name, recorded=pending, pending=pending, state="failed", error=error, fix=fix)
 
     def _account(self, name: str, terms: Terms, known: Mapping[str, int]) -> DeliveryStatus:
         disk, where = self._disk, self._directory
-        # The state first, the cursor behind it, the journal last: what happens meanwhile shows as pending.
+        # First the state, then the cursor, last the journal: what changes meanwhile is counted as pending.
         state = read_state(disk, where, name)
         busy = disk.is_locked(layout.courier_file(where, name, "lock"))
         places = Cursors(where, disk).look(name).streams
@@ -107,7 +109,7 @@ class Accounts:
 
 
 def accounts(directory: str | os.PathLike[str], disk: Disk | None = None) -> list[DeliveryStatus]:
-    """Of every adapter that has a cursor, a spec or a courier, by name; counted anew."""
+    """The status of every adapter that has a cursor, a spec or a courier, sorted by name; counts all events again."""
     return Accounts(directory, disk).read()
 
 
@@ -120,11 +122,11 @@ def _with_state(disk: Disk, directory: str) -> list[str]:
 
 
 class Pending:
-    """Counts what stands behind a cursor, each record once however often it is asked; from any thread.
+    """Counts the events after a cursor; reads each record only once. Safe from any thread.
 
     Args:
         directory: The journal.
-        ranks: Whose streams, besides those that the cursor names; None for all.
+        ranks: The ranks whose streams are counted, besides those in the cursor; None for all.
         disk: The file system.
     """
 
@@ -136,18 +138,18 @@ class Pending:
         self._ahead: dict[str, _Ahead] = {}
 
     def count(self, places: Mapping[str, Place], known: Mapping[str, int] = {}) -> int:
-        """How many events are behind these places; the places never go back from one call to the next.
+        """The number of events after these positions, which must not move back between calls.
 
         Args:
-            places: By stream.
-            known: The last sequence of streams that have no gaps and need not be read.
+            places: Position by stream.
+            known: The last sequence of streams without gaps, which need not be read.
         """
         with self._lock:
             served = {*self._served(), *places}
             return sum(self._count(name, places.get(name, Place()), known.get(name)) for name in served)
 
     def absent(self, places: Mapping[str, Place]) -> int:
-        """How many events were not in the journal any more when the follower came to them, or would not be now."""
+        """The number of events that were removed from the journal before the adapter could get them."""
         with self._lock:
             return sum(self._absent(name, places.get(name, Place())) for name in {*self._served(), *places})
 
@@ -169,11 +171,11 @@ class Pending:
 
 
 class _Ahead:
-    """The events of one stream behind a place, as far as they were counted."""
+    """Counts the events of one stream after a position, incrementally."""
 
     def __init__(self, disk: Disk, folder: str, place: Place) -> None:
         self.done: Final = place.delivered + place.dead
-        """At the place where counting began."""
+        """Events that were delivered or dead where counting started."""
         self._disk: Final = disk
         self._folder: Final = folder
         self._last = place.sequence
@@ -185,7 +187,7 @@ class _Ahead:
         self._suspect = -1
 
     def count(self) -> int:
-        """How many there are now."""
+        """The number of events found so far, including new ones."""
         while True:
             if self._scan is not None:
                 self._read_on(self._scan)
@@ -193,13 +195,13 @@ class _Ahead:
             if following is None:
                 return self._found
             if self._scan is not None:
-                self._read_on(self._scan)  # it may have grown until the next one was begun
+                self._read_on(self._scan)  # it may have grown before the next segment was started
             self._at = following
             self._scan = SegmentScan(self._disk, f"{self._folder}/{following}")
             self._expected, self._suspect = following.first, -1
 
     def is_removed(self) -> bool:
-        """Whether the segment that was read last is gone: events that were counted may be gone with it, unread."""
+        """Whether the segment that was read last is gone, and with it events that were counted but not delivered."""
         return self._at is not None and self._at not in layout.segments(self._disk, self._folder)
 
     def _following(self) -> SegmentName | None:
@@ -210,10 +212,10 @@ class _Ahead:
             while not self._read(scan):
                 pass
         except (OSError, JournalVersionError):
-            pass  # it counts once it can be read
+            pass  # counted once it can be read
 
     def _read(self, scan: SegmentScan) -> bool:
-        """Count what follows; False where the same place has to be read again."""
+        """Count the next frames; False if the same offset has to be read again."""
         for piece in scan.count(self._expected):
             if isinstance(piece, int):
                 self._found += piece - max(self._expected, self._last + 1) if piece > self._last + 1 else 0
@@ -225,7 +227,7 @@ class _Ahead:
                     self._found += 1
                     self._last = piece.sequence
             elif isinstance(piece, Damage) and scan.offset != self._suspect:
-                self._suspect = scan.offset  # perhaps it was read while it was written, as `Tail` has it
+                self._suspect = scan.offset  # perhaps read while it was being written; see `Tail`
                 scan.offset -= piece.length
                 return False
         return True

@@ -1,11 +1,11 @@
-"""`SinkReceiver`: what a courier delivers to when the adapter is a `Sink`.
+"""`SinkReceiver`: delivers batches to a `Sink`.
 
-It owns what becomes of a batch; `retry` owns when a call is made again. A batch on which the sink fails for no known
-reason, or that is too large, is given to it in halves until the event is found on which it fails; that one is dead.
+It decides what becomes of a batch; `retry` decides when a call is repeated. A batch that is too large, or on which the
+sink fails with an unknown error, is split in halves until the failing event is found; that event is dead-lettered.
 
-The brake: an outage that the sink does not name (its client has exceptions of its own) looks like one bad event after
-the other. When `MOST_DEAD_IN_A_ROW` events died of unknown exceptions and the sink took none between them, the next one
-does not die: the sink counts as parked until it takes an event, or is built anew.
+Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
+bad event after another. After `MOST_DEAD_IN_A_ROW` consecutive events were dead-lettered for unknown exceptions, the
+next failing event is kept and the sink is parked until it accepts an event or is rebuilt.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded, name_of,
 
 MOST_DEAD_IN_A_ROW: Final = 3
 MOST_LEFT_BEHIND: Final = 3
-"""Calls that ignore their cancellation and still run; no other is made until one of so many has ended."""
+"""How many calls that ignored their cancellation may still run; no other call is made until one of them has ended."""
 CLOSE_SECONDS: Final = 5.0
 
 
 class SinkReceiver:
-    """A sink, as its courier sees it.
+    """The receiver of a sink; see `Receiver`.
 
     Attributes:
-        left_behind: How many calls ran out of time and ignored their cancellation, so far.
+        left_behind: How many calls have timed out and ignored their cancellation.
     """
 
     def __init__(
@@ -60,26 +60,26 @@ class SinkReceiver:
         self._close_seconds = close_seconds
         self._faults = FaultLog()
         self.failures = 0
-        """As `CountsFailures`."""
+        """Failures of the sink's `close`."""
         self.task_failures = 0
-        """A sink starts none that are counted."""
+        """Tasks that the sink started but did not await, and that failed or did not end."""
         self.last_failure: str | None = None
-        """As `CountsFailures`."""
+        """The newest of both."""
         self._report: Report = _nobody
         self._troubled = False
         self._unended: set[asyncio.Task[Ending]] = set()
         self._opening = False
-        self._size = self.max_events  # how many are given at once; fewer while the search goes on
-        self._searched = 0  # how many events the search covers, from the next one on
+        self._size = self.max_events  # events per write; fewer while a failing event is searched
+        self._searched = 0  # how many of the next events the search covers
         self._dead_in_a_row = 0
         self._part: tuple[Envelope, ...] = ()
         self._returned: list[object] = []
 
     async def open(self, report: Report) -> None:
-        """As `Receiver`: connects the sink, and tries again until it is.
+        """Open the sink; retries until that succeeds.
 
         Raises:
-            Exception: What the sink's `open` raised, where trying again will not help.
+            Exception: What the sink's `open` raised, if a retry cannot help.
         """
         self._report = report
         self._opening = True
@@ -89,7 +89,7 @@ class SinkReceiver:
             raise ending.error
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
-        """As `Receiver`. A batch that must be split is taken in parts, the first of them now."""
+        """Deliver the batch, or its first part if it must be split; see `Receiver.take`."""
         self._returned = []
         while True:
             part = tuple(batch[: self._fitting(sizes)])
@@ -102,7 +102,7 @@ class SinkReceiver:
                 return taken
 
     def interrupted(self) -> Taken | None:
-        """What the last `write` said, if it returned although it was to end; of one that was cut off nobody knows."""
+        """The result of the last `write` if it returned although it was cancelled; None if it was cut off."""
         if not self._returned:
             return None
         ending = self._checked(self._part, Ending(self._returned[0]))
@@ -110,34 +110,35 @@ class SinkReceiver:
 
     @property
     def writes_starts(self) -> bool:
-        """Whether starts that the journal repeats are to come by `take`, because the sink knows no other way."""
+        """Whether repeated start events must be delivered by `take`, because the sink has no method for them."""
         return not callable(getattr(self._sink, "introduce", None))
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Pass the start events on to a sink that has a method `introduce` for them; most need none.
+        """Pass the start events to the sink's method `introduce`, if it has one.
 
         Raises:
-            Exception: What that raises; so do `mark` and `rewind`.
+            Exception: What that method raised.
         """
         introduce = getattr(self._sink, "introduce", None)
         if callable(introduce):
             introduce(tuple(starts))
 
     def mark(self) -> Any:
-        """As `Receiver`; None unless the sink is `Rewindable`. Any: plain data."""
+        """The sink's mark; None unless the sink is `Rewindable`."""
         return self._sink.mark() if isinstance(self._sink, Rewindable) else None
 
     def rewind(self, mark: Any) -> None:
-        """As `Receiver`. Any: what `mark` returned."""
+        """Rewind the sink to the mark, if it is `Rewindable`."""
         if mark is not None and isinstance(self._sink, Rewindable):
             self._sink.rewind(mark)
 
     async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
-        """Have confirmed what is owed, and close the sink, if opening it was begun; its failure is logged.
+        """Close the sink if it was opened, or if opening it was tried; a failure is logged.
 
         Args:
-            deadline: How long it may take until what is owed is confirmed (monotonic); closing takes `CLOSE_SECONDS`.
-            settles: Have the far side confirm what is owed.
+            deadline: Until when the destination may confirm delivered events (monotonic); closing takes up to
+                `CLOSE_SECONDS` more.
+            settles: Whether to ask for that confirmation.
         """
         for task in self._unended:
             task.cancel()
@@ -153,7 +154,7 @@ class SinkReceiver:
         self._faults.flush()
 
     async def _strays_ended(self, deadline: float | None) -> None:
-        """Wait for tasks that the sink started and did not await; what is late is cancelled, counted and told."""
+        """Wait for tasks that the sink started but did not await; cancel, count and log the late ones."""
         strays = [task for task in other_tasks() if task not in self._unended]
         if not strays:
             return
@@ -164,14 +165,14 @@ class SinkReceiver:
             task.cancel()
         self.task_failures += len(failed) + len(late)
         for task in (*failed, *late):
-            why = "it had not ended at the close" if task in late else error_text(task.exception())
+            why = "it had not ended when the sink was closed" if task in late else error_text(task.exception())
             self.last_failure = f"task {name_of(task)}: {why}"
             error = None if task in late else task.exception()
             fix = "await it in write, which returns when the destination has the batch"
             log().warning("sink.task_failed", sink=self._name, task=name_of(task), why=why, fix=fix, exc_info=error)
 
     def _fitting(self, sizes: Sequence[int]) -> int:
-        """How many events of a batch go in one write: at least one."""
+        """How many events of the batch to pass to one write: at least one."""
         most = 1 if self._braked() else self._size
         return max(1, bisect_right(list(accumulate(sizes[:most])), self.max_bytes))
 
@@ -179,19 +180,19 @@ class SinkReceiver:
         return self._dead_in_a_row >= MOST_DEAD_IN_A_ROW
 
     async def _write(self, part: tuple[Envelope, ...]) -> Ending:
-        returned = self._returned = []  # of this attempt; one that is left behind has a list of its own
+        returned = self._returned = []  # per attempt, because an abandoned one may still append to its list
         self._part = part
 
         async def write() -> object:
             value = await self._sink.write(part)
             task = asyncio.current_task()
-            if value is not None or task is None or not task.cancelling():  # None may be a swallowed cancellation
+            if value is not None or task is None or not task.cancelling():  # None may mean a suppressed cancellation
                 returned.append(value)
             return value
 
         ending = self._checked(part, await self._call(write))
         if ending.error is not None:
-            self._returned = []  # it is to be made again, whatever it says yet
+            self._returned = []  # it will be repeated, whatever it still returns
         return ending
 
     @staticmethod
@@ -200,9 +201,9 @@ class SinkReceiver:
         if ending.error is not None or value is None or (type(value) is int and 0 < value <= len(part)):
             return ending
         if type(value) is int and value == 0:
-            return Ending(error=RetryLaterError("write returned 0: it took nothing"))
-        what = f"a {type(value).__name__} that is no count of the {len(part)} events it was given"
-        return Ending(error=RetryLaterError(f"write returned {what}; return None, or how many it took"))
+            return Ending(error=RetryLaterError("write returned 0: it accepted no events"))
+        what = f"a {type(value).__name__} that is not a count of the {len(part)} events it was given"
+        return Ending(error=RetryLaterError(f"write returned {what}; return None, or how many it accepted"))
 
     async def _call(self, fn: Callable[..., Awaitable[object]], *args: object) -> Ending:
         while len(self._unended) >= MOST_LEFT_BEHIND:
@@ -225,7 +226,7 @@ class SinkReceiver:
         return ending
 
     def _settled(self, part: tuple[Envelope, ...], ending: Ending) -> Taken | None:
-        """What became of the events; None if a smaller part is to be tried."""
+        """The result for these events; None if a smaller part must be tried."""
         error = ending.error
         if error is None:
             done = len(part) if ending.value is None else int(ending.value)
@@ -237,7 +238,7 @@ class SinkReceiver:
             self._searched = max(self._searched, len(part))
             return None
         in_a_row = 0 if isinstance(error, BatchTooLargeError) else self._dead_in_a_row + 1
-        self._searched = 0  # it is found
+        self._searched = 0  # the failing event is found
         return self._taken(Taken(1, {0: words(error)}, {0: error}), in_a_row)
 
     def _taken(self, taken: Taken, dead_in_a_row: int = 0) -> Taken:
@@ -274,4 +275,4 @@ class SinkReceiver:
 
 
 def _nobody(trouble: Trouble | None) -> None:
-    """Where trouble is reported before `open`."""
+    """Does nothing: the report function before `open`."""

@@ -1,7 +1,6 @@
-"""`Books`: what one courier keeps on disk: its cursor, its dead letters, its state, and the lock that makes it the one.
+"""`Books`: the files of one courier: its cursor, dead letters and state, and the lock that makes it the only courier.
 
-A replay keeps them in memory only. A disk that refuses them never ends a delivery: it is said once a second at most,
-and tried again.
+A replay keeps them in memory only. A disk error never ends a delivery: it is logged, and the write is retried.
 """
 
 import os
@@ -27,19 +26,19 @@ from evsys_bus.journal import Clock, Cursor, Cursors, Disk, Place, layout
 from evsys_bus.tasks import DeliveryStatus
 
 LOOK_SECONDS: Final = 1.0
-"""Between two looks whether the directory is still there."""
+"""Time between two checks that the directory still exists."""
 STATE_SECONDS: Final = 1.0
-"""Between two versions of the state file that differ in nothing urgent."""
+"""Minimum time between two writes of the state file for changes that are not urgent."""
 
 
 class Books:
-    """The books of one courier. Used by its courier's thread.
+    """The files of one courier. Used on the courier's thread only.
 
     Args:
         directory: The journal.
-        name: The adapter's.
-        kind: Of the adapter; a cursor that another kind has left under the name is not its own.
-        keep: Whether they are on disk.
+        name: Name of the adapter.
+        kind: Kind of the adapter; a cursor that another kind has stored under this name is not used.
+        keep: Whether to store anything on disk.
     """
 
     def __init__(
@@ -47,9 +46,9 @@ class Books:
     ) -> None:
         self.cursor = Cursor()
         self.changed = False
-        """Whether the cursor has moved since it was last on the medium."""
+        """Whether the cursor has moved since it was last saved."""
         self.training: set[tuple[str, str]] = set()
-        """Stream and run of the trainings that are open."""
+        """Stream and run of each open training."""
         self._directory: Final = directory
         self._name: Final = name
         self._kind: Final = kind
@@ -60,22 +59,22 @@ class Books:
         self._cursors: Final = Cursors(directory, disk)
         self._letters: Final = DeadLetters(directory, name, disk=disk, clock=clock)
         self._unsaved: Cursor | None = None
-        """As it was when its mark was taken."""
+        """The cursor as it was when its mark was taken, until it is saved."""
         self._lock: Final = CourierLock(directory, name, disk, clock)
         self._look_due = 0.0
         self._state: DeliveryStatus | None = None
         self._stated_at = 0.0
 
     def disown(self) -> None:
-        """In a forked child: the lock stays with the parent, and ends with it."""
+        """Release the lock in a forked child; the parent process keeps it."""
         self._lock.let_go()
 
     def open(self) -> bool:
-        """Take the lock and find the cursor; whether it stands anywhere but at the beginning.
+        """Acquire the lock and read the cursor; return whether there was one.
 
         Raises:
             CourierBusyError: Another courier holds the lock.
-            OSError: The cursor, or the dead-letter file, cannot be read now.
+            OSError: The cursor or the dead-letter file cannot be read now.
         """
         if not self._keep:
             return False
@@ -90,16 +89,16 @@ class Books:
         return bool(self.cursor.streams)
 
     def state_before(self) -> DeliveryStatus:
-        """What stays true of the state that an earlier courier left; see `kept`."""
+        """The part of the previous courier's state that is still valid; see `kept`."""
         return kept(read_state(self._disk, self._directory, self._name) if self._keep else None)
 
     def begin(self, after: Mapping[str, int]) -> None:
-        """Let the cursor stand behind these sequences, by stream."""
+        """Set the cursor to just after these sequences, by stream."""
         self.cursor = Cursor({stream: Place(sequence) for stream, sequence in after.items()})
         self.changed = True
 
     def done(self, batch: Batch, taken: Taken) -> None:
-        """Enter what became of the front of a batch, and take that off it."""
+        """Record the result for the front of a batch and remove those events from it."""
         envelopes, sequences = batch.envelopes[: taken.done], batch.sequences[: taken.done]
         place = 0
         for stream, number, last in batch.drop(taken.done):
@@ -113,13 +112,13 @@ class Books:
             self._count_steps(stream, envelopes if number == len(envelopes) else envelopes[part.start : part.stop])
 
     def introduced(self, starts: Iterable[Envelope]) -> None:
-        """Note which trainings are open, by starts that were not delivered but introduced."""
+        """Record the trainings that are open, from start events that were repeated and not delivered."""
         for each in starts:
             if isinstance(each.event, TrainStart):
                 self._open_or_close(each.stream, each.run or "", each.event)
 
     def broken(self, broken: Broken) -> None:
-        """Enter a record that is no envelope: a dead letter."""
+        """Record a dead letter for a record that is not a valid envelope."""
         if self._keep:
             self._letters.put(broken.stream, broken.sequence, broken.why, broken)
             self._tell_dead(broken.stream, broken.sequence, broken.why)
@@ -127,16 +126,17 @@ class Books:
 
     @property
     def full(self) -> bool:
-        """Whether so many dead letters wait for the disk that the delivery has to wait with them."""
+        """Whether so many dead letters wait for the disk that the delivery has to wait too."""
         return self._keep and self._letters.full
 
     def commit(self, mark: Callable[[], Any]) -> bool:
-        """Have it all on the medium: dead letters, then what the receiver wrote, then the cursor; whether it is.
+        """Flush dead letters, then the receiver's own files, then the cursor; return whether all are on disk.
 
-        Any: ``mark`` is the receiver's.
+        Args:
+            mark: The receiver's `mark`, which flushes what it wrote.
 
         Raises:
-            Exception: What ``mark`` raised; the cursor stays where it was.
+            Exception: What ``mark`` raised; the saved cursor is unchanged.
         """
         while self._keep and (self.changed or self._unsaved is not None):
             try:
@@ -153,9 +153,9 @@ class Books:
         return True
 
     def save(self) -> bool:
-        """Have the newest cursor that was made on the medium; whether it is.
+        """Save the cursor of the last `commit` if it is not on disk yet; return whether it is.
 
-        A mark is good until the one after the next was taken, so no mark may be asked for while this is False.
+        A mark is valid until two more were taken, so no mark may be taken while this returns False.
         """
         if self._unsaved is not None:
             try:
@@ -170,7 +170,7 @@ class Books:
         return False
 
     def state(self, state: DeliveryStatus, *, urgent: bool) -> None:
-        """Write the state down, if it differs from the last one; what is not urgent once a second at most."""
+        """Write the state if it differs from the last one; changes that are not urgent once a second at most."""
         now = self._clock.monotonic()
         before = self._state
         if (
@@ -189,10 +189,13 @@ class Books:
             self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
 
     def look(self, *, last: bool = False) -> None:
-        """Notice, once a second, that the directory was removed: all that was kept there is then kept anew.
+        """Check once a second whether the directory was removed, and write all files again if it was.
+
+        Args:
+            last: Check now, and do not raise.
 
         Raises:
-            CourierBusyError: Another courier was quicker to begin there; not at the ``last`` look.
+            CourierBusyError: Another courier has acquired the new lock.
         """
         now = self._clock.monotonic()
         if not last and now < self._look_due:
@@ -203,19 +206,19 @@ class Books:
         self._lock.let_go()
         with suppress(CourierBusyError) if last else nullcontext():
             self._lock.take()
-            with suppress(OSError):  # what is lost with its file is lost
+            with suppress(OSError):  # letters in the removed file are lost
                 self._letters.close()
             self._state = None
             self.changed = True
 
     def close(self) -> None:
-        """Let the lock go."""
-        with suppress(OSError):  # closing is all that was wanted
+        """Close the files and release the lock."""
+        with suppress(OSError):  # a file that cannot be closed needs no handling
             self._letters.close()
         self._lock.let_go()
 
     def _tell_dead(self, stream: str, sequence: int, why: str, error: Exception | None = None) -> None:
-        """Every dead letter is in the log, or in a count there."""
+        """Log the dead letter; repeated ones are logged as a count."""
         file = layout.courier_file(self._directory, self._name, "dead.jsonl")
         self._faults.warn(
             "delivery.dead_letter",
@@ -230,12 +233,12 @@ class Books:
         )
 
     def _own(self, cursor: Cursor) -> Cursor:
-        """The cursor; or a new one, where this one and its mark are of another kind of adapter, which had the name.
+        """Return the cursor, or a new one if it belongs to another kind of adapter that had this name.
 
-        It is a new destination, which has had none of the events. What the other left stays beside, for people.
+        That is a new destination, which has received no events yet. The files of the other one are renamed and kept.
 
         Raises:
-            OSError: What it left cannot be set aside.
+            OSError: The files cannot be renamed.
         """
         if cursor.kind in {"", self._kind}:
             return cursor
@@ -244,27 +247,27 @@ class Books:
             layout.courier_file(self._directory, self._name, "dead.jsonl"),
             layout.cursor_file(self._directory, self._name),
         )
-        with suppress(FileNotFoundError):  # there may be no letters
+        with suppress(FileNotFoundError):  # there may be no dead letters
             self._disk.replace(f"{letters}.{aside}", self._disk.read(letters, 0, self._disk.size(letters)))
             self._disk.remove(letters)
         self._disk.replace(f"{place}.{aside}", self._disk.read(place, 0, _MOST_BYTES))
         self._cursors.save(self._name, Cursor(kind=self._kind))
         facts = {"adapter": self._name, "kind": self._kind, "before": cursor.kind, "cursor": f"{place}.{aside}"}
         log().warning(
-            "courier.begins_anew", **facts, why="another kind of adapter had this name: all is delivered to it"
+            "courier.begins_anew", **facts, why="another kind of adapter had this name, so this one gets all events"
         )
         return Cursor()
 
     def _fresh(self, cursor: Cursor) -> Cursor:
-        """The cursor; or a new one, where it is older than what was removed: it was put back, as from a backup.
+        """Return the cursor, or a new one if it is older than the removed segments, as after a restore from a backup.
 
-        Rows behind its mark are of events that were removed, so they must not be cut: they are not delivered again.
+        Rows after its mark belong to events that were removed and cannot be delivered again, so they must not be cut.
         """
         for stream, place in cursor.streams.items() if cursor.mark is not None else ():
             removed = layout.removed_in_front(layout.segments(self._disk, f"{self._directory}/{stream}"))
             if removed > place.sequence:
                 facts = {"adapter": self._name, "stream": stream, "at": place.sequence, "removed_up_to": removed}
-                why = "the cursor is older than what was removed: what is there is compared with what was written"
+                why = "the cursor is older than the removed segments: what is left is compared with what was written"
                 log().warning("courier.begins_anew", **facts, why=why)
                 return Cursor()
         return cursor
@@ -275,7 +278,7 @@ class Books:
         self.changed = True
 
     def _count_steps(self, stream: str, envelopes: list[Envelope]) -> None:
-        """Keep the largest step of each training that is open."""
+        """Record the largest step of each open training."""
         steps = self.cursor.steps
         for envelope in envelopes:
             event = envelope.event
@@ -303,7 +306,7 @@ class Books:
 
 
 _BEHIND_ALL: Final = sys.maxsize - 1
-"""The largest step of a training that was introduced, and of which no step was in the journal yet."""
+"""The largest step of a training whose start was repeated and that has no step in the journal yet."""
 _TRAINING: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
 _MOST_BYTES: Final = 16 << 20
 

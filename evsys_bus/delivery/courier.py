@@ -1,10 +1,10 @@
-"""`Courier`: carries a journal to one adapter, from where it was left.
+"""`Courier`: delivers a journal to one adapter, starting at its cursor.
 
-    open ── rewind, introduce ── ┌ fill a batch ── the receiver takes it ── enter it ── commit ┐ ── close
-                                 └──────────── until finished or stopped ──────────────────────┘
+    open ── rewind, repeat starts ── ┌ read a batch ── deliver it ── record the result ── commit ┐ ── close
+                                     └──────────── until finished or stopped ────────────────────┘
 
-The cursor moves behind what the receiver has acknowledged, never before. A commit is: dead letters, then the receiver's
-mark, then one cursor file with both. Whatever the adapter raises ends up in the state and the log, and not here.
+The cursor moves only after the receiver has acknowledged the events. A commit writes the dead letters, then takes the
+receiver's mark, then writes one cursor file with both. What the adapter raises goes to the state file and the log.
 """
 
 import asyncio
@@ -33,16 +33,16 @@ from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
 
 COMMIT_SECONDS: Final = 0.2
-"""Between two commits, while events come."""
+"""Minimum time between two commits while events arrive."""
 MOST_UNMARKED: Final = 10
-"""How often in a row an adapter may fail to say how far it has got; then it has to be built anew, and rewound."""
+"""How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
 LONGEST_SECONDS: Final = 86_400.0
-"""What stands for no deadline."""
+"""A deadline that is as good as none."""
 
 
 class Counts(NamedTuple):
-    """How far a courier has got."""
+    """The event counts of one courier."""
 
     delivered: int
     dead: int
@@ -50,20 +50,21 @@ class Counts(NamedTuple):
 
 
 class Courier:
-    """Delivers one journal to one adapter; one at a time does, by a lock.
+    """Delivers one journal to one adapter; a lock ensures that only one courier does.
 
     Args:
         directory: The journal.
-        name: The adapter's: keys its cursor, its lock and its counts.
-        adapter: A callback, a sink, or anything that is delivered to.
-        terms: Of which ranks, and what a failure means.
-        publish: Records what the adapter learns.
-        keep: Whether a cursor is kept; if not, as for a replay, there is no lock and no dead-letter file either.
-        after: Begin behind these sequences, by stream, where there is no cursor.
-        slice_seconds: After so much work, sleep as long; where others in this process want the interpreter.
-        poll_seconds: Between two looks into the journal.
-        retry_seconds: After a commit that was refused, and after a receiver that failed where it never should.
-        log_path: The file with the log of this process, where it has one of its own.
+        name: Name of the adapter; identifies its cursor, lock and counts.
+        adapter: A callback, a sink, or a `Receiver`.
+        terms: Which ranks to deliver, and what a failure means.
+        publish: Records what the adapter publishes about a run; None to discard it.
+        keep: Whether to store the cursor; if not, as for a replay, there is no lock and no dead-letter file either.
+        after: Start after these sequences, by stream, if there is no cursor.
+        slice_seconds: Sleep for this long after as much work, so that other threads of the process can run; None for
+            never.
+        poll_seconds: Time between two reads of an exhausted journal.
+        retry_seconds: Pause after a failed commit, and after a receiver that failed unexpectedly.
+        log_path: Path of this process's log, if it has one of its own.
         clock: The clocks.
         disk: The file system.
     """
@@ -106,7 +107,7 @@ class Courier:
         self._deadline: float | None = None
         self._complete = False
         self._before = DeliveryStatus()
-        """What an earlier courier has left: counts, and what is owed."""
+        """Counts and unconfirmed events of the previous courier."""
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
@@ -119,15 +120,15 @@ class Courier:
         self._failing_since: float | None = None
         self._owed: tuple[int, str | None, str | None] = (0, None, None)
         self._failures = (0, 0)
-        """Of hooks and tasks, as they were last written down before a commit."""
+        """Failure counts of hooks and tasks, as last written before a commit."""
         self._pending = Pending(self._directory, terms.ranks, self._disk)
 
     async def run(self) -> None:
-        """Deliver until finished or stopped. What the adapter does while it is delivered to is its own trouble.
+        """Deliver until finished or stopped. Errors of the adapter during delivery are handled, not raised.
 
         Raises:
             CourierBusyError: Another process delivers to this adapter.
-            Exception: The adapter cannot be opened, or set back to where it was, or does not say how far it has got.
+            Exception: The adapter cannot be opened or rewound, or its `mark` keeps failing.
         """
         self._loop = asyncio.get_running_loop()
         has_cursor = self._books.open()
@@ -148,39 +149,39 @@ class Courier:
             self._faults.flush()
 
     def finish(self, deadline: float | None = None) -> None:
-        """End once all that is there was delivered; from any thread.
+        """End once every event in the journal was delivered; from any thread.
 
         Args:
-            deadline: How long the adapter's tasks may take then (monotonic); None for as long as they take.
+            deadline: Until when the adapter's tasks may run after that (monotonic); None for no limit.
         """
         self._deadline = time.monotonic() + LONGEST_SECONDS if deadline is None else deadline
         self._finishing = True
 
     def stop(self) -> None:
-        """End now: what is under way is cancelled, and comes again on another day; from any thread."""
+        """End now, from any thread: the current batch is cancelled and will be delivered again later."""
         self._stopping = True
         loop = self._loop
         if loop is not None:
             try:
                 loop.call_soon_threadsafe(self._interrupt)
             except RuntimeError:
-                pass  # the loop is closed, and nothing runs that could be stopped
+                pass  # the loop is closed, so nothing is running
 
     def publish(self, event: Event) -> None:
-        """Record what the adapter learnt; where there is nowhere to record it, nothing happens."""
+        """Record an event that the adapter publishes; discarded if the courier has no `publish` function."""
         if self._publish is not None:
             self._publish(event)
 
     def follows(self, name: str) -> bool:
-        """Whether a follower of this name is on record in this journal, and has not left."""
+        """Whether an adapter of this name is followed in this journal."""
         return is_followed(self._directory, name, self._disk)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """As `Adapter.report_owed`: written down with the state, until the adapter reports again; from any thread."""
-        del adapter  # there is one
+        """Store the report in the state file, from any thread; see `Adapter.report_owed`."""
+        del adapter  # a courier has only one
         owed = owed_of(events, why, fix)
         if self._loop is not None and running_loop() is not self._loop:
-            with suppress(RuntimeError):  # the loop is closed, and the state says what was known then
+            with suppress(RuntimeError):  # the loop is closed; the last state file is final
                 self._loop.call_soon_threadsafe(self._note_owed, owed)
         else:
             self._note_owed(owed)
@@ -192,7 +193,7 @@ class Courier:
 
     @property
     def counts(self) -> Counts:
-        """Now, from any thread. What is pending is counted in the journal, on the caller's thread."""
+        """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
         places = dict(self._books.cursor.streams)
         delivered, dead = (sum(getattr(each, what) for each in places.values()) for what in ("delivered", "dead"))
         return Counts(delivered, dead, self._pending.count(places))
@@ -237,7 +238,7 @@ class Courier:
             self._tell("ended" if self._fault is None else "failed", urgent=True)
 
     async def _open(self, feed: Feed, *, has_cursor: bool) -> None:
-        """Have the adapter stand where the cursor stands."""
+        """Open the adapter and bring it to the position of the cursor."""
         cursor = self._books.cursor
         try:
             await self._receiver.open(self._heard)
@@ -248,18 +249,18 @@ class Courier:
                 self._receiver.introduce(starts)
                 if not has_cursor:
                     self._books.introduced(starts)
-            self._books.changed = True  # a first mark, before the first event: a kill soon after must find one
+            self._books.changed = True  # save a mark before the first event, so that there is one after an early kill
             self._commit(at_once=True)
-        except Exception as error:  # raised again: whoever runs the courier decides what comes next
+        except Exception as error:  # raised again: the caller of `run` decides what to do
             self._fault = error
             raise
 
     async def _deliver(self, feed: Feed) -> None:
-        """Batch by batch, until finished or stopped."""
+        """Deliver batch by batch until finished or stopped."""
         receiver, books, clock = self._receiver, self._books, self._clock
         batch = Batch()
         began = 0.0
-        dry = False  # at a thorough look; it may have ended a look that was begun before the last event came
+        dry = False  # by a thorough read; finish only after two, since one may have begun before the last event came
         while not self._stopping:
             thorough = self._finishing
             if not batch.envelopes:
@@ -297,7 +298,7 @@ class Courier:
             await asyncio.sleep(self._slice or 0.0)
 
     async def _introduce(self, batch: Batch) -> None:
-        """Have the adapter know what is open, where the journal does not go back to the starts; they do not count."""
+        """Repeat the start events of open runs whose segments were removed; they are not counted."""
         starts, batch.starts = batch.starts, []
         try:
             self._taking = True
@@ -315,13 +316,13 @@ class Courier:
         except RetryLaterError as error:
             self._fault = error
             raise
-        except Exception as error:  # a wall: the events behind them are delivered all the same
+        except Exception as error:  # isolation: the events after the starts must still be delivered
             self._taking = False
             self._faults.warn("courier.start_not_taken", self.name, error=error, adapter=self.name)
         self._books.introduced(starts)
 
     async def _take(self, batch: Batch) -> None:
-        """Have the receiver take the front of the batch. If it is stopped meanwhile, what was done is entered."""
+        """Deliver the front of the batch. If that is cancelled, record the part that is known to be delivered."""
         if batch.starts:
             await self._introduce(batch)
         try:
@@ -336,10 +337,10 @@ class Courier:
                 self._taking = False
                 self._books.done(batch, known)
             raise
-        except RetryLaterError as error:  # of a hook: nothing behind the last mark counts, and all of it comes again
+        except RetryLaterError as error:  # raised by a hook: everything after the last mark is delivered again
             self._fault = error
             raise
-        except Exception as error:  # a wall: a receiver tries again by itself; this one has a fault
+        except Exception as error:  # isolation: receivers retry by themselves, so this is a bug in the receiver
             self._taking = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
             self._heard(Trouble("retrying", error_text(error)))
@@ -349,7 +350,7 @@ class Courier:
         self._books.done(batch, taken)
 
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
-        """Have all that was entered on the medium, unless that was done a moment ago, or refused."""
+        """Save all recorded results, unless the last commit or failed commit was a moment ago."""
         now = self._clock.monotonic()
         self._books.look(last=last)
         if not self._books.changed and (not last or self._fault is not None):
@@ -358,13 +359,13 @@ class Courier:
             return
         try:
             if last and self._taking and (not self._books.save() or self._receiver.mark() is not None):
-                return  # it was stopped in the middle of a batch: its mark may cover rows that were not entered
+                return  # stopped in the middle of a batch: the mark may cover rows that are not recorded yet
             self._tell_failures()
             committed = self._books.commit(self._receiver.mark)
             if last and committed:
-                self._receiver.mark()  # what the adapter kept for the mark before the last can go
+                self._receiver.mark()  # lets the adapter delete what it kept for the mark before the last one
             self._unmarked = 0
-        except Exception as error:  # a wall: the adapter cannot say how far it has got, so the cursor stays
+        except Exception as error:  # isolation: without the adapter's mark the cursor must not move
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
             self._heard(Trouble("retrying", error_text(error)))
             committed = False
@@ -375,7 +376,7 @@ class Courier:
         self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
 
     def _tell_failures(self) -> None:
-        """Write down what failed before the cursor moves: a kill in between has it counted twice, not never."""
+        """Write failure counts before the cursor moves: after a kill in between they are counted twice, not lost."""
         receiver = self._receiver
         if isinstance(receiver, CountsFailures):
             failures = receiver.failures, receiver.task_failures
@@ -384,7 +385,7 @@ class Courier:
                 self._tell("delivering", urgent=True)
 
     def _heard(self, trouble: Trouble | None) -> None:
-        """What the receiver reports."""
+        """Store and write the problem that the receiver reports; None when it has ended."""
         before, self._trouble = self._trouble, trouble
         if trouble is None:
             self._failing_since = None
@@ -394,7 +395,7 @@ class Courier:
         self._tell("delivering", urgent=told[0] != told[1])
 
     def _tell(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
-        """Write down how it fares."""
+        """Write the state file."""
         trouble = self._trouble if self._fault is None else Trouble("retrying", error_text(self._fault), attempts=0)
         owed, owed_why, owed_fix = self._owed
         before, hooks = self._before, self._receiver if isinstance(self._receiver, CountsFailures) else None
@@ -421,4 +422,4 @@ class Courier:
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())
         except RuntimeError:
-            pass  # it is on its way out already
+            pass  # the scope is already exiting

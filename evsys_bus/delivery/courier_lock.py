@@ -1,4 +1,4 @@
-"""`CourierLock`: the lock that makes a courier the one that delivers to its adapter; its file says who that is."""
+"""`CourierLock`: ensures that one courier delivers to an adapter; the lock file names the process that holds it."""
 
 import contextlib
 from typing import Final
@@ -11,11 +11,11 @@ from evsys_bus.journal.signature import sign, signed
 
 
 class CourierLock:
-    """One lock; it ends with the process, however that ends.
+    """The lock of one adapter; the operating system releases it when the process ends.
 
     Args:
         directory: The journal.
-        name: The adapter's.
+        name: Name of the adapter.
         disk: The file system.
         clock: The clocks.
     """
@@ -29,10 +29,10 @@ class CourierLock:
         self._file: int | None = None
 
     def take(self) -> None:
-        """Lock it, and sign it; without one, where the file system has no locks.
+        """Acquire the lock and write this process into its file; logs a warning where locking is not possible.
 
         Raises:
-            CourierBusyError: Another courier holds it.
+            CourierBusyError: Another courier holds the lock.
         """
         try:
             self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
@@ -48,11 +48,11 @@ class CourierLock:
         who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
         raise CourierBusyError(
             f"{who} delivers {self._directory} to {self._name}",
-            fix="let it finish, or end it; evsys-bus status tells how it fares",
+            fix="let it finish, or end it; evsys-bus status shows its progress",
         )
 
     def is_removed(self) -> bool:
-        """Whether its file is gone from a journal that is there; one that was removed for good, no courier begins."""
+        """Whether the lock file is gone while the journal exists; False if the whole journal was removed."""
         try:
             if self._file is None or self._disk.is_at(self._path, self._file):
                 return False
@@ -62,8 +62,8 @@ class CourierLock:
         return True
 
     def let_go(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         file, self._file = self._file, None
         if file is not None:
-            with contextlib.suppress(OSError):  # letting go is all that was wanted
+            with contextlib.suppress(OSError):  # the lock is released even if close fails
                 self._disk.close(file)

@@ -1,4 +1,4 @@
-"""`Crew`: the couriers of one process, each on an event loop of its own, so that none can hold up another."""
+"""`Crew`: the couriers of one process, each on an event loop of its own, so that none can block another."""
 
 import asyncio
 import os
@@ -28,27 +28,27 @@ from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, Job, LoopThread, TaskOffice
 
 BUSY_SECONDS: Final = 0.5
-"""How long until a courier asks again for a lock that another process holds."""
+"""Pause before retrying to acquire a lock that another process holds."""
 
 INSTANT_SECONDS: Final = 0.02
-"""The same, the first time."""
+"""The same before the first retry."""
 
 Build = Callable[[Recipe], Callback | Sink]
 
 
 class Crew:
-    """Couriers, one for each adapter, on threads of their own.
+    """Runs one courier for each adapter, each on its own thread.
 
     Args:
         directory: The journal.
         followed: The adapters.
-        build: Builds one from its recipe; called on the adapter's own thread.
-        slice_seconds: How long a courier may work before it lets other threads of the process go on; None where there
-            are none to let.
-        office: Runs them all as its tasks, on its own loop; None gives each a thread.
+        build: Builds an adapter from its recipe; called on the adapter's own thread.
+        slice_seconds: How long a courier may work before it sleeps to let other threads of the process run; None if
+            the process has no other work.
+        office: Runs the couriers as its tasks on its own loop; None gives each a thread.
         poll_seconds: How often the journal is read.
-        again_seconds: How long until a delivery that broke down is begun again.
-        log_path: The file with the log of this process, where it has one of its own.
+        again_seconds: Pause before a failed delivery is restarted.
+        log_path: Path of this process's log, if it has one of its own.
         clock: The clocks.
         disk: The file system.
     """
@@ -82,10 +82,10 @@ class Crew:
         self._learnt = _Learnt(directory, self._clock, self._disk)
 
     def start(self, *, enlists: bool = True) -> None:
-        """Begin to deliver.
+        """Start delivering.
 
         Args:
-            enlists: Whether they are followed from now on, and not only delivered to what they are owed.
+            enlists: Whether to register the adapters as followed first; False to only deliver what is pending.
         """
         if enlists:
             enlist(self._directory, [post.followed for post in self._posts], self._disk)
@@ -99,15 +99,15 @@ class Crew:
                 timeout=None,
                 retry=None,
                 lane=None,
-                background=self.on_program_loop,  # it is told when to end
+                background=self.on_program_loop,  # ends by `finish` or `stop`, so no drain waits for it
             )
             post.office.spawn(job)
 
     def finish(self, deadline: float | None = None) -> None:
-        """Have each end when it has delivered what is there; from any thread.
+        """Ask each courier to end once it has delivered all events; from any thread.
 
         Args:
-            deadline: How long tasks of the adapters may take, and what they owe (monotonic); None for no bound.
+            deadline: Until when the adapters' tasks may run and deliveries be confirmed (monotonic); None for no limit.
         """
         if self._owner == os.getpid():
             for post in self._posts:
@@ -115,13 +115,13 @@ class Crew:
         self._ask("finish")
 
     def stop(self) -> None:
-        """Have each end now, at its cursor; from any thread. Its thread ends with it, whoever waits for that or not."""
+        """Ask each courier to end now, at its cursor, and its thread with it; from any thread."""
         self._ask("stop")
 
     def join(self, timeout_seconds: float) -> bool:
-        """Wait for all to end; whether they did. A thread that an adapter blocks is left behind."""
+        """Wait for all couriers to end; return whether they did. A thread that an adapter blocks is abandoned."""
         if self._owner != os.getpid():
-            return True  # a forked child has none of the threads
+            return True  # a forked child does not have these threads
         deadline = time.monotonic() + timeout_seconds
         for post in self._posts:
             ended = post.ended.wait(max(0.0, deadline - time.monotonic()))
@@ -135,12 +135,12 @@ class Crew:
 
     @property
     def running(self) -> list[str]:
-        """Those that have not ended."""
+        """Names of the adapters whose couriers have not ended."""
         return [post.name for post in self._posts if not post.ended.is_set()]
 
     @property
     def failed(self) -> list[str]:
-        """Those that could not be built, or ended before they had delivered all."""
+        """Names of the adapters that could not be built, or whose couriers ended before delivering all events."""
         return [post.name for post in self._posts if post.failed]
 
     def _ask(self, what: Literal["finish", "stop"]) -> None:
@@ -151,7 +151,7 @@ class Crew:
     async def _serve(self, post: "_Post") -> None:
         current_adapter.set(post.name)
         try:
-            if self._slice_seconds is None:  # in a process of couriers; a program's threads share what is the program's
+            if self._slice_seconds is None:  # only in a courier process; threads of a program share its directory
                 own_folder(post.name)
             alone = self._slice_seconds is None or self.on_program_loop
             with nullcontext() if alone else SHORT_TURNS.at_most(self._slice_seconds or 0.0):
@@ -160,7 +160,7 @@ class Crew:
         finally:
             task = asyncio.current_task()
             if self.on_program_loop and task is not None:
-                # Behind the callback that counts the task: whoever waits for the end reads the counts next.
+                # Added after the callback that counts the task: the waiter for this event reads the counts next.
                 task.add_done_callback(lambda _: post.ended.set())
             else:
                 post.ended.set()
@@ -168,29 +168,29 @@ class Crew:
                     post.thread.end_soon()
 
     async def _deliver_or_say(self, post: "_Post") -> bool:
-        """As `_deliver`; a failure is logged, and the delivery begins again.
+        """Call `_deliver`, log its failure, and return whether the courier should end.
 
-        It ends with the failure of a try that began after it was asked to.
+        After a failure it ends only if that attempt started after the request to end.
         """
         asked = post.asked
         try:
             return await self._deliver(post)
         except asyncio.CancelledError:
-            # An adapter's doing: it cancelled all tasks that it could find. We are stopped by other means.
+            # Caused by an adapter that cancels all tasks; `stop` does not cancel this one.
             self._has_failed(post, RuntimeError("the adapter cancelled its courier"))
-        except Exception as error:  # a wall: the next courier begins at the cursor, the others notice nothing
+        except Exception as error:  # isolation: the next courier starts at the cursor, the others are not affected
             self._has_failed(post, error)
         if post.asked is None:
             await post.pause(self._again_seconds)
         return asked is not None
 
     async def _deliver(self, post: "_Post") -> bool:
-        """Whether that is the end of it; if not, it was worth a pause, and is begun again."""
-        if is_held(self._disk, self._directory, post.name):  # before anything is built for nothing
+        """Run one courier; return False if it has to be run again."""
+        if is_held(self._disk, self._directory, post.name):  # checked first, to avoid building an adapter in vain
             return await self._busy(post)
         try:
             courier = self._courier(post)
-        except Exception as error:  # a wall: what an adapter's import and constructor raise is that adapter's fault
+        except Exception as error:  # isolation: an adapter's import or constructor may raise anything
             self._has_failed(post, error)
             return True
         try:
@@ -203,12 +203,12 @@ class Crew:
         return True
 
     async def _busy(self, post: "_Post") -> bool:
-        """Another process delivers, as when the couriers of a run that was killed are still at it."""
-        if not post.was_busy:  # perhaps somebody only asked whether it is locked, which locks it for an instant
+        """Wait while another process delivers, such as the courier of a killed run; return whether to end."""
+        if not post.was_busy:  # testing a lock acquires it for an instant, so try again at once
             post.was_busy = True
             await post.pause(INSTANT_SECONDS)
             return False
-        fix = "it goes on here when that one ends; evsys-bus status tells how it fares"
+        fix = "delivery continues here when that process ends; evsys-bus status shows its progress"
         self._faults.warn("courier.busy", post.name, courier=post.name, journal=self._directory, fix=fix)
         post.failed = True
         if post.asked == "finish" and not self._is_pending(post):
@@ -222,12 +222,12 @@ class Crew:
         return any(each.pending for each in post.accounts.read() if each.name == post.name)
 
     def _courier(self, post: "_Post") -> Courier:
-        """A new one, and with it a new adapter: where the last one broke down, nobody knows what that still holds."""
+        """Create a courier with a newly built adapter: a failed one is in an unknown state."""
         adapter = post.followed.live
         if adapter is None:
             assert post.followed.recipe is not None
             adapter = self._build(post.followed.recipe)
-        with suppress(AttributeError):  # slots or frozen: it is called by its class's name then
+        with suppress(AttributeError):  # slots or frozen: logs show its class's name then
             adapter.spec_name = post.name
         return Courier(
             self._directory,
@@ -256,7 +256,7 @@ class Crew:
         )
         try:
             write_state_of_idle(self._disk, self._directory, post.name, state)
-        except Exception as refusal:  # a wall: whatever the journal's folder is now
+        except Exception as refusal:  # isolation: the journal directory may be in any condition
             self._faults.warn("courier.state_unwritten", post.name, error=refusal, courier=post.name)
 
 
@@ -265,7 +265,7 @@ def _words(error: EvsysBusError) -> str:
 
 
 class _Post:
-    """One adapter, its thread, and its courier of the moment."""
+    """One adapter, its thread, and its current courier."""
 
     def __init__(self, followed: Followed, faults: FaultLog, office: TaskOffice | None) -> None:
         self.name = followed.name
@@ -275,7 +275,7 @@ class _Post:
         self.ended = threading.Event()
         self.failed = False
         self.was_busy = False
-        """Whether another courier held the lock when it was last asked for."""
+        """Whether another courier held the lock at the last attempt."""
         self.asked: Literal["finish", "stop"] | None = None
         self.deadline: float | None = None
         self.accounts: Accounts | None = None
@@ -301,19 +301,19 @@ class _Post:
             self._courier.stop()
 
     async def pause(self, seconds: float) -> None:
-        """Until then, or until it is asked for something else."""
+        """Sleep for ``seconds``, or until a new request arrives."""
         asked, deadline = self.asked, time.monotonic() + seconds
-        while self.asked == asked and time.monotonic() < deadline:  # noqa: ASYNC110  # it is asked on another thread
+        while self.asked == asked and time.monotonic() < deadline:  # noqa: ASYNC110  # requests come from other threads
             await anyio.sleep(0.05)
 
 
 class _Learnt:
-    """The crew's own stream of the journal, opened when something is published. Safe from any thread."""
+    """Writes the couriers' own stream of the journal; opened at the first publish. Safe from any thread."""
 
     def __init__(self, directory: str, clock: Clock, disk: Disk) -> None:
         self._writer = JournalWriter(directory, family="c", clock=clock, disk=disk)
         self._clock = clock
-        self._lock = threading.RLock()  # a signal handler that publishes may come to it in the middle of it
+        self._lock = threading.RLock()  # reentrant: a signal handler may publish while it is held
         self._waiting: deque[Event] = deque()
         self._is_writing = False
         self._state: Literal["new", "open", "closed"] = "new"
@@ -322,7 +322,7 @@ class _Learnt:
         with self._lock:
             self._waiting.append(event)
             if self._is_writing:
-                return  # who is in the middle of it goes on with this one
+                return  # the interrupted call below writes this event too
             self._is_writing = True
             try:
                 while self._waiting:

@@ -1,7 +1,8 @@
-"""`DeadLetters`: the events that an adapter did not take and never will, with the reason, one JSON object a line.
+"""`DeadLetters`: the file of the events that an adapter rejected for good, with the reason, one JSON object per line.
 
-A line is ``{"stream", "seq", "at", "why", "event"}``, the event as `evsys_bus.codec.to_json` has it; of a record that
-could not be decoded there are its ``bytes``, in base64, instead. The cursor goes past none that is not in the file.
+A line is ``{"stream", "seq", "at", "why", "event"}``, with the event as `evsys_bus.codec.to_json` encodes it. A record
+that could not be decoded has its ``bytes`` in base64 instead. The cursor moves past an event only once it is in the
+file.
 """
 
 from base64 import b64encode
@@ -16,7 +17,7 @@ from evsys_bus.files import DAMAGE
 from evsys_bus.journal import Clock, Cursor, Disk, layout
 
 MAX_WAITING: Final = 1000
-"""Letters that may wait for a disk that does not take them, before the delivery waits with them."""
+"""How many dead letters may wait for the disk before the delivery has to wait."""
 MAX_WAITING_BYTES: Final = 16 << 20
 
 
@@ -29,16 +30,16 @@ class DeadLetter(msgspec.Struct, frozen=True, omit_defaults=True):
     stream: str
     seq: int
     at: float
-    """When it was given up; seconds since the epoch, wall clock."""
+    """When it was rejected; seconds since the epoch, wall clock."""
     why: str
     event: msgspec.Raw = _NO_EVENT
-    """The envelope, as JSON; empty where there is none."""
+    """The envelope as JSON; empty for a corrupt record."""
     bytes: str | None = None
-    """The record, in base64, where it is no envelope."""
+    """The corrupt record in base64."""
 
 
 class DeadLetters:
-    """The dead-letter file of one adapter; it is made when it is first needed."""
+    """The dead-letter file of one adapter; created when it is first needed."""
 
     def __init__(self, directory: str, name: str, *, disk: Disk, clock: Clock) -> None:
         self._folder: Final = f"{directory}/{layout.COURIERS}"
@@ -48,20 +49,20 @@ class DeadLetters:
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._file: int | None = None
-        self._torn_at: int | None = None  # where a write began that was not taken back
+        self._torn_at: int | None = None  # offset of a failed write that was not truncated
         self._written: set[tuple[str, int]] = set()
-        """Behind the cursor, by a courier that ended before it could move it."""
+        """Stream and sequence of letters after the cursor, from a courier that ended before it moved the cursor."""
 
     @property
     def full(self) -> bool:
-        """Whether no more should come before some are written."""
+        """Whether no more should be added before `write` succeeds."""
         return len(self._waiting) >= MAX_WAITING or self._waiting_bytes >= MAX_WAITING_BYTES
 
     def open(self, cursor: Cursor) -> None:
-        """Learn which ones behind the cursor are in the file.
+        """Find the letters after the cursor that are already in the file.
 
         Raises:
-            OSError: It cannot be read now.
+            OSError: The file cannot be read now.
         """
         try:
             size = self._disk.size(self._path)
@@ -72,12 +73,12 @@ class DeadLetters:
             try:
                 letter = _read(line)
             except DAMAGE:
-                continue  # cut, by a crash or by us
+                continue  # cut off by a crash, or by reading only the tail
             if letter.seq > cursor.place(letter.stream).sequence:
                 self._written.add((letter.stream, letter.seq))
 
     def put(self, stream: str, sequence: int, why: str, what: Envelope | Broken) -> None:
-        """Take one in; `write` puts it into the file."""
+        """Add a letter; `write` writes it to the file."""
         if (stream, sequence) in self._written:
             return
         event = msgspec.Raw(to_json(what)) if isinstance(what, Envelope) else _NO_EVENT
@@ -87,16 +88,16 @@ class DeadLetters:
         self._waiting_bytes += len(line)
 
     def write(self) -> None:
-        """Have all of them in the file, and the file on the medium.
+        """Write all added letters to the file and sync it.
 
         Raises:
-            OSError: The disk refuses some; they wait for the next call.
+            OSError: The write failed; the letters stay pending for the next call.
         """
         if not self._waiting:
             return
         if self._file is None:
             self._file = self._open()
-        if self._torn_at is not None:  # what a refused write left, that could not be taken back then
+        if self._torn_at is not None:  # a failed write that could not be truncated then
             self._disk.truncate(self._file, self._torn_at)
         data = b"".join(self._waiting)
         before = self._torn_at = self._disk.length(self._file)
@@ -122,7 +123,7 @@ class DeadLetters:
 
     def _open(self) -> int:
         self._disk.make_directory(self._folder)
-        # Of all ways to open, this is the one that opens a file to append to it whether it is there or not.
+        # `Disk.lock` is the only call that opens a file for appending and creates it if it is missing.
         file = self._disk.lock(self._path)
         if file is None:
             raise BlockingIOError(f"{self._path} is locked by another process")
@@ -131,7 +132,7 @@ class DeadLetters:
             start = max(0, size - 2 * MAX_WAITING_BYTES)
             whole = start + self._disk.read(self._path, start, size - start).rfind(b"\n") + 1
             if whole < size:
-                self._disk.truncate(file, whole)  # a line that a crash cut; its event comes again
+                self._disk.truncate(file, whole)  # a line that a crash cut off; its event is delivered again
         except OSError:
             self._disk.close(file)
             raise

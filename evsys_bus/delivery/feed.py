@@ -1,8 +1,8 @@
-"""`Feed`: the events behind a cursor, decoded, from every stream of a journal.
+"""`Feed`: reads and decodes the events after a cursor, from every stream of a journal.
 
-The order of each stream is kept. Streams take turns, batch by batch; but where the writer of a stream is gone and
-another stream of its rank follows, the older one comes to its end first: a resumed run is seen behind what it resumes.
-What becomes of the events, and how far their receiver has got, is not known here.
+The order within a stream is preserved. Streams are read round-robin, batch by batch; but if the writer of a stream has
+ended and the same rank has a newer stream, the older one is read to its end first, so that a resumed run comes after
+the run that it resumes. Delivery and acknowledgement are not handled here.
 """
 
 import heapq
@@ -24,20 +24,21 @@ from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import Run
 
 PATIENCE: Final = 60
-"""How often a segment that cannot be read is tried again, with a rest in between, before it is passed over."""
+"""How often reading a segment is retried, with a pause in between, before the segment is skipped."""
 REST_SECONDS: Final = 1.0
-"""How long a stream that nobody writes is left alone once it was read to its end."""
+"""How long a stream without a writer is not polled after it was read to its end."""
 MOST_REST_SECONDS: Final = 60.0
-"""The same, where newer streams of its rank are there: no writer continues it. Each rest is four times as long."""
+"""The longest such pause for a stream that no writer will continue, since its rank has newer ones; each pause is four
+times as long as the last."""
 
 _FILLS_PER_LISTING: Final = 64
-"""At least: where there are more streams than that, as many as there are streams."""
+"""Reads between two listings of the streams; with more streams than this, the number of streams."""
 _LOOKS_AT_CLOCK: Final = 4
 Filled: TypeAlias = Literal["full", "slice", "dry"]
 
 
 class Broken(NamedTuple):
-    """A record that is whole and no envelope."""
+    """A record with a valid checksum that is not a valid envelope."""
 
     stream: str
     sequence: int
@@ -46,26 +47,27 @@ class Broken(NamedTuple):
 
 
 class Batch:
-    """Events on their way to a receiver, in the order of their streams."""
+    """Events to deliver, in the order of their streams."""
 
     def __init__(self) -> None:
         self.envelopes: list[Envelope] = []
         self.sizes: list[int] = []
-        """Encoded, in bytes."""
+        """Encoded size of each event in bytes."""
         self.sequences: list[int] = []
-        """As the journal numbers them."""
+        """Sequence of each event in its stream."""
         self.parts: list[tuple[str, int]] = []
-        """From which streams they are: name and number, from the front."""
+        """Stream and number of events of each consecutive part."""
         self.bytes = 0
+        """Encoded size of all events."""
         self.ends = False
-        """Nothing may be added: it ends with a start or an end, or before a broken record."""
+        """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.broken: Broken | None = None
-        """What follows the last event."""
+        """The corrupt record after the last event."""
         self.starts: list[Envelope] = []
-        """To be introduced before the first event: what was open there, where the journal does not go back further."""
+        """Start events to repeat before the first event: of runs open there whose own starts were removed."""
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
-        """Take these many off the front; from which streams they were: name, number and last sequence."""
+        """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
         dropped: list[tuple[str, int, int]] = []
         place = 0
         while place < count:
@@ -82,12 +84,15 @@ class Batch:
 
 
 class Feed:
-    """The streams of one journal, read from a cursor on.
+    """Reads the streams of one journal, starting at a cursor.
 
     Args:
         directory: The journal.
-        cursor: Where to begin; a stream that it does not name is read from its beginning.
-        ranks: Whose streams; None for all.
+        cursor: Where to start; a stream that is not in it is read from its beginning.
+        ranks: The ranks whose streams are read; None for all.
+        disk: The file system.
+        clock: The clocks.
+        faults: Where read errors are logged.
     """
 
     def __init__(
@@ -109,19 +114,19 @@ class Feed:
         self._sources: dict[str, _Source] = {}
         self._by_rank: dict[int, _Rank] = {}
         self._turns: deque[_Source] = deque()
-        """Those that are read by turns, the next one first."""
+        """The streams that are polled, next one first."""
         self._resting: list[tuple[float, int, _Source]] = []
-        """Until when, and those that are left alone until then; a heap."""
+        """The streams that are not polled until a time: a heap of (time, tie breaker, stream)."""
         self._number: Final = count()
         self._fills = 0
         self._heard: Final = Heard(self._reader, clock, faults)
 
     def introduction(self, steps: Mapping[str, int] | None) -> list[Envelope]:
-        """The start events of what is open at the cursor, the newest of each kind and name, in order.
+        """The start events of everything that is open at the cursor, the newest of each kind and name, in order.
 
         Args:
-            steps: The largest that was delivered, by run, of the trainings that are open; ``state.step`` is put behind
-                it. None where that is not known: then it is the first step that comes.
+            steps: The largest delivered step of each open training, by run; ``state.step`` is set to the step after
+                it. None if not known: ``state.step`` is then the first step that will be delivered.
         """
         found: dict[Opening, Envelope] = {}
         self._listen()
@@ -153,17 +158,17 @@ class Feed:
         slice_seconds: float | None = None,
         thorough: bool = False,
     ) -> Filled:
-        """Add what is there, up to the bounds.
+        """Add available events to the batch, up to its limits.
 
         Args:
-            batch: May hold events already.
-            max_events: All together.
-            max_bytes: All together, unless it is one event.
+            batch: The batch; may already contain events.
+            max_events: Maximum number of events in the batch.
+            max_bytes: Maximum size of the batch; a single event may be larger.
             slice_seconds: How long to work on it.
-            thorough: Look into every stream, also one that was at its end a moment ago.
+            thorough: Read every stream, including those that were at their end a moment ago.
 
         Returns:
-            Whether the batch is complete, or the time is up, or there is nothing more to add for now.
+            ``full`` if the batch is complete, ``slice`` if the time is up, ``dry`` if no event is available now.
         """
         if batch.ends or len(batch.envelopes) >= max_events:
             return "full"
@@ -183,7 +188,7 @@ class Feed:
         return filled
 
     def _take_turns(self, batch: Batch, max_events: int, max_bytes: int, until: float | None) -> Filled:
-        """Draw from one stream after another, until one has filled the batch or all are at their ends."""
+        """Read one stream after another until the batch is full or all streams are at their end."""
         again = True
         while again:
             again = False
@@ -194,7 +199,7 @@ class Feed:
                 if not source.rank.is_due(source):
                     self._turns.rotate(-1)
                     continue
-                again = again or not source.was_at_end  # now others may have their turn that waited for it
+                again = again or not source.was_at_end  # streams that waited for this one may be readable now
                 filled = self._draw(source, batch, max_events, max_bytes, until)
                 if source.rests_until > self._clock.monotonic():
                     heapq.heappush(self._resting, (source.rests_until, next(self._number), self._turns.popleft()))
@@ -208,18 +213,18 @@ class Feed:
         return "dry"
 
     def _wake(self, now: float) -> None:
-        """Have those take turns again that have rested until now."""
+        """Poll the streams again whose pause is over."""
         while self._resting and self._resting[0][0] <= now:
             self._turns.append(heapq.heappop(self._resting)[2])
 
     def _listen(self) -> None:
-        """Let the runs that are open know what couriers have learnt of them."""
+        """Add new run annotations to the contexts of open runs."""
         for learnt in self._heard.listen():
             for source in self._sources.values():
                 source.contexts.learn(learnt)
 
     def _list_streams(self) -> None:
-        """Notice those that are new."""
+        """Add the streams that are new."""
         try:
             for name in self._reader.streams():
                 number = layout.rank_of(name)
@@ -237,14 +242,14 @@ class Feed:
             self._turns.extend(rank.release())
 
     def _warn_of_removed(self, stream: str) -> None:
-        """Say how many events of a stream this follower does not get, where it begins behind removed ones."""
+        """Log how many events of a stream were removed before this adapter could get them."""
         try:
             names = layout.segments(self._disk, f"{self._reader.directory}/{stream}")
         except OSError:
-            return  # it cannot be listed now; the stream is read when it can
+            return  # cannot be listed now; the stream is read once it can be
         events = layout.removed_in_front(names) - self._cursor.place(stream).sequence
         if events > 0:
-            why = "their segments were removed before it had them; starts of what is open are given again"
+            why = "their segments were removed before delivery; start events of open runs are repeated"
             log().warning("courier.begins_behind_removed", stream=stream, events=events, why=why)
 
     def _draw(self, source: "_Source", batch: Batch, max_events: int, max_bytes: int, until: float | None) -> Filled:
@@ -300,7 +305,7 @@ class Feed:
 
 
 def _put_behind(envelope: Envelope, steps: Mapping[str, int]) -> bool:
-    """Have a training begin behind what was delivered of it; False if it has ended, in a segment before."""
+    """Set the first step of a training to the one after ``steps``; False if it has ended in an earlier segment."""
     if not isinstance(envelope.event, TrainStart):
         return True
     step = steps.get(envelope.run or "")
@@ -311,35 +316,35 @@ def _put_behind(envelope: Envelope, steps: Mapping[str, int]) -> bool:
 
 
 class _Rank:
-    """The streams of one rank: newer ones wait until those before them that nobody writes were read to their ends."""
+    """The streams of one rank: newer ones wait until older ones without a writer were read to their end."""
 
     def __init__(self) -> None:
         self._sources: list[_Source] = []
-        """In the order of their streams."""
+        """Sorted by the order of the streams."""
         self._next = 0
-        """The place of the first one that may have to wait."""
+        """Index of the first stream that may have to wait."""
         self._blocking: set[_Source] = set()
-        """Those before that place that newer ones wait for. Hardly ever more than one."""
+        """Streams before that index that newer ones wait for; rarely more than one."""
 
     def add(self, source: "_Source") -> None:
-        """One more stream; nearly always the newest."""
+        """Add a stream, nearly always the newest."""
         insort(self._sources, source, key=lambda each: each.order)
         if not self.is_newest(source):
             self._next = 0
 
     def is_newest(self, source: "_Source") -> bool:
-        """Whether no stream was begun after it. Only the newest one is continued by another writer."""
+        """Whether no newer stream exists. Only the newest one can be continued by another writer."""
         return self._sources[-1] is source
 
     def is_due(self, source: "_Source") -> bool:
-        """Whether it need not wait."""
+        """Whether the stream can be read now."""
         return not any(each.order < source.order for each in self._blocking)
 
     def release(self, drawn: "_Source | None" = None) -> "list[_Source]":
-        """Those that need not wait any more, each once, oldest first.
+        """The streams that no longer have to wait, each returned once, oldest first.
 
         Args:
-            drawn: The one that was read just now, if one was.
+            drawn: The stream that was just read, if any.
         """
         if drawn is not None:
             (self._blocking.add if drawn.blocks() else self._blocking.discard)(drawn)
@@ -356,7 +361,7 @@ class _Rank:
 
 
 class _Source:
-    """One stream, as far as it was read."""
+    """One stream and its read position."""
 
     def __init__(self, reader: JournalReader, stream: str, after: int, rank: _Rank, contexts: Contexts) -> None:
         self.stream: Final = stream
@@ -366,33 +371,33 @@ class _Source:
         self._reader: Final = reader
         self._tail: Final = reader.tail(stream, after, patience=PATIENCE)
         self.starts: Final[dict[int, Envelope]] = {}
-        """By sequence, those that the segment repeats and that were not delivered: what is open at the next event."""
+        """Start events that the segment repeats, by sequence, for the runs that are open at the next event."""
         self._records: Iterator[tuple[int, bytes]] | None = None
         self._rest_seconds = REST_SECONDS
         self.rests_until = 0.0
         self.was_at_end = False
         self._is_over = False
-        """Whether it was read to its end when nobody wrote it any more."""
+        """Whether it was read to its end after its writer had ended."""
         self._refusals = 0
         """How often in a row it could not be read."""
         self.released = False
-        """Whether it takes turns, or rests."""
+        """Whether `_Rank.release` has returned it, so that it is polled or pausing."""
         self.live = reader.is_live(stream)
 
     def blocks(self) -> bool:
-        """Whether newer streams of its rank wait for it: nobody writes it, and it was not read to its end."""
+        """Whether newer streams of its rank wait for it: it has no writer and was not read to its end."""
         return not (self.was_at_end or self.live)
 
     def records(self) -> Iterator[tuple[int, bytes]]:
-        """What was not taken yet: sequence and payload."""
+        """The records that were not read yet: sequence and payload."""
         if self._records is None:
-            # Asked before it is read: of a writer that is gone by then there is nothing to come behind the end.
+            # Checked before reading: if the writer had ended by then, nothing follows the end that is found.
             self.live = self._reader.is_live(self.stream)
             self._records = chain.from_iterable(map(self._numbered, self._tail.runs()))
         return self._records
 
     def _numbered(self, run: Run) -> Iterable[tuple[int, bytes]]:
-        """The events of a run; starts that the segment repeats are none, and kept for the event that follows."""
+        """The numbered events of a frame run; repeated starts are stored in `starts` instead."""
         if not run.carried:
             return enumerate(run.payloads, run.first)
         for sequence, payload in enumerate(run.payloads, run.first):
@@ -406,17 +411,17 @@ class _Source:
         return ()
 
     def take_starts(self) -> list[Envelope]:
-        """The starts that were kept; they go with the next event."""
+        """Return and clear the stored start events; they belong to the next event."""
         starts = [*self.starts.values()]
         self.starts.clear()
         return starts
 
     def put_back(self, record: tuple[int, bytes]) -> None:
-        """Have this one come again, first."""
+        """Return a record, so that it is the next one read."""
         self._records = chain((record,), self.records())
 
     def at_end(self, now: float, *, found: bool) -> None:
-        """There is no more for now."""
+        """Record that the end was reached."""
         self._records = None
         self.was_at_end = True
         self._is_over = not self.live
@@ -429,7 +434,7 @@ class _Source:
                 self._rest_seconds = min(4 * self._rest_seconds, MOST_REST_SECONDS)
 
     def rest(self, now: float, *, for_good: bool) -> None:
-        """It cannot be read now. Newer streams wait while there is hope: what they hold comes behind what it holds."""
+        """Pause after a read error. Newer streams wait as long as the error may pass, since their events come later."""
         self._records = None
         self._refusals += 1
         self.was_at_end = for_good or self._is_over or self._refusals >= PATIENCE

@@ -1,4 +1,4 @@
-"""`Followed`: an adapter that couriers deliver to, and how its delivery is meant to go."""
+"""`Followed`: an adapter that couriers deliver to, with the policy of its delivery."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Final, Literal, cast
@@ -12,23 +12,23 @@ from evsys_bus.errors import SettingError
 from evsys_bus.sink import Sink
 
 OnFailure = Literal["count", "dead", "retry"]
-"""What a followed hook that raises means for its event: ``count`` it and go on, as inline (the event is delivered);
-make it ``dead``, a dead letter; or ``retry`` it a few times with growing pauses, and make it a dead letter then."""
+"""What happens to an event when a followed hook raises: ``count`` the failure and continue, as inline (the event is
+delivered); make the event a ``dead`` letter; or ``retry`` a few times with growing pauses before that."""
 
 
 def ranks_of(ranks: Ranks | None, default: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    """The ranks as a tuple; None for all of them.
+    """Convert the setting to a tuple of ranks; None means all ranks.
 
     Args:
-        ranks: As a class, an object or a spec says.
-        default: Where that is None.
+        ranks: The value in a class, an object or a spec.
+        default: Returned if ``ranks`` is None.
 
     Raises:
-        SettingError: It is something else.
+        SettingError: The value is invalid.
     """
     if ranks is None:
         return default
-    given = cast("object", ranks)  # people write what they like
+    given = cast("object", ranks)  # user input: may be anything
     if isinstance(given, str) and given in _NAMED_RANKS:
         return _NAMED_RANKS[given]
     if isinstance(given, Collection) and not isinstance(given, str) and given:
@@ -42,69 +42,69 @@ _NAMED_RANKS: Final[dict[str, tuple[int, ...] | None]] = {"rank0": (0,), "all": 
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """How an adapter is built again, in another process or on another day."""
+    """How to build an adapter again, in another process or at a later time."""
 
     kind: str
-    """Its name in the registry."""
+    """Name of the adapter's class in the registry."""
     params: dict[str, Any] = {}
-    """Any: the adapter's Config says what they are."""
+    """Parameters, as the adapter's Config defines them."""
     plugins: tuple[str, ...] = ()
     """Modules to import first, which register the kind."""
     half: Literal["whole", "delivery"] = "whole"
-    """Of an adapter with two halves, the courier builds the delivery half."""
+    """For an adapter with two halves, the courier builds the delivery half."""
     private: bool = False
-    """Whether its params hold a credential that a program gave in its code: then it stands in no file."""
+    """Whether the params contain a credential from the program's code; then they are not written to any file."""
     environment: dict[str, Any] = {}
-    """Params that the environment of the program gave, for a process whose environment gives none. No secrets."""
+    """Params from the program's environment, for a process whose environment does not have them. No secrets."""
 
 
 class Terms(msgspec.Struct, frozen=True):
-    """How a delivery is meant to go."""
+    """The settings of one delivery."""
 
     ranks: tuple[int, ...] | None = (0,)
-    """Of which ranks' streams; None means all."""
+    """The ranks whose streams are delivered; None means all."""
     on_failure: OnFailure = "count"
     required: bool = False
-    """Stop the run if its delivery ends for good, or is parked."""
+    """Stop the run if the delivery fails for good or is parked."""
     stop_after_seconds: float | None = None
-    """Stop the run once its delivery has failed for so long."""
+    """Stop the run once the delivery has been failing for this long."""
     max_staleness_seconds: float | None = None
-    """Stop the run once the delivery has not caught up for so long."""
+    """Stop the run once the delivery has been behind for this long."""
 
     @property
     def stops(self) -> bool:
-        """Whether there is a case in which the run must stop."""
+        """Whether the delivery can stop the run."""
         return self.required or self.stop_after_seconds is not None or self.max_staleness_seconds is not None
 
 
 class Followed(msgspec.Struct, frozen=True):
-    """An adapter that is followed: built again from a recipe in the courier process, or live, on a thread."""
+    """An adapter that is followed: rebuilt from a recipe in the courier process, or an object of this process."""
 
     name: str
-    """Keys its cursor, its counts and its lock."""
+    """Identifies its cursor, counts and lock."""
     recipe: Recipe | None = None
     live: Callback | Sink | None = None
-    """Where there is no recipe, or where it cannot be used from another process."""
+    """The object itself, if there is no recipe or another process cannot use it."""
     build: Callable[[], Callback | Sink] | None = None
-    """Builds it by its recipe in this process, for a bus whose couriers are threads."""
+    """Builds the adapter from its recipe in this process, for a bus whose couriers are threads."""
     terms: Terms = Terms()
     here: bool = False
-    """Deliver on the program's own event loop, by a task of the bus, wherever the others are delivered to."""
+    """Whether to deliver on the program's own event loop, in a task of the bus."""
 
 
 class CarriedSink(Callback):
-    """A sink in a list of callbacks: it has no hooks, and a bus delivers to the sink."""
+    """Wraps a sink for a list of callbacks: it has no hooks, and the bus delivers to the sink."""
 
     def __init__(self, sink: Sink) -> None:
         self.sink: Final = sink
         self.spec_name = sink.spec_name
-        self.delivery = type(sink)  # pyright: ignore[reportAttributeAccessIssue] # of a class it is; here of one object
+        self.delivery = type(sink)  # pyright: ignore[reportAttributeAccessIssue] # a ClassVar, set per object here
 
 
 def kind_of(adapter: object) -> str:
-    """What tells it from another adapter of the same name: its kind, or, where it leaves marks, its class's name.
+    """Identify the kind of an adapter: its registered name, or its class's name if it is `Rewindable`, or "".
 
-    Of a live object that leaves none nothing is told: its name says who it is.
+    Distinguishes it from another adapter that had the same name in an earlier run.
     """
     kind: object = getattr(type(adapter), "name", None)
     if isinstance(kind, str) and kind:

@@ -1,6 +1,6 @@
-"""`Heard`: what couriers have learnt of runs, read from their own streams of a journal.
+"""`Heard`: the run annotations (`Learnt` events) that couriers have written to their own streams of a journal.
 
-It is put beside the events that followers are given, and moves no cursor: who begins anew reads it again.
+They are added to the contexts of the delivered events. No cursor covers them: a new courier reads them again.
 """
 
 from typing import Any, Final
@@ -12,26 +12,26 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.journal import Clock, JournalReader, layout
 
 LISTEN_SECONDS: Final = 0.2
-"""Between two looks into the couriers' streams."""
+"""Time between two reads of the couriers' streams."""
 MOST_REST_SECONDS: Final = 60.0
-"""The same of a stream that nobody writes, where newer ones are there; each rest is four times as long."""
+"""The longest such pause for a stream that has no writer and is not the newest; each pause is four times as long."""
 
 _SEEMS_ONE: Final = Learnt.hook.removeprefix("on_").encode()
-"""The tag of the event; a payload that holds it by chance is decoded in vain."""
+"""The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 
 
 class Heard:
-    """What was learnt in one journal.
+    """Collects the run annotations of one journal.
 
     Args:
-        reader: Of the journal.
+        reader: Reader of the journal.
         clock: The clocks.
-        faults: Where it is said that a stream cannot be read.
+        faults: Where read errors are logged.
     """
 
     def __init__(self, reader: JournalReader, clock: Clock, faults: FaultLog) -> None:
         self.extras: Final[dict[str, dict[str, Any]]] = {}
-        """All that is known, by run. Any: plain values."""
+        """All annotations so far, by run."""
         self._reader: Final = reader
         self._clock: Final = clock
         self._faults: Final = faults
@@ -39,7 +39,7 @@ class Heard:
         self._due = 0.0
 
     def listen(self) -> list[Learnt]:
-        """What was not known before; nothing, if it was asked for a moment ago."""
+        """Return new annotations; reads the streams only every `LISTEN_SECONDS`."""
         news: list[Learnt] = []
         now = self._clock.monotonic()
         if now < self._due:
@@ -59,7 +59,7 @@ class Heard:
 
 
 class _Stream:
-    """One stream, as far as it was read."""
+    """One stream and its read position."""
 
     def __init__(self, reader: JournalReader, name: str) -> None:
         self._reader: Final = reader
@@ -69,10 +69,10 @@ class _Stream:
         self._rests_until = 0.0
 
     def listen(self, now: float, *, is_newest: bool) -> list[Learnt]:
-        """What came since; nothing, while it rests."""
+        """Return new annotations; empty while the stream is not polled."""
         if now < self._rests_until:
             return []
-        rests = not is_newest and not self._reader.is_live(self._name)  # nobody continues it; asked before it is read
+        rests = not is_newest and not self._reader.is_live(self._name)  # no writer continues it; checked before reading
         before = self._tail.last
         news = [each for each in (_learnt(record.payload) for record in self._tail.poll()) if each is not None]
         if rests and self._tail.last == before:
@@ -88,5 +88,5 @@ def _learnt(payload: bytes) -> Learnt | None:
         event = decode(payload).event
     except CodecError:
         return None
-    # Another version may have written it, and what is read is kept as it was written.
+    # Another version may have written it, so the types of its fields are checked.
     return event if isinstance(event, Learnt) and type(event.run) is str and type(event.extras) is dict else None

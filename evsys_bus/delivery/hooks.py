@@ -1,4 +1,4 @@
-"""`HookReceiver`: a followed callback, as its courier sees it: its hooks in order, with detached objects, isolated."""
+"""`HookReceiver`: delivers events to a followed callback by calling its hooks in order, isolated from their errors."""
 
 import asyncio
 import inspect
@@ -30,30 +30,30 @@ from evsys_bus.tasks import (
 )
 
 DRAIN_SECONDS: Final = 5.0
-"""What tasks may take at the close where no deadline is given, before they are cancelled."""
+"""How long tasks may take in a `close` without a deadline before they are cancelled."""
 HOLD_SECONDS: Final = 10.0
 """How long a batch waits for the tasks of its hooks while none of them ends."""
 MOST_LETTERS: Final = 500
-"""Of what is said of the last failure."""
+"""Maximum length of the text of the last failure."""
 RETRY_PAUSES: Final = (0.5, 2.0, 8.0)
-"""Before a hook that raised is called again, where failures are to be retried."""
+"""Pauses in seconds before each retry of a hook that raised, with ``on_failure="retry"``."""
 MAX_WAITING_TASKS: Final = 1000
-"""Spawned tasks that may wait for their turn before the next hook waits for them."""
+"""How many spawned tasks may be queued before the next hook waits for them."""
 _BETWEEN_YIELDS: Final = 128
 
 
 class HookReceiver:
-    """Calls hooks on the courier's loop; one that blocks holds up its own courier and nothing else.
+    """Calls hooks on the courier's loop; a hook that blocks delays only its own courier.
 
     Args:
-        callback: Whose hooks.
-        on_failure: What a hook that raises means for its event.
-        slice_seconds: After so much work, sleep as long, where others in this process want the interpreter.
-        faults: Where failures are said.
-        retry_pauses: How often a hook is called again, and when.
-        drain_seconds: What tasks may take at a close without a deadline.
+        callback: The object with the hooks.
+        on_failure: What happens to an event when a hook raises.
+        slice_seconds: Sleep for this long after as much work, so that other threads can run; None for never.
+        faults: Where failures are logged.
+        retry_pauses: Pauses before each retry of a hook.
+        drain_seconds: How long tasks may take in a `close` without a deadline.
         hold_seconds: How long a batch waits for the tasks of its hooks while none of them ends.
-        courier: Records what the callback learns, and what it owes; None where there is nowhere to record it.
+        courier: Records what the callback publishes and reports; None to discard it.
     """
 
     max_events = 512
@@ -75,9 +75,9 @@ class HookReceiver:
         self.failures = 0
         """How often a hook has raised."""
         self.task_failures = 0
-        """Tasks of the hooks that raised, ran out of time or were cancelled."""
+        """Tasks of the hooks that raised, timed out or were cancelled."""
         self.last_failure: str | None = None
-        """The newest of both: the hook or the task, and what it raised."""
+        """The newest of both: the hook or task, and what it raised."""
         self._callback: Final = callback
         self._rewindable: Final = callback if isinstance(callback, Rewindable) else None
         self._on_failure: Final[OnFailure] = on_failure
@@ -87,36 +87,36 @@ class HookReceiver:
         self._drain_seconds: Final = drain_seconds
         self._hold_seconds: Final = hold_seconds
         self._courier: Final = courier
-        self._calls: dict[type | str, Callable[[Any], object] | None] = {}  # Any: an event of that type
-        """By the type of events; by their tag for those whose type this process does not know."""
+        self._calls: dict[type | str, Callable[[Any], object] | None] = {}
+        """Compiled hook calls by event type, or by tag for event types that this process does not know."""
         self._office: TaskOffice | None = None
         self._report: Report | None = None
         self._taken = Taken(0)
         self._envelope: Envelope | None = None
-        """Of the event whose hook was called last."""
+        """The event whose hook was called last."""
         self._index: int | None = None
-        """Of that event in its batch; None for an introduction."""
+        """Index of that event in its batch; None for a repeated start."""
         self._calling = False
         self._was_called = False
         self._bare_tasks: Final = BareTasks(lambda: self._calling, self._owner_around, self._adopt)
-        self._held: dict[Job | asyncio.Task[Any], int] = {}  # Any: a task's result is its maker's business
-        """The tasks that hooks of this batch have started, and the index of the event."""
+        self._held: dict[Job | asyncio.Task[Any], int] = {}
+        """Unfinished tasks that hooks of this batch have started, and the index of the event."""
         self._one_ended: Final = asyncio.Event()
         self._cancelled: list[str] = []
 
     async def open(self, report: Report) -> None:
-        """Let the callback start tasks on this loop."""
+        """Attach the callback, so that it can start tasks on this loop."""
         loop = asyncio.get_running_loop()
         self._report = report
         self._office = TaskOffice(lambda: loop, self._faults, on_end=self._task_ended)
         self._bare_tasks.begin_here()
         attach(self._callback, self)
 
-    async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:  # noqa: ARG002 # the protocol's
-        """Call the hooks of these events, and wait for the tasks that they start.
+    async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:  # noqa: ARG002 # see `Receiver`
+        """Call the hooks of these events and wait for the tasks that they start.
 
         Raises:
-            RetryLaterError: A hook raised it: the callback is to begin anew, where it stood last.
+            RetryLaterError: A hook raised it: the callback must be rebuilt and rewound to its last mark.
         """
         dead: dict[int, str] = {}
         self._taken = Taken(0, dead)
@@ -146,9 +146,9 @@ class HookReceiver:
         return self._taken
 
     def interrupted(self) -> Taken | None:
-        """Those whose hooks have returned, up to the first of which a task has not ended.
+        """The events whose hooks have returned, up to the first one with an unfinished task.
 
-        None where later ones have left rows that the callback's mark would cover.
+        None if hooks of later events may have written rows that the callback's mark would cover.
         """
         done = min(self._held.values(), default=self._taken.done)
         if done >= self._taken.done:
@@ -158,7 +158,7 @@ class HookReceiver:
         return Taken(done, {index: why for index, why in self._taken.dead.items() if index < done})
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Call the hooks of the starts; raises RetryLaterError, as `take`."""
+        """Call the hooks of the start events; raises RetryLaterError like `take`."""
         for each in starts:
             self._envelope, self._index = each, None
             error = self._call(each.event)
@@ -166,20 +166,20 @@ class HookReceiver:
                 raise error
 
     def mark(self) -> Any:
-        """The callback's, if it has one. Any: plain data."""
+        """The callback's mark; None unless it is `Rewindable`."""
         return None if self._rewindable is None else self._rewindable.mark()
 
     def rewind(self, mark: Any) -> None:
-        """Rewind the callback, if it can be. Any: what `mark` returned."""
+        """Rewind the callback to the mark, if it is `Rewindable`."""
         if self._rewindable is not None:
             self._rewindable.rewind(mark)
 
     async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
-        """Wait for the tasks, cancel what is late, and close the callback.
+        """Wait for the tasks, cancel late ones, and close the callback.
 
         Args:
-            deadline: How long tasks may take, and what is owed (monotonic); None for the receiver's own bounds.
-            settles: Have the far side confirm what is owed.
+            deadline: Until when tasks and confirmations may take (monotonic); None for the default limits.
+            settles: Whether to ask the destination to confirm delivered events.
         """
         office = self._office
         if office is None:
@@ -188,7 +188,7 @@ class HookReceiver:
         now = time.monotonic()
         seconds = self._drain_seconds if deadline is None else max(0.0, deadline - now)
         cancelled = await wait_shielded(office.drain(seconds, close=True), most=1)
-        if cancelled:  # what was cancelled gets a moment to end
+        if cancelled:  # give the cancelled tasks a moment to end
             office.close_now()
             await wait_shielded(office.drain(0.0, close=True))
         if self._cancelled:
@@ -206,7 +206,7 @@ class HookReceiver:
         if cancelled:
             raise asyncio.CancelledError
 
-    # -- what the callback is attached to -----------------------------------------------------------------------------
+    # -- the interface that the callback uses -------------------------------------------------------------------------
 
     def spawn(
         self,
@@ -220,7 +220,7 @@ class HookReceiver:
         owner: str | None = None,
         background: bool = False,
     ) -> bool:
-        """As `Callback.spawn`, on the courier's loop."""
+        """Run a task on the courier's loop; see `Callback.spawn`."""
         owner = owner or callback_name(self._callback)
         job = Job(fn, args, owner=owner, name=name, timeout=timeout, retry=retry, lane=lane, background=background)
         if self._office is None:
@@ -233,27 +233,27 @@ class HookReceiver:
         return taken
 
     def publish(self, event: Event) -> None:
-        """As `Callback.publish`."""
+        """Record an event that the callback publishes; see `Callback.publish`."""
         if self._courier is not None:
             self._courier.publish(event)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """As `Adapter.report_owed`."""
+        """Pass the report on to the courier; see `Adapter.report_owed`."""
         if self._courier is not None:
             self._courier.report_owed(adapter, events, why, fix)
 
     def current_event(self) -> EventInfo | None:
-        """Of the event whose hook runs, or whose hook was called last."""
+        """Information on the event whose hook is running, or was called last."""
         at = self._envelope
         return None if at is None else EventInfo(at.time, at.stream, at.seq, carried=self._index is None)
 
     @property
     def has_courier(self) -> bool:
-        """Whether a courier delivers, so that `follows` can be asked; not so where events are only shown."""
+        """Whether a courier delivers, so that `follows` works; False where events are only displayed."""
         return callable(getattr(self._courier, "follows", None))
 
     def follows(self, name: str) -> bool:
-        """Whether a follower of this name is on record where this one is delivered to, and has not left."""
+        """Whether an adapter of this name is followed in the same journal."""
         follows = getattr(self._courier, "follows", None)
         return callable(follows) and bool(follows(name))
 
@@ -273,7 +273,7 @@ class HookReceiver:
         return callback_name(self._callback)
 
     def _call(self, event: Event | UnknownEvent) -> BaseException | None:
-        """Call the hook of this event; what it raised, which goes no further: not even a Ctrl-C or an exit."""
+        """Call the hook of this event and return what it raised, even KeyboardInterrupt or SystemExit."""
         kind = type(event) if isinstance(event, Event) else event.type
         try:
             call = self._calls[kind]
@@ -296,7 +296,7 @@ class HookReceiver:
         return None
 
     def _call_of(self, event: Event | UnknownEvent) -> Callable[[Any], object] | None:
-        """What calls the hook for events of this type, with their fields; None where the callback has no such hook."""
+        """Compile a function that calls the hook with an event's fields; None if the callback has no such hook."""
         if isinstance(event, UnknownEvent):
             hook = attribute(self._callback, _hook_for(event))
             source = "lambda event: hook(*(fitted := fit(hook, event)).args, **fitted.kwargs)"
@@ -305,18 +305,18 @@ class HookReceiver:
             hook = hook_of(self._callback, kind)
             names = [name for name in kind.__struct_fields__ if name not in kind.keywords]
             parts = [f"event.{name}" for name in names] + [f"{name}=event.{name}" for name in sorted(kind.keywords)]
-            # Written out, as dataclasses write their constructors: a loop over the fields would take twice as long.
+            # Generated code, like the constructors of dataclasses: a loop over the fields would take twice as long.
             source = f"lambda event: hook({', '.join(parts)})"
         if not callable(hook):
             return None
         code = compile(source, f"{HOOK_CALLS}, followed>", "eval")
-        return eval(code, {"hook": hook, "receiver": self, "fit": _fitted})  # noqa: S307 - made of identifiers
+        return eval(code, {"hook": hook, "receiver": self, "fit": _fitted})  # noqa: S307 - consists of identifiers
 
     def _failed(self, error: BaseException, hook: str) -> None:
         self.failures += 1
         self._note(f"{hook}: {error_text(error)}")
         leave = isolate(self._callback, hook, error, self._faults)
-        if leave is not None:  # nobody is here to leave: the courier is not the program
+        if leave is not None:  # an exit request, which a courier ignores: it is not the program's main thread
             facts = {"callback": self._name, "hook": hook}
             self._faults.warn("hook.exit_ignored", (id(self._callback), hook), error=error, **facts)
 
@@ -324,7 +324,7 @@ class HookReceiver:
         self.last_failure = plain_text(" ".join(failure.split()))[:MOST_LETTERS]
 
     def _owner_around(self, frame: FrameType | None) -> str | None:
-        """The callback's name, if this receiver called the hook that this frame is in."""
+        """The callback's name if this receiver called the hook that the frame runs in."""
         call = hook_call(frame)
         return self._name if call is not None and call.f_globals.get("receiver") is self else None
 
@@ -334,7 +334,7 @@ class HookReceiver:
             self._office.adopt(task, owner)
 
     def _hold_on(self, work: "Job | asyncio.Task[Any]") -> None:
-        """Count the event at hand as delivered only when this has ended, if one of its hooks has started it."""
+        """Delay the current event until this task has ended, if one of the event's hooks has started it."""
         if self._calling and self._index is not None:
             self._held[work] = self._index
 
@@ -348,7 +348,7 @@ class HookReceiver:
                 self._cancelled.append(ended.name)
 
     async def _hold(self) -> None:
-        """Wait for the tasks that hooks of this batch have started; let go of them if none ends for a while."""
+        """Wait for the tasks that hooks of this batch have started; stop waiting if none ends for a while."""
         while self._held:
             self._one_ended.clear()
             try:
@@ -363,19 +363,19 @@ class HookReceiver:
                     count=len(names),
                     tasks=", ".join(sorted(set(names))[:10]),
                     waited_seconds=self._hold_seconds,
-                    meaning="the event counts as delivered; the task is waited for at the close",
+                    meaning="the event counts as delivered; closing the callback waits for the task",
                     fix="a watcher: self.spawn(..., background=True); for others a timeout: self.spawn(..., timeout=5)",
                 )
                 return
 
     async def _calls_ended(self, until: float) -> None:
-        """Wait for what hooks gave to the loop's executor and nobody awaits; what is late is counted and told."""
+        """Wait for executor calls of the hooks that nothing awaits; count and log the late ones."""
         loop = asyncio.get_running_loop()
         if not unended_calls(loop):
             return
         failures, last_failure = self.task_failures, self.last_failure
         while (count := unended_calls(loop)) and time.monotonic() < until:
-            if count != self.task_failures - failures:  # until they end, they have failed: a kill may come first
+            if count != self.task_failures - failures:  # counted as failed until they end, in case a kill comes first
                 self.task_failures = failures + count
                 self._note(f"{count} calls in the executor have not ended")
                 self._tell(Trouble("retrying", f"{count} calls in the executor have not ended"))
@@ -388,13 +388,13 @@ class HookReceiver:
             self.last_failure = last_failure
 
     def _close_callback(self) -> None:
-        """Behind the wall of the hooks."""
+        """Call the callback's `close`, isolated like a hook, if any hook was called."""
         callback = self._callback
         if not self._was_called or not isinstance(callback, Callback) or type(callback).close is Callback.close:
             return
         self._was_called = False
         before = self.last_failure
-        self.failures += 1  # until it returns: one that hangs, or ends the process, has failed
+        self.failures += 1  # until it returns: a close that hangs or ends the process has failed
         self._note("close: it has not returned")
         self._tell(Trouble("retrying", "close() has not returned"))
         try:
@@ -408,7 +408,7 @@ class HookReceiver:
         self._tell(None)
 
     async def _again(self, event: Event | UnknownEvent, error: BaseException) -> BaseException | None:
-        """Call a hook that raised a few times more; what it raised last."""
+        """Retry a hook that raised; return what it raised last, None if it succeeded."""
         last: BaseException | None = error
         for attempt, pause in enumerate(self._pauses, start=1):
             self._tell(Trouble("retrying", error_text(last), attempts=attempt))
@@ -425,7 +425,7 @@ class HookReceiver:
             self._report(trouble)
 
     async def _yield(self, seconds: float) -> None:
-        """Let others have the loop, and the interpreter; and let spawned tasks catch up."""
+        """Let other tasks and threads run, and wait while too many spawned tasks are queued."""
         await asyncio.sleep(seconds)
         until = time.monotonic() + self._hold_seconds
         office = self._office
@@ -434,7 +434,7 @@ class HookReceiver:
 
 
 class _UnfitError(Exception):
-    """An event of a type that is not known here does not fit the hook of its name."""
+    """An event of an unknown type does not match the signature of its hook."""
 
 
 def _hook_for(event: Event | UnknownEvent) -> str:
@@ -442,20 +442,20 @@ def _hook_for(event: Event | UnknownEvent) -> str:
 
 
 def _fitted(hook: Callable[..., object], event: UnknownEvent) -> inspect.BoundArguments:
-    """The arguments of the hook, from the fields of the event.
+    """Bind the fields of the event to the parameters of the hook.
 
     Raises:
-        _UnfitError: They do not fit.
+        _UnfitError: They do not match.
     """
-    arguments: Any = getattr(event, "arguments", None)  # Any: of a later codec, which knows which go by keyword
+    arguments: Any = getattr(event, "arguments", None)  # a later codec may know which fields go by keyword
     args, kwargs = ([*event.fields.values()], dict[str, Any]()) if arguments is None else arguments()
     try:
         return inspect.signature(hook).bind(*args, **kwargs)
     except (TypeError, ValueError) as error:
         raise _UnfitError(
             f"no module that the courier imports declares the event {event.type}, and its fields "
-            f"({', '.join(event.fields)}) do not fit the hook {_hook_for(event)}: {error}"
+            f"({', '.join(event.fields)}) do not match the hook {_hook_for(event)}: {error}"
         ) from None
 
 
-_CALL: Final = HookReceiver._call.__code__  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] # its own
+_CALL: Final = HookReceiver._call.__code__  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] # same module

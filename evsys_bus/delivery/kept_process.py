@@ -1,9 +1,9 @@
-"""`KeptProcess`: a courier process that is started again whenever it dies; and, when its adapters are why, parted.
+"""`KeptProcess`: keeps a courier process running, and splits it if one of its adapters may be the reason why it dies.
 
-    all adapters in one ── died twice ── each adapter in one of its own ── died five times at once ── given up
+    all adapters in one process ── died twice ── one process per adapter ── five quick deaths in a row ── given up
 
-An adapter may end the process that it is in, by a fault in C or by ``os._exit``, and nobody lives to tell which one it
-was. In processes of their own the others go on, and the one that dies again is at fault beyond doubt.
+An adapter may end its process, by a crash in C code or by ``os._exit``, without a trace of which adapter it was. In
+separate processes the other adapters continue, and the process that dies again identifies the faulty one.
 """
 
 import contextlib
@@ -26,69 +26,74 @@ from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.where import encode_json
 
 QUICK_SECONDS: Final = 5.0
-"""One that dies sooner than that may never do better."""
+"""A process that dies sooner than this after its start counts as a quick death."""
 MOST_QUICK_DEATHS: Final = 5
-"""After so many, one after another, it is not started again."""
+"""After this many quick deaths in a row the process is not started again."""
 MOST_DEATHS_TOGETHER: Final = 2
-"""After so many, at whatever pace, its adapters are parted."""
+"""After this many deaths, quick or not, each adapter gets a process of its own."""
 DELIVERED_CODE: Final = 80
-"""It exits with this where all was delivered; no adapter that ends its process would hit upon it."""
+"""Exit code if all events were delivered; an adapter that ends its process is unlikely to use it."""
 PENDING_CODE: Final = 81
-"""And with this where it was told to end before that."""
+"""Exit code if the process was asked to end before that."""
 
 
 class Order(msgspec.Struct, frozen=True):
-    """What the process is told."""
+    """The configuration of a courier process."""
 
     directory: str
     """The journal."""
     followed: list[Posted]
+    """The adapters to deliver to."""
     sys_path: tuple[str, ...]
+    """The import path of the program."""
     linger_seconds: float
-    """How long it may go on to deliver once nothing more is published."""
+    """How long it may continue to deliver once nothing more is published."""
     parent: int
-    """The process that publishes."""
+    """Process id of the program that publishes."""
 
 
 Spawn = Callable[[], "subprocess.Popen[bytes] | None"]
 
 
 class KeptProcess:
-    """One process, told what to do in one line through its stdin; the end of that means that no more is published.
+    """Starts and restarts one courier process.
+
+    The process reads its configuration as one line from stdin; end of file means that nothing more is published.
 
     Args:
-        order: What it is told.
-        spawn: Starts one; None where that failed, which it has said.
-        log_path: Where its last words are.
-        pause_seconds: Until it is started again; longer after each quick death.
+        order: The configuration.
+        spawn: Starts a process; returns None after logging a failure.
+        log_path: The log file of the process.
+        pause_seconds: Pause before a restart; longer after each quick death.
 
     Raises:
-        TypeError: The order cannot be told, or ValueError: a path, or a param, is no text.
+        TypeError: The configuration cannot be encoded.
+        ValueError: A path or parameter is not valid text.
     """
 
     def __init__(self, order: Order, spawn: Spawn, log_path: str, pause_seconds: float) -> None:
         self.gave_up = False
-        """It died again and again, and is not started any more."""
+        """Whether it died repeatedly and is not restarted any more."""
         self.process: subprocess.Popen[bytes] | None = None
-        """The one that runs now, or ran last."""
+        """The current or last process."""
         self._order: Final = order
         self._line: Final = encode_json(order) + b"\n"
         self._spawn: Final = spawn
         self._log_path: Final = log_path
         self._pause_seconds: Final = pause_seconds
         self._asked: Final = threading.Event()
-        self._lock: Final = threading.Lock()  # over the process's stdin, and over those of the parted
+        self._lock: Final = threading.Lock()  # guards the process's stdin, also after the split
         self._told = False
         self._until = 0.0
         self._parted: list[KeptProcess] = []
         self._watcher: Final = threading.Thread(target=self._watch, name="evsys-bus-couriers", daemon=True)
 
     def start(self) -> None:
-        """Start it, and keep it alive."""
+        """Start the process and keep it running."""
         self.process = self._started()
         try:
             self._watcher.start()
-        except BaseException:  # no thread is to be had: nobody would tell it what to do
+        except BaseException:  # without the thread nothing would send the configuration
             if self.process is not None:
                 _end(self.process, 0.0)
             raise
@@ -96,15 +101,15 @@ class KeptProcess:
     def _started(self) -> "subprocess.Popen[bytes] | None":
         try:
             return self._spawn()
-        except Exception as error:  # a wall: no memory, or whatever keeps a process from being made; tried again
+        except Exception as error:  # isolation: out of memory or any other failed start; retried later
             log().warning("couriers.not_started", journal=self._order.directory, exc_info=error)
             return None
 
     def finish(self, until: float) -> None:
-        """Have it end once it has delivered what is there.
+        """Ask the process to end once it has delivered all events.
 
         Args:
-            until: How long the program waits for that (monotonic); the linger begins then.
+            until: Until when the program waits for that (monotonic); the grace period starts then.
         """
         self._until = until
         self._asked.set()
@@ -115,13 +120,13 @@ class KeptProcess:
                 _end(self.process, until)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Wait for its end; whether it has ended, or was given up."""
+        """Wait for the process to end; return whether it has ended or was given up."""
         self._watcher.join(timeout_seconds)
         return not self._watcher.is_alive()
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or will again."""
+        """Whether the process is running or will be restarted."""
         return self._watcher.is_alive()
 
     def _watch(self) -> None:
@@ -137,7 +142,7 @@ class KeptProcess:
             facts = {"journal": self._order.directory, "exit_code": code, "log": self._log_path}
             if deaths >= MOST_DEATHS_TOGETHER and len(self._order.followed) > 1:
                 log().warning(
-                    "couriers.parted", **facts, why="one of its adapters may be why it died, and the others go on"
+                    "couriers.parted", **facts, why="one of its adapters may have ended it; the others continue"
                 )
                 self._part()
                 return
@@ -155,7 +160,7 @@ class KeptProcess:
                 self.process = self._started()
 
     def _served(self) -> int | None:
-        """Tell the process what to do, and wait for its end; its exit code, None where there is none."""
+        """Send the configuration, wait for the process to end, and return its exit code; None if it did not start."""
         if self.process is None:
             return None
         self._tell(self.process)
@@ -165,7 +170,7 @@ class KeptProcess:
         return code
 
     def _part(self) -> None:
-        """Go on with one for each adapter; they are asked for what this one was asked for."""
+        """Continue with one process for each adapter, passing on a request to finish."""
         alone = [msgspec.structs.replace(self._order, followed=[each]) for each in self._order.followed]
         with self._lock:
             self._parted = [KeptProcess(each, self._spawn, self._log_path, self._pause_seconds) for each in alone]
@@ -178,7 +183,7 @@ class KeptProcess:
         self.gave_up = all(each.gave_up for each in self._parted)
 
     def _say_failed(self, code: int | None, deaths: int) -> None:
-        """Where all who look into the journal find it."""
+        """Write the failure to the state file of each adapter."""
         directory = self._order.directory
         error = "the courier process cannot be started"
         if code is not None:
@@ -189,7 +194,7 @@ class KeptProcess:
             state = DeliveryStatus(state="failed", pid=os.getpid(), at=time.time(), error=error, fix=fix)
             try:
                 write_state_of_idle(OsDisk(), directory, each.name, state)
-            except Exception as refusal:  # a wall: whatever the journal's folder is now
+            except Exception as refusal:  # isolation: the journal directory may be in any condition
                 log().warning("courier.state_unwritten", courier=each.name, exc_info=refusal)
 
     def _names(self) -> str:
@@ -198,7 +203,7 @@ class KeptProcess:
     def _tell(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdin is not None
         rest = memoryview(self._line)
-        with contextlib.suppress(OSError):  # it is dead already, which its exit code will tell
+        with contextlib.suppress(OSError):  # it has died already; its exit code is handled in `_watch`
             while rest:
                 rest = rest[process.stdin.write(rest) :]
         with self._lock:
@@ -208,7 +213,7 @@ class KeptProcess:
 
 
 def _end(process: "subprocess.Popen[bytes]", until: float) -> None:
-    """A line, and not only the end of the stream: a child that the program forked may keep that open."""
+    """Send the remaining seconds as a line and close stdin; a forked child may keep the pipe open."""
     assert process.stdin is not None
     if process.stdin.closed:
         return

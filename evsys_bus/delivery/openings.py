@@ -1,6 +1,7 @@
-"""What is open at a place in a stream: the start events that an adapter is given that was built anew, and the contexts.
+"""Open runs: the start events of everything that is open at a position in a stream, and the contexts of open runs.
 
-Each segment begins with the starts of what was open then, so one segment is all that is read.
+A rebuilt adapter receives these start events again. Each segment begins with the start events of what was open then, so
+only one segment has to be read.
 """
 
 import sys
@@ -31,29 +32,28 @@ from evsys_bus.journal.scanning import SegmentScan
 _BOUNDARIES: Final[frozenset[type]] = frozenset(
     {ExperimentStart, GroupStart, RunStart, TrainStart, TrainEnd, RunEnd, ExperimentEnd}
 )
-"""A batch ends with one of these, so that a cursor can stand right behind it."""
+"""A batch ends after one of these, so that the cursor can be right after it."""
 _OF_A_CONTEXT: Final[frozenset[type]] = frozenset(
     {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, Learnt}
 )
-"""Those with a ``ctx``, or with something for one."""
+"""Events that have a ``ctx`` or change one."""
 
 _SEEMS_ONE: Final = (b"_start", b"n_end", b"t_end", b"learnt", b"\xa7context")
-"""What the tags of what matters end with, and the key of a context in a state; a payload that holds one by chance is
-decoded in vain."""
+"""Endings of the relevant event tags, and the key of a context in a state; searched before decoding. A payload that
+contains one by chance is decoded in vain."""
 
 Opening: TypeAlias = tuple[type, str, str | None]
-"""What is open: the type of its start event, the directory of the experiment, and the name of the run or group."""
+"""Identifies what is open: type of the start event, output directory of the experiment, name of the run or group."""
 
 
 class Contexts:
-    """The contexts of one stream. What a receiver writes into one reaches those that come later, as inline.
+    """The contexts of one stream. Values that a receiver writes into one are copied to later ones, as for inline hooks.
 
     Args:
-        heard: The extras that couriers have learnt, by run; they stand in the context of a run from its start. Any:
-            plain values.
+        heard: Annotations of runs by couriers; they are in the context of a run from its start.
 
     Attributes:
-        of_run: Of the runs that are open, by key; what `decode` gives to detached states.
+        of_run: Contexts of the open runs, by run key; `decode` attaches them to detached states.
     """
 
     def __init__(self, heard: Mapping[str, Mapping[str, Any]]) -> None:
@@ -62,7 +62,7 @@ class Contexts:
         self._experiment: LogContext | None = None
 
     def heed(self, envelope: Envelope) -> bool:
-        """Let its context know what was written into earlier ones, and them what it says; whether a batch ends here."""
+        """Update contexts from the event, and its own context from earlier ones; return whether a batch ends here."""
         kind = type(envelope.event)
         if kind in _OF_A_CONTEXT:
             self._share(envelope)
@@ -93,14 +93,14 @@ class Contexts:
             self._experiment = ctx
 
     def _inherit(self, run: str | None, ctx: LogContext) -> None:
-        """Let a new context know what is known of the experiment and the run."""
+        """Copy values of the experiment and annotations of the run into a new context."""
         if self._experiment is not None:
             _take_over(ctx, self._experiment)
         if run is not None:
             _add(ctx, self._heard.get(run, {}))
 
     def learn(self, learnt: Learnt) -> None:
-        """Let the context of a run that is open know it; those that come later get it from there."""
+        """Add an annotation to the context of its run, if the run is open; later contexts copy it from there."""
         ctx = self.of_run.get(learnt.run)
         if ctx is not None:
             _add(ctx, learnt.extras)
@@ -117,13 +117,13 @@ def _add(ctx: LogContext, extras: Mapping[str, Any]) -> None:
 
 
 def open_at(disk: Disk, folder: str, sequence: int, contexts: Contexts) -> dict[Opening, Envelope]:
-    """The start events of what is open in a stream behind this sequence, in order; where none can be read, none.
+    """The start events of everything that is open after this sequence, in order; empty if the stream cannot be read.
 
     Args:
         disk: The file system.
-        folder: The stream's.
+        folder: Directory of the stream.
         sequence: At least 1.
-        contexts: Learn what they say.
+        contexts: Updated with these events.
     """
     found: dict[Opening, Envelope] = {}
     try:
@@ -143,15 +143,16 @@ def open_at(disk: Disk, folder: str, sequence: int, contexts: Contexts) -> dict[
 
 
 def begin_at_what_comes(starts: list[Envelope], reader: JournalReader, stream: str, after: int) -> None:
-    """Have each training of these starts begin at the first step that the stream still gives for its run.
+    """Set ``state.step`` of each TrainStart to the first step that the stream still has for its run.
 
-    An adapter that cuts what it wrote at ``state.step`` then cuts only what comes again; where no step comes, nothing.
+    An adapter that truncates its files at ``state.step`` then removes only rows that are delivered again; nothing if
+    there is no such step.
 
     Args:
-        starts: Of trainings and others; changed in place.
-        reader: Of the journal.
-        stream: Whose events are delivered behind the starts.
-        after: The sequence behind which they begin.
+        starts: Start events; changed in place.
+        reader: Reader of the journal.
+        stream: The stream whose events are delivered after the starts.
+        after: The events after this sequence are delivered.
     """
     wanted = {each.run for each in starts if isinstance(each.event, TrainStart)}
     first: dict[str | None, int] = {}
@@ -181,16 +182,16 @@ def _note_step(payload: bytes, wanted: set[str | None], first: dict[str | None, 
 
 
 _STEP: Final = StepEnd.hook.removeprefix("on_").encode()
-"""The tag of the event; a payload that holds it by chance is decoded in vain."""
+"""The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 _MOST_BYTES_AHEAD: Final = 256 << 20
-"""How much of a stream is read to find the first steps of its runs."""
+"""How many bytes of a stream are read to find the first steps of its runs."""
 
 
 def _open_or_close(found: dict[Opening, Envelope], contexts: Contexts, payload: bytes) -> None:
     try:
         envelope = decode(payload, contexts.of_run)
     except CodecError:
-        return  # it became a dead letter when it was its turn
+        return  # it became a dead letter when it was delivered
     event, run = envelope.event, envelope.run
     contexts.heed(envelope)
     handle: Any = getattr(event, "ctx", None) or getattr(getattr(event, "state", None), "ctx", None)

@@ -1,6 +1,6 @@
-"""`own_folder`: a current directory for each courier of a process, so that an adapter's ``chdir`` moves only its own.
+"""`own_folder`: a separate working directory for each courier thread, so that an adapter's ``chdir`` affects no other.
 
-It belongs to the process, says POSIX; Linux lets a thread have its own, which the threads that it starts then share.
+POSIX has one working directory per process; on Linux a thread can have its own, shared with the threads it starts.
 """
 
 import os
@@ -14,10 +14,10 @@ _CLONE_FS: Final = 0x200
 
 
 def own_folder(adapter: str) -> None:
-    """Give this thread a current directory of its own; where that cannot be had, say so, and go on."""
+    """Give this thread a working directory of its own; where that is not possible, log it and continue."""
     try:
         _unshare()(_CLONE_FS)
-    except (AttributeError, OSError) as error:  # not Linux; or a container that refuses the call, as Docker's do
+    except (AttributeError, OSError) as error:  # not Linux, or a container that forbids the call, such as Docker's
         log().info("courier.shares_folder", adapter=adapter, why=str(error), meaning="a chdir moves all couriers")
 
 

@@ -1,7 +1,7 @@
-"""`CourierProcess`: the process that delivers, as the program that publishes sees it: started, kept alive, told to end.
+"""`CourierProcess`: the publishing program's handle of the courier process: start it, keep it running, and end it.
 
-It is told what to do in one line through its stdin, which then stays open: its end, however it comes, means that no
-more is published. What comes of it is read from the journal's directory.
+The process reads its configuration as one line from stdin, which stays open: end of file, also after a kill of the
+program, means that nothing more is published. Results are read from the journal directory.
 """
 
 import os
@@ -18,8 +18,8 @@ from evsys_bus.delivery.roster import current_folder, enlist, import_path, poste
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import layout
 
-# Nothing of ours may be imported before sys.path is the program's own: only there may we be found at all. Read without
-# a buffer, so that what follows the line stays in the pipe.
+# evsys_bus can be imported only once sys.path is the program's. Reads without a buffer, so that what follows the line
+# stays in the pipe.
 _BOOT: Final = (
     "import sys, json, importlib; line = sys.stdin.buffer.raw.readline() or sys.exit(); "
     'sys.path[:] = json.loads(line)["sys_path"]; importlib.import_module(sys.argv[1]).main(line)'
@@ -27,14 +27,14 @@ _BOOT: Final = (
 
 
 class CourierProcess:
-    """Delivers to adapters that can be built again, in a process of its own.
+    """Delivers to adapters that can be rebuilt, in a process of its own.
 
     Args:
         directory: The journal.
         followed: The adapters; each has a recipe.
-        linger_seconds: How long it may go on to deliver once nothing more is published.
-        pause_seconds: Until it is started again, when it has died; longer after each quick death.
-        main: The module whose ``main(line)`` it runs; the line is the `Order`.
+        linger_seconds: How long the process may continue to deliver once nothing more is published.
+        pause_seconds: Pause before a process that died is restarted; longer after each quick death.
+        main: Module whose ``main(line)`` the process runs; the line is the encoded `Order`.
         python: The interpreter.
     """
 
@@ -54,16 +54,16 @@ class CourierProcess:
         self._followed = followed
         self._linger_seconds = linger_seconds
         self._pause_seconds = pause_seconds
-        # The last one is for people who list processes.
+        # The last argument is not used: it identifies the journal in a list of processes.
         self._command = [python, "-P", "-c", _BOOT, main, self.directory]
         self._owner = 0
         self._kept: KeptProcess | None = None
 
     def start(self, *, enlists: bool = True) -> None:
-        """Start it, and keep it alive. It never raises: what goes wrong is logged and tried again.
+        """Start the process and keep it running. Failures are logged and retried, not raised.
 
         Args:
-            enlists: Whether to write down who is followed; False where that was done.
+            enlists: Whether to register the adapters first; False if that was done.
         """
         if enlists:
             enlist(self.directory, self._followed)
@@ -71,41 +71,41 @@ class CourierProcess:
         self._owner = os.getpid()
         try:
             self._kept = KeptProcess(order, self._spawn, self.log_path, self._pause_seconds)
-        except (TypeError, ValueError) as error:  # a path, or a param, that is no text
+        except (TypeError, ValueError) as error:  # a path or param that is not valid text
             log().warning("couriers.not_started", journal=self.directory, exc_info=error)
             return
         self._kept.start()
 
     def finish(self, wait_seconds: float = 0.0) -> None:
-        """Have it end once it has delivered what is there. Nothing more is published.
+        """Ask the process to end once it has delivered all events. Nothing may be published after this.
 
         Args:
-            wait_seconds: How long the program waits for that; the linger begins when that is over.
+            wait_seconds: How long the program waits for that; the grace period starts afterwards.
         """
         if (kept := self._ours()) is not None:
             kept.finish(time.monotonic() + wait_seconds)
 
     def wait(self, timeout_seconds: float) -> bool:
-        """Wait for its end, once it was asked to finish; whether it has ended, or was given up."""
+        """Wait for the process to end after `finish`; return whether it has ended or was given up."""
         return (kept := self._ours()) is None or kept.wait(timeout_seconds)
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or will again."""
+        """Whether the process is running or will be restarted."""
         return (kept := self._ours()) is not None and kept.alive
 
     @property
     def gave_up(self) -> bool:
-        """Whether it died again and again, or could not be told what to do, and is not started any more."""
+        """Whether the process died repeatedly, or could not be configured, and is not restarted any more."""
         return self._owner != 0 and (self._kept is None or self._kept.gave_up)
 
     @property
     def pid(self) -> int | None:
-        """Of the process that runs now, or ran last."""
+        """Process id of the current or last process."""
         return None if self._kept is None or self._kept.process is None else self._kept.process.pid
 
     def _ours(self) -> "KeptProcess | None":
-        """Not in a child that was forked from the program; it has no business with the process."""
+        """The supervisor; None in a forked child, which must not control the process."""
         return self._kept if self._owner == os.getpid() else None
 
     def _spawn(self) -> "subprocess.Popen[bytes] | None":
@@ -118,7 +118,7 @@ class CourierProcess:
                 stdout=output,
                 stderr=output,
                 cwd=self._folder if os.path.isdir(self._folder) else None,  # noqa: PTH112  # it may have been removed
-                start_new_session=True,  # Ctrl-C, and a terminal that is closed, are not for it
+                start_new_session=True,  # Ctrl-C and a closed terminal must not end it
             )
         except OSError as error:
             log().warning("couriers.not_started", journal=self.directory, exc_info=error)
@@ -129,7 +129,7 @@ class CourierProcess:
 
 
 def _open_log(path: str) -> int:
-    """For the owner alone; what an earlier process said stays, up to a bound."""
+    """Open the log, readable by the owner only; rotate it first if it is too large."""
     try:
         file = open_log(path)
         if os.fstat(file).st_size <= MOST_BYTES:

@@ -1,7 +1,7 @@
-"""`process.log`: what a courier process logs and prints, one JSON object a line; written there, and read by the bus.
+"""`process.log`: what a courier process logs and prints, one JSON object per line; the bus reads it.
 
-Lines of the interpreter itself and of libraries in C, which know nothing of this, may stand between. A file that has
-grown to `MOST_BYTES` becomes ``process.log.1``, and a new one begins.
+The interpreter itself and C libraries may write plain lines in between. A file that has grown to `MOST_BYTES` is
+renamed to ``process.log.1``, and a new one is started.
 """
 
 import contextlib
@@ -24,36 +24,36 @@ from evsys_bus.disk import NOT_A_FILE, open_regular
 from evsys_bus.files import DAMAGE
 
 LOG_NAME: Final = "process.log"
-"""Of the log, beside the couriers' files."""
+"""Name of the log file, in the directory of the couriers' files."""
 MOST_BYTES: Final = 4 << 20
-"""Of one file; there is an earlier one beside it at most."""
+"""Maximum size of one file; at most one older file is kept."""
 MOST_PENDING_CHARS: Final = 8192
-"""What may be printed without the end of a line before it is written down."""
+"""How many characters may be printed without a line end before they are written."""
 _BETWEEN_CHECKS: Final = 1 << 16
 _MOST_LINE_BYTES: Final = 1 << 20
 _STDERR: Final = 2
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One line."""
+    """One line of the log."""
 
     time: str = ""
     """ISO 8601, UTC."""
     level: str = ""
-    """As `logging` calls it; empty for what was printed."""
+    """Level name as in `logging`; empty for printed text."""
     logger: str = ""
     event: str = ""
-    """The constant phrase of a line of our own logger; empty for others."""
+    """The event name in a line of evsys-bus's own logger; empty for others."""
     message: str = ""
     adapter: str | None = None
-    """The adapter whose courier logged or printed it, where that is known."""
+    """The adapter whose courier logged or printed it, if known."""
     facts: dict[str, Any] = {}
-    """What was logged beside the message. Any: plain values."""
+    """Additional fields of the log record."""
     traceback: str | None = None
     print: str | None = None
-    """What was printed, line ends included."""
+    """Printed text, including line ends."""
     stream: Literal["stdout", "stderr", ""] = ""
-    """Where it was printed to."""
+    """Where the text was printed."""
     pid: int = 0
 
 
@@ -61,9 +61,9 @@ class Line(msgspec.Struct, frozen=True):
 
 
 def log_to_file(path: str) -> None:
-    """Have this process log and print into its stderr, which is the file at the path, as lines of JSON.
+    """Write everything that this process logs and prints as JSON lines to its stderr, which is the file at ``path``.
 
-    Loggers of other names are logged at INFO, as ours are.
+    All loggers log at INFO.
     """
     faulthandler.enable(file=_STDERR)
     file = _File(path)
@@ -76,7 +76,7 @@ def log_to_file(path: str) -> None:
 
 
 def flush_log() -> None:
-    """Write down what was printed without the end of a line."""
+    """Write text that was printed without a line end."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, _Printed):
@@ -84,7 +84,7 @@ def flush_log() -> None:
 
 
 class _File:
-    """The file behind stdout and stderr; kept below a size."""
+    """The file that stdout and stderr write to; limited in size."""
 
     def __init__(self, path: str) -> None:
         self._path: Final = path
@@ -92,7 +92,7 @@ class _File:
         self._unchecked = 0
 
     def write(self, **line: Any) -> None:
-        """Append one line in one piece. Any: as `Line`. What the disk refuses is lost: there is nowhere to say so."""
+        """Append one line with a single write. A line that cannot be written is lost: nowhere is left to log it."""
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line, "pid": os.getpid()}
         data = json_line(row) + b"\n"
         with self._lock:
@@ -105,12 +105,12 @@ class _File:
                 os.write(_STDERR, data)
 
     def _rotate(self) -> None:
-        """Go on in a new file if this one is too large, or if another process has begun one."""
+        """Switch to a new file if this one is too large; another process may have created it."""
         here = os.fstat(_STDERR)
         if here.st_size < MOST_BYTES:
             return
         try:
-            there = os.stat(self._path)  # noqa: PTH116  # as text, as all of a journal
+            there = os.stat(self._path)  # noqa: PTH116  # journal paths are strings
             if (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino):
                 set_aside(self._path)
         except FileNotFoundError:
@@ -122,10 +122,10 @@ class _File:
 
 
 def open_log(path: str) -> int:
-    """Open the log to append to it, for its owner alone.
+    """Open the log for appending, readable by its owner only.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The log cannot be opened.
     """
     try:
         return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -137,19 +137,19 @@ def open_log(path: str) -> int:
 
 
 def set_aside(path: str) -> None:
-    """Make it the earlier file, in the place of the one that there is."""
-    os.replace(path, f"{path}.1")  # noqa: PTH105  # as text, as all of a journal
+    """Rename the log to ``<path>.1``, replacing the older one."""
+    os.replace(path, f"{path}.1")  # noqa: PTH105  # journal paths are strings
 
 
 class _Handler(logging.Handler):
-    """Writes log records down."""
+    """Writes log records to the file."""
 
     def __init__(self, file: _File) -> None:
         super().__init__()
         self._file: Final = file
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write it down, with what was logged beside it."""
+        """Write a record with its additional fields."""
         try:
             found = {key: value for key, value in vars(record).items() if key not in RECORD_FIELDS}
             own = record.name == LOGGER_NAME
@@ -167,12 +167,12 @@ class _Handler(logging.Handler):
                 facts=found,
                 traceback=told,
             )
-        except Exception:  # what a stranger's values raise; as the handlers of the standard library have it
+        except Exception:  # formatting a logged value may raise anything; handled as in the standard library
             self.handleError(record)
 
 
 class _Printed(io.TextIOBase):
-    """What stands in the place of stdout or stderr; each adapter's unfinished line is kept apart."""
+    """Replaces stdout or stderr; buffers the unfinished line of each adapter separately."""
 
     encoding = "utf-8"
     errors = "backslashreplace"
@@ -186,25 +186,25 @@ class _Printed(io.TextIOBase):
 
     @property
     def buffer(self) -> io.BufferedIOBase:
-        """For what prints bytes: they stand in the file as they are."""
+        """The original binary stream: bytes are written to the file unchanged."""
         under = sys.__stdout__ if self._stream == "stdout" else sys.__stderr__
         assert under is not None
-        return under.buffer  # pyright: ignore[reportReturnType] # typeshed has it as a BinaryIO
+        return under.buffer  # pyright: ignore[reportReturnType] # a BinaryIO in typeshed
 
     def fileno(self) -> int:
-        """For processes that an adapter starts: what they print stands in the file as it is."""
+        """The original file descriptor: child processes write to the file unchanged."""
         return 1 if self._stream == "stdout" else _STDERR
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def isatty(self) -> bool:
-        """It is not."""
+        """Return False."""
         return False
 
     def write(self, text: str) -> int:
-        """Write down all that ends a line."""
+        """Write complete lines; buffer the rest."""
         adapter = current_adapter.get()
         with self._lock:
             whole = self._unfinished.pop(adapter, "") + text
@@ -215,13 +215,13 @@ class _Printed(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Write down the line that this adapter has begun."""
+        """Write the unfinished line of the current adapter."""
         adapter = current_adapter.get()
         with self._lock:
             self._put(adapter, self._unfinished.pop(adapter, ""))
 
     def flush_all(self) -> None:
-        """Write down every line that was begun."""
+        """Write the unfinished lines of all adapters."""
         with self._lock:
             for adapter, text in self._unfinished.items():
                 self._put(adapter, text)
@@ -237,10 +237,10 @@ class _Printed(io.TextIOBase):
 
 
 class LogReader:
-    """Reads what is added to the log, from its end now on.
+    """Reads lines that are added to the log after this object was created.
 
     Args:
-        path: The log; it need not be there yet.
+        path: The log; need not exist yet.
     """
 
     def __init__(self, path: str) -> None:
@@ -254,10 +254,10 @@ class LogReader:
             self._at = os.fstat(self._file).st_size
 
     def read(self, most_bytes: int | None) -> Iterator[Line]:
-        """The lines that are new; what is no JSON is passed over.
+        """Yield new lines; skips lines that are not JSON.
 
         Args:
-            most_bytes: How much to read; None for all that is there.
+            most_bytes: How many bytes to read; None for no limit.
         """
         left = most_bytes
         while left is None or left > 0:
@@ -270,7 +270,7 @@ class LogReader:
                 self._rest = b""
             for line in lines:
                 if line.startswith(b"{"):
-                    with contextlib.suppress(*DAMAGE):  # of a library's own, or cut
+                    with contextlib.suppress(*DAMAGE):  # a plain line of a library, or cut off
                         yield _read(line)
 
     def close(self) -> None:
@@ -280,17 +280,17 @@ class LogReader:
             os.close(file)
 
     def _read(self, most: int) -> bytes:
-        """What follows in this file, or in the one that was begun after it. One system call where there is nothing."""
+        """Read on in this file, or in the one that replaced it. Makes one system call if there is nothing new."""
         try:
-            now = os.stat(self._path)  # noqa: PTH116  # as text; a Path of it would cost as much as the call
+            now = os.stat(self._path)  # noqa: PTH116  # creating a Path would cost as much as the call
         except OSError:
-            now = None  # it was set aside, and no other has begun
+            now = None  # rotated, and no new file yet
         same = now is not None and self._inode == (now.st_dev, now.st_ino)
         if now is not None and same:
             if now.st_size == self._at:
                 return b""
             if now.st_size < self._at:
-                self._at, self._rest = 0, b""  # somebody emptied it
+                self._at, self._rest = 0, b""  # the file was truncated
         data = b"" if self._file is None else os.pread(self._file, most, self._at)
         if not data and not same and now is not None:
             self.close()
@@ -301,7 +301,7 @@ class LogReader:
 
     def _open(self) -> None:
         self._at, self._rest, self._inode = 0, b"", None
-        with contextlib.suppress(OSError):  # it is not there yet
+        with contextlib.suppress(OSError):  # it may not exist yet
             self._file = open_regular(self._path, os.O_RDONLY)
             found = os.fstat(self._file)
             self._inode = (found.st_dev, found.st_ino)

@@ -1,4 +1,4 @@
-"""`Receiver`: what a courier delivers to; one for callbacks (`hooks`), one for sinks (`batches`)."""
+"""`Receiver`: what a courier delivers to; `hooks` implements it for callbacks, `batches` for sinks."""
 
 import asyncio
 import time
@@ -13,24 +13,24 @@ from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded
 
 @runtime_checkable
 class Rewindable(Protocol):
-    """What a followed callback that writes files can do besides, so that a crash doubles none of its rows.
+    """Optional methods of an adapter that writes files, so that no row is written twice after a crash.
 
-    Its courier keeps the mark beside the cursor, in one file. A courier that begins anew builds the callback, rewinds
-    it to the mark, gives it the start events of what is open there (with ``state.step`` behind the largest step that
-    was delivered), and goes on at the cursor.
+    The courier stores the mark with the cursor, in one file. A new courier builds the adapter, rewinds it to the mark,
+    repeats the start events of open runs (with ``state.step`` after the largest delivered step), and continues at the
+    cursor.
     """
 
     def mark(self) -> Any:
-        """How far what it wrote has got. Any: plain data. What was written is on the medium when this returns."""
+        """Flush written data to disk and return its position, as plain data that can be stored."""
         ...
 
     def rewind(self, mark: Any) -> None:
-        """Undo what was written behind the mark, at the latest when it is next looked at. Any: as above."""
+        """Undo what was written after the mark, at the latest before the files are used again."""
         ...
 
 
 class Trouble(NamedTuple):
-    """What keeps a receiver from taking a batch; it goes on trying."""
+    """A problem that prevents a receiver from delivering a batch; it keeps retrying."""
 
     state: Literal["retrying", "parked"]
     error: str
@@ -39,98 +39,95 @@ class Trouble(NamedTuple):
 
 
 Report = Callable[[Trouble | None], None]
-"""Called whenever trouble begins, changes or ends (None)."""
+"""Called when a problem starts, changes, or ends (None)."""
 
 
 class Taken(NamedTuple):
-    """What became of a batch."""
+    """The result of delivering a batch."""
 
     done: int
-    """How many of its events are done with, from the front; at least one."""
+    """How many events were handled, from the front; at least one."""
     dead: Mapping[int, str] = {}
-    """Of those: the indices of the ones that were not delivered and never will be, with the reason."""
+    """Index and reason of each handled event that was rejected for good."""
     errors: Mapping[int, Exception] = {}
-    """What was raised for them, where that is not in the log yet."""
+    """Exceptions of rejected events, by index, if not logged yet."""
 
 
 class Receiver(Protocol):
-    """One adapter, as its courier sees it. Used by one courier, on one event loop, one call at a time."""
+    """Delivers batches to one adapter. Used by one courier, on one event loop, one call at a time."""
 
     max_events: int
-    """What a batch may hold at most."""
+    """Maximum number of events in a batch."""
     max_bytes: int
-    """Encoded, all together; a single event may be larger."""
+    """Maximum encoded size of a batch; a single event may be larger."""
     max_seconds: float
-    """How long the courier may wait for more, once a batch has begun."""
+    """How long the courier may wait for more events after the first one of a batch."""
 
     async def open(self, report: Report) -> None:
-        """Make ready. Where the destination is away it goes on trying until cancelled, and reports that.
+        """Prepare for delivery. If the destination is unavailable, report that and retry until cancelled.
 
         Raises:
-            Exception: The adapter is at fault, and trying again will not help.
+            Exception: An error of the adapter that a retry cannot fix.
         """
         ...
 
     async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
-        """Deliver; returns when the destination has what it will have. Tries again without end, until cancelled.
+        """Deliver a batch; retry until the destination has accepted or rejected the events, or until cancelled.
 
         Args:
-            batch: In the order of their streams, never empty, at most `max_events`.
-            sizes: How large each is, encoded, in bytes.
+            batch: At least one and at most `max_events` events, in the order of their streams.
+            sizes: Encoded size of each event in bytes.
         """
         ...
 
     def interrupted(self) -> Taken | None:
-        """What was done of the batch when `take` was cancelled, if that is known; then it need not come again."""
+        """The result of a cancelled `take`, so that these events need not be delivered again; None if not known."""
         ...
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Give start events again of what is open where the events go on; they are not counted.
+        """Repeat the start events of runs that are open at the next event; they are not counted.
 
-        An adapter that was built anew gets them, and one whose journal does not go back further. Nothing starts now: a
-        training's ``state.step`` is the first step that may come.
+        Called for a rebuilt adapter, and where the original start events were removed from the journal. Nothing starts
+        now: ``state.step`` of a training is the first step that may follow.
         """
         ...
 
     def mark(self) -> Any:
-        """How far what the adapter wrote has got, and on the medium it is; None if it keeps no account of that.
-
-        Any: plain data, given to `rewind` on another day.
-        """
+        """The adapter's mark; see `Rewindable.mark`. None if it has none."""
         ...
 
     def rewind(self, mark: Any) -> None:
-        """Cut what the adapter wrote behind this mark; called before `introduce`. Any: what `mark` returned."""
+        """Undo what the adapter wrote after this mark; called before `introduce`."""
         ...
 
     async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
-        """Finish what is under way; called once.
+        """Finish work in progress and close the adapter; called once.
 
         Args:
-            deadline: How long that may take (monotonic); None for the receiver's own bounds.
-            settles: All was delivered: have the far side confirm what the adapter owes.
+            deadline: Until when that may take (monotonic); None for the receiver's own limits.
+            settles: Whether everything was delivered, so that the destination can be asked for confirmation.
         """
         ...
 
 
 @runtime_checkable
 class CountsFailures(Protocol):
-    """A receiver that counts what its adapter does wrong, beside what becomes of events."""
+    """A receiver that counts failures of its adapter."""
 
     failures: int
     """Hooks that raised, and a `close` that failed."""
     task_failures: int
-    """Tasks of the adapter that raised, ran out of time or were cancelled."""
+    """Tasks of the adapter that raised, timed out or were cancelled."""
     last_failure: str | None
     """The newest of both."""
 
 
 async def settle(adapter: object, name: str, deadline: float | None) -> None:
-    """Call the adapter's `settle_owed` where it has one of its own; what it raises is logged.
+    """Call the adapter's `settle_owed` if it overrides that method; errors are logged.
 
     Args:
         adapter: A callback or a sink.
-        name: What it is called in the log.
+        name: Its name in the log.
         deadline: Monotonic; None for `SETTLE_SECONDS` from now.
     """
     if not isinstance(adapter, Adapter) or type(adapter).settle_owed is Adapter.settle_owed:

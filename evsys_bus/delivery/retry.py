@@ -1,13 +1,13 @@
-"""When a call on a sink is made again: one policy, an ``AsyncRetrying`` of tenacity, for `open` and `write`.
+"""`RetryPolicy`: retries `open` and `write` calls of a sink with tenacity's ``AsyncRetrying``.
 
-It owns the pauses and what is told of them. What becomes of a batch for good is the business of `batches`.
+It decides on pauses and reports them. What finally becomes of a batch is decided in `batches`.
 
-    RetryLaterError, OSError     again without end; pauses double from 0.1 to 30 s, jittered; ``after_seconds`` is the
-                                 least (TimeoutError and ConnectionError are OSErrors)
-    ParkedError                  again without end, every 60 s
+    RetryLaterError, OSError     retried without limit; pauses double from 0.1 to 30 s, with jitter, and are at least
+                                 ``after_seconds`` (TimeoutError and ConnectionError are OSErrors)
+    ParkedError                  retried without limit, every 60 s
     RejectedError,
-      BatchTooLargeError         not again
-    anything else                five attempts; then not again or, where the sink itself seems to be at fault, as parked
+      BatchTooLargeError         not retried
+    anything else                five attempts; then not retried or, if the sink itself seems to be broken, parked
 """
 
 import math
@@ -27,11 +27,11 @@ FIRST_PAUSE_SECONDS: Final = 0.1
 LONGEST_PAUSE_SECONDS: Final = 30.0
 PARKED_PAUSE_SECONDS: Final = 60.0
 LONGEST_AFTER_SECONDS: Final = 86_400.0
-"""Of what a destination asks for, at most so much is granted: a day."""
+"""The longest pause that a destination can request: a day."""
 ATTEMPTS: Final = 5
-"""What an unknown exception is worth."""
+"""Attempts for an unknown exception."""
 MAX_WORDS: Final = 2_000
-"""Characters of what a stranger's exception says."""
+"""Maximum length of an error text in characters."""
 
 Sleep = Callable[[float], Awaitable[None]]
 Call = Callable[[], Awaitable[Ending]]
@@ -40,7 +40,13 @@ Tell = Callable[[Trouble, Exception], None]
 
 
 class RetryPolicy:
-    """Makes a call again, as its error asks for."""
+    """Retries a call depending on its error.
+
+    Args:
+        tell: Called before each pause.
+        sleep: Sleeps for a number of seconds.
+        random: Source of the jitter.
+    """
 
     def __init__(self, tell: Tell, *, sleep: Sleep, random: Random) -> None:
         self._tell = tell
@@ -48,12 +54,12 @@ class RetryPolicy:
         self._random = random
 
     async def __call__(self, call: Call, *, attempts: int = ATTEMPTS, park: bool = False) -> Ending:
-        """Call until it ends well, or with an error that no further attempt is to change.
+        """Call until it succeeds or fails with an error that is not retried, and return the last result.
 
         Args:
-            call: Tells its error by what it returns.
-            attempts: How many unknown exceptions it may end with.
-            park: Go on as if parked after those.
+            call: Returns an `Ending` and never raises.
+            attempts: Attempts for unknown exceptions.
+            park: Whether to continue as parked after those.
         """
         from tenacity import AsyncRetrying, wait_exponential
 
@@ -85,7 +91,7 @@ class _Series:
         self.trouble: Trouble
 
     def goes_on(self, error: Exception | None) -> bool:
-        """Whether there is to be another attempt."""
+        """Record an attempt; return whether to make another one."""
         self._made += 1
         if error is None or isinstance(error, RejectedError | BatchTooLargeError):
             return False
@@ -97,7 +103,7 @@ class _Series:
                     return False
                 parked, fix = (
                     True,
-                    "it fails on every event: mend the sink; nothing more is given up until it takes one",
+                    "it fails on every event: fix the sink; no more events are rejected until it accepts one",
                 )
         self.error = error
         self.trouble = Trouble("parked" if parked else "retrying", words(error), fix if parked else None, self._made)
@@ -105,7 +111,7 @@ class _Series:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether trying again may help; of a task group's errors, if it may with each of them."""
+    """Whether a retry may help; for an exception group, whether it may for each of its exceptions."""
     if isinstance(error, BaseExceptionGroup):
         group = cast("BaseExceptionGroup[BaseException]", error)
         return all(map(_may_pass, group.exceptions))
@@ -113,23 +119,24 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def words(error: Exception) -> str:
-    """What an error says, with its type, on one line where it is ours; of bounded length, and fit for a file."""
+    """The type and message of an error, shortened and safe to encode; for an EvsysBusError on one line."""
     what = text_of(error, "what")
     text = error_text(error) if what is None else f"{type(error).__name__}: {what}"
     return plain_text(text)
 
 
 def plain_text(text: str) -> str:
-    """The text, of bounded length, with what UTF-8 cannot carry replaced."""
+    """Shorten the text and replace characters that cannot be encoded as UTF-8."""
     return text[:MAX_WORDS].encode("utf-8", "replace").decode()
 
 
 def owed_of(events: SupportsFloat, why: object, fix: object) -> tuple[int, str | None, str | None]:
-    """What an adapter reports as owed, fit for a file: a count, and texts of bounded length where something is owed.
+    """Normalize an adapter's report of unconfirmed events: a count, and bounded texts that are None if it is 0.
 
     Raises:
-        TypeError: ``events`` is no number.
-        ValueError: It is not finite.
+        TypeError: ``events`` is not a number.
+        ValueError: ``events`` is NaN.
+        OverflowError: ``events`` is infinite.
     """
     count = max(0, math.ceil(events))
     why, fix = (None if text is None or not count else plain_text(error_text(text)) for text in (why, fix))
@@ -137,14 +144,14 @@ def owed_of(events: SupportsFloat, why: object, fix: object) -> tuple[int, str |
 
 
 def text_of(error: Exception, name: str) -> str | None:
-    """That attribute of an error of ours, if it is a text."""
+    """The named attribute of an EvsysBusError if it is a string, else None."""
     value = getattr(error, name, None) if isinstance(error, EvsysBusError) else None
     return value if isinstance(value, str) else None
 
 
 def _asked(error: Exception) -> float:
     after = error.after_seconds if isinstance(error, RetryLaterError) else None
-    # Not everyone's Retry-After is a number: 0 < nan is false, like the test of a text's type.
+    # An adapter may pass anything; `after > 0` is False for NaN.
     return min(after, LONGEST_AFTER_SECONDS) if isinstance(after, int | float) and after > 0 else 0.0
 
 

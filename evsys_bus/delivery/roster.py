@@ -1,4 +1,4 @@
-"""The roster of a journal: who is followed there, written down so that any process can deliver, also on another day."""
+"""The subscriptions of a journal: which adapters are followed, stored so that any process can deliver, also later."""
 
 import contextlib
 import os
@@ -21,52 +21,52 @@ from evsys_bus.where import decode_json, encode_json
 
 
 class Posted(msgspec.Struct, frozen=True):
-    """Who is followed; what stands in an adapter's ``spec.json``."""
+    """The content of an adapter's ``spec.json``."""
 
     name: str
     recipe: Recipe | None = None
-    """None where only the program that followed it has the adapter."""
+    """None if only the program that followed the adapter can build it."""
     terms: Terms = Terms()
     folder: str = ""
-    """The current directory of that program: relative paths in the params are meant from there."""
+    """Working directory of that program, the base of relative paths in the params."""
     sys_path: tuple[str, ...] = ()
-    """Where that program imported from."""
+    """Import path of that program."""
     left_at: float | None = None
-    """Since when no program follows it any more (wall clock); None while it is followed."""
+    """When the adapter was no longer followed (seconds since the epoch); None while it is followed."""
 
     def as_followed(self) -> Followed:
-        """What a crew takes."""
+        """Convert to a `Followed`."""
         return Followed(self.name, self.recipe, terms=self.terms)
 
 
 def posted(followed: Iterable[Followed]) -> list[Posted]:
-    """Who is followed, and what building them takes besides."""
+    """Convert to records with this program's working directory and import path."""
     folder, path = current_folder(), import_path()
     return [Posted(each.name, each.recipe, each.terms, folder, path) for each in followed]
 
 
 def current_folder() -> str:
-    """The current directory; empty where it was removed."""
+    """The working directory; empty if it was removed."""
     try:
-        return os.getcwd()  # noqa: PTH109  # as text
+        return os.getcwd()  # noqa: PTH109  # a string is needed
     except OSError:
         return ""
 
 
 def import_path() -> tuple[str, ...]:
-    """``sys.path`` as it means the same to another process."""
+    """``sys.path`` with absolute paths, so that it is valid in another process."""
     folder = current_folder()
-    found = (os.path.join(folder, each) for each in map(str, sys.path))  # noqa: PTH118  # as text
+    found = (os.path.join(folder, each) for each in map(str, sys.path))  # noqa: PTH118  # strings are needed
     return tuple(each for each in found if "\0" not in each)
 
 
 def enlist(directory: str, followed: Iterable[Followed], disk: Disk | None = None) -> list[str]:
-    """Write down who is followed, and give each a cursor, so that retention waits for them from the first event on.
+    """Store a record and a cursor for each adapter, so that retention keeps events for it from the first one on.
 
-    What the disk refuses is logged, and keeps nobody from delivering.
+    Write errors are logged and do not prevent delivery.
 
     Returns:
-        The names of those for whom the disk refused it.
+        The names of the adapters that could not be registered.
     """
     disk = OsDisk() if disk is None else disk
     refused: list[str] = []
@@ -82,7 +82,7 @@ def enlist(directory: str, followed: Iterable[Followed], disk: Disk | None = Non
 
 
 def _without_secrets(each: Posted) -> Posted:
-    """As it may stand in a file: what holds a credential can be built by its own program only."""
+    """Drop a recipe that contains a credential before the record is stored; only the program itself has it then."""
     if each.recipe is None or not each.recipe.private:
         return each
     fix = "give it by the environment, and `evsys-bus sync` can deliver to it too"
@@ -91,7 +91,7 @@ def _without_secrets(each: Posted) -> Posted:
 
 
 def post_again(directory: str, posts: Iterable[Posted], disk: Disk | None = None) -> None:
-    """Write down again who was followed, where somebody removed that: what is there for them can be delivered yet."""
+    """Store records again whose files were removed, so that pending events can still be delivered."""
     disk = OsDisk() if disk is None else disk
     for each in posts:
         path = layout.courier_file(directory, each.name, "spec.json")
@@ -103,14 +103,14 @@ def post_again(directory: str, posts: Iterable[Posted], disk: Disk | None = None
 
 
 def strike_off(directory: str, followed: Collection[str], rank: int, disk: Disk | None = None) -> None:
-    """Note who is followed no more: who is on the roster, and not among these, and delivered to by nobody.
+    """Mark registered adapters that are no longer followed and that no courier delivers to.
 
-    What is pending for it stays pending, and retention waits for it until it is forgotten (``evsys-bus forget``).
+    Their pending events stay pending, and retention keeps these until ``evsys-bus forget`` is run.
 
     Args:
         directory: The journal.
-        followed: The names of those who are followed now.
-        rank: Of the process that follows them; those of other ranks are the business of theirs.
+        followed: Names of the adapters that are followed now.
+        rank: Rank of this process; adapters that serve only other ranks are not marked.
         disk: The file system.
     """
     disk = OsDisk() if disk is None else disk
@@ -135,20 +135,18 @@ def strike_off(directory: str, followed: Collection[str], rank: int, disk: Disk 
         except OSError as refusal:
             log().warning("courier.not_struck_off", journal=directory, courier=each.name, exc_info=refusal)
             continue
-        meaning = (
-            "what is pending stays so, and a journal with retain keeps it, until evsys-bus forget is told its name"
-        )
+        meaning = "pending events stay pending, and retention keeps them, until evsys-bus forget is run with its name"
         log().warning("courier.not_followed", journal=directory, courier=each.name, meaning=meaning, fix=fix)
 
 
 def forget(directory: str, name: str, disk: Disk | None = None) -> None:
-    """Take a follower off the record: its spec, its cursor and its state go; its dead letters stay.
+    """Delete the spec, cursor and state of an adapter; its dead letters are kept.
 
-    Retention waits for it no longer. Followed again, it begins with the oldest event that is there then.
+    Retention no longer waits for it. If it is followed again, it starts with the oldest event in the journal.
 
     Raises:
         CourierBusyError: A courier delivers to it.
-        OSError: The disk refuses; calling it again does what is left.
+        OSError: A file could not be deleted; call again to delete the rest.
     """
     disk = OsDisk() if disk is None else disk
     lock = CourierLock(directory, name, disk, OsClock())
@@ -163,7 +161,7 @@ def forget(directory: str, name: str, disk: Disk | None = None) -> None:
 
 
 def roster(directory: str, disk: Disk | None = None) -> list[Posted]:
-    """Who is on it, by name; a spec that is damaged, or cannot be read now, is logged once and left out."""
+    """Load the records of all registered adapters, sorted by name; logs and skips those that cannot be read."""
     disk = OsDisk() if disk is None else disk
     found: list[Posted] = []
     try:
@@ -196,7 +194,7 @@ def _is_there(disk: Disk, path: str) -> bool:
 
 
 def is_followed(directory: str, name: str, disk: Disk) -> bool:
-    """Whether a follower of this name is on record and has not left; yes where that cannot be told now."""
+    """Whether an adapter of this name is registered and still followed; True if the file cannot be read now."""
     try:
         return (
             decode_json(disk.read(layout.courier_file(directory, name, "spec.json"), 0, _MOST_BYTES), Posted).left_at
@@ -209,9 +207,9 @@ def is_followed(directory: str, name: str, disk: Disk) -> bool:
 
 
 def _give_cursor(directory: str, name: str, disk: Disk) -> None:
-    """Under the lock: where another process delivers, the cursor is its own to make, and the state is true.
+    """Create the cursor if it is missing and reset the state to its counts, unless a courier holds the lock.
 
-    Where none does, the state is of another day: what was wrong then may have been mended. What is counted stays.
+    A state without a courier is from an earlier run, whose error may have been fixed since.
     """
     lock = lock_file(layout.courier_file(directory, name, "lock"), disk=disk)
     if lock is None:

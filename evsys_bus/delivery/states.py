@@ -1,4 +1,4 @@
-"""The state files: how each delivery fares, as its courier, or whoever looks after that, last wrote it down."""
+"""The state files: the status of each delivery, as last written by its courier or by the courier's supervisor."""
 
 from typing import Final
 
@@ -11,12 +11,12 @@ from evsys_bus.where import decode_json, encode_json
 
 
 def state_file(directory: str, name: str) -> str:
-    """Where the state of the delivery to this adapter stands."""
+    """Path of the adapter's state file."""
     return layout.courier_file(directory, name, "state.json")
 
 
 def read_state(disk: Disk, directory: str, name: str) -> DeliveryStatus | None:
-    """The state; None where there is none that can be read."""
+    """Read the state; None if the file is missing, damaged or unreadable."""
     try:
         return load_file(state_file(directory, name), _read, set_aside=False, most_bytes=_MOST_BYTES, disk=disk)
     except OSError:
@@ -24,22 +24,22 @@ def read_state(disk: Disk, directory: str, name: str) -> DeliveryStatus | None:
 
 
 def write_state(disk: Disk, directory: str, name: str, state: DeliveryStatus) -> None:
-    """Write it down.
+    """Write the state file.
 
     Raises:
-        OSError: The disk refuses it.
+        OSError: The file cannot be written.
     """
     written = {key: value for key, value in msgspec.structs.asdict(state).items() if value != getattr(_UNSET, key)}
-    disk.replace(state_file(directory, name), encode_json(written))  # counts are the cursor's
+    disk.replace(state_file(directory, name), encode_json(written))  # event counts are in the cursor
 
 
 def write_state_of_idle(disk: Disk, directory: str, name: str, state: DeliveryStatus) -> None:
-    """Write down what has become of a courier that is no more; where another one delivers, the state is its own.
+    """Write the final state of a courier that has ended, unless another courier delivers now.
 
-    Counts of failures, and what is owed, stay as they were.
+    Failure counts and unconfirmed events are kept from the existing file.
 
     Raises:
-        OSError: The disk refuses it.
+        OSError: The file cannot be written.
     """
     if not is_held(disk, directory, name):
         before = kept(read_state(disk, directory, name))
@@ -60,10 +60,10 @@ def write_state_of_idle(disk: Disk, directory: str, name: str, state: DeliverySt
 
 
 def kept(state: DeliveryStatus | None) -> DeliveryStatus:
-    """What stays true of a state when another courier takes over: counts of failures, and what is owed and why."""
+    """The part of a state that is still valid for the next courier: failure counts and unconfirmed events."""
     if state is None:
         return DeliveryStatus()
-    troubled = state.state in {"retrying", "parked", "failed"}  # then the error is that of the delivery
+    troubled = state.state in {"retrying", "parked", "failed"}  # in these, `error` is about the delivery
     return DeliveryStatus(
         owed=state.owed,
         owed_fix=state.owed_fix,
@@ -76,11 +76,11 @@ def kept(state: DeliveryStatus | None) -> DeliveryStatus:
 
 
 def is_held(disk: Disk, directory: str, name: str) -> bool:
-    """Whether a courier delivers to this adapter now, in any process."""
+    """Whether a courier of any process delivers to this adapter now."""
     try:
         return disk.is_locked(layout.courier_file(directory, name, "lock"))
     except OSError:
-        return False  # whoever takes the lock will learn
+        return False  # acquiring the lock will show the error
 
 
 def _read(data: bytes) -> DeliveryStatus:

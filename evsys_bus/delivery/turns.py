@@ -1,9 +1,9 @@
-"""`SHORT_TURNS`: while couriers work on threads of a program, its other threads need not wait long for the interpreter.
+"""`SHORT_TURNS`: a shorter interpreter switch interval while couriers run on threads of the program.
 
-A thread that wakes asks the one at work to let it go on, which it does after the interpreter's switch interval: 5 ms,
-unless the program says otherwise. A system call lets go as well, but a short one is over, and the interpreter taken
-again, before the thread that waits has woken (seen; "convoy effect"). So the interval is shorter as long as a courier's
-thread lives, and what it was before once the last of them has ended.
+A thread that wakes up has to wait for the running thread to release the GIL, by default up to 5 ms
+(``sys.setswitchinterval``). System calls release the GIL too, but after a short one the running thread reacquires it
+before the waiting thread has woken up (measured; "convoy effect"). So the interval is shortened while any courier
+thread runs, and restored when the last one has ended.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Final
 
 
 class SwitchInterval:
-    """The interpreter's, for those who want it short; there is one for the whole process."""
+    """Reference-counted override of ``sys.setswitchinterval``; one object for the whole process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,10 +24,10 @@ class SwitchInterval:
 
     @contextmanager
     def at_most(self, seconds: float) -> Generator[None, None, None]:
-        """Inside it, no thread keeps the interpreter for longer while another one waits; from any thread.
+        """Limit the switch interval inside the block; safe from any thread.
 
-        The first to come decides. A program that has set a shorter interval keeps it, and so does one that sets another
-        one meanwhile.
+        The first of several nested or concurrent blocks sets the value. A shorter interval that the program has set is
+        kept, and so is one that it sets meanwhile.
         """
         with self._lock:
             self._users += 1

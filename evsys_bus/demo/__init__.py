@@ -1,6 +1,6 @@
-"""The demo: a real experiment on real data, in a few seconds, with nothing to download.
+"""The demo: a real experiment on real data that takes a few seconds and downloads nothing.
 
-``digits.yaml`` is the experiment; this module is its recipe, and runs it from Python.
+``digits.yaml`` is the experiment; this module provides its recipe and runs it from Python.
 """
 
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ from evsys_bus.training import Experiment
 from evsys_bus.wiring import ExperimentConfig, load_experiment, read_document
 
 DEMO_FILE: Final = Path(__file__).with_name("digits.yaml")
-"""The experiment; copy it to make one of your own."""
+"""The experiment file; copy it to make your own."""
 
 __all__ = ["DEMO_FILE", "DigitsRun", "demo_config", "recipe", "run_demo"]
 
 
 def demo_config(output_dir: Path | str | None = None, **params: Any) -> ExperimentConfig:
-    """The experiment as its file says, with some parameters over those of all arms. Any: as `DigitsRun` has them.
+    """Load the experiment from its file; ``params`` (fields of `DigitsRun`) override those of all arms.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing.
@@ -36,13 +36,13 @@ def demo_config(output_dir: Path | str | None = None, **params: Any) -> Experime
 async def run_demo(
     output_dir: Path | str, callbacks: Iterable[object] | None = None, *, resume: bool = False, **params: Any
 ) -> ExperimentResult:
-    """Train every arm with every seed. Any: as `DigitsRun` has them.
+    """Train every arm with every seed.
 
     Args:
-        output_dir: Where everything goes.
-        callbacks: Default: those of the file.
-        resume: Continue what ``output_dir`` holds.
-        **params: Over those of all arms: ``steps=50``.
+        output_dir: The directory for all output.
+        callbacks: The callbacks to use instead of those of the file.
+        resume: Continue the experiment in ``output_dir``.
+        **params: Fields of `DigitsRun` that override those of all arms, such as ``steps=50``.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing, or ``output_dir`` cannot be used.

@@ -1,7 +1,7 @@
-"""The demo's job: a small network that learns to read handwritten digits, behind the protocols of the training loop.
+"""A small network that learns to read handwritten digits, implementing the protocols of the training loop.
 
-It owns the data, the network and the benchmarks. scikit-learn brings the digits (1,797 images of 8x8 pixels, from the
-UCI repository), so nothing is downloaded; numpy does the arithmetic. Everything follows from the seed.
+Contains the data, the network and the benchmarks of the demo. scikit-learn includes the digits (1,797 images of 8x8
+pixels, from the UCI repository), so nothing is downloaded; numpy does the arithmetic. The seed determines everything.
 """
 
 import copy
@@ -27,22 +27,22 @@ EPSILON: Final = 1e-8
 
 
 class Images(NamedTuple):
-    """Some of the digits."""
+    """A subset of the digits."""
 
     ids: Labels
-    """Which of the 1,797 they are."""
+    """Their indices among the 1,797."""
     pixels: Floats
     """(n, 64), from 0 to 1."""
     labels: Labels
     """(n,), from 0 to 9."""
 
     def some(self, places: Labels) -> "Images":
-        """Those at these places."""
+        """Return the images at these indices."""
         return Images(self.ids[places], self.pixels[places], self.labels[places])
 
 
 class Split(NamedTuple):
-    """The digits in three parts that share no image."""
+    """The digits in three disjoint parts."""
 
     train: Images
     val: Images
@@ -50,8 +50,8 @@ class Split(NamedTuple):
 
 
 def load_split(seed: int) -> Split:
-    """Two thirds to train on; the rest in halves, to validate on and to test on. The seed shuffles them."""
-    bunch = cast("Any", load_digits())  # Any: scikit-learn has no types
+    """Split the digits, shuffled by the seed: two thirds to train, one sixth to validate, one sixth to test."""
+    bunch = cast("Any", load_digits())  # scikit-learn has no types
     digits = Images(np.arange(len(bunch.target)), bunch.data / 16, bunch.target)
     order = np.random.default_rng((seed, 0)).permutation(len(digits.labels))
     train, val, test = np.split(order, [len(order) * 2 // 3, len(order) * 5 // 6])
@@ -59,7 +59,7 @@ def load_split(seed: int) -> Split:
 
 
 class DigitBatches:
-    """The batches of a run: each epoch a fresh shuffle, each made from its step's index alone."""
+    """The batches of a run, shuffled anew each epoch; each depends only on its step index."""
 
     def __init__(self, images: Images, seed: int, batch_size: int = 64) -> None:
         self._images = images
@@ -68,7 +68,7 @@ class DigitBatches:
         self.steps_per_epoch = len(images.labels) // self._size
 
     async def build_batch(self, step_idx: int) -> TrainingBatch:
-        """The batch of this step; what does not fill a batch at the end of an epoch sits that epoch out."""
+        """Return the batch of this step; a last incomplete batch of an epoch is dropped."""
         epoch, place = divmod(step_idx, self.steps_per_epoch)
         order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._images.labels))
         chosen = order[place * self._size : (place + 1) * self._size]
@@ -76,9 +76,9 @@ class DigitBatches:
 
 
 class DigitNetwork:
-    """Two layers and Adam: the backend.
+    """The backend: a network of two layers, trained by Adam.
 
-    A step takes a fraction of a millisecond, so it runs where it is awaited; a longer one would belong in a thread.
+    A step takes a fraction of a millisecond, so it runs on the event loop; a longer one would belong in a thread.
     """
 
     def __init__(self, directory: Path, seed: int, *, hidden: int = 128, lr: float = 0.003) -> None:
@@ -97,7 +97,7 @@ class DigitNetwork:
         self._directory = directory
 
     async def forward_backward(self, batch: TrainingBatch) -> dict[str, float]:
-        """Cross entropy of the batch, and its gradients."""
+        """Compute the cross entropy of the batch and its gradients."""
         images: Images = batch.data
         hidden, chances = self._forward(images.pixels)
         rows = np.arange(len(images.labels))
@@ -116,7 +116,7 @@ class DigitNetwork:
         return {"loss": loss, "accuracy": float(accuracy)}
 
     async def optim_step(self) -> dict[str, float]:
-        """One update by Adam."""
+        """Update the weights by Adam."""
         self._updates += 1
         for name, gradient in self._gradients.items():
             mean, square = self._mean[name], self._square[name]
@@ -129,23 +129,23 @@ class DigitNetwork:
         return {"grad_norm": float(norm)}
 
     async def save_state(self, name: str) -> str:
-        """Weights, both moments and the number of updates, as ``<name>.state.npz``."""
+        """Save weights, both moments and the number of updates as ``<name>.state.npz``."""
         moments = {f"mean.{key}": value for key, value in self._mean.items()}
         moments |= {f"square.{key}": value for key, value in self._square.items()}
         return self._write(f"{name}.state.npz", {**self.weights, **moments, "updates": np.array(self._updates)})
 
     async def save_weights_for_sampler(self, name: str) -> str:
-        """The weights, as ``<name>.weights.npz``."""
+        """Save the weights as ``<name>.weights.npz``."""
         return self._write(f"{name}.weights.npz", self.weights)
 
     async def snapshot_for_sampler(self) -> "DigitNetwork":
-        """A network of its own with these weights; it is not trained any further with this one."""
+        """Return a copy of the network that later training does not change."""
         twin = copy.copy(self)
         twin.weights = {name: weight.copy() for name, weight in self.weights.items()}
         return twin
 
     async def load_state(self, path: str) -> None:
-        """Exactly what `save_state` saved."""
+        """Restore exactly what `save_state` saved."""
         with np.load(path) as saved:
             self.weights = {name: saved[name] for name in self.weights}
             self._mean = {name: saved[f"mean.{name}"] for name in self.weights}
@@ -153,7 +153,7 @@ class DigitNetwork:
             self._updates = int(saved["updates"])
 
     def chances(self, pixels: Floats) -> Floats:
-        """(n, 10): how likely each image shows each digit."""
+        """Return the probability of each digit for each image, with shape (n, 10)."""
         return self._forward(pixels)[1]
 
     def _forward(self, pixels: Floats) -> tuple[Floats, Floats]:
@@ -163,7 +163,7 @@ class DigitNetwork:
         return hidden, likely / likely.sum(axis=1, keepdims=True)
 
     def _write(self, name: str, arrays: "dict[str, Floats]") -> str:
-        """A file appears whole or not at all, so that a kill in the middle never leaves half a checkpoint."""
+        """Write atomically, so that a kill never leaves half a checkpoint."""
         path = self._directory / name
         content = BytesIO()
         np.savez(content, **arrays)  # pyright: ignore[reportArgumentType] # its keyword allow_pickle is no array
@@ -172,7 +172,7 @@ class DigitNetwork:
 
 
 class DigitBenchmark:
-    """How many digits of a part the network reads right: overall, per digit, and image by image."""
+    """Accuracy of the network on one part of the digits: overall, per digit, and image by image."""
 
     def __init__(self, name: str, images: Images, *, tag: str, every: int = 0) -> None:
         self.name = name
@@ -181,12 +181,12 @@ class DigitBenchmark:
         self._tag = tag
 
     async def evaluate(self, state: LoopState) -> Benchmark:
-        """Score the state's backend."""
+        """Score the backend of the state."""
         backend: SnapshotBackend = state.backend
         return self.score(cast("DigitNetwork", await backend.snapshot_for_sampler()))
 
     def score(self, network: DigitNetwork) -> Benchmark:
-        """Accuracy, cross entropy, accuracy by digit; per image a row: its number, its label, what was read."""
+        """Compute accuracy, cross entropy and accuracy by digit, and one prediction per image."""
         ids, pixels, labels = self._images
         chances = network.chances(pixels)
         outputs = chances.argmax(axis=1)

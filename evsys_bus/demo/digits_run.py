@@ -1,4 +1,4 @@
-"""The demo's recipe: from the parameters of an arm to the pieces of a run."""
+"""The recipe of the demo: builds the parts of a run from the parameters of an arm."""
 
 import functools
 from typing import Annotated
@@ -10,22 +10,22 @@ from evsys_bus.training import RunParts, RunPlan
 
 
 class DigitsRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an arm of the digits can be told."""
+    """The parameters of an arm of the demo."""
 
     lr: Annotated[float, msgspec.Meta(gt=0)] = 0.003
-    """Adam's learning rate."""
+    """Learning rate of Adam."""
     hidden: Annotated[int, msgspec.Meta(ge=1)] = 128
     """Units of the hidden layer."""
     steps: Annotated[int, msgspec.Meta(ge=1)] = 600
     batch_size: Annotated[int, msgspec.Meta(ge=1)] = 64
     eval_every: Annotated[int, msgspec.Meta(ge=0)] = 100
-    """Validate, and save a checkpoint, after every so many steps; 0 for never."""
+    """Validate and save a checkpoint every this many steps; 0 for never."""
     split_seed: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """Which images are held out: the same for every run, so that runs can be compared."""
+    """Determines which images are held out: the same for every run, so that runs can be compared."""
 
 
 def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
-    """A network, its batches, and the two benchmarks; the run's seed decides its every number but the times.
+    """Build a network, its batches and two benchmarks; the seed of the run determines every number but the times.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing.
@@ -48,7 +48,7 @@ def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
 
 
 def require_extra() -> None:
-    """Say how to install what the digits need.
+    """Check that the packages of the demo are installed.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing.
@@ -66,7 +66,7 @@ def require_extra() -> None:
 
 @functools.cache
 def _one_blas_thread() -> None:
-    """For the whole process, for good: on matrices this small more threads only cost, and sums come out the same."""
+    """Limit BLAS to one thread for the whole process: faster on matrices this small, and sums are reproducible."""
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(limits=1)

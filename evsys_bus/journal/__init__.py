@@ -1,6 +1,7 @@
-"""The journal: an append-only record of what a process published, that outlives the process.
+"""The journal: an append-only record of published events that outlives the process.
 
-It owns bytes, files and cursors; what the bytes say is the codec's business. The format is in docs/journal-format.md.
+This package owns the files, their bytes and the cursors. Events are encoded and decoded by `evsys_bus.codec`. The
+format is described in docs/journal-format.md.
 """
 
 from evsys_bus.disk import Disk, OsDisk

@@ -1,4 +1,4 @@
-"""What the disk did not take: it waits in memory, in order, within bounds, until the disk takes it or it is lost."""
+"""A bounded in-memory queue of records that the disk has refused so far."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 
 class Waiting(NamedTuple):
-    """One record that is not on disk."""
+    """A record that is not on disk yet."""
 
     sequence: int
     record: bytes
     keep: bool
-    """Whether it is to be given up last: starts, ends and checkpoints."""
+    """Whether it is among the last to be dropped: starts, ends and checkpoints."""
 
 
 class Backlog:
-    """Records in their order; what does not fit in the bounds is given up by `trim`, and counted."""
+    """Pending records in sequence order. Records beyond the limits are dropped by `trim` and counted in ``lost``."""
 
     def __init__(self, most: int, most_bytes: int) -> None:
         self.lost = 0
@@ -31,29 +31,29 @@ class Backlog:
         return iter(tuple(self._waiting))
 
     def put(self, waiting: Waiting) -> None:
-        """Add the newest one."""
+        """Add the newest record."""
         self._waiting.append(waiting)
         self.bytes += len(waiting.record)
 
     def trim(self) -> None:
-        """Keep to the bounds: the oldest go first, but for those to be kept. At least the newest one stays."""
+        """Drop records until the limits hold: the oldest first, those with `keep` last. The newest one always stays."""
         while len(self._waiting) > 1 and (len(self._waiting) > self._most or self.bytes > self._most_bytes):
             self._give_up(self._least_wanted())
 
     def first(self) -> Waiting | None:
-        """The oldest one."""
+        """The oldest record, or None. It stays in the queue."""
         return self._waiting[0] if self._waiting else None
 
     def written(self) -> None:
-        """The oldest one is on disk."""
+        """Remove the oldest record, because it is on disk now."""
         self.bytes -= len(self._waiting.popleft().record)
 
     def withdraw(self) -> None:
-        """Take the newest one out again; its publisher is told."""
+        """Remove the newest record, because its publisher gets an error instead."""
         self.bytes -= len(self._waiting.pop().record)
 
     def reduce(self, most_bytes: int) -> None:
-        """Give up what does not fit: the oldest first, and those to be kept last."""
+        """Keep only what fits into this many bytes: records with `keep` first, then the newest of the others."""
         chosen: set[int] = set()
         left = most_bytes
         for keep in (True, False):

@@ -1,8 +1,8 @@
-"""Which stream a new writer may write: one that a dead writer of the same rank left, or a new one.
+"""Choosing and locking the stream of a new writer: the newest stream of its rank, or a new one.
 
-Only the newest stream of a rank is continued, so that what is written later never stands before what was written
-earlier; and only in the boot in which it was written. After a power cut the newest records of a stream may be gone
-although followers have had them; their sequences must not be given to other events.
+Only the newest stream of a rank is continued, so that the order of streams stays the order in which they were written;
+and only if the machine has not been restarted since. After a power cut the newest records of a stream may be lost
+although they were delivered; their sequences must not be given to other events.
 """
 
 import os
@@ -22,20 +22,20 @@ from evsys_bus.journal.signature import sign, signed
 
 
 class Claim(msgspec.Struct):
-    """A stream that is this process's to write, for as long as the lock's file stays open."""
+    """A stream that this process may write, for as long as the lock file stays open."""
 
     stream: str
     lock: int | None
-    """None where the file system has no locks; the stream is then a new one, and nobody continues it."""
+    """The open lock file. None where the file system has no locks; the stream is then new and is never continued."""
     ordinal: int = 0
-    """Of the stream's last segment."""
+    """The ordinal of the stream's last segment."""
     next_sequence: int = 1
     inherited: list[str] = []
-    """The segments that were there: how much of them is on the medium, only their dead writer knew."""
+    """Segments of the previous writer. They may not have been synced."""
 
 
 def claim(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = "r") -> Claim:
-    """Lock a stream.
+    """Lock the newest stream of the rank, or create and lock a new one.
 
     Raises:
         OSError: The directory cannot be written.
@@ -52,7 +52,10 @@ def claim(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = 
 
 
 def hold(disk: Disk, clock: Clock, directory: str, stream: str) -> int | None:
-    """Lock a stream that is this process's already; None where the file system has no locks, or it was taken."""
+    """Lock a stream that this process writes.
+
+    Returns None where the file system has no locks, or another process has it.
+    """
     path = f"{directory}/{stream}/{layout.LOCK}"
     try:
         lock = disk.lock(path)
@@ -65,12 +68,12 @@ def hold(disk: Disk, clock: Clock, directory: str, stream: str) -> int | None:
 
 
 def owner(disk: Disk, directory: str, stream: str) -> Owner | None:
-    """Who writes the stream, or wrote it last."""
+    """The current or last writer of a stream."""
     return signed(disk, f"{directory}/{stream}/{layout.LOCK}")
 
 
 def _mark(disk: Disk, directory: str) -> None:
-    """Have the directory say that it is a journal; where it cannot, its streams say so."""
+    """Write the journal file. Without it the streams still identify the directory as a journal."""
     try:
         layout.mark_as_journal(disk, directory)
     except OSError as error:
@@ -78,7 +81,7 @@ def _mark(disk: Disk, directory: str) -> None:
 
 
 def _continued(disk: Disk, clock: Clock, directory: str, stream: str) -> Claim | None:
-    """The stream, if it is free and may be continued."""
+    """Lock the stream if it is free and may be continued."""
     before = owner(disk, directory, stream)
     if before is None or not before.boot or (before.boot, before.host) != (disk.boot(), os.uname().nodename):
         return None

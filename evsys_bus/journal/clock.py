@@ -1,23 +1,23 @@
-"""Time, as the journal sees it. The wall clock is for people and for ages; waiting goes by the monotonic one."""
+"""Clocks. Wall time is for display and for ages; waiting uses monotonic time."""
 
 import time
 from typing import Protocol
 
 
 class Clock(Protocol):
-    """What the journal asks of time."""
+    """The clocks that the journal needs."""
 
     def wall(self) -> float:
-        """Seconds since the epoch; may jump."""
+        """Seconds since the epoch. May jump."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds; never goes back."""
+        """Seconds. Never goes backwards."""
         ...
 
 
 class OsClock:
-    """The machine's clocks."""
+    """The clocks of the operating system."""
 
     wall = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)

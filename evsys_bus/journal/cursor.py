@@ -1,4 +1,4 @@
-"""Cursors: how far each follower has got in each stream, in one small file each, replaced whole or not at all."""
+"""Cursors: the position of each adapter in each stream, in one small file per adapter that is replaced atomically."""
 
 from typing import Any, Final, NamedTuple
 
@@ -12,47 +12,47 @@ from evsys_bus.where import decode_json, encode_json
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
-    """How far a follower has got in one stream."""
+    """The position of an adapter in one stream."""
 
     sequence: int = 0
-    """Of the last event that it is done with."""
+    """Of the last event that the adapter is finished with: delivered, or a dead letter."""
     delivered: int = 0
     dead: int = 0
-    """Of those that it is done with: how many it did not take, and never will."""
+    """How many of the events up to the position became dead letters."""
 
 
 class Cursor(msgspec.Struct, omit_defaults=True):
-    """How far a follower has got; all of it is true of the same moment."""
+    """The positions of one adapter in all streams, with the state that belongs to them."""
 
     streams: dict[str, Place] = {}
     steps: dict[str, int] = {}
-    """The largest step that was delivered, by run, for the runs that are open there."""
+    """The largest step that was delivered, by run, for the runs that are open at this position."""
     mark: Any = None
-    """How far what the follower wrote itself has got, in its own words. Any: plain data."""
+    """What the adapter's ``mark()`` returned at this position: plain data."""
     kind: str = ""
-    """Whose words those are; empty where that is not known, and anybody of the follower's name takes the cursor on."""
+    """The kind of adapter that wrote the mark. Empty if unknown; any adapter with this name may then use it."""
 
     def place(self, stream: str) -> Place:
-        """How far in this stream."""
+        """The position in this stream."""
         return self.streams.get(stream, _START)
 
 
 class Cursors:
-    """The cursors of one journal. One process at a time moves a given follower's."""
+    """Reads and writes the cursors of one journal. Only one process at a time may save the cursor of an adapter."""
 
     def __init__(self, directory: str, disk: Disk | None = None) -> None:
         self._directory = directory
         self._disk = OsDisk() if disk is None else disk
 
     def followers(self) -> list[str]:
-        """Who has one."""
+        """The names of all adapters that have a cursor."""
         return layout.followers(self._disk, self._directory)
 
     def registered(self) -> set[str]:
-        """Who has a cursor or a spec: whom retention waits for.
+        """The names of all adapters that have a cursor or a spec. Retention waits for these.
 
         Raises:
-            OSError: That cannot be told now.
+            OSError: A folder cannot be listed now.
         """
         found: set[str] = set()
         for folder, suffix in ((layout.CURSORS, _CURSOR), (layout.COURIERS, _SPEC)):
@@ -64,9 +64,9 @@ class Cursors:
         return found
 
     def load(self, follower: str) -> Cursor:
-        """Where the follower's cursor stands; at the beginning, where it has none.
+        """Load a cursor. A missing one starts at the beginning of every stream.
 
-        A cursor that cannot be read counts as none: what was delivered since is delivered again.
+        An unreadable one counts as missing: what was delivered is delivered again.
         """
         try:
             return self.look(follower)
@@ -75,33 +75,31 @@ class Cursors:
             return Cursor()
 
     def look(self, follower: str) -> Cursor:
-        """As `load`, for those who only ask.
+        """Load a cursor without changing any file. A damaged one counts as missing.
 
         Raises:
-            OSError: It cannot be read now.
+            OSError: The file cannot be read now.
         """
         return self._read(follower, set_aside=False)
 
     def read(self, follower: str) -> Cursor:
-        """As `load`, for those who move it: a cursor that is there and cannot be read now is no reason to begin anew.
-
-        What is damaged is set aside.
+        """Load a cursor in order to save it later. A damaged file is quarantined.
 
         Raises:
-            OSError: It cannot be read now.
+            OSError: The file cannot be read now. Do not start from the beginning because of this.
         """
         return self._read(follower, set_aside=True)
 
     def place_of(self, follower: str, stream: str) -> int:
-        """The sequence of the last event in the stream that the follower is done with; 0 where no cursor says so.
+        """The sequence of the last event in the stream that the adapter is finished with; 0 without a cursor.
 
         Raises:
-            OSError: Its cursor cannot be read now.
+            OSError: The cursor cannot be read now.
         """
         return self._read(follower, set_aside=False).place(stream).sequence
 
     def terms_of(self, follower: str) -> "Terms":
-        """What its spec says of whom it is served; where there is none, or a damaged one, it may want everything.
+        """Load what the journal needs from the adapter's spec. Without a valid spec it may receive every stream.
 
         Raises:
             OSError: The spec cannot be read now.
@@ -123,25 +121,25 @@ class Cursors:
         return layout.cursor_file(self._directory, follower)
 
     def save(self, follower: str, cursor: Cursor) -> None:
-        """Have the follower's cursor stand there, on the medium when this returns."""
+        """Save the cursor. It is synced to disk when this returns."""
         self._disk.make_directory(f"{self._directory}/{layout.CURSORS}")
         self._disk.replace(self._path(follower), encode_json(cursor))
 
     def furthest(self, stream: str) -> int:
-        """The sequence in this stream that some follower is done with; 0 where none is."""
+        """The largest sequence in this stream that any adapter is finished with; 0 if there is none."""
         return max((self.load(each).place(stream).sequence for each in self.followers()), default=0)
 
 
 class Terms(NamedTuple):
-    """What of a follower's spec concerns the journal."""
+    """The part of an adapter's spec that the journal needs."""
 
     ranks: tuple[int, ...] | None
-    """Whose streams it is served; None for all."""
+    """The ranks whose streams it receives; None for all."""
     left_at: float | None = None
-    """Since when no program follows it any more; None while one does."""
+    """When the adapter was removed from the config, in seconds since the epoch; None while it is in use."""
 
     def serves(self, stream: str) -> bool:
-        """Whether it is served this stream."""
+        """Whether the adapter receives this stream."""
         return self.ranks is None or layout.rank_of(stream) in self.ranks
 
 

@@ -1,13 +1,13 @@
-"""Frames: how a record stands in a segment, and how records are found again in bytes that may be torn or damaged.
+"""Frames: the encoding of records in a segment, and the search for records in torn or damaged bytes.
 
     segment  = head (12 bytes), frame, frame, …
     head     = "EVSYSJ" · version (u16) · checksum (u32) of these eight bytes
     frame    = checksum (u32) · mark "EJ" · kind (u16) · length (u32) · sequence (u64) · payload (length bytes)
 
-All numbers are little-endian. A frame's checksum is CRC-32 of everything behind it, so no bit of a frame can change
-unnoticed. The mark is there to find the next frame behind a damaged one without trying every byte. The head has a
-checksum so that a flipped bit in it is not taken for a format of the future. This module owns the bytes, and knows no
-file. The page for people is docs/journal-format.md.
+All numbers are little-endian. A frame's checksum is the CRC-32 of all bytes of the frame after the checksum itself. The
+mark makes it possible to find the next frame after a damaged one without trying every byte. The head has a checksum so
+that a flipped bit in it is not read as a later format version. This module works on bytes and opens no files. The
+format is described in docs/journal-format.md.
 """
 
 import struct
@@ -16,16 +16,16 @@ from typing import Final, NamedTuple
 from zlib import crc32
 
 VERSION: Final = 1
-"""Of the format. A reader refuses a newer one; kinds of frames may be added without a new version."""
+"""The format version. A reader refuses later ones; new kinds of frames do not change it."""
 MAX_PAYLOAD_BYTES: Final = 64 << 20
-"""A length beyond this is damage; the codec keeps events far below it."""
+"""A larger length is treated as damage. The codec keeps events far below it."""
 
 EVENT: Final = 0
-"""Kind: an envelope. Readers pass over kinds that they do not know."""
+"""Kind: an envelope. Readers skip kinds that they do not know."""
 CARRIED: Final = 1
-"""Kind: the start event of a run that was open when the segment began, with the sequence it was first given."""
+"""Kind: the start event of a run that was open when the segment was created."""
 CLOSED: Final = 2
-"""Kind: the writer closed the journal; no payload, and the sequence that the next event would have had."""
+"""Kind: the writer closed the journal. No payload; its sequence is the one that the next event would have."""
 
 _SUM_BYTES: Final = 4
 _BODY: Final = struct.Struct("<2sHIQ")
@@ -41,52 +41,52 @@ pack_sum: Final = struct.Struct("<I").pack
 
 
 class Frame(NamedTuple):
-    """One whole record."""
+    """A complete record."""
 
     end: int
-    """Offset behind its last byte, in the buffer that was scanned."""
+    """The offset after its last byte in the scanned buffer."""
     sequence: int
     kind: int
     payload: memoryview
 
 
 class Damage(NamedTuple):
-    """Bytes that are no frame, with a whole frame behind them."""
+    """Bytes that are not a valid frame, followed by a valid frame."""
 
     end: int
     length: int
 
 
 class Run(NamedTuple):
-    """Whole events that number on, one after another."""
+    """Complete events with consecutive sequences."""
 
     first: int
-    """The sequence of the first of them."""
+    """The sequence of the first event."""
     payloads: list[bytes]
     carried: bool = False
-    """Whether these are start events that the segment repeats, of what was open when it began."""
+    """Whether these are start events that the segment repeats because their runs were open when it was created."""
 
 
 class Rest(NamedTuple):
-    """The end of the buffer: a frame that is not whole, or not whole yet."""
+    """The end of the buffer: an incomplete frame, which may still be being written."""
 
     length: int
 
 
 def pack(sequence: int, payload: bytes, kind: int = EVENT) -> bytes:
-    """One frame, to be appended by one write."""
+    """Encode a frame, to be appended by a single write."""
     body = pack_body(MARK, kind, len(payload), sequence) + payload
     return pack_sum(crc32(body)) + body
 
 
 def head(version: int = VERSION) -> bytes:
-    """The first bytes of a segment."""
+    """Encode the header of a segment."""
     checked = _HEAD.pack(_MAGIC, version, 0)[:-_SUM_BYTES]
     return checked + crc32(checked).to_bytes(4, "little")
 
 
 def version_in(buffer: bytes) -> int | None:
-    """The version that a segment's head names; None where the head is damaged or cut."""
+    """The version in a segment's header; None if the header is damaged or cut."""
     if len(buffer) < HEAD_BYTES:
         return None
     magic, version, checksum = _HEAD.unpack_from(buffer)
@@ -95,10 +95,10 @@ def version_in(buffer: bytes) -> int | None:
 
 
 def scan(buffer: bytes, start: int = 0) -> Iterator[Frame | Damage | Rest]:
-    """What stands in the buffer from ``start`` on, in order, until its end.
+    """Yield the frames in the buffer from ``start`` on, and the bytes between them that are not frames.
 
-    Only the last item can be a `Rest`. Whether it is a record on its way, a torn one or damage is not to be told from
-    the bytes: it depends on whether the writer lives and whether anything follows.
+    Only the last item can be a `Rest`. The bytes do not show whether it is being written, torn or damaged: that depends
+    on whether the writer is alive and whether another segment follows.
     """
     view = memoryview(buffer)
     size = len(buffer)
@@ -117,9 +117,9 @@ def scan(buffer: bytes, start: int = 0) -> Iterator[Frame | Damage | Rest]:
 
 
 def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
-    """Pass over whole events that number on from ``sequence``: the offset behind them, and the sequence to come.
+    """Skip complete events with consecutive sequences. Returns the offset after them and the next expected sequence.
 
-    What `scan` would find there, in a third of the time, for those who only count.
+    Equivalent to `scan`, in a third of the time, for callers that only count.
     """
     view = memoryview(buffer)
     size = len(buffer)
@@ -138,7 +138,10 @@ def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
 
 
 def take(buffer: bytes, start: int, sequence: int) -> tuple[Run, int, int]:
-    """As `pass_over`, and with them what they hold."""
+    """Read complete events with consecutive sequences.
+
+    Returns them, the offset after them and the next expected sequence.
+    """
     view = memoryview(buffer)
     size = len(buffer)
     last = size - HEADER_BYTES
@@ -173,7 +176,7 @@ def _frame_at(view: memoryview, start: int) -> Frame | None:
 
 
 def _next_frame(buffer: bytes, view: memoryview, start: int) -> int | None:
-    """Where the next whole frame begins."""
+    """The offset of the next valid frame."""
     mark = buffer.find(MARK, start + _SUM_BYTES)
     while mark >= 0:
         if _frame_at(view, mark - _SUM_BYTES) is not None:

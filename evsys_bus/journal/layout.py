@@ -1,22 +1,22 @@
-"""What a journal's directory holds, and how its names are made and read.
+"""The directory layout of a journal: paths and names, and how they are built and parsed.
 
 journal/
-  journal.json                      says that this is a journal, and of which version
+  journal.json                      identifies the directory as a journal, with the format version
   r0-000007-20260131T120000-5f3a91c2/
-                                    a stream: what one writer after another appended; rank 0, the seventh of that rank
+                                    a stream of rank 0, the seventh of that rank; one or more writers in succession
   c0-000001-20260131T120001-77d0e4b9/
-                                    the same, of couriers: what delivery learnt
+                                    a stream of couriers: what was published about delivery
     000001-1.seg                    its first segment, whose first event has sequence 1
-    000002-80412.seg                its second
-    lock                            held by the live writer; says who that is
-    reserve                         room for the last words on a full disk
+    000002-80412.seg                its second segment
+    lock                            locked by the current writer, and names it
+    reserve                         disk space reserved for the last events on a full disk
   cursors/
-    csv_metrics.json                how far one follower has got, by stream
+    csv_metrics.json                the position of an adapter in each stream
   couriers/
-    csv_metrics.lock                held by who delivers to it; says who that is
-    csv_metrics.spec.json           how it is built again
-    csv_metrics.state.json          how its delivery fares
-    csv_metrics.dead.jsonl          events that it did not take, and never will, with the reason
+    csv_metrics.lock                locked by the courier that delivers to the adapter, and names it
+    csv_metrics.spec.json           how to build the adapter again
+    csv_metrics.state.json          the delivery status
+    csv_metrics.dead.jsonl          events that will never be delivered, with the reason
 """
 
 import re
@@ -41,21 +41,21 @@ RESERVE: Final = "reserve"
 FORMAT_VERSION: Final = 1
 
 Family = Literal["r", "c"]
-"""Whose stream: a publishing process's, or a courier's."""
+"""Who writes the stream: a publishing process ("r") or a courier ("c")."""
 
 _STREAM: Final = re.compile(r"([rc])([0-9]+)(?:-([0-9]{6,}))?-[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
-"""The name of a stream: family, rank, counter, when it was begun (UTC), eight random digits. 0.1.0 wrote no counter."""
+"""The name of a stream: family, rank, counter, start time (UTC), eight random digits. 0.1.0 wrote no counter."""
 _LAST_SECOND: Final = 253402300799.0
-"""Of the year 9999."""
+"""The end of the year 9999."""
 _SEGMENT_SUFFIX: Final = ".seg"
 _CURSOR_SUFFIX: Final = ".json"
 
 
 class SegmentName(NamedTuple):
-    """The name of a segment, read."""
+    """The parsed name of a segment."""
 
     ordinal: int
-    """Counts the segments of a stream from 1 without a gap; retention takes from the front."""
+    """Counts the segments of a stream from 1 without a gap. Retention removes the lowest first."""
     first: int
     """The sequence of its first event."""
 
@@ -64,32 +64,32 @@ class SegmentName(NamedTuple):
 
 
 class Owner(msgspec.Struct, frozen=True):
-    """What a lock file says of the writer."""
+    """The owner that is recorded in a lock file."""
 
     pid: int
     host: str
     since: str
-    """ISO 8601, for people."""
+    """ISO 8601, for display."""
     boot: str = ""
-    """Names the time since the machine started."""
+    """Identifies the boot of the machine."""
 
 
 class JournalFile(msgspec.Struct, frozen=True):
-    """What ``journal.json`` says."""
+    """The content of ``journal.json``."""
 
     evsys_bus_journal: int
-    """The version of the format."""
+    """The format version."""
 
 
 def is_journal(disk: Disk, directory: str) -> bool:
-    """Whether a directory is a journal: it says so itself, or, where 0.1.0 wrote it, holds a stream."""
+    """Whether a directory is a journal: it has a journal file or, if 0.1.0 wrote it, a stream."""
     return _says_so(disk, directory) or any(
         _is_stream(disk, f"{directory}/{name}") for name in streams(disk, directory)
     )
 
 
 def mark_as_journal(disk: Disk, directory: str) -> None:
-    """Have a directory say that it is a journal.
+    """Write the journal file if it is missing.
 
     Raises:
         OSError: It cannot be written.
@@ -99,22 +99,22 @@ def mark_as_journal(disk: Disk, directory: str) -> None:
 
 
 def order_of(stream: str) -> tuple[int, str]:
-    """What to sort streams by, the one that was begun first coming first; clocks have no part in it.
+    """The sort key of a stream, by which earlier streams come first. Clocks play no part in it.
 
-    The counter in the name decides. Streams of 0.1.0 have none: they come first, in the order of their names.
+    Streams are ordered by the counter in their names. Streams of 0.1.0 have none: they come first, ordered by name.
     """
     found = _STREAM.fullmatch(stream)
     return (int(found[3] or 0) if found is not None else 0, stream)
 
 
 def new_stream(rank: int, wall: float, family: Family = "r", older: Iterable[str] = ()) -> str:
-    """A name that no other writer takes, and that comes behind those of the older streams (`order_of`).
+    """A unique name for a new stream, which sorts after the existing ones (`order_of`).
 
     Args:
-        rank: Of its writer.
-        wall: What the clock says; for people.
-        family: Whose stream it is.
-        older: The streams of that rank and family that are there.
+        rank: The rank of the writer.
+        wall: The wall time, for display.
+        family: Who writes the stream.
+        older: The existing streams of that rank and family.
     """
     counter = 1 + max((order_of(each)[0] for each in older), default=0)
     begun = time.strftime("%Y%m%dT%H%M%S", time.gmtime(min(max(wall, 0.0), _LAST_SECOND)))
@@ -122,7 +122,7 @@ def new_stream(rank: int, wall: float, family: Family = "r", older: Iterable[str
 
 
 def streams(disk: Disk, directory: str, rank: int | None = None, family: Family | None = "r") -> list[str]:
-    """The streams in a journal, in their order; of one rank and family, or of all. None where there is no journal."""
+    """List the streams of a journal in order, of one rank and family or of all; none where there is no journal."""
     try:
         names = disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -133,14 +133,14 @@ def streams(disk: Disk, directory: str, rank: int | None = None, family: Family 
 
 
 def segments(disk: Disk, folder: str) -> list[SegmentName]:
-    """The segments of a stream, in order: all that are there when this is called, and none without those before it.
+    """List the segments of a stream in order, without those after a gap.
 
-    A folder that is listed while files are made in it may show a later one of them and not an earlier one.
+    A folder that is listed while files are created in it may show a later file and miss an earlier one.
     """
     names = _listed(disk, folder)
     if not names or names[-1].ordinal - names[0].ordinal < len(names):
         return names
-    last, names = names[-1], _listed(disk, folder)  # all before that one are there by now, or were removed
+    last, names = names[-1], _listed(disk, folder)  # all earlier ones are listed by now, or were removed
     for place in range(max(1, bisect_right(names, last)), len(names)):
         if names[place].ordinal > names[place - 1].ordinal + 1:
             return names[:place]
@@ -156,7 +156,7 @@ def _listed(disk: Disk, folder: str) -> list[SegmentName]:
 
 
 def removed_in_front(names: Sequence[SegmentName]) -> int:
-    """How many events were in segments that stood before these, as `retain` removes them."""
+    """How many events were in segments that retention removed before these."""
     return names[0].first - 1 if names and names[0].ordinal > 1 else 0
 
 
@@ -166,17 +166,17 @@ def rank_of(stream: str) -> int:
 
 
 def cursor_file(directory: str, follower: str) -> str:
-    """Where a follower's cursor stands."""
+    """The path of an adapter's cursor."""
     return f"{directory}/{CURSORS}/{quote(follower, safe='', errors='surrogateescape')}{_CURSOR_SUFFIX}"
 
 
 def courier_file(directory: str, follower: str, what: Literal["lock", "spec.json", "state.json", "dead.jsonl"]) -> str:
-    """Where something of a follower's courier stands."""
+    """The path of a courier file of an adapter."""
     return f"{directory}/{COURIERS}/{quote(follower, safe='', errors='surrogateescape')}.{what}"
 
 
 def followers(disk: Disk, directory: str) -> list[str]:
-    """Who has a cursor."""
+    """The names of all adapters that have a cursor."""
     try:
         names = disk.names(f"{directory}/{CURSORS}")
     except (FileNotFoundError, NotADirectoryError):
@@ -185,7 +185,7 @@ def followers(disk: Disk, directory: str) -> list[str]:
 
 
 def follower_of(name: str) -> str:
-    """The follower whose files are called so, but for their endings."""
+    """The name of an adapter, decoded from its file name without the suffix."""
     return unquote(name, errors="surrogateescape")
 
 
@@ -206,13 +206,13 @@ def _says_so(disk: Disk, directory: str, *, set_aside: bool = False) -> bool:
 
 
 def _is_stream(disk: Disk, folder: str) -> bool:
-    """Whether a folder that is called as streams are is one."""
+    """Whether a folder with the name of a stream is one."""
     try:
         return any(name == LOCK or _segment(name) is not None for name in disk.names(folder))
     except NotADirectoryError:
         return False
     except OSError:
-        return True  # a link to where it stands on another machine, say
+        return True  # for example a link to a folder of another machine
 
 
 _MOST_BYTES: Final = 4096

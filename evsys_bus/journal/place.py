@@ -1,8 +1,8 @@
-"""Where a new stream stands: in the journal's directory, or on a disk of this machine if that one lacks something.
+"""Where a new stream is created: in the journal's directory or, if its file system is not suitable, on a local disk.
 
-Network file systems may have no locks, or put what is appended in the wrong place. Then the stream, and with it what
-couriers lock, stands in a local directory, and in the journal stand symbolic links to them: everybody on this machine
-goes on by the same paths.
+Network file systems may have no locks, or write appended data to the wrong offset. Then the stream and the couriers'
+lock files are created in a local directory, and the journal gets symbolic links to them, so that every process on this
+machine uses the same paths.
 """
 
 import errno
@@ -17,11 +17,11 @@ _NOT_SUPPORTED: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS
 
 
 def place(disk: Disk, directory: str, stream: str) -> None:
-    """Make the directory of a new stream.
+    """Create the directory of a new stream.
 
     Raises:
-        OSError: The journal's directory cannot be written; or what is appended there goes astray, and no other
-            directory of this machine takes it either.
+        OSError: The journal's directory cannot be written; or its file system does not append correctly, and no local
+            directory can take the stream either.
     """
     lacks = _lacking(disk, directory)
     if lacks is not None:
@@ -35,7 +35,7 @@ def place(disk: Disk, directory: str, stream: str) -> None:
                 log().warning("journal.moved", directory=directory, to=local, lacks=lacks)
                 return
     if lacks == "appends":
-        raise OSError(errno.ENOTSUP, "its file system does not append, and no local directory took the journal")
+        raise OSError(errno.ENOTSUP, "its file system does not append, and no local directory can hold the journal")
     disk.make_directory(f"{directory}/{stream}")
 
 
@@ -56,7 +56,7 @@ def _move(disk: Disk, directory: str, stream: str, root: str, local: str) -> Non
 
 
 def _lacking(disk: Disk, directory: str) -> Literal["locks", "appends"] | None:
-    """What the file system of a directory does not do, as a small file there shows."""
+    """What the file system of a directory does not support, tested with a small file."""
     path = f"{directory}/.trial-{uuid4().hex}"
     file = disk.open_append(path)
     try:
@@ -69,7 +69,7 @@ def _lacking(disk: Disk, directory: str) -> Literal["locks", "appends"] | None:
 
 
 def _appends(disk: Disk, path: str, file: int) -> bool:
-    """Whether a write goes to the end, also where the end was moved: as after a short write that was taken back."""
+    """Whether a write goes to the end of the file, also after the file was truncated."""
     try:
         disk.write(file, b"ab")
         disk.truncate(file, 1)

@@ -1,7 +1,7 @@
-"""`JournalReader`: what a journal holds, read while it is written or years later.
+"""`JournalReader`: reads a journal, while it is being written or later.
 
-Damage is set aside and counted, never fatal; a record that was read before is passed over; a record on its way is not
-damage. A reader writes nothing.
+Damaged bytes are skipped and counted, never fatal. Repeated records are skipped. An incomplete record at the end of a
+live stream is not damage. A reader writes nothing.
 """
 
 import os
@@ -17,21 +17,21 @@ from evsys_bus.journal.scanning import SegmentNames, SegmentScan
 
 
 class Record(NamedTuple):
-    """One event, still encoded."""
+    """An event, still encoded."""
 
     sequence: int
     payload: bytes
 
 
 class JournalReader:
-    """The streams of a journal."""
+    """Reads the streams of a journal."""
 
     def __init__(self, directory: str | os.PathLike[str], disk: Disk | None = None) -> None:
         self.directory: Final = os.fspath(directory)
         self._disk = OsDisk() if disk is None else disk
 
     def streams(self, family: Family = "r") -> list[str]:
-        """Their names, the one that was begun first coming first. None where there is no journal."""
+        """List the streams in order; none where there is no journal."""
         return layout.streams(self._disk, self.directory, family=family)
 
     def is_live(self, stream: str) -> bool:
@@ -39,7 +39,7 @@ class JournalReader:
         return self._disk.is_locked(f"{self.directory}/{stream}/{layout.LOCK}")
 
     def read(self, stream: str, after: int = 0) -> Iterator[Record]:
-        """The events behind sequence ``after``, up to what is there now.
+        """Yield the events after sequence ``after`` that the stream has now.
 
         Raises:
             JournalVersionError: A newer version wrote them.
@@ -47,45 +47,45 @@ class JournalReader:
         return self.tail(stream, after).poll()
 
     def tail(self, stream: str, after: int = 0, *, patience: int = 0) -> "Tail":
-        """A place in the stream, to be polled.
+        """A reader of the stream to be polled for new events.
 
         Args:
             stream: Its name.
-            after: Give out what comes behind this sequence.
-            patience: How often in a row a segment that is there and cannot be read raises OSError, before it is passed
-                over, or, where none follows it, taken to have been read to its end.
+            after: Start after this sequence.
+            patience: After how many failures in a row to read an existing segment it is skipped or, if it is the last
+                one, treated as read. Earlier failures raise OSError.
         """
         return Tail(self._disk, f"{self.directory}/{stream}", after, patience)
 
 
 class Tail:
-    """A place in a stream."""
+    """Reads a stream incrementally, from a given sequence on."""
 
     def __init__(self, disk: Disk, folder: str, after: int = 0, patience: int = 0) -> None:
         self.last = after
-        """The sequence of the last event given out."""
+        """The sequence of the last event returned."""
         self.damaged_bytes = 0
         self.torn_bytes = 0
-        """Behind the last whole record of segments that are followed by another: writes cut short, as by a kill."""
+        """Bytes after the last complete record of segments that have a successor: writes cut short, as by a kill."""
         self.missing: list[tuple[int, int]] = []
-        """The sequences, first and last, that should have been there."""
+        """Ranges of missing sequences, first and last."""
         self.unreadable: list[str] = []
-        """Segments that could not be read, and were passed over."""
+        """Segments that were skipped because they could not be read."""
         self._disk = disk
         self._folder = folder
-        self._expected = after + 1 if after else None  # never one that was given out: what numbers on from it is new
+        self._expected = after + 1 if after else None  # never one that was returned: a run that starts with it is new
         self._names: Final = SegmentNames(disk, folder)
         self._at: SegmentName | None = None
         self._scan: SegmentScan | None = None
         self._suspect = -1
-        """Where damage ended that was seen once."""
+        """Where damage ended that was seen once and must be read again."""
         self._patience = patience
         self._refusals = 0
         self._given: Run | None = None
-        """Of which not all may have been taken."""
+        """The last run returned, which the caller may not have consumed completely."""
 
     def poll(self) -> Iterator[Record]:
-        """What came since the last poll; a record counts as given out when the iterator hands it over.
+        """Yield the events since the last poll. Each one counts as returned when the iterator yields it.
 
         Raises:
             JournalVersionError: A newer version wrote what follows.
@@ -96,11 +96,11 @@ class Tail:
                 yield Record(sequence, payload)
 
     def runs(self) -> Iterator[Run]:
-        """As `poll`, for those who take many: what numbers on comes together.
+        """Yield the events since the last poll in runs of consecutive sequences, which is faster than `poll`.
 
-        A run counts as given out when the next one is asked for.
+        A run counts as returned when the next one is requested.
         """
-        if self._given is not None:  # somebody stopped in the middle of it
+        if self._given is not None:  # the caller stopped in the middle of it
             first, payloads, carried = self._given
             taken = max(0, self.last + 1 - first)
             yield from self._give(Run(first + taken, payloads[taken:], carried))
@@ -114,7 +114,7 @@ class Tail:
             following = self._names.after(cast("SegmentName", self._at))
             if following is None:
                 return
-            # The old one may have grown between the reading and the listing; now it grows no more.
+            # The previous segment may have grown between the read and the listing. Now it is final.
             yield from self._drain(ended=True)
             self._enter(following)
 
@@ -132,7 +132,7 @@ class Tail:
         self._scan = SegmentScan(self._disk, f"{self._folder}/{name}")
 
     def _drain(self, *, ended: bool) -> Iterator[Run]:
-        """The rest of the segment; ``ended``: nothing is added to it any more."""
+        """Read the rest of the segment. ``ended``: nothing is appended to it any more."""
         scan = self._scan
         assert scan is not None
         try:
@@ -147,15 +147,15 @@ class Tail:
                 if self._refusals < self._patience:
                     raise
             if not ended:
-                return  # it may be for now only
+                return  # it may be temporary
             if is_gone:
                 self._names.forget()
-            if not is_gone or scan.offset:  # else its events are missing, and nothing more
+            if not is_gone or scan.offset:  # otherwise its events only count as missing
                 self.unreadable.append(scan.path)
         self._refusals = 0
 
     def _read_on(self, scan: SegmentScan, *, ended: bool) -> Generator[Run, None, bool]:
-        """Give out what follows; False where the same place has to be read again."""
+        """Yield what follows. Returns False if the same bytes must be read again."""
         for piece in scan.runs(self._expected or 1):
             if isinstance(piece, Run):
                 self._expect(piece.first)
@@ -168,14 +168,14 @@ class Tail:
             elif ended or scan.offset == self._suspect:
                 self.damaged_bytes += piece.length
             else:
-                # Perhaps it was read while it was written. Damage is what is damage when it is read again.
+                # It may have been read while it was being written. It counts as damage if it is there the second time.
                 self._suspect = scan.offset
                 scan.offset -= piece.length
                 return False
         return True
 
     def _single(self, piece: Frame) -> Run:
-        """The run of an event that stands alone; empty where it is none, or was given out."""
+        """The run of a single event; empty for other frames and for events that were returned before."""
         if piece.kind == frame.CLOSED:
             self._expect(piece.sequence)
         if piece.kind == frame.EVENT:
@@ -185,7 +185,7 @@ class Tail:
         return Run(piece.sequence, [bytes(piece.payload)] if new else [], piece.kind == frame.CARRIED)
 
     def _expect(self, sequence: int) -> None:
-        """All before this one has been given out, or is missing."""
+        """Record the sequences before this one that were not returned as missing."""
         if self._expected is not None and sequence > self._expected:
             self.missing.append((self._expected, sequence - 1))
         self._expected = max(self._expected or sequence, sequence)

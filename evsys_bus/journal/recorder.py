@@ -1,8 +1,8 @@
-"""`Recorder`: what happens to a record when the plain append will not do.
+"""`Recorder`: everything about writing a record beyond the plain append.
 
-A segment is due or there is none yet, the disk refused something, the directory is gone: the record goes through the
-backlog, in order, and the backlog is worked off into whatever segment takes it. All of this under one lock; the plain
-append (`JournalWriter.append`) takes none, and is allowed while ``ready``.
+It handles the start of a segment, errors of the disk and a removed directory. The record is put into the backlog, and
+the backlog is written in order to whichever segment accepts it. All of this is under one lock. The plain append
+(`JournalWriter.append`) takes no lock and is allowed while ``ready`` is true.
 """
 
 import errno
@@ -26,11 +26,11 @@ from evsys_bus.journal.segment import OpenSegment
 
 _DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM})
 _OVERDUE_SHARE: Final = 8
-"""A segment that could not be followed by a new one grows by an eighth before the next try."""
+"""If a new segment cannot be created, the current one grows by an eighth before the next attempt."""
 
 
 class Recorder:
-    """The writing of one stream, with its troubles."""
+    """Writes one stream and handles the errors of the disk."""
 
     def __init__(
         self, disk: Disk, clock: Clock, directory: str, *, segment_bytes: int, synced: bool, backlog: Backlog
@@ -40,32 +40,32 @@ class Recorder:
         self.directory: Final = directory
         self.faults: Final = FaultLog()
         self.state: Literal["new", "open", "closed", "forked"] = "new"
-        self.lock = threading.RLock()  # a signal handler that flushes may come to it in the middle of it
+        self.lock = threading.RLock()  # reentrant: a signal handler that flushes may interrupt its holder
         self.is_at_work = False
-        """Read under the lock: true only in a signal handler that came into the middle of `work_off`."""
+        """Checked under the lock: true only in a signal handler that interrupted `work_off`."""
         self.claim = Claim("", None)
         self.segment: OpenSegment | None = None
         self.retired: list[OpenSegment] = []
-        """Written to the end; upkeep syncs them, and a round later closes them."""
+        """Finished segments, to be synced by `Upkeep` and closed one round later."""
         self.parting: list[OpenSegment] = []
-        """Synced, and open for one round more: a plain append may have begun before the segment was retired."""
+        """Synced segments that stay open for one more round: a plain append may have started before."""
         self.backlog: Final = backlog
         self.reserve = Reserve(disk, "", 0)
         self.starts: list[tuple[str | None, int, bytes]] = []
-        """Scope, sequence and payload of the start events of what is still open."""
+        """Scope, sequence and payload of the start events whose scope is still open."""
         self.begun = 0
-        """How many segments were begun."""
+        """How many segments were created."""
         self.segments: Final = Begun(disk)
-        """Which those are."""
+        """The segments that were created."""
         self.failures = 0
-        """How often the disk refused something."""
+        """How many errors the disk has returned."""
         self.earlier_bytes = 0
-        """In segments before this one."""
+        """Bytes in the previous segments."""
         self._segment_bytes = segment_bytes
         self._synced = synced
         self.refusal: OSError | None = None
-        """What the disk said last, until it takes records again."""
-        # What the plain append uses.
+        """The last error, until the disk accepts records again."""
+        # Used by the plain append.
         self.ready = False
         self.file = -1
         self.left = 0
@@ -73,23 +73,28 @@ class Recorder:
 
     @property
     def folder(self) -> str:
-        """Where the stream's segments stand."""
+        """The directory of the stream."""
         return f"{self.directory}/{self.claim.stream}"
 
     @property
     def written_bytes(self) -> int:
-        """How much was written."""
+        """How many bytes were written."""
         return self.earlier_bytes + (self._segment_bytes - self.left if self.segment else 0)
 
     def open(self, claim: Claim, reserve_bytes: int) -> None:
-        """Take records from here on."""
+        """Start to accept records."""
         self.claim = claim
         self.reserve = Reserve(self.disk, f"{self.folder}/{layout.RESERVE}", reserve_bytes)
         self.reserve.hold()
         self.state = "open"
 
     def check_open(self) -> None:
-        """Raises: ForkedBusError, JournalClosedError."""
+        """Raise if no records are accepted.
+
+        Raises:
+            ForkedBusError: The process was forked from the one that opened the journal.
+            JournalClosedError: The journal is not open.
+        """
         if self.state == "forked":
             raise ForkedBusError(
                 "this journal belongs to the process that this one was forked from",
@@ -100,11 +105,11 @@ class Recorder:
             raise JournalClosedError(f"append to the journal {when}", fix="append between open() and close()")
 
     def take(self, waiting: Waiting, refusal: OSError | int | None) -> bool:
-        """Record it behind what waits; whether everything is on disk then.
+        """Write the record after the pending ones. Returns whether all of them are on disk.
 
         Args:
             waiting: The newest record.
-            refusal: What came of the plain append: an error, how much was taken, or None if it was not tried.
+            refusal: The outcome of the plain append: its error, how many bytes it wrote, or None if it was not tried.
         """
         if isinstance(refusal, int):
             refusal = self._complete(waiting.record, refusal)
@@ -118,7 +123,7 @@ class Recorder:
         return not self.backlog
 
     def work_off(self) -> None:
-        """Write what waits, in order, as far as the disk takes it."""
+        """Write the pending records in order until the disk returns an error."""
         if not self.is_at_work:
             self.is_at_work = True
             try:
@@ -134,12 +139,12 @@ class Recorder:
                     self._write_one(waiting)
                     self.backlog.written()
             except MemoryError:
-                self.refused(OSError(errno.ENOMEM, "there is no memory for it"))
+                self.refused(OSError(errno.ENOMEM, "there is not enough memory for the record"))
                 return
             except OSError as error:
                 self.refused(error)
                 if segment is not None and self.segment is None:
-                    continue  # that segment takes no more; a new one may
+                    continue  # that segment is retired; a new one may accept the record
                 return
             break
         if self.refusal is not None:
@@ -151,7 +156,7 @@ class Recorder:
             self.ready = True
 
     def refused(self, error: OSError) -> None:
-        """Count what the disk said. A segment that may not be sound takes no more."""
+        """Count and log an error of the disk. A segment that may be damaged by it is retired."""
         self.ready = False
         self.refusal = error
         if self.segment is not None and (not self.segment.clean or error.errno not in _DISK_FULL):
@@ -159,7 +164,7 @@ class Recorder:
         self.say("journal.unrecorded", error, waiting=len(self.backlog))
 
     def retire(self) -> None:
-        """Write no more to this segment; the next record begins another one."""
+        """Stop writing to the current segment. The next record starts another one."""
         self.ready = False
         if self.segment is not None:
             self.earlier_bytes = self.written_bytes
@@ -167,7 +172,10 @@ class Recorder:
             self.segment = None
 
     def sign_off(self, next_sequence: int) -> None:
-        """The last words. On a full disk there is the reserve for what waits; what does not fit there is given up."""
+        """Write the pending records and the closing frame.
+
+        On a full disk the reserve is used, and what does not fit is dropped.
+        """
         self.work_off()
         if self.backlog and self.reserve.free():
             spent = 0 if self.segment is not None else frame.HEAD_BYTES + sum(len(each) for each in self._carried())
@@ -179,11 +187,11 @@ class Recorder:
             try:
                 self.segment.write(pack(next_sequence, b"", frame.CLOSED))
             except OSError:
-                pass  # a journal without it reads the same; it only says that this was the end
+                pass  # optional: without it the journal has the same events
         self._quietly(self.faults.flush)
 
     def release(self) -> None:
-        """Close what is open, without a sync, and let the stream go."""
+        """Close all files without syncing them, and unlock the stream."""
         self.retire()
         segments, self.retired, self.parting = [*self.retired, *self.parting], [], []
         lock, self.claim.lock = self.claim.lock, None
@@ -192,32 +200,32 @@ class Recorder:
                 if file is not None:
                     self.disk.close(file)
             except OSError:
-                pass  # closing is all that was wanted
+                pass  # nothing more can be done
 
     def disown(self) -> None:
-        """In a forked child: the journal stays with the parent. Takes no lock: who held it is not here."""
+        """Detach a forked child from the journal. Takes no lock, because its owner may not exist in the child."""
         self.lock, self.is_at_work = threading.RLock(), False
         if self.state == "open":
             self.state = "forked"
         self.release()
 
     def say(self, phrase: str, error: Exception, **facts: Any) -> None:
-        """Count a failure, and log it."""
+        """Count and log a failure."""
         self.failures += 1
         self._quietly(lambda: self.faults.warn(phrase, self.directory, error=error, directory=self.directory, **facts))
 
     @staticmethod
     def _quietly(tell: Callable[[], None]) -> None:
-        """Logging is loaded when it is first needed; without a file left to load it with, the counts have to do."""
+        """Log, unless logging cannot be imported because no file can be opened. Failures are counted anyway."""
         try:
             tell()
         except (OSError, ImportError):
             pass
 
     def _complete(self, record: bytes, taken: int) -> OSError | None:
-        """Write the rest of a record that the disk took in part, and so learn why."""
+        """Write the rest of a record that was partly written, which also shows the error of the disk."""
         if self.segment is None:
-            return OSError(errno.EIO, "the segment was given up while it was written")
+            return OSError(errno.EIO, "the segment was retired during the write")
         try:
             self.segment.write(record, taken)
             if self._synced:
@@ -233,11 +241,11 @@ class Recorder:
             try:
                 self._begin(waiting)
             except OSError as error:
-                if self.segment is not before:  # the new one is not sound, and the one before has ended
+                if self.segment is not before:  # the new one may be damaged, and the previous one is retired
                     raise
-                # Too many open files, say: one long segment is better than none.
+                # For example too many open files: one long segment is better than none.
                 more = self._segment_bytes // _OVERDUE_SHARE
-                self.earlier_bytes += more - self.left  # so that what was written stays what it was
+                self.earlier_bytes += more - self.left  # keeps `written_bytes` unchanged
                 self.left = more
                 self.say("journal.not_rotated", error)
             else:
@@ -271,11 +279,11 @@ class Recorder:
                 self.sync_directories()
                 is_sound = True
             finally:
-                if not is_sound:  # a power cut may take the file with all that is written to it later
+                if not is_sound:  # a power cut may remove the file with all later records
                     self.retire()
 
     def sync_directories(self) -> None:
-        """Have the names of the segment, the stream and the journal on the medium."""
+        """Sync the directory entries of the segment, the stream and the journal."""
         for path in (self.folder, self.directory, self.directory.rpartition("/")[0] or "/"):
             self.disk.sync_path(path)
 
@@ -283,12 +291,12 @@ class Recorder:
         return [pack(number, payload, frame.CARRIED) for _, number, payload in self.starts if number < before]
 
     def begin_again(self) -> None:
-        """Make the directory again that someone removed, and lock it again."""
+        """Create and lock the stream's directory again after somebody removed it."""
         self.segments.look()
         self.disk.make_directory(self.directory)
         self.disk.make_directory(self.folder)
         if self.claim.lock is not None and self.disk.is_at(f"{self.folder}/{layout.LOCK}", self.claim.lock):
-            return  # only segments are gone
+            return  # only segments were removed
         lock, self.claim.lock = self.claim.lock, hold(self.disk, self.clock, self.directory, self.claim.stream)
         if lock is not None:
             self.disk.close(lock)
@@ -298,6 +306,6 @@ class Recorder:
         try:
             self.disk.sync(file)
         except OSError as error:
-            # Whatever it says, the pages are in doubt: not one that the same segment can recover from.
+            # After any sync error the state of the pages is unknown, so this segment must not be used again.
             raise OSError(errno.EIO, f"sync failed: {error}") from error
         return taken

@@ -1,4 +1,4 @@
-"""A file that only takes up room, so that on a full disk there is room for the last words: the end events."""
+"""A file that reserves disk space, to be released for the end events when the disk is full."""
 
 from typing import Final
 
@@ -6,7 +6,7 @@ from evsys_bus.disk import Disk
 
 
 class Reserve:
-    """Room on disk, held or not."""
+    """Disk space that is reserved or not."""
 
     def __init__(self, disk: Disk, path: str, size: int) -> None:
         self.size: Final = size
@@ -15,7 +15,7 @@ class Reserve:
         self._path = path
 
     def hold(self) -> None:
-        """Take the room, if it is to be had; a disk without room is no failure here."""
+        """Reserve the space if it is available. A full disk is not an error here."""
         if self.held or not self.size:
             return
         try:
@@ -31,7 +31,7 @@ class Reserve:
             self.held = False
 
     def free(self) -> bool:
-        """Give the room back; whether there was any."""
+        """Release the space. Returns whether there was any."""
         held, self.held = self.held, False
         try:
             self._drop()

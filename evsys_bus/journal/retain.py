@@ -1,12 +1,12 @@
-"""Which segments may go: those that are old enough, or too many, and that every registered follower is done with.
+"""Removing old segments: those over the limits whose events every registered adapter is finished with.
 
-Registered is who has a cursor or a spec in the journal, and who is named by the program that writes it. One without a
-cursor has had nothing. One that was taken out of the config is waited for like the others, until it is forgotten.
+An adapter is registered if it has a cursor or a spec in the journal, or if the writing program names it. Without a
+cursor it has received nothing. An adapter that was removed from the config still counts until it is forgotten.
 
-The older streams of the writer's rank and family that nobody writes count with its own: what kills, power cuts and
-other machines left there goes first, and nothing of a stream before all older ones are empty. A start of training that
-stays, while rows go that came after it, would have whoever begins anew cut these rows, which nothing brings again. Of
-an older stream one segment stays, without an event: it says how many there were.
+Older streams of the writer's rank and family that no process writes count as well. They are left by kills, power cuts
+and other machines. They are removed first, and nothing of a stream is removed before all older ones are empty:
+otherwise a start of training could remain while later rows are removed, and an adapter that starts again would cut
+those rows from its output. One segment without events remains of an older stream, to record how many events it had.
 """
 
 import shlex
@@ -28,20 +28,20 @@ from evsys_bus.journal.scanning import next_sequence_in
 from evsys_bus.journal.segment import OpenSegment
 
 LOG_SECONDS: Final = 60.0
-"""Between two lines in the log on what was removed."""
+"""Between two log lines about removed segments."""
 
 
 class Retain(msgspec.Struct, frozen=True):
-    """How much to keep of the streams of one rank; what is None sets no bound."""
+    """Limits for the streams of one rank. None means no limit."""
 
     max_bytes: int | None = None
-    """Older segments go while the streams are larger together; those of the oldest stream first."""
+    """Remove the oldest segments while all streams together are larger, those of the oldest stream first."""
     max_age_seconds: float | None = None
-    """Segments go that were last written longer ago."""
+    """Remove segments that were last written longer ago."""
 
 
 class Removed(msgspec.Struct):
-    """What retention has removed."""
+    """Counts of what retention has removed."""
 
     segments: int = 0
     events: int = 0
@@ -51,24 +51,24 @@ class Removed(msgspec.Struct):
 
 
 class _Segment(NamedTuple):
-    """A segment that is written to the end."""
+    """A segment that is no longer written."""
 
     name: SegmentName
     size: int
     last: int
     """The sequence of its last event."""
     is_last: bool = False
-    """Whether no segment follows it, in a stream that nobody writes."""
+    """Whether it is the last segment of a stream that no process writes."""
 
 
 class Retention:
-    """Removes the segments that may go from the stream of a writer and from older ones, and keeps count of them.
+    """Removes old segments from the stream of a writer and from older ones, and counts them.
 
     Args:
         disk: The file system.
         clock: The clocks.
         directory: The journal.
-        retain: The bounds.
+        retain: The limits.
     """
 
     def __init__(self, disk: Disk, clock: Clock, directory: str, retain: Retain) -> None:
@@ -79,30 +79,29 @@ class Retention:
         self._retain: Final = retain
         self._cursors: Final = Cursors(directory, disk)
         self._sizes: dict[SegmentName, int] = {}
-        """Of segments of the writer's stream."""
+        """Sizes of segments of the writer's stream."""
         self._older: dict[str, list[_Segment]] = {}
-        """What is left of older streams that nobody writes, and that were looked at: no segment of those that are done
-        with."""
+        """The remaining segments of the older streams that no process writes."""
         self._warned: set[str] = set()
-        """Followers that left, and that the log has named."""
+        """Removed adapters about which a warning was logged."""
         self._unlogged: dict[str, Removed] = {}
-        """By stream."""
+        """Counts since the last log line, by stream."""
         self._log_due = 0.0
 
     def prune(self, stream: str, followers: Collection[str] = ()) -> list[SegmentName]:
-        """Remove the segments that may go, oldest first, from older streams too, never the newest one of this.
+        """Remove old segments of this and older streams, oldest first. The newest segment of this stream stays.
 
-        The cursors are read from their files, so they are durable before anything is unlinked.
+        The cursors are read from their files, so they are durable before anything is removed.
 
         Args:
-            stream: The writer's.
-            followers: Who is to be waited for whether or not the journal has them on record.
+            stream: The writer's stream.
+            followers: Adapters to wait for, whether or not they are registered in the journal.
 
         Returns:
-            Which segments of the writer's stream went.
+            The removed segments of the writer's stream.
 
         Raises:
-            OSError: Something cannot be read now, so nothing went; or a segment could not be removed.
+            OSError: Something cannot be read now, so nothing was removed; or a segment could not be removed.
         """
         self._look_at_older(stream)
         own, newest = self._segments_of(stream)
@@ -122,9 +121,9 @@ class Retention:
         return [segment.name for segment in gone]
 
     def log_removed(self, stream: str, *, last: bool = False) -> None:
-        """Say in the log what was removed since the last time, at most once in `LOG_SECONDS` and at the end.
+        """Log what was removed since the last log line, at most once in `LOG_SECONDS` unless ``last``.
 
-        The older streams have one line together.
+        All older streams are reported in one line.
         """
         now, unlogged = self._clock.monotonic(), self._unlogged
         if not unlogged or (now < self._log_due and not last):
@@ -140,9 +139,9 @@ class Retention:
             log().info("journal.segments_removed", stream=stream, **msgspec.structs.asdict(own), why="retain")
 
     def _look_at_older(self, stream: str) -> None:
-        """Look once at each older stream of the rank and family that nobody writes.
+        """List the segments of older streams of the rank and family that no process writes, once per stream.
 
-        A writer that was killed left its reserve.
+        Also removes the reserve file that a killed writer left.
         """
         of_rank = layout.streams(self._disk, self._directory, layout.rank_of(stream), cast("Family", stream[0]))
         older = [each for each in of_rank if layout.order_of(each) < layout.order_of(stream)]
@@ -156,7 +155,7 @@ class Retention:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                self._older[each] = []  # nobody can tell whether it is written
+                self._older[each] = []  # without locks it may be in use
                 continue
             if lock is None:
                 continue
@@ -168,7 +167,7 @@ class Retention:
                 self._disk.close(lock)
 
     def _segments_left(self, stream: str) -> list[_Segment]:
-        """The segments of a stream that nobody writes; none where only one without an event is left."""
+        """The segments of a stream that no process writes; empty if only one without events is left."""
         folder = f"{self._directory}/{stream}"
         names = layout.segments(self._disk, folder)
         sizes = {name: self._disk.size(f"{folder}/{name}") for name in names}
@@ -178,7 +177,7 @@ class Retention:
         return found
 
     def _segments_of(self, stream: str) -> tuple[list[_Segment], int]:
-        """The segments of the writer's stream that are written to the end, and how large the newest one is."""
+        """The finished segments of the writer's stream, and the size of its newest one."""
         folder = f"{self._directory}/{stream}"
         names = layout.segments(self._disk, folder)
         self._sizes = {name: self._size(folder, name) for name in names[:-1]}
@@ -186,7 +185,7 @@ class Retention:
         return found, sum(self._disk.size(f"{folder}/{name}") for name in names[-1:])
 
     def _due(self, stream: str, segments: list[_Segment], total: int) -> list[_Segment]:
-        """The segments that are over the bounds, oldest first, where all streams are this large together."""
+        """The segments over the limits, oldest first, given the total size of all streams."""
         most, due = self._retain.max_bytes, list[_Segment]()
         for number, each in enumerate(segments):
             too_many = most is not None and total > most
@@ -203,10 +202,10 @@ class Retention:
         try:
             return max(name.first, next_sequence_in(self._disk, f"{self._directory}/{stream}", name)) - 1
         except JournalVersionError as error:
-            raise OSError(str(error)) from error  # how many events it has, nobody knows
+            raise OSError(str(error)) from error  # the number of events is unknown
 
     def _remove_older(self, stream: str, segments: Sequence[_Segment]) -> list[_Segment]:
-        """Remove these from an older stream, unless somebody is at work on it; which ones went."""
+        """Remove segments of an older stream, unless a process has locked it. Returns the removed ones."""
         lock = self._disk.lock(f"{self._directory}/{stream}/{layout.LOCK}") if segments else None
         if lock is None:
             return []
@@ -225,16 +224,16 @@ class Retention:
             except OSError:
                 if not gone:
                     raise
-                break  # what went is told first; the next round says what the disk refuses
+                break  # report what was removed; the next round raises the error
             gone.append(each)
             self._count(stream, each)
         if gone:
-            with suppress(OSError):  # else a power cut brings some of them back, which does no harm but to the room
+            with suppress(OSError):  # without it a power cut may restore some segments, which costs only space
                 self._disk.sync_path(f"{self._directory}/{stream}")
         return gone
 
     def _follow_by_empty(self, stream: str, segment: _Segment) -> None:
-        """Have a segment without an event stand behind the last one, so that no sequence is given out again."""
+        """Create a segment without events after the last one, so that no sequence is used twice."""
         folder, following = f"{self._directory}/{stream}", segment.last + 1
         name, closed = SegmentName(segment.name.ordinal + 1, following), frame.pack(following, b"", frame.CLOSED)
         empty = OpenSegment.begin(self._disk, folder, name, closed)
@@ -253,7 +252,7 @@ class Retention:
         return oldest is not None and self._clock.wall() - self._disk.modified(path) > oldest
 
     def _passed(self, stream: str, due: list[_Segment], passed: "_Passed") -> list[_Segment]:
-        """Those of a stream's segments that everybody who is served it is done with."""
+        """The segments whose events all adapters that receive the stream are finished with."""
         up_to, left = passed.up_to(stream, due)
         if left:
             self._warn_of_left(stream, due, up_to, left)
@@ -261,14 +260,14 @@ class Retention:
         return list(takewhile(lambda each: each.last <= up_to, due))
 
     def _warn_of_left(self, stream: str, due: list[_Segment], up_to: int, left: Mapping[str, int]) -> None:
-        """Name once who is not followed any more and keeps what would go."""
+        """Warn once about each removed adapter that prevents the removal of segments."""
         for name, place in left.items():
             held = [each.size for each in due if place < each.last <= up_to]
             if held and name not in self._warned:
                 self._warned.add(name)
                 fix = shlex.join(["evsys-bus", "forget", name, self._directory])
                 facts = {"follower": name, "stream": stream, "segments": len(held), "bytes": sum(held)}
-                why = "it was taken out of the config and has not had them"
+                why = "it was removed from the config before these events were delivered to it"
                 log().warning("journal.kept_for_left_follower", **facts, why=why, fix=fix)
 
     def _count(self, stream: str, segment: _Segment) -> None:
@@ -280,13 +279,13 @@ class Retention:
 
 
 class _Passed:
-    """How far everybody is, as this round found it: each cursor is read once.
+    """The positions of all adapters in this round. Each cursor is read once.
 
-    A spec is read only of a follower that holds something back.
+    A spec is read only for an adapter that prevents the removal of a segment.
 
     Args:
-        cursors: Of the journal.
-        followers: Who is to be waited for in any case.
+        cursors: The cursors of the journal.
+        followers: Adapters to wait for in any case.
     """
 
     def __init__(self, cursors: Cursors, followers: Collection[str]) -> None:
@@ -296,10 +295,10 @@ class _Passed:
         self._terms: dict[str, Terms] = {}
 
     def up_to(self, stream: str, due: Sequence[_Segment]) -> tuple[int, dict[str, int]]:
-        """The sequence up to which everybody who is followed is done with it, and the places of those who left.
+        """The sequence that all adapters in use have reached, and the positions of adapters removed from the config.
 
         Raises:
-            OSError: That cannot be told now.
+            OSError: A cursor or spec cannot be read now.
         """
         if self._known is None:
             names = sorted({*self._cursors.registered(), *self._followers})
@@ -325,4 +324,4 @@ class _Passed:
 
 
 _EMPTY_BYTES: Final = len(frame.head() + frame.pack(1, b"", frame.CLOSED))
-"""Of a segment without an event, at the most."""
+"""The maximum size of a segment without events."""

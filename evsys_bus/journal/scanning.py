@@ -1,4 +1,4 @@
-"""Reading a stream: one segment after another, each in pieces, in memory that does not grow with the file."""
+"""Reading a stream segment by segment, in chunks, with memory use independent of the file size."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -15,11 +15,11 @@ _Taken = TypeVar("_Taken")
 
 
 class SegmentNames:
-    """The names of a stream's segments, in order. The folder is listed only when the names from before are used up.
+    """Iterates over the segments of a stream. The folder is listed again only when the known names are used up.
 
     Args:
         disk: The file system.
-        folder: The stream's.
+        folder: The stream's folder.
     """
 
     def __init__(self, disk: Disk, folder: str) -> None:
@@ -28,14 +28,14 @@ class SegmentNames:
         self._ahead: deque[SegmentName] = deque()
 
     def holding(self, sequence: int) -> SegmentName | None:
-        """The segment that holds this event, or the first one behind it; None where there is none."""
+        """The segment that contains this sequence, or the first one after it; None if there is none."""
         names = layout.segments(self._disk, self._folder)
         at = max((place for place, name in enumerate(names) if name.first <= sequence), default=0)
         self._ahead = deque(names[at + 1 :])
         return names[at] if names else None
 
     def after(self, name: SegmentName) -> SegmentName | None:
-        """The segment that follows, which ends this one; None where there is none yet."""
+        """The next segment, or None if there is none yet. A segment that has a successor is final."""
         while self._ahead and self._ahead[0] <= name:
             self._ahead.popleft()
         if not self._ahead:
@@ -43,21 +43,23 @@ class SegmentNames:
         return self._ahead[0] if self._ahead else None
 
     def forget(self) -> None:
-        """List the folder again before the next answer: segments were removed."""
+        """List the folder again on the next call, because segments were removed."""
         self._ahead.clear()
 
 
 class SegmentScan:
-    """A place in a segment."""
+    """A position in a segment."""
 
     def __init__(self, disk: Disk, path: str) -> None:
         self.path = path
         self.offset = 0
-        """Behind the last piece that was given out; what follows was not read, or is not whole yet."""
+        """The offset after the last item returned. What follows was not read or is incomplete."""
         self._disk = disk
 
     def pieces(self) -> Iterator[Frame | Damage | Rest]:
-        """What follows, up to the end that the file has now. Only the last piece can be a `Rest`; it stays unread.
+        """Yield what follows, up to the current end of the file.
+
+        Only the last item can be a `Rest`; it is read again later.
 
         Raises:
             JournalVersionError: A newer version wrote it.
@@ -73,7 +75,7 @@ class SegmentScan:
                     yield piece
 
     def runs(self, expected: int) -> Iterator[Frame | Damage | Rest | Run]:
-        """As `pieces`, but events that number on from ``expected`` come as runs."""
+        """Yield what follows, with events of consecutive sequences from ``expected`` on combined into runs."""
 
         def take(buffer: bytes, start: int, number: int) -> tuple[Run | None, int, int]:
             run, place, following = frame.take(buffer, start, number)
@@ -82,7 +84,7 @@ class SegmentScan:
         return self._walk(expected, take)
 
     def count(self, expected: int) -> Iterator[Frame | Damage | Rest | int]:
-        """As `pieces`, but whole events that number on from ``expected`` are given out as one sequence to come."""
+        """Yield what follows; for events of consecutive sequences from ``expected`` on, only the next sequence."""
 
         def take(buffer: bytes, start: int, number: int) -> tuple[int | None, int, int]:
             place, following = frame.pass_over(buffer, start, number)
@@ -93,16 +95,17 @@ class SegmentScan:
     def _walk(
         self, expected: int, take: Callable[[bytes, int, int], tuple[_Taken | None, int, int]]
     ) -> Iterator[Frame | Damage | Rest | _Taken]:
-        """What is taken of the events that number on, and the pieces between.
+        """Yield the runs of events and the items between them.
 
         Args:
-            expected: The sequence of the event to come.
-            take: Given bytes, a place in them and the sequence to come: what it takes, and both behind that.
+            expected: The next expected sequence.
+            take: Reads a run: given a buffer, an offset and the expected sequence, returns a result or None, the offset
+                after the run and the next expected sequence.
         """
         for buffer, place, at_end in self._chunks():
             base = self.offset - place
             while True:
-                taken, place, expected = take(buffer, place, expected)  # noqa: PLW2901 # it moves on
+                taken, place, expected = take(buffer, place, expected)  # noqa: PLW2901 # advances the position
                 self.offset = base + place
                 if taken is not None:
                     yield taken
@@ -120,7 +123,7 @@ class SegmentScan:
                 yield piece
 
     def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
-        """Bytes from the offset on, where to start in them, and whether they reach the end of the file."""
+        """Yield buffers from the offset on, the start position in each, and whether it reaches the end of the file."""
         size = _CHUNK_BYTES
         while True:
             base = self.offset
@@ -131,13 +134,13 @@ class SegmentScan:
             yield buffer, start, at_end
             if at_end:
                 return
-            # A record, or damage, that is larger than what was read: read more of it.
+            # A record or a damaged range is larger than the buffer: read more.
             size = size * 2 if self.offset == base else _CHUNK_BYTES
 
     def _behind_head(self, buffer: bytes) -> int:
         version = frame.version_in(buffer)
         if version is None:
-            return 0  # cut or damaged: whatever follows is found by its mark
+            return 0  # cut or damaged: frames are found by their mark
         if version > frame.VERSION:
             raise JournalVersionError(
                 f"{self.path} has format {version}; this version reads up to {frame.VERSION}",
@@ -147,7 +150,7 @@ class SegmentScan:
 
 
 def next_sequence_in(disk: Disk, folder: str, name: SegmentName) -> int:
-    """The sequence behind the last whole event of a segment; 0 where it has none."""
+    """The sequence after the last complete event of a segment; 0 if it has none."""
     following = 0
     for piece in SegmentScan(disk, f"{folder}/{name}").count(name.first):
         if isinstance(piece, int):

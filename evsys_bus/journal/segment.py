@@ -1,6 +1,6 @@
-"""One segment, while it is written: begun with its first record, added to by single writes, never shortened again.
+"""A segment that is being written. It is created with its first record, and every record is appended by a single write.
 
-The one exception: a record of which the disk takes only a part is taken back, by the writer that wrote it.
+A segment is never shortened, except to remove a partial record after a failed write.
 """
 
 from typing import Self
@@ -18,15 +18,15 @@ class OpenSegment:
         self.path = f"{folder}/{name}"
         self.file = file
         self.clean = True
-        """Whether it ends with a whole record; if not, nothing may be added."""
+        """Whether it ends with a complete record. If not, nothing may be appended."""
         self._disk = disk
 
     @classmethod
     def begin(cls, disk: Disk, folder: str, name: SegmentName, records: bytes) -> Self:
-        """Make the file and write its head and first records; where that fails, no segment is left.
+        """Create the file with its header and first records. If that fails, the file is removed.
 
         Raises:
-            OSError: As the disk said.
+            OSError: The disk returned an error.
         """
         segment = cls(disk, folder, name, disk.open_append(f"{folder}/{name}"))
         try:
@@ -36,19 +36,19 @@ class OpenSegment:
                 disk.close(segment.file)
                 disk.remove(segment.path)
             except OSError:
-                pass  # what is left has no whole head, or no record; readers pass over it
+                pass  # the rest has no complete header or no record, and readers skip it
             raise
         return segment
 
     def write(self, record: bytes, taken: int = 0) -> None:
-        """Append it, whole or not at all.
+        """Append a record, completely or not at all.
 
         Args:
-            record: The whole of it.
-            taken: How much of it an earlier write took.
+            record: The complete record.
+            taken: How many bytes of it were already written.
 
         Raises:
-            OSError: As the disk said.
+            OSError: The disk returned an error.
         """
         try:
             while taken < len(record):
@@ -61,7 +61,7 @@ class OpenSegment:
             raise
 
     def sync(self) -> None:
-        """Have it on the medium."""
+        """Sync the file to disk."""
         self._disk.sync(self.file)
 
     def close(self) -> None:

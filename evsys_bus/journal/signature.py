@@ -1,6 +1,6 @@
-"""What a lock's file says: who holds the lock, or held it last.
+"""The owner recorded in a lock file: the process that holds the lock, or held it last.
 
-A line for each holder, and the last whole one counts: a process that is killed while it signs leaves what was there.
+Each owner appends a line and the last complete one counts, so a kill during the write leaves the previous owner.
 """
 
 import os
@@ -18,17 +18,17 @@ _MOST_BYTES: Final = 4096
 
 
 def sign(disk: Disk, clock: Clock, lock: int) -> None:
-    """Say that this process holds the lock whose file is open here.
+    """Record this process as the owner in an open lock file.
 
     Raises:
-        OSError: The disk does not take it.
+        OSError: The disk returned an error.
     """
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.wall()))
     disk.write(lock, b"\n" + _encode(Owner(os.getpid(), os.uname().nodename, since, disk.boot())))
 
 
 def signed(disk: Disk, path: str) -> Owner | None:
-    """Who signed the lock at this path last; None where nobody has, or it cannot be read."""
+    """The last owner recorded in the lock file; None if there is none or it cannot be read."""
     try:
         data = disk.read(path, max(0, disk.size(path) - _MOST_BYTES), _MOST_BYTES)
     except OSError:

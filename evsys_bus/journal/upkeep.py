@@ -1,7 +1,7 @@
-"""`Upkeep`: what the journal needs now and then, on a thread of its own so that no publisher waits for a disk to sync.
+"""`Upkeep`: periodic maintenance of the journal on its own thread, so that no publisher waits for a sync.
 
-Each round writes what waits, closes old segments, syncs what was written, notices a removed directory, removes what may
-go, and takes the reserve again.
+Each round writes pending records, closes old segments, syncs what was written, detects a removed directory, prunes old
+segments and restores the reserve.
 """
 
 import threading
@@ -14,7 +14,7 @@ from evsys_bus.tasks import Gate, start_thread
 
 
 class Upkeep:
-    """The rounds, and the thread that makes them."""
+    """Runs the maintenance rounds and owns their thread."""
 
     def __init__(self, recorder: Recorder, *, syncs: bool, every_seconds: float, retain: Retain | None) -> None:
         self.sync_failures = 0
@@ -25,8 +25,8 @@ class Upkeep:
             None if retain is None else Retention(recorder.disk, recorder.clock, recorder.directory, retain)
         )
         self.followers: frozenset[str] = frozenset()
-        """Who is to be waited for, whether or not the journal has them on record."""
-        self._one_at_a_time = threading.RLock()  # as the recorder's
+        """Adapters that retention waits for, whether or not they are registered in the journal."""
+        self._one_at_a_time = threading.RLock()  # reentrant like the recorder's lock
         self._is_in_round = False
         self._stopping = Gate()
         self._thread: threading.Thread | None = None
@@ -42,11 +42,11 @@ class Upkeep:
         return Removed() if self._retention is None else self._retention.removed
 
     def start(self) -> None:
-        """Make rounds from now on."""
+        """Start the thread."""
         self._thread = start_thread(self._run, "evsys-bus journal")
 
     def stop(self, timeout_seconds: float) -> bool:
-        """Make a last round, and close everything; whether that ended in time and all is on the medium."""
+        """Run a last round and close all files. Returns whether that finished in time and everything is synced."""
         self._stopping.open()
         if self._thread is None:
             return False
@@ -54,17 +54,17 @@ class Upkeep:
         return self._ended and not self.sync_failures
 
     def abandon(self) -> None:
-        """End soon, without waiting: the writer was dropped and not closed. What it appended stays as it is."""
+        """Request the end of the thread without waiting, because the writer was dropped and not closed."""
         self._abandoned = True
         self._stopping.open()
 
     def round(self) -> None:
-        """One round."""
+        """Run one round."""
         recorder = self._recorder
         if recorder.state == "forked":
             return
         with self._one_at_a_time:
-            if self._is_in_round:  # a signal handler came into the middle of one
+            if self._is_in_round:  # this is a signal handler that interrupted a round
                 return
             self._is_in_round = True
             try:
@@ -109,7 +109,7 @@ class Upkeep:
         self._round_or_say()
         with self._recorder.lock:
             self._recorder.retire()
-            self._recorder.segments.look()  # what the receipt says is true also of older ones
+            self._recorder.segments.look()  # so that the receipt also counts removed older segments
         self._round_or_say()
         if self._retention is not None:
             self._retention.log_removed(self._recorder.claim.stream, last=True)
@@ -120,11 +120,14 @@ class Upkeep:
     def _round_or_say(self) -> None:
         try:
             self.round()
-        except Exception as error:  # a wall: without this thread nothing more would be synced
+        except Exception as error:  # isolation: without this thread nothing would be synced any more
             self._recorder.say("journal.upkeep_failed", error)
 
     def _part_with(self, segment: OpenSegment) -> None:
-        """Have the next round close it. Not before it is synced: a Ctrl-C may end a round at any line."""
+        """Let the next round close the segment.
+
+        Called only after the sync, because Ctrl-C may interrupt a round anywhere.
+        """
         recorder = self._recorder
         with recorder.lock:
             if segment in recorder.retired:
@@ -137,7 +140,7 @@ class Upkeep:
         try:
             segment.sync()
         except OSError as error:
-            # What the system does with pages that it could not write is its own affair: leave them alone.
+            # The state of pages that could not be written depends on the system: do not use this segment again.
             self.sync_failures += 1
             with self._recorder.lock:
                 if self._recorder.segment is segment:
@@ -145,7 +148,7 @@ class Upkeep:
             self._recorder.say("journal.not_synced", error)
 
     def _sync_inherited(self) -> None:
-        """A power cut may come soon after the crash of the writer before."""
+        """Sync the segments of the previous writer, which may have crashed before it synced them."""
         inherited = self._recorder.claim.inherited
         while inherited:
             try:
@@ -171,7 +174,7 @@ class Upkeep:
             self._recorder.say("journal.not_closed", error)
 
     def _is_there(self, segment: OpenSegment) -> bool:
-        """A file that was removed still takes every write; the next record goes to a new one."""
+        """Whether the file still exists. If it was removed, its segment is retired and the directory created again."""
         recorder = self._recorder
         try:
             if recorder.disk.is_at(segment.path, segment.file):
@@ -183,10 +186,10 @@ class Upkeep:
             if recorder.segment is segment:
                 recorder.retire()
             try:
-                recorder.begin_again()  # now, not with the next record: couriers keep their books where a journal is
+                recorder.begin_again()  # now, because couriers need the directory before the next record is written
             except OSError:
-                pass  # the next record will tell
-        self._recorder.say("journal.removed", FileNotFoundError(f"{segment.path} was removed, with what it held"))
+                pass  # writing the next record reports the error
+        self._recorder.say("journal.removed", FileNotFoundError(f"{segment.path} was removed, with its events"))
         return False
 
     def _make_room(self, begun: int) -> None:

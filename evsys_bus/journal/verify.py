@@ -1,4 +1,4 @@
-"""`verify`: whether a journal is whole, by its checksums and sequences alone; nothing is decoded or changed."""
+"""`verify`: checks the integrity of a journal by its checksums and sequences. Nothing is decoded or changed."""
 
 import os
 
@@ -13,7 +13,7 @@ from evsys_bus.journal.scanning import SegmentScan
 
 
 class DamagedRange(msgspec.Struct, frozen=True):
-    """Bytes that are no record, with records behind them."""
+    """Bytes that are not a valid record, followed by valid records."""
 
     segment: str
     offset: int
@@ -21,51 +21,51 @@ class DamagedRange(msgspec.Struct, frozen=True):
 
 
 class StreamReport(msgspec.Struct):
-    """What one stream holds."""
+    """The result for one stream."""
 
     stream: str
     live: bool
-    """Whether a process writes it."""
+    """Whether a process is writing it."""
     segments: int = 0
     records: int = 0
-    """Events, each once."""
+    """Events, without repeats."""
     bytes: int = 0
     first: int | None = None
     """The sequence of the first event."""
     last: int | None = None
     """The sequence of the last event."""
     closed: bool = False
-    """Whether the last writer closed it, rather than ended."""
+    """Whether the last writer closed it."""
     damaged: list[DamagedRange] = []
     missing: list[tuple[int, int]] = []
-    """The sequences, first and last, that should be there."""
+    """Ranges of missing sequences, first and last."""
     torn_bytes: int = 0
-    """Behind the last whole record of a segment: a write cut short, as by a kill. No damage."""
+    """Bytes after the last complete record of a segment: a write cut short, as by a kill. This is not damage."""
     unreadable: list[str] = []
-    """Segments that could not be read, and why."""
+    """Segments that could not be read, with the reason."""
     removed: int = 0
-    """Events in segments that are gone from the front, as `retain` removes them. No damage."""
+    """Events in segments that retention removed from the front. This is not damage."""
 
     @property
     def whole(self) -> bool:
-        """Whether nothing that was recorded is known to be gone."""
+        """Whether no recorded event is known to be lost."""
         return not (self.damaged or self.missing or self.unreadable)
 
 
 class Report(msgspec.Struct):
-    """What a journal holds."""
+    """The result for a journal."""
 
     directory: str
     streams: list[StreamReport]
 
     @property
     def whole(self) -> bool:
-        """Whether every stream is."""
+        """Whether every stream is intact."""
         return all(stream.whole for stream in self.streams)
 
 
 def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Report:
-    """Read all of a journal. A segment of a newer format counts as unreadable."""
+    """Read a whole journal. A segment of a newer format counts as unreadable."""
     reader = JournalReader(directory, disk)
     on: Disk = OsDisk() if disk is None else disk
     return Report(reader.directory, [_stream(on, reader, stream) for stream in reader.streams()])

@@ -1,8 +1,8 @@
-"""`JournalWriter`: one append, one write.
+"""`JournalWriter`: appends each event by a single write.
 
-append ── the disk took it ──────────────────── return             (no lock, two integers)
-       └─ a new segment is due, or a refusal ── `Recorder`         (under a lock, through the backlog)
-meanwhile, on a thread ──────────────────────── `Upkeep`           (sync, retry, prune)
+append ── written completely ───────────────────── return            (no lock, two integers)
+       └─ a new segment is due, or an error ────── `Recorder`        (under a lock, through the backlog)
+in the background, on a thread ─────────────────── `Upkeep`          (sync, retry, prune)
 """
 
 import os
@@ -25,30 +25,31 @@ from evsys_bus.journal.retain import Removed, Retain
 from evsys_bus.journal.upkeep import Upkeep
 
 _SYNC_SECONDS: Final = 1.0
-"""What is left for the disk to sync, after what waited was tried until the deadline."""
+"""The minimum time for the final sync, after pending records were retried until the deadline."""
 
 Flush = Literal["never", "interval", "always"]
 _Event = TypeVar("_Event")
 
 
 class JournalWriter:
-    """Appends the events of one process to a stream of its own.
+    """Appends the events of one process to its own stream.
 
-    One thread at a time appends; everything else may be called from any thread.
+    Only one thread at a time may append. All other methods may be called from any thread.
 
     Args:
-        directory: The journal; made, for the owner alone, if it is not there.
-        rank: A stream is continued by writers of the same rank only.
-        family: Whose stream it is: a publishing process's ("r"), or a courier's ("c").
-        flush: What a power cut may take: ``always`` nothing that was appended, ``interval`` the last ``flush_seconds``,
-            ``never`` what the system has not written by itself. The end of the process takes nothing in any case.
-        flush_seconds: Between two rounds of upkeep.
+        directory: The journal. It is created if it is missing, accessible to its owner only.
+        rank: The rank of the process. A stream is continued only by writers of the same rank.
+        family: Who writes the stream: a publishing process ("r") or a courier ("c").
+        flush: What a power cut may lose: with ``always`` nothing that was appended, with ``interval`` the events of
+            the last ``flush_seconds``, with ``never`` what the system has not written by itself. The end of the
+            process loses nothing in any case.
+        flush_seconds: The time between two rounds of maintenance.
         segment_bytes: A segment that is larger is followed by a new one.
-        retain: What may be removed once every follower is done with it; by default nothing.
-        on_unrecorded: When the disk does not take an event: let it wait in memory, or raise.
-        max_unrecorded: How many may wait; after that the oldest are lost, and counted.
-        max_unrecorded_bytes: And how large they may be together.
-        reserve_bytes: Room on disk that is kept for the end events; 0 for none.
+        retain: Limits above which segments are removed once every adapter is finished with them; by default none.
+        on_unrecorded: Whether an event that the disk refuses waits in memory (``queue``) or is an error (``raise``).
+        max_unrecorded: How many events may wait. Beyond that the oldest are dropped and counted.
+        max_unrecorded_bytes: How many bytes they may have together.
+        reserve_bytes: Disk space that is reserved for the end events; 0 for none.
         disk: The file system.
         clock: The clocks.
     """
@@ -71,7 +72,7 @@ class JournalWriter:
         clock: Clock | None = None,
     ) -> None:
         self.next_sequence = 1
-        """What the next append will be given; an envelope holds its own sequence, so ask before."""
+        """The sequence of the next event. An envelope contains its own sequence, so read it before encoding."""
         self._rank = rank
         self._family: Family = family
         self._raises = on_unrecorded == "raise"
@@ -89,7 +90,7 @@ class JournalWriter:
         self._upkeep: Final = Upkeep(self._recorder, syncs=flush != "never", every_seconds=flush_seconds, retain=retain)
 
     def open(self) -> Self:
-        """Find the stream to write, and start the upkeep.
+        """Lock a stream and start the maintenance thread.
 
         Raises:
             JournalOpenError: The directory cannot be written.
@@ -107,7 +108,7 @@ class JournalWriter:
             recorder.open(claimed, self._reserve_bytes)
             _open.add(recorder)
             self._upkeep.start()
-        except BaseException:  # no thread is to be had, say: the stream is for others to write
+        except BaseException:  # for example no thread can be started: let other writers have the stream
             recorder.state = "closed"
             self._upkeep.abandon()
             with recorder.lock:
@@ -117,13 +118,12 @@ class JournalWriter:
         return self
 
     def appender(self, encode: Callable[[_Event, int, float], bytes]) -> Callable[[_Event, float], int]:
-        """What appends the many: given an event and its time, it records that, and returns its sequence.
+        """Make a fast append function: given an event and its time, it records the event and returns its sequence.
 
-        The plain append stands here alone, and in one frame with what it needs. It raises as `append`, and what
-        ``encode`` raises; the sequence then stays free.
+        The function raises what `append` and ``encode`` raise; the sequence then stays free.
 
         Args:
-            encode: Given the event, the sequence that it gets, and its time.
+            encode: Encodes an event, given its sequence and time.
         """
         recorder = self._recorder
 
@@ -132,9 +132,9 @@ class JournalWriter:
             payload = encode(event, sequence, time)
             body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
             record = pack_sum(crc32(body)) + body
-            # Before the write: if Ctrl-C comes between the two, a number is left out; the other way round it would be
-            # given to two events, and the second be taken for a repeat. Behind what takes memory, of which there may
-            # be none.
+            # Before the write: if Ctrl-C comes between the two, a sequence is skipped; in the other order it would be
+            # used for two events and readers would skip the second as a repeat. After all allocations, because these
+            # may fail.
             self.next_sequence = sequence + 1
             refusal: OSError | int | None = None
             if recorder.ready:
@@ -146,7 +146,7 @@ class JournalWriter:
                     if taken == len(record):
                         recorder.left = left = recorder.left - taken
                         if left <= 0:
-                            recorder.ready = False  # the next one begins a new segment
+                            recorder.ready = False  # the next one starts a new segment
                         return sequence
                     refusal = taken
             self._append_with_care(Waiting(sequence, record, keep=False), refusal)
@@ -155,17 +155,17 @@ class JournalWriter:
         return append
 
     def append(self, payload: bytes, *, keep: bool = False) -> int:
-        """Record one event under `next_sequence`, and return that.
+        """Record one event under `next_sequence` and return the sequence.
 
         Args:
             payload: The encoded envelope.
-            keep: If it has to wait, and not all can be kept: give it up last.
+            keep: Whether the event is among the last to be dropped if too many are pending.
 
         Raises:
-            UnrecordedError: The disk did not take it, and ``on_unrecorded`` is ``raise``; the sequence stays free.
-            ForkedBusError: In a child process forked from the one that opened the journal.
+            UnrecordedError: The disk returned an error and ``on_unrecorded`` is ``raise``; the sequence stays free.
+            ForkedBusError: The process was forked from the one that opened the journal.
             JournalClosedError: The journal is not open.
-            MemoryError: There is not enough for the record; the sequence stays free.
+            MemoryError: There is not enough memory for the record; the sequence stays free.
         """
         if not keep:
             return self._append(payload, 0.0)
@@ -176,7 +176,7 @@ class JournalWriter:
         return sequence
 
     def append_start(self, payload: bytes, scope: str | None) -> int:
-        """As `append`; and each later segment begins with this event, until the scope ends.
+        """Append a start event, and repeat it at the beginning of each later segment until its scope ends.
 
         Args:
             payload: The encoded envelope.
@@ -187,7 +187,10 @@ class JournalWriter:
         return sequence
 
     def append_end(self, payload: bytes, scope: str | None) -> int:
-        """As `append`; on a full disk the reserve is given up for it. Ends the scope; None ends all of them."""
+        """Append an end event and end its scope; None ends all scopes.
+
+        On a full disk the reserve is released for the event.
+        """
         recorder = self._recorder
         recorder.starts[:] = [each for each in recorder.starts if scope is not None and each[0] != scope]
         try:
@@ -203,34 +206,34 @@ class JournalWriter:
         return sequence
 
     def give_up(self) -> None:
-        """Leave out the next sequence, for an event that cannot be recorded at all; it counts as lost."""
+        """Skip the next sequence, for an event that cannot be recorded. It counts as lost."""
         self._recorder.backlog.lost += 1
         self.next_sequence += 1
 
     def wait_for(self, followers: Iterable[str]) -> None:
-        """Have `retain` wait for these, whether or not the journal has them on record yet.
+        """Make retention wait for these adapters, whether or not they are registered in the journal yet.
 
-        To be called before the first append, with all who are followed; what they have not had stays then.
+        Call it before the first append, with all adapters. Events that they have not received are then retained.
         """
         self._upkeep.followers = frozenset(followers)
 
     def flush(self) -> None:
-        """One round of upkeep now: write what waits, sync, prune."""
+        """Run one round of maintenance now: write pending records, sync, prune."""
         self._upkeep.round()
 
     def close(self, timeout_seconds: float = 5.0, again: Callable[[], bool] = lambda: False) -> bool:
-        """Take no more, and have everything on the medium. No append may be in progress.
+        """Stop accepting events and sync everything. No append may be in progress.
 
-        What still waits is written first, on a full disk into the reserve: of what does not fit there the starts, ends
-        and newest others are written, and the rest is lost, and counted.
+        Pending records are written first. On a full disk the reserve is used for start and end events and the newest
+        others; the rest is dropped and counted as lost.
 
         Args:
-            timeout_seconds: A disk that hangs is left to the upkeep's thread after that.
-            again: Asked while the disk refuses what waits: it pauses, and says whether to try once more before the
+            timeout_seconds: After this time a disk that hangs is left to the maintenance thread.
+            again: Called while the disk refuses the pending records: it pauses and returns whether to retry before the
                 reserve is used.
 
         Returns:
-            Whether all that this writer was given is on the medium.
+            Whether all events of this writer are synced to disk.
         """
         recorder = self._recorder
         deadline = recorder.clock.monotonic() + timeout_seconds
@@ -244,7 +247,7 @@ class JournalWriter:
                 if last:
                     recorder.sign_off(self.next_sequence)
                 else:
-                    least = _SYNC_SECONDS  # the tries may take all the time there is
+                    least = _SYNC_SECONDS  # the retries may use up all of the timeout
                     recorder.work_off()
             finally:
                 recorder.lock.release()
@@ -255,53 +258,53 @@ class JournalWriter:
 
     @property
     def directory(self) -> str:
-        """Where the journal is."""
+        """The path of the journal."""
         return self._recorder.directory
 
     @property
     def stream(self) -> str:
-        """The name of the stream; known once the journal was opened."""
+        """The name of the stream. Empty before the journal was opened."""
         return self._recorder.claim.stream
 
     @property
     def recorded(self) -> int:
-        """How many events this writer has given to the disk."""
+        """How many events this writer has written to disk."""
         return self.next_sequence - self._first - self.unrecorded - self.lost
 
     @property
     def unrecorded(self) -> int:
-        """How many wait in memory."""
+        """How many events are pending in memory."""
         return len(self._recorder.backlog)
 
     @property
     def lost(self) -> int:
-        """How many were given up, or were in segments that somebody removed."""
+        """How many events were dropped, or were in segments that somebody removed."""
         recorder = self._recorder
         return recorder.backlog.lost + recorder.segments.removed(self.next_sequence - len(recorder.backlog))
 
     @property
     def removed(self) -> Removed:
-        """What `retain` has removed."""
+        """What retention has removed."""
         return self._upkeep.removed
 
     @property
     def failures(self) -> int:
-        """How often the disk refused something: events, syncs, rotations, all together."""
+        """How many errors the disk has returned, for events, syncs and new segments."""
         return self._recorder.failures
 
     @property
     def trouble(self) -> OSError | None:
-        """What the disk says, while events wait."""
+        """The last error of the disk while events are pending; otherwise None."""
         return self._recorder.refusal if self._recorder.backlog else None
 
     @property
     def written_bytes(self) -> int:
-        """How much this writer has written."""
+        """How many bytes this writer has written."""
         return self._recorder.written_bytes
 
     @property
     def segment(self) -> str | None:
-        """The path of the segment that is being written."""
+        """The path of the current segment."""
         segment = self._recorder.segment
         return None if segment is None else segment.path
 
@@ -324,7 +327,7 @@ class JournalWriter:
 
 
 def _encoded(payload: bytes, _: int, __: float) -> bytes:
-    """What is encoded already."""
+    """Return a payload that is already encoded."""
     return payload
 
 

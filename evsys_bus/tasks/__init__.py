@@ -1,6 +1,6 @@
-"""Managed tasks: what hooks spawn, what they make bare, and the one drain at the end.
+"""Managed tasks: those that hooks spawn or create with ``asyncio.create_task``, and the drain that waits for them.
 
-Tasks start in this room and nowhere else in the project. It knows nothing of events; a callback's name reaches it as
+All tasks of the project are created in this package. It does not depend on events; a callback's name is passed in as
 the ``owner`` of a task.
 """
 

@@ -1,10 +1,10 @@
 """Adoption: a bare ``asyncio.create_task`` in a hook becomes a task of the bus or courier that called the hook.
 
-A hook cannot hold on to a task, await it, or hear what it raises; left alone it is cancelled without a word when the
-program ends. So each loop gets one task factory that calls the earlier one and then asks the buses and couriers on that
-loop whether this very call comes from inside one of their hooks. The answer is read off the stack, not from a context
-variable: that would leak into every task's descendants. Code that calls hooks is compiled under a filename that begins
-with `HOOK_CALLS`. Tasks made by a task group, asyncio's or anyio's, stay with their group.
+A hook cannot keep a reference to a task, await it, or handle its exception; unadopted, the task would be cancelled
+silently when the program ends. So each loop gets one task factory, which calls the previous factory and then asks the
+buses and couriers on that loop whether the call comes from inside one of their hooks. The stack decides that, not a
+context variable, which every descendant of a task would inherit. Code that calls hooks is compiled under a filename
+that starts with `HOOK_CALLS`. Tasks created by a task group (asyncio's or anyio's) stay with their group.
 """
 
 import asyncio
@@ -21,27 +21,27 @@ from evsys_bus.diagnostics import log
 from evsys_bus.tasks.loops import running_loop
 
 HOOK_CALLS: Final = "<evsys-bus publish"
-"""What the filename of code that calls hooks begins with."""
+"""Prefix of the filename under which code that calls hooks is compiled."""
 
 TaskFactory = Callable[..., "asyncio.Task[Any] | asyncio.Future[Any]"]
-"""As asyncio has it. Any: a task's result is its maker's business."""
+"""The signature that ``loop.set_task_factory`` expects."""
 
 AdoptionState = Literal["on", "off", "ended"]
-"""``off``: no event loop runs where the bus was entered. ``ended``: the host set a task factory of its own since."""
+"""``off``: no event loop was running where the bus was entered. ``ended``: the host replaced the task factory."""
 
 _OWNED_ELSEWHERE: Final = frozenset({"asyncio.taskgroups", "anyio._backends._asyncio", "evsys_bus.tasks.office"})
-"""Modules whose tasks have an owner already."""
+"""Modules whose tasks already have an owner."""
 
 
 class Adopter(Protocol):
     """A bus or a courier, as the task factory sees it."""
 
     def publishing(self) -> bool:
-        """Whether some thread calls hooks now; a hint that costs nothing."""
+        """Whether some thread is calling hooks now; a cheap hint."""
         ...
 
     def adopt_from(self, frame: FrameType, task: "asyncio.Task[Any]") -> bool:
-        """Take the task on, if this adopter called the hook in which this frame runs."""
+        """Adopt the task if this adopter called the hook that the frame runs in; return whether it did."""
         ...
 
 
@@ -55,28 +55,28 @@ class _Adoption:
     def __call__(
         self, loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **options: Any
     ) -> "asyncio.Task[Any] | asyncio.Future[Any]":
-        """Make the task as before, then see whose it is. Any: as asyncio has it."""
+        """Create the task with the previous factory, then offer it to the adopters."""
         if options.get("eager_start", ...) is None:
-            del options["eager_start"]  # newer Pythons pass it to factories that were written before it existed
+            del options["eager_start"]  # newer Pythons pass it to factories that may not accept it
         make = self.earlier or _make_task
         task = make(loop, coro, **options)
         if isinstance(task, asyncio.Task):
             for adopter in self.adopters:
                 frame = inspect.currentframe() if adopter.publishing() else None
                 if frame is not None and _made_bare(frame) and adopter.adopt_from(frame, task):
-                    if _DEFAULT_NAME.fullmatch(task.get_name()):  # a name that the hook gave is set behind this
+                    if _DEFAULT_NAME.fullmatch(task.get_name()):  # asyncio sets a name that the hook gave after this
                         task.set_name(getattr(coro, "__qualname__", None) or task.get_name())
                     break
         return task
 
 
 def name_of(task: "asyncio.Task[Any]") -> str:
-    """The name of a task; of an adopted one that was given none it is the name of its coroutine."""
+    """The name of a task; for an adopted task without a name, the name of its coroutine."""
     name = task.get_name()
     if name != "None":
         return name
-    # Python 3.13.0 to 3.13.2 give a task that a factory has made the name "None". Where there is another name it must
-    # not be asked for its coroutine: 3.12.0 and 3.12.1 crash if it ended eagerly.
+    # Python 3.13.0 to 3.13.2 name a task that a factory created "None". Only then call get_coro():
+    # 3.12.0 and 3.12.1 crash in it for a task that finished eagerly.
     return getattr(task.get_coro(), "__qualname__", None) or name
 
 
@@ -85,14 +85,14 @@ def _make_task(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], 
 
 
 def hook_call(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame, from this one outward, that calls a hook; None outside hooks."""
+    """The innermost frame that calls a hook, searching outward from this one; None outside hooks."""
     while frame is not None and not frame.f_code.co_filename.startswith(HOOK_CALLS):
         frame = frame.f_back
     return frame
 
 
 def _made_bare(frame: FrameType | None) -> bool:
-    """Whether no task group stands between the hook and the task; a hook's own publish ends the search."""
+    """Whether no task group is between the hook and the task; a publish inside a hook ends the search."""
     while frame is not None and not frame.f_code.co_filename.startswith(HOOK_CALLS):
         if frame.f_globals.get("__name__") in _OWNED_ELSEWHERE:
             return False
@@ -102,7 +102,7 @@ def _made_bare(frame: FrameType | None) -> bool:
 
 _DEFAULT_NAME: Final = re.compile(r"Task-\d+")
 
-_lock = threading.RLock()  # a signal handler that publishes may come to `begin` in the middle of it
+_lock = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `begin` and call it again
 _adoptions: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Adoption]" = weakref.WeakKeyDictionary()
 
 
@@ -111,18 +111,18 @@ def _factory_of(loop: asyncio.AbstractEventLoop) -> object:
 
 
 def begin(loop: asyncio.AbstractEventLoop, adopter: Adopter) -> None:
-    """Have the loop's bare tasks offered to this adopter too."""
+    """Offer the bare tasks of this loop to the adopter."""
     with _lock:
         adoption = _adoptions.get(loop)
         if adoption is None or _factory_of(loop) is not adoption:
             adoption = _adoptions[loop] = _Adoption(loop)
-            loop.set_task_factory(cast(Any, adoption))  # Any: typeshed's factory is generic in what nobody can know
+            loop.set_task_factory(cast(Any, adoption))  # typeshed's protocol is generic in the result of each task
         if adopter not in adoption.adopters:
             adoption.adopters += (adopter,)
 
 
 def end(loop: asyncio.AbstractEventLoop, adopter: Adopter) -> None:
-    """Undo `begin`; the last one gives the loop its earlier factory back, unless the host has set one since."""
+    """Undo `begin`; the last adopter restores the previous factory, unless the host has set another one since."""
     with _lock:
         adoption = _adoptions.get(loop)
         if adoption is None:
@@ -131,22 +131,22 @@ def end(loop: asyncio.AbstractEventLoop, adopter: Adopter) -> None:
         if not adoption.adopters:
             del _adoptions[loop]
             if _factory_of(loop) is adoption:
-                loop.set_task_factory(cast(Any, adoption.earlier))  # Any: as above
+                loop.set_task_factory(cast(Any, adoption.earlier))
 
 
 def in_force(loop: asyncio.AbstractEventLoop, adopter: Adopter) -> bool:
-    """Whether the loop still asks this adopter: a factory that the host sets later ends it."""
+    """Whether the loop still offers its tasks to this adopter: a factory that the host sets later ends that."""
     adoption = _adoptions.get(loop)
     return adoption is not None and _factory_of(loop) is adoption and adopter in adoption.adopters
 
 
 class BareTasks:
-    """The bare tasks of the hooks that one bus or courier calls, on every loop where a hook may make them.
+    """Adopts bare tasks of the hooks that one bus or courier calls, on every loop where those hooks run.
 
     Args:
-        publishing: Whether some thread calls hooks now.
-        owner_around: The name of the callback in whose hook a frame runs, if this bus or courier called that.
-        adopt: Takes a task on for an owner.
+        publishing: Whether some thread is calling hooks now.
+        owner_around: Returns the name of the callback whose hook a frame runs in, if this bus or courier called it.
+        adopt: Adopts a task for an owner.
     """
 
     def __init__(
@@ -163,29 +163,29 @@ class BareTasks:
 
     @property
     def state(self) -> AdoptionState:
-        """How it stands."""
+        """Whether bare tasks are adopted now."""
         if not self._loops:
             return "off"
         return "ended" if self._ended else "on"
 
     def adopt_from(self, frame: FrameType, task: "asyncio.Task[Any]") -> bool:
-        """As `Adopter`."""
+        """See `Adopter.adopt_from`."""
         owner = self._owner_around(frame)
         if owner is not None:
             self._adopt(task, owner)
         return owner is not None
 
     def begin_here(self) -> None:
-        """Adopt on the loop that runs on this thread, if one does, from here on."""
+        """Adopt tasks on the loop that is running on this thread, if there is one."""
         loop = running_loop()
         if loop is not None and loop not in self._loops:
-            self._loops.add(loop)  # first: a signal handler that publishes meanwhile must not begin it again
+            self._loops.add(loop)  # first, so that a signal handler that publishes meanwhile does not register it again
             begin(loop, self)
             for closed in [each for each in self._loops if each.is_closed()]:
                 self._loops.discard(closed)
 
     def look_after(self) -> None:
-        """Say so, once, when a factory that the host has set ended it."""
+        """Warn once if the host has replaced the task factory."""
         if not self._ended and not all(in_force(loop, self) for loop in tuple(self._loops)):
             self._ended = True
             log().warning(
@@ -195,14 +195,14 @@ class BareTasks:
             )
 
     def end(self) -> None:
-        """Give every loop its earlier factory back."""
+        """Restore the previous factory of every loop."""
         for loop in tuple(self._loops):
             end(loop, self)
 
 
 def _new_lock() -> None:
-    """In a forked child: a lock that another thread held would stay held for ever."""
-    global _lock  # noqa: PLW0603 # there is one lock for all loops
+    """Replace the lock in a forked child, where one that another thread held would stay locked forever."""
+    global _lock  # noqa: PLW0603 # one lock for all loops
     _lock = threading.RLock()
 
 

@@ -1,7 +1,7 @@
-"""`call_bounded`: await a stranger's coroutine function under a deadline that it cannot overrun.
+"""`call_bounded`: await an adapter's coroutine function with a timeout that it cannot overrun.
 
-``asyncio.timeout`` waits for what it cancels; here, a call that ignores its cancellation is left behind, and its caller
-goes on.
+``asyncio.timeout`` waits for the task that it cancels; here, a call that ignores its cancellation is abandoned and the
+caller continues.
 """
 
 import asyncio
@@ -12,10 +12,9 @@ import anyio
 
 
 class Ending(NamedTuple):
-    """How a call ended: with a value, or with an error."""
+    """The result of a call: the value that it returned, or its error."""
 
     value: Any = None
-    """Any: whatever it returned."""
     error: Exception | None = None
 
 
@@ -27,16 +26,17 @@ async def call_bounded(
     name: str,
     unended: "set[asyncio.Task[Ending]]",
 ) -> Ending:
-    """Await ``fn(*args)`` in a task of its own, for at most ``seconds``, then cancel it, and wait ``grace_seconds``.
+    """Await ``fn(*args)`` in its own task for at most ``seconds``, then cancel it and wait ``grace_seconds``.
 
-    When the caller is cancelled the call is too; the caller goes on after at most ``grace_seconds``.
+    Cancelling the caller cancels the call; the caller continues after at most ``grace_seconds``.
 
     Args:
-        unended: Holds the task for as long as it runs, also when it is left behind.
+        unended: Holds the task as long as it runs, also after it was abandoned.
 
     Returns:
-        What it returned, or what it raised: a TimeoutError for a late one, whatever that did in the end; a
-        RuntimeError for what is no Exception, KeyboardInterrupt, SystemExit and CancelledError included.
+        The returned value or the raised exception. The error is a TimeoutError for a late call, whatever the call did
+        in the end, and a RuntimeError for anything that is not an Exception (KeyboardInterrupt, SystemExit,
+        CancelledError).
     """
     task = asyncio.get_running_loop().create_task(_captured(fn, args), name=name)
     unended.add(task)
@@ -45,15 +45,15 @@ async def call_bounded(
         await asyncio.wait([task], timeout=seconds)
     except asyncio.CancelledError:
         task.cancel()
-        with anyio.CancelScope(shield=True):  # anyio cancels over and over; that counts as once
+        with anyio.CancelScope(shield=True):  # anyio repeats a cancellation until the scope exits
             await asyncio.wait([task], timeout=grace_seconds)
         raise
     if not task.done():
         task.cancel()
         await asyncio.wait([task], timeout=grace_seconds)
-        left = "" if task.done() else "; it ignored its cancellation, and was left behind"
+        left = "" if task.done() else "; it ignored its cancellation and was abandoned"
         return Ending(error=TimeoutError(f"it took longer than {seconds:g} s{left}"))
-    # A task that cancels itself and returns has no result.
+    # A task that cancels itself has no result, even if it returns.
     return Ending(error=RuntimeError("it cancelled its own task")) if task.cancelled() else task.result()
 
 
@@ -62,7 +62,7 @@ async def _captured(fn: Callable[..., Awaitable[object]], args: tuple[object, ..
         return Ending(await fn(*args))
     except Exception as error:
         return Ending(error=error)
-    except BaseException as error:  # a task that raises KeyboardInterrupt throws it at the event loop itself
+    except BaseException as error:  # a task that raises KeyboardInterrupt raises it in the event loop as well
         outer = RuntimeError(f"it raised {type(error).__name__}")
         outer.__cause__ = error
         return Ending(error=outer)

@@ -1,6 +1,6 @@
-"""`DaemonExecutor`: for ``asyncio.to_thread`` on a loop of ours, so that a call that hangs keeps no program alive.
+"""`DaemonExecutor`: runs ``asyncio.to_thread`` calls on daemon threads, so that a call that hangs cannot block exit.
 
-Python joins the threads of its own executors before it exits, whoever started them and whatever they wait for.
+Python joins the threads of its own executors before it exits, even if they are blocked.
 """
 
 import os
@@ -15,25 +15,25 @@ T = TypeVar("T")
 
 
 class DaemonExecutor(ThreadPoolExecutor):
-    """Calls functions on daemon threads, as many as the usual executor has.
+    """Calls functions on daemon threads, at most as many as ThreadPoolExecutor uses by default.
 
-    A subclass because event loops insist; nothing of the usual one is at work.
+    A subclass only because ``set_default_executor`` requires it; none of the inherited machinery is used.
     """
 
     def __init__(self) -> None:
-        super().__init__(1)  # whose threads are started by its `submit`, and never are
+        super().__init__(1)  # starts no thread: the inherited `submit` would, and it is overridden
         self._most: Final = min(32, (os.cpu_count() or 1) + 4)
         self._calls: Final[SimpleQueue[Callable[[], None] | None]] = SimpleQueue()
         self._started = 0
-        self._unended = 0  # calls, at work or waiting
+        self._unended = 0  # calls that are running or queued
         self._is_shut = False
-        self._lock: Final = threading.Lock()  # over the counts
+        self._lock: Final = threading.Lock()  # guards the counts
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
-        """As `Executor.submit`.
+        """Queue a call and return its future.
 
         Raises:
-            RuntimeError: After `shutdown`; or no thread is there, and none can be started now.
+            RuntimeError: After `shutdown`, or if there is no thread and none can be started.
         """
         future: Future[T] = Future()
 
@@ -43,8 +43,8 @@ class DaemonExecutor(ThreadPoolExecutor):
                 return
             try:
                 result = fn(*args, **kwargs)
-            except BaseException as error:  # a wall: it is the waiter's, a SystemExit too
-                self._end()  # before it is known, for whoever then calls again finds this thread at leisure
+            except BaseException as error:  # isolation: even SystemExit is raised where the future is awaited
+                self._end()  # before the future is set: a caller that submits next must see this thread as idle
                 future.set_exception(error)
             else:
                 self._end()
@@ -61,11 +61,11 @@ class DaemonExecutor(ThreadPoolExecutor):
 
     @property
     def unended(self) -> int:
-        """Calls that are at work or wait for their turn; from any thread."""
+        """Number of calls that are running or queued; safe from any thread."""
         return self._unended
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Take no more. It waits for nobody: who asks for that would wait for a call that hangs."""
+        """Accept no more calls. Both arguments are ignored: waiting could block on a call that hangs."""
         del wait, cancel_futures
         with self._lock:
             self._is_shut = True
@@ -77,7 +77,7 @@ class DaemonExecutor(ThreadPoolExecutor):
             threading.Thread(target=self._work, name="evsys-bus-call", daemon=True).start()
         except RuntimeError:
             if not self._started:
-                raise  # otherwise those that are there come to it, as where there are as many as may be
+                raise  # otherwise the existing threads will run the call
         else:
             self._started += 1
 
@@ -88,4 +88,4 @@ class DaemonExecutor(ThreadPoolExecutor):
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
-            del call  # and with it what it was given
+            del call  # drop the references to its arguments while waiting

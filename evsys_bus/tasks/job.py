@@ -1,4 +1,4 @@
-"""One spawned task, from acceptance to its end, and what may be spawned at all."""
+"""`Job`: one spawned task, and the check of what may be spawned."""
 
 import asyncio
 import contextvars
@@ -10,7 +10,7 @@ from evsys_bus.errors import SpawnError
 
 
 class Job:
-    """What `spawn` was given, and how far it has got."""
+    """The arguments of one `spawn` call and the state of its task."""
 
     __slots__ = ("args", "attempts", "background", "context", "fn", "kind", "lane", "name", "owner", "retry", "timeout")
 
@@ -43,7 +43,7 @@ class Job:
         return f"{self.owner}:{self.name}"
 
     async def run(self) -> None:
-        """All attempts, within the timeout.
+        """Run all attempts within the timeout.
 
         Raises:
             TimeoutError: They took longer.
@@ -55,9 +55,9 @@ class Job:
                 await (self._attempt(*self.args) if self.retry is None else self.retry(self._attempt, *self.args))
         except TimeoutError:
             if not bound.expired():
-                raise  # the task's own
+                raise  # raised by the task itself
             raise TimeoutError(f"timed out after {self.timeout:g} s") from None
-        except SystemExit as error:  # asyncio would let it out of the loop, and end the program for a task's sake
+        except SystemExit as error:  # asyncio would propagate it out of the loop and end the program
             raise RuntimeError(f"the task called sys.exit({error.code!r})") from error
 
     async def _attempt(self, *args: object) -> object:
@@ -75,14 +75,14 @@ def _check(fn: object) -> None:
             f"spawn() was given the coroutine {fn.__qualname__}(...), not the function",
             fix="pass the function and its arguments: self.spawn(upload, path), not self.spawn(upload(path))",
         )
-    # A wrapper that forgot functools.wraps cannot be told from an ordinary function here; its first call will tell.
+    # A wrapper without functools.wraps looks like an ordinary function here; `_attempt` checks what it returns.
     if not callable(fn) or inspect.isasyncgenfunction(fn) or inspect.isclass(fn) or inspect.isbuiltin(fn):
         raise _not_async(_name_of(fn))
 
 
 def _not_async(name: str) -> SpawnError:
     return SpawnError(
-        f"spawn() takes a coroutine function; {name} is none",
+        f"spawn() takes a coroutine function; {name} is not one",
         fix="define it with `async def`; blocking code: self.spawn(anyio.to_thread.run_sync, function, argument)",
     )
 

@@ -1,4 +1,4 @@
-"""Event loops as the task room sees them: the one that runs here, and one of our own on a thread."""
+"""Event loops: the loop that is running on this thread, and `LoopThread`, a loop on a thread of its own."""
 
 import asyncio
 import contextlib
@@ -18,13 +18,13 @@ T = TypeVar("T")
 _executors: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, DaemonExecutor]" = weakref.WeakKeyDictionary()
 
 LOOP_NAME: Final = "evsys-bus-loop"
-"""Of the thread of a `LoopThread`."""
+"""Name of the thread of a `LoopThread`."""
 STOP_SECONDS: Final = 1.0
-"""How long the loop's thread may take to end; one that a task blocks is left behind."""
+"""How long the loop's thread may take to end; a thread that a task blocks is abandoned."""
 
 
 def running_loop() -> asyncio.AbstractEventLoop | None:
-    """The loop that runs on this thread, or None."""
+    """The loop that is running on this thread, or None."""
     try:
         return asyncio.get_running_loop()
     except RuntimeError:
@@ -32,19 +32,19 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    """Have ``call`` run on the loop's thread, from any thread; nothing happens once the loop is closed."""
+    """Schedule ``call`` on the loop's thread, from any thread; does nothing once the loop is closed."""
     try:
         loop.call_soon_threadsafe(call)
     except RuntimeError:
-        pass  # closed, and with it everything that could have cared
+        pass  # the loop is closed
 
 
 def run_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """Run a coroutine on a loop that runs on another thread; its result.
+    """Run a coroutine on a loop of another thread and return its result.
 
     Raises:
-        TimeoutError: It took longer, and was cancelled.
-        BaseException: What it raised.
+        TimeoutError: It took longer and was cancelled.
+        BaseException: What the coroutine raised.
     """
     running = asyncio.run_coroutine_threadsafe(work, loop)
     try:
@@ -55,28 +55,28 @@ def run_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeou
 
 
 def unended_calls(loop: asyncio.AbstractEventLoop) -> int:
-    """Calls in the executor of a `LoopThread`'s loop (``run_in_executor``, ``to_thread``) that have not ended."""
+    """Number of unfinished executor calls (``run_in_executor``, ``to_thread``) of a `LoopThread`'s loop."""
     executor = _executors.get(loop)
     return 0 if executor is None else executor.unended
 
 
 def other_tasks() -> "list[asyncio.Task[Any]]":
-    """The tasks beside the current one, on the loop of a `LoopThread`; none on a loop that is not ours alone."""
+    """All tasks but the current one on the loop of a `LoopThread`; empty on a loop that the host owns."""
     if asyncio.get_running_loop() not in _executors:
         return []
     return [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
 
 
 class LoopThread:
-    """An event loop on a daemon thread, started when it is first needed; uvloop where there is one."""
+    """An event loop on a daemon thread, started when it is first needed; uses uvloop where it is installed."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may spawn in the middle of it
+        self._lock = threading.RLock()  # reentrant: a signal handler may spawn while it is held
         self._turning: _Turning | None = None
-        self._begun: list[_Turning] = []  # more than one where an interrupt, or a signal handler, came in between
+        self._begun: list[_Turning] = []  # more than one if an interrupt or a signal handler came in between
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, running."""
+        """The running loop; starts it on the first call."""
         turning = self._turning
         if turning is not None:
             return turning.loop
@@ -85,7 +85,7 @@ class LoopThread:
 
     def _begin(self) -> "_Turning":
         new = _Turning()
-        self._begun.append(new)  # first: where an interrupt comes before the rest, `stop` ends it
+        self._begun.append(new)  # first, so that `stop` ends it even if an interrupt skips the rest
         try:
             start_thread(new.run, LOOP_NAME)
             new.is_ready.wait()
@@ -93,13 +93,13 @@ class LoopThread:
                 raise new.error
             if self._turning is None:
                 self._turning = new
-            return self._turning  # a signal handler's, if one came here meanwhile
+            return self._turning  # may have been started by a signal handler meanwhile
         finally:
             if self._turning is not new:
                 new.end_soon()
 
     def end_soon(self) -> None:
-        """End the loop and its thread, without waiting; also from its own thread."""
+        """Ask the loop and its thread to end, without waiting; may be called on that thread."""
         for each in tuple(self._begun):
             each.end_soon()
 
@@ -108,11 +108,11 @@ class LoopThread:
         timeout: float = STOP_SECONDS,
         before: Callable[[float], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        """End the loop and its thread, waiting for it at most ``timeout`` seconds.
+        """End the loop and its thread, waiting at most ``timeout`` seconds.
 
         Args:
             timeout: Seconds.
-            before: A last coroutine that the loop runs, given how long that may take.
+            before: A coroutine function that the loop runs last; called with the seconds that it may take.
         """
         with self._lock:
             turning, self._turning = self._turning, None
@@ -129,10 +129,10 @@ class LoopThread:
 
 
 class _Turning:
-    """One loop, made and run on its thread: what an interrupt tears is the main thread's."""
+    """One loop, created and run on its own thread, where no signal handler can interrupt it."""
 
     loop: asyncio.AbstractEventLoop
-    """There once it is ready, unless there is an error."""
+    """Set once `is_ready` is open, unless `error` is set."""
 
     def __init__(self) -> None:
         self.is_ready: Final = Gate()
@@ -147,7 +147,7 @@ class _Turning:
             call_soon(self.loop, self.loop.stop)
 
     def join(self, seconds: float) -> None:
-        if self._thread is not None:  # one that has not begun finds that it is to end
+        if self._thread is not None:  # a thread that has not started yet will see `_is_to_end`
             self._thread.join(seconds)
 
     def run(self) -> None:
@@ -155,17 +155,17 @@ class _Turning:
         try:
             loop = self.loop = _new_loop()
             _give_executor(loop)
-        except BaseException as error:  # a wall: it is raised where the loop is asked for
+        except BaseException as error:  # isolation: raised again where the loop is requested
             self.error = error
             return
         finally:
             self.is_ready.open()
         asyncio.set_event_loop(loop)
         try:
-            while not self._is_to_end.is_open:  # a task may stop the loop, which is not its own
+            while not self._is_to_end.is_open:  # a task may have called loop.stop()
                 try:
                     loop.run_forever()
-                except (KeyboardInterrupt, SystemExit) as error:  # of a task; no signal is delivered on this thread
+                except (KeyboardInterrupt, SystemExit) as error:  # raised by a task: no signal arrives on this thread
                     log().warning("task.exit_ignored", exc_info=error)
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
@@ -173,19 +173,16 @@ class _Turning:
 
 
 def _give_executor(loop: asyncio.AbstractEventLoop) -> None:
-    try:  # what it imports is seldom needed before
+    try:  # imported late: most programs never need it
         from evsys_bus.tasks.daemon_executor import DaemonExecutor
     except RuntimeError:
-        return  # the program ends: what imports `concurrent.futures.thread` cannot be imported any more
+        return  # the interpreter is shutting down, and `concurrent.futures.thread` can no longer be imported
     executor = _executors[loop] = DaemonExecutor()
     loop.set_default_executor(executor)
 
 
 def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine function on a loop of its own, uvloop where there is one, until it is done; on this thread.
-
-    Any: what a coroutine yields to its loop is the loop's business.
-    """
+    """Run a coroutine function to completion on a new loop on this thread; uses uvloop where it is installed."""
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main())
 
@@ -193,6 +190,6 @@ def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except (ImportError, RuntimeError):  # Windows has none; and see `_give_executor`
+    except (ImportError, RuntimeError):  # not available on Windows; RuntimeError as in `_give_executor`
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()

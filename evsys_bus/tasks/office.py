@@ -1,7 +1,7 @@
-"""The managed task group of one bus.
+"""`TaskOffice`: the managed tasks of one bus.
 
-Spawned tasks run on the bus's loop: the caller's under ``async with``, a thread of our own under ``with``. What the
-office holds is guarded by one lock, because hooks run on any thread; nothing is awaited under it.
+Spawned tasks run on the bus's loop: the caller's loop under ``async with``, a `LoopThread` under ``with``. One lock
+guards all state, because hooks run on any thread; nothing is awaited while it is held.
 """
 
 import asyncio
@@ -21,28 +21,28 @@ from evsys_bus.tasks.loops import call_soon, running_loop
 from evsys_bus.tasks.receipt import Draining, Receipt, TaskCounts
 
 CANCEL_GRACE_SECONDS: Final = 1.0
-"""How long a cancelled task may take to end before it is left."""
+"""How long a cancelled task may take to end before it is abandoned."""
 
 
 class Ended(NamedTuple):
-    """How one task ended."""
+    """One task that has ended."""
 
     work: "Job | asyncio.Task[Any]"
-    """What was spawned, or the task that was adopted."""
+    """The job that was spawned, or the task that was adopted."""
     name: str
     failure: str | None
-    """What it raised, or that it was cancelled; None where it came to a good end."""
+    """The error text, or "cancelled"; None if the task succeeded."""
 
 
 class TaskOffice:
-    """Owners, bounds, lanes, isolation, counts, and the drain.
+    """Runs, bounds, isolates, counts and drains the tasks of a bus or courier, by owner.
 
     Args:
-        loop: Gives the loop that spawned tasks run on.
+        loop: Returns the loop that spawned tasks run on.
         faults: Where failures are logged.
-        max_running: Spawned tasks that run at a time.
-        max_waiting: Spawned tasks that wait for their turn; one more is refused.
-        on_end: Called when a task has ended, or was dropped before it began.
+        max_running: How many spawned tasks run at a time.
+        max_waiting: How many spawned tasks may be queued; further ones are refused.
+        on_end: Called when a task has ended, or was dropped before it started.
     """
 
     def __init__(
@@ -61,20 +61,18 @@ class TaskOffice:
         self._max_waiting = max_waiting
         self._lock = threading.RLock()
         self._ready: deque[Job] = deque()
-        self._lanes: dict[tuple[str, str], deque[Job]] = {}  # a key is a lane at work, its jobs wait behind that one
-        self._behind = 0  # how many wait in lanes
-        self._running: dict[
-            asyncio.Task[Any], Job
-        ] = {}  # Any, here and below: what a task returns is nobody's business
+        self._lanes: dict[tuple[str, str], deque[Job]] = {}  # a key is a busy lane; its jobs wait for the running one
+        self._behind = 0  # how many jobs wait in lanes
+        self._running: dict[asyncio.Task[Any], Job] = {}
         self._adopted: dict[asyncio.Task[Any], str] = {}
         self._background: dict[asyncio.Task[Any], Job] = {}  # nothing waits for these
         self._ends_background = False
         self._owners: dict[str, TaskCounts] = {}
-        self._watchers: list[Callable[[], object]] = []  # called whenever a task has ended
+        self._watchers: list[Callable[[], object]] = []  # called each time a task has ended
         self._closed = False
 
     def spawn(self, job: Job) -> bool:
-        """Take a job on; False if it was refused, which is logged and counted."""
+        """Accept a job; False if it was refused, which is logged and counted."""
         with self._lock:
             counts = self._counts(job.owner)
             if self._closed or len(self._ready) + self._behind >= self._max_waiting:
@@ -97,14 +95,14 @@ class TaskOffice:
         return True
 
     def adopt(self, task: "asyncio.Task[Any]", owner: str) -> None:
-        """Take on a task that a hook made bare. Called on the thread of the task's loop."""
+        """Adopt a task that a hook created itself. Called on the thread of the task's loop."""
         with self._lock:
             self._counts(owner).adopted += 1
             self._adopted[task] = owner
         task.add_done_callback(self._ended)
 
     def counts(self) -> tuple[TaskCounts, dict[str, TaskCounts]]:
-        """All counts, and those by owner."""
+        """The total counts, and the counts by owner."""
         with self._lock:
             owners = {owner: msgspec.structs.replace(counts) for owner, counts in self._owners.items()}
         fields = TaskCounts.__struct_fields__
@@ -112,12 +110,12 @@ class TaskOffice:
         return total, owners
 
     def load(self) -> tuple[int, int]:
-        """How many tasks run (adopted ones included), how many wait for their turn."""
+        """How many tasks are running (adopted ones included), and how many are queued."""
         with self._lock:
             return len(self._running) + len(self._adopted), len(self._ready) + self._behind
 
     def cancel_all(self) -> None:
-        """Cancel every task that has begun, and drop those that have not, from any thread."""
+        """Cancel every running task and drop the queued ones; from any thread."""
         with self._lock:
             dropped = [*self._ready, *(job for lane in self._lanes.values() for job in lane)]
             for job in dropped:
@@ -131,27 +129,27 @@ class TaskOffice:
             self._tell(Ended(job, job.name, "cancelled before it began"))
 
     def end_background(self) -> None:
-        """Cancel the background tasks: all that they served has ended. From any thread; it does not wait."""
+        """Cancel the background tasks without waiting; from any thread. Called when all other work has ended."""
         with self._lock:
             self._ends_background = True
             tasks = [*self._background]
         _cancel(tasks)
 
     async def background_ended(self, timeout: float) -> None:
-        """Wait at most so many seconds for the background tasks of the loop that runs here, after `end_background`."""
+        """Wait at most ``timeout`` seconds for the background tasks of the running loop, after `end_background`."""
         with self._lock:
             tasks = [task for task in self._background if task.get_loop() is running_loop()]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
 
     def drain(self, timeout: float, *, close: bool, stalled: asyncio.AbstractEventLoop | None = None) -> Draining:
-        """Begin to wait for every task, at most ``timeout`` seconds; may be called on any thread.
+        """Start waiting for every task, at most ``timeout`` seconds; may be called on any thread.
 
-        With ``close``, nothing more is taken on from the deadline on, and what has not ended by then is cancelled and
-        given `CANCEL_GRACE_SECONDS`. ``stalled`` is a loop that cannot turn meanwhile: its tasks are not waited for.
+        With ``close``, no job is accepted after the deadline, and unfinished tasks are cancelled and given
+        `CANCEL_GRACE_SECONDS`. ``stalled`` is a loop that is blocked meanwhile: its tasks are not waited for.
         """
         with self._lock:
-            if not self._unended(stalled):  # the usual end: no loop, and no thread of our own, is started for it
+            if not self._unended(stalled):  # the usual case, which needs neither a loop nor a thread
                 self._closed = self._closed or close
                 draining = Draining()
                 draining.set_result(self._receipt(0.0))
@@ -164,7 +162,7 @@ class TaskOffice:
             task.add_done_callback(hand_over)
 
         def hand_over(task: asyncio.Task[Receipt]) -> None:
-            # Cancelled means that the host tears its loop down, as after a second Ctrl-C: tell what is known.
+            # Cancelled: the host is closing its loop, as after a second Ctrl-C. Report what is known.
             ended = not task.cancelled() and task.exception() is None
             draining.set_result(task.result() if ended else self.close_now())
 
@@ -175,7 +173,7 @@ class TaskOffice:
         return draining
 
     def close_now(self) -> Receipt:
-        """Take nothing more on, cancel all, wait for nothing."""
+        """Accept no more jobs and cancel all tasks, without waiting."""
         with self._lock:
             self._closed = True
         self.cancel_all()
@@ -203,7 +201,7 @@ class TaskOffice:
                     await ended.wait()
                     ended.clear()
         except TimeoutError:
-            pass  # the receipt names what is left
+            pass  # the receipt lists the unfinished tasks
         finally:
             self._watchers.remove(watcher)
 
@@ -231,7 +229,7 @@ class TaskOffice:
         return counts
 
     def _wake(self) -> None:
-        """See to it that ready jobs start, on the loop's thread."""
+        """Start the ready jobs on the loop's thread."""
         loop = self._loop()
         if running_loop() is loop:
             self._start_ready()
@@ -248,7 +246,7 @@ class TaskOffice:
                     return
                 task = loop.create_task(job.run(), name=str(job), context=job.context)
                 self._running[task] = job
-                # Not a `finally` in the coroutine: one that is cancelled before its first step never runs.
+                # Not a `finally` in the coroutine: a task that is cancelled before its first step never runs it.
                 task.add_done_callback(self._ended)
 
     def _start_background(self, job: Job) -> None:
@@ -260,13 +258,13 @@ class TaskOffice:
         task.add_done_callback(self._ended)
 
     def _ended(self, task: "asyncio.Task[Any]") -> None:
-        """The wall around a task, spawned or adopted: what it raised is counted and logged, and goes no further."""
+        """Count and log how a task ended, spawned or adopted. What it raised is not propagated."""
         error = None if task.cancelled() else task.exception()
         with self._lock:
             job = self._running.pop(task, None) or self._background.pop(task, None)
             owner = self._adopted.pop(task) if job is None else job.owner
             counts = self._counts(owner)
-            # To be cancelled at the end is how a background task is meant to end.
+            # Being cancelled at the close is the normal end of a background task.
             cancelled = task.cancelled() and not (job is not None and job.background and self._ends_background)
             counts.cancelled += cancelled
             counts.failed += error is not None
@@ -276,7 +274,7 @@ class TaskOffice:
                 self._leave_lane(job)
         name = name_of(task) if job is None else job.name
         if error is not None:
-            # Names may be as many as tasks.
+            # Task names may be unique to each task, and the key must not be.
             kind = message_shape(name) if job is None else job.kind
             self._faults.warn("task.failed", (owner, kind), error=error, owner=owner, task=name)
         if self._ready:
@@ -291,7 +289,7 @@ class TaskOffice:
         if self._on_end is not None:
             try:
                 self._on_end(ended)
-            except Exception as error:  # a wall: the other tasks are looked after all the same
+            except Exception as error:  # isolation: the other tasks must still be handled
                 self._faults.warn("task.end_unseen", ended.name, error=error, task=ended.name)
 
     def _leave_lane(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What a drain hands back, and how one waits for it."""
+"""`Receipt`, the result of a drain; `DeliveryStatus`; and the functions that wait for a drain."""
 
 import asyncio
 import concurrent.futures
@@ -18,142 +18,143 @@ _LOOK_SECONDS: Final = 0.5
 
 
 class TaskCounts(msgspec.Struct):
-    """How tasks have fared: an accepted one ends as completed, failed or cancelled."""
+    """Counts of tasks: each accepted one ends as completed, failed or cancelled."""
 
     spawned: int = 0
     adopted: int = 0
-    """Made by a bare ``asyncio.create_task`` in a hook."""
+    """Created by a bare ``asyncio.create_task`` in a hook."""
     retries: int = 0
-    """Attempts beyond the first, by a retry policy."""
+    """Attempts after the first, made by a retry policy."""
     completed: int = 0
     failed: int = 0
-    """Raised, or ran out of time."""
+    """Raised an exception or timed out."""
     cancelled: int = 0
-    """Cancelled by the drain's deadline or by others, before or after they began."""
+    """Cancelled, at the drain's deadline or by other code, before or after they started."""
     refused: int = 0
-    """Never accepted: too many waited, or the bus was closed."""
+    """Never accepted: too many tasks were queued, or the bus was closed."""
 
 
 DeliveryState = Literal["delivering", "idle", "retrying", "parked", "ended", "failed", "other_rank", "unknown"]
-"""``idle``: all there is was delivered. ``parked``: it waits for a person, and is tried once a minute. ``failed``: the
-adapter cannot be built or opened. ``other_rank``: another rank of the job delivers to it. ``unknown``: its files cannot
-be read now, the error says why, and no count means anything."""
+"""``idle``: every event was delivered. ``parked``: a person has to act; retried once a minute. ``failed``: the adapter
+cannot be built or opened. ``other_rank``: another rank of the job delivers to it. ``unknown``: its files cannot be read
+now, for the reason in ``error``, and the counts are not valid."""
 
 
 class DeliveryStatus(msgspec.Struct, frozen=True):
-    """How one delivery fares: the same struct in its state file, in ``health()``, receipts and ``evsys-bus status``.
+    """Status of one delivery: the same struct in its state file, in ``health()``, receipts and ``evsys-bus status``.
 
     At any time ``recorded = delivered + dead + pending``, and ``owed <= delivered``.
     """
 
     name: str = ""
-    """The adapter's."""
+    """Name of the adapter."""
     recorded: int = 0
-    """Events that are for it."""
+    """Events in the journal that are for this adapter."""
     delivered: int = 0
-    """Events that the adapter has taken."""
+    """Events that the adapter has accepted."""
     dead: int = 0
-    """Not taken, and never will be; they are in its dead-letter file, with the reason."""
+    """Events that were rejected for good; they are in the dead-letter file, with the reason."""
     pending: int = 0
-    """Safe in the journal, and still to be delivered."""
+    """Events in the journal that are still to be delivered."""
     owed: int = 0
-    """Of the delivered ones: not confirmed by the far side yet (`Callback.report_owed`)."""
+    """Delivered events that the destination has not confirmed yet (`Callback.report_owed`)."""
     owed_fix: str | None = None
-    """What a person has to do before those can be confirmed; None where nobody has to do anything."""
+    """What a person has to do before those can be confirmed; None if no action is needed."""
     hook_failures: int = 0
     """Hooks of a followed callback that raised."""
     task_failures: int = 0
-    """Tasks started by those hooks that raised, ran out of time or were cancelled."""
+    """Tasks started by those hooks that raised, timed out or were cancelled."""
     last_failure: str | None = None
-    """The newest of these failures: the hook or the task, and what it raised."""
+    """The newest of these failures: the hook or task, and what it raised."""
     state: DeliveryState | None = None
-    """As its courier last wrote it down; None before it did."""
+    """The state that its courier last wrote; None before the first time."""
     error: str | None = None
-    """What its destination, or the adapter, last raised or answered; why something is owed."""
+    """The last error of the adapter or its destination, or why events are unconfirmed."""
     fix: str | None = None
     """What to do about the error."""
     failing_since: float | None = None
-    """Seconds since the epoch."""
+    """When it started to fail; seconds since the epoch."""
     attempts: int = 0
-    """Since it began to fail."""
+    """Attempts since it started to fail."""
     pid: int = 0
-    """The process of its courier."""
+    """Process id of its courier."""
     at: float = 0.0
     """When the courier wrote this; seconds since the epoch."""
     busy: bool = False
-    """Whether a courier delivers to it now."""
+    """Whether a courier is delivering to it now."""
     log: str | None = None
-    """The file with the courier's log, tracebacks included, where it has one of its own."""
+    """Path of the courier's log, which has the tracebacks, if the courier has a log of its own."""
     absent: int = 0
-    """Events that it does not get, because the journal had them no more when it came to them: not recorded for it."""
+    """Events that were removed from the journal before this adapter could get them; not counted as recorded."""
 
     @property
     def trouble(self) -> str | None:
-        """What keeps events from being delivered or confirmed; None where nothing does."""
+        """The error that prevents events from being delivered or confirmed; None if there is none."""
         if self.owed and self.error is not None:
             return self.error
         return None if self.state in {None, "delivering", "idle", "other_rank"} else self.error
 
     @property
     def is_known(self) -> bool:
-        """Whether the counts mean anything: not so where its files could not be read."""
+        """Whether the counts are valid; False if the files could not be read."""
         return self.state != "unknown"
 
     @property
     def complete(self) -> bool:
-        """Whether every event was taken and confirmed, and nothing failed on the way; False where that is unknown."""
+        """Whether every event was delivered and confirmed and nothing failed; False where that is unknown."""
         failures = self.hook_failures or self.task_failures
         return self.is_known and not (self.pending or self.dead or self.owed or failures)
 
 
 class Receipt(msgspec.Struct, frozen=True):
-    """What a drain hands back."""
+    """The result of a drain."""
 
     total: TaskCounts
+    """Counts of all tasks."""
     tasks_by_owner: dict[str, TaskCounts]
-    """The same by callback."""
+    """The same counts for each callback."""
     left: tuple[str, ...] = ()
-    """Tasks that had not ended when the deadline passed, as ``owner:name``."""
+    """Tasks that were unfinished at the deadline, as ``owner:name``."""
     seconds: float = 0.0
     """How long the drain took."""
     recorded: int = 0
-    """Events that are in the journal, on the medium; 0 where there is none."""
+    """Events that are in the journal and flushed to disk; 0 without a journal."""
     unrecorded: int = 0
-    """Events that the journal's disk did not take, and that end with the process."""
+    """Events that could not be written to the journal and are lost when the process ends."""
     refused: int = 0
-    """Events whose `publish` returned, and that met no hook and are not in the journal; the log says why."""
+    """Events whose `publish` returned but that reached no hook and are not in the journal; the log says why."""
     without_hooks: int = 0
-    """Events that are in the journal and met no hook: another thread's hook held the bus until the end."""
+    """Events that are in the journal but reached no hook: a hook on another thread blocked the bus until the end."""
     journal: str | None = None
-    """Where the journal is."""
+    """Directory of the journal."""
     deliveries: tuple[DeliveryStatus, ...] = ()
-    """One for each followed adapter."""
+    """One status for each followed adapter."""
     finish: str | None = None
-    """The command that delivers what is pending or owed; None where nothing is."""
+    """The command that delivers pending and unconfirmed events; None if there are none."""
 
     @property
     def owners(self) -> dict[str, TaskCounts]:
-        """The name that `tasks_by_owner` had before 0.2."""
+        """Name of `tasks_by_owner` before 0.2."""
         return self.tasks_by_owner
 
 
 class Draining(concurrent.futures.Future[Receipt]):
-    """A drain under way: ``await`` it, or call ``result()`` on a thread that does not run the bus's loop."""
+    """A drain in progress: ``await`` it, or call ``result()`` on a thread that does not run the bus's loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__()
         self._loop = loop
 
     def __await__(self) -> Generator[Any, None, Receipt]:
-        """Any: what a future yields to its loop is the loop's business."""
+        """Wait for the receipt on the running loop."""
         return asyncio.wrap_future(self).__await__()
 
     def result(self, timeout: float | None = None) -> Receipt:
         """Wait for the receipt.
 
         Raises:
-            BusError: Called on the thread that has to run the tasks, where it would wait for itself.
-            TimeoutError: It took longer than ``timeout`` seconds.
+            BusError: Called on the thread that has to run the tasks, which would deadlock.
+            TimeoutError: The drain took longer than ``timeout`` seconds.
         """
         if not self.done() and self._loop is not None and running_loop() is self._loop:
             raise BusError(
@@ -164,19 +165,19 @@ class Draining(concurrent.futures.Future[Receipt]):
 
 
 def prepare_to_wait() -> None:
-    """Import what `wait_shielded` needs: at the end there may be no file left to import it with."""
+    """Import what `wait_shielded` needs, which may be impossible later without free file descriptors."""
     anyio.CancelScope()
 
 
 class Ends(Protocol):
-    """A `Draining`, or an `Uninterrupted`."""
+    """Something that can be waited for: a `Draining` or an `Uninterrupted`."""
 
     def done(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether it has finished."""
         ...
 
     def add_done_callback(self, call: Callable[[Any], object], /) -> None:
-        """Have this called then, on any thread. Any: as a future passes itself."""
+        """Call the function with this object when it has finished, on any thread."""
         ...
 
 
@@ -187,13 +188,16 @@ async def wait_shielded(
     on_cancel: Callable[[int], object] | None = None,
     seconds: float = math.inf,
 ) -> BaseException | None:
-    """Wait for the end; the first cancellation or interrupt that arrived meanwhile: the caller raises it now.
+    """Wait until the work has finished, deferring cancellations and interrupts.
 
     Args:
-        ending: What is waited for.
-        most: How many of them end the wait.
-        on_cancel: Called with how many have arrived so far.
-        seconds: After so long it ends too: an interrupt may have torn what would have come to an end.
+        ending: The work to wait for.
+        most: How many cancellations or interrupts end the wait.
+        on_cancel: Called with the number of them so far.
+        seconds: Timeout of the wait: an interrupt may have broken the work, which would then never finish.
+
+    Returns:
+        The first cancellation or interrupt that arrived meanwhile, for the caller to raise; None without one.
     """
     count = 0
     first: BaseException | None = None
@@ -201,11 +205,11 @@ async def wait_shielded(
     woken = loop.create_future()
     ending.add_done_callback(lambda _: call_soon(loop, partial(_wake, woken)))
     until = time.monotonic() + seconds
-    # The scope keeps anyio from cancelling over and over; the loop outlives a bare task.cancel().
+    # The shield stops anyio from repeating a cancellation; the loop continues after a bare task.cancel().
     with anyio.CancelScope(shield=True):
         while not ending.done() and (left := until - time.monotonic()) > 0.0 and count < most:
             try:
-                # In slices: an interrupt that tears the loop may take what would have woken us.
+                # In slices: an interrupt of the event loop may lose the wakeup.
                 await asyncio.wait([woken], timeout=min(left, _LOOK_SECONDS))
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
                 count += 1

@@ -1,6 +1,6 @@
-"""`see_through`: let work that was begun come to a good end when its caller is cancelled.
+"""`see_through`: let work finish in an orderly way when its caller is cancelled.
 
-It owns the one task that a training loop starts, from its first step to its last event.
+It owns the task of a training loop, from the first step to the last event.
 """
 
 import asyncio
@@ -10,19 +10,19 @@ from typing import Any, Final, TypeVar
 import anyio
 
 GIVE_UP_SECONDS: Final = 1.0
-"""How long work may take to end once it is cancelled itself."""
+"""How long the work may take to end once it was cancelled."""
 
 T = TypeVar("T")
 
 
 async def see_through(work: Coroutine[Any, Any, T], *, on_cancel: Callable[[], object]) -> T:
-    """Await ``work`` in a task of its own. Any: what a coroutine yields to its loop is the loop's business.
+    """Await ``work`` in a task of its own.
 
     The first cancellation of the caller calls ``on_cancel``, which should make the work end soon; it is raised once the
-    work has ended. A second one cancels the work, and is raised after at most `GIVE_UP_SECONDS`.
+    work has ended. A second cancellation cancels the work and is raised after at most `GIVE_UP_SECONDS`.
 
     Raises:
-        BaseException: What the work raised, KeyboardInterrupt and SystemExit included.
+        BaseException: What the work raised, including KeyboardInterrupt and SystemExit.
     """
     task = asyncio.get_running_loop().create_task(_captured(work), name="evsys-bus:training")
     try:
@@ -41,7 +41,7 @@ async def see_through(work: Coroutine[Any, Any, T], *, on_cancel: Callable[[], o
 
 
 class _Raised:
-    """What the work raised, as a value: a task that raises KeyboardInterrupt throws it at the event loop itself."""
+    """An exception as a result: a task that raises KeyboardInterrupt would raise it in the event loop as well."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -55,8 +55,8 @@ async def _captured(work: Coroutine[Any, Any, T]) -> T | _Raised:
 
 
 async def _end_or_give_up(task: "asyncio.Task[Any]") -> None:
-    # anyio cancels what is in a cancelled scope over and over, until it ends: under the shield that counts as once.
-    # A bare task.cancel() goes through the shield, so a second one is noticed.
+    # anyio repeats the cancellation of a cancelled scope until it exits; the shield reduces that to one.
+    # A bare task.cancel() passes the shield, so a second one is noticed.
     with anyio.CancelScope(shield=True):
         try:
             await asyncio.wait([task])

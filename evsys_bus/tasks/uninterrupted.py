@@ -1,10 +1,10 @@
-"""Work that an interrupt must not tear, and the deadline that an interrupt may bring forward.
+"""Work that an interrupt must not break off, and a deadline that an interrupt may bring forward.
 
-Python runs signal handlers on the main thread, between any two instructions: Ctrl-C there leaves whatever was at work
-half-way. So what has to be whole runs on a thread of its own, and the main thread only waits for it.
+Python runs signal handlers on the main thread, between any two instructions, so Ctrl-C can leave the code that runs
+there half done. Work that must be completed runs on a thread of its own, and the main thread only waits for it.
 
-``threading.Event`` and ``Condition``, and with them ``Thread.start``, are written in Python: an interrupt within them
-can leave their lock held for ever. What the main thread may call uses `Gate` and `start_thread` in their place.
+``threading.Event`` and ``Condition``, and with them ``Thread.start``, are written in Python: an interrupt inside them
+can leave their lock held forever. Code that the main thread may call uses `Gate` and `start_thread` instead.
 """
 
 import _thread
@@ -19,12 +19,12 @@ from typing import Any, Final, Generic, TypeVar
 T = TypeVar("T")
 
 MOST_INTERRUPTS: Final = 2
-"""So many are put off until the work is done; one more ends the wait, and the work goes on without."""
+"""How many interrupts are deferred until the work is done; one more ends the wait, and the work continues."""
 _LOOK_SECONDS: Final = 0.5
 
 
 class Gate:
-    """What ``threading.Event`` is: closed at first, opened once. An interrupt in the middle of it leaves nothing held.
+    """Like ``threading.Event``, but an interrupt inside it leaves no lock held. Closed at first, opened once.
 
     It may be opened in a signal handler and in a finalizer, and more than once.
     """
@@ -37,7 +37,7 @@ class Gate:
         self._lock.acquire()
 
     def open(self) -> None:
-        """Let everybody go on who waits."""
+        """Release all waiters."""
         self.is_open = True
         try:
             self._to_release.pop()
@@ -46,9 +46,9 @@ class Gate:
         self._lock.release()
 
     def wait(self, seconds: float = math.inf) -> bool:
-        """Wait until it is open, at most so long; whether it is."""
+        """Wait until it is open, at most ``seconds``; return whether it is."""
         until = time.monotonic() + seconds
-        # In slices: an interrupt between two of these lines may keep the lock, for us and for others who wait.
+        # In slices: an interrupt between two of these lines may leave the lock held for every waiter.
         while not self.is_open and (left := until - time.monotonic()) > 0.0:
             if self._lock.acquire(timeout=min(left, _LOOK_SECONDS)):
                 self._lock.release()
@@ -56,10 +56,10 @@ class Gate:
 
 
 def start_thread(run: Callable[[], object], name: str) -> threading.Thread:
-    """A daemon thread that has begun to run this. If an interrupt is raised here, it may begin a little later, or not.
+    """Start a daemon thread and return it. After an interrupt in here, the thread may start later or not at all.
 
     Raises:
-        RuntimeError: The program ends, or may have no more threads.
+        RuntimeError: The interpreter is shutting down, or no more threads can be started.
     """
     thread = threading.Thread(target=run, name=name, daemon=True)
     if threading.current_thread() is not threading.main_thread():
@@ -71,12 +71,12 @@ def start_thread(run: Callable[[], object], name: str) -> threading.Thread:
     def begin() -> None:
         try:
             thread.start()
-        except BaseException as error:  # a wall: it is raised where the thread is waited for
+        except BaseException as error:  # isolation: raised again on the calling thread
             refusals.append(error)
         finally:
             begun.open()
 
-    _thread.start_new_thread(begin, ())  # whole, or not at all
+    _thread.start_new_thread(begin, ())  # atomic: no signal handler runs inside it
     begun.wait()
     if refusals:
         raise refusals[0]
@@ -84,23 +84,23 @@ def start_thread(run: Callable[[], object], name: str) -> threading.Thread:
 
 
 class Deadline:
-    """A point in time; may be cut from any thread, which makes it now.
+    """A point in time, which any thread may bring forward to now.
 
     Args:
-        seconds: From now.
+        seconds: How far in the future.
     """
 
     def __init__(self, seconds: float) -> None:
         self.at: Final = time.monotonic() + seconds
-        """On the clock of ``time.monotonic``, unless it is cut."""
+        """On the clock of ``time.monotonic``; does not change when it is cut short."""
         self._cut = Gate()
 
     def left(self) -> float:
-        """Seconds until then; 0 once it has passed."""
+        """Seconds until the deadline; 0 once it has passed."""
         return 0.0 if self._cut.is_open else max(0.0, self.at - time.monotonic())
 
     def cut(self) -> None:
-        """Let it be now."""
+        """Bring the deadline forward to now."""
         self._cut.open()
 
     @property
@@ -109,17 +109,17 @@ class Deadline:
         return self._cut.is_open
 
     def pause(self, seconds: float) -> bool:
-        """Wait so long, or until it has passed; whether anything is left of it."""
+        """Wait for ``seconds``, at most until the deadline; return whether any time remains."""
         self._cut.wait(min(seconds, self.left()))
         return self.left() > 0.0
 
 
 class Uninterrupted(Generic[T]):
-    """One piece of work on a thread of its own.
+    """A function call on a thread of its own.
 
     Args:
-        work: What to do; it sees the context variables of here.
-        name: Of the thread.
+        work: The function; it runs with the caller's context variables.
+        name: Name of the thread.
     """
 
     def __init__(self, work: Callable[[], T], name: str) -> None:
@@ -136,40 +136,40 @@ class Uninterrupted(Generic[T]):
         return self._end.is_open
 
     def add_done_callback(self, call: Callable[[Any], object], /) -> None:
-        """Have this called, perhaps twice, once it is done. Any: as a future passes itself."""
+        """Call the function with this object once it is done; perhaps twice."""
         self._on_end.append(call)
         if self.done():
             call(self)
 
     def start(self) -> None:
-        """Begin; where Python starts no thread any more, do it here and now. As `start_thread`."""
+        """Start the work with `start_thread`; where no thread can be started, do it on this thread."""
         try:
             start_thread(self._run, self._name)
-        except RuntimeError:  # the program ends, or may have no more threads
+        except RuntimeError:  # the interpreter is shutting down, or no more threads can be started
             self._run()
 
     def do(self, interrupted: Callable[[], object]) -> T:
-        """Do it, and wait for the end; off the main thread, where no signal handler runs, here. As `wait`."""
+        """Do the work and `wait` for it; off the main thread, where no signal handler runs, do it on this thread."""
         if threading.current_thread() is not threading.main_thread():
             self._run()
         return self.wait(interrupted)
 
     def wait(self, interrupted: Callable[[], object], most: int = MOST_INTERRUPTS) -> T:
-        """Wait for the end; what it returned.
+        """Wait until the work is done and return its result.
 
         Args:
             interrupted: Called when a signal handler has raised: it should make the work end soon.
-            most: How many interrupts are put off until then.
+            most: How many interrupts are deferred until the work is done.
 
         Raises:
-            BaseException: What the work raised, or what the signal handler did.
+            BaseException: What the work or a signal handler raised.
         """
         try:
             if self._free:
                 self.start()
             while not self._end.wait(_LOOK_SECONDS):
                 if self._free:
-                    self.start()  # an interrupt came before the thread was there
+                    self.start()  # an interrupt came before the thread was started
         except BaseException:
             if most:
                 interrupted()
@@ -180,7 +180,7 @@ class Uninterrupted(Generic[T]):
         return self._result[0]
 
     def withdraw(self) -> None:
-        """See to it that it never begins; where it has, wait for the end. Off the main thread."""
+        """Prevent the work from starting, or wait for its end if it has started. Not for the main thread."""
         try:
             self._free.pop()
         except IndexError:
@@ -190,10 +190,10 @@ class Uninterrupted(Generic[T]):
         try:
             self._free.pop()
         except IndexError:
-            return  # another thread does it
+            return  # another thread does the work
         try:
             self._result.append(self._work())
-        except BaseException as error:  # a wall: it is raised where it is waited for
+        except BaseException as error:  # isolation: raised again in `wait`
             self._error = error
         finally:
             self._end.open()
@@ -202,6 +202,6 @@ class Uninterrupted(Generic[T]):
 
 
 def _in_this_context(work: Callable[[], T]) -> Callable[[], T]:
-    """The work, to be done with the context variables of here."""
+    """Bind the function to a copy of the current context variables."""
     context = contextvars.copy_context()
     return lambda: context.run(work)

@@ -1,7 +1,7 @@
-"""What tests put in the place of the outside world, and the suite for adapters of your own.
+"""Test doubles for the outside world, and a conformance suite for your own adapters.
 
-A disk that fails when told, a clock that is set, callbacks and sinks that keep what they get or fail by plan, a proxy
-that breaks connections; `conformance` tries an adapter with everything that a training may hand it.
+A disk that fails on demand, a clock that is set by hand, callbacks and sinks that record what they get or fail by plan,
+a proxy that breaks connections; `conformance` tests an adapter with everything that a training may give it.
 """
 
 from evsys_bus.testing.clock import ManualClock

@@ -1,4 +1,4 @@
-"""`CallbackTrial`: a callback under test, its hooks called inline and as its courier calls them, and what it wrote."""
+"""`CallbackTrial`: runs a callback's hooks inline and as its courier does, and compares what it wrote."""
 
 import asyncio
 import json
@@ -20,16 +20,16 @@ from evsys_bus.testing.sink_trial import Unheard, bounded
 from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, enveloped, hostile, minimal
 
 _Events: TypeAlias = Callable[[Path], Iterable[Iterable[Event]]]
-"""The events of a trial, given its folder, in parts: what a part started is run at its end."""
+"""The events of a trial, given its folder, in groups: tasks started by a group run at its end."""
 
 
 class CallbackTrial:
-    """One callback, made anew for each trial.
+    """Conformance checks of a callback, constructed anew for each check.
 
     Args:
-        make: Makes it, given a folder.
-        contents: What it wrote there.
-        findings: Where it is said what is wrong.
+        make: Constructs it, given a folder.
+        contents: Reads what it wrote there.
+        findings: Collects what is wrong.
     """
 
     def __init__(self, make: Callable[[Path], Callback | Sink], contents: Contents, findings: Findings) -> None:
@@ -38,7 +38,7 @@ class CallbackTrial:
         self._findings = findings
 
     def run(self, *, follow: bool) -> None:
-        """Every expectation of a callback."""
+        """Check every expectation of a callback."""
         findings = self._findings
         with empty_folder() as folder:
             try:
@@ -59,9 +59,9 @@ class CallbackTrial:
         for what, metrics in hostile():
             self._give(f"metrics with {what}", lambda folder, row=metrics: [_row(folder, row)])
         self._give("late and repeated steps", _late)
-        again = self._after("start events that are told again", _told_again)
+        again = self._after("repeated start events", _told_again)
         if again != calm:
-            findings.note(f"start events that are told again change nothing; {difference(calm, again)}")
+            findings.note(f"repeated start events change nothing; {difference(calm, again)}")
         if follow:
             self._try_followed(calm, least)
 
@@ -89,7 +89,7 @@ class CallbackTrial:
             starts = [*_read(timeline.starts(2))]
 
             def crash_and_go_on() -> None:
-                before: Any = self._make(folder)  # Any: it has more than the contract asks for
+                before: Any = self._make(folder)  # has `mark`, which is not part of Callback
                 self._call(before, events[:middle])
                 mark = json.loads(json.dumps(before.mark()))
                 self._call(before, events[middle:])
@@ -104,12 +104,12 @@ class CallbackTrial:
                     self._findings.note(f"after a crash its files are as without; {difference(calm, rewound)}")
 
     def _give(self, what: str, events: _Events) -> None:
-        """Give these events to one callback."""
+        """Feed these events to one callback."""
         with empty_folder() as folder:
             self._give_in(folder, what, events)
 
     def _after(self, what: str, events: _Events) -> Mapping[str, object]:
-        """Give these events to one callback; what it wrote."""
+        """Feed these events to one callback; return what it wrote."""
         with empty_folder() as folder:
             self._give_in(folder, what, events)
             return self._written(folder)
@@ -181,7 +181,7 @@ def _told_again(folder: Path) -> Iterator[Iterable[Event]]:
 
 
 def _row(folder: Path, row: dict[str, Any]) -> Iterator[Event]:
-    """A step with this row, of runs that have begun: what fails then, fails on the row. Any: as in `hostile`."""
+    """Return a step with these metrics, of runs that have started: a failure is then due to the metrics."""
     timeline = Timeline(folder)
     yield from timeline.starts()
     yield from timeline.step(0, row)
@@ -194,14 +194,14 @@ def _read(events: Iterable[Event]) -> Iterator[Event]:
 
 
 class _Started(Unheard):
-    """Takes the tasks of hooks, to run them when the hooks are done."""
+    """Collects the tasks of hooks, to run them after the hooks."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[Callable[[], str], Callable[[], Awaitable[object]]]] = []
-        """What each is called, and what runs it."""
+        """Name and coroutine function of each task."""
         self.bare_tasks: Final = BareTasks(lambda: True, self._owner_around, self._adopt)
         code = compile("lambda hook, args, named: hook(*args, **named)", f"{HOOK_CALLS}, conformance>", "eval")
-        self.call: Final[Callable[..., object]] = eval(code, {"starts": self})  # noqa: S307 - what stands above
+        self.call: Final[Callable[..., object]] = eval(code, {"starts": self})  # noqa: S307 - the literal above
 
     def spawn(
         self,
@@ -210,9 +210,9 @@ class _Started(Unheard):
         *args: Any,
         name: str | None = None,
         background: bool = False,
-        **_: object,  # how they are run elsewhere
+        **_: object,  # options of a real bus
     ) -> bool:
-        """Take it; a background task would be cancelled at once. Any: the arguments are those of ``fn``."""
+        """Collect the task; a background task would be cancelled at once."""
         if not background:
             self.taken.append((lambda: name or getattr(fn, "__name__", "task"), lambda: fn(*args)))
         return True
@@ -222,14 +222,13 @@ class _Started(Unheard):
         return "the adapter" if call is not None and call.f_globals.get("starts") is self else None
 
     def _adopt(self, task: "asyncio.Task[Any]", owner: str) -> None:
-        """Any: a task's result is its maker's business."""
         del owner
         self.taken.append((lambda: name_of(task), lambda: task))
 
     def current_event(self) -> EventInfo | None:
-        """Now."""
+        """Return no event: the time is now."""
         return None
 
     def publishes_here(self) -> bool:
-        """It does."""
+        """Return True: there is only this one."""
         return True

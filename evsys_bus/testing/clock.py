@@ -1,23 +1,23 @@
-"""A clock that stands still until it is set."""
+"""A clock that is moved by hand."""
 
 
 class ManualClock:
-    """Two clocks: a wall clock that may be set to anything, and a monotonic one that only `advance` moves."""
+    """A wall clock that may be set to any time, and a monotonic clock that only `advance` moves."""
 
     def __init__(self, wall: float = 1_700_000_000.0) -> None:
         self._wall = wall
         self._monotonic = 0.0
 
     def wall(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
         return self._wall
 
     def monotonic(self) -> float:
-        """Seconds."""
+        """Return seconds."""
         return self._monotonic
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Advance both clocks."""
         self._wall += seconds
         self._monotonic += seconds
 

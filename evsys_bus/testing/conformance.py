@@ -1,6 +1,6 @@
-"""`conformance`: whether an adapter keeps its side of the contract, as one test that needs no fixtures and no plugin.
+"""`conformance`: checks whether an adapter fulfils its contract, as one test that needs no fixtures and no plugin.
 
-It owns what is asked of every adapter; `callback_trial` and `sink_trial` own the rest, `timeline` what is tried.
+This module has the checks of every adapter; `callback_trial` and `sink_trial` have the others, `timeline` the events.
 """
 
 import threading
@@ -16,35 +16,35 @@ from evsys_bus.testing.folders import Contents, empty_folder, files_in
 from evsys_bus.testing.sink_trial import SinkTrial
 
 Make: TypeAlias = Callable[[Path], Callback | Sink]
-"""Makes the adapter; what it writes belongs into the folder."""
+"""Constructs the adapter, which should write into the folder."""
 
 
 def conformance(
     make: Make, *, follow: bool = True, contents: Contents = files_in, delivery: Make | None = None
 ) -> Callable[[], None]:
-    """A test of the adapter: give it a name that begins with ``test``.
+    """Return a test of the adapter; assign it to a name that begins with ``test``.
 
-    Tried is: nothing happens before the first hook or `open`; every hook with full, minimal and detached objects;
-    metrics that are no numbers; late and repeated steps; two runs at once; start events that a courier tells again; the
+    It checks that nothing happens before the first hook or `open`; every hook with full, minimal and detached objects;
+    metrics that are not numbers; late and repeated steps; two runs at once; start events that a courier repeats; the
     same files from live objects and from a record; and, with ``mark`` and ``rewind``, the same files after a crash. For
-    a sink, and for the delivery half of a callback: the same events in batches, once and again, opening after closing,
-    and what `write` returns.
+    a sink, and for the delivery half of a callback: the same events in batches, once and again, reopening after
+    closing, and the return value of `write`.
 
-    What a callback wrote is compared file by file and byte by byte, but for hidden files. Where the same rows may well
-    be other bytes, as in a database, ``contents`` says what to compare.
+    The files of a callback are compared byte by byte, except for hidden files. If equal rows may be stored as different
+    bytes, as in a database, ``contents`` returns what to compare.
 
     Args:
-        make: Called many times, each time with another empty folder, mostly outside an event loop. A sink needs a
-            destination that is there.
-        follow: Whether the adapter may be followed; False for one that needs live objects. Of one with two halves the
-            first never is.
-        contents: What the adapter wrote into a folder: texts, lists or other values that can be compared, by name.
-            Those in whose names ``wide`` or ``narrow`` stands are taken for that run's own, and have to be the same
-            where it runs alone. It is called where nothing was written, too.
-        delivery: Makes the delivery half, for a callback that has one; `make` makes the inline half.
+        make: Constructs the adapter. Called many times, each time with another empty folder, mostly outside an event
+            loop. The destination of a sink must be available.
+        follow: Whether the adapter may be followed; False if it needs live objects. The inline half of a callback
+            with a delivery half never is.
+        contents: Returns what the adapter wrote into a folder: texts, lists or other comparable values, by name. Names
+            that contain ``wide`` or ``narrow`` are taken to belong to that run, and their values must be the same if
+            the run is alone. Also called if nothing was written.
+        delivery: Constructs the delivery half of a callback that has one; `make` constructs the inline half.
 
     Raises:
-        AssertionError: From the test; one sentence for every cause, with how often it showed.
+        AssertionError: From the test; one sentence for each cause, with the number of occurrences.
 
     Example:
         >>> from evsys_bus.testing import RecordingCallback
@@ -69,7 +69,7 @@ def conformance(
 
 
 def _constructed_quietly(make: Make, findings: Findings) -> Callback | Sink | None:
-    """The adapter, if it can be constructed at all; doing something there is noted too."""
+    """Return the adapter, if it can be constructed at all; side effects of that are noted too."""
     with empty_folder() as folder:
         threads = threading.active_count()
         made: list[Callback | Sink] = []

@@ -1,8 +1,7 @@
-"""A file system in memory that fails, or stops the machine, at the call that a test names.
+"""An in-memory file system that fails, or stops the machine, at the call that a test chooses.
 
-It knows what a power cut knows: a file's data and a directory's entries are on the medium only once they were synced.
-Directories themselves, and symbolic links, are taken to be durable when made. It serves `evsys_bus.disk.Disk`, and one
-thread.
+It models power cuts: a file's data and a directory's entries are durable only after a sync. Directories themselves, and
+symbolic links, are durable immediately. It implements `evsys_bus.disk.Disk`, for a single thread.
 """
 
 import errno
@@ -19,14 +18,14 @@ _MOST_LINKS: Final = 8
 
 
 class MachineStopped(BaseException):
-    """The machine stopped in this call; every later call stops as well, until `SimulatedDisk.restart`."""
+    """The machine stopped in this call; every later call raises it too, until `SimulatedDisk.restart`."""
 
 
 class Wall(Protocol):
-    """What tells the time at which a file is written; `ManualClock` does."""
+    """The clock for modification times, such as `ManualClock`."""
 
     def wall(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
         ...
 
 
@@ -36,29 +35,29 @@ class _File:
         self.durable = b""
         self.modified = 0.0
         self.astray = False
-        """Whether a write goes behind the last one, not to the end."""
+        """Whether a write goes to the position after the last one, not to the end of the file."""
         self.position = 0
-        """Where the last one ended."""
+        """Where the last write ended."""
 
 
 _Entry = tuple[str, _File | None, str | None]
-"""A change of a directory: a path, the file that it leads to from now on, and the path that the file was moved from."""
+"""A change of a directory: a path, its new file or None, and the path from which the file was moved."""
 
 
 class SimulatedDisk:
-    """Files, their open descriptors, and faults to come.
+    """Files, open descriptors, and planned faults.
 
     Args:
-        clock: Tells when a file is written. Without it the test does, by `set_modified`.
+        clock: Sets the modification times of files. Without it the test does, with `set_modified`.
 
     Attributes:
-        calls: How many calls were made so far; `fail` counts them from here.
-        room: How many bytes may still be written before the disk is full; None for no bound.
-        process: Whose the files are that are opened from now on; see `end_process`.
+        calls: Number of calls so far; `fail` and `stop` use this numbering.
+        room: How many bytes may still be written before the disk is full; None for no limit.
+        process: Owner of the files that are opened from now on; see `end_process`.
         without_locks: Directories below which every lock is refused, as over NFS without its lock service.
-        without_appends: Directories below which a write goes behind the last one, wherever the file ends.
+        without_appends: Directories below which a write goes to the position after the last one, not to the end.
         without_hard_links: Directories below which a file cannot have a second name.
-        unreadable: Directories of which nothing is listed or opened for now.
+        unreadable: Directories that currently cannot be listed and whose files cannot be opened.
     """
 
     def __init__(self, clock: Wall | None = None) -> None:
@@ -74,7 +73,7 @@ class SimulatedDisk:
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
         self._changes: dict[str, list[_Entry]] = {}
-        """What changed in each directory since it was last synced."""
+        """Changes of each directory since its last sync."""
         self._directories: set[str] = {"/"}
         self._open: dict[int, _File] = {}
         self._owners: dict[int, int] = {}
@@ -86,10 +85,10 @@ class SimulatedDisk:
         self._fault: Callable[[], None] = self._stop
         self._share = 0.0
 
-    # -- what tests do to it ------------------------------------------------------------------------------------------
+    # -- for tests ----------------------------------------------------------------------------------------------------
 
     def fail(self, number: int, code: int = errno.EIO) -> None:
-        """Let the call of this number (the first is 1) raise an OSError, and do nothing."""
+        """Make the call with this number (the first is 1) raise an OSError without any effect."""
 
         def fault() -> None:
             raise OSError(code, os.strerror(code))
@@ -97,24 +96,24 @@ class SimulatedDisk:
         self._fault_at, self._fault, self._share = number, fault, 0.0
 
     def stop(self, number: int, share: float = 0.0) -> None:
-        """Let the machine stop in the call of this number; a write still puts this share of its bytes."""
+        """Stop the machine in the call with this number; a write still stores this share of its bytes."""
         self._fault_at, self._fault, self._share = number, self._stop, share
 
     @property
     def stopped(self) -> bool:
-        """Whether the machine stands still."""
+        """Whether the machine has stopped."""
         return self._stopped
 
     def restart(
         self, ending: Literal["kill", "power"] = "kill", keep: float = 0.0, *, chance: random.Random | None = None
     ) -> None:
-        """Go on with another process: after a kill all that was written is there, after a power cut what was synced.
+        """Continue with another process: after a kill all writes are there, after a power cut only what was synced.
 
         Args:
-            ending: What ended the process before.
-            keep: After a power cut, the share of the bytes that were not synced and are there nevertheless.
-            chance: Instead, chooses for each directory how many of its changes that were not synced are there, in their
-                order, and for each sector that was not synced whether it is as before, as written, or zeros.
+            ending: What ended the previous process.
+            keep: After a power cut, the share of the unsynced bytes that are there nevertheless.
+            chance: Instead of `keep`, chooses for each directory how many of its unsynced changes are there, in their
+                order, and for each unsynced sector whether it is as before, as written, or zeros.
         """
         self._stopped, self._fault_at = False, None
         self._open.clear()
@@ -139,26 +138,26 @@ class SimulatedDisk:
         self._durable = dict(found)
 
     def end_process(self, process: int) -> None:
-        """Close what a process had open, and so let go of its locks, as when it is killed and others live on."""
+        """Close the files of a process and release its locks, as if it was killed while others continue."""
         for file in [each for each, owner in self._owners.items() if owner == process]:
             self._forget(file)
 
     def paths(self) -> Iterator[str]:
-        """All files."""
+        """Return the paths of all files."""
         return iter(sorted(self._files))
 
     def contents(self, path: str) -> bytearray:
-        """What a file holds, to be looked at or damaged."""
+        """Return the data of a file, to be inspected or damaged."""
         return self._files[path].data
 
     def put(self, path: str, data: bytes) -> None:
-        """Have a file there that is on the medium, its folder too, whatever was there."""
+        """Create or overwrite a durable file, including its folder."""
         self._directories.update(_parents(path))
         file = self._files[path] = self._durable[path] = _File()
         file.data, file.durable = bytearray(data), data
 
     def take_away(self, path: str) -> None:
-        """Remove a directory, with all that is in it."""
+        """Remove a directory with everything in it."""
         for each in [name for name in self._files if name.startswith(f"{path}/")]:
             del self._files[each]
             self._durable.pop(each, None)
@@ -167,13 +166,13 @@ class SimulatedDisk:
         self._changes = {each: changes for each, changes in self._changes.items() if not _below(each, {path})}
 
     def set_modified(self, path: str, wall: float) -> None:
-        """Let the file have been written last at this time."""
+        """Set the modification time of a file."""
         self._at(path).modified = wall
 
-    # -- what is asked of it ------------------------------------------------------------------------------------------
+    # -- the methods of Disk ------------------------------------------------------------------------------------------
 
     def make_directory(self, path: str, mode: int = 0o700) -> None:  # noqa: ARG002  # all files are one user's
-        """As `Disk`."""
+        """Create the directory and its parents, for the owner only. It may exist, or be a link to the path."""
         path = self._call(path)
         for each in [path, *_parents(path)]:
             if each in self._files:
@@ -181,25 +180,25 @@ class SimulatedDisk:
         self._directories.update([path, *_parents(path)])
 
     def link(self, path: str, target: str) -> None:
-        """As `Disk`."""
+        """Create a symbolic link to a directory. The path must not exist."""
         self._call()
         if path in self._links or path in self._directories or path in self._files:
             raise FileExistsError(errno.EEXIST, "exists", path)
         self._links[path] = target
 
     def local_directories(self) -> list[str]:
-        """As `Disk`."""
+        """Local directories for journals whose own file system is not suitable, the best one first."""
         return ["/local/state", "/local/temporary"]
 
     def open_append(self, path: str) -> int:
-        """As `Disk`."""
+        """Create a file for the owner only and open it for appending. It must not exist."""
         path = self._call(path)
         if path in self._files:
             raise FileExistsError(errno.EEXIST, "exists", path)
         return self._opened(path)
 
     def open_new(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
-        """As `Disk`."""
+        """Create an empty file that is locked while it is open, to be renamed to another path later."""
         path = self._call(path, entry=True)
         if path in self._directories or self._files.get(path) in self._locks.values():
             return None
@@ -211,21 +210,21 @@ class SimulatedDisk:
         return file
 
     def open_file(self, path: str, mode: int = 0o666) -> int:  # noqa: ARG002  # all files are one user's
-        """As `Disk`."""
+        """Open the file for reading and appending. It is created if needed, with this mode minus the umask."""
         return self._opened(self._call(path))
 
     def open_read(self, path: str) -> int:
-        """As `Disk`."""
+        """Open a regular file. Anything else is an immediate OSError; it never blocks."""
         path = self._call(path)
         self._at(path)
         return self._opened(path)
 
     def open_write(self, path: str) -> int:
-        """As `Disk`."""
+        """Open an existing regular file, to overwrite or truncate it."""
         return self.open_read(path)
 
     def lock(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
-        """As `Disk`."""
+        """Open the file, created if needed, and lock it while it stays open. None if another process has it locked."""
         path = self._call(path)
         if self._files.get(path) in self._locks.values():
             return None
@@ -237,44 +236,44 @@ class SimulatedDisk:
         return file
 
     def is_locked(self, path: str) -> bool:
-        """As `Disk`."""
+        """Whether the file is locked; False where the file system has no locks."""
         return self._files.get(self._call(path)) in self._locks.values()
 
     def write(self, file: int, data: bytes, /) -> int:
-        """As `Disk`."""
+        """Write once. Returns how many bytes were written."""
         one = self._files_open(file, data)
         return self._put(one, data, one.position if one.astray else len(one.data))
 
     def pwrite(self, file: int, data: bytes, offset: int, /) -> int:
-        """As `Disk`."""
+        """Write once at an offset. The file must not be open for appending. Returns how many bytes were written."""
         return self._put(self._files_open(file, data, offset), data, offset)
 
     def truncate(self, file: int, size: int) -> None:
-        """As `Disk`."""
+        """Truncate the file."""
         self._call()
         data = self._file(file).data
         self._give_back(len(data) - size)
         del data[size:]
 
     def length(self, file: int) -> int:
-        """As `Disk`."""
+        """The length of the open file."""
         self._call()
         return len(self._file(file).data)
 
     def links(self, file: int) -> int:
-        """As `Disk`."""
+        """How many names the open file has; 0 after it was removed."""
         self._call()
         one = self._file(file)
         return sum(each is one for each in self._files.values())
 
     def sync(self, file: int) -> None:
-        """As `Disk`."""
+        """Sync the data of the open file to disk."""
         self._call()
         one = self._file(file)
         one.durable = bytes(one.data)
 
     def sync_path(self, path: str) -> None:
-        """As `Disk`."""
+        """Sync the data of a file that is not open, or the entries of a directory."""
         path = self._call(path)
         if path in self._files:
             one = self._files[path]
@@ -287,27 +286,27 @@ class SimulatedDisk:
         self._durable |= {name: file for name, file in self._files.items() if _parent(name) == path}
 
     def close(self, file: int) -> None:
-        """As `Disk`; nothing where its process has ended. A machine that stops here does so at the next call."""
+        """Close the file; do nothing if its process has ended. A planned stop happens at the next call instead."""
         if file in self._open and not self._stopped:
             with suppress(MachineStopped):
                 self._call()
                 self._forget(file)
 
     def read(self, path: str, offset: int, size: int) -> bytes:
-        """As `Disk`."""
+        """Read up to ``size`` bytes from the offset; fewer only at the end of the file."""
         return bytes(self._at(self._call(path)).data[offset : offset + size])
 
     def pread(self, file: int, size: int, offset: int, /) -> bytes:
-        """As `Disk`."""
+        """Read once from an open file; empty at its end."""
         self._call()
         return bytes(self._file(file).data[offset : offset + size])
 
     def is_at(self, path: str, file: int) -> bool:
-        """As `Disk`."""
+        """Whether the open file is the one at this path."""
         return self._files.get(self._call(path)) is self._file(file)
 
     def names(self, path: str) -> list[str]:
-        """As `Disk`."""
+        """The names in a directory, in no order."""
         path = self._call(path)
         self._refuse_unreadable(path)
         if path in self._files:
@@ -318,20 +317,20 @@ class SimulatedDisk:
         return [name.rpartition("/")[2] for name in entries if _parent(name) == path and name != path]
 
     def size(self, path: str) -> int:
-        """As `Disk`."""
+        """The length of a file."""
         path = self._call(path)
         return 0 if path in self._directories else len(self._at(path).data)
 
     def modified(self, path: str) -> float:
-        """As `Disk`."""
+        """When a file was last written, in seconds since the epoch."""
         return self._at(self._call(path)).modified
 
     def replace(self, path: str, data: bytes) -> None:
-        """As `Disk`; by the calls that the real one makes, each of which may fail or be the last."""
+        """Replace the file by the same calls as the real disk, each of which may fail or be the last."""
         replace_file(path, data, make_folder=False, disk=self)
 
     def rename(self, path: str, to: str) -> None:
-        """As `Disk`."""
+        """Rename a file, replacing an existing one. Both paths have the same parent."""
         path, to = self._call(path, entry=True), self._to(to, entry=True)
         if path in self._links:
             self._links[to] = self._links.pop(path)
@@ -342,12 +341,12 @@ class SimulatedDisk:
         file = self._at(path)
         if to in self._directories:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), to)
-        if self._files.get(to) is not file:  # two names of one file stay, as POSIX has it
+        if self._files.get(to) is not file:  # POSIX: renaming between two names of one file does nothing
             self._links.pop(to, None)
             self._change(to, file, path)
 
     def hard_link(self, path: str, to: str) -> None:
-        """As `Disk`."""
+        """Create a hard link, which must not exist; OSError where the file system has none."""
         path, to = self._call(path), self._to(to, entry=True)
         if _below(path, self.without_hard_links):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
@@ -357,11 +356,11 @@ class SimulatedDisk:
         self._change(to, file)
 
     def resolve(self, path: str) -> str:
-        """As `Disk`."""
+        """The path with all links resolved."""
         return self._call(path)
 
     def remove(self, path: str) -> None:
-        """As `Disk`."""
+        """Remove the file."""
         path = self._call(path, entry=True)
         if path in self._links:
             del self._links[path]
@@ -370,13 +369,13 @@ class SimulatedDisk:
         self._change(path, None)
 
     def boot(self) -> str:
-        """As `Disk`."""
+        """Identifies the boot of the machine; empty if that is not known."""
         return f"boot {self._boots}"
 
     # -----------------------------------------------------------------------------------------------------------------
 
     def _call(self, path: str = "", *, entry: bool = False) -> str:
-        """Count the call, let it fail if it is its turn, and say where the path leads."""
+        """Count the call, raise its planned fault, and return the path with links resolved."""
         if self._stopped:
             raise MachineStopped
         self.calls += 1
@@ -385,7 +384,7 @@ class SimulatedDisk:
         return self._to(path, entry=entry)
 
     def _to(self, path: str, *, entry: bool = False) -> str:
-        """Where a path leads; the entry itself, where that is asked for, may be a link."""
+        """Resolve symbolic links in a path; with ``entry``, its last component may be a link."""
         for _ in range(_MOST_LINKS):
             link = next((each for each in self._links if _below(path, {each}) and not (entry and path == each)), None)
             if link is None:
@@ -417,7 +416,7 @@ class SimulatedDisk:
             each.pop(file, None)
 
     def _files_open(self, file: int, data: bytes, offset: int | None = None) -> _File:
-        """The file to be written; the machine may stop with a share of the bytes in it."""
+        """Return the file to be written; if the machine stops here, a share of the bytes is written."""
         try:
             self._call()
         except MachineStopped:
@@ -444,7 +443,7 @@ class SimulatedDisk:
         return len(data)
 
     def _change(self, path: str, file: _File | None, moved_from: str | None = None) -> None:
-        """Have a path lead to another file, or to none; on the medium once its directory was synced."""
+        """Change the file of a path; durable once its directory was synced."""
         before = self._files.get(path)
         change = (path, file, moved_from)
         _enter(self._files, *change)
@@ -453,7 +452,7 @@ class SimulatedDisk:
             self._give_back(len(before.data))
 
     def _rename_directory(self, path: str, to: str) -> None:
-        """Move a directory with all that is in it, on the medium too."""
+        """Move a directory with everything in it, durably."""
         if to in self._files:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), to)
         if any(each.startswith(f"{to}/") for each in [*self._files, *self._directories, *self._links]):
@@ -504,7 +503,7 @@ def _enter(files: dict[str, _File], path: str, file: _File | None, moved_from: s
 
 
 def _torn(durable: bytes, written: bytes, chance: random.Random) -> bytearray:
-    """What a file may hold after a power cut that was not synced since it held ``durable``."""
+    """Return possible contents of a file after a power cut, if it was not synced since it held ``durable``."""
     size = chance.choice((len(durable), len(written), chance.randint(*sorted((len(durable), len(written))))))
     found = bytearray(durable[:size].ljust(size, b"\0"))
     for begin in range(0, size, _SECTOR):

@@ -1,4 +1,4 @@
-"""A callback and a sink that fail by plan, and keep the rest."""
+"""A callback and a sink that fail by plan, and record everything else."""
 
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,12 +8,12 @@ from evsys_bus.events import Envelope, Event
 from evsys_bus.testing.recording import RecordingCallback, RecordingSink
 
 Outcome: TypeAlias = BaseException | int | Literal["hang", "deaf"] | None
-"""What a call comes to: an error that is raised; so many of the batch taken; a wait that only ends when it is cancelled
-(``hang``), or not even then (``deaf``); all of it taken (None)."""
+"""Result of a call: an error to raise; the number of events taken from the batch; a wait that ends only when cancelled
+(``hang``), or not even then (``deaf``); None takes the whole batch."""
 
 
 class FailingCallback(RecordingCallback):
-    """Raises by plan, one entry for each call of a hook; once the plan is at its end, it keeps everything.
+    """Raises by plan, with one entry for each call of a hook; after the end of the plan it records everything.
 
     Example:
         >>> from evsys_bus.callback import dispatch
@@ -31,10 +31,10 @@ class FailingCallback(RecordingCallback):
         super().__init__()
         self._plan = iter(plan)
         self.calls = 0
-        """Those that failed included."""
+        """Including those that failed."""
 
     def keep(self, event: Event) -> None:
-        """Keep it, or raise, as the plan has it."""
+        """Record the event, or raise as planned."""
         self.calls += 1
         error = next(self._plan, None)
         if error is not None:
@@ -43,7 +43,7 @@ class FailingCallback(RecordingCallback):
 
 
 class FailingSink(RecordingSink):
-    """Fails by plan, one entry for each `write`; once the plan is at its end, it keeps everything.
+    """Fails by plan, with one entry for each `write`; after the end of the plan it records everything.
 
     Args:
         plan: For `write`.
@@ -65,21 +65,21 @@ class FailingSink(RecordingSink):
         self._opening: Iterator[Outcome] = iter(opening)
         self._released = False
         self.calls = 0
-        """Of `write`; those that failed included."""
+        """Calls of `write`, including those that failed."""
         self.cancellations = 0
-        """How often a call that hangs was cancelled."""
+        """How often a hanging call was cancelled."""
 
     def release(self) -> None:
-        """Let deaf calls return, at their next cancellation or within 10 ms; so that a test can end."""
+        """Let deaf calls return at their next cancellation or within 10 ms, so that a test can end."""
         self._released = True
 
     async def open(self) -> None:
-        """As the plan has it."""
+        """Open, as planned."""
         await self._come_to(next(self._opening, None))
         await super().open()
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """As the plan has it."""
+        """Record the batch, as planned."""
         self.calls += 1
         outcome = next(self._plan, None)
         await self._come_to(outcome)

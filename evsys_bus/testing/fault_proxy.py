@@ -1,4 +1,4 @@
-"""`fault_proxy`: a TCP proxy in front of a real server, which breaks connections as a test tells it."""
+"""`fault_proxy`: a TCP proxy in front of a real server, which breaks connections on demand."""
 
 import math
 import socket
@@ -14,37 +14,38 @@ from anyio.abc import SocketAttribute, SocketStream, TaskGroup
 
 _CHUNK: Final = 1 << 16
 _RESET: Final = struct.pack("ii", 1, 0)
-"""SO_LINGER of no time at all: closing sends a reset, and what was not yet sent is lost."""
+"""SO_LINGER with a timeout of 0: closing sends a reset and discards unsent data."""
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """What is wrong with the way; nothing, by default."""
+    """How connections are broken; not at all by default."""
 
     refuse: bool = False
-    """Nobody listens."""
+    """Refuse new connections."""
     silent: bool = False
-    """A black hole: what arrives is swallowed, and nothing ever comes back."""
+    """A black hole: data that arrives is discarded, and nothing ever comes back."""
     answer: bytes | None = None
-    """What every request gets instead of reaching the server; then the connection is closed. See `unavailable`."""
+    """The response to every request instead of the server's, after which the connection is closed. See
+    `unavailable`."""
     reset_request_at: int | None = None
-    """Reset once so many bytes of a connection have gone to the server."""
+    """Reset once this many bytes of a connection have gone to the server."""
     reset_reply_at: int | None = None
-    """Reset once so many bytes of a connection have come back; 0 loses the reply to what the server has done."""
+    """Reset once this many bytes of a connection have come back; 0 loses the reply to what the server has done."""
     delay_seconds: float = 0.0
-    """How long each piece, of at most 64 KiB, is held up."""
+    """Delay of each chunk of at most 64 KiB."""
     bytes_per_second: float = math.inf
     """In each direction of a connection."""
 
 
 def unavailable(status: HTTPStatus = HTTPStatus.SERVICE_UNAVAILABLE, *, retry_after: int | None = None) -> Fault:
-    """Every HTTP request is answered with this status, and an empty body."""
+    """Return a fault that answers every HTTP request with this status and an empty body."""
     wait = "" if retry_after is None else f"Retry-After: {retry_after}\r\n"
     head = f"HTTP/1.1 {status.value} {status.phrase}\r\n{wait}Content-Length: 0\r\nConnection: close\r\n\r\n"
     return Fault(answer=head.encode())
 
 
 class FaultProxy:
-    """The proxy while it runs; made by `fault_proxy`."""
+    """The running proxy; created by `fault_proxy`."""
 
     def __init__(self, host: str, port: int, group: TaskGroup) -> None:
         self._server = (host, port)
@@ -62,7 +63,7 @@ class FaultProxy:
         """Bytes that came back and were passed on."""
 
     async def apply(self, fault: Fault) -> None:
-        """Break connections in this way from now on, those that are open included."""
+        """Break connections in this way from now on, including open ones."""
         self.fault = fault
         if fault.refuse and self._listening is not None:
             self._listening.cancel()
@@ -98,17 +99,17 @@ class FaultProxy:
 
     async def _answer(self, client: SocketStream) -> None:
         try:
-            while True:  # an answer to a request that was not read to its end would be lost in a reset
+            while True:  # answering before the request was read completely would cause a reset
                 await client.receive(_CHUNK)
                 if self.fault.answer is not None:
                     await client.send(self.fault.answer)
                     await client.send_eof()
         except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
-            if self.fault.silent:  # not even an end
+            if self.fault.silent:  # do not even close
                 await anyio.sleep_forever()
 
     async def _carry(self, source: SocketStream, target: SocketStream, going: bool, both: anyio.CancelScope) -> None:
-        """One way of a connection. A half-closed way leaves the other one open; a broken one ends both."""
+        """Forward one direction. A half-closed direction leaves the other one open; a broken one ends both."""
         carried = 0
         try:
             while True:
@@ -133,7 +134,7 @@ class FaultProxy:
                 if not self.fault.silent:
                     await target.send_eof()
             except (OSError, RuntimeError, anyio.BrokenResourceError, anyio.ClosedResourceError):
-                pass  # it left first; uvloop says RuntimeError
+                pass  # it closed first; uvloop raises RuntimeError
             return
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             _reset(source)
@@ -146,14 +147,14 @@ def _reset(stream: SocketStream) -> None:
         raw = stream.extra(SocketAttribute.raw_socket)  # noqa: S610  # anyio's
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     except (OSError, AttributeError):
-        pass  # it is closed; of one that is, uvloop has no socket to ask
+        pass  # already closed; uvloop then has no socket
 
 
 @asynccontextmanager
 async def fault_proxy(host: str, port: int) -> AsyncGenerator[FaultProxy, None]:
-    r"""A proxy in front of the server at ``host`` (a numeric address) and ``port``; it passes everything on at first.
+    r"""Run a proxy in front of the server at ``host`` (a numeric address) and ``port``; initially without faults.
 
-    Connections that are open at the end are cut.
+    Connections that are open at the end are closed.
 
     Example:
         >>> async def main() -> int:

@@ -1,31 +1,31 @@
-"""What an adapter under test did not live up to: one sentence for each cause, however often it shows."""
+"""Collects what an adapter under test did wrong: one sentence for each cause, however often it occurs."""
 
 import re
 from collections.abc import Callable
 from typing import Final
 
 _OF_THE_MOMENT: Final = re.compile(r"conformance-\w+|\d+")
-"""What differs between two errors of one cause: the folder of a trial, and numbers."""
+"""What differs between errors of the same cause: temporary folders and numbers."""
 
 
 class Findings:
-    """Sentences, in the order in which their causes were met first."""
+    """Sentences, in the order in which their causes occurred first."""
 
     def __init__(self) -> None:
-        self._said: dict[tuple[str, str], str] = {}  # by the expectation and what came of it
+        self._said: dict[tuple[str, str], str] = {}  # by expectation and error
         self._taken: dict[tuple[str, str], list[str]] = {}
 
     def note(self, sentence: str) -> None:
-        """Something is not as it should be."""
+        """Add something that is wrong."""
         self._said[sentence, ""] = f"- {sentence}"
 
     def met(self, expectation: str, call: Callable[[], object], taken: str = "") -> bool:
-        """Whether the call, of the adapter under test, raises nothing.
+        """Call the adapter under test; return whether it raises nothing.
 
         Args:
-            expectation: What should be true then, as "on_eval takes".
+            expectation: What should be true then, such as "on_eval takes".
             call: The call.
-            taken: What it is tried with; calls that differ in this alone, and fail alike, are one cause.
+            taken: What it is tried with; calls that fail alike and differ only in this have the same cause.
         """
         try:
             call()
@@ -38,13 +38,13 @@ class Findings:
         return True
 
     def sentences(self) -> list[str]:
-        """All of them, each as an item of a list."""
+        """Return all sentences as list items."""
         return [said + _often(self._taken.get(cause, [])) for cause, said in self._said.items()]
 
 
 def _often(taken: list[str]) -> str:
-    """How often, and with what else, beside the first one."""
-    if len(taken) < 2:  # noqa: PLR2004 # once is said by the sentence
+    """Return how often it occurred, and with what else than the first one."""
+    if len(taken) < 2:  # noqa: PLR2004 # the sentence covers a single occurrence
         return ""
     others = [*dict.fromkeys(taken)][1:]
     also = f", also with {others[0]}" if others else ""

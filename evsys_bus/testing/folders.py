@@ -1,4 +1,4 @@
-"""Folders for adapters under test, and what is in them afterwards: read, and compared."""
+"""Folders for adapters under test, and comparison of their contents."""
 
 import tempfile
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 Contents: TypeAlias = Callable[[Path], Mapping[str, Any]]
-"""What an adapter wrote into a folder, by name. Any: values that can be compared."""
+"""Returns what an adapter wrote into a folder, as comparable values by name."""
 
 
 @contextmanager
 def empty_folder() -> Generator[Path, None, None]:
-    """A folder that goes when the block ends."""
+    """Yield a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="conformance-", ignore_cleanup_errors=True) as name:
         yield Path(name).resolve()
 
 
 def files_in(folder: Path) -> dict[str, str]:
-    """What is in the files, but for hidden ones; the folder's own name is left out of it."""
+    """Return the contents of all files except hidden ones, without the folder's own name."""
     return {
         str(path.relative_to(folder)): path.read_bytes().decode(errors="replace").replace(str(folder), "")
         for path in sorted(folder.rglob("*"))
@@ -27,7 +27,7 @@ def files_in(folder: Path) -> dict[str, str]:
 
 
 def difference(expected: Mapping[str, object], found: Mapping[str, object]) -> str:
-    """The first one, in words."""
+    """Describe the first difference."""
     for name in sorted({*expected, *found}):
         if name not in found or name not in expected:
             return f"{name} is {'missing' if name in expected else 'too many'}"
@@ -42,7 +42,7 @@ def difference(expected: Mapping[str, object], found: Mapping[str, object]) -> s
 
 
 def _lines(content: object) -> list[str]:
-    """Of a text; of a list, its items; of anything else, how it shows itself."""
+    """Return the lines of a text, the items of a list, or the repr of anything else."""
     if isinstance(content, str):
         return content.splitlines()
     if isinstance(content, list | tuple):

@@ -1,4 +1,4 @@
-"""A callback and a sink that keep what they are given, for tests to look at."""
+"""A callback and a sink that record what they get, for inspection by tests."""
 
 import asyncio
 import threading
@@ -21,11 +21,11 @@ from evsys_bus.context import (
 from evsys_bus.sink import Sink
 
 UNTIL_SECONDS = 5.0
-"""How long `until` waits, unless it is told."""
+"""Default timeout of `until`."""
 
 
 class Arrivals:
-    """A count that may go up on one thread and be awaited on another's event loop."""
+    """A counter that is incremented on one thread and can be awaited on another's event loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +33,7 @@ class Arrivals:
         self._waiting: list[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     def add(self, number: int) -> None:
-        """So many more."""
+        """Increase the count."""
         with self._lock:
             self._count += number
             reached = [each for each in self._waiting if each[0] <= self._count]
@@ -43,7 +43,7 @@ class Arrivals:
                 loop.call_soon_threadsafe(event.set)
 
     async def until(self, count: int, timeout: float) -> None:
-        """Return when there were so many; raises TimeoutError, with the number that there was."""
+        """Return when the count is reached; raise TimeoutError, with the current count, otherwise."""
         event = asyncio.Event()
         with self._lock:
             if self._count >= count:
@@ -57,7 +57,7 @@ class Arrivals:
 
 
 class RecordingCallback(Callback):
-    """Keeps every event that its hooks are called with.
+    """Records every event for which a hook is called.
 
     Example:
         >>> from evsys_bus.callback import dispatch
@@ -69,76 +69,76 @@ class RecordingCallback(Callback):
 
     def __init__(self) -> None:
         self.events: list[ev.Event] = []
-        """In the order of the calls; metrics are copied, everything else is as it was given."""
+        """In the order of the calls; metrics are copied, everything else is the original object."""
         self._arrivals = Arrivals()
 
     @property
     def hooks(self) -> list[str]:
-        """The names of the hooks, in the order of the calls."""
+        """The names of the called hooks, in order."""
         return [event.hook for event in self.events]
 
     async def until(self, count: int, timeout: float = UNTIL_SECONDS) -> None:
-        """Return when so many events were kept, on whatever thread.
+        """Return when this many events were recorded, on any thread.
 
         Raises:
-            TimeoutError: They were not, in so many seconds.
+            TimeoutError: They were not recorded in time.
         """
         await self._arrivals.until(count, timeout)
 
     def keep(self, event: ev.Event) -> None:
-        """What every hook does."""
+        """Record an event; called by every hook."""
         self.events.append(event)
         self._arrivals.add(1)
 
     def on_experiment_start(self, ctx: LogContext) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.ExperimentStart(ctx))
 
     def on_group_start(self, ctx: LogContext, group_name: str) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.GroupStart(ctx, group_name))
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.RunStart(ctx))
 
     def on_train_start(self, state: LoopState) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.TrainStart(state))
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.StepEnd(state, step_idx, batch, dict(metrics)))
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.Checkpoint(state, row))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.Eval(state, step_idx, eval_name, dict(metrics)))
 
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.BenchmarkEval(ctx, eval_result, predictions, step))
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.TrainEnd(state, artifacts))
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.RunEnd(ctx, run_result, arm))
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """Keep it."""
+        """Record it."""
         self.keep(ev.ExperimentEnd(ctx, result))
 
 
 class RecordingSink(Sink):
-    """Keeps every batch that it is given.
+    """Records every batch.
 
     Example:
         >>> sink = RecordingSink()
@@ -150,7 +150,7 @@ class RecordingSink(Sink):
 
     def __init__(self) -> None:
         self.batches: list[list[ev.Envelope]] = []
-        """Those that were acknowledged."""
+        """The acknowledged batches."""
         self.opened = 0
         """How often `open` returned."""
         self.closed = 0
@@ -158,30 +158,30 @@ class RecordingSink(Sink):
 
     @property
     def envelopes(self) -> list[ev.Envelope]:
-        """Of all batches, in order."""
+        """The envelopes of all batches, in order."""
         return [envelope for batch in self.batches for envelope in batch]
 
     async def until(self, count: int, timeout: float = UNTIL_SECONDS) -> None:
-        """Return when so many envelopes were kept, on whatever thread.
+        """Return when this many envelopes were recorded, on any thread.
 
         Raises:
-            TimeoutError: They were not, in so many seconds.
+            TimeoutError: They were not recorded in time.
         """
         await self._arrivals.until(count, timeout)
 
     def keep(self, batch: Sequence[ev.Envelope]) -> None:
-        """What `write` does."""
+        """Record a batch; called by `write`."""
         self.batches.append(list(batch))
         self._arrivals.add(len(batch))
 
     async def open(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.opened += 1
 
     async def write(self, batch: Sequence[ev.Envelope]) -> int | None:
-        """Keep it."""
+        """Record the batch."""
         self.keep(batch)
 
     async def close(self) -> None:
-        """Count it."""
+        """Count the call."""
         self.closed += 1

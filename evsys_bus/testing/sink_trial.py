@@ -1,4 +1,4 @@
-"""`SinkTrial`: a sink under test, opened, written to and closed with all that a courier may hand it."""
+"""`SinkTrial`: opens, writes to and closes a sink with everything that a courier may give it."""
 
 import asyncio
 import json
@@ -17,16 +17,16 @@ from evsys_bus.testing.folders import empty_folder
 from evsys_bus.testing.timeline import RUNS, Timeline, enveloped, hostile, minimal
 
 DEADLINE_SECONDS: Final = 30.0
-"""For one call of a sink, and for all that a callback spawned."""
+"""Timeout of one call of a sink, and of each task of a callback."""
 
 
 class SinkTrial:
-    """One sink, made anew for each trial.
+    """Conformance checks of a sink, constructed anew for each check.
 
     Args:
-        make: Makes it, given a folder.
-        findings: Where it is said what is wrong.
-        whose: Begins what is said, where the sink is a part of something.
+        make: Constructs it, given a folder.
+        findings: Collects what is wrong.
+        whose: Prefix of the findings, for a sink that is a delivery half.
     """
 
     def __init__(self, make: Callable[[Path], Callback | Sink], findings: Findings, whose: str = "") -> None:
@@ -35,7 +35,7 @@ class SinkTrial:
         self._whose = whose
 
     def run(self) -> None:
-        """Every expectation of a sink."""
+        """Check every expectation of a sink."""
         with empty_folder() as folder:
             try:
                 sink = self._make(folder)
@@ -61,7 +61,7 @@ class SinkTrial:
 
     def _try(self, folder: Path, what: str, batches: Sequence[Sequence[Envelope]], *, may_reject: bool = False) -> None:
         async def deliver() -> None:
-            sink: Any = self._make(folder)  # Any: it may have more than the contract asks for
+            sink: Any = self._make(folder)  # may have `mark`, which is not part of Sink
             sink.evsys_attached = Unheard()
             await bounded(sink.open())
             try:
@@ -98,16 +98,16 @@ def _through_json(mark: object) -> None:
 
 
 async def bounded(work: Awaitable[object]) -> object:
-    """Await it under the deadline of the trials."""
+    """Await the work with the timeout of the checks."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         return await work
 
 
 class Unheard:
-    """What an adapter under test publishes to."""
+    """Discards what an adapter under test publishes or reports."""
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
-        """Nobody asks."""
+        """Do nothing."""
 
     def publish(self, event: Event) -> None:
-        """Nobody asks."""
+        """Do nothing."""

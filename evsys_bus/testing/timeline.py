@@ -1,4 +1,4 @@
-"""Events for trying adapters: a small experiment of two runs, as objects of the loop and as read from a record."""
+"""Sample events for testing adapters: a small experiment of two runs, as live objects and as read from a record."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,19 +24,19 @@ STEPS: Final = 4
 
 
 class Timeline:
-    """The events of one small experiment below a folder, each made anew when it is asked for."""
+    """The events of one small experiment below a folder, created anew on each call."""
 
     def __init__(self, folder: Path, runs: Iterable[str] = RUNS) -> None:
         self.experiment = LogContext(folder, config={"metadata": {"hypothesis": "Wider is better."}})
         self.contexts = {run: self.experiment.for_run(run, {"seed": 7}, "arms") for run in runs}
 
     def state(self, run: str, step: int = 0) -> LoopState:
-        """A run's state at this step."""
+        """Return a run's state at this step."""
         ctx = self.contexts[run]
         return LoopState(step=step, num_steps=STEPS, output_dir=ctx.run_dir, ctx=ctx)
 
     def starts(self, step: int = 0) -> Iterator[ev.Event]:
-        """Everything begins, or a courier tells it again, at the step that is next."""
+        """Yield the start events; ``step`` is the first step, as when a courier repeats them."""
         yield ev.ExperimentStart(self.experiment)
         for run, ctx in self.contexts.items():
             yield ev.GroupStart(ctx, "arms")
@@ -44,7 +44,7 @@ class Timeline:
             yield ev.TrainStart(self.state(run, step))
 
     def step(self, step: int, metrics: Mapping[str, Any] | None = None) -> Iterator[ev.Event]:
-        """One step of each run, in turns, with all that a step may bring. Any: metrics may hold anything."""
+        """Yield the events of one step of each run, in turns, with everything that a step may include."""
         for run, ctx in self.contexts.items():
             state, row = self.state(run, step), dict(metrics or {"loss": 0.5 / (step + 1), "step_seconds": 0.25})
             yield ev.StepEnd(state, step, TrainingBatch(loss_fn="mse", metrics={"tokens": 3}), row)
@@ -54,7 +54,7 @@ class Timeline:
             yield ev.BenchmarkEval(ctx, scored, [{"task_id": "1", "reward": 1.0, "output": "yes"}], step)
 
     def ends(self) -> Iterator[ev.Event]:
-        """Everything ends."""
+        """Yield the end events."""
         arms: list[ArmResult] = []
         for run, ctx in self.contexts.items():
             artifacts = LoopArtifacts(str(ctx.run_dir), None, [ManifestRow("final", batch=STEPS - 1)], STEPS, 1.5)
@@ -66,7 +66,7 @@ class Timeline:
         yield ev.ExperimentEnd(self.experiment, ExperimentResult("trial", arms=arms, best_arm="wide", best_score=0.875))
 
     def whole(self) -> Iterator[ev.Event]:
-        """From the first event to the last."""
+        """Yield all events, from first to last."""
         yield from self.starts()
         for step in range(STEPS):
             yield from self.step(step)
@@ -74,8 +74,8 @@ class Timeline:
 
 
 def minimal(folder: Path) -> Iterator[ev.Event]:
-    """The same hooks with the least that their objects may hold."""
-    place = folder / "least"  # a folder of a trial has another name each time, and adapters write it down
+    """Yield the same hooks' events with minimal objects."""
+    place = folder / "least"  # a fixed name, because adapters record it and temporary folders differ
     place.mkdir(exist_ok=True)
     ctx, state = LogContext(place), LoopState(step=0, num_steps=0, output_dir=place)
     yield ev.ExperimentStart(ctx)
@@ -92,7 +92,7 @@ def minimal(folder: Path) -> Iterator[ev.Event]:
 
 
 def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Metrics that somebody once published, and what they are. Any: that is the point."""
+    """Yield unusual metrics that users have published, with a description."""
     yield "NaN", {"m": math.nan}
     yield "infinity", {"m": -math.inf}
     yield "a huge int", {"m": 1 << 80}
@@ -112,7 +112,7 @@ def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def enveloped(events: Iterable[ev.Event]) -> Iterator[ev.Envelope]:
-    """The events as followers get them: through the bytes of a record, with detached objects."""
+    """Yield the events as followed adapters get them: encoded and decoded, with detached objects."""
     contexts: dict[str, LogContext] = {}
     for seq, event in enumerate(events, 1):
         handle: LogContext | LoopState | None = getattr(event, "ctx", None) or getattr(event, "state", None)

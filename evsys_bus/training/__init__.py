@@ -1,16 +1,16 @@
 """Reference orchestrators: readable code to copy from, built from nothing but the bus and its events.
 
-protocols     what a host plugs in: backend, step builder, evaluator
-rows          metrics.jsonl and its like
-checkpoints   checkpoints.jsonl, and what to resume from
-walls         what a failing part may take with it, and what not
-folder_lock   one training at a time in a folder
+protocols     the interfaces that a host implements: backend, step builder, evaluator
+rows          append-only JSON files, such as metrics.jsonl
+checkpoints   checkpoints.jsonl, and the checkpoint to resume from
+walls         which errors of a run or an evaluator propagate
+folder_lock   a lock on a run's or an experiment's directory
 loop          one training
-plan          the runs of an experiment, and what a recipe makes of one
-ledger        how far an experiment has got, on disk
+plan          the runs of an experiment, and the parts of one run
+ledger        the progress of an experiment on disk
 arm_run       one run of an experiment
-outcome       arms side by side, and the conclusion
-experiment    all of it
+outcome       comparison of the arms, and the conclusion
+experiment    the whole experiment
 """
 
 from evsys_bus.training.checkpoints import FINAL, Checkpoints

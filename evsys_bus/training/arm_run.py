@@ -1,13 +1,13 @@
 """`ArmRun`: one run of an experiment, from RunStart to RunEnd.
 
     RunStart
-    the recipe          makes the parts
+    the recipe          builds the parts of the run
     TrainingLoop        TrainStart … TrainEnd
     each benchmark      BenchmarkEval(step=None)
-    the parts' close
-    RunEnd              whatever happened in between
+    RunParts.close
+    RunEnd              always, also after an error
 
-It is the wall around a run: what the recipe, the backend or the disk raises ends this run and no other.
+Errors of a run are isolated here: what the recipe, the backend or the disk raises ends this run and no other.
 """
 
 import asyncio
@@ -35,20 +35,20 @@ from evsys_bus.training.walls import LEAVE, passes
 from evsys_bus.wiring.recipe import Recipe
 
 CLOSE_SECONDS: Final = 10.0
-"""What ``RunParts.close`` may take."""
+"""Time limit of ``RunParts.close``."""
 _MAX_ERROR_CHARS: Final = 2_000
 _NO_METRICS: Final = ("step", "nonfinite", "replaced")
-"""Keys of a row in ``metrics.jsonl`` that were not measured."""
+"""Keys of a row in ``metrics.jsonl`` that are not metrics."""
 _NONFINITE: Final = ("nan", "inf", "-inf")
 
 
 class ArmRun:
-    """One run under way.
+    """Runs one run of an experiment.
 
     Args:
-        plan: What to run.
-        recipe: Makes its parts.
-        ctx: Its own context.
+        plan: The run.
+        recipe: Builds the parts of the run.
+        ctx: The context of the run.
         bus: An open bus.
         stopping: Whether the experiment is being cancelled; a CancelledError at any other time is a failure of the run.
     """
@@ -66,11 +66,11 @@ class ArmRun:
         self._eval_seconds = 0.0
 
     async def go(self, *, begin_from: str | None, resume: bool) -> ArmResult:
-        """Train, score, and tell how it ended; never raises what the run raised.
+        """Train, run the benchmarks and return the result; errors of the run are returned, not raised.
 
         Args:
-            begin_from: A full state to load first: that of the stage before.
-            resume: Continue what the run's directory holds, if it holds anything.
+            begin_from: Path of a full state to load first: that of the previous stage.
+            resume: Continue the run in its directory, if there is one.
 
         Raises:
             KeyboardInterrupt, SystemExit, GeneratorExit: After RunEnd.
@@ -120,7 +120,7 @@ class ArmRun:
                 await self._close(parts.close)
 
     def _keep(self, error: BaseException) -> None:
-        """Beside the run, unless its folder was refused: then it may be another's."""
+        """Write the traceback into the run's directory, unless the loop could not open that: another may use it."""
         if self._loop is None or self._loop.artifacts is not None:
             keep_error(self.plan.run_dir, error)
 
@@ -198,39 +198,39 @@ class ArmRun:
 
 
 class _UnfinishedError(Exception):
-    """A callback had the run stopped before it was done; with its reason."""
+    """A callback stopped the run before its end; the message is its reason."""
 
 
 def not_run(plan: RunPlan, why: str) -> ArmResult:
-    """The result of a run that did not begin."""
+    """Return the result of a run that was not started."""
     return ArmResult(plan.arm, run_config=plan.run_config, status="cancelled", group_name=plan.group_name, error=why)
 
 
 def final_state(arm: ArmResult) -> str | None:
-    """Where the full state lies that the run ended with."""
+    """Return the path of the full state that the run ended with, or None."""
     artifacts = arm.run_result and arm.run_result.artifacts
     rows = artifacts.checkpoints if artifacts else []
     return next((row.state_path for row in reversed(rows) if row.name == FINAL), None)
 
 
 def id_text(identifier: object) -> str | None:
-    """An id that a callback wrote, as results have it; a database's may be a number."""
+    """Convert an id that a callback set to text; a database may use numbers."""
     return None if identifier is None else str(to_plain(identifier)[0])
 
 
 def _in_words(error: BaseException) -> str:
     try:
         said = error.what if isinstance(error, EvsysBusError) else str(error)
-    except Exception:  # the error's own code ran
+    except Exception:  # raised by the error's own code
         said = ""
     text, _ = to_plain(f"{type(error).__name__}: {said}".rstrip(": ")[:_MAX_ERROR_CHARS])
     return text
 
 
 def _kept(result: EvalResult, name: str) -> EvalResult:
-    """What the arm's result keeps of an evaluation: the numbers among its metrics, and what is of its field's type."""
+    """Return a copy of an evaluation with only numeric metrics, and without fields of a wrong type."""
     plain = _mapping(to_plain(result)[0])
-    fields: dict[str, Any] = {"name": name}  # Any: of every type
+    fields: dict[str, Any] = {"name": name}
     for field in msgspec.structs.fields(EvalResult):
         with suppress(msgspec.ValidationError):
             fields[field.name] = msgspec.convert(plain.get(field.name), field.type)
@@ -239,7 +239,7 @@ def _kept(result: EvalResult, name: str) -> EvalResult:
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a training row. Any: what backends measure; one that was read back says what its nulls were."""
+    """Return the numeric metrics of a training row; in a row read from disk, ``nonfinite`` restores the nulls."""
     plain = _mapping(to_plain(row)[0])
     words = _mapping(plain.get("nonfinite"))
     plain |= {key: float(words[key]) for key in plain if plain[key] is None and words.get(key) in _NONFINITE}
@@ -247,7 +247,7 @@ def _measured(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(metrics: object) -> dict[str, float]:
-    """What can be averaged."""
+    """Return the entries whose values are numbers, without booleans."""
     return {
         key: value
         for key, value in _mapping(to_plain(metrics)[0]).items()
@@ -256,5 +256,5 @@ def _numbers(metrics: object) -> dict[str, float]:
 
 
 def _mapping(plain: object) -> dict[str, Any]:
-    """Plain data that should be a mapping; an empty one if it is something else. Any: of every type."""
+    """Return the value if it is a dict, else an empty dict."""
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}

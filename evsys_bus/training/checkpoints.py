@@ -1,6 +1,6 @@
-"""`Checkpoints`: what the run has saved, as ``checkpoints.jsonl`` says.
+"""`Checkpoints`: the saved checkpoints of a run, as listed in ``checkpoints.jsonl``.
 
-The backend makes the files; this module owns their names and the manifest, and finds the one to resume from.
+The backend writes the files; this module owns their names and the manifest, and finds the one to resume from.
 """
 
 from collections.abc import Callable
@@ -15,15 +15,15 @@ from evsys_bus.training.protocols import Backend
 from evsys_bus.training.rows import Row, RowFile
 
 FINAL: Final = "final"
-"""The name of the checkpoint that every run ends with, unless it raised."""
+"""Name of the checkpoint that every run ends with, unless it raised."""
 
 
 class Checkpoints:
-    """Saves, records and remembers the checkpoints of one run."""
+    """Saves and lists the checkpoints of one run."""
 
     def __init__(self, backend: Backend, manifest: Path) -> None:
         self.rows: list[ManifestRow] = []
-        """Those on record, in the order in which they were saved."""
+        """The rows of the manifest, in the order in which the checkpoints were saved."""
         self._backend = backend
         self._file = RowFile(manifest)
         self._came_from: ManifestRow | None = None
@@ -39,10 +39,11 @@ class Checkpoints:
         return None if self._came_from is None else self._came_from.stopped
 
     async def save(self, name: str, *, step_idx: int, epoch: int, stopped: str | None = None) -> ManifestRow:
-        """Save the full state and the weights, and put them on record; ``stopped``: see `ManifestRow`.
+        """Save the full state and the weights, and add a row to the manifest; for ``stopped`` see `ManifestRow`.
 
-        What is on record is never overwritten: a second ``final`` gets files of its own, and takes the first one's
-        place on record once it is whole. What was resumed from is not saved again where no step has followed it.
+        Files of a listed checkpoint are never overwritten: a second ``final`` gets files of its own, and replaces the
+        row of the first one once it is complete. The checkpoint that was resumed from is not saved again if no step
+        has followed it.
         """
         came_from = self._came_from
         if came_from is not None and (came_from.name, came_from.batch) == (name, step_idx):
@@ -63,17 +64,17 @@ class Checkpoints:
         return row
 
     async def resume(self) -> int:
-        """Load the last full state on record, cut the record after it, and return the first step to run.
+        """Load the last full state in the manifest, remove later rows, and return the first step to run.
 
-        The ``final`` of a run that was stopped stays on record until the next ``final`` takes its place: until then it
-        may be all there is to resume from.
+        The ``final`` of a stopped run stays in the manifest until the next ``final`` replaces it: until then it may be
+        the only checkpoint to resume from.
 
         Raises:
-            Exception: Whatever the backend raises when it cannot load that state.
+            Exception: Raised by the backend when it cannot load that state.
         """
         on_record = [row for row in map(_manifest_row, self._file.rows()) if row is not None]
         full = [row for row in on_record if row.state_path is not None]
-        # Of two that were saved after the same step the later one: older checkpoints may have been pruned.
+        # Of two checkpoints of the same step take the later one: older ones may have been pruned.
         last = max(reversed(full), key=lambda row: row.batch, default=None)
         if last is not None and last.state_path is not None:
             await self._backend.load_state(last.state_path)
@@ -95,12 +96,12 @@ class Checkpoints:
         self._file.append(fields)
 
     def _mark_stopped(self, row: ManifestRow, stopped: str) -> ManifestRow:
-        """Have it on record that the run ends with this checkpoint, which was saved when it was to go on."""
+        """Record that the run ends with this checkpoint, which was saved before the run was stopped."""
         if row.stopped is None:
             row = msgspec.structs.replace(row, stopped=stopped)
             self.rows = [each for each in self.rows if each.name != row.name]
             self._put_on_record(row)
-            if not self._file.waiting:  # else the row that is replaced is all that the disk has
+            if not self._file.waiting:  # else the file holds only the old row
                 self._drop_rows(row.name, lambda each: each.get("name") != row.name or "stopped" in each)
         return row
 

@@ -1,4 +1,4 @@
-"""``error.txt`` in a run's folder: the traceback of what the run raised last, for as long as it has not ended well."""
+"""``error.txt`` in a run's directory: the traceback of its last error, until the run completes."""
 
 import traceback
 from pathlib import Path
@@ -9,11 +9,11 @@ from evsys_bus.files import replace_file
 
 ERROR: Final = "error.txt"
 MAX_CHARS: Final = 64_000
-"""Of a longer text the beginning and, twice as long, the end are kept."""
+"""A longer traceback is cut in the middle; the end gets twice as many characters as the beginning."""
 
 
 def keep_error(run_dir: Path, error: BaseException) -> Path | None:
-    """Write the traceback, whole or not at all; the path, or None where it could not be written, which is logged."""
+    """Write the traceback atomically and return the path; if that fails, log a warning and return None."""
     path = run_dir / ERROR
     try:
         replace_file(path, _bounded(_formatted(error)).encode(errors="backslashreplace"), mode=0o666)
@@ -24,7 +24,7 @@ def keep_error(run_dir: Path, error: BaseException) -> Path | None:
 
 
 def drop_error(run_dir: Path) -> None:
-    """Remove what an earlier attempt left there: the run has ended well."""
+    """Remove the error file of an earlier attempt, after the run completed."""
     try:
         (run_dir / ERROR).unlink(missing_ok=True)
     except OSError as error:
@@ -34,9 +34,9 @@ def drop_error(run_dir: Path) -> None:
 def _formatted(error: BaseException) -> str:
     try:
         return "".join(traceback.format_exception(error))
-    except Exception as failure:  # the error's own code ran
+    except Exception as failure:  # raised by the error's own code
         frames = "".join(traceback.format_tb(error.__traceback__))
-        return f"{frames}{type(error).__name__}: <its text cannot be told: {type(failure).__name__}>\n"
+        return f"{frames}{type(error).__name__}: <no message: {type(failure).__name__} while formatting it>\n"
 
 
 def _bounded(text: str) -> str:

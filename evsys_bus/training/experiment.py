@@ -1,6 +1,6 @@
 """`Experiment`: arms, seeds and stages, each run isolated, several at a time, and a conclusion at the end.
 
-It owns the order of things between runs; what happens within one is `arm_run`'s business.
+This module owns the order of runs; `arm_run` executes a single one.
 
     ExperimentStart
     GroupStart            before the first run of a group
@@ -37,22 +37,23 @@ from evsys_bus.wiring.recipe import import_module, load_recipe
 
 
 class Experiment:
-    """Runs every arm with every seed, and says which arm is best.
+    """Runs every arm with every seed, and determines the best arm.
 
     Args:
-        config: What to run; a mapping is checked as a file would be.
-        recipe: Instead of the one that the config names: ``recipe(params, run)`` returns `RunParts`, or awaits them.
-        callbacks: For a bus of the experiment's own, which records into ``<output_dir>/journal``. Default: those that
-            the config lists.
-        bus: An open bus to publish to instead; it stays open, and its callbacks are its owner's choice.
-        resume: Continue what the directory holds: completed runs are skipped, others go on from their last full state,
-            failed ones are tried again. A completed run whose ``steps`` are raised goes on to the new horizon.
+        config: The experiment; a mapping is validated like a file.
+        recipe: Replaces the recipe of the config: ``recipe(params, run)`` returns `RunParts`, or an awaitable of it.
+        callbacks: Callbacks of the experiment's own bus, which records into ``<output_dir>/journal``. Default: the
+            callbacks in the config.
+        bus: An open bus to publish to instead. It stays open; the callbacks of the config are not used.
+        resume: Continue the experiment in the directory: completed runs are skipped, others continue from their last
+            full state, failed ones are retried. A completed run whose ``steps`` are raised continues to the new
+            horizon.
         output_dir: Default: the config's, or ``runs/<name>``.
-        only_arms: Run these arms alone; the others may follow with ``resume``.
-        only_seeds: Run these seeds alone.
+        only_arms: Run only these arms; the others can be run later with ``resume``.
+        only_seeds: Run only these seeds.
 
     Raises:
-        ConfigError: The config, a parameter of an arm or a callback is wrong, or there is no such recipe, arm or seed.
+        ConfigError: The config, a parameter of an arm or a callback is wrong, or a recipe, arm or seed does not exist.
         TrainingError: Both a bus and callbacks were given.
         HookError: A callback has a hook that could never be called.
         SettingError: The output directory is a URL.
@@ -97,7 +98,7 @@ class Experiment:
         self.resume = resume
         self._arms: dict[str, ArmResult] = {}
         self._groups: set[str] = set()
-        self._workers: set[asyncio.Task[Any]] = set()  # Any: they return nothing
+        self._workers: set[asyncio.Task[Any]] = set()
         self._began = False
         self._at_work = 0
         self._idle = asyncio.Event()
@@ -106,19 +107,18 @@ class Experiment:
 
     @property
     def plans(self) -> list[RunPlan]:
-        """Every run, in the order in which they start."""
+        """All runs, in the order in which they start."""
         return [plan for chain in self._chains for plan in chain]
 
     async def run(self) -> ExperimentResult:
-        """Run it all. An experiment runs once.
+        """Run the experiment; can be called once.
 
-        When it is cancelled (as the bus does on SIGTERM) the loops at work finish their step and save ``final``, other
-        runs are cancelled, and ExperimentEnd is published before CancelledError is raised. A second cancellation ends
-        it at once.
+        On cancellation (the bus cancels on SIGTERM), active loops finish their step and save ``final``, other runs are
+        cancelled, and ExperimentEnd is published before CancelledError is raised. A second cancellation aborts at once.
 
         Raises:
-            TrainingError: It ran already; or the directory cannot be used, is in use, or holds an experiment and
-                ``resume`` was not asked for.
+            TrainingError: The experiment was run already; or the directory cannot be used, is in use, or holds an
+                experiment and ``resume`` is false.
             KeyboardInterrupt, SystemExit: From a hook or a run, after ExperimentEnd.
         """
         if self._began:
@@ -149,7 +149,7 @@ class Experiment:
         return result
 
     async def _all_chains(self, bus: EventBus, ledger: Ledger) -> None:
-        """As many at a time as the config says; a worker takes the next chain when it is done with one."""
+        """Run all sequences, at most ``max_concurrent_runs`` at a time; a worker takes the next when it is free."""
         if not self._chains:
             return
         waiting = iter(self._chains)
@@ -159,7 +159,7 @@ class Experiment:
                 group.start_soon(self._work, waiting, bus, ledger, name=f"evsys-bus:runs-{number}")
             try:
                 await self._idle.wait()
-            except asyncio.CancelledError:  # the second cancellation; the group would keep it from the loops
+            except asyncio.CancelledError:  # the second cancellation; the task group alone would not stop the loops
                 self._stop()
                 raise
 
@@ -171,7 +171,7 @@ class Experiment:
             for chain in chains:
                 await self._chain(chain, bus, ledger)
         except (KeyboardInterrupt, SystemExit) as leave:
-            # A task that raises one throws it at the event loop itself, and the other runs would not end well.
+            # Raised from a task, these would stop the event loop itself, before the other runs could finish.
             self._leave = leave
             self._stop()
         finally:
@@ -216,13 +216,13 @@ class Experiment:
         return arm
 
     def _stop(self) -> None:
-        """Cancel the runs under way; those that have not begun will not."""
+        """Cancel the active runs and start no further ones."""
         self._stopping = True
         for task in self._workers:
             task.cancel()
 
     def _result(self, hypothesis: str | None, ledger: Ledger, *, to_the_end: bool) -> ExperimentResult:
-        """Of the whole experiment: the runs of this session in the order of the plan, then those of earlier ones."""
+        """Build the result of the experiment: the runs of this session in planned order, then those of earlier ones."""
         arms = {
             plan.run_key: self._arms.get(plan.run_key)
             or ledger.finished(plan)
@@ -230,7 +230,7 @@ class Experiment:
             for plan in self.plans
         }
         arms |= ledger.others(arms)
-        # The verdict does not depend on who runs in which session: of two equal arms the one that is named first.
+        # The conclusion must not depend on which runs were in which session: among equal arms, the first planned wins.
         planned = [plan.run_key for chain in chains_of(self.config, self.output_dir) for plan in chain]
         in_order = [arms[key] for key in dict.fromkeys([*planned, *arms]) if key in arms]
         success = self.config.success_metric

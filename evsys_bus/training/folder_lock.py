@@ -1,7 +1,8 @@
-"""`locked`: one training at a time in a folder.
+"""`locked`: a lock on a directory, so that one training at a time uses it.
 
-The lock ends with its process, however that ends; children forked from it do not inherit it. This module owns the
-``.lock`` file, which says who holds it. The file stays: were it removed, two processes could lock two of its name.
+The lock is released when its process ends, however that ends; forked children do not inherit it. This module owns the
+``.lock`` file, which names the process that holds the lock. The file is never removed: otherwise two processes could
+lock two different files of this name.
 """
 
 import os
@@ -21,16 +22,16 @@ _held: set[int] = set()
 
 @contextmanager
 def locked(folder: Path, what: str) -> Generator[None]:
-    """Make the folder if need be, and hold it until the block ends.
+    """Create the directory if necessary, and lock it until the block ends.
 
-    Where the file system has no locks nothing is held, and a WARNING says so.
+    On a file system without locks, a warning is logged and nothing is locked.
 
     Args:
-        folder: What to hold.
-        what: What the folder is called in an error: ``the run's directory``.
+        folder: The directory.
+        what: Name of the directory in error messages: ``the run's directory``.
 
     Raises:
-        TrainingError: From an OSError: somebody holds it, or it cannot be written.
+        TrainingError: From an OSError: the directory is locked by another process, or cannot be written.
     """
     file = _opened(folder, what)
     try:
@@ -38,7 +39,7 @@ def locked(folder: Path, what: str) -> Generator[None]:
         try:
             yield
         finally:
-            if file in _held:  # not so in a forked child
+            if file in _held:  # not in a forked child
                 with suppress(OSError):
                     os.ftruncate(file, 0)
     finally:
@@ -48,7 +49,7 @@ def locked(folder: Path, what: str) -> Generator[None]:
 
 
 def unwritable(folder: Path, what: str, error: OSError | ValueError) -> TrainingError:
-    """The error that says so; to be raised from ``error``."""
+    """Return the error for a directory that cannot be written; raise it from ``error``."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return TrainingError(f"{what} {folder} cannot be written: {reason}", fix="choose another output_dir")
 
@@ -57,7 +58,7 @@ def _opened(folder: Path, what: str) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte, or that is no text
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
         raise unwritable(folder, what, error) from error
     _held.add(file)
     return file
@@ -76,13 +77,13 @@ def _lock(file: int, folder: Path, what: str) -> None:
     except OSError as error:
         log().warning("folder.not_locked", folder=str(folder), error=str(error))
         return
-    with suppress(OSError):  # a full disk: the lock holds, and cannot say who has it
+    with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _close_in_child() -> None:
-    """Else a child that outlives its parent would hold what nobody trains in."""
+    """Release the locks in a forked child: one that outlives its parent would keep the directory locked."""
     for file in _held:
         os.close(file)
     _held.clear()

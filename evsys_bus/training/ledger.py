@@ -1,6 +1,6 @@
-"""`Ledger`: how far an experiment has got, in ``experiment.json``, and how each run ended, in its ``result.json``.
+"""`Ledger`: the progress of an experiment in ``experiment.json``, and the result of each run in its ``result.json``.
 
-It owns these files: what is read from them when an experiment is resumed, and what happens when the disk refuses them.
+This module owns these files: writing them, handling failed writes, and reading them when an experiment is resumed.
 """
 
 import math
@@ -21,13 +21,13 @@ from evsys_bus.training.folder_lock import unwritable
 from evsys_bus.training.plan import RunPlan
 
 HORIZONS: Final = ("steps", "num_steps")
-"""Parameters that may be raised on a resume: the run is then trained longer."""
+"""Parameters that may be raised on a resume; the run is then trained longer."""
 LEDGER: Final = "experiment.json"
 RESULT: Final = "result.json"
 
 
 class RunEntry(msgspec.Struct):
-    """How far one run has got."""
+    """The progress of one run."""
 
     arm: str
     seed: int
@@ -35,20 +35,20 @@ class RunEntry(msgspec.Struct):
     group_name: str | None = None
     status: Status = "pending"
     error: str | None = None
-    """Why it failed, or did not begin."""
+    """Why it failed, or was not started."""
     run_config: dict[str, Any] = {}
-    """What it was begun with; empty while it is pending. Any: as `RunPlan.params`."""
+    """The parameters it was started with; empty while it is pending."""
     traceback: str | None = None
-    """The file in the run's folder that holds the traceback, if it failed."""
+    """The file in the run's directory that holds the traceback, if it failed."""
 
 
 class Page(msgspec.Struct):
-    """What ``experiment.json`` says."""
+    """The contents of ``experiment.json``."""
 
     name: str
     status: Status = "running"
     started: str = ""
-    """ISO 8601, UTC; of the first start."""
+    """Time of the first start: ISO 8601, UTC."""
     ended: str | None = None
     hypothesis: str | None = None
     best_arm: str | None = None
@@ -60,15 +60,15 @@ class Page(msgspec.Struct):
 
 _decode: Final = msgspec.json.Decoder(Page).decode
 MOST_PAGE_BYTES: Final = 1 << 40
-"""No bound in practice: the ledger never loses a run."""
+"""No limit in practice, so that no run is ever lost."""
 
 
 class Ledger:
-    """The record of one experiment.
+    """Stores the progress of one experiment.
 
     Raises:
-        TrainingError: The directory cannot be written; it holds an experiment and ``resume`` was not asked for; or it
-            is resumed under another name, or with other parameters for a run that has begun.
+        TrainingError: The directory cannot be written; it holds an experiment and ``resume`` is false; or the
+            experiment is resumed under another name, or with other parameters for a run that was started.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Ledger:
     ) -> None:
         self.path = folder / LEDGER
         self.unwritten = 0
-        """How often the disk refused the ledger or a result."""
+        """Number of failed writes of the experiment file or a result."""
         plans = [*plans]
         earlier = self._read(resume=resume)
         if earlier is None and resume:
@@ -101,14 +101,14 @@ class Ledger:
             raise unwritable(folder, "the experiment's directory", error) from error
 
     def finished(self, plan: RunPlan) -> ArmResult | None:
-        """How this run ended, if it was completed, up to its horizon of today; else it is to be run, or run on."""
+        """Return the result of a run that was completed up to its current horizon; None if it has to run (on)."""
         entry = self._page.runs[plan.run_key]
         if entry.status != "completed" or _raised(entry.run_config, _plain_config(plan)):
             return None
         return read_result(plan.run_dir)
 
     def others(self, run_keys: Collection[str]) -> dict[str, ArmResult]:
-        """How the runs ended, or stand, that are not among these: of an earlier session, with other arms or seeds."""
+        """Return the results of all other runs: those of earlier sessions with other arms or seeds."""
         return {
             key: _as_on_record(entry, self.path.parent / key)
             for key, entry in self._page.runs.items()
@@ -116,13 +116,13 @@ class Ledger:
         }
 
     def began(self, plan: RunPlan) -> None:
-        """This run is under way."""
+        """Record that a run was started."""
         entry = self._page.runs[plan.run_key]
         entry.status, entry.error, entry.run_config = "running", None, _plain_config(plan)
         self._write()
 
     def ended(self, plan: RunPlan, arm: ArmResult) -> None:
-        """This run has ended, or will not begin."""
+        """Record the result of a run that has ended, or will not be started."""
         entry = self._page.runs[plan.run_key]
         entry.status, entry.error = arm.status, arm.error
         entry.traceback = ERROR if arm.status == "failed" and (plan.run_dir / ERROR).exists() else None
@@ -131,7 +131,7 @@ class Ledger:
         self._write()
 
     def close(self, result: ExperimentResult) -> None:
-        """The experiment has ended."""
+        """Record that the experiment has ended."""
         page = self._page
         page.status, page.ended, page.conclusion = result.status, _now(), result.conclusion
         page.best_arm, page.best_score = result.best_arm, result.best_score
@@ -141,7 +141,7 @@ class Ledger:
         self._try(self.path, _encode_page(self._page))
 
     def _try(self, path: Path, content: bytes) -> None:
-        """A disk that refuses the record ends no run: the next change writes the whole ledger anew."""
+        """Write a file; an error is only logged and counted, because the next change writes the whole file again."""
         try:
             _replace(path, content)
         except OSError as error:
@@ -165,12 +165,12 @@ class Ledger:
 
 
 def _rebuilt(folder: Path, name: str, plans: Iterable[RunPlan]) -> Page | None:
-    """What the results of the runs say, where the ledger is missing or was damaged; None where no run has ended."""
+    """Rebuild a missing or damaged experiment file from the results of the runs; None if no run has ended."""
     page = Page(name, started=_now())
     for key in dict.fromkeys([*(plan.run_key for plan in plans), *names_in(folder)]):
         result = read_result(folder / key) if (folder / key / RESULT).is_file() else None
         if result is not None:
-            said: Any = result.run_config  # Any: as `RunPlan.params`
+            said: Any = result.run_config
             config = cast("dict[str, Any]", said) if isinstance(said, dict) else {}
             seed = config.get("seed")
             page.runs[key] = RunEntry(
@@ -189,10 +189,10 @@ def _rebuilt(folder: Path, name: str, plans: Iterable[RunPlan]) -> Page | None:
 
 
 def read_result(run_dir: Path) -> ArmResult | None:
-    """How the run in this folder ended; None where its ``result.json`` is missing or damaged."""
+    """Read the result of the run in this directory; None if its ``result.json`` is missing or damaged."""
     try:
         plain: object = msgspec.json.decode(read_file(run_dir / RESULT, most_bytes=MOST_PAGE_BYTES))
-        # Not strict: JSON has no NaN, so they stand there as text.
+        # Not strict: JSON has no NaN, so non-finite numbers are stored as text.
         return msgspec.convert(plain, ArmResult, strict=False)
     except (OSError, *DAMAGE) as error:
         log().warning("ledger.result_unreadable", file=str(run_dir / RESULT), error=str(error))
@@ -200,7 +200,7 @@ def read_result(run_dir: Path) -> ArmResult | None:
 
 
 def _encode(arm: ArmResult) -> bytes:
-    # Field by field, so that what had to be cut of one costs no other.
+    # Field by field, so that a field that has to be cut does not affect the others.
     fields = {name: to_plain(getattr(arm, name))[0] for name in arm.__struct_fields__}
     return msgspec.json.encode(_with_words(fields))
 
@@ -217,7 +217,7 @@ def _as_on_record(entry: RunEntry, run_dir: Path) -> ArmResult:
     return ArmResult(
         entry.arm,
         run_config=entry.run_config or named,
-        # What is not at its end has no process left that could bring it there.
+        # A run that has not ended has no process any more that could complete it.
         status=entry.status if entry.status in {"completed", "failed"} else "cancelled",
         group_name=entry.group_name,
         error=entry.error or (None if entry.status == "completed" else "it has not run to its end"),
@@ -225,7 +225,7 @@ def _as_on_record(entry: RunEntry, run_dir: Path) -> ArmResult:
 
 
 def _with_words(plain: object) -> object:
-    """NaN and infinities as text."""
+    """Replace NaN and infinities by text."""
     if isinstance(plain, dict):
         return {key: _with_words(value) for key, value in cast("dict[str, object]", plain).items()}
     if isinstance(plain, list):
@@ -234,7 +234,7 @@ def _with_words(plain: object) -> object:
 
 
 def _plain_config(plan: RunPlan) -> dict[str, Any]:
-    """What a run is begun with, as it reads back from the ledger. Any: as `RunPlan.params`."""
+    """Return the run config of a plan in the form in which it is read back from the experiment file."""
     return msgspec.json.decode(msgspec.json.encode(to_plain(plan.run_config)[0]), type=dict[str, Any])
 
 
@@ -245,19 +245,19 @@ def _check_same(plan: RunPlan, entry: RunEntry, folder: Path) -> None:
     if then and changed:
         said = ", ".join(f"{key} was {then.get(key)!r}, now {now.get(key)!r}" for key in changed)
         raise TrainingError(
-            f"run {plan.run_key} in {folder} was begun with other parameters: {said}",
-            fix="resume with the parameters that it was begun with, or choose another output_dir",
+            f"run {plan.run_key} in {folder} was started with other parameters: {said}",
+            fix="resume with the parameters that it was started with, or choose another output_dir",
         )
 
 
 def _raised(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The horizons that are further off now. Any: as `RunPlan.params`."""
+    """Return the horizon parameters that have been raised."""
     both = [(key, then.get(key), now.get(key)) for key in HORIZONS]
     return [key for key, was, is_ in both if type(was) is int and type(is_) is int and is_ > was]
 
 
 def _replace(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
+    """Replace the file atomically."""
     replace_file(path, content + b"\n", mode=0o666)
 
 

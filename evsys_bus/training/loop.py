@@ -1,12 +1,12 @@
 """`TrainingLoop`: the reference loop. Read it from top to bottom, and copy what you need.
 
-It owns the order of things: what is written, what is saved and what is published when.
+It owns the order in which things are written, saved and published.
 
     TrainStart
     every step:    build_batch, forward_backward, optim_step
                    metrics.jsonl,      then StepEnd
-                   checkpoints.jsonl,  then Checkpoint                       where one is due
-                   each evaluator due, then Eval, then BenchmarkEval         where it is a benchmark
+                   checkpoints.jsonl,  then Checkpoint                       if one is due
+                   each evaluator due, then Eval, then BenchmarkEval         if it is a benchmark
     final:         checkpoints.jsonl,  then Checkpoint                       unless it raised
     TrainEnd                                                                 also when it raised
 """
@@ -37,7 +37,7 @@ from evsys_bus.training.walls import passes
 from evsys_bus.where import local_path
 
 JOURNAL: Final = "journal"
-"""The folder of the journal, in that of the run or of the experiment that has a bus of its own."""
+"""Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
 
 
 _CANCELLED: Final = "cancelled"
@@ -48,25 +48,26 @@ _GO_ON: Final = (
 
 
 class TrainingLoop:
-    """Trains for ``num_steps`` steps; writes what happens to the run's directory, and publishes it.
+    """Trains for ``num_steps`` steps, writes metrics and checkpoints to the run's directory, and publishes events.
 
     Args:
-        backend: What trains.
-        step_builder: Makes the batch of each step.
-        num_steps: The horizon of the whole run, the steps before a resume included.
-        output_dir: The run's directory, made if need be. Default: ``ctx.run_dir``.
-        evaluators: Score the model while it trains, each at its own cadence, one after another.
-        callbacks: For a bus of the loop's own, open while it runs; it records into ``<output_dir>/journal``.
+        backend: Trains the model.
+        step_builder: Builds the batch of each step.
+        num_steps: The horizon of the whole run, including the steps before a resume.
+        output_dir: The run's directory, created if necessary. Default: ``ctx.run_dir``.
+        evaluators: Score the model during training, each at its own interval, one after another.
+        callbacks: Callbacks of the loop's own bus, which is open while the loop runs and records into
+            ``<output_dir>/journal``.
         bus: An open bus to publish to instead; it stays open.
         ctx: The run's context. Default: one for a run that is named after its directory.
-        save_every: A checkpoint is due after every so many steps; 0 for none but the final one.
-        steps_per_epoch: How many steps pass over the data once; for the manifest.
-        resume: Continue what the directory holds, from the last full state, or from the start if it holds none. A run
-            that reached its horizon goes on where ``num_steps`` is larger now. One that a callback had stopped for good
+        save_every: Steps between checkpoints; 0 saves only the final one.
+        steps_per_epoch: Number of steps in one pass over the data; for the manifest.
+        resume: Continue the run in the directory from its last full state, or from the start if there is none. A run
+            that reached its horizon continues if ``num_steps`` is larger now. A run that a callback stopped for good
             (`LoopState.request_stop`, and not ``unfinished``) takes no further step, and ends with the same result.
 
     Raises:
-        TrainingError: The arguments do not fit together, or ``ctx.run_key`` leads out of ``ctx.output_dir``.
+        TrainingError: Arguments contradict each other, or ``ctx.run_key`` points outside ``ctx.output_dir``.
         SettingError: The directory is a URL.
         HookError: A callback has a hook that could never be called.
     """
@@ -107,27 +108,27 @@ class TrainingLoop:
             ctx=ctx or LogContext(output_dir=run_dir.parent, run_key=run_dir.name),
         )
         self.skipped_steps = 0
-        """Steps that had no data."""
+        """Number of steps without data."""
         self.failed_evals: Counter[str] = Counter()
-        """How often each evaluator raised, by name."""
+        """Number of errors of each evaluator, by name."""
         self.last_metrics: dict[str, Any] = {}
-        """Of the last step, and what hooks derived from them. Any: what backends measure."""
+        """Metrics of the last step, including those that hooks added."""
         self.artifacts: LoopArtifacts | None = None
-        """What the loop left behind, also when it raised; None until it has ended."""
+        """What the loop produced, also if it raised; None until it has ended."""
         self._bus = EventBus(callbacks or (), journal=run_dir / JOURNAL) if bus is None else nullcontext(bus)
         self._faults = FaultLog()
-        self._done = 0  # steps done, so the next one to run
+        self._done = 0  # number of completed steps, and index of the next one
         self._began = 0.0
 
     async def run(self) -> LoopArtifacts:
-        """Train to the end, or until some hook asks to stop. A loop runs once.
+        """Train to the end, or until a hook requests a stop; can be called once.
 
-        When it is cancelled (as the bus does on SIGTERM) it finishes the step in hand, saves ``final`` and publishes
-        TrainEnd before it raises CancelledError. A second cancellation ends it at once.
+        On cancellation (the bus cancels on SIGTERM), the loop finishes the current step, saves ``final`` and publishes
+        TrainEnd before it raises CancelledError. A second cancellation aborts at once.
 
         Raises:
-            TrainingError: The directory cannot be written, is in use, or holds a run and ``resume`` was not asked for.
-            BaseException: Whatever the backend or the step builder raised, after TrainEnd.
+            TrainingError: The directory cannot be written, is in use, or holds a run and ``resume`` is false.
+            BaseException: Raised by the backend or the step builder; re-raised after TrainEnd.
         """
         if self._began:
             raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
@@ -137,7 +138,7 @@ class TrainingLoop:
                 return await see_through(self._train(bus), on_cancel=self._cancel)
 
     def _cancel(self) -> None:
-        if not self.state.stop_requested:  # else the run ends after this step anyway, for a reason of its own
+        if not self.state.stop_requested:  # else the run ends after this step anyway, with its own reason
             self.state.request_stop(_CANCELLED)
 
     async def _train(self, bus: EventBus) -> LoopArtifacts:
@@ -150,7 +151,7 @@ class TrainingLoop:
             while self._done < state.num_steps and not state.stop_requested:
                 await self._step(bus, self._done)
                 self._done += 1
-                # A backend may never really wait; hooks' tasks and a cancellation get their turn here.
+                # A backend may never suspend; tasks of hooks and a cancellation get to run here.
                 await asyncio.sleep(0)
             await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
             drop_error(state.output_dir)
@@ -175,7 +176,7 @@ class TrainingLoop:
             self._faults.warn("step.skipped", "empty", step=step_idx, why="the batch is empty")
         else:
             metrics = await self._train_on(batch)
-            # The step stands first in its row, and is ours even where the backend has a metric of that name.
+            # The step is the first key of its row, and overrides a metric of that name.
             self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
             self.last_metrics = metrics
             bus.publish(StepEnd(self.state, step_idx, batch, metrics))
@@ -223,7 +224,7 @@ class TrainingLoop:
         yield BenchmarkEval(self.state.ctx, result, predictions, step=step_idx)
 
     async def _go_back(self) -> None:
-        """To the last full state; what was written of the steps after it is cut, for they will run again."""
+        """Load the last full state, and remove the metrics of later steps, which will run again."""
         self._done = self.state.step = first = await self.checkpoints.resume()
         cut = self.metrics.keep(lambda row: isinstance(row.get("step"), int) and row["step"] < first)
         for row in self.metrics.rows():
@@ -256,7 +257,7 @@ class TrainingLoop:
 
 
 def _stopped_for_good(state: LoopState) -> str | None:
-    """Why, if a hook had the run end here; None where a resume is to go on."""
+    """Return the reason if a hook ended the run for good; None if a resume should continue it."""
     if not state.stop_requested or state.unfinished or state.stop_reason == _CANCELLED:
         return None
     return str(state.stop_reason or "a callback asked for it")
@@ -267,7 +268,7 @@ def _due(every: int, step_idx: int) -> bool:
 
 
 def _is_empty(batch: TrainingBatch) -> bool:
-    """No data at all is fine (the backend may hold it); a batch of none is not."""
+    """Whether the batch has zero examples; data without a length counts as not empty (the backend may hold it)."""
     return hasattr(batch.data, "__len__") and len(batch.data) == 0
 
 

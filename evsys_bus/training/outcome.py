@@ -1,8 +1,8 @@
-"""What came out of an experiment: arms side by side, the best of them, and a conclusion in words.
+"""Summary of an experiment: a comparison of the arms, the best arm, and a conclusion in words.
 
-Pure functions from results; nothing is read, written or published here. NaN and infinities are counted, never averaged,
-and an arm that has them, or runs that failed, is best only where no arm is whole: a mean over the seeds that happened
-to survive says little.
+Pure functions of results; nothing is read, written or published here. NaN and infinities are counted, never averaged.
+An arm with non-finite scores or failed runs is best only if no arm is complete, because a mean over the seeds that
+happened to survive is biased.
 """
 
 import math
@@ -18,16 +18,16 @@ from evsys_bus.wiring.experiment import SuccessMetric
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """A metric over the runs of an arm."""
+    """Statistics of a metric over the runs of an arm."""
 
     mean: float | None
-    """Over the finite values; None where there are none."""
+    """Mean of the finite values; None if there are none."""
     sd: float | None
-    """The sample standard deviation; None below two finite values."""
+    """Sample standard deviation; None for fewer than two finite values."""
     n: int
-    """How many runs have a finite value."""
+    """Number of runs with a finite value."""
     nonfinite: int = 0
-    """How many have NaN or an infinity."""
+    """Number of runs with NaN or an infinity."""
 
     def __str__(self) -> str:
         if self.mean is None:
@@ -36,30 +36,30 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class ArmSummary(msgspec.Struct, frozen=True):
-    """One arm over its runs."""
+    """Summary of one arm over its runs."""
 
     name: str
     runs: int
     completed: int
     failed: int
     cancelled: int
-    """Stopped, or never begun."""
+    """Stopped, or never started."""
     metrics: dict[str, Spread]
-    """Of its completed runs, the success metric first; evaluations after training, or training metrics if none has any.
+    """Metrics of its completed runs, the success metric first: those of evaluations after training, else of training.
     """
     score: Spread | None = None
-    """The success metric; None where none was asked for."""
+    """The success metric; None if the experiment has none."""
     score_runs: int = 0
-    """How many runs should have a score: those of the last stage, where there are stages."""
+    """Number of runs that should have a score; with stages, only the runs of the last stage."""
 
     @property
     def whole(self) -> bool:
-        """Whether every run was completed and, where a success metric was asked for, has a finite score."""
+        """Whether every run was completed and, if there is a success metric, has a finite score."""
         return self.completed == self.runs and (self.score is None or self.score.n == self.score_runs)
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Which arm is best, and what to say of it."""
+    """The best arm and the conclusion in words."""
 
     best_arm: str | None
     best_score: float | None
@@ -68,7 +68,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def summarise(arms: Iterable[ArmResult], success: SuccessMetric | None = None) -> list[ArmSummary]:
-    """One row per arm, in the order of their first runs. Of a continual experiment the last stage's metrics count."""
+    """Summarise each arm, in the order of their first runs; of a continual experiment, only the last stage counts."""
     results = list(arms)
     last_stage = next((_stage(run) for run in reversed(results)), None)
     by_arm: dict[str, list[ArmResult]] = {}
@@ -78,7 +78,7 @@ def summarise(arms: Iterable[ArmResult], success: SuccessMetric | None = None) -
 
 
 def conclude(summaries: Sequence[ArmSummary], success: SuccessMetric | None = None) -> Verdict:
-    """The best arm by the mean over its seeds, and the conclusion."""
+    """Determine the best arm, by the mean score over its seeds, and the conclusion."""
     if success is None:
         return Verdict(None, None, f"{_count(summaries)} No success metric was asked for, so no arm is called best.")
     scored = [each for each in summaries if each.score is not None and each.score.mean is not None]
@@ -95,7 +95,7 @@ def conclude(summaries: Sequence[ArmSummary], success: SuccessMetric | None = No
         if next_best.whole or not best.whole:
             sentence += f", ahead of {next_best.name} ({next_best.score}){_within_spread(best, next_best)}"
         else:
-            sentence += f", before {next_best.name} ({next_best.score}, not whole)"
+            sentence += f", before {next_best.name} ({next_best.score}, incomplete)"
     return Verdict(best.name, _mean(best), " ".join([f"{sentence}.", *_troubles(summaries)]))
 
 
@@ -132,7 +132,7 @@ def _spread(metric: str, runs: Iterable[ArmResult]) -> Spread:
 
 
 def _stage(run: ArmResult) -> object:
-    """The stage of a continual experiment, which is the run's group; a parameter may have that name too."""
+    """Return the stage of a run in a continual experiment; a mere parameter named ``stage`` differs from its group."""
     config = cast("object", run.run_config)
     stage = cast("dict[str, object]", config).get("stage") if isinstance(config, dict) else None
     return stage if stage == run.group_name else None
@@ -150,7 +150,7 @@ def _over(summary: ArmSummary) -> str:
 
 
 def _within_spread(best: ArmSummary, next_best: ArmSummary) -> str:
-    """A word of caution where the seeds differ more than the arms."""
+    """Return a caveat if the seeds differ more than the two arms, else an empty text."""
     assert best.score is not None
     assert next_best.score is not None
     spreads = [each.sd for each in (best.score, next_best.score) if each.sd is not None]
@@ -159,7 +159,7 @@ def _within_spread(best: ArmSummary, next_best: ArmSummary) -> str:
 
 
 def _troubles(summaries: Iterable[ArmSummary]) -> list[str]:
-    """One sentence on each arm that is not whole."""
+    """Return one sentence for each arm that is not complete."""
     found: list[str] = []
     for each in summaries:
         nonfinite = 0 if each.score is None else each.score.nonfinite

@@ -1,6 +1,6 @@
-"""Which runs an experiment is made of, and what a recipe makes of one.
+"""The runs of an experiment, and the parts of a run that a recipe returns.
 
-Names and folders are settled here, before anything starts; nothing here runs.
+Names and directories of runs are determined here, before anything starts; nothing is executed.
 """
 
 import hashlib
@@ -18,54 +18,54 @@ from evsys_bus.wiring.arms import arms_of, seeds_of
 from evsys_bus.wiring.experiment import ExperimentConfig, Params
 
 _MAX_NAME_CHARS: Final = 60
-"""Of one name within a run key; it may take four bytes each, and file systems take 255."""
+"""Of one name within a run key; a character may take four bytes, and a file name may have 255 bytes."""
 _MAX_KEY_BYTES: Final = 200
-"""Of a whole run key; what is made of it (files, locks, topics) adds to that, and 255 is all that a folder takes."""
+"""Of a whole run key; names derived from it (files, locks, topics) are longer, and may have 255 bytes."""
 _STRANGE: Final = re.compile(r"[^\w=,.+@-]+")
 
 
 class RunPlan(msgspec.Struct, frozen=True):
-    """One run to come: one arm, one seed, one stage."""
+    """One planned run: one arm, one seed, one stage."""
 
     arm: str
     run_key: str
-    """Names the run: its folder, and the ``run`` of an envelope."""
+    """Key of the run: the name of its directory, and the ``run`` of an envelope."""
     seed: int
     stage: str | None
     """The stage of a continual experiment."""
     group_name: str | None
-    """The arm where it has several seeds, the stage where there are stages."""
+    """The stage if there are stages, else the arm if it has several seeds."""
     run_dir: Path
     params: Params
-    """Of the arm, with those of the stage over them; as given, not yet what the recipe's Config makes of them."""
+    """Parameters of the arm, overridden by those of the stage; not yet converted by the recipe's Config."""
 
     @property
     def run_config(self) -> dict[str, Any]:
-        """What loggers are told: the parameters, and ``arm``, ``seed`` and ``stage`` beside them. Any: as `Params`."""
+        """The parameters together with ``arm``, ``seed`` and ``stage``, for loggers."""
         named = {"arm": self.arm, "seed": self.seed} | ({} if self.stage is None else {"stage": self.stage})
         return {**self.params, **named}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunParts:
-    """What a recipe returns: the pieces of one run."""
+    """The parts of one run, returned by a recipe."""
 
     backend: Backend
     step_builder: StepBuilder
     num_steps: int
     evaluators: Sequence[Evaluator] = ()
-    """Score the model while it trains."""
+    """Score the model during training."""
     benchmarks: Sequence[Scorer] = ()
-    """Score it once it is trained; what one raises is logged, and the others go on."""
+    """Score the trained model; an error of one is logged, and the others still run."""
     save_every: int = 0
-    """A checkpoint is due after every so many steps; 0 for none but the final one."""
+    """Steps between checkpoints; 0 saves only the final one."""
     steps_per_epoch: int | None = None
     close: Callable[[], Awaitable[object]] | None = None
     """Awaited when the run has ended, however it ended."""
 
 
 RecipeFunction = Callable[[Any, RunPlan], RunParts | Awaitable[RunParts]]
-"""``recipe(params, run)``. Any: params are what the annotation of the first parameter says, else a dict."""
+"""``recipe(params, run)``; ``params`` has the annotated type of the first parameter, else it is a dict."""
 
 
 def chains_of(
@@ -75,12 +75,12 @@ def chains_of(
     only_arms: Collection[str] | None = None,
     only_seeds: Collection[int] | None = None,
 ) -> list[list[RunPlan]]:
-    """Every run, arm by arm and seed by seed; each chain holds the stages that follow on one another, mostly one.
+    """Plan all runs, arm by arm and seed by seed; each sequence holds the consecutive stages of one arm and seed.
 
-    The keys of runs do not depend on ``only_arms`` and ``only_seeds``.
+    Run keys do not depend on ``only_arms`` and ``only_seeds``.
 
     Raises:
-        ConfigError: An arm or a seed was asked for that the experiment does not have.
+        ConfigError: The experiment does not have a requested arm or seed.
     """
     arms, seeds = arms_of(config), seeds_of(config)
     _check_known("arm", only_arms, [arm.name for arm in arms])
@@ -101,7 +101,7 @@ def chains_of(
 
 
 def folder_name(text: str) -> str:
-    """``text`` as one component of a path that leads nowhere else; what had to change is told apart by a hash."""
+    """Convert text to a safe name of one directory; a changed name gets a hash, so that different texts differ."""
     plain = _STRANGE.sub("-", text).strip(".-")[:_MAX_NAME_CHARS].rstrip(".-")
     return plain if plain and plain == text else f"{plain}-{_digest(text)}".lstrip("-")
 
@@ -110,7 +110,7 @@ def _run_key(arm: str, seed: int, stage: str | None, taken: set[str]) -> str:
     parts = [folder_name(arm), f"s{seed}", *([] if stage is None else [folder_name(stage)])]
     key = "-".join(parts)
     digest = _digest(f"{arm}/{seed}/{stage}")
-    if key.casefold() in taken:  # some file systems do not tell A from a
+    if key.casefold() in taken:  # some file systems are case-insensitive
         key = f"{key}-{digest}"
     if len(key.encode()) > _MAX_KEY_BYTES:
         room = _MAX_KEY_BYTES - len(digest) - 1

@@ -1,6 +1,6 @@
-"""`RowFile`: a file of JSON rows that grows by one ``os.write`` per row, and never troubles the training.
+"""`RowFile`: an append-only file of JSON rows, one ``os.write`` per row, that never raises into the training.
 
-It owns the file's bytes and what happens when the disk refuses them; what the rows mean is its caller's business.
+It owns the file format and the handling of failed writes; the caller defines what the rows mean.
 """
 
 import os
@@ -17,10 +17,10 @@ from evsys_bus.disk import open_regular
 from evsys_bus.files import DAMAGE, open_binary, replace_file
 
 MAX_WAITING: Final = 10_000
-"""Rows kept in memory while the disk refuses them; beyond it the oldest are given up, and counted."""
+"""Rows kept in memory while they cannot be written; beyond this the oldest are dropped and counted."""
 
 Row = dict[str, Any]
-"""One row. Any: the values are whatever was measured."""
+"""One row."""
 
 _decode = msgspec.json.Decoder(Row).decode
 
@@ -28,25 +28,25 @@ _decode = msgspec.json.Decoder(Row).decode
 class RowFile:
     """An append-only file of JSON objects, one per line.
 
-    The file is opened for every row (about 10 microseconds), so that one whose directory went away or whose disk is
-    full is noticed, and works again as soon as the cause is gone. A row that cannot be written waits in memory and
-    goes out, in order, with the next one.
+    The file is opened for every row (about 10 microseconds), so that a removed directory or a full disk is noticed, and
+    writing works again as soon as the cause is gone. A row that cannot be written stays in memory and is written, in
+    order, before the next one.
     """
 
     def __init__(self, path: Path, *, max_waiting: int = MAX_WAITING) -> None:
         self.path = path
         self.lost = 0
-        """Rows given up because too many were waiting."""
+        """Number of rows dropped because too many were pending."""
         self._waiting: deque[bytes] = deque()
         self._max_waiting = max_waiting
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has refused so far and that wait in memory."""
+        """Number of rows in memory that could not be written yet."""
         return len(self._waiting)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; never raises. Any: values of every type, see `evsys_bus.codec.json_line`."""
+        """Write one row, with values of any type (see `evsys_bus.codec.json_line`); never raises."""
         troubled = bool(self._waiting)
         if len(self._waiting) >= self._max_waiting:
             self._waiting.popleft()
@@ -55,26 +55,26 @@ class RowFile:
         self._write_waiting(troubled=troubled)
 
     def flush(self) -> None:
-        """Try once more to write what waits, and say how much is left."""
+        """Try to write the pending rows, and log a warning if rows remain or were dropped."""
         if self._waiting:
             self._write_waiting(troubled=True)
         if self._waiting or self.lost:
             log().warning("rows.unwritten", file=str(self.path), waiting=self.waiting, lost=self.lost)
 
     def rows(self) -> Iterator[Row]:
-        """The rows, in order; a torn or damaged line is passed over. A missing file has none."""
+        """Iterate over the rows, in order, skipping torn and damaged lines. A missing file has no rows."""
         for line in self._lines():
             row = _parsed(line)
             if row is not None:
                 yield row
 
     def keep(self, wanted: Callable[[Row], bool]) -> int:
-        """Cut the rows that are not wanted, and torn or damaged lines with them; return how many.
+        """Remove the rows for which ``wanted`` is false, and torn or damaged lines; return how many were removed.
 
-        The file is replaced in one move, and left alone if there is nothing to cut.
+        The file is replaced atomically, and not touched if there is nothing to remove.
 
         Raises:
-            OSError: The new file could not be written; the old one is untouched.
+            OSError: The new file could not be written; the old one is unchanged.
         """
         lines = list(self._lines())
         kept = [line for line in lines if (row := _parsed(line)) is not None and wanted(row)]
@@ -108,7 +108,7 @@ class RowFile:
 
 
 def _write_whole(file: int, line: bytes) -> None:
-    """One write; what a full disk took of the line is cut off again, so that the next one does not join it."""
+    """Write one line with one call; on a full disk, remove a partial line so that the next one is not joined to it."""
     written = os.write(file, line)
     if written < len(line):
         os.ftruncate(file, os.fstat(file).st_size - written)

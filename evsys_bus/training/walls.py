@@ -1,22 +1,23 @@
-"""What passes the walls around runs and evaluators, and what stays behind them.
+"""Which errors propagate out of an isolated run or evaluator.
 
-The walls themselves stand where the policy is: `arm_run` for a run, `loop` for an evaluator.
+The errors are caught where the policy is: in `arm_run` for a run, in `loop` for an evaluator.
 """
 
 import asyncio
 from typing import Final
 
 LEAVE: Final = (KeyboardInterrupt, SystemExit, GeneratorExit)
-"""Wishes to leave the program, or the coroutine; they pass every wall."""
+"""Requests to exit the program or the coroutine; they always propagate."""
 
 
 def passes(error: BaseException, *, cancelled: bool) -> bool:
-    """Whether an error goes through a wall: a wish to leave, or a cancellation that is meant for us.
+    """Whether an error must propagate: a request to exit, or a cancellation of the work itself.
 
-    Anything else stays behind it, whatever it inherits from: a panic of Rust code (tokenizers, polars) is no Exception.
+    All other errors are isolated, whatever they inherit from: a panic in Rust code (tokenizers, polars) is not an
+    Exception.
 
     Args:
-        error: What was raised behind the wall.
-        cancelled: Whether the work is being cancelled; if not, the code behind the wall made that CancelledError up.
+        error: The error that the isolated code raised.
+        cancelled: Whether the work is being cancelled; if not, the isolated code raised a CancelledError by itself.
     """
     return isinstance(error, LEAVE) or (cancelled and isinstance(error, asyncio.CancelledError))

@@ -1,21 +1,23 @@
-"""From files, names and params to experiments and callbacks: the registry, the checks, ``build_callbacks``.
+"""Configuration: experiment files and callback specs are validated and turned into experiments and callbacks.
 
-spec       what stands in a list of callbacks, and the places within it
-registry   which class a kind is; entry points of installed packages
-fields     the keys that a Config (or a constructor) knows
-params     params against a Config: values to pass, or findings
-schema     a Config as JSON schema, and that schema in words
-report     findings as errors that people can act on
-construct  one adapter from its class and its params
-followed   what is followed, described so that another process can build it
-build      all of it, over a whole list, in one pass
-experiment what an experiment file says
-nodes      values with the places where they stand in a text
-compose    YAML text as nodes, bounded
-document   a file as a plain value that knows its places; ``--set``
-recipe     ``module:function``, and its params
-arms       the arms and the seeds of an experiment
-load       a document as a checked experiment, every error in one pass
+spec          callback specs, and JSON paths for errors
+registry      kinds and their classes; entry points of installed packages
+fields        the keys of a Config or of a constructor
+convert       strict conversion of values to annotated types
+params        validation of params against a Config
+schema        the JSON schema of a Config, and its description in words
+report        error messages for invalid params
+construct     construction of one adapter from its class and params
+followed      subscriptions, described so that another process can build the adapter
+build         validation and construction of a list of callbacks
+extras        the optional dependencies of an adapter's package
+experiment    the structure of an experiment file
+nodes         values with their positions in a text
+compose       YAML text to nodes, with limits
+document      a YAML or JSON file with positions; ``--set``
+recipe        ``module:function``, and its params
+arms          the arms and the seeds of an experiment
+load          a document to a validated experiment, all errors in one pass
 courier_main  the courier process
 """
 

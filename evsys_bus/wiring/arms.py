@@ -1,4 +1,4 @@
-"""Which runs an experiment has: its arms, with their params, and its seeds."""
+"""The arms of an experiment, with their params, and its seeds."""
 
 import hashlib
 import itertools
@@ -14,7 +14,7 @@ from evsys_bus.wiring.schema import as_json
 from evsys_bus.wiring.spec import join
 
 ONLY_ARM: Final = "run"
-"""What the arm of an experiment that has just one is called."""
+"""Name of the arm in an experiment with only one."""
 _LONGEST_NAME: Final = 80
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9._=,+-]+")
 
@@ -23,17 +23,17 @@ class Arm(msgspec.Struct, frozen=True):
     """One configuration."""
 
     name: str
-    """As in ``runs``; of a ``matrix``: ``lr=0.001,hidden=64``, fit for the name of a folder."""
+    """Key in ``runs``; for a ``matrix`` like ``lr=0.001,hidden=64``, safe as the name of a directory."""
     params: Params
-    """The arm's own over those of ``run``, key by key; a mapping is replaced as a whole."""
+    """The arm's own params and those of ``run`` that they do not override; mappings are not merged."""
     place: str
-    """The JSON path of what makes it differ."""
+    """JSON path of what defines the arm."""
     places: dict[str, str]
-    """Param -> the JSON path where its value is said."""
+    """Param -> JSON path of its value."""
 
 
 def arms_of(config: ExperimentConfig) -> list[Arm]:
-    """The arms: of ``matrix``, the last key varying fastest; else of ``runs``, in their order; else the one of ``run``.
+    """Return the arms: of ``matrix``, with the last key varying fastest; else of ``runs``, in order; else of ``run``.
 
     Example:
         >>> config = ExperimentConfig(name="x", recipe="m:f", run={"steps": 9}, matrix={"lr": [0.1, 0.2], "width": [8]})
@@ -53,12 +53,12 @@ def arms_of(config: ExperimentConfig) -> list[Arm]:
 
 
 def arm_count(config: ExperimentConfig) -> int:
-    """How many arms there are, without making them."""
+    """Return the number of arms without building them."""
     return math.prod(map(len, config.matrix.values())) if config.matrix else max(1, len(config.runs))
 
 
 def seeds_of(config: ExperimentConfig) -> list[int]:
-    """The seeds of every arm's runs: the first ``n_repeats`` of ``seeds``, or 0, 1, 2 and so on."""
+    """Return the seeds of every arm: the first ``n_repeats`` of ``seeds``, or 0, 1, 2 and so on."""
     return list(range(config.n_repeats)) if config.seeds is None else config.seeds[: config.n_repeats]
 
 
@@ -71,7 +71,7 @@ def _matrix_arms(config: ExperimentConfig, shared: dict[str, str]) -> Iterator[A
 
 
 def _name(params: Params) -> str:
-    """What cannot stand in a folder's name is replaced, and a digest of the whole keeps different arms apart."""
+    """Name an arm by its params; unsafe characters are replaced, and then a digest keeps the name unique."""
     whole = ",".join(f"{key}={value if isinstance(value, str) else as_json(value)}" for key, value in params.items())
     safe = _UNSAFE.sub("_", whole)
     if safe == whole and len(whole) <= _LONGEST_NAME and not whole.startswith("."):

@@ -1,7 +1,7 @@
-"""``build_callbacks``: a list of specs, checked as a whole, then constructed in order.
+"""``build_callbacks``: validate a list of specs as a whole, then construct them in order.
 
-All of it are callbacks, so that `dispatch` can call their hooks. What is followed carries how it is delivered to
-(`evsys_bus.wiring.followed`), for the bus that it is given to.
+The results are callbacks, so that `dispatch` can call their hooks. An adapter that is delivered to off the loop carries
+its subscription (`evsys_bus.wiring.followed`) for the bus.
 """
 
 import itertools
@@ -20,31 +20,31 @@ from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, each_of, join, read_spec, together
 
 _Plan = Callback | Followed | tuple[CallbackSpec, AdapterClass, dict[str, Any]]
-"""A ready callback, or what to construct and with which arguments. Any: the arguments are the callback's own."""
+"""A callback that is ready, or the class to construct and its arguments."""
 
 
 def build_callbacks(
     specs: Iterable[object] | None, *, at: str = "$.callbacks", registry: Registry = REGISTRY
 ) -> list[Callback | Followed]:
-    """Build the callbacks that specs describe, in their order; nothing is constructed unless all of them are right.
+    """Build callbacks from specs, in order; nothing is constructed unless all specs are valid.
 
-    A bus delivers to what is placed ``follow``, and to every sink, off the loop; an adapter with two halves runs
-    inline, and its other half is delivered to. A sink stands in the list as a callback without hooks that carries it.
+    A bus delivers off the loop to adapters placed ``follow`` and to every sink. The hooks of an adapter with a delivery
+    half run inline, and the bus delivers to the other half. A sink is wrapped in a callback without hooks.
+
+    Callbacks of one kind without explicit names are named ``kind``, ``kind_2``, ``kind_3``, in order.
 
     Args:
         specs: Each a `CallbackSpec`, a mapping or any object with ``kind`` and ``params``; or a `Callback` or a
-            `Followed`, which are passed through; or a `Sink`, which is followed. None is no callbacks.
-        at: The JSON path of the list, for errors: ``error.where.path`` starts with it. Who knows the file sets
-            ``error.where`` anew, with the line.
+            `Followed`, which are passed through; or a `Sink`. None means no callbacks.
+        at: JSON path of the list; ``error.where.path`` starts with it. A caller that knows the file can replace
+            ``error.where`` by a position with the line.
         registry: Where kinds are looked up.
-
-    Callbacks of one kind without names of their own are called ``kind``, ``kind_2``, ``kind_3``, in their order.
 
     Raises:
         UnknownKindError: No callback has this kind.
-        UnknownParamError: A key that the callback's Config does not have, whatever that Config says about extra keys.
+        UnknownParamError: A key that the callback's Config does not have, even if that Config allows extra keys.
         WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
-        BadSpecError: Not a spec, two of them with the same name, or a placement that the adapter cannot have.
+        BadSpecError: Not a spec, a duplicate name, or a placement that the adapter does not support.
         DuplicateKindError: Two installed packages offer the kind.
         BrokenAdapterError: The callback cannot be imported, or its constructor raised (chained).
         ConfigErrors: Several of these.
@@ -54,12 +54,12 @@ def build_callbacks(
 
 
 def check_callbacks(specs: Iterable[object] | None, *, at: str = "$.callbacks", registry: Registry = REGISTRY) -> None:
-    """Raise what `build_callbacks` would raise before it constructs anything."""
+    """Validate specs like `build_callbacks`, without constructing anything."""
     _plan_all(specs, at, registry)
 
 
 def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tuple[list[_Plan], dict[str, str]]:
-    """The plans, and the names that were given."""
+    """Return the plans, and the explicit names with their paths."""
     if specs is None:
         return [], {}
     if isinstance(specs, str | bytes | Mapping) or hasattr(specs, "kind") or not hasattr(specs, "__iter__"):
@@ -67,13 +67,13 @@ def _plan_all(specs: Iterable[object] | None, at: str, registry: Registry) -> tu
         raise BadSpecError(what, where=Where(at), fix="wrap it in a list")
     errors: list[ConfigError] = []
     plans: list[_Plan] = []
-    held: dict[str, str] = {}  # the names that were given, and where
+    held: dict[str, str] = {}  # explicit name -> path
     for index, item in enumerate(specs):
         path = join(at, index)
         try:
             if isinstance(item, Sink):
                 check_sink(item)
-                item = CarriedSink(item)  # noqa: PLW2901  # all that is built are callbacks
+                item = CarriedSink(item)  # noqa: PLW2901  # the result holds only callbacks
             if isinstance(item, Callback | Followed):
                 _hold(held, item.name if isinstance(item, Followed) else item.spec_name, path, path)
                 plans.append(item)
@@ -112,7 +112,7 @@ def _construct_all(plans: list[_Plan], at: str, taken: set[str], registry: Regis
 
 
 def _note(callback: Callback, spec: CallbackSpec, followed: Followed | None) -> None:
-    """What the spec says beyond the arguments, for the bus that the callback is given to."""
+    """Attach the subscription, placement and ranks of a spec to the callback, for the bus."""
     notes: dict[str, object] = {"evsys_subscription": followed}
     if spec.placement is not None:
         notes["placement"] = spec.placement
@@ -122,13 +122,13 @@ def _note(callback: Callback, spec: CallbackSpec, followed: Followed | None) -> 
         try:
             object.__setattr__(callback, key, value)
         except AttributeError:
-            pass  # slots: it is placed as its class says
+            pass  # slots: the placement of its class applies
 
 
 def _plan(
     item: object, path: str, held: dict[str, str], registry: Registry
 ) -> tuple[CallbackSpec, AdapterClass, dict[str, Any]]:
-    """What to construct and with which arguments. Any: the arguments are the callback's own."""
+    """Validate one spec, and return its class and arguments."""
     spec = read_spec(item, path)
     errors: list[ConfigError] = []
     try:
@@ -148,7 +148,7 @@ def _plan(
 
 
 def _hold(held: dict[str, str], label: str | None, path: str, place: str) -> None:
-    """Two callbacks of one name would share a cursor and counters."""
+    """Register an explicit name; raise BadSpecError if it is taken, because both would share a cursor and counters."""
     if label is None:
         return
     if label in held:
@@ -162,7 +162,7 @@ def _hold(held: dict[str, str], label: str | None, path: str, place: str) -> Non
 
 
 def _number(kind: str, taken: set[str]) -> str:
-    """The kind, or the first of kind_2, kind_3, … that nobody has yet."""
+    """Return the kind, or the first of kind_2, kind_3, … that is not taken."""
     candidates = itertools.chain([kind], (f"{kind}_{number}" for number in itertools.count(2)))
     label = next(each for each in candidates if each not in taken)
     taken.add(label)

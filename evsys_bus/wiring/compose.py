@@ -1,8 +1,7 @@
-"""``compose``: YAML text as nodes, with a bound on everything.
+"""``compose``: YAML text to nodes, with limits on size and depth.
 
-The grammar is ruamel.yaml's, the values are YAML 1.2's core schema (``1e-3`` is a number, ``yes`` is text, a date is
-text). Nodes are made here from its events, because its own composer recurses without a bound and knows no limit for
-aliases. What the values mean is not known here.
+ruamel.yaml parses the text; values follow the core schema of YAML 1.2 (``1e-3`` is a number, ``yes`` is text, a date is
+text). The nodes are built here from ruamel's events, because its own composer limits neither recursion nor aliases.
 """
 
 import re
@@ -14,32 +13,32 @@ from evsys_bus.wiring.nodes import Entry, Node, Scalar, Source, Token, listing, 
 from evsys_bus.wiring.spec import PathPart, join
 
 MAX_NODES: Final = 100_000
-"""Values in one document, aliases expanded."""
+"""Number of values in one document, with aliases expanded."""
 MAX_DEPTH: Final = 50
-"""Mappings and lists within each other."""
+"""Depth of nested mappings and lists."""
 _BASES: Final = {"0b": 2, "0o": 8, "0x": 16}
 
 _Path = tuple[PathPart, ...]
 
 
 def compose(text: str, name: str, *, one_value: bool = False) -> Node:
-    """The nodes of one YAML document; nothing at all is a null.
+    """Parse one YAML document to nodes; an empty document is null.
 
     Args:
         text: The document.
-        name: What errors call it.
-        one_value: It is a value by itself, not a file: its name says where it is, lines say nothing.
+        name: Its name in errors.
+        one_value: Whether the text is a single value, not a file; then errors show only its name, no line.
 
     Raises:
-        DocumentError: It is not YAML, or has what is refused here: tags, two documents, a key twice, a key that is no
-            scalar, more nodes or depth than the limits.
+        DocumentError: The text is not YAML, or has tags, several documents, a duplicate key, a key that is not a
+            scalar, or more nodes or depth than the limits allow.
     """
     source = Source(name, None if one_value else tuple(re.split(r"\r\n|\r|\n", text)))
     return _Composer(source, text).document()
 
 
 class _Composer:
-    """Turns the events of ruamel.yaml into nodes. Any, throughout: its events have no types of ours."""
+    """Builds nodes from the events of ruamel.yaml, which are untyped."""
 
     def __init__(self, source: Source, text: str) -> None:
         from ruamel.yaml import YAML
@@ -104,7 +103,7 @@ class _Composer:
                 merged += self._merged(node, event, path)
             elif key in entries:
                 lines = f"lines {entries[key].key.line + 1} and {token.line + 1}"
-                what = f'the key "{key:.60}" stands twice in one mapping' + (f": {lines}" if self._source.lines else "")
+                what = f'the key "{key:.60}" is twice in one mapping' + (f": {lines}" if self._source.lines else "")
                 self._refuse(what, event, (*path, key), fix="remove one of them, or rename it")
             else:
                 entries[key] = Entry(token, node)
@@ -112,7 +111,7 @@ class _Composer:
             content = node.content
             assert isinstance(content, dict)
             for key, entry in content.items():
-                entries.setdefault(key, entry)  # counted where its alias was
+                entries.setdefault(key, entry)  # its nodes were counted with the alias
         width = 1 if start.flow_style or not entries else next(iter(entries.values())).key.width
         return mapping(self._token(start, width=width), entries)
 
@@ -166,7 +165,7 @@ class _Composer:
             self._refuse(f"{text!r:.60} is no number that can be held", event, path, fix=fix)
 
     def _whole(self, event: Any, path: _Path) -> str:
-        """The text of a scalar; the two halves that JSON escapes make of one character are joined."""
+        """Return the text of a scalar; surrogate pairs, which JSON escapes produce, are joined to one character."""
         try:
             return event.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""One adapter from its class and its params: checked, and constructed. Its author's code runs behind a wall."""
+"""Validate the params of one adapter and construct it; errors of the adapter's own code are wrapped."""
 
 from typing import Any
 
@@ -14,12 +14,10 @@ from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, join
 def check_arguments(
     cls: AdapterClass, spec: CallbackSpec, path: str, registry: Registry
 ) -> tuple[dict[str, Any], list[ConfigError]]:
-    """The keyword arguments that a spec's params become, or what is wrong with them, or missing for the adapter.
-
-    Any: they are the adapter's own.
+    """Convert the params of a spec to keyword arguments; return them, and errors of params and missing packages.
 
     Raises:
-        BrokenAdapterError: Its Config raised (chained).
+        BrokenAdapterError: The adapter's Config raised (chained).
     """
     place = join(path, "params")
     try:
@@ -28,13 +26,13 @@ def check_arguments(
         if findings:
             subject = callback_subject(spec.kind, cls)
             wrong = param_errors(subject, spec.params, findings, lambda path: join(place, *path))
-    except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
+    except Exception as error:  # isolation: a Config may run its author's code, which may raise anything
         raise registry.broken(spec.kind, error, Where(place)) from error
     return arguments, [*_lacking(spec.kind, path, registry), *wrong]
 
 
 def _lacking(kind: str, path: str, registry: Registry) -> list[ConfigError]:
-    """What the kind needs and is not installed, before its constructor, in whichever process, would find out."""
+    """Report missing packages of the kind now, before its constructor fails, perhaps in another process."""
     missing = registry.missing(kind)
     if not missing:
         return []
@@ -47,17 +45,17 @@ def _lacking(kind: str, path: str, registry: Registry) -> list[ConfigError]:
 def construct(
     kind: str, cls: AdapterClass, arguments: dict[str, Any], label: str, path: str, registry: Registry
 ) -> Callback | Sink:
-    """The adapter, called by its label. Any: the arguments are the adapter's own.
+    """Construct an adapter and set its name to the label.
 
     Raises:
         BrokenAdapterError: Its constructor raised (chained).
     """
     try:
         adapter = cls(**arguments)
-    except Exception as error:  # a wall: whatever a constructor raises is that adapter's fault
+    except Exception as error:  # isolation: a constructor may raise anything
         raise registry.broken(kind, error, Where(path)) from error
     try:
         adapter.spec_name = label
     except AttributeError:
-        pass  # slots or frozen: it is called by its class's name then
+        pass  # slots or frozen: the name of its class is used
     return adapter

@@ -1,7 +1,7 @@
-"""A value as a type says, strictly: msgspec's rules, and what msgspec has no rule for.
+"""Strict conversion of a value to a type, by msgspec's rules and for types that msgspec does not support.
 
-That is paths, live objects, and unions such as ``str | Path``, for which msgspec refuses the whole type: their members
-are tried in the order in which they are written. What is right or wrong with params as a whole is not known here.
+Unsupported types are paths, live objects, and unions such as ``str | Path``; the members of such a union are tried in
+the order in which they are written.
 """
 
 import types
@@ -15,15 +15,13 @@ import msgspec
 from evsys_bus.wiring.fields import fields_of, is_config, is_pydantic
 from evsys_bus.wiring.spec import PathPart
 
-# Any, throughout: the types are whatever was annotated, and the values what a user wrote or an author's class made.
-
 
 def convert(value: object, wanted: Any) -> Any:
-    """The value as ``wanted``.
+    """Convert a value to the type ``wanted``.
 
     Raises:
-        msgspec.ValidationError: It does not fit.
-        TypeError: ``wanted`` is no type that can be converted to.
+        msgspec.ValidationError: The value does not fit the type.
+        TypeError: ``wanted`` is not a supported type.
     """
     try:
         return msgspec.convert(value, wanted, dec_hook=_convert_other)
@@ -32,7 +30,7 @@ def convert(value: object, wanted: Any) -> Any:
 
 
 def stray(given: Any, built: Any) -> list[tuple[PathPart, ...]]:
-    """Where keys were given that the built value has no place for: a lenient class drops or collects them."""
+    """Return the paths of input keys that the built value has no field for; lenient classes drop or collect them."""
     if getattr(built, "__pydantic_root_model__", False):
         return stray(given, built.root)
     if isinstance(given, Mapping):
@@ -45,7 +43,7 @@ def stray(given: Any, built: Any) -> list[tuple[PathPart, ...]]:
             pairs = [(key, value, getattr(built, name)) for key, value, name in inner if name is not None]
         elif isinstance(built, Mapping):
             built = cast("Mapping[Any, Any]", built)
-            # A TypedDict loses keys; any other mapping keeps them, in order, perhaps converted.
+            # A TypedDict drops unknown keys; any other mapping has all keys, in order, perhaps converted.
             lost = len(given) != len(built)
             strays = [(str(key),) for key in given if lost and key not in built]
             kept = [(key, value) for key, value in given.items() if not lost or key in built]
@@ -60,28 +58,28 @@ def stray(given: Any, built: Any) -> list[tuple[PathPart, ...]]:
 
 
 class _AnyInstance(type):
-    """msgspec checks that what a hook made is an instance of what was wanted; a stand-in has none of its own."""
+    """Accepts any instance: msgspec checks the result of a hook against the placeholder, which has no instances."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         return True
 
 
 class _OneOf(metaclass=_AnyInstance):
-    """Stands for a union that msgspec refuses: ``_OneOf[str, Path]``."""
+    """Placeholder for a union that msgspec does not support: ``_OneOf[str, Path]``."""
 
     def __class_getitem__(cls, inner: Any) -> types.GenericAlias:
         return types.GenericAlias(cls, inner)
 
 
 class _Made(metaclass=_AnyInstance):
-    """Stands for a Struct or a dataclass with a field that msgspec refuses: ``_Made[Config]``."""
+    """Placeholder for a Struct or dataclass with a field that msgspec does not support: ``_Made[Config]``."""
 
     def __class_getitem__(cls, inner: Any) -> types.GenericAlias:
         return types.GenericAlias(cls, inner)
 
 
 def _accepted(wanted: Any) -> Any:
-    """The same type for msgspec, with stand-ins for what it refuses."""
+    """Return the type for msgspec, with placeholders for what msgspec does not support."""
     try:
         msgspec.msgpack.Decoder(wanted)
     except TypeError:
@@ -100,7 +98,7 @@ def _accepted(wanted: Any) -> Any:
 
 
 def _convert_other(wanted: Any, value: object) -> object:
-    """What msgspec leaves to us. It makes a ValidationError of a TypeError or ValueError, and adds the place."""
+    """Convert to a type that msgspec does not support; msgspec turns TypeError and ValueError to ValidationError."""
     cls = typing.get_origin(wanted) or wanted
     if cls is _OneOf:
         return _one_of(typing.get_args(wanted), value)
@@ -114,7 +112,7 @@ def _convert_other(wanted: Any, value: object) -> object:
 
 
 def _one_of(members: tuple[Any, ...], value: object) -> object:
-    """The first member that takes the value and has a place for its every key; else the first that takes it."""
+    """Convert to the first member that accepts the value with all its keys, else to the first that accepts it."""
     fitting: list[object] = []
     for member in members:
         try:

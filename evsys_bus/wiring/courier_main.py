@@ -1,8 +1,9 @@
-"""The courier process: builds the adapters that it is told, and delivers until nothing more is published.
+"""The courier process: builds the adapters in its configuration and delivers until the program has ended.
 
-That is when its stdin says anything or ends, or when its parent is another one: a child that the program forked may
-keep the pipe open. It then goes on for at most the linger. SIGTERM means the same; once the program is gone, it ends
-the linger: another process takes over. SIGINT is the program's, not ours.
+The program has ended when stdin delivers data or is closed, or when the parent process changes (a forked child of the
+program may keep the pipe open). The process then continues for at most the grace period. SIGTERM has the same effect;
+after the end of the program, it ends the grace period, because another process takes over. SIGINT is ignored, as it
+is meant for the program.
 """
 
 import atexit
@@ -25,17 +26,17 @@ from evsys_bus.where import decode_json
 from evsys_bus.wiring.followed import build_followed
 
 GRACE_SECONDS: Final = 5.0
-"""What comes on top of the linger before a process whose interpreter is held ends itself."""
+"""Time after the grace period before a process with a blocked interpreter is ended by a watchdog."""
 STOP_SECONDS: Final = 2.0
-"""How long couriers may take to end when the linger is over: more than what a cancelled task gets."""
+"""Time for couriers to stop after the grace period; longer than a cancelled task gets."""
 THREADS_SECONDS: Final = 5.0
-"""How long threads that adapters started may go on once all was delivered."""
+"""Time for threads of adapters to end after everything was delivered."""
 _LOOK_SECONDS: Final = 0.2
-"""How often the parent is looked at."""
+"""Interval of checking the parent process."""
 
 
 def begin(line: bytes) -> tuple[Order, Crew]:
-    """What every process of couriers begins with: the order, the log, and the crew, which is not started yet."""
+    """Decode the configuration, open the log, and create the couriers without starting them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     order = decode_json(line, Order)
     log_path = f"{order.directory}/{layout.COURIERS}/{LOG_NAME}"
@@ -45,11 +46,11 @@ def begin(line: bytes) -> tuple[Order, Crew]:
 
 
 def main(line: bytes) -> None:
-    """Do what the `Order` says, and exit."""
+    """Run the courier process with an encoded `Order`, and exit."""
     terminated: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
     order, crew = begin(line)
-    # An adapter may hold the interpreter for ever (a regular expression can), and nothing of Python runs then.
+    # An adapter may block the interpreter for ever (a regular expression can), and then no Python code runs.
     patience = order.linger_seconds + GRACE_SECONDS
     faulthandler.dump_traceback_later(patience, exit=True, file=2)
     crew.start()
@@ -61,7 +62,7 @@ def main(line: bytes) -> None:
     crew.finish(deadline)
     signals_before: int | None = None  # the program was gone
     while not crew.join(_LOOK_SECONDS) and time.monotonic() < deadline:
-        if os.getppid() != order.parent:  # it does not wait for us any more
+        if os.getppid() != order.parent:  # the program no longer waits for this process
             deadline = min(deadline, time.monotonic() + order.linger_seconds)
             order = msgspec.structs.replace(order, parent=os.getppid())
             signals_before = len(terminated)
@@ -77,9 +78,9 @@ def main(line: bytes) -> None:
 
 
 def _exit(code: int, wait_seconds: float) -> None:
-    """End when the threads have ended that adapters started (uploads, say), as any program does; or after that time.
+    """Exit when the threads that adapters started (for uploads, say) have ended, or after that time.
 
-    That is all there is of finalization: the rest would wait for an adapter, or a library, that hangs.
+    The rest of interpreter finalization is skipped: it could wait for an adapter or a library that hangs.
     """
 
     def end() -> None:
@@ -96,12 +97,12 @@ def _exit(code: int, wait_seconds: float) -> None:
     if wait_seconds <= 0:
         end()
     threading.Thread(target=give_up, name="evsys-bus-exit", daemon=True).start()
-    atexit.register(end)  # the last to be registered, and so the first to run, once other threads have ended
+    atexit.register(end)  # registered last, so it runs first, after other threads have ended
 
 
 def _told() -> float:
-    """How long the program waits for us, where it said so before it left."""
+    """Read from stdin how long the program waits for this process; 0 if it did not send that."""
     try:
         return float(os.read(0, 64)) if select.select([0], [], [], 0)[0] else 0.0
     except (OSError, ValueError):
-        return 0.0  # its end, and not a word
+        return 0.0  # stdin was closed without data

@@ -1,7 +1,7 @@
-"""`Document`: a YAML (or JSON) file as a plain value that knows where each part of it stands.
+"""`Document`: a YAML or JSON file as a mapping with the position of each value.
 
-Values given on the command line take the place of those in the file, and say so. What the values mean is `load`'s
-business.
+Values given on the command line replace those in the file, and errors show where they came from. `load` validates the
+values.
 """
 
 from collections.abc import Iterable
@@ -16,26 +16,26 @@ from evsys_bus.wiring.nodes import Entry, Node, Source, Token, listing, mapping
 from evsys_bus.wiring.spec import PathPart, join, split, together
 
 MAX_BYTES: Final = 1 << 20
-"""Of one file."""
+"""Size limit of a file."""
 
 
 class Document(msgspec.Struct, frozen=True):
-    """A mapping as it was written."""
+    """A parsed mapping with positions."""
 
     root: Node
 
     @property
     def value(self) -> dict[str, Any]:
-        """The plain value, made anew each time. Any: it is whatever was written."""
+        """The mapping as built-in types; a new copy at each access."""
         return self.root.plain()
 
     def where(self, path: str, *, key: bool = False) -> Where:
-        """The place of a value: the value itself where it is a scalar, else its key.
+        """Return the position of a value: of the value itself if it is a scalar, else of its key.
 
         Args:
-            path: As errors have it: ``$.callbacks[1].kind``. Where it does not exist, its nearest existing parent's
-                place is given.
-            key: Give the place of the key in any case.
+            path: JSON path as in errors: ``$.callbacks[1].kind``. If it does not exist, the position of its nearest
+                existing parent is returned.
+            key: Always return the position of the key.
         """
         node, token = self.root, self.root.token
         try:
@@ -58,8 +58,8 @@ def read_document(path: str | Path) -> Document:
     """Read a file.
 
     Raises:
-        DocumentError: It cannot be read, is larger than `MAX_BYTES`, is not UTF-8, is not YAML, holds what `compose`
-            refuses, or is not a mapping.
+        DocumentError: The file cannot be read, is larger than `MAX_BYTES`, is not UTF-8 or not YAML, has something that
+            `compose` refuses, or is not a mapping.
     """
     try:
         with Path(path).open("rb") as file:
@@ -87,13 +87,13 @@ def read_document(path: str | Path) -> Document:
 
 
 def with_overrides(document: Document, sets: Iterable[str]) -> Document:
-    """The document with values put in the place of others: ``["run.lr=1e-3", "callbacks[0].params.every=5"]``.
+    """Return the document with values replaced: ``["run.lr=1e-3", "callbacks[0].params.every=5"]``.
 
-    What is right of the ``=`` is read as YAML. The last key of a path may be new, and so may a single mapping below the
-    top; any other part of it must exist. Later ones see what earlier ones did.
+    The text after the ``=`` is parsed as YAML. The last key of a path may be new, and so may one mapping at the top
+    level; all other parts of the path must exist. Overrides are applied in order.
 
     Raises:
-        DocumentError: One of them is not written like this, or its path leads nowhere; several as `ConfigErrors`.
+        DocumentError: An override has another form, or its path does not exist; several as `ConfigErrors`.
     """
     root = document.root
     errors: list[ConfigError] = []
@@ -111,7 +111,7 @@ def with_overrides(document: Document, sets: Iterable[str]) -> Document:
 
 
 def _halves(text: str, said: str) -> tuple[tuple[PathPart, ...], str]:
-    """The path and the value. A quoted key may hold an ``=``, so the first one that follows a whole path counts."""
+    """Split an override into path and value, at the first ``=`` after a valid path; quoted keys may contain ``=``."""
     position = text.find("=")
     while position > 0:
         try:

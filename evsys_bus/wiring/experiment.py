@@ -1,6 +1,6 @@
-"""What an experiment file says: the Structs that a YAML file, or a dict, decodes to.
+"""The structure of an experiment file: the Structs that a YAML file or a dict is decoded to.
 
-How a file is read, and how errors find their line, is `document`'s business; what is done with it, `training`'s.
+`document` reads files and locates errors; `evsys_bus.training` runs experiments.
 """
 
 from typing import Annotated, Any, Literal
@@ -8,44 +8,45 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 Params = dict[str, Any]
-"""Parameters of a run, as its recipe takes them. Any: the recipe says what they are."""
+"""Parameters of a run; the recipe defines them."""
 
 
 class SuccessMetric(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What decides which arm is best: the mean over its seeds."""
+    """The metric whose mean over the seeds decides which arm is best."""
 
     name: str
-    """``<benchmark>/<metric>`` of an evaluation after training, or the name of a training metric's last value."""
+    """``<benchmark>/<metric>`` of an evaluation after training, or the name of a training metric (its last value)."""
     mode: Literal["max", "min"] = "max"
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One stage of a continual run: it begins with the weights that the stage before it ended with."""
+    """One stage of a continual run; it starts from the full state that the previous stage ended with."""
 
     name: str
     params: Params = {}
-    """Over those of the arm."""
+    """These override the params of the arm."""
 
 
 class ExperimentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An experiment: arms, seeds, and what to do with them.
+    """An experiment: arms, seeds, and how to run them.
 
-    One arm is ``run`` alone. Several are ``runs`` (by name) or ``matrix`` (every combination), each over ``run``.
+    For one arm give only ``run``. For several give ``runs`` (by name) or ``matrix`` (every combination); their params
+    override those of ``run``.
     """
 
     name: str
     recipe: str
-    """``module:function``; it is given the parameters and the plan of a run, and returns what the loop needs."""
+    """``module:function``; it takes the parameters and the plan of a run, and returns the parts for the loop."""
     output_dir: str | None = None
     """Default: ``runs/<name>``."""
     run: Params = {}
     """Parameters that all arms share."""
     runs: dict[str, Params] = {}
-    """Arm -> its parameters, over those of ``run``."""
+    """Arm -> its parameters, which override those of ``run``."""
     matrix: dict[str, list[Any]] = {}
-    """Parameter -> its values; an arm for every combination. Any: as `Params`."""
+    """Parameter -> its values; every combination is an arm."""
     continual: list[Stage] = []
-    """Stages that every arm goes through, in order, each in a run of its own."""
+    """Stages of every arm, in order, each in a run of its own."""
     n_repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
     """Runs of each arm that differ only in their seed."""
     seeds: list[Annotated[int, msgspec.Meta(ge=0)]] | None = None
@@ -53,8 +54,8 @@ class ExperimentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_concurrent_runs: Annotated[int, msgspec.Meta(ge=1)] = 1
     success_metric: SuccessMetric | None = None
     metadata: dict[str, Any] = {}
-    """``hypothesis``, ``tags`` and whatever else should stay with the experiment. Any: yours."""
+    """``hypothesis``, ``tags`` and anything else to store with the experiment."""
     callbacks: list[Any] = []
-    """Specs, as `evsys_bus.wiring.build_callbacks` takes them. Any: it checks them."""
+    """Callback specs, see `evsys_bus.wiring.build_callbacks`."""
     plugins: list[str] = []
     """Modules to import first, for the callbacks that they register."""

@@ -1,4 +1,4 @@
-"""The extras of an entry point, ``module:Class [extra]``: what they bring, and what of it is not installed here."""
+"""The extras of an entry point, ``module:Class [extra]``: their packages, and which of those are not installed."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def missing_packages(point: "EntryPoint") -> list[str]:
-    """What the extras of the entry point bring, and is not installed, but for what only some platforms need."""
+    """Return the packages of the entry point's extras that are not installed, without platform-specific ones."""
     import importlib.metadata
 
     missing: list[str] = []
@@ -22,7 +22,7 @@ def missing_packages(point: "EntryPoint") -> list[str]:
 
 
 def requirement(module: str, point: "EntryPoint | None") -> str:
-    """What to install for a missing module: the least extra of the callback's package that brings it, else itself."""
+    """Return what to install for a missing module: the smallest extra that includes it, else the module's own name."""
     if point is None or point.dist is None:
         return module
     if point.extras:
@@ -34,7 +34,7 @@ def requirement(module: str, point: "EntryPoint | None") -> str:
 
 
 def extras_of(requires: Iterable[str]) -> dict[str, list[str]]:
-    """Extra -> the packages that it brings, on every platform, of the requirements that a package's metadata lists."""
+    """Parse the requirements in a package's metadata: extra -> its packages, without platform-specific ones."""
     extras: dict[str, list[str]] = {}
     for line in requires:
         each = re.match(r"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]([^'"]+)['"]\s*$""", line)
@@ -44,7 +44,7 @@ def extras_of(requires: Iterable[str]) -> dict[str, list[str]]:
 
 
 def plain_name(name: str) -> str:
-    """As package indexes compare names."""
+    """Normalize a package name as package indexes do."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -1,6 +1,6 @@
-"""The keys that a Config knows, whatever it is made of: a msgspec Struct, a dataclass, a pydantic model, a constructor.
+"""The keys of a Config: a msgspec Struct, a dataclass, a pydantic model, or the signature of a constructor.
 
-pydantic is never imported here: a Config that is a pydantic model brought it along.
+pydantic is never imported here: a Config that is a pydantic model has already imported it.
 """
 
 import dataclasses
@@ -15,26 +15,26 @@ class Field(msgspec.Struct, frozen=True):
     """One key of a Config."""
 
     attribute: str | None
-    """The attribute of the built Config, which is also the constructor's argument; None for the tag of a Struct."""
+    """The attribute of the built Config, and the constructor's argument; None for the tag of a Struct."""
     required: bool = False
     type: Any = Any
-    """Any: whatever was annotated. pydantic's, and a constructor's, are not looked at."""
+    """The annotation; always Any for pydantic models and constructors."""
     default: Any = msgspec.UNSET
-    """Any: whatever stands there. UNSET also where a factory makes it."""
+    """The default; UNSET if there is none, or a factory."""
 
 
 def is_pydantic(cls: type) -> bool:
-    """Whether it is a pydantic model or a pydantic dataclass."""
+    """Whether a class is a pydantic model or a pydantic dataclass."""
     return hasattr(cls, "__pydantic_validator__")
 
 
 def is_config(cls: type) -> bool:
-    """Whether params can be validated against it."""
+    """Whether params can be validated against a class."""
     return is_pydantic(cls) or hasattr(cls, "__struct_config__") or hasattr(cls, "__dataclass_fields__")
 
 
 def fields_of(config: type[Any]) -> dict[str, Field]:
-    """The keys that may be given to a Config, in its order. Any: whatever a Config is made of."""
+    """Return the keys that a Config accepts, in order."""
     if is_pydantic(config):
         return _pydantic_fields(config)
     if issubclass(config, msgspec.Struct):
@@ -49,7 +49,7 @@ def fields_of(config: type[Any]) -> dict[str, Field]:
 
 
 def signature_fields(cls: type) -> dict[str, Field] | None:
-    """The arguments that a constructor takes by name; None if it takes any (``**kwargs``) or has no signature."""
+    """Return the keyword arguments of a constructor; None if it accepts any (``**kwargs``) or has no signature."""
     try:
         parameters = inspect.signature(cls).parameters.values()
     except (TypeError, ValueError):
@@ -67,14 +67,12 @@ def signature_fields(cls: type) -> dict[str, Field] | None:
 
 
 def _dataclass_field(field: dataclasses.Field[Any], hint: Any) -> Field:
-    """Any: whatever was annotated."""
     default = msgspec.UNSET if field.default is dataclasses.MISSING else field.default
     required = default is msgspec.UNSET and field.default_factory is dataclasses.MISSING
     return Field(field.name, required, hint, default)
 
 
 def _pydantic_fields(config: Any) -> dict[str, Field]:
-    """Any: pydantic's classes are not ours to import."""
     settings: Any = getattr(config, "model_config", None) or getattr(config, "__pydantic_config__", None) or {}
     by_name = settings.get("populate_by_name") or settings.get("validate_by_name")
     infos = getattr(config, "__pydantic_fields__", None) or config.model_fields

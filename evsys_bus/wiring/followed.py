@@ -1,7 +1,8 @@
-"""What is followed: which adapters, and how they are described so that another process can build them.
+"""Build subscriptions, and describe adapters so that another process can build them.
 
-A recipe names a kind. Where the kind was registered in this process, and is not an installed package's, the recipe
-names the class as well (``module:Class``). What no other process could import or be told stays a live object.
+A `Recipe` of an adapter names its kind. If the kind was registered in this process instead of by an installed package,
+it also names the class (``module:Class``). An adapter that another process cannot import or construct stays a live
+object.
 """
 
 import importlib
@@ -41,19 +42,19 @@ def follow(
     stop_after_seconds: float | None = None,
     max_staleness_seconds: float | None = None,
 ) -> Followed:
-    """Have this very object delivered to off the loop, from the journal, on a thread of this process.
+    """Subscribe this object: events are delivered to it off the loop, from the journal, on a thread of this process.
 
-    What its class follows by itself (``placement = "follow"``, sinks, delivery halves) need not be wrapped: given to a
-    bus as it is, it is delivered to by the courier process where that can build it again, and so also on another day.
+    Adapters that are delivered to off the loop anyway (``placement = "follow"``, sinks, delivery halves) need no
+    wrapper: the courier process delivers to them if it can rebuild them, and can so resume delivery after a restart.
 
     Args:
-        adapter: Its hooks get detached objects.
-        name: Keys its cursor and its counts. Default: its spec's name, or its kind, or its class.
-        ranks: As those that follow, in `CallbackSpec`.
+        adapter: A callback or a sink; hooks receive detached objects.
+        name: Key of its cursor and counts. Default: its spec's name, or its kind, or its class.
+        ranks: This and the following arguments have the same meaning as in `CallbackSpec`.
 
     Raises:
-        SettingError: ``ranks`` is something else.
-        BadSpecError: It may stop the run, or has a delivery half.
+        SettingError: ``ranks`` is invalid.
+        BadSpecError: The callback may stop the run, or has a delivery half.
         HookError: A hook, or a method of a sink, could never be called.
 
     Example:
@@ -81,13 +82,13 @@ def follow(
 
 
 def delivery_half(cls: AdapterClass) -> type[Sink] | None:
-    """What a courier delivers to, of an adapter with two halves."""
+    """Return the sink class that a courier delivers to, for an adapter with two halves; else None."""
     half = getattr(cls, "delivery", None)
     return half if isinstance(half, type) and issubclass(half, Sink) else None
 
 
 def placement_of(spec: CallbackSpec, cls: AdapterClass) -> Placement:
-    """Where it runs, or its delivery half does: as the spec says, else as its class does."""
+    """Return the placement of an adapter, or of its delivery half: from the spec, else from its class."""
     if issubclass(cls, Sink):
         return "follow"
     if delivery_half(cls) is not None:
@@ -96,7 +97,7 @@ def placement_of(spec: CallbackSpec, cls: AdapterClass) -> Placement:
 
 
 def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[ConfigError]:
-    """What is wrong with where, and on which terms, the spec wants it to run."""
+    """Return errors of the placement and the delivery policy in a spec."""
     if issubclass(cls, Sink) and spec.placement == "inline":
         what = f'sink "{spec.kind}" cannot be placed inline'
         why = "a sink is async, and is delivered to from the journal"
@@ -133,7 +134,7 @@ def _wrong_marks(cls: AdapterClass, path: str) -> list[ConfigError]:
 
 
 def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Registry = REGISTRY) -> Followed | None:
-    """How it is followed; None if it is not. Without a recipe it has to be constructed here, and given as ``live``."""
+    """Return the subscription of a spec; None if it runs inline. Without a reference, the caller sets ``live``."""
     half = delivery_half(cls)
     if placement_of(spec, cls) != "follow" and half is None:
         return None
@@ -147,19 +148,19 @@ def as_followed(spec: CallbackSpec, cls: AdapterClass, label: str, registry: Reg
 
 
 def subscription_of(adapter: Callback | Sink, name: str, registry: Registry = REGISTRY) -> Followed:
-    """How an object that a bus was given is delivered to, as its class says.
+    """Return the subscription of an object that was given to a bus.
 
-    By the courier process where the class has a ``Config`` that the object's arguments pass, so that it can be built
-    there again; else the object itself, on a thread of this process.
+    If the class has a ``Config`` that accepts the object's arguments, the courier process rebuilds the object and
+    delivers to that; else events are delivered to the object itself, on a thread of this process.
 
     Args:
-        adapter: A sink, a callback that is followed, or one with a delivery half.
-        name: Keys its cursor and its counts.
+        adapter: A sink, a callback placed ``follow``, or one with a delivery half.
+        name: Key of its cursor and counts.
         registry: Where kinds are looked up.
 
     Raises:
         HookError: A hook, or a method of a sink, could never be called.
-        BadSpecError: It may stop the run, and so must run inline.
+        BadSpecError: The callback may stop the run, and so must run inline.
     """
     cls = type(adapter)
     half = delivery_half(cls)
@@ -183,7 +184,7 @@ def subscription_of(adapter: Callback | Sink, name: str, registry: Registry = RE
 
 
 def _recipe_of_object(adapter: Callback | Sink, registry: Registry) -> Recipe | str:
-    """The recipe, from the arguments that the object was constructed with, or why there is none."""
+    """Return the adapter reference, from the recorded arguments of the object, or the reason why there is none."""
     cls = type(adapter)
     if cls.Config is None:
         return "its class has no Config, so its arguments are not known to mean the same in another process"
@@ -210,7 +211,7 @@ def _recipe_of_object(adapter: Callback | Sink, registry: Registry) -> Recipe | 
 
 
 def _kind_of_class(cls: AdapterClass, registry: Registry) -> str:
-    """The kind, where an installed package offers it and means this class; else ``module:Class``."""
+    """Return the kind if an installed package offers this class under it; else ``module:Class``."""
     try:
         known = cls.name and not registry.is_registered(cls.name) and registry.find(cls.name) is cls
     except ConfigError:
@@ -219,17 +220,17 @@ def _kind_of_class(cls: AdapterClass, registry: Registry) -> str:
 
 
 def build_followed(recipe: Recipe, *, registry: Registry = REGISTRY) -> Callback | Sink:
-    """Build an adapter from its recipe, as a courier does.
+    """Build an adapter from its reference, in a courier.
 
     Args:
-        recipe: What `build_callbacks` made of a spec.
+        recipe: Describes the adapter.
         registry: Where kinds are looked up.
 
     Raises:
-        ConfigError: As `build_callbacks`; also where a plugin cannot be imported.
+        ConfigError: Like `build_callbacks`, or a plugin cannot be imported.
     """
-    # One after another: two at once that import one package may each find it half imported. One that hangs in its
-    # import must not hold up the others for ever.
+    # One after another: two threads that import one package may each find it half imported. The timeout is there
+    # because an adapter that hangs in its import must not block the others for ever.
     alone = _building.acquire(timeout=BUILD_SECONDS)
     try:
         for plugin in recipe.plugins:
@@ -251,7 +252,7 @@ def _stops_runs(cls: AdapterClass) -> bool:
 
 
 def _recipe(spec: CallbackSpec, cls: AdapterClass, registry: Registry) -> Recipe | str:
-    """The recipe, or why there is none."""
+    """Return the adapter reference of a spec, or the reason why there is none."""
     if not sys.executable or getattr(sys, "frozen", False):
         return "this program has no interpreter that could be started again"
     plugins = ()
@@ -267,11 +268,11 @@ def _recipe(spec: CallbackSpec, cls: AdapterClass, registry: Registry) -> Recipe
 
 
 def _from_environment(cls: AdapterClass, *, usable: bool = False) -> dict[str, Any]:
-    """The params that the environment of this process gives, as ``Config.from_environment`` of the class says.
+    """Return the params that ``Config.from_environment`` of the class reads from this process's environment.
 
     Args:
-        cls: The adapter's.
-        usable: Only those that have a value, and hold no credential.
+        cls: The class of the adapter.
+        usable: Return only params with a value, and none at all if one of them is a credential.
     """
     find: Callable[[], dict[str, Any]] | None = getattr(cls.Config, "from_environment", None)
     found = {} if find is None else find()
@@ -282,14 +283,14 @@ def _from_environment(cls: AdapterClass, *, usable: bool = False) -> dict[str, A
 
 
 def _with_environment(recipe: Recipe, cls: AdapterClass) -> dict[str, Any]:
-    """The params; what neither they nor this environment gives is as in the environment of the program."""
+    """Return the params, completed by those that only the program's environment had."""
     here = _from_environment(cls) if recipe.environment else {}
     kept = {name: value for name, value in recipe.environment.items() if name not in here}
     return kept | {name: value for name, value in recipe.params.items() if value is not None or name not in kept}
 
 
 def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | None:
-    """The params as they come out of a file again, if they mean the same then. Any: they are the adapter's own."""
+    """Return the params as they are read back from JSON, if the Config then gives the same result; else None."""
     try:
         plain: dict[str, Any] = decode_json(encode_json(msgspec.to_builtins(params, enc_hook=_as_text)), dict[str, Any])
         before, _ = check_params(cls, params)
@@ -297,9 +298,9 @@ def _portable(cls: AdapterClass, params: dict[str, Any]) -> dict[str, Any] | Non
         same = not findings and msgspec.to_builtins(before, enc_hook=_as_text) == msgspec.to_builtins(
             after, enc_hook=_as_text
         )
-    except Exception:  # a wall: whatever a Config, or the equality of a stranger, raises
+    except Exception:  # isolation: a Config, or the __eq__ of a value, may raise anything
         return None
-    if cls.Config is None:  # nothing would make them again what they were
+    if cls.Config is None:  # without a Config nothing converts them back
         same = same and plain == params
     return plain if same else None
 
@@ -311,7 +312,7 @@ def _as_text(value: object) -> str:
 
 
 def _is_importable(cls: type) -> bool:
-    """Whether an import in another process, along the same path, would find just this class."""
+    """Whether another process with the same import path would import this very class."""
     module = sys.modules.get(cls.__module__)
     if cls.__module__ == "__main__" or module is None or not _is_found(cls.__module__):
         return False
@@ -322,7 +323,7 @@ def _is_importable(cls: type) -> bool:
 
 
 def _is_found(module: str) -> bool:
-    """Whether it comes from a file that the finders find; not one that a notebook or a test made by hand."""
+    """Whether the import system finds the file of a module; not so for modules created by a notebook or a test."""
     spec = getattr(sys.modules[module], "__spec__", None)
     parent = module.rpartition(".")[0]
     path = getattr(sys.modules.get(parent), "__path__", None) if parent else None
@@ -334,7 +335,7 @@ def _is_found(module: str) -> bool:
 
 
 def _plug_in(kind: str, plugin: str, registry: Registry) -> None:
-    """Import the module; if it does not register the kind by itself, register the class that the plugin names."""
+    """Import the module of a plugin; if that does not register the kind, register the class that the plugin names."""
     path = plugin.partition(":")[2]
     found = _imported(kind, plugin)
     if path and not registry.is_registered(kind):
@@ -343,13 +344,13 @@ def _plug_in(kind: str, plugin: str, registry: Registry) -> None:
 
 
 def _imported(kind: str, place: str) -> Any:
-    """What ``module:Class`` names, or the module."""
+    """Import the class that ``module:Class`` names, or the module."""
     module, _, path = place.partition(":")
     try:
         found: Any = importlib.import_module(module)
         for part in filter(None, path.split(".")):
             found = getattr(found, part)
-    except Exception as error:  # a wall: whatever a plugin's import raises is that plugin's fault
+    except Exception as error:  # isolation: the import of a plugin may raise anything
         raise BrokenAdapterError(
             f'"{place}", which offers the callback "{kind}", cannot be imported',
             why=f"{type(error).__name__}: {error}",
@@ -365,5 +366,5 @@ def _is_sink(found: object) -> bool:
 _USUAL: Final = CallbackSpec("")
 
 BUILD_SECONDS: Final = 10.0
-"""How long an adapter may take to be built before the next one is begun beside it."""
+"""Time that an adapter may take to be built before the next one is built concurrently."""
 _building: Final = threading.Lock()

@@ -1,6 +1,7 @@
-"""An experiment from a file or a mapping: decoded and checked as a whole, every error in one pass.
+"""Load an experiment from a file or a mapping, and validate all of it in one pass.
 
-Checking imports what the experiment names (plugins, callbacks, the recipe's module), and constructs and starts nothing.
+Validation imports the plugins, callbacks and the recipe's module that the experiment names; it constructs and starts
+nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +20,18 @@ from evsys_bus.wiring.schema import config_schema
 from evsys_bus.wiring.spec import CallbackSpec, each_of, join, split, together
 
 MAX_RUNS: Final = 10_000
-"""Runs of one experiment: arms times seeds times stages."""
+"""Number of runs in one experiment: arms times seeds times stages."""
 
 
 def load_experiment(document: Document, *, registry: Registry = REGISTRY) -> ExperimentConfig:
-    """The experiment that a document describes.
+    """Load an experiment from a document.
 
     Args:
-        document: It says where in the file, or on the command line, an error stands.
+        document: Provides the mapping, and the position of errors in the file or on the command line.
         registry: Where the kinds of callbacks are looked up.
 
     Raises:
-        ConfigError: As `read_experiment`, each with file, line and column.
+        ConfigError: Like `read_experiment`, with file, line and column.
     """
     try:
         return read_experiment(document.value, registry=registry)
@@ -45,18 +46,18 @@ def load_experiment(document: Document, *, registry: Registry = REGISTRY) -> Exp
 def read_experiment(
     value: Mapping[str, Any], *, recipe: Callable[..., Any] | None = None, registry: Registry = REGISTRY
 ) -> ExperimentConfig:
-    """The experiment that a mapping describes. Any: whatever a user wrote.
+    """Load an experiment from a mapping.
 
     Args:
-        value: Keys as in `ExperimentConfig`.
-        recipe: Takes the place of the one that ``value`` names; then it need not name one.
+        value: Mapping with the keys of `ExperimentConfig`.
+        recipe: Replaces the recipe that ``value`` names, which then may be absent.
         registry: Where the kinds of callbacks are looked up.
 
     Raises:
         UnknownParamError: A key that an experiment, or the recipe's Config, does not have.
         WrongParamError: A value of the wrong type or out of range, or a required one that is missing.
-        DocumentError: The recipe or a plugin cannot be loaded, or the parts do not fit together.
-        ConfigError: What `build_callbacks` finds wrong with the callbacks.
+        DocumentError: The recipe or a plugin cannot be loaded, or values contradict each other.
+        ConfigError: An error of a callback, see `build_callbacks`.
         ConfigErrors: Several of these.
     """
     value = {"recipe": ""} | dict(value) if recipe is not None else dict(value)
@@ -83,13 +84,13 @@ def read_experiment(
 
 
 def _position(error: ConfigError) -> tuple[int, int]:
-    """As in the file; what was said on the command line comes first."""
+    """Sort key of an error: its position in the file; errors of the command line come first."""
     where = error.where
     return (0, 0) if where is None or where.line is None else (where.line, where.column or 0)
 
 
 def _is_about_the_key(error: ConfigError, path: str) -> bool:
-    """Whether the caret belongs under the key: it is the key that is wrong, and not its value."""
+    """Whether the key is wrong and not its value, so that the caret belongs under the key."""
     *_, last = split(path) or ("",)
     return isinstance(error, UnknownParamError) or (
         isinstance(error, BadSpecError) and last not in CallbackSpec.__struct_fields__
@@ -97,7 +98,7 @@ def _is_about_the_key(error: ConfigError, path: str) -> bool:
 
 
 def _names(config: ExperimentConfig) -> Iterator[ConfigError]:
-    """A name becomes that of a folder."""
+    """Check that the experiment's name is valid as the name of a directory, and that the metric has a name."""
     if (
         not config.name.strip()
         or config.name in {".", ".."}
@@ -134,7 +135,7 @@ def _arms(config: ExperimentConfig) -> Iterator[ConfigError]:
         if arm.name in seen:
             key = next((key for key, place in arm.places.items() if seen[arm.name].places[key] != place), "")
             what = f'two arms are called "{arm.name}"'
-            fix = "remove the value that is there twice"
+            fix = "remove the duplicate value"
             yield DocumentError(what, where=Where(arm.places.get(key, arm.place)), fix=fix)
             return
         seen[arm.name] = arm
@@ -180,7 +181,7 @@ def _plugins(config: ExperimentConfig) -> Iterator[ConfigError]:
 
 
 def _recipe(config: ExperimentConfig, target: str | Callable[..., Any]) -> list[ConfigError]:
-    """What is wrong with the recipe, or with the params that each arm and stage would give it; each thing once."""
+    """Return errors of the recipe, and of the params of each arm and stage, without duplicates."""
     try:
         recipe = load_recipe(target)
     except DocumentError as error:

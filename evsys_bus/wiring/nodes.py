@@ -1,4 +1,4 @@
-"""Values with the places where they stand in a text: what a document is made of."""
+"""Nodes of a document: values with their positions in a text."""
 
 from typing import Any, Final, NamedTuple
 
@@ -7,21 +7,21 @@ import msgspec
 from evsys_bus.errors import Where
 
 _MAX_LINE: Final = 400
-"""Characters of a line that is shown; a longer one is not."""
+"""Length of a line that errors show; longer lines are not shown."""
 
 Scalar = str | int | float | bool | None
 
 
 class Source(msgspec.Struct, frozen=True):
-    """The text that nodes stand in."""
+    """The text that nodes were parsed from."""
 
     name: str
-    """The file, or what was written on the command line."""
+    """The file, or the option on the command line."""
     lines: tuple[str, ...] | None = None
-    """None: a single value, whose name says all."""
+    """None for a single value, which is identified by its name alone."""
 
     def where(self, path: str, line: int, column: int, width: int = 1) -> Where:
-        """A place in it; line and column are 0-based here and 1-based there."""
+        """Return a position in the text; ``line`` and ``column`` are 0-based, those of `Where` 1-based."""
         if self.lines is None:
             return Where(path, self.name)
         text = self.lines[line] if line < len(self.lines) else ""
@@ -30,32 +30,32 @@ class Source(msgspec.Struct, frozen=True):
 
 
 class Token(msgspec.Struct, frozen=True):
-    """Where a key or a value stands."""
+    """The position of a key or a value."""
 
     source: Source
     line: int
     """0-based, as the column."""
     column: int
     width: int
-    """0 for a value that is not written out, such as the one in ``key:``."""
+    """0 for a value without text, such as the one in ``key:``."""
 
     def where(self, path: str) -> Where:
-        """This place, called by its path."""
+        """Return this position, for the value at a JSON path."""
         return self.source.where(path, self.line, self.column, self.width)
 
 
 class Node(msgspec.Struct, frozen=True):
-    """A value, and where it stands. What an alias stands for is the anchored node itself."""
+    """A value and its position. An alias is the anchored node itself."""
 
     token: Token
     content: "Scalar | tuple[Node, ...] | dict[str, Entry]"
     size: int = 1
-    """Nodes in it, itself included."""
+    """Number of nodes in it, including itself."""
     height: int = 1
-    """Mappings and lists within each other, down to its deepest value."""
+    """Number of levels, down to its deepest value."""
 
     def plain(self) -> Any:
-        """The value alone, made anew. Any: it is whatever was written."""
+        """Return the value as built-in types, without positions."""
         if isinstance(self.content, dict):
             return {key: entry.node.plain() for key, entry in self.content.items()}
         if isinstance(self.content, tuple):
@@ -71,12 +71,12 @@ class Entry(NamedTuple):
 
 
 def listing(token: Token, items: tuple[Node, ...]) -> Node:
-    """A list of nodes."""
+    """Return the node of a list."""
     return Node(token, items, 1 + sum(each.size for each in items), 1 + max((each.height for each in items), default=0))
 
 
 def mapping(token: Token, entries: dict[str, Entry]) -> Node:
-    """A mapping of keys to nodes."""
+    """Return the node of a mapping."""
     nodes = [entry.node for entry in entries.values()]
     return Node(
         token, entries, 1 + sum(each.size for each in nodes), 1 + max((each.height for each in nodes), default=0)

@@ -1,7 +1,7 @@
-"""Params against a Config: the values to construct with, or findings about each key that does not fit.
+"""Validate params against a Config: returns the values to construct with, or an issue for each invalid key.
 
-Strict: "1" is no int and True is no int, an int is a float. Unknown keys are findings whatever the Config says, at any
-depth. What the findings are called in an error is not known here.
+Validation is strict: neither "1" nor True is an int; an int is a valid float. Unknown keys are invalid at any depth,
+even if the Config allows them.
 """
 
 import re
@@ -16,7 +16,6 @@ from evsys_bus.wiring.convert import convert, stray
 from evsys_bus.wiring.fields import Field, fields_of, is_config, is_pydantic, signature_fields
 from evsys_bus.wiring.spec import AdapterClass, PathPart
 
-# Any, throughout: params are whatever a user wrote, and a built Config whatever its author made of them.
 Params = Mapping[str, Any]
 
 _PLACE: Final = re.compile(r" - at (?:`key` in )?`\$(?P<path>[^`]*)`$")
@@ -25,17 +24,17 @@ _FIELD: Final = re.compile(r"Object (?P<trouble>contains unknown|missing require
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One thing that is wrong with the params."""
+    """One error in the params."""
 
     trouble: Literal["unknown", "missing", "wrong"]
     path: tuple[PathPart, ...]
-    """Within the params; the last part is the key."""
+    """Path within the params; the last part is the key."""
     why: str | None = None
-    """In the validator's words."""
+    """The message of the validator."""
 
 
 def check_params(cls: AdapterClass, params: Params) -> tuple[dict[str, Any], list[Finding]]:
-    """The keyword arguments for ``cls``, as its Config converted them, and only those that were given; or findings."""
+    """Return the given params as keyword arguments for ``cls``, converted by its Config; or issues."""
     config = cls.Config
     if config is not None:
         built, findings = check_config(config, params)
@@ -52,7 +51,7 @@ def check_params(cls: AdapterClass, params: Params) -> tuple[dict[str, Any], lis
 
 
 def check_config(config: type[Any], params: Params) -> tuple[Any, list[Finding]]:
-    """The built Config, or findings and whatever could be built."""
+    """Return the built Config and the issues; with issues, the Config may be None."""
     fields = fields_of(config)
     findings = _unknown(fields, params)
     known = {key: value for key, value in params.items() if key in fields}
@@ -70,7 +69,7 @@ def _missing(fields: dict[str, Field], params: Params) -> list[Finding]:
 
 
 def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> tuple[Any, list[Finding]]:
-    """Each key by itself first, because msgspec stops at the first error; then the whole, for ``__post_init__``."""
+    """Validate each key on its own first, because msgspec stops at the first error; then all, for ``__post_init__``."""
     findings = _missing(fields, params)
     for key, value in params.items():
         findings += _wrong(fields[key].type, value, (key,))
@@ -83,7 +82,7 @@ def _by_msgspec(config: type[Any], fields: dict[str, Field], params: Params) -> 
 
 
 def _wrong(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Finding]:
-    """What is wrong with a value: all of it, where its type is a plain Config or a list or mapping of something."""
+    """Return the issues of a value: all of them if its type is a Config, a list or a mapping, else the first."""
     try:
         convert(value, wanted)
     except msgspec.ValidationError as error:
@@ -114,7 +113,7 @@ def _within(wanted: Any, value: object, at: tuple[PathPart, ...]) -> list[Findin
 
 
 def _finding(text: str, at: tuple[PathPart, ...]) -> Finding:
-    """Read msgspec's one-line error: what, and where within the value."""
+    """Parse msgspec's one-line error into an issue with its path."""
     place = _PLACE.search(text)
     if place is not None:
         at += tuple(
@@ -128,9 +127,9 @@ def _finding(text: str, at: tuple[PathPart, ...]) -> Finding:
 
 
 def _by_pydantic(config: type[Any], params: Params) -> tuple[Any, list[Finding]]:
-    """Strict as Python first, so that live objects stay what they are; then strict as JSON, which is what YAML gives.
+    """Validate strictly in Python mode first, which accepts live objects; then strictly in JSON mode, as YAML needs.
 
-    Only the second takes text for a path or an enum, and a list for a tuple.
+    Only JSON mode accepts text for a path or an enum, and a list for a tuple.
     """
     from pydantic import TypeAdapter, ValidationError
     from pydantic_core import PydanticSerializationError, to_json
@@ -143,7 +142,7 @@ def _by_pydantic(config: type[Any], params: Params) -> tuple[Any, list[Finding]]
     try:
         return adapter.validate_json(to_json(params, inf_nan_mode="constants"), strict=True), []
     except PydanticSerializationError:
-        pass  # a live object among them: the first verdict stands
+        pass  # a live object among them: report the errors of Python mode
     except ValidationError as error:
         problem = error
     troubles: dict[str, Literal["unknown", "missing"]] = {"extra_forbidden": "unknown", "missing": "missing"}

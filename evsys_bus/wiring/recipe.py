@@ -1,8 +1,8 @@
-"""`Recipe`: the function that makes what a run needs, and the check of the params that it is given.
+"""`Recipe`: the function that builds the parts of a run, and the validation of its params.
 
 A recipe is called as ``recipe(params, run)``. If its first parameter is annotated with a msgspec Struct, a dataclass or
-a pydantic model, params are validated against that, unknown keys fail whatever it says, and the built object is passed;
-otherwise it gets a dict, unchecked. What it returns is not known here.
+a pydantic model, params are validated against that, and the built object is passed; unknown keys are errors even if the
+class allows them. Otherwise the recipe receives an unchecked dict.
 """
 
 import functools
@@ -27,20 +27,20 @@ _CONTRACT: Final = "a recipe is called as recipe(params, run)"
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """A recipe that was found. Any: what it returns, and what its params become, is its author's."""
+    """A loaded recipe."""
 
     name: str
     """``module:function``."""
     function: Callable[..., Any]
     config: type[Any] | None
-    """What params are built as; None: they stay a dict."""
+    """Class that params are converted to; None for an unchecked dict."""
 
     def params(self, values: Mapping[str, Any], *, place: Callable[[Sequence[PathPart]], str] | None = None) -> Any:
-        """The first argument of the recipe for these params.
+        """Validate params, and return the first argument for the recipe.
 
         Args:
-            values: Any: whatever a user wrote.
-            place: The JSON path of a place within them, for errors. Default: below ``$.run``.
+            values: The params.
+            place: Maps a path within the params to a JSON path, for errors. Default: below ``$.run``.
 
         Raises:
             UnknownParamError: A key that the recipe's Config does not have.
@@ -53,7 +53,7 @@ class Recipe(msgspec.Struct, frozen=True):
         place = place or (lambda path: join("$.run", *path))
         try:
             built, findings = check_config(self.config, values)
-        except Exception as error:  # a wall: a Config is its author's code, and may raise anything while it validates
+        except Exception as error:  # isolation: a Config may run its author's code, which may raise anything
             why = f"{type(error).__name__}: {error}"
             what = f'{self.config.__name__} of recipe "{self.name}" cannot be built'
             raise DocumentError(what, where=Where(place(())), why=why, fix="see the cause") from error
@@ -64,10 +64,10 @@ class Recipe(msgspec.Struct, frozen=True):
 
 
 def load_recipe(target: str | Callable[..., Any], *, at: str = "$.recipe") -> Recipe:
-    """The recipe that ``module:function`` names, or that a function is. Imports the module.
+    """Load a recipe from ``module:function``, importing the module, or from a function.
 
     Raises:
-        DocumentError: It cannot be imported, is not there, is no function, or cannot be called with two arguments.
+        DocumentError: It cannot be imported, does not exist, is not a function, or does not take two arguments.
     """
     where = Where(at)
     if isinstance(target, str):
@@ -81,11 +81,11 @@ def import_module(name: str, where: Where, what: str) -> ModuleType:
     """Import a module that an experiment names.
 
     Raises:
-        DocumentError: It is not there, or its import raised; the cause is chained.
+        DocumentError: It does not exist, or its import raised; the cause is chained.
     """
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # a wall: whatever a module's import raises is that module's fault
+    except (Exception, SystemExit) as error:  # isolation: the import of a module may raise anything
         absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         fix = (
             "check the name; install its package, or start from the folder that it is in with PYTHONPATH=."
@@ -97,7 +97,6 @@ def import_module(name: str, where: Where, what: str) -> ModuleType:
 
 
 def _find(target: str, where: Where) -> Callable[..., Any]:
-    """Any: what a recipe returns is its author's."""
     module_name, colon, path = target.partition(":")
     if not (colon and module_name and path):
         what = f'a recipe is written as "module:function", not {target!r:.60}'
@@ -118,7 +117,7 @@ def _find(target: str, where: Where) -> Callable[..., Any]:
 
 
 def _is_own(value: object, module: str) -> bool:
-    """Whether it may be a recipe of this module, and not something that it imported."""
+    """Whether a value is a function defined in this module, not imported into it."""
     return callable(value) and not isinstance(value, type) and getattr(value, "__module__", None) == module
 
 
@@ -127,12 +126,12 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _config_of(name: str, function: Callable[..., Any], where: Where) -> type[Any] | None:
-    """The annotation of the first parameter, if params can be validated against it. Any: as `Recipe`."""
+    """Return the annotation of the first parameter, if params can be validated against it."""
     try:
         signature = inspect.signature(function)
         signature.bind(None, None)
     except ValueError:
-        return None  # written in C: its first call will tell
+        return None  # implemented in C, without a signature
     except TypeError as error:
         what = f'recipe "{name}" cannot be called with two arguments'
         raise DocumentError(what, where=where, why=str(error), fix="define it as def recipe(params, run)") from None
@@ -143,7 +142,7 @@ def _config_of(name: str, function: Callable[..., Any], where: Where) -> type[An
 
 
 def _resolved(annotation: str, name: str, function: Callable[..., Any], where: Where) -> Any:
-    """Only the first parameter's: the others may name what is imported for type checkers alone. Any: an annotation."""
+    """Resolve one annotation by itself: others may name classes that are imported only for type checkers."""
     inner: Any = inspect.unwrap(function)
     while isinstance(inner, functools.partial):
         inner = cast("Any", inner.func)
@@ -151,7 +150,7 @@ def _resolved(annotation: str, name: str, function: Callable[..., Any], where: W
     names = getattr(inner, "__globals__", None) or (vars(module) if module else {})
     try:
         return typing.get_type_hints(SimpleNamespace(__annotations__={"params": annotation}), names)["params"]
-    except Exception as error:  # a wall: an annotation is code of the recipe's author
+    except Exception as error:  # isolation: evaluating an annotation runs its author's code
         what = f'the annotation "{annotation}" of recipe "{name}" cannot be resolved'
         fix = "define that class at the top level of the recipe's module, and import it there at run time"
         raise DocumentError(what, where=where, why=f"{type(error).__name__}: {error}", fix=fix) from error

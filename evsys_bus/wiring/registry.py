@@ -1,7 +1,7 @@
-"""Which class a kind is: what was registered in this process, and what installed packages offer by entry point.
+"""The registry of kinds: classes registered in this process, and entry points of installed packages.
 
-Kinds of callbacks and of sinks are in one namespace, so that a kind alone says which it is. An entry point is loaded
-when its kind is asked for, never before, so a broken one harms nobody else.
+Kinds of callbacks and sinks share one namespace, so that a kind alone identifies the class. An entry point is loaded
+only when its kind is looked up, so a broken one does not affect others.
 """
 
 import threading
@@ -42,12 +42,12 @@ class Origin(msgspec.Struct, frozen=True):
     target: str
     """``module:Class``."""
     packages: tuple[str, ...] = ()
-    """The installed packages that offer it, with versions; none if it was registered in this process. More than one is
-    an error once the kind is asked for."""
+    """The installed packages that offer it, with versions; empty if it was registered in this process. More than one is
+    an error when the kind is looked up."""
 
 
 def installed() -> "Iterable[EntryPoint]":
-    """The entry points of the groups. The import is here because it takes longer than all of this package's."""
+    """Return the entry points of the groups. The import is local because it takes longer than all of this package's."""
     import importlib.metadata
 
     points = importlib.metadata.entry_points()
@@ -55,10 +55,10 @@ def installed() -> "Iterable[EntryPoint]":
 
 
 class Registry:
-    """Kinds and their classes. Safe from any thread.
+    """Kinds and their classes; thread-safe.
 
     Args:
-        entry_points: Where installed callbacks are read from: once, at the first question.
+        entry_points: Returns the entry points of installed adapters; called once, at the first look-up.
     """
 
     def __init__(self, entry_points: "Callable[[], Iterable[EntryPoint]]" = installed) -> None:
@@ -68,15 +68,14 @@ class Registry:
         self._lock = threading.Lock()
 
     def register(self, kind: str, *, replace: bool = False) -> Callable[[type[_C]], type[_C]]:
-        """A class decorator; see `register_callback`."""
+        """Return a class decorator; see `register_callback`."""
         return self._register(Callback, kind, replace=replace)
 
     def register_sink(self, kind: str, *, replace: bool = False) -> Callable[[type[_S]], type[_S]]:
-        """A class decorator; see `register_sink`."""
+        """Return a class decorator; see `register_sink`."""
         return self._register(Sink, kind, replace=replace)
 
     def _register(self, base: type[_A], kind: str, *, replace: bool) -> Callable[[type[Any]], type[Any]]:
-        """Any: a class derived from ``base``."""
         if not isinstance(kind, str) or not kind:  # pyright: ignore[reportUnnecessaryIsInstance]  # @register without ()
             noun = base.__name__.lower()
             raise BadSpecError(
@@ -97,24 +96,24 @@ class Registry:
         return decorate
 
     def kinds(self) -> dict[str, Origin]:
-        """Every kind, sorted, and where it comes from. Loads nothing."""
+        """Return all kinds, sorted, and their origins, without loading any."""
         with self._lock:
             found = {kind: _origin(points) for kind, points in self._read().items()}
             found |= {kind: Origin(_target(cls)) for kind, cls in self._registered.items()}
         return dict(sorted(found.items()))
 
     def is_registered(self, kind: str) -> bool:
-        """Whether the kind was registered in this process; another one may not know it, or may know it as another."""
+        """Whether the kind was registered in this process; in another process it may be unknown or another class."""
         with self._lock:
             return kind in self._registered
 
     def find(self, kind: str, where: Where | None = None) -> AdapterClass:
-        """The class of a kind.
+        """Return the class of a kind.
 
         Raises:
-            UnknownKindError: Nobody has it.
+            UnknownKindError: The kind does not exist.
             DuplicateKindError: Two installed packages offer it.
-            BrokenAdapterError: It cannot be imported, or is neither a callback's class nor a sink's.
+            BrokenAdapterError: It cannot be imported, or is not the class of a callback or sink.
         """
         with self._lock:
             registered = self._registered.get(kind)
@@ -134,13 +133,13 @@ class Registry:
             )
         try:
             cls = points[0].load()
-        except Exception as error:  # a wall: whatever a plugin's import raises is that plugin's fault
+        except Exception as error:  # isolation: the import of a plugin may raise anything
             raise self.broken(kind, error, where) from error
         check_class(kind, cls, where)
         return cls
 
     def broken(self, kind: str, error: Exception, where: Where | None) -> BrokenAdapterError:
-        """The error for a callback that could not be imported or constructed; an ImportError says what to install."""
+        """Return the error for an adapter that cannot be imported or constructed; an ImportError names a package."""
         point = self._point(kind)
         why = f"{type(error).__name__}: {error}"
         module = error.name if isinstance(error, ImportError) else None
@@ -156,7 +155,7 @@ class Registry:
         return BrokenAdapterError(what, where=where, why=why, fix=fix)
 
     def missing(self, kind: str) -> list[str]:
-        """The packages that an installed kind says it needs, and that are not installed here."""
+        """Return the packages that an installed kind requires and that are not installed."""
         point = self._point(kind)
         return [] if point is None else missing_packages(point)
 
@@ -190,7 +189,7 @@ class Registry:
 def check_class(
     kind: str, cls: object, where: Where | None, bases: tuple[AdapterClass, ...] = (Callback, Sink)
 ) -> None:
-    """Raise `BrokenAdapterError` unless ``cls`` is an adapter's class that can be built and delivered to."""
+    """Raise `BrokenAdapterError` unless ``cls`` is the class of an adapter that can be built and delivered to."""
     if not (isinstance(cls, type) and issubclass(cls, bases)):
         names = " or ".join(base.__name__ for base in bases)
         raise BrokenAdapterError(
@@ -242,16 +241,16 @@ REGISTRY: Final = Registry()
 def register_callback(kind: str, *, replace: bool = False) -> Callable[[type[_C]], type[_C]]:
     """Register a callback class under a kind, so that a spec can name it.
 
-    The contract is two ClassVars: ``name`` (set to the kind if the class has none of its own) and ``Config``, what the
-    params are validated against. The callback is built as ``cls(**params)``.
+    The class may define two ClassVars: ``name`` (set to the kind if the class does not define it) and ``Config``, the
+    class that params are validated against. The callback is built as ``cls(**params)``.
 
     Args:
         kind: The name in specs.
-        replace: Take the kind over from whoever holds it, as a notebook does when a cell runs twice.
+        replace: Replace an existing registration of the kind, for example when a notebook cell runs twice.
 
     Raises:
-        DuplicateKindError: Another class, or an installed package, holds the kind.
-        BrokenAdapterError: The class is no `Callback`, or its ``Config`` is nothing that can be validated against.
+        DuplicateKindError: Another class, or an installed package, has this kind.
+        BrokenAdapterError: The class is not a `Callback`, or params cannot be validated against its ``Config``.
 
     Example:
         >>> @register_callback("doctest_loss")
@@ -267,18 +266,18 @@ def register_callback(kind: str, *, replace: bool = False) -> Callable[[type[_C]
 
 
 def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], type[_S]]:
-    """Register a sink class under a kind, so that a spec can name it; the rules are those of `register_callback`.
+    """Register a sink class under a kind, so that a spec can name it; works like `register_callback`.
 
-    A kind is a callback's or a sink's, never both.
+    Callbacks and sinks share one namespace of kinds.
 
     Args:
         kind: The name in specs.
-        replace: Take the kind over from whoever holds it, as a notebook does when a cell runs twice.
+        replace: Replace an existing registration of the kind, for example when a notebook cell runs twice.
 
     Raises:
-        DuplicateKindError: Another class, or an installed package, holds the kind.
-        BrokenAdapterError: The class is no `Sink`, its ``Config`` is nothing that can be validated against, or a
-            courier could not call its methods.
+        DuplicateKindError: Another class, or an installed package, has this kind.
+        BrokenAdapterError: The class is not a `Sink`, params cannot be validated against its ``Config``, or a courier
+            could not call its methods.
 
     Example:
         >>> @register_sink("doctest_lines")
@@ -297,5 +296,5 @@ def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], t
 
 
 def callback_kinds() -> dict[str, Origin]:
-    """Every kind that a spec may name, sinks' included, sorted, and where it comes from. Loads nothing."""
+    """Return all kinds of callbacks and sinks, sorted, and their origins, without loading any."""
     return REGISTRY.kinds()

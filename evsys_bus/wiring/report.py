@@ -1,4 +1,4 @@
-"""Findings about params as errors that people can act on: the place, what was expected, what was given, an example."""
+"""Error messages for invalid params: the path, what was expected, what was given, and an example."""
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,24 +14,24 @@ from evsys_bus.wiring.schema import Schema, as_json, expected, keys_at, locate, 
 from evsys_bus.wiring.spec import AdapterClass, PathPart, join
 
 _SHOWN: Final = 60
-"""Characters of a given value that an error repeats."""
+"""Length of a value in an error message."""
 
 _Place = Callable[[Sequence[PathPart]], str]
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """What the params are those of, as errors speak of it."""
+    """The owner of the params, for error messages."""
 
     label: str
     """``callback "print_progress"``."""
     schema: Schema
     help: str
-    """Where all params are told; ends every fix."""
+    """Where all params are documented; the end of every fix."""
     noun: str = "param"
 
 
 def callback_subject(kind: str, cls: AdapterClass) -> Subject:
-    """A callback or a sink, by its kind."""
+    """Return the error context of a callback or a sink."""
     noun = "sink" if issubclass(cls, Sink) else "callback"
     return Subject(f'{noun} "{kind}"', schema_of(cls), f"all params: evsys-bus adapters {kind}")
 
@@ -42,15 +42,15 @@ def param_errors(
     findings: Iterable[Finding],
     place: Callable[[Sequence[PathPart]], str],
 ) -> list[ConfigError]:
-    """One error per finding, in order. Any: the params are whatever a user wrote.
+    """Return one error per issue, in order.
 
-    A required key is not reported as missing where an unknown one nearly is it: that is one slip, not two.
+    A missing key is not reported if an unknown key is a misspelling of it.
 
     Args:
-        subject: Whose params they are.
-        params: What was given.
-        findings: What is wrong with it.
-        place: The JSON path of a place within the params.
+        subject: The owner of the params.
+        params: The given params.
+        findings: The issues found in them.
+        place: Maps a path within the params to a JSON path.
     """
     findings = list(findings)
     slips = {
@@ -99,7 +99,7 @@ def _wrong(subject: Subject, finding: Finding, params: Mapping[str, Any], place:
     given = _given(params, finding.path)
     head = f'"{_dotted(finding.path)}" of {subject.label}'
     if finding.why is not None and _is_free_text(part) and isinstance(given, str) and given:
-        what = f"{head} cannot be {_shown(given, finding)}"  # it is a text, as it should be: the reason says the rest
+        what = f"{head} cannot be {_shown(given, finding)}"  # the type is right; the reason explains the rest
     else:
         what = f"{head} must be {expected(part, subject.schema)}, not {_shown(given, finding)}"
     choices = [each for each in part.get("enum", ()) if isinstance(each, str)]
@@ -122,7 +122,7 @@ def _usage(path: Iterable[PathPart], schema: Schema) -> str:
 
 
 def _line(path: Sequence[PathPart], schema: Schema) -> str:
-    """A line of a spec that fits at this place; within a list it is the value alone."""
+    """Return a line of a spec that is valid at this path; for an item of a list, only the value."""
     value = as_json(sample(locate(schema, path), schema))
     return value if isinstance(path[-1], int) else f"{path[-1]}: {value}"
 
@@ -132,7 +132,7 @@ def _dotted(path: Iterable[PathPart]) -> str:
 
 
 def _given(params: Any, path: Iterable[PathPart]) -> Any:
-    """Any: the params are whatever a user wrote. Where the way cannot be followed, the last value on it."""
+    """Return the value at a path; if the path does not exist, the last value on it."""
     for step in path:
         try:
             params = params[step]
@@ -142,7 +142,7 @@ def _given(params: Any, path: Iterable[PathPart]) -> Any:
 
 
 def _shown(value: object, finding: Finding) -> str:
-    """The value, bounded; hidden where a key on the way to it looks like a credential's."""
+    """Format a value, cut to a limit; hidden if a key on its path names a credential."""
     if any(looks_secret(part) for part in finding.path):
         return f"this {type(value).__name__} (hidden)"
     text = as_json(value)

@@ -1,7 +1,7 @@
-"""A callback's params as JSON schema, as an example, and in words.
+"""Describe a callback's params: as JSON schema, as an example, and in words.
 
-One form for msgspec, dataclasses, pydantic and plain constructors, so that errors and the command line speak of all of
-them alike. It describes; what decides is `evsys_bus.wiring.params`.
+The schema has one form for msgspec, dataclasses, pydantic and plain constructors, so that errors and the command line
+treat them alike. It is only a description; `evsys_bus.wiring.params` validates.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +16,7 @@ from evsys_bus.wiring.registry import REGISTRY, Registry
 from evsys_bus.wiring.spec import AdapterClass, CallbackSpec, PathPart
 
 Schema = dict[str, Any]
-"""A JSON schema, or a part of one. Any: JSON."""
+"""A JSON schema, or a part of one."""
 
 _BOUNDS: Final = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
 _LENGTHS: Final = (("minLength", ">="), ("maxLength", "<="), ("minItems", ">="), ("maxItems", "<="))
@@ -32,7 +32,7 @@ _NOUNS: Final = {
 
 
 def json_schema(kind: str, *, registry: Registry = REGISTRY) -> Schema:
-    """The JSON schema of a kind's params. It forbids unknown keys, as `build_callbacks` does whatever the Config says.
+    """Return the JSON schema of a kind's params. It forbids unknown keys, as `build_callbacks` always does.
 
     Raises:
         ConfigError: The kind is unknown, or cannot be loaded.
@@ -41,7 +41,7 @@ def json_schema(kind: str, *, registry: Registry = REGISTRY) -> Schema:
 
 
 def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
-    """A spec of this kind with every param that has a default at it, and made-up values for the required ones.
+    """Return a spec of a kind with the defaults of its params, and sample values for the required ones.
 
     Raises:
         ConfigError: The kind is unknown, or cannot be loaded.
@@ -53,12 +53,12 @@ def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
 
 
 def schema_of(cls: AdapterClass) -> Schema:
-    """The schema of a class's params: its Config's, or the names and defaults of its constructor's arguments."""
+    """Return the schema of an adapter's params: of its Config, or from the signature of its constructor."""
     return _from_fields(cls, signature_fields(cls)) if cls.Config is None else config_schema(cls.Config)
 
 
 def config_schema(config: type[Any]) -> Schema:
-    """The schema of a Config by itself. Any: whatever a Config is made of."""
+    """Return the schema of a Config."""
     if not is_pydantic(config):
         return _from_fields(config, fields_of(config))
     whole = _from_pydantic(config)
@@ -68,7 +68,7 @@ def config_schema(config: type[Any]) -> Schema:
 
 
 def locate(schema: Schema, path: Iterable[PathPart]) -> Schema:
-    """The part of a schema that describes a place in the params; empty where that cannot be told."""
+    """Return the part of a schema for a path in the params; empty if it is unknown."""
     part = schema
     for step in path:
         options = [_resolve(each, schema) for each in _options(_resolve(part, schema))]
@@ -78,13 +78,13 @@ def locate(schema: Schema, path: Iterable[PathPart]) -> Schema:
 
 
 def keys_at(schema: Schema, path: Iterable[PathPart]) -> list[str]:
-    """The keys that a mapping at this place may have, as far as the schema names them."""
+    """Return the keys that the schema names for a mapping at this path."""
     options = (_resolve(each, schema) for each in _options(locate(schema, path)))
     return [key for option in options for key in option.get("properties", {})]
 
 
 def expected(part: Schema, whole: Schema) -> str:
-    """What a value must be, in words, with its range: ``an integer >= 1``."""
+    """Describe a valid value in words, with its range: ``an integer >= 1``."""
     part = _resolve(part, whole)
     if "anyOf" in part or "oneOf" in part:
         return " or ".join(dict.fromkeys(expected(each, whole) for each in _options(part)))
@@ -107,7 +107,7 @@ def expected(part: Schema, whole: Schema) -> str:
 
 
 def sample(part: Schema, whole: Schema) -> object:
-    """A value that fits, as far as the schema tells: its example, its default, or a made-up one."""
+    """Return a value that the schema allows: its example, its default, or a placeholder."""
     part = _resolve(part, whole)
     if part.get("examples"):
         return part["examples"][0]
@@ -131,7 +131,7 @@ def _made_up(part: Schema, whole: Schema) -> object:
 
 
 def as_json(value: object) -> str:
-    """A value as it would be written in a spec; live objects by their type."""
+    """Format a value as it is written in a spec; for a live object, the name of its type."""
     try:
         return msgspec.json.encode(value).decode()
     except (TypeError, ValueError):
@@ -151,7 +151,7 @@ def _number(part: Schema, *, whole: bool) -> float:
 
 
 def _resolve(part: Schema, whole: Schema) -> Schema:
-    """Follow a reference; what stands beside it (a default) stays."""
+    """Follow a reference; keys beside it (such as a default) are retained."""
     while "$ref" in part:
         target: Schema = whole.get("$defs", {}).get(part["$ref"].rpartition("/")[2], {})
         part = target | {key: value for key, value in part.items() if key != "$ref"}
@@ -171,12 +171,12 @@ def _inside(part: Schema, step: PathPart) -> Schema | None:
 
 
 def _other_type(cls: type) -> Schema:
-    """A type that JSON has no word for. Text does for a path; anything else can only be given from Python."""
+    """Describe a type that JSON does not have: a path is text; any other value can only be given from Python."""
     return {"type": "string", "format": "path"} if issubclass(cls, PurePath) else {"title": cls.__name__}
 
 
 def _from_fields(cls: type, fields: Mapping[str, Field] | None) -> Schema:
-    """Field by field, because msgspec's own gives up at the first default that is no JSON, such as a path."""
+    """Build a schema field by field, because msgspec fails at the first default that is not JSON, such as a path."""
     known = {key: field for key, field in (fields or {}).items() if field.attribute is not None}
     definitions: dict[str, Schema] = {}
     properties: dict[str, Schema] = {}
@@ -190,7 +190,7 @@ def _from_fields(cls: type, fields: Mapping[str, Field] | None) -> Schema:
 
 
 def _from_type(wanted: Any) -> tuple[Schema, dict[str, Schema]]:
-    """The schema of a type, and the definitions it refers to. Any: whatever was annotated."""
+    """Return the schema of a type, and the definitions it refers to."""
     try:
         (part,), found = msgspec.json.schema_components(
             [wanted], schema_hook=_other_type, ref_template="#/$defs/{name}"
@@ -198,7 +198,7 @@ def _from_type(wanted: Any) -> tuple[Schema, dict[str, Schema]]:
     except TypeError:
         if get_origin(wanted) not in (Union, UnionType):
             return {}, {}
-        # msgspec refuses a union such as `str | Path` as a whole; its members it takes.
+        # msgspec does not support a union such as `str | Path`, but supports its members.
         members = [_from_type(each) for each in get_args(wanted)]
         if not all(part for part, _ in members):
             return {}, {}
@@ -231,12 +231,11 @@ def _from_pydantic(config: type[Any]) -> Schema:
     from pydantic.json_schema import GenerateJsonSchema
 
     class Tolerant(GenerateJsonSchema):
-        """Describes what it can; pydantic's own gives up at the first type that JSON has no word for."""
+        """Leaves out types that JSON does not have, where pydantic's own generator raises."""
 
         ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as pydantic declares it
 
         def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> Schema:  # noqa: ARG002  # pydantic's
-            """Any: pydantic's core schema."""
             return {}
 
     return TypeAdapter[Any](config).json_schema(schema_generator=Tolerant)

@@ -1,6 +1,6 @@
-"""What stands in a list of callbacks: `CallbackSpec`, for callbacks and sinks, and how what looks like one is read.
+"""`CallbackSpec`, an entry in a list of callbacks, for callbacks and sinks; parsing of specs and of JSON paths.
 
-Whether the kind exists and the params fit is not known here.
+This module does not check whether the kind exists and the params are valid.
 """
 
 import re
@@ -16,13 +16,13 @@ from evsys_bus.errors import BadSpecError, ConfigError, ConfigErrors, Where, did
 from evsys_bus.sink import Sink
 
 AdapterClass = type[Callback] | type[Sink]
-"""What a kind stands for."""
+"""The class of a kind."""
 
 Placement = Literal["inline", "follow"]
-"""Where a callback runs: in ``publish`` with live objects, or off the loop, from the journal."""
+"""Where a callback runs: ``inline`` in ``publish`` with live objects, ``follow`` off the loop, from the journal."""
 
 PathPart = str | int
-"""A key or an index; ``"..."`` is a key that the validator did not name."""
+"""A key or an index; ``"..."`` is a key that the validator does not report."""
 
 _EXAMPLE: Final = "{kind: print_progress, params: {every: 10}}"
 _PLAIN: Final = re.compile(r"[A-Za-z_][\w-]*")
@@ -32,7 +32,7 @@ _STEP: Final = re.compile(
 
 
 class CallbackSpec(msgspec.Struct, frozen=True):
-    """Which callback to build, and with what.
+    """Describes a callback or a sink to build.
 
     Example:
         >>> CallbackSpec("print_progress", {"every": 10}).label
@@ -42,35 +42,35 @@ class CallbackSpec(msgspec.Struct, frozen=True):
     kind: str
     """Its name in the registry."""
     params: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    """Keyword arguments of the callback. Any: the callback's Config says what they are."""
+    """Keyword arguments of the adapter, defined by its Config."""
     name: str | None = None
-    """Keys its cursor and its counters; None means the kind, numbered where there are several."""
+    """Key of its cursor and counters. Default: the kind, numbered if there are several."""
     placement: Placement | None = None
-    """None leaves the choice to the adapter's class."""
+    """Where it runs. Default: the placement of its class."""
     ranks: Ranks | msgspec.UnsetType | None = msgspec.UNSET
-    """Which ranks of a job it serves: ``rank0``, ``all`` (or null), or a list. Default: as its class says."""
+    """Which ranks of a job it serves: ``rank0``, ``all`` (or null), or a list. Default: the ranks of its class."""
     on_failure: OnFailure = "count"
-    """This and what follows are for one that is followed. What a hook that raises means for its event."""
+    """How an event is handled when a hook raises. This and the following fields are only for placement ``follow``."""
     required: bool = False
-    """Stop the run if its delivery ends for good, or is parked."""
+    """Stop the run if its delivery ends permanently, or is parked."""
     stop_after_seconds: float | None = None
-    """Stop the run once its delivery has failed for so long."""
+    """Stop the run after its delivery has failed for this long."""
     max_staleness_seconds: float | None = None
-    """Stop the run once the oldest event that is pending is so old."""
+    """Stop the run when the oldest pending event is this old."""
 
     @property
     def label(self) -> str:
-        """The name, or the kind where none was given."""
+        """The name, or the kind if there is no name."""
         return self.name or self.kind
 
     def terms(self, cls: AdapterClass) -> Terms:
-        """How its delivery is meant to go, if it is followed."""
+        """Return the delivery policy for placement ``follow``."""
         ranks = ranks_of(cls.ranks, (0,)) if self.ranks is msgspec.UNSET else ranks_of(self.ranks or "all", None)
         return Terms(ranks, self.on_failure, self.required, self.stop_after_seconds, self.max_staleness_seconds)
 
 
 def join(path: str, *parts: PathPart) -> str:
-    """A place further down: ``join("$.callbacks", 1, "kind")`` is ``$.callbacks[1].kind``."""
+    """Append parts to a JSON path: ``join("$.callbacks", 1, "kind")`` is ``$.callbacks[1].kind``."""
     for part in parts:
         if isinstance(part, int) or part == "...":
             path = f"{path}[{part}]"
@@ -82,10 +82,10 @@ def join(path: str, *parts: PathPart) -> str:
 
 
 def split(path: str) -> tuple[PathPart, ...]:
-    """The parts of a place, as `join` put them together.
+    """Split a JSON path into its parts; the inverse of `join`.
 
     Raises:
-        ValueError: It is not written like one.
+        ValueError: It is not a valid path.
     """
     parts: list[PathPart] = []
     position = 1
@@ -107,12 +107,12 @@ def split(path: str) -> tuple[PathPart, ...]:
 
 
 def together(errors: list[ConfigError]) -> ConfigError:
-    """What to raise for these: one error itself, several as one `ConfigErrors`."""
+    """Return a single error itself, and several errors as one `ConfigErrors`."""
     return errors[0] if len(errors) == 1 else ConfigErrors(errors)
 
 
 def each_of(error: ConfigError) -> tuple[ConfigError, ...]:
-    """The errors that `together` made one of."""
+    """Return the single errors of a `ConfigErrors`; the inverse of `together`."""
     return error.errors if isinstance(error, ConfigErrors) else (error,)
 
 
@@ -120,12 +120,12 @@ def read_spec(item: object, path: str) -> CallbackSpec:
     """Read a `CallbackSpec`, a mapping, or any object with ``kind`` (and ``params``, ``name``, ``placement``).
 
     Raises:
-        BadSpecError: It is none of these, or has a key that a spec does not have; several as `ConfigErrors`.
+        BadSpecError: It is none of these, or has an unknown key; several as `ConfigErrors`.
     """
     known = CallbackSpec.__struct_fields__
     errors: list[ConfigError] = []
     if isinstance(item, Mapping):
-        item = cast("Mapping[Any, Any]", item)  # Any: what it holds is found out below
+        item = cast("Mapping[Any, Any]", item)  # checked below
         found = {str(key): value for key, value in item.items()}
         errors.extend(_stray_key(key, path) for key in found if key not in known)
     else:
@@ -174,7 +174,7 @@ _CHECKS: Final[dict[str, tuple[str, Callable[[Any], bool]]]] = {
     "stop_after_seconds": ("a number of seconds above 0", _is_seconds),
     "max_staleness_seconds": ("a number of seconds above 0", _is_seconds),
 }
-"""Key -> what it must be, and whether it is. Any: whatever a user wrote."""
+"""Key -> description of a valid value, and the check of a value."""
 
 
 def _stray_key(key: str, path: str) -> BadSpecError:

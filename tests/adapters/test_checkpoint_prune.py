@@ -136,7 +136,7 @@ async def test_nothing_local_goes_before_a_newer_one_is_verified_at_the_destinat
     await prune.write(intents)
     assert len(trainer.here()) == 3
     end = trainer.end()
-    with pytest.raises(RetryLaterError, match="waits to be uploaded"):
+    with pytest.raises(RetryLaterError, match="is waiting to be uploaded"):
         await prune.write([end])
     assert await upload.write(intents[:1]) == 1
     with pytest.raises(RetryLaterError):

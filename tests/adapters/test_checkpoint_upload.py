@@ -417,7 +417,7 @@ async def test_a_checkpoint_that_was_written_to_again_is_not_passed_off_as_what_
     row = upload.save()
     envelope = upload.announce(row)
     write_into(row.state_path, b"STATE and more")
-    with pytest.raises(RejectedError, match="was written to"):
+    with pytest.raises(RejectedError, match="was modified"):
         await upload.deliver(envelope)
     destination = await upload.destination()
     assert await destination.manifest("step-000009") is None
@@ -427,7 +427,7 @@ async def test_a_checkpoint_that_was_written_to_again_is_not_passed_off_as_what_
 async def test_a_checkpoint_that_was_gone_before_it_could_be_linked_is_a_dead_letter(upload):
     row = upload.save()
     remove(row.state_path)
-    with pytest.raises(RejectedError, match="is gone"):
+    with pytest.raises(RejectedError, match="is missing"):
         await upload.deliver(upload.announce(row, hook=False))
 
 

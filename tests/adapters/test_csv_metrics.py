@@ -702,12 +702,12 @@ def test_a_relative_path_lies_where_the_callback_was_made_and_the_home_directory
     [
         (
             "tables/{run_key}.csv",
-            r"\{run_key\} stands for nothing; the placeholders are \{run_dir\}, \{run\}, \{rank\}",
+            r"\{run_key\} is not a placeholder; the placeholders are \{run_dir\}, \{run\}, \{rank\}",
         ),
-        ("{experiment}/m.csv", r"\{experiment\} stands for nothing"),
-        ("{{run}}/m.csv", "stands for nothing"),
-        ("{}.csv", r"\{\} stands for nothing"),
-        ("a}b.csv", r"\} stands for nothing"),
+        ("{experiment}/m.csv", r"\{experiment\} is not a placeholder"),
+        ("{{run}}/m.csv", "is not a placeholder"),
+        ("{}.csv", r"\{\} is not a placeholder"),
+        ("a}b.csv", r"\} is not a placeholder"),
         ("gs://bucket/m.csv", "give a local directory"),
         ("~nobody-here/m.csv", "write the directory out"),
     ],

@@ -184,7 +184,7 @@ def test_R13_a_subclass_decides_what_is_better_and_when_it_is_enough():
 
     callback, state = Closest("loss"), state_of()
     assert evaluate(callback, state, [100, 12, 7, 10]) == 3
-    assert state.stop_reason == "loss is good enough: best 10 at step 3"
+    assert state.stop_reason == "loss has reached its target: best 10 at step 3"
 
 
 @pytest.mark.parametrize(

@@ -313,7 +313,7 @@ async def test_a_folder_without_room_says_so_and_takes_the_file_once_there_is_so
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * PART, before[1]))
     try:
-        with pytest.raises(RetryLaterError, match=r"no room in file://.*/a store: File too large; it goes on once"):
+        with pytest.raises(RetryLaterError, match=r"no room in file://.*/a store: File too large; it resumes once"):
             await store.put_file("k", file, ledger=ledger)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

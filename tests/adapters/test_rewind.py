@@ -312,7 +312,7 @@ def test_there_is_no_mark_while_rows_wait(make, tmp_path):
     call(callback, ("on_step_end", "a", (0, TrainingBatch(), {"p": 1}), {}), tmp_path)
     with pytest.raises(
         OSError,
-        match="2 writes wait",  # the cut before the first row, and the row
+        match="2 writes pending",  # the cut before the first row, and the row
     ):
         callback.mark()
     (tmp_path / "a").unlink()

@@ -221,7 +221,7 @@ async def test_a_full_bucket_parks_and_goes_on_when_there_is_room(s3, bucket, le
             return middle.says(403, "QuotaExceeded", "1 GB is used") if is_part(request, 4) else None
 
         middle.on = full
-        with pytest.raises(ParkedError, match="takes no more: QuotaExceeded, 1 GB is used"):
+        with pytest.raises(ParkedError, match="is full: QuotaExceeded, 1 GB is used"):
             await store.put_file("k", file, ledger=ledger)
         middle.on = None
         await store.put_file("k", file, ledger=ledger)
@@ -348,7 +348,7 @@ async def test_an_upload_that_is_forgotten_while_it_is_sent_is_begun_again(s3, b
                 await bucket._connection.call("abort_multipart_upload", Key="k", UploadId=upload)
 
         middle.on = forget
-        with pytest.raises(RetryLaterError, match="begun again"):
+        with pytest.raises(RetryLaterError, match="restarted"):
             await store.put_file("k", file, ledger=ledger)
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)

@@ -98,7 +98,7 @@ async def test_what_cannot_be_made_anew_is_a_dead_letter_with_the_reason(upload,
         (entry_of(upload) / "entry.json").write_bytes(b"{")
     (entry_of(upload) / "state/step-000009.state").unlink()
     shutil.rmtree(upload.state.output_dir / "checkpoints")
-    with pytest.raises(RejectedError, match="is gone"):
+    with pytest.raises(RejectedError, match="is missing"):
         await upload.courier.sink.write([event])
     assert [path.name[-8:] for path in upload.spool.folder.glob("step-*")] == [".refused"]
 

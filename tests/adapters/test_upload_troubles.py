@@ -195,7 +195,7 @@ PASSING = {
     "manifest's reply lost": (loses(lambda request: "manifest" in request.path), "cannot be reached"),
     "manifest lost": (
         answers(lambda request: request.method == "GET" and "manifest" in request.path, 404, "NoSuchKey"),
-        "runs/low/big-000009/manifest.json is not what was written",
+        "runs/low/big-000009/manifest.json differs from what was written",
     ),
     "bytes altered": (alters(is_part), "busy or faulty: UploadPart got BadDigest"),
 }
@@ -234,7 +234,7 @@ async def test_a_completion_whose_reply_is_lost_is_told_of_and_found_done(staged
 REFUSALS = {
     "quota": (
         answers(is_part, 403, "QuotaExceeded", "1 GB is used"),
-        "takes no more: QuotaExceeded, 1 GB is used",
+        "is full: QuotaExceeded, 1 GB is used",
         "make room, or raise the bucket's quota",
     ),
     "expired": (
@@ -326,7 +326,7 @@ async def test_a_checkpoint_that_changes_while_it_is_sent(staged, what):
             await scene.is_whole()
             return
         assert (scene.account().dead, scene.account().pending) == (1, 0)
-        assert "state/saved was written to after the checkpoint was announced" in scene.dead_letter()
+        assert "state/saved was modified after the checkpoint event" in scene.dead_letter()
         assert not [each.key for each in await scene.store.names("runs/") if each.key.endswith(".json")]
         assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
 
@@ -469,7 +469,7 @@ async def test_an_upload_that_cannot_be_ticked_off_for_want_of_room_says_so_and_
         with NoRoom() as room:
             room.set(200)
             for _ in range(2):
-                with pytest.raises(RetryLaterError, match=r"no room in .*/spool/.*: File too large; it goes on once"):
+                with pytest.raises(RetryLaterError, match=r"no room in .*/spool/.*: File too large; it resumes once"):
                     await sink.write(batch)
         assert await sink.write(batch) == 1
         await sink.close()

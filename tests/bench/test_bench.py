@@ -221,7 +221,7 @@ def test_the_report_reads_as_promised():
         "    bus & co  250 ns  2.50 x  2.50 to 2.50\n"
         "    gone: not measured, needs gone-package: no such module\n"
         "    MISS  bus & co takes at most 2 x as long as floor: 2.5 x\n"
-        "    ----  gone takes at least 8 x as long as bus & co: not judged\n"
+        "    ----  gone takes at least 8 x as long as bus & co: not measured\n"
         "\n"
         "survival   all are finished\n"
         "\n"

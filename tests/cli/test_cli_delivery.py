@@ -198,7 +198,7 @@ def test_sync_tells_in_json_what_became_of_each_adapter(command, tmp_path):
     a, b = map(json.loads, out.splitlines())
     assert (code, a["type"], a["adapter"], a["sent"], a["pending"]) == (0, "delivery", "a", 12, 0)
     assert (b["sent"], b["dead"], b["dead_letters"]) == (11, 1, str(tmp_path / "journal/couriers/b.dead.jsonl"))
-    assert "b: 1 refused for good; they are, with the reason, in " in err
+    assert "b: 1 rejected; events and reasons are in " in err
     assert {json.loads(line)["event"] for line in err.splitlines()[:-1]} == {"delivery"}
 
 
@@ -349,14 +349,14 @@ def test_sync_has_what_is_owed_confirmed_or_says_what_to_do_before_that(command,
     code, out, err = command("sync", tmp_path, "--progress", "off")
     row = json.loads(command("sync", tmp_path, "--json")[1] or "{}")
     assert lines(tmp_path / "lines.txt") == [*range(1, 13)], "no event again"
-    assert err.startswith("wandb: 12 events delivered, but not confirmed by the far side: no key for board.example")
+    assert err.startswith("wandb: 12 events delivered, but not confirmed by the destination: no key for board.example")
     if paid:
         assert (code, out.split()[5:9], out.split()[11:13], row) == (0, "dead 0 pending 0".split(), ["owed", "0"], {})
     else:
         assert (code, row["owed"], row["owed_fix"], row["pending"]) == (4, 12, "board login", 0)
         again = f"evsys-bus sync {tmp_path}/journal --adapter wandb"
         assert err.endswith(
-            "error[EB902]: 12 events for wandb stay owed: delivered, but not confirmed by the far side\n"
+            "error[EB902]: 12 events for wandb stay owed: delivered, but not confirmed by the destination\n"
             f"why: no key for board.example\nfix: board login   then: {again}\n"
         )
 
@@ -513,7 +513,7 @@ def test_follow_without_a_name_leaves_nothing_in_the_journal_however_it_ends(com
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
         assert (process.returncode, out.split()[:9]) == (130, "lines 7 events sent 7 dead 0 pending 0".split())
-        assert "with --name it would go on" in err
+        assert "with --name it would continue" in err
         bus.publish(step(tmp_path, 7))
     assert accounts(tmp_path / "journal") == []
     assert not (tmp_path / "journal/couriers").exists()
@@ -649,11 +649,11 @@ def test_replay_tells_what_was_refused_what_raised_and_where_it_got_stuck(comman
     assert (code, out.split()[:7], err) == (
         4,
         "lines 12 events sent 11 dead 1".split(),
-        "refused: 422 no such metric\n",
+        "rejected: 422 no such metric\n",
     )
     code, out, err = command(*line, "lines", "--set", "path=x.txt", "--set", "mode=down")
     assert (code, out.split()[:9]) == (4, "lines 0 events sent 0 dead 0 left 12".split())
-    assert "error[EB901]: 12 events could not be pushed through lines" in err
+    assert "error[EB901]: 12 events could not be delivered to lines" in err
     assert "RetryLaterError: 503 busy" in err
     code, out, _ = command(*line, "lines", "--set", "path=halves.txt", "--set", "mode=halves")
     assert (code, lines(tmp_path / "halves.txt")) == (0, [*range(1, 13)]), out
@@ -682,7 +682,7 @@ def test_replay_that_is_interrupted_says_where_to_go_on(command, tmp_path):
     out, err = process.communicate(timeout=10)
     sent, left = int(out.split()[1]), int(out.split()[8])
     assert (process.returncode, sent + left) == (130, 200)
-    assert err == f"interrupted with {left} events left; go on with --from-seq {sent + 1}\n"
+    assert err == f"interrupted with {left} events left; continue with --from-seq {sent + 1}\n"
     assert command(*line, "--from-seq", sent + 1)[0] == 0
     assert lines(tmp_path / "lines.txt") == [*range(1, 201)]
 
@@ -769,9 +769,9 @@ def test_status_shows_what_is_owed_and_what_failed_with_its_fix_and_where_more_i
         ["owing", "not", "running", "12", "9", "0", "0", "-"],
         ["raising", "not", "running", "12", "0", "0", "0", "-"],
     ]
-    assert "  owing: 9 events delivered, but not confirmed by the far side: no key   fix: board login\n" in out
+    assert "  owing: 9 events delivered, but not confirmed by the destination: no key   fix: board login\n" in out
     assert (
-        "  raising: its hooks raised 4 times, 1 task that they started failed; the last one: on_eval: KeyError: 'acc'"
+        "  raising: its hooks raised 4 times, 1 task started by them failed; the last one: on_eval: KeyError: 'acc'"
         "   traceback: /logs/process.log\n"
     ) in out
     assert f"log of the couriers: {directory}/couriers/process.log\n" in out
@@ -860,7 +860,7 @@ def test_a_run_whose_adapter_owes_events_says_so_with_the_fix_and_with_strict_en
     out, err = run.communicate(timeout=20)
     assert run.returncode == 5
     assert re.search(r"^delivery +wandb \d+ owed$", out, re.MULTILINE), out
-    warned = "events delivered, but not confirmed by the far side: no key for board.example   fix: board login"
+    warned = "events delivered, but not confirmed by the destination: no key for board.example   fix: board login"
     assert re.search(rf"^warning: wandb: \d+ {warned}$", err, re.MULTILINE), err
     finish = rf"finish with: evsys-bus sync {tmp_path}/runs/sweep/journal"
     assert re.fullmatch(rf"warning: events not confirmed yet: wandb \d+ owed; {finish}", err.splitlines()[-1])
@@ -914,7 +914,7 @@ class Indebted(Callback):
         ("{kind: unflushed}", "unflushed.close raised in 1 of 1 calls"),
         ("{kind: unflushed, placement: follow}", "unflushed: its hooks raised 1 time; the last one: close: OSError"),
         ("{kind: unflushed_sink}", "unflushed_sink: its hooks raised 1 time; the last one: close: OSError"),
-        ("{kind: indebted}", "indebted: 3 events delivered, but not confirmed by the far side: no key"),
+        ("{kind: indebted}", "indebted: 3 events delivered, but not confirmed by the destination: no key"),
     ],
 )
 def test_what_fails_when_the_bus_is_left_counts_for_strict_wherever_it_runs(command, tmp_path, added, said):

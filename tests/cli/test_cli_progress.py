@@ -350,4 +350,4 @@ def test_while_a_run_goes_on_the_table_has_what_a_person_must_do_for_a_delivery(
         assert "board parked: ParkedError: 402 over quota fix: ask the owner of the board" in text
         assert "wandb 7 owed no key is set for api.wandb.ai fix: wandb login" in text
     else:
-        assert "2 more in trouble: evsys-bus status" in text
+        assert "2 more with problems: evsys-bus status" in text

@@ -122,7 +122,7 @@ def test_plain_progress_is_key_value_lines_without_carriage_returns(evsys_bus):
     head, hint, *lines = done.stderr.splitlines()
     assert head == "sweep   1 arm x 1 seed = 1 run   data: runs/sweep"
     assert hint == (
-        "Ctrl-C stops after the step in hand; go on with: evsys-bus run sweep.yaml --arm calm --seed 0 --resume"
+        "Ctrl-C stops after the current step; go on with: evsys-bus run sweep.yaml --arm calm --seed 0 --resume"
     )
     assert [re.sub(r"time=\S+ ", "", line) for line in lines] == [
         "event=run_started run=calm-s0",

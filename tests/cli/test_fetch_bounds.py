@@ -154,7 +154,7 @@ def test_what_is_no_fetched_checkpoint_is_not_overwritten(evsys_bus, tmp_path, l
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     code, _, err = evsys_bus("fetch", low)
     assert code == 4
-    assert "EB402" in err or "leads out" in err
+    assert "EB402" in err or "a link that leaves" in err
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -164,7 +164,7 @@ def test_a_folder_that_is_a_link_elsewhere_is_not_written_through(evsys_bus, tmp
     (tmp_path / "new/fetched").symlink_to(tmp_path / "elsewhere")
     code, _, err = evsys_bus("fetch", low, "--to", "new")
     assert code == 4
-    assert "leads out" in err
+    assert "a link that leaves" in err
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 

@@ -198,9 +198,9 @@ def test_a_destination_that_cannot_be_asked_ends_it_rather_than_training_from_th
     exit_code, out, err = second.run("--resume", "--progress", "off")
     assert (exit_code, out) == (4, "")
     assert err.startswith(
-        f"error[{code}]: {params['url']} cannot be asked for a checkpoint of low-s0, and none is here\n"
+        f"error[{code}]: {params['url']} cannot be asked for a checkpoint of low-s0, and there is no local one\n"
     )
-    assert "To begin from the start: without --resume" in err
+    assert "To start over: without --resume" in err
     assert not (second.run_dir / "metrics.jsonl").exists()
 
 

@@ -241,7 +241,7 @@ async def test_a_sink_that_fails_on_every_event_gives_up_three_and_is_parked_unt
     assert sink.held == list(range(3, 1000))
     parked = [each for each in followed.reports if each is not None and each.state == "parked"]
     assert len(parked) > 100
-    assert "mend the sink" in parked[0].fix
+    assert "fix the sink" in parked[0].fix
     assert followed.reports[-1] is None
 
 
@@ -323,7 +323,7 @@ async def test_writes_that_swallow_cancellation_are_left_behind_and_never_more_t
     for _ in range(20):
         await asyncio.sleep(0.005)  # a fourth would be made now
     assert sink.running == sink.most_running == followed.receiver.left_behind == MOST_LEFT_BEHIND
-    assert "left behind" in followed.reports[0].error
+    assert "abandoned" in followed.reports[0].error
     sink.released.set()
     await asyncio.wait_for(delivery, 5)
     assert followed.reports[-1] is None

@@ -89,5 +89,5 @@ def test_the_inspection_notices_an_acknowledged_event_that_is_not_on_record(scen
         if life == scene.life_number
     ]
     life = SimpleNamespace(acks=acks, plan={"retain_bytes": None}, unrecorded_at_end=None)
-    with pytest.raises(torture.Fault, match="not on record"):
+    with pytest.raises(torture.Fault, match="not recorded"):
         torture.oracle.Expected().take(scene.life_number, life, journal)

@@ -1,4 +1,4 @@
-"""What the tests and the commands in tests/ share: ``from support import ...`` finds it in both."""
+"""Helpers shared by the tests and the commands in tests/: both import them by ``from support import ...``."""
 
 from pathlib import Path
 

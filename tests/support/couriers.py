@@ -1,4 +1,4 @@
-"""Couriers as tests run them, and what stands on disk of what they have delivered."""
+"""Running couriers in tests, and reading what they left on disk."""
 
 import asyncio
 import subprocess
@@ -13,7 +13,7 @@ from support.files import read_json_lines
 
 
 async def deliver(journal: str | Path, adapter: Any, terms: Terms | None = None, **options: Any) -> Courier:
-    """Deliver all that is there, of all ranks, to an adapter: "it" unless ``name`` is given. Any: as in `Courier`."""
+    """Deliver everything pending, of all ranks, to an adapter named "it" unless ``name`` is given."""
     courier = Courier(journal, options.pop("name", "it"), adapter, terms or Terms(ranks=None), **options)
     courier.finish()
     await asyncio.wait_for(courier.run(), 10)
@@ -21,18 +21,18 @@ async def deliver(journal: str | Path, adapter: Any, terms: Terms | None = None,
 
 
 def account_of(journal: str | Path, name: str = "it") -> DeliveryStatus:
-    """How far the follower of this name has got."""
+    """Return the delivery status of the adapter with this name."""
     [account] = [each for each in accounts(journal) if each.name == name]
     return account
 
 
 def read_dead_letters(journal: str | Path, name: str = "it") -> list[Any]:
-    """The dead letters of the follower of this name. Any: JSON."""
+    """Return the dead letters of the adapter with this name."""
     return read_json_lines(Path(journal, "couriers", f"{name}.dead.jsonl"))
 
 
 def courier_processes(journal: str | Path) -> list[int]:
-    """The pids of the courier processes of a journal, which stands on their command line; zombies do not count."""
+    """Return the pids of a journal's courier processes, found by their command line; zombies do not count."""
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
     rows = [line.split(maxsplit=2) for line in listed.stdout.splitlines()]
     return [int(pid) for pid, stat, line in rows if "courier_main" in line and str(journal) in line and "Z" not in stat]

@@ -1,8 +1,8 @@
-"""A small server of EvSys' API: the gateway, its operations, answers and errors, and what may go wrong on the way.
+"""A small server of EvSys' API: the gateway, its operations, responses and errors, and injected faults.
 
-Strict where the hosted service would be: an unknown operation, an unknown argument or a missing one is a 4xx, NaN is
-no JSON, and a row belongs to something that is there. Every request is kept as it came (`operations`), so that a test
-can compare order and fields. `python tests/support/evsys_server.py PORT` serves by itself.
+As strict as the hosted service: an unknown operation, an unknown or a missing argument is a 4xx, NaN is not JSON, and
+a row must refer to something that exists. Every request is stored as it came (`operations`), so that a test can compare
+order and fields. `python tests/support/evsys_server.py PORT` runs the server alone.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ PATH = "/api/dashboard/api/sdk/data/"
 READS = frozenset({"get_experiment", "list_experiments", "list_groups", "get_run", "list_runs", "list_checkpoints"})
 READS |= {"list_evals", "list_predictions", "get_metrics"}
 
-# Operation: the arguments that it must have, and those that it may have; None: any others besides.
+# By operation: its required and its optional arguments; None allows any.
 OPERATIONS = {
     "create_experiment": ({"experiment_name"}, None),
     "update_experiment": ({"experiment_id", "patch"}, set()),
@@ -59,7 +59,7 @@ OPERATIONS = {
 
 
 class RefusedError(Exception):
-    """An answer that is an error."""
+    """Raised to respond with an error."""
 
     def __init__(self, status, text):
         super().__init__(text)
@@ -67,13 +67,13 @@ class RefusedError(Exception):
 
 
 class EvsysServer:
-    """Serves on a thread of its own, and keeps what it is sent in memory, also while it does not serve.
+    """Serves on a thread of its own, and stores what it is sent in memory, which survives a stop and a restart.
 
     Attributes:
-        fault: Called with (operation, args) before anything is done; what it returns is answered instead: a Response,
-            ``"hang"`` or ``"cut"``. None answers as usual.
-        lose: Called likewise, after it was done; true: the reply is cut in its middle.
-        keys: Those that are accepted.
+        fault: Called with (operation, args) before the operation; a returned Response, ``"hang"`` or ``"cut"`` is the
+            response instead, None responds normally.
+        lose: Called with the same arguments after the operation; if it returns true the response is truncated.
+        keys: The accepted API keys.
     """
 
     def __init__(self, port=0):
@@ -87,9 +87,9 @@ class EvsysServer:
         self._server = self._thread = self._hanging = None
 
     def forget(self):
-        """Hold nothing."""
+        """Remove everything stored."""
         self.operations = []
-        """(operation, args) of every request that was carried out, reads included, in order."""
+        """(operation, args) of every executed request, including reads, in order."""
         self.asked = 0
         self.connections = set()
         self.tables = {name: {} for name in ("experiments", "groups", "runs", "evals")}
@@ -102,7 +102,7 @@ class EvsysServer:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        # With its protocol, by which asyncio knows a socket that is not to wait for more.
+        # With the protocol number, by which asyncio recognizes a TCP socket and disables Nagle's algorithm.
         listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(("127.0.0.1", self.port))
@@ -122,7 +122,7 @@ class EvsysServer:
             try:
                 await self._server.serve(sockets=[listening])
             finally:
-                # What still waits for its peer, or was accepted after the server had closed its connections.
+                # Connections that still wait for the peer, or were accepted after the server closed the others.
                 for _ in range(10):
                     for connection in list(self._server.server_state.connections):
                         connection.transport.abort()
@@ -140,7 +140,7 @@ class EvsysServer:
         return self
 
     def stop(self):
-        """As if it were killed: connections are cut, and its port is free; what it holds stays."""
+        """Stop as if killed: connections are cut and the port is free; what was stored stays."""
         self._server.should_exit = self._server.force_exit = True
         self._thread.join()
         self._server = None
@@ -246,7 +246,7 @@ class EvsysServer:
         return []
 
     def _get_metrics(self, run_id, name=None, split=None):
-        """Identical points are folded, and the last one counts."""
+        """Return the points; of several with the same split, step and name the last one counts."""
         found = {}
         for row in self.metrics:
             if row["run_id"] == run_id and name in {None, row["name"]} and split in {None, row["split"]}:
@@ -275,7 +275,7 @@ class EvsysServer:
 
 
 class _Cut(Response):
-    """A reply that ends before it is complete; with it ends the connection."""
+    """A response that ends before it is complete, and closes the connection."""
 
     async def __call__(self, scope, receive, send):
         head = [(b"content-type", b"application/json"), (b"content-length", b"1000")]

@@ -1,4 +1,4 @@
-"""Files as tests read them, and a small file system to fill."""
+"""Reading files in tests, and a small file system to fill."""
 
 import contextlib
 import csv
@@ -13,32 +13,32 @@ import pytest
 
 
 def parse_json_lines(text: str) -> list[Any]:
-    """The JSON of each line. Any: what tests look into."""
+    """Parse the JSON of each line."""
     return [json.loads(line) for line in text.splitlines()]
 
 
 def read_json_lines(path: str | Path) -> list[Any]:
-    """The JSON of each line of a file. Any: what tests look into."""
+    """Parse the JSON of each line of a file."""
     return parse_json_lines(Path(path).read_text(encoding="utf-8"))
 
 
 def read_ledger(experiment: str | Path) -> Any:
-    """The ledger in an experiment's folder. Any: what tests look into."""
+    """Return the content of ``experiment.json`` in the folder of an experiment."""
     return json.loads(Path(experiment, "experiment.json").read_text(encoding="utf-8"))
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a table, by column."""
+    """Return the rows of a CSV file, as dicts by column."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 @contextlib.contextmanager
 def small_file_system(path: Path, size: str) -> Iterator[Path]:
-    """A file system of such a size ('1m') in a new folder; the test is skipped where none may be mounted."""
+    """Mount a file system of this size ('1m') in a new folder; skips the test where mounting is not permitted."""
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount here")
+        pytest.skip("mounting is not permitted here")
     yield path
-    subprocess.run(["umount", "--lazy", str(path)], check=True)  # a test that fails may have files open there
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # a failed test may have files open there

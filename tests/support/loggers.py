@@ -1,4 +1,4 @@
-"""What the tests of loggers share: what a journal holds, a run as a loop calls it, and couriers that are killed."""
+"""Helpers of the tests of loggers: reading a journal, a run with calls like a loop's, and couriers that are killed."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ PROGRAM = """
 
 
 def recorded(journal):
-    """What the journal's steps and evals hold, by run, stream and metric; what was run again counts as it was then."""
+    """Return the points of the journal's steps and evals, by run, section and metric; re-run steps replace earlier."""
     reader, found = JournalReader(journal), {}
     for stream in reader.streams():
         for record in reader.read(stream):
@@ -51,7 +51,7 @@ def recorded(journal):
 
 
 class Run:
-    """One run, as a loop calls it."""
+    """One run that calls the hooks of a logger as a loop would."""
 
     def __init__(self, logger, folder, key="run"):
         self.ctx = LogContext(
@@ -85,14 +85,14 @@ class Run:
 
 
 def deliver(journal, package, adapter, size, step_bytes):
-    """Deliver the journal. Three couriers are killed before one comes to the end; all are forked from one process.
+    """Deliver the journal, killing three couriers before one finishes; all are forked from one process.
 
     Args:
-        journal: Where it is.
-        package: What takes long to import, and the adapter needs.
-        adapter: Makes it: a call of one of evsys_adapters.
-        size: How many bytes of files there are by now.
-        step_bytes: A courier is killed when it has written so many.
+        journal: The journal directory.
+        package: A package that the adapter needs and that takes long to import.
+        adapter: Source of a call that makes the adapter, without the prefix ``evsys_adapters.``.
+        size: Returns how many bytes the output files have now.
+        step_bytes: A courier is killed when it has written this many bytes.
     """
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(journal), package, adapter]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:

@@ -1,4 +1,4 @@
-"""Programs of their own: the installed command, and Python source."""
+"""Running the installed command, or Python source, in a process of its own."""
 
 import subprocess
 import sys
@@ -10,14 +10,14 @@ EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
 
 
 def run_evsys_bus(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run the installed command to its end. Any: options of `subprocess.run`."""
+    """Run the installed command to its end; ``options`` go to `subprocess.run`."""
     return _run([EVSYS_BUS, *map(str, arguments)], options)
 
 
 def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run Python source to its end. Any: options of `subprocess.run`."""
+    """Run Python source to its end; ``options`` go to `subprocess.run`."""
     return _run([sys.executable, "-c", source, *map(str, arguments)], options)
 
 
 def _run(line: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(line, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # the caller may say
+    return subprocess.run(line, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # options may contain check

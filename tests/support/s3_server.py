@@ -1,8 +1,8 @@
-"""A real S3 server on loopback: OpenStack Swift's four servers with its S3 interface, in one process of its own.
+"""A real S3 server on loopback: the four servers of OpenStack Swift with its S3 interface, in one separate process.
 
-It checks secrets, permissions, digests and conditions, and keeps what it was sent through a SIGKILL; so tests can hold
-an upload to all of that. `S3Server` is the tests' side; run as a program, this file is the server. To put another
-server in its place, keep the attributes and methods of `S3Server`.
+It checks secrets, permissions, digests and conditions, and its data survives a SIGKILL, so tests can check all of that.
+`S3Server` controls it from a test; run as a program, this file is the server. A replacement only needs the attributes
+and methods of `S3Server`.
 """
 
 import getpass
@@ -103,7 +103,7 @@ use = egg:swift#symlink
 
 
 class Memory:
-    """In place of memcached: without it, the server asks for account and container anew at every request."""
+    """Replaces memcached; without a cache the server looks up account and container at every request."""
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[str, float]] = {}
@@ -129,7 +129,7 @@ def _until(seconds: float) -> float:
 
 
 def remembering(global_conf, **conf):
-    """Give every request the same memory; how Paste has it made."""
+    """Make a Paste filter that gives every request the same `Memory`."""
     memory = Memory()
 
     def around(app):
@@ -143,13 +143,13 @@ def remembering(global_conf, **conf):
 
 
 class S3Server:
-    """The server, as tests use it; `start` it before, `stop` it after."""
+    """The server process; call `start` before use and `stop` after."""
 
     region = "us-east-1"
     key = "evsys:admin"
     secret = SECRET
     limited_key = "evsys:limited"
-    """One that may do nothing."""
+    """A key without permissions."""
     limited_secret = LIMITED_SECRET
 
     def __init__(self, folder: Path) -> None:
@@ -166,7 +166,7 @@ class S3Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Run the server, at the same port as before, until it answers."""
+        """Start the server, always at the same port, and wait until it responds."""
         with (self.folder / "server.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, stdout=log, stderr=log
@@ -178,13 +178,13 @@ class S3Server:
             time.sleep(0.05)
 
     def kill(self) -> None:
-        """End it as a crash would."""
+        """End the server by SIGKILL."""
         assert self._process is not None
         self._process.kill()
         self._process.communicate()
 
     def stop(self) -> None:
-        """End it."""
+        """End the server."""
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
@@ -193,7 +193,7 @@ class S3Server:
                 self.kill()
 
     def let_read(self, bucket: str) -> None:
-        """Let the limited key read this bucket, and do nothing else there."""
+        """Give the limited key read permission for this bucket."""
         whoever = {"X-Auth-User": self.key, "X-Auth-Key": self.secret}
         with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/auth/v1.0", headers=whoever)) as reply:
             url, token = reply.headers["X-Storage-Url"], reply.headers["X-Auth-Token"]
@@ -202,13 +202,13 @@ class S3Server:
 
     @asynccontextmanager
     async def behind_middle(self):
-        """A `Middle` before this server, while it runs."""
+        """Run a `Middle` in front of this server."""
         middle = Middle(self)
         async with middle.running():
             yield middle
 
     def data_files(self) -> list[Path]:
-        """The files in which it keeps the content of objects and parts."""
+        """Return the files that contain the data of objects and parts."""
         return sorted((self.folder / "nodes").glob("d1/objects/**/*.data"))
 
     def _answers(self) -> bool:
@@ -220,15 +220,15 @@ class S3Server:
 
 
 class Middle:
-    """A server before the server, which sees whole requests, and may answer them itself or alter them."""
+    """A proxy that sees whole requests, and may respond to them itself or change them."""
 
     def __init__(self, server: S3Server) -> None:
         self.seen = []
-        """Method, path and head of every request."""
+        """Method, path and headers of every request."""
         self.on = None
-        """Called with a request and its body: returns a response, or bytes in place of the body, or None."""
+        """Called with a request and its body; returns a response, or bytes to replace the body, or None."""
         self.after = None
-        """Called with a request that was answered: whether the reply is to be lost."""
+        """Called with a forwarded request; returns whether to drop the response."""
         self.endpoint = ""
         self._server = server
 
@@ -277,7 +277,7 @@ class Middle:
 
     @staticmethod
     def says(status: int, word: str | None = None, message: str = "", **head: str):
-        """An answer: with a word a refusal as S3 writes it, else an empty one."""
+        """Make a response: an S3 error with the code ``word``, or an empty one without."""
         from aiohttp import web
 
         text = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{message}</Message></Error>"
@@ -293,10 +293,10 @@ def free_ports(count: int) -> dict[str, int]:
 
 
 def serve(folder: Path) -> None:
-    """Be the server, until a signal ends it."""
+    """Run the server until a signal ends it."""
     import warnings
 
-    warnings.simplefilter("ignore")  # eventlet says that it is old
+    warnings.simplefilter("ignore")  # eventlet warns that it is deprecated
     import eventlet
 
     eventlet.monkey_patch()
@@ -344,7 +344,7 @@ def serve(folder: Path) -> None:
 
 
 def end_with_parent() -> None:
-    """End when the process that started this one does, however that ends: its end of the pipe is closed then."""
+    """Exit when the parent process ends, which closes its end of the pipe however it ends."""
     from eventlet.hubs import trampoline
 
     trampoline(sys.stdin.fileno(), read=True)

@@ -1,6 +1,6 @@
-"""What goes wrong in `torture.py`: while a life goes on (`DURING`), and between two of them (`BETWEEN`).
+"""The faults of `torture.py`: those during a life (`DURING`) and those between two lives (`BETWEEN`).
 
-Each is a function of the scene, and counts itself by its name. What it does to others it takes back before it returns.
+Each is a function of the scene that counts itself by its name. A fault during a life is undone before it returns.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ FOLDERS = ("journal", "journal/cursors", "journal/couriers", "out", "out/run", "
 
 
 def choose(scene, kinds, numbers):
-    """Some of these, as the scene's chance and its ``--only`` have it."""
+    """Choose some of these at random; only those that ``--only`` and ``--but`` allow."""
     allowed = [each for each in kinds if scene.allows(each.__name__)]
     return [scene.chance.choice(allowed) for _ in range(scene.chance.choice(numbers))] if allowed else []
 
 
 def exchange(one, other):
-    """Swap two names at once, as no two renames do."""
+    """Swap two names atomically, which two renames cannot do."""
     at_cwd, rename_exchange = -100, 2
     code = ctypes.CDLL(None, use_errno=True).renameat2(
         at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange
@@ -45,7 +45,7 @@ def exchange(one, other):
         raise OSError(error, os.strerror(error), str(one))
 
 
-# -- while a life goes on ---------------------------------------------------------------------------------------------
+# -- during a life ----------------------------------------------------------------------------------------------------
 
 
 def stop_trainer(scene, life):
@@ -79,13 +79,13 @@ def _signal(pids, number):
 
 
 def limit_size(scene, life):
-    """No file may be larger than that for a while."""
+    """Limit the size of files for a while."""
     scene.note("limit_size")
     _limit(scene, life, resource.RLIMIT_FSIZE, scene.chance.choice((0, 500, 5_000, 50_000)))
 
 
 def limit_files(scene, life):
-    """No more files can be opened for a while."""
+    """Limit the number of open files for a while."""
     scene.note("limit_files")
     _limit(scene, life, resource.RLIMIT_NOFILE, scene.chance.choice((3, 8, 12, 20)))
 
@@ -97,13 +97,13 @@ def _limit(scene, life, what, soft):
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, (soft, before[1]))
     life.pause(scene.chance.uniform(0.1, 1.5))
-    for pid in {*pids, life.process.pid, *scene.courier_pids()}:  # one may have been started meanwhile
+    for pid in {*pids, life.process.pid, *scene.courier_pids()}:  # a courier may have been started meanwhile
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, before)
 
 
 def disk_full(scene, life):
-    """The disk is filled, and gets room again."""
+    """Fill the disk, then free it."""
     if not scene.disk:
         if not scene.tools.mounts:
             scene.skip("disk_full")
@@ -118,7 +118,7 @@ def disk_full(scene, life):
 
 
 def link_to_itself(scene, life):
-    """A folder becomes a link that leads nowhere, and comes back."""
+    """Replace a folder by a link to itself for a while."""
     path = _folder(scene)
     if path is not None:
         scene.note("link_to_itself", str(path))
@@ -126,7 +126,7 @@ def link_to_itself(scene, life):
 
 
 def link_elsewhere(scene, life):
-    """A folder lies elsewhere for a while, and a link leads there."""
+    """Move a folder elsewhere for a while, with a link to it in its place."""
     path = _folder(scene)
     if path is not None:
         scene.note("link_elsewhere", str(path))
@@ -135,7 +135,7 @@ def link_elsewhere(scene, life):
 
 
 def empty_elsewhere(scene, life):
-    """A folder is another one, which is empty, for a while."""
+    """Replace a folder by an empty one for a while."""
     path = scene.journal / scene.chance.choice(("cursors", "couriers"))
     if path.is_dir() and not path.is_symlink():
         scene.note("empty_elsewhere", str(path))
@@ -162,7 +162,7 @@ def _put_in_place(scene, life, path, make):
 
 
 def unreadable(scene, life):
-    """A folder lets nobody in for a while."""
+    """Take permissions from a folder for a while."""
     path = _folder(scene)
     if path is None:
         return
@@ -179,20 +179,20 @@ def unreadable(scene, life):
 
 
 def failing_calls(scene, life):
-    """System calls of the trainer or of a courier fail for a while."""
+    """Make system calls of the trainer or of a courier fail for a while."""
     if scene.tools.strace is None:
         scene.skip("failing_calls")
         return
     calls, errors = scene.chance.choice(INJECTED)
     if "write" in calls and (life.plan["entry"] == "uvloop" or life.plan["couriers"] == "thread"):
-        calls, errors = INJECTED[0]  # libuv aborts where it cannot wake itself; threads of couriers have it too
+        calls, errors = INJECTED[0]  # libuv aborts if it cannot write to its wake-up pipe; courier threads use it too
     pids = scene.courier_pids()
     pid = scene.chance.choice(pids) if pids and scene.chance.random() < 0.6 else life.process.pid
     error, when = scene.chance.choice(errors), scene.chance.choice(("1+", "3+", "1+2", "2+7"))
     whose = "trainer" if pid == life.process.pid else "courier"
     scene.note("failing_calls", f"{whose} {calls} {error} {when}")
     scene.counts[f"failing_calls: {calls.partition(',')[0]} of the {whose}"] += 1
-    # A traced process is not followed: it may be cloned while strace lets go of it. Its threads are.
+    # Threads are traced (-f), but no child process that is cloned while strace detaches.
     line = ["strace", "-f", "-q", "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when={when}"]
     with subprocess.Popen(
         [*line, "-o", "/dev/null", "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -207,7 +207,7 @@ def failing_calls(scene, life):
 
 
 def clock_jumps(scene, life):
-    """The clock is set, while processes look at it."""
+    """Set the clock while processes run."""
     if scene.tools.clock is None:
         scene.skip("clock_jumps")
         return
@@ -234,7 +234,7 @@ def _while_there(scene, life, path):
 
 
 def sync_beside(scene, life):
-    """`evsys-bus sync` while the program runs; it may be killed."""
+    """Run `evsys-bus sync` while the program runs; it may be killed."""
     scene.note("sync_beside")
     _sync(scene, scene.chance.choice((None, 0.3, 0.8, 1.5)), "--timeout", "1")
 
@@ -249,7 +249,7 @@ DURING = (
 
 
 def _sync(scene, seconds, *arguments):
-    """`sync`; killed after so many seconds, or waited for. What it answers is nothing here but that it ends."""
+    """Run `sync`, and kill it after ``seconds`` or wait for it; it may fail, but must end without a traceback."""
     line = [EVSYS_BUS, "sync", str(scene.journal), *arguments]
     log = scene.notes / f"sync-{scene.counts['syncs']}.txt"
     scene.counts["syncs"] += 1
@@ -274,7 +274,7 @@ def sync_killed(scene):
 
 
 def two_syncs(scene):
-    """At once; one of them may have to leave it to the other."""
+    """Run two `sync` commands at once; one of them may refuse because of the other."""
     scene.note("two_syncs")
     line = [*scene.prefix, EVSYS_BUS, "sync", str(scene.journal)]
     both = [
@@ -299,7 +299,7 @@ def cursor_damaged(scene):
 
 
 def spec_damaged(scene):
-    """What says how an adapter is built. Only the next life can write that down again, so there is one."""
+    """Damage the file that describes how to build an adapter; only the next life can write it again, so require one."""
     names = {*scene.followers.values(), "checkpoint_upload"}
     paths = [path for name in names for path in scene.journal.glob(f"couriers/{name}.spec.json")]
     scene.note("spec_damaged", _damage(scene, paths))
@@ -316,24 +316,24 @@ def spool_damaged(scene):
 
 
 def latest_damaged(scene):
-    """At the store; the next checkpoint rights it."""
+    """Damage ``latest.json`` in the store; the next checkpoint repairs it."""
     scene.latest_damaged_at = scene.life_number
     scene.note("latest_damaged", _damage(scene, (scene.work / "store").glob("run/latest.json")))
 
 
 def journal_file_damaged(scene):
-    """What says that this is a journal, and of which version. (A later version is refused, and not tried here.)"""
+    """Damage ``journal.json``, which has the format version. (A later version is refused, and not tested here.)"""
     ways = ("cut", "empty", "remove", "zeros")
     scene.note("journal_file_damaged", _damage(scene, scene.journal.glob("journal.json"), ways))
 
 
 def owner_damaged(scene):
-    """The small file that says whose a CSV file is."""
+    """Damage the small file that records the owner of a CSV file."""
     scene.note("owner_damaged", _damage(scene, (scene.work / "out").glob(".*.run"), ways=("cut", "empty", "remove")))
 
 
 def _damage(scene, paths, ways=("cut", "empty", "remove", "folder", "link", "other", "zeros")):
-    """Do something to one of these small files; what was done."""
+    """Damage one of these small files; returns what was done."""
     paths = sorted(path for path in paths if path.is_file())
     if not paths:
         return "nothing there"
@@ -358,34 +358,34 @@ def _damage(scene, paths, ways=("cut", "empty", "remove", "folder", "link", "oth
 
 def follower_renamed(scene):
     if scene.needs_life:
-        return  # under a name that nobody follows any more, a damaged spec would stay damaged
+        return  # a damaged spec under a name that is not used any more would stay damaged
     what = scene.chance.choice(sorted(scene.followers))
     scene.old_names.setdefault(what, []).append(scene.followers[what])
     scene.followers[what] = f"{what}-{scene.life_number}"
-    scene.note("follower_renamed", scene.followers[what])
+    scene.note("subscription_renamed", scene.followers[what])
 
 
 def follower_added(scene):
     what = f"added{scene.life_number}"
     if what not in scene.followers:
         scene.followers[what] = what
-        scene.note("follower_added", what)
+        scene.note("subscription_added", what)
 
 
 def follower_removed(scene):
     if scene.needs_life:
-        return  # as above
+        return  # for the same reason
     what = scene.chance.choice(sorted(scene.followers))
     if what in scene.away:
         scene.away.discard(what)
-        scene.note("follower_brought_back", what)
+        scene.note("subscription_restored", what)
     else:
         scene.away.add(what)
-        scene.note("follower_removed", what)
+        scene.note("subscription_removed", what)
 
 
 def output_removed(scene):
-    """A person removes what an adapter wrote."""
+    """Remove the output of an adapter, as a person might."""
     what = scene.chance.choice(("table", "logs", "board"))
     out = scene.work / "out"
     path = {"table": out / "metrics.csv", "logs": out / "run" / "logs", "board": out / "tensorboard"}[what]
@@ -404,7 +404,7 @@ def output_removed(scene):
 
 
 def machine_restarted(scene):
-    """As the locks of the streams say it."""
+    """Make the stream locks look as if the machine had been restarted."""
     scene.kill_couriers()
     for lock in scene.journal.glob("[rc]*/lock"):
         with contextlib.suppress(OSError, ValueError):
@@ -415,7 +415,7 @@ def machine_restarted(scene):
 
 
 def clock_set(scene):
-    """Another life finds another time."""
+    """Set the clock between two lives."""
     if scene.tools.clock is None:
         scene.skip("clock_set")
         return

@@ -1,4 +1,4 @@
-"""One process of `torture_trainer.py`, as `torture.py` sees it."""
+"""A process of `torture_trainer.py`, controlled by `torture.py`."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ TRAINER = Path(__file__).with_name("torture_trainer.py")
 
 
 class NotEndedError(Exception):
-    """A process has not ended in time; it was killed."""
+    """Raised when a process did not end in time and was killed."""
 
 
 class Life:
-    """One life of the trainer, as its parent sees it."""
+    """One process of the trainer, called a life; later lives continue its run."""
 
     def __init__(self, scene, plan):
         self.plan = plan
@@ -74,20 +74,20 @@ class Life:
             self.process.send_signal(number)
 
     def pause(self, seconds):
-        """Let it live on for so long, unless it ends before."""
+        """Wait for this time, or until the process ends."""
         deadline = time.monotonic() + seconds
         while self.alive and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def wait_end(self, seconds):
-        """Until it has ended; NotEndedError where it has not in time, and then it is killed."""
+        """Wait until the process ends; on timeout kill it and raise `NotEndedError`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             stacks = self._stacks()
             self.send(signal.SIGKILL)
             self.process.wait()
-            late = f"life {self.plan['life']} had not left {seconds:.0f} s after it was to: {stacks}"
+            late = f"life {self.plan['life']} had not ended {seconds:.0f} s after it should have: {stacks}"
             raise NotEndedError(late) from None
         finally:
             self._thread.join(10)

@@ -1,4 +1,4 @@
-"""What `torture.py` expects of a directory once the dust has settled: the journal, and what reached the adapters."""
+"""Checks of `torture.py` after a directory has been drained: the journal, and what reached the adapters."""
 
 import csv
 import hashlib
@@ -20,11 +20,11 @@ from support.programs import EVSYS_BUS
 HORIZON = 1_000_000
 COMMAND_SECONDS = 60.0
 RAISED = 1
-"""What `evsys-bus` exits with where it raised what it does not know."""
+"""Exit code of `evsys-bus` after an unexpected exception."""
 
 
-class Fault(Exception):  # noqa: N818 - the word for it here
-    """Something is not as it was promised."""
+class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+    """Raised when a promise was not kept."""
 
 
 def insist(fine, why):
@@ -33,33 +33,33 @@ def insist(fine, why):
 
 
 def first_of(journal, stream):
-    """The sequence at which the oldest segment of a stream begins; 0 where it has none."""
+    """Return the first sequence of the oldest segment of a stream; 0 if it has no segment."""
     names = sorted(path.stem for path in journal.glob(f"{stream}/*.seg"))
     return int(names[0].partition("-")[2]) if names else 0
 
 
 class Expected:
-    """What must have arrived, and what may have, by life, kind and step."""
+    """The events that must have arrived, and those that may have, by life, kind and step."""
 
     def __init__(self):
         self.places = {}
-        """(life, kind, step) -> (stream, sequence), of all that was seen in the journal or acknowledged as recorded."""
+        """(life, kind, step) -> (stream, sequence), of all events seen in the journal or acknowledged as recorded."""
         self.firsts = {}
-        """Life -> the step at which it begins."""
+        """Life -> its first step."""
         self.names = {}
-        """(life, "checkpoint", step) -> the checkpoint's name."""
+        """(life, "checkpoint", step) -> the name of the checkpoint."""
         self.doubtful = set()
-        """Those that were in memory when a life ended, the disk having refused them, and that its count names."""
+        """Events that the disk refused, still in memory when a life ended and counted by it as unrecorded."""
         self.acknowledged = 0
 
     def read(self, journal):
-        """All that is in the journal: (life, kind, step) -> (stream, sequence)."""
+        """Return the events in the journal: (life, kind, step) -> (stream, sequence)."""
         there, reader = {}, JournalReader(journal)
         for stream in reader.streams():
             oldest = first_of(journal, stream)
             for record in reader.read(stream):
                 if record.sequence < oldest:
-                    continue  # a start that is carried
+                    continue  # a start that was carried over from a removed segment
                 envelope = decode(record.payload)
                 event = envelope.event
                 if isinstance(event, TrainStart):
@@ -75,12 +75,12 @@ class Expected:
                     key = (event.state.num_steps - HORIZON, "end", event.state.step)
                 else:
                     continue
-                insist(key not in there, f"{key} is on record twice: {there.get(key)} and {(stream, record.sequence)}")
+                insist(key not in there, f"{key} is recorded twice: {there.get(key)} and {(stream, record.sequence)}")
                 there[key] = (stream, record.sequence)
         return there
 
     def take(self, number, life, journal):
-        """After a life: each event that was acknowledged is on record, or went by retention, or is counted."""
+        """Add a finished life; each acknowledged event must be recorded, pruned by retention, or counted."""
         there = self.read(journal)
         lost = []
         for ack in life.acks:
@@ -103,10 +103,10 @@ class Expected:
             elif not counted or life.unrecorded_at_end == 0:
                 lost.append((key, place))
         self.places |= there
-        insist(not lost, f"{len(lost)} acknowledged events are not on record: {lost[:3]}")
+        insist(not lost, f"{len(lost)} acknowledged events are not recorded: {lost[:3]}")
 
     def rows(self):
-        """step -> (value, place, whether it must be there): each step once, as the last life that ran it has it."""
+        """Return step -> (value, place, whether it is required), each step as the last life that ran it has it."""
         rows = {}
         by_life = {}
         for (life, kind, step), place in self.places.items():
@@ -122,11 +122,11 @@ class Expected:
         return rows
 
 
-# -- what the adapters have -------------------------------------------------------------------------------------------
+# -- what reached the adapters ----------------------------------------------------------------------------------------
 
 
 def letters(journal, name):
-    """stream -> the sequence up to which the follower's dead letters go."""
+    """Return stream -> the last sequence of the adapter's dead letters."""
     found = {}
     path = journal / "couriers" / f"{name}.dead.jsonl"
     if path.is_file():
@@ -140,15 +140,15 @@ def letters(journal, name):
 
 
 def compare(what, wanted, found, excused):
-    """That the rows are those: [(step, value)]. ``excused``: of those that may be missing, by step."""
+    """Check that ``found``, [(step, value)], are the rows wanted; ``excused(step)``: it may be missing."""
     doubled = [step for step, count in Counter(step for step, _ in found).items() if count > 1]
-    insist(not doubled, f"{what}: {len(doubled)} steps stand twice, as {doubled[:5]}")
+    insist(not doubled, f"{what}: {len(doubled)} steps occur twice, such as {doubled[:5]}")
     wrong = next((each for each in pairwise(found) if each[0][0] > each[1][0]), None)
     insist(wrong is None, f"{what}: out of order at {wrong}")
     there = dict(found)
     alien = {step: value for step, value in there.items() if step not in wanted or wanted[step][0] != value}
     some = [(step, value, wanted.get(step)) for step, value in alien.items()][:3]
-    insist(not alien, f"{what}: {len(alien)} rows that no life published last, as {some}")
+    insist(not alien, f"{what}: {len(alien)} rows that no life published last, such as {some}")
     missing = [step for step, (_, _, must) in wanted.items() if must and step not in there and not excused(step)]
     insist(
         not missing, f"{what}: {len(missing)} of {len(wanted)} rows are missing, from {missing[:3]} to {missing[-1:]}"
@@ -177,7 +177,7 @@ def tensorboard_rows(folder):
 
 
 def sink_lines(path):
-    """(stream, sequence) as they came; a line that a kill or a full disk cut short does not count."""
+    """Return (stream, sequence) in the order of arrival, without lines truncated by a kill or a full disk."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     parts = [line.split() for line in lines if line.endswith(" .")]
     return [(part[0], int(part[1])) for part in parts if len(part) == 3 and part[1].isdigit()]
@@ -202,7 +202,7 @@ def inspect_sink(name, expected, path, excused):
 
 
 def inspect_checkpoints(expected, store, run_dir, dead, *, latest_of):
-    """``latest_of``: what names the newest one is looked at if that is of this life or a later one."""
+    """Check the uploaded checkpoints, and ``latest.json`` if the newest one is of life ``latest_of`` or later."""
     manifests = {}
     for path in store.glob("run/*/manifest.json"):
         manifest = json.loads(path.read_text())
@@ -210,12 +210,12 @@ def inspect_checkpoints(expected, store, run_dir, dead, *, latest_of):
         for file in manifest["files"]:
             content = (path.parent / file["name"]).read_bytes()
             whole = (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])
-            insist(whole, f"{path.parent / file['name']} is not what its manifest says")
+            insist(whole, f"{path.parent / file['name']} does not match its manifest")
     sure = expected.places.keys() - expected.doubtful
     must = {key: name for key, name in expected.names.items() if key in sure}
     excused = {key for key in must if expected.places[key][1] <= dead.get(expected.places[key][0], 0)}
     missing = [name for key, name in must.items() if name not in manifests and key not in excused]
-    insist(not missing, f"{len(missing)} of {len(must)} checkpoints are not at the store: {sorted(missing)[:3]}")
+    insist(not missing, f"{len(missing)} of {len(must)} checkpoints are not in the store: {sorted(missing)[:3]}")
     newest = max(must.keys() - excused, default=None)
     if newest is not None and newest[0] >= latest_of:
         latest = json.loads((store / "run" / "latest.json").read_text())["checkpoint"]
@@ -224,11 +224,11 @@ def inspect_checkpoints(expected, store, run_dir, dead, *, latest_of):
     for name, folder in manifests.items():
         source = run_dir / "checkpoints" / name / "state.bin"
         stored = next((store / "run" / folder).glob("state/**/state.bin"), None)
-        insist(stored is not None and stored.read_bytes() == source.read_bytes(), f"{name} is not what was saved")
+        insist(stored is not None and stored.read_bytes() == source.read_bytes(), f"{name} differs from what was saved")
 
 
 def command(arguments, environment, *, seconds=COMMAND_SECONDS):
-    """Run `evsys-bus`; its exit code and what it printed. It ends in time, and by no error that is new to it."""
+    """Run `evsys-bus`; returns exit code, stdout and stderr. It must end in time and without a traceback."""
     line = [EVSYS_BUS, *map(str, arguments)]
     with subprocess.Popen(
         line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -244,7 +244,7 @@ def command(arguments, environment, *, seconds=COMMAND_SECONDS):
 
 
 def processes(directory):
-    """The processes that have this directory on their command line, but for this one: pid -> command line."""
+    """Return pid -> command line of all other processes with this directory on their command line."""
     found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -258,7 +258,7 @@ def processes(directory):
 
 
 def wait_until_alone(directory, seconds):
-    """Until no process of ours is left; a `Fault` where one stays."""
+    """Wait until no process works in the directory; raises `Fault` on timeout."""
     deadline = time.monotonic() + seconds
     while (left := processes(directory)) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What `torture.py` needs of the machine, and whether it is there: a clock of our own, strace, mounts, modes."""
+"""Optional tools of the machine for `torture.py`: a preloaded clock, strace, mounts, file modes."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ int sem_timedwait(sem_t *sem, const struct timespec *until) {
 
 
 class Tools:
-    """What this machine has; what it lacks is counted as skipped."""
+    """The tools that this machine has; faults that need a missing one are counted as skipped."""
 
     def __init__(self, folder):
         self.clock = self._clock(folder)
@@ -96,7 +96,7 @@ class Tools:
 
     @staticmethod
     def _unprivileged():
-        """What a command begins with so that modes of files count for it, which they do not for root."""
+        """Return the prefix of a command that makes file modes apply to it, which root ignores; None if impossible."""
         if os.geteuid():
             return []
         line = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]

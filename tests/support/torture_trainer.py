@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The training program of `torture.py`: one life of a run, as the plan in a file describes it.
+"""The training program of `torture.py`: one life of a run, described by the plan in a file.
 
-It writes a line of JSON into a pipe once `publish` has returned, so its parent knows what was acknowledged, and others
-when it has entered the bus, begins to leave it, and has left it.
+It writes a line of JSON to a pipe after each `publish`, so that its parent knows what was acknowledged, and more lines
+when it has entered the bus, when it starts to leave it, and when it has left it.
 """
 
 import asyncio
@@ -37,16 +37,16 @@ from evsys_bus.errors import EvsysBusError
 from evsys_bus.journal import JournalWriter, Retain
 
 HORIZON = 1_000_000
-"""A life says which one it is by ``num_steps``: this and its number."""
+"""``num_steps`` of a life is this plus the number of the life, which identifies it."""
 
 
 def value_of(life, step):
-    """The metric of a step in a life; a 32-bit float holds it."""
+    """Return the metric of a step in a life; a 32-bit float represents it exactly."""
     return float(life * 1000 + step % 1000)
 
 
 class Inline(Callback):
-    """Counts, as a callback that runs in the loop does."""
+    """An inline callback that counts steps."""
 
     def __init__(self):
         self.steps = 0
@@ -56,7 +56,7 @@ class Inline(Callback):
 
 
 class Life:
-    """One life."""
+    """One life of the run."""
 
     def __init__(self, plan, pipe):
         self.plan, self.pipe = plan, pipe
@@ -88,7 +88,7 @@ class Life:
         return self.bus
 
     def say(self, what, **facts):
-        """To the parent; a write that an injected fault refused is tried again."""
+        """Send a line to the parent; a write that fails by an injected fault is retried."""
         line = json.dumps({"what": what, **facts}).encode() + b"\n"
         for _ in range(100):
             try:
@@ -121,7 +121,7 @@ class Life:
             self.bus.health()  # it never raises
 
     def save(self, step):
-        """A checkpoint, in files of its own; a disk that refuses it costs the checkpoint, as in any program."""
+        """Save and publish a checkpoint, or skip it if the disk refuses to write it, as any program would."""
         name = f"life{self.plan['life']:03d}-{step:06d}"
         folder = self.run_dir / "checkpoints" / name
         try:
@@ -192,7 +192,7 @@ def main():
             with asyncio.Runner(loop_factory=factory) as runner:
                 runner.run(life.live_async())
     except (EvsysBusError, OSError) as error:
-        # The journal may refuse the entry while its directory is away: that is an answer, not a fault.
+        # The journal may refuse to open while its directory is missing: that is no failure of the test.
         entered = life.bus is not None and life.bus.receipt is not None
         life.say("raised", error=f"{type(error).__name__}: {error}", entered=entered, trace=traceback.format_exc())
         return 7

@@ -1,4 +1,4 @@
-"""Waiting for a condition that another thread, task or process makes true."""
+"""Waiting for conditions that another thread, task or process makes true."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 12.0, *, what: object = "") -> None:
-    """Look again and again until the condition holds; an `AssertionError` with ``what`` if it does not in time."""
+    """Poll until the condition is true; raises `AssertionError` with ``what`` on timeout."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, what
@@ -14,7 +14,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 12.0, *, what: 
 
 
 async def wait_until_async(condition: Callable[[], object], seconds: float = 12.0) -> None:
-    """The same for a task: the others go on meanwhile; a `TimeoutError` if it does not hold in time."""
+    """Poll without blocking the event loop until the condition is true; raises `TimeoutError` on timeout."""
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.005)

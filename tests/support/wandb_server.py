@@ -1,7 +1,7 @@
-"""What the tests of wandb_logger share: a W&B server as far as its client asks for one, and readers of its files.
+"""Helpers of the tests of wandb_logger: the part of a W&B server that its client needs, and readers of its files.
 
-W&B's own reader is its ``wandb-core``: `wandb sync` reads a file with it, and sends what it read to the server. The
-Python reader that W&B had up to 0.24 is gone.
+W&B's own reader is ``wandb-core``: `wandb sync` reads a file with it and sends the content to the server. The Python
+reader that W&B had up to 0.24 was removed.
 """
 
 import asyncio
@@ -32,9 +32,9 @@ KEY = "a" * 40
 
 
 class WandbServer(ThreadingHTTPServer):
-    """As much of W&B as its own client asks for; answers with ``status`` as long as that is an error.
+    """The part of W&B that its own client needs; responds with ``status`` while that is an error.
 
-    While ``listens`` is not set it takes connections and answers nobody.
+    While ``listens`` is not set it accepts connections and does not respond.
     """
 
     daemon_threads = True
@@ -43,7 +43,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.status = 200
         self.refuses = None
-        """What it has against every run."""
+        """The error message with which it refuses every run; None accepts them."""
         self.asked = 0
         self.lines = {}
         self.runs = {}
@@ -52,7 +52,7 @@ class WandbServer(ThreadingHTTPServer):
         self.exits = {}
         """The exit codes of the runs that have ended."""
         self.sent = {}
-        """How many lines of each run came, those that came again included."""
+        """Lines received per run, including repeated ones."""
         self.listens = threading.Event()
         self.listens.set()
         self.lock = threading.Lock()
@@ -62,7 +62,7 @@ class WandbServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def rows(self, run):
-        """The history of a run, as it was sent."""
+        """Return the history of a run as it was sent."""
         found = self.lines.get(run, {})
         return [json.loads(found[number]) for number in sorted(found)]
 
@@ -127,7 +127,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """W&B, here; and no trace of an account of whoever runs the test."""
+    """Run a W&B server, and remove the W&B settings of the user who runs the test."""
     for name in [each for each in os.environ if each.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     server = WandbServer()
@@ -156,7 +156,7 @@ def files_of(folder):
 
 
 def sync(*files):
-    """W&B's own reader at work, as `wandb sync` calls it: the import of wandb, which takes longest, is made once."""
+    """Run `wandb sync` in this process, so that wandb, which takes longest, is imported only once."""
     import wandb
     from wandb.cli import beta_sync
 
@@ -167,13 +167,13 @@ def sync(*files):
         with contextlib.redirect_stderr(said):
             beta_sync.sync(list(files), **nothing, **never, skip_confirmation=True, parallelism=len(files))
     finally:
-        wandb.teardown()  # its service; and the next test has another server
+        wandb.teardown()  # ends its service, because the next test has another server
     assert all(file.with_suffix(".wandb.synced").exists() for file in files), said.getvalue()
     assert "ERROR" not in said.getvalue(), said.getvalue()
 
 
 def sync_by_command(*files):
-    """The command that the fix of a warning names."""
+    """Run the command that the fix of a warning recommends."""
     folders = [str(file.parent) for file in files]
     done = subprocess.run([sys.executable, "-m", "wandb", "sync", *folders], capture_output=True, text=True, check=True)
     assert "ERROR" not in done.stderr, done.stderr
@@ -184,7 +184,7 @@ def id_of(file):
 
 
 def series(rows, head):
-    """Every value of one stream of rows, by metric: (step, value), in order of steps."""
+    """Return the points (step, value) of one section, by metric, sorted by step."""
     found = {}
     for row in rows:
         for key, value in row.items():
@@ -194,7 +194,7 @@ def series(rows, head):
 
 
 def times(journal):
-    """When each step of the journal was published, by run."""
+    """Return when each step of the journal was published, by run."""
     reader, found = JournalReader(journal), {}
     for stream in reader.streams():
         for record in reader.read(stream):
@@ -206,7 +206,7 @@ def times(journal):
 
 
 def same(one, other):
-    """Whether two series are the same; NaN is NaN, and W&B has no negative zero."""
+    """Return whether two series are the same; NaN equals NaN, and W&B has no negative zero."""
     return len(one) == len(other) and all(
         step == at and (value == found or (value != value and found != found))  # noqa: PLR0124 # NaN
         for (step, value), (at, found) in zip(one, other, strict=True)
@@ -214,20 +214,20 @@ def same(one, other):
 
 
 def records_in(file):
-    """Its records, by our own reader: what that is worth, the tests with W&B's show."""
+    """Return the records of a file with our own reader, which other tests compare with W&B's."""
     records = Records()
     with file.open("rb") as opened:
         return [records._messages.Record.FromString(payload) for payload, _ in records.scan(opened)]
 
 
 def rows_in(file):
-    """The history, read as above."""
+    """Return the history of a file with our own reader."""
     rows = [each.history for each in records_in(file) if each.HasField("history")]
     return [{item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in rows]
 
 
 class Run(loggers.Run):
-    """A run that wandb_logger logs."""
+    """A run logged by wandb_logger."""
 
     def __init__(self, folder, key="run", **params):
         super().__init__(WandbLoggerCallback("p", **{"mode": "offline", **params}), folder, key)
@@ -239,7 +239,7 @@ class Run(loggers.Run):
 
 
 class Delivery:
-    """Delivers to a logger as its courier does, on the loop of the test, and keeps what it publishes and owes."""
+    """Delivers to a logger like its courier, on the loop of the test; stores what it publishes and reports as owed."""
 
     def __init__(self, logger, stream="s", seq=0):
         self.logger, self.stream, self.seq = logger, stream, seq
@@ -263,7 +263,7 @@ class Delivery:
         await asyncio.sleep(0.2)
 
     async def take(self, *events, at=None):
-        """Deliver these events, the first one published at that time and the others a second apart."""
+        """Deliver these events, published one second apart from the time ``at``."""
         begun = time.time() if at is None else at
         batch = []
         for offset, event in enumerate(events):
@@ -280,7 +280,7 @@ class Delivery:
                 await asyncio.sleep(0.02)
 
     async def settle(self, seconds=30.0):
-        """The end of a courier; how long it took."""
+        """Close the logger as at the end of a courier; returns how long that took."""
         began = time.monotonic()
         self.logger.close()
         await self.logger.settle_owed(began + seconds)
@@ -288,7 +288,7 @@ class Delivery:
 
 
 def settle(logger, seconds=30.0):
-    """The end of a bus."""
+    """Close the logger as at the end of a bus."""
     logger.close()
     asyncio.run(logger.settle_owed(time.monotonic() + seconds))
 
@@ -300,13 +300,13 @@ def publish(bus, *events):
 
 
 def processes(folder):
-    """What is left of W&B's processes that work on files below the folder, or were started for one."""
+    """Return the W&B processes that work on files in the folder or were started for one."""
     listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
     return [line for line in listed.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line]
 
 
 def cores():
-    """The services of W&B that run, by pid; of this worker of the test run, by what they inherited from it."""
+    """Return the pids of running W&B services that were started by this worker of the test run."""
     listed = subprocess.run(["ps", "-A", "-o", "pid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
     found = {line.split()[0] for line in listed.splitlines() if "wandb-core" in line and " Z" not in line}
     return {pid for pid in found if _is_ours(pid)}

@@ -105,7 +105,7 @@ class Strange(Callback):
             "a loop by itself comes to the same as inline; DetachedLoopState is too many",
         ),
         ("keeps its run bare", "a run beside another is as one by itself; line 1 of narrow lines is"),
-        ("begins anew", "start events that are told again change nothing; "),
+        ("begins anew", "repeated start events change nothing; "),
     ],
 )
 def test_a_callback_that_does_not_conform_is_told_so_in_a_sentence(wrong, said):

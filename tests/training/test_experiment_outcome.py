@@ -49,7 +49,7 @@ def test_an_arm_that_lost_a_seed_is_best_only_where_no_arm_is_whole():
     result = verdict(*survivor, run("steady", 0.9), run("steady", 0.9))
     assert result.best_arm == "steady"
     assert result.conclusion == (
-        "steady is best: test/acc 0.9 ± 0 over 2 seeds, before lucky (0.99, not whole). lucky: 1 failed of 2 runs."
+        "steady is best: test/acc 0.9 ± 0 over 2 seeds, before lucky (0.99, incomplete). lucky: 1 failed of 2 runs."
     )
     assert verdict(*survivor, run("worse", 0.1), run("worse", NAN)).best_arm == "lucky"
 

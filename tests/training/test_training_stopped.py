@@ -223,7 +223,7 @@ async def test_a_completed_run_of_an_experiment_trains_longer_where_its_steps_ar
 async def test_fewer_steps_and_other_parameters_are_refused_as_ever(tmp_path):
     await an_experiment(tmp_path, {}).run()
     for params in ({"steps": 5}, {"steps": 8, "lr": 1}, {"steps": "8"}, {"steps": True}):
-        with pytest.raises(TrainingError, match="was begun with other parameters"):
+        with pytest.raises(TrainingError, match="was started with other parameters"):
             await an_experiment(tmp_path, {}, params=params).run()
 
 

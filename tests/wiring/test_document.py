@@ -187,7 +187,7 @@ def test_a_tab_in_the_indentation(tmp_path):
 
 def test_a_key_that_stands_twice(tmp_path):
     assert refused(tmp_path, "run:\n  lr: 1\n  x: 2\n  lr: 3\n") == (
-        'error[EB107]: the key "lr" stands twice in one mapping: lines 2 and 4\n'
+        'error[EB107]: the key "lr" is twice in one mapping: lines 2 and 4\n'
         " --> sweep.yaml:4:3   $.run.lr\n  |\n4 |   lr: 3\n  |   ^^\n"
         "fix: remove one of them, or rename it"
     )

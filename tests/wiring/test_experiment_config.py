@@ -207,7 +207,7 @@ WRONG = {
             " --> sweep.yaml:3:41   $.matrix.hidden[2]\n  |\n"
             "3 | matrix: {lr: [0.1, 0.2], hidden: [1, 2, 1]}\n"
             "  |                                         ^\n"
-            "fix: remove the value that is there twice"
+            "fix: remove the duplicate value"
         ),
     ),
     "a_matrix_that_explodes": (

@@ -1,7 +1,7 @@
-"""The room of the checkpoints: where their files are kept, and how they get there whole, verified and resumable.
+"""Checkpoint storage: uploads, verification, pruning and resuming.
 
-`store` is the contract of an object store, which `folder_store` and `s3_store` keep; `ledger` remembers the uploads
-under way.
+`store` defines the interface of object stores, implemented by `folder_store` and `s3_store`; `ledger` records uploads
+in progress.
 """
 
 from evsys_adapters.checkpoints.ledger import UploadLedger

@@ -1,8 +1,9 @@
-"""Copies of what is in a store: a file appears, or is replaced, once it is right; one that was cut short goes on.
+"""Verified copies from a store: a file appears only once it is complete and correct; an interrupted copy is resumed.
 
-    .<name>.<32 hexadecimal digits>.partial     what there is of a copy; the digits say of which content, to which name
+    .<name>.<32 hexadecimal digits>.partial     an incomplete copy; the digits are a digest of content and file name
 
-Whoever is at a copy holds its lock. Where another process is, or there are no locks, a copy of one's own is begun.
+A process holds the lock of the copy that it writes. If another process holds it, or locks are not supported, a separate
+copy is started.
 """
 
 import hashlib
@@ -21,39 +22,40 @@ from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.store import DamagedError, Stored, Told, check
 
 PIECE_BYTES: Final = 4 << 20
-"""What is done in one go: a cancellation does not wait for more."""
+"""Bytes read or hashed in one thread call; a cancellation waits for at most that."""
 _PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _SHOWN_BYTES: Final = 100
-"""Of the name; whole it may be as long as a name can be."""
+"""Maximum length of the original name in that of a partial file."""
 
 
 class Copy:
-    """Content on its way into an open file, or into none, and its digest so far. It blocks as long as the disk does.
+    """Writes content into an open file, or nowhere, and computes its digest. Its methods block.
 
     Args:
         file: The file's descriptor.
-        where: The place, in words, where there may be no room.
-        most: How much there can be; more is an error.
+        where: Description of the target for errors about a full disk.
+        most: Maximum size; more is an error.
     """
 
     def __init__(self, file: int | None = None, where: object = None, most: int | None = None) -> None:
         self.size = 0
-        """How much there is."""
+        """Bytes so far."""
         self._most: Final = most
         self._file: Final = file
         self._where: Final = where
         self._digest: Final = hashlib.sha256()
 
     def add(self, piece: bytes) -> None:
-        """Add the next bytes; where that fails they are not added, and may be once more.
+        """Add the next bytes; if that fails, they were not added and may be added again.
 
         Raises:
-            DamagedError: There is more than there can be.
+            DamagedError: The maximum size is exceeded.
             RetryLaterError: The disk is full.
         """
         if self._most is not None and self.size + len(piece) > self._most:
             raise DamagedError(
-                f"more than {self._most} bytes came", fix="fetch again; if that does not help, another checkpoint"
+                f"received more than {self._most} bytes",
+                fix="fetch again; if that does not help, fetch another checkpoint",
             )
         if self._file is not None:
             done = 0
@@ -64,7 +66,7 @@ class Copy:
         self.size += len(piece)
 
     def recall(self, most: int) -> bool:
-        """Take the next piece of what is in the file already, up to ``most`` bytes in all; whether there was any."""
+        """Read the next chunk of existing content, up to ``most`` bytes in total; returns whether there was one."""
         assert self._file is not None
         piece = os.pread(self._file, min(PIECE_BYTES, most - self.size), self.size)
         self._digest.update(piece)
@@ -72,14 +74,14 @@ class Copy:
         return bool(piece)
 
     def finish(self) -> None:
-        """Have just this in the file, and on the medium."""
+        """Truncate the file to the written size and sync it."""
         assert self._file is not None
         with durable.needing_room(self._where):
             os.ftruncate(self._file, self.size)
             os.fsync(self._file)
 
     def stored(self, key: str) -> Stored:
-        """What it is a copy of."""
+        """Return size and digest of the content as the object ``key``."""
         return Stored(key, self.size, self._digest.hexdigest())
 
 
@@ -91,19 +93,19 @@ async def copy_into(
     told: Told | None,
     read: Callable[[Copy], Awaitable[None]],
 ) -> Stored:
-    """Have a copy at the path. What an earlier attempt has left is gone on with, where the content's digest is known.
+    """Copy an object to the path. An interrupted earlier copy is resumed if the content's digest is known.
 
     Args:
-        path: Where it goes.
-        theirs: The object, as the store has it; no more than that is taken.
-        wanted: What it must be, if that is known.
-        where: The store, in words.
-        told: Is called with what there is, while that is read again.
-        read: Adds what is missing.
+        path: The target.
+        theirs: The object as listed by the store; no more than its size is read.
+        wanted: The expected size and digest, if known.
+        where: Description of the store.
+        told: Called with the progress while existing content is read again.
+        read: Adds the missing content.
 
     Raises:
-        DamagedError: It is another content; nothing is kept of it.
-        DeliveryError, OSError: What ``read`` raises; what is here by then is kept.
+        DamagedError: The content differs; the partial copy is removed.
+        DeliveryError, OSError: Raised by ``read``; the partial copy is kept.
     """
     while True:
         with _unfinished(path, theirs.sha256 or (wanted and wanted.sha256)) as (file, partial):
@@ -127,50 +129,50 @@ async def copy_into(
                 partial.unlink()
                 if not before:
                     raise
-                continue  # what was left may have been torn
+                continue  # the resumed part may have been torn
             await to_thread.run_sync(durable.move, partial, path)
             return got
 
 
 def partial_of(path: Path, sha256: str) -> Path:
-    """Where a copy to this path, of the content with this digest, stands until it is whole."""
+    """Return the path of the partial copy to this path of the content with this digest."""
     digits = hashlib.sha256(os.fsencode(path.name) + b"\0" + sha256.encode()).hexdigest()[:32]
     return _partial(path, digits)
 
 
 def is_partial(path: Path) -> bool:
-    """Whether it has the name of a copy that is not whole."""
+    """Whether the path has the name of a partial copy."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 
 def clear(folder: Path, keep: Collection[Path] = ()) -> None:
-    """Remove what copies have left below the folder and nobody is at now, but for these files."""
+    """Remove partial copies below the folder that no process is writing, except for these files."""
     for partial in folder.rglob(".*.partial"):
         if partial not in keep and _PARTIAL.fullmatch(partial.name):
             file = _held(partial)
             if file is not None:
-                with suppress(OSError):  # what stays is in nobody's way
+                with suppress(OSError):  # a leftover file does no harm
                     partial.unlink()
                 os.close(file)
 
 
 @contextmanager
 def _unfinished(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]:
-    """A file that is to become the one at the path, and its name. It stays if it may be gone on with."""
+    """Open a partial copy for the path; it is removed on exit unless it can be resumed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
     file, stays = _held(partial, os.O_CREAT), sha256 is not None
     if file is None:
         partial, stays = _partial(path, token_hex(16)), False
         file = _held(partial, os.O_CREAT)
-    if file is None:  # there are no locks here
+    if file is None:  # locks are not supported here
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield file, partial
     finally:
         os.close(file)
         if not stays:
-            partial.unlink(missing_ok=True)  # it is in its place, unless this failed
+            partial.unlink(missing_ok=True)  # it was moved into place, unless the copy failed
 
 
 def _partial(path: Path, digits: str) -> Path:
@@ -179,7 +181,7 @@ def _partial(path: Path, digits: str) -> Path:
 
 
 def _held(partial: Path, make: int = 0) -> int | None:
-    """The file, open for as long as it is locked; None where another one has it, or it cannot be had."""
+    """Open and lock the file; None if another process holds it or it cannot be opened."""
     import fcntl  # POSIX only
 
     file = None
@@ -191,7 +193,7 @@ def _held(partial: Path, make: int = 0) -> int | None:
             return file
     except OSError as error:
         if file is not None and not isinstance(error, BlockingIOError) and not os.fstat(file).st_size:
-            partial.unlink(missing_ok=True)  # it was made just now, where there are no locks
+            partial.unlink(missing_ok=True)  # just created, and locks are not supported here
     if file is not None:
         os.close(file)
     return None

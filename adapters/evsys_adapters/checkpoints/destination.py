@@ -1,12 +1,12 @@
-"""`Destination`: the checkpoints of one run in an object store, and in which order what is written there.
+"""`Destination`: the checkpoints of one run in an object store, and the order of writes there.
 
-A checkpoint is there once its manifest is. So the manifest is written last and removed first, and `latest` names only
-what was read back.
+A checkpoint exists once its manifest does. So the manifest is written last and removed first, and `latest` names only
+checkpoints that were read back.
 
-Which checkpoint is the newer one no clock decides. Each stream of a journal gets a number at the destination, its life:
-one more than the largest, when its first checkpoint comes. A stream that is known keeps its own, one that an earlier
-stream of the same journal is ordered by their counters, and what comes from another machine, without having been gone
-on from what is here, is older until it has gone further.
+The order of checkpoints does not depend on clocks. Each journal stream gets a number at the destination, its life: one
+more than the largest one, assigned with its first checkpoint. A known stream keeps its number; an earlier stream of the
+same journal is ordered by the journal's counters; and a stream from another machine that did not resume from here
+counts as older until it has more steps.
 """
 
 from contextlib import suppress
@@ -30,43 +30,43 @@ from evsys_bus.journal.layout import order_of
 
 _T = TypeVar("_T")
 _MOST_LIVES: Final = 1000
-"""That `latest` lists."""
+"""Maximum number of streams listed in `latest`."""
 _LATEST: Final = msgspec.json.Decoder(Latest)
 _MANIFEST: Final = msgspec.json.Decoder(Manifest)
 
 
 class Destination:
-    """Where the checkpoints of one run are.
+    """The checkpoints of one run at a destination.
 
     Args:
-        store: Open.
-        prefix: Of all keys.
-        run: The folder of the run, one component.
+        store: An open store.
+        prefix: Prefix of all keys.
+        run: The run's folder name, one path component.
     """
 
     def __init__(self, store: ObjectStore, prefix: str, run: str) -> None:
         self.store: Final = store
         self.run_key: Final = key_in(prefix, run)
-        """The key of the run's folder."""
-        self._known: dict[str, Manifest] = {}  # a manifest never changes
+        """Key of the run's folder."""
+        self._known: dict[str, Manifest] = {}  # manifests are immutable
         self.damaged: set[str] = set()
-        """Folders whose manifest is there and cannot be used, as `manifests` found them."""
+        """Folders whose manifest exists but is invalid, as of the last call of `manifests`."""
 
     def key(self, folder: str, *names: str) -> str:
-        """The key of something below a checkpoint's folder."""
+        """Return the key of an object below a checkpoint's folder."""
         return key_in(self.run_key, folder, *names)
 
     async def manifest(self, folder: str) -> Manifest | None:
-        """The manifest of a checkpoint; None where it is not there, or is none, or that of another one.
+        """Return the manifest of a checkpoint; None if it is missing, invalid, or names another checkpoint.
 
         Raises:
-            DeliveryError, OSError: As the store does; so do all methods.
+            DeliveryError, OSError: Raised by the store; the same applies to all methods.
         """
         found = _decoded(_MANIFEST, await self._read(self.key(folder, MANIFEST)))
         return found if found is not None and checkpoint_folder(found.row) == folder else None
 
     async def manifests(self) -> list[Manifest]:
-        """Those of all checkpoints, the oldest first."""
+        """Return the manifests of all checkpoints, oldest first."""
         inside = f"{self.run_key}/"
         names = [each.key.removeprefix(inside) for each in await self.store.names(inside)]
         folders = {name.split("/")[0] for name in names if name.count("/") == 1 and name.endswith(f"/{MANIFEST}")}
@@ -78,21 +78,21 @@ class Destination:
         return sorted((self._known[each] for each in folders if each in self._known), key=lambda each: each.age)
 
     async def latest(self) -> Latest | None:
-        """The newest checkpoint, as it stands there."""
+        """Return the record of the newest checkpoint."""
         return _decoded(_LATEST, await self._read(self.key(LATEST)))
 
     async def publish(self, manifest: Manifest, *, follows: int = -1) -> Manifest:
-        """Write the manifest, read it back, and then let `latest` name it, unless it names a newer one.
+        """Write the manifest, verify it, and point `latest` to it unless that names a newer one.
 
         Args:
-            manifest: Its life is found out here.
-            follows: The greatest life of a checkpoint from which the run was gone on, where that was fetched.
+            manifest: Its life is assigned here.
+            follows: The largest life of a fetched checkpoint that the run was resumed from.
 
         Returns:
             The manifest, with its life.
 
         Raises:
-            ConflictError: The manifest of another one is there.
+            ConflictError: There is a manifest of another checkpoint.
         """
         folder = checkpoint_folder(manifest.row)
         standing = await self._standing()
@@ -102,14 +102,14 @@ class Destination:
             await self.store.put_bytes(self.key(folder, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
             verified = await self.manifest(folder)
             if verified is None or not verified.is_same_as(manifest):
-                raise RetryLaterError(f"{self.key(folder, MANIFEST)} is not what was written")
+                raise RetryLaterError(f"{self.key(folder, MANIFEST)} differs from what was written")
         elif not there.is_same_as(manifest):
             raise ConflictError(f"{self.key(folder, MANIFEST)} is the manifest of another checkpoint")
         await self._move_latest(manifest, standing)
         return manifest
 
     async def remove(self, manifest: Manifest) -> None:
-        """Remove a checkpoint: its manifest first, then the objects that this names, and no others."""
+        """Remove a checkpoint: first its manifest, then the objects listed in it, and no others."""
         folder = checkpoint_folder(manifest.row)
         await self.store.delete(self.key(folder, MANIFEST))
         self._known.pop(folder, None)
@@ -118,12 +118,12 @@ class Destination:
                 await self.store.delete(self.key(folder, file.name))
 
     async def _standing(self) -> Latest | None:
-        """`latest`, made of the manifests where it is missing, damaged, or of 0.1.0; None where nothing is here."""
+        """Return `latest`, rebuilt from the manifests if missing, damaged or of 0.1.0; None without checkpoints."""
         latest = await self.latest()
         if latest is not None and latest.lives:
             return latest
         there: list[Manifest] = []
-        with suppress(ParkedError):  # who may not list goes by what `latest` says
+        with suppress(ParkedError):  # without permission to list, rely on `latest`
             there = await self.manifests()
         lives = {each.stream: Life(each.life, each.origin) for each in there if each.life or not each.origin}
         if latest is not None:
@@ -135,7 +135,7 @@ class Destination:
         return None if latest is None else msgspec.structs.replace(latest, lives=lives)
 
     async def _move_latest(self, manifest: Manifest, standing: Latest | None) -> None:
-        """Have `latest` name this one, unless it names a newer one, and know its stream."""
+        """Point `latest` to this checkpoint unless it names a newer one, and add its stream."""
 
         def change(before: bytes | None) -> bytes | None:
             latest = _decoded(_LATEST, before)
@@ -144,8 +144,8 @@ class Destination:
             return None if moved == latest else msgspec.json.encode(moved)
 
         while not await self.store.change_bytes(self.key(LATEST), change):
-            # The store replaces without looking at what is there: somebody else may have done so at the same time, and
-            # has written a manifest before.
+            # The store replaces unconditionally: another process may have replaced `latest` at the same time;
+            # it has written its manifest before.
             newest = manifest
             with suppress(ParkedError):
                 newest = max(await self.manifests(), key=lambda each: each.age, default=manifest)
@@ -161,7 +161,7 @@ class Destination:
 
 
 def _life_of(manifest: Manifest, latest: Latest | None, follows: int) -> int:
-    """The life of its stream; 0 where it is older than whatever has one."""
+    """Return the life of the manifest's stream; 0 if it is older than all numbered streams."""
     if latest is None:
         return 1
     known = latest.lives.get(manifest.stream)
@@ -180,7 +180,7 @@ def _life_of(manifest: Manifest, latest: Latest | None, follows: int) -> int:
 
 
 def _moved(latest: Latest | None, manifest: Manifest) -> Latest:
-    """What `latest` says once this one is here."""
+    """Return `latest` updated for this checkpoint."""
     lives = {} if latest is None else dict(latest.lives)
     if manifest.life:
         lives.setdefault(manifest.stream, Life(manifest.life, manifest.origin))

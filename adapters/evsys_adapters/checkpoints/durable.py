@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a power cut, and the digests of their content."""
+"""Atomic and durable file operations, and digests of file contents."""
 
 import errno
 import hashlib
@@ -18,34 +18,34 @@ _NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def needing_room(where: object) -> Generator[None]:
-    """Name the place where there is no room; the error of a write does not know it.
+    """Convert a full disk in the block to an error that names the place.
 
     Raises:
-        RetryLaterError: The disk is full: in place of its OSError.
+        RetryLaterError: The disk is full.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
-        raise RetryLaterError(f"no room in {where}: {error.strerror}; it goes on once there is some") from error
+        raise RetryLaterError(f"no room in {where}: {error.strerror}; it resumes once there is space") from error
 
 
 def beside(path: Path) -> Path:
-    """A name for what is to become the file, in the same directory, which is made if need be."""
+    """Return a temporary name beside the path; creates the parent directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.encode(errors="ignore")[:_SHOWN_BYTES].decode(errors="ignore")
     return path.with_name(f".{name}.{token_hex(6)}.partial")
 
 
 def sync(file: BinaryIO) -> None:
-    """Have the content on the medium."""
+    """Flush and fsync a file."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the entries of the directory on the medium."""
+    """Fsync a directory."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -54,12 +54,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def move(partial: Path, path: Path) -> None:
-    """Put a file, whose content is on the medium, in its place."""
+    """Rename a synced file to its final path, and fsync the directory."""
     partial.replace(path)
     sync_folder(path.parent)
 
 
 def sha256_of(path: Path) -> str:
-    """The digest of a file's content, in hexadecimal."""
+    """Return the SHA-256 digest of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

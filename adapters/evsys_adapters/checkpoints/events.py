@@ -1,4 +1,4 @@
-"""What uploading and pruning have on record: published by their delivery halves, into the courier's own stream."""
+"""Events published by the delivery halves of uploading and pruning, into the courier's own stream."""
 
 from typing import Literal
 
@@ -6,54 +6,54 @@ from evsys_bus.events import Event
 
 
 class UploadProgress(Event, frozen=True):
-    """How far an upload has got; every few seconds while one goes on."""
+    """Progress of an upload, published every few seconds."""
 
     run: str
     checkpoint: str
-    """The folder of the checkpoint at the destination."""
+    """The checkpoint's folder at the destination."""
     done_bytes: int
     total_bytes: int
     bytes_per_second: float
     eta_seconds: float | None = None
-    """None while nothing is known of the rate."""
+    """None while the rate is unknown."""
     url: str = ""
-    """The destination of the checkpoint."""
+    """Destination of the checkpoint."""
 
 
 class CheckpointUploaded(Event, frozen=True):
-    """The manifest of a checkpoint is at the destination, and was read back; `latest` names it, or a newer one."""
+    """The manifest of a checkpoint was written and verified; `latest` names it or a newer one."""
 
     run: str
     checkpoint: str
     batch: int
     """The 0-based step after which it was saved."""
     url: str
-    """Where its manifest is."""
+    """URL of its manifest."""
     files: int
     bytes: int
     seconds: float
-    """From the first file to the manifest, in the process that finished it."""
+    """From the first file to the manifest, in the process that finished the upload."""
 
 
 class CheckpointConflict(Event, frozen=True):
-    """Something else is under a key of the checkpoint; it stays, and what was to be uploaded stays in the spool."""
+    """A key of the checkpoint holds other content, which is left unchanged; the checkpoint stays in the spool."""
 
     run: str
     checkpoint: str
     batch: int
     url: str
-    """The destination of the checkpoint."""
+    """Destination of the checkpoint."""
     why: str
 
 
 class CheckpointPruned(Event, frozen=True):
-    """A checkpoint was removed, or would have been."""
+    """A checkpoint was removed, or would have been in a dry run."""
 
     run: str
     checkpoint: str
     batch: int
     where: Literal["local", "remote"]
     paths: list[str]
-    """What was removed: paths, or the URL of the checkpoint's folder."""
+    """The removed paths, or the URL of the checkpoint's folder."""
     dry_run: bool = False
-    """Nothing was removed: the rules were only to be tried."""
+    """Whether this was a dry run, so that nothing was removed."""

@@ -1,4 +1,4 @@
-"""`FolderStore`: objects as files of a directory; on a network file system, or as the twin of S3 in tests."""
+"""`FolderStore`: objects as files of a directory, on a network file system or as a stand-in for S3 in tests."""
 
 import errno
 import hashlib
@@ -36,10 +36,10 @@ _LOCK_PAUSE_SECONDS: Final = 0.01
 
 
 class FolderStore:
-    """An `ObjectStore` of files: the key is the path below the directory. Digests are made when they are asked for.
+    """An `ObjectStore` of files: the key is the path below the directory. Digests are computed on request.
 
-    Two processes that put different content under one key at the same instant are not told apart from one after the
-    other: the file system has no replacing that fails.
+    Two processes that write different content to one key at the same moment are not detected: the file system has no
+    conditional replacement.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -47,10 +47,10 @@ class FolderStore:
         self.where = f"file://{directory}"
 
     async def open(self) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.open`."""
 
     async def probe(self) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.probe`."""
         key = f".probe-{os.getpid()}"
         try:
             await self.put_bytes(key, b"evsys-bus was here", replace=True)
@@ -62,7 +62,7 @@ class FolderStore:
             ) from error
 
     async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
-        """As `ObjectStore`. A copy that was cut short is begun again."""
+        """See `ObjectStore.put_file`. An interrupted copy is restarted."""
         target = self._path(key)
         await to_thread.run_sync(self._clear, key, ledger)
         try:
@@ -91,11 +91,11 @@ class FolderStore:
         return stored
 
     async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
-        """As `ObjectStore`."""
+        """See `ObjectStore.put_bytes`."""
         return await to_thread.run_sync(self._put_bytes, key, data, replace)
 
     async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
-        """As `ObjectStore`; without ``stored`` the size is all that it can be held to."""
+        """See `ObjectStore.get_file`. Without ``stored`` only the size is verified."""
         try:
             file = os.fdopen(OsDisk().open_read(str(self._path(key))), "rb")
         except FileNotFoundError as error:
@@ -106,11 +106,11 @@ class FolderStore:
             return await copy_into(path, Stored(key, size), stored, self.where, told, partial(_read, file, size, told))
 
     async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
-        """As `ObjectStore`; under a lock of the folder, so between processes that see the same locks."""
+        """See `ObjectStore.change_bytes`. Uses a lock of the folder, which must work between the processes."""
         return await to_thread.run_sync(self._change_bytes, key, change)
 
     async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
-        """As `ObjectStore`."""
+        """See `ObjectStore.get_bytes`."""
         path = self._path(key)
         try:
             return await to_thread.run_sync(lambda: read_file(path, most_bytes=most_bytes))
@@ -120,24 +120,22 @@ class FolderStore:
             raise DamagedError(f"{path} cannot be used: {error}", fix="it was not written by evsys-bus") from error
 
     async def names(self, prefix: str) -> list[Stored]:
-        """As `ObjectStore`."""
+        """See `ObjectStore.names`."""
         return await to_thread.run_sync(lambda: sorted(self._names(prefix), key=lambda each: each.key))
 
     async def delete(self, key: str) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.delete`."""
         path = self._path(key)
         if not path.parent.resolve().is_relative_to(self._directory.resolve()):
-            raise RefusedError(
-                f"{path} is reached by a link that leads out of {self._directory}", fix="remove it by hand"
-            )
+            raise RefusedError(f"{path} is behind a link that leaves {self._directory}", fix="remove it by hand")
         await to_thread.run_sync(partial(path.unlink, missing_ok=True))
 
     async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
-        """As `ObjectStore`."""
+        """See `ObjectStore.abort_abandoned`."""
         return await to_thread.run_sync(self._abort_abandoned, prefix, ledger)
 
     async def close(self) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.close`."""
 
     def _put_bytes(self, key: str, data: bytes, replace: bool) -> Stored:
         path, sha256 = self._path(key), hashlib.sha256(data).hexdigest()
@@ -168,7 +166,7 @@ class FolderStore:
 
     def _abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
         plans = ledger.under(self.where, prefix)
-        for plan in plans:  # a copy is never gone on with, so each of them is abandoned
+        for plan in plans:  # copies are never resumed, so all of them are abandoned
             self._clear(plan.key, ledger)
         return len(plans)
 
@@ -179,7 +177,7 @@ class FolderStore:
         ledger.forget(self.where, key)
 
     def _same(self, key: str, size: int, sha256: str) -> Stored:
-        """The object, if it has this content."""
+        """Return the object if it has this content; raises ConflictError otherwise."""
         path = self._path(key)
         if path.stat().st_size != size or durable.sha256_of(path) != sha256:
             raise ConflictError(f"{path} has other content", fix="store this run under another prefix, or move it away")
@@ -190,11 +188,11 @@ class FolderStore:
         return self._directory / key
 
     def _missing(self, key: str) -> MissingError:
-        return MissingError(f"{self._path(key)} is not there", fix="see what is stored: evsys-bus checkpoints RUN")
+        return MissingError(f"{self._path(key)} does not exist", fix="see what is stored: evsys-bus checkpoints RUN")
 
 
 def _size(path: Path) -> int | None:
-    """None where it was removed meanwhile, or is a link that leads to nothing."""
+    """Return the file's size; None if it was removed meanwhile, or is a dangling link."""
     try:
         return path.stat().st_size
     except OSError as error:
@@ -205,10 +203,10 @@ def _size(path: Path) -> int | None:
 
 @contextmanager
 def _alone(folder: Path) -> Generator[bool]:
-    """Hold the lock of a folder, if there are locks; whether it is held.
+    """Lock a folder if locks are supported; yields whether it is locked.
 
     Raises:
-        RetryLaterError: Another process holds it for very long.
+        RetryLaterError: Another process holds the lock for too long.
     """
     import fcntl  # POSIX only
 
@@ -223,7 +221,7 @@ def _alone(folder: Path) -> Generator[bool]:
                 if time.monotonic() > until:
                     raise RetryLaterError(f"another process has locked {folder} for {_LOCK_SECONDS:g} s") from error
                 time.sleep(_LOCK_PAUSE_SECONDS)
-            except OSError:  # no locks here
+            except OSError:  # locks are not supported here
                 break
         yield locked
     finally:
@@ -231,14 +229,14 @@ def _alone(folder: Path) -> Generator[bool]:
 
 
 async def _read(file: BinaryIO, size: int, told: Told | None, copy: Copy) -> None:
-    """Add what the copy of an open file has not yet."""
+    """Add the missing content of an open file to the copy."""
     while await to_thread.run_sync(_read_piece, file, copy):
         if told is not None:
             told(copy.size, max(size, copy.size))
 
 
 def _read_piece(file: BinaryIO, copy: Copy) -> bool:
-    """Add so much that a cancellation does not wait long; whether there was any."""
+    """Add a bounded amount, so that a cancellation does not wait long; returns whether there was any."""
     file.seek(copy.size)
     before = copy.size
     while copy.size - before < PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):

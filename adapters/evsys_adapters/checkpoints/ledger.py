@@ -1,7 +1,7 @@
-"""`UploadLedger`: which uploads are under way and what they have sent, on disk before anybody relies on it.
+"""`UploadLedger`: records uploads in progress and the parts already sent, synced to disk before they are relied on.
 
-One file per upload, whose first line is its `Plan` and every further one a part that the store has. A torn last line is
-a part that is sent again. The ledger knows no store: it is asked by where an object goes, and its key.
+One file per upload: its first line is the `Plan`, every further line a part that the store has. A torn last line means
+that the part is sent again. The ledger is independent of stores: uploads are looked up by store name and key.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from evsys_bus.files import load_file, replace_file
 
 
 class Source(msgspec.Struct, frozen=True):
-    """What tells a file's content from another one without reading it."""
+    """Metadata that identify a file's content without reading it."""
 
     size: int
     modified_ns: int
@@ -25,12 +25,12 @@ class Source(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
-        """That of the file with this status."""
+        """Return the identity from a file status."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 def source_of(path: str) -> Source | None:
-    """That of the file which stands there, if one does."""
+    """Return the identity of the file at the path; None if there is none."""
     try:
         return Source.of(Path(path).stat())
     except FileNotFoundError:
@@ -38,65 +38,65 @@ def source_of(path: str) -> Source | None:
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """An upload, as it was begun."""
+    """An upload at its start."""
 
     where: str
-    """The store."""
+    """Description of the store."""
     key: str
     path: str
     source: Source
     part_bytes: int = 0
     sha256: str = ""
-    """Of the whole."""
+    """Digest of the whole file."""
     digests: list[str] = []
-    """Of the parts."""
+    """Digests of the parts."""
     upload: str | None = None
-    """What the store calls the upload; None while it was not yet heard."""
+    """The store's ID of the upload; None until it is known."""
 
 
 class Part(msgspec.Struct, frozen=True, array_like=True):
     """A part that the store has."""
 
     number: int
-    """From 1 on."""
+    """Starts at 1."""
     tag: str
-    """What the store calls its content."""
+    """The store's identifier of the content."""
 
 
 class UploadLedger:
-    """The uploads under way, in a directory of their own. One process at a time writes it.
+    """The uploads in progress, in a directory of their own. Only one process at a time may write it.
 
-    Its methods block for as long as the disk does.
+    Its methods block.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
     def begin(self, plan: Plan) -> None:
-        """Have the upload on record, in place of an earlier one to the same key."""
+        """Record an upload, replacing an earlier one to the same key."""
         file = self._file(plan.where, plan.key)
         _read(file, set_aside=True)
         replace_file(file, _write(plan) + b"\n")
 
     def finished(self, plan: Plan, part: Part) -> None:
-        """Have it on record that the store has the part."""
+        """Record that the store has the part."""
         handle = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        with os.fdopen(handle, "ab") as file:  # buffered: all of it is written, or it raises
-            file.write(b"\n" + _write(part))  # a torn line before it is ended by this
+        with os.fdopen(handle, "ab") as file:  # buffered: it is written completely, or raises
+            file.write(b"\n" + _write(part))  # ends a torn line before it
             durable.sync(file)
 
     def find(self, where: str, key: str) -> tuple[Plan, dict[int, Part]] | None:
-        """The upload to the key, and the parts that the store has, by number."""
+        """Return the upload to the key, and the parts that the store has, by number."""
         return _read(self._file(where, key), set_aside=True)
 
     def under(self, where: str, prefix: str) -> list[Plan]:
-        """The uploads to keys that begin so."""
+        """Return the uploads to keys with this prefix."""
         found = (_read(path) for path in self._directory.glob("*.upload"))
         return [each[0] for each in found if each and each[0].where == where and each[0].key.startswith(prefix)]
 
     def forget(self, where: str, key: str) -> None:
-        """The upload to the key is done with."""
-        with suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # no file of ours; it is set aside
+        """Remove the record of the upload to the key."""
+        with suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # not a file of ours; it is quarantined
             self._file(where, key).unlink(missing_ok=True)
 
     def _file(self, where: str, key: str) -> Path:
@@ -105,7 +105,7 @@ class UploadLedger:
 
 
 def _read(path: Path, *, set_aside: bool = False) -> tuple[Plan, dict[int, Part]] | None:
-    """What an upload has on record; None where that is missing or damaged, so that it is begun again."""
+    """Return the record of an upload; None if it is missing or damaged, so that the upload is restarted."""
     return load_file(path, _decode, set_aside=set_aside)
 
 

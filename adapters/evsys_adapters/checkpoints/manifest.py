@@ -1,11 +1,11 @@
-"""The manifest of an uploaded checkpoint, and the names of everything at the destination.
+"""The manifest of an uploaded checkpoint, and the naming scheme of the destination.
 
-    <prefix>/<run>/latest.json                         names the newest checkpoint that is whole
-    <prefix>/<run>/<checkpoint>/manifest.json          written last: where it is, all that it lists is there
-    <prefix>/<run>/<checkpoint>/state/<name>[/...]     the file or the directory of `state_path`
+    <prefix>/<run>/latest.json                         names the newest complete checkpoint
+    <prefix>/<run>/<checkpoint>/manifest.json          written last: all objects that it lists exist
+    <prefix>/<run>/<checkpoint>/state/<name>[/...]     the file or directory of `state_path`
     <prefix>/<run>/<checkpoint>/sampler/<name>[/...]   likewise
 
-A name is one component that leads nowhere else; of two texts that would get the same one, the odder gets a digest.
+A name is one safe path component; a text that had to be changed for that also gets a digest.
 """
 
 import os
@@ -24,9 +24,9 @@ LATEST: Final = "latest.json"
 PartName = Literal["state", "sampler"]
 PARTS: Final[tuple[PartName, ...]] = ("state", "sampler")
 FETCHED: Final = "fetched"
-"""The folder of checkpoints that were fetched, in that of the run."""
+"""The folder for fetched checkpoints inside that of the run."""
 Age = tuple[int, tuple[int, str], int]
-"""Of a checkpoint at a destination: the life of its stream, the stream, and its place there."""
+"""Orders checkpoints at a destination: the life of the stream, the stream, and the position in it."""
 
 _URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_NAME_BYTES: Final = 255
@@ -36,39 +36,39 @@ class StoredFile(msgspec.Struct, frozen=True):
     """One file of a checkpoint."""
 
     name: str
-    """Below the checkpoint's folder, with slashes."""
+    """Path below the checkpoint's folder, with slashes."""
     size: int
     sha256: str
-    """In hex."""
+    """In hexadecimal."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What a checkpoint at the destination is made of."""
+    """The contents of a checkpoint at the destination."""
 
     run: str
     row: ManifestRow
-    """As the trainer recorded it, with its own paths."""
+    """The trainer's record, with its own paths."""
     stream: str
-    """Of the event that announced it; `age` says which of two checkpoints is the newer one."""
+    """Stream of the Checkpoint event; `age` orders checkpoints."""
     seq: int
     files: list[StoredFile]
     state: str | None = None
-    """The name of the state's file or directory below the checkpoint's folder; or its URI, where it was elsewhere."""
+    """Name of the state's file or directory below the checkpoint's folder; or its URI if it is remote."""
     sampler: str | None = None
     format: int = 1
     life: int = 0
-    """Counts the streams as they came to the destination: clocks have no part in it. 0 in what 0.1.0 wrote, and in what
-    came late, after checkpoints of another machine that go further."""
+    """Number of the stream at the destination, in order of arrival and independent of clocks. 0 in manifests of
+    0.1.0, and in those that arrived late, after checkpoints of another machine with more steps."""
     origin: str = ""
-    """Names the spool that it came from: the counters of its streams say which of them is the newer one."""
+    """Identifies the spool that it came from; streams of one spool are ordered by their counters."""
 
     @property
     def age(self) -> Age:
-        """The greater, the newer."""
+        """Sort key: greater is newer."""
         return self.life, order_of(self.stream), self.seq
 
     def is_same_as(self, other: "Manifest") -> bool:
-        """Whether both are of the same content; who announced it when does not matter."""
+        """Whether both have the same content, regardless of the event that announced it."""
         mine, theirs = (
             (sorted(each.files, key=lambda file: file.name), each.row.name, each.row.batch, each.state, each.sampler)
             for each in (self, other)
@@ -77,15 +77,15 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class Life(msgspec.Struct, frozen=True, array_like=True):
-    """A stream whose checkpoints are at the destination."""
+    """A stream with checkpoints at the destination."""
 
     number: int
     origin: str = ""
-    """As in `Manifest`."""
+    """See `Manifest`."""
 
 
 class Latest(msgspec.Struct, frozen=True):
-    """The newest checkpoint of a run, and which streams the destination knows."""
+    """The newest checkpoint of a run, and the streams known at the destination."""
 
     checkpoint: str
     """Its folder."""
@@ -94,40 +94,40 @@ class Latest(msgspec.Struct, frozen=True):
     format: int = 1
     life: int = 0
     batch: int | None = None
-    """The step after which it was saved; None in what 0.1.0 wrote."""
+    """The step after which it was saved; None in records of 0.1.0."""
     lives: dict[str, Life] = {}
-    """By stream, the newest ones; none in what 0.1.0 wrote."""
+    """By stream, the newest ones; empty in records of 0.1.0."""
 
     @property
     def age(self) -> Age:
-        """As `Manifest.age`."""
+        """Sort key: greater is newer."""
         return self.life, order_of(self.stream), self.seq
 
 
 def is_elsewhere(path: str) -> bool:
-    """Whether it is a URI, so nothing that could be read here; a file's own URI is a path."""
+    """Whether the path is a remote URI; a ``file://`` URI is local."""
     return _URI.match(path) is not None and not path.startswith("file://")
 
 
 def checkpoint_folder(row: ManifestRow) -> str:
-    """The checkpoint's name with its step: a run that is stopped and goes on saves a ``final`` more than once."""
+    """Return the checkpoint's name with its step: a resumed run saves ``final`` more than once."""
     name = component(row.name)
     return name if re.search(rf"(^|\D)0*{row.batch}$", name) else component(f"{name}-{row.batch:06d}")
 
 
 def component(text: str) -> str:
-    """``text`` as one component of a key: itself if it is a plain name, else what is left of it, with a digest."""
+    """Return ``text`` as one component of a key: unchanged if it is a plain name, else sanitized and with a digest."""
     name = safe_name(text)
     return name if name == text else f"{name}-{digest(text)}"
 
 
 def key_in(*parts: str) -> str:
-    """The key, from its parts; a prefix may be empty."""
+    """Join the parts of a key; a prefix may be empty."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
 
 
 def inside(name: str) -> PurePosixPath | None:
-    """A name from a manifest as a path that stays below its folder; None for one that might not, on any system."""
+    """Return a name from a manifest as a path below its folder; None for a name that could escape it on any system."""
     parts = name.split("/")
     fine = all(
         part not in {"", ".", ".."}

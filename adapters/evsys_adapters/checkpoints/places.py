@@ -1,4 +1,4 @@
-"""`Places`: the destinations that an adapter has open, each looked into before it is used."""
+"""`Places`: the open destinations of an adapter, each probed before its first use."""
 
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -16,11 +16,11 @@ OPEN_SECONDS: Final = 60.0
 _EXPERIMENT_DIR: Final = "{output_dir}"
 _EXPERIMENT: Final = "{experiment}"
 PLACEHOLDERS: Final = (_EXPERIMENT, _EXPERIMENT_DIR)
-"""What a URL may have instead of the name of the experiment's folder, and of its path."""
+"""Placeholders of a URL for the name and the path of the experiment's folder."""
 
 
 class Reach(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How destinations are reached; no secrets."""
+    """Connection options of destinations, without secrets."""
 
     endpoint: str | None = None
     region: str | None = None
@@ -35,14 +35,14 @@ class Place(NamedTuple):
 
     store: ObjectStore
     prefix: str
-    """Of all keys."""
+    """Prefix of all keys."""
 
 
 class Places:
     """Opens each URL once.
 
     Args:
-        reach: For all of them.
+        reach: Options for all of them.
     """
 
     def __init__(self, reach: Reach) -> None:
@@ -50,14 +50,14 @@ class Places:
         self._open: dict[str, Place] = {}
 
     async def place(self, url: str, *, probe: bool = True) -> Place:
-        """The destination, open.
+        """Return the open destination.
 
         Args:
             url: Without placeholders.
-            probe: Whether to find out first that it can be written.
+            probe: Whether to check first that it can be written.
 
         Raises:
-            DeliveryError, OSError, ConfigError: It cannot be reached, refuses these credentials, or is no such URL.
+            DeliveryError, OSError, ConfigError: It cannot be reached, rejects the credentials, or the URL is invalid.
         """
         if url not in self._open:
             store, prefix = open_store(url, **msgspec.structs.asdict(self._reach))
@@ -72,27 +72,27 @@ class Places:
         return self._open[url]
 
     async def close(self) -> None:
-        """Close them all."""
+        """Close all destinations."""
         while self._open:
             await self._open.popitem()[1].store.close()
 
 
 def has_placeholders(url: str) -> bool:
-    """Whether it is known only once there is a run."""
+    """Whether the URL depends on the run."""
     return _EXPERIMENT_DIR in url or _EXPERIMENT in url
 
 
 def url_for(url: str, handle: object) -> str:
-    """The URL with its placeholders filled in: the path of the experiment's folder, and its name.
+    """Replace the placeholders of the URL: the path and the name of the experiment's folder.
 
     Args:
-        url: With placeholders, or without.
-        handle: The state or the context of a run; of whatever class.
+        url: With or without placeholders.
+        handle: The state or the context of a run, of any class.
     """
     return url_in(url, experiment_folder(handle))
 
 
 def url_in(url: str, folder: Path) -> str:
-    """The same, for an experiment's folder."""
+    """Replace the placeholders for an experiment's folder."""
     folder = folder.absolute()
     return url.replace(_EXPERIMENT_DIR, quote(str(folder))).replace(_EXPERIMENT, component(folder.name))

@@ -1,7 +1,7 @@
-"""Removing a trainer's checkpoints from this machine: what lies where they belong, and nothing besides.
+"""Removing a trainer's checkpoints from this machine, limited to files that belong to the run.
 
-A checkpoint event may name anything: a base model that everybody uses, another run's files. So `Bounds` says where
-something may be removed, `plan` what of a checkpoint lies there, and `remove` follows no link on its way.
+A checkpoint event may name any path: a shared base model, another run's files. `Bounds` defines where files may be
+removed, `plan` selects the files of a checkpoint inside them, and `remove` follows no symbolic links.
 """
 
 import errno
@@ -21,48 +21,48 @@ from evsys_bus.journal import layout
 
 RECORD: Final = "checkpoints.jsonl"
 _RUN_FILES: Final = (RECORD, SPOOL, "metrics.jsonl", "metrics.csv", "result.json", "fetched")
-"""What a folder of a run has, one of them at least."""
+"""A run's folder contains at least one of these."""
 _OWN_NAMES: Final = frozenset({*_RUN_FILES, "journal", "error.txt", "experiment.json"})
-"""What we write into a run's or an experiment's folder ourselves."""
+"""Names that we create in a run's or an experiment's folder."""
 _OUTSIDE: Final = "it lies outside the folders of the run and of its experiment"
 
 
 class Left(NamedTuple):
-    """Something that stays though its checkpoint goes."""
+    """A path that is not removed although its checkpoint is."""
 
     path: Path
     why: str
     outside: bool = False
-    """Whether it would go if its folder were among those in ``outside``."""
+    """Whether listing its folder in ``outside`` would allow the removal."""
 
 
 class Removable(NamedTuple):
-    """Something that may be removed."""
+    """A path that may be removed."""
 
     path: Path
-    """Without links on the way."""
+    """Without symbolic links in its parents."""
     root: Path
-    """The folder that it lies in, by which it may be removed."""
+    """The allowed folder that contains it."""
     found: os.stat_result
-    """What stood there when it was looked at."""
+    """Its status when it was checked."""
 
 
 class Plan(NamedTuple):
-    """What becomes of the files of a checkpoint."""
+    """Which files of a checkpoint are removed."""
 
     removable: list[Removable]
     left: list[Left]
 
 
 class Bounds:
-    """Where files of one run's checkpoints may be removed: strictly inside its folder, its experiment's, or others.
+    """Where files of one run's checkpoints may be removed: inside the folders of run and experiment, or listed ones.
 
-    Never a journal, a spool, the folder of another run, one that holds any of them, or the current directory.
+    Excluded are journals, spools, folders of other runs, folders that contain any of these, and the current directory.
 
     Args:
         run_dir: The run's folder.
-        experiment: That of its experiment, if it has one.
-        outside: Further folders, whose owner says so.
+        experiment: The experiment's folder, if any.
+        outside: Further allowed folders.
         other_runs: Folders of other runs.
     """
 
@@ -75,28 +75,28 @@ class Bounds:
     ) -> None:
         roots = [each.resolve() for each in (run_dir, experiment, *outside) if each is not None]
         self.home: Final = [each.resolve() for each in (run_dir, experiment) if each is not None]
-        """Folders that a checkpoint may not be, nor hold."""
+        """Folders that must neither be a checkpoint nor be inside one."""
         self._roots: Final = [each for each in roots if each != each.parent]
         others = {each.resolve() for each in other_runs}
         self._other_runs: Final = [each for each in others if not any(home.is_relative_to(each) for home in self.home)]
 
     def root_of(self, path: Path) -> Path | None:
-        """The innermost folder that the path lies in, and in which something may be removed."""
+        """Return the innermost allowed folder that contains the path."""
         around = [root for root in self._roots if root in path.parents]
         return max(around, key=lambda root: len(root.parts), default=None)
 
     def why_not(self, path: Path) -> Left | None:
-        """Why this may not be removed; None if it may.
+        """Return why the path may not be removed; None if it may.
 
         Args:
-            path: Without links on the way.
+            path: Without symbolic links in its parents.
         """
         return next(self._reasons(path), None)
 
     def _reasons(self, path: Path) -> Iterator[Left]:
         root = self.root_of(path)
         if any(home.is_relative_to(path) for home in self.home):
-            yield Left(path, "the run's folder is, or lies in, it")
+            yield Left(path, "it is or contains the run's folder")
         elif root is None:
             yield Left(path, _OUTSIDE, outside=True)
         with suppress(OSError):
@@ -109,11 +109,11 @@ class Bounds:
             for other in self._other_runs
             if path.is_relative_to(other) or other.is_relative_to(path)
         )
-        yield from (Left(path, f"{above} is not this run's") for above in self._foreign_around(path, root))
-        yield from (Left(path, f"{inner} in it is no part of a checkpoint") for inner in _foreign_below(path))
+        yield from (Left(path, f"{above} does not belong to this run") for above in self._foreign_around(path, root))
+        yield from (Left(path, f"{inner} in it is not part of a checkpoint") for inner in _foreign_below(path))
 
     def _foreign_around(self, path: Path, root: Path | None) -> Iterator[Path]:
-        """The path, or a folder that it lies in, that is of a journal, a spool or another run."""
+        """Yield the path and its parents that belong to a journal, a spool or another run."""
         marks = _RUN_FILES if self.home[0] not in path.parents else (RECORD,)
         for above in (path, *path.parents):
             if any(home.is_relative_to(above) for home in self.home) or above == root:
@@ -123,21 +123,21 @@ class Bounds:
 
 
 def places(row: ManifestRow) -> list[Path]:
-    """The files and directories of a checkpoint that are on this machine's disks, or were."""
+    """Return the local files and directories of a checkpoint, whether or not they exist."""
     named = dict.fromkeys(path for path in (row.state_path, row.sampler_path) if path and not is_elsewhere(path))
     return [local_path(path).absolute() for path in named]
 
 
 def is_whole(row: ManifestRow) -> bool:
-    """Whether it names something here, and all that it names is here."""
+    """Whether the checkpoint has local files, and all of them exist."""
     named = places(row)
     return bool(named) and all(place.exists() for place in named)
 
 
 def plan(row: ManifestRow, others: Iterable[ManifestRow], bounds: Bounds) -> Plan:
-    """What of a checkpoint can be removed: what lies within the bounds, and no other checkpoint uses.
+    """Select the files of a checkpoint to remove: inside the bounds and not used by another checkpoint.
 
-    Where a link stands for a file, what it leads to is removed too, or both stay.
+    A symbolic link and its target are removed together, or both are skipped.
     """
     used = {real for other in others for place in places(other) for real in _links(place)}
     used = {each for each in used if not any(home.is_relative_to(each) for home in bounds.home)}
@@ -147,7 +147,7 @@ def plan(row: ManifestRow, others: Iterable[ManifestRow], bounds: Bounds) -> Pla
         if any(each.is_relative_to(real) or real.is_relative_to(each) for each in used for real in reals):
             continue
         found: list[Removable] = []
-        for real in reversed(reals):  # a link last: while it is there, what it leads to can be found
+        for real in reversed(reals):  # the link last: its target can be found as long as it exists
             left = bounds.why_not(real)
             root = bounds.root_of(real)
             if left is not None or root is None:
@@ -161,10 +161,10 @@ def plan(row: ManifestRow, others: Iterable[ManifestRow], bounds: Bounds) -> Pla
 
 
 def remove(each: Removable) -> None:
-    """Remove a file, a link or a directory, if it is still the one that was looked at; one that is gone is fine.
+    """Remove a file, a link or a directory if it is unchanged since it was checked; a missing one is ignored.
 
     Raises:
-        OSError: It cannot be removed, or something else stands there, or in the way to it, by now.
+        OSError: It cannot be removed, or it or one of its parents was replaced.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     folder = os.open(each.root, flags)
@@ -174,9 +174,9 @@ def remove(each: Removable) -> None:
             os.close(outer)
         now = os.stat(each.path.name, dir_fd=folder, follow_symlinks=False)
         if not os.path.samestat(now, each.found) or stat.S_IFMT(now.st_mode) != stat.S_IFMT(each.found.st_mode):
-            raise OSError(errno.ESTALE, "something else stands there by now", str(each.path))
+            raise OSError(errno.ESTALE, "it was replaced meanwhile", str(each.path))
         if stat.S_ISDIR(now.st_mode):
-            shutil.rmtree(each.path.name, dir_fd=folder)  # follows no link either
+            shutil.rmtree(each.path.name, dir_fd=folder)  # rmtree follows no symbolic links either
         else:
             os.unlink(each.path.name, dir_fd=folder)
     except FileNotFoundError:
@@ -186,7 +186,7 @@ def remove(each: Removable) -> None:
 
 
 def _links(place: Path) -> list[Path]:
-    """Where the path leads, without links on the way; and, where that is a link, where this leads, and so on."""
+    """Follow the path through all symbolic links; each result has no links in its parents."""
     found: list[Path] = []
     while (real := _real(place)) not in found:
         found.append(real)
@@ -203,7 +203,7 @@ def _real(place: Path) -> Path:
 
 
 def _is_journal(folder: Path) -> bool:
-    """Whether it looks like the directory of a journal, or like a part of one."""
+    """Whether the folder looks like a journal or a part of one."""
     try:
         names = [each.name for each in folder.iterdir()]
     except OSError:
@@ -213,7 +213,7 @@ def _is_journal(folder: Path) -> bool:
 
 
 def _foreign_below(path: Path) -> Iterator[Path]:
-    """What lies in a directory and is no part of a checkpoint: a run's record, a journal, another file system."""
+    """Yield what does not belong in a checkpoint directory: a run's record, a journal, another file system."""
     if path.is_symlink() or not path.is_dir():
         return
     device = path.lstat().st_dev

@@ -1,4 +1,4 @@
-"""Fetching a checkpoint: verified file by file, resumable, and never outside the folder that it was to go to."""
+"""Fetching a checkpoint: every file verified, resumable, and never outside the target folder."""
 
 import os
 import re
@@ -30,22 +30,22 @@ from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError, did_yo
 from evsys_bus.files import load_file, replace_file
 
 BEGUN: Final = ".manifest.json"
-"""What is being fetched; it becomes `MANIFEST` when all of it is here."""
+"""Manifest of a fetch in progress; renamed to `MANIFEST` once it is complete."""
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 AT_A_TIME: Final = 4
 Told = Callable[[int, int], None]
-"""Is called with the bytes that are here, and the bytes in all."""
+"""Called with the fetched bytes and the total bytes."""
 
 
 async def choose(destination: Destination, name: str | None) -> Manifest:
-    """The checkpoint of this name, the newest where several have it; None for what `latest` names.
+    """Return the newest checkpoint with this name; None selects the one named by `latest`.
 
-    Where `latest` is missing or damaged, or names what was removed, it is the newest by the manifests.
+    If `latest` is missing, damaged, or names a removed checkpoint, the newest manifest is used.
 
     Raises:
-        DamagedError: Its manifest is there, and cannot be used.
-        MissingError: There is none.
-        DeliveryError, OSError: As the store does.
+        DamagedError: Its manifest exists but is invalid.
+        MissingError: There is no such checkpoint.
+        DeliveryError, OSError: Raised by the store.
     """
     latest = await destination.latest() if name is None else None
     there = await destination.manifests()
@@ -64,18 +64,18 @@ async def choose(destination: Destination, name: str | None) -> Manifest:
     what = "no checkpoint" if name is None else f"no checkpoint {name}"
     raise MissingError(
         f"there is {what} below {destination.run_key}",
-        fix=did_you_mean(name or "", known) or "look at the prefix, and at the run's name: they are parts of the key",
+        fix=did_you_mean(name or "", known) or "check the prefix and the run's name: they are parts of the key",
     )
 
 
 async def newest_state(destination: Destination) -> Manifest | None:
-    """What training goes on from: what `latest` names or, if that has no full state, the newest one that has.
+    """Return the checkpoint to resume from: that of `latest` or, if it lacks a full state, the newest one with it.
 
-    None where there is no such checkpoint.
+    Returns None if there is no such checkpoint.
 
     Raises:
-        MissingError: `latest` names what is not there, and there is nothing else.
-        DeliveryError, OSError: As the store does.
+        MissingError: `latest` names a missing checkpoint, and there is no other.
+        DeliveryError, OSError: Raised by the store.
     """
     latest = await destination.latest()
     named = None if latest is None else await destination.manifest(latest.checkpoint)
@@ -85,23 +85,22 @@ async def newest_state(destination: Destination) -> Manifest | None:
     if latest is not None and not there:
         raise MissingError(
             f"there is no checkpoint {latest.checkpoint} below {destination.run_key}, though latest.json names it",
-            fix="look at the prefix: what was uploaded was removed since",
+            fix="check the prefix: the uploaded checkpoint may have been removed",
         )
     return next((each for each in reversed(there) if each.state is not None), None)
 
 
 async def fetch(destination: Destination, manifest: Manifest, target: Path, told: Told | None = None) -> ManifestRow:
-    """Have the checkpoint in ``target/<checkpoint>``; the row that names it there.
+    """Fetch the checkpoint into ``target/<checkpoint>``; returns the row with local paths.
 
-    What is there already, with the right digest, is not fetched again; of a file that is there in part, the rest is.
-    Nothing is copied before the manifest, what the store has, and the room here are known to go together.
+    Existing files with the right digest are not fetched again, and partial files are resumed. Manifest, object sizes
+    and free disk space are checked before anything is copied.
 
     Raises:
-        DamagedError: The manifest cannot be right, a name would lead out of the folder, or an object is not what the
-            manifest says.
-        ConflictError: Something else than this checkpoint is in the folder; it stays as it is.
-        RetryLaterError: There is no room for it.
-        DeliveryError, OSError: As the store does.
+        DamagedError: The manifest is invalid, a name would leave the folder, or an object differs from the manifest.
+        ConflictError: The folder contains something else; it is left unchanged.
+        RetryLaterError: There is not enough disk space.
+        DeliveryError, OSError: Raised by the store.
     """
     folder = checkpoint_folder(manifest.row)
     root = target / folder
@@ -117,7 +116,7 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
     failed: list[Exception] = []
 
     async def work() -> None:
-        for file in files:  # shared: each takes the next one
+        for file in files:  # shared: each worker takes the next one
             path, key = paths[file.name], destination.key(folder, file.name)
 
             def see(count: int, _: int, name: str = file.name) -> None:
@@ -145,17 +144,17 @@ async def fetch(destination: Destination, manifest: Manifest, target: Path, told
 
 
 def _check(manifest: Manifest) -> None:
-    """See that a manifest can be right, whatever the store and the disk have.
+    """Check the manifest's consistency.
 
     Raises:
-        DamagedError: It cannot.
+        DamagedError: It is inconsistent.
     """
     names = [file.name for file in manifest.files]
     above = {name[:at] for name in names for at, letter in enumerate(name) if letter == "/"}
     wrong = next((name for name in names if name in above or name.split("/")[0] in {MANIFEST, BEGUN}), None)
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if wrong is not None or twice is not None:
-        raise _not_ours(f"lists {wrong if twice is None else twice!r} in two meanings")
+        raise _not_ours(f"lists {wrong if twice is None else twice!r} more than once")
     for file in manifest.files:
         if file.size < 0:
             raise _not_ours(f"gives {file.name!r} a size of {file.size} bytes")
@@ -164,7 +163,7 @@ def _check(manifest: Manifest) -> None:
 
 
 async def _compare_sizes(destination: Destination, manifest: Manifest) -> None:
-    """Hold what the store lists to the manifest, before anything is copied.
+    """Compare the sizes in the store with the manifest before anything is copied.
 
     Raises:
         DamagedError: An object has another size.
@@ -173,17 +172,17 @@ async def _compare_sizes(destination: Destination, manifest: Manifest) -> None:
     folder, store = checkpoint_folder(manifest.row), destination.store
     try:
         there = {each.key: each.size for each in await store.names(f"{destination.key(folder)}/")}
-    except ParkedError:  # who may not list asks for each
+    except ParkedError:  # without permission to list, each object is requested
         return
     for file in manifest.files:
         key = destination.key(folder, file.name)
         if key not in there:
-            raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is not whole")
+            raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is incomplete")
         check_size(key, there[key], Stored(key, file.size, file.sha256), store.where)
 
 
 def _prepare(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
-    """Have a folder for it that holds nothing else, and room."""
+    """Prepare the folder: check that it holds nothing else, and that there is enough disk space."""
     for place in (root.parent, root, *{above for path in paths.values() for above in _between(root, path)}):
         if place.is_symlink() and not place.resolve().is_relative_to(root.parent.parent.resolve()):
             raise _leads_out(place, root)
@@ -191,14 +190,14 @@ def _prepare(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     if len({_folded(name) for name in paths}) < len(paths) and _folds_names(root):
         raise DamagedError(
-            "it has files whose names this file system takes for one", fix="fetch it to another file system"
+            "it has files whose names are the same on this file system", fix="fetch it to another file system"
         )
     begun = {file.name: partial_of(paths[file.name], file.sha256) for file in manifest.files}
     clear(root, {*paths.values(), *begun.values()})
     here = sum(min(file.size, max(_size(paths[file.name]), _size(begun[file.name]))) for file in manifest.files)
     needed, free = sum(file.size for file in manifest.files) - here, shutil.disk_usage(root).free
     if needed > free:
-        raise RetryLaterError(f"no room in {root}: {needed:,} bytes are to come, and there is room for {free:,}")
+        raise RetryLaterError(f"no room in {root}: {needed:,} bytes are needed, and {free:,} are free")
     replace_file(root / BEGUN, msgspec.json.encode(manifest), mode=0o666)
 
 
@@ -208,10 +207,10 @@ def _finish(root: Path, manifest: Manifest) -> None:
 
 
 def _refuse_other(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> None:
-    """Leave a folder alone that holds something else than what was fetched, or begun to be.
+    """Check that the folder contains only this checkpoint, complete or partial.
 
     Raises:
-        ConflictError: It does.
+        ConflictError: It contains something else.
     """
     if not root.is_dir():
         if root.exists():
@@ -234,22 +233,22 @@ def _refuse_other(root: Path, manifest: Manifest, paths: Mapping[str, Path]) -> 
 
 def _other(root: Path, path: Path) -> ConflictError:
     return ConflictError(
-        f"{root} is no checkpoint that was fetched: {path} is in the way", fix="move it away, or give another --to"
+        f"{root} is not a fetched checkpoint: {path} is in the way", fix="move it away, or give another --to"
     )
 
 
 def _not_ours(what: str) -> DamagedError:
     return DamagedError(
-        f"the manifest {what}", fix="trust nothing that this manifest lists: it was not written by evsys-bus"
+        f"the manifest {what}", fix="do not trust the files that it lists: it was not written by evsys-bus"
     )
 
 
 def _leads_out(place: Path, root: Path) -> DamagedError:
-    return DamagedError(f"{place} is a link that leads out of {root}", fix="fetch into an empty folder")
+    return DamagedError(f"{place} is a link that leaves {root}", fix="fetch into an empty folder")
 
 
 def _between(root: Path, path: Path) -> list[Path]:
-    """The folders from the root down to the path."""
+    """Return the folders from the root down to the path."""
     return [above for above in path.parents if above != root and above.is_relative_to(root)]
 
 
@@ -258,7 +257,7 @@ def _folded(name: str) -> str:
 
 
 def _folds_names(root: Path) -> bool:
-    """Whether the file system takes names for one that differ in case."""
+    """Whether the file system ignores the case of names."""
     probe = root / f".probe-a-{token_hex(4)}"
     probe.touch()
     try:
@@ -286,8 +285,8 @@ def _place(root: Path, name: str | None) -> str | None:
 
 
 def _is_there(root: Path, path: Path, size: int, sha256: str) -> bool:
-    """Whether the file is here; if not, its folder is, and truly below the root."""
-    for _ in range(2):  # before the folder is made, and after
+    """Whether the file is present; if not, its folder is created and checked to be below the root."""
+    for _ in range(2):  # before and after the folder is created
         if not path.parent.resolve().is_relative_to(root.resolve()):
             raise _leads_out(path.parent, root)
         path.parent.mkdir(parents=True, exist_ok=True)

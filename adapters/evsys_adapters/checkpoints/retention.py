@@ -1,4 +1,4 @@
-"""Which checkpoints are kept: the rules, and nothing of files or buckets."""
+"""Retention rules for checkpoints, independent of files and buckets."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,40 +10,40 @@ from evsys_bus.context import ManifestRow
 from evsys_bus.where import local_path
 
 Scores = Mapping[int, float]
-"""The value of the metric that counts, by the 0-based step."""
+"""The metric's value by 0-based step."""
 
 
 class Best(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """By the evals at the step after which a checkpoint was saved, however late they come."""
+    """Selection by evals at the step after which a checkpoint was saved, even if they arrive late."""
 
     metric: Annotated[str, msgspec.Meta(min_length=1)]
     eval_name: str | None = None
-    """Default: whichever eval has the metric; the last one counts."""
+    """Default: any eval with the metric; the last one counts."""
     mode: Literal["max", "min"] = "max"
     count: Annotated[int, msgspec.Meta(ge=1)] = 1
 
 
 class Keep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is kept; a checkpoint that one of the rules names is. Without any rule everything is."""
+    """Rules for which checkpoints are retained: those that match any rule. Without rules all are."""
 
     keep_last: Annotated[int, msgspec.Meta(ge=1)] | None = None
     """The newest ones."""
     keep_every: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    """Those saved after every so many steps."""
+    """Those saved after every this many steps."""
     keep_best: Best | None = None
-    """The best ones; and those behind the last eval, for theirs may be under way."""
+    """The best ones, and those newer than the last eval, whose evals may be pending."""
 
     @property
     def has_rules(self) -> bool:
-        """Whether anything is ever removed."""
+        """Whether any checkpoint is ever removed."""
         return (self.keep_last, self.keep_every, self.keep_best) != (None, None, None)
 
 
 class LocalKeep(Keep, frozen=True, forbid_unknown_fields=True):
-    """What is kept on this machine."""
+    """Rules for checkpoints on this machine."""
 
     outside: list[str] = []
-    """Folders besides those of the run and of its experiment in which checkpoints may be removed."""
+    """Folders besides those of the run and its experiment from which checkpoints may be removed."""
 
     def __post_init__(self) -> None:
         for folder in self.outside:
@@ -51,19 +51,18 @@ class LocalKeep(Keep, frozen=True, forbid_unknown_fields=True):
 
     @property
     def folders(self) -> list[Path]:
-        """Those folders, as paths."""
+        """The folders in ``outside`` as paths."""
         return [local_path(folder, "local.outside") for folder in self.outside]
 
 
 def prunable(rows: Sequence[ManifestRow], keep: Keep, scores: Scores, verified: int) -> list[ManifestRow]:
-    """What may be removed.
+    """Return the checkpoints that may be removed.
 
     Args:
-        rows: All there are, the oldest first.
+        rows: All checkpoints, oldest first.
         keep: The rules.
         scores: For `Keep.keep_best`.
-        verified: The index of the newest that is known to be where it should be; -1 for none. It stays, and so does
-            everything newer.
+        verified: Index of the newest verified checkpoint, -1 for none. It and everything newer are retained.
     """
     if not keep.has_rules:
         return []

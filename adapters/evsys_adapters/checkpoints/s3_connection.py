@@ -1,7 +1,7 @@
-"""`S3Connection`: requests to a bucket, by aiobotocore, which this file alone knows and loads at the first request.
+"""`S3Connection`: requests to a bucket through aiobotocore, which only this module uses and imports on first request.
 
-Every request has a deadline, is made once, and fails with what that means for a delivery. After a refusal the client is
-made anew, with keys that are read anew, so that a rotated key is found.
+Every request has a deadline, is made once, and raises a delivery error. After the server rejects the credentials the
+client is recreated and reads the keys again, so that a rotated key is found.
 """
 
 import asyncio
@@ -27,10 +27,10 @@ _ORIGINS: Final = {
 
 
 class S3Connection:
-    """The way to one bucket; it belongs to one event loop.
+    """A connection to one bucket; it belongs to one event loop.
 
     Attributes:
-        signs: Whether the content of bodies is signed. It need not be where the server checks digests.
+        signs: Whether the content of bodies is signed; unnecessary if the server checks digests.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class S3Connection:
         self._settings = {"endpoint_url": endpoint, "region_name": region}
         self._style = "path" if path_style else "auto"
         self._key = KeyOrigin("?", "from nowhere")
-        self._client: Any = None  # Any: made from S3's description at run time
+        self._client: Any = None  # the class is generated at run time
         self._stack = AsyncExitStack()
         self._connecting = asyncio.Lock()
         self._in_flight = 0
         self._refused = False
 
     async def close(self) -> None:
-        """Let go of it; the next request connects anew."""
+        """Close the client; the next request reconnects."""
         stack, self._stack, self._client = self._stack, AsyncExitStack(), None
         self._refused = False
         await stack.aclose()
@@ -69,16 +69,16 @@ class S3Connection:
         """Make a request, once.
 
         Args:
-            operation: As a method of aiobotocore's client.
-            expect: Words for which WordError is raised, whatever they mean elsewhere.
-            seconds: It takes at most so long.
-            params: Any: S3's own, by operation; so is the reply.
+            operation: The name of a method of aiobotocore's client.
+            expect: Error codes that raise WordError instead of a delivery error.
+            seconds: The timeout.
+            params: S3's parameters of the operation.
         """
         async with self.requesting(_name(operation), seconds=seconds, expect=expect) as client:
             return await getattr(client, operation)(Bucket=self.bucket, **params)
 
     async def pages(self, operation: str, of: str, **params: Any) -> list[dict[str, Any]]:
-        """Everything under this name in all pages of a listing. Any: as `call`."""
+        """Return the entries of all pages of a listing."""
         found: list[dict[str, Any]] = []
         async with self.requesting(_name(operation), seconds=LISTING_SECONDS) as client:
             async for page in client.get_paginator(operation).paginate(Bucket=self.bucket, **params):
@@ -89,7 +89,7 @@ class S3Connection:
     async def requesting(
         self, operation: str, *, seconds: float | None = REPLY_SECONDS, expect: Sequence[str] = ()
     ) -> AsyncGenerator[Any]:
-        """The client (Any: as above), for one request whose failures come out as what they mean for a delivery."""
+        """Yield the client for one request; converts its exceptions to delivery errors."""
         client = await self._connected()
         exceptions = _vendor("botocore.exceptions")
         self._in_flight += 1
@@ -104,7 +104,7 @@ class S3Connection:
             self._refused = self._refused or isinstance(trouble, ParkedError)
             raise trouble from error
         except exceptions.SSLError as error:
-            fix = "have its certificate trusted: AWS_CA_BUNDLE names a file of authorities"
+            fix = "trust its certificate: set AWS_CA_BUNDLE to a file of certificate authorities"
             raise ParkedError(f"{self.where} cannot be trusted: {error}", fix=fix) from error
         except (
             exceptions.HTTPClientError,
@@ -114,17 +114,17 @@ class S3Connection:
         ) as error:
             raise RetryLaterError(f"{self.where} cannot be reached: {str(error) or 'it took too long'}") from error
         except _vendor("botocore.parsers").ResponseParserError as error:
-            raise RetryLaterError(f"{self.where} replied with what is not S3's: {error}") from error
+            raise RetryLaterError(f"{self.where} sent a response that is not S3's: {error}") from error
         except exceptions.BotoCoreError as error:
             self._refused = True
-            fix = "name a key in the environment, in ~/.aws/credentials, or by `profile`; it is looked for again"
-            raise ParkedError(f"{self.where} cannot be asked: {error}", fix=fix) from error
+            fix = "set a key in the environment, ~/.aws/credentials, or `profile`; it is read again at each attempt"
+            raise ParkedError(f"{self.where} cannot be used: {error}", fix=fix) from error
         finally:
             self._in_flight -= 1
 
     async def _connected(self) -> Any:
-        """The client; a new one, with keys that are read anew, after it was refused. Any: as above."""
-        async with self._connecting:  # held while the machine's role is asked for; all wait for the same answer
+        """Return the client; reconnects with fresh credentials after they were rejected."""
+        async with self._connecting:  # held while credentials are requested; all callers share the answer
             if self._refused and not self._in_flight:
                 await self.close()
             if self._client is None:
@@ -148,19 +148,19 @@ class S3Connection:
             self._client = await self._stack.enter_async_context(
                 session.create_client("s3", config=config, **self._settings)
             )
-        except (_vendor("botocore.exceptions").BotoCoreError, ValueError) as error:  # no such profile; no such endpoint
-            raise ParkedError(f"{self.where} cannot be asked: {error}", fix="correct the adapter's params") from error
+        except (_vendor("botocore.exceptions").BotoCoreError, ValueError) as error:  # unknown profile, invalid endpoint
+            raise ParkedError(f"{self.where} cannot be used: {error}", fix="correct the adapter's params") from error
         if found is not None:
             self._key = KeyOrigin(f"{found.access_key[:4]}…", _ORIGINS.get(found.method, f"from {found.method}"))
 
 
 def _name(operation: str) -> str:
-    """As S3's documents write it."""
+    """Return the operation's name in S3's documentation."""
     return operation.title().replace("_", "")
 
 
 def _refusal(operation: str, error: Any) -> Refusal:
-    """What a client's error (Any: botocore is untyped) says."""
+    """Extract the error response from a client exception."""
     said, reply = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
     status = int(reply.get("HTTPStatusCode", 0))
     return Refusal(
@@ -173,5 +173,5 @@ def _refusal(operation: str, error: Any) -> Refusal:
 
 
 def _vendor(module: str) -> Any:
-    """A module of the client library. Any: it has no types."""
+    """Import a module of the client library."""
     return importlib.import_module(module)

@@ -1,6 +1,6 @@
-"""What an S3 server's refusals mean for a delivery: one table of the words that servers use, and the texts for people.
+"""Maps error responses of S3 servers to delivery errors with a fix for the user.
 
-It knows no client library: `s3_store` hands it plain facts.
+It is independent of the client library: `s3_connection` passes plain data.
 """
 
 from typing import Final
@@ -12,22 +12,22 @@ from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
 
 
 class Refusal(msgspec.Struct, frozen=True):
-    """A reply that is no success."""
+    """An error response."""
 
     operation: str
-    """As S3's own documents call it: ``PutObject``."""
+    """The operation's name in S3's documentation: ``PutObject``."""
     status: int
     word: str
-    """The error's code; the status where a reply has none, as one to HEAD."""
+    """The error code; the status for responses without one, as to HEAD."""
     message: str = ""
     retry_after: str | None = None
 
 
 class KeyOrigin(msgspec.Struct, frozen=True):
-    """Which key is used, and where it came from; the secret is not in here."""
+    """The access key in use and its source, without the secret."""
 
     key: str
-    """Cut short."""
+    """Truncated."""
     origin: str
 
     def __str__(self) -> str:
@@ -35,12 +35,12 @@ class KeyOrigin(msgspec.Struct, frozen=True):
 
 
 class WordError(RefusedError):
-    """A refusal that is nobody's fault yet: who made the request knows what its word means there."""
+    """An error response whose meaning depends on the request, so that the caller interprets it."""
 
     def __init__(self, refusal: Refusal, where: str) -> None:
         super().__init__(
             f"{where} refuses {refusal.operation}: {refusal.word}, status {refusal.status}; {refusal.message}",
-            fix="look the word up in the server's documents; the file is still here",
+            fix="look up the error code in the server's documentation; the file is still here",
         )
         self.word = refusal.word
         self.status = refusal.status
@@ -52,7 +52,7 @@ _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidTo
 _NO_BUCKET: Final = frozenset({"NoSuchBucket", "InvalidBucketName"})
 _REGION: Final = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _FULL: Final = frozenset({"QuotaExceeded", "EntityTooLarge", "InsufficientStorage", "XMinioStorageFull"})
-"""No part is what S3 calls too large: with other servers the word means that the bucket's quota is used up."""
+"""Parts are never too large for S3; with other servers these codes mean that the bucket's quota is used up."""
 _PASSING: Final = frozenset(
     {
         "BadDigest",
@@ -83,7 +83,7 @@ _BUSY: Final = frozenset({408, 425, 429})
 def meaning(  # noqa: PLR0911 # a table
     refusal: Refusal, *, where: str, bucket: str, key: KeyOrigin
 ) -> DeliveryError:
-    """The error that says what becomes of the object, and what a person can do."""
+    """Return the delivery error for the response, with a fix for the user."""
     word = refusal.word
     if word in _PASSING or refusal.status in _BUSY or (refusal.status >= 500 and refusal.status not in {501, 507}):  # noqa: PLR2004
         return RetryLaterError(
@@ -110,9 +110,7 @@ def meaning(  # noqa: PLR0911 # a table
             f"the bucket {bucket!r} is in another region: {refusal.message or word}", fix="set `region` to the bucket's"
         )
     if word in _FULL or refusal.status == 507:  # noqa: PLR2004
-        return ParkedError(
-            f"{where} takes no more: {word}, {refusal.message}", fix="make room, or raise the bucket's quota"
-        )
+        return ParkedError(f"{where} is full: {word}, {refusal.message}", fix="make room, or raise the bucket's quota")
     if refusal.status in {401, 403}:
         action = _ACTIONS.get(refusal.operation, f"s3:{refusal.operation}")
         return ParkedError(

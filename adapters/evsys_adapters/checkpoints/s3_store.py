@@ -1,10 +1,10 @@
 """`S3Store`: objects in a bucket.
 
-It owns what is done in one request, and downloads; `s3_upload` sends files in parts, over an `s3_connection`. What is
-worth another attempt is raised as RetryLaterError, and the courier makes it; parts and downloads alone get a few here.
+Single requests and downloads are here; `s3_upload` sends files in parts over an `s3_connection`. Temporary errors are
+raised as RetryLaterError and retried by the courier; only parts and downloads are retried here.
 
-Integrity does not rest on the connection: what is sent carries its SHA-256, which the server checks before it takes
-anything. `probe` tries whether it does; for one that does not, the payload is signed, which every server checks.
+Integrity does not depend on the connection: uploads carry their SHA-256, which the server verifies. `probe` tests
+whether it does; for a server that does not, the payload is signed, which every server verifies.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ from evsys_bus.errors import ParkedError, RetryLaterError
 
 READ_BYTES: Final = 1 << 20
 _CHANGES: Final = 20
-"""How often a change is tried, where others are faster."""
+"""Attempts of a conditional change while other writers interfere."""
 
 
 class S3Store:
@@ -73,15 +73,15 @@ class S3Store:
         self._replaces_on_condition = True
 
     async def open(self) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.open`."""
 
     async def close(self) -> None:
-        """As `ObjectStore`. What is asked later connects anew, with the key of that time."""
+        """See `ObjectStore.close`. A later request reconnects with current credentials."""
         self._probed = False
         await self._connection.close()
 
     async def probe(self) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.probe`."""
         key, data = f"{self._prefix}.evsys-bus-probe-{token_hex(4)}", b"evsys-bus was here"
         other = base64_of(hashlib.sha256(b"something else").hexdigest())
         try:
@@ -98,33 +98,33 @@ class S3Store:
         self._probed = True
 
     async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
-        """As `ObjectStore`."""
+        """See `ObjectStore.put_file`."""
         check_key(key)
         if not self._probed:
             await self.probe()
         return await FileUpload(self, self._connection, key, path, ledger, told).run()
 
     async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
-        """As `ObjectStore`."""
+        """See `ObjectStore.put_bytes`."""
         check_key(key)
         wanted = Stored(key, len(data), hashlib.sha256(data).hexdigest())
         return await self.put_whole(wanted, data, replace=replace)
 
     async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
-        """As `ObjectStore`. A download that is cut goes on where it ended, also in another process."""
+        """See `ObjectStore.get_file`. An interrupted download is resumed, even by another process."""
         head = await self._head(key)
         theirs = Stored(key, head["ContentLength"], head["Metadata"].get("sha256"))
         check_size(key, theirs.size, stored, self.where)
         return await copy_into(path, theirs, stored, self.where, told, partial(self._read, key, head, told))
 
     async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
-        """As `ObjectStore`: by ``If-Match`` and ``If-None-Match``, where the server knows them for an upload."""
+        """See `ObjectStore.change_bytes`. Uses ``If-Match`` and ``If-None-Match`` if the server supports them."""
         check_key(key)
         for _ in range(_CHANGES):
             data, tag = None, None
             try:
                 data, tag = await self._get(key, MOST_SMALL_BYTES)
-            except DamagedError:  # it is replaced, whatever it is
+            except DamagedError:  # it is replaced in any case
                 tag = (await self._head(key))["ETag"]
             except MissingError:
                 pass
@@ -142,14 +142,14 @@ class S3Store:
                 self._replaces_on_condition = False
             else:
                 return self._replaces_on_condition
-        raise RetryLaterError(f"{key} in {self.where} is changed by others all the time")
+        raise RetryLaterError(f"{key} in {self.where} is changed by other processes all the time")
 
     async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
-        """As `ObjectStore`."""
+        """See `ObjectStore.get_bytes`."""
         return (await self._get(key, most_bytes))[0]
 
     async def _get(self, key: str, most_bytes: int) -> tuple[bytes, str]:
-        """A small object, and its tag."""
+        """Return a small object and its ETag."""
         try:
             async with self._connection.requesting("GetObject") as client:
                 reply = await client.get_object(Bucket=self._connection.bucket, Key=key)
@@ -164,16 +164,16 @@ class S3Store:
         return data, reply["ETag"]
 
     async def names(self, prefix: str) -> list[Stored]:
-        """As `ObjectStore`."""
+        """See `ObjectStore.names`."""
         found = await self._connection.pages("list_objects_v2", "Contents", Prefix=prefix)
         return sorted((Stored(each["Key"], each["Size"]) for each in found), key=lambda each: each.key)
 
     async def delete(self, key: str) -> None:
-        """As `ObjectStore`."""
+        """See `ObjectStore.delete`."""
         await self._connection.call("delete_object", Key=key)
 
     async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
-        """As `ObjectStore`."""
+        """See `ObjectStore.abort_abandoned`."""
         ended = 0
         for plan in await to_thread.run_sync(ledger.under, self.where, prefix):
             if await to_thread.run_sync(source_of, plan.path) == plan.source:
@@ -195,7 +195,7 @@ class S3Store:
         return wanted
 
     async def _put(self, key: str, data: bytes, condition: dict[str, Any]) -> None:
-        """Send it in one request. Any: arguments of that."""
+        """Send the data in one request."""
         sha256 = hashlib.sha256(data).hexdigest()
         await self._connection.call(
             "put_object",
@@ -207,10 +207,14 @@ class S3Store:
         )
 
     async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
-        """The object under the key if it has that content; None if nothing stands there; else ConflictError.
+        """Return the object if it has the expected content, None if there is none.
 
         Args:
-            guess: Where we may not look, say that nothing is there: S3 answers so where we may not list the bucket.
+            wanted: The expected content.
+            guess: Treat a denied request as a missing object: S3 denies it without permission to list the bucket.
+
+        Raises:
+            ConflictError: The object has other content.
         """
         try:
             head = await self._head(wanted.key)
@@ -221,7 +225,7 @@ class S3Store:
                 return None
             raise
         size, sha256 = head["ContentLength"], head["Metadata"].get("sha256")
-        if size == wanted.size and sha256 is None:  # put there by someone else
+        if size == wanted.size and sha256 is None:  # it was not stored by us
             there = Copy()
             await self._read(wanted.key, head, None, there)
             sha256 = there.stored(wanted.key).sha256
@@ -239,13 +243,13 @@ class S3Store:
             raise self._missing(key, error) from error
 
     def _missing(self, key: str, error: WordError) -> StoreError:
-        """What it means that a reading was refused."""
+        """Convert an error response of a read to an error about the object."""
         if error.status != 404:  # noqa: PLR2004
             return error
         return MissingError(f"{key} is not in {self.where}", fix="see what is stored: evsys-bus checkpoints RUN")
 
     async def _read(self, key: str, head: dict[str, Any], told: Told | None, copy: Copy) -> None:
-        """Add what the copy of an object has not yet. Any: S3's reply."""
+        """Add the missing content of an object to the copy."""
         size = int(head["ContentLength"])
 
         async def read_on() -> None:

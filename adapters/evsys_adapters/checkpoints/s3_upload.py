@@ -1,12 +1,12 @@
-"""Sending a file to S3 in parts: resumable by any process that has the ledger, and under its key whole or not at all.
+"""Multipart uploads to S3: resumable by any process with the ledger, and atomic.
 
-    planned    the file's digests are known, and in the ledger
-    begun      the server's name for the upload is in the ledger
-    sent       each part that the server confirmed is in the ledger, before the next one is begun in its place
-    completed  under the condition that nothing stands under the key; then looked at, size and digest
+    planned    the file's digests are in the ledger
+    begun      the server's upload ID is in the ledger
+    sent       each part confirmed by the server is in the ledger before the next one is sent in its place
+    completed  on condition that the key is unused; then size and digest are verified
 
-What a process that ended left behind is compared with what the server says it has (ListParts), and only the rest is
-sent. An upload that the server no longer knows was completed with the reply lost, or is begun again.
+After a restart the ledger is compared with the server's list of parts (ListParts), and only the rest is sent. An upload
+that the server does not know was completed with the response lost, or is restarted.
 """
 
 import base64
@@ -28,19 +28,19 @@ from evsys_adapters.checkpoints.store import ConflictError, Stored, Told, missin
 from evsys_bus.errors import DeliveryError, RetryLaterError
 
 ATTEMPTS: Final = 4
-"""Of a part, and of a download from where it was cut; then it is the courier's turn."""
+"""Attempts of a part or of resuming a download; then the courier retries."""
 MOST_PARTS: Final = 10_000
 """S3's limit."""
 BEGINNINGS: Final = 3
-"""How often a file that changes is begun again."""
+"""How often an upload is restarted because its file changes."""
 COMPLETE_SECONDS: Final = 600.0
-"""Servers take minutes to put a large object together."""
+"""Servers may take minutes to assemble a large object."""
 LEAST_BYTES_PER_SECOND: Final = 50_000
-"""A part that is carried more slowly is given up."""
+"""A slower upload of a part times out."""
 
 
 class Bucket(Protocol):
-    """What an upload asks of the store."""
+    """The methods of the store that an upload needs."""
 
     part_bytes: int
 
@@ -49,12 +49,12 @@ class Bucket(Protocol):
         ...
 
     async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
-        """The object under the key if it has that content; None if nothing stands there; else ConflictError."""
+        """Return the object if it has this content, None if there is none; raises ConflictError for other content."""
         ...
 
 
 class FileUpload:
-    """One call of `put_file`."""
+    """The execution of one `ObjectStore.put_file`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class FileUpload:
         self._told = told
 
     async def run(self) -> Stored:
-        """As `ObjectStore.put_file`."""
+        """See `ObjectStore.put_file`."""
         for _ in range(BEGINNINGS):
             with self._opened() as file:
                 source = Source.of(os.fstat(file.fileno()))
@@ -89,15 +89,15 @@ class FileUpload:
             if stored is not None:
                 await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
                 if stored.size > self._bucket.part_bytes:
-                    with suppress(DeliveryError):  # it is stored, whatever becomes of these
-                        await abort_uploads(self._connection, self._key)  # as one whose ledger was lost
+                    with suppress(DeliveryError):  # the file is stored already
+                        await abort_uploads(self._connection, self._key)  # leftovers of a lost ledger
                 self._tell(stored.size, stored.size)
                 return stored
             await self._abort()
         raise RetryLaterError(f"{self._path} changes while it is sent")
 
     async def _put(self, file: BinaryIO, source: Source) -> Stored | None:
-        """The object; None if the file changed."""
+        """Store the file; returns None if it changed."""
         plan, parts = await self._planned(file, source)
         wanted = Stored(self._key, source.size, plan.sha256)
         if plan.upload is None:
@@ -116,11 +116,11 @@ class FileUpload:
         if there is None or not completed:
             await self._abort()
         if there is None:
-            raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is begun again")
+            raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is restarted")
         return there
 
     async def _planned(self, file: BinaryIO, source: Source) -> tuple[Plan, dict[int, Part]]:
-        """What is to be sent, and what of it the server has."""
+        """Return the plan of the upload, and the parts that the server has."""
         where = self._connection.where
         found = await to_thread.run_sync(self._ledger.find, where, self._key)
         if found is not None and found[0].source == source:
@@ -128,7 +128,7 @@ class FileUpload:
             confirmed = None if plan.upload is None else await self._confirmed(plan, parts)
             if confirmed is not None:
                 return plan, confirmed
-            if plan.upload is None:  # whether it was begun is not known
+            if plan.upload is None:  # the server may have started it
                 await self._abort()
             return msgspec.structs.replace(plan, upload=None), {}
         if found is not None:
@@ -138,7 +138,7 @@ class FileUpload:
         return Plan(where, self._key, str(self._path), source, part_bytes, sha256, of_parts), {}
 
     async def _confirmed(self, plan: Plan, parts: dict[int, Part]) -> dict[int, Part] | None:
-        """Of the parts in the ledger, those that the server has too; None if it does not know the upload."""
+        """Return the parts of the ledger that the server confirms; None if it does not know the upload."""
         try:
             theirs = await self._connection.pages("list_parts", "Parts", Key=self._key, UploadId=plan.upload)
         except WordError as error:
@@ -161,7 +161,7 @@ class FileUpload:
         return plan
 
     async def _send(self, file: BinaryIO, plan: Plan, parts: dict[int, Part]) -> bool:
-        """Send what is missing, some parts side by side; after the first failure no further one is begun.
+        """Send the missing parts concurrently; after the first failure no further part is started.
 
         Returns:
             Whether the server still knows the upload.
@@ -173,7 +173,7 @@ class FileUpload:
             for number in missing:
                 try:
                     parts[number] = await self._send_part(file.fileno(), plan, number)
-                except (DeliveryError, OSError) as error:  # the latter is of the ledger's disk
+                except (DeliveryError, OSError) as error:  # OSError: the ledger's disk
                     troubles.append(error)
                 if troubles:
                     return
@@ -190,7 +190,7 @@ class FileUpload:
         return True
 
     async def _send_part(self, file: int, plan: Plan, number: int) -> Part:
-        """Send one. Any: S3's reply."""
+        """Send one part and record it."""
         size = _size(plan, number)
         reply: dict[str, Any] = await again()(
             self._connection.call,
@@ -208,7 +208,7 @@ class FileUpload:
         return part
 
     async def _complete(self, plan: Plan, parts: dict[int, Part]) -> bool:
-        """Have the object made; whether it was. If not, what stands there tells why."""
+        """Complete the upload; returns False if the object has to be checked instead."""
         listed = [
             {"PartNumber": number, "ETag": part.tag, "ChecksumSHA256": base64_of(plan.digests[number - 1])}
             for number, part in sorted(parts.items())
@@ -239,7 +239,7 @@ class FileUpload:
             raise missing_file(self._path) from error
 
     def _is_still(self, file: BinaryIO, source: Source) -> bool:
-        """Whether the file has not changed. One that was removed meanwhile is open here, and as good as it was."""
+        """Whether the file is unchanged. A removed file is still open, and counts as unchanged."""
         try:
             now = self._path.stat()
         except FileNotFoundError:
@@ -252,7 +252,7 @@ class FileUpload:
 
 
 async def abort_uploads(connection: S3Connection, key: str) -> None:
-    """End every upload to exactly this key that the server knows; a checkpoint's key has one writer."""
+    """Abort all uploads to exactly this key that the server lists; a checkpoint's key has one writer."""
     for upload in await connection.pages("list_multipart_uploads", "Uploads", Prefix=key):
         if upload["Key"] == key:
             try:
@@ -263,7 +263,7 @@ async def abort_uploads(connection: S3Connection, key: str) -> None:
 
 
 def again() -> AsyncRetrying:
-    """A few attempts, for what fails in passing and does not say for how long."""
+    """Return a retry policy for temporary errors without a ``Retry-After``."""
     return AsyncRetrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.1, max=2),
@@ -273,7 +273,7 @@ def again() -> AsyncRetrying:
 
 
 def base64_of(digest: str) -> str:
-    """A digest as S3 writes it."""
+    """Convert a hexadecimal digest to Base64, as S3 expects it."""
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
 

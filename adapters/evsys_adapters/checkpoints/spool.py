@@ -1,17 +1,16 @@
-"""`Spool`: checkpoints that wait to be uploaded, as hard links, so that the trainer may rotate its own files.
+"""`Spool`: checkpoints pending upload, as hard links, so that the trainer may remove its own files.
 
     <run's folder>/spool/<digest of the URL>/
-        <checkpoint>@<fingerprint>/              an entry: appears whole, by a rename
-            entry.json                           what it is; made anew from the event where it is damaged
+        <checkpoint>@<fingerprint>/              an entry, created atomically by a rename
+            entry.json                           its description; rebuilt from the event if damaged
             state/..., sampler/...               the files
-        <checkpoint>@<fingerprint>.done.json     what became of it; its entry is gone then
-        origin.json                              names this spool at the destination
-        <checkpoint>@<fingerprint>.refused/      an entry that is in conflict with what is at the destination
-        ledger/                                  how far multipart uploads have got
+        <checkpoint>@<fingerprint>.done.json     the result of the upload; replaces the entry
+        origin.json                              identifies this spool at the destination
+        <checkpoint>@<fingerprint>.refused/      an entry that conflicts with the destination
+        ledger/                                  progress of multipart uploads
 
-The fingerprint tells a checkpoint that is announced again from one that was saved again under the same name, and
-whether files are those that were announced. Both halves make entries: the journal may hand the event to the courier
-before the hook has run.
+The fingerprint distinguishes a repeated event from a new checkpoint of the same name, and detects changed files. Both
+halves of the adapter create entries: the courier may receive the event before the hook has run.
 """
 
 import errno
@@ -46,68 +45,68 @@ DONE: Final = ".done.json"
 REFUSED: Final = ".refused"
 _ORIGIN: Final = "origin.json"
 _MOST_BYTES: Final = 256 << 20
-"""Of an entry, or a marker, with the names of a million files."""
+"""Maximum size of an entry or a marker; enough for the names of a million files."""
 LONG_AGO_SECONDS: Final = 3600.0
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
 
 
 class SpooledFile(msgspec.Struct, frozen=True):
-    """One file, as it was when the checkpoint was announced."""
+    """One file, as it was when the Checkpoint event was published."""
 
     name: str
-    """Below the entry, and below the checkpoint's folder at the destination."""
+    """Path below the entry and below the checkpoint's folder at the destination."""
     size: int
     mtime_ns: int
 
 
 class Entry(msgspec.Struct, frozen=True):
-    """A checkpoint that waits."""
+    """Description of a checkpoint pending upload."""
 
     row: ManifestRow
     files: list[SpooledFile]
     state: str | None = None
-    """As in `Manifest`."""
+    """See `Manifest`."""
     sampler: str | None = None
     number: int = 0
-    """Counts the entries of one checkpoint that wait; the greater was announced later."""
+    """Counts the pending entries of one checkpoint; greater is later."""
 
 
 class Done(msgspec.Struct, frozen=True):
-    """A checkpoint that is at the destination."""
+    """A checkpoint that was uploaded."""
 
     url: str
-    """The destination, placeholders filled in."""
+    """The destination, with placeholders replaced."""
     manifest: Manifest
     reach: Reach = Reach()
 
 
 class Waiting(NamedTuple):
-    """An entry and where it is."""
+    """An entry and its folder."""
 
     folder: Path
     entry: Entry | None
-    """None while its ``entry.json`` is missing or damaged; `Spool.mend` makes it anew."""
+    """None if its ``entry.json`` is missing or damaged; `Spool.mend` rebuilds it."""
 
     def rewritten(self) -> str | None:
-        """A file that is no longer what was announced: whoever writes into a file writes into all its links."""
+        """Return a file that has changed since the event: writing to a file changes all its hard links."""
         files = () if self.entry is None else self.entry.files
         return next((file.name for file in files if not _is_as_announced(self.folder / file.name, file)), None)
 
 
 class Spool:
-    """What one run has to upload to one destination."""
+    """The pending uploads of one run to one destination."""
 
     def __init__(self, folder: Path) -> None:
         self.folder: Final = folder
 
     @classmethod
     def of(cls, run_dir: str | os.PathLike[str], url: str) -> Self:
-        """That of a run, by its folder, and of a destination, by the URL that `checkpoint_upload` has."""
+        """Return the spool for a run's folder and the URL configured for `checkpoint_upload`."""
         return cls(where.local_path(run_dir, "output_dir") / SPOOL / digest(url))
 
     @property
     def origin(self) -> str:
-        """What the destination calls it: made once, by whoever uploads."""
+        """Identifier of this spool at the destination; created by the first upload."""
         path = self.folder / _ORIGIN
         known = load_file(path, msgspec.json.Decoder(str).decode, set_aside=True)
         if known is None:
@@ -117,27 +116,27 @@ class Spool:
 
     @property
     def ledger(self) -> Path:
-        """Where the uploads in parts are accounted for."""
+        """Directory of the `UploadLedger`."""
         return self.folder / "ledger"
 
     def keep(self, row: ManifestRow, parts: Iterable[PartName]) -> Waiting | None:
-        """Have the checkpoint's files here, whoever else removes them; None if just these were uploaded already.
+        """Link the checkpoint's files into the spool; returns None if exactly these were uploaded already.
 
         Raises:
-            OSError: A file is gone, or cannot be linked.
+            OSError: A file is missing, or cannot be linked.
         """
         sources, entry = _gathered(row, parts)
         folder = self.folder / f"{checkpoint_folder(entry.row)}@{_fingerprint(sources, entry)}"
         if not folder.is_dir() and not self._is_done(folder):
             numbers = [each.entry.number for each in self.waiting(row) if each.entry is not None]
             self._make(folder, sources, msgspec.structs.replace(entry, number=1 + max(numbers, default=0)))
-        if self._is_done(folder):  # also where the other half was faster, and has gone all the way
+        if self._is_done(folder):  # or the other half has created and uploaded it meanwhile
             shutil.rmtree(folder, ignore_errors=True)
             return None
         return Waiting(folder, _entry_in(folder) or entry)
 
     def waiting(self, row: ManifestRow | None = None) -> list[Waiting]:
-        """What waits of this checkpoint, or of all, oldest first; also what has to be mended first."""
+        """Return the pending entries of this checkpoint, or of all, oldest first; includes damaged ones."""
         found: list[tuple[int, int, Waiting]] = []
         for folder in self._entries(row, ""):
             with suppress(FileNotFoundError, NotADirectoryError):  # the other process has finished it meanwhile
@@ -148,22 +147,22 @@ class Spool:
         return [waiting for *_, waiting in sorted(found, key=lambda each: each[:2])]
 
     def mend(self, waiting: Waiting, row: ManifestRow, parts: Iterable[PartName]) -> Waiting:
-        """The entry, whole: files that are missing are linked again, and a damaged ``entry.json`` is made anew.
+        """Repair an entry: link missing files again, and rebuild a damaged ``entry.json``.
 
         Args:
             waiting: The entry.
-            row: The checkpoint, as its event has it.
-            parts: What of it is uploaded.
+            row: The checkpoint from its event.
+            parts: Which parts are uploaded.
 
         Raises:
-            FileNotFoundError: A file that was announced is neither here, nor, unchanged, where it was saved; or nobody
-                knows any more which files were.
+            FileNotFoundError: A file is neither here nor, unchanged, at its original path; or the list of files cannot
+                be rebuilt.
         """
         folder, entry = waiting
         if entry is None:
             entry = _rebuilt(folder, row, tuple(parts))
             if entry is None:
-                what = f"{ENTRY} is damaged, and the files that are left are not those that were announced"
+                what = f"{ENTRY} is damaged, and the remaining files differ from those of the checkpoint event"
                 raise FileNotFoundError(errno.ENOENT, what, str(folder / ENTRY))
         for file in entry.files:
             if not (folder / file.name).exists():
@@ -178,42 +177,42 @@ class Spool:
         return Waiting(folder, entry)
 
     def done(self, row: ManifestRow | None = None) -> list[Done]:
-        """What was uploaded of this checkpoint, or of all; without what cannot be read (`unreadable`)."""
+        """Return the records of uploads of this checkpoint, or of all, except for unreadable ones (`unreadable`)."""
         found = (_done_in(path) for path in self._entries(row, DONE))
         return [each for each in found if each is not None]
 
     def unreadable(self, row: ManifestRow | None = None) -> list[Path]:
-        """Markers of uploads of this checkpoint, or of all, that do not say any more what became of them."""
+        """Return the unreadable records of uploads of this checkpoint, or of all."""
         return [path for path in self._entries(row, DONE) if _done_in(path) is None]
 
     def finish(self, waiting: Waiting, done: Done) -> None:
-        """The checkpoint is at the destination, and verified: say so, then let go of its files."""
+        """Record that the checkpoint was uploaded and verified, then remove its entry."""
         self.note(self._marker(waiting.folder), done)
         self.drop(waiting)
 
     @staticmethod
     def note(marker: Path, done: Done) -> None:
-        """Write what became of an upload, in place of what is damaged."""
+        """Write the record of an upload, replacing a damaged one."""
         _done_in(marker, set_aside=True)
         replace_file(marker, msgspec.json.encode(done))
 
     def sweep(self) -> None:
-        """Remove what was begun long ago, by a process that was killed over it."""
+        """Remove temporary folders of processes that were killed long ago."""
         for path in self.folder.glob(".*"):
             if time.time() - path.lstat().st_mtime > LONG_AGO_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod
     def drop(waiting: Waiting) -> None:
-        """Let go of an entry's files."""
+        """Remove an entry."""
         shutil.rmtree(waiting.folder, ignore_errors=True)
 
     @staticmethod
     def set_aside(waiting: Waiting) -> None:
-        """It cannot be uploaded: keep its files for a person to look at, and try no more."""
+        """Quarantine an entry that cannot be uploaded, for inspection by the user."""
         aside = waiting.folder.with_name(f"{waiting.folder.name}{REFUSED}")
         shutil.rmtree(aside, ignore_errors=True)
-        with suppress(FileNotFoundError):  # somebody has removed it
+        with suppress(FileNotFoundError):  # it was removed meanwhile
             waiting.folder.rename(aside)
 
     def _marker(self, folder: Path) -> Path:
@@ -247,7 +246,7 @@ class Spool:
             OsDisk().sync_path(str(self.folder))
         except OSError:
             shutil.rmtree(making, ignore_errors=True)
-            if not folder.is_dir():  # the other half was not faster either
+            if not folder.is_dir():  # unless the other half created it meanwhile
                 raise
         if copied:
             log().warning(
@@ -262,17 +261,17 @@ class Spool:
 
 class _Source(NamedTuple):
     path: str
-    """The file itself, no symbolic link."""
+    """Resolved path, without symbolic links."""
     found: os.stat_result
 
 
 def local_path(path: str) -> Path:
-    """The path of what is here."""
+    """Return the local path of a path or ``file://`` URI."""
     return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path)
 
 
 def _gathered(row: ManifestRow, parts: Iterable[PartName]) -> tuple[list[_Source], Entry]:
-    """The files of a checkpoint, and what they will be called."""
+    """Collect the files of a checkpoint and their names in the spool."""
     written = _written(row)
     sources: list[_Source] = []
     files: list[SpooledFile] = []
@@ -297,13 +296,13 @@ def _gathered(row: ManifestRow, parts: Iterable[PartName]) -> tuple[list[_Source
 
 
 def _written(row: ManifestRow) -> ManifestRow:
-    """The row as it comes out of the journal, so that both halves give it the same name."""
+    """Return the row as decoded from the journal, so that both halves use the same names."""
     return msgspec.convert(to_plain(row)[0], ManifestRow)
 
 
 def _files(root: Path) -> Iterator[tuple[str, _Source]]:
-    """The files below a directory with their names in it; or the file itself, with an empty one."""
-    found = os.stat(root)  # noqa: PTH116 # texts from here on: a Path for each of many files costs more than its link
+    """Yield the files below a directory with their relative names; for a file, itself with an empty name."""
+    found = os.stat(root)  # noqa: PTH116 # strings from here on: for many files, a Path costs more than its link
     if stat.S_ISDIR(found.st_mode):
         yield from _below(os.fspath(root), "", ((found.st_dev, found.st_ino),))
     else:
@@ -324,18 +323,18 @@ def _below(folder: str, names: str, above: tuple[tuple[int, int], ...]) -> Itera
 
 def _source(path: str, found: os.stat_result) -> _Source:
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no file that could be uploaded", path)
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     return _Source(path, found)
 
 
 def _plain(name: str) -> str:
-    """A file's name as one component of a key; hidden files keep theirs."""
+    """Return a file's name as one component of a key; hidden files keep their name."""
     bare = name.removeprefix(".")
     return name if safe_name(bare) == bare else f"{safe_name(name)}-{digest(name)}"
 
 
 def _put(source: str, target: str) -> bool:
-    """Link it; where that cannot be, copy it, and return False."""
+    """Link a file, or copy it and return False if links are not possible."""
     try:
         try:
             os.link(source, target)
@@ -372,7 +371,7 @@ def _is_as_announced(path: str | Path, file: SpooledFile) -> bool:
 
 
 def _source_of(row: ManifestRow, file: SpooledFile) -> str | None:
-    """Where a file of an entry was saved, if it is there as it was announced."""
+    """Return the original path of an entry's file if it is unchanged."""
     for part, path in (("state", row.state_path), ("sampler", row.sampler_path)):
         if path is None or is_elsewhere(path):
             continue
@@ -384,7 +383,7 @@ def _source_of(row: ManifestRow, file: SpooledFile) -> str | None:
 
 
 def _rebuilt(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> Entry | None:
-    """The entry in this folder: of the files where they were saved, or of those in it, if those were announced."""
+    """Rebuild an entry from the original files, or from those in the entry, if the fingerprint matches."""
     for found in (row, _in_spool(folder, row, parts)):
         with suppress(OSError):
             sources, entry = _gathered(found, parts)
@@ -394,7 +393,7 @@ def _rebuilt(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> Ent
 
 
 def _in_spool(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> ManifestRow:
-    """The row, with the paths of the files in an entry."""
+    """Return the row with the paths of the files in an entry."""
     state, sampler = row.state_path, row.sampler_path
     here: dict[str, str] = {}
     for part, path in (("state", state), ("sampler", sampler)):

@@ -1,15 +1,15 @@
-"""`ObjectStore`: where checkpoints are kept, by key; the errors of that; and `open_store`, which makes one for an URL.
+"""`ObjectStore`: storage of checkpoints by key, its errors, and `open_store`, which creates a store for a URL.
 
-    raised by a store            what it means
+    error                        meaning
     ---------------------------  ---------------------------------------------------------------------
-    RetryLaterError              the store is busy or away; the same call goes on where this one ended
-    ParkedError                  it refuses who we are, or lacks what a person must mend (bucket, quota)
-    ConflictError                other content stands under the key
-    MissingError                 the local file, or the object, is not there
-    DamagedError                 what came back is not what was stored
-    RefusedError                 the store says no to this object, for good
+    RetryLaterError              the store is busy or unreachable; a repeated call resumes
+    ParkedError                  credentials are rejected, or a person must act (bucket, quota)
+    ConflictError                the key holds other content
+    MissingError                 the local file, or the object, does not exist
+    DamagedError                 the content differs from what was stored
+    RefusedError                 the store rejects this object permanently
 
-All of them are `DeliveryError`s, and the last four will not change by trying again. An OSError is of the local disk.
+All of them are `DeliveryError`s; retrying does not help with the last four. OSError refers to the local disk.
 """
 
 from collections.abc import Callable
@@ -24,60 +24,60 @@ from evsys_adapters.checkpoints.ledger import UploadLedger
 from evsys_bus.errors import ConfigError, DeliveryError
 
 Told = Callable[[int, int], None]
-"""Is called with the bytes that are done, and the bytes in all."""
+"""Called with the bytes done and the total bytes."""
 
 PART_BYTES: Final = 16 << 20
 MOST_SMALL_BYTES: Final = 64 << 20
-"""A manifest of several hundred thousand files; what `ObjectStore.get_bytes` takes into memory."""
+"""Limit of `ObjectStore.get_bytes`; enough for a manifest of several hundred thousand files."""
 MOST_KEY_BYTES: Final = 1024
 """S3's limit."""
 
 
 class StoreError(DeliveryError):
-    """An object cannot be stored or fetched, and trying again will not change that."""
+    """An object cannot be stored or fetched, and retrying will not change that."""
 
     code = "EB400"
 
 
 class RefusedError(StoreError):
-    """The store says no to this object, for good."""
+    """The store rejects this object permanently."""
 
     code = "EB401"
 
 
 class ConflictError(StoreError):
-    """Other content stands under the key; it was left as it is."""
+    """The key holds other content, which was left unchanged."""
 
     code = "EB402"
 
 
 class MissingError(StoreError):
-    """The local file, or the object, is not there."""
+    """The local file, or the object, does not exist."""
 
     code = "EB403"
 
 
 class DamagedError(StoreError):
-    """What came back is not what was stored; nothing was put in place."""
+    """The content differs from what was stored; no file was replaced."""
 
     code = "EB404"
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """An object, as it stands in a store."""
+    """An object in a store."""
 
     key: str
     size: int
     """In bytes."""
     sha256: str | None = None
-    """Of the content, in hexadecimal; None where a listing does not tell."""
+    """Digest of the content, in hexadecimal; None if a listing does not provide it."""
 
 
 def check(got: Stored, wanted: Stored | None, where: str) -> None:
-    """Hold what was fetched to what it must be, as far as that is known.
+    """Compare fetched content with the expected size and digest, as far as known.
 
     Raises:
-        DamagedError: It is another content.
+        DamagedError: They differ.
     """
     if wanted is not None and (got.size, got.sha256) != (wanted.size, wanted.sha256 or got.sha256):
         raise DamagedError(
@@ -88,7 +88,7 @@ def check(got: Stored, wanted: Stored | None, where: str) -> None:
 
 
 def check_size(key: str, size: int, wanted: Stored | None, where: str) -> None:
-    """The same, by the size alone, before anything is fetched."""
+    """Compare only the sizes, before anything is fetched."""
     if wanted is not None and size != wanted.size:
         raise DamagedError(
             f"{key} in {where} is not what was stored: {size} bytes, and not {wanted.size}",
@@ -97,122 +97,124 @@ def check_size(key: str, size: int, wanted: Stored | None, where: str) -> None:
 
 
 def too_large(key: str, where: str, most_bytes: int) -> DamagedError:
-    """The error that says that what should be small is not."""
+    """Return the error for an object that exceeds its limit."""
     return DamagedError(
         f"{key} in {where} is larger than {most_bytes:,} bytes", fix="it was not written by evsys-bus; remove it"
     )
 
 
 def check_key(key: str) -> None:
-    """Raise RefusedError for what is no key."""
+    """Raise RefusedError if the key is invalid."""
     if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or len(key.encode()) > MOST_KEY_BYTES:
         raise RefusedError(f"{key!r} is no key", fix="use parts that are not empty, `.` or `..`, with slashes between")
 
 
 def missing_file(path: Path) -> MissingError:
-    """The error that says that a local file is not there."""
-    return MissingError(f"{path} is not there to be stored", fix="keep files until they are stored; this one is lost")
+    """Return the error for a missing local file."""
+    return MissingError(
+        f"{path} does not exist, so it cannot be stored", fix="keep files until they are stored; this one is lost"
+    )
 
 
 class ObjectStore(Protocol):
-    """Keeps objects under keys: texts with slashes, none of whose parts is empty, ``.`` or ``..``."""
+    """Stores objects by key: a path with slashes, none of whose parts is empty, ``.`` or ``..``."""
 
     where: str
-    """The store, in words."""
+    """Description of the store."""
 
     async def open(self) -> None:
-        """Get ready; asks nothing of the store yet."""
+        """Prepare the store; makes no request yet."""
         ...
 
     async def probe(self) -> None:
-        """Write and delete a few bytes, so that what is wrong shows now and not at the first checkpoint.
+        """Write and delete a few bytes, so that errors appear now and not with the first checkpoint.
 
         Raises:
-            ParkedError: The store refuses who we are, or there is no such bucket.
+            ParkedError: The store rejects the credentials, or there is no such bucket.
             RetryLaterError: It cannot be reached.
         """
         ...
 
     async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
-        """Have the file's content under the key: whole and verified, or not at all.
+        """Store a file: complete and verified, or not at all.
 
-        What the ledger says was sent is not sent again, also by another process. A file that changes meanwhile is begun
-        again. When the same content stands there already, nothing is sent.
+        Parts recorded in the ledger are not sent again, even by another process. If the file changes meanwhile, the
+        upload is restarted. If the same content is stored already, nothing is sent.
 
         Raises:
-            RetryLaterError: To be called again, and goes on then. So it does after a cancellation.
-            ParkedError: As `probe`.
-            ConflictError: Other content stands there.
+            RetryLaterError: Call again to resume, as after a cancellation.
+            ParkedError: See `probe`.
+            ConflictError: The key holds other content.
             MissingError: There is no such file.
-            RefusedError: The store does not take it.
+            RefusedError: The store rejects it.
         """
         ...
 
     async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
-        """Have these bytes under the key: whole or not at all; what stood there goes only with ``replace``.
+        """Store bytes atomically; existing content is replaced only with ``replace``.
 
         Raises:
-            ConflictError: Other content stands there, and it is not to be replaced.
+            ConflictError: The key holds other content, and ``replace`` is not set.
         """
         ...
 
     async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
-        """Fetch an object; the file appears, or is replaced, once its size and digest are right.
+        """Fetch an object; the file appears, or is replaced, once its size and digest are verified.
 
         Args:
-            stored: What it must be; by default what the store itself says of it.
+            stored: The expected content; by default the store's own metadata.
 
         Raises:
             MissingError: There is no such object.
-            DamagedError: The content is another one.
+            DamagedError: The content differs.
         """
         ...
 
     async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
-        """Replace a small object by what ``change`` makes of it, so that no change of another process is lost.
+        """Replace a small object by the result of ``change``, so that no change of another process is lost.
 
         Args:
-            key: Of the object.
-            change: Gets what is there, None for nothing that could be used, and returns what is to be there, None for
-                no change. It may be called again, where another process was faster.
+            key: The object's key.
+            change: Receives the current content, None if it is missing or unusable, and returns the new content, None
+                for no change. It may be called again if another process was faster.
 
         Returns:
-            Whether that is certain; False where the store cannot replace on a condition, and something was written.
+            Whether that is certain; False if the store cannot replace conditionally, and something was written.
 
         Raises:
-            RetryLaterError: Others change it all the time.
+            RetryLaterError: Other processes keep changing it.
         """
         ...
 
     async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
-        """Fetch a small object, verified where the store knows its digest.
+        """Fetch a small object, verified if the store knows its digest.
 
         Raises:
             MissingError: There is no such object.
-            DamagedError: The content is another one, or larger than ``most_bytes``: no more than that is read.
+            DamagedError: The content differs, or is larger than ``most_bytes``, the maximum that is read.
         """
         ...
 
     async def names(self, prefix: str) -> list[Stored]:
-        """What stands under keys that begin so, in order; without digests."""
+        """List the objects whose keys have this prefix, in order and without digests."""
         ...
 
     async def delete(self, key: str) -> None:
-        """Have nothing under the key."""
+        """Delete the object; a missing one is ignored."""
         ...
 
     async def abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
-        """End the unfinished uploads in the ledger whose file is gone or another one by now, and what is left of them.
+        """Abort the uploads in the ledger whose file is missing or has changed.
 
-        Not to be called while `put_file` runs with the same ledger.
+        Must not be called while `put_file` runs with the same ledger.
 
         Returns:
-            How many it ended.
+            The number of aborted uploads.
         """
         ...
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
         ...
 
 
@@ -226,22 +228,21 @@ def open_store(
     concurrency: int = 4,
     part_bytes: int = PART_BYTES,
 ) -> tuple[ObjectStore, str]:
-    """The store that the URL names, not yet opened, and what every key in it is to begin with.
+    """Return the store for a URL, not yet open, and the prefix of all keys in it.
 
-    That is empty or ends with a slash: the key of ``name`` is ``prefix + name``.
+    The prefix is empty or ends with a slash: the key of ``name`` is ``prefix + name``.
 
     Args:
         url: ``s3://bucket/prefix``, or ``file:///directory``.
-        endpoint: Of a server that is not Amazon's, as ``https://minio.example:9000``.
-        path_style: Whether the bucket stands in the path and not in the host's name; by default where there is an
-            endpoint.
-        profile: In the user's AWS configuration.
-        concurrency: How many parts of a file are sent side by side.
-        part_bytes: Into parts of how many bytes a larger file is cut; at least 5 MiB, for S3's sake.
+        endpoint: URL of a server other than Amazon's, such as ``https://minio.example:9000``.
+        path_style: Whether the bucket is part of the path instead of the host name; by default if there is an endpoint.
+        profile: Profile of the user's AWS configuration.
+        concurrency: How many parts of a file are sent concurrently.
+        part_bytes: Size of the parts of a larger file; at least 5 MiB, as required by S3.
 
     Raises:
         ConfigError: The URL names no store.
-        ModuleNotFoundError: aiobotocore is not installed; `build_callbacks` makes a BrokenAdapterError of it.
+        ModuleNotFoundError: aiobotocore is not installed; `build_callbacks` converts it to a BrokenAdapterError.
 
     Example:
         >>> store, prefix = open_store("file:///tmp/checkpoints")

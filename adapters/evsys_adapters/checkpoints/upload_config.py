@@ -1,4 +1,4 @@
-"""What `checkpoint_upload` can be told; both of its halves are."""
+"""Parameters of `checkpoint_upload`, shared by its two halves."""
 
 from importlib.util import find_spec
 from typing import Annotated, Final, Literal
@@ -15,15 +15,15 @@ FINAL: Final = "final"
 StoreUrl = Annotated[
     str, msgspec.Meta(pattern=r"^(s3://[^/]|file://(localhost)?[/{])", examples=["s3://bucket/{experiment}"])
 ]
-"""Names an object store, as `open_store` takes it, but for placeholders."""
+"""URL of an object store for `open_store`; may contain placeholders."""
 
 
 def check_url(url: str) -> None:
-    """See that its placeholders mean something, and that what speaks to such a store is installed.
+    """Check the URL's placeholders, and that the client library is installed.
 
     Raises:
-        ValueError: One of them means nothing.
-        ModuleNotFoundError: A package is missing; `build_callbacks` makes a BrokenAdapterError of it.
+        ValueError: A placeholder is unknown.
+        ModuleNotFoundError: A package is missing; `build_callbacks` converts it to a BrokenAdapterError.
     """
     check_placeholders(url, "url", PLACEHOLDERS)
     if url.startswith("s3://") and find_spec("aiobotocore") is None:
@@ -31,35 +31,35 @@ def check_url(url: str) -> None:
 
 
 class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `CheckpointUploadCallback` can be told."""
+    """Parameters of `CheckpointUploadCallback`."""
 
     url: StoreUrl
-    """Where to: ``s3://bucket/prefix`` or ``file:///folder``; a run's checkpoints go into a folder named after it.
-    ``{experiment}`` stands for the name of the experiment's folder, ``{output_dir}`` for its path."""
+    """Destination: ``s3://bucket/prefix`` or ``file:///folder``; a run's checkpoints go into a folder named after
+    it. ``{experiment}`` is replaced by the name of the experiment's folder, ``{output_dir}`` by its path."""
     checkpoints: Literal["all", "final"] | Annotated[int, msgspec.Meta(ge=1)] = "all"
-    """Which: ``all``, ``final``, or those saved after every so many steps and the final one."""
+    """Which checkpoints: ``all``, ``final``, or those saved after every this many steps and the final one."""
     what: Literal["state", "sampler", "both"] = "both"
     """The full state, the weights for inference, or both."""
     endpoint: str | None = None
-    """Of a server that speaks S3, where it is not Amazon's: ``http://host:9000``."""
+    """URL of a server with the S3 API other than Amazon's: ``http://host:9000``."""
     region: str | None = None
     path_style: bool | None = None
-    """Whether the bucket stands in the path of a request, and not in the name of its host."""
+    """Whether the bucket is part of the path of a request instead of the host name."""
     profile: str | None = None
-    """Of the AWS configuration, whose credentials are used; secrets themselves are never given here."""
+    """Profile of the AWS configuration with the credentials; secrets are never given here."""
     concurrency: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
-    """Files, and parts of a file, on their way at a time."""
+    """Maximum number of concurrent transfers of files and parts."""
     part_bytes: Annotated[int, msgspec.Meta(ge=5 << 20)] = 16 << 20
-    """A file that is larger goes in parts of this size, and after a crash only unfinished parts are sent again."""
+    """A larger file is sent in parts of this size; after a crash only unfinished parts are sent again."""
     progress_seconds: Annotated[float, msgspec.Meta(gt=0)] = 2.0
-    """How often an upload under way says how far it has got."""
+    """Interval of progress events during an upload."""
 
     def __post_init__(self) -> None:
         check_url(self.url)
 
     @property
     def parts(self) -> tuple[PartName, ...]:
-        """What of a checkpoint is uploaded."""
+        """The parts of a checkpoint that are uploaded."""
         return PARTS if self.what == "both" else (self.what,)
 
     def wants(self, row: ManifestRow) -> bool:
@@ -70,6 +70,6 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
 
     @property
     def reach(self) -> Reach:
-        """How the destination is reached."""
+        """Connection options of the destination."""
         names = Reach.__struct_fields__
         return Reach(**{name: getattr(self, name) for name in names})

@@ -1,4 +1,4 @@
-"""`Progress`: how far one upload has got, told now and then."""
+"""`Progress`: publishes the progress of one upload at intervals."""
 
 import time
 from collections.abc import Callable
@@ -9,16 +9,16 @@ _LEAST_SECONDS = 1e-3
 
 
 class Progress:
-    """Counts the bytes of one checkpoint.
+    """Counts the uploaded bytes of one checkpoint.
 
     Args:
-        run: Whose checkpoint.
+        run: The run of the checkpoint.
         checkpoint: Its folder.
-        total_bytes: All that is to be uploaded.
+        total_bytes: The total to be uploaded.
         url: Its destination.
-        every_seconds: How often it is told, at most.
-        publish: Told so.
-        clock: Seconds, monotonic.
+        every_seconds: Minimum interval between events.
+        publish: Receives the events.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Progress:
         publish: Callable[[UploadProgress], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._done: dict[str, int] = {}  # by file; what is sent again after a fault counts once
+        self._done: dict[str, int] = {}  # by file, so that a repeated transfer counts once
         self._run = run
         self._checkpoint = checkpoint
         self._total_bytes = total_bytes
@@ -44,11 +44,11 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """Seconds since the start."""
         return self._clock() - self._began
 
     def see(self, file: str, done_bytes: int) -> None:
-        """So much of the file is at the destination."""
+        """Update the number of uploaded bytes of a file."""
         self._done[file] = done_bytes
         now = self._clock()
         if now - self._told < self._every_seconds:

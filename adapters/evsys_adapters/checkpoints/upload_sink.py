@@ -1,11 +1,11 @@
-"""`UploadSink`: the delivery half of `checkpoint_upload`. The Checkpoint event is the intent, the journal the queue.
+"""`UploadSink`: the delivery half of `checkpoint_upload`. Checkpoint events request uploads; the journal is the queue.
 
-    every file of the entry        whole, with size and digest, or not at all; parts that were sent are not sent again
-    manifest.json                  then, and it is read back
-    latest.json                    then, unless it names a newer checkpoint
-    CheckpointUploaded             then; and only then the entry leaves the spool
+    1. every file of the entry     complete and verified, or not at all; parts that were sent are not sent again
+    2. manifest.json               written and read back
+    3. latest.json                 updated, unless it names a newer checkpoint
+    4. CheckpointUploaded          published; only then the entry leaves the spool
 
-Each step changes nothing where it was done before, so the whole may begin again anywhere.
+Each step is idempotent, so the sequence may be restarted at any point.
 """
 
 from collections.abc import Sequence
@@ -39,17 +39,17 @@ from evsys_bus.files import load_file
 from evsys_bus.sink import Sink
 
 STALL_SECONDS: Final = 300.0
-"""An upload of which no byte goes through for so long is begun again."""
+"""An upload without progress for this long is restarted."""
 
 
 class _Task(NamedTuple):
-    """One event to be carried out."""
+    """The upload requested by one event."""
 
     envelope: Envelope
     event: Checkpoint
     spool: Spool
     url: str
-    """The destination of the run's checkpoints."""
+    """Destination of the run's checkpoints."""
     destination: Destination
     run: str
 
@@ -59,14 +59,14 @@ class _Task(NamedTuple):
 
 
 class UploadSink(Sink):
-    """Uploads what Checkpoint events name. Its params are those of `CheckpointUploadConfig`."""
+    """Uploads the checkpoints named by Checkpoint events. Its parameters are those of `CheckpointUploadConfig`."""
 
     name: ClassVar[str] = "checkpoint_upload"
     Config: ClassVar[type | None] = CheckpointUploadConfig
-    write_timeout_seconds: float = 7 * 86_400.0  # a checkpoint may be large; `STALL_SECONDS` bounds the silence
+    write_timeout_seconds: float = 7 * 86_400.0  # checkpoints may be large; see `STALL_SECONDS`
 
     def __init__(self, url: str, **params: Any) -> None:
-        """Any: as `CheckpointUploadConfig` has them; they are checked."""
+        """Validate the parameters against `CheckpointUploadConfig`."""
         self.config = checked(CheckpointUploadConfig, {"url": url, **params})
         self._places = Places(self.config.reach)
         self._swept: set[str] = set()
@@ -74,15 +74,15 @@ class UploadSink(Sink):
         self._uploaded: set[tuple[str, int]] = set()
 
     async def open(self) -> None:
-        """Look whether the destination would take anything, with these credentials, so that it shows at the start."""
+        """Check that the destination accepts writes with these credentials, so that errors appear at the start."""
         if not has_placeholders(self.config.url):
             await self._places.place(self.config.url)
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """Carry out the first intent of the batch; what stands before it is done with."""
+        """Upload the first checkpoint of the batch; events before it need no work."""
         for index, envelope in enumerate(batch):
             event = envelope.event
-            if isinstance(event, ExperimentStart | RunStart):  # as `open`: the placeholders can be filled in now
+            if isinstance(event, ExperimentStart | RunStart):  # as in `open`, once the placeholders can be replaced
                 await self._places.place(url_for(self.config.url, event.ctx))
             if not isinstance(event, Checkpoint) or not self.config.wants(event.row):
                 continue
@@ -95,14 +95,14 @@ class UploadSink(Sink):
         return None
 
     async def close(self) -> None:
-        """Close what was opened."""
+        """Close the destinations."""
         await self._places.close()
 
     def _reject(self, envelope: Envelope, *, alone: bool) -> None:
         why = self._refused.get((envelope.stream, envelope.seq))
         if why is None:
             return
-        if not alone:  # a rejection speaks of a whole batch, and only this event has been looked at
+        if not alone:  # a rejection applies to a whole batch, but only this event was processed
             raise BatchTooLargeError(why)
         del self._refused[envelope.stream, envelope.seq]
         raise RejectedError({0: why})
@@ -117,26 +117,26 @@ class UploadSink(Sink):
             with durable.needing_room(spool.folder):
                 oldest = self._oldest(spool, event)
         except FileNotFoundError as error:
-            # It is announced again, perhaps, long after it was uploaded and rotated away.
+            # The event may be repeated long after the checkpoint was uploaded and removed.
             if not spool.done(event.row) and not await self._is_uploaded(task):
-                self._refuse(task, f"{error.filename} is gone, and was not linked while it was there")
+                self._refuse(task, f"{error.filename} is missing, and was not linked while it existed")
             return
         if oldest is None:
             return
         try:
-            with durable.needing_room(spool.folder):  # for the ledger, and the note that it is done
+            with durable.needing_room(spool.folder):  # for the ledger and the upload's record
                 await self._upload(task, oldest)
-        except StoreError as error:  # trying again will not change it
+        except StoreError as error:  # retrying does not help
             spool.set_aside(oldest)
             if isinstance(error, ConflictError):
                 self.publish(CheckpointConflict(run, task.folder, event.row.batch, self._url(task), error.what))
             self._refuse(task, error.what)
 
     def _oldest(self, spool: Spool, event: Checkpoint) -> Waiting | None:
-        """What is to be uploaded, whole; None if it was. One that was saved again has an event of its own.
+        """Return the entry to upload; None if it was uploaded. A checkpoint that was saved again has its own event.
 
         Raises:
-            FileNotFoundError: It cannot be had any more.
+            FileNotFoundError: Its files are missing.
         """
         waiting = spool.waiting(event.row)
         if waiting:
@@ -148,7 +148,7 @@ class UploadSink(Sink):
         return spool.keep(event.row, self.config.parts)
 
     async def _is_uploaded(self, task: _Task) -> bool:
-        """Whether the destination has it, where the spool has a marker of that which cannot be read any more."""
+        """Whether the checkpoint is at the destination, if its record in the spool is unreadable."""
         markers = task.spool.unreadable(task.event.row)
         manifest = await task.destination.manifest(task.folder) if markers else None
         if manifest is None:
@@ -176,7 +176,7 @@ class UploadSink(Sink):
         changed = waiting.rewritten()
         if changed is not None:
             task.spool.drop(waiting)
-            self._refuse(task, f"{changed} was written to after the checkpoint was announced")
+            self._refuse(task, f"{changed} was modified after the checkpoint event")
             return
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
@@ -184,7 +184,7 @@ class UploadSink(Sink):
         manifest = msgspec.structs.replace(manifest, origin=task.spool.origin)
         manifest = await destination.publish(manifest, follows=_fetched_life(Path(task.event.state.output_dir)))
         intent = task.envelope.stream, task.envelope.seq
-        if intent not in self._uploaded:  # there may be no room for the note, which is then tried again and again
+        if intent not in self._uploaded:  # only once: writing the record below is retried if the disk is full
             self._uploaded.add(intent)
             total = sum(file.size for file in files)
             seconds = round(progress.seconds, 3)
@@ -197,10 +197,10 @@ class UploadSink(Sink):
     async def _put_all(
         self, task: _Task, waiting: Waiting, ledger: UploadLedger, progress: Progress
     ) -> list[StoredFile]:
-        """Every file of the entry, several at a time; none is begun once one has failed.
+        """Upload all files of the entry concurrently; no file is started after a failure.
 
         Raises:
-            DeliveryError, OSError: The first that one of them met.
+            DeliveryError, OSError: The first error.
         """
         files = iter(() if waiting.entry is None else waiting.entry.files)
         stored: list[StoredFile] = []
@@ -214,16 +214,16 @@ class UploadSink(Sink):
             found = await task.destination.store.put_file(
                 task.destination.key(task.folder, file.name), waiting.folder / file.name, ledger=ledger, told=told
             )
-            assert found.sha256 is not None  # of what was put the store knows it
+            assert found.sha256 is not None  # known for everything that was put
             stored.append(StoredFile(file.name, found.size, found.sha256))
 
         async def work() -> None:
-            for file in files:  # shared: each takes the next one
+            for file in files:  # shared: each worker takes the next one
                 try:
                     await put(file)
                 except (DeliveryError, OSError) as error:
                     failed.append(error)
-                if failed:  # what is under way elsewhere comes to its end: it need not be sent again
+                if failed:  # let the other workers finish: their files need not be sent again
                     return
 
         with anyio.move_on_after(STALL_SECONDS) as silence:
@@ -233,7 +233,7 @@ class UploadSink(Sink):
         if failed:
             raise failed[0]
         if silence.cancelled_caught:
-            raise RetryLaterError(f"no byte of {task.folder} went through for {STALL_SECONDS:g} s")
+            raise RetryLaterError(f"the upload of {task.folder} made no progress for {STALL_SECONDS:g} s")
         return sorted(stored, key=lambda file: file.name)
 
     def _refuse(self, task: _Task, why: str) -> None:
@@ -245,7 +245,7 @@ class UploadSink(Sink):
 
 
 def _fetched_life(run_dir: Path) -> int:
-    """The greatest life of a checkpoint that was fetched into the run's folder, for the run to go on from; -1: none."""
+    """Return the largest life of the checkpoints fetched into the run's folder for a resume; -1 if there are none."""
     decode = msgspec.json.Decoder(Manifest).decode
     paths = (run_dir / FETCHED).glob(f"*/{MANIFEST}")
     found = (load_file(path, decode, set_aside=False, most_bytes=MOST_SMALL_BYTES) for path in paths)

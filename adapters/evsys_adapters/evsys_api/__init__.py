@@ -1,1 +1,1 @@
-"""What `evsys_logger` is made of: ids, the client of EvSys' gateway, what operations say, and the delivery half."""
+"""Parts of `evsys_logger`: IDs, the gateway client, arguments of operations, and the delivery half."""

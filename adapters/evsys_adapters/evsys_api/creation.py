@@ -1,14 +1,14 @@
-"""`Creation`: what has to be at the server once, though a reply may be lost, and though a process may be killed.
+"""`Creation`: creates objects at the server exactly once, despite lost responses and killed processes.
 
-The gateway takes no id of ours, so a creation whose reply was lost may have happened. Where that is possible the server
-is asked first:
+The gateway accepts no IDs from clients, so a creation whose response was lost may have happened. In that case the
+server is queried first:
 
     an experiment     by a tag                          an eval          by benchmark, step and metrics
-    a group           by its name                       a prediction     by its place, in its metadata
+    a group           by its name                       a prediction     by its index, in its metadata
     a run             by an entry of its run_config     a checkpoint     by label, step and URI
 
-It is possible where an earlier process of ours may have done it: our ids hold the time at which they were made, and
-what is younger than this process needs no asking. And it is where this process has lost a reply.
+That is needed if an earlier process may have created it: our IDs contain their creation time, and objects with IDs
+younger than this process need no query. And it is needed if this process has lost a response.
 """
 
 import time
@@ -29,14 +29,14 @@ from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
 from evsys_bus.events import Envelope
 
 Call = Callable[[str, Args], Awaitable[Any]]
-"""Carries out an operation. Any: its result, JSON."""
+"""Executes an operation and returns its result."""
 
 _MOST_LOOKED_INTO: Final = 500
-"""Of a list whose rows do not say enough, so many are asked for one by one, the last ones."""
+"""Maximum number of rows that are requested individually, newest first, if a list lacks the needed column."""
 
 
 class Scored:
-    """An eval on its way."""
+    """An eval that is being sent."""
 
     __slots__ = ("created", "doubtful", "id", "refused", "sent")
 
@@ -44,19 +44,19 @@ class Scored:
         self.id: ServerId | None = None
         self.created = False
         self.sent: set[int] = set()
-        """The places of the predictions that are there, or were refused."""
+        """Indexes of the predictions that were stored or rejected."""
         self.doubtful = False
-        """Whether more of them may be there."""
+        """Whether further predictions may have been stored."""
         self.refused: dict[int, str] = {}
 
 
 class Creation:
-    """Creates at the server what events speak of.
+    """Creates the objects at the server that events refer to.
 
     Args:
-        call: Carries out an operation.
-        faults: Where it says what it could not look up.
-        most_ended: As `Known`.
+        call: Executes an operation.
+        faults: Logs failed queries.
+        most_ended: See `Known`.
     """
 
     def __init__(self, call: Call, faults: FaultLog, most_ended: int = MOST_ENDED) -> None:
@@ -64,19 +64,19 @@ class Creation:
         self._call: Final = call
         self._faults: Final = faults
         self._began = time.time()
-        """An id that was made later names nothing that is there, unless this process has made it."""
+        """Objects with later IDs do not exist yet, unless this process has created them."""
         self._doubts: set[object] = set()
-        """What may have been created, though nobody said so."""
+        """Keys of objects whose creation was not confirmed."""
 
     def forgets(self) -> None:
-        """Keep `known` within bounds; what is forgotten is looked up where it is needed again."""
+        """Bound the size of `known`; forgotten objects are looked up when they are needed again."""
         forgotten = [made for ours in self.known.prune() if (made := made_at(ours)) is not None]
         self._began = max(self._began, *forgotten) if forgotten else self._began
 
-    # -- of which experiment and run an event speaks ------------------------------------------------------------------
+    # -- lookup of the experiment and run of an event ------------------------------------------------------------------
 
     def experiment_of(self, handle: object, envelope: Envelope) -> Experiment:
-        """The experiment that a context or a state belongs to."""
+        """Return the experiment that a context or a state belongs to."""
         ctx = run_context(handle)
         path = output_dir_of(ctx) or str(Path(output_dir_of(handle)).parent)
         ours = _id_in(ctx, "experiment_id")
@@ -87,7 +87,7 @@ class Creation:
         return known
 
     def run_of(self, handle: object, envelope: Envelope) -> Run:
-        """The run of a context or a state, by the id in the context where there is one."""
+        """Return the run of a context or a state, by the ID in the context if there is one."""
         ctx, path = run_context(handle), run_id(handle)
         ours = _id_in(ctx, "run_id")
         known = self.known.run_at.get(path)
@@ -103,10 +103,10 @@ class Creation:
     # -- creations ----------------------------------------------------------------------------------------------------
 
     async def experiment(self, experiment: Experiment, handle: object, project: str | None) -> None:
-        """Have an experiment at the server.
+        """Create the experiment at the server unless it exists.
 
         Raises:
-            RefusedError: The server will not have it; so with the others.
+            RefusedError: The server rejects it; the same applies to the following methods.
         """
         if experiment.id is not None:
             return
@@ -128,7 +128,7 @@ class Creation:
         experiment.ended = _has_ended(row)
 
     async def group(self, experiment: Experiment, ctx: object, name: str) -> None:
-        """Have a group of an experiment that is at the server there too."""
+        """Create a group of an existing experiment unless it exists."""
         if name in experiment.groups:
             return
 
@@ -141,7 +141,7 @@ class Creation:
         experiment.groups[name], _ = await self._create(ours, "create_group", args, find)
 
     async def run(self, run: Run, handle: object, project: str | None) -> None:
-        """Have a run at the server, and what it belongs to; as EvSys has it, without what was refused of that."""
+        """Create a run, and what it belongs to; like EvSys' client, without parents that were rejected."""
         if run.id is not None:
             return
         if run.refused is not None:
@@ -174,13 +174,13 @@ class Creation:
         run.checkpoints = set() if row is None else None
 
     async def scored(self, run: Run, scored: Scored, key: object, args: Args) -> None:
-        """Have an eval at the server.
+        """Create an eval unless it exists.
 
         Args:
-            run: Whose.
-            scored: Of it.
-            key: Names its event.
-            args: Of its creation.
+            run: The run of the eval.
+            scored: State of the eval.
+            key: Identifies its event.
+            args: Arguments of the creation.
         """
         if scored.created:
             return
@@ -193,7 +193,7 @@ class Creation:
         scored.created, scored.doubtful = True, row is not None
 
     async def look_for_predictions(self, run: Run, scored: Scored) -> None:
-        """Find those that are there, where that is in doubt."""
+        """Find the predictions that were stored already, if that is unknown."""
         if not scored.doubtful:
             return
         rows = await self._list("list_predictions", {"run_id": run.id, "kind": "eval"})
@@ -202,7 +202,7 @@ class Creation:
         scored.doubtful = False
 
     async def checkpoint(self, run: Run, args: Args) -> None:
-        """Have a checkpoint at the server."""
+        """Create a checkpoint unless it exists."""
         key = (args["label"], args["step"], args["uri"])
         if run.checkpoints is None or (run.our_id, *key) in self._doubts:
             rows = await self._list("list_checkpoints", {"run_id": run.id})
@@ -223,14 +223,14 @@ class Creation:
         *,
         certain: bool = False,
     ) -> tuple[ServerId | None, Args | None]:
-        """The server's id of what is there once, and its row where it was there before.
+        """Return the server's ID of an object, and its row if it existed before.
 
         Args:
-            ours: Names it: an id of ours, or the key of its event.
-            op: Creates it.
-            args: Of that.
-            find: Looks it up; its row, or None.
-            certain: It cannot be there, unless a reply of this process was lost.
+            ours: Our ID, or the key of its event.
+            op: The operation that creates it.
+            args: Arguments of the operation.
+            find: Looks it up; returns its row, or None.
+            certain: It cannot exist, unless this process has lost a response.
         """
         made = made_at(ours) if isinstance(ours, str) else None
         fresh = certain or (made is not None and made > self._began)
@@ -242,11 +242,11 @@ class Creation:
         found = server_id(await self._once(ours, op, args))
         if found is None:
             self._doubts.add(ours)
-            raise RetryLaterError(f"{op}: the server answers without an id, by which it could be looked up")
+            raise RetryLaterError(f"{op}: the server's response has no id")
         return found, None
 
     async def _once(self, ours: object, op: str, args: Args) -> Any:
-        """Carry out what must happen once; in doubt until there is an answer."""
+        """Execute an operation that must happen once; its outcome is uncertain until there is a response."""
         self._doubts.add(ours)
         try:
             result = await self._call(op, args)
@@ -263,7 +263,7 @@ class Creation:
         try:
             found = await self._call(op, args)
         except RefusedError as refused:
-            fix = "what was created just before a crash may be there twice"
+            fix = "objects created just before a crash may exist twice"
             self._faults.warn("evsys.cannot_look_up", op, op=op, why=refused.what, fix=fix)
             return []
         return [cast("Args", row) for row in items(found) if isinstance(row, dict)]
@@ -271,7 +271,7 @@ class Creation:
     async def _first(
         self, rows: list[Args], column: str, op: str, name: str, wanted: Callable[[Args], bool]
     ) -> Args | None:
-        """The row that is wanted; where rows lack the column, asked for one by one, the last ones first."""
+        """Return the first matching row; rows that lack the column are requested individually, newest first."""
         for row in rows:
             if column in row and wanted(row):
                 return row
@@ -283,7 +283,7 @@ class Creation:
 
 
 def server_id(row: object) -> ServerId | None:
-    """The id in a row of the server."""
+    """Return the ID in a row of the server."""
     found = field(row, "id")
     return found if isinstance(found, str | int) and found != "" and not isinstance(found, bool) else None
 
@@ -298,13 +298,13 @@ def _has_ended(row: Args | None) -> bool:
 
 
 def _is_same_eval(row: Args, args: Args) -> bool:
-    """Whether a row of the server is what was, or would be, created."""
+    """Whether a row of the server equals the eval to be created."""
     names = ("benchmark_id", "step", "metrics")
     return all(row.get(name, args[name]) == args[name] for name in names)
 
 
 def _object(value: Any) -> object:
-    """What a server that keeps JSON as text has there. Any: JSON."""
+    """Decode a value from a server that stores JSON as text."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,17 +1,17 @@
-"""`EvsysSink`: the delivery half of `evsys_logger`, which carries out the gateway's operations, in order.
+"""`EvsysSink`: the delivery half of `evsys_logger`, which executes the gateway's operations, in order.
 
-    ExperimentStart    create_experiment                RunStart        create_run (after create_group, if need be)
-    GroupStart         create_group                     StepEnd, Eval   log_metrics, one a row
-    Checkpoint         add_checkpoint                   BenchmarkEval   create_eval, then add_prediction, one a row
+    ExperimentStart    create_experiment                RunStart        create_run (after create_group, if needed)
+    GroupStart         create_group                     StepEnd, Eval   log_metrics, one per row
+    Checkpoint         add_checkpoint                   BenchmarkEval   create_eval, then add_prediction, one per row
     RunEnd             update_run                       ExperimentEnd   update_experiment
 
-Rows wait for one another as EvSys' own client has it: those of steps until there are ``flush_every``, those of evals
-until the next step; at the end of a batch nothing waits. Several are on their way at once, but nothing overtakes them.
+Rows are grouped like in EvSys' own client: those of steps until there are ``flush_every``, those of evals until the
+next step; at the end of a batch all are sent. Several requests run concurrently, without overtaking each other.
 
-What is created is there once: see `evsys_adapters.evsys_api.creation`.
+Objects are created exactly once: see `evsys_adapters.evsys_api.creation`.
 
-At least once. A row of metrics may be sent again, with the same values, under the same step: the last one counts. A
-server that carries out a request after it let it time out, or that has no lists to ask, may have a row twice.
+Delivery is at least once. A row of metrics may be sent again with the same values and step: the last one counts. A
+server that completes a request after the client's timeout, or that has no list operations, may store a row twice.
 """
 
 import asyncio
@@ -67,14 +67,14 @@ from evsys_bus.events import (
 from evsys_bus.sink import Sink
 
 WRITE_SECONDS: Final = 2.0
-"""After so long what was sent of a batch is acknowledged, so that a crash sends little of it again."""
+"""Maximum time before the sent part of a batch is acknowledged, so that a crash repeats little."""
 
 Key = tuple[str, int]
-"""Stream and sequence of an event."""
+"""Stream and sequence number of an event."""
 
 
 class EvsysRun(Event, frozen=True):
-    """A run that began to train without a RunStart, as the inline half saw it."""
+    """A run that started training without a RunStart, as seen by the inline half."""
 
     run: str
     ctx: LogContext
@@ -90,14 +90,14 @@ class _Row(NamedTuple):
 
 
 class EvsysSink(Sink):
-    """Sends events to EvSys. Its params are those of `EvsysLoggerConfig`."""
+    """Sends events to EvSys. Its parameters are those of `EvsysLoggerConfig`."""
 
     name: ClassVar[str] = "evsys_logger"
     Config: ClassVar[type | None] = EvsysLoggerConfig
-    write_timeout_seconds: float = 86_400.0  # every request has a timeout of its own
+    write_timeout_seconds: float = 86_400.0  # every request has its own timeout
 
     def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
-        """Any: as `EvsysLoggerConfig` has them; they are checked."""
+        """Validate the parameters against `EvsysLoggerConfig`."""
         self.config = checked(EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params})
         self._offline = False
         self._gateway: Gateway | None = None
@@ -105,13 +105,13 @@ class EvsysSink(Sink):
         self._kept_url: str | None = None
         self._kept_project: str | None = None
         self._contexts: dict[str, object] = {}
-        """Of runs, by path."""
+        """Contexts of runs, by path."""
         self._settled: dict[Key, str | None] = {}
-        """Events of the batch that are done with, and why those that never will be."""
+        """Finished events of the batch; the reason for rejected ones."""
         self._held: dict[str, list[_Row]] = {}
         self._ready: list[_Row] = []
         self._scored: dict[Key, Scored] = {}
-        """Evals that are not there whole."""
+        """Evals that were not sent completely."""
         self._faults = FaultLog()
         self._creation = Creation(self._call, self._faults)
         self._known = self._creation.known
@@ -130,25 +130,25 @@ class EvsysSink(Sink):
             ExperimentEnd: self._on_experiment_end,
         }
 
-    # -- what a courier calls -----------------------------------------------------------------------------------------
+    # -- called by the courier ----------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """See that there is a key, or that none is needed.
+        """Check that there is an API key, or that none is needed.
 
         Raises:
-            ParkedError: There is none, or what the environment names is no server.
+            ParkedError: There is no key, or the environment names an invalid server.
         """
         self._offline = is_offline()
         if self._offline:
             log().info(
-                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it one day: evsys-bus replay RUN --to evsys_logger"
+                "evsys.offline", why="EVSYS_OFFLINE", fix="to send it later: evsys-bus replay RUN --to evsys_logger"
             )
             return
         self._wanted_url = url_of(self.config)
         key_of(self.config)
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
-        """Send the batch, or as much of it as can be sent now."""
+        """Send the batch, or as much of it as possible now."""
         if self._offline:
             return None
         self._held, self._ready = {}, []
@@ -164,8 +164,8 @@ class EvsysSink(Sink):
             done = self._acknowledged(batch)
             if not done:
                 raise
-            return done  # so that it need not come again on another day
-        except (DeliveryError, OSError) as error:  # what was sent before it is acknowledged first
+            return done  # so that it is not repeated by a later process
+        except (DeliveryError, OSError) as error:  # acknowledge first what was sent before it
             failed = error
         return self._outcome(batch, end, failed)
 
@@ -177,24 +177,24 @@ class EvsysSink(Sink):
             self._gateway = None
 
     def mark(self) -> dict[str, Any]:
-        """What the server has of ours. Any: plain data."""
+        """Return the server's IDs of our objects as plain data."""
         self._creation.forgets()
         url = self._wanted_url or self._kept_url
         return {"url": url, "project_id": project_of(self.config) or self._kept_project, **self._known.plain()}
 
     def rewind(self, mark: dict[str, Any]) -> None:
-        """Know what the server had at the mark. Any: what `mark` returned."""
+        """Restore the server's IDs from a mark."""
         self._kept_url, self._kept_project = mark.get("url"), mark.get("project_id")
         wanted = self._wanted_url
         if wanted is not None and self._kept_url is not None and wanted != self._kept_url:
             log().warning(
-                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one mean nothing to another"
+                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one server are unknown to another"
             )
             return
         self._known.load(mark)
 
     def introduce(self, starts: Sequence[Envelope]) -> None:
-        """Remember the contexts of runs that are open, for one that is still to be created."""
+        """Remember the contexts of open runs, for runs that are not created yet."""
         for each in starts:
             if isinstance(each.event, RunStart | EvsysRun):
                 self._contexts[run_id(each.event.ctx)] = each.event.ctx
@@ -222,12 +222,12 @@ class EvsysSink(Sink):
                 self._settled[key] = None
 
     def _outcome(self, batch: Sequence[Envelope], end: int, failed: Exception | None) -> int | None:
-        """What to say of the batch: how much of it is done with; or to raise."""
+        """Return how much of the batch is done, or raise its error."""
         keys = [(each.stream, each.seq) for each in batch]
         done = next((index for index, key in enumerate(keys) if key not in self._settled), len(keys))
         done = min(done, end)
         dead = {index: why for index, key in enumerate(keys[:done]) if (why := self._settled[key]) is not None}
-        if dead and done < len(keys):  # a rejection speaks of a whole batch, and the others are still to come
+        if dead and done < len(keys):  # a rejection applies to a whole batch, and later events are not done
             done = min(dead)
             if not done:
                 raise BatchTooLargeError(dead[0])
@@ -240,18 +240,18 @@ class EvsysSink(Sink):
         return None if done == len(keys) else done
 
     def _acknowledged(self, batch: Sequence[Envelope]) -> int:
-        """How many events at the front were sent, and none of them refused."""
+        """Count the events at the front that were sent and not rejected."""
         sent = (self._settled.get((each.stream, each.seq), "not yet") is None for each in batch)
         return next((index for index, each in enumerate(sent) if not each), len(batch))
 
     async def _flush(self) -> None:
-        """Send every row that waits."""
+        """Send all waiting rows."""
         for path in list(self._held):
             self._release(path)
         await self._send_ready()
 
     def _release(self, path: str) -> None:
-        """Have what waits for more rows of that run wait no longer."""
+        """Stop waiting for further rows of that run."""
         self._ready += self._held.pop(path, [])
 
     def _hold(self, row: _Row, *, step: bool) -> None:
@@ -262,7 +262,7 @@ class EvsysSink(Sink):
             self._release(path)
 
     async def _send_ready(self) -> None:
-        """Send the rows that wait for nothing, several at a time; two of the same step in their order."""
+        """Send the ready rows, several concurrently; two of the same step in order."""
         while self._ready:
             rows: list[_Row] = []
             steps: set[tuple[str, int, str]] = set()
@@ -275,23 +275,23 @@ class EvsysSink(Sink):
             await self._at_once(rows, self._send_row)
 
     async def _at_once(self, jobs: Sequence[Any], send: Callable[[Any], Awaitable[None]]) -> None:
-        """Do them, several at a time, begun in their order; none is begun once one has failed.
+        """Run the jobs concurrently, started in order; none is started after a failure.
 
         Raises:
-            DeliveryError, OSError: The first that one of them met.
+            DeliveryError, OSError: The first error.
         """
-        if len(jobs) <= self.config.in_flight or self.config.in_flight == 1:  # few arrive in their order
+        if len(jobs) <= self.config.in_flight or self.config.in_flight == 1:  # few jobs run in sequence
             for job in jobs:
                 await send(job)
             return
-        left = iter(jobs)  # shared: each takes the next one
+        left = iter(jobs)  # shared: each worker takes the next one
         failed: list[Exception] = []
 
         async def work() -> None:
             for job in left:
                 try:
                     await send(job)
-                except (DeliveryError, OSError) as error:  # those under way come to their end
+                except (DeliveryError, OSError) as error:  # let the running jobs finish
                     failed.append(error)
                 if failed:
                     return
@@ -312,7 +312,7 @@ class EvsysSink(Sink):
             self._settled[row.key] = None
 
     async def _log(self, row: _Row, metrics: dict[str, float]) -> None:
-        """One row; in halves where it is too large."""
+        """Send one row; in halves if it is too large."""
         args = {"run_id": row.run.id, "step": row.step, "metrics": metrics, "split": row.split}
         try:
             await self._call("log_metrics", args)
@@ -372,7 +372,7 @@ class EvsysSink(Sink):
         step = None if at is None else step_of(at)
         name = str(field_of(result, "name") or "benchmark")
         place = -2 - run.last_step if step is None else step
-        if place in run.evals.get(name, ()):  # run again after a resume; the gateway cannot replace one
+        if place in run.evals.get(name, ()):  # run again after a resume; the gateway cannot replace an eval
             self._faults.warn("evsys.eval_kept", (run.path, name), run=run.path, name=name, step=step, why=_KEPT)
             return
         scored = self._scored.setdefault(key, Scored())
@@ -425,7 +425,7 @@ class EvsysSink(Sink):
         run.ended = True
 
     async def _go_on(self, run: Run) -> None:
-        """A run that had ended is resumed."""
+        """Mark a run that had ended as running again."""
         if run.ended:
             await self._call("update_run", {"run_id": run.id, "patch": {"status": "running"}})
             run.ended = False
@@ -448,7 +448,7 @@ class EvsysSink(Sink):
                 run=run.path,
                 values=sum(run.left_out.values()),
                 names=dict(list(run.left_out.items())[:5]),
-                why="EvSys takes finite numbers alone; the rest of the row is there",
+                why="EvSys accepts only finite numbers; the rest of the row was sent",
             )
 
     async def _predict(self, run: Run, scored: Scored, predictions: list[Any], step: int | None) -> None:
@@ -460,7 +460,7 @@ class EvsysSink(Sink):
             doubtful.add(index)
             try:
                 await self._call("add_prediction", args)
-            except (RefusedError, BatchTooLargeError) as error:  # the others have their place
+            except (RefusedError, BatchTooLargeError) as error:  # the other predictions are unaffected
                 scored.refused[index] = error.what
             doubtful.discard(index)
             scored.sent.add(index)
@@ -471,10 +471,10 @@ class EvsysSink(Sink):
             scored.doubtful = bool(doubtful)
 
     async def _run_of(self, handle: object, envelope: Envelope) -> Run:
-        """The run that the event is of; created where nobody announced it.
+        """Return the run of an event; creates it if it was not announced.
 
         Raises:
-            RefusedError: The server will not have it.
+            RefusedError: The server rejects it.
         """
         run = self._known.run_at.get(run_id(handle))
         if run is not None and run.id is not None:
@@ -494,7 +494,7 @@ class EvsysSink(Sink):
         return await self._gateway.call(op, args)
 
 
-_KEPT: Final = "it is there since an earlier attempt at the step, and the gateway replaces no eval"
+_KEPT: Final = "it exists since an earlier attempt at the step, and the gateway cannot replace an eval"
 
 
 def _text(value: object) -> str | None:

@@ -1,17 +1,17 @@
-"""The client of EvSys' gateway: one operation a request, over connections that are kept open.
+"""Client of EvSys' gateway: one operation per request, over persistent connections.
 
-What an answer means is settled here:
+Responses are mapped as follows:
 
-    2xx with ``{"result": …}``      done
-    400, 404, 409, 422, …           `RefusedError`: this operation, never
-    401, 403                        ParkedError: who we are
-    413                             BatchTooLargeError: this operation, as large as it is
-    408, 425, 429, 5xx              RetryLaterError, after ``Retry-After`` where it is given
-    2xx that is no JSON             RetryLaterError: a proxy, a login page
-    a redirect                      followed as the POST it was, on the same host; else ParkedError with the URL to set
-    none (refused, cut, timeout)    RetryLaterError
+    2xx with ``{"result": …}``      success
+    400, 404, 409, 422, …           `RefusedError`: this operation is rejected permanently
+    401, 403                        ParkedError: credentials
+    413                             BatchTooLargeError: this operation at its size
+    408, 425, 429, 5xx              RetryLaterError, after ``Retry-After`` if given
+    2xx without JSON                RetryLaterError: a proxy, a login page
+    a redirect                      followed as a POST on the same host; else ParkedError with the URL to set
+    no response                     RetryLaterError: refused, reset or timeout
 
-aiohttp is imported when the first connection is needed.
+aiohttp is imported with the first connection.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ DEFAULT_URL: Final = "http://localhost:8000"
 _URL: Final = r"^https?://[^/@\s?#]+(/[^@\s?#]*)?$"
 _MOST_REDIRECTS: Final = 5
 _SHOWN: Final = 300
-"""Characters of an answer that are shown."""
+"""Maximum number of characters of a response in error messages."""
 _ERROR_BYTES: Final = 1 << 16
 _BUSY: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
 _REDIRECTS: Final = frozenset({301, 302, 307, 308})
@@ -47,20 +47,20 @@ _TRUE: Final = frozenset({"1", "true", "yes", "on"})
 
 
 class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `EvsysLoggerCallback` can be told. The key is no param, which would be on record: the environment has it."""
+    """Parameters of `EvsysLoggerCallback`. They are recorded, so the API key is not one of them."""
 
     project_id: Annotated[str, msgspec.Meta(min_length=1)] | None = None
     """Default: ``EVSYS_PROJECT_ID``."""
     flush_every: Annotated[int, msgspec.Meta(ge=1)] = 1
-    """Rows of a run that are sent together, as EvSys has it. None waits for longer than a batch, half a second."""
+    """Rows of a run that are sent together, as in EvSys' client. None waits longer than a batch, half a second."""
     url: Annotated[str, msgspec.Meta(pattern=_URL, examples=[DEFAULT_URL])] | None = None
-    """Of the server. Default: ``EVSYS_API_URL``, or ``http://localhost:8000``."""
+    """URL of the server. Default: ``EVSYS_API_URL``, or ``http://localhost:8000``."""
     api_key_env: Annotated[str, msgspec.Meta(min_length=1)] = "EVSYS_API_KEY"
     """The environment variable that holds the key."""
     timeout_seconds: Annotated[float, msgspec.Meta(gt=0)] = 30.0
-    """Of one request."""
+    """Timeout of one request."""
     in_flight: Annotated[int, msgspec.Meta(ge=1, le=64)] = 8
-    """Rows, or predictions, on their way at a time, where their order says nothing; 1 sends one after the other."""
+    """Maximum number of concurrent requests for rows or predictions, where their order does not matter."""
 
     def __post_init__(self) -> None:
         if find_spec("aiohttp") is None:
@@ -68,9 +68,9 @@ class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
     @staticmethod
     def from_environment() -> dict[str, str | None]:
-        """The params that the environment gives: the server, and the project; never the key.
+        """Return the parameters set by the environment: the server and the project; never the key.
 
-        None for an address that is none, which `url_of` refuses.
+        None for an invalid URL, which `url_of` rejects.
         """
         found: dict[str, str | None] = {}
         if url := os.environ.get("EVSYS_API_URL", "").strip():
@@ -81,28 +81,28 @@ class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
 
 
 def is_offline() -> bool:
-    """Whether ``EVSYS_OFFLINE`` says that nothing is to be sent."""
+    """Whether ``EVSYS_OFFLINE`` disables sending."""
     return os.environ.get("EVSYS_OFFLINE", "").strip().lower() in _TRUE
 
 
 def url_of(config: EvsysLoggerConfig) -> str | None:
-    """The server that params or environment name; None where they name none.
+    """Return the server's URL from parameters or environment; None if it is not set.
 
     Raises:
-        ParkedError: What the environment names is no URL of a server.
+        ParkedError: The URL in the environment is invalid.
     """
     found = config.url or os.environ.get("EVSYS_API_URL", "").strip() or None
     if found is not None and not re.match(_URL, found):
         fix = "set it to http://host:port or https://host, without user and password"
-        raise ParkedError("EVSYS_API_URL is no URL of a server", fix=fix)
+        raise ParkedError("EVSYS_API_URL is not the URL of a server", fix=fix)
     return None if found is None else found.rstrip("/")
 
 
 def key_of(config: EvsysLoggerConfig) -> str:
-    """The key, as the environment has it now.
+    """Return the API key that is in the environment now.
 
     Raises:
-        ParkedError: There is none.
+        ParkedError: There is none, or it is invalid.
     """
     name = config.api_key_env
     key = os.environ.get(name, "").strip()
@@ -111,20 +111,20 @@ def key_of(config: EvsysLoggerConfig) -> str:
             f"set {name}, then `evsys-bus sync` (or the next run) sends everything; "
             "EVSYS_OFFLINE=1 where nothing is to be sent"
         )
-        raise ParkedError(f"{name} is not set, and EvSys takes nothing without a key", fix=fix)
+        raise ParkedError(f"{name} is not set, and EvSys requires a key", fix=fix)
     if not (key.isascii() and key.isprintable() and " " not in key):
         why = "spaces, line ends, letters beyond ASCII"
-        raise ParkedError(f"{name} holds what no key holds: {why}", fix=f"set {name} to the key alone")
+        raise ParkedError(f"{name} has characters that no key has: {why}", fix=f"set {name} to the key alone")
     return key
 
 
 def project_of(config: EvsysLoggerConfig) -> str | None:
-    """The project that params or environment name."""
+    """Return the project from parameters or environment."""
     return config.project_id or os.environ.get("EVSYS_PROJECT_ID") or None
 
 
 class RefusedError(Exception):
-    """The server will not have this operation, now or ever."""
+    """The server rejects this operation permanently."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -135,8 +135,8 @@ class Gateway:
     """Calls operations of one server.
 
     Args:
-        config: The adapter's.
-        url: The server, without a path.
+        config: The adapter's parameters.
+        url: URL of the server, without a path.
     """
 
     def __init__(self, config: EvsysLoggerConfig, url: str) -> None:
@@ -147,18 +147,18 @@ class Gateway:
         self._errors: tuple[type[Exception], ...] = ()
         self._has_answered = False
         self._paused_until = 0.0
-        """Until when the server wants to be left alone; monotonic."""
+        """End of the pause requested by the server; monotonic time."""
 
     async def call(self, op: str, args: Mapping[str, Any]) -> Any:
-        """Carry out one operation; its result. Any: JSON. Arguments that are None are left out.
+        """Execute one operation and return its result. Arguments that are None are omitted.
 
         Raises:
-            RefusedError: Never.
-            DeliveryError: As the module says.
+            RefusedError: The server rejects the operation.
+            DeliveryError: See the module's table.
         """
         wait = self._paused_until - time.monotonic()
         if wait > 0:
-            raise RetryLaterError(f"{self.url} wants to be left alone", after_seconds=wait)
+            raise RetryLaterError(f"{self.url} asked to wait", after_seconds=wait)
         given = {name: value for name, value in args.items() if value is not None}
         body = msgspec.json.encode({"op": op, "args": given})
         url = self._endpoint
@@ -169,7 +169,7 @@ class Gateway:
                     self._endpoint = url
                 return self._result(op, status, headers, data)
             url = self._redirected(url, status, headers.get("Location"))
-        raise RetryLaterError(f"{self._endpoint} redirects in a circle")
+        raise RetryLaterError(f"{self._endpoint} has too many redirects")
 
     async def close(self) -> None:
         """Close the connections."""
@@ -179,14 +179,14 @@ class Gateway:
 
     async def _open(self) -> "aiohttp.ClientSession":
         if self._session is None:
-            # On a thread, for the loop may be the program's own, and the import takes a quarter of a second.
+            # On a thread: the loop may be the program's own, and the import takes a quarter of a second.
             aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
             self._errors = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._config.in_flight),
                 timeout=aiohttp.ClientTimeout(total=self._config.timeout_seconds),
                 headers={"Content-Type": "application/json", "Accept": "application/json"},
-                trust_env=True,  # proxies, as every client of EvSys finds them
+                trust_env=True,  # proxies, as in EvSys' clients
             )
         assert self._session is not None
         return self._session
@@ -205,7 +205,7 @@ class Gateway:
             raise RetryLaterError(f"{url}: {type(error).__name__}: {error}") from error
 
     def _redirected(self, url: str, status: int, location: str | None) -> str:
-        """Where a redirect leads, if the key may go there."""
+        """Return the target of a redirect if the key may be sent there."""
         there = urljoin(url, location or "")
         before, after = urlsplit(url), urlsplit(there)
         same = (before.scheme, before.netloc) == (after.scheme, after.netloc)
@@ -214,7 +214,7 @@ class Gateway:
             return there
         fix = f"set url, or EVSYS_API_URL, to {after.scheme}://{after.netloc}" if location else "see its log"
         raise ParkedError(
-            f"{url} answers {status} and leads to {there!r:.{_SHOWN}}, where the key is not sent unasked", fix=fix
+            f"{url} redirects ({status}) to {there!r:.{_SHOWN}}, where the key is not sent automatically", fix=fix
         )
 
     def _result(self, op: str, status: int, headers: Mapping[str, str], data: bytes) -> Any:
@@ -224,12 +224,12 @@ class Gateway:
                 answer: Any = msgspec.json.decode(data)
             except msgspec.DecodeError:
                 kind = headers.get("Content-Type", "of no type")
-                what = f"{self._endpoint} answers {status} with {kind} that is no JSON ({_text(data)})"
-                raise RetryLaterError(f"{what}: a proxy, or a login page, stands before the API") from None
+                what = f"{self._endpoint} answers {status} with {kind} that is not JSON ({_text(data)})"
+                raise RetryLaterError(f"{what}: a proxy or a login page may be in front of the API") from None
             return cast("dict[str, Any]", answer).get("result") if isinstance(answer, dict) else None
         what = f"{op}: {self._endpoint} answers {status}: {_text(data)}"
         if status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
-            fix = f"check {self._config.api_key_env}, and that it is a key of this server; it is tried once a minute"
+            fix = f"check {self._config.api_key_env}, and that it is a key of this server; it is retried once a minute"
             raise ParkedError(what, fix=f"{fix}, and by `evsys-bus sync`")
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
@@ -239,9 +239,9 @@ class Gateway:
                 self._paused_until = time.monotonic() + after
             raise RetryLaterError(what, after_seconds=after)
         if status in _NO_SUCH_PAGE and not self._has_answered:
-            raise ParkedError(what, fix=f"there is no API of EvSys: check url, or EVSYS_API_URL, now {self.url}")
-        if status < HTTPStatus.BAD_REQUEST:  # 303 and its kin
-            raise ParkedError(what, fix="no API answers so: check url, or EVSYS_API_URL")
+            raise ParkedError(what, fix=f"this is not an EvSys API: check url, or EVSYS_API_URL, now {self.url}")
+        if status < HTTPStatus.BAD_REQUEST:  # 303 and similar
+            raise ParkedError(what, fix="this is not an API response: check url, or EVSYS_API_URL")
         raise RefusedError(what)
 
 
@@ -250,7 +250,7 @@ def _text(data: bytes) -> str:
 
 
 def _seconds(text: str | None) -> float | None:
-    """What a Retry-After says: seconds, or a date."""
+    """Parse a Retry-After header: seconds, or a date."""
     if text is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Ids that are made here, without asking anybody: UUIDv7, which hold the time at which they were made.
+"""IDs created locally: UUIDv7, which contain their creation time.
 
-An id is kept in a small file beside what it names, so that a resumed run, and a resumed experiment, have the ids that
-they had:
+An ID is stored in a small file beside the object that it identifies, so that resumed runs and experiments have the same
+IDs:
 
     <output_dir>/.evsys_ids/experiment
                             group-<name>-<digest>
@@ -25,22 +25,22 @@ _RANDOM: Final = ~(0xF << 76 | 3 << 62) & ((1 << 80) - 1)
 
 
 def new_id() -> str:
-    """A new UUIDv7."""
+    """Return a new UUIDv7."""
     return _uuid7(time.time(), os.urandom(10))
 
 
 def derived_id(seconds: float, *parts: str) -> str:
-    """The UUIDv7 of a time and some texts, the same each time.
+    """Return a deterministic UUIDv7 of a time and some texts.
 
     Args:
-        seconds: Since the epoch; what the id says that it was made at.
-        parts: What tells it from others of that time.
+        seconds: Seconds since the epoch; the ID's creation time.
+        parts: Texts that distinguish it from other IDs of that time.
     """
     return _uuid7(seconds, hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=10).digest())
 
 
 def made_at(text: str) -> float | None:
-    """When the id was made, in seconds since the epoch; None where it is no UUIDv7."""
+    """Return the creation time in the ID, in seconds since the epoch; None if it is not a UUIDv7."""
     try:
         found = uuid.UUID(text)
     except ValueError:
@@ -49,13 +49,13 @@ def made_at(text: str) -> float | None:
 
 
 def kept_id(folder: Path | None, name: str) -> str:
-    """The id that is kept in a folder under a name; a new one, which is kept from now on, where there is none.
+    """Return the ID stored in a folder under a name, or create and store a new one.
 
-    What the disk refuses is a WARNING; the id is then good for this process.
+    If the disk refuses it, logs a WARNING; the ID is then valid for this process only.
 
     Args:
-        folder: The experiment's, or the run's; None where there is none.
-        name: One component of a path.
+        folder: The folder of the experiment or the run; None if there is none.
+        name: One path component.
     """
     made = new_id()
     if folder is None:
@@ -64,9 +64,9 @@ def kept_id(folder: Path | None, name: str) -> str:
     try:
         known = load_file(path, _id_of, set_aside=True)
         if known is None and not create_file(path, f"{made}\n".encode(), mode=0o666):
-            known = load_file(path, _id_of, set_aside=False)  # of another process, which was quicker
+            known = load_file(path, _id_of, set_aside=False)  # created by another process meanwhile
     except OSError as error:
-        fix = "a resume has another id, and is another run for EvSys: have the folder writable"
+        fix = "make the folder writable; without the stored id, a resumed run is another run for EvSys"
         log().warning("evsys.id_not_kept", path=str(path), error=str(error), fix=fix)
         known = None
     return known or made

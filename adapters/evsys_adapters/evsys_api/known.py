@@ -1,4 +1,4 @@
-"""What EvSys has of ours: its ids, by our ids. Kept beside the cursor; of what has ended, the newest."""
+"""Server IDs of our objects, by our IDs. Stored beside the cursor; of ended runs, only the newest."""
 
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
@@ -6,9 +6,9 @@ from typing import Any, Final, cast
 import msgspec
 
 MOST_ENDED: Final = 500
-"""Runs, and experiments, that have ended and are still known; an older one is looked up where it goes on."""
+"""Ended runs and experiments that are remembered; an older one is looked up when it continues."""
 MOST_CLAIMED: Final = 64
-"""Of the evals of a run, the newest whose ids are known."""
+"""Maximum number of remembered eval IDs of a run, the newest."""
 MOST_NAMES: Final = 50
 
 ServerId = str | int
@@ -20,12 +20,12 @@ class Experiment:
 
     our_id: str
     path: str
-    """Of its folder; events without ids are told apart by it."""
+    """Its folder; identifies the experiment of events without IDs."""
     id: ServerId | None = None
-    """The server's; None before it is created, and where that was refused."""
+    """The server's ID; None before it is created, and if that was rejected."""
     ended: bool = False
     groups: dict[str, ServerId | None] = field(default_factory=dict[str, ServerId | None])
-    """By name; None for one without an id."""
+    """Group IDs by name; None for a group without an ID."""
     refused: str | None = None
 
 
@@ -36,32 +36,32 @@ class Run:
     our_id: str
     path: str
     experiment: str
-    """Our id of its experiment."""
+    """Our ID of its experiment."""
     id: ServerId | None = None
     announced: bool = False
     """Whether it has a RunStart, and so will have a RunEnd."""
     ended: bool = False
     last_step: int = -1
     evals: dict[str, list[int]] = field(default_factory=dict[str, list[int]])
-    """The steps of the evals that are there, by name; of those after training -2 less the last step."""
+    """Steps of the stored evals, by name; for evals after training, -2 minus the last step."""
     claimed: list[ServerId] = field(default_factory=list[ServerId])
-    """The server's ids of the newest of them."""
+    """The server's IDs of the newest evals."""
     left_out: dict[str, int] = field(default_factory=dict[str, int])
-    """How many values of each metric no JSON can hold."""
+    """Number of values of each metric that JSON cannot represent."""
     refused: str | None = None
     made_here: bool = False
-    """Whether this process has created it, and so knows all that it has."""
+    """Whether this process has created it, and so knows all its objects."""
     checkpoints: set[tuple[Any, Any, Any]] | None = None
-    """Those that are there, by label, step and URI; None where that is not known."""
+    """Stored checkpoints by label, step and URI; None if unknown."""
 
     def claim(self, name: str, place: int, eval_id: ServerId | None) -> None:
-        """Know of an eval that is there whole, with all its predictions; not before, or a crash would make another."""
+        """Record an eval once all its predictions are stored; earlier, it would be duplicated after a crash."""
         self.evals.setdefault(name, []).append(place)
         if eval_id is not None:
             self.claimed = [*self.claimed, eval_id][-MOST_CLAIMED:]
 
     def leave_out(self, names: list[str]) -> None:
-        """Count values that were left out."""
+        """Count omitted values."""
         for name in names:
             if name in self.left_out or len(self.left_out) < MOST_NAMES:
                 self.left_out[name] = self.left_out.get(name, 0) + 1
@@ -71,10 +71,10 @@ _NOT_KEPT: Final = frozenset({"refused", "made_here", "checkpoints"})
 
 
 class Known:
-    """All of them.
+    """The known experiments and runs.
 
     Args:
-        most_ended: How many runs, and experiments, that have ended are kept.
+        most_ended: How many ended runs and experiments are remembered.
     """
 
     def __init__(self, most_ended: int = MOST_ENDED) -> None:
@@ -82,21 +82,21 @@ class Known:
         self.experiments: dict[str, Experiment] = {}
         self.runs: dict[str, Run] = {}
         self.experiment_at: dict[str, Experiment] = {}
-        """The newest in each folder."""
+        """The newest experiment in each folder."""
         self.run_at: dict[str, Run] = {}
 
     def add_experiment(self, experiment: Experiment) -> Experiment:
-        """Know an experiment."""
+        """Add an experiment."""
         self.experiments[experiment.our_id] = self.experiment_at[experiment.path] = experiment
         return experiment
 
     def add_run(self, run: Run) -> Run:
-        """Know a run."""
+        """Add a run."""
         self.runs[run.our_id] = self.run_at[run.path] = run
         return run
 
     def prune(self) -> list[str]:
-        """Forget the oldest that have ended, once there are twice as many as are kept; our ids of them."""
+        """Forget the oldest ended objects once there are twice as many as the limit; returns our IDs of them."""
         runs = [run for run in self.runs.values() if run.ended]
         runs = [] if len(runs) < 2 * self._most_ended else runs[: -self._most_ended]
         for run in runs:
@@ -113,14 +113,14 @@ class Known:
         return [each.our_id for each in (*runs, *idle)]
 
     def plain(self) -> dict[str, Any]:
-        """As plain data (hence Any)."""
+        """Return the objects with server IDs as plain data."""
         return {
             "experiments": [_plain(each) for each in self.experiments.values() if each.id is not None],
             "runs": [_plain(each) for each in self.runs.values() if each.id is not None],
         }
 
     def load(self, plain: dict[str, Any]) -> None:
-        """Know what `plain` returned as well; keys that a newer version may have added are passed over."""
+        """Add the objects returned by `plain`; unknown keys of newer versions are ignored."""
         for each in plain.get("experiments", ()):
             self.add_experiment(msgspec.convert(each, Experiment))
         for each in plain.get("runs", ()):
@@ -132,7 +132,7 @@ def _plain(entry: Experiment | Run) -> dict[str, Any]:
 
 
 def _copied(value: Any) -> Any:
-    """Containers that go on changing, as they are now. Any: plain data."""
+    """Copy containers, which may be modified later."""
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in cast("dict[str, Any]", value).items()}
     return list(cast("list[Any]", value)) if isinstance(value, list) else value

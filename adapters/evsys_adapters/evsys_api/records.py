@@ -1,4 +1,4 @@
-"""What the operations say: their arguments, made of events. JSON has no NaN: such a value is left out, and counted."""
+"""Arguments of the operations, built from events. JSON has no NaN: such values are omitted and counted."""
 
 import math
 from collections.abc import Mapping
@@ -11,34 +11,34 @@ from evsys_bus.codec import to_plain
 from evsys_bus.context import ManifestRow
 
 TAG: Final = "evsys-bus:"
-"""What the tag begins with by which an experiment is found again; our id follows."""
+"""Prefix of the tag with our ID, by which an experiment is found again."""
 RUN_ID: Final = "evsys_bus_run_id"
-"""The key of our id in ``run_config``."""
+"""Key of our ID in ``run_config``."""
 INDEX: Final = "evsys_bus_index"
-"""The key in a prediction's ``metadata`` of its place among those of its eval."""
+"""Key of a prediction's index within its eval, in its ``metadata``."""
 LEFT_OUT: Final = "evsys_bus_left_out"
-"""Where what was left out is noted: in ``metadata``, ``breakdowns`` and a run's ``summary``."""
+"""Key for the names of omitted values: in ``metadata``, ``breakdowns`` and a run's ``summary``."""
 _COLUMNS: Final = ("task_id", "instruction", "model_output", "expected", "reward", "advantage")
 _MOST_NAMES: Final = 50
 
 Args = dict[str, Any]
-"""Of an operation. Any: JSON."""
+"""Arguments of an operation."""
 
 
 class Numbers(NamedTuple):
-    """What is left of a row of metrics."""
+    """The finite numbers of a row of metrics."""
 
     values: dict[str, float]
     left_out: list[str]
-    """The names of the others."""
+    """Names of the omitted values."""
 
 
 def numbers_of(metrics: object, prefix: str = "") -> Numbers:
-    """The finite numbers of a row, those in nested mappings under ``outer/inner``.
+    """Return the finite numbers of a row; those in nested mappings get names like ``outer/inner``.
 
     Args:
-        metrics: Plain data, as a journal has it.
-        prefix: Put before every name.
+        metrics: Plain data from the journal.
+        prefix: Prepended to every name.
     """
     values: dict[str, float] = {}
     left_out: list[str] = []
@@ -57,12 +57,12 @@ def numbers_of(metrics: object, prefix: str = "") -> Numbers:
 
 
 def finite(value: Any, left_out: list[str], path: str = "") -> Any:
-    """Plain data without NaN and infinities: left out of mappings, null in lists. Any: plain data.
+    """Remove NaN and infinities from plain data: omitted from mappings, null in lists.
 
     Args:
         value: The data.
-        left_out: Gets the paths of what was left out.
-        path: Where the value stands.
+        left_out: Receives the paths of omitted values.
+        path: Path of the value.
     """
     if isinstance(value, float) and not math.isfinite(value):
         left_out.append(path)
@@ -81,13 +81,13 @@ def finite(value: Any, left_out: list[str], path: str = "") -> Any:
 
 
 def experiment_args(ctx: object, name: str, our_id: str, project_id: str | None) -> Args:
-    """Of ``create_experiment``.
+    """Return the arguments of ``create_experiment``.
 
     Args:
-        ctx: The experiment's.
-        name: Of an experiment whose config has none.
-        our_id: Goes into the tags.
-        project_id: Where it belongs.
+        ctx: The experiment's context.
+        name: Used if the config has no name.
+        our_id: Added to the tags.
+        project_id: The project.
     """
     config = config_of(ctx).get("config")
     metadata = field(config, "metadata")
@@ -102,12 +102,12 @@ def experiment_args(ctx: object, name: str, our_id: str, project_id: str | None)
 
 
 def run_args(ctx: object, handle: object, our_id: str) -> Args:
-    """Of ``create_run``, but for the ids of what it belongs to.
+    """Return the arguments of ``create_run``, without the IDs of its parents.
 
     Args:
-        ctx: The run's; None where there is none.
-        handle: Names the run: its context or state.
-        our_id: Goes into ``run_config``.
+        ctx: The run's context, or None.
+        handle: The context or state that names the run.
+        our_id: Added to ``run_config``.
     """
     left_out: list[str] = []
     known = config_of(ctx)
@@ -130,16 +130,16 @@ def run_args(ctx: object, handle: object, our_id: str) -> Args:
 
 
 def checkpoint_args(row: ManifestRow) -> Args | None:
-    """Of ``add_checkpoint``; None for one that has no place."""
+    """Return the arguments of ``add_checkpoint``; None for a checkpoint without a path."""
     uri = field(row, "sampler_path") or field(row, "state_path")
     if not uri:
         return None
-    # EvSys' own client never says `is_final`: readers go by the label.
+    # EvSys' own client never sets `is_final`: readers use the label.
     return {"uri": str(uri), "label": field(row, "name"), "step": field(row, "batch"), "is_final": False}
 
 
 def eval_args(result: object, step: int | None) -> Args:
-    """Of ``create_eval``."""
+    """Return the arguments of ``create_eval``."""
     left_out: list[str] = []
     metrics: Any = finite(to_plain(field(result, "metrics") or {})[0], left_out)
     breakdowns: Any = finite(to_plain(field(result, "breakdowns") or {})[0], left_out, "breakdowns")
@@ -155,7 +155,7 @@ def eval_args(result: object, step: int | None) -> Args:
 
 
 def prediction_args(prediction: object, index: int, step: int | None) -> Args:
-    """Of ``add_prediction``, but for the ids; what the API has no column for goes into ``metadata``."""
+    """Return the arguments of ``add_prediction`` without the IDs; fields without a column go to ``metadata``."""
     left_out: list[str] = []
     plain: Any = finite(to_plain(prediction)[0], left_out)
     row: Args = dict(cast("Args", plain)) if isinstance(plain, dict) else {"model_output": str(plain)}

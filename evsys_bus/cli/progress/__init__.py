@@ -1,14 +1,14 @@
-"""How a run shows itself while it trains.
+"""Progress of an experiment while it trains.
 
-board          what happened so far, kept by a callback: state only, O(1) per event
-figures        the arms of a board in figures
-waiting        the wait for tasks and deliveries at the end
-transfers      checkpoints on their way, up or down, and what is told of them
-transfer_bar   one of them on a line of a terminal
+board          the callback that tracks the state of every run, O(1) per event
+figures        the rows of the table of arms
+waiting        the drain of tasks and deliveries at the end
+transfers      uploads and downloads of checkpoints, as text and as facts
+transfer_bar   one transfer as a line of a terminal
 lines          plain and JSON lines, for pipes and logs
-live           a table that redraws itself, for terminals
-capture        what others print meanwhile, kept from tearing that table
-view           which of these it is, and the thread on whose timer they read the board
+live           a table that is redrawn in place, for terminals
+capture        redirects output of other code, so that it does not corrupt the table
+view           chooses the view, and refreshes it from a thread
 """
 
 from evsys_bus.cli.progress.board import Board, PlannedRun

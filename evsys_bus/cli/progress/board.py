@@ -1,7 +1,7 @@
-"""`Board`: how far every run has got, kept by a callback.
+"""`Board`: a callback that tracks the state of every run.
 
-Its hooks store and return; nothing is formatted or printed here. Views read it from a thread of their own, so every
-field is replaced whole and never changed in place.
+Its hooks only store values; nothing is formatted or printed here. Views read it from another thread, so every field is
+replaced as a whole and never changed in place.
 """
 
 import time
@@ -28,22 +28,22 @@ from evsys_bus.context import (
 )
 
 MAX_NEWS: Final = 10_000
-"""News that wait for a view; beyond it the oldest are dropped, and counted."""
+"""Limit of updates that no view has read yet; beyond it the oldest are dropped and counted."""
 
 
 class PlannedRun(NamedTuple):
-    """A run before it began."""
+    """A run that has not started yet."""
 
     key: str
     arm: str
     seed: int
     stage: str | None = None
     status: Status = "pending"
-    """``completed`` where a resumed experiment has it already."""
+    """``completed`` for a run that an earlier session of a resumed experiment has completed."""
 
 
 class RunProgress:
-    """One run, as far as it has got."""
+    """The progress of one run."""
 
     __slots__ = (
         "arm",
@@ -66,45 +66,44 @@ class RunProgress:
     def __init__(self, plan: PlannedRun) -> None:
         self.key, self.arm, self.seed, self.stage, self.status = plan
         self.step = 0
-        """Steps done."""
+        """Number of completed steps."""
         self.first_step = 0
         self.num_steps = 0
         self.began: float | None = None
         self.ended: float | None = None
-        self.metrics: Mapping[str, Any] = {}  # Any: a backend may measure more than numbers
+        self.metrics: Mapping[str, Any] = {}
         self.evals: dict[str, tuple[int | None, Mapping[str, Any]]] = {}
         self.checkpoints = 0
         self.last_checkpoint: str | None = None
         self.error: str | None = None
 
     def rate(self, now: float) -> float | None:
-        """Steps per second since training began, or None before the first."""
+        """Return the steps per second since training started; None before the first step."""
         seconds = 0.0 if self.began is None else (self.ended or now) - self.began
         done = self.step - self.first_step
         return done / seconds if done > 0 and seconds > 0 else None
 
     def eta(self, now: float) -> float | None:
-        """Seconds to the horizon."""
+        """Return the estimated seconds until the last step."""
         rate = self.rate(now)
         return None if rate is None else max(self.num_steps - self.step, 0) / rate
 
 
 class News(msgspec.Struct, frozen=True):
-    """Something worth a line of its own."""
+    """An event that line views print."""
 
     time: float
     """Seconds since the epoch."""
     event: str
     run: str | None = None
     step: int = 0
-    """Steps done then; an eval's or a checkpoint's own, which in async training lie behind the run's."""
+    """Completed steps at that time; in async training those of an eval or a checkpoint lag behind the run's."""
     num_steps: int = 0
     facts: dict[str, Any] = {}
-    """Any: metrics, names, paths."""
 
 
 class Board(Callback):
-    """Keeps the state of every run. Place it last, so that it sees what earlier callbacks derived."""
+    """Tracks the state of every run. Place it last, so that it sees the values that earlier callbacks derive."""
 
     def __init__(
         self,
@@ -116,19 +115,19 @@ class Board(Callback):
     ) -> None:
         self.runs: dict[str, RunProgress] = {plan.key: RunProgress(plan) for plan in planned}
         self.folder = folder
-        """Where the runs' folders are, as it is told to people."""
+        """The directory of the runs, as it is shown to users."""
         self.began = clock()
         self.clock = clock
         self.news: deque[News] = deque(maxlen=MAX_NEWS)
         self.news_dropped = 0
         self.notice: str | None = None
-        """What the person at the terminal should know now."""
+        """A message shown to the user now."""
         self.waiting: Waiting | None = None
-        """The wait for tasks and deliveries, once all runs are over."""
+        """The drain of tasks and deliveries, after the last run."""
         self._keep_news = keep_news
 
     def say(self, event: str, run: RunProgress | None = None, *, at_step: int | None = None, **facts: Any) -> None:
-        """Add to the news. Any: facts are of every type."""
+        """Add an update with these facts."""
         if not self._keep_news:
             return
         if len(self.news) == MAX_NEWS:
@@ -140,13 +139,13 @@ class Board(Callback):
             self.news.append(News(time.time(), event, run.key, step, run.num_steps, facts))
 
     def on_run_start(self, ctx: LogContext) -> None:
-        """The run begins."""
+        """Mark the run as running."""
         run = self._run(ctx.run_key or "", ctx.run_config)
         run.status = "running"
         self.say("run_started", run)
 
     def on_train_start(self, state: LoopState) -> None:
-        """The clock of the run starts."""
+        """Start the clock of the run."""
         run = self._run_of(state)
         run.step = run.first_step = state.step
         run.num_steps = state.num_steps
@@ -155,7 +154,7 @@ class Board(Callback):
             self.say("resumed", run)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
-        """One step further; late and repeated steps do not set the run back."""
+        """Store the step and its metrics; late and repeated steps do not lower the step."""
         del batch
         run = self._run_of(state)
         run.num_steps = state.num_steps
@@ -164,14 +163,14 @@ class Board(Callback):
             run.step = step_idx + 1
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """One checkpoint more."""
+        """Count the checkpoint."""
         run = self._run_of(state)
         run.checkpoints += 1
         run.last_checkpoint = row.name
         self.say("checkpoint", run, name=row.name, at_step=row.batch)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
-        """The latest of each eval counts."""
+        """Store the latest metrics of each eval."""
         run = self._run_of(state)
         run.evals = {**run.evals, eval_name: (step_idx, metrics)}
         self.say("eval", run, eval=eval_name, at_step=step_idx, metrics=metrics)
@@ -179,7 +178,7 @@ class Board(Callback):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """After training; those before it came as evals already."""
+        """Store an evaluation after training; earlier ones arrive as evals."""
         del predictions
         if step is None:
             run = self._run(ctx.run_key or "", ctx.run_config)
@@ -187,7 +186,7 @@ class Board(Callback):
             self.say("benchmark", run, eval=eval_result.name, metrics=eval_result.metrics)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
-        """The clock of the run stops."""
+        """Stop the clock of the run."""
         del artifacts
         run = self._run_of(state)
         run.ended = self.clock()
@@ -195,14 +194,14 @@ class Board(Callback):
             self.say("stopped", run, reason=state.stop_reason or "a callback asked for it")
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
-        """How it ended."""
+        """Store the run's status and error."""
         run = self._run(ctx.run_key or "", ctx.run_config)
         run.status = run_result.status
         run.error = run_result.error or arm.error
         self.say("run_ended", run, status=run.status, error=run.error)
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
-        """All of it is over."""
+        """Report the end of the experiment."""
         del ctx
         self.say("experiment_ended", status=result.status, best_arm=result.best_arm, best_score=result.best_score)
 
@@ -213,7 +212,7 @@ class Board(Callback):
         return self.runs.get(ctx.run_key) or self._run(ctx.run_key, ctx.run_config)
 
     def _run(self, key: str, run_config: Any) -> RunProgress:
-        """The run of this key; one that was not planned is taken on. Any: a run's config is the host's own."""
+        """Return the run of this key, and add it if it was not planned."""
         run = self.runs.get(key)
         if run is None:
             arm = _fact(run_config, "arm") or key
@@ -224,7 +223,6 @@ class Board(Callback):
 
 
 def _fact(config: Any, name: str) -> Any:
-    """Any: a mapping, an object, or nothing."""
     if isinstance(config, Mapping):
         return cast("Mapping[str, Any]", config).get(name)
     return getattr(config, name, None)

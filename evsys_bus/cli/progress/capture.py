@@ -1,6 +1,6 @@
-"""What callbacks and libraries print while a table is on the screen: kept, and shown above it by the view's timer.
+"""Redirects what callbacks and libraries print while a table is shown; the view prints it above the table.
 
-Written straight through, a line would tear the table; drawn anew for every line, the table would cost training time.
+Printed directly, a line would corrupt the table; redrawing the table for every line would cost training time.
 """
 
 import io
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Final, TextIO
 
 MAX_LINES: Final = 2_000
-"""Lines that wait for the next redraw; beyond it the oldest are dropped, and counted."""
+"""Limit of lines until the next redraw; beyond it the oldest are dropped and counted."""
 
 
 class Captured:
-    """The lines printed since they were last taken, by all threads, in order."""
+    """Buffers the printed lines of all threads, in order, until they are taken."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=MAX_LINES)
@@ -22,13 +22,13 @@ class Captured:
         self._lock = threading.Lock()
 
     def add(self, lines: list[str]) -> None:
-        """Keep these."""
+        """Append lines."""
         with self._lock:
             self._dropped += max(len(self._lines) + len(lines) - MAX_LINES, 0)
             self._lines.extend(lines)
 
     def take(self) -> list[str]:
-        """All of them; the first one says how many were dropped, if any were."""
+        """Return and remove all lines; a first line says how many were dropped, if any were."""
         with self._lock:
             lines, dropped = list(self._lines), self._dropped
             self._lines.clear()
@@ -37,39 +37,39 @@ class Captured:
 
 
 class Relayed(Captured):
-    """Keeps none: each line goes on at once."""
+    """Passes each line on at once instead of buffering it."""
 
     def __init__(self, tell: Callable[[str], object]) -> None:
         super().__init__()
         self._tell = tell
 
     def add(self, lines: list[str]) -> None:
-        """Tell them."""
+        """Pass the lines on."""
         for line in lines:
             self._tell(line)
 
 
 class CapturedStream(io.TextIOBase):
-    """Stands in for a stream of the terminal; what asks for its size or its number still gets the terminal's.
+    """Replaces a terminal stream and captures its lines; size and file descriptor are still the terminal's.
 
-    Each thread's lines stay whole. Once it is finished it passes on what is written by those who still hold it.
+    Lines of different threads are not mixed. After `finish`, writes go to the terminal.
     """
 
     def __init__(self, stream: TextIO, captured: Captured) -> None:
         self._stream = stream
         self._captured = captured
         self._rests: dict[int, str] = {}
-        """What threads have begun a line with."""
+        """The incomplete last line of each thread."""
         self._finished = False
         self._lock = threading.Lock()
 
     @property
     def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride] # a property where typeshed has an attribute
-        """The terminal's."""
+        """The encoding of the terminal."""
         return self._stream.encoding
 
     def write(self, text: str, /) -> int:
-        """Keep whole lines; a carriage return starts its line again, as it would on a terminal."""
+        """Capture complete lines; a carriage return restarts the line, as on a terminal."""
         thread = threading.get_ident()
         with self._lock:
             finished = self._finished
@@ -84,24 +84,24 @@ class CapturedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Nothing waits here that could be shown."""
+        """Flush the terminal after `finish`; before it there is nothing to flush."""
         if self._finished:
             self._stream.flush()
 
     def writable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def isatty(self) -> bool:
-        """As the terminal says."""
+        """Return whether the captured stream is a terminal."""
         return self._stream.isatty()
 
     def fileno(self) -> int:
-        """The terminal's."""
+        """Return the file descriptor of the terminal."""
         return self._stream.fileno()
 
     def finish(self) -> None:
-        """Keep the last lines too, though nothing ended them; what comes now is the terminal's."""
+        """Capture incomplete last lines; later writes go to the terminal."""
         with self._lock:
             self._finished = True
             if self._rests:

@@ -1,4 +1,4 @@
-"""The arms of a board in figures: pure functions, read by every view."""
+"""The table of arms as pure functions of a board: metrics, spreads, remaining time."""
 
 import math
 import statistics
@@ -15,7 +15,7 @@ _TINY: Final = 1e-3
 
 
 class Spread(NamedTuple):
-    """A metric over the runs of an arm."""
+    """Mean and standard deviation of a metric over the runs of an arm."""
 
     mean: float
     sd: float | None
@@ -24,7 +24,7 @@ class Spread(NamedTuple):
 
 
 class ArmFigures(NamedTuple):
-    """One line of the table."""
+    """One row of the table."""
 
     arm: str
     runs: int
@@ -39,15 +39,15 @@ class ArmFigures(NamedTuple):
 
 
 class Headline(NamedTuple):
-    """Which metrics the table shows; None while nothing is known of them."""
+    """The metrics that the table shows; None before they are known."""
 
     train: str | None
     eval: tuple[str, str] | None
-    """Eval, metric."""
+    """Name of the eval and of its metric."""
 
 
 def headline(board: Board, success_metric: str | None) -> Headline:
-    """The success metric where it was seen, else the loss and the first eval; those made while training go before."""
+    """Choose the success metric if it was reported, else the loss and the first eval, evals during training first."""
     runs = list(board.runs.values())
     names = list(dict.fromkeys(name for run in runs for name, value in run.metrics.items() if _is_number(value)))
     wanted = success_metric or ""
@@ -66,7 +66,7 @@ def headline(board: Board, success_metric: str | None) -> Headline:
 
 
 def arm_figures(board: Board, show: Headline, now: float) -> list[ArmFigures]:
-    """Every arm, in the order of the plan."""
+    """Return the row of every arm, in the order of the plan."""
     arms: dict[str, list[RunProgress]] = {}
     for run in list(board.runs.values()):
         arms.setdefault(run.arm, []).append(run)
@@ -94,7 +94,7 @@ def _figures(arm: str, runs: Sequence[RunProgress], show: Headline, now: float) 
 
 
 def _eta(runs: Sequence[RunProgress], running: Sequence[RunProgress], now: float) -> float | None:
-    """Until the arm is through: what is left of its runs, at the pace of those under way; unknown before one is."""
+    """Estimate the seconds until these runs are done, at the rate of the running ones; None if none is running."""
     rates = [rate for run in running if (rate := run.rate(now)) is not None]
     if not rates:
         return None
@@ -105,7 +105,7 @@ def _eta(runs: Sequence[RunProgress], running: Sequence[RunProgress], now: float
 
 
 def eta(board: Board, now: float) -> float | None:
-    """Until all runs are through, at the pace of those under way."""
+    """Estimate the seconds until all runs are done, at the rate of the running ones."""
     runs = list(board.runs.values())
     return _eta(runs, [run for run in runs if run.status == "running"], now)
 
@@ -116,7 +116,7 @@ def _scored(run: RunProgress, wanted: tuple[str, str]) -> object:
 
 
 def spread(values: Iterable[float]) -> Spread | None:
-    """Mean and sample standard deviation; None of nothing."""
+    """Return mean and sample standard deviation; None for no values."""
     numbers = list(values)
     if not numbers:
         return None
@@ -136,16 +136,16 @@ def _is_number(value: object) -> bool:
 
 
 def _plain(value: object) -> object:
-    """Numbers of numpy and its like as Python's."""
+    """Convert a number of numpy or a similar library to Python's type."""
     return value if isinstance(value, int | float) else to_plain(value)[0]
 
 
 def number(value: float) -> str:
-    """A number in about four digits, all of one magnitude in one width, so that columns stand still."""
+    """Format a number with about four digits; the width depends on its magnitude only, so that columns do not move."""
     size = abs(value)
     if size == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if size >= 1e6 or 0 < size < _TINY:  # noqa: PLR2004 # where plain digits stop to be readable
+    if size >= 1e6 or 0 < size < _TINY:  # noqa: PLR2004 # plain digits are hard to read beyond
         return f"{value:.2e}"
     if size >= _WHOLE_FROM:
         return f"{value:,.0f}"
@@ -153,7 +153,7 @@ def number(value: float) -> str:
 
 
 def pair(found: Spread | None, *, sd: bool = True) -> str:
-    """Mean ± sd."""
+    """Format mean ± standard deviation."""
     if found is None:
         return NONE
     if found.sd is None or not sd:

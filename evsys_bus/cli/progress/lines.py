@@ -1,6 +1,6 @@
-"""Progress as lines, for pipes, batch jobs and other programs: plain ``key=value``, or JSON.
+"""Progress as lines for pipes, batch jobs and other programs: plain ``key=value``, or JSON.
 
-A line for every eval, checkpoint and change of state; every so often one for each run, and each upload, under way.
+A line for every eval, checkpoint and change of state; at intervals one for each active run and upload.
 """
 
 import re
@@ -17,14 +17,14 @@ from evsys_bus.codec import json_line, to_plain
 
 PULSE_SECONDS: Final = 30.0
 WAIT_PULSE_SECONDS: Final = 10.0
-"""As the pulse, while deliveries are waited for."""
+"""Interval of lines during the drain at the end."""
 SHORT_WAIT_SECONDS: Final = 1.0
-"""A wait that lasts no longer is not told of."""
+"""A shorter drain is not reported."""
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")
 
 
 class LineView:
-    """Writes what is new on the board and of the uploads, each time it is asked to."""
+    """Writes new updates of the board and of the uploads on every tick."""
 
     def __init__(
         self,
@@ -45,11 +45,11 @@ class LineView:
         self._uploads = uploads
 
     def tick(self) -> None:
-        """Write the news, and the pulse if it is due."""
+        """Write new updates, and the periodic lines if they are due."""
         self._tick()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining updates."""
         self._tick(last=True)
 
     def _tick(self, *, last: bool = False) -> None:
@@ -87,7 +87,7 @@ class LineView:
 
 
 def run_facts(run: RunProgress, now: float) -> Facts:
-    """Where a run is."""
+    """Return the progress of a run as facts of a line."""
     facts: Facts = {"run": run.key}
     if run.num_steps:
         facts["step"] = f"{run.step}/{run.num_steps}"
@@ -99,7 +99,7 @@ def run_facts(run: RunProgress, now: float) -> Facts:
 
 
 def plain(facts: Facts) -> str:
-    """``key=value`` pairs on one line; metrics stand among them, under their own names."""
+    """Format facts as ``key=value`` pairs on one line; metrics are inlined under their own names."""
     flat: Facts = {}
     for key, value in facts.items():
         if isinstance(value, Mapping):
@@ -110,7 +110,7 @@ def plain(facts: Facts) -> str:
 
 
 def as_json(facts: Facts) -> str:
-    """One JSON object; ``step`` and ``num_steps`` as numbers, metrics in an object of their own."""
+    """Format facts as a JSON object; ``step`` and ``num_steps`` are numbers, metrics are a nested object."""
     numbers: Facts = {}
     for key, value in facts.items():
         if key == "step":
@@ -139,7 +139,7 @@ def _text(value: object) -> str:
 
 
 def _word(text: str) -> str:
-    """As it is, or quoted where a blank or a quote would break the line up."""
+    """Quote the text if it contains a blank or another character that would split the pair."""
     if _PLAIN.fullmatch(text):
         return printable(text)
     return msgspec.json.encode(text).decode()

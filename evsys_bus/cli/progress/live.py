@@ -1,4 +1,4 @@
-"""Progress as a table that redraws itself: header, arms, failures, and what is under way."""
+"""Progress as a table that is redrawn in place: title, arms, failures, uploads and problems."""
 
 import shutil
 import sys
@@ -26,7 +26,7 @@ from evsys_bus.tasks import DeliveryStatus
 _MAX_FAILURES: Final = 4
 _MAX_UPLOADS: Final = 2
 _OVERHEAD: Final = 9
-"""Lines around the arms: title, headings, footer, notice, and the blanks between them."""
+"""Lines besides the arms: title, headings, footer, notice, and the blank lines between them."""
 _WIDE: Final = 90
 _NARROW: Final = 70
 _ARM_WIDTH: Final = 32
@@ -34,7 +34,7 @@ _NARROW_ARM_WIDTH: Final = 16
 
 
 class LiveView:
-    """A table at the bottom of the terminal; what is printed meanwhile passes above it."""
+    """Shows a table at the bottom of the terminal; other output is printed above it."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class LiveView:
         self._restored = ExitStack()
         self._console = Console(file=stream, force_terminal=True, no_color=not color, highlight=False, emoji=False)
         self._restored.enter_context(redirect_stderr(self._streams[0]))
-        if is_terminal(sys.stdout):  # a redirected stdout gets its lines as ever
+        if is_terminal(sys.stdout):  # a redirected stdout is left as it is
             self._streams.append(CapturedStream(sys.stdout, self._captured))
             self._restored.enter_context(redirect_stdout(self._streams[1]))
         self._live = Live(
@@ -71,7 +71,7 @@ class LiveView:
         self._live.start()
 
     def tick(self) -> None:
-        """Show what was printed, and the table as it is now."""
+        """Print captured output, and redraw the table."""
         self._show_printed()
         size = shutil.get_terminal_size()
         self._console.size = (size.columns, size.lines)  # pyright: ignore[reportAttributeAccessIssue] # its setter takes a pair
@@ -87,7 +87,7 @@ class LiveView:
         self._live.update(table, refresh=True)
 
     def close(self) -> None:
-        """Take the table off, and give the terminal back."""
+        """Remove the table, and restore the streams."""
         self._restored.close()
         self._live.stop()
         for stream in self._streams:
@@ -110,10 +110,10 @@ def draw(
     uploads: Sequence[Transfer] = (),
     troubles: Sequence[DeliveryStatus] = (),
 ) -> RenderableType:
-    """The table for a terminal of this size, and below it what is uploaded just now, and which deliveries are stuck."""
+    """Return the table for a terminal of this size, followed by active uploads and problems of deliveries."""
     now = board.clock()
     below = _upload_lines(uploads, width)
-    if board.waiting is None:  # which says it itself
+    if board.waiting is None:  # the drain's text includes them
         below += _trouble_lines(troubles, width, max(0, height - _OVERHEAD - 1 - len(below)))
     notices = _notices(board, width)
     height -= len(below) + max(len(notices) - 1, 0)
@@ -146,7 +146,7 @@ def draw(
 
 
 def _notices(board: Board, width: int) -> list[Text]:
-    """What the person should know now; why it does not end is told whole."""
+    """Return the text about the drain, wrapped, or the current notice."""
     waiting = None if board.waiting is None else board.waiting.text()
     if waiting is not None:
         return [Text(line, style="yellow") for line in textwrap.wrap(waiting, max(width, 1))]
@@ -166,7 +166,7 @@ def _cells(arm: ArmFigures, *, sd: bool) -> list[RenderableType]:
 
 
 def _fitting(arms: list[ArmFigures], room: int) -> list[ArmFigures]:
-    """All of them, or those that matter most just now, in their order."""
+    """Return all arms if they fit, else the running, failed and completed ones first, in their order."""
     if len(arms) <= room:
         return arms
     by_weight = sorted(arms, key=lambda arm: (-arm.running, -arm.failed, -arm.completed))
@@ -175,13 +175,13 @@ def _fitting(arms: list[ArmFigures], room: int) -> list[ArmFigures]:
 
 
 def failure_line(run: RunProgress) -> str:
-    """Which run failed, where, and why."""
+    """Return which run failed, at which step, and why."""
     stage = f" {run.stage}" if run.stage else ""
     return f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {first_line(run.error)}"
 
 
 def first_line(error: str | None) -> str:
-    """The line of an error that says most: ours begin with it, tracebacks end with it."""
+    """Return the most informative line of an error: the last one of a traceback, else the first."""
     lines = [line.strip() for line in (error or "no reason given").strip().splitlines()] or [""]
     return printable(lines[-1] if lines[0].startswith("Traceback") else lines[0])
 
@@ -205,7 +205,7 @@ def _upload_lines(uploads: Sequence[Transfer], width: int) -> list[Text]:
 
 
 def _trouble_lines(troubles: Sequence[DeliveryStatus], width: int, room: int) -> list[Text]:
-    """Each whole, with its fix; those for which there is no room are counted."""
+    """Return the problems in full, each with its fix; those that do not fit are counted."""
     lines: list[Text] = []
     for number, each in enumerate(troubles):
         state = f"{each.state}: " if each.state in {"parked", "failed", "retrying"} else ""
@@ -214,7 +214,7 @@ def _trouble_lines(troubles: Sequence[DeliveryStatus], width: int, room: int) ->
         parts = (each.name, ", ".join(count_words(each)), why, f"fix: {fix}" if fix and why else "")
         texts = textwrap.wrap(printable("   ".join(filter(None, parts))), max(width, 1), subsequent_indent="  ")
         if len(lines) + len(texts) + (number + 1 < len(troubles)) > room:
-            more = _dim_line(f"… {len(troubles) - number} more in trouble: evsys-bus status")
+            more = _dim_line(f"… {len(troubles) - number} more with problems: evsys-bus status")
             return [*lines, more] if len(lines) < room else lines
         lines += [Text(text, style="yellow") for text in texts]
     return lines

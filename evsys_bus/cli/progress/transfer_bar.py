@@ -1,4 +1,4 @@
-"""A transfer on one line of a terminal: its name, a bar where there is room, and figures."""
+"""A transfer as one line of a terminal: name, bar if it fits, and figures."""
 
 from typing import Final
 
@@ -16,13 +16,15 @@ _LEAST_RUN: Final = 4
 
 
 def bar_line(label: str, mark: str, transfer: Transfer, *, width: int, now: float) -> Text:
-    """At most so wide; what does not fit goes in this order: bar, label, the run's name, the last figures.
+    """Return the line, at most ``width`` cells wide.
+
+    Whatever does not fit is left out in this order: bar, label, the run's name, the last figures.
 
     Args:
-        label: What stands in front.
-        mark: What stands there where that is too long.
-        transfer: How far it is.
-        width: Of the terminal.
+        label: The text in front.
+        mark: Replaces a label that is too long.
+        transfer: The transfer.
+        width: Width of the terminal.
         now: Seconds since the epoch.
     """
     figures = [Text(each, style="yellow" if each.startswith("silent") else "") for each in amounts(transfer, now)]
@@ -45,7 +47,7 @@ def bar_line(label: str, mark: str, transfer: Transfer, *, width: int, now: floa
 
 
 def _shortened(run: str, checkpoint: str, room: int) -> str:
-    """Both names in so many cells; the run's gives way first, for the checkpoint's ends with its step."""
+    """Fit both names into the cells; the run's name is shortened first, because the checkpoint's holds the step."""
     for_run = room - cell_len(checkpoint) - 1
     if cell_len(run) <= for_run:
         return f"{run}/{checkpoint}"
@@ -59,7 +61,7 @@ def _length(parts: list[Text]) -> int:
 
 
 def _bar(share: float, cells: int) -> Text:
-    """In halves of a cell."""
+    """Draw a bar with a resolution of half a cell."""
     halves = int(share * cells * 2)
     done = "━" * (halves // 2) + "╸" * (halves % 2)
     return Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black"))

@@ -1,4 +1,4 @@
-"""`Transfer`: a checkpoint on its way, up or down, and what is told of it: in a line, or as facts."""
+"""`Transfer`: the upload or download of a checkpoint, as text and as facts of a line."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,14 @@ import msgspec
 from evsys_bus.cli.amounts import duration, of_size, rate
 
 Facts = dict[str, Any]
-"""One line. Any: numbers and text."""
+"""The keys and values of one line."""
 
 SILENT_SECONDS: Final = 15.0
-"""After so long without news, that is what is told, and no rate."""
+"""After this long without a report, the silence is shown instead of the rate."""
 
 
 class Transfer(msgspec.Struct, frozen=True):
-    """How far the files of one checkpoint are, as it was last told."""
+    """The progress of one checkpoint's files as of the last report."""
 
     run: str
     checkpoint: str
@@ -34,16 +34,16 @@ class Transfer(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """Of its bytes, from 0 to 1."""
+        """The transferred part of the bytes, from 0 to 1."""
         return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 1.0
 
     def is_silent(self, now: float) -> bool:
-        """Whether nothing was heard of it for long, so that the rate is one of the past."""
+        """Whether the last report is so old that its rate no longer counts."""
         return now - self.told >= SILENT_SECONDS
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """What became of an upload."""
+    """A finished upload."""
 
     event: Literal["uploaded", "conflict"]
     told: float
@@ -54,33 +54,33 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Uploads(NamedTuple):
-    """One look at them."""
+    """The uploads at one point in time."""
 
     under_way: list[Transfer]
     ended: list[Ended]
-    """Since the look before."""
+    """Those that finished since the previous snapshot."""
 
 
 class Look(Protocol):
-    """Looks at the uploads; may be called as often as one likes."""
+    """Returns the current uploads; calls in quick succession are cheap."""
 
     def __call__(self, *, at_once: bool = False) -> Uploads:
-        """What was seen lately; ``at_once``: what can be seen now."""
+        """Return the uploads; ``at_once`` reads the journal even if it was read just now."""
         ...
 
 
 def no_uploads(*, at_once: bool = False) -> Uploads:
-    """Where nothing is looked at."""
+    """Return no uploads."""
     del at_once
     return Uploads([], [])
 
 
 def amounts(transfer: Transfer, now: float) -> list[str]:
-    """``212/400 MB``, ``53 MB/s``, ``eta 0:04``; or, where nothing was heard of it for long, ``silent 0:32``.
+    """Return ``212/400 MB``, ``53 MB/s`` and ``eta 0:04``; ``silent 0:32`` instead of the last two after a silence.
 
     Args:
-        transfer: As it was last told.
-        now: Seconds since the epoch; until then the eta has run on.
+        transfer: The transfer.
+        now: Seconds since the epoch; the eta is reduced by the time since the last report.
     """
     done = of_size(transfer.done_bytes, transfer.total_bytes)
     if transfer.is_silent(now):
@@ -91,7 +91,7 @@ def amounts(transfer: Transfer, now: float) -> list[str]:
 
 
 def facts(event: str, transfer: Transfer) -> Facts:
-    """For a line of a log."""
+    """Return the facts of a transfer for a line."""
     eta = transfer.eta_seconds
     return {
         **_named(event, transfer),
@@ -103,7 +103,7 @@ def facts(event: str, transfer: Transfer) -> Facts:
 
 
 def end_facts(end: Ended) -> Facts:
-    """As `facts`."""
+    """Return the facts of a finished upload for a line."""
     return {**_named(end.event, end), **end.facts}
 
 
@@ -113,7 +113,7 @@ def _named(event: str, told: Transfer | Ended) -> Facts:
 
 
 def metered(run: str, checkpoint: str, tell: Callable[[Transfer], None]) -> Callable[[int, int], None]:
-    """To be called with the bytes that are done, and the bytes in all; tells of them with the rate since now."""
+    """Return a function of the transferred and the total bytes that reports a `Transfer` with its rate since now."""
     began = time.monotonic()
 
     def see(done: int, total: int) -> None:

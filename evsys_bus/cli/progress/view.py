@@ -1,4 +1,4 @@
-"""Which view it is, and its timer: a thread, so that no training step ever draws anything."""
+"""Chooses the view and refreshes it from a thread, so that no training step draws anything."""
 
 import sys
 import threading
@@ -20,18 +20,18 @@ T = TypeVar("T")
 ProgressMode = Literal["auto", "live", "plain", "json", "off"]
 
 REDRAW_SECONDS: Final = 0.2
-"""Five times a second: a redraw takes a few milliseconds, and the loop waits for the interpreter meanwhile."""
+"""Interval of redraws: each takes a few milliseconds, during which the event loop waits for the interpreter lock."""
 
 
 class View(Protocol):
-    """Reads the board when it is told to."""
+    """Shows the board on every tick."""
 
     def tick(self) -> None:
-        """Show what has changed."""
+        """Show what has changed since the last tick."""
         ...
 
     def close(self) -> None:
-        """Show the rest, and leave."""
+        """Show the remaining changes, and release the terminal."""
         ...
 
 
@@ -46,9 +46,9 @@ def shown(
     uploads: Look = no_uploads,
     troubles: Callable[[], Sequence["DeliveryStatus"]] = tuple,
 ) -> Generator[None]:
-    """Show the board, the uploads and the deliveries in trouble on stderr while the block lasts.
+    """Show the board, the uploads and the problems of deliveries on stderr within the block.
 
-    All are looked at on the view's thread.
+    All of them are read on the view's thread.
     """
     view = _view(
         board,
@@ -74,7 +74,7 @@ def shown(
 
 
 def resolved(mode: ProgressMode, stream: TextIO) -> ProgressMode:
-    """What ``auto`` means on this stream."""
+    """Resolve ``auto`` for this stream."""
     if mode != "auto":
         return mode
     return "live" if is_terminal(stream) else "plain"
@@ -113,7 +113,7 @@ def _view(
 
 
 def _last_of(look: Callable[P, T], first: T) -> Callable[P, T]:
-    """The look; where files cannot be read now, what it found last: a glitch of a disk must not end the view."""
+    """Wrap a function so that it returns its last result while files cannot be read, which must not end the view."""
     found = [first]
 
     def last(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -125,7 +125,7 @@ def _last_of(look: Callable[P, T], first: T) -> Callable[P, T]:
 
 
 def _keep_ticking(view: View, over: threading.Event) -> None:
-    """The life of the view. All of it is on this thread: a fault of the view ends the thread, and nothing else."""
+    """Refresh the view until ``over`` is set; an error of the view ends this thread and nothing else."""
     try:
         try:
             while not over.is_set():
@@ -133,5 +133,5 @@ def _keep_ticking(view: View, over: threading.Event) -> None:
                 over.wait(REDRAW_SECONDS)
         finally:
             view.close()
-    except (OSError, ValueError) as error:  # a terminal that was closed, a log on a full disk
+    except (OSError, ValueError) as error:  # a closed terminal, or a log on a full disk
         log().warning("progress.closed", error=str(error))

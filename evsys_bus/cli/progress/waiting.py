@@ -1,4 +1,4 @@
-"""`Waiting`: the wait for tasks and deliveries at the end, as it is told to whoever wonders why it does not end."""
+"""`Waiting`: the status of the drain of tasks and deliveries at the end of an experiment."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,20 +10,20 @@ from evsys_bus.cli.tables import counted
 from evsys_bus.tasks import DeliveryStatus
 
 LOOK_SECONDS: Final = 0.5
-"""Between two looks: they read the journal's directory."""
+"""Interval between two polls, which read the journal's directory."""
 
 
 Left = tuple[int, Iterable[DeliveryStatus]]
-"""Tasks of callbacks that have not ended, and the deliveries."""
+"""The number of unfinished tasks of callbacks, and the deliveries."""
 
 
 class Waiting:
-    """Begins now. For the thread of one view.
+    """The drain, which starts now. Used by the thread of one view.
 
     Args:
-        look: What is left to be done.
-        seconds: How long the wait may take.
-        clock: Seconds, monotonic.
+        look: Returns the remaining work.
+        seconds: The deadline of the drain.
+        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Waiting:
 
     @property
     def lasted(self) -> float:
-        """Seconds so far."""
+        """Seconds since the drain started."""
         return self._clock() - self._began
 
     def text(self) -> str | None:
-        """For people; None while nothing is waited for."""
+        """Return a sentence for users; None if nothing remains."""
         if not self._is_any():
             return None
         parts = [counted(self._tasks, "task")] if self._tasks else []
@@ -53,7 +53,7 @@ class Waiting:
         return f"waiting for {', '.join(parts)}, at most {self._seconds_left} s more; {self._hint}{failed}"
 
     def facts(self) -> dict[str, Any] | None:
-        """For a line of a log. Any: as `Facts`."""
+        """Return the facts of a line; None if nothing remains."""
         if not self._is_any():
             return None
         facts: dict[str, Any] = {"event": "waiting"}
@@ -93,7 +93,7 @@ class Waiting:
 
 
 def _awaited(status: DeliveryStatus) -> str:
-    """``csv: 58 events``, ``wandb: 120 owed (no key; fix: wandb login)``."""
+    """Return ``csv: 58 events`` or ``wandb: 120 owed (no key; fix: wandb login)``."""
     words = count_words(status)
     if status.pending:
         words[0] = counted(status.pending, "event")
