@@ -327,7 +327,7 @@ def test_there_is_no_mark_while_rows_of_an_experiment_that_has_ended_wait(make, 
     (tmp_path / "a").write_text("in the way")
     call(callback, ("on_step_end", "a", (0, TrainingBatch(), {"p": 1}), {}), tmp_path)
     call(callback, END, tmp_path)
-    with pytest.raises(OSError, match="writes wait"):
+    with pytest.raises(OSError, match="writes pending"):
         callback.mark()
     (tmp_path / "a").unlink()
     callback.mark()
