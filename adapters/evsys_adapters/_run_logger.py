@@ -38,7 +38,7 @@ from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
 
 _MOST_DOUBTFUL: Final = 10_000
-"""Rows of which is remembered that they may be void: every mark carries them."""
+"""Bound on `RunNotes.doubtful`, which every mark carries."""
 
 
 class LoggedRun(Generic[NotesT]):

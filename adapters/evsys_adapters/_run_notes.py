@@ -76,7 +76,7 @@ def packed(notes: Mapping[str, RunNotes]) -> dict[str, bytes]:
 
 
 def key_of(data: bytes) -> int:
-    """The same for the same data, in every process."""
+    """A hash of the data, the same in every process."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
