@@ -8,51 +8,51 @@ Name the suites to run, or none for all of them. The group installs gigabytes; m
 from collections.abc import Mapping
 
 from benchmarks import loggers as heavy
-from benchmarks.evsys_logger import EvsysLogger
+from benchmarks.evsys_logger import EvsysLoggerSuite
 from benchmarks.frameworks import FRAMEWORKS
-from benchmarks.survival import Survival
+from benchmarks.survival import TaskSurvival
 from benchmarks.upload_steps import UploadSteps
 from benchmarks.uploads import Uploads
 from evsys_bus.bench.all_loggers import ALL_LOGGERS
-from evsys_bus.bench.catching_up import CATCHING_UP
+from evsys_bus.bench.backlog_memory import BACKLOG_MEMORY
 from evsys_bus.bench.costs import COSTS
-from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_question
-from evsys_bus.bench.growth import GROWTH
+from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_suite
+from evsys_bus.bench.exit_latency import EXIT_LATENCY
 from evsys_bus.bench.imports import IMPORTS
-from evsys_bus.bench.journal import AT_LEAST, JOURNAL, Journal
-from evsys_bus.bench.kills import KILLS, Kills
-from evsys_bus.bench.lag import LAG
-from evsys_bus.bench.lateness import LATENESS
-from evsys_bus.bench.leaving import LEAVING
-from evsys_bus.bench.question import Question
+from evsys_bus.bench.journal import JOURNAL, MIN_RATIOS, JournalSuite
+from evsys_bus.bench.kills import KILLS, KillsSuite
+from evsys_bus.bench.memory_growth import MEMORY_GROWTH
 from evsys_bus.bench.shapes import SHAPES
+from evsys_bus.bench.suite import Suite
+from evsys_bus.bench.throughput import THROUGHPUT
+from evsys_bus.bench.wakeup_latency import WAKEUP_LATENCY
 from evsys_bus.cli.bench import bench_command
 
 
-def _questions() -> Mapping[str, Question]:
-    dispatch = dispatch_question(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
-    journal = Journal((*JOURNAL.modules, heavy.__name__), {**AT_LEAST, heavy.TENSORBOARD: 1, heavy.WANDB: 1})
-    kills = Kills((*KILLS.modules, heavy.__name__))
-    asked: tuple[Question, ...] = (
+def _suites() -> Mapping[str, Suite]:
+    dispatch = dispatch_suite(LIGHT_PEERS | FRAMEWORKS, {"pluggy": 8, "lightning": 30, "composer": 80})
+    journal = JournalSuite((*JOURNAL.modules, heavy.__name__), {**MIN_RATIOS, heavy.TENSORBOARD: 1, heavy.WANDB: 1})
+    kills = KillsSuite((*KILLS.modules, heavy.__name__))
+    suites: tuple[Suite, ...] = (
         dispatch,
         IMPORTS,
         COSTS,
         journal,
         SHAPES,
         kills,
-        GROWTH,
-        CATCHING_UP,
-        LAG,
-        LEAVING,
-        LATENESS,
+        MEMORY_GROWTH,
+        THROUGHPUT,
+        BACKLOG_MEMORY,
+        EXIT_LATENCY,
+        WAKEUP_LATENCY,
         ALL_LOGGERS,
-        Survival(),
+        TaskSurvival(),
         Uploads(),
         UploadSteps(),
-        EvsysLogger(),
+        EvsysLoggerSuite(),
     )
-    return {question.name: question for question in asked}
+    return {suite.name: suite for suite in suites}
 
 
 if __name__ == "__main__":
-    bench_command(_questions, doc="Run the suites of `evsys-bus bench` against heavier peers, and `survival`.")()
+    bench_command(_suites, doc="Run the suites of `evsys-bus bench` against heavier peers, and `survival`.")()

@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainingBatch, build_callbacks
 from evsys_bus.bench.harness import spread_of
-from evsys_bus.bench.lateness import apart, pin
-from evsys_bus.bench.question import Effort, Row, Table, Verdict
+from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.wakeup_latency import other_cores, pin
 
 STEPS: Final = 200
 """Number of steps in a block."""
@@ -34,15 +34,15 @@ BLOCKING: Final = "a blocking POST in the hook"
 RECORDED: Final = "the journal alone"
 FOLLOWED: Final = "followed"
 INLINE: Final = "placed inline"
-MOST_SHARE: Final = 1 / 20
-_MOST_ROUNDS: Final = 8
+MAX_SHARE: Final = 1 / 20
+_MAX_ROUNDS: Final = 8
 _METRICS: Final = {f"metric_{number}": number / 8 for number in range(8)}
 
-Blocks = dict[str, list[list[float]]]
+BlockTimes = dict[str, list[list[float]]]
 """Nanoseconds of each step, by candidate and round."""
 
 
-class Posting(Callback):
+class BlockingPostCallback(Callback):
     """A callback that sends every step by a blocking POST."""
 
     def __init__(self, url: str, key: str) -> None:
@@ -64,13 +64,13 @@ class Posting(Callback):
         return result or {}
 
 
-class EvsysLogger:
+class EvsysLoggerSuite:
     """The suite ``evsys``."""
 
     name = "evsys"
     promise = "A step that is logged to EvSys costs the loop a twentieth of a blocking POST at most"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:
+    def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure the call, and how late the loop wakes up after its wait."""
         missing = [each for each in ("aiohttp", "starlette", "uvicorn") if not importlib.util.find_spec(each)]
         if missing:
@@ -78,22 +78,24 @@ class EvsysLogger:
             yield Table(title="a step to EvSys", unit="ns", rows=[], absent=absent)
             return
         with _server() as (url, key), _environment(url, key):
-            calls, lateness = asyncio.run(_measure(url, key, min(max(effort.process_rounds, 2), _MOST_ROUNDS)))
-        for title, found, at in (
+            calls, wakeup_delays = asyncio.run(_measure(url, key, min(max(budget.process_rounds, 2), _MAX_ROUNDS)))
+        for title, found, quantile in (
             ("a step's call, its median", calls, 0.5),
             ("a step's call, its 99th percentile", calls, 0.99),
-            ("the loop's wake-up is late by, the median", lateness, 0.5),
-            ("the loop's wake-up is late by, the 99th percentile", lateness, 0.99),
+            ("the loop's wake-up is late by, the median", wakeup_delays, 0.5),
+            ("the loop's wake-up is late by, the 99th percentile", wakeup_delays, 0.99),
         ):
-            medians = {name: [sorted(each)[int(len(each) * at)] for each in blocks] for name, blocks in found.items()}
+            medians = {
+                name: [sorted(each)[int(len(each) * quantile)] for each in blocks] for name, blocks in found.items()
+            }
             ratios = {
                 name: [ours / theirs for ours, theirs in zip(each, medians[BLOCKING], strict=True)]
                 for name, each in medians.items()
             }
-            judged = [
-                Verdict(f"{name}: at most {MOST_SHARE:g} of {BLOCKING}", share, share <= MOST_SHARE)
+            target_results = [
+                TargetResult(f"{name}: at most {MAX_SHARE:g} of {BLOCKING}", share, share <= MAX_SHARE)
                 for name in (FOLLOWED, INLINE)
-                if (share := spread_of(ratios[name]).median) is not None and found is calls and at == 0.5  # noqa: PLR2004
+                if (share := spread_of(ratios[name]).median) is not None and found is calls and quantile == 0.5  # noqa: PLR2004
             ]
             yield Table(
                 title=title,
@@ -107,34 +109,34 @@ class EvsysLogger:
                     )
                     for name, each in medians.items()
                 ],
-                floor=BLOCKING,
-                verdicts=judged,
+                baseline=BLOCKING,
+                target_results=target_results,
             )
 
 
-async def _measure(url: str, key: str, rounds: int) -> tuple[Blocks, Blocks]:
-    ways: dict[str, Callable[[], list[object]]] = {
-        BLOCKING: lambda: [Posting(url, key)],
+async def _measure(url: str, key: str, rounds: int) -> tuple[BlockTimes, BlockTimes]:
+    candidates: dict[str, Callable[[], list[object]]] = {
+        BLOCKING: lambda: [BlockingPostCallback(url, key)],
         RECORDED: list,
         FOLLOWED: lambda: list(build_callbacks([{"kind": "evsys_logger"}])),
         INLINE: lambda: list(build_callbacks([{"kind": "evsys_logger", "placement": "inline"}])),
     }
-    calls: Blocks = {name: [] for name in ways}
-    lateness: Blocks = {name: [] for name in ways}
-    names = list(ways)
+    calls: BlockTimes = {name: [] for name in candidates}
+    wakeup_delays: BlockTimes = {name: [] for name in candidates}
+    names = list(candidates)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            async with _bus(ways[name]()) as (bus, state):
-                took, late = await _steps(bus, state)
-            calls[name].append(took)
-            lateness[name].append(late)
-    return calls, lateness
+            async with _open_bus(candidates[name]()) as (bus, state):
+                durations, delays = await _measure_steps(bus, state)
+            calls[name].append(durations)
+            wakeup_delays[name].append(delays)
+    return calls, wakeup_delays
 
 
 @asynccontextmanager
-async def _bus(callbacks: list[object]) -> AsyncGenerator[tuple[EventBus, LoopState], None]:
-    with apart() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+async def _open_bus(callbacks: list[object]) -> AsyncGenerator[tuple[EventBus, LoopState], None]:
+    with other_cores() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         ctx = LogContext(Path(folder), config={"name": "bench"}, run_key="run")
         async with EventBus(callbacks, journal=Path(folder, "journal")) as bus:
             bus.publish(RunStart(ctx))
@@ -145,25 +147,25 @@ async def _bus(callbacks: list[object]) -> AsyncGenerator[tuple[EventBus, LoopSt
             raise RuntimeError(f"not all was delivered: {bus.receipt}")
 
 
-async def _steps(bus: EventBus, state: LoopState) -> tuple[list[float], list[float]]:
-    took: list[float] = []
-    late: list[float] = []
+async def _measure_steps(bus: EventBus, state: LoopState) -> tuple[list[float], list[float]]:
+    durations: list[float] = []
+    delays: list[float] = []
     batch = TrainingBatch()
     for step in range(STEPS):
-        began = time.perf_counter_ns()
+        started = time.perf_counter_ns()
         bus.publish(StepEnd(state, step, batch, dict(_METRICS)))
-        ended = time.perf_counter_ns()
+        published_at = time.perf_counter_ns()
         await asyncio.sleep(STEP_SECONDS)
-        took.append(ended - began)
-        late.append(max(0.0, time.perf_counter_ns() - ended - STEP_SECONDS * 1e9))
-    return took, late
+        durations.append(published_at - started)
+        delays.append(max(0.0, time.perf_counter_ns() - published_at - STEP_SECONDS * 1e9))
+    return durations, delays
 
 
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[str, str]]:
     """Run the server of the tests in its own process; yields its URL and its key."""
     path = Path(__file__).parent.parent / "tests" / "support" / "evsys_server.py"
-    with apart():
+    with other_cores():
         process = subprocess.Popen([sys.executable, str(path), "0"], stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
     try:
         assert process.stdout is not None

@@ -13,13 +13,13 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, Peer
-from evsys_bus.bench.harness import Run
+from evsys_bus.bench.harness import TimedLoop
 
 # Types of the frameworks are Any, because pyright runs where they are not installed.
 
 
 @contextmanager
-def transformers(k: int) -> Generator[Run, None, None]:
+def transformers(k: int) -> Generator[TimedLoop, None, None]:
     """The callback list of Hugging Face's Trainer."""
     from transformers import logging as transformers_logging
     from transformers.trainer_callback import CallbackHandler, TrainerCallback, TrainerControl, TrainerState
@@ -29,21 +29,21 @@ def transformers(k: int) -> Generator[Run, None, None]:
             """Do nothing."""
 
     transformers_logging.set_verbosity_error()
-    called = CallbackHandler([], None, None, None, None)
-    called.callbacks = [NoOp() for _ in range(k)]
+    handler = CallbackHandler([], None, None, None, None)
+    handler.callbacks = [NoOp() for _ in range(k)]
 
     def run(operations: int) -> int:
         args, state, control = SimpleNamespace(), TrainerState(), TrainerControl()
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for _ in range(operations):
-            called.on_step_end(args, state, control)
-        return perf_counter_ns() - begun
+            handler.on_step_end(args, state, control)
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def lightning(k: int) -> Generator[Run, None, None]:
+def lightning(k: int) -> Generator[TimedLoop, None, None]:
     """The function with which Lightning's loops call every callback."""
     import lightning.pytorch as pl
     from lightning.pytorch.trainer.call import _call_callback_hooks
@@ -52,9 +52,9 @@ def lightning(k: int) -> Generator[Run, None, None]:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             """Do nothing."""
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(max_epochs=1, enable_model_summary=False, accelerator="cpu", **quiet)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR_FILE)
+    quiet_options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(max_epochs=1, enable_model_summary=False, accelerator="cpu", **quiet_options)
     trainer.callbacks = [NoOp() for _ in range(k)]
     module = pl.LightningModule()
     trainer.strategy._lightning_module = module  # noqa: SLF001 - there is no public way without training
@@ -62,16 +62,16 @@ def lightning(k: int) -> Generator[Run, None, None]:
 
     def run(operations: int) -> int:
         batch, metrics = BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             _call_callback_hooks(trainer, "on_train_batch_end", metrics, batch, i)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def composer(k: int) -> Generator[Run, None, None]:
+def composer(k: int) -> Generator[TimedLoop, None, None]:
     """Composer's engine."""
     try:
         from composer.core import Callback, Engine, Event, State
@@ -111,10 +111,10 @@ def composer(k: int) -> Generator[Run, None, None]:
     try:
 
         def run(operations: int) -> int:
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for _ in range(operations):
                 engine.run_event(Event.BATCH_END)
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         yield run
     finally:
@@ -122,7 +122,7 @@ def composer(k: int) -> Generator[Run, None, None]:
 
 
 @contextmanager
-def keras(k: int) -> Generator[Run, None, None]:
+def keras(k: int) -> Generator[TimedLoop, None, None]:
     """The callback list of Keras's fit."""
     os.environ.setdefault("KERAS_BACKEND", "torch")
     import keras
@@ -132,14 +132,14 @@ def keras(k: int) -> Generator[Run, None, None]:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             """Do nothing."""
 
-    called = CallbackList([NoOp() for _ in range(k)], add_history=False, add_progbar=False)
+    callback_list = CallbackList([NoOp() for _ in range(k)], add_history=False, add_progbar=False)
 
     def run(operations: int) -> int:
         metrics = METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
-            called.on_train_batch_end(i, metrics)
-        return perf_counter_ns() - begun
+            callback_list.on_train_batch_end(i, metrics)
+        return perf_counter_ns() - started
 
     yield run
 

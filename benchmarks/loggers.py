@@ -50,14 +50,14 @@ def _count_tensorboard(directory: Path) -> int:
 
 def _tensorboard_records(content: bytes) -> Iterator[bytes]:
     """Read TFRecords (length, its checksum, the record, its checksum) up to the first truncated one."""
-    place = 0
-    while place + 12 <= len(content):
-        (length,) = struct.unpack_from("<Q", content, place)
-        end = place + 12 + length
+    offset = 0
+    while offset + 12 <= len(content):
+        (length,) = struct.unpack_from("<Q", content, offset)
+        end = offset + 12 + length
         if end + 4 > len(content):
             return
-        yield content[place + 12 : end]
-        place = end + 4
+        yield content[offset + 12 : end]
+        offset = end + 4
 
 
 @contextmanager
@@ -83,23 +83,23 @@ def _count_wandb(directory: Path) -> int:
     return sum(record.WhichOneof("record_type") == "history" for record in records)
 
 
-def _wandb_records(content: bytes, head: int = 7, block: int = 32_768) -> Iterator[bytes]:
+def _wandb_records(content: bytes, header_bytes: int = 7, block_bytes: int = 32_768) -> Iterator[bytes]:
     """Read a LevelDB log (blocks of fragments with checksum, length and kind) up to the first truncated record."""
-    place, record = head, b""
-    while place + head <= len(content):
-        left = block - place % block
-        if left < head:
-            place += left
+    offset, record = header_bytes, b""
+    while offset + header_bytes <= len(content):
+        remaining = block_bytes - offset % block_bytes
+        if remaining < header_bytes:
+            offset += remaining
             continue
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        end = place + head + length
+        _, length, kind = struct.unpack_from("<IHB", content, offset)
+        end = offset + header_bytes + length
         if end > len(content) or kind not in {1, 2, 3, 4}:  # whole, first, middle, last
             return
-        fragment = content[place + head : end]
+        fragment = content[offset + header_bytes : end]
         record = fragment if kind in {1, 2} else record + fragment
         if kind in {1, 4}:
             yield record
-        place = end
+        offset = end
 
 
 LOGGERS: Final = {

@@ -26,37 +26,37 @@ from benchmarks.uploads import s3_server
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
-from evsys_bus.bench.couriers import wait_for_their_end
+from evsys_bus.bench.couriers import wait_for_courier_exit
 from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.lateness import (
-    ALIKE,
-    ALONE,
-    LATE_WITHIN_NS,
+from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.wakeup_latency import (
+    MAX_WAKEUP_DELAY_NS,
+    NO_ADAPTERS,
+    NO_ADAPTERS_AGAIN,
     Block,
-    Kind,
-    apart,
-    block,
-    blocks,
+    StepKind,
+    block_row,
+    compare_blocks,
+    measure_block,
+    measure_blocks,
+    other_cores,
     p99,
     pin,
-    row,
-    within,
 )
-from evsys_bus.bench.question import Effort, Row, Table, Verdict
 from evsys_bus.diagnostics import LOGGER_NAME
-from evsys_bus.tasks import run_alone
+from evsys_bus.tasks import run_in_new_loop
 
 STEPS: Final[dict[float, int]] = {0.002: 400, 0.02: 80}
 """Number of steps in a block, by their length in seconds."""
 STALLED: Final = "an upload to an S3 that stalls 500 ms"
 INLINE: Final = "an upload on the loop itself, to that S3"
-FULL: Final = "an upload at full speed"
+FULL_SPEED: Final = "an upload at full speed"
 """Has no target, because a training node does not run the S3 server."""
 STALL_SECONDS: Final = 0.5
 BYTES: Final = 400_000_000
 BUCKET: Final = "steps"
-_MOST_ROUNDS: Final = 12
-_PATIENCE_SECONDS: Final = 60.0
+_MAX_ROUNDS: Final = 12
+_TIMEOUT_SECONDS: Final = 60.0
 _PROXY: Final = """
 import anyio, sys
 from evsys_bus.testing import Fault, fault_proxy
@@ -77,128 +77,140 @@ class UploadSteps:
     name = "upload-steps"
     promise = "P4: while a checkpoint is uploaded, the training loop's steps take as long as without"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:
+    def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure each kind and length of step."""
-        rounds = min(max(effort.process_rounds, 2), _MOST_ROUNDS)
+        rounds = min(max(budget.process_rounds, 2), _MAX_ROUNDS)
         if not all(importlib.util.find_spec(each) for each in ("swift", "aiobotocore")):
             yield Table(title="steps", unit="ns", rows=[], absent={STALLED: "swift, the server, is not installed"})
             return
-        kinds: tuple[Kind, ...] = ("waits", "computes")
-        logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)  # else it logs the unfinished upload after each block
-        with tempfile.TemporaryDirectory() as folder, _s3(Path(folder)) as (direct, stalling):
-            saved = Path(folder, "saved")
-            saved.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))
-            contenders = {
-                ALONE: _bus_alone,
-                ALIKE: _bus_alone,
-                STALLED: partial(_bus_uploading, saved, stalling),
-                FULL: partial(_bus_uploading, saved, direct),
+        kinds: tuple[StepKind, ...] = ("waits", "computes")
+        logging.getLogger(LOGGER_NAME).setLevel(
+            logging.ERROR_FILE
+        )  # else it logs the unfinished upload after each block
+        with tempfile.TemporaryDirectory() as folder, _s3_servers(Path(folder)) as (direct, stalling):
+            checkpoint_file = Path(folder, "saved")
+            checkpoint_file.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))
+            candidates = {
+                NO_ADAPTERS: _bus_without_adapters,
+                NO_ADAPTERS_AGAIN: _bus_without_adapters,
+                STALLED: partial(_bus_uploading, checkpoint_file, stalling),
+                FULL_SPEED: partial(_bus_uploading, checkpoint_file, direct),
             }
             for kind in kinds:
                 for seconds, steps in STEPS.items():
-                    yield _table(contenders, kind, seconds, steps, rounds)
+                    yield _measure_table(candidates, kind, seconds, steps, rounds)
             for seconds, steps in STEPS.items():
-                yield _inline_table(saved, stalling, seconds, steps, rounds)
+                yield _measure_inline_table(checkpoint_file, stalling, seconds, steps, rounds)
 
 
-def _inline_table(saved: Path, endpoint: str, seconds: float, steps: int, rounds: int) -> Table:
+def _measure_inline_table(checkpoint_file: Path, endpoint: str, seconds: float, steps: int, rounds: int) -> Table:
     """Measure how late the loop wakes while it uploads itself."""
-    found: dict[str, list[Block]] = {ALONE: [], INLINE: []}
+    found: dict[str, list[Block]] = {NO_ADAPTERS: [], INLINE: []}
     for _ in range(rounds):
-        found[ALONE].append(run_alone(partial(_block_beside, None, saved, seconds, steps)))
-        found[INLINE].append(run_alone(partial(_block_beside, endpoint, saved, seconds, steps)))
+        found[NO_ADAPTERS].append(
+            run_in_new_loop(partial(_measure_block_while_uploading, None, checkpoint_file, seconds, steps))
+        )
+        found[INLINE].append(
+            run_in_new_loop(partial(_measure_block_while_uploading, endpoint, checkpoint_file, seconds, steps))
+        )
         _abort_all(endpoint)
-    late = {name: sorted(chain.from_iterable(each.late for each in blocks)) for name, blocks in found.items()}
-    extra = (p99(late[INLINE]) - p99(late[ALONE])) * 1e9
+    wakeup_delays = {
+        name: sorted(chain.from_iterable(each.wakeup_delays for each in blocks)) for name, blocks in found.items()
+    }
+    extra = (p99(wakeup_delays[INLINE]) - p99(wakeup_delays[NO_ADAPTERS])) * 1e9
     promise = "an upload on the loop itself makes it wake at most 500 µs later at p99"
     return Table(
         title=f"how late waits of {seconds * 1e3:g} ms end: median, to p99",
         unit="ns",
         rows=[
             Row(name, Spread(median(each) * 1e9, median(each) * 1e9, p99(each) * 1e9), ours=name == INLINE)
-            for name, each in late.items()
+            for name, each in wakeup_delays.items()
         ],
-        verdicts=[Verdict(promise, extra / 1e3, extra <= LATE_WITHIN_NS, "µs")],
+        target_results=[TargetResult(promise, extra / 1e3, extra <= MAX_WAKEUP_DELAY_NS, "µs")],
     )
 
 
-async def _block_beside(endpoint: str | None, saved: Path, seconds: float, steps: int) -> Block:
+async def _measure_block_while_uploading(
+    endpoint: str | None, checkpoint_file: Path, seconds: float, steps: int
+) -> Block:
     """Measure a block of waiting steps on a loop that also uploads, or that does not if ``endpoint`` is None."""
     url = f"s3://{BUCKET}/{time.monotonic_ns()}"
     adapters = []
     if endpoint is not None:
         adapters = [CheckpointUploadCallback(url, endpoint=endpoint, region="us-east-1")]
         adapters[0].placement = "inline"
-    with tempfile.TemporaryDirectory(dir=saved.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(dir=checkpoint_file.parent, ignore_cleanup_errors=True) as folder:
         state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
         async with EventBus(adapters, journal=Path(folder, "journal"), drain_timeout=0.0) as bus:
-            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(saved))))
+            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(checkpoint_file))))
             ledger = Spool.of(state.output_dir, url).ledger
-            until = time.monotonic() + _PATIENCE_SECONDS
+            deadline = time.monotonic() + _TIMEOUT_SECONDS
             while endpoint and not any(b'"upload":"' in path.read_bytes() for path in ledger.glob("*.upload")):
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise TimeoutError("the upload does not start")
                 await asyncio.sleep(0.01)
-            return await block(bus, "waits", seconds, steps)
+            return await measure_block(bus, "waits", seconds, steps)
 
 
-def _table(
-    contenders: dict[str, Callable[[], AbstractContextManager[EventBus]]],
-    kind: Kind,
+def _measure_table(
+    candidates: dict[str, Callable[[], AbstractContextManager[EventBus]]],
+    kind: StepKind,
     seconds: float,
     steps: int,
     rounds: int,
 ) -> Table:
-    found = blocks(contenders, kind, seconds, steps, rounds)
+    found = measure_blocks(candidates, kind, seconds, steps, rounds)
     return Table(
         title=f"steps of {seconds * 1e3:g} ms that {kind.removesuffix('s')}: median, to p99",
         unit="ns",
-        rows=[row(name, each, ours=name in {STALLED, FULL}) for name, each in found.items()],
-        verdicts=within(found[STALLED], found[ALONE], found[ALIKE], f"beside {STALLED}"),
+        rows=[block_row(name, each, ours=name in {STALLED, FULL_SPEED}) for name, each in found.items()],
+        target_results=compare_blocks(
+            found[STALLED], found[NO_ADAPTERS], found[NO_ADAPTERS_AGAIN], f"beside {STALLED}"
+        ),
     )
 
 
 @contextmanager
-def _bus_alone() -> Generator[EventBus, None, None]:
-    with tempfile.TemporaryDirectory() as folder, _bus([], Path(folder)) as bus:
+def _bus_without_adapters() -> Generator[EventBus, None, None]:
+    with tempfile.TemporaryDirectory() as folder, _open_bus([], Path(folder)) as bus:
         yield bus
 
 
 @contextmanager
-def _bus_uploading(saved: Path, endpoint: str) -> Generator[EventBus, None, None]:
+def _bus_uploading(checkpoint_file: Path, endpoint: str) -> Generator[EventBus, None, None]:
     """Open a bus whose courier process is uploading during the whole block."""
     url = f"s3://{BUCKET}/{time.monotonic_ns()}"
     spec = {"kind": "checkpoint_upload", "params": {"url": url, "endpoint": endpoint, "region": "us-east-1"}}
     # In the directory of the checkpoint, because hard links cannot cross file systems.
-    with tempfile.TemporaryDirectory(dir=saved.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(dir=checkpoint_file.parent, ignore_cleanup_errors=True) as folder:
         state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
         spool = Spool.of(state.output_dir, url)
-        with _bus(build_callbacks([spec]), Path(folder)) as bus:
-            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(saved))))
-            _wait(lambda: any(b'"upload":"' in path.read_bytes() for path in spool.ledger.glob("*.upload")))
+        with _open_bus(build_callbacks([spec]), Path(folder)) as bus:
+            bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(checkpoint_file))))
+            _wait_until(lambda: any(b'"upload":"' in path.read_bytes() for path in spool.ledger.glob("*.upload")))
             yield bus
-            if spool.done():
+            if spool.uploaded():
                 raise RuntimeError(f"{BYTES} bytes were uploaded before the block was over: measure with more")
     _abort_all(endpoint)
 
 
 @contextmanager
-def _bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None]:
+def _open_bus(adapters: list[object], folder: Path) -> Generator[EventBus, None, None]:
     """Open a bus on the first core, with its courier process on the others."""
-    with apart() as cores:
+    with other_cores() as cores:
         bus = EventBus(adapters, journal=folder / "journal", drain_timeout=0.0, linger_seconds=0.0)
         with bus:
             pin(cores[:1], threads=True)
             yield bus
-        wait_for_their_end(folder / "journal")
+        wait_for_courier_exit(folder / "journal")
 
 
 @contextmanager
-def _s3(folder: Path) -> Generator[tuple[str, str], None, None]:
+def _s3_servers(folder: Path) -> Generator[tuple[str, str], None, None]:
     """Run a server with the bucket and a stalling proxy in front of it; yields the endpoints of both."""
     server = s3_server(folder / "s3")
     os.environ |= {"AWS_ACCESS_KEY_ID": server.key, "AWS_SECRET_ACCESS_KEY": server.secret}
-    with apart():
+    with other_cores():
         server.start()
         command = [sys.executable, "-c", _PROXY, str(server.port), str(STALL_SECONDS)]
         proxy = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
@@ -226,9 +238,9 @@ def _client(endpoint: str) -> "botocore.client.BaseClient":  # noqa: F821  # loa
     return botocore.session.get_session().create_client("s3", endpoint_url=endpoint, region_name="us-east-1")
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + _PATIENCE_SECONDS
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
     while not condition():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise TimeoutError("the upload does not start")
         time.sleep(0.01)

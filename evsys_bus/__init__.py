@@ -6,10 +6,13 @@ Public names are imported on first access, so that ``evsys-bus --help`` starts q
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
+from evsys_bus.deprecated import RENAMED_CLASSES, warn
+
 if TYPE_CHECKING:
-    from evsys_bus.attached import Learnt
+    from evsys_bus.adapter import RunAnnotated
     from evsys_bus.bus import EventBus, Health, Receipt
     from evsys_bus.callback import Callback, dispatch
+    from evsys_bus.config import CallbackSpec, build_callbacks, follow, register_callback, register_sink
     from evsys_bus.context import (
         ArmResult,
         EvalResult,
@@ -39,15 +42,14 @@ if TYPE_CHECKING:
     )
     from evsys_bus.sink import Sink
     from evsys_bus.training import Experiment, TrainingLoop
-    from evsys_bus.wiring import CallbackSpec, build_callbacks, follow, register_callback, register_sink
 
 __version__: Final = "0.1.0"
 
 importlib.import_module("datetime")
 """Before msgspec, whose C code imports it unchecked: a Ctrl-C in there would be lost, and crash the process later."""
 
-_HOMES: Final = {
-    "attached": ("Learnt",),
+_NAMES_BY_MODULE: Final = {
+    "adapter": ("RunAnnotated",),
     "bus": ("EventBus", "Health", "Receipt"),
     "callback": ("Callback", "dispatch"),
     "context": (
@@ -79,9 +81,9 @@ _HOMES: Final = {
     ),
     "sink": ("Sink",),
     "training": ("Experiment", "TrainingLoop"),
-    "wiring": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
+    "config": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
 }
-_HOME_OF: Final = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_BY_NAME: Final = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 __all__ = [  # spelt out: type checkers do not follow the table
     "ArmResult",
@@ -101,12 +103,12 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "ExperimentStart",
     "GroupStart",
     "Health",
-    "Learnt",
     "LogContext",
     "LoopArtifacts",
     "LoopState",
     "ManifestRow",
     "Receipt",
+    "RunAnnotated",
     "RunEnd",
     "RunResult",
     "RunStart",
@@ -126,10 +128,13 @@ __all__ = [  # spelt out: type checkers do not follow the table
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first access."""
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name in RENAMED_CLASSES:
+        warn(f"{__name__}.{name}", RENAMED_CLASSES[name])
+        return __getattr__(RENAMED_CLASSES[name])
+    module_name = _MODULE_BY_NAME.get(name)
+    if module_name is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{module_name}"), name)
     globals()[name] = value
     return value
 

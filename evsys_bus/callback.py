@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, Literal, Self, cast, overload
 
 import msgspec
 
-from evsys_bus.attached import Adapter, EventInfo, RetryPolicy, Spawner
+from evsys_bus.adapter import Adapter, EventInfo, RetryPolicy, Spawner
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -43,7 +43,7 @@ class _CurrentEvent:
         if callback is None:
             return self
         attached = callback.evsys_attached
-        info = _attached(callback, "event").current_event() if attached else None
+        info = _current_spawner(callback, "event").current_event() if attached else None
         return EventInfo(time.time()) if info is None else info
 
 
@@ -97,7 +97,7 @@ class Callback(Adapter):
         """Fires per run, before training; ``ctx.run_config`` is set. Write ``ctx.ids["run_id"]`` here."""
 
     def on_train_start(self, state: LoopState) -> None:
-        """Fires once before the first step; ``state.step`` is that step."""
+        """Fires once before the first step; ``state.instruction`` is that step."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Fires after every step's metrics row is written; keys added to ``metrics`` reach later callbacks."""
@@ -111,7 +111,7 @@ class Callback(Adapter):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Fires per benchmark scored: in-loop (``step`` = the train step) or after training (``step=None``)."""
+        """Fires per benchmark scored: in-loop (``instruction`` = the train step) or after training (``step=None``)."""
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Fires once after the loop, the final checkpoint's save included; also when it raised (``state.error``)."""
@@ -141,7 +141,7 @@ class Callback(Adapter):
             fn: A coroutine function. Pass the function and its arguments, not a coroutine.
             name: The task's name in receipts and logs; default: the function's name.
             timeout: Seconds over all attempts, after which the task is cancelled and counted as failed.
-            retry: A policy object, called as ``await retry(fn, *args)``; see `RetryPolicy`.
+            retry: A policy object, called as ``await retry(fn, *args)``; see `SinkRetrier`.
             lane: Tasks of the same lane run one after another, in order.
             background: For a task that runs until it is cancelled, such as a watcher: nothing waits for it, and it is
                 cancelled at the end, after `close`.
@@ -153,7 +153,7 @@ class Callback(Adapter):
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
             SpawnError: ``fn`` is not a coroutine function.
         """
-        bus = _attached(self, "spawn")
+        bus = _current_spawner(self, "spawn")
         owner = callback_name(self)
         return bus.spawn(
             fn, *args, name=name, timeout=timeout, retry=retry, lane=lane, owner=owner, background=background
@@ -175,21 +175,21 @@ class Callback(Adapter):
         """Record an event, such as a result of one of the callback's tasks.
 
         In a followed callback it goes into the couriers' own stream of the journal, which adapters are not given,
-        except for `Learnt`. Inline it is an ordinary event, with its hooks.
+        except for `RunAnnotated`. Inline it is an ordinary event, with its hooks.
 
         Raises:
             NotAttachedError: The callback was not given to a bus, or the bus is closed.
         """
-        _attached(self, "publish").publish(event)
+        _current_spawner(self, "publish").publish(event)
 
 
-def _attached(callback: Callback, act: str) -> Spawner:
+def _current_spawner(callback: Callback, method: str) -> Spawner:
     """Return what the callback is attached to; of several, the one that called it."""
     attached = callback.evsys_attached
     if not attached:
         raise NotAttachedError(
-            f"{type(callback).__name__}.{act}() needs an open bus",
-            fix=f"give the callback to an EventBus (or a TrainingLoop) and {act} from inside a hook",
+            f"{type(callback).__name__}.{method}() needs an open bus",
+            fix=f"give the callback to an EventBus (or a TrainingLoop) and {method} from inside a hook",
         )
     if len(attached) == 1:
         return attached[0]
@@ -199,16 +199,16 @@ def _attached(callback: Callback, act: str) -> Spawner:
 def attach(callback: object, bus: Spawner) -> None:
     """Attach the callback to a bus, for its tasks and events."""
     if isinstance(callback, Callback):
-        _set_attached(callback, (*_others(callback, bus), bus))
+        _set_attached(callback, (*_other_spawners(callback, bus), bus))
 
 
 def detach(callback: object, bus: Spawner) -> None:
     """Detach the callback from a bus."""
     if isinstance(callback, Callback):
-        _set_attached(callback, _others(callback, bus))
+        _set_attached(callback, _other_spawners(callback, bus))
 
 
-def _others(callback: Callback, bus: Spawner) -> tuple[Spawner, ...]:
+def _other_spawners(callback: Callback, bus: Spawner) -> tuple[Spawner, ...]:
     return tuple(each for each in callback.evsys_attached if each is not bus)
 
 
@@ -218,11 +218,11 @@ def _set_attached(callback: Callback, attached: tuple[Spawner, ...]) -> None:
 
 def callback_name(callback: object) -> str:
     """Return the name of a callback in logs, health and receipts: from its spec, or that of its class."""
-    name = attribute(callback, "spec_name")
+    name = get_attribute(callback, "spec_name")
     return name if isinstance(name, str) and name else type(callback).__name__
 
 
-def attribute(callback: object, name: str) -> Any:
+def get_attribute(callback: object, name: str) -> Any:
     """Return the attribute, or None if there is none or the lookup raises."""
     try:
         return getattr(callback, name, None)
@@ -237,47 +237,47 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
     ran. Hooks run inline, whatever their class declares: there is no bus, and so no journal, no tasks and no delivery;
     a callback that needs them is logged once.
     """
-    leave: BaseException | None = None
+    exit_error: BaseException | None = None
     for callback in callbacks or ():
-        if attribute(callback, "delivery") is not None:
-            _warn_of_dispatch(callback)
+        if get_attribute(callback, "delivery") is not None:
+            _warn_not_delivered(callback)
         try:
             function = getattr(callback, hook, None)
             if callable(function):
-                check_returned(callback, hook, function(*args, **kwargs))
+                check_return_value(callback, hook, function(*args, **kwargs))
         except BaseException as error:
-            leave = isolate(callback, hook, error) or leave
-    if leave is not None:
-        raise leave
+            exit_error = isolate(callback, hook, error) or exit_error
+    if exit_error is not None:
+        raise exit_error
 
 
-def _warn_of_dispatch(callback: object) -> None:
+def _warn_not_delivered(callback: object) -> None:
     """Log once that a delivery half receives nothing without a bus."""
-    if isinstance(callback, Callback) and not callback.evsys_attached and not attribute(callback, "evsys_warned"):
+    if isinstance(callback, Callback) and not callback.evsys_attached and not get_attribute(callback, "evsys_warned"):
         object.__setattr__(callback, "evsys_warned", True)
-        half = attribute(attribute(callback, "delivery"), "__name__")
+        delivery_class = get_attribute(get_attribute(callback, "delivery"), "__name__")
         fix = "give it to an EventBus (or a TrainingLoop), which delivers to it"
-        log().warning("dispatch.not_delivered", callback=callback_name(callback), half=half, fix=fix)
+        log().warning("dispatch.not_delivered", callback=callback_name(callback), half=delivery_class, fix=fix)
 
 
-def may_return(method: Callable[..., object]) -> bool:
-    """Return whether a hook may return a value other than None, and so needs `check_returned`."""
+def can_return_value(method: Callable[..., object]) -> bool:
+    """Return whether a hook may return a value other than None, and so needs `check_return_value`."""
     function = getattr(method, "__func__", method)
-    if not isinstance(function, FunctionType) or function.__code__.co_flags & _RUNS_LATER:
+    if not isinstance(function, FunctionType) or function.__code__.co_flags & _GENERATOR_OR_ASYNC:
         return True
     import dis  # `inspect` has imported it
 
-    before: Any = ...
-    for step in dis.get_instructions(function):
-        if step.opname == "RETURN_CONST" and step.argval is not None:
+    previous: Any = ...
+    for instruction in dis.get_instructions(function):
+        if instruction.opname == "RETURN_CONST" and instruction.argval is not None:
             return True
-        if step.opname == "RETURN_VALUE" and before is not None:
+        if instruction.opname == "RETURN_VALUE" and previous is not None:
             return True
-        before = step.argval if step.opname == "LOAD_CONST" else ...
+        previous = instruction.argval if instruction.opname == "LOAD_CONST" else ...
     return False
 
 
-def check_returned(callback: object, hook: str, value: object) -> None:
+def check_return_value(callback: object, hook: str, value: object) -> None:
     """Check the return value of a hook; a future or task is fine, because it runs by itself.
 
     Raises:
@@ -317,17 +317,17 @@ def isolate(callback: object, hook: str, error: BaseException, faults: FaultLog 
     return None
 
 
-def hook_of(callback: object, event_type: type[Event]) -> Callable[..., object] | None:
+def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object] | None:
     """Return the callback's own method for this event, or None if it has none or only the inherited no-op."""
-    method = attribute(callback, event_type.hook)
-    default = getattr(Callback, event_type.hook, None)
-    if not callable(method) or (default is not None and getattr(method, "__func__", None) is default):
+    method = get_attribute(callback, event_type.hook)
+    inherited = getattr(Callback, event_type.hook, None)
+    if not callable(method) or (inherited is not None and getattr(method, "__func__", None) is inherited):
         return None
     return method
 
 
 _PLACEHOLDER: Final = object()
-_RUNS_LATER: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+_GENERATOR_OR_ASYNC: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 def check_hooks(callback: object) -> None:
@@ -348,33 +348,33 @@ def check_hooks(callback: object) -> None:
             fix=f"give {callback.__name__}(...)",
         )
     names = [each for each in dir(callback) if each.startswith("on")]
-    if not isinstance(callback, Callback) and not any(callable(attribute(callback, each)) for each in names):
+    if not isinstance(callback, Callback) and not any(callable(get_attribute(callback, each)) for each in names):
         raise NotACallbackError(
             f"a {type(callback).__name__} has no hook, so nothing would ever be called",
             fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
         )
     events = {event.hook: event for event in declared_events().values()}
     owner = type(callback).__name__
-    if isinstance(callback, Callback) and not _is_inherited_from_another_kind(callback, "close"):
+    if isinstance(callback, Callback) and not _is_inherited_from_foreign_class(callback, "close"):
         fix = "write `def close(self)`; what must be awaited belongs into a task: self.spawn(...) in a hook"
         _check_sync(owner, "close", callback.close, fix)
     for hook in sorted(names):
-        method = attribute(callback, hook)
+        method = get_attribute(callback, hook)
         if not callable(method):
             continue
         event = events.get(hook)
         if event is not None:
             _check_hook(owner, hook, method, event)
             continue
-        near = _near_miss(hook, events)
-        if near is not None and not _is_inherited_from_another_kind(callback, hook):
+        closest = _closest_hook(hook, events)
+        if closest is not None and not _is_inherited_from_foreign_class(callback, hook):
             raise MisspeltHookError(
                 f"{owner}.{hook} is not a hook, so it would never be called",
-                fix=f'did you mean "{near}"? If it is not meant as a hook, choose a name that is further from it',
+                fix=f'did you mean "{closest}"? If it is not meant as a hook, choose a name that is further from it',
             )
         if hook.startswith("on_"):
-            meant = {} if near is None else {"nearly": near}
-            log().warning("callback.unknown_hook", callback=owner, hook=hook, **meant, known=", ".join(events))
+            suggestion = {} if closest is None else {"nearly": closest}
+            log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
@@ -403,8 +403,10 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
     try:
         signature.bind(*(_PLACEHOLDER for _ in positional), **dict.fromkeys(event.keywords, _PLACEHOLDER))
     except TypeError as error:
-        named = [f"{field.name}=..." for field in msgspec.structs.fields(event) if field.name in event.keywords]
-        arguments = ", ".join([*positional, *(["*", *named] if named else [])])
+        keyword_arguments = [
+            f"{field.name}=..." for field in msgspec.structs.fields(event) if field.name in event.keywords
+        ]
+        arguments = ", ".join([*positional, *(["*", *keyword_arguments] if keyword_arguments else [])])
         raise HookSignatureError(
             f"{owner}.{hook}{signature} cannot be called with the event's arguments",
             why=str(error),
@@ -412,21 +414,21 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
         ) from None
 
 
-def _is_inherited_from_another_kind(callback: object, method: str) -> bool:
+def _is_inherited_from_foreign_class(callback: object, method: str) -> bool:
     """Return whether a foreign base class defines the method, as in a class that serves two trainers."""
-    home = next((each for each in type(callback).__mro__ if method in vars(each)), None)
-    return home not in {None, type(callback)} and not issubclass(home or object, Callback)
+    defining_class = next((each for each in type(callback).__mro__ if method in vars(each)), None)
+    return defining_class not in {None, type(callback)} and not issubclass(defining_class or object, Callback)
 
 
-def _near_miss(name: str, hooks: Iterable[str]) -> str | None:
+def _closest_hook(name: str, hooks: Iterable[str]) -> str | None:
     """Return the hook that ``name`` was probably meant to be, if any."""
-    plain = {hook.replace("_", ""): hook for hook in hooks}
-    squeezed = name.lower().replace("_", "").replace("begin", "start")
-    if squeezed in plain:
-        return plain[squeezed]
+    hook_by_plain_name = {hook.replace("_", ""): hook for hook in hooks}
+    plain_name = name.lower().replace("_", "").replace("begin", "start")
+    if plain_name in hook_by_plain_name:
+        return hook_by_plain_name[plain_name]
     if not name.startswith("on_"):
         return None
     import difflib  # only for a method that is no hook
 
-    near = difflib.get_close_matches(name, list(plain.values()), n=1, cutoff=0.85)
-    return near[0] if near else None
+    matches = difflib.get_close_matches(name, list(hook_by_plain_name.values()), n=1, cutoff=0.85)
+    return matches[0] if matches else None

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeV
 
 import msgspec
 
+from evsys_bus.deprecated import Renamed
 from evsys_bus.errors import DetachedError
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 """Progress of an arm, a run or an experiment."""
@@ -41,7 +42,7 @@ class _Handle:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-Unsaid = Mapping[str, Callable[[], Any]]
+OmittedDefaults = Mapping[str, Callable[[], Any]]
 """Attributes that are omitted from the record if they have their usual value, and factories of that value."""
 
 
@@ -55,21 +56,22 @@ class _Detached:
 
         def __getattr__(self, attribute: str) -> Any:
             # Only called if the ordinary lookup fails, because the slot is empty.
-            kind, ours = type(self).__name__, attribute in self.__dataclass_fields__
+            class_name, is_field = type(self).__name__, attribute in self.__dataclass_fields__
             own, live = ({}, ()) if attribute == "_parts" else map(self._parts.get, ("own", "live"))
             if type(own) is dict and attribute in own:
                 return own[attribute]
-            if not ours and not (type(live) is list and attribute in live):
-                raise AttributeError(f"{kind!r} object has no attribute {attribute!r}", name=attribute, obj=self)
-            if ours and attribute in self._parts:
+            if not is_field and not (type(live) is list and attribute in live):
+                raise AttributeError(f"{class_name!r} object has no attribute {attribute!r}", name=attribute, obj=self)
+            if is_field and attribute in self._parts:
                 value = self._parts[attribute]
                 if type(value) is FunctionType:  # never a recorded value: a factory, called on first access
                     value = value(self._parts)
-            elif attribute in self._unsaid:
-                value = self._unsaid[attribute]()
+            elif attribute in self._omitted_defaults:
+                value = self._omitted_defaults[attribute]()
             else:
                 raise DetachedError(
-                    f"{kind}.{attribute} is a live object; this {kind} is detached, read from a record of the run",
+                    f"{class_name}.{attribute} is a live object; "
+                    f"this {class_name} is detached, read from a record of the run",
                     fix='place the callback "inline" if it needs live objects',
                 )
             if attribute == "output_dir" and type(value) is str:
@@ -145,9 +147,11 @@ class LoopState(_Handle):
     """The exception of the loop, from TrainEnd on."""
     ctx: LogContext | None = None
     """The context of the run, if there is one."""
-    unfinished: bool = False
+    stopped_early: bool = False
     """Set together with a stop that interrupts the run, for example because something that it needs has failed: the run
     then counts as cancelled, and a resume continues it."""
+
+    unfinished: ClassVar[Renamed] = Renamed("stopped_early")
 
     def __post_init__(self) -> None:
         self.output_dir = local_path(self.output_dir, "LoopState.output_dir")
@@ -172,9 +176,12 @@ class DetachedLoopState(_Detached, LoopState):
     """
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {"step": int, "output_dir": Path, "stop_requested": bool, "unfinished": bool} | (
-        dict.fromkeys(("num_steps", "stop_reason", "error", "ctx"), type(None))
-    )
+    _omitted_defaults: ClassVar[OmittedDefaults] = {
+        "step": int,
+        "output_dir": Path,
+        "stop_requested": bool,
+        "stopped_early": bool,
+    } | (dict.fromkeys(("num_steps", "stop_reason", "error", "ctx"), type(None)))
 
     def request_stop(self, reason: str | None = None) -> NoReturn:  # noqa: ARG002 # the signature it replaces
         """Raises: DetachedError, always."""
@@ -202,7 +209,7 @@ class DetachedLogContext(_Detached, LogContext):
     """A `LogContext` read from a record."""
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {"output_dir": Path, "ids": dict, "extras": dict} | dict.fromkeys(
+    _omitted_defaults: ClassVar[OmittedDefaults] = {"output_dir": Path, "ids": dict, "extras": dict} | dict.fromkeys(
         ("config", "run_key", "run_config", "group_name"), type(None)
     )
 
@@ -211,12 +218,18 @@ class DetachedTrainingBatch(_Detached, TrainingBatch):
     """A `TrainingBatch` read from a record."""
 
     __slots__ = ("_parts",)
-    _unsaid: ClassVar[Unsaid] = {"loss_fn": type(None), "loss_fn_config": type(None), "metrics": dict}
+    _omitted_defaults: ClassVar[OmittedDefaults] = {
+        "loss_fn": type(None),
+        "loss_fn_config": type(None),
+        "metrics": dict,
+    }
 
 
 HandleT = TypeVar("HandleT", bound=_Handle)
 
-_DETACHED: Final[dict[type, Any]] = {  # pyright cannot express the mapping from a class to its detached subclass
+_DETACHED_CLASSES: Final[
+    dict[type, Any]
+] = {  # pyright cannot express the mapping from a class to its detached subclass
     LoopState: DetachedLoopState,
     DetachedLoopState: DetachedLoopState,
     LogContext: DetachedLogContext,
@@ -226,20 +239,20 @@ _DETACHED: Final[dict[type, Any]] = {  # pyright cannot express the mapping from
 
 def detached(kind: type[HandleT], attributes: Mapping[str, Any]) -> HandleT:
     """Return a detached handle with just these attributes; any other one raises `DetachedError` on access."""
-    return detacher(kind)(attributes)
+    return detached_factory(kind)(attributes)
 
 
-def detacher(kind: type[HandleT]) -> Callable[[Mapping[str, Any]], HandleT]:
+def detached_factory(kind: type[HandleT]) -> Callable[[Mapping[str, Any]], HandleT]:
     """Return a function that creates detached handles, for callers that create many."""
-    twin_of: Any = _DETACHED[kind]
+    detached_class: Any = _DETACHED_CLASSES[kind]
     new = object.__new__
 
-    def detach(attributes: Mapping[str, Any]) -> HandleT:
-        twin = new(twin_of)
-        twin._parts = attributes  # noqa: SLF001
-        return twin
+    def create(attributes: Mapping[str, Any]) -> HandleT:
+        handle = new(detached_class)
+        handle._parts = attributes  # noqa: SLF001
+        return handle
 
-    return detach
+    return create
 
 
 class ManifestRow(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ RECORD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
     """Structlog's last processor: a readable message, with ``event`` and all facts as attributes of the log record."""
     phrase = facts.pop("event")
-    passed = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
+    passthrough = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
     adapter = current_adapter.get()
     if adapter is not None and "adapter" not in facts:
         facts["adapter"] = adapter
@@ -39,7 +39,7 @@ def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[
     # Return no args: handlers that merge args would interpret a "%" in the message.
     message = f"{phrase} {shown}".rstrip()
     extra = {f"{key}_" if key in RECORD_FIELDS else key: value for key, value in facts.items()}
-    return (message,), {"extra": {"event": phrase, **extra}, **passed}
+    return (message,), {"extra": {"event": phrase, **extra}, **passthrough}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def log() -> "BoundLogger":
     with _without_closed_stdout():
         import structlog
 
-    class Guarded(structlog.stdlib.BoundLogger):
+    class SafeBoundLogger(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
             try:
                 return super()._proxy_to_logger(method_name, event, *args, **facts)
@@ -60,7 +60,7 @@ def log() -> "BoundLogger":
     return structlog.wrap_logger(
         logging.getLogger(LOGGER_NAME),
         processors=[structlog.stdlib.filter_by_level, _to_stdlib],
-        wrapper_class=Guarded,
+        wrapper_class=SafeBoundLogger,
         context_class=dict,
         cache_logger_on_first_use=True,
     )
@@ -69,7 +69,7 @@ def log() -> "BoundLogger":
 @contextlib.contextmanager
 def _without_closed_stdout() -> Generator[None, None, None]:
     """Hide a closed stdout while structlog is imported: it calls ``isatty()``, which raises on a closed stream."""
-    out = sys.stdout
+    stdout = sys.stdout
     try:
         sys.stdout.isatty()
     except (AttributeError, OSError, ValueError):
@@ -77,12 +77,12 @@ def _without_closed_stdout() -> Generator[None, None, None]:
     try:
         yield
     finally:
-        sys.stdout = out
+        sys.stdout = stdout
 
 
-MOST_KINDS: Final = 1000
+MAX_KINDS: Final = 1000
 """Kinds of fault that one `FaultLog` distinguishes; further ones are distinguished by phrase alone."""
-MOST_SHAPES: Final = 20
+MAX_SHAPES: Final = 20
 """Message shapes that are distinguished for one phrase and key."""
 
 
@@ -94,10 +94,10 @@ class FaultLog:
     """
 
     def __init__(self, *, every_seconds: float = 1.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._every = every_seconds
+        self._interval_seconds = every_seconds
         self._clock = clock
         self._lock = threading.RLock()  # reentrant, for signal handlers and finalizers
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: dict[Hashable, _FaultKind] = {}
         self._shapes: dict[Hashable, set[Hashable]] = {}
 
     def warn(
@@ -113,55 +113,55 @@ class FaultLog:
             facts: Further facts to log.
         """
         now = self._clock()
-        of_error = shape if error is None else (type(error), message_shape(error))
+        fault_shape = shape if error is None else (type(error), message_shape(error))
         with self._lock:
-            kind = self._kind(phrase, key, of_error)
+            kind = self._kind(phrase, key, fault_shape)
             kind.count += 1
-            if kind.count > 1 and now - kind.logged_at < self._every:
-                kind.unsaid = (phrase, facts)
+            if kind.count > 1 and now - kind.logged_at < self._interval_seconds:
+                kind.suppressed = (phrase, facts)
                 return
             kind.logged_at = now
-            kind.unsaid = None
+            kind.suppressed = None
             count = kind.count
         log().warning(phrase, **facts, count=count, exc_info=error)
 
     def flush(self) -> None:
         """Log the last count of every kind that repeated since it was last logged."""
         with self._lock:
-            unsaid = [(kind.unsaid, kind.count) for kind in self._kinds.values() if kind.unsaid is not None]
+            suppressed = [(kind.suppressed, kind.count) for kind in self._kinds.values() if kind.suppressed is not None]
             for kind in self._kinds.values():
-                kind.unsaid = None
-        for (phrase, facts), count in unsaid:
+                kind.suppressed = None
+        for (phrase, facts), count in suppressed:
             log().warning(phrase, **facts, count=count)
 
-    def _kind(self, phrase: str, key: Hashable, shape: Hashable) -> "_Kind":
+    def _kind(self, phrase: str, key: Hashable, shape: Hashable) -> "_FaultKind":
         shapes = self._shapes.get((phrase, key))
         if shapes is None:
-            if len(self._kinds) >= MOST_KINDS:
-                return self._kinds.setdefault(phrase, _Kind())
+            if len(self._kinds) >= MAX_KINDS:
+                return self._kinds.setdefault(phrase, _FaultKind())
             shapes = self._shapes[phrase, key] = set()
         if shape not in shapes:
-            if len(shapes) >= MOST_SHAPES or len(self._kinds) >= MOST_KINDS:
+            if len(shapes) >= MAX_SHAPES or len(self._kinds) >= MAX_KINDS:
                 shape = None
             shapes.add(shape)
-        return self._kinds.setdefault((phrase, key, shape), _Kind())
+        return self._kinds.setdefault((phrase, key, shape), _FaultKind())
 
 
-class _Kind:
+class _FaultKind:
     """Counters of one kind of fault."""
 
-    __slots__ = ("count", "logged_at", "unsaid")
+    __slots__ = ("count", "logged_at", "suppressed")
 
     def __init__(self) -> None:
         self.count = 0
         self.logged_at = 0.0
-        self.unsaid: tuple[str, dict[str, object]] | None = None
+        self.suppressed: tuple[str, dict[str, object]] | None = None
 
 
-def message_shape(said: object) -> str:
+def message_shape(message: object) -> str:
     """Return the start of a message without words that contain digits: numbers, addresses, ids."""
     try:
-        return _WORDS.sub(lambda word: "#" if any(map(str.isdigit, word[0])) else word[0], str(said)[:200])
+        return _WORDS.sub(lambda word: "#" if any(map(str.isdigit, word[0])) else word[0], str(message)[:200])
     except Exception:  # a foreign __str__ may raise
         return ""
 
@@ -169,7 +169,7 @@ def message_shape(said: object) -> str:
 _WORDS: Final = re.compile(r"[\w.+-]+")
 
 
-class _CollectorPaused:
+class _PausedCollector:
     """Disables automatic garbage collection while another thread's frames are walked, on Python 3.11.
 
     There, reading a frame's ``f_back`` may start a collection while the frame object is being created; a finalizer that
@@ -178,22 +178,22 @@ class _CollectorPaused:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # reentrant, as in FaultLog
-        self._inside = 0
-        self._was_on = False
+        self._depth = 0
+        self._was_enabled = False
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
-                self._was_on = gc.isenabled()
+            if self._depth == 0:
+                self._was_enabled = gc.isenabled()
                 gc.disable()
-            self._inside += 1
+            self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._inside -= 1
-            if self._inside == 0 and self._was_on:
+            self._depth -= 1
+            if self._depth == 0 and self._was_enabled:
                 gc.enable()
 
 
-collector_paused: Final = _CollectorPaused() if sys.version_info < (3, 12) else contextlib.nullcontext()
+collector_paused: Final = _PausedCollector() if sys.version_info < (3, 12) else contextlib.nullcontext()
 """Use ``with collector_paused:`` around every walk of another thread's stack."""

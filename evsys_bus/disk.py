@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Protocol, cast
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-BLOCK: Final = 1 << 16
-NOT_A_FILE: Final = frozenset({errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENXIO})
-NO_LOCKS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+BLOCK_BYTES: Final = 1 << 16
+NOT_A_FILE_ERRNOS: Final = frozenset({errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENXIO})
+NO_LOCKS_ERRNOS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
 class DamagedFileError(ValueError):
@@ -187,10 +187,10 @@ class OsDisk:
             try:
                 file = os.open(path, flags, mode)
             except FileExistsError:
-                if not _remove_left(path):
+                if not _remove_abandoned(path):
                     return None
                 continue
-            if _locked(file) and self.is_at(path, file):
+            if _try_lock(file) and self.is_at(path, file):
                 return file
             os.close(file)
         return None
@@ -229,7 +229,7 @@ class OsDisk:
         try:
             file = open_regular(path, os.O_RDONLY)
         except OSError as error:
-            if isinstance(error, FileNotFoundError) or error.errno in NOT_A_FILE:
+            if isinstance(error, FileNotFoundError) or error.errno in NOT_A_FILE_ERRNOS:
                 return False
             raise
         try:
@@ -278,7 +278,7 @@ class OsDisk:
         """Read up to ``size`` bytes from the offset."""
         file = self.open_read(path)
         try:
-            return _read(self, file, size, offset)
+            return _read_fully(self, file, size, offset)
         finally:
             os.close(file)
 
@@ -336,7 +336,7 @@ class OsDisk:
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
-def _locked(file: int) -> bool:
+def _try_lock(file: int) -> bool:
     """Lock the file if possible. Returns False only if another process has locked it."""
     import fcntl  # POSIX only
 
@@ -349,27 +349,27 @@ def _locked(file: int) -> bool:
     return True
 
 
-def _remove_left(path: str) -> bool:
+def _remove_abandoned(path: str) -> bool:
     """Remove a file that no process writes any more. Returns whether the path is free."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     except OSError:  # a link, or nothing that can be opened; a directory cannot be unlinked
-        return _unlinked(path)
+        return _try_unlink(path)
     try:
-        if _locked(file):  # while this process has the lock, no other one renames or removes it
+        if _try_lock(file):  # while this process has the lock, no other one renames or removes it
             try:
-                same = os.path.samestat(os.lstat(path), os.fstat(file))
+                is_same = os.path.samestat(os.lstat(path), os.fstat(file))
             except FileNotFoundError:
                 return True
-            return _unlinked(path) if same else True
+            return _try_unlink(path) if is_same else True
         return False
     finally:
         os.close(file)
 
 
-def _unlinked(path: str) -> bool:
+def _try_unlink(path: str) -> bool:
     try:
         os.unlink(path)  # noqa: PTH108  # as text
     except OSError:
@@ -377,30 +377,30 @@ def _unlinked(path: str) -> bool:
     return True
 
 
-def _read(disk: Disk, file: int, size: int, offset: int) -> bytes:
+def _read_fully(disk: Disk, file: int, size: int, offset: int) -> bytes:
     data = disk.pread(file, size, offset)
     while len(data) < size and (more := disk.pread(file, size - len(data), offset + len(data))):
         data += more
     return data
 
 
-_current: Disk = OsDisk()
+_current_disk: Disk = OsDisk()
 
 
 def current_disk() -> Disk:
     """The disk that is used if none is given: the real one, or that of `use_disk`."""
-    return _current
+    return _current_disk
 
 
 @contextmanager
 def use_disk(disk: Disk) -> Generator[None]:
     """Use this disk by default within the block, in every thread. For tests."""
-    global _current  # noqa: PLW0603  # one per process
-    before, _current = _current, disk
+    global _current_disk  # noqa: PLW0603  # one per process
+    previous, _current_disk = _current_disk, disk
     try:
         yield
     finally:
-        _current = before
+        _current_disk = previous
 
 
 def replace_file(
@@ -428,36 +428,38 @@ def replace_file(
     Raises:
         OSError: The new content may not be synced; the file has the previous or the new version, each complete.
     """
-    disk = _current if disk is None else disk
-    place = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
-    with replacing(place, mode=mode, disk=disk, make_folder=make_folder, displace=True) as file:
+    disk = _current_disk if disk is None else disk
+    target = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
+    with open_replacement(target, mode=mode, disk=disk, make_folder=make_folder, displace_directory=True) as file:
         write_all(disk, file, data)
-    disk.sync_path(parent_of(place))
+    disk.sync_path(parent_folder(target))
 
 
-def replace_by_blocks(
-    place: str,
+def replace_file_by_blocks(
+    target: str,
     blocks: Iterable[bytes],
     *,
     mode: int,
     disk: Disk,
-    beside: str | None = None,
-    moving: Callable[[], object] | None = None,
+    temporary_path: str | None = None,
+    before_rename: Callable[[], object] | None = None,
 ) -> int:
     """Replace the content of a file atomically by an iterable of blocks. Returns the new size.
 
     Unlike `replace_file` it does not sync the folder. On OSError the file is unchanged. The path must not be a link.
 
     Args:
-        place: The file.
+        target: The file.
         blocks: The new content.
         mode: Its permissions minus the umask.
         disk: The file system.
-        beside: Where the data is written first.
-        moving: Called after the data was synced and before the rename.
+        temporary_path: Where the data is written first.
+        before_rename: Called after the data was synced and before the rename.
     """
     size = 0
-    with replacing(place, mode=mode, disk=disk, beside=beside, moving=moving) as file:
+    with open_replacement(
+        target, mode=mode, disk=disk, temporary_path=temporary_path, before_rename=before_rename
+    ) as file:
         for block in blocks:
             size += len(block)
             write_all(disk, file, block)
@@ -465,60 +467,61 @@ def replace_by_blocks(
 
 
 @contextmanager
-def replacing(
-    place: str,
+def open_replacement(
+    target: str,
     *,
     mode: int,
     disk: Disk,
-    beside: str | None = None,
+    temporary_path: str | None = None,
     make_folder: bool = True,
-    displace: bool = False,
-    moving: Callable[[], object] | None = None,
+    displace_directory: bool = False,
+    before_rename: Callable[[], object] | None = None,
 ) -> Generator[int]:
     """A context manager that yields an open file, which replaces the one at the path when the block ends.
 
-    With ``displace`` a directory at the path is moved to ``<path>.damaged``. See `replace_by_blocks` for the others.
+    With ``displace_directory`` a directory at the path is moved to ``<path>.damaged``. See `replace_file_by_blocks` for
+    the others.
     """
-    beside = f"{place}.new" if beside is None else beside
+    temporary_path = f"{target}.new" if temporary_path is None else temporary_path
     try:
-        beside, file = _open_beside(disk, place, beside, mode)
+        temporary_path, file = _open_temporary(disk, target, temporary_path, mode)
     except FileNotFoundError:
         if not make_folder:
             raise
-        disk.make_directory(parent_of(place), 0o777 if mode & 0o077 else 0o700)
-        beside, file = _open_beside(disk, place, beside, mode)
-    moved = False
+        disk.make_directory(parent_folder(target), 0o777 if mode & 0o077 else 0o700)
+        temporary_path, file = _open_temporary(disk, target, temporary_path, mode)
+    is_renamed = False
     try:
         yield file
         disk.sync(file)
-        if moving is not None:
-            moving()
+        if before_rename is not None:
+            before_rename()
         try:
-            disk.rename(beside, place)
+            disk.rename(temporary_path, target)
         except IsADirectoryError:
-            if not displace:
+            if not displace_directory:
                 raise
-            _displace(disk, place)
-            disk.rename(beside, place)
-        moved = True
+            _quarantine_directory(disk, target)
+            disk.rename(temporary_path, target)
+        is_renamed = True
     finally:
-        if not moved:
-            _try_to_remove(disk, beside)
+        if not is_renamed:
+            _try_remove(disk, temporary_path)
         disk.close(file)
 
 
-def _displace(disk: Disk, place: str) -> None:
+def _quarantine_directory(disk: Disk, target: str) -> None:
     """Rename a directory, which is not ours, out of the way."""
-    for aside in damaged_names(place):
+    for quarantine_path in quarantine_names(target):
         with suppress(OSError):
-            disk.rename(place, aside)
+            disk.rename(target, quarantine_path)
             return
 
 
-def damaged_names(place: str) -> Iterator[str]:
+def quarantine_names(target: str) -> Iterator[str]:
     """Names for a damaged file that is quarantined, to be tried in order."""
-    yield f"{place}.damaged"
-    yield from (f"{place}.damaged.{number}" for number in range(1, 10))
+    yield f"{target}.damaged"
+    yield from (f"{target}.damaged.{number}" for number in range(1, 10))
 
 
 def write_all(disk: Disk, file: int, data: bytes) -> None:
@@ -527,41 +530,41 @@ def write_all(disk: Disk, file: int, data: bytes) -> None:
         data = data[disk.write(file, data) :]
 
 
-def read_file(path: str | os.PathLike[str], *, most_bytes: int = 16 << 20, disk: Disk | None = None) -> bytes:
+def read_file(path: str | os.PathLike[str], *, max_bytes: int = 16 << 20, disk: Disk | None = None) -> bytes:
     """Read a whole small file.
 
     Raises:
-        DamagedFileError: It is not a regular file (a directory, FIFO or link to itself) or exceeds ``most_bytes``.
+        DamagedFileError: It is not a regular file (a directory, FIFO or link to itself) or exceeds ``max_bytes``.
         OSError: It is missing (FileNotFoundError), or cannot be read now.
     """
-    disk = _current if disk is None else disk
+    disk = _current_disk if disk is None else disk
     try:
         file = disk.open_read(os.fspath(path))
     except OSError as error:
-        if error.errno in NOT_A_FILE:
+        if error.errno in NOT_A_FILE_ERRNOS:
             raise DamagedFileError(error.strerror) from error
         raise
     try:
-        data = _read(disk, file, min(disk.length(file), most_bytes) + 1, 0)
+        data = _read_fully(disk, file, min(disk.length(file), max_bytes) + 1, 0)
     finally:
         disk.close(file)
-    if len(data) > most_bytes:
-        msg = f"it is larger than {most_bytes:,} bytes"
+    if len(data) > max_bytes:
+        msg = f"it is larger than {max_bytes:,} bytes"
         raise DamagedFileError(msg)
     return data
 
 
 def open_binary(path: str | os.PathLike[str], disk: Disk | None = None) -> BinaryIO:
     """Open a regular file for buffered reading. Raises OSError."""
-    disk = _current if disk is None else disk
-    return cast("BinaryIO", io.BufferedReader(_Reading(disk, disk.open_read(os.fspath(path))), BLOCK))
+    disk = _current_disk if disk is None else disk
+    return cast("BinaryIO", io.BufferedReader(_RawReader(disk, disk.open_read(os.fspath(path))), BLOCK_BYTES))
 
 
-class _Reading(io.RawIOBase):
+class _RawReader(io.RawIOBase):
     def __init__(self, disk: Disk, file: int) -> None:
         self._disk = disk
         self._file: int | None = file
-        self._at = 0
+        self._offset = 0
 
     def readable(self) -> bool:
         return True
@@ -572,17 +575,17 @@ class _Reading(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         if self._file is None:
             raise ValueError("closed")
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at}
-        self._at = offset + (base[whence] if whence in base else self._disk.length(self._file))
-        return self._at
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._offset}
+        self._offset = offset + (base[whence] if whence in base else self._disk.length(self._file))
+        return self._offset
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         if self._file is None:
             raise ValueError("closed")
         view = memoryview(buffer)
-        data = self._disk.pread(self._file, len(view), self._at)
+        data = self._disk.pread(self._file, len(view), self._offset)
         view[: len(data)] = data
-        self._at += len(data)
+        self._offset += len(data)
         return len(data)
 
     def close(self) -> None:
@@ -592,23 +595,23 @@ class _Reading(io.RawIOBase):
         super().close()
 
 
-def _open_beside(disk: Disk, place: str, beside: str, mode: int) -> tuple[str, int]:
+def _open_temporary(disk: Disk, target: str, temporary_path: str, mode: int) -> tuple[str, int]:
     """Create the temporary file, with a unique name if another process is replacing the file too."""
-    for each in (beside, f"{place}.{token_hex(8)}.new"):
+    for each in (temporary_path, f"{target}.{token_hex(8)}.new"):
         file = disk.open_new(each, mode)
         if file is not None:
             return each, file
-    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), beside)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), temporary_path)
 
 
-def _try_to_remove(disk: Disk, path: str) -> None:
+def _try_remove(disk: Disk, path: str) -> None:
     try:
         disk.remove(path)
     except OSError:
         return  # the next replacement of the file removes it
 
 
-def parent_of(path: str) -> str:
+def parent_folder(path: str) -> str:
     """The parent folder of a path."""
     return os.path.dirname(path) or "."  # noqa: PTH120  # as text
 

@@ -47,7 +47,7 @@ defines their text; printing and colours are up to the command line.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from evsys_bus.where import Where
+from evsys_bus.location import Location
 
 
 class EvsysBusError(Exception):
@@ -58,7 +58,7 @@ class EvsysBusError(Exception):
 
     code: ClassVar[str] = "EB000"
 
-    def __init__(self, what: str, *, fix: str, where: Where | None = None, why: str | None = None) -> None:
+    def __init__(self, what: str, *, fix: str, where: Location | None = None, why: str | None = None) -> None:
         super().__init__(what)
         self.what = what
         self.fix = fix
@@ -318,7 +318,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     import difflib  # only when something went wrong
 
     words = sorted(known)
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if near:
-        return f'did you mean "{near[0]}"?'
+    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if matches:
+        return f'did you mean "{matches[0]}"?'
     return f"known: {', '.join(words)}" if words else ""

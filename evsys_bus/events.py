@@ -48,8 +48,8 @@ from evsys_bus.context import (
 from evsys_bus.errors import EventError
 
 _RESERVED: Final = frozenset({"hook", "keywords"})
-_ELSEWHERE: Final = {  # events of the library in other modules, whether imported yet or not
-    "learnt": "evsys_bus.attached",
+_SHIPPED_MODULES: Final = {  # events of the library in other modules, whether imported yet or not
+    "learnt": "evsys_bus.adapter",
     "bus_callback_marks": "evsys_bus.bus.callback_marks",
 }
 _STEP_BITS: Final = 63
@@ -85,10 +85,10 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
                     f"event {cls.__qualname__} has a field called {field!r}, which no hook could be given",
                     fix="give the field another name",
                 )
-        tag = _snake(cls.__name__)
-        earlier = _declared.get(tag)
-        of_ours = _ELSEWHERE.get(tag, cls.__module__) != cls.__module__
-        if of_ours or (earlier is not None and earlier.__module__ == __name__):
+        tag = vars(cls).get("tag") or _snake(cls.__name__)
+        previous = _declared.get(tag)
+        is_taken = _SHIPPED_MODULES.get(tag, cls.__module__) != cls.__module__
+        if is_taken or (previous is not None and previous.__module__ == __name__):
             raise EventError(
                 f"event {cls.__qualname__} has the name of an event that ships with evsys-bus",
                 fix="give it another name, or publish the one that ships",
@@ -97,14 +97,17 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
         _declared[tag] = cls
 
 
-def event_type(tag: str) -> type[Event] | None:
+def lookup_event_type(tag: str) -> type[Event] | None:
     """Return the event type with this tag, or None if this process has none."""
     return _declared.get(tag)
 
 
-def ships(kind: type[Event]) -> bool:
+def is_shipped(event_class: type[Event]) -> bool:
     """Return whether an event type is part of the library, so that every process can decode it."""
-    return kind.__module__ == __name__ or _ELSEWHERE.get(kind.hook.removeprefix("on_")) == kind.__module__
+    return (
+        event_class.__module__ == __name__
+        or _SHIPPED_MODULES.get(event_class.hook.removeprefix("on_")) == event_class.__module__
+    )
 
 
 def declared_events() -> dict[str, type[Event]]:
@@ -205,7 +208,7 @@ def step_field(event_type: type[Event]) -> str | None:
     return "step" if issubclass(event_type, BenchmarkEval) else None
 
 
-def with_whole_step(event: Event) -> Event:
+def with_int_step(event: Event) -> Event:
     """Return the event with its step as an int: from an integral float, a numpy integer or a tensor with one number.
 
     Raises:
@@ -218,8 +221,8 @@ def with_whole_step(event: Event) -> Event:
     if value is None and isinstance(event, BenchmarkEval):
         return event
     try:
-        single: object = cast("Any", value).item() if hasattr(value, "item") else value
-        step = int(single) if isinstance(single, float) and single.is_integer() else operator.index(cast("Any", single))
+        scalar: object = cast("Any", value).item() if hasattr(value, "item") else value
+        step = int(scalar) if isinstance(scalar, float) and scalar.is_integer() else operator.index(cast("Any", scalar))
     except Exception as error:
         raise EventError(
             f"{name} of a {type(event).__name__} is {value!r:.80}, which is no whole number",

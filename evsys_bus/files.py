@@ -24,20 +24,20 @@ import msgspec
 
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.disk import (
-    BLOCK,
-    NO_LOCKS,
-    NOT_A_FILE,
+    BLOCK_BYTES,
+    NO_LOCKS_ERRNOS,
+    NOT_A_FILE_ERRNOS,
     DamagedFileError,
     Disk,
     OsDisk,
     current_disk,
-    damaged_names,
     open_binary,
-    parent_of,
+    open_replacement,
+    parent_folder,
+    quarantine_names,
     read_file,
-    replace_by_blocks,
     replace_file,
-    replacing,
+    replace_file_by_blocks,
     use_disk,
     write_all,
 )
@@ -47,15 +47,15 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 __all__ = [
-    "DAMAGE",
+    "DECODE_ERRORS",
     "AppendFile",
     "Backlog",
     "DamagedFileError",
     "FileLock",
     "create_file",
+    "list_folder",
     "load_file",
     "lock_file",
-    "names_in",
     "open_binary",
     "read_file",
     "replace_file",
@@ -63,11 +63,11 @@ __all__ = [
     "write_into_place",
 ]
 
-_MAX_WAITING_BYTES: Final = 16 << 20
+_MAX_PENDING_BYTES: Final = 16 << 20
 _T = TypeVar("_T")
-_MOST_WARNED: Final = 1024
+_MAX_WARNED: Final = 1024
 
-DAMAGE: Final = (msgspec.MsgspecError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
+DECODE_ERRORS: Final = (msgspec.MsgspecError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 """What decoding a damaged file may raise. Invalid UTF-8 and deep nesting do not raise `DecodeError`."""
 
 _warned: dict[tuple[str, str], None] = {}
@@ -78,70 +78,70 @@ def load_file(
     path: str | os.PathLike[str],
     decode: Callable[[bytes], _T],
     *,
-    set_aside: bool,
-    most_bytes: int = 16 << 20,
+    quarantine: bool,
+    max_bytes: int = 16 << 20,
     disk: Disk | None = None,
 ) -> _T | None:
     """Decode a small file. Returns None if it is missing or damaged, so that the caller writes it again.
 
-    A file is damaged if it is not a regular file, empty, larger than ``most_bytes``, or if ``decode`` raises. This
+    A file is damaged if it is not a regular file, empty, larger than ``max_bytes``, or if ``decode`` raises. This
     logs the warning ``file.damaged``.
 
     Args:
         path: The file.
         decode: Converts the bytes to a value. It raises ValueError for content that it does not know, such as a
             later version.
-        set_aside: Whether to move a damaged file to ``<path>.damaged``, replacing an earlier one. True for the
+        quarantine: Whether to move a damaged file to ``<path>.damaged``, replacing an earlier one. True for the
             writer of the file; False for readers, which leave it.
-        most_bytes: The maximum size.
+        max_bytes: The maximum size.
         disk: The file system.
 
     Raises:
         OSError: It cannot be read now. This is not damage.
     """
     disk = current_disk() if disk is None else disk
-    place = os.fspath(path)
+    target = os.fspath(path)
     data: bytes | None = None
     try:
-        data = read_file(place, most_bytes=most_bytes, disk=disk)
+        data = read_file(target, max_bytes=max_bytes, disk=disk)
         if not data:
             raise DamagedFileError("it is empty")  # handled like any other damage below
         return decode(data)
     except FileNotFoundError:
         return None
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         why = str(error) or type(error).__name__
-    aside = _set_aside(disk, place, data) if set_aside else None
-    if aside is not None:
-        log().warning("file.damaged", file=place, why=why, aside=aside)
-    elif (place, why) not in _warned:
-        _warned[place, why] = None
-        if len(_warned) > _MOST_WARNED:
+    quarantine_path = _quarantine_file(disk, target, data) if quarantine else None
+    if quarantine_path is not None:
+        log().warning("file.damaged", file=target, why=why, aside=quarantine_path)
+    elif (target, why) not in _warned:
+        _warned[target, why] = None
+        if len(_warned) > _MAX_WARNED:
             _warned.pop(next(iter(_warned)), None)
-        log().warning("file.damaged", file=place, why=why)
+        log().warning("file.damaged", file=target, why=why)
     return None
 
 
-def _set_aside(disk: Disk, place: str, data: bytes | None) -> str | None:
+def _quarantine_file(disk: Disk, target: str, data: bytes | None) -> str | None:
     """Move a damaged file out of the way. Returns None if it stays, or another process has replaced it meanwhile."""
     try:
-        if data is not None and read_file(place, disk=disk) != data:
+        if data is not None and read_file(target, disk=disk) != data:
             return None
     except (OSError, DamagedFileError):
         return None
-    for aside in damaged_names(place):
+    for quarantine_path in quarantine_names(target):
         for _ in range(2):
             try:
-                disk.rename(place, aside)
+                disk.rename(target, quarantine_path)
             except FileNotFoundError:
                 return None
             except OSError:  # a directory does not take the place of a file, nor the other way round
                 try:
-                    disk.remove(aside)
+                    disk.remove(quarantine_path)
                 except OSError:
                     break
             else:
-                return aside
+                return quarantine_path
     return None
 
 
@@ -151,19 +151,19 @@ def create_file(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o600,
     Where the file system has no hard links the last call replaces the file.
     """
     disk = current_disk() if disk is None else disk
-    place = os.fspath(path)
-    made = f"{place}.{token_hex(8)}.new"
-    replace_file(made, data, mode=mode, disk=disk)
+    target = os.fspath(path)
+    temporary_path = f"{target}.{token_hex(8)}.new"
+    replace_file(temporary_path, data, mode=mode, disk=disk)
     try:
-        disk.hard_link(made, place)
+        disk.hard_link(temporary_path, target)
     except FileExistsError:
         return False
     except OSError:
-        disk.rename(made, place)
+        disk.rename(temporary_path, target)
     finally:
         with suppress(FileNotFoundError):
-            disk.remove(made)
-    disk.sync_path(parent_of(place))
+            disk.remove(temporary_path)
+    disk.sync_path(parent_folder(target))
     return True
 
 
@@ -182,19 +182,19 @@ def write_into_place(
     ``/dev/stdout``, is written to directly. Raises OSError.
     """
     disk = current_disk() if disk is None else disk
-    place = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
-    if isinstance(disk, OsDisk) and _is_special(place):
-        with Path(place).open("wb") as file:
+    target = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
+    if isinstance(disk, OsDisk) and _is_special(target):
+        with Path(target).open("wb") as file:
             yield file
         return
-    made = replacing(place, mode=mode, make_folder=make_folder, disk=disk)
-    with made as file, io.BufferedWriter(_Writing(disk, file), BLOCK) as out:
-        yield cast("BinaryIO", out)
-        out.flush()
-    disk.sync_path(parent_of(place))
+    replacement = open_replacement(target, mode=mode, make_folder=make_folder, disk=disk)
+    with replacement as file, io.BufferedWriter(_RawWriter(disk, file), BLOCK_BYTES) as buffered:
+        yield cast("BinaryIO", buffered)
+        buffered.flush()
+    disk.sync_path(parent_folder(target))
 
 
-class _Writing(io.RawIOBase):
+class _RawWriter(io.RawIOBase):
     def __init__(self, disk: Disk, file: int) -> None:
         self._disk = disk
         self._file = file
@@ -225,45 +225,45 @@ class AppendFile:
 
     Args:
         path: The file.
-        marks: If given, the file is restored to the state at the last mark after a crash.
+        savepoints: If given, the file is restored to the state at the last mark after a crash.
         disk: The file system; by default the real one (`use_disk`).
     """
 
-    def __init__(self, path: Path, marks: Savepoints | None = None, *, disk: Disk | None = None) -> None:
+    def __init__(self, path: Path, savepoints: Savepoints | None = None, *, disk: Disk | None = None) -> None:
         self.path = path
         self._disk: Final = current_disk() if disk is None else disk
         self._key = os.path.abspath(path)  # noqa: PTH100  # the path that the marks use
-        self._marks = Savepoints(disk=self._disk) if marks is None else marks
-        self._settled = False
+        self._savepoints = Savepoints(disk=self._disk) if savepoints is None else savepoints
+        self._is_recovered = False
         self._fd: int | None = None
         self._torn_at: int | None = None
         """The start of a failed write that is partly still in the file."""
 
-    def settle(self) -> None:
+    def recover(self) -> None:
         """Undo what a crashed process wrote after its last mark. Every method calls it before it uses the file."""
-        if not self._settled:
-            self._marks.settle(self._key)
-            if self._key not in self._marks.files:  # otherwise the mark has its size
-                self._drop_torn()
-            self._settled = True
+        if not self._is_recovered:
+            self._savepoints.recover(self._key)
+            if self._key not in self._savepoints.files:  # otherwise the mark has its size
+                self._truncate_at_zeros()
+            self._is_recovered = True
         if self._fd is not None and self._torn_at is not None:
-            self._take_back(self._fd, self._torn_at)
+            self._roll_back(self._fd, self._torn_at)
 
-    def append(self, lines: bytes, *, head: bytes = b"") -> int:
+    def append(self, lines: bytes, *, header: bytes = b"") -> int:
         """Append complete lines by one write: all of them, or none and OSError.
 
-        ``head`` is written first if the file is empty. Returns the size of the file before.
+        ``header`` is written first if the file is empty. Returns the size of the file before.
         """
         fd = self._open()
         size = self._disk.length(fd)
-        self._marks.appending(self._key, size)
-        rest = lines if size else head + lines
+        self._savepoints.before_append(self._key, size)
+        rest = lines if size else header + lines
         try:
             while rest:
                 rest = rest[self._disk.write(fd, rest) :]
         finally:
             if rest:
-                self._take_back(fd, size)
+                self._roll_back(fd, size)
         return size
 
     def replace_tail(self, start: int, lines: bytes) -> None:
@@ -274,23 +274,23 @@ class AppendFile:
         fd = self._open()
         size = self._disk.length(fd)
         lines = lines[:-1].ljust(size - start - 1) + b"\n"
-        if self._marks.protects(self._key, start):
-            self.rewrite(chain(self._head(start), [lines]))
+        if self._savepoints.is_protected(self._key, start):
+            self.rewrite(chain(self._read_head(start), [lines]))
             return
-        self._marks.appending(self._key, size)
-        file, at, rest = self._disk.open_write(str(self.path)), start, lines
+        self._savepoints.before_append(self._key, size)
+        file, offset, rest = self._disk.open_write(str(self.path)), start, lines
         try:
             while rest:
-                written = self._disk.pwrite(file, rest, at)
-                at, rest = at + written, rest[written:]
+                written = self._disk.pwrite(file, rest, offset)
+                offset, rest = offset + written, rest[written:]
         finally:
             self._disk.close(file)
             if rest:
-                self._take_back(fd, start)
+                self._roll_back(fd, start)
 
     def lines(self) -> Iterator[bytes]:
         """Yield every complete line with its newline; none if there is no file."""
-        self.settle()
+        self.recover()
         try:
             file = open_binary(self.path, self._disk)
         except FileNotFoundError:
@@ -300,13 +300,13 @@ class AppendFile:
 
     def rewrite(self, lines: Iterable[bytes]) -> int:
         """Replace the whole file atomically and return its new size. On an error it is unchanged."""
-        self._shut()
-        self.settle()
+        self._close_file()
+        self.recover()
         return self._replace(self._disk.resolve(str(self.path)), lines)  # a link stays a link
 
     def size(self) -> int:
         """The size in bytes; 0 if there is no file."""
-        self.settle()
+        self.recover()
         try:
             return self._disk.size(str(self.path))
         except FileNotFoundError:
@@ -314,61 +314,63 @@ class AppendFile:
 
     def first_line(self) -> bytes:
         """The first line, complete or torn; empty if there is no file."""
-        self.settle()
+        self.recover()
         try:
             with open_binary(self.path, self._disk) as file:
                 return file.readline()
         except FileNotFoundError:
             return b""
 
-    def set_aside(self) -> Path | None:
+    def quarantine(self) -> Path | None:
         """Rename the file to ``<name>.<number>.set-aside``, with the first free number. None if there is no file."""
-        self._shut()
+        self._close_file()
         target = self._disk.resolve(str(self.path))
         try:
-            taken = set(self._disk.names(parent_of(target)))
+            existing = set(self._disk.names(parent_folder(target)))
             name = target.rpartition("/")[2]
-            aside = next(each for number in count(1) if (each := f"{name}.{number}.set-aside") not in taken)
-            self._disk.rename(target, f"{parent_of(target)}/{aside}")
+            quarantine_name = next(
+                each for number in count(1) if (each := f"{name}.{number}.set-aside") not in existing
+            )
+            self._disk.rename(target, f"{parent_folder(target)}/{quarantine_name}")
         except FileNotFoundError:
             return None
-        return Path(parent_of(target), aside)
+        return Path(parent_folder(target), quarantine_name)
 
-    def keep(self, wanted: Callable[[bytes], bool]) -> None:
-        """Remove the lines for which ``wanted`` is false. The file is rewritten only if there are any."""
-        if not all(map(wanted, self.lines())):
-            self.rewrite(filter(wanted, self.lines()))
+    def filter_lines(self, predicate: Callable[[bytes], bool]) -> None:
+        """Remove the lines for which ``predicate`` is false. The file is rewritten only if there are any."""
+        if not all(map(predicate, self.lines())):
+            self.rewrite(filter(predicate, self.lines()))
 
     def close(self) -> None:
         """Close the file. The next write opens it again."""
-        self._shut()
-        self._marks.closed(self._key)
+        self._close_file()
+        self._savepoints.after_close(self._key)
 
-    def _replace(self, place: str, blocks: Iterable[bytes]) -> int:
-        folder, _, name = place.rpartition("/")
-        size = replace_by_blocks(
-            place,
-            _joined(blocks),
+    def _replace(self, target: str, blocks: Iterable[bytes]) -> int:
+        folder, _, name = target.rpartition("/")
+        size = replace_file_by_blocks(
+            target,
+            _join_blocks(blocks),
             mode=0o666,
             disk=self._disk,
-            beside=f"{folder}/{hidden_name(name)}.new",
-            moving=partial(self._marks.replacing, self._key),
+            temporary_path=f"{folder}/{hidden_name(name)}.new",
+            before_rename=partial(self._savepoints.before_replace, self._key),
         )
-        self._marks.replaced(self._key)
+        self._savepoints.after_replace(self._key)
         return size
 
-    def _shut(self) -> None:
+    def _close_file(self) -> None:
         """Close the file, after removing the rest of a failed write."""
         if self._fd is not None:
-            self.settle()
-            self._forget()
+            self.recover()
+            self._discard_descriptor()
 
-    def _forget(self) -> None:
+    def _discard_descriptor(self) -> None:
         fd, self._fd, self._torn_at = self._fd, None, None
         if fd is not None:
             self._disk.close(fd)
 
-    def _take_back(self, fd: int, size: int) -> None:
+    def _roll_back(self, fd: int, size: int) -> None:
         """Remove what a failed write left. If that fails too, it is tried again before the next use of the file."""
         self._torn_at = size
         self._disk.truncate(fd, size)
@@ -376,72 +378,72 @@ class AppendFile:
 
     def _open(self) -> int:
         if self._fd is not None and self._disk.links(self._fd):
-            self.settle()
+            self.recover()
             return self._fd
-        self._forget()  # it was removed
-        self.settle()
+        self._discard_descriptor()  # it was removed
+        self.recover()
         path = str(self.path)
         try:
             fd = self._disk.open_file(path)
         except FileNotFoundError:
-            self._disk.make_directory(parent_of(path), 0o777)
+            self._disk.make_directory(parent_folder(path), 0o777)
             fd = self._disk.open_file(path)
         try:
-            self._cut_torn(fd)
+            self._truncate_torn_line(fd)
         except OSError:
             self._disk.close(fd)
             raise
         self._fd = fd
         return fd
 
-    def _drop_torn(self) -> None:
+    def _truncate_at_zeros(self) -> None:
         """Cut the file where a power cut left zeros. What is behind them is delivered again; a copy of it is saved."""
         target = self._disk.resolve(str(self.path))
         try:
             with open_binary(target, self._disk) as file:
-                whole = sum(map(len, takewhile(lambda line: b"\0" not in line, file)))
-                file.seek(whole)
-                behind = file.readline() and file.read(1)
+                intact_bytes = sum(map(len, takewhile(lambda line: b"\0" not in line, file)))
+                file.seek(intact_bytes)
+                has_data_behind = file.readline() and file.read(1)
         except FileNotFoundError:
             return
-        if whole < (size := self._disk.size(target)):
-            aside = f"{target}.{token_hex(4)}.set-aside" if behind else None
-            if aside is not None:
-                replace_by_blocks(aside, self._head(size), mode=0o666, disk=self._disk)
-            self._replace(target, self._head(whole))
-            log().warning("file.torn", file=str(self.path), kept_bytes=whole, aside=aside)
+        if intact_bytes < (size := self._disk.size(target)):
+            quarantine_path = f"{target}.{token_hex(4)}.set-aside" if has_data_behind else None
+            if quarantine_path is not None:
+                replace_file_by_blocks(quarantine_path, self._read_head(size), mode=0o666, disk=self._disk)
+            self._replace(target, self._read_head(intact_bytes))
+            log().warning("file.torn", file=str(self.path), kept_bytes=intact_bytes, aside=quarantine_path)
 
-    def _cut_torn(self, fd: int) -> None:
+    def _truncate_torn_line(self, fd: int) -> None:
         size = start = self._disk.length(fd)
         newline = -1
         while start and newline < 0:
-            end, start = start, max(0, start - BLOCK)
+            end, start = start, max(0, start - BLOCK_BYTES)
             newline = self._disk.pread(fd, end - start, start).rfind(b"\n")
-        whole = start + newline + 1
-        if whole < size:
-            self._disk.truncate(fd, whole)
+        intact_bytes = start + newline + 1
+        if intact_bytes < size:
+            self._disk.truncate(fd, intact_bytes)
 
-    def _head(self, size: int) -> Iterator[bytes]:
+    def _read_head(self, size: int) -> Iterator[bytes]:
         """Yield the first bytes of the file."""
         with open_binary(self.path, self._disk) as file:
-            while size and (block := file.read(min(size, BLOCK))):
+            while size and (block := file.read(min(size, BLOCK_BYTES))):
                 size -= len(block)
                 yield block
 
 
-def _joined(lines: Iterable[bytes]) -> Iterator[bytes]:
+def _join_blocks(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Combine lines into blocks, to make fewer write calls."""
     block = bytearray()
     for line in lines:
         block += line
-        if len(block) >= BLOCK:
+        if len(block) >= BLOCK_BYTES:
             yield bytes(block)
             block.clear()
     if block:
         yield bytes(block)
 
 
-def names_in(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> list[str]:
+def list_folder(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> list[str]:
     """The names in a folder, sorted; none if there is no such folder. Raises OSError if it cannot be listed now."""
     try:
         return sorted((current_disk() if disk is None else disk).names(os.fspath(folder)))
@@ -451,20 +453,20 @@ def names_in(folder: str | os.PathLike[str], *, disk: Disk | None = None) -> lis
 
 def lock_file(path: str, *, mode: int = 0o600, disk: Disk) -> int | None:
     """Lock a file as `Disk.lock` does, and create its folder if needed. What is not a file is quarantined."""
-    made = False
-    for last in (False, False, True):
+    has_made_folder = False
+    for is_last_attempt in (False, False, True):
         try:
             return disk.lock(path, mode)
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            if last or not (missing or error.errno in NOT_A_FILE):
+            is_missing = isinstance(error, FileNotFoundError)
+            if is_last_attempt or not (is_missing or error.errno in NOT_A_FILE_ERRNOS):
                 raise
-            if missing and not made:
-                made = True
-                disk.make_directory(parent_of(path), 0o777 if mode & 0o077 else 0o700)
+            if is_missing and not has_made_folder:
+                has_made_folder = True
+                disk.make_directory(parent_folder(path), 0o777 if mode & 0o077 else 0o700)
             else:  # no file, or a link to nothing
-                aside = _set_aside(disk, path, None)
-                log().warning("file.damaged", file=path, why=error.strerror, aside=aside)
+                quarantine_path = _quarantine_file(disk, path, None)
+                log().warning("file.damaged", file=path, why=error.strerror, aside=quarantine_path)
     raise AssertionError("the third try returns or raises")
 
 
@@ -475,37 +477,37 @@ class FileLock:
     process returns the same lock. The locked file may contain a note, which `write` replaces and `read_file` reads.
     """
 
-    _held: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
-    _guard: ClassVar = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `take`
+    _locks: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
+    _guard: ClassVar = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `acquire`
 
     def __init__(self, fd: int, disk: Disk) -> None:
         self._fd: int | None = fd
         self._disk = disk
 
     @classmethod
-    def take(cls, path: Path, *, disk: Disk | None = None) -> "FileLock | None":
+    def acquire(cls, path: Path, *, disk: Disk | None = None) -> "FileLock | None":
         """Lock the file, created if needed. Returns None while another process has the lock.
 
         What is not a file is quarantined, with a warning. Where the file system has no locks, every process gets one,
         with a warning. Raises OSError.
         """
         disk = current_disk() if disk is None else disk
-        place = disk.resolve(str(path))
-        key = (id(disk), place)
+        target = disk.resolve(str(path))
+        key = (id(disk), target)
         with cls._guard:
-            lock = cls._held.get(key)
+            lock = cls._locks.get(key)
             if lock is not None and lock.is_open:
                 return lock
             try:
                 fd = lock_file(str(path), mode=0o666, disk=disk)
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in NO_LOCKS_ERRNOS:
                     raise
                 log().warning("file.not_locked", file=str(path), error=str(error))
                 fd = disk.open_file(str(path))
             if fd is None:
-                return cls._held.get(key)  # another thread of this process may have it by now
-            lock = cls._held[key] = cls(fd, disk)
+                return cls._locks.get(key)  # another thread of this process may have it by now
+            lock = cls._locks[key] = cls(fd, disk)
             return lock
 
     @property
@@ -522,12 +524,12 @@ class FileLock:
         self._disk.sync(self._fd)
 
     @classmethod
-    def close_in_child(cls) -> None:
+    def after_fork(cls) -> None:
         """Release all locks in a forked child, so that it does not hold them after its parent has ended."""
         cls._guard = threading.RLock()
-        for lock in list(cls._held.values()):
+        for lock in list(cls._locks.values()):
             lock.release()
-        cls._held = WeakValueDictionary()
+        cls._locks = WeakValueDictionary()
 
     def release(self) -> None:
         """Release the lock now."""
@@ -549,7 +551,7 @@ class FileLock:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=FileLock.close_in_child)
+    os.register_at_fork(after_in_child=FileLock.after_fork)
 
 
 class Backlog:
@@ -559,65 +561,65 @@ class Backlog:
     second with their count, and so is every dropped write.
     """
 
-    def __init__(self, file: str, *, max_bytes: int = _MAX_WAITING_BYTES) -> None:
+    def __init__(self, file: str, *, max_bytes: int = _MAX_PENDING_BYTES) -> None:
         self._file = file
         self._max_bytes = max_bytes
         self._faults = FaultLog()
-        self._waiting: deque[tuple[Callable[[], object], int]] = deque()
+        self._pending: deque[tuple[Callable[[], object], int]] = deque()
         self._bytes = 0
         self.lost = 0
         """Writes that were dropped because too many were pending."""
 
     @property
-    def waiting(self) -> int:
+    def pending(self) -> int:
         """How many writes are pending because the disk refused them."""
-        return len(self._waiting)
+        return len(self._pending)
 
     def write(self, action: Callable[[], object], size: int) -> None:
         """Run ``action`` after the pending ones. If it raises OSError, having done nothing, it is retried later.
 
         ``size`` is about how many bytes it holds in memory. Any other exception is a bug and is raised.
         """
-        troubled = bool(self._waiting)
-        self._waiting.append((action, size))
+        had_pending = bool(self._pending)
+        self._pending.append((action, size))
         self._bytes += size
-        self._run(troubled=troubled)
-        if self._waiting and self._bytes > self._max_bytes:
-            self._bytes -= self._waiting.pop()[1]
+        self._write_pending(had_pending=had_pending)
+        if self._pending and self._bytes > self._max_bytes:
+            self._bytes -= self._pending.pop()[1]
             self.lost += 1
-            self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._waiting))
+            self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._pending))
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Retry the pending writes and raise if any are left. Call it before a mark.
 
         Raises:
             OSError: Writes are still pending, or some were dropped.
         """
-        if self._waiting:
-            self._run(troubled=True)
-        if self._waiting or self.lost:
-            raise OSError(errno.EAGAIN, f"{len(self._waiting)} writes pending, {self.lost} dropped", self._file)
+        if self._pending:
+            self._write_pending(had_pending=True)
+        if self._pending or self.lost:
+            raise OSError(errno.EAGAIN, f"{len(self._pending)} writes pending, {self.lost} dropped", self._file)
 
     def flush(self) -> None:
         """Retry the pending writes and log how many are left."""
-        if self._waiting:
-            self._run(troubled=True)
+        if self._pending:
+            self._write_pending(had_pending=True)
         self._faults.flush()
-        if self._waiting:
-            log().warning("rows.unwritten", file=self._file, waiting=len(self._waiting), lost=self.lost)
+        if self._pending:
+            log().warning("rows.unwritten", file=self._file, waiting=len(self._pending), lost=self.lost)
 
-    def _run(self, *, troubled: bool) -> None:
-        while self._waiting:
-            action, size = self._waiting.popleft()
+    def _write_pending(self, *, had_pending: bool) -> None:
+        while self._pending:
+            action, size = self._pending.popleft()
             self._bytes -= size
             try:
                 action()
             except OSError as error:
-                self._waiting.appendleft((action, size))
+                self._pending.appendleft((action, size))
                 self._bytes += size
                 self._faults.warn(
-                    "rows.waiting", "refused", file=self._file, why=str(error), waiting=len(self._waiting)
+                    "rows.waiting", "refused", file=self._file, why=str(error), waiting=len(self._pending)
                 )
                 return
-        if troubled:
+        if had_pending:
             log().info("rows.written_again", file=self._file, lost=self.lost)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Final
 
-from evsys_bus.attached import Adapter, Publishes
+from evsys_bus.adapter import Adapter, EventPublisher
 from evsys_bus.errors import NotAttachedError, SinkMethodError
 from evsys_bus.events import Envelope, Event
 
@@ -50,7 +50,7 @@ class Sink(Adapter):
     """An `open` or `write` that takes longer is cancelled and retried; one that ignores the cancellation is
     abandoned."""
 
-    evsys_attached: Publishes | None = None
+    evsys_attached: EventPublisher | None = None
     """The courier, while the sink is open."""
 
     async def open(self) -> None:
@@ -100,7 +100,7 @@ def check_sink(sink: Sink | type[Sink]) -> None:
         SinkMethodError: `open`, `write` or `close` is not async, or cannot be called by a courier; `write` is missing;
             or an error of `check_marks`.
     """
-    owner = _owner(sink)
+    owner = _class_name(sink)
     write = sink.write
     if getattr(write, "__func__", write) is Sink.write:
         raise SinkMethodError(
@@ -109,8 +109,10 @@ def check_sink(sink: Sink | type[Sink]) -> None:
         )
     for name, arguments in _METHODS.items():
         method = getattr(sink, name)
-        given = ("self", *arguments) if isinstance(sink, type) and isinstance(method, FunctionType) else arguments
-        _check_method(f"{owner}.{name}", method, given, f"async def {name}({', '.join(('self', *arguments))})")
+        call_arguments = (
+            ("self", *arguments) if isinstance(sink, type) and isinstance(method, FunctionType) else arguments
+        )
+        _check_method(f"{owner}.{name}", method, call_arguments, f"async def {name}({', '.join(('self', *arguments))})")
     check_marks(sink)
 
 
@@ -123,13 +125,13 @@ def check_marks(adapter: object) -> None:
     Raises:
         SinkMethodError: One of them is missing, or is ``async def``.
     """
-    owner = _owner(adapter)
+    owner = _class_name(adapter)
     found = {name: getattr(adapter, name, None) for name in ("mark", "rewind")}
-    lacking = [name for name, method in found.items() if not callable(method)]
-    if len(lacking) == 1:
-        (other,) = found.keys() - lacking
+    missing = [name for name, method in found.items() if not callable(method)]
+    if len(missing) == 1:
+        (other,) = found.keys() - missing
         raise SinkMethodError(
-            f"{owner} has `{other}` and no `{lacking[0]}`, so its courier would call neither",
+            f"{owner} has `{other}` and no `{missing[0]}`, so its courier would call neither",
             fix="write both: `def mark(self)` returns plain data, `def rewind(self, mark)` undoes what came after it; "
             "if that is not meant, choose another name",
         )
@@ -140,26 +142,26 @@ def check_marks(adapter: object) -> None:
             )
 
 
-def _owner(adapter: object) -> str:
+def _class_name(adapter: object) -> str:
     return adapter.__name__ if isinstance(adapter, type) else type(adapter).__name__
 
 
-def _check_method(label: str, method: Callable[..., object], given: Sequence[str], declared: str) -> None:
+def _check_method(label: str, method: Callable[..., object], arguments: Sequence[str], declaration: str) -> None:
     if _is_sync(method):
         raise SinkMethodError(
             f"{label} is not async, but couriers await it",
             why="what it returns could not be awaited, so each call would count as failed",
-            fix=f"write `{declared}`; what blocks goes to a thread: await asyncio.to_thread(...)",
+            fix=f"write `{declaration}`; what blocks goes to a thread: await asyncio.to_thread(...)",
         )
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
         return  # a callable written in C may have no signature
     try:
-        signature.bind(*given)
+        signature.bind(*arguments)
     except TypeError as error:
         raise SinkMethodError(
-            f"{label}{signature} cannot be called as couriers do", why=str(error), fix=f"write `{declared}`"
+            f"{label}{signature} cannot be called as couriers do", why=str(error), fix=f"write `{declaration}`"
         ) from None
 
 

@@ -16,17 +16,17 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from evsys_bus.diagnostics import FaultLog, collector_paused
 from evsys_bus.tasks import Gate, start_thread
 
-LOOKS_PER_PATIENCE: Final = 4
+CHECKS_PER_LIMIT: Final = 4
 
 CallT = TypeVar("CallT")
 """The publisher's type for a hook."""
 
 
-class Sighting(NamedTuple, Generic[CallT]):
+class HookCall(NamedTuple, Generic[CallT]):
     """A hook call in progress."""
 
     hook: CallT
-    mark: Hashable
+    call_id: Hashable
     """Equal for two observations of the same call, different for two calls."""
     frame: FrameType
     """The innermost frame of the thread that is in the hook."""
@@ -34,7 +34,7 @@ class Sighting(NamedTuple, Generic[CallT]):
     """The publisher's frame that made the call: the reported stack starts inside it."""
 
 
-class Blocked(NamedTuple, Generic[CallT]):
+class BlockedHook(NamedTuple, Generic[CallT]):
     """A hook call that has taken too long."""
 
     hook: CallT
@@ -51,27 +51,27 @@ class Watchdog(Generic[CallT]):
     """A daemon thread that reports hook calls that take too long.
 
     Args:
-        look: Returns the hook call in progress.
-        tell: Called with a call that takes too long.
-        between: Called before each check. Exceptions of these, and of the check, are logged and end nothing.
+        current_call: Returns the hook call in progress.
+        on_blocked: Called with a call that takes too long.
+        before_check: Called before each check. Exceptions of these, and of the check, are logged and end nothing.
         blocked_seconds: How long a call may take.
     """
 
     def __init__(
         self,
-        look: Callable[[], Sighting[CallT] | None],
-        tell: Callable[[Blocked[CallT]], None],
-        between: Sequence[Callable[[], None]],
+        current_call: Callable[[], HookCall[CallT] | None],
+        on_blocked: Callable[[BlockedHook[CallT]], None],
+        before_check: Sequence[Callable[[], None]],
         *,
         blocked_seconds: float,
     ) -> None:
-        self._look = look
-        self._tell = tell
-        self._between = between
-        self._patience = blocked_seconds
+        self._current_call = current_call
+        self._on_blocked = on_blocked
+        self._before_check = before_check
+        self._limit_seconds = blocked_seconds
         self._faults = FaultLog(every_seconds=60.0)
-        self._mark: Hashable = None
-        self._since = self._tell_after = 0.0
+        self._call_id: Hashable = None
+        self._started_at = self._report_after = 0.0
         self._stop = Gate()
         self._thread: threading.Thread | None = None
 
@@ -83,40 +83,44 @@ class Watchdog(Generic[CallT]):
         """Stop the thread, waiting at most as long as one check takes."""
         self._stop.open()
         if self._thread is not None:
-            self._thread.join(self._patience)
+            self._thread.join(self._limit_seconds)
         self._faults.flush()
 
     def _run(self) -> None:
-        pause = self._patience / LOOKS_PER_PATIENCE
-        looked = time.monotonic()
+        pause = self._limit_seconds / CHECKS_PER_LIMIT
+        last_check = time.monotonic()
         while not self._stop.wait(pause):
             now = time.monotonic()
-            late = now - looked - pause
-            looked = now
-            for look in (*self._between, partial(self._look_once, now, late)):
+            delay = now - last_check - pause
+            last_check = now
+            for check in (*self._before_check, partial(self._check_once, now, delay)):
                 try:
-                    look()
+                    check()
                 except Exception as error:  # isolated: the checks must continue
                     self._faults.warn("watchdog.look_failed", type(error), error=error)
 
-    def _look_once(self, now: float, late: float) -> None:
-        seen = self._look()
-        if seen is None:
-            self._mark = None
+    def _check_once(self, now: float, delay: float) -> None:
+        call = self._current_call()
+        if call is None:
+            self._call_id = None
             return
-        held = late >= self._patience
-        if seen.mark != self._mark:
-            self._mark, self._since, self._tell_after = seen.mark, now - late if held else now, self._patience
-        if now - self._since >= self._tell_after:
-            self._tell_after = 2 * (now - self._since)  # report again after twice the time
-            self._tell(Blocked(seen.hook, now - self._since, held, _stack(seen)))
+        held_interpreter = delay >= self._limit_seconds
+        if call.call_id != self._call_id:
+            self._call_id, self._started_at, self._report_after = (
+                call.call_id,
+                now - delay if held_interpreter else now,
+                self._limit_seconds,
+            )
+        if now - self._started_at >= self._report_after:
+            self._report_after = 2 * (now - self._started_at)  # report again after twice the time
+            self._on_blocked(BlockedHook(call.hook, now - self._started_at, held_interpreter, _format_stack(call)))
 
 
-def _stack(seen: Sighting[CallT]) -> str:
+def _format_stack(call: HookCall[CallT]) -> str:
     frames: list[FrameType] = []
-    frame: FrameType | None = seen.frame
+    frame: FrameType | None = call.frame
     with collector_paused:
-        while frame is not None and frame is not seen.outer:
+        while frame is not None and frame is not call.outer:
             frames.append(frame)
             frame = frame.f_back
     summary = traceback.StackSummary.extract((each, each.f_lineno) for each in reversed(frames))

@@ -32,7 +32,7 @@ class RolloutEnd(Event, frozen=True):
     plays: list[tuple[int, float]]  # door, reward
 
 
-def chances(policy: list[float]) -> list[float]:
+def action_probabilities(policy: list[float]) -> list[float]:
     """Return the probability with which the policy chooses each door."""
     powers = [math.exp(score) for score in policy]
     return [power / sum(powers) for power in powers]
@@ -40,11 +40,11 @@ def chances(policy: list[float]) -> list[float]:
 
 async def play(bus: EventBus, state: LoopState, policy: list[float], out: asyncio.Queue[RolloutEnd], seed: int) -> None:
     """A worker: plays rollouts forever, each with the newest policy at its start."""
-    dice = random.Random(seed)  # noqa: S311 # a game, and seeded
+    rng = random.Random(seed)  # noqa: S311 # a game, and seeded
     while True:
-        version, doors = state.step, dice.choices(range(len(PRIZES)), chances(policy), k=PLAYS)
-        await asyncio.sleep(dice.uniform(0.002, 0.006))  # the environment is slow; the learner continues meanwhile
-        rollout = RolloutEnd(state, version, [(door, float(dice.random() < PRIZES[door])) for door in doors])
+        version, doors = state.step, rng.choices(range(len(PRIZES)), action_probabilities(policy), k=PLAYS)
+        await asyncio.sleep(rng.uniform(0.002, 0.006))  # the environment is slow; the learner continues meanwhile
+        rollout = RolloutEnd(state, version, [(door, float(rng.random() < PRIZES[door])) for door in doors])
         bus.publish(rollout)
         await out.put(rollout)
 
@@ -77,11 +77,11 @@ async def train(bus: EventBus, state: LoopState, rows: list[ManifestRow]) -> Non
                     policy[door] += RATE * (reward - mean)  # the gradient's other term sums to zero over a rollout
                 # The reward of a version is known some steps later: publish it for the version's step, per rollout.
                 bus.publish(StepEnd(state, rollout.version, batch, {"reward": mean}))
-            bus.publish(StepEnd(state, step_idx, batch, {"best_odds": max(chances(policy))}))
+            bus.publish(StepEnd(state, step_idx, batch, {"best_odds": max(action_probabilities(policy))}))
             if (step_idx + 1) % SAVE_EVERY == 0:
                 save(f"step-{step_idx:06d}")
             if (step_idx + 1) % EVAL_EVERY == 0:
-                tasks.create_task(evaluate(bus, state, step_idx, chances(policy)))
+                tasks.create_task(evaluate(bus, state, step_idx, action_probabilities(policy)))
             if state.stop_requested:
                 break
         for worker in workers:

@@ -36,7 +36,7 @@ class SideEval(Callback):
         self.bus.publish(Eval(state, row.batch, "held-out", {"accuracy": sum(right) / len(right)}))
 
 
-class Told(Callback):
+class PrintingCallback(Callback):
     """Prints the side evals, which arrive like any other."""
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
@@ -46,11 +46,11 @@ class Told(Callback):
 
 async def main(output_dir: Path) -> None:
     """Train a perceptron to classify on which side of a line a point lies."""
-    dice = random.Random(1)  # noqa: S311 # points, and seeded
-    points = [(dice.gauss(0, 1), dice.gauss(0, 1)) for _ in range(400)]
+    rng = random.Random(1)  # noqa: S311 # points, and seeded
+    points = [(rng.gauss(0, 1), rng.gauss(0, 1)) for _ in range(400)]
     state = LoopState(step=0, num_steps=STEPS, output_dir=output_dir)
     x, y = 2.0, -2.0
-    async with EventBus([Told()]) as bus:
+    async with EventBus([PrintingCallback()]) as bus:
         bus.add(SideEval(bus, points[STEPS:]))
         bus.publish(TrainStart(state))
         for step_idx, (px, py) in enumerate(points[:STEPS]):

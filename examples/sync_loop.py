@@ -35,14 +35,14 @@ class Upload(Callback):
 def main(output_dir: Path) -> None:
     """Minimize the squared error by stochastic gradient descent; the points are around y = 3x - 1."""
     (output_dir / "shipped").mkdir(parents=True, exist_ok=True)
-    dice = random.Random(0)  # noqa: S311 # points, and seeded
+    rng = random.Random(0)  # noqa: S311 # points, and seeded
     state = LoopState(step=0, num_steps=STEPS, output_dir=output_dir)
     slope = intercept = 0.0
     with EventBus([Upload()]) as bus:
         bus.publish(TrainStart(state))
         for step_idx in range(STEPS):
             state.step = step_idx
-            points = [(x, 3 * x - 1 + dice.gauss(0, 0.1)) for x in (dice.random() for _ in range(BATCH))]
+            points = [(x, 3 * x - 1 + rng.gauss(0, 0.1)) for x in (rng.random() for _ in range(BATCH))]
             errors = [(slope * x + intercept - y, x) for x, y in points]
             slope -= RATE * 2 * sum(error * x for error, x in errors) / BATCH
             intercept -= RATE * 2 * sum(error for error, _ in errors) / BATCH

@@ -25,16 +25,16 @@ ROWS_EACH = 250_000
 """Rows per journal; a journal is removed when all its rows were found."""
 
 
-def change(metrics: dict, stop: threading.Event) -> None:
+def mutate_metrics(metrics: dict, stop: threading.Event) -> None:
     """Change the metrics like a careless monitoring thread, a hundred thousand times a second."""
     rewards = metrics.get("rewards", [])
-    for turn in itertools.count():
+    for count in itertools.count():
         if stop.is_set():
             return
-        metrics[f"late-{turn % 3}"] = float(turn)
-        metrics.pop(f"late-{turn % 5}", None)
-        rewards.append(float(turn) if turn % 8 else [turn])
-        if turn % 3 == 0:
+        metrics[f"late-{count % 3}"] = float(count)
+        metrics.pop(f"late-{count % 5}", None)
+        rewards.append(float(count) if count % 8 else [count])
+        if count % 3 == 0:
             rewards.clear()
         time.sleep(0)  # releases the interpreter lock, and takes it again at any point of the publisher
 
@@ -43,7 +43,7 @@ def publish_all(rows: int, journal: Path, *, flat: bool) -> None:
     metrics = {"loss": 0.0} if flat else {"loss": 0.0, "rewards": []}
     state = LoopState(step=0, num_steps=rows, output_dir=journal.parent)
     stop = threading.Event()
-    changing = threading.Thread(target=change, args=(metrics, stop))
+    changing = threading.Thread(target=mutate_metrics, args=(metrics, stop))
     changing.start()
     try:
         with EventBus([], journal=journal) as bus:
@@ -55,10 +55,10 @@ def publish_all(rows: int, journal: Path, *, flat: bool) -> None:
     assert (bus.receipt.recorded, bus.receipt.unrecorded) == (rows, 0), bus.receipt
 
 
-def find_all(rows: int, journal: Path) -> int:
+def count_changed_rows(rows: int, journal: Path) -> int:
     """Count the rows with values of the changing thread; raises if a row is missing or under the wrong step."""
     report = verify(journal)
-    assert report.whole, report
+    assert report.is_intact, report
     [stream] = report.streams
     assert stream.records == rows, stream
     changed = 0
@@ -73,14 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Publish metrics that another thread changes; see the file.")
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--folder", help="where the journal goes; default: the system's temporary directory")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     sys.setswitchinterval(1e-5)  # switches threads a hundred times more often
-    folder = Path(tempfile.mkdtemp(prefix="changing-", dir=asked.folder))
+    folder = Path(tempfile.mkdtemp(prefix="changing-", dir=args.folder))
     done = changed = 0
-    while done < asked.rows:
-        rows = min(ROWS_EACH, max(asked.rows // 2, 1), asked.rows - done)
+    while done < args.rows:
+        rows = min(ROWS_EACH, max(args.rows // 2, 1), args.rows - done)
         publish_all(rows, folder / "journal", flat=done // rows % 2 == 1)
-        changed += find_all(rows, folder / "journal")
+        changed += count_changed_rows(rows, folder / "journal")
         shutil.rmtree(folder / "journal")
         done += rows
         print(f"rows {done:,} changed meanwhile {changed:,} lost 0", flush=True)

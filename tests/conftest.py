@@ -135,6 +135,6 @@ def s3_bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
     name = f"bucket-{uuid4().hex}"
     path_style = botocore.config.Config(s3={"addressing_style": "path"})
-    where = {"endpoint_url": s3.endpoint, "region_name": s3.region, "config": path_style}
-    botocore.session.get_session().create_client("s3", **where).create_bucket(Bucket=name)
+    client_options = {"endpoint_url": s3.endpoint, "region_name": s3.region, "config": path_style}
+    botocore.session.get_session().create_client("s3", **client_options).create_bucket(Bucket=name)
     return name, {"endpoint": s3.endpoint, "region": s3.region, "path_style": True}

@@ -29,15 +29,15 @@ from pathlib import Path
 
 from evsys_bus import BenchmarkEval, Checkpoint, EvalResult, Experiment, ExperimentEnd, StepEnd, TrainingBatch
 from evsys_bus.codec import decode
+from evsys_bus.config.build import build_callbacks
 from evsys_bus.events import Eval
 from evsys_bus.journal import JournalReader
-from evsys_bus.training.plan import RunParts
-from evsys_bus.wiring.build import build_callbacks
+from evsys_bus.training.plan import RunComponents
 from support.programs import EVSYS_BUS
 
 STEPS, STEP_SECONDS, SAVE_EVERY, EVAL_EVERY = 60, 0.005, 15, 10
 TASKS = 5
-PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 VICTIMS = ("trainer", "courier", "both", "trainer, then courier")
 CONFIG = {
     "name": "killed",
@@ -48,7 +48,7 @@ CONFIG = {
 }
 
 
-class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
     """Raised when the server's data is not as it should be."""
 
 
@@ -84,7 +84,7 @@ class Batches:
         return TrainingBatch(data=[step_idx])
 
 
-class Tasks:
+class TaskBenchmark:
     """A benchmark, with or without an id at the server."""
 
     every = EVAL_EVERY
@@ -100,10 +100,14 @@ class Tasks:
         return EvalResult(self.name, self.benchmark_id, {"pass": 0.5}), rows
 
 
-def recipe(params: dict[str, float], run: object) -> RunParts:
+def recipe(params: dict[str, float], run: object) -> RunComponents:
     model = Model(params["lr"], run.run_dir / "saved")
-    tasks = [Tasks("first", "b1", model), Tasks("second", None, model), Tasks("third", None, model)]
-    return RunParts(
+    tasks = [
+        TaskBenchmark("first", "b1", model),
+        TaskBenchmark("second", None, model),
+        TaskBenchmark("third", None, model),
+    ]
+    return RunComponents(
         backend=model,
         step_builder=Batches(),
         num_steps=STEPS,
@@ -121,91 +125,91 @@ def train(directory: Path) -> int:
     return 0 if asyncio.run(experiment.run()).status == "completed" else 1
 
 
-class Weather:
+class ServerFaults:
     """Injects faults into the server."""
 
-    def __init__(self, server: object, chance: random.Random) -> None:
-        self.server, self.chance, self.counts = server, chance, collections.Counter()
-        server.fault, server.lose = self.fault, self.lose
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._kill_now_and_then, daemon=True)
+    def __init__(self, server: object, rng: random.Random) -> None:
+        self.server, self.rng, self.counts = server, rng, collections.Counter()
+        server.fault, server.lose = self.fault, self.should_drop_reply
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._kill_at_random_times, daemon=True)
         self._thread.start()
 
     def fault(self, op: str, args: object) -> object:
         from support import evsys_server
 
-        luck = self.chance.random()
-        if luck < 0.02:
+        draw = self.rng.random()
+        if draw < 0.02:
             self.counts["500 or cut"] += 1
-            return "cut" if luck < 0.01 else evsys_server.answer(500)
+            return "cut" if draw < 0.01 else evsys_server.error_response(500)
         return None
 
-    def lose(self, op: str, args: object) -> bool:
+    def should_drop_reply(self, op: str, args: object) -> bool:
         from support import evsys_server
 
-        lost = op not in evsys_server.READS and self.chance.random() < 0.02
+        lost = op not in evsys_server.READS and self.rng.random() < 0.02
         self.counts["replies lost"] += lost
         return lost
 
-    def _kill_now_and_then(self) -> None:
-        while not self._over.wait(self.chance.uniform(2.0, 8.0)):
+    def _kill_at_random_times(self) -> None:
+        while not self._stopped.wait(self.rng.uniform(2.0, 8.0)):
             self.server.stop()
             self.counts["server killed"] += 1
-            self._over.wait(self.chance.uniform(0.1, 0.6))
+            self._stopped.wait(self.rng.uniform(0.1, 0.6))
             self.server.start()
 
-    def end(self) -> None:
-        self._over.set()
+    def stop(self) -> None:
+        self._stopped.set()
         self._thread.join()
         self.server.fault = self.server.lose = None
 
 
-class Scene:
+class Scenario:
     """One directory and one server, through all lives of the trainer."""
 
-    def __init__(self, directory: Path, server: object, chance: random.Random) -> None:
-        self.directory, self.server, self.chance = directory, server, chance
+    def __init__(self, directory: Path, server: object, rng: random.Random) -> None:
+        self.directory, self.server, self.rng = directory, server, rng
         self.journal = directory / "killed" / "journal"
         self.trainers = self.couriers = 0
         [key] = server.keys
         self.environment = os.environ | {"EVSYS_API_URL": server.url, "EVSYS_API_KEY": key, "EVSYS_OFFLINE": ""}
 
-    def live(self, victim: str | None) -> bool:
+    def run_life(self, victim: str | None) -> bool:
         """Run one life; returns whether it ended by itself."""
         trainer = subprocess.Popen(
             [sys.executable, __file__, "--train", str(self.directory)], env=self.environment, stderr=subprocess.PIPE
         )
         try:
-            if victim is None or self._ends_before_the_moment(trainer):
-                said = trainer.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+            if victim is None or self._ends_before_kill(trainer):
+                stderr = trainer.communicate(timeout=TIMEOUT_SECONDS)[1].decode()
                 if trainer.returncode:
-                    raise Fault(f"the training ended with {trainer.returncode}: {said}")
+                    raise Violation(f"the training ended with {trainer.returncode}: {stderr}")
                 return True
             if victim in {"courier", "both"}:
                 self._kill_couriers()
                 if victim == "courier":
-                    time.sleep(self.chance.uniform(0.0, 0.5))
+                    time.sleep(self.rng.uniform(0.0, 0.5))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 trainer.send_signal(signal.SIGKILL)
             trainer.communicate()
         self.trainers += 1
         if victim == "trainer, then courier":
-            time.sleep(self.chance.uniform(0.0, 0.3))
+            time.sleep(self.rng.uniform(0.0, 0.3))
             self._kill_couriers()
-        time.sleep(self.chance.choice((0.0, 0.0, 0.4)))
+        time.sleep(self.rng.choice((0.0, 0.0, 0.4)))
         return False
 
-    def _ends_before_the_moment(self, trainer: "subprocess.Popen[bytes]") -> bool:
-        before, deadline = self._recorded(), time.monotonic() + PATIENCE_SECONDS
-        while self._recorded() < before + 2_000 and trainer.poll() is None and time.monotonic() < deadline:
+    def _ends_before_kill(self, trainer: "subprocess.Popen[bytes]") -> bool:
+        before, deadline = self._recorded_bytes(), time.monotonic() + TIMEOUT_SECONDS
+        while self._recorded_bytes() < before + 2_000 and trainer.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        end = time.monotonic() + self.chance.uniform(0.0, 1.2)
+        end = time.monotonic() + self.rng.uniform(0.0, 1.2)
         while time.monotonic() < end and trainer.poll() is None:
             time.sleep(0.005)
         return trainer.poll() is not None
 
-    def _recorded(self) -> int:
+    def _recorded_bytes(self) -> int:
         return sum(path.stat().st_size for path in self.journal.glob("r*/*.seg"))
 
     def _kill_couriers(self) -> None:
@@ -219,36 +223,40 @@ class Scene:
     def sync(self) -> None:
         """Deliver the rest; retries while couriers are still in their grace period."""
         command = [EVSYS_BUS, "sync", str(self.journal)]
-        until = time.monotonic() + PATIENCE_SECONDS
+        deadline = time.monotonic() + TIMEOUT_SECONDS
         while True:
             done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 return
-            if "EB905" not in done.stderr or time.monotonic() > until:
-                raise Fault(f"sync ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            if "EB905" not in done.stderr or time.monotonic() > deadline:
+                raise Violation(f"sync ended with {done.returncode}:\n{done.stdout}{done.stderr}")
             time.sleep(0.2)
 
-    def inspect(self) -> tuple[int, int]:
-        """Return how many points and evals there are; raises `Fault` if they differ from the journal."""
+    def check(self) -> tuple[int, int]:
+        """Return how many points and evals there are; raises `Violation` if they differ from the journal."""
         tables, server = self.server.tables, self.server
-        _same("experiments", ["killed"], [row["experiment_name"] for row in tables["experiments"].values()])
-        _same("groups", ["high", "low"], sorted(row["name"] for row in tables["groups"].values()))
+        require_equal("experiments", ["killed"], [row["experiment_name"] for row in tables["experiments"].values()])
+        require_equal("groups", ["high", "low"], sorted(row["name"] for row in tables["groups"].values()))
         runs = {row["id"]: row["run_config"]["name"] for row in tables["runs"].values()}
-        _same("runs", ["high-s0", "high-s1", "low-s0", "low-s1"], sorted(runs.values()))
-        _same("ends", {"completed"}, {row["status"] for row in [*tables["runs"].values()]})
+        require_equal("runs", ["high-s0", "high-s1", "low-s0", "low-s1"], sorted(runs.values()))
+        require_equal("ends", {"completed"}, {row["status"] for row in [*tables["runs"].values()]})
         points, scored, saved = self._recorded_events()
-        there = {
+        stored = {
             (name, row["split"], row["step"], row["name"]): row["value"]
             for run, name in runs.items()
             for row in server._get_metrics(run)
         }
-        _same("metrics", points, {key: value for key, value in there.items() if not key[3].endswith("_seconds")})
+        require_equal(
+            "metrics", points, {key: value for key, value in stored.items() if not key[3].endswith("_seconds")}
+        )
         evals = [(runs[row["run_id"]], row.get("benchmark_id"), row.get("step")) for row in tables["evals"].values()]
-        _same("evals", scored, collections.Counter(evals))
+        require_equal("evals", scored, collections.Counter(evals))
         predictions = collections.Counter((row["eval_id"], row["task_id"]) for row in server.predictions)
-        _same("predictions", {(each, f"t{n}"): 1 for each in tables["evals"] for n in range(TASKS)}, dict(predictions))
+        require_equal(
+            "predictions", {(each, f"t{n}"): 1 for each in tables["evals"] for n in range(TASKS)}, dict(predictions)
+        )
         checkpoints = [(runs[row["run_id"]], row["label"], row["step"]) for row in server.checkpoints]
-        _same("checkpoints", dict.fromkeys(saved, 1), dict(collections.Counter(checkpoints)))
+        require_equal("checkpoints", dict.fromkeys(saved, 1), dict(collections.Counter(checkpoints)))
         return len(points), len(evals)
 
     def _recorded_events(self) -> tuple[dict[object, float], dict[object, int], set[object]]:
@@ -275,48 +283,49 @@ class Scene:
                     saved.add((run, event.row.name, event.row.batch))
                 ended = ended or isinstance(event, ExperimentEnd)
         if not ended:
-            raise Fault("the experiment has not ended")
+            raise Violation("the experiment has not ended")
         return points, {key: len(names) for key, names in scored.items()}, saved
 
 
-def _same(what: str, wanted: object, found: object) -> None:
-    if wanted != found:
-        if isinstance(wanted, dict) and isinstance(found, dict):
-            differing = {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
-            some = sorted(map(str, differing))[:5]
-            raise Fault(
-                f"{what}: {len(differing)} differ, {[(k, wanted.get(k), found.get(k)) for k in differing][:5]} {some}"
+def require_equal(what: str, expected: object, actual: object) -> None:
+    if expected != actual:
+        if isinstance(expected, dict) and isinstance(actual, dict):
+            differing = {key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)}
+            examples = sorted(map(str, differing))[:5]
+            raise Violation(
+                f"{what}: {len(differing)} differ, "
+                f"{[(k, expected.get(k), actual.get(k)) for k in differing][:5]} {examples}"
             )
-        raise Fault(f"{what}: {found} instead of {wanted}")
+        raise Violation(f"{what}: {actual} instead of {expected}")
 
 
-def kill(number: int, *, seed: int, folder: Path, tell=lambda _: None) -> collections.Counter:
+def kill_repeatedly(number: int, *, seed: int, folder: Path, on_progress=lambda _: None) -> collections.Counter:
     """Kill ``number`` times; returns the totals."""
     from support.evsys_server import EvsysServer
 
-    chance, counts, turn = random.Random(seed), collections.Counter(), 0
-    while turn < number:
-        directory = folder / f"from-{turn:04d}"
+    rng, counts, kill_count = random.Random(seed), collections.Counter(), 0
+    while kill_count < number:
+        directory = folder / f"from-{kill_count:04d}"
         directory.mkdir()
         server = EvsysServer().start()
-        weather = Weather(server, random.Random(chance.random()))
-        scene = Scene(directory, server, chance)
+        faults = ServerFaults(server, random.Random(rng.random()))
+        scenario = Scenario(directory, server, rng)
         try:
-            over = False
-            while turn < number and not over:
-                over = scene.live(VICTIMS[turn % len(VICTIMS)])
-                turn += not over
-            if not over:
-                scene.live(None)
+            finished = False
+            while kill_count < number and not finished:
+                finished = scenario.run_life(VICTIMS[kill_count % len(VICTIMS)])
+                kill_count += not finished
+            if not finished:
+                scenario.run_life(None)
         finally:
-            weather.end()
-        scene.sync()
-        points, evals = scene.inspect()
+            faults.stop()
+        scenario.sync()
+        points, evals = scenario.check()
         server.stop()
-        counts += weather.counts
-        counts.update({"experiments": 1, "points": points, "evals": evals, "requests": server.asked})
-        counts.update({"trainers": scene.trainers, "couriers": scene.couriers})
-        tell(f"{turn:>5} kills  {dict(counts)}")
+        counts += faults.counts
+        counts.update({"experiments": 1, "points": points, "evals": evals, "requests": server.request_count})
+        counts.update({"trainers": scenario.trainers, "couriers": scenario.couriers})
+        on_progress(f"{kill_count:>5} kills  {dict(counts)}")
         shutil.rmtree(directory)
     return counts
 
@@ -326,16 +335,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a trainer and its courier over and over; see the file.")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
-    asked = parser.parse_args()
-    print(f"seed {asked.seed}", flush=True)
-    began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="evsys-kills-"))
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
+    started, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="evsys-kills-"))
     try:
-        counts = kill(asked.kills, seed=asked.seed, folder=folder, tell=lambda text: print(text, flush=True))
-    except Fault as fault:
+        counts = kill_repeatedly(
+            args.kills, seed=args.seed, folder=folder, on_progress=lambda text: print(text, flush=True)
+        )
+    except Violation as fault:
         print(f"kept in {folder}: {fault}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
-    print(f"{dict(counts)}: nothing twice, nothing lost, {time.monotonic() - began:.0f} s")
+    print(f"{dict(counts)}: nothing twice, nothing lost, {time.monotonic() - started:.0f} s")
     return 0
 
 

@@ -23,14 +23,14 @@ from adapters import test_evsys_troubles as troubles
 from support import evsys_server as evsys
 from support.programs import EVSYS_BUS
 
-ANSWERS = {
-    "answers 429, Retry-After 1": lambda: evsys.answer(429, Retry_After="1"),
-    "answers 500": lambda: evsys.answer(500),
-    "answers HTML": lambda: evsys.html(200),
+RESPONSES = {
+    "answers 429, Retry-After 1": lambda: evsys.error_response(429, Retry_After="1"),
+    "answers 500": lambda: evsys.error_response(500),
+    "answers HTML": lambda: evsys.html_response(200),
     "hangs": lambda: "hang",
     "cuts connections": lambda: "cut",
 }
-TROUBLES = [*ANSWERS, "answers 401", "is killed", "loses replies", "none"]
+FAULTS = [*RESPONSES, "answers 401", "is killed", "loses replies", "none"]
 
 
 def train(folder, url):
@@ -38,45 +38,47 @@ def train(folder, url):
     from evsys_bus import EventBus, build_callbacks
 
     os.environ |= {"EVSYS_API_URL": url, "EVSYS_API_KEY": evsys.KEY}
-    taken = []
+    durations = []
     callbacks = build_callbacks([{"kind": "evsys_logger", "params": {"timeout_seconds": 5}}])
     with EventBus(callbacks, journal=folder / "journal", drain_timeout=1, linger_seconds=0.5) as bus:
 
-        class Timed:
+        class TimedBus:
             @staticmethod
             def publish(event):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 bus.publish(event)
-                taken.append(time.perf_counter() - began)
+                durations.append(time.perf_counter() - started)
                 time.sleep(0.02)
 
-        troubles.publish_experiment(Timed, folder)
-    print(json.dumps(statistics.median(taken) * 1e6))
+        troubles.publish_experiment(TimedBus, folder)
+    print(json.dumps(statistics.median(durations) * 1e6))
 
 
-def trouble(name, seconds, folder, results):
+def run_fault(name, seconds, folder, results):
     """Run one fault, starting before the program; then end the fault and sync until nothing is pending."""
     with evsys.EvsysServer() as server:
-        url, until = server.url, time.monotonic() + seconds
-        if name in ANSWERS:
-            server.fault = lambda op, args: ANSWERS[name]() if time.monotonic() < until else None
+        url, deadline = server.url, time.monotonic() + seconds
+        if name in RESPONSES:
+            server.fault = lambda op, args: RESPONSES[name]() if time.monotonic() < deadline else None
         elif name == "loses replies":
             lost = set()
 
-            def lose(op, args):
+            def should_drop_reply(op, args):
                 key = json.dumps([op, args], sort_keys=True)
                 first = key not in lost
                 lost.add(key)
-                return first and time.monotonic() < until
+                return first and time.monotonic() < deadline
 
-            server.lose = lose
+            server.should_drop_reply = should_drop_reply
         elif name == "answers 401":
             server.keys = set()
         elif name == "is killed":
             server.stop()
         command = [sys.executable, __file__, "--train", str(folder), url]
-        took = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
-        time.sleep(max(0.0, until - time.monotonic()))
+        publish_microseconds = json.loads(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+        )
+        time.sleep(max(0.0, deadline - time.monotonic()))
         if name == "is killed":
             server.start()
         server.keys = {evsys.KEY}
@@ -88,7 +90,7 @@ def trouble(name, seconds, folder, results):
                 break
         try:
             troubles.all_there(server)
-            results[name] = f"all there, once; publish {took:.0f} us; {server.asked} requests"
+            results[name] = f"all there, once; publish {publish_microseconds:.0f} us; {server.request_count} requests"
         except AssertionError as error:
             results[name] = f"WRONG: {error} {done.stdout} {done.stderr}"
 
@@ -105,20 +107,23 @@ def main():
     results = {}
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         threads = []
-        for name in TROUBLES:
+        for name in FAULTS:
             folder = Path(root, name.replace(" ", "-"), "experiment")
             folder.mkdir(parents=True)
-            thread = threading.Thread(target=trouble, args=(name, arguments.seconds, folder, results))
+            thread = threading.Thread(target=run_fault, args=(name, arguments.seconds, folder, results))
             thread.start()
             threads.append(thread)
             stack.callback(thread.join)
         for thread in threads:
             thread.join()
-    for name in TROUBLES:
+    for name in FAULTS:
         print(f"the server {name}: {results.get(name, 'WRONG: it ended early')}")
-    wrong = sum(not results.get(name, "").startswith("all there") for name in TROUBLES)
-    print(f"{len(TROUBLES) - wrong} of {len(TROUBLES)} as they should be, after {arguments.seconds:g} s of faults each")
-    return wrong
+    failure_count = sum(not results.get(name, "").startswith("all there") for name in FAULTS)
+    print(
+        f"{len(FAULTS) - failure_count} of {len(FAULTS)} as they should be, "
+        f"after {arguments.seconds:g} s of faults each"
+    )
+    return failure_count
 
 
 if __name__ == "__main__":

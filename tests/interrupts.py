@@ -38,11 +38,11 @@ from evsys_bus.journal import JournalReader, layout
 
 FORMS = ("with", "with in asyncio", "with in uvloop", "async with asyncio", "async with uvloop")
 HANG_SECONDS = 30
-LOST_SECONDS = 2
+STUCK_SECONDS = 2
 """How long a loop must wait, with a task that nothing will ever wake, to count as broken."""
-MOST_WRONG = 20
-BUSES_A_JOURNAL = 10
-EVENTS_A_BUS = 200
+MAX_WRONG = 20
+BUSES_PER_JOURNAL = 10
+EVENTS_PER_BUS = 200
 COUNTS = ("interrupts", "buses", "not_left", "torn_runners", "lost_steps")
 COUNTERS = ("phases", "lines", "raised")
 
@@ -63,55 +63,55 @@ class Program:
         self.acknowledged: list[tuple[str, int]] = []
         self.second_after: float | None = None
         self.waits_for_body = False
-        self.began = self.entry_seconds = self.body_seconds = 0.0
-        self.struck: list[str] = []
+        self.started = self.entry_seconds = self.body_seconds = 0.0
+        self.interrupt_sites: list[str] = []
         self.ignored: list[object] = []
         sys.unraisablehook = lambda unraisable: self.ignored.append(unraisable.object)
-        self.until = float("inf")
+        self.deadline = float("inf")
         threading.Thread(target=self._watch, daemon=True).start()
         self.threads = set(threading.enumerate())
-        signal.signal(signal.SIGALRM, self._strike)
+        signal.signal(signal.SIGALRM, self._raise_interrupt)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores it
 
     # -- the interrupts -----------------------------------------------------------------------------------------------
 
-    def _strike(self, number: int, frame) -> None:
+    def _raise_interrupt(self, number: int, frame) -> None:
         after, self.second_after = self.second_after, None
         if after is not None:
             signal.setitimer(signal.ITIMER_REAL, after)
-        phase, line = where(frame)
+        phase, line = locate(frame)
         self.phases[phase] += 1
         self.lines[line] += 1
-        self.struck.append(f"{phase} {line}")
+        self.interrupt_sites.append(f"{phase} {line}")
         self.interrupts += 1
         signal.raise_signal(signal.SIGINT)
 
-    def arm(self, longest: float) -> None:
+    def schedule_interrupt(self, max_delay: float) -> None:
         """Schedule an interrupt: 40 % in the body, 40 % before the exit, 20 % at any time; half of them twice."""
         self.second_after = self.random.uniform(1e-5, 0.01) if self.random.random() < 0.5 else None
-        where = self.random.random()
-        self.waits_for_body = where < 0.4
+        position = self.random.random()
+        self.waits_for_body = position < 0.4
         if not self.waits_for_body:
-            most = self.entry_seconds + 1.1 * self.body_seconds if where < 0.8 else longest
-            signal.setitimer(signal.ITIMER_REAL, max(1e-5, self.random.uniform(0.0, most)))
+            limit = self.entry_seconds + 1.1 * self.body_seconds if position < 0.8 else max_delay
+            signal.setitimer(signal.ITIMER_REAL, max(1e-5, self.random.uniform(0.0, limit)))
 
-    def disarm(self) -> None:
+    def cancel_interrupt(self) -> None:
         self.second_after, self.waits_for_body = None, False
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
     def _watch(self) -> None:
         """Interrupt a stuck runner again, as a person would, and end a child that hangs."""
-        still = 0
+        still_ticks = 0
         while True:
             time.sleep(0.1)
-            still = still + 1 if self._is_torn() else 0
-            if still > 10 * LOST_SECONDS:
-                still = 0
+            still_ticks = still_ticks + 1 if self._is_torn() else 0
+            if still_ticks > 10 * STUCK_SECONDS:
+                still_ticks = 0
                 self.lost_steps += 1
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            if time.monotonic() > self.until:
+            if time.monotonic() > self.deadline:
                 stacks = [traceback.format_stack(frame)[-9:] for frame in sys._current_frames().values()]
-                self.wrong.append(f"hangs; interrupted at {self.struck}; {self._tasks()}: {stacks}")
+                self.wrong.append(f"hangs; interrupted at {self.interrupt_sites}; {self._tasks()}: {stacks}")
                 self.report(unchecked=[str(self.journal), str(self.out), self.acknowledged])
                 os._exit(70)
 
@@ -136,7 +136,7 @@ class Program:
 
     # -- one bus ------------------------------------------------------------------------------------------------------
 
-    def bus(self, journal: Path, out: Path, couriers: str = "thread") -> EventBus:
+    def make_bus(self, journal: Path, out: Path, couriers: str = "thread") -> EventBus:
         program = self
 
         class Hooks(Callback):
@@ -161,29 +161,29 @@ class Program:
 
     def sync_body(self, bus: EventBus, state: LoopState) -> None:
         with bus:
-            self.body_begins()
-            for _ in range(EVENTS_A_BUS):
+            self.on_body_start()
+            for _ in range(EVENTS_PER_BUS):
                 self.publish(bus, state)
-            self.body_ends()
+            self.on_body_end()
 
-    def body_begins(self) -> None:
-        self.entry_seconds = time.monotonic() - self.began
+    def on_body_start(self) -> None:
+        self.entry_seconds = time.monotonic() - self.started
         if self.waits_for_body:
             signal.setitimer(signal.ITIMER_REAL, max(1e-5, self.random.uniform(0.0, 1.1 * self.body_seconds)))
 
-    def body_ends(self) -> None:
-        self.body_seconds = time.monotonic() - self.began - self.entry_seconds
+    def on_body_end(self) -> None:
+        self.body_seconds = time.monotonic() - self.started - self.entry_seconds
 
-    async def with_in_loop(self, bus: EventBus, state: LoopState) -> None:
+    async def sync_body_in_loop(self, bus: EventBus, state: LoopState) -> None:
         self.sync_body(bus, state)
 
     async def async_body(self, bus: EventBus, state: LoopState) -> None:
         async with bus:
-            self.body_begins()
-            for _ in range(EVENTS_A_BUS):
+            self.on_body_start()
+            for _ in range(EVENTS_PER_BUS):
                 self.publish(bus, state)
                 await asyncio.sleep(0)
-            self.body_ends()
+            self.on_body_end()
 
     def run(self, bus: EventBus, state: LoopState) -> None:
         if self.form == "with":
@@ -194,47 +194,47 @@ class Program:
             import uvloop
 
             factory = uvloop.new_event_loop
-        main = self.async_body if self.form.startswith("async") else self.with_in_loop
+        main = self.async_body if self.form.startswith("async") else self.sync_body_in_loop
         with asyncio.Runner(loop_factory=factory) as runner:
             self.runner = runner
             runner.get_loop()
             runner.run(main(bus, state))
 
-    def one(self, journal: Path, out: Path, longest: float | None, couriers: str) -> float:
-        """Run one bus, interrupted unless ``longest`` is None; returns how long it took."""
+    def run_bus(self, journal: Path, out: Path, max_delay: float | None, couriers: str) -> float:
+        """Run one bus, interrupted unless ``max_delay`` is None; returns how long it took."""
         self.journal, self.out = journal, out
         state = LoopState(self.step, 10**9, journal.parent / "run")
-        bus = self.bus(journal, out, couriers)
-        self.began = began = time.monotonic()
-        self.until = began + HANG_SECONDS
+        bus = self.make_bus(journal, out, couriers)
+        self.started = started = time.monotonic()
+        self.deadline = started + HANG_SECONDS
         raised, before = "nothing", self.interrupts
-        self.struck, self.ignored = [], []
+        self.interrupt_sites, self.ignored = [], []
         try:
-            if longest is not None:
-                self.arm(longest)
+            if max_delay is not None:
+                self.schedule_interrupt(max_delay)
             self.run(bus, state)
-            self.disarm()
+            self.cancel_interrupt()
         except BaseException as error:
-            self.disarm()
+            self.cancel_interrupt()
             raised = type(error).__name__
-            if longest is None:
+            if max_delay is None:
                 self.wrong.append(f"raised {error!r} without an interrupt")
-        took = time.monotonic() - began
+        elapsed = time.monotonic() - started
         if self.interrupts > before:
             # Python ignores exceptions of finalizers and weak reference callbacks.
             raised = "nothing; Python ignored it" if raised == "nothing" and self.ignored else raised
             self.raised[raised] += 1
             if raised == "nothing":
-                self.wrong.append(f"an interrupt was swallowed; interrupted at {self.struck}")
+                self.wrong.append(f"an interrupt was swallowed; interrupted at {self.interrupt_sites}")
         for _ in range(3):  # gives a late exception the chance to be raised here
             time.sleep(0)
-        if took > HANG_SECONDS / 2:
-            self.wrong.append(f"took {took:.1f} s; interrupted at {self.struck}")
+        if elapsed > HANG_SECONDS / 2:
+            self.wrong.append(f"took {elapsed:.1f} s; interrupted at {self.interrupt_sites}")
         self.buses += 1
         self.runner = None
         self.check(bus, journal)
-        self.until = float("inf")
-        return took
+        self.deadline = float("inf")
+        return elapsed
 
     def check(self, bus: EventBus, journal: Path) -> None:
         if bus.health().state == "open" or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
@@ -242,15 +242,15 @@ class Program:
             # program would leave the bus at its end, as here.
             self.not_left += 1
             bus.__exit__(None, None, None)
-        until = time.monotonic() + 5
-        while (left := self.left_threads()) and time.monotonic() < until:
+        deadline = time.monotonic() + 5
+        while (leftover := self.leftover_threads()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        if left:
-            at = {each.ident: each.name for each in threading.enumerate() if each not in self.threads}
+        if leftover:
+            names = {each.ident: each.name for each in threading.enumerate() if each not in self.threads}
             stacks = [
-                traceback.format_stack(frame)[-6:] for ident, frame in sys._current_frames().items() if ident in at
+                traceback.format_stack(frame)[-6:] for ident, frame in sys._current_frames().items() if ident in names
             ]
-            self.wrong.append(f"threads left: {left}: {stacks}; interrupted at {self.struck}")
+            self.wrong.append(f"threads left: {leftover}: {stacks}; interrupted at {self.interrupt_sites}")
             self.threads |= set(threading.enumerate())
         for stream in JournalReader(journal).streams() if journal.exists() else ():
             if OsDisk().is_locked(f"{journal}/{stream}/{layout.LOCK}"):
@@ -261,7 +261,7 @@ class Program:
             self.torn_runners += 1
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def left_threads(self) -> list[str]:
+    def leftover_threads(self) -> list[str]:
         return [each.name for each in threading.enumerate() if each not in self.threads and each.is_alive()]
 
     def check_journal(self, journal: Path, out: Path) -> None:
@@ -276,39 +276,39 @@ class Program:
                 elif isinstance(event, Eval):
                     found["eval", event.step_idx] += 1
         lost = [each for each in self.acknowledged if not found[each]]
-        twice = [each for each, count in found.items() if count > 1]
+        duplicates = [each for each, count in found.items() if count > 1]
         if lost:
             self.wrong.append(f"acknowledged and not in the journal: {lost}")
-        if twice:
-            self.wrong.append(f"recorded twice: {twice}")
+        if duplicates:
+            self.wrong.append(f"recorded twice: {duplicates}")
         rows = [int(row["step"]) for row in csv.DictReader(out.open())] if out.exists() else []
         undelivered = sorted({step for kind, step in found if kind == "step"} - set(rows))
         if undelivered:
             self.wrong.append(f"in the journal and not in the file: {undelivered}")
         if len(rows) != len(set(rows)) or rows != sorted(rows):
             self.wrong.append(f"rows doubled or out of order: {[row for row in rows if rows.count(row) > 1]}")
-        if strange := set(rows) - {step for _, step in found}:
-            self.wrong.append(f"in the file and not in the journal: {strange}")
+        if unexpected := set(rows) - {step for _, step in found}:
+            self.wrong.append(f"in the file and not in the journal: {unexpected}")
         self.acknowledged.clear()
 
     def report(self, **more: object) -> None:
         print(json.dumps({key: getattr(self, key) for key in (*COUNTS, "wrong", *COUNTERS)} | more), flush=True)
 
-    def all(self, count: int) -> None:
-        while self.interrupts < count and len(self.wrong) < MOST_WRONG:
+    def run_all(self, count: int) -> None:
+        while self.interrupts < count and len(self.wrong) < MAX_WRONG:
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             journal, out = folder / "journal", folder / "m.csv"
             # The first measures how long a bus takes, the last delivers the rest; both detect late exceptions.
-            longest = 1.1 * self.one(journal, out, None, "thread")
+            max_delay = 1.1 * self.run_bus(journal, out, None, "thread")
             couriers = "process" if self.random.random() < 0.02 else "thread"
-            for _ in range(2 if couriers == "process" else BUSES_A_JOURNAL):
-                self.one(journal, out, longest if couriers == "thread" else 0.5, couriers)
-            self.one(journal, out, None, "thread")
+            for _ in range(2 if couriers == "process" else BUSES_PER_JOURNAL):
+                self.run_bus(journal, out, max_delay if couriers == "thread" else 0.5, couriers)
+            self.run_bus(journal, out, None, "thread")
             self.check_journal(journal, out)
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def where(frame) -> tuple[str, str]:
+def locate(frame) -> tuple[str, str]:
     """Return the phase of the bus that the frame belongs to, and the innermost line of evsys_bus."""
     phase, line = "", ""
     while frame is not None:
@@ -332,79 +332,81 @@ def where(frame) -> tuple[str, str]:
     return phase or "the program, or its loop", line or "(elsewhere)"
 
 
-def child(form: str, count: int, seed: int, folder: Path) -> None:
+def run_child(form: str, count: int, seed: int, folder: Path) -> None:
     logging.disable(logging.CRITICAL)
     program = Program(form, seed, folder)
-    program.all(count)
+    program.run_all(count)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     program.report()
 
 
-def after(given: list[str]) -> None:
+def check_after_hang(arguments: list[str]) -> None:
     """Check the journal of a child that hung: everything acknowledged is there and can be delivered."""
     logging.disable(logging.CRITICAL)
-    journal, out, acknowledged = json.loads(given[0])
+    journal, out, acknowledged = json.loads(arguments[0])
     program = Program("with", 0, Path(journal).parent)
-    program.one(Path(journal), Path(out), None, "thread")
+    program.run_bus(Path(journal), Path(out), None, "thread")
     program.acknowledged = [tuple(each) for each in acknowledged]
     program.check_journal(Path(journal), Path(out))
     program.report()
 
 
-def interrupt(count: int, seed: int, a_child: int = 250) -> dict[str, dict]:
+def interrupt_all_forms(count: int, seed: int, per_child: int = 250) -> dict[str, dict]:
     """Interrupt ``count`` times, divided among the forms; returns the results by form."""
     with ThreadPoolExecutor(2) as pool:
-        totals = pool.map(lambda form: _interrupt(form, -(-count // len(FORMS)), seed, a_child), FORMS)
+        totals = pool.map(lambda form: _interrupt_form(form, -(-count // len(FORMS)), seed, per_child), FORMS)
         return dict(zip(FORMS, totals, strict=True))
 
 
-def _interrupt(form: str, share: int, seed: int, a_child: int) -> dict:
+def _interrupt_form(form: str, share: int, seed: int, per_child: int) -> dict:
     total = dict.fromkeys(COUNTS, 0) | {"wrong": []}
     counters = {key: collections.Counter() for key in COUNTERS}
     round_ = 0
-    while total["interrupts"] < share and len(total["wrong"]) < MOST_WRONG:
+    while total["interrupts"] < share and len(total["wrong"]) < MAX_WRONG:
         number = seed * 1000 + round_
         round_ += 1
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            said = _run("--child", form, str(min(a_child, share)), str(number), folder)
-            unchecked = said.pop("unchecked", None)
+            child_report = _run_script("--child", form, str(min(per_child, share)), str(number), folder)
+            unchecked = child_report.pop("unchecked", None)
             if unchecked is not None:
-                said["wrong"] += [f"after it: {each}" for each in _run("--after", json.dumps(unchecked))["wrong"]]
-        total["wrong"] += [f"seed {number}: {each}" for each in said["wrong"]]
+                child_report["wrong"] += [
+                    f"after it: {each}" for each in _run_script("--after", json.dumps(unchecked))["wrong"]
+                ]
+        total["wrong"] += [f"seed {number}: {each}" for each in child_report["wrong"]]
         for key in COUNTS:
-            total[key] += said.get(key, 0)
+            total[key] += child_report.get(key, 0)
         for key, counter in counters.items():
-            counter.update(said.get(key, {}))
+            counter.update(child_report.get(key, {}))
     return total | counters
 
 
-def _run(*arguments: str) -> dict:
+def _run_script(*arguments: str) -> dict:
     """Run this script in a process; returns its report."""
     done = subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=900, check=False
     )
     try:
-        said = json.loads(done.stdout.splitlines()[-1])
+        child_report = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
-        said = {"wrong": []}
-    if done.returncode and not said["wrong"]:
-        said["wrong"].append(f"exit {done.returncode}: {done.stderr[-3000:]}")
-    return said
+        child_report = {"wrong": []}
+    if done.returncode and not child_report["wrong"]:
+        child_report["wrong"].append(f"exit {done.returncode}: {done.stderr[-3000:]}")
+    return child_report
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
+        run_child(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[5]))
         return 0
     if sys.argv[1:2] == ["--after"]:
-        after(sys.argv[2:])
+        check_after_hang(sys.argv[2:])
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    began, bad = time.monotonic(), 0
-    for form, total in interrupt(given.count, given.seed).items():
+    args = parser.parse_args()
+    started, wrong_count = time.monotonic(), 0
+    for form, total in interrupt_all_forms(args.count, args.seed).items():
         print(f"{form}: {total['interrupts']} interrupts, {total['buses']} buses, {len(total['wrong'])} wrong")
         print(
             f"  raised: {dict(total['raised'])}; not left by themselves: {total['not_left']}, "
@@ -415,9 +417,9 @@ def main() -> int:
             print(f"    {count:5} {line}")
         for each in total["wrong"]:
             print(f"  WRONG: {each}")
-        bad += len(total["wrong"])
-    print(f"seed {given.seed}, {time.monotonic() - began:.0f} s, {bad} wrong")
-    return 1 if bad else 0
+        wrong_count += len(total["wrong"])
+    print(f"seed {args.seed}, {time.monotonic() - started:.0f} s, {wrong_count} wrong")
+    return 1 if wrong_count else 0
 
 
 if __name__ == "__main__":

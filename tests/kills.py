@@ -32,19 +32,19 @@ from evsys_bus.journal import JournalReader, JournalWriter, verify
 KILLS_EACH = 10
 PACES = {0: 5, 1: 1_000}
 """Steps per second, by the number of the kill modulo 10; the others do not wait."""
-STARTING = 2
+STARTING_KILL = 2
 """The number of the kill, modulo 10, that happens while the process starts."""
 SAVE_EVERY = 2_000
 SEGMENT_BYTES = (1 << 18, 1 << 22, 1 << 26)
-FIRST, LAST = 0, 1
+FIRST_INDEX, LAST_INDEX = 0, 1
 """Indices in the shared memory: the first sequence of a life, and its last receipt."""
-PATIENCE_SECONDS = 60.0
+TIMEOUT_SECONDS = 60.0
 
 
 # -- what is killed ---------------------------------------------------------------------------------------------------
 
 
-class Line:
+class LineModel:
     """A backend that fits a line to points by gradient descent, with very short steps."""
 
     def __init__(self, directory: Path) -> None:
@@ -65,9 +65,9 @@ class Line:
     async def save_state(self, name):
         self.directory.mkdir(exist_ok=True)
         path = self.directory / "state.json"  # one file, because a long run would leave thousands
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps({"name": name, "weights": self.weights}))
-        beside.replace(path)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({"name": name, "weights": self.weights}))
+        temporary.replace(path)
         return str(path)
 
     save_weights_for_sampler = save_state
@@ -76,7 +76,7 @@ class Line:
         self.weights = json.loads(Path(path).read_text())["weights"]  # noqa: ASYNC240 - nothing else runs on the loop
 
 
-class Points:
+class PointBatches:
     """The points: ``pace`` per second, or without waiting if it is 0."""
 
     def __init__(self, pace: int) -> None:
@@ -89,7 +89,7 @@ class Points:
         return TrainingBatch(data=(x, 3 * x - 1))
 
 
-class Receipts:
+class AcknowledgingBus:
     """A bus that writes the sequence of each published event to shared memory."""
 
     def __init__(self, bus: EventBus, writer: JournalWriter, shared: memoryview) -> None:
@@ -97,19 +97,19 @@ class Receipts:
 
     def publish(self, event):
         self.bus.publish(event)
-        self.shared[LAST] = self.writer.next_sequence - 1  # one store of eight bytes: a kill cannot tear it
+        self.shared[LAST_INDEX] = self.writer.next_sequence - 1  # one store of eight bytes: a kill cannot tear it
 
 
 async def train(directory: Path, shared: memoryview, pace: int, segment_bytes: int) -> None:
     writer = JournalWriter(directory / "journal", segment_bytes=segment_bytes)
     async with EventBus([], journal=writer) as bus:
-        shared[LAST] = writer.next_sequence - 1
-        shared[FIRST] = writer.next_sequence
-        receipts = Receipts(bus, writer, shared)
+        shared[LAST_INDEX] = writer.next_sequence - 1
+        shared[FIRST_INDEX] = writer.next_sequence
+        receipts = AcknowledgingBus(bus, writer, shared)
         run_dir = directory / "run"
         loop = TrainingLoop(
-            Line(run_dir / "checkpoints"),
-            Points(pace),
+            LineModel(run_dir / "checkpoints"),
+            PointBatches(pace),
             num_steps=10**9,
             output_dir=run_dir,
             bus=receipts,
@@ -122,17 +122,17 @@ async def train(directory: Path, shared: memoryview, pace: int, segment_bytes: i
 # -- what kills it ----------------------------------------------------------------------------------------------------
 
 
-class Tally:
+class Totals:
     """The totals so far."""
 
     def __init__(self) -> None:
-        self.kills = self.receipts = self.records = self.lost = self.torn = self.unborn = 0
+        self.kills = self.receipts = self.records = self.lost = self.torn = self.without_receipts = 0
 
     def __str__(self) -> str:
         return f"kills {self.kills} receipts {self.receipts:,} lost {self.lost}"
 
 
-class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
     """Raised when the journal does not keep its promises."""
 
 
@@ -147,137 +147,169 @@ class Life:
         command = [sys.executable, __file__, "--train", str(directory), str(pace), str(segment_bytes)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
 
-    def wait_for(self, receipts: int) -> None:
-        deadline, before = time.monotonic() + PATIENCE_SECONDS, 0
+    def wait_for_receipts(self, receipts: int) -> None:
+        deadline, before = time.monotonic() + TIMEOUT_SECONDS, 0
         while (now := self.receipts) < receipts:
             if now > before:
-                deadline, before = time.monotonic() + PATIENCE_SECONDS, now
+                deadline, before = time.monotonic() + TIMEOUT_SECONDS, now
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.process.kill()
-                said = self.process.communicate()[1].decode()
-                raise Fault(f"the training ended by itself, or made no progress, at {now} receipts: {said}")
+                stderr = self.process.communicate()[1].decode()
+                raise Violation(f"the training ended by itself, or made no progress, at {now} receipts: {stderr}")
             time.sleep(0.0005)
 
-    def end(self, by: signal.Signals) -> None:
+    def end_process(self, by: signal.Signals) -> None:
         self.process.send_signal(by)
-        said = self.process.communicate(timeout=PATIENCE_SECONDS)[1].decode()
+        stderr = self.process.communicate(timeout=TIMEOUT_SECONDS)[1].decode()
         if self.process.returncode != -by:
-            raise Fault(f"it should have ended by {by.name} and ended with {self.process.returncode}: {said}")
+            raise Violation(f"it should have ended by {by.name} and ended with {self.process.returncode}: {stderr}")
 
     @property
-    def first(self) -> int:
-        return self.shared[FIRST]
+    def first_sequence(self) -> int:
+        return self.shared[FIRST_INDEX]
 
     @property
     def receipts(self) -> int:
-        return self.shared[LAST] - self.first + 1 if self.first else 0
+        return self.shared[LAST_INDEX] - self.first_sequence + 1 if self.first_sequence else 0
 
 
-class _SeenEvent(msgspec.Struct):
+class _EventView(msgspec.Struct):
     type: str
     step_idx: int | None = None
 
 
-class _Seen(msgspec.Struct):
+class _RecordView(msgspec.Struct):
     seq: int
-    event: _SeenEvent
+    event: _EventView
 
 
-class Inspector:
+class JournalChecker:
     """Reads the one stream of a directory from kill to kill, each record once."""
 
     def __init__(self, journal: Path) -> None:
         self.journal = journal
         self.tail = None
         self.torn_bytes = 0
-        self._decode = msgspec.msgpack.Decoder(_Seen).decode
+        self._decode = msgspec.msgpack.Decoder(_RecordView).decode
 
-    def look(self, life: Life, *, by: signal.Signals) -> tuple[int, int]:
-        """Return how many records are new, and how many receipts lack a record; raises `Fault` for other errors."""
+    def check_new_records(self, life: Life, *, by: signal.Signals) -> tuple[int, int]:
+        """Return how many records are new, and how many receipts lack a record; raises `Violation` for other errors."""
         streams = JournalReader(self.journal).streams()
-        _insist(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
+        _require(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
         if not streams:
             return 0, life.receipts
         self.tail = self.tail or JournalReader(self.journal).tail(streams[0])
-        records, kept, step = 0, 0, None
+        records, acknowledged, step = 0, 0, None
         for record in self.tail.poll():
             records += 1
-            kept += life.first > 0 and life.first <= record.sequence <= life.shared[LAST]
-            seen = self._decode(record.payload)
-            _insist(seen.seq == record.sequence, f"record {record.sequence} holds the event {seen.seq}")
-            if seen.event.type == "step_end":
-                step = _followed(step, seen.event.step_idx)
-        _insist(
-            records - kept <= 1, f"{records - kept} records have no receipt, where only one can have been in progress"
+            acknowledged += (
+                life.first_sequence > 0 and life.first_sequence <= record.sequence <= life.shared[LAST_INDEX]
+            )
+            view = self._decode(record.payload)
+            _require(view.seq == record.sequence, f"record {record.sequence} holds the event {view.seq}")
+            if view.event.type == "step_end":
+                step = _check_next_step(step, view.event.step_idx)
+        _require(
+            records - acknowledged <= 1,
+            f"{records - acknowledged} records have no receipt, where only one can have been in progress",
         )
-        self._verify(by, wrote=records > 0)
-        return records, life.receipts - kept
+        self._verify(by, has_records=records > 0)
+        return records, life.receipts - acknowledged
 
-    def _verify(self, by: signal.Signals, *, wrote: bool) -> None:
+    def _verify(self, by: signal.Signals, *, has_records: bool) -> None:
         tail = self.tail
         [report] = verify(self.journal).streams
-        sound = not (tail.missing or tail.damaged_bytes or tail.unreadable) and (report.last or 0) == tail.last
-        _insist(sound and report.whole and not report.live, f"missing {tail.missing}; verify reports {report}")
-        _insist(not wrote or report.closed == (by == signal.SIGTERM), f"ended by {by.name}; verify reports {report}")
+        is_intact = (
+            not (tail.missing_ranges or tail.corrupt_bytes or tail.unreadable_segments)
+            and (report.last_sequence or 0) == tail.last_sequence
+        )
+        _require(
+            is_intact and report.is_intact and not report.is_live,
+            f"missing {tail.missing_ranges}; verify reports {report}",
+        )
+        _require(
+            not has_records or report.is_closed == (by == signal.SIGTERM),
+            f"ended by {by.name}; verify reports {report}",
+        )
         self.torn_bytes = report.torn_bytes
 
 
-def _followed(before: int | None, step: int) -> int:
+def _check_next_step(previous: int | None, step: int) -> int:
     """Return the step if it follows the previous one or, as the first of a life, a checkpoint."""
-    _insist(before is None or step == before + 1, f"step {step} follows step {before}")
-    _insist(before is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
+    _require(previous is None or step == previous + 1, f"step {step} follows step {previous}")
+    _require(previous is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
     return step
 
 
-def _insist(fine: bool, why: str) -> None:
-    if not fine:
-        raise Fault(why)
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise Violation(message)
 
 
-def one_directory(
-    directory: Path, numbers: range, *, each: int, in_peace_at: int, chance: random.Random, tally: Tally, tell
+def kill_in_directory(
+    directory: Path,
+    numbers: range,
+    *,
+    receipts_per_kill: int,
+    receipts_at_end: int,
+    rng: random.Random,
+    totals: Totals,
+    on_progress,
 ) -> None:
-    """Kill it once for each number, then end it by SIGTERM once there are ``in_peace_at`` receipts in total."""
+    """Kill it once for each number, then end it by SIGTERM once there are ``receipts_at_end`` receipts in total."""
     directory.mkdir()
-    inspector = Inspector(directory / "journal")
+    checker = JournalChecker(directory / "journal")
     for number in (*numbers, None):
         pace = PACES.get(number % 10, 0) if number is not None else 0
-        life = Life(directory, pace, chance.choice(SEGMENT_BYTES))
+        life = Life(directory, pace, rng.choice(SEGMENT_BYTES))
         if number is None:
-            life.wait_for(max(in_peace_at - tally.receipts, 1))
-        elif number % 10 == STARTING:
-            time.sleep(chance.uniform(0.0, 0.6))
+            life.wait_for_receipts(max(receipts_at_end - totals.receipts, 1))
+        elif number % 10 == STARTING_KILL:
+            time.sleep(rng.uniform(0.0, 0.6))
         else:
-            life.wait_for(chance.randint(1, 2 * min(each, 5 if pace == 5 else 500 if pace else each)))
+            life.wait_for_receipts(
+                rng.randint(1, 2 * min(receipts_per_kill, 5 if pace == 5 else 500 if pace else receipts_per_kill))
+            )
         by = signal.SIGTERM if number is None else signal.SIGKILL
-        life.end(by)
-        torn_before = inspector.torn_bytes
-        records, lost = inspector.look(life, by=by)
-        tally.torn += inspector.torn_bytes > torn_before
-        tally.kills += number is not None
-        tally.unborn += life.receipts == 0
-        tally.receipts += life.receipts
-        tally.records += records
-        tally.lost += lost
+        life.end_process(by)
+        torn_before = checker.torn_bytes
+        records, lost = checker.check_new_records(life, by=by)
+        totals.torn += checker.torn_bytes > torn_before
+        totals.kills += number is not None
+        totals.without_receipts += life.receipts == 0
+        totals.receipts += life.receipts
+        totals.records += records
+        totals.lost += lost
         if number is not None:
-            tell(f"{number + 1:>5}  {pace or '':>5} steps/s  {life.receipts:>9,} receipts  lost {lost}")
+            on_progress(f"{number + 1:>5}  {pace or '':>5} steps/s  {life.receipts:>9,} receipts  lost {lost}")
 
 
-def kill(kills: int, receipts: int, *, seed: int, folder: Path, tell=lambda _: None) -> Tally:
-    """Kill ``kills`` times, with at least ``receipts`` receipts in total; raises `Fault`."""
-    chance = random.Random(seed)
-    tally = Tally()
-    while tally.kills < kills:
-        left = kills - tally.kills
+def kill_repeatedly(kills: int, receipts: int, *, seed: int, folder: Path, on_progress=lambda _: None) -> Totals:
+    """Kill ``kills`` times, with at least ``receipts`` receipts in total; raises `Violation`."""
+    rng = random.Random(seed)
+    totals = Totals()
+    while totals.kills < kills:
+        remaining = kills - totals.kills
         # Seven of ten lives publish most of the events.
-        each = max(round((receipts - tally.receipts) / left / 0.7), 10)
-        directory = folder / f"from-{tally.kills:05d}"
-        numbers = range(tally.kills, tally.kills + min(KILLS_EACH, left))
-        in_peace_at = receipts if len(numbers) == left else 0
-        one_directory(directory, numbers, each=each, in_peace_at=in_peace_at, chance=chance, tally=tally, tell=tell)
+        receipts_per_kill = max(round((receipts - totals.receipts) / remaining / 0.7), 10)
+        directory = folder / f"from-{totals.kills:05d}"
+        numbers = range(totals.kills, totals.kills + min(KILLS_EACH, remaining))
+        receipts_at_end = receipts if len(numbers) == remaining else 0
+        kill_in_directory(
+            directory,
+            numbers,
+            receipts_per_kill=receipts_per_kill,
+            receipts_at_end=receipts_at_end,
+            rng=rng,
+            totals=totals,
+            on_progress=on_progress,
+        )
         shutil.rmtree(directory)
-        tell(f"{tally}  ({tally.records:,} records, {tally.torn} torn tails, {tally.unborn} lives without a receipt)")
-    return tally
+        on_progress(
+            f"{totals}  ({totals.records:,} records, {totals.torn} torn tails, "
+            f"{totals.without_receipts} lives without a receipt)"
+        )
+    return totals
 
 
 def main() -> int:
@@ -286,28 +318,28 @@ def main() -> int:
     parser.add_argument("--receipts", type=int, default=5_000_000)
     parser.add_argument("--seed", type=int, default=time.time_ns() % 1_000_000)
     parser.add_argument("--folder", help="where the journals go; default: the system's temporary directory")
-    asked = parser.parse_args()
-    began = time.monotonic()
-    print(f"seed {asked.seed}", flush=True)
-    folder = Path(tempfile.mkdtemp(prefix="kills-", dir=asked.folder))
+    args = parser.parse_args()
+    started = time.monotonic()
+    print(f"seed {args.seed}", flush=True)
+    folder = Path(tempfile.mkdtemp(prefix="kills-", dir=args.folder))
     try:
-        tally = kill(
-            asked.kills, asked.receipts, seed=asked.seed, folder=folder, tell=lambda text: print(text, flush=True)
+        totals = kill_repeatedly(
+            args.kills, args.receipts, seed=args.seed, folder=folder, on_progress=lambda text: print(text, flush=True)
         )
-    except Fault as fault:
+    except Violation as fault:
         print(f"journals are in {folder}: {fault}", file=sys.stderr)
         return 1
     shutil.rmtree(folder)
-    print(f"{time.monotonic() - began:.0f} s")
-    print(tally)
-    return 1 if tally.lost else 0
+    print(f"{time.monotonic() - started:.0f} s")
+    print(totals)
+    return 1 if totals.lost else 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
-        where, pace, segment_bytes = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-        with (where / "receipts").open("r+b") as memory:
-            receipts = memoryview(mmap.mmap(memory.fileno(), 16)).cast("Q")
-        asyncio.run(train(where, receipts, pace, segment_bytes))
+        directory, pace, segment_bytes = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+        with (directory / "receipts").open("r+b") as shared_file:
+            receipts = memoryview(mmap.mmap(shared_file.fileno(), 16)).cast("Q")
+        asyncio.run(train(directory, receipts, pace, segment_bytes))
     else:
         sys.exit(main())

@@ -43,12 +43,12 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.codec import decode, encode
-from evsys_bus.delivery.accounts import accounts
-from evsys_bus.delivery.batches import SinkReceiver
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.dead_letters import DeadLetter
-from evsys_bus.delivery.followed import Followed, Terms
-from evsys_bus.delivery.roster import enlist
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.sink_receiver import SinkReceiver
+from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import register
 from evsys_bus.errors import (
     BatchTooLargeError,
     CodecError,
@@ -58,42 +58,42 @@ from evsys_bus.errors import (
     RejectedError,
     RetryLaterError,
 )
-from evsys_bus.journal import JournalReader, JournalWriter, Retain, layout
+from evsys_bus.journal import JournalReader, JournalWriter, RetentionPolicy, layout
 from evsys_bus.sink import Sink
 from evsys_bus.testing import FailingCallback, FailingSink, MachineStopped, ManualClock, SimulatedDisk
 
 JOURNAL = "/journal"
 ROWS = "/rows"
 CODES = (errno.EIO, errno.ENOSPC, errno.EMFILE)
-SPARED = (".lock',)",)
+NEVER_FAILING = (".lock',)",)
 """Arguments of calls that never fail. A courier that cannot lock delivers all the same, and so may another one, which
 is not tested here."""
-AT_FAULT = (KeyError, RuntimeError, MemoryError, BatchTooLargeError)
+OPENING_ERRORS = (KeyError, RuntimeError, MemoryError, BatchTooLargeError)
 """Errors that end a courier if its adapter raises them when it is opened."""
 SETTLE_SECONDS = 100_000.0
 
 
-class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
     """Raised when a promise was not kept."""
 
 
-def _insist(fine, why):
-    if not fine:
-        raise Fault(why)
+def _require(condition, message):
+    if not condition:
+        raise Violation(message)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop that jumps to its next timer instead of waiting."""
 
     def __init__(self, clock):
-        super().__init__(_Jumping(clock))
+        super().__init__(_JumpingSelector(clock))
         self._clock = clock
 
     def time(self):
         return self._clock.monotonic()
 
 
-class _Jumping(selectors.DefaultSelector):
+class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, clock):
         super().__init__()
         self._clock = clock
@@ -110,12 +110,12 @@ class Process:
     It is the `Disk` of the code that runs in it.
     """
 
-    def __init__(self, disk, chance, *, failing=0.0, dying=0.0):
+    def __init__(self, disk, rng, *, failure_rate=0.0, death_rate=0.0):
         self.alive = True
         self._disk = disk
-        self._chance = chance
-        self._failing = failing
-        self._dying = dying
+        self._rng = rng
+        self._failure_rate = failure_rate
+        self._death_rate = death_rate
         self._files = set()
 
     def __getattr__(self, name):
@@ -124,22 +124,22 @@ class Process:
     def kill(self):
         self.alive = False
         for file in sorted(self._files):
-            self._quietly("close", file)
+            self._call_ignoring_errors("close", file)
 
     def _call(self, name, *args):
         if not self.alive:
             if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
-        if self._chance.random() < self._dying:
+        if self._rng.random() < self._death_rate:
             if name == "write":
-                self._quietly("write", args[0], args[1][: self._chance.randrange(len(args[1]) + 1)])
+                self._call_ignoring_errors("write", args[0], args[1][: self._rng.randrange(len(args[1]) + 1)])
             self.kill()
             raise MachineStopped
-        if self._chance.random() < self._failing and not str(args[:1]).endswith(SPARED):
-            if name == "write" and self._chance.random() < 0.5:
-                return self._disk.write(args[0], args[1][: self._chance.randrange(len(args[1]))])
-            code = self._chance.choice(CODES)
+        if self._rng.random() < self._failure_rate and not str(args[:1]).endswith(NEVER_FAILING):
+            if name == "write" and self._rng.random() < 0.5:
+                return self._disk.write(args[0], args[1][: self._rng.randrange(len(args[1]))])
+            code = self._rng.choice(CODES)
             raise OSError(code, errno.errorcode[code])
         try:
             result = getattr(self._disk, name)(*args)
@@ -152,7 +152,7 @@ class Process:
             self._files.discard(args[0])
         return result
 
-    def _quietly(self, name, *args):
+    def _call_ignoring_errors(self, name, *args):
         try:
             getattr(self._disk, name)(*args)
         except (OSError, MachineStopped):
@@ -166,18 +166,18 @@ class LostReplyError(OSError):
     """The destination has stored the batch, but its response was lost."""
 
 
-def outcomes(chance, share):
+def outcomes(rng, share):
     """Yield the outcomes of calls of a sink, without end."""
     faults = (
-        *(lambda: RetryLaterError("busy"), lambda: RetryLaterError("429", after_seconds=chance.choice((5, math.nan)))),
+        *(lambda: RetryLaterError("busy"), lambda: RetryLaterError("429", after_seconds=rng.choice((5, math.nan)))),
         *(ConnectionRefusedError, TimeoutError, LostReplyError, KeyError, MemoryError),
         *(SystemExit, KeyboardInterrupt, asyncio.CancelledError),
         *(lambda: ParkedError("401", fix="log in"), lambda: BatchTooLargeError("413")),
-        *(lambda: RejectedError({0: "422"}), lambda: RejectedError({chance.randrange(9): "422", 700: "nobody"})),
+        *(lambda: RejectedError({0: "422"}), lambda: RejectedError({rng.randrange(9): "422", 700: "nobody"})),
         *(lambda: 0, lambda: 1, lambda: 3, lambda: "hang", lambda: "deaf"),
     )
     while True:
-        yield chance.choice(faults)() if chance.random() < share else None
+        yield rng.choice(faults)() if rng.random() < share else None
 
 
 class Destination(FailingSink):
@@ -185,16 +185,16 @@ class Destination(FailingSink):
 
     write_timeout_seconds = 5.0
 
-    def __init__(self, scene, post, process, share):
-        chance = post.chance
-        opening = (each for each in outcomes(chance, share / 2) if not isinstance(each, int | RejectedError))
-        super().__init__(outcomes(chance, share), opening=opening)
-        self.max_batch_events = chance.choice((1, 7, 500))
-        self.max_batch_bytes = chance.choice((900, 1 << 20))
-        self.max_batch_seconds = chance.choice((0.0, 0.5))
+    def __init__(self, scenario, subscription, process, share):
+        rng = subscription.chance
+        opening = (each for each in outcomes(rng, share / 2) if not isinstance(each, int | RejectedError))
+        super().__init__(outcomes(rng, share), opening=opening)
+        self.max_batch_events = rng.choice((1, 7, 500))
+        self.max_batch_bytes = rng.choice((900, 1 << 20))
+        self.max_batch_seconds = rng.choice((0.0, 0.5))
         self.process = process
-        self.post = post
-        self.scene = scene
+        self.subscription = subscription
+        self.scenario = scenario
 
     async def write(self, batch):
         if not self.process.alive:
@@ -211,18 +211,18 @@ class Destination(FailingSink):
 
     def keep(self, batch):
         if self.process.alive:
-            self.post.got += [(self.post.lives, each.stream, each.seq) for each in batch]
+            self.subscription.got += [(self.subscription.generations, each.stream, each.seq) for each in batch]
 
 
-class Rows(Destination):
+class RewindableSink(Destination):
     """A rewindable sink that writes a row per event to a file."""
 
-    def __init__(self, scene, post, process, share):
-        super().__init__(scene, post, process, share)
-        self._plan = (each for each in outcomes(post.chance, share) if not isinstance(each, LostReplyError))
+    def __init__(self, scenario, subscription, process, share):
+        super().__init__(scenario, subscription, process, share)
+        self._plan = (each for each in outcomes(subscription.chance, share) if not isinstance(each, LostReplyError))
         # A write that continues after its cancellation cannot be rewound.
         self._plan = (None if each == "deaf" else each for each in self._plan)
-        self.file = RowFile(process, f"{ROWS}/{post.name}")
+        self.file = RowFile(process, f"{ROWS}/{subscription.name}")
 
     async def open(self):
         await super().open()
@@ -235,42 +235,42 @@ class Rows(Destination):
         return self.file.mark()
 
     def rewind(self, mark):
-        self.file.whole = mark
+        self.file.complete_bytes = mark
 
 
-class Hooks(FailingCallback):
+class CountingCallback(FailingCallback):
     """A callback delivered to by a courier, whose calls raise at random."""
 
-    def __init__(self, scene, post, process, share):
+    def __init__(self, scenario, subscription, process, share):
         errors = (KeyError("no"), OSError("no"), RuntimeError("no"))
-        chance = post.chance
-        super().__init__(chance.choice(errors) if chance.random() < share / 2 else None for _ in iter(int, 1))
-        self.scene, self.post, self.process = scene, post, process
+        rng = subscription.chance
+        super().__init__(rng.choice(errors) if rng.random() < share / 2 else None for _ in iter(int, 1))
+        self.scenario, self.subscription, self.process = scenario, subscription, process
 
     def keep(self, event):
         if not self.process.alive:
             raise MachineStopped
-        if self.post.terms.on_failure == "count" and isinstance(event, StepEnd):
-            self.got(event)
+        if self.subscription.policy.on_failure == "count" and isinstance(event, StepEnd):
+            self.record_delivery(event)
         super().keep(event)
-        if self.post.terms.on_failure != "count" and isinstance(event, StepEnd):
-            self.got(event)
+        if self.subscription.policy.on_failure != "count" and isinstance(event, StepEnd):
+            self.record_delivery(event)
 
-    def got(self, event):
-        self.post.got.append((self.post.lives, *self.scene.numbers[int(event.metrics["n"])]))
+    def record_delivery(self, event):
+        self.subscription.got.append((self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])]))
 
 
-class HookRows(Hooks):
+class RewindableCallback(CountingCallback):
     """A rewindable callback that writes a row per step to a file."""
 
-    def __init__(self, scene, post, process, share):
-        super().__init__(scene, post, process, share)
-        self.file = RowFile(process, f"{ROWS}/{post.name}")
+    def __init__(self, scenario, subscription, process, share):
+        super().__init__(scenario, subscription, process, share)
+        self.file = RowFile(process, f"{ROWS}/{subscription.name}")
 
-    def got(self, event):
+    def record_delivery(self, event):
         if self.file.file is None:
             self.file.open()
-        self.file.add([self.scene.numbers[int(event.metrics["n"])]])
+        self.file.add([self.scenario.numbers[int(event.metrics["n"])]])
 
     def mark(self):
         if self.file.file is None:
@@ -278,14 +278,14 @@ class HookRows(Hooks):
         return self.file.mark()
 
     def rewind(self, mark):
-        self.file.whole = mark
+        self.file.complete_bytes = mark
 
 
 class RowFile:
     """A file of rows on the simulated disk; an incomplete batch is removed before the next access."""
 
     def __init__(self, disk, path):
-        self.disk, self.path, self.file, self.whole = disk, path, None, 0
+        self.disk, self.path, self.file, self.complete_bytes = disk, path, None, 0
 
     def open(self):
         if self.file is None:
@@ -293,21 +293,21 @@ class RowFile:
             self.file = self.disk.lock(self.path)
 
     def add(self, rows):
-        self._cut()
+        self._truncate()
         data = rest = b"".join(b"%s %d\n" % (stream.encode(), sequence) for stream, sequence in rows)
         while rest:
             rest = rest[self.disk.write(self.file, rest) :]
-        self.whole += len(data)
+        self.complete_bytes += len(data)
 
     def mark(self):
-        self._cut()
+        self._truncate()
         self.disk.sync(self.file)
         self.disk.sync_path(ROWS)
-        return self.whole
+        return self.complete_bytes
 
-    def _cut(self):
-        if self.disk.length(self.file) > self.whole:
-            self.disk.truncate(self.file, self.whole)
+    def _truncate(self):
+        if self.disk.length(self.file) > self.complete_bytes:
+            self.disk.truncate(self.file, self.complete_bytes)
 
 
 # -- programs and couriers --------------------------------------------------------------------------------------------
@@ -316,26 +316,28 @@ class RowFile:
 class Publisher:
     """The program of one rank, through all its lives."""
 
-    def __init__(self, scene, rank):
-        self.scene, self.rank = scene, rank
-        self.chance = Random(f"{scene.seed} publisher {rank}")
+    def __init__(self, scenario, rank):
+        self.scenario, self.rank = scenario, rank
+        self.rng = Random(f"{scenario.seed} publisher {rank}")
         self.writer = self.process = None
         self.runs = self.step = 0
 
-    def open(self, *, fine=False):
-        scene, chance = self.scene, self.chance
-        dying = 0.0 if fine else chance.choice((0.0, 0.0, 0.002))
-        self.process = Process(scene.disk, chance, failing=0.0 if fine else scene.failing(chance), dying=dying)
+    def open(self, *, without_faults=False):
+        scenario, rng = self.scenario, self.rng
+        death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002))
+        self.process = Process(
+            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failing(rng), death_rate=death_rate
+        )
         self.writer = JournalWriter(
             JOURNAL,
             rank=self.rank,
-            flush=chance.choice(("always", "interval")),
+            flush=rng.choice(("always", "interval")),
             flush_seconds=math.inf,
-            segment_bytes=chance.choice((1500, 4000, 1 << 20)),
-            retain=Retain(max_bytes=2000) if scene.retains else None,
-            reserve_bytes=chance.choice((0, 4096)),
+            segment_bytes=rng.choice((1500, 4000, 1 << 20)),
+            retain=RetentionPolicy(max_bytes=2000) if scenario.retains else None,
+            reserve_bytes=rng.choice((0, 4096)),
             disk=self.process,
-            clock=scene.clock,
+            clock=scenario.clock,
         )
         try:
             self.writer.open()
@@ -343,7 +345,7 @@ class Publisher:
             self.process.kill()
             self.writer = None
             return
-        if not self.runs or chance.random() < 0.5:
+        if not self.runs or rng.random() < 0.5:
             self.runs += 1
             self.step = 0
         self.run = f"run-{self.rank}-{self.runs}"
@@ -354,11 +356,11 @@ class Publisher:
 
     def publish(self, count):
         for _ in range(count):
-            if self.chance.random() < 0.01:
+            if self.rng.random() < 0.01:
                 self.writer.append(b"no envelope")
                 continue
-            self.scene.number += 1
-            self._append(StepEnd(self.state, self.step, TrainingBatch(), {"n": self.scene.number}))
+            self.scenario.number += 1
+            self._append(StepEnd(self.state, self.step, TrainingBatch(), {"n": self.scenario.number}))
             self.step += 1
 
     def end_run(self):
@@ -366,7 +368,7 @@ class Publisher:
         self._append(RunEnd(self.state.ctx, RunResult(), ArmResult("arm")), "append_end")
 
     def close(self):
-        self.process._dying = 0.0  # the last maintenance runs on a thread, which must not be killed
+        self.process._death_rate = 0.0  # the last maintenance runs on a thread, which must not be killed
         self.writer.close()
         self.process.kill()
         self.writer = None
@@ -374,57 +376,61 @@ class Publisher:
     def kill(self):
         if self.writer is not None:
             self.process.kill()
-            self.writer._upkeep.abandon()
+            self.writer._maintenance.abandon()
             self.writer = None
 
-    def _append(self, event, how="append"):
-        writer, scene = self.writer, self.scene
+    def _append(self, event, method="append"):
+        writer, scenario = self.writer, self.scenario
         if isinstance(event, StepEnd):
-            scene.numbers[scene.number] = (writer.stream, writer.next_sequence)
-        payload = encode(Envelope(writer.stream, writer.next_sequence, scene.clock.wall(), event, self.run, self.rank))
-        getattr(writer, how)(payload, *([self.run] if how != "append" else []))
+            scenario.numbers[scenario.number] = (writer.stream, writer.next_sequence)
+        payload = encode(
+            Envelope(writer.stream, writer.next_sequence, scenario.clock.wall(), event, self.run, self.rank)
+        )
+        getattr(writer, method)(payload, *([self.run] if method != "append" else []))
 
 
-class Post:
+class SimulatedSubscription:
     """One adapter, and its couriers through all their lives."""
 
-    def __init__(self, scene, name, kind, terms):
-        self.scene, self.name, self.kind, self.terms = scene, name, kind, terms
-        self.chance = Random(f"{scene.seed} {name}")
-        self.lives = 0
-        self.got = []
+    def __init__(self, scenario, name, kind, policy):
+        self.scenario, self.name, self.kind, self.policy = scenario, name, kind, policy
+        self.rng = Random(f"{scenario.seed} {name}")
+        self.generations = 0
+        self.deliveries = []
         """Life, stream and sequence of what reached a destination that survives its process."""
         self.task = self.courier = self.process = self.adapter = None
 
-    def start(self, *, fine=False):
-        scene, chance = self.scene, self.chance
-        self.lives += 1
-        dying = 0.0 if fine else chance.choice((0.0, 0.0, 0.002, 0.02))
-        self.process = Process(scene.disk, chance, failing=0.0 if fine else scene.failing(chance), dying=dying)
-        self.adapter = self.kind(scene, self, self.process, 0.0 if fine else chance.choice((0.0, 0.1, 0.5)))
-        self.courier = self._courier(self.adapter, self.process)
+    def start(self, *, without_faults=False):
+        scenario, rng = self.scenario, self.rng
+        self.generations += 1
+        death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002, 0.02))
+        self.process = Process(
+            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failing(rng), death_rate=death_rate
+        )
+        self.adapter = self.kind(scenario, self, self.process, 0.0 if without_faults else rng.choice((0.0, 0.1, 0.5)))
+        self.courier = self._make_courier(self.adapter, self.process)
         self.task = asyncio.get_running_loop().create_task(self.courier.run())
 
-    def _courier(self, adapter, process):
+    def _make_courier(self, adapter, process):
         if isinstance(adapter, Sink):
-            seed = Random(self.chance.random())
+            seed = Random(self.rng.random())
             adapter = SinkReceiver(adapter, random=seed, grace_seconds=0.5, close_seconds=1.0)
-        options = {"disk": process, "clock": self.scene.clock, "poll_seconds": self.chance.choice((0.1, 0.5))}
-        return Courier(JOURNAL, self.name, adapter, self.terms, **options)
+        options = {"disk": process, "clock": self.scenario.clock, "poll_seconds": self.rng.choice((0.1, 0.5))}
+        return Courier(JOURNAL, self.name, adapter, self.policy, **options)
 
-    async def refuse_another(self):
+    async def check_exclusive(self):
         """Check that no other courier can deliver while this one does."""
-        disk = self.scene.disk
-        process = Process(disk, self.chance)
-        adapter = self.kind(self.scene, self, process, 0.0)
-        if self.task is None or not disk.is_locked(layout.courier_file(JOURNAL, self.name, "lock")):
+        disk = self.scenario.disk
+        process = Process(disk, self.rng)
+        adapter = self.kind(self.scenario, self, process, 0.0)
+        if self.task is None or not disk.is_locked(layout.courier_path(JOURNAL, self.name, "lock")):
             return
         try:
-            await self._courier(adapter, process).run()
+            await self._make_courier(adapter, process).run()
         except CourierBusyError:
             process.kill()
             return
-        raise Fault(f"two couriers at once deliver to {self.name}")
+        raise Violation(f"two couriers at once deliver to {self.name}")
 
     async def kill(self):
         if self.task is not None:
@@ -436,124 +442,139 @@ class Post:
         """Wait for the courier, and check that it ended without an unexpected error."""
         await asyncio.wait([self.task])
         error = None if self.task.cancelled() else self.task.exception()
-        known = (MachineStopped, OSError, *AT_FAULT)
-        _insist(error is None or isinstance(error, known), f"the courier of {self.name} ended with {error!r}")
+        expected_errors = (MachineStopped, OSError, *OPENING_ERRORS)
+        _require(
+            error is None or isinstance(error, expected_errors), f"the courier of {self.name} ended with {error!r}"
+        )
         self.process.kill()
         if isinstance(self.adapter, FailingSink):
             self.adapter.release()
         self.task = None
 
 
-class Scene:
+class Scenario:
     """One machine, and everything that runs on it."""
 
     def __init__(self, seed):
         self.seed = seed
         self.clock = ManualClock()
         self.disk = SimulatedDisk()
-        self.chance = chance = Random(f"{seed} scene")
-        self.retains = chance.random() < 0.3
-        self.weather = 0.0
+        self.rng = rng = Random(f"{seed} scene")
+        self.retains = rng.random() < 0.3
+        self.fault_level = 0.0
         self.number = 0
         self.numbers = {}
         """Number of a step -> its stream and sequence."""
-        self.on_record = {}
+        self.recorded = {}
         """Stream and sequence of each event that was ever seen in the journal -> whether it is a step."""
         self.lost = set()
         """Those of them that a power cut removed."""
         self.power_cuts = 0
-        self.told = blake2b()
-        self.publishers = [Publisher(self, rank) for rank in range(chance.randint(1, 3))]
+        self.trace_digest = blake2b()
+        self.publishers = [Publisher(self, rank) for rank in range(rng.randint(1, 3))]
         ranks = (None, (0,))
-        self.posts = [
-            Post(self, "sink", Destination, Terms(chance.choice(ranks))),
-            Post(self, "rows", Rows, Terms(chance.choice(ranks))),
-            Post(self, "hooks", Hooks, Terms(chance.choice(ranks), chance.choice(("count", "dead", "retry")))),
-            Post(self, "hook rows", HookRows, Terms(chance.choice(ranks), chance.choice(("dead", "retry")))),
+        self.subscriptions = [
+            SimulatedSubscription(self, "sink", Destination, DeliveryPolicy(rng.choice(ranks))),
+            SimulatedSubscription(self, "rows", RewindableSink, DeliveryPolicy(rng.choice(ranks))),
+            SimulatedSubscription(
+                self,
+                "hooks",
+                CountingCallback,
+                DeliveryPolicy(rng.choice(ranks), rng.choice(("count", "dead", "retry"))),
+            ),
+            SimulatedSubscription(
+                self, "hook rows", RewindableCallback, DeliveryPolicy(rng.choice(ranks), rng.choice(("dead", "retry")))
+            ),
         ]
 
-    def failing(self, chance):
-        return chance.choice((0.0, 0.0, 0.01, 0.1)) * self.weather
+    def failure_rate(self, rng):
+        return rng.choice((0.0, 0.0, 0.01, 0.1)) * self.fault_level
 
-    def tell(self, *what):
+    def trace(self, *what):
         """Add to the trace, with the time; a replay must give the same trace."""
-        self.told.update(f"{self.clock.monotonic():.6f} {what}\n".encode())
+        self.trace_digest.update(f"{self.clock.monotonic():.6f} {what}\n".encode())
 
-    async def play(self):
+    async def run(self):
         """Run all actions, then drain and check."""
-        enlist(JOURNAL, [Followed(post.name, terms=post.terms) for post in self.posts], self.disk)
-        acts = (
+        register(
+            JOURNAL,
+            [Subscription(subscription.name, policy=subscription.policy) for subscription in self.subscriptions],
+            self.disk,
+        )
+        actions = (
             *[self.publish] * 8,
             *[self.wait] * 5,
             *[self.start_or_stop] * 6,
-            *(self.kill_courier, self.kill_publisher, self.change_weather, self.fill_disk, self.start_twice),
+            *(self.kill_courier, self.kill_publisher, self.change_fault_level, self.fill_disk, self.start_twice),
             self.flush,
-            *([self.cut_power] if self.chance.random() < 0.5 else []),
+            *([self.cut_power] if self.rng.random() < 0.5 else []),
         )
-        for _ in range(self.chance.randint(10, 60)):
-            act = self.chance.choice(acts)
-            self.tell(act.__name__, self.disk.calls, *(len(post.got) for post in self.posts))
-            await act()
-        await self.settle()
-        self.inspect()
+        for _ in range(self.rng.randint(10, 60)):
+            action = self.rng.choice(actions)
+            self.trace(
+                action.__name__, self.disk.calls, *(len(subscription.deliveries) for subscription in self.subscriptions)
+            )
+            await action()
+        await self.drain_and_check()
+        self.check()
 
     # -- acts ---------------------------------------------------------------------------------------------------------
 
     async def publish(self):
-        publisher = self.chance.choice(self.publishers)
+        publisher = self.rng.choice(self.publishers)
         try:
             if publisher.writer is None:
                 publisher.open()
             if publisher.writer is None:
                 return
-            for _ in range(self.chance.randint(1, 4)):
-                publisher.publish(self.chance.choice((1, 5, 40)))
-                if self.chance.random() < 0.3:
-                    await asyncio.sleep(self.chance.choice((0.0, 0.05, 1.0)))
+            for _ in range(self.rng.randint(1, 4)):
+                publisher.publish(self.rng.choice((1, 5, 40)))
+                if self.rng.random() < 0.3:
+                    await asyncio.sleep(self.rng.choice((0.0, 0.05, 1.0)))
                     if publisher.writer is None:
                         return
-            if self.chance.random() < 0.2:
+            if self.rng.random() < 0.2:
                 publisher.end_run()
                 publisher.close()
         except MachineStopped:
             publisher.kill()
-        self.look()
+        self.update_recorded()
 
     async def wait(self):
-        await asyncio.sleep(self.chance.choice((0.0, 0.1, 1.0, 10.0, 30.0)))
+        await asyncio.sleep(self.rng.choice((0.0, 0.1, 1.0, 10.0, 30.0)))
 
     async def start_or_stop(self):
-        post = self.chance.choice(self.posts)
-        if post.task is None:
-            post.start()
+        subscription = self.rng.choice(self.subscriptions)
+        if subscription.task is None:
+            subscription.start()
             return
-        if self.chance.random() < 0.3:
-            post.courier.finish()
-            await asyncio.sleep(self.chance.choice((0.0, 1.0)))
-        if post.task.done() or self.chance.random() < 0.3:
-            post.courier.stop()
-            await post.end()
+        if self.rng.random() < 0.3:
+            subscription.courier.finish()
+            await asyncio.sleep(self.rng.choice((0.0, 1.0)))
+        if subscription.task.done() or self.rng.random() < 0.3:
+            subscription.courier.stop()
+            await subscription.end()
 
     async def start_twice(self):
-        await self.chance.choice(self.posts).refuse_another()
+        await self.rng.choice(self.subscriptions).check_exclusive()
 
     async def kill_courier(self):
-        await self.chance.choice(self.posts).kill()
+        await self.rng.choice(self.subscriptions).kill()
 
     async def kill_publisher(self):
-        self.chance.choice(self.publishers).kill()
-        self.look()
+        self.rng.choice(self.publishers).kill()
+        self.update_recorded()
 
-    async def change_weather(self):
-        self.weather = self.chance.choice((0.0, 1.0))
+    async def change_fault_level(self):
+        self.fault_level = self.rng.choice((0.0, 1.0))
 
     async def fill_disk(self):
-        self.disk.room = self.chance.choice((0, 500, 5000, None, None))
+        self.disk.room = self.rng.choice((0, 500, 5000, None, None))
 
     async def flush(self):
         for publisher in self.publishers:
             if publisher.writer is not None:
-                self.look()  # before anything is pruned
+                self.update_recorded()  # before anything is pruned
                 try:
                     publisher.writer.flush()
                 except MachineStopped:
@@ -561,116 +582,130 @@ class Scene:
 
     async def cut_power(self):
         """Cut the power in the middle of a random call."""
-        self.look()
-        self.disk.stop(self.disk.calls + self.chance.randint(1, 100), self.chance.random())
-        await asyncio.sleep(self.chance.choice((0.1, 1.0)))
-        for post in self.posts:
-            await post.kill()
+        self.update_recorded()
+        self.disk.stop(self.disk.calls + self.rng.randint(1, 100), self.rng.random())
+        await asyncio.sleep(self.rng.choice((0.1, 1.0)))
+        for subscription in self.subscriptions:
+            await subscription.kill()
         for publisher in self.publishers:
             publisher.kill()
         self.disk.restart("kill")
-        self.look()
-        before = self._there()
-        self.disk.restart("power", keep=self.chance.choice((0.0, 0.5, 1.0)))
-        self.lost |= before.keys() - self._there().keys()
+        self.update_recorded()
+        before = self._read_recorded()
+        self.disk.restart("power", keep=self.rng.choice((0.0, 0.5, 1.0)))
+        self.lost |= before.keys() - self._read_recorded().keys()
         self.power_cuts += 1
         await asyncio.sleep(2.0)  # the names of streams contain the second
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    async def settle(self):
+    async def drain_and_check(self):
         """Stop everything, end the faults, and let couriers deliver the rest."""
-        self.weather, self.disk.room = 0.0, None
-        for post in self.posts:
-            await post.kill()
+        self.fault_level, self.disk.room = 0.0, None
+        for subscription in self.subscriptions:
+            await subscription.kill()
         for publisher in self.publishers:
             publisher.kill()
-        self.look()
-        for post in self.posts:
-            post.start(fine=True)
-            post.courier.finish()
-        for post in self.posts:
+        self.update_recorded()
+        for subscription in self.subscriptions:
+            subscription.start(without_faults=True)
+            subscription.courier.finish()
+        for subscription in self.subscriptions:
             try:
-                await asyncio.wait_for(asyncio.shield(post.task), SETTLE_SECONDS)
+                await asyncio.wait_for(asyncio.shield(subscription.task), SETTLE_SECONDS)
             except TimeoutError:
-                raise Fault(f"{post.name} makes no progress at {post.courier.counts}") from None
-            await post.end()
+                raise Violation(f"{subscription.name} makes no progress at {subscription.courier.counts}") from None
+            await subscription.end()
 
-    def look(self):
+    def update_recorded(self):
         """Update what is known to be recorded."""
-        self.on_record |= self._there()
+        self.recorded |= self._read_recorded()
 
-    def _there(self):
+    def _read_recorded(self):
         reader = JournalReader(JOURNAL, self.disk)
-        there = {}
+        records = {}
         for stream in reader.streams():
             for record in reader.read(stream):
                 try:
-                    there[stream, record.sequence] = isinstance(decode(record.payload).event, StepEnd)
+                    records[stream, record.sequence] = isinstance(decode(record.payload).event, StepEnd)
                 except CodecError:
-                    there[stream, record.sequence] = False
-        return there
+                    records[stream, record.sequence] = False
+        return records
 
-    def inspect(self):
-        """Check every adapter; raises `Fault`."""
-        for post in self.posts:
-            ranks = post.terms.ranks
-            mine = {each for each in self.on_record if ranks is None or layout.rank_of(each[0]) in ranks}
-            steps = {each for each in mine if self.on_record[each]}
-            owed = steps if isinstance(post.adapter, Hooks) else mine
-            self._inspect_one(post, mine, owed)
+    def check(self):
+        """Check every adapter; raises `Violation`."""
+        for subscription in self.subscriptions:
+            ranks = subscription.policy.ranks
+            in_scope = {each for each in self.recorded if ranks is None or layout.rank_of(each[0]) in ranks}
+            steps = {each for each in in_scope if self.recorded[each]}
+            expected = steps if isinstance(subscription.adapter, CountingCallback) else in_scope
+            self._check_subscription(subscription, in_scope, expected)
 
-    def _inspect_one(self, post, mine, owed):
-        dead = self._letters(post)
-        if isinstance(post.adapter, Rows | HookRows):
-            rows = [tuple(row.split()) for row in self.disk.contents(f"{ROWS}/{post.name}").decode().splitlines()]
-            got = [(0, stream, int(sequence)) for stream, sequence in rows]
-            _insist(len(set(got)) == len(got), f"{post.name} has {len(got) - len(set(got))} rows twice")
+    def _check_subscription(self, subscription, in_scope, expected):
+        dead_letters = self._read_dead_letters(subscription)
+        if isinstance(subscription.adapter, RewindableSink | RewindableCallback):
+            rows = [
+                tuple(row.split()) for row in self.disk.contents(f"{ROWS}/{subscription.name}").decode().splitlines()
+            ]
+            deliveries = [(0, stream, int(sequence)) for stream, sequence in rows]
+            _require(
+                len(set(deliveries)) == len(deliveries),
+                f"{subscription.name} has {len(deliveries) - len(set(deliveries))} rows twice",
+            )
         else:
-            got = post.got
-        reached = {each[1:] for each in got}
-        must = owed - self.lost
-        _insist(must <= reached | dead, f"{post.name} lacks {sorted(must - reached - dead)[:5]} of {len(must)}")
-        _insist(reached | dead <= mine, f"{post.name} has unpublished events: {sorted((reached | dead) - mine)[:5]}")
+            deliveries = subscription.got
+        reached = {each[1:] for each in deliveries}
+        required = expected - self.lost
+        _require(
+            required <= reached | dead_letters,
+            f"{subscription.name} lacks {sorted(required - reached - dead_letters)[:5]} of {len(required)}",
+        )
+        _require(
+            reached | dead_letters <= in_scope,
+            f"{subscription.name} has unpublished events: {sorted((reached | dead_letters) - in_scope)[:5]}",
+        )
         orders = defaultdict(list)
-        for life, stream, sequence in dict.fromkeys(got):
+        for life, stream, sequence in dict.fromkeys(deliveries):
             orders[life, stream].append(sequence)
         for (life, stream), order in orders.items():
-            at = next((each for each in pairwise(order) if each[0] > each[1]), None)
-            _insist(at is None, f"{post.name}, in life {life}, received {at} of {stream} in this order")
-        (account,) = (each for each in accounts(JOURNAL, self.disk) if each.name == post.name)
-        _insist(account.pending == 0 and not account.busy, f"not all was delivered: {account}")
-        least, most = len(mine - self.lost), len(mine)
-        right = least <= account.recorded == account.delivered + account.dead <= most
-        _insist(right, f"{account}, where {least} to {most} events are recorded")
-        _insist(account.dead <= len(dead), f"{account}, and {len(dead)} dead letters")
-        if type(post.adapter) is Rows:
-            _insist(account.delivered == len(got), f"{account}, and {len(got)} rows")
-        self.tell(post.name, account.delivered, account.dead, [(life, seq) for life, _, seq in got])
+            misordered = next((each for each in pairwise(order) if each[0] > each[1]), None)
+            _require(
+                misordered is None,
+                f"{subscription.name}, in life {life}, received {misordered} of {stream} in this order",
+            )
+        (status,) = (each for each in read_progress(JOURNAL, self.disk) if each.name == subscription.name)
+        _require(status.pending == 0 and not status.busy, f"not all was delivered: {status}")
+        minimum, maximum = len(in_scope - self.lost), len(in_scope)
+        is_balanced = minimum <= status.recorded == status.delivered + status.dead <= maximum
+        _require(is_balanced, f"{status}, where {minimum} to {maximum} events are recorded")
+        _require(status.dead <= len(dead_letters), f"{status}, and {len(dead_letters)} dead letters")
+        if type(subscription.adapter) is RewindableSink:
+            _require(status.delivered == len(deliveries), f"{status}, and {len(deliveries)} rows")
+        self.trace(subscription.name, status.delivered, status.dead, [(life, seq) for life, _, seq in deliveries])
 
-    def _letters(self, post):
-        path = layout.courier_file(JOURNAL, post.name, "dead.jsonl")
+    def _read_dead_letters(self, subscription):
+        path = layout.courier_path(JOURNAL, subscription.name, "dead.jsonl")
         if path not in self.disk.paths():
             return set()
-        whole = bytes(self.disk.contents(path)).split(b"\n")[:-1]  # a kill may have truncated the last one
+        complete_lines = bytes(self.disk.contents(path)).split(b"\n")[:-1]  # a kill may have truncated the last one
         try:
-            letters = [msgspec.json.decode(line, type=DeadLetter) for line in whole]
+            letters = [msgspec.json.decode(line, type=DeadLetter) for line in complete_lines]
         except msgspec.DecodeError as error:
-            raise Fault(f"{post.name} has a dead letter that cannot be read: {error}") from error
+            raise Violation(f"{subscription.name} has a dead letter that cannot be read: {error}") from error
         return {(letter.stream, letter.seq) for letter in letters}
 
 
-def play(seed):
-    """Run one seed; raises `Fault`."""
-    scene = Scene(seed)
+def run_seed(seed):
+    """Run one seed; raises `Violation`."""
+    scenario = Scenario(seed)
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # retries are logged, thousands of times
     try:
-        with asyncio.Runner(loop_factory=lambda: VirtualLoop(scene.clock)) as runner:
-            runner.run(scene.play())
+        with asyncio.Runner(loop_factory=lambda: VirtualLoop(scenario.clock)) as runner:
+            runner.run(scenario.run())
     finally:
         logging.disable(before)
-    return scene
+    return scenario
 
 
 def main():
@@ -678,24 +713,24 @@ def main():
     parser = argparse.ArgumentParser(description="A random mix of all faults of delivery; see the file.")
     parser.add_argument("--seeds", type=int, default=1000)
     parser.add_argument("--first", type=int, default=time.time_ns() % 10**9, help="to replay: the seed that failed")
-    asked = parser.parse_args()
-    began = time.monotonic()
+    args = parser.parse_args()
+    started = time.monotonic()
     events = seconds = cuts = lives = 0
-    for seed in range(asked.first, asked.first + asked.seeds):
+    for seed in range(args.first, args.first + args.seeds):
         try:
-            scene = play(seed)
+            scenario = run_seed(seed)
         except Exception as error:
             print(f"seed {seed}: {error!r}", file=sys.stderr)
             print(f"replay: python {__file__} --seeds 1 --first {seed}", file=sys.stderr)
-            if asked.seeds == 1:
+            if args.seeds == 1:
                 raise
             return 1
-        events += len(scene.on_record)
-        seconds += scene.clock.monotonic()
-        cuts += scene.power_cuts
-        lives += sum(post.lives for post in scene.posts)
-    print(f"seeds {asked.first} to {asked.first + asked.seeds - 1}, {events:,} events, {lives:,} lives of couriers,")
-    print(f"{cuts:,} power cuts, {seconds / 3600:,.0f} virtual hours, lost 0, {time.monotonic() - began:.0f} s")
+        events += len(scenario.recorded)
+        seconds += scenario.clock.monotonic()
+        cuts += scenario.power_cuts
+        lives += sum(subscription.generations for subscription in scenario.subscriptions)
+    print(f"seeds {args.first} to {args.first + args.seeds - 1}, {events:,} events, {lives:,} lives of couriers,")
+    print(f"{cuts:,} power cuts, {seconds / 3600:,.0f} virtual hours, lost 0, {time.monotonic() - started:.0f} s")
     return 0
 
 

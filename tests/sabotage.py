@@ -19,7 +19,7 @@ import time
 import tomllib
 
 ROOT = pathlib.Path(__file__).parent.parent
-PLACES = {"evsys_bus": ".", "evsys_adapters": "adapters"}
+PACKAGE_ROOTS = {"evsys_bus": ".", "evsys_adapters": "adapters"}
 """The directory that contains each package, relative to the tree."""
 IGNORED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", "runs", "dist")
 TIMEOUT_SECONDS = 120
@@ -32,14 +32,14 @@ def breakages() -> list[dict[str, str]]:
     return tomllib.loads((ROOT / "tests" / "sabotage.toml").read_text(encoding="utf-8"))["breakage"]
 
 
-def source_of(function: str) -> pathlib.Path:
-    """Return the file of a function such as ``evsys_bus.delivery.books:Books.commit``, relative to the tree."""
+def source_path_of(function: str) -> pathlib.Path:
+    """Return the file of a function such as ``evsys_bus.delivery.courier:Courier.run``, relative to the tree."""
     module = function.partition(":")[0]
-    path = pathlib.Path(PLACES[module.partition(".")[0]], *module.split("."))
+    path = pathlib.Path(PACKAGE_ROOTS[module.partition(".")[0]], *module.split("."))
     return path / "__init__.py" if (ROOT / path).is_dir() else path.with_suffix(".py")
 
 
-def found(tree: ast.Module, function: str) -> tuple[Function, bool]:
+def find_function(tree: ast.Module, function: str) -> tuple[Function, bool]:
     """Return the definition of the function, and whether it is a method.
 
     Raises:
@@ -57,23 +57,23 @@ def found(tree: ast.Module, function: str) -> tuple[Function, bool]:
     raise LookupError(f"there is no function {function}")
 
 
-class _Original(ast.NodeTransformer):
+class _OriginalCalls(ast.NodeTransformer):
     """Makes ``original`` refer to the original function."""
 
-    def __init__(self, kept: str, owner: str | None) -> None:
-        self.kept, self.owner = kept, owner
+    def __init__(self, original_name: str, owner: str | None) -> None:
+        self.original_name, self.receiver = original_name, owner
         self.used = False
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if node.id != "original":
             return node
         self.used = True
-        if self.owner is None:
-            return ast.Name(self.kept)
-        return ast.Attribute(ast.Name(self.owner), self.kept)
+        if self.receiver is None:
+            return ast.Name(self.original_name)
+        return ast.Attribute(ast.Name(self.receiver), self.original_name)
 
 
-def broken(text: str, function: str, body: str) -> str:
+def apply_breakage(text: str, function: str, body: str) -> str:
     """Return the source with the body of the function replaced.
 
     Raises:
@@ -81,32 +81,33 @@ def broken(text: str, function: str, body: str) -> str:
         SyntaxError: The body is not valid Python.
     """
     tree = ast.parse(text)
-    node, is_method = found(tree, function)
+    node, is_method = find_function(tree, function)
     lines = text.splitlines(keepends=True)
     first = min([node.lineno, *(each.lineno for each in node.decorator_list)]) - 1
-    before = "".join(lines[first : node.end_lineno])
-    kept = f"_original_{node.name.strip('_')}"
-    owner = node.args.args[0].arg if is_method and node.args.args else None
-    original = _Original(kept, owner)
+    original_source = "".join(lines[first : node.end_lineno])
+    original_name = f"_original_{node.name.strip('_')}"
+    receiver = node.args.args[0].arg if is_method and node.args.args else None
+    original = _OriginalCalls(original_name, receiver)
     # Parsed in a function, because it may contain `return` and `await`.
     [wrapped] = ast.parse("async def body():\n" + textwrap.indent(body, "    ")).body
     assert isinstance(wrapped, ast.AsyncFunctionDef)
     node.body = [original.visit(each) for each in wrapped.body]
     after = textwrap.indent(ast.unparse(ast.fix_missing_locations(node)), " " * node.col_offset) + "\n"
     if original.used:
-        after += "\n" + re.sub(rf"\bdef {node.name}\b", f"def {kept}", before, count=1)
+        after += "\n" + re.sub(rf"\bdef {node.name}\b", f"def {original_name}", original_source, count=1)
     return "".join([*lines[:first], after, *lines[node.end_lineno :]])
 
 
-def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
+def run_breakage(breakage: dict[str, str]) -> tuple[bool, str]:
     """Return whether its tests caught it, and the first failed test, or what went wrong."""
     with tempfile.TemporaryDirectory() as directory:
         tree = pathlib.Path(directory, "tree")
         shutil.copytree(ROOT, tree, ignore=IGNORED, symlinks=True)
-        path = tree / source_of(breakage["function"])
+        path = tree / source_path_of(breakage["function"])
         try:
             path.write_text(
-                broken(path.read_text(encoding="utf-8"), breakage["function"], breakage["body"]), encoding="utf-8"
+                apply_breakage(path.read_text(encoding="utf-8"), breakage["function"], breakage["body"]),
+                encoding="utf-8",
             )
         except (LookupError, OSError, SyntaxError) as error:
             return False, f"OUT OF DATE: {error}"
@@ -133,18 +134,18 @@ def verdict(breakage: dict[str, str]) -> tuple[bool, str]:
 def main() -> int:
     """Run the breakages one at a time; the exit code is 1 if one was not caught."""
     words = sys.argv[1:]
-    chosen = [
+    selected = [
         each for each in breakages() if not words or any(word in each["name"] + each["function"] for word in words)
     ]
     caught = 0
-    for breakage in chosen:
-        began = time.monotonic()
-        is_caught, what = verdict(breakage)
+    for breakage in selected:
+        started = time.monotonic()
+        is_caught, what = run_breakage(breakage)
         caught += is_caught
         state = "caught" if is_caught else "MISSED"
-        print(f"{state}  {time.monotonic() - began:5.1f} s  {breakage['name']}\n        {what}", flush=True)
-    print(f"{caught} of {len(chosen)} caught")
-    return int(caught < len(chosen))
+        print(f"{state}  {time.monotonic() - started:5.1f} s  {breakage['name']}\n        {what}", flush=True)
+    print(f"{caught} of {len(selected)} caught")
+    return int(caught < len(selected))
 
 
 if __name__ == "__main__":

@@ -15,45 +15,45 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
-from evsys_bus.delivery import roster
+from evsys_bus.delivery import subscriptions
 from evsys_bus.disk import replace_file
 from evsys_bus.testing import MachineStopped, ManualClock, SimulatedDisk
 
 ROOT = "/experiment"
 JOURNAL = f"{ROOT}/journal"
-THIRD = 1 / 3
+NUMBER_FRACTION = 1 / 3
 """Added to the number of an event, so that its last bytes differ from the zeros of unwritten data."""
 CODES = (errno.EIO, errno.EMFILE)
-OPENING = {"lock", "open_append", "open_new", "open_read", "open_file", "open_write"}
+OPENING_CALLS = {"lock", "open_append", "open_new", "open_read", "open_file", "open_write"}
 
 
-class Fault(Exception):  # noqa: N818 - names what was found, not an error of this program
+class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
     """Raised when a promise was not kept."""
 
 
 @contextmanager
-def seeded_system(chance, clock):
+def seeded_system(rng, clock):
     """Take random bytes from the seed, and make other data of the real machine that files contain constant.
 
     Names of streams and marks consist of random bytes. The size of files, which decides when a disk is full and where a
     write is torn, depends on the pid, the time, and the names of the host and of folders.
     """
     system = (
-        (os, "urandom", chance.randbytes),
-        (random, "_urandom", chance.randbytes),
+        (os, "urandom", rng.randbytes),
+        (random, "_urandom", rng.randbytes),
         (os, "getpid", lambda: 4242),
         (os, "uname", lambda: SimpleNamespace(nodename="simulated")),
         (os, "getcwd", lambda: ROOT),
-        (roster, "import_path", lambda: (ROOT,)),
+        (subscriptions, "import_path", lambda: (ROOT,)),
         (time, "time", clock.wall),
     )
-    before = [getattr(module, name) for module, name, _ in system]
+    originals = [getattr(module, name) for module, name, _ in system]
     for module, name, simulated in system:
         setattr(module, name, simulated)
     try:
         yield
     finally:
-        for (module, name, _), real in zip(system, before, strict=True):
+        for (module, name, _), real in zip(system, originals, strict=True):
             setattr(module, name, real)
 
 
@@ -61,14 +61,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop that jumps to its next timer instead of waiting."""
 
     def __init__(self, clock):
-        super().__init__(_Jumping(clock))
+        super().__init__(_JumpingSelector(clock))
         self._clock = clock
 
     def time(self):
         return self._clock.monotonic()
 
 
-class _Jumping(selectors.DefaultSelector):
+class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, clock):
         super().__init__()
         self._clock = clock
@@ -85,18 +85,18 @@ class Machine:
     Attributes:
         faults: How many faults of each kind were injected.
         trace: What happened, line by line.
-        failing: The share of calls that fail with EIO or EMFILE.
+        failure_rate: The share of calls that fail with EIO or EMFILE.
         host: The number of the machine, which is part of its boot id.
     """
 
-    def __init__(self, chance, *, traced=False):
+    def __init__(self, rng, *, traced=False):
         self.clock = ManualClock(1_800_000_000.0)
         self.disk = SimulatedDisk(self.clock)
-        self.chance = chance
+        self.rng = rng
         self.faults = Counter()
         self.trace = []
         self.traced = traced
-        self.failing = 0.0
+        self.failure_rate = 0.0
         self.host = 1
 
     def note(self, *what):
@@ -106,26 +106,26 @@ class Machine:
         if self.traced:
             print(line, flush=True)
 
-    def inject(self, kind, *what):
+    def count_fault(self, kind, *what):
         """Count a fault of this kind."""
         self.faults[kind] += 1
         self.note("FAULT", kind, *what)
 
-    def calm(self):
+    def clear_faults(self):
         """End all faults."""
-        self.failing, self.disk.room = 0.0, None
+        self.failure_rate, self.disk.room = 0.0, None
         self.disk.unreadable.clear()
 
     def cut_power(self):
         """Cut the power: unsynced data survives, is lost, partly lost or zeroed; changes of folders survive or not."""
         disk = self.disk
         before = {path: bytes(disk.contents(path)) for path in disk.paths()}
-        disk.restart("power", chance=self.chance)
+        disk.restart("power", chance=self.rng)
         after = {path: bytes(disk.contents(path)) for path in disk.paths()}
         for path in sorted({*before, *after}):
             if before.get(path) != after.get(path):
                 kind = "a file gone" if path not in after else "a file back" if path not in before else "a file torn"
-                self.inject(f"power cut: {kind}", path)
+                self.count_fault(f"power cut: {kind}", path)
 
 
 class Process:
@@ -133,27 +133,27 @@ class Process:
 
     Args:
         machine: The machine.
-        chance: The source of its random choices.
-        lives: It is killed in the middle of this call; None for never.
-        fine: Whether the faults of the machine do not apply to it.
+        rng: The source of its random choices.
+        max_calls: It is killed in the middle of this call; None for never.
+        without_faults: Whether the faults of the machine do not apply to it.
     """
 
-    def __init__(self, machine, chance, *, lives=None, fine=False):
+    def __init__(self, machine, rng, *, max_calls=None, without_faults=False):
         self.machine = machine
         self.alive = True
         self.calls = 0
         self.interrupt_at = None
         """Number of the call in which KeyboardInterrupt is raised."""
-        self._chance = chance
-        self._lives = lives
-        self._fine = fine
+        self._rng = rng
+        self._max_calls = max_calls
+        self._without_faults = without_faults
         self._files = {}
 
     def __getattr__(self, name):
         if name.startswith("_"):
             raise AttributeError(name)
         call = self._call
-        bound = lambda *args, **named: call(name, *args, **named)  # noqa: E731
+        bound = lambda *args, **kwargs: call(name, *args, **kwargs)  # noqa: E731
         self.__dict__[name] = bound
         return bound
 
@@ -171,53 +171,53 @@ class Process:
                 with suppress(OSError, MachineStopped):
                     self.machine.disk.close(file)
 
-    def _call(self, name, *args, **named):
+    def _call(self, name, *args, **kwargs):
         machine = self.machine
         if not self.alive:
             if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
         self.calls += 1
-        if self.calls == self._lives and name != "close":
-            self._die(name, args, named)
+        if self.calls == self._max_calls and name != "close":
+            self._die(name, args, kwargs)
         if self.calls == self.interrupt_at and threading.current_thread() is threading.main_thread():
-            machine.inject("interrupt", name)
-            if self._chance.random() < 0.5:
+            machine.count_fault("interrupt", name)
+            if self._rng.random() < 0.5:
                 raise KeyboardInterrupt
-            self._perform(name, args, named)
+            self._perform(name, args, kwargs)
             raise KeyboardInterrupt
-        if machine.failing and not self._fine and self._chance.random() < machine.failing:
+        if machine.failing and not self._without_faults and self._rng.random() < machine.failing:
             self._fail(name, args)
-        return self._perform(name, args, named)
+        return self._perform(name, args, kwargs)
 
-    def _die(self, name, args, named):
-        machine, chance = self.machine, self._chance
-        machine.inject("killed in a call", name, args[0] if args else "")
+    def _die(self, name, args, kwargs):
+        machine, rng = self.machine, self._rng
+        machine.count_fault("killed in a call", name, args[0] if args else "")
         with suppress(OSError):
             if name == "write":
                 machine.faults["killed in a write"] += 1
-                machine.disk.write(args[0], bytes(args[1])[: chance.randint(0, len(args[1]))])
-            elif chance.random() < 0.5:
-                self._perform(name, args, named)
+                machine.disk.write(args[0], bytes(args[1])[: rng.randint(0, len(args[1]))])
+            elif rng.random() < 0.5:
+                self._perform(name, args, kwargs)
         self.kill()
         raise MachineStopped
 
     def _fail(self, name, args):
-        machine, chance = self.machine, self._chance
-        if name == "close" or (name in OPENING and str(args[0]).endswith((".lock", ".run"))):
+        machine, rng = self.machine, self._rng
+        if name == "close" or (name in OPENING_CALLS and str(args[0]).endswith((".lock", ".run"))):
             return  # a courier that cannot lock delivers all the same, which is not tested here
-        if name == "write" and chance.random() < 0.5:
+        if name == "write" and rng.random() < 0.5:
             machine.faults["short write"] += 1
             with suppress(OSError):
-                machine.disk.write(args[0], bytes(args[1])[: chance.randrange(max(1, len(args[1])))])
-        code = chance.choice(CODES)
-        machine.inject(errno.errorcode[code], name, *args[:1])
+                machine.disk.write(args[0], bytes(args[1])[: rng.randrange(max(1, len(args[1])))])
+        code = rng.choice(CODES)
+        machine.count_fault(errno.errorcode[code], name, *args[:1])
         raise OSError(code, errno.errorcode[code])
 
-    def _perform(self, name, args, named):
+    def _perform(self, name, args, kwargs):
         machine = self.machine
         try:
-            result = getattr(machine.disk, name)(*args, **named)
+            result = getattr(machine.disk, name)(*args, **kwargs)
         except PermissionError:
             machine.faults["folder unreadable"] += 1
             raise
@@ -225,7 +225,7 @@ class Process:
             if error.errno == errno.ENOSPC:
                 machine.faults["disk full"] += 1
             raise
-        if name in OPENING and result is not None:
+        if name in OPENING_CALLS and result is not None:
             self._files[result] = None
         elif name == "close":
             self._files.pop(args[0], None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 from zlib import crc32
 
-from simulated_machine import JOURNAL, ROOT, THIRD, Process
+from simulated_machine import JOURNAL, NUMBER_FRACTION, ROOT, Process
 
 from evsys_bus import (
     ArmResult,
@@ -29,7 +29,7 @@ from evsys_bus.errors import JournalOpenError
 from evsys_bus.journal import JournalWriter
 
 
-class Published:
+class PublishedEvent:
     """One event, and what happened to it."""
 
     __slots__ = (
@@ -72,27 +72,27 @@ class Trainer:
 
     def __init__(self, simulation, rank):
         self.simulation, self.rank = simulation, rank
-        self.chance = Random(f"{simulation.seed} trainer {rank}")
+        self.rng = Random(f"{simulation.seed} trainer {rank}")
         self.writer = self.process = None
-        self.begun = 0
-        self.steps = {}
+        self.run_count = 0
+        self.next_steps = {}
         """The next step of each run that has not ended."""
-        self.firsts = {}
+        self.first_steps = {}
         """The step at which each run was last started or resumed."""
         self.states = {}
         """The states of the runs that were started or resumed in this life."""
-        self.in_doubt = 0
+        self.uncertain_until = 0
         """Events published before this index may be missing on the disk although they were synced."""
-        self.waiting = []
+        self.unacknowledged = []
         """Events that were published and may still wait for the disk."""
 
     def open(self):
-        simulation, chance = self.simulation, self.chance
-        lives = chance.choice((None, None, None, chance.randint(1, 600)))
-        self.process = Process(simulation.machine, chance, lives=lives)
-        if chance.random() < 0.1:
-            self.process.interrupt_at = chance.randint(1, 300)
-        self.flush_always = chance.random() < 0.4
+        simulation, rng = self.simulation, self.rng
+        max_calls = rng.choice((None, None, None, rng.randint(1, 600)))
+        self.process = Process(simulation.machine, rng, max_calls=max_calls)
+        if rng.random() < 0.1:
+            self.process.interrupt_at = rng.randint(1, 300)
+        self.flush_always = rng.random() < 0.4
         self.writer = JournalWriter(
             JOURNAL,
             rank=self.rank,
@@ -100,7 +100,7 @@ class Trainer:
             flush_seconds=math.inf,
             segment_bytes=simulation.segment_bytes,
             retain=simulation.retain,
-            reserve_bytes=chance.choice((0, 4096)),
+            reserve_bytes=rng.choice((0, 4096)),
             disk=self.process,
             clock=simulation.machine.clock,
         )
@@ -115,67 +115,67 @@ class Trainer:
 
     def publish(self, count):
         """Publish steps, late steps, several rows of one step, evals, and ends of runs."""
-        chance = self.chance
-        run = self._choose()
+        rng = self.rng
+        run = self._choose_run()
         for _ in range(count):
-            state, step = self.states[run], self.steps[run]
-            what = chance.random()
-            if what < 0.08:
-                name = chance.choice(("val", "math"))
-                self._append("eval", run, step, name, partial(_eval, state, step, name))
+            state, step = self.states[run], self.next_steps[run]
+            draw = rng.random()
+            if draw < 0.08:
+                name = rng.choice(("val", "math"))
+                self._append("eval", run, step, name, partial(_make_eval, state, step, name))
                 continue
-            late = 0 if what < 0.85 else -chance.randint(1, 4)
-            at = max(0, step + late)
-            metrics = {"more": 1.0} if chance.random() < 0.03 else {}
-            self._append("step", run, at, None, partial(_step, state, at, metrics))
-            if late == 0 and chance.random() < 0.9:  # else another row of the same step
-                self.steps[run] = step + 1
-        if chance.random() < 0.08:
+            offset = 0 if draw < 0.85 else -rng.randint(1, 4)
+            step_idx = max(0, step + offset)
+            metrics = {"more": 1.0} if rng.random() < 0.03 else {}
+            self._append("step", run, step_idx, None, partial(_make_step, state, step_idx, metrics))
+            if offset == 0 and rng.random() < 0.9:  # else another row of the same step
+                self.next_steps[run] = step + 1
+        if rng.random() < 0.08:
             self._append("end", run, None, None, lambda _: TrainEnd(state, LoopArtifacts()))
             ended = RunEnd(state.ctx, RunResult(), ArmResult("arm"))
             self._append("end", run, None, None, lambda _: ended, "append_end", run)
-            del self.steps[run], self.states[run]
+            del self.next_steps[run], self.states[run]
 
     def flush(self):
         self.simulation.look()  # before anything is pruned
-        begun, failures = len(self.simulation.published), self.writer.failures
+        published_before, failures = len(self.simulation.published), self.writer.failures
         self.writer.flush()
         self.simulation.pruned()
-        self._note_safe(begun, failures)
+        self._mark_safe(published_before, failures)
 
     def close(self):
         self.simulation.look()
-        begun, failures = len(self.simulation.published), self.writer.failures
+        published_before, failures = len(self.simulation.published), self.writer.failures
         closed = self.writer.close()
         self.simulation.pruned()
         if closed:
-            self._note_acknowledged()
-            self._note_safe(begun, failures)
+            self._mark_acknowledged()
+            self._mark_safe(published_before, failures)
         self.kill()
 
     def kill(self):
         if self.writer is not None:
             self.process.kill()
-            thread = self.writer._upkeep._thread
-            self.writer._upkeep.abandon()
+            thread = self.writer._maintenance._thread
+            self.writer._maintenance.abandon()
             if thread is not None:
                 thread.join(10)
             self.writer = None
-            self.waiting = []
+            self.unacknowledged = []
 
-    def _choose(self):
+    def _choose_run(self):
         """Choose a run to publish for, and start or resume it if needed."""
-        chance = self.chance
-        if not self.steps or (len(self.steps) < 3 and chance.random() < 0.05):
-            self.begun += 1
-            run = f"run{self.rank}-{self.begun}"
-            self.steps[run] = 0
+        rng = self.rng
+        if not self.next_steps or (len(self.next_steps) < 3 and rng.random() < 0.05):
+            self.run_count += 1
+            run = f"run{self.rank}-{self.run_count}"
+            self.next_steps[run] = 0
         else:
-            run = chance.choice(sorted(self.steps))
+            run = rng.choice(sorted(self.next_steps))
         if run not in self.states:
-            back = self.steps[run]
-            first = max(0, back - chance.choice((0, 0, 1, 3, 10, back)))
-            self.steps[run] = self.firsts[run] = first
+            next_step = self.next_steps[run]
+            first = max(0, next_step - rng.choice((0, 0, 1, 3, 10, next_step)))
+            self.next_steps[run] = self.first_steps[run] = first
             ctx = LogContext(output_dir=Path(ROOT)).for_run(run)
             state = LoopState(step=first, num_steps=99_999, output_dir=Path(ROOT, run), ctx=ctx)
             self._append("run", run, None, None, lambda _: RunStart(ctx), "append_start", run)
@@ -183,40 +183,40 @@ class Trainer:
             self.states[run] = state
         return run
 
-    def _append(self, kind, run, step, name, event, how="append", *scope):
+    def _append(self, kind, run, step, name, event, method="append", *scope):
         simulation, writer = self.simulation, self.writer
-        one = Published(len(simulation.published), self.rank, run, kind, step, name)
-        one.before_start = kind == "step" and step < self.firsts[run]
-        simulation.published.append(one)
+        record = PublishedEvent(len(simulation.published), self.rank, run, kind, step, name)
+        record.before_start = kind == "step" and step < self.first_steps[run]
+        simulation.published.append(record)
         envelope = Envelope(
             writer.stream,
             writer.next_sequence,
             simulation.machine.clock.wall(),
-            event(one.number + THIRD),
+            event(record.number + NUMBER_FRACTION),
             run,
             self.rank,
         )
         payload = encode(envelope)
         body = struct.pack("<2sHIQ", b"EJ", 0, len(payload), writer.next_sequence) + payload
-        one.stream, one.frame = writer.stream, struct.pack("<I", crc32(body)) + body
-        getattr(writer, how)(payload, *scope)
-        self.waiting.append(one)
-        self._note_acknowledged()
+        record.stream, record.frame = writer.stream, struct.pack("<I", crc32(body)) + body
+        getattr(writer, method)(payload, *scope)
+        self.unacknowledged.append(record)
+        self._mark_acknowledged()
 
-    def _note_acknowledged(self):
+    def _mark_acknowledged(self):
         if not self.writer.unrecorded and not self.writer.lost:
-            for each in self.waiting:
+            for each in self.unacknowledged:
                 each.acknowledged = True
                 each.safe = self.flush_always
-            self.waiting = []
+            self.unacknowledged = []
 
-    def _note_safe(self, begun, failures):
+    def _mark_safe(self, published_before, failures):
         """Mark synced events as safe; events that the disk refused to sync stay in doubt."""
         if self.writer.failures != failures:
-            self.in_doubt = begun
+            self.uncertain_until = published_before
         else:
             self.simulation.look()
-            for each in self.simulation.published[self.in_doubt :]:
+            for each in self.simulation.published[self.uncertain_until :]:
                 if (
                     each.acknowledged
                     and not each.lost
@@ -226,9 +226,9 @@ class Trainer:
                     each.safe = True
 
 
-def _eval(state, step, name, number):
+def _make_eval(state, step, name, number):
     return Eval(state, step, name, {"number": number})
 
 
-def _step(state, step, metrics, number):
+def _make_step(state, step, metrics, number):
     return StepEnd(state, step, TrainingBatch(), metrics | {"number": number})

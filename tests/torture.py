@@ -32,7 +32,7 @@ from pathlib import Path
 from support import torture_faults as faults
 from support import torture_oracle as oracle
 from support.torture_life import Life, NotEndedError
-from support.torture_oracle import Fault, insist
+from support.torture_oracle import Violation, require
 from support.torture_tools import Tools
 
 START_SECONDS = 30.0
@@ -75,16 +75,16 @@ class Lines(Sink):
 """
 
 
-class Scene:
+class Scenario:
     """One directory, through all its lives."""
 
-    def __init__(self, directory, seed, tools, counts, only=(), but=()):
-        self.directory, self.tools, self.counts, self.only, self.but = directory, tools, counts, only, but
-        self.chance = chance = random.Random(seed)
+    def __init__(self, directory, seed, tools, counts, only=(), excluded=()):
+        self.directory, self.tools, self.counts, self.only, self.excluded = directory, tools, counts, only, excluded
+        self.rng = rng = random.Random(seed)
         self.notes, self.work = directory / "notes", directory / "work"
         self.notes.mkdir(parents=True)
         self.work.mkdir()
-        self.disk = tools.mounts and self.allows("disk_full") and chance.random() < 0.3
+        self.disk = tools.mounts and self.is_allowed("disk_full") and rng.random() < 0.3
         if self.disk:
             line = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(self.work)]
             subprocess.run(line, check=True)
@@ -92,17 +92,17 @@ class Scene:
         self.clock = self.notes / "clock"
         self.set_clock(0)
         self.prefix = [] if tools.unprivileged is None else tools.unprivileged
-        self.retain_bytes = chance.choice((None, None, 20_000, 100_000))
-        self.segment_bytes = chance.choice((2_000, 10_000, 1 << 20)) if self.retain_bytes is None else 4_000
-        self.couriers = chance.choice(("process",) * 9 + ("thread",))
-        self.followers = {name: name for name in NAMES}
+        self.retain_bytes = rng.choice((None, None, 20_000, 100_000))
+        self.segment_bytes = rng.choice((2_000, 10_000, 1 << 20)) if self.retain_bytes is None else 4_000
+        self.couriers = rng.choice(("process",) * 9 + ("thread",))
+        self.subscriptions = {name: name for name in NAMES}
         """Output -> the current name of the adapter that writes it."""
-        self.away, self.since, self.emptied = set(), {}, {}
+        self.unsubscribed, self.subscribed_since, self.output_since = set(), {}, {}
         """Outputs without an adapter now; the first life of each; and the first life with output after a removal."""
         self.old_names = {name: [] for name in NAMES}
         self.life_number = self.next_step = 0
         self.needs_life, self.latest_damaged_at = False, -1
-        self.story = []
+        self.history = []
         self.expected = oracle.Expected()
         self.children = []
 
@@ -112,22 +112,24 @@ class Scene:
     def journal(self):
         return self.work / "journal"
 
-    def allows(self, kind):
-        return kind not in self.but and (not self.only or kind in self.only)
+    def is_allowed(self, kind):
+        return kind not in self.excluded and (not self.only or kind in self.only)
 
     def note(self, kind, text=""):
         self.counts[kind] += 1
-        self.story.append(f"{time.monotonic():.2f} life {self.life_number}: {kind} {text}")
+        self.history.append(f"{time.monotonic():.2f} life {self.life_number}: {kind} {text}")
 
-    def skip(self, kind):
+    def count_skipped(self, kind):
         self.counts[f"skipped: {kind}"] += 1
 
     def environment(self):
-        before = os.environ.get("PYTHONPATH")
-        found = os.environ | {"PYTHONPATH": os.pathsep.join([str(self.notes), *([before] if before else [])])}
+        python_path = os.environ.get("PYTHONPATH")
+        variables = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(self.notes), *([python_path] if python_path else [])])
+        }
         if self.tools.clock is not None:
-            found |= {"LD_PRELOAD": str(self.tools.clock), "TORTURE_CLOCK": str(self.clock)}
-        return found
+            variables |= {"LD_PRELOAD": str(self.tools.clock), "TORTURE_CLOCK": str(self.clock)}
+        return variables
 
     def set_clock(self, seconds):
         if not self.clock.exists():
@@ -144,37 +146,37 @@ class Scene:
             "board": ("tensorboard_logger", {"log_dir": str(out / "tensorboard")}),
         }
         specs = [{"kind": "checkpoint_upload", "params": {"url": f"file://{self.work}/store"}}]
-        for what, name in self.followers.items():
-            kind, given = params.get(what, ("torture_lines", {"path": str(self.work / f"sink-{what}")}))
-            if what not in self.away:
-                follows = {} if kind == "torture_lines" else {"placement": "follow"}
-                specs.append({"kind": kind, "name": name, "params": given} | follows)
+        for label, name in self.subscriptions.items():
+            kind, adapter_params = params.get(label, ("torture_lines", {"path": str(self.work / f"sink-{label}")}))
+            if label not in self.unsubscribed:
+                placement = {} if kind == "torture_lines" else {"placement": "follow"}
+                specs.append({"kind": kind, "name": name, "params": adapter_params} | placement)
         return specs
 
     def courier_pids(self):
-        return [pid for pid, line in oracle.processes(self.directory).items() if "courier_main" in line]
+        return [pid for pid, line in oracle.find_processes(self.directory).items() if "courier_main" in line]
 
     # -- one life -----------------------------------------------------------------------------------------------------
 
-    def live(self, during, end=None):
-        chance = self.chance
+    def run_life(self, during, end=None):
+        rng = self.rng
         self.life_number += 1
         self.counts["lives"] += 1
         first = self.next_step
-        if chance.random() < 0.4:
-            first = chance.choice((max(0, first - chance.randint(1, 60)), max(0, first - 1), 0))
-        end = end or chance.choice([each for each in ENDS if self.allows(each)] or ["end"])
+        if rng.random() < 0.4:
+            first = rng.choice((max(0, first - rng.randint(1, 60)), max(0, first - 1), 0))
+        end = end or rng.choice([each for each in ENDS if self.is_allowed(each)] or ["end"])
         plan = {
             "work": str(self.work),
             "life": self.life_number,
             "first": first,
-            "seconds": chance.uniform(0.2, 1.5) if end == "end" else 600.0,
-            "pace_seconds": chance.choice((0.001, 0.003, 0.01)),
-            "entry": chance.choice(("async", "uvloop", "sync")),
+            "seconds": rng.uniform(0.2, 1.5) if end == "end" else 600.0,
+            "pace_seconds": rng.choice((0.001, 0.003, 0.01)),
+            "entry": rng.choice(("async", "uvloop", "sync")),
             "retain_bytes": self.retain_bytes,
             "segment_bytes": self.segment_bytes,
-            "flush": chance.choice(("interval", "interval", "always", "never")),
-            "save_every": chance.choice((25, 60)),
+            "flush": rng.choice(("interval", "interval", "always", "never")),
+            "save_every": rng.choice((25, 60)),
             "linger_seconds": LINGER_SECONDS,
             "drain_timeout": DRAIN_SECONDS,
             "couriers": self.couriers,
@@ -183,80 +185,84 @@ class Scene:
         early = end in {"kill_early", "int_early", "term_early"}
         self.note(end, f"{plan['entry']} from step {first}")
         life = Life(self, plan)
-        followed = self.followers.keys() - self.away
+        subscribed = self.subscriptions.keys() - self.unsubscribed
         try:
             if early:
-                life.pause(chance.uniform(0.0, 1.2))
+                life.run_for(rng.uniform(0.0, 1.2))
             else:
-                self._go_through(life, during)
-            self._end(life, end)
-            self._check_end(life, end)
+                self._inject_faults(life, during)
+            self._end_life(life, end)
+            self._check_exit(life, end)
         finally:
             if life.alive:
                 life.send(signal.SIGCONT)
                 life.send(signal.SIGKILL)
                 life.process.wait()
-            life.over.wait(10)
+            life.finished.wait(10)
         if life.entered.is_set():
-            self.since = dict.fromkeys(followed, self.life_number) | self.since
+            self.subscribed_since = dict.fromkeys(subscribed, self.life_number) | self.subscribed_since
             self.needs_life = False
-        self.expected.take(self.life_number, life, self.journal)
+        self.expected.add_life(self.life_number, life, self.journal)
         self.counts["acknowledged"] += len(life.acks)
         steps = [ack["step"] for ack in life.acks if ack["what"] == "step"]
         self.next_step = steps[-1] + 1 if steps else first
 
-    def _go_through(self, life, during):
+    def _inject_faults(self, life, during):
         if not life.wait_entered(START_SECONDS):
-            insist(not life.alive, f"life {self.life_number} has not entered its bus after {START_SECONDS:g} s")
+            require(not life.alive, f"life {self.life_number} has not entered its bus after {START_SECONDS:g} s")
             return
         for fault in during:
-            life.pause(self.chance.uniform(0.0, 0.4))
+            life.pause(self.rng.uniform(0.0, 0.4))
             if not life.alive:
                 break
             fault(self, life)
-        if self.chance.random() < 0.8:
-            life.pause(self.chance.uniform(0.0, 0.6))
+        if self.rng.random() < 0.8:
+            life.pause(self.rng.uniform(0.0, 0.6))
 
-    def _end(self, life, end):
-        began = time.monotonic()
+    def _end_life(self, life, end):
+        started = time.monotonic()
         if end in {"kill", "kill_early"}:
             life.send(signal.SIGKILL)
         elif end in {"kill_all", "kill_then_couriers"}:
             life.send(signal.SIGKILL)
             if end == "kill_then_couriers":
-                time.sleep(self.chance.uniform(0.0, 0.3))
+                time.sleep(self.rng.uniform(0.0, 0.3))
             self.kill_couriers()
         elif end in {"term", "term_early"}:
             life.send(signal.SIGTERM)
         elif end in {"int", "int_early", "int_twice", "int_thrice"}:
-            began = self._interrupt(life, end)
+            started = self._interrupt(life, end)
         else:
-            began = None
-        if began is not None:
-            life.asked_at = min(life.asked_at or began, began)
-        while life.alive and life.asked_at is None and time.monotonic() < (began or time.monotonic()) + START_SECONDS:
+            started = None
+        if started is not None:
+            life.exit_requested_at = min(life.exit_requested_at or started, started)
+        while (
+            life.alive
+            and life.exit_requested_at is None
+            and time.monotonic() < (started or time.monotonic()) + START_SECONDS
+        ):
             time.sleep(0.01)
-        asked = life.asked_at or time.monotonic()
-        left = asked + DRAIN_SECONDS + 1.0 + SLACK_SECONDS + life.stopped_seconds - time.monotonic()
-        life.wait_end(max(left, 0.1))
+        requested_at = life.exit_requested_at or time.monotonic()
+        remaining = requested_at + DRAIN_SECONDS + 1.0 + SLACK_SECONDS + life.stopped_seconds - time.monotonic()
+        life.wait_exit(max(remaining, 0.1))
 
     def _interrupt(self, life, end):
-        """Once, or as often as the end says; when that came through."""
-        began = time.monotonic()
+        """Send the SIGINTs of this end; return when the one that counts was sent."""
+        started = time.monotonic()
         life.send(signal.SIGINT)
         for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
-            life.pause(self.chance.choice((0.0, 0.001, 0.02, 0.2)))
+            life.pause(self.rng.choice((0.0, 0.001, 0.02, 0.2)))
             life.send(signal.SIGINT)
-        if end == "int_early":  # Python loses one that comes in the callback of a lock of its imports, say
+        if end == "int_early":  # Python drops one that arrives in the callback of an import lock, for example
             life.pause(DRAIN_SECONDS + SLACK_SECONDS / 2)
             if life.alive and "Exception ignored in" in life.log.read_text(errors="replace"):
-                began = time.monotonic()
+                started = time.monotonic()
                 life.send(signal.SIGINT)
-        return began
+        return started
 
-    def _check_end(self, life, end):
+    def _check_exit(self, life, end):
         """Check that the process ended as expected and raised nothing by itself."""
-        code, said = life.process.returncode, life.log.read_text(errors="replace")
+        code, stderr = life.process.returncode, life.log.read_text(errors="replace")
         raised = life.raised
         if raised is not None and end.startswith("int") and "KeyboardInterrupt" in raised["trace"]:
             return  # e.g. in the middle of an import, where Python turns it into another error
@@ -264,16 +270,16 @@ class Scene:
             self.counts["raised by others"] += 1  # e.g. by uvloop when no more files can be opened
             return
         if raised is not None:
-            refused = raised["error"].startswith(("JournalOpenError", "OSError")) and not life.entered.is_set()
-            insist(refused, f"life {self.life_number} raised: {raised['trace'] or raised['error']}")
+            is_refusal = raised["error"].startswith(("JournalOpenError", "OSError")) and not life.entered.is_set()
+            require(is_refusal, f"life {self.life_number} raised: {raised['trace'] or raised['error']}")
             self.counts["entries refused"] += 1
             return
-        fine = {
+        expected_codes = {
             "end": {0},
             "term": {-signal.SIGTERM, 0},
             "term_early": {-signal.SIGTERM, 0},
         }.get(end, {0, 1, 130, -signal.SIGINT, -signal.SIGKILL, -signal.SIGTERM})
-        insist(code in fine, f"life {self.life_number}, {end}, ended with {code}: {said[-3000:]}")
+        require(code in expected_codes, f"life {self.life_number}, {end}, ended with {code}: {stderr[-3000:]}")
 
     def kill_couriers(self):
         for pid in self.courier_pids():
@@ -283,95 +289,99 @@ class Scene:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def settle(self):
+    def drain_and_check(self):
         """End all faults, deliver the rest, and check."""
         for name in ("away", "slow"):
             (self.work / name).unlink(missing_ok=True)
         if self.needs_life:
-            self.live([], "end")
+            self.run_life([], "end")
         environment = self.environment()
-        if self.chance.random() < 0.5:
-            oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
+        if self.rng.random() < 0.5:
+            oracle.wait_until_no_processes(self.directory, LINGER_SECONDS + SLACK_SECONDS)
         if not oracle.JournalReader(self.journal).streams():
             return  # no life has opened the journal
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            code, out, err = oracle.command(["sync", self.journal], environment, seconds=SETTLE_SECONDS + SLACK_SECONDS)
+            code, out, err = oracle.run_command(
+                ["sync", self.journal], environment, seconds=SETTLE_SECONDS + SLACK_SECONDS
+            )
             if code == 0:
                 break
-            insist(time.monotonic() < deadline, f"sync still ends with {code}:\n{out}{err[-3000:]}")
+            require(time.monotonic() < deadline, f"sync still ends with {code}:\n{out}{err[-3000:]}")
             time.sleep(0.5)
-        self.expected.places |= self.expected.read(self.journal)
-        self.inspect(environment)
-        oracle.wait_until_alone(self.directory, LINGER_SECONDS + SLACK_SECONDS)
+        self.expected.positions |= self.expected.read(self.journal)
+        self.check(environment)
+        oracle.wait_until_no_processes(self.directory, LINGER_SECONDS + SLACK_SECONDS)
 
-    def inspect(self, environment):
-        """Check the status, all files and the commands; raises `Fault`."""
+    def check(self, environment):
+        """Check the status, all files and the commands; raises `Violation`."""
         journal, out = self.journal, self.work / "out"
-        _, said, _ = oracle.command(["status", journal, "--json"], environment)
-        for line in said.splitlines():
+        _, stdout, _ = oracle.run_command(["status", journal, "--json"], environment)
+        for line in stdout.splitlines():
             row = json.loads(line)
             if row.get("type") in {"adapter", "delivery"} or "pending" in row:
-                insist(not row["pending"], f"not all was delivered: {row}")
-                insist(row["recorded"] == row["delivered"] + row["dead"], f"the status does not add up: {row}")
+                require(not row["pending"], f"not all was delivered: {row}")
+                require(row["recorded"] == row["delivered"] + row["dead"], f"the status does not add up: {row}")
                 self.counts["dead letters"] += row["dead"]
         rows = self.expected.rows()
-        dead = {what: self._letters(what) for what in self.followers}
+        dead_letters = {label: self._read_dead_letters(label) for label in self.subscriptions}
         logs, board = out / "run" / "logs" / "training", out / "tensorboard"
         files = {
-            "table": (out.glob("metrics*.csv*"), out / "metrics.csv", oracle.csv_rows),
-            "logs": (out.glob("run/logs*/training/metrics*"), logs / "metrics.jsonl", oracle.jsonl_rows),
-            "board": (board.glob("*"), board / "run", oracle.tensorboard_rows),
+            "table": (out.glob("metrics*.csv*"), out / "metrics.csv", oracle.read_csv_rows),
+            "logs": (out.glob("run/logs*/training/metrics*"), logs / "metrics.jsonl", oracle.read_jsonl_rows),
+            "board": (board.glob("*"), board / "run", oracle.read_tensorboard_rows),
         }
-        for what in self.since:
-            if what in files:
-                self._compare(what, rows, dead[what], *files[what])
+        for label in self.subscribed_since:
+            if label in files:
+                self._compare_rows(label, rows, dead_letters[label], *files[label])
                 continue
             # With retention, a new adapter gets only what was still there when it was added.
-            since = self.since[what] if self.retain_bytes else 0
+            first_life = self.subscribed_since[label] if self.retain_bytes else 0
 
-            def excused(life, place, what=what, since=since):
-                return life < since or place[1] <= dead[what].get(place[0], 0)
+            def is_excused(life, position, label=label, first_life=first_life):
+                return life < first_life or position[1] <= dead_letters[label].get(position[0], 0)
 
-            oracle.inspect_sink(what, self.expected, self.work / f"sink-{what}", excused)
-        letters = oracle.letters(journal, "checkpoint_upload")
-        oracle.inspect_checkpoints(
-            self.expected, self.work / "store", out / "run", letters, latest_of=self.latest_damaged_at + 1
+            oracle.check_sink(label, self.expected, self.work / f"sink-{label}", is_excused)
+        letters = oracle.read_dead_letters(journal, "checkpoint_upload")
+        oracle.check_checkpoints(
+            self.expected, self.work / "store", out / "run", letters, latest_since=self.latest_damaged_at + 1
         )
         for arguments in (["journal", "verify"], ["tail"], ["show"], ["status"]):
-            code, said, err = oracle.command([*arguments, journal], environment)
-            insist(code == 0, f"{' '.join(arguments)} ended with {code}:\n{said[-1500:]}{err[-1500:]}")
+            code, stdout, err = oracle.run_command([*arguments, journal], environment)
+            require(code == 0, f"{' '.join(arguments)} ended with {code}:\n{stdout[-1500:]}{err[-1500:]}")
 
-    def _letters(self, what):
+    def _read_dead_letters(self, label):
         found = {}
-        for name in (self.followers[what], *self.old_names.get(what, ())):
-            for stream, sequence in oracle.letters(self.journal, name).items():
+        for name in (self.subscriptions[label], *self.old_names.get(label, ())):
+            for stream, sequence in oracle.read_dead_letters(self.journal, name).items():
                 found[stream] = max(sequence, found.get(stream, 0))
         return found
 
-    def _compare(self, what, rows, dead, places, main, read):
+    def _compare_rows(self, label, rows, dead_letters, paths, main_path, read):
         """Check that the main file has all rows or, if a new file had to be used, that all files together do."""
 
-        def excused(step):
+        def is_excused(step):
             value, (stream, sequence), _ = rows[step]
-            return value // 1000 < self.emptied.get(what, 0) or sequence <= dead.get(stream, 0)
+            return value // 1000 < self.output_since.get(label, 0) or sequence <= dead_letters.get(stream, 0)
 
         try:
-            oracle.compare(f"{what} {main}", rows, read(main) if main.exists() else [], excused)
-        except Fault:
-            beside = [each for each in places if each != main and not each.name.endswith(".run")]
-            if not beside:
+            oracle.compare_rows(f"{label} {main_path}", rows, read(main_path) if main_path.exists() else [], is_excused)
+        except Violation:
+            other_paths = [each for each in paths if each != main_path and not each.name.endswith(".run")]
+            if not other_paths:
                 raise
-            wanted = {(step, value) for step, (value, _, must) in rows.items() if must and not excused(step)}
-            missing = wanted - {pair for each in [*beside, main] if each.exists() for pair in read(each)}
-            insist(not missing, f"{what}: {sorted(missing)[:3]} are neither in {main} nor in {beside}")
-            self.note("written beside", str(beside))
+            expected = {
+                (step, value) for step, (value, _, required) in rows.items() if required and not is_excused(step)
+            }
+            missing = expected - {pair for each in [*other_paths, main_path] if each.exists() for pair in read(each)}
+            require(not missing, f"{label}: {sorted(missing)[:3]} are neither in {main_path} nor in {other_paths}")
+            self.note("written beside", str(other_paths))
 
     def close(self, *, keep):
-        (self.notes / "story").write_text("\n".join(self.story))
+        (self.notes / "story").write_text("\n".join(self.history))
         if self.disk and keep:
             shutil.copytree(self.work, self.directory / "work-kept", symlinks=True, dirs_exist_ok=True)
-        clear(self.directory)
+        clean_up(self.directory)
         if not keep:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -395,49 +405,65 @@ ENDS = (
 )
 
 
-def one_directory(folder, seed, tools, only, but, lives=None):
+def torture_directory(folder, seed, tools, only, excluded, lives=None):
     """Run all lives of one directory; returns its counts, and why it failed or None."""
     counts, fault = Counter(), None
-    scene = Scene(folder, seed, tools, counts, only, but)
-    number = scene.chance.randint(6, 14) if lives is None else lives
+    scenario = Scenario(folder, seed, tools, counts, only, excluded)
+    number = scenario.rng.randint(6, 14) if lives is None else lives
     try:
-        before_settling = scene.chance.randint(2, 6)
+        before_settling = scenario.rng.randint(2, 6)
         for turn in range(1, number + 1):
-            scene.live(faults.choose(scene, faults.DURING, (0, 1, 2, 3, 4)))
-            for each in faults.choose(scene, faults.BETWEEN, (0, 1, 1, 2, 2)):
-                each(scene)
+            scenario.run_life(faults.choose_faults(scenario, faults.DURING, (0, 1, 2, 3, 4)))
+            for each in faults.choose_faults(scenario, faults.BETWEEN, (0, 1, 1, 2, 2)):
+                each(scenario)
             if turn % before_settling == 0 or turn == number:
-                scene.settle()
+                scenario.drain_and_check()
         counts["directories"] += 1
-    except (Fault, NotEndedError) as error:
+    except (Violation, NotEndedError) as error:
         fault = str(error)
     except Exception:
         fault = traceback.format_exc()
     if fault is not None:
         (folder / "notes" / "fault").write_text(fault)
-    scene.close(keep=fault is not None)
+    scenario.close(keep=fault is not None)
     return counts, fault
 
 
-def torture(seconds, *, seed, folder, only=(), but=(), first=0, most=None, lives=None, jobs=1, tell=lambda _: None):
-    """Run for this time, or for ``most`` directories, ``jobs`` at a time; returns the counts and the failures."""
+def torture(
+    seconds,
+    *,
+    seed,
+    folder,
+    only=(),
+    excluded=(),
+    first=0,
+    max_directories=None,
+    lives=None,
+    jobs=1,
+    on_progress=lambda _: None,
+):
+    """Run for this time, or for ``max_directories`` directories, ``jobs`` at a time; return counts and failures."""
     counts, failures, numbers = Counter(), [], itertools.count(first)
     tools, deadline, lock = Tools(folder), time.monotonic() + seconds, threading.Lock()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a background job of a shell; children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def work():
-        while time.monotonic() < deadline and ((number := next(numbers)) - first < (most or 10**9)):
-            place = folder / f"from-{number:04d}"
-            its, fault = one_directory(place, f"{seed} {number}", tools, only, but, lives)
+    def worker():
+        while time.monotonic() < deadline and ((number := next(numbers)) - first < (max_directories or 10**9)):
+            directory = folder / f"from-{number:04d}"
+            directory_counts, fault = torture_directory(directory, f"{seed} {number}", tools, only, excluded, lives)
             with lock:
-                counts.update(its)
+                counts.update(directory_counts)
                 if fault is not None:
                     failures.append((number, fault))
-                    tell(f"FAILED --seed {seed} --first {number} --directories 1, kept in {place}:\n{fault[:1500]}")
-                tell(f"{counts['lives']:>6} lives  {counts['acknowledged']:,} acknowledged  {len(failures)} failures")
+                    on_progress(
+                        f"FAILED --seed {seed} --first {number} --directories 1, kept in {directory}:\n{fault[:1500]}"
+                    )
+                on_progress(
+                    f"{counts['lives']:>6} lives  {counts['acknowledged']:,} acknowledged  {len(failures)} failures"
+                )
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
+    threads = [threading.Thread(target=worker, daemon=True) for _ in range(jobs)]
     for each in threads:
         each.start()
     for each in threads:
@@ -445,9 +471,9 @@ def torture(seconds, *, seed, folder, only=(), but=(), first=0, most=None, lives
     return counts, failures
 
 
-def clear(folder):
+def clean_up(folder):
     """Kill the processes that work in the folder, and unmount what is mounted there."""
-    for pid in oracle.processes(folder):
+    for pid in oracle.find_processes(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for line in Path("/proc/mounts").read_text().splitlines():
@@ -455,12 +481,12 @@ def clear(folder):
             subprocess.run(["umount", "-l", line.split()[1]], check=False)
 
 
-def report(counts, failures):
+def report_lines(counts, failures):
     """Yield the lines that are printed at the end."""
-    known = ("lives", "directories", "acknowledged", "entries refused", "written beside", "dead letters")
-    yield "  ".join(f"{name} {counts[name]:,}" for name in known)
+    headline = ("lives", "directories", "acknowledged", "entries refused", "written beside", "dead letters")
+    yield "  ".join(f"{name} {counts[name]:,}" for name in headline)
     for name, count in sorted(counts.items()):
-        if name not in known:
+        if name not in headline:
             yield f"  {name:<28} {count:>7,}"
     yield f"failures {len(failures)}"
 
@@ -475,29 +501,29 @@ def main():
     parser.add_argument("--only", nargs="*", default=[], metavar="KIND", help="only these kinds of faults and ends")
     parser.add_argument("--but", nargs="*", default=[], metavar="KIND", help="not these kinds of faults and ends")
     parser.add_argument("--folder", help="where the directories go; default: the system's temporary directory")
-    asked = parser.parse_args()
-    print(f"seed {asked.seed}", flush=True)
+    args = parser.parse_args()
+    print(f"seed {args.seed}", flush=True)
     cores = sorted(os.sched_getaffinity(0))[:2]
     os.sched_setaffinity(0, cores)
-    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=asked.folder))
-    began = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="torture-", dir=args.folder))
+    started = time.monotonic()
     try:
         counts, failures = torture(
-            asked.minutes * 60,
-            seed=asked.seed,
+            args.minutes * 60,
+            seed=args.seed,
             folder=folder,
-            only=asked.only,
-            but=asked.but,
-            first=asked.first,
-            most=asked.directories,
-            jobs=asked.jobs,
-            tell=lambda text: print(text, flush=True),
+            only=args.only,
+            excluded=args.but,
+            first=args.first,
+            max_directories=args.directories,
+            jobs=args.jobs,
+            on_progress=lambda text: print(text, flush=True),
         )
     except KeyboardInterrupt:
-        clear(folder)
+        clean_up(folder)
         os._exit(130)  # the threads would continue
-    print(f"seed {asked.seed}, {time.monotonic() - began:.0f} s")
-    print("\n".join(report(counts, failures)))
+    print(f"seed {args.seed}, {time.monotonic() - started:.0f} s")
+    print("\n".join(report_lines(counts, failures)))
     for number, fault in failures:
         print(f"kept: {folder / f'from-{number:04d}'}: {fault.strip().splitlines()[0][:300]}")
     if not failures:

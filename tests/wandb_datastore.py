@@ -18,7 +18,7 @@ from wandb.sdk.internal.datastore import DataStore
 from support import wandb_server
 
 
-def rows(file: Path) -> Iterator[dict[str, object]]:
+def read_history(file: Path) -> Iterator[dict[str, object]]:
     """Yield the history of a run; W&B's reader verifies every checksum."""
     store = DataStore()
     store.open_for_scan(str(file))
@@ -31,29 +31,30 @@ def rows(file: Path) -> Iterator[dict[str, object]]:
 def main(folder: Path) -> int:
     """Return how many series of the folder differ from the journal, in a value or in the time of a step."""
     [journal] = folder.glob("**/journal")
-    files = {file.parents[2].name: file for file in wandb_server.files_of(folder)}
-    logged = {run: list(rows(file)) for run, file in files.items()}
-    wrong, values, nans = 0, 0, 0
-    for (run, stream), metrics in wandb_server.loggers.recorded(journal).items():
-        found = wandb_server.series(logged[run], stream)
+    files = {file.parents[2].name: file for file in wandb_server.wandb_files_of(folder)}
+    logged = {run: list(read_history(file)) for run, file in files.items()}
+    differing, values, nans = 0, 0, 0
+    for (run, stream), metrics in wandb_server.loggers.recorded_series(journal).items():
+        found = wandb_server.metric_series(logged[run], stream)
         for name, points in metrics.items():
-            told, there = sorted(points, key=lambda point: point[0]), found.get(name, [])
-            values += len(told)
-            nans += sum(value != value for _, value in told)  # noqa: PLR0124 # NaN
-            if not wandb_server.same(told, there):
-                wrong += 1
+            expected, actual = sorted(points, key=lambda point: point[0]), found.get(name, [])
+            values += len(expected)
+            nans += sum(value != value for _, value in expected)  # noqa: PLR0124 # NaN
+            if not wandb_server.is_same_series(expected, actual):
+                differing += 1
                 print(
-                    f"{run}: {stream}/{name} has {len(found.get(name, []))} points, the journal {len(told)}, or others"
+                    f"{run}: {stream}/{name} has {len(found.get(name, []))} points, "
+                    f"the journal {len(expected)}, or others"
                 )
-    for run, times in wandb_server.times(journal).items():
-        shown = {row["train/step"]: row["_timestamp"] for row in logged[run] if "train/step" in row}
-        if shown != times:
-            wrong += 1
+    for run, times in wandb_server.step_times(journal).items():
+        logged_times = {row["train/step"]: row["_timestamp"] for row in logged[run] if "train/step" in row}
+        if logged_times != times:
+            differing += 1
             print(f"{run}: the times of the steps are not the journal's")
     number = sum(map(len, logged.values()))
     print(f"W&B {wandb.__version__}: {number} rows; of the journal {values} values, {nans} of them NaN")
-    print("every value is there exactly once" if not wrong else f"{wrong} series differ")
-    return wrong
+    print("every value is there exactly once" if not differing else f"{differing} series differ")
+    return differing
 
 
 if __name__ == "__main__":

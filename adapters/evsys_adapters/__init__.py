@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 importlib.import_module("datetime")
 """Before msgspec, as in `evsys_bus`: a Ctrl-C in there would be lost, and crash the process later."""
 
-_HOME_OF: Final = {
+_MODULE_OF: Final = {
     "CheckpointPrune": "checkpoint_prune",
     "CheckpointUploadCallback": "checkpoint_upload",
     "CsvMetricsCallback": "csv_metrics",
@@ -47,7 +47,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a callback's module on first access."""
-    home = _HOME_OF.get(name)
-    if home is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -10,11 +10,11 @@ from typing import Final, cast
 import msgspec
 
 from evsys_adapters._runs import digest
-from evsys_bus.codec import to_plain
+from evsys_bus.codec import to_builtins
 
-STEP: Final = "step"
+STEP_COLUMN: Final = "step"
 """The first column."""
-MORE: Final = "more_metrics"
+MORE_COLUMN: Final = "more_metrics"
 """The last column, if present: a JSON object of metrics that have no column of their own."""
 
 _MAX_CELL: Final = 8_192
@@ -28,7 +28,7 @@ _CONTROLS: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(1
 
 def cells_of(metrics: object) -> dict[str, str]:
     """Return the columns and cells of one row of metrics, copied by value; empty if ``metrics`` is not a mapping."""
-    plain = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else to_plain(metrics)[0]
+    plain = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else to_builtins(metrics)[0]
     if not isinstance(plain, dict):
         return {}
     entries = cast("dict[object, object]", plain).items()
@@ -40,7 +40,7 @@ def _cell(value: object) -> str:
     kind: type = type(value)
     if kind is float:
         return repr(value)
-    plain = to_plain(value)[0]  # also catches types that only pretend to be numbers
+    plain = to_builtins(value)[0]  # also catches types that only pretend to be numbers
     if plain is None:
         return ""
     if isinstance(plain, bool | int | float):
@@ -55,11 +55,11 @@ def _column(name: str) -> str:
     """Return the column for a metric: long names are cut and get a digest, reserved ones the prefix ``metrics.``."""
     if len(name) > _MAX_COLUMN:
         name = f"{name[:_MAX_COLUMN]}…{digest(name)}"
-    return f"metrics.{name}" if name in {"", STEP, MORE} else _text(name, 2 * _MAX_COLUMN)
+    return f"metrics.{name}" if name in {"", STEP_COLUMN, MORE_COLUMN} else _text(name, 2 * _MAX_COLUMN)
 
 
 def _key(name: object) -> str:
-    return next(iter(to_plain({name: None})[0]))
+    return next(iter(to_builtins({name: None})[0]))
 
 
 def _text(text: str, limit: int) -> str:

@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 
-from evsys_adapters._csv_cells import MORE, STEP
+from evsys_adapters._csv_cells import MORE_COLUMN, STEP_COLUMN
 from evsys_bus.diagnostics import log
 from evsys_bus.files import AppendFile
 from evsys_bus.savepoints import Savepoints
@@ -35,7 +35,7 @@ _decode_more = msgspec.json.Decoder(dict[str, str]).decode
 
 def row_of(step: int, cells: Mapping[str, str]) -> dict[str, str]:
     """Return the non-empty cells of a row, including its step."""
-    return {name: text for name, text in {STEP: str(step), **cells}.items() if text}
+    return {name: text for name, text in {STEP_COLUMN: str(step), **cells}.items() if text}
 
 
 def row_key(step: int, cells: Mapping[str, str]) -> int:
@@ -50,219 +50,223 @@ class CsvTable:
         self,
         path: Path,
         delimiter: str,
-        marks: Savepoints | None = None,
+        savepoints: Savepoints | None = None,
         *,
         max_columns: int = MAX_COLUMNS,
         cheap_bytes: int = CHEAP_BYTES,
         max_copies: int = MAX_COPIES,
     ) -> None:
-        self._file = AppendFile(path, marks)
+        self._file = AppendFile(path, savepoints)
         self._delimiter = delimiter
         self._max_columns = max_columns
         self._cheap_bytes = cheap_bytes
         self._max_copies = max_copies
         self._columns: list[str] = []
         self._known: frozenset[str] = frozenset()
-        self._looked = False
+        self._is_loaded = False
         self._has_rows = False
-        self._more: dict[str, None] = {}
+        self._extra_names: dict[str, None] = {}
         """Metrics that were stored in ``more_metrics`` in some row, in order of appearance."""
         self._size = 0
-        self._grown = 0
+        self._appended_bytes = 0
         """Bytes appended since the last rewrite."""
-        self._refusal: tuple[OSError, int] | None = None
+        self._rewrite_error: tuple[OSError, int] | None = None
         """Why the last rewrite failed, and how many rows to let pass before the next attempt."""
 
     def append(self, step: int, cells: Mapping[str, str]) -> None:
         """Append one row, adding the columns that it needs; ``cells`` is the result of `cells_of`."""
-        self._look()
+        self._load()
         if not self._known.issuperset(cells) or not self._has_rows:
             self._make_room(cells)
-        line = self._line(self._spread({STEP: str(step), **cells}, self._columns))
+        line = self._encode_line(self._order_cells({STEP_COLUMN: str(step), **cells}, self._columns))
         if self._has_rows:
-            self._size = self._file.append(line, head=self._line(self._columns)) + len(line)
-            self._grown += len(line)
+            self._size = self._file.append(line, header=self._encode_line(self._columns)) + len(line)
+            self._appended_bytes += len(line)
         else:
-            self._size = self._grown = self._file.rewrite([self._line(self._columns), line])
+            self._size = self._appended_bytes = self._file.rewrite([self._encode_line(self._columns), line])
             self._has_rows = True
 
     def cut(self, first_step: int, cells: Mapping[str, str] | None = None) -> None:
         """Drop the rows from that step on; with ``cells``, keep everything before the last row equal to it."""
-        self._look()
-        same = None if cells is None else self._place_of(first_step, cells)
+        self._load()
+        last_match = None if cells is None else self._line_number_of(first_step, cells)
 
-        def stays(number: int, line: bytes) -> bool:
-            step = self._step(line)
-            return step is None or step < first_step or (same is not None and number < same)
+        def should_keep(number: int, line: bytes) -> bool:
+            step = self._step_of(line)
+            return step is None or step < first_step or (last_match is not None and number < last_match)
 
-        if not all(stays(number, line) for number, line in enumerate(self._file.lines())):
-            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if stays(number, line))
-        self._count()
+        if not all(should_keep(number, line) for number, line in enumerate(self._file.lines())):
+            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if should_keep(number, line))
+        self._measure()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._walk.WalkedFile.rows`."""
-        self._look()
+        """See `evsys_adapters._row_matcher.RowFile.rows`."""
+        self._load()
         for line in islice(self._file.lines(), 1, None):
-            row = self._row(line)
-            yield hash(frozenset(row.items())), self._step(line)
+            row = self._parse_row(line)
+            yield hash(frozenset(row.items())), self._step_of(line)
 
-    def keep(self, stays: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._walk.WalkedFile.keep`."""
-        self._look()
-        kept = [not number or stays(number - 1, self._step(line)) for number, line in enumerate(self._file.lines())]
-        if not all(kept):
-            self._file.rewrite(compress(self._file.lines(), kept))
-            self._count()
-        return max(0, sum(kept) - 1)
+    def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
+        """See `evsys_adapters._row_matcher.RowFile.keep_rows`."""
+        self._load()
+        retained = [
+            not number or should_keep(number - 1, self._step_of(line)) for number, line in enumerate(self._file.lines())
+        ]
+        if not all(retained):
+            self._file.rewrite(compress(self._file.lines(), retained))
+            self._measure()
+        return max(0, sum(retained) - 1)
 
-    def carry_out(self, first_step: int) -> None:
-        """See `evsys_adapters._walk.WalkedFile.carry_out`."""
+    def drop_from_step(self, first_step: int) -> None:
+        """See `evsys_adapters._row_matcher.RowFile.drop_from_step`."""
         self.cut(first_step)
 
     def close(self) -> None:
         """Give every metric its own column as far as there is room, and close the file."""
         try:
-            columns = self._with(())
+            columns = self._columns_with(())
             if columns != self._columns:
                 self._rewrite(columns)
         finally:
             self._file.close()
 
-    def try_again(self) -> None:
+    def retry_now(self) -> None:
         """Allow the next rewrite at once, even if the disk refused the last one."""
-        self._refusal = None
+        self._rewrite_error = None
 
-    def _look(self) -> None:
+    def _load(self) -> None:
         """Read the existing file; a file that is not a table of steps is quarantined."""
-        if self._looked:
+        if self._is_loaded:
             return
-        self._file.settle()
-        header = self._header()
-        if header and (header[0] != STEP or MORE in header[:-1] or len(set(header)) < len(header)):
-            path, aside = str(self._file.path), str(self._file.set_aside())
-            log().warning("csv_metrics.file_set_aside", file=path, kept_as=aside, why="not a table of steps")
+        self._file.recover()
+        header = self._read_header()
+        if header and (header[0] != STEP_COLUMN or MORE_COLUMN in header[:-1] or len(set(header)) < len(header)):
+            path, quarantined = str(self._file.path), str(self._file.quarantine())
+            log().warning("csv_metrics.file_set_aside", file=path, kept_as=quarantined, why="not a table of steps")
             header = []
-        self._use(header)
-        self._count()
-        if MORE in self._known:
+        self._set_columns(header)
+        self._measure()
+        if MORE_COLUMN in self._known:
             for line in self._file.lines():
-                self._more.update(dict.fromkeys(self._parted(line)[1]))
-        self._looked = True
+                self._extra_names.update(dict.fromkeys(self._split_extra(line)[1]))
+        self._is_loaded = True
 
-    def _header(self) -> list[str]:
+    def _read_header(self) -> list[str]:
         """Return the cells of the first line, complete or torn; empty if there is no file or it is empty."""
         line = self._file.first_line()
-        return self._cells(line) or ([""] if line else [])
+        return self._decode_line(line) or ([""] if line else [])
 
-    def _count(self) -> None:
+    def _measure(self) -> None:
         self._has_rows = any(islice(self._file.lines(), 1, None))
-        self._size = self._grown = self._file.size() if self._has_rows else 0
+        self._size = self._appended_bytes = self._file.size() if self._has_rows else 0
 
     def _make_room(self, names: Iterable[str]) -> None:
         """Add columns for new metrics, or make sure that they fit into ``more_metrics``."""
         if not self._has_rows:  # `cut` left a header without rows; it is replaced with them
-            self._more = {}
-            self._use([STEP])
-            self._use(self._with(names))
+            self._extra_names = {}
+            self._set_columns([STEP_COLUMN])
+            self._set_columns(self._columns_with(names))
             return
-        affordable = self._size <= max(self._cheap_bytes, self._max_copies * self._grown)
-        if MORE in self._known and not affordable:
+        affordable = self._size <= max(self._cheap_bytes, self._max_copies * self._appended_bytes)
+        if MORE_COLUMN in self._known and not affordable:
             return
-        columns = self._with(names)
-        if MORE not in columns and (MORE in self._known or not affordable):
-            columns.append(MORE)
+        columns = self._columns_with(names)
+        if MORE_COLUMN not in columns and (MORE_COLUMN in self._known or not affordable):
+            columns.append(MORE_COLUMN)
         if columns != self._columns:
             self._rewrite(columns)
 
-    def _with(self, names: Iterable[str]) -> list[str]:
+    def _columns_with(self, names: Iterable[str]) -> list[str]:
         """Return the columns extended by the contents of ``more_metrics`` and by ``names``, up to the limit."""
-        wanted = dict.fromkeys([*self._columns, *self._more, *names])
-        wanted.pop(MORE, None)
-        return [*islice(wanted, self._max_columns), *([MORE] if len(wanted) > self._max_columns else [])]
+        requested = dict.fromkeys([*self._columns, *self._extra_names, *names])
+        requested.pop(MORE_COLUMN, None)
+        return [*islice(requested, self._max_columns), *([MORE_COLUMN] if len(requested) > self._max_columns else [])]
 
     def _rewrite(self, columns: list[str]) -> None:
         """Rewrite the file with more columns; ``more_metrics`` is the last of them or absent."""
-        if self._refusal is not None:
-            error, rows = self._refusal
+        if self._rewrite_error is not None:
+            error, rows = self._rewrite_error
             if rows:
-                self._refusal = (error, rows - 1)
+                self._rewrite_error = (error, rows - 1)
                 raise error
         try:
-            self._size = self._file.rewrite(self._widened(columns))
+            self._size = self._file.rewrite(self._widened_lines(columns))
         except OSError as error:
-            self._refusal = (error, _ROWS_BETWEEN_TRIES)
+            self._rewrite_error = (error, _ROWS_BETWEEN_TRIES)
             raise
-        self._use(columns)
-        self._refusal = None
-        self._grown = 0
+        self._set_columns(columns)
+        self._rewrite_error = None
+        self._appended_bytes = 0
 
-    def _widened(self, columns: list[str]) -> Iterator[bytes]:
-        yield self._line(columns)
+    def _widened_lines(self, columns: list[str]) -> Iterator[bytes]:
+        yield self._encode_line(columns)
         # Where more_metrics is empty, new columns before or after it are the same bytes.
         padding = self._delimiter.encode() * len(columns)
         spare = len(padding) - len(self._delimiter.encode()) * len(self._columns)
         for line in islice(self._file.lines(), 1, None):
-            cells, more = self._parted(line) if MORE in self._known else ([], {})
+            cells, more = self._split_extra(line) if MORE_COLUMN in self._known else ([], {})
             if more:
-                yield self._line(self._spread(dict(zip(self._columns, cells, strict=False)) | more, columns))
+                yield self._encode_line(
+                    self._order_cells(dict(zip(self._columns, cells, strict=False)) | more, columns)
+                )
             elif spare >= 0:
                 yield line.rstrip(b"\r\n") + padding[:spare] + b"\n"
             else:
                 yield line.rstrip(b"\r\n")[:spare] + b"\n"
 
-    def _parted(self, line: bytes) -> tuple[list[str], dict[str, str]]:
+    def _split_extra(self, line: bytes) -> tuple[list[str], dict[str, str]]:
         """Split a row into its cells and the contents of ``more_metrics``, which may be too long for the csv module.
 
         Inside a quoted cell quotes are doubled, so a delimiter, a quote and a brace always begin such a cell.
         """
-        row, mark, more = line.rstrip(b"\r\n").rpartition(self._delimiter.encode() + b'"{')
-        if not mark or not more.endswith(b'}"'):
+        row, separator, more = line.rstrip(b"\r\n").rpartition(self._delimiter.encode() + b'"{')
+        if not separator or not more.endswith(b'}"'):
             return [], {}
         with suppress(msgspec.DecodeError):
-            return self._cells(row), _decode_more(b"{" + more[:-1].replace(b'""', b'"'))
+            return self._decode_line(row), _decode_more(b"{" + more[:-1].replace(b'""', b'"'))
         return [], {}
 
-    def _place_of(self, step: int, cells: Mapping[str, str]) -> int | None:
+    def _line_number_of(self, step: int, cells: Mapping[str, str]) -> int | None:
         """Return the number of the last line with this step and these cells."""
-        wanted = row_of(step, cells)
-        same: int | None = None
+        expected = row_of(step, cells)
+        last_match: int | None = None
         for number, line in enumerate(self._file.lines()):
-            if number and self._step(line) == step and self._row(line) == wanted:
-                same = number
-        return same
+            if number and self._step_of(line) == step and self._parse_row(line) == expected:
+                last_match = number
+        return last_match
 
-    def _row(self, line: bytes) -> dict[str, str]:
+    def _parse_row(self, line: bytes) -> dict[str, str]:
         """Return the non-empty cells of a row by metric name."""
-        cells, more = self._parted(line) if MORE in self._known else ([], {})
-        row = dict(zip(self._columns, cells or self._cells(line), strict=False))
-        row.pop(MORE, None)
+        cells, more = self._split_extra(line) if MORE_COLUMN in self._known else ([], {})
+        row = dict(zip(self._columns, cells or self._decode_line(line), strict=False))
+        row.pop(MORE_COLUMN, None)
         return {name: text for name, text in (row | more).items() if text}
 
-    def _spread(self, row: Mapping[str, str], columns: list[str]) -> list[str]:
+    def _order_cells(self, row: Mapping[str, str], columns: list[str]) -> list[str]:
         """Order the cells of a row by column; metrics without a column go to ``more_metrics``."""
         known = self._known if columns is self._columns else frozenset(columns)
         if not known.issuperset(row):
             more = {name: text for name, text in row.items() if name not in known}
-            row = {**row, MORE: msgspec.json.encode(more).decode()}
-            self._more.update(dict.fromkeys(more))
+            row = {**row, MORE_COLUMN: msgspec.json.encode(more).decode()}
+            self._extra_names.update(dict.fromkeys(more))
         return [row.get(name, "") for name in columns]
 
-    def _use(self, columns: list[str]) -> None:
+    def _set_columns(self, columns: list[str]) -> None:
         self._columns = columns
         self._known = frozenset(columns)
 
-    def _line(self, cells: list[str]) -> bytes:
+    def _encode_line(self, cells: list[str]) -> bytes:
         text = io.StringIO()
         csv.writer(text, delimiter=self._delimiter, lineterminator="\n").writerow(cells)
         return text.getvalue().encode()
 
-    def _cells(self, line: bytes) -> list[str]:
+    def _decode_line(self, line: bytes) -> list[str]:
         """Parse a line; empty if a cell exceeds the csv module's limit."""
         with suppress(csv.Error):
             return next(csv.reader([line.decode(errors="replace")], delimiter=self._delimiter), list[str]())
         return []
 
-    def _step(self, line: bytes) -> int | None:
+    def _step_of(self, line: bytes) -> int | None:
         try:
             return int(line.partition(self._delimiter.encode())[0])
         except ValueError:

@@ -19,14 +19,14 @@ _MAX_COLUMNS: Final = 6
 _MAX_TEXT: Final = 200
 _MARKUP: Final = str.maketrans({letter: f"\\{letter}" for letter in "\\|<>[]*`"})
 
-Ended = Sequence[tuple[Path, Any]]
+EndedRuns = Sequence[tuple[Path, Any]]
 """Run folders with their results: an ArmResult, or the host's equivalent."""
 
 
 def hypothesis_of(config: object) -> str | None:
     """Return ``config.metadata["hypothesis"]``; both levels may be objects or mappings."""
-    said = field(field(config, "metadata"), "hypothesis")
-    return str(said) if said else None
+    hypothesis = field(field(config, "metadata"), "hypothesis")
+    return str(hypothesis) if hypothesis else None
 
 
 def conclusion_page(result: object, run: str, run_result: object, arm: object) -> str:
@@ -41,10 +41,12 @@ def conclusion_page(result: object, run: str, run_result: object, arm: object) -
         *([f"- error: {_cell(error)}"] if error else []),
     ]
     table = _table(["metric", "value"], [[_cell(name), number(value)] for name, value in metrics.items()])
-    return _page("# Conclusion", _said(field(result, "conclusion")), "\n".join(facts), table if metrics else "")
+    return _page(
+        "# Conclusion", _text_or_default(field(result, "conclusion")), "\n".join(facts), table if metrics else ""
+    )
 
 
-def experiment_page(result: object, root: Path, ended: Ended, hypothesis: str | None) -> str:
+def experiment_page(result: object, root: Path, ended: EndedRuns, hypothesis: str | None) -> str:
     """Return the page of the experiment: status, hypothesis, arms, runs with links to their folders, conclusion."""
     runs = items(field(result, "arms")) or [arm for _, arm in ended]
     facts = [f"- status: {_cell(field(result, 'status'))}", *_best(result)]
@@ -52,13 +54,13 @@ def experiment_page(result: object, root: Path, ended: Ended, hypothesis: str | 
         f"# {_cell(field(result, 'name') or root.name)}",
         "\n".join(facts),
         "## Hypothesis",
-        _said(field(result, "hypothesis") or hypothesis),
+        _text_or_default(field(result, "hypothesis") or hypothesis),
         "## Arms",
         _arms(runs, field(result, "best_arm")) if runs else "None has ended.",
         "## Runs",
         _runs(runs, root, ended) if runs else "None has ended.",
         "## Conclusion",
-        _said(field(result, "conclusion")),
+        _text_or_default(field(result, "conclusion")),
     )
 
 
@@ -89,7 +91,7 @@ def _arms(runs: Iterable[object], best: object) -> str:
     return _table(["arm", "runs", "seeds", *map(_cell, metrics)], rows)
 
 
-def _runs(runs: Sequence[object], root: Path, ended: Ended) -> str:
+def _runs(runs: Sequence[object], root: Path, ended: EndedRuns) -> str:
     metrics = _main_metrics(runs)[: 2 * _MAX_COLUMNS]
     rows: list[list[str]] = []
     for run in runs:
@@ -109,12 +111,12 @@ def _runs(runs: Sequence[object], root: Path, ended: Ended) -> str:
     return _table(["run", "arm", "status", *map(_cell, metrics), "error"], rows)
 
 
-def _folder(run: object, root: Path, ended: Ended) -> Path | None:
+def _folder(run: object, root: Path, ended: EndedRuns) -> Path | None:
     """Find the folder of a run inside the experiment's: where its events came from, or the one named by its result."""
-    said = field(field(field(run, "run_result"), "artifacts"), "run_dir")
+    run_dir = field(field(field(run, "run_result"), "artifacts"), "run_dir")
     candidates = [
         *(folder for folder, arm in ended if arm is run),
-        *([Path(str(said))] if said else []),
+        *([Path(str(run_dir))] if run_dir else []),
         *(folder for folder, arm in ended if arm == run),  # equal after serialization
         root / str(field(run, "name")),
     ]
@@ -149,7 +151,7 @@ def _best(result: object) -> list[str]:
     return [f"- best arm: {_cell(best)}" + ("" if score is None else f" ({number(score)})")] if best else []
 
 
-def _said(text: object) -> str:
+def _text_or_default(text: object) -> str:
     return str(text).strip() if text else "Not given."
 
 

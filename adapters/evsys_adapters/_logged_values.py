@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._result_fields import field, fields, items
-from evsys_bus.codec import to_plain
-from evsys_bus.codec.redaction import redact_configs
+from evsys_bus.codec import to_builtins
+from evsys_bus.codec.redact import redact_configs
 
 TRAIN: Final = "train"
 EVAL: Final = "eval/"
@@ -43,11 +43,11 @@ def prefixed(stream: str, key: str) -> str:
 
 def values_of(metrics: object) -> dict[str, Any]:
     """Convert metrics to plain data."""
-    plain, _ = to_plain(cast("object", metrics) if isinstance(metrics, Mapping) else fields(metrics))
+    plain, _ = to_builtins(cast("object", metrics) if isinstance(metrics, Mapping) else fields(metrics))
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
 
 
-def split(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
+def split_numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
     """Split plain values into numbers, including NaN and infinities, and everything else as texts."""
     numbers: dict[str, float] = {}
     texts: dict[str, str] = {}
@@ -71,8 +71,8 @@ def json_of(value: object) -> str:
 
 def config_of(ctx: object) -> dict[str, Any]:
     """Return the configurations of a context with credentials redacted."""
-    given = {name: field(ctx, name) for name in ("config", "run_config")}
-    plain, _ = to_plain({name: value for name, value in given.items() if value is not None})
+    configs = {name: field(ctx, name) for name in ("config", "run_config")}
+    plain, _ = to_builtins({name: value for name, value in configs.items() if value is not None})
     redact_configs(plain)
     return plain
 
@@ -80,7 +80,7 @@ def config_of(ctx: object) -> dict[str, Any]:
 def table_of(predictions: object, cap: int) -> Table:
     """Build a table of the first ``cap`` predictions."""
     given = items(predictions)
-    shown = [values_of(each) or {"prediction": to_plain(each)[0]} for each in given[:cap]]
+    shown = [values_of(each) or {"prediction": to_builtins(each)[0]} for each in given[:cap]]
     names: Iterable[str] = dict.fromkeys(name for each in shown for name in each)
     columns = [name for name in _COLUMNS if name in names] + [name for name in names if name not in _COLUMNS]
     return Table(columns, [[each.get(name) for name in columns] for each in shown], len(given))

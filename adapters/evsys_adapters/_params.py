@@ -7,14 +7,14 @@ from typing import Final, TypeVar
 import msgspec
 
 from evsys_bus.errors import SettingError, WrongParamError
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 _BRACES: Final = re.compile(r"\{[^{}]*\}|[{}]")
 
 ConfigT = TypeVar("ConfigT", bound=msgspec.Struct)
 
 
-def checked(config: type[ConfigT], params: Mapping[str, object]) -> ConfigT:
+def validate_params(config: type[ConfigT], params: Mapping[str, object]) -> ConfigT:
     """Convert the parameters to their ``Config``.
 
     Raises:
@@ -30,13 +30,13 @@ def checked(config: type[ConfigT], params: Mapping[str, object]) -> ConfigT:
         ) from None
 
 
-def listed(names: Iterable[str] | None) -> object:
-    """Return names as a list for `checked`; a single string is returned unchanged, and is rejected there."""
+def as_list(names: Iterable[str] | None) -> object:
+    """Return names as a list for `validate_params`; a single string is returned unchanged, and is rejected there."""
     return names if names is None or isinstance(names, str | bytes) else list(names)
 
 
 def check_placeholders(text: str, name: str, known: Sequence[str]) -> None:
-    """Reject unknown placeholders and stray braces, in the ``__post_init__`` of a Config.
+    """Reject unknown placeholders and unmatched braces, in the ``__post_init__`` of a Config.
 
     Args:
         text: The value of the parameter.
@@ -46,32 +46,34 @@ def check_placeholders(text: str, name: str, known: Sequence[str]) -> None:
     Raises:
         ValueError: There is another placeholder, or a single brace.
     """
-    strange = [found for found in _BRACES.findall(text) if found not in known]
-    if strange:
-        what = f"{strange[0]} is not a placeholder; the placeholders are {', '.join(known)}"
-        raise ValueError(f"{what}, and other braces are not allowed{_at(name)}")
+    unknown = [found for found in _BRACES.findall(text) if found not in known]
+    if unknown:
+        what = f"{unknown[0]} is not a placeholder; the placeholders are {', '.join(known)}"
+        raise ValueError(f"{what}, and other braces are not allowed{_location(name)}")
 
 
-def check_local_path(text: str, name: str, known: Sequence[str] = (), *, whole: str | None = None) -> None:
+def check_local_path(
+    text: str, name: str, known: Sequence[str] = (), *, absolute_placeholder: str | None = None
+) -> None:
     """Reject a text that is not a local path, in the ``__post_init__`` of a Config; includes `check_placeholders`.
 
     Args:
         text: The value of the parameter.
         name: The parameter.
         known: The allowed placeholders, including their braces.
-        whole: A placeholder that expands to an absolute path when the text begins with it.
+        absolute_placeholder: A placeholder that expands to an absolute path when the text begins with it.
 
     Raises:
         ValueError: It is a URL, has an unknown placeholder, or names the home directory of an unknown user.
     """
     check_placeholders(text, name, known)
-    if whole is None or not text.startswith(whole):
+    if absolute_placeholder is None or not text.startswith(absolute_placeholder):
         try:
             local_path(text, name)
         except SettingError as error:
-            raise ValueError(f"{error.why or error.what}: {error.fix}{_at(name)}") from error
+            raise ValueError(f"{error.why or error.what}: {error.fix}{_location(name)}") from error
 
 
-def _at(name: str) -> str:
+def _location(name: str) -> str:
     """Format the location as msgspec does, so that an error in a file shows the line."""
     return f" - at `$.{name}`"

@@ -3,27 +3,27 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
-from evsys_bus.codec import to_plain
+from evsys_bus.codec import to_builtins
 
 
-def field(thing: object, name: str, default: object = None) -> Any:
+def field(obj: object, name: str, default: object = None) -> Any:
     """Return an attribute of an object or an entry of a mapping; the default if it is missing or reading it raises."""
     try:
-        if isinstance(thing, Mapping):
-            return cast("Mapping[str, Any]", thing).get(name, default)
-        return getattr(thing, name, default)
+        if isinstance(obj, Mapping):
+            return cast("Mapping[str, Any]", obj).get(name, default)
+        return getattr(obj, name, default)
     except Exception:  # a property or __getattr__ of the host
         return default
 
 
-def fields(thing: object) -> dict[str, Any]:
+def fields(obj: object) -> dict[str, Any]:
     """Return all entries of a mapping or fields of an object as a new dict; empty if it has none."""
-    if isinstance(thing, Mapping):
-        return dict(cast("Mapping[str, Any]", thing))
-    plain, _ = to_plain(vars(thing) if hasattr(thing, "__dict__") else thing)
+    if isinstance(obj, Mapping):
+        return dict(cast("Mapping[str, Any]", obj))
+    plain, _ = to_builtins(vars(obj) if hasattr(obj, "__dict__") else obj)
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
 
 
-def items(thing: object) -> list[Any]:
+def items(obj: object) -> list[Any]:
     """Return the items of a list, a tuple or a set as a new list; empty for anything else."""
-    return list(cast("list[Any]", thing)) if isinstance(thing, list | tuple | set | frozenset) else []
+    return list(cast("list[Any]", obj)) if isinstance(obj, list | tuple | set | frozenset) else []

@@ -3,8 +3,8 @@
     hooks ── the run of the event ── `RunNotes`: what is void, late or new ── rows: stream, step, values
 
 The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
-A note beside the file records which events it has the rows of (`evsys_adapters._output_notes`); without one, as beside
-files of 0.1.0, rows that may be delivered again are compared with the existing ones.
+A note beside the file records which events it has the rows of (`evsys_adapters._output_positions`); without one, as
+beside files of 0.1.0, rows that may be delivered again are compared with the existing ones.
 """
 
 import threading
@@ -16,14 +16,14 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
+from evsys_adapters._logged_run_state import StateT, decode_states, encode_states, noted, notes_in
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
-from evsys_adapters._output_claim import has_courier, without_others
-from evsys_adapters._output_notes import FIRST, NotedOutput, OutputNotes, Position, without_newer
+from evsys_adapters._output_lease import has_courier, without_foreign_files
+from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput, without_newer
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field, items
-from evsys_adapters._run_notes import NotesT, noted, notes_in, packed, unpacked
-from evsys_adapters._runs import first_step_of, is_carried, is_run_of, rank_of_event, ranked_key, run_id, step_of
-from evsys_bus.attached import Ranks
+from evsys_adapters._runs import first_step_of, is_repeated_start, is_run_of, rank_of_event, ranked_key, run_id, step_of
+from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
     EvalResult,
@@ -37,16 +37,16 @@ from evsys_bus.context import (
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
 
-_MOST_DOUBTFUL: Final = 10_000
-"""Bound on `RunNotes.doubtful`, which every mark carries."""
+_MAX_UNCONFIRMED_KEYS: Final = 10_000
+"""Every mark carries them."""
 
 
-class LoggedRun(Generic[NotesT]):
+class LoggedRun(Generic[StateT]):
     """One run, and the rows on their way to its file.
 
     Args:
         log: Its file.
-        notes: State of the run that is not in the file.
+        state: State of the run that is not in the file.
         output: Which events the file has the rows of.
         lock: A reentrant lock, held while a method changes them, if another thread may.
     """
@@ -54,45 +54,49 @@ class LoggedRun(Generic[NotesT]):
     def __init__(
         self,
         log: RecordLog,
-        notes: NotesT,
-        output: NotedOutput,
+        state: StateT,
+        output: TrackedOutput,
         lock: AbstractContextManager[object] | None = None,
     ) -> None:
         self.log = log
         self.output = output
         self.lock = threading.RLock() if lock is None else lock
-        self.notes = notes
-        self.at = 0.0
+        self.notes = state
+        self.event_time = 0.0
         """Publication time of the event being logged; seconds since the epoch."""
-        self._recorded: set[int] | None = None
+        self._recorded_keys: set[int] | None = None
         """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
-        self._newest = 0.0
+        self._newest_time = 0.0
 
-    def introduced(self) -> None:
+    def resume(self) -> None:
         """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
         with self.lock:
-            if self.output.is_known and not self.notes.course.unplaced:
-                self.notes.course.continued()
+            if self.output.is_known and not self.notes.tracker.position_unknown:
+                self.notes.tracker.continued()
             else:
-                self.notes.course.introduced()
+                self.notes.tracker.resume()
 
     def begin(self, first_step: int) -> None:
         """Training starts at this step: later steps in the file become void."""
         with self.lock:
             if self._may_repeat():
-                self.notes.course.starts_pending(first_step)
+                self.notes.tracker.start_pending(first_step)
             else:
-                self._carry_out(first_step)
+                self._apply_start(first_step)
 
     def add_step(self, step: int, metrics: object) -> None:
         """Log a training row; None only records the step."""
         with self.lock:
-            if not self.notes.course.begun and metrics is not None and self._is_there(TRAIN, step, values_of(metrics)):
-                self.notes.course.introduced()  # the start is missing, and this row was logged before
-            if self.notes.course.pending is not None and metrics is not None:
-                self._decide(there=self._is_there(TRAIN, step, values_of(metrics)))
-            if self.notes.steps(step):
-                self._void(step)
+            if (
+                not self.notes.tracker.has_started
+                and metrics is not None
+                and self._has_row(TRAIN, step, values_of(metrics))
+            ):
+                self.notes.tracker.resume()  # the start is missing, and this row was logged before
+            if self.notes.tracker.pending_start is not None and metrics is not None:
+                self._resolve_pending_start(is_logged=self._has_row(TRAIN, step, values_of(metrics)))
+            if self.notes.record_step(step):
+                self._void_from(step)
             if metrics is not None:
                 self._write(TRAIN, step, values_of(metrics))
 
@@ -100,27 +104,27 @@ class LoggedRun(Generic[NotesT]):
         """Log an eval: only the values that were not logged yet."""
         with self.lock:
             values, stream = values_of(metrics), f"{EVAL}{name}"
-            news = self.notes.news(name, step, values)
-            if self.notes.course.pending is not None:
-                there = not news or self._is_there(stream, step, news)
-                self._decide(there=there)
-                news = news if there else self.notes.news(name, step, values)
-            if news:
-                self._write(stream, step, news)
+            new_values = self.notes.new_values(name, step, values)
+            if self.notes.tracker.pending_start is not None:
+                is_logged = not new_values or self._has_row(stream, step, new_values)
+                self._resolve_pending_start(is_logged=is_logged)
+                new_values = new_values if is_logged else self.notes.new_values(name, step, values)
+            if new_values:
+                self._write(stream, step, new_values)
 
-    def add_benchmark(self, step: int | None, result: object, predictions: object, most: int) -> None:
-        """Log a benchmark with up to ``most`` predictions; one without a step was scored after training."""
+    def add_benchmark(self, step: int | None, result: object, predictions: object, max_predictions: int) -> None:
+        """Log a benchmark with up to ``max_predictions`` predictions; one without a step was scored after training."""
         name = str(field(result, "name") or "benchmark")
         head = f"final/{name}" if step is None else f"{EVAL}{name}"
         if step is None:
-            self._conclude(head, values_of(field(result, "metrics")))
+            self._write_final_scores(head, values_of(field(result, "metrics")))
         else:
             self.add_eval(step, name, field(result, "metrics"))
         if items(predictions):
-            self._show(step, head, "predictions", table_of(predictions, most))
+            self._write_attachment(step, head, "predictions", table_of(predictions, max_predictions))
         breakdowns = field(result, "breakdowns")
         if breakdowns:
-            self._show(step, head, "breakdowns", breakdowns)
+            self._write_attachment(step, head, "breakdowns", breakdowns)
 
     def state(self) -> bytes:
         """Return the run's state as it is written to the note beside the file."""
@@ -129,62 +133,62 @@ class LoggedRun(Generic[NotesT]):
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
         with self.lock:
-            if self.notes.untidy:
-                self._tidy()
-                self.notes.untidy = False
-            self.log.close(forget=forget)
+            if self.notes.needs_reorder:
+                self._reorder()
+                self.notes.needs_reorder = False
+            self.log.close(forget_file=forget)
 
     def _is_repeated(self, key: int) -> bool:
         """Whether a row is in the file already, and is delivered again after a repeated start."""
-        if not self._may_repeat() or self._recorded is None:
+        if not self._may_repeat() or self._recorded_keys is None:
             return False
-        if key not in self._recorded and len(self.notes.doubtful) < _MOST_DOUBTFUL:
-            self.notes.doubtful.append(key)
-        return key in self._recorded
+        if key not in self._recorded_keys and len(self.notes.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
+            self.notes.unconfirmed_keys.append(key)
+        return key in self._recorded_keys
 
     def _may_repeat(self) -> bool:
         """Whether rows that are delivered now may be in the file."""
-        course = self.notes.course
-        if not course.unplaced:
+        tracker = self.notes.tracker
+        if not tracker.position_unknown:
             return False
-        if self._recorded is None:
+        if self._recorded_keys is None:
             try:
-                recorded, self._newest = self._rows_there()
-                self._recorded = recorded.difference(self.notes.doubtful)
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
-        if self.at > self._newest:  # everything from here on is new
-            if course.pending is not None:
-                self._carry_out(course.pending)
-            course.unplaced, self._recorded = False, None
-            self.notes.doubtful = []
-        return course.unplaced
+        if self.event_time > self._newest_time:  # everything from here on is new
+            if tracker.pending_start is not None:
+                self._apply_start(tracker.pending_start)
+            tracker.position_unknown, self._recorded_keys = False, None
+            self.notes.unconfirmed_keys = []
+        return tracker.position_unknown
 
-    def _decide(self, *, there: bool) -> None:
+    def _resolve_pending_start(self, *, is_logged: bool) -> None:
         """Decide about a repeated start by the row after it: if the file has that row, the start was applied before."""
-        first, self.notes.course.pending = self.notes.course.pending, None
+        first, self.notes.tracker.pending_start = self.notes.tracker.pending_start, None
         if first is None:
             return
-        if not there:
-            self._carry_out(first)
-        elif self.notes.doubtful:
-            self._drop(frozenset(self.notes.doubtful))
-        self.notes.doubtful = []
+        if not is_logged:
+            self._apply_start(first)
+        elif self.notes.unconfirmed_keys:
+            self._drop_rows(frozenset(self.notes.unconfirmed_keys))
+        self.notes.unconfirmed_keys = []
 
-    def _carry_out(self, first_step: int) -> None:
-        self._recorded = None
-        if self.notes.starts(first_step):
-            self._void(first_step)
+    def _apply_start(self, first_step: int) -> None:
+        self._recorded_keys = None
+        if self.notes.start_training(first_step):
+            self._void_from(first_step)
 
-    def _drop(self, keys: AbstractSet[int]) -> None:
+    def _drop_rows(self, keys: AbstractSet[int]) -> None:
         """Remove the rows with these keys from the file."""
         raise NotImplementedError
 
-    def _rows_there(self) -> tuple[set[int], float]:
+    def _existing_rows(self) -> tuple[set[int], float]:
         """Return the keys of all rows in the file, and the time of the newest."""
         raise NotImplementedError
 
-    def _is_there(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
+    def _has_row(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
         """Whether the file contains this row with the current event time."""
         raise NotImplementedError
 
@@ -192,19 +196,19 @@ class LoggedRun(Generic[NotesT]):
         """Log a row."""
         raise NotImplementedError
 
-    def _conclude(self, head: str, values: Mapping[str, Any]) -> None:
+    def _write_final_scores(self, head: str, values: Mapping[str, Any]) -> None:
         """Log the scores of a benchmark that was run after training."""
         raise NotImplementedError
 
-    def _show(self, step: int | None, head: str, what: str, shown: Table | object) -> None:
+    def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
         """Log what a benchmark has besides numbers."""
         raise NotImplementedError
 
-    def _void(self, first_step: int) -> None:
+    def _void_from(self, first_step: int) -> None:
         """Make this step and later ones void in the file."""
         raise NotImplementedError
 
-    def _tidy(self) -> None:
+    def _reorder(self) -> None:
         """Bring the file into order."""
         raise NotImplementedError
 
@@ -212,18 +216,18 @@ class LoggedRun(Generic[NotesT]):
 RunT = TypeVar("RunT", bound=LoggedRun[Any])
 
 
-class _LoggerMark(msgspec.Struct, frozen=True):
+class _LoggerMark(msgspec.Struct, frozen=True, rename={"run_states": "runs"}):
     files: Mark
-    runs: dict[str, bytes]
+    run_states: dict[str, bytes]
     """The encoded `RunNotes` of each run."""
     positions: dict[str, Position] = {}
 
 
-class RunLogger(Callback, Generic[RunT, NotesT]):
+class RunLogger(Callback, Generic[RunT, StateT]):
     """Logs every run to its own file; behind a courier, a crash neither duplicates nor loses a row.
 
     Args:
-        notes: The type of the run's state.
+        state_type: The type of the run's state.
         max_pred_rows: Maximum number of predictions in the table of one eval.
     """
 
@@ -231,13 +235,13 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
     ranks: ClassVar[Ranks | None] = "rank0"
 
-    def __init__(self, notes: type[NotesT], max_pred_rows: int) -> None:
-        self._marks = Savepoints()
+    def __init__(self, state_type: type[StateT], max_pred_rows: int) -> None:
+        self._savepoints = Savepoints()
         self._has_mark = False
         self._runs: dict[str, RunT] = {}
-        self._notes = notes
-        self._output_notes = OutputNotes(self._marks)
-        self._rewound: dict[str, tuple[NotesT, Position]] = {}
+        self._state_type = state_type
+        self._output_notes = PositionWriter(self._savepoints)
+        self._rewound: dict[str, tuple[StateT, Position]] = {}
         """States restored from the mark, of runs without an event since."""
         self._left: dict[str, RunT] = {}
         """Runs whose experiment has ended since the mark."""
@@ -245,17 +249,17 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
 
     def on_run_start(self, ctx: LogContext) -> None:
         """Write the description of the run."""
-        self._announce(self._run(ctx), ctx)
+        self._describe_run(self._run(ctx), ctx)
 
     def on_train_start(self, state: LoopState) -> None:
         """Make the steps void that will be run again."""
         run = self._run(state)
         first_step = first_step_of(state)
-        if is_carried(self.event):
-            run.introduced()
+        if is_repeated_start(self.event):
+            run.resume()
         elif first_step is not None:
             self._once(run, lambda: run.begin(first_step))
-        self._announce(run, state)
+        self._describe_run(run, state)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics."""
@@ -286,7 +290,7 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Close the files of the experiment's runs, and drop their state."""
-        for run in self._leave(ctx):
+        for run in self._remove_runs(ctx):
             self._once(run, lambda run=run: self._experiment_ends(run, result))
             run.close(forget=True)
 
@@ -307,8 +311,8 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         files = self._output_notes.take((run.output, run.state(), [run.log.path]) for run in written)
         self._left = {}
         known = self._rewound | {key: (run.notes, run.output.position) for key, run in self._runs.items()}
-        notes = packed({key: notes for key, (notes, _) in known.items()})
-        return msgspec.to_builtins(_LoggerMark(files, notes, {key: position for key, (_, position) in known.items()}))
+        states = encode_states({key: states for key, (states, _) in known.items()})
+        return msgspec.to_builtins(_LoggerMark(files, states, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -316,14 +320,14 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         Raises:
             OSError: A file cannot be cut.
         """
-        said = msgspec.convert(mark, _LoggerMark)
-        files = without_others(said.files, self)
-        self._marks.rewind(without_newer(files, said.positions.values(), self._note_of))
+        saved = msgspec.convert(mark, _LoggerMark)
+        files = without_foreign_files(saved.files, self)
+        self._savepoints.rewind(without_newer(files, saved.positions.values(), self._note_of))
         self._has_mark = True
-        for key, notes in unpacked(said.runs, self._notes).items():
-            position = said.positions.get(key) or Position(since=FIRST if notes.course.begun else "")
-            if files is not said.files and not position.handled:
-                notes.course.unplaced = True
+        for key, notes in decode_states(saved.run_states, self._state_type).items():
+            position = saved.positions.get(key) or Position(since=NEXT_STREAM if notes.tracker.has_started else "")
+            if files is not saved.files and not position.handled:
+                notes.tracker.position_unknown = True
             self._rewound[key] = (notes, position)
 
     def _run(self, handle: LoopState | LogContext) -> RunT:
@@ -331,19 +335,19 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         run = self._runs.get(key)
         if run is None:
             is_followed = has_courier(self)
-            notes, position = self._rewound.get(key) or (None, None)
+            state, position = self._rewound.get(key) or (None, None)
             if is_followed and key in self._left:
-                notes, position = self._left[key].notes, self._left[key].output.position
-            output = NotedOutput(self._marks, position, is_followed=is_followed)
+                state, position = self._left[key].notes, self._left[key].output.position
+            output = TrackedOutput(self._savepoints, position, behind_courier=is_followed)
             try:
-                run = self._runs[key] = self._open(handle, notes, output)
+                run = self._runs[key] = self._open(handle, state, output)
             except OSError as error:  # a row can be buffered, but the existing rows must be known first
                 raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
             self._left.pop(key, None)
-            if notes is None and not output.is_known and not self._has_mark and is_followed:  # its cursor may be lost
-                run.notes.course.unplaced = True
-        run.at = self.event.time
+            if state is None and not output.is_known and not self._has_mark and is_followed:  # its cursor may be lost
+                run.notes.tracker.position_unknown = True
+        run.event_time = self.event.time
         return run
 
     def _key(self, handle: LoopState | LogContext) -> str:
@@ -353,12 +357,12 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         """Rank of the process that published the event: each rank has its own files."""
         return rank_of_event(self.event)
 
-    def _leave(self, ctx: LogContext) -> Iterator[RunT]:
+    def _remove_runs(self, ctx: LogContext) -> Iterator[RunT]:
         """Yield the runs of an experiment while removing them from the registry."""
-        self._rewound = {key: notes for key, notes in self._rewound.items() if not is_run_of(key, ctx)}
+        self._rewound = {key: state for key, state in self._rewound.items() if not is_run_of(key, ctx)}
         for key in [each for each in self._runs if is_run_of(each, ctx)]:
             run = self._left[key] = self._runs.pop(key)
-            run.at = self.event.time
+            run.event_time = self.event.time
             yield run
 
     def _once(self, run: RunT, log: Callable[[], object]) -> None:
@@ -368,19 +372,19 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
             log()
             run.output.add(event)
 
-    def _known(self, output: NotedOutput, place: Path, others: Iterable[Path] = ()) -> NotesT | None:
+    def _known(self, output: TrackedOutput, place: Path, others: Iterable[Path] = ()) -> StateT | None:
         """Return the run's state from the note of an output that is newer than the mark, and restore its files to it.
 
         Raises:
             OSError: The disk refuses it.
         """
-        known = output.found(place, self._note_of(place), others)
-        return None if known is None else notes_in(known, self._notes)
+        known = output.restore(place, self._note_of(place), others)
+        return None if known is None else notes_in(known, self._state_type)
 
     def _train_ends(self, run: RunT, state: LoopState) -> None:
         """The training has ended."""
         del state
-        run.notes.course.ends()
+        run.notes.tracker.end_training()
 
     def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
         """The run's experiment has ended."""
@@ -390,10 +394,10 @@ class RunLogger(Callback, Generic[RunT, NotesT]):
         """Return the path of the note of an output."""
         raise NotImplementedError
 
-    def _open(self, handle: LoopState | LogContext, notes: NotesT | None, output: NotedOutput) -> RunT:
+    def _open(self, handle: LoopState | LogContext, state: StateT | None, output: TrackedOutput) -> RunT:
         """Open the run on its first event, or its first event after `rewind`, then with its state."""
         raise NotImplementedError
 
-    def _announce(self, run: RunT, handle: LoopState | LogContext) -> None:
+    def _describe_run(self, run: RunT, handle: LoopState | LogContext) -> None:
         """Write the description of the run if it is missing."""
         raise NotImplementedError

@@ -4,7 +4,7 @@
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
-    <run>/logs/.run                                          the owner, see `evsys_adapters._output_claim`
+    <run>/logs/.run                                          the owner, see `evsys_adapters._output_lease`
 
 Callers choose the content of rows, except for the keys ``step`` and ``benchmark``.
 """
@@ -17,11 +17,11 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from evsys_adapters._output_claim import OutputClaim, OutputPlaces
-from evsys_adapters._output_notes import NotedOutput, assign, is_empty, note_of_folder
+from evsys_adapters._output_lease import OutputCandidates, OutputLease
+from evsys_adapters._output_positions import TrackedOutput, assign, is_empty, position_file_in
+from evsys_adapters._row_matcher import RowMatcher
 from evsys_adapters._step_tracker import StepTracker
-from evsys_adapters._walk import OutputWalk
-from evsys_bus.codec import json_line, to_plain
+from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
 from evsys_bus.savepoints import Savepoints
@@ -39,7 +39,7 @@ class RowKey(msgspec.Struct, frozen=True):
     """None in training rows."""
 
 
-_decode_held: Final = msgspec.msgpack.Decoder(
+_decode_deferred: Final = msgspec.msgpack.Decoder(
     tuple[RowKey, dict[str, Any], list[dict[str, Any]] | None, Split | None]
 ).decode
 _decode_key: Final = msgspec.json.Decoder(RowKey).decode
@@ -57,39 +57,39 @@ class StepRows:
     """A file of rows that belong to steps. Only `settle` raises OSError: refused writes are kept in memory for a retry.
 
     Args:
-        place: Returns the folder ``logs``; called for each row, may raise OSError.
+        acquire_folder: Returns the folder ``logs``; called for each row, may raise OSError.
         path: Path of the file if the first candidate folder is used.
-        marks: The callback's savepoints.
+        savepoints: The callback's savepoints.
     """
 
-    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
-        self._place = place
+    def __init__(self, acquire_folder: Callable[[], Path], path: Path, savepoints: Savepoints) -> None:
+        self._acquire_folder = acquire_folder
         self.name = Path(path.parent.name, path.name)
-        self._marks = marks
+        self._savepoints = savepoints
         self._open_file: AppendFile | None = None
         self._backlog = Backlog(str(path))
 
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far."""
-        return self._backlog.waiting
+        return self._backlog.pending
 
     def add(self, row: Row) -> None:
         """Add one row."""
         line = json_line(row) + b"\n"
         self._backlog.write(lambda: self._file.append(line), len(line))
 
-    def cut(self, first_step: int, *, but: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
-        """Drop the rows from that step on, except for the evals in ``but``.
+    def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
+        """Drop the rows from that step on, except for the evals in ``except_keys``.
 
         With ``row``, everything before the last row equal to it is kept.
         """
-        like = None if row is None else json_line(row) + b"\n"
-        self._backlog.write(partial(self._cut, first_step, but, like), 0)
+        last_line = None if row is None else json_line(row) + b"\n"
+        self._backlog.write(partial(self._cut, first_step, except_keys, last_line), 0)
 
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
-        self._backlog.settle()
+        self._backlog.drain()
 
     def flush(self) -> None:
         """Retry refused writes, and close the file until the next row."""
@@ -100,119 +100,126 @@ class StepRows:
     @property
     def _file(self) -> AppendFile:
         """The open file; raises OSError if its folder cannot be determined now."""
-        path = self._place() / self.name
+        path = self._acquire_folder() / self.name
         if self._open_file is None or self._open_file.path != path:
-            self._open_file = AppendFile(path, self._marks)
-            self.forget()
+            self._open_file = AppendFile(path, self._savepoints)
+            self.forget_contents()
         return self._open_file
 
-    def forget(self) -> None:
+    def forget_contents(self) -> None:
         """Forget what is known of the file's content, because another file is used now."""
 
-    def _cut(self, first_step: int, but: frozenset[RowKey], like: bytes | None) -> None:
-        kept = 0
-        if like is not None:
-            kept = max((number for number, line in enumerate(self._file.lines()) if line == like), default=0)
+    def _cut(self, first_step: int, except_keys: frozenset[RowKey], last_line: bytes | None) -> None:
+        keep_until = 0
+        if last_line is not None:
+            keep_until = max((number for number, line in enumerate(self._file.lines()) if line == last_line), default=0)
 
-        def stays(number: int, line: bytes) -> bool:
+        def should_keep(number: int, line: bytes) -> bool:
             key = _key_of(line)
-            return number < kept or key is None or key.step is None or key.step < first_step or key in but
+            return number < keep_until or key is None or key.step is None or key.step < first_step or key in except_keys
 
-        if not all(stays(number, line) for number, line in enumerate(self._file.lines())):
-            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if stays(number, line))
+        if not all(should_keep(number, line) for number, line in enumerate(self._file.lines())):
+            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if should_keep(number, line))
 
 
 class TrainingRows(StepRows):
     """A file of training rows, which may be delivered again over existing ones."""
 
-    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints, course: StepTracker) -> None:
-        super().__init__(place, path, marks)
-        self._walk = OutputWalk(course)
-        self._course = course
+    def __init__(
+        self, acquire_folder: Callable[[], Path], path: Path, savepoints: Savepoints, tracker: StepTracker
+    ) -> None:
+        super().__init__(acquire_folder, path, savepoints)
+        self._matcher = RowMatcher(tracker)
+        self._tracker = tracker
 
-    def introduced(self, then: Callable[[], object]) -> None:
+    def resume(self, on_resumed: Callable[[], object]) -> None:
         """The training's start event is repeated."""
-        self._backlog.write(lambda: (self._walk.introduced(), then()), 0)
+        self._backlog.write(lambda: (self._matcher.resume(), on_resumed()), 0)
 
-    def starts(self, first_step: int, then: Callable[[bool], object]) -> None:
-        """Training starts at this step. ``then`` receives whether to cut now; if not, the next row decides."""
-        self._backlog.write(lambda: then(self._walk.starts(first_step)), 0)
+    def start_training(self, first_step: int, on_started: Callable[[bool], object]) -> None:
+        """Training starts at this step. ``on_started`` receives whether to cut now; if not, the next row decides."""
+        self._backlog.write(lambda: on_started(self._matcher.start_training(first_step)), 0)
 
-    def walk(self, step: int, row: Row, cut: Callable[[int], object], found: Callable[[], object]) -> None:
+    def add_unless_present(
+        self, step: int, row: Row, on_start_applied: Callable[[int], object], on_row_found: Callable[[], object]
+    ) -> None:
         """Append a row unless it is in the file.
 
-        Calls ``cut`` if a pending start has to be applied, and ``found`` if it was before. They must not raise OSError.
+        Calls ``on_start_applied`` if a pending start has to be applied, and ``on_row_found`` if it was before. They
+        must not raise OSError.
         """
         line = json_line(row) + b"\n"
-        self._backlog.write(partial(self._walk_on, step, line, cut, found), len(line))
+        self._backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._walk.WalkedFile.rows`."""
+        """See `evsys_adapters._row_matcher.RowFile.rows`."""
         for line in self._file.lines():
             key = _key_of(line)
             yield hash(line), None if key is None else key.step
 
-    def keep(self, stays: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._walk.WalkedFile.keep`."""
-        kept = [stays(number, step) for number, (_, step) in enumerate(self.rows())]
-        if not all(kept):
-            self._file.rewrite(compress(self._file.lines(), kept))
-        return sum(kept)
+    def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
+        """See `evsys_adapters._row_matcher.RowFile.keep_rows`."""
+        retained = [should_keep(number, step) for number, (_, step) in enumerate(self.rows())]
+        if not all(retained):
+            self._file.rewrite(compress(self._file.lines(), retained))
+        return sum(retained)
 
     def flush(self) -> None:
         """Retry refused writes, and close the file until the next row."""
         super().flush()
-        self._walk.look_again()
+        self._matcher.invalidate()
 
-    def forget(self) -> None:
-        """See `StepRows.forget`."""
-        self._walk.look_again()
+    def forget_contents(self) -> None:
+        """See `StepRows.forget_contents`."""
+        self._matcher.invalidate()
 
-    def carry_out(self, first_step: int) -> None:
-        """See `evsys_adapters._walk.WalkedFile.carry_out`."""
+    def drop_from_step(self, first_step: int) -> None:
+        """See `evsys_adapters._row_matcher.RowFile.drop_from_step`."""
         self._cut(first_step, frozenset(), None)
 
-    def _walk_on(self, step: int, line: bytes, cut: Callable[[int], object], found: Callable[[], object]) -> None:
-        first = self._course.pending
-        stands = self._walk.stands(self, hash(line), step)
-        if first is not None and not stands and not self._walk.is_on:
-            cut(first)
-        elif stands:
-            found()
-        if not stands:
+    def _add_unless_present(
+        self, step: int, line: bytes, on_start_applied: Callable[[int], object], on_row_found: Callable[[], object]
+    ) -> None:
+        first = self._tracker.pending_start
+        is_present = self._matcher.is_present(self, hash(line), step)
+        if first is not None and not is_present and not self._matcher.is_active:
+            on_start_applied(first)
+        elif is_present:
+            on_row_found()
+        if not is_present:
             self._file.append(line)
-            self._walk.appended()
-        self._course.steps(step)
+            self._matcher.count_appended()
+        self._tracker.record_step(step)
 
 
 class EvalRows(StepRows):
     """A file with one block of rows per eval; a repeated eval replaces its block."""
 
-    def __init__(self, place: Callable[[], Path], path: Path, marks: Savepoints) -> None:
-        super().__init__(place, path, marks)
-        self._known: set[RowKey] | None = None
+    def __init__(self, acquire_folder: Callable[[], Path], path: Path, savepoints: Savepoints) -> None:
+        super().__init__(acquire_folder, path, savepoints)
+        self._cached_keys: set[RowKey] | None = None
         """Keys of the evals in the file; None until it was read."""
-        self._last: tuple[RowKey, int] | None = None
+        self._last_block: tuple[RowKey, int] | None = None
         """The last eval in the file and the offset of its block, if this object wrote it."""
 
-    def put(self, key: RowKey, rows: Iterable[Row], *, again: bool = False) -> None:
+    def put(self, key: RowKey, rows: Iterable[Row], *, keep_existing: bool = False) -> None:
         """Write the rows of an eval in place of its earlier ones; an empty ``rows`` removes them.
 
-        ``again``: earlier rows, if any, are kept unchanged.
+        ``keep_existing``: earlier rows, if any, are kept unchanged.
         """
         block = b"".join(json_line(row) + b"\n" for row in rows)
-        self._backlog.write(partial(self._put, key, block, again), len(block))
+        self._backlog.write(partial(self._put, key, block, keep_existing), len(block))
 
-    def holds(self, benchmark: str) -> bool:
+    def has_benchmark(self, benchmark: str) -> bool:
         """Whether the file has rows of this benchmark from during the training."""
         try:
             return any(key.benchmark == benchmark and key.step is not None for key in self._keys())
         except OSError:
             return False
 
-    def forget(self) -> None:
-        """See `StepRows.forget`."""
-        self._known = self._last = None
+    def forget_contents(self) -> None:
+        """See `StepRows.forget_contents`."""
+        self._cached_keys = self._last_block = None
 
     def has(self, key: RowKey) -> bool:
         """Whether the file has rows of this eval."""
@@ -223,43 +230,47 @@ class EvalRows(StepRows):
 
     def _keys(self) -> set[RowKey]:
         file = self._file
-        if self._known is None:
-            self._known = {key for line in file.lines() if (key := _key_of(line)) is not None}
-        return self._known
+        if self._cached_keys is None:
+            self._cached_keys = {key for line in file.lines() if (key := _key_of(line)) is not None}
+        return self._cached_keys
 
-    def _put(self, key: RowKey, block: bytes, again: bool) -> None:
+    def _put(self, key: RowKey, block: bytes, keep_existing: bool) -> None:
         known = self._keys()
-        if again and key in known:
+        if keep_existing and key in known:
             return
         if key not in known:
             if block:
-                self._last = (key, self._file.append(block))
+                self._last_block = (key, self._file.append(block))
                 known.add(key)
-        elif self._last is not None and self._last[0] == key and block:
-            self._file.replace_tail(self._last[1], block)
+        elif self._last_block is not None and self._last_block[0] == key and block:
+            self._file.replace_tail(self._last_block[1], block)
         else:
             others = (line for line in self._file.lines() if _key_of(line) != key)
             size = self._file.rewrite(chain(others, [block]))
-            self._last = (key, size - len(block)) if block else None
+            self._last_block = (key, size - len(block)) if block else None
             if not block:
                 known.discard(key)
 
-    def _cut(self, first_step: int, but: frozenset[RowKey], like: bytes | None) -> None:
-        super()._cut(first_step, but, like)
-        self._known = self._last = None
+    def _cut(self, first_step: int, except_keys: frozenset[RowKey], last_line: bytes | None) -> None:
+        super()._cut(first_step, except_keys, last_line)
+        self._cached_keys = self._last_block = None
 
 
-class RunNotes(msgspec.Struct, omit_defaults=True):
+class RunLogsState(
+    msgspec.Struct,
+    omit_defaults=True,
+    rename={"tracker": "course", "new_evals": "fresh", "unconfirmed_evals": "doubtful", "deferred_evals": "held"},
+):
     """State of a run that is not in its files."""
 
-    course: StepTracker = msgspec.field(default_factory=StepTracker)
+    tracker: StepTracker = msgspec.field(default_factory=StepTracker)
     splits: dict[str, Split] = {}
     """The split of each eval name that occurred during training."""
-    fresh: list[RowKey] = []
+    new_evals: list[RowKey] = []
     """Evals from before the first known step, or from a replay that were not in the file."""
-    doubtful: list[RowKey] = []
+    unconfirmed_evals: list[RowKey] = []
     """Evals of a replay from before the last start."""
-    held: list[bytes] = []
+    deferred_evals: list[bytes] = []
     """Evals after a pending start, encoded; the next training row decides whether the start was applied."""
 
 
@@ -268,87 +279,89 @@ class RunLogs:
 
     Args:
         logs: The folder ``logs`` of the run.
-        marks: The callback's savepoints.
-        notes: State of the run that is not in its files.
+        savepoints: The callback's savepoints.
+        state: State of the run that is not in its files.
         output: Which events the files already contain.
     """
 
     def __init__(
         self,
         logs: Path,
-        marks: Savepoints | None = None,
-        notes: RunNotes | None = None,
-        output: NotedOutput | None = None,
+        savepoints: Savepoints | None = None,
+        state: RunLogsState | None = None,
+        output: TrackedOutput | None = None,
     ) -> None:
         self.logs = logs
-        self.output = NotedOutput(marks or Savepoints(), is_followed=False) if output is None else output
-        self.places: OutputPlaces | None = None
+        self.output = TrackedOutput(savepoints or Savepoints(), behind_courier=False) if output is None else output
+        self.candidates: OutputCandidates | None = None
         """Candidate folders and their owner; None while the run is known from a mark only."""
-        self.notes = RunNotes() if notes is None else notes
-        self._claim: OutputClaim | None = None
-        self._known: bytes | None = None
-        marks = marks or Savepoints()
-        self._training = TrainingRows(self.place, logs / "training" / "metrics.jsonl", marks, self.notes.course)
+        self.state = RunLogsState() if state is None else state
+        self._lease: OutputLease | None = None
+        self._loaded_state: bytes | None = None
+        savepoints = savepoints or Savepoints()
+        self._training = TrainingRows(
+            self.acquire_folder, logs / "training" / "metrics.jsonl", savepoints, self.state.tracker
+        )
         self._evals: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.place, logs / "validation" / "metrics.jsonl", marks),
-            "test": EvalRows(self.place, logs / "test" / "metrics.jsonl", marks),
+            "validation": EvalRows(self.acquire_folder, logs / "validation" / "metrics.jsonl", savepoints),
+            "test": EvalRows(self.acquire_folder, logs / "test" / "metrics.jsonl", savepoints),
         }
         self._rollouts: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.place, logs / "validation" / "rollouts.jsonl", marks),
-            "test": EvalRows(self.place, logs / "test" / "rollouts.jsonl", marks),
+            "validation": EvalRows(self.acquire_folder, logs / "validation" / "rollouts.jsonl", savepoints),
+            "test": EvalRows(self.acquire_folder, logs / "test" / "rollouts.jsonl", savepoints),
         }
 
-    def place(self) -> Path:
+    def acquire_folder(self) -> Path:
         """Return the folder, acquired for this adapter.
 
         Raises:
             OSError: The disk refuses it.
         """
-        if self.places is not None and not self._is_claimed:
-            self.logs, claim = self.places.take_followed()
-            self._known = self.output.found(self.logs, note_of_folder(self.logs))
-            self._claim = claim
+        if self.candidates is not None and not self._has_lease:
+            self.logs, lease = self.candidates.acquire_if_followed()
+            self._loaded_state = self.output.restore(self.logs, position_file_in(self.logs))
+            self._lease = lease
         return self.logs
 
-    def look(self) -> bytes | None:
+    def load_state(self) -> bytes | None:
         """Acquire the folder, to find out which rows exist; returns the state stored beside it where that is newer.
 
         Raises:
             RetryLaterError: The disk refuses it.
         """
-        if self.output.is_followed and not self._is_claimed:
+        if self.output.behind_courier and not self._has_lease:
             try:
-                self.place()
-                self._forgo_walk()
+                self.acquire_folder()
+                self._skip_matching_if_empty()
             except OSError as error:
                 raise RetryLaterError(f"{self.logs} cannot be read: {error}") from error
-        known, self._known = self._known, None
+        known, self._loaded_state = self._loaded_state, None
         return known
 
-    def know(self, notes: RunNotes) -> None:
+    def restore(self, state: RunLogsState) -> None:
         """Replace the state of the run by this one."""
-        assign(self.notes.course, notes.course)
-        notes.course = self.notes.course
-        assign(self.notes, notes)
+        assign(self.state.tracker, state.tracker)
+        state.tracker = self.state.tracker
+        assign(self.state, state)
         for each in self._files():
-            each.forget()
+            each.forget_contents()
 
     def paths(self) -> list[Path]:
         """The current paths of the files."""
         return [self.logs / each.name for each in self._files()]
 
-    def _forgo_walk(self) -> None:
+    def _skip_matching_if_empty(self) -> None:
         """Skip the matching of rows if the files are empty."""
-        if self.notes.course.unplaced and is_empty(self.paths()):
-            self.notes.course.unplaced = False
+        if self.state.tracker.position_unknown and is_empty(self.paths()):
+            self.state.tracker.position_unknown = False
 
     @property
-    def _is_claimed(self) -> bool:
-        return self._claim is not None and self._claim.is_held
+    def _has_lease(self) -> bool:
+        return self._lease is not None and self._lease.is_held
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Release the folder for other adapters; the next row acquires it again."""
-        self._claim = None
+        self._lease = None
 
     @property
     def folder(self) -> Path:
@@ -360,42 +373,42 @@ class RunLogs:
         """Writes that the disk has refused so far."""
         return sum(each.waiting for each in self._files())
 
-    def introduced(self) -> None:
+    def resume(self) -> None:
         """The run's start event is repeated: rows that follow may be in the files."""
-        if self.notes.course.walks:
-            self._training.introduced(self._doubt)
+        if self.state.tracker.is_matching:
+            self._training.resume(self._mark_unconfirmed)
         elif not self.output.is_known:
-            self.notes.course.introduced()
-            self._forgo_walk()
+            self.state.tracker.resume()
+            self._skip_matching_if_empty()
 
     def begin(self, first_step: int) -> None:
         """Drop the rows from that step on: it is run again."""
 
-        def then(cuts: bool) -> None:
-            self._doubt()
+        def on_started(cuts: bool) -> None:
+            self._mark_unconfirmed()
             if cuts:
                 self._cut(first_step)
 
-        if self.notes.course.walks:
-            self._training.starts(first_step, then)
-        elif self.notes.course.starts(first_step):
+        if self.state.tracker.is_matching:
+            self._training.start_training(first_step, on_started)
+        elif self.state.tracker.start_training(first_step):
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
         """Add a training row. Without `begin`, the first step acts as the start, but earlier evals are kept."""
         row = {"step": step, **row}
-        if self.notes.course.walks:
-            self._training.walk(step, row, self._carry_out, self._found)
+        if self.state.tracker.is_matching:
+            self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
             return
-        if self.notes.course.steps(step):
+        if self.state.tracker.record_step(step):
             self._training.cut(step, row=row)
             for each in self._files()[1:]:
-                each.cut(step, but=frozenset(self.notes.fresh))
+                each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
-    def ends(self) -> None:
-        self.notes.course.ends()
-        self._release(again=False)
+    def end_training(self) -> None:
+        self.state.tracker.end_training()
+        self._put_deferred(keep_existing=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
         """Write the row of an eval, and its predictions.
@@ -403,69 +416,71 @@ class RunLogs:
         ``rollouts`` and ``split`` are None if only the metrics are known: predictions are kept, and the row goes to the
         split of earlier evals with that name, or else to validation.
         """
-        course = self.notes.course
-        if course.pending is not None and key.step is not None:
-            held = [key, row, None if rollouts is None else [*rollouts], split]
-            self.notes.held.append(msgspec.msgpack.encode(to_plain(held)[0]))
+        tracker = self.state.tracker
+        if tracker.pending_start is not None and key.step is not None:
+            deferred = [key, row, None if rollouts is None else [*rollouts], split]
+            self.state.deferred_evals.append(msgspec.msgpack.encode(to_builtins(deferred)[0]))
         else:
-            self._put_eval(key, row, rollouts, split, again=course.walks)
+            self._put_eval(key, row, rollouts, split, keep_existing=tracker.is_matching)
 
     def _put_eval(
-        self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None, *, again: bool
+        self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None, *, keep_existing: bool
     ) -> None:
-        notes = self.notes
-        if again and key not in notes.fresh and key not in notes.doubtful:
+        state = self.state
+        if keep_existing and key not in state.new_evals and key not in state.unconfirmed_evals:
             if any(each.has(key) for each in self._evals.values()):
                 return
-            notes.fresh.append(key)
-        elif not notes.course.begun:
-            notes.fresh.append(key)
+            state.new_evals.append(key)
+        elif not state.tracker.has_started:
+            state.new_evals.append(key)
         name = str(key.benchmark)
-        before = self.notes.splits.get(name) or ("test" if self._evals["test"].holds(name) else "validation")
-        split = split or before
+        previous_split = self.state.splits.get(name) or (
+            "test" if self._evals["test"].has_benchmark(name) else "validation"
+        )
+        split = split or previous_split
         if key.step is not None:
-            self.notes.splits[name] = split
-        if split != before:
-            self._evals[before].put(key, ())
-            self._rollouts[before].put(key, ())
+            self.state.splits[name] = split
+        if split != previous_split:
+            self._evals[previous_split].put(key, ())
+            self._rollouts[previous_split].put(key, ())
         if rollouts is not None:
             self._rollouts[split].put(key, rollouts)
         self._evals[split].put(key, [row])
 
     def _cut(self, first_step: int) -> None:
-        self.notes.fresh = []
+        self.state.new_evals = []
         for each in self._files():
             each.cut(first_step)
 
-    def _doubt(self) -> None:
+    def _mark_unconfirmed(self) -> None:
         """A start arrived during a replay: evals written before it may be void."""
-        if self.notes.course.walks:
-            self.notes.doubtful += self.notes.fresh
-            self.notes.fresh = []
+        if self.state.tracker.is_matching:
+            self.state.unconfirmed_evals += self.state.new_evals
+            self.state.new_evals = []
 
-    def _carry_out(self, first_step: int) -> None:
+    def _apply_start(self, first_step: int) -> None:
         """Apply a pending start to the eval files; the training rows were cut already."""
         for each in self._files()[1:]:
             each.cut(first_step)
-        self._release(again=False)
-        self.notes.fresh, self.notes.doubtful = [], []
+        self._put_deferred(keep_existing=False)
+        self.state.new_evals, self.state.unconfirmed_evals = [], []
 
-    def _found(self) -> None:
+    def _confirm_start(self) -> None:
         """A training row is in the file, so the last start was applied before: evals new since are void."""
-        doubtful, self.notes.doubtful = self.notes.doubtful, []
-        for key in doubtful:
+        unconfirmed, self.state.unconfirmed_evals = self.state.unconfirmed_evals, []
+        for key in unconfirmed:
             for each in (*self._evals.values(), *self._rollouts.values()):
                 each.put(key, ())
-        self._release(again=True)
-        if not self.notes.course.walks:
-            self.notes.fresh = []
+        self._put_deferred(keep_existing=True)
+        if not self.state.tracker.is_matching:
+            self.state.new_evals = []
 
-    def _release(self, *, again: bool) -> None:
+    def _put_deferred(self, *, keep_existing: bool) -> None:
         """Write the deferred evals."""
-        held, self.notes.held = self.notes.held, []
-        for each in held:
-            key, row, rollouts, split = _decode_held(each)
-            self._put_eval(key, row, rollouts, split, again=again)
+        deferred, self.state.deferred_evals = self.state.deferred_evals, []
+        for each in deferred:
+            key, row, rollouts, split = _decode_deferred(each)
+            self._put_eval(key, row, rollouts, split, keep_existing=keep_existing)
 
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from evsys_adapters._result_fields import field
-from evsys_bus.attached import EventInfo
-from evsys_bus.bus.recording import rank_of
+from evsys_bus.adapter import EventInfo
+from evsys_bus.bus.recorder import rank_from_environment
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import log
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 _MAX_FOLDER_BYTES: Final = 255
 """Limit of common file systems."""
@@ -79,14 +79,14 @@ def run_folder(handle: object) -> Path:
         ValueError: Neither the handle nor its context has an ``output_dir``, or it is a URL.
     """
     ctx, key = run_context(handle), run_key(handle)
-    given = output_dir_of(ctx)
-    if not given or not key:
-        given = output_dir_of(handle) or given
-        if not given:
+    output_dir = output_dir_of(ctx)
+    if not output_dir or not key:
+        output_dir = output_dir_of(handle) or output_dir
+        if not output_dir:
             kind = type(handle).__name__
             raise ValueError(f"a {kind} without output_dir names no folder for the files of its run")
-        return local_path(given, "output_dir")
-    root = local_path(given, "output_dir")
+        return local_path(output_dir, "output_dir")
+    root = local_path(output_dir, "output_dir")
     if all(map(_is_plain, key.split("/"))):
         folder = root / key
         # `Path.resolve` raises for a link to itself, which may be another folder a moment later.
@@ -103,11 +103,11 @@ def experiment_folder(handle: object) -> Path:
     Raises:
         ValueError: Neither has an ``output_dir``, or it is a URL.
     """
-    root, given = output_dir_of(run_context(handle)), output_dir_of(handle)
+    root, output_dir = output_dir_of(run_context(handle)), output_dir_of(handle)
     if root:
         return local_path(root, "output_dir")
-    if given:
-        return local_path(given, "output_dir").parent
+    if output_dir:
+        return local_path(output_dir, "output_dir").parent
     raise ValueError(f"a {type(handle).__name__} without output_dir names no folder for the files of its experiment")
 
 
@@ -119,7 +119,7 @@ def step_of(step_idx: object) -> int:
     Raises:
         TypeError: It is not a whole number, or larger than any file can hold.
     """
-    step = _whole(step_idx)
+    step = _as_int(step_idx)
     if step is None:
         raise TypeError(f"step_idx must be a whole number, not {step_idx!r:.60}")
     if step.bit_length() > _STEP_BITS:
@@ -127,7 +127,7 @@ def step_of(step_idx: object) -> int:
     return step
 
 
-def _whole(number: Any) -> int | None:
+def _as_int(number: Any) -> int | None:
     """Return the number as an int if it is a whole number of any type, else None."""
     try:
         return operator.index(number)
@@ -151,7 +151,7 @@ def first_step_of(state: object) -> int | None:
 
 def num_steps_of(state: object) -> int | None:
     """Return the number of steps of the run; None if it is unknown or unbounded."""
-    steps = _whole(field(state, "num_steps"))
+    steps = _as_int(field(state, "num_steps"))
     return steps if steps is not None and 0 < steps < _UNBOUNDED_STEPS else None
 
 
@@ -164,10 +164,10 @@ def rank_of_stream(stream: str | None) -> int:
 
 def rank_of_event(event: EventInfo) -> int:
     """Return the rank of the event's process: from its stream, or that of this process if it is not recorded."""
-    return rank_of_stream(event.stream) if event.stream else rank_of()
+    return rank_of_stream(event.stream) if event.stream else rank_from_environment()
 
 
-def is_carried(event: EventInfo) -> bool:
+def is_repeated_start(event: EventInfo) -> bool:
     """Whether the event is a repeated start, at which nothing begins; False if the bus does not set ``carried``."""
     return bool(getattr(event, "carried", False))
 
@@ -210,22 +210,22 @@ def _is_plain(part: str) -> bool:
     return part not in {"", ".", ".."} and part.isprintable() and len(part.encode()) <= _MAX_FOLDER_BYTES
 
 
-def names_another(said: bytes, owner: bytes, folder: Path) -> bool:
+def names_other_run(content: bytes, owner: bytes, folder: Path) -> bool:
     """Whether the owner file beside an output names another run than this owner.
 
     A prefix of the owner's name, or zeros, are left by a power cut and count as nobody's; unless that prefix is the
     name of an existing run, from an owner file without line end as 0.1.0 wrote it.
 
     Args:
-        said: Content of the owner file: the name, and after a zero byte other data.
+        content: Content of the owner file: the name, and after a zero byte other data.
         owner: The folder of the run, absolute or relative to ``folder``.
         folder: Folder of the owner file.
     """
-    whole = said.endswith(b"\n")
-    name = said.removesuffix(b"\n").partition(b"\0")[0]
+    is_complete = content.endswith(b"\n")
+    name = content.removesuffix(b"\n").partition(b"\0")[0]
     if not name or name == owner:
         return False
-    if whole or not owner.startswith(name):
+    if is_complete or not owner.startswith(name):
         return True
-    beside = os.path.dirname(name) == os.path.dirname(owner)  # noqa: PTH120  # as bytes
-    return beside and (folder / os.fsdecode(name)).is_dir()
+    is_sibling = os.path.dirname(name) == os.path.dirname(owner)  # noqa: PTH120  # as bytes
+    return is_sibling and (folder / os.fsdecode(name)).is_dir()

@@ -20,7 +20,7 @@ _TIME: Final = struct.Struct("<d")
 _CHECKSUM: Final = struct.Struct("<I")
 _WALL_TIME, _STEP, _SUMMARY = 0x09, 0x10, b"\x2a"
 """The bytes before these fields of an event, which stand in this order."""
-_AFTER_WALL_TIME: Final = 9
+_WALL_TIME_END: Final = 9
 _MAX_STEP_BYTES: Final = 9
 """Of a step that is not negative."""
 _EVAL: Final = EVAL.encode()
@@ -42,14 +42,14 @@ class Events:
     """Makes and reads the events of one file; an instance holds the imported messages, and dates the events.
 
     Args:
-        clock: Dates them, if given; else they have the time in `at`.
+        clock: Dates them, if given; else they have the time in `offset`.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
-        self.at = 0.0
+        self.event_time = 0.0
         """When what is logged happened; seconds since the epoch."""
         self._clock = clock
-        self._began: float | None = None
+        self._start_time: float | None = None
         # Any: protobuf makes its classes when it is imported, and tensorboardX need not be there when this is checked.
         event_pb2: Any = import_module("tensorboardX.proto.event_pb2")
         summary_pb2: Any = import_module("tensorboardX.proto.summary_pb2")
@@ -64,16 +64,23 @@ class Events:
 
     # -- the format ---------------------------------------------------------------------------------------------------
 
-    def head(self) -> bytes:
+    def header(self) -> bytes:
         """The event that says which rules the file follows: those in which a restart is told, not guessed."""
-        at = self._now() if self._began is None else self._began
-        return self.frame(self._event(wall_time=at, file_version="brain.Event:2").SerializeToString(), 0)
+        time = self._now() if self._start_time is None else self._start_time
+        return self.frame(self._event(wall_time=time, file_version="brain.Event:2").SerializeToString(), 0)
 
-    def frame(self, payload: bytes, at: int) -> bytes:
+    def frame(self, payload: bytes, offset: int) -> bytes:
         """A record."""
-        del at
+        del offset
         length = struct.pack("<Q", len(payload))
-        return b"".join((length, _CHECKSUM.pack(self._masked(length)), payload, _CHECKSUM.pack(self._masked(payload))))
+        return b"".join(
+            (
+                length,
+                _CHECKSUM.pack(self._masked_checksum(length)),
+                payload,
+                _CHECKSUM.pack(self._masked_checksum(payload)),
+            )
+        )
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         """Every whole record but the first."""
@@ -90,7 +97,7 @@ class Events:
         """One point for each tag."""
         value = self._summary.Value
         points = [value(tag=tag, simple_value=number) for tag, number in values.items()]
-        return self._at(step, summary=self._summary(value=points))
+        return self._encode_event(step, summary=self._summary(value=points))
 
     def text(self, step: int, tag: str, text: str) -> bytes:
         """A text, Markdown."""
@@ -101,11 +108,11 @@ class Events:
             tensor_shape=self._shape(dim=[self._shape.Dim(size=1)]),
         )
         value = self._summary.Value(tag=tag, metadata=self._metadata(plugin_data=plugin), tensor=tensor)
-        return self._at(step, summary=self._summary(value=[value]))
+        return self._encode_event(step, summary=self._summary(value=[value]))
 
     def time_of(self, payload: bytes) -> float:
         """When what an event says happened; 0 where it does not say."""
-        is_dated = len(payload) >= _AFTER_WALL_TIME and payload[0] == _WALL_TIME
+        is_dated = len(payload) >= _WALL_TIME_END and payload[0] == _WALL_TIME
         return float(_TIME.unpack_from(payload, 1)[0]) if is_dated else 0.0
 
     def step_of(self, payload: bytes) -> tuple[int, bool]:
@@ -118,9 +125,9 @@ class Events:
 
     def restart(self, step: int) -> bytes:
         """What was told of this step and later ones is void."""
-        return self._at(step, session_log=self._session(status=self._session.START))
+        return self._encode_event(step, session_log=self._session(status=self._session.START))
 
-    def in_order(self, file: BinaryIO) -> Iterator[bytes]:
+    def sorted_frames(self, file: BinaryIO) -> Iterator[bytes]:
         """The file again, in order of steps, without what is void and without evals that were replaced.
 
         TensorBoard's fast loader takes a step that is smaller than the one before for a restart, and drops points.
@@ -128,7 +135,7 @@ class Events:
         frames = _frames(file)
         yield next(frames, b"")
         starts, steps, sizes = array("Q"), array("q"), array("Q")
-        at, alive = file.tell(), bytearray()
+        offset, is_valid = file.tell(), bytearray()
         newest: dict[tuple[str, int], int] = {}
         """The event that holds the newest value of an eval."""
         evals: dict[int, list[str]] = {}
@@ -142,28 +149,28 @@ class Events:
             if event is not None:
                 if event.HasField("session_log"):
                     for number, each in enumerate(steps):
-                        alive[number] = alive[number] and each < step
+                        is_valid[number] = is_valid[number] and each < step
                 tags = [value.tag for value in event.summary.value]
-                alive.append(bool(tags))
+                is_valid.append(bool(tags))
                 if tags and tags[0].startswith(EVAL):
                     evals[len(steps)] = tags
                     newest.update(((tag, step), len(steps)) for tag in tags)
             else:
-                alive.append(True)
-            starts.append(at)
+                is_valid.append(True)
+            starts.append(offset)
             steps.append(step)
             sizes.append(len(frame))
-            at += len(frame)
-        for number in sorted((each for each in range(len(steps)) if alive[each]), key=steps.__getitem__):
+            offset += len(frame)
+        for number in sorted((each for each in range(len(steps)) if is_valid[each]), key=steps.__getitem__):
             file.seek(starts[number])
             frame = file.read(sizes[number])
             tags = evals.get(number, [])
-            kept = [newest[tag, steps[number]] == number for tag in tags]
-            if all(kept):
+            is_current = [newest[tag, steps[number]] == number for tag in tags]
+            if all(is_current):
                 yield frame
-            elif any(kept):
+            elif any(is_current):
                 event = self._event.FromString(frame[_LENGTHS.size : -_CHECKSUM.size])
-                values = [value for value, keep in zip(list(event.summary.value), kept, strict=True) if keep]
+                values = [value for value, keeps in zip(list(event.summary.value), is_current, strict=True) if keeps]
                 event.summary.CopyFrom(self._summary(value=values))
                 yield self.frame(event.SerializeToString(), 0)
 
@@ -174,15 +181,15 @@ class Events:
         except self._damaged:
             return None
 
-    def _at(self, step: int, **what: Any) -> bytes:
+    def _encode_event(self, step: int, **what: Any) -> bytes:
         now = self._now()
-        self._began = now if self._began is None else self._began
+        self._start_time = now if self._start_time is None else self._start_time
         return self._event(wall_time=now, step=step, **what).SerializeToString()
 
     def _now(self) -> float:
-        return self.at if self._clock is None else self._clock()
+        return self.event_time if self._clock is None else self._clock()
 
-    def _masked(self, data: bytes) -> int:
+    def _masked_checksum(self, data: bytes) -> int:
         """TensorBoard's checksum: rotated, so that one of data with checksums inside does not cancel out."""
         crc = self._crc(data)
         return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -200,9 +207,9 @@ def _frames(file: BinaryIO) -> Iterator[bytes]:
 
 def _step_of_scalars(payload: bytes) -> int | None:
     """The step of an event that holds values and none of an eval, read without its values; None for any other event."""
-    if len(payload) <= _AFTER_WALL_TIME or payload[0] != _WALL_TIME or _EVAL in payload:
+    if len(payload) <= _WALL_TIME_END or payload[0] != _WALL_TIME or _EVAL in payload:
         return None
-    at, step = _AFTER_WALL_TIME, 0
+    at, step = _WALL_TIME_END, 0
     if payload[at] == _STEP:
         for place, byte in enumerate(payload[at + 1 : at + 1 + _MAX_STEP_BYTES]):
             step |= (byte & 0x7F) << 7 * place

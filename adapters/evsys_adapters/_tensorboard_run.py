@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_values import Table, config_of, json_of, markdown, prefixed, split, text_of
-from evsys_adapters._output_claim import OutputClaim
-from evsys_adapters._output_notes import NotedOutput
+from evsys_adapters._logged_run_state import LoggedRunState, stable_key
+from evsys_adapters._logged_values import Table, config_of, json_of, markdown, prefixed, split_numbers, text_of
+from evsys_adapters._output_lease import OutputLease
+from evsys_adapters._output_positions import TrackedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import LoggedRun
-from evsys_adapters._run_notes import RunNotes, key_of
 from evsys_adapters._tensorboard_events import Events
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog
-from evsys_bus.savepoints import Savepoints, hidden_name, names_beside
+from evsys_bus.savepoints import Savepoints, hidden_name, names_with_versions
 
 _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
 FIRST_NAME: Final = "events.out.tfevents.0.evsys-bus"
-_SECONDS_BETWEEN: Final = 1.0
-_SHARE: Final = 100
+_MIN_REORDER_SECONDS: Final = 1.0
+_REORDER_TIME_SHARE: Final = 100
 """The file is put in order at most for one part in so many of the time."""
 
 
@@ -39,14 +39,14 @@ class EventFiles:
 
     Args:
         folder: The run's.
-        marks: What a crashed process left behind its last mark is undone first.
+        savepoints: What a crashed process left behind its last mark is undone first.
     """
 
-    def __init__(self, folder: Path, marks: Savepoints) -> None:
+    def __init__(self, folder: Path, savepoints: Savepoints) -> None:
         self._folder = folder
         known = self.names_in(folder)
         for name in known:
-            marks.settle(os.path.abspath(folder / name))  # noqa: PTH100  # as the marks call it
+            savepoints.recover(os.path.abspath(folder / name))  # noqa: PTH100  # as the marks call it
             (folder / f"{hidden_name(name)}.new").unlink(missing_ok=True)
         self._number = max(map(_number, known), default=0)
         full = [name for name in known if _size(folder / name)]
@@ -61,10 +61,10 @@ class EventFiles:
             there = {each.name for each in folder.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
             there = set[str]()
-        return {name for name in there | names_beside(folder) if _NAME.fullmatch(name)}
+        return {name for name in there | names_with_versions(folder) if _NAME.fullmatch(name)}
 
     @property
-    def undone(self) -> bool:
+    def has_unfinished_reorder(self) -> bool:
         """Whether a file was put in order, but not for good: a loader that has read that one reads no name twice."""
         return bool(self._empty)
 
@@ -93,7 +93,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-class TensorBoardRun(LoggedRun[RunNotes]):
+class TensorBoardRun(LoggedRun[LoggedRunState]):
     """A run, by the name of its folder."""
 
     def __init__(
@@ -102,23 +102,23 @@ class TensorBoardRun(LoggedRun[RunNotes]):
         files: EventFiles,
         log: RecordLog,
         events: Events,
-        notes: RunNotes,
-        output: NotedOutput,
+        state: LoggedRunState,
+        output: TrackedOutput,
         lock: AbstractContextManager[object],
-        keep_tidy: Callable[[], object],
+        schedule_reorder: Callable[[], object],
     ) -> None:
-        super().__init__(log, notes, output, lock)
+        super().__init__(log, state, output, lock)
         self.name = name
-        self.claim: OutputClaim | None = None
+        self.lease: OutputLease | None = None
         """Of its folder; None once it was given up."""
         self.result: object = None
         self.arm: object = None
         self._files = files
         self._events = events
         self._faults = FaultLog()
-        self._keep_tidy = keep_tidy
-        self._due = 0.0
-        notes.untidy = notes.untidy or files.undone
+        self._schedule_reorder = schedule_reorder
+        self._reorder_due = 0.0
+        state.needs_reorder = state.needs_reorder or files.has_unfinished_reorder
 
     def describe(self, ctx: LogContext | None) -> None:
         """Write down configuration and hypothesis, once."""
@@ -128,50 +128,50 @@ class TensorBoardRun(LoggedRun[RunNotes]):
         self.notes.described = True
         hypothesis = hypothesis_of(field(ctx, "config"))
         if hypothesis:
-            self.tell(None, "hypothesis", hypothesis)
-        self.tell(None, "config", _as_code(config))
+            self.add_text(None, "hypothesis", hypothesis)
+        self.add_text(None, "config", _as_code(config))
 
-    def tell(self, step: int | None, tag: str, text: str) -> None:
+    def add_text(self, step: int | None, tag: str, text: str) -> None:
         """Write a text; one without a step stands at the last."""
         with self.lock:
-            at = self.notes.last if step is None else step
-            self._events.at = self.at
-            self._add(self._events.text(at or 0, tag, text))
+            at_step = self.notes.last_step if step is None else step
+            self._events.event_time = self.event_time
+            self._add(self._events.text(at_step or 0, tag, text))
 
     def close(self, *, forget: bool = False) -> None:
         """Put the file in order, whenever that was done last; and write what waits."""
         with self.lock:
-            self._tidy()
-            self.log.close(forget=forget)
+            self._reorder()
+            self.log.close(forget_file=forget)
             self._faults.flush()
 
-    def tidy_when_due(self) -> float | None:
+    def reorder_when_due(self) -> float | None:
         """Put the file in order if that is due. Seconds until it is; None if the file is in order."""
         with self.lock:
-            if not self.notes.untidy:
+            if not self.notes.needs_reorder:
                 return None
-            wait = self._due - time.monotonic()
+            wait = self._reorder_due - time.monotonic()
             if wait <= 0:
-                self._tidy()
-                wait = self._due - time.monotonic()
-            return max(wait, 0.0) if self.notes.untidy else None
+                self._reorder()
+                wait = self._reorder_due - time.monotonic()
+            return max(wait, 0.0) if self.notes.needs_reorder else None
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
-        numbers, texts = split(values)
+        numbers, texts = split_numbers(values)
         tags = _tags(stream, values)
         if numbers:
-            self._events.at = self.at
+            self._events.event_time = self.event_time
             self._add(self._events.scalars(step, {tags[key]: value for key, value in numbers.items()}))
         for key, text in texts.items():
-            self.tell(step, tags[key], text)
-        if self.tidy_when_due() is not None:
-            self._keep_tidy()
+            self.add_text(step, tags[key], text)
+        if self.reorder_when_due() is not None:
+            self._schedule_reorder()
 
     def _add(self, payload: bytes) -> None:
-        if not (self.notes.course.unplaced and self._is_repeated(key_of(payload))):
+        if not (self.notes.tracker.position_unknown and self._is_repeated(stable_key(payload))):
             self.log.add(payload)
 
-    def _rows_there(self) -> tuple[set[int], float]:
+    def _existing_rows(self) -> tuple[set[int], float]:
         newest = 0.0
         found: dict[int, int] = {}
         for payload in self.log.records():
@@ -180,17 +180,17 @@ class TensorBoardRun(LoggedRun[RunNotes]):
             if is_restart:  # what it made void is not there for anybody who reads the file
                 found = {key: each for key, each in found.items() if each < step}
             else:
-                found[key_of(payload)] = step
+                found[stable_key(payload)] = step
         return set(found), newest
 
-    def _drop(self, keys: AbstractSet[int]) -> None:
-        gone = frozenset(keys)
-        self.log.rewrite(lambda payloads: (each for each in payloads if key_of(each) not in gone))
+    def _drop_rows(self, keys: AbstractSet[int]) -> None:
+        dropped = frozenset(keys)
+        self.log.rewrite(lambda payloads: (each for each in payloads if stable_key(each) not in dropped))
 
-    def _is_there(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
-        numbers, texts = split(values)
+    def _has_row(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
+        numbers, texts = split_numbers(values)
         tags = _tags(stream, values)
-        self._events.at = self.at
+        self._events.event_time = self.event_time
         if numbers:
             payload = self._events.scalars(step, {tags[key]: value for key, value in numbers.items()})
         elif texts:
@@ -199,32 +199,32 @@ class TensorBoardRun(LoggedRun[RunNotes]):
             return False
         return payload in self.log.records()
 
-    def _conclude(self, head: str, values: Mapping[str, Any]) -> None:
+    def _write_final_scores(self, head: str, values: Mapping[str, Any]) -> None:
         """Drawn at the last step, never at 0."""
-        if self.notes.last is None:
+        if self.notes.last_step is None:
             values = {key: text_of(value) for key, value in values.items()}
-        self._write(head, self.notes.last or 0, values)
+        self._write(head, self.notes.last_step or 0, values)
 
-    def _show(self, step: int | None, head: str, what: str, shown: Table | object) -> None:
-        self.tell(step, f"{head}/{what}", markdown(shown) if isinstance(shown, Table) else _as_code(shown))
+    def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
+        self.add_text(step, f"{head}/{kind}", markdown(content) if isinstance(content, Table) else _as_code(content))
 
-    def _void(self, first_step: int) -> None:
-        self._events.at = self.at
+    def _void_from(self, first_step: int) -> None:
+        self._events.event_time = self.event_time
         self.log.add(self._events.restart(first_step))
 
-    def _tidy(self) -> None:
+    def _reorder(self) -> None:
         """Put the file in order, if it is not; what the disk refuses now is tried again."""
-        if not self.notes.untidy:
+        if not self.notes.needs_reorder:
             return
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            self.log.move(self._files.next_name(), self._events.in_order)
+            self.log.move(self._files.next_name(), self._events.sorted_frames)
             self._files.clean()
-            self.notes.untidy = False
+            self.notes.needs_reorder = False
         except OSError as error:
             self._faults.warn("rows.out_of_order", "refused", file=str(self.log.path), why=str(error))
         now = time.monotonic()
-        self._due = now + max(_SECONDS_BETWEEN, (now - began) * _SHARE)
+        self._reorder_due = now + max(_MIN_REORDER_SECONDS, (now - start) * _REORDER_TIME_SHARE)
 
 
 def _tags(stream: str, keys: Iterable[str]) -> dict[str, str]:

@@ -6,7 +6,9 @@ from typing import Final, TextIO
 
 from evsys_bus.diagnostics import FaultLog, log
 
-_GONE: Final = frozenset({errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN})
+_CLOSED_STREAM_ERRORS: Final = frozenset(
+    {errno.EPIPE, errno.EBADF, errno.EIO, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN}
+)
 """Errors of a stream that is closed for good; others, such as a full disk, may be temporary."""
 
 _MAX_TEXT: Final = 40
@@ -35,7 +37,7 @@ class LinePrinter:
         try:
             _write(stream, f"{printable(line)}\n")
         except (OSError, ValueError) as error:  # ValueError: a closed file
-            if isinstance(error, OSError) and error.errno not in _GONE:
+            if isinstance(error, OSError) and error.errno not in _CLOSED_STREAM_ERRORS:
                 self._faults.warn("print.failed", error.errno, error=error)
                 return
             self._closed = stream
@@ -46,7 +48,7 @@ class LinePrinter:
         self._faults.flush()
 
 
-def step_head(step: int, num_steps: int | None) -> str:
+def step_label(step: int, num_steps: int | None) -> str:
     """Return ``step 12/300``, or ``step 12`` if the number of steps is unknown; ``step`` is 0-based."""
     return f"step {step + 1}" if num_steps is None else f"step {step + 1}/{num_steps}"
 

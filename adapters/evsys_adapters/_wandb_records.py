@@ -14,12 +14,12 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from evsys_adapters._logged_run_state import stable_key
 from evsys_adapters._logged_values import json_of
-from evsys_adapters._run_notes import key_of
 
-_HEAD: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
-_BLOCK: Final = 1 << 15
-_PIECE: Final = struct.Struct("<IHB")
+_FILE_HEADER: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
+_BLOCK_BYTES: Final = 1 << 15
+_CHUNK_HEADER: Final = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _OLDEST_READER: Final = "0.40.0"
 """The oldest W&B that reads such records; what W&B writes itself says so too."""
@@ -35,25 +35,25 @@ def needs_wandb() -> None:
         raise ModuleNotFoundError('wandb_logger needs wandb; pip install "evsys-bus[wandb]"', name="wandb")
 
 
-_COUNTED: Final = frozenset({"_step", "_runtime"})
+_IGNORED_KEYS: Final = frozenset({"_step", "_runtime"})
 """What a row has besides what it says: it depends on where the file began."""
 
 
-class Outline(NamedTuple):
+class RecordInfo(NamedTuple):
     """What a record is."""
 
     row: int
     """The number of a row of the history; -1 for any other record."""
-    ends: bool
+    is_exit: bool
     """Whether it says that the run has ended."""
-    started: float | None
+    start_time: float | None
     """When the run began, if it says that; seconds since the epoch."""
 
 
 def row_key(items: Mapping[str, str]) -> int:
     """The same for two rows of the history that say the same at the same time, by their values as JSON."""
-    pairs = sorted((name, value) for name, value in items.items() if name not in _COUNTED)
-    return key_of("\0".join(chain.from_iterable(pairs)).encode(errors="surrogatepass"))
+    pairs = sorted((name, value) for name, value in items.items() if name not in _IGNORED_KEYS)
+    return stable_key("\0".join(chain.from_iterable(pairs)).encode(errors="surrogatepass"))
 
 
 class Records:
@@ -66,47 +66,47 @@ class Records:
 
     # -- the format ---------------------------------------------------------------------------------------------------
 
-    def head(self) -> bytes:
+    def header(self) -> bytes:
         """What says that it is a file of W&B."""
-        return _HEAD
+        return _FILE_HEADER
 
-    def frame(self, payload: bytes, at: int) -> bytes:
+    def frame(self, payload: bytes, offset: int) -> bytes:
         """A record, in as many pieces as blocks ask for."""
         out = bytearray()
         rest = memoryview(payload)
         first = True
         while first or rest:
-            room = _BLOCK - (at + len(out)) % _BLOCK
-            if room < _PIECE.size:
-                out += bytes(room)
-                room = _BLOCK
-            piece, rest = rest[: room - _PIECE.size], rest[room - _PIECE.size :]
+            free = _BLOCK_BYTES - (offset + len(out)) % _BLOCK_BYTES
+            if free < _CHUNK_HEADER.size:
+                out += bytes(free)
+                free = _BLOCK_BYTES
+            chunk, rest = rest[: free - _CHUNK_HEADER.size], rest[free - _CHUNK_HEADER.size :]
             kind = (_FIRST if rest else _FULL) if first else (_MIDDLE if rest else _LAST)
-            out += _PIECE.pack(zlib.crc32(piece, zlib.crc32(bytes([kind]))), len(piece), kind) + piece
+            out += _CHUNK_HEADER.pack(zlib.crc32(chunk, zlib.crc32(bytes([kind]))), len(chunk), kind) + chunk
             first = False
         return bytes(out)
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
         """Every whole record."""
-        at = len(file.read(len(_HEAD)))
-        parts: list[bytes] = []
+        offset = len(file.read(len(_FILE_HEADER)))
+        chunks: list[bytes] = []
         while True:
-            room = _BLOCK - at % _BLOCK
-            if room < _PIECE.size:
-                at += len(file.read(room))
+            free = _BLOCK_BYTES - offset % _BLOCK_BYTES
+            if free < _CHUNK_HEADER.size:
+                offset += len(file.read(free))
                 continue
-            head = file.read(_PIECE.size)
-            if len(head) < _PIECE.size:
+            head = file.read(_CHUNK_HEADER.size)
+            if len(head) < _CHUNK_HEADER.size:
                 return
-            _, length, kind = _PIECE.unpack(head)
-            part = file.read(length)
-            if len(part) < length or not _FULL <= kind <= _LAST:
+            _, length, kind = _CHUNK_HEADER.unpack(head)
+            chunk = file.read(length)
+            if len(chunk) < length or not _FULL <= kind <= _LAST:
                 return
-            at += _PIECE.size + length
-            parts.append(part)
+            offset += _CHUNK_HEADER.size + length
+            chunks.append(chunk)
             if kind in {_FULL, _LAST}:
-                yield b"".join(parts), at
-                parts = []
+                yield b"".join(chunks), offset
+                chunks = []
 
     # -- records ------------------------------------------------------------------------------------------------------
 
@@ -115,13 +115,13 @@ class Records:
         versions = self._messages.VersionInfo(producer=self._producer, min_consumer=_OLDEST_READER)
         return self._record(run_id, header=self._messages.HeaderRecord(version_info=versions))
 
-    def run(self, run_id: str, config: Mapping[str, Any], started: float, **names: str | None) -> bytes:
+    def run(self, run_id: str, config: Mapping[str, Any], start_time: float, **names: str | None) -> bytes:
         """What the run is. Any: plain values. Names: project, entity, run_group, job_type, display_name, notes."""
-        given = {key: value for key, value in names.items() if value}
-        run = self._messages.RunRecord(run_id=run_id, **given)
+        set_names = {key: value for key, value in names.items() if value}
+        run = self._messages.RunRecord(run_id=run_id, **set_names)
         for key, value in config.items():
             run.config.update.add(key=key, value_json=json_of(value))
-        run.start_time.seconds, run.start_time.nanos = int(started), int(started % 1 * 1e9)
+        run.start_time.seconds, run.start_time.nanos = int(start_time), int(start_time % 1 * 1e9)
         return self._record(run_id, run=run)
 
     def metric(self, run_id: str, name: str, step_metric: str | None) -> bytes:
@@ -157,15 +157,15 @@ class Records:
         """The run has ended."""
         return self._record(run_id, exit=self._messages.RunExitRecord(exit_code=int(failed)))
 
-    def outline(self, payload: bytes) -> Outline:
+    def info(self, payload: bytes) -> RecordInfo:
         """What a logger that comes to a file of an earlier day has to know of a record."""
         record = self._messages.Record.FromString(payload)
         kind = record.WhichOneof("record_type")
         row = int(record.history.step.num) if kind == "history" else -1
         start = record.run.start_time if kind == "run" else None
-        return Outline(row, kind == "exit", None if start is None else start.seconds + start.nanos / 1e9)
+        return RecordInfo(row, kind == "exit", None if start is None else start.seconds + start.nanos / 1e9)
 
-    def timed(self, payload: bytes) -> tuple[int, float] | None:
+    def key_and_time(self, payload: bytes) -> tuple[int, float] | None:
         """A key for what a row says and when, and its time; None for any other record."""
         record = self._messages.Record.FromString(payload)
         if record.WhichOneof("record_type") != "history":
@@ -175,7 +175,7 @@ class Records:
 
     # -- changing what was written ------------------------------------------------------------------------------------
 
-    def before(self, first_step: float, payloads: Iterable[bytes]) -> Iterator[bytes]:
+    def without_steps_from(self, first_step: float, payloads: Iterable[bytes]) -> Iterator[bytes]:
         """The records without rows of that step and later ones, and without the end of the run."""
         for payload in payloads:
             record = self._messages.Record.FromString(payload)
@@ -184,7 +184,7 @@ class Records:
                 continue
             yield payload
 
-    def tidied(self, payloads: Iterable[bytes]) -> Iterator[bytes]:
+    def without_replaced_evals(self, payloads: Iterable[bytes]) -> Iterator[bytes]:
         """The records without values of evals that were replaced."""
         records = [self._messages.Record.FromString(payload) for payload in payloads]
         newest: dict[tuple[str, float, str], int] = {}

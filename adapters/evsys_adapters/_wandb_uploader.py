@@ -11,7 +11,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 
-from evsys_adapters._wandb_upload import LOG, LOGIN_FIX, Problem, Tool, Upload
+from evsys_adapters._wandb_upload_process import LOG, LOGIN_FIX, Problem, Upload, UploadProcess
 from evsys_bus.diagnostics import FaultLog
 
 _PAUSES: Final = (1.0, 5.0, 15.0, 60.0)
@@ -21,11 +21,11 @@ _LOGIN_SECONDS: Final = 2.0
 _END_SECONDS: Final = 0.3
 """What ending a process and reporting may take."""
 _POLL_SECONDS: Final = 0.1
-_ASKING: Final = "setting up run"
+_CONNECTING_STATUS: Final = "setting up run"
 """What the tool prints until the server has answered for the first time."""
-_AT_ONCE: Final = 16
-"""Files that one process of `Uploader.settle` is given."""
-_W_AND_B: Final = "https://api.wandb.ai"
+_MAX_FILES_PER_PROCESS: Final = 16
+"""Files that one process of `Uploader.upload_all` is given."""
+_DEFAULT_HOST: Final = "https://api.wandb.ai"
 
 
 class Uploader:
@@ -49,52 +49,54 @@ class Uploader:
     ) -> None:
         self.uploads: dict[str, Upload] = {}
         """By the path of the file."""
-        self.marks = False
+        self.takes_marks = False
         """Whether marks are taken: what was counted since the last one is not delivered yet."""
         self._base_url = base_url
         self._report = report
-        self._reported: tuple[int, str | None, str | None] | None = None
+        self._last_report: tuple[int, str | None, str | None] | None = None
         self._faults = faults
         self._patience_seconds = patience_seconds
         self._pauses = pauses
-        self._settling = False
-        self.over = False
+        self._is_settling = False
+        self.is_finished = False
         """Whether all was settled: tasks that upload end, until one is asked for again."""
 
-    def taken(self) -> dict[str, tuple[str, int, str]]:
+    def snapshot(self) -> dict[str, tuple[str, int, str]]:
         """For a mark: the files that the server does not have whole; of each the run, the events and the URL."""
-        self.marks = True
+        self.takes_marks = True
         for each in self.uploads.values():
-            each.marked = each.events
+            each.events_at_mark = each.events
         return {
-            path: (each.run, each.owed(at_mark=False, at_end=True), each.url)
+            path: (each.run, each.pending_events(at_mark=False, at_end=True), each.url)
             for path, each in self.uploads.items()
             if not each.finished and each.events
         }
 
-    def tell(self) -> None:
+    def report_pending(self) -> None:
         """Report what is owed, if that has changed."""
-        owed, worst = 0, None
+        pending, worst = 0, None
         for each in list(self.uploads.values()):
-            left = each.owed(at_mark=self.marks and not self._settling, at_end=self._settling)
-            owed += left
-            if left and each.problem is not None and (worst is None or (each.problem.fix and not worst.fix)):
+            remaining = each.pending_events(
+                at_mark=self.takes_marks and not self._is_settling, at_end=self._is_settling
+            )
+            pending += remaining
+            if remaining and each.problem is not None and (worst is None or (each.problem.fix and not worst.fix)):
                 worst = each.problem
-        report = (owed, None, None) if worst is None else (owed, worst.why, worst.fix)
-        if report != self._reported:
-            self._reported = report
+        report = (pending, None, None) if worst is None else (pending, worst.why, worst.fix)
+        if report != self._last_report:
+            self._last_report = report
             self._report(*report)
 
-    async def drive(self, upload: Upload) -> None:
+    async def upload_live(self, upload: Upload) -> None:
         """Upload one file while it is written, until its run has ended; try again without end."""
-        upload.starting = 0.0
-        if self._settling or upload.driven:
+        upload.task_requested_at = 0.0
+        if self._is_settling or upload.has_task:
             return
-        upload.driven, pauses = True, chain(self._pauses, repeat(self._pauses[-1]))
+        upload.has_task, pauses = True, chain(self._pauses, repeat(self._pauses[-1]))
         try:
             while not (upload.done and upload.ended):
-                if self.over or (self._settling and (upload.done or upload.problem is not None)):
-                    return  # `settle` goes on with it, or has
+                if self.is_finished or (self._is_settling and (upload.done or upload.problem is not None)):
+                    return  # `upload_all` goes on with it, or has
                 if upload.done:
                     await self._sleep(_POLL_SECONDS)
                 elif self._lacks_login(upload):
@@ -104,7 +106,7 @@ class Uploader:
                 else:
                     if upload.problem is not None:
                         self.warn(upload, upload.problem.why, upload.problem.fix or "check network and base_url")
-                    self.tell()
+                    self.report_pending()
                     await self._sleep(next(pauses))
             upload.finished = True
         except asyncio.CancelledError:
@@ -112,8 +114,8 @@ class Uploader:
                 self.warn(upload, "the program ended before all was uploaded")
             raise
         finally:
-            upload.driven = False
-            self.tell()
+            upload.has_task = False
+            self.report_pending()
 
     def _lacks_login(self, upload: Upload) -> bool:
         problem = self.login_problem()
@@ -121,42 +123,42 @@ class Uploader:
             if upload.problem != problem:
                 upload.problem = problem
                 self.warn(upload, *problem)
-            self.tell()
+            self.report_pending()
         return problem is not None
 
-    async def settle(self, deadline: float, examine: Callable[[Upload], None]) -> None:
+    async def upload_all(self, deadline: float, scan_file: Callable[[Upload], None]) -> None:
         """Upload what the server does not have; see `Adapter.settle_owed`.
 
         Args:
             deadline: On the clock of ``time.monotonic``.
-            examine: Finds out what is not known of a file.
+            scan_file: Finds out what is not known of a file.
         """
-        self._settling, self.over = True, False
+        self._is_settling, self.is_finished = True, False
         attempt = 0
         try:
             async with asyncio.timeout(deadline - _END_SECONDS - time.monotonic()):
-                while left := self._left():
-                    waiting = [each for each in left if not each.driven]
+                while unfinished := self._unfinished():
+                    waiting = [each for each in unfinished if not each.has_task]
                     if not waiting:
                         await asyncio.sleep(_POLL_SECONDS)
-                        self.tell()
-                    elif not await self._settle_some(waiting, examine):
-                        if all(each.problem is not None and each.problem.fix for each in left):
+                        self.report_pending()
+                    elif not await self._upload_some(waiting, scan_file):
+                        if all(each.problem is not None and each.problem.fix for each in unfinished):
                             return
                         await asyncio.sleep(_SETTLE_PAUSES[min(attempt, len(_SETTLE_PAUSES) - 1)])
                         attempt += 1
         except TimeoutError:
             pass  # what is left is reported
         finally:
-            for each in self._left():
+            for each in self._unfinished():
                 problem = each.problem or Problem("the program ended before all was uploaded")
                 self.warn(each, *problem)
-            self.tell()
-            self._settling, self.over = False, True
-        while self._driven() and time.monotonic() < deadline:  # noqa: ASYNC110 # on a loop that may be closed next
+            self.report_pending()
+            self._is_settling, self.is_finished = False, True
+        while self._has_tasks() and time.monotonic() < deadline:  # noqa: ASYNC110 # on a loop that may be closed next
             await asyncio.sleep(_POLL_SECONDS / 5)
 
-    async def _settle_some(self, waiting: list[Upload], examine: Callable[[Upload], None]) -> bool:
+    async def _upload_some(self, waiting: list[Upload], scan_file: Callable[[Upload], None]) -> bool:
         """Have one process upload some of these files; whether the server has all of one more of them."""
         problem = self.login_problem()
         if problem is not None:
@@ -164,16 +166,16 @@ class Uploader:
                 each.problem = problem
             return False
         for each in waiting:
-            if not each.known:
-                examine(each)
+            if not each.is_tracked:
+                scan_file(each)
         waiting.sort(key=lambda each: (each.attempts, not each.ended))  # what ends by itself first
-        group = [each for each in waiting if each.ended == waiting[0].ended][:_AT_ONCE]
+        group = [each for each in waiting if each.ended == waiting[0].ended][:_MAX_FILES_PER_PROCESS]
         return await self._attempt(group, several=True) or any(each.done for each in group)
 
-    def warn(self, upload: Upload, why: str, first: str | None = None) -> None:
+    def warn(self, upload: Upload, why: str, action: str | None = None) -> None:
         """Log what keeps the upload, and what finishes it."""
-        again = f"{first}; it is tried again; then: " if first else ""
-        fix = f'{again}wandb sync "{upload.file.parent}"'
+        retry_hint = f"{action}; it is tried again; then: " if action else ""
+        fix = f'{retry_hint}wandb sync "{upload.file.parent}"'
         self._faults.warn("wandb.not_uploaded", why, why=why, fix=fix, file=str(upload.file))
 
     def login_problem(self) -> Problem | None:
@@ -182,7 +184,7 @@ class Uploader:
         W&B's own ``authenticate_session`` would load its settings for good, into a process that may use wandb itself.
         """
         settings = _settings()
-        host = self._base_url or os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or _W_AND_B
+        host = self._base_url or os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or _DEFAULT_HOST
         key = os.environ.get("WANDB_API_KEY")
         if "api_key" in settings or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
             return None
@@ -205,81 +207,83 @@ class Uploader:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _left(self) -> list[Upload]:
+    def _unfinished(self) -> list[Upload]:
         for each in self.uploads.values():
-            each.finished = each.done and not each.driven
+            each.finished = each.done and not each.has_task
         return [each for each in self.uploads.values() if not each.finished and each.events]
 
-    def _driven(self) -> bool:
-        return any(each.driven for each in self.uploads.values())
+    def _has_tasks(self) -> bool:
+        return any(each.has_task for each in self.uploads.values())
 
     async def _sleep(self, seconds: float) -> None:
         """Sleep, but not while all is to be settled."""
         end = time.monotonic() + seconds
-        while not self._settling and time.monotonic() < end:  # noqa: ASYNC110 # from another loop, by polling
+        while not self._is_settling and time.monotonic() < end:  # noqa: ASYNC110 # from another loop, by polling
             await asyncio.sleep(min(_POLL_SECONDS, seconds))
 
     async def _attempt(self, uploads: Sequence[Upload], *, several: bool = False) -> bool:
         """One process; True if it was ended because another file took the place of one that it reads."""
         known = {each: _identity(each.file) for each in uploads}
-        printed = None if several else uploads[0].file.parent / LOG
+        output_path = None if several else uploads[0].file.parent / LOG
         environment = {"WANDB_BASE_URL": self._base_url} if self._base_url else {}
         try:
-            tool = Tool(uploads, printed, environment)
+            process = UploadProcess(uploads, output_path, environment)
         except OSError as error:
             for each in uploads:
                 each.problem = Problem(f"W&B's tool cannot be started: {error}")
             return False
         patience, renewed = self._patience_seconds, False
         try:
-            while tool.works and not renewed:
+            while process.is_running and not renewed:
                 await asyncio.sleep(_POLL_SECONDS)
-                tool.look()
+                process.poll()
                 renewed = any(_identity(each.file) != at for each, at in known.items())
-                if self._is_over(uploads) or (self.over and not several):
+                if self._is_complete(uploads) or (self.is_finished and not several):
                     break
-                slow = [each for each in uploads if _ASKING in each.status or each.passing is not None]
-                if not slow:
+                slow_uploads = [
+                    each for each in uploads if _CONNECTING_STATUS in each.status or each.temporary_problem is not None
+                ]
+                if not slow_uploads:
                     patience = self._patience_seconds
                 elif patience > 0:
                     patience -= _POLL_SECONDS
                     if patience <= 0:
-                        self._impatient(slow[0])
-                self.tell()
+                        self._warn_slow_server(slow_uploads[0])
+                self.report_pending()
         finally:
-            by_itself = not tool.works
-            tool.end()
+            by_itself = not process.is_running
+            process.stop()
             for each in uploads:
-                self._conclude(each, tool.text if by_itself or each.fatal else None, renewed=renewed)
+                self._finish_attempt(each, process.output if by_itself or each.fatal else None, renewed=renewed)
         return renewed
 
-    def _impatient(self, upload: Upload) -> None:
+    def _warn_slow_server(self, upload: Upload) -> None:
         why = "the server does not answer, or answers with errors"
-        if upload.passing is None:
-            upload.waits(Problem(why))
+        if upload.temporary_problem is None:
+            upload.set_temporary_problem(Problem(why))
         else:
-            why = f"{why} ({upload.passing.why})"
+            why = f"{why} ({upload.temporary_problem.why})"
         self.warn(upload, why, "check network and base_url")
 
-    def _is_over(self, uploads: Iterable[Upload]) -> bool:
+    def _is_complete(self, uploads: Iterable[Upload]) -> bool:
         """Whether the process has nothing more to do that it could."""
-        over = True
+        is_complete = True
         for each in uploads:
-            if self._settling and not each.ended and each.idle and not each.done:
-                each.confirm()
-            over = over and (each.fatal or (self._settling and not each.ended and each.done))
-        return over
+            if self._is_settling and not each.ended and each.is_idle and not each.done:
+                each.mark_done()
+            is_complete = is_complete and (each.fatal or (self._is_settling and not each.ended and each.done))
+        return is_complete
 
-    def _conclude(self, upload: Upload, printed: str | None, *, renewed: bool) -> None:
+    def _finish_attempt(self, upload: Upload, output: str | None, *, renewed: bool) -> None:
         """The process has ended, having printed that, or was ended."""
         if upload.fatal:
-            upload.forget()  # the tool's marker says that all was sent, and it was not
+            upload.clear_markers()  # the tool's marker says that all was sent, and it was not
         elif upload.file.with_suffix(".wandb.synced").exists() and not renewed and upload.ended:
-            upload.confirm()
+            upload.mark_done()
         if upload.done:
             upload.problem = None
-        elif not renewed and printed is not None:
-            upload.problem = upload.failed(printed)
+        elif not renewed and output is not None:
+            upload.problem = upload.diagnose(output)
 
 
 def _settings() -> dict[str, str]:

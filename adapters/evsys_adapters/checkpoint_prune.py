@@ -12,37 +12,44 @@ from typing import Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters._runs import output_dir_of, run_context, run_folder
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
-from evsys_adapters.checkpoints.places import Places, Reach, has_placeholders, url_for
-from evsys_adapters.checkpoints.removal import Bounds, Left, Removable, is_whole, plan, remove
-from evsys_adapters.checkpoints.retention import Best, Keep, LocalKeep, prunable
+from evsys_adapters.checkpoints.removal import (
+    RemovablePath,
+    RemovalBounds,
+    SkippedPath,
+    is_whole,
+    plan_removal,
+    remove_path,
+)
+from evsys_adapters.checkpoints.retention import BestCheckpoints, LocalRetentionRules, RetentionRules, prunable
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.store import StoreError
+from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, has_placeholders, url_for
 from evsys_adapters.checkpoints.upload_config import StoreUrl, check_url
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Checkpoint, Envelope, Eval, RunStart, TrainEnd
-from evsys_bus.journal.layout import order_of
+from evsys_bus.journal.layout import stream_sort_key
+from evsys_bus.location import local_path
 from evsys_bus.sink import Sink
-from evsys_bus.where import local_path
 
-MOST_SCORES: Final = 1_000
-AGAIN_SECONDS: Final = 0.2
+MAX_SCORES: Final = 1_000
+RETRY_SECONDS: Final = 0.2
 """Delay before checking again whether the last upload has finished."""
 
 
 class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `CheckpointPrune`."""
 
-    local: LocalKeep = LocalKeep()
+    local: LocalRetentionRules = LocalRetentionRules()
     """Retention of the trainer's own files. Default: everything. Only files in the folder of the run or of its
     experiment, or in a folder listed in ``outside``, are ever removed."""
-    remote: Keep = Keep()
+    remote: RetentionRules = RetentionRules()
     """Retention at the destination. Default: everything."""
     url: StoreUrl | None = None
     """The destination, same as in `checkpoint_upload`. With it, local files are removed only once a newer checkpoint
@@ -60,24 +67,24 @@ class CheckpointPruneConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=T
             check_url(self.url)
 
 
-class _Known(msgspec.Struct):
+class _KnownCheckpoint(msgspec.Struct):
     stream: str
     seq: int
     row: ManifestRow
 
 
-class _Run(msgspec.Struct):
+class _Run(msgspec.Struct, rename={"checkpoints": "known", "local_scores": "local", "remote_scores": "remote"}):
     """State of one run."""
 
     key: str
     run_dir: str
     url: str | None
     """The destination of its checkpoints."""
-    known: list[_Known] = msgspec.field(default_factory=list[_Known])
+    checkpoints: list[_KnownCheckpoint] = msgspec.field(default_factory=list[_KnownCheckpoint])
     """Its checkpoints that may still be on this machine, oldest first."""
-    local: dict[int, float] = msgspec.field(default_factory=dict[int, float])
+    local_scores: dict[int, float] = msgspec.field(default_factory=dict[int, float])
     """Scores for the local rules, by step."""
-    remote: dict[int, float] = msgspec.field(default_factory=dict[int, float])
+    remote_scores: dict[int, float] = msgspec.field(default_factory=dict[int, float])
     experiment: str | None = None
     """The experiment's folder, if the run's folder is inside it."""
 
@@ -86,7 +93,7 @@ class CheckpointPrune(Sink):
     """Removes checkpoints according to `CheckpointPruneConfig`, and publishes CheckpointPruned for each.
 
     The newest verified checkpoint and everything newer are always retained; so are files shared with a retained
-    checkpoint, and everything at the destination unless ``remote`` has rules.
+    checkpoint, and everything at the destination unless ``remote_scores`` has rules.
     """
 
     name: ClassVar[str] = "checkpoint_prune"
@@ -95,20 +102,20 @@ class CheckpointPrune(Sink):
 
     def __init__(self, **params: Any) -> None:
         """Validate the parameters against `CheckpointPruneConfig`."""
-        self.config = checked(CheckpointPruneConfig, params)
+        self.config = validate_params(CheckpointPruneConfig, params)
         self._runs: dict[str, _Run] = {}
         self._destinations: dict[str, Destination] = {}
-        self._places = Places(
-            Reach(self.config.endpoint, self.config.region, self.config.path_style, self.config.profile)
+        self._stores = StorePool(
+            StoreOptions(self.config.endpoint, self.config.region, self.config.path_style, self.config.profile)
         )
-        self._told: set[tuple[str, str, str]] = set()
-        self._left: dict[str, int] = {}
+        self._reported_dry_runs: set[tuple[str, str, str]] = set()
+        self._skipped_counts: dict[str, int] = {}
         """Number of files per run that were not removed with their checkpoint."""
 
     async def open(self) -> None:
         """Check that the destination is available if remote rules need it."""
         if self.config.remote.has_rules and self.config.url is not None and not has_placeholders(self.config.url):
-            await self._places.place(self.config.url)
+            await self._stores.get(self.config.url)
 
     async def write(self, batch: Sequence[Envelope]) -> None:
         """Record checkpoints and evals, and remove what the rules allow."""
@@ -121,7 +128,7 @@ class CheckpointPrune(Sink):
             elif isinstance(event, Checkpoint | Eval | TrainEnd):
                 run = self._run(envelope, event.state)
                 touched[run.run_dir] = run
-                self._learn(run, envelope, event)
+                self._record_event(run, envelope, event)
                 ended += [run] if isinstance(event, TrainEnd) else []
         awaited = [name for run in ended for name in self._uploading(run)]  # first: uploads may finish meanwhile
         for run in touched.values():
@@ -129,17 +136,17 @@ class CheckpointPrune(Sink):
             await self._prune_remote(run)
         if awaited:
             # The end of a training stays pending until its last upload is done: it may allow further removals.
-            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=AGAIN_SECONDS)
+            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=RETRY_SECONDS)
 
     async def close(self) -> None:
         """Close the destinations, and log how many files were not removed."""
-        for run_dir, count in self._left.items():
+        for run_dir, count in self._skipped_counts.items():
             if count > 1:
                 log().warning(
                     "checkpoint.left", run=run_dir, left=count, meaning="files of pruned checkpoints were not removed"
                 )
-        self._left.clear()
-        await self._places.close()
+        self._skipped_counts.clear()
+        await self._stores.close()
 
     def mark(self) -> Any:
         """Return the state of all runs as plain data, stored beside the cursor."""
@@ -169,81 +176,85 @@ class CheckpointPrune(Sink):
             run.experiment = str(folder) if inside else None
         return run
 
-    def _learn(self, run: _Run, envelope: Envelope, event: Checkpoint | Eval | TrainEnd) -> None:
+    def _record_event(self, run: _Run, envelope: Envelope, event: Checkpoint | Eval | TrainEnd) -> None:
         if isinstance(event, Checkpoint) and self.config.local.has_rules:
-            names = {(each.row.name, each.row.batch) for each in run.known}
+            names = {(each.row.name, each.row.batch) for each in run.checkpoints}
             if (event.row.name, event.row.batch) not in names:
-                new = _Known(envelope.stream, envelope.seq, event.row)
-                run.known = sorted([*run.known, new], key=lambda each: (order_of(each.stream), each.seq))
+                new = _KnownCheckpoint(envelope.stream, envelope.seq, event.row)
+                run.checkpoints = sorted(
+                    [*run.checkpoints, new], key=lambda each: (stream_sort_key(each.stream), each.seq)
+                )
         elif isinstance(event, Eval):
-            for scores, keep in ((run.local, self.config.local), (run.remote, self.config.remote)):
-                best = keep.keep_best
+            for scores, rules in ((run.local_scores, self.config.local), (run.remote_scores, self.config.remote)):
+                best = rules.keep_best
                 value = None if best is None else event.metrics.get(best.metric)
                 if best is not None and best.eval_name in {None, event.eval_name} and _is_finite(value):
                     scores[event.step_idx] = float(value)
-                    _bound(scores, best)
+                    _trim_scores(scores, best)
 
     def _prune_local(self, run: _Run) -> None:
-        rows = [each.row for each in run.known]
-        going = prunable(rows, self.config.local, run.local, self._newest_verified(run, rows))
-        bounds = self._bounds(run) if going else None
-        for row in going:
+        rows = [each.row for each in run.checkpoints]
+        to_remove = prunable(rows, self.config.local, run.local_scores, self._newest_verified(run, rows))
+        bounds = self._bounds(run) if to_remove else None
+        for row in to_remove:
             assert bounds is not None
-            found = plan(row, (each for each in self._rows() if each is not row), bounds)
+            removal_plan = plan_removal(row, (each for each in self._rows() if each is not row), bounds)
             if self.config.dry_run:
-                if found.removable:
-                    self._tell(run, row, "local", [str(each.path) for each in found.removable])
+                if removal_plan.removable:
+                    self._publish_pruned(run, row, "local", [str(each.path) for each in removal_plan.removable])
                 continue
-            removed = [each for each in found.removable if _removed(each)]
-            run.known = [each for each in run.known if each.row is not row]
-            for left in found.left:
-                self._report_left(run, row, left)
+            removed = [each for each in removal_plan.removable if _try_remove(each)]
+            run.checkpoints = [each for each in run.checkpoints if each.row is not row]
+            for skipped in removal_plan.skipped:
+                self._report_skipped(run, row, skipped)
             if removed:
-                self._tell(run, row, "local", [str(each.path) for each in removed])
+                self._publish_pruned(run, row, "local", [str(each.path) for each in removed])
 
     def _rows(self) -> Iterator[ManifestRow]:
         """Yield all checkpoints of all runs that may still be on this machine."""
-        return (each.row for run in self._runs.values() for each in run.known)
+        return (each.row for run in self._runs.values() for each in run.checkpoints)
 
-    def _bounds(self, run: _Run) -> Bounds:
+    def _bounds(self, run: _Run) -> RemovalBounds:
         others = [Path(each.run_dir) for each in self._runs.values() if each.run_dir != run.run_dir]
         experiment = None if run.experiment is None else Path(run.experiment)
-        return Bounds(Path(run.run_dir), experiment, self.config.local.folders, others)
+        return RemovalBounds(Path(run.run_dir), experiment, self.config.local.folders, others)
 
-    def _report_left(self, run: _Run, row: ManifestRow, left: Left) -> None:
+    def _report_skipped(self, run: _Run, row: ManifestRow, skipped: SkippedPath) -> None:
         """Count a file that is not removed; log the first of a run."""
-        self._left[run.run_dir] = self._left.get(run.run_dir, 0) + 1
-        if self._left[run.run_dir] == 1:
-            opt_in = f"to have such files removed: local: {{outside: [{left.path.parent}]}}" if left.outside else None
+        self._skipped_counts[run.run_dir] = self._skipped_counts.get(run.run_dir, 0) + 1
+        if self._skipped_counts[run.run_dir] == 1:
+            opt_in_fix = (
+                f"to have such files removed: local: {{outside: [{skipped.path.parent}]}}" if skipped.outside else None
+            )
             log().warning(
                 "checkpoint.left",
                 run=run.run_dir,
                 checkpoint=row.name,
-                path=str(left.path),
-                why=left.why,
+                path=str(skipped.path),
+                why=skipped.why,
                 meaning="it is not pruned, nor are other files of this run's checkpoints in the same situation",
-                fix=opt_in or "remove it by hand, if it is no longer needed",
+                fix=opt_in_fix or "remove it by hand, if it is no longer needed",
             )
 
     def _newest_verified(self, run: _Run, rows: Sequence[ManifestRow]) -> int:
         if self.config.url is None:
             return max((index for index, row in enumerate(rows) if is_whole(row)), default=-1)
         spool = Spool.of(run.run_dir, self.config.url)
-        there = {checkpoint_folder(done.manifest.row) for done in spool.done()}
-        return max((index for index, row in enumerate(rows) if checkpoint_folder(row) in there), default=-1)
+        uploaded_folders = {checkpoint_folder(record.manifest.row) for record in spool.uploaded()}
+        return max((index for index, row in enumerate(rows) if checkpoint_folder(row) in uploaded_folders), default=-1)
 
     async def _prune_remote(self, run: _Run) -> None:
         if run.url is None or not self.config.remote.has_rules:
             return
-        place = await self._places.place(run.url)
-        destination = self._destinations.setdefault(run.run_dir, Destination(place.store, place.prefix, run.key))
+        opened = await self._stores.get(run.url)
+        destination = self._destinations.setdefault(run.run_dir, Destination(opened.store, opened.prefix, run.key))
         manifests = await destination.manifests()
         rows = [manifest.row for manifest in manifests]
         latest = await destination.latest()
-        going = {id(row) for row in prunable(rows, self.config.remote, run.remote, len(rows) - 1)}
+        ids_to_remove = {id(row) for row in prunable(rows, self.config.remote, run.remote_scores, len(rows) - 1)}
         for manifest in manifests:
             folder = checkpoint_folder(manifest.row)
-            if id(manifest.row) not in going or latest is None or latest.checkpoint == folder:
+            if id(manifest.row) not in ids_to_remove or latest is None or latest.checkpoint == folder:
                 continue
             if not self.config.dry_run:
                 try:
@@ -251,37 +262,37 @@ class CheckpointPrune(Sink):
                 except StoreError as error:
                     log().warning("checkpoint.not_removed", path=destination.key(folder), error=error.what)
                     continue
-            self._tell(run, manifest.row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
+            self._publish_pruned(run, manifest.row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
 
     def _uploading(self, run: _Run) -> list[str]:
         if self.config.url is None or self.config.dry_run:
             return []
-        return [waiting.folder.name for waiting in Spool.of(run.run_dir, self.config.url).waiting()]
+        return [pending.folder.name for pending in Spool.of(run.run_dir, self.config.url).pending()]
 
-    def _tell(self, run: _Run, row: ManifestRow, where: Literal["local", "remote"], paths: list[str]) -> None:
+    def _publish_pruned(self, run: _Run, row: ManifestRow, where: Literal["local", "remote"], paths: list[str]) -> None:
         folder = checkpoint_folder(row)
         if self.config.dry_run:
-            if (run.run_dir, folder, where) in self._told:
+            if (run.run_dir, folder, where) in self._reported_dry_runs:
                 return
-            self._told.add((run.run_dir, folder, where))
+            self._reported_dry_runs.add((run.run_dir, folder, where))
         self.publish(CheckpointPruned(run.key, folder, row.batch, where, paths, self.config.dry_run))
 
 
-def _removed(each: Removable) -> bool:
+def _try_remove(each: RemovablePath) -> bool:
     try:
-        remove(each)
+        remove_path(each)
     except OSError as error:
         log().warning("checkpoint.not_removed", path=str(each.path), error=str(error))
         return False
     return True
 
 
-def _bound(scores: dict[int, float], best: Best) -> None:
+def _trim_scores(scores: dict[int, float], best: BestCheckpoints) -> None:
     """Reduce a large number of scores to the best and the latest ones."""
-    if len(scores) > 2 * MOST_SCORES:
+    if len(scores) > 2 * MAX_SCORES:
         ranked = sorted(scores, key=lambda step: scores[step], reverse=best.mode == "max")
-        kept = {*ranked[:MOST_SCORES], *sorted(scores)[-MOST_SCORES:]}
-        for step in set(scores) - kept:
+        retained = {*ranked[:MAX_SCORES], *sorted(scores)[-MAX_SCORES:]}
+        for step in set(scores) - retained:
             del scores[step]
 
 

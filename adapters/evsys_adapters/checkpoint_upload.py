@@ -5,7 +5,7 @@ The inline half creates hard links; the delivery half, `checkpoints.upload_sink`
 
 from typing import Any, ClassVar
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.upload_config import CheckpointUploadConfig
 from evsys_adapters.checkpoints.upload_sink import UploadSink
@@ -34,13 +34,13 @@ class CheckpointUploadCallback(Callback):
 
     def __init__(self, url: str, **params: Any) -> None:
         """Validate the parameters against `CheckpointUploadConfig`."""
-        self.config = checked(CheckpointUploadConfig, {"url": url, **params})
+        self.config = validate_params(CheckpointUploadConfig, {"url": url, **params})
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
         """Link the checkpoint's files before the trainer can remove them."""
         if not self.config.wants(row):
             return
         try:
-            Spool.of(state.output_dir, self.config.url).keep(row, self.config.parts)
+            Spool.of(state.output_dir, self.config.url).add(row, self.config.parts)
         except OSError as error:  # the delivery half tries again, and rejects the event if it fails too
             log().warning("checkpoint.not_linked", checkpoint=row.name, error=str(error))

@@ -16,22 +16,30 @@ import msgspec
 
 from evsys_adapters._csv_cells import cells_of
 from evsys_adapters._csv_table import CsvTable, row_key
-from evsys_adapters._output_claim import OutputClaim, OutputPlaces, has_courier, owner_of, seen_from, without_others
-from evsys_adapters._output_notes import (
-    FIRST,
-    NotedOutput,
-    OutputNotes,
+from evsys_adapters._output_lease import (
+    OutputCandidates,
+    OutputLease,
+    has_courier,
+    owner_of,
+    relative_run_path,
+    without_foreign_files,
+)
+from evsys_adapters._output_positions import (
+    NEXT_STREAM,
     Position,
+    PositionWriter,
+    TrackedOutput,
     assign,
     is_empty,
-    note_of_file,
+    position_file_of,
     without_newer,
 )
-from evsys_adapters._params import check_local_path, checked
+from evsys_adapters._params import check_local_path, validate_params
+from evsys_adapters._row_matcher import RowMatcher
 from evsys_adapters._runs import (
     digest,
     first_step_of,
-    is_carried,
+    is_repeated_start,
     is_run_of,
     rank_of_event,
     ranked_key,
@@ -41,14 +49,13 @@ from evsys_adapters._runs import (
     step_of,
 )
 from evsys_adapters._step_tracker import StepTracker
-from evsys_adapters._walk import OutputWalk
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import Backlog
+from evsys_bus.location import local_path
 from evsys_bus.savepoints import Mark, Savepoints
-from evsys_bus.where import local_path
 
 _RUN: Final = "{run}"
 _RUN_DIR: Final = "{run_dir}"
@@ -65,12 +72,12 @@ class CsvMetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The delimiter of cells: one character that no number contains."""
 
     def __post_init__(self) -> None:
-        check_local_path(self.out_path, "out_path", (_RUN_DIR, _RUN, _RANK), whole=_RUN_DIR)
+        check_local_path(self.out_path, "out_path", (_RUN_DIR, _RUN, _RANK), absolute_placeholder=_RUN_DIR)
 
 
-class _CsvMark(msgspec.Struct, frozen=True):
+class _CsvMark(msgspec.Struct, frozen=True, rename={"trackers": "runs"}):
     files: Mark
-    runs: dict[str, StepTracker]
+    trackers: dict[str, StepTracker]
     positions: dict[str, Position] = {}
 
 
@@ -112,31 +119,31 @@ class CsvMetricsCallback(Callback):
     ranks = "rank0"
 
     def __init__(self, out_path: str | os.PathLike[str], delimiter: str = ",") -> None:
-        config = checked(CsvMetricsConfig, {"out_path": os.fspath(out_path), "delimiter": delimiter})
-        whole = config.out_path.startswith(_RUN_DIR)
-        self._out_path = config.out_path if whole else str(local_path(out_path, "out_path"))
+        config = validate_params(CsvMetricsConfig, {"out_path": os.fspath(out_path), "delimiter": delimiter})
+        starts_with_run_dir = config.out_path.startswith(_RUN_DIR)
+        self._out_path = config.out_path if starts_with_run_dir else str(local_path(out_path, "out_path"))
         self._delimiter = config.delimiter
         self._runs: dict[str, _RunTable] = {}
-        self._marks = Savepoints()
+        self._savepoints = Savepoints()
         self._has_mark = False
-        self._notes = OutputNotes(self._marks)
+        self._position_writer = PositionWriter(self._savepoints)
         self._rewound: dict[str, tuple[StepTracker, Position]] = {}
         """Runs without an event since the mark, or whose experiment ended while rows were being matched."""
-        self._left: dict[str, _RunTable] = {}
+        self._ended_runs: dict[str, _RunTable] = {}
         """Runs whose experiment has ended since the last mark."""
 
     @property
     def waiting(self) -> int:
         """Rows that the disk has refused so far and that are kept in memory."""
-        return sum(run.backlog.waiting for run in self._runs.values())
+        return sum(run.backlog.pending for run in self._runs.values())
 
     def on_train_start(self, state: LoopState) -> None:
         """Cut the rows of steps that will be run again."""
         run, first = self._run(state), first_step_of(state)
         if run.output.has(self.event):
             return
-        if is_carried(self.event):
-            run.introduce()
+        if is_repeated_start(self.event):
+            run.resume()
         elif first is not None:
             run.begin(first)
 
@@ -152,17 +159,19 @@ class CsvMetricsCallback(Callback):
         del artifacts
         run = self._run(state)
         if not run.output.has(self.event):
-            run.course.ends()
+            run.tracker.end_training()
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Close the files of the experiment's runs, and drop their state."""
         del result
         for run in [each for each in self._runs if is_run_of(each, ctx)]:
-            table = self._left[run] = self._runs.pop(run)
+            table = self._ended_runs[run] = self._runs.pop(run)
             table.close()
-            self._rewound[run] = (table.course, table.output.position)
-        self._rewound = {run: each for run, each in self._rewound.items() if each[0].walks or not is_run_of(run, ctx)}
+            self._rewound[run] = (table.tracker, table.output.position)
+        self._rewound = {
+            run: each for run, each in self._rewound.items() if each[0].is_matching or not is_run_of(run, ctx)
+        }
 
     def close(self) -> None:
         """Write buffered rows and close the files; a later hook opens them again and continues."""
@@ -175,14 +184,16 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        written = [*self._left.values(), *self._runs.values()]
+        written = [*self._ended_runs.values(), *self._runs.values()]
         for run in written:
-            run.backlog.settle()
-        files = self._notes.take((run.output, msgspec.json.encode(run.course), [run.path]) for run in written)
-        self._left = {}
-        known = self._rewound | {key: (run.course, run.output.position) for key, run in self._runs.items()}
-        courses = {key: course for key, (course, _) in known.items()}
-        return msgspec.to_builtins(_CsvMark(files, courses, {key: position for key, (_, position) in known.items()}))
+            run.backlog.drain()
+        files = self._position_writer.take(
+            (run.output, msgspec.json.encode(run.tracker), [run.path]) for run in written
+        )
+        self._ended_runs = {}
+        known = self._rewound | {key: (run.tracker, run.output.position) for key, run in self._runs.items()}
+        trackers = {key: tracker for key, (tracker, _) in known.items()}
+        return msgspec.to_builtins(_CsvMark(files, trackers, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -190,15 +201,15 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: A file cannot be cut.
         """
-        said = msgspec.convert(mark, _CsvMark)
-        files = without_others(said.files, self)
-        self._marks.rewind(without_newer(files, said.positions.values(), note_of_file))
+        saved = msgspec.convert(mark, _CsvMark)
+        files = without_foreign_files(saved.files, self)
+        self._savepoints.rewind(without_newer(files, saved.positions.values(), position_file_of))
         self._has_mark = True
-        for key, course in said.runs.items():
-            position = said.positions.get(key) or Position(since=FIRST if course.begun else "")
-            course.rewound = True
-            course.unplaced = course.unplaced or (files is not said.files and not position.handled)
-            self._rewound[key] = (course, position)
+        for key, tracker in saved.trackers.items():
+            position = saved.positions.get(key) or Position(since=NEXT_STREAM if tracker.has_started else "")
+            tracker.rewound = True
+            tracker.position_unknown = tracker.position_unknown or (files is not saved.files and not position.handled)
+            self._rewound[key] = (tracker, position)
 
     def _run(self, state: LoopState) -> "_RunTable":
         rank = rank_of_event(self.event)
@@ -206,129 +217,138 @@ class CsvMetricsCallback(Callback):
         run = self._runs.get(key)
         if run is None:
             fix = f"write {_RUN_DIR} or {_RUN} into out_path to name the files yourself"
-            places = OutputPlaces(self, owner_of(state), [*self._places(state, rank)], self._marks, fix)
-            is_followed = has_courier(self)
-            may_repeat = not self._has_mark and is_followed  # its cursor may be lost
-            course, position = self._rewound.get(key) or (StepTracker(unplaced=may_repeat), Position())
-            if key in self._left:
-                course, position = self._left[key].course, self._left[key].output.position
-            output = NotedOutput(self._marks, position, is_followed=is_followed)
-            run = self._runs[key] = _RunTable(places, self._delimiter, self._marks, course, output)
+            candidates = OutputCandidates(
+                self, owner_of(state), [*self._candidate_paths(state, rank)], self._savepoints, fix
+            )
+            behind_courier = has_courier(self)
+            may_repeat = not self._has_mark and behind_courier  # its cursor may be lost
+            tracker, position = self._rewound.get(key) or (StepTracker(position_unknown=may_repeat), Position())
+            if key in self._ended_runs:
+                tracker, position = self._ended_runs[key].tracker, self._ended_runs[key].output.position
+            output = TrackedOutput(self._savepoints, position, behind_courier=behind_courier)
+            run = self._runs[key] = _RunTable(candidates, self._delimiter, self._savepoints, tracker, output)
             self._rewound.pop(key, None)
-            self._left.pop(key, None)
+            self._ended_runs.pop(key, None)
             if rank and _RANK not in self._out_path:
                 fix = f"write {_RANK} into out_path to name the files yourself"
-                log().warning("csv_metrics.rank_apart", run=run_name(state), rank=rank, file=str(places.first), fix=fix)
-        run.look()
+                log().warning(
+                    "csv_metrics.rank_apart", run=run_name(state), rank=rank, file=str(candidates.first), fix=fix
+                )
+        run.prepare()
         return run
 
-    def _places(self, state: LoopState, rank: int) -> Iterator[Path]:
+    def _candidate_paths(self, state: LoopState, rank: int) -> Iterator[Path]:
         """Yield candidate paths for the run's file; the first one that belongs to no other run is used."""
         name = run_name(state)
         folder = str(run_folder(state)) if _RUN_DIR in self._out_path else ""
-        words = {_RUN: name, _RUN_DIR: folder, _RANK: str(rank)}
-        place = Path(re.sub(r"\{(run|run_dir|rank)\}", lambda found: words[found[0]], self._out_path))
+        values = {_RUN: name, _RUN_DIR: folder, _RANK: str(rank)}
+        path = Path(re.sub(r"\{(run|run_dir|rank)\}", lambda found: values[found[0]], self._out_path))
         if rank and _RANK not in self._out_path:
-            place = _beside(place, f"rank{rank}")
-        yield place
+            path = _with_suffix(path, f"rank{rank}")
+        yield path
         if _RUN not in self._out_path:
-            place = _beside(place, name)
-            yield place
-        yield _beside(place, digest(seen_from(place, owner_of(state))))
+            path = _with_suffix(path, name)
+            yield path
+        yield _with_suffix(path, digest(relative_run_path(path, owner_of(state))))
 
 
 class _RunTable:
     """The table of one run, and the rows on their way to it."""
 
     def __init__(
-        self, places: OutputPlaces, delimiter: str, marks: Savepoints, course: StepTracker, output: NotedOutput
+        self,
+        candidates: OutputCandidates,
+        delimiter: str,
+        savepoints: Savepoints,
+        tracker: StepTracker,
+        output: TrackedOutput,
     ) -> None:
-        self.backlog = Backlog(str(places.first))
-        self.course = course
+        self.backlog = Backlog(str(candidates.first))
+        self.tracker = tracker
         self.output = output
-        self.path = places.first
-        self._walk = OutputWalk(course)
-        self._places = places
+        self.path = candidates.first
+        self._matcher = RowMatcher(tracker)
+        self._candidates = candidates
         self._delimiter = delimiter
-        self._marks = marks
+        self._savepoints = savepoints
         self._table: CsvTable | None = None
-        self._claim: OutputClaim | None = None
+        self._lease: OutputLease | None = None
 
-    def look(self) -> None:
+    def prepare(self) -> None:
         """Acquire the file, to find out which rows it has; raises RetryLaterError."""
-        if self.output.is_followed and not self._is_claimed:
+        if self.output.behind_courier and not self._has_lease:
             try:
                 self._open()
-                self._forgo_walk()
+                self._skip_matching_if_empty()
             except OSError as error:
                 raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
-    def introduce(self) -> None:
-        if self.course.walks:
-            self.backlog.write(self._walk.introduced, 0)
+    def resume(self) -> None:
+        if self.tracker.is_matching:
+            self.backlog.write(self._matcher.resume, 0)
         elif not self.output.is_known:
-            self.course.introduced()
-            self._forgo_walk()
+            self.tracker.resume()
+            self._skip_matching_if_empty()
 
     def begin(self, first_step: int) -> None:
-        if self.course.walks:
+        if self.tracker.is_matching:
             self.backlog.write(partial(self._begin, first_step), 0)
-        elif self.course.starts(first_step):
+        elif self.tracker.start_training(first_step):
             self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
-        action = self._walk_on if self.course.walks else self._append
-        if not self.course.walks and self.course.steps(step):
+        action = self._append_unless_present if self.tracker.is_matching else self._append
+        if not self.tracker.is_matching and self.tracker.record_step(step):
             self.backlog.write(lambda: self._open().cut(step, cells), 0)
         self.backlog.write(partial(action, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
 
     def close(self) -> None:
         if self._table is not None:
-            self._table.try_again()
+            self._table.retry_now()
             self.backlog.write(self._close, 0)
         self.backlog.flush()
 
     def _begin(self, first_step: int) -> None:
-        if self._walk.starts(first_step):
+        if self._matcher.start_training(first_step):
             self._open().cut(first_step)
 
     def _append(self, step: int, cells: dict[str, str]) -> None:
         self._open().append(step, cells)
 
-    def _walk_on(self, step: int, cells: dict[str, str]) -> None:
+    def _append_unless_present(self, step: int, cells: dict[str, str]) -> None:
         table = self._open()
-        if not self._walk.stands(table, row_key(step, cells), step):
+        if not self._matcher.is_present(table, row_key(step, cells), step):
             table.append(step, cells)
-            self._walk.appended()
-        self.course.steps(step)
+            self._matcher.count_appended()
+        self.tracker.record_step(step)
 
     def _close(self) -> None:
         """Close the file, and release it for other processes."""
         if self._table is not None:
             self._table.close()
-        self._table = self._claim = None
+        self._table = self._lease = None
 
     def _open(self) -> CsvTable:
         """Return the table, at the first candidate path that can be acquired."""
-        if self._table is None or not self._is_claimed:
-            self.path, claim = self._places.take()
-            known = self.output.found(self.path, note_of_file(self.path))
-            if known is not None:
-                assign(self.course, msgspec.json.decode(known, type=StepTracker))
-            self._claim = claim
-            self._table = CsvTable(self.path, self._delimiter, self._marks)
-            self._walk.look_again()
+        if self._table is None or not self._has_lease:
+            self.path, lease = self._candidates.acquire()
+            state = self.output.restore(self.path, position_file_of(self.path))
+            if state is not None:
+                assign(self.tracker, msgspec.json.decode(state, type=StepTracker))
+            self._lease = lease
+            self._table = CsvTable(self.path, self._delimiter, self._savepoints)
+            self._matcher.invalidate()
         return self._table
 
-    def _forgo_walk(self) -> None:
+    def _skip_matching_if_empty(self) -> None:
         """Skip the matching of rows if the file is empty."""
-        if self.course.unplaced and is_empty([self.path]):
-            self.course.unplaced = False
+        if self.tracker.position_unknown and is_empty([self.path]):
+            self.tracker.position_unknown = False
 
     @property
-    def _is_claimed(self) -> bool:
-        return self._claim is not None and self._claim.is_held
+    def _has_lease(self) -> bool:
+        return self._lease is not None and self._lease.is_held
 
 
-def _beside(place: Path, word: str) -> Path:
-    return place.with_name(f"{place.stem}-{word}{place.suffix}")
+def _with_suffix(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.stem}-{suffix}{path.suffix}")

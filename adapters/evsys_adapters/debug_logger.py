@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters._result_fields import field, items
 from evsys_adapters._runs import run_id
 from evsys_adapters._terminal import printable
@@ -62,11 +62,11 @@ class DebugLoggerCallback(Callback):
     ranks = "rank0"
 
     def __init__(self, max_len: int = 400, max_pred_rows: int = 3) -> None:
-        config = checked(DebugLoggerConfig, {"max_len": max_len, "max_pred_rows": max_pred_rows})
+        config = validate_params(DebugLoggerConfig, {"max_len": max_len, "max_pred_rows": max_pred_rows})
         self._max_pred_rows = config.max_pred_rows
         self._max_len = config.max_len
-        self._brief = _Brief(config.max_len)
-        self._told = False
+        self._short_repr = _ShortRepr(config.max_len)
+        self._warned = False
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Log the call."""
@@ -119,25 +119,27 @@ class DebugLoggerCallback(Callback):
 
     def _log(self, hook: str, **arguments: object) -> None:
         if logging.getLogger(LOGGER_NAME).isEnabledFor(logging.DEBUG):
-            log().debug("hook.called", hook=hook, **{name: self._shown(name, each) for name, each in arguments.items()})
-        elif not self._told:
-            self._told = True
+            log().debug(
+                "hook.called", hook=hook, **{name: self._format(name, each) for name, each in arguments.items()}
+            )
+        elif not self._warned:
+            self._warned = True
             fix = f"logging.basicConfig(); logging.getLogger({LOGGER_NAME!r}).setLevel('DEBUG')"
             log().warning(
                 "debug_logger.not_shown", why="its lines are logged at DEBUG, which the log level hides", fix=fix
             )
 
-    def _shown(self, name: str, value: object) -> str:
+    def _format(self, name: str, value: object) -> str:
         """Format an argument as one line of at most ``max_len`` characters, even if its repr raises."""
         try:
-            text = self._brief.argument(name, value)
+            text = self._short_repr.argument(name, value)
         except Exception as error:  # a foreign repr
             text = f"<{type(value).__name__}: {type(error).__name__} in its repr>"
         text = text if len(text) <= self._max_len else f"{text[: self._max_len - 1]}…"
         return printable(text)
 
 
-class _Brief(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     """Bounded reprs in which handles and results show their identifying fields, and no config.
 
     `reprlib.Repr` calls a method ``repr_X`` for values whose type is named X, also inside containers.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Support
 
 import msgspec
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters._runs import first_step_of, run_id, step_of
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState
@@ -33,7 +33,7 @@ class EarlyStoppingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     """The minimum change that counts as an improvement (exclusive)."""
 
 
-MOST_MARKED: Final = 256
+MAX_MARKED_EVALS: Final = 256
 """How many of the newest evals a mark stores individually; older ones are summarized."""
 
 
@@ -96,7 +96,7 @@ class EarlyStoppingCallback(Callback):
         min_delta: float = 0.0,
     ) -> None:
         params = {"metric": metric, "eval_name": eval_name, "patience": patience, "mode": mode, "min_delta": min_delta}
-        self.config = checked(EarlyStoppingConfig, params)
+        self.config = validate_params(EarlyStoppingConfig, params)
         self._runs: dict[str, _Run] = {}
 
     def improved(self, value: float, best: float) -> bool:
@@ -119,7 +119,7 @@ class EarlyStoppingCallback(Callback):
         first = first_step_of(state) or 0
         for history in self._run(state).histories.values():
             history.points = [point for point in history.points if point[0] < first]
-            self._judge(history)
+            self._recompute(history)
             if (history.points or history.older.evals) and self.should_stop(history):
                 self._stop(state, history)
 
@@ -131,7 +131,7 @@ class EarlyStoppingCallback(Callback):
         run = self._run(state)
         value = _number(metrics.get(self.config.metric))
         if value is None:
-            self._miss(run, state, eval_name, metrics)
+            self._warn_missing_metric(run, state, eval_name, metrics)
             return
         history = run.histories.setdefault(eval_name, EvalHistory())
         self._add(history, step_of(step_idx), value)
@@ -153,37 +153,40 @@ class EarlyStoppingCallback(Callback):
 
     def mark(self) -> Any:
         """Return the state of all runs as plain data."""
-        return {key: self._marked(run) for key, run in self._runs.items()}
+        return {key: self._to_mark(run) for key, run in self._runs.items()}
 
     def rewind(self, mark: Any) -> None:
         """Restore the state of all runs."""
-        self._runs = {key: self._restored(each) for key, each in mark.items()}
+        self._runs = {key: self._from_mark(each) for key, each in mark.items()}
 
     def mark_run(self, run: LoopState | LogContext) -> Any:
         """Return the state of one run as plain data, for the bus to record."""
-        return self._marked(self._run(run))
+        return self._to_mark(self._run(run))
 
     def rewind_run(self, run: LoopState, mark: Any, newest: Any) -> None:
         """Restore the state of one run from a mark, including evals of older steps that arrived later."""
         first = first_step_of(run) or 0
-        restored = self._runs[run_id(run)] = self._restored(mark)
-        for name, later in self._restored(newest).histories.items():
+        restored = self._runs[run_id(run)] = self._from_mark(mark)
+        for name, later in self._from_mark(newest).histories.items():
             if later.older.last_step < first:  # otherwise its summary includes evals that are run again
                 later.points = [point for point in later.points if point[0] < first]
-                self._judge(later)
+                self._recompute(later)
                 restored.histories[name] = later
 
-    def _marked(self, run: "_Run") -> dict[str, Any]:
+    def _to_mark(self, run: "_Run") -> dict[str, Any]:
         evals: dict[str, Any] = {}
         for name, history in run.histories.items():
             points = sorted(history.points)
             older = EvalHistory()
             older.older = history.older
-            older.points = points[:-MOST_MARKED]
-            evals[name] = {"older": list(self._judge(older)), "points": [list(each) for each in points[-MOST_MARKED:]]}
+            older.points = points[:-MAX_MARKED_EVALS]
+            evals[name] = {
+                "older": list(self._recompute(older)),
+                "points": [list(each) for each in points[-MAX_MARKED_EVALS:]],
+            }
         return {"metric": self.config.metric, "mode": self.config.mode, "evals": evals, "others": sorted(run.others)}
 
-    def _restored(self, mark: Any) -> "_Run":
+    def _from_mark(self, mark: Any) -> "_Run":
         """Restore a run from a mark; a new run if the mark is of another metric."""
         run = _Run()
         if mark is None or (mark["metric"], mark["mode"]) != (self.config.metric, self.config.mode):
@@ -193,7 +196,7 @@ class EarlyStoppingCallback(Callback):
             history = run.histories[name] = EvalHistory()
             history.older = OlderEvals(*each["older"])
             history.points = [(int(step), float(value)) for step, value in each["points"]]
-            self._judge(history)
+            self._recompute(history)
         return run
 
     def _stop(self, state: LoopState, history: EvalHistory) -> None:
@@ -203,47 +206,49 @@ class EarlyStoppingCallback(Callback):
             state.request_stop(self._reason(history))
 
     def _add(self, history: EvalHistory, step: int, value: float) -> None:
-        if self._put(history, step, value):
-            self._see(history, step, value)
+        if self._insert(history, step, value):
+            self._update_best(history, step, value)
         else:
-            self._judge(history)
+            self._recompute(history)
 
-    def _put(self, history: EvalHistory, step: int, value: float) -> bool:
+    def _insert(self, history: EvalHistory, step: int, value: float) -> bool:
         """Insert a point in step order, replacing one of the same step; returns whether it is the last."""
         points = history.points
-        at = bisect_left(points, step, key=itemgetter(0))
-        if at < len(points) and points[at][0] == step:
-            points[at] = (step, value)
+        index = bisect_left(points, step, key=itemgetter(0))
+        if index < len(points) and points[index][0] == step:
+            points[index] = (step, value)
             return False
-        points.insert(at, (step, value))
-        return at == len(points) - 1
+        points.insert(index, (step, value))
+        return index == len(points) - 1
 
-    def _judge(self, history: EvalHistory) -> OlderEvals:
+    def _recompute(self, history: EvalHistory) -> OlderEvals:
         """Recompute the best value from all evals in step order; returns the summary."""
         older = history.older
         history.best, history.best_step, history.evals_since_best = older[:3]
         for step, value in history.points:
-            self._see(history, step, value)
+            self._update_best(history, step, value)
         last = history.points[-1][0] if history.points else older.last_step
         count = older.evals + len(history.points)
         return OlderEvals(history.best, history.best_step, history.evals_since_best, count, last)
 
-    def _see(self, history: EvalHistory, step: int, value: float) -> None:
+    def _update_best(self, history: EvalHistory, step: int, value: float) -> None:
         if math.isfinite(value) and (history.best is None or self.improved(value, history.best)):
             history.best, history.best_step, history.evals_since_best = value, step, 0
         else:
             history.evals_since_best += 1
 
     def _reason(self, history: EvalHistory) -> str:
-        what = self.config.metric
+        metric = self.config.metric
         if history.best is None:
-            return f"no finite value of {what} in {history.older.evals + len(history.points)} evals"
+            return f"no finite value of {metric} in {history.older.evals + len(history.points)} evals"
         best = f"best {history.best:.6g} at step {history.best_step}"
         if history.evals_since_best == 0:
-            return f"{what} has reached its target: {best}"
-        return f"no improvement of {what} for {history.evals_since_best} evals; {best}"
+            return f"{metric} has reached its target: {best}"
+        return f"no improvement of {metric} for {history.evals_since_best} evals; {best}"
 
-    def _miss(self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]) -> None:
+    def _warn_missing_metric(
+        self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]
+    ) -> None:
         """Warn once about a missing metric; if all evals are watched, only after each was seen once without it."""
         expected = self.config.eval_name is not None or (eval_name in run.others and not run.histories)
         run.others.add(eval_name)

@@ -8,17 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters._runs import digest, is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
-from evsys_adapters.evsys_api.ids import kept_id
-from evsys_bus.attached import Ranks
+from evsys_adapters.evsys_api.ids import persistent_id
+from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 
 class EvsysLoggerCallback(Callback):
@@ -52,42 +52,44 @@ class EvsysLoggerCallback(Callback):
 
     def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
         """Validate the parameters against `EvsysLoggerConfig`."""
-        self.config = checked(EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params})
-        self._made: dict[tuple[str, str], str] = {}
+        self.config = validate_params(
+            EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params}
+        )
+        self._ids: dict[tuple[str, str], str] = {}
         """Our IDs, by path and key in ``ids``."""
-        self._ours: set[str] = set()
+        self._own_ids: set[str] = set()
         self._announced: set[str] = set()
-        self._said_offline = False
+        self._offline_logged = False
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Set the experiment's ID."""
-        self._put_experiment(ctx)
+        self._set_experiment_id(ctx)
 
     def on_group_start(self, ctx: LogContext, group_name: str) -> None:
         """Set the group's ID."""
-        self._put_experiment(ctx)
-        self._put_group(ctx, group_name)
+        self._set_experiment_id(ctx)
+        self._set_group_id(ctx, group_name)
 
     def on_run_start(self, ctx: LogContext) -> None:
         """Set the run's ID, and the missing IDs of its experiment and group."""
         self._announced.add(run_id(ctx))
-        self._put_run(ctx)
+        self._set_run_id(ctx)
 
     def on_train_start(self, state: LoopState) -> None:
         """Set the IDs of a run without RunStart, and publish its context to the delivery half."""
         ctx = run_context(state)
         if ctx is None or run_id(state) in self._announced:
             return
-        self._put_run(ctx)
+        self._set_run_id(ctx)
         key = run_key(state)
         folder = output_dir_of(ctx)
         if not folder or key is None:
             return
-        seen = LogContext(Path(folder), run_key=key, ids=dict(getattr(ctx, "ids", ())))
+        context = LogContext(Path(folder), run_key=key, ids=dict(getattr(ctx, "ids", ())))
         for name in ("config", "run_config", "group_name"):  # the context may be of another class
-            setattr(seen, name, getattr(ctx, name, None))
+            setattr(context, name, getattr(ctx, name, None))
         with suppress(EvsysBusError):  # not attached to a bus
-            self.publish(EvsysRun(key, seen))
+            self.publish(EvsysRun(key, context))
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Forget that the run was announced."""
@@ -97,40 +99,40 @@ class EvsysLoggerCallback(Callback):
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Forget the experiment's IDs; a resumed one reads them from disk."""
         del result
-        over = [key for key in self._made if is_run_of(key[0], ctx)]
-        for key in over:
-            self._ours.discard(self._made.pop(key))
+        ended = [key for key in self._ids if is_run_of(key[0], ctx)]
+        for key in ended:
+            self._own_ids.discard(self._ids.pop(key))
 
-    def _put_experiment(self, ctx: object) -> None:
-        if is_offline() and not self._said_offline:
-            self._said_offline = True
+    def _set_experiment_id(self, ctx: object) -> None:
+        if is_offline() and not self._offline_logged:
+            self._offline_logged = True
             fix = "unset EVSYS_OFFLINE; what is recorded until then: evsys-bus replay RUN --to evsys_logger"
             log().info("evsys.offline", why="EVSYS_OFFLINE is set, so nothing is sent", fix=fix)
-        self._put(ctx, "experiment_id", output_dir_of(ctx), "experiment")
+        self._set_id(ctx, "experiment_id", output_dir_of(ctx), "experiment")
 
-    def _put_group(self, ctx: object, name: str) -> None:
-        self._put(ctx, f"group:{name}", output_dir_of(ctx), f"group-{safe_name(name)[:100]}-{digest(name)}")
+    def _set_group_id(self, ctx: object, name: str) -> None:
+        self._set_id(ctx, f"group:{name}", output_dir_of(ctx), f"group-{safe_name(name)[:100]}-{digest(name)}")
 
-    def _put_run(self, ctx: LogContext) -> None:
-        self._put_experiment(ctx)
+    def _set_run_id(self, ctx: LogContext) -> None:
+        self._set_experiment_id(ctx)
         group = getattr(ctx, "group_name", None)
         if group is not None:
-            self._put_group(ctx, str(group))
-        self._put(ctx, "run_id", run_id(ctx), "run")
+            self._set_group_id(ctx, str(group))
+        self._set_id(ctx, "run_id", run_id(ctx), "run")
 
-    def _put(self, ctx: object, key: str, path: str, file: str) -> None:
+    def _set_id(self, ctx: object, key: str, path: str, file: str) -> None:
         """Set the ID unless there is one, other than a stale ID of another run or experiment."""
         ids: object = getattr(ctx, "ids", None)
         if not isinstance(ids, MutableMapping):
             return
-        written = cast("MutableMapping[str, Any]", ids)
-        before, made = written.get(key), self._made.get((path, key))
-        if before is not None and (before == made or before not in self._ours):
+        ids_mapping = cast("MutableMapping[str, Any]", ids)
+        existing, own_id = ids_mapping.get(key), self._ids.get((path, key))
+        if existing is not None and (existing == own_id or existing not in self._own_ids):
             return
-        if made is None:
-            made = self._made[path, key] = kept_id(_folder(ctx, path, file), file)
-            self._ours.add(made)
-        written[key] = made
+        if own_id is None:
+            own_id = self._ids[path, key] = persistent_id(_folder(ctx, path, file), file)
+            self._own_ids.add(own_id)
+        ids_mapping[key] = own_id
 
 
 def _folder(ctx: object, path: str, file: str) -> Path | None:

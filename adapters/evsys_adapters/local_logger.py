@@ -12,15 +12,22 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
-from evsys_adapters._output_claim import OutputPlaces, has_courier, owner_of, without_others
-from evsys_adapters._output_notes import FIRST, NotedOutput, OutputNotes, Position, note_of_folder, without_newer
-from evsys_adapters._params import checked, listed
+from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of, without_foreign_files
+from evsys_adapters._output_positions import (
+    NEXT_STREAM,
+    Position,
+    PositionWriter,
+    TrackedOutput,
+    position_file_in,
+    without_newer,
+)
+from evsys_adapters._params import as_list, validate_params
 from evsys_adapters._result_fields import field, fields, items
-from evsys_adapters._run_logs import RowKey, RunLogs, RunNotes
+from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
 from evsys_adapters._runs import (
     experiment_folder,
     first_step_of,
-    is_carried,
+    is_repeated_start,
     is_run_of,
     num_steps_of,
     rank_of_event,
@@ -32,9 +39,9 @@ from evsys_adapters._runs import (
     step_of,
 )
 from evsys_adapters._step_tracker import StepTracker
-from evsys_adapters._terminal import LinePrinter, one_line, step_head
+from evsys_adapters._terminal import LinePrinter, one_line, step_label
 from evsys_bus.callback import Callback
-from evsys_bus.codec import to_plain
+from evsys_bus.codec import to_builtins
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -46,7 +53,7 @@ from evsys_bus.context import (
     RunResult,
     TrainingBatch,
 )
-from evsys_bus.files import AppendFile, Backlog, names_in
+from evsys_bus.files import AppendFile, Backlog, list_folder
 from evsys_bus.savepoints import Mark, Savepoints
 
 _LOGS: Final = "logs"
@@ -61,19 +68,21 @@ class LocalLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Metrics to print, in this order. Default: all. The files always contain all."""
 
 
-class _RunMark(msgspec.Struct, frozen=True):
+class _RunMark(
+    msgspec.Struct, frozen=True, rename={"logs_state": "notes", "encoded_result": "ended", "logs_name": "logs"}
+):
     folder: str
-    notes: RunNotes
-    ended: bytes | None
+    logs_state: RunLogsState
+    encoded_result: bytes | None
     """The run's result, encoded: a mark is JSON, which has no NaN."""
-    logs: str = "logs"
+    logs_name: str = "logs"
     """Name of the logs folder in ``folder``."""
     position: Position = msgspec.field(default_factory=Position)
 
 
-class _RunState(msgspec.Struct, frozen=True):
-    notes: RunNotes
-    ended: bytes | None
+class _RunState(msgspec.Struct, frozen=True, rename={"logs_state": "notes", "encoded_result": "ended"}):
+    logs_state: RunLogsState
+    encoded_result: bytes | None
 
 
 class _LoggerMark(msgspec.Struct, frozen=True):
@@ -96,7 +105,7 @@ class LocalLoggerCallback(Callback):
 
     Results may be of any class: missing fields are omitted. Rows that the disk refuses are kept in memory, up to 16 MiB
     for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
-    files are rewound to the last `mark`.
+    files are rewound to the last `to_mark`.
     """
 
     marks_inline: ClassVar[bool] = False
@@ -105,21 +114,21 @@ class LocalLoggerCallback(Callback):
     ranks = "rank0"
 
     def __init__(self, print_every: int = 1, keys: Sequence[str] | None = None) -> None:
-        given = {"print_every": print_every, "keys": listed(keys)}
-        self._config = checked(LocalLoggerConfig, given)
+        params = {"print_every": print_every, "keys": as_list(keys)}
+        self._config = validate_params(LocalLoggerConfig, params)
         self._lines = LinePrinter("local_logger.print_closed")
         self._runs: dict[str, _Run] = {}
         self._pages = Backlog("pages of local_logger")
-        self._marks = Savepoints()
-        self._notes = OutputNotes(self._marks)
+        self._savepoints = Savepoints()
+        self._position_writer = PositionWriter(self._savepoints)
         self._has_mark = False
-        self._left: dict[str, _Run] = {}
+        self._ended_runs: dict[str, _Run] = {}
         """Runs whose experiment has ended since the last mark."""
 
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far and that are kept in memory."""
-        return self._pages.waiting + sum(run.logs.waiting for run in self._runs.values())
+        return self._pages.pending + sum(run.logs.waiting for run in self._runs.values())
 
     def on_run_start(self, ctx: LogContext) -> None:
         """Write the hypothesis."""
@@ -130,8 +139,8 @@ class LocalLoggerCallback(Callback):
         run, first = self._run(state), first_step_of(state)
         if run.logs.output.has(self.event):
             return
-        if is_carried(self.event):
-            run.logs.introduced()
+        if is_repeated_start(self.event):
+            run.logs.resume()
         elif first is not None:
             run.logs.begin(first)
 
@@ -141,10 +150,10 @@ class LocalLoggerCallback(Callback):
         run, step = self._run(state), step_of(step_idx)
         if run.logs.output.has(self.event):
             return
-        run.logs.add_step(step, _apart(metrics, "metrics", {"step"}))
+        run.logs.add_step(step, _prefix_taken(metrics, "metrics", {"step"}))
         every, num_steps = self._config.print_every, num_steps_of(state)
         if every and ((step + 1) % every == 0 or step + 1 == num_steps):
-            self._print(run, step_head(step, num_steps), fields(metrics))
+            self._print(run, step_label(step, num_steps), fields(metrics))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Log the eval's metrics."""
@@ -166,8 +175,8 @@ class LocalLoggerCallback(Callback):
             value = field(eval_result, name)
             if value:
                 row[name if name not in row else f"result.{name}"] = value
-        head = _head(key)
-        rollouts = [head | _apart(each, "prediction", head) for each in items(predictions)]
+        head = _eval_head(key)
+        rollouts = [head | _prefix_taken(each, "prediction", head) for each in items(predictions)]
         split = "validation" if "val" in items(field(eval_result, "tags")) else "test"
         logs.put_eval(key, row, rollouts, split)
 
@@ -176,7 +185,7 @@ class LocalLoggerCallback(Callback):
         del artifacts
         logs = self._run(state).logs
         if not logs.output.has(self.event):
-            logs.ends()
+            logs.end_training()
         logs.flush()
         self._pages.flush()
 
@@ -190,19 +199,19 @@ class LocalLoggerCallback(Callback):
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Write the conclusion into every run's folder, and the experiment's page; then forget its runs."""
         root = experiment_folder(ctx)
-        mine = [self._leave(each) for each in list(self._runs) if is_run_of(each, ctx)]
-        for run in mine:
+        own_runs = [self._remove_run(each) for each in list(self._runs) if is_run_of(each, ctx)]
+        for run in own_runs:
             with suppress(OSError):
-                run.logs.place()
-        known = {run.logs.folder for run in mine}
-        others = [folder for name in names_in(root) if (folder := root / name) not in known]
-        number = max((run.logs.logs.name for run in mine), default=_LOGS).removeprefix(_LOGS)
-        earlier = [_Run(RunLogs(logs)) for folder in others if names_in(logs := folder / f"{_LOGS}{number}")]
-        for run in [*mine, *earlier]:
+                run.logs.acquire_folder()
+        known = {run.logs.folder for run in own_runs}
+        others = [folder for name in list_folder(root) if (folder := root / name) not in known]
+        number = max((run.logs.logs.name for run in own_runs), default=_LOGS).removeprefix(_LOGS)
+        earlier = [_Run(RunLogs(logs)) for folder in others if list_folder(logs := folder / f"{_LOGS}{number}")]
+        for run in [*own_runs, *earlier]:
             page = conclusion_page(result, run.name, run.result, run.arm)
-            self._write_page(run.logs.place, "conclusion.md", page)
+            self._write_page(run.logs.acquire_folder, "conclusion.md", page)
             run.logs.flush()
-        ended = [(run.logs.folder, run.arm) for run in mine if run.arm is not None]
+        ended = [(run.logs.folder, run.arm) for run in own_runs if run.arm is not None]
         page = experiment_page(result, root, ended, hypothesis_of(field(ctx, "config")))
         self._write_page(lambda: root, f"experiment{number}.md", page)
         self._pages.flush()
@@ -211,7 +220,7 @@ class LocalLoggerCallback(Callback):
         """Write buffered rows and close the files; a later hook opens them again and continues."""
         for run in self._runs.values():
             run.logs.flush()
-            run.logs.give_up()
+            run.logs.release()
         self._pages.flush()
         self._lines.flush()
 
@@ -221,13 +230,13 @@ class LocalLoggerCallback(Callback):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        self._pages.settle()
-        written = [*self._left.values(), *self._runs.values()]
+        self._pages.drain()
+        written = [*self._ended_runs.values(), *self._runs.values()]
         for run in written:
             run.logs.settle()
-        files = self._notes.take((run.logs.output, run.state(), run.logs.paths()) for run in written)
-        self._left = {}
-        return msgspec.to_builtins(_LoggerMark(files, {key: run.mark() for key, run in self._runs.items()}))
+        files = self._position_writer.take((run.logs.output, run.encode_state(), run.logs.paths()) for run in written)
+        self._ended_runs = {}
+        return msgspec.to_builtins(_LoggerMark(files, {key: run.to_mark() for key, run in self._runs.items()}))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -235,28 +244,30 @@ class LocalLoggerCallback(Callback):
         Raises:
             OSError: A file cannot be cut.
         """
-        said = msgspec.convert(mark, _LoggerMark)
-        files = without_others(said.files, self)
-        self._marks.rewind(without_newer(files, [each.position for each in said.runs.values()], note_of_folder))
+        saved = msgspec.convert(mark, _LoggerMark)
+        files = without_foreign_files(saved.files, self)
+        self._savepoints.rewind(without_newer(files, [each.position for each in saved.runs.values()], position_file_in))
         self._has_mark = True
-        for key, of_run in said.runs.items():
-            if of_run.notes.course.begun and not of_run.position.handled:
-                of_run.position.since = FIRST
-            output = NotedOutput(self._marks, of_run.position)
-            logs = RunLogs(Path(of_run.folder, of_run.logs), self._marks, of_run.notes, output)
+        for key, run_mark in saved.runs.items():
+            if run_mark.logs_state.tracker.has_started and not run_mark.position.handled:
+                run_mark.position.since = NEXT_STREAM
+            output = TrackedOutput(self._savepoints, run_mark.position)
+            logs = RunLogs(Path(run_mark.folder, run_mark.logs_name), self._savepoints, run_mark.logs_state, output)
             run = self._runs[key] = _Run(logs)
-            run.logs.notes.course.rewound = True
-            if files is not said.files and not of_run.position.handled:
-                run.logs.notes.course.unplaced = True
-            if of_run.ended is not None:
-                run.has_ended(of_run.ended)
+            run.logs.state.tracker.rewound = True
+            if files is not saved.files and not run_mark.position.handled:
+                run.logs.state.tracker.position_unknown = True
+            if run_mark.encoded_result is not None:
+                run.restore_result(run_mark.encoded_result)
 
-    def _leave(self, key: str) -> "_Run":
+    def _remove_run(self, key: str) -> "_Run":
         """Remove and return the run; if its rows are being matched with its files, that state is retained."""
-        run = self._left[key] = self._runs.pop(key)
-        if run.logs.notes.course.walks:
-            again = self._runs[key] = _Run(RunLogs(run.logs.logs, self._marks, run.logs.notes, run.logs.output))
-            again.has_config = run.has_config
+        run = self._ended_runs[key] = self._runs.pop(key)
+        if run.logs.state.tracker.is_matching:
+            continued = self._runs[key] = _Run(
+                RunLogs(run.logs.logs, self._savepoints, run.logs.state, run.logs.output)
+            )
+            continued.has_config = run.has_config
         return run
 
     def _run(self, handle: object) -> "_Run":
@@ -265,37 +276,41 @@ class LocalLoggerCallback(Callback):
         run = self._runs.get(key)
         if run is None:
             may_repeat = not self._has_mark and has_courier(self)  # its cursor may be lost
-            notes, position = RunNotes(course=StepTracker(unplaced=may_repeat)), Position()
-            if key in self._left:
-                left = self._left.pop(key).logs
-                notes, position = left.notes, left.output.position
-            output = NotedOutput(self._marks, position)
-            logs = RunLogs(ranked_folder(run_folder(handle), rank) / _LOGS, self._marks, notes, output)
+            logs_state, position = RunLogsState(tracker=StepTracker(position_unknown=may_repeat)), Position()
+            if key in self._ended_runs:
+                previous_logs = self._ended_runs.pop(key).logs
+                logs_state, position = previous_logs.state, previous_logs.output.position
+            output = TrackedOutput(self._savepoints, position)
+            logs = RunLogs(ranked_folder(run_folder(handle), rank) / _LOGS, self._savepoints, logs_state, output)
             run = self._runs[key] = _Run(logs)
-        run.logs.output.is_followed = has_courier(self)
-        if run.logs.places is None:
+        run.logs.output.behind_courier = has_courier(self)
+        if run.logs.candidates is None:
             folder, fix = run.logs.folder / _LOGS, "give each experiment a folder of its own"
-            run.logs.places = OutputPlaces(self, owner_of(handle), [folder], self._marks, fix, folder=True)
-        known = run.logs.look()
-        if known is not None:
-            run.has_state(known)
+            run.logs.candidates = OutputCandidates(
+                self, owner_of(handle), [folder], self._savepoints, fix, is_folder=True
+            )
+        state = run.logs.load_state()
+        if state is not None:
+            run.restore_state(state)
         if not run.has_config:
             config = field(run_context(handle), "config")
             run.has_config = config is not None
             hypothesis = hypothesis_of(config)
             if hypothesis:
-                self._write_page(run.logs.place, "hypothesis.md", f"# Hypothesis\n\n{hypothesis.strip()}\n")
+                self._write_page(run.logs.acquire_folder, "hypothesis.md", f"# Hypothesis\n\n{hypothesis.strip()}\n")
         return run
 
-    def _write_page(self, place: Callable[[], Path], name: str, page: str) -> None:
+    def _write_page(self, acquire_folder: Callable[[], Path], name: str, page: str) -> None:
         text = page.encode(errors="backslashreplace")
-        self._pages.write(lambda: AppendFile(place() / name).rewrite([text]), len(text))
+        self._pages.write(lambda: AppendFile(acquire_folder() / name).rewrite([text]), len(text))
 
     def _print(self, run: "_Run", head: str, metrics: dict[str, Any]) -> None:
         """Print one line."""
         keys = metrics if self._config.keys is None else [key for key in self._config.keys if key in metrics]
         names = [one_line(run.name)] if len(self._runs) > 1 else []
-        self._lines.print("  ".join([*names, head, *(f"{one_line(key)} {_figure(metrics[key])}" for key in keys)]))
+        self._lines.print(
+            "  ".join([*names, head, *(f"{one_line(key)} {_format_value(metrics[key])}" for key in keys)])
+        )
 
 
 class _Run:
@@ -308,57 +323,57 @@ class _Run:
         self.result: RunResult | None = None
         self.arm: ArmResult | None = None
 
-    def mark(self) -> _RunMark:
+    def to_mark(self) -> _RunMark:
         """Return the run's part of a mark."""
         logs = self.logs
-        return _RunMark(str(logs.folder), logs.notes, self.ended(), logs.logs.name, logs.output.position)
+        return _RunMark(str(logs.folder), logs.state, self.encode_result(), logs.logs.name, logs.output.position)
 
-    def state(self) -> bytes:
+    def encode_state(self) -> bytes:
         """Encode the state that is stored beside the run's files."""
-        return msgspec.json.encode(_RunState(self.logs.notes, self.ended()))
+        return msgspec.json.encode(_RunState(self.logs.state, self.encode_result()))
 
-    def has_state(self, known: bytes) -> None:
-        """Restore the result of `state`."""
-        state = msgspec.json.decode(known, type=_RunState)
-        self.logs.know(state.notes)
-        if state.ended is not None:
-            self.has_ended(state.ended)
+    def restore_state(self, encoded: bytes) -> None:
+        """Restore the result of `encode_state`."""
+        state = msgspec.json.decode(encoded, type=_RunState)
+        self.logs.restore(state.logs_state)
+        if state.encoded_result is not None:
+            self.restore_result(state.encoded_result)
 
-    def ended(self) -> bytes | None:
+    def encode_result(self) -> bytes | None:
         """Encode the run's result; None while it has not ended."""
         if self.result is None and self.arm is None:
             return None
-        return msgspec.msgpack.encode(to_plain([self.result, self.arm])[0])
+        return msgspec.msgpack.encode(to_builtins([self.result, self.arm])[0])
 
-    def has_ended(self, packed: bytes) -> None:
-        """Restore the result of `ended`; as plain data if it has another type, which the pages accept too."""
+    def restore_result(self, encoded: bytes) -> None:
+        """Restore the result of `encode_result`; as plain data if it has another type, which the pages accept too."""
         try:
-            self.result, self.arm = msgspec.msgpack.decode(packed, type=tuple[RunResult | None, ArmResult | None])
+            self.result, self.arm = msgspec.msgpack.decode(encoded, type=tuple[RunResult | None, ArmResult | None])
         except msgspec.ValidationError:
-            self.result, self.arm = msgspec.msgpack.decode(packed)
+            self.result, self.arm = msgspec.msgpack.decode(encoded)
 
 
-def _figure(value: object) -> str:
+def _format_value(value: object) -> str:
     """Format a metric for printing: five significant digits, empty for None."""
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else one_line(value)
 
 
-def _head(key: RowKey) -> dict[str, Any]:
+def _eval_head(row_key: RowKey) -> dict[str, Any]:
     """Return the first fields of every row of an eval."""
-    return {"benchmark": key.benchmark, "step": key.step}
+    return {"benchmark": row_key.benchmark, "step": row_key.step}
 
 
 def _eval_row(key: RowKey, metrics: object) -> dict[str, Any]:
-    head = _head(key)
-    return head | _apart(metrics, "metrics", head)
+    head = _eval_head(key)
+    return head | _prefix_taken(metrics, "metrics", head)
 
 
-def _apart(thing: object, what: str, taken: Container[str]) -> dict[str, Any]:
-    """Return the fields of ``thing``; those whose names are taken get the prefix ``<what>.``.
+def _prefix_taken(obj: object, prefix: str, taken: Container[str]) -> dict[str, Any]:
+    """Return the fields of ``obj``; those whose names are taken get the prefix ``<what>.``.
 
-    A value without fields becomes the single field ``what``.
+    A value without fields becomes the single field ``prefix``.
     """
-    row = fields(thing)
-    if not row and thing is not None and not isinstance(thing, Mapping):
-        return {what: thing}
-    return {f"{what}.{name}" if name in taken else name: value for name, value in row.items()}
+    row = fields(obj)
+    if not row and obj is not None and not isinstance(obj, Mapping):
+        return {prefix: obj}
+    return {f"{prefix}.{name}" if name in taken else name: value for name, value in row.items()}

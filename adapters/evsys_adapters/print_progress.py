@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, SupportsFloat, T
 
 import msgspec
 
-from evsys_adapters._params import checked, listed
+from evsys_adapters._params import as_list, validate_params
 from evsys_adapters._result_fields import fields
 from evsys_adapters._runs import (
     first_step_of,
@@ -24,13 +24,13 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._terminal import LinePrinter, one_line, step_head
+from evsys_adapters._terminal import LinePrinter, one_line, step_label
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 
-_WHOLE_FROM: Final = 1e4
-_WHOLE_BELOW: Final = 1e9
-_LONGEST_ETA_SECONDS: Final = 1e10
+_WHOLE_MIN: Final = 1e4
+_WHOLE_MAX: Final = 1e9
+_MAX_ETA_SECONDS: Final = 1e10
 """Three hundred years; a longer estimate is not shown."""
 
 
@@ -74,18 +74,18 @@ class PrintProgressCallback(Callback):
         clock: Callable[[], float] | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        config = checked(PrintProgressConfig, {"every": every, "keys": listed(keys)})
+        config = validate_params(PrintProgressConfig, {"every": every, "keys": as_list(keys)})
         self._every = config.every
         self._keys = config.keys
         self._clock = clock
         self._lines = LinePrinter("print_progress.closed", stream)
         self._runs: dict[str, _Pace] = {}
-        self._named = False  # whether lines name their run: in an experiment, or with several runs
+        self._show_run_name = False  # whether lines name their run: in an experiment, or with several runs
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Name the run in every line from now on."""
         del ctx
-        self._named = True
+        self._show_run_name = True
 
     def on_train_start(self, state: LoopState) -> None:
         """Start the clock of the run."""
@@ -101,7 +101,7 @@ class PrintProgressCallback(Callback):
         if pace is None:  # attached during a run: the duration of this step is unknown
             pace = self._runs[run] = _Pace(self._name(state), step + 1, now)
         first = pace.last_step is None
-        pace.see(step)
+        pace.record_step(step)
         done = step + 1
         pace.unprinted = _Step(step, num_steps_of(state), fields(metrics), now)
         if first or done % self._every == 0 or done == pace.unprinted.num_steps:
@@ -136,11 +136,11 @@ class PrintProgressCallback(Callback):
         if last is None:
             return
         keys = last.metrics if self._keys is None else [key for key in self._keys if key in last.metrics]
-        parts = [step_head(last.step, last.num_steps)]
+        parts = [step_label(last.step, last.num_steps)]
         parts += [f"{one_line(key)} {_fmt_value(last.metrics[key])}" for key in keys]
-        parts += pace.shown(last.num_steps, last.time)
-        self._named = self._named or len(self._runs) > 1
-        if self._named:
+        parts += pace.format(last.num_steps, last.time)
+        self._show_run_name = self._show_run_name or len(self._runs) > 1
+        if self._show_run_name:
             parts.insert(0, pace.name)
         self._lines.print("  ".join(parts))
 
@@ -167,11 +167,11 @@ class _Pace:
         self.last_step: int | None = None
         self.unprinted: _Step | None = None
 
-    def see(self, step_idx: int) -> None:
+    def record_step(self, step_idx: int) -> None:
         """Record a step; late and repeated steps do not decrease the count."""
         self.last_step = step_idx if self.last_step is None else max(self.last_step, step_idx)
 
-    def shown(self, num_steps: int | None, now: float) -> list[str]:
+    def format(self, num_steps: int | None, now: float) -> list[str]:
         """Format rate and remaining time, as far as they are known."""
         seconds = now - self.began
         done = 0 if self.last_step is None else self.last_step + 1 - self.first_step
@@ -181,8 +181,8 @@ class _Pace:
         speed = f"{_fmt_value(rate)} steps/s" if rate >= 1 else f"{_fmt_value(1 / rate)} s/step"
         if num_steps is None:
             return [speed]
-        left = max(num_steps - self.first_step - done, 0) / rate
-        return [speed, f"eta {timedelta(seconds=round(left))}"] if left < _LONGEST_ETA_SECONDS else [speed]
+        remaining = max(num_steps - self.first_step - done, 0) / rate
+        return [speed, f"eta {timedelta(seconds=round(remaining))}"] if remaining < _MAX_ETA_SECONDS else [speed]
 
 
 def _fmt_value(value: object) -> str:
@@ -194,5 +194,5 @@ def _fmt_value(value: object) -> str:
             number = float(value)
         except Exception:  # whatever a foreign __float__ raises: it is text then
             return one_line(value)
-        return f"{number:.0f}" if _WHOLE_FROM <= abs(number) < _WHOLE_BELOW else f"{number:.4g}"
+        return f"{number:.0f}" if _WHOLE_MIN <= abs(number) < _WHOLE_MAX else f"{number:.4g}"
     return one_line(value)

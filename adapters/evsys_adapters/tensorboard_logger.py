@@ -15,12 +15,12 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page
-from evsys_adapters._output_claim import OutputClaim, OutputPlaces, is_of_run, owner_of
-from evsys_adapters._output_notes import NotedOutput, note_of_folder
-from evsys_adapters._params import check_local_path, checked
+from evsys_adapters._logged_run_state import UNKNOWN_STEP, LoggedRunState
+from evsys_adapters._output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
+from evsys_adapters._output_positions import TrackedOutput, position_file_in
+from evsys_adapters._params import check_local_path, validate_params
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._run_notes import UNKNOWN, RunNotes
 from evsys_adapters._runs import (
     digest,
     experiment_folder,
@@ -34,7 +34,7 @@ from evsys_adapters._tensorboard_events import Events, needs_tensorboardx
 from evsys_adapters._tensorboard_run import FIRST_NAME, EventFiles, TensorBoardRun
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.errors import EvsysBusError, RetryLaterError
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 FILE: Final = FIRST_NAME
 """One file for each run, whatever becomes of the processes that write it; one with late rows gets another number."""
@@ -56,7 +56,7 @@ class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields
             check_local_path(self.log_dir, "log_dir")
 
 
-class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
+class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
     """Writes what TensorBoard reads: scalars for numbers, texts for anything else, tables of predictions.
 
     A benchmark that was scored after training is drawn at the last step that was trained, as ``final/<name>/…``; where
@@ -88,15 +88,15 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
         *,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        given = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
+        params = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
         root = None if log_dir is None else local_path(log_dir, "log_dir")
-        self._config = checked(TensorBoardLoggerConfig, given | {"max_pred_rows": max_pred_rows})
+        self._config = validate_params(TensorBoardLoggerConfig, params | {"max_pred_rows": max_pred_rows})
         self._root = root
         needs_tensorboardx()
         self._clock = clock
         self._lock = threading.RLock()
-        self._tidies = False
-        super().__init__(RunNotes, self._config.max_pred_rows)
+        self._reorder_scheduled = False
+        super().__init__(LoggedRunState, self._config.max_pred_rows)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Remember how the run ended."""
@@ -107,104 +107,106 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, RunNotes]):
     def close(self) -> None:
         """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
         with self._lock:
-            self._tidies = False
+            self._reorder_scheduled = False
             super().close()
             for run in self._runs.values():
-                run.claim = None
+                run.lease = None
 
     def mark(self) -> Any:
         """As every run's logger; files with late rows are put in order first, if that is due."""
         with self._lock:
-            self._tidy_when_due()
+            self._reorder_when_due()
             return super().mark()
 
     def rewind(self, mark: Any) -> None:
         """As every run's logger; of a file that was put in order behind the mark, the one before is there again."""
         with self._lock:
             super().rewind(mark)
-            for folder in {Path(file).parent for file in self._marks.files}:
-                EventFiles(folder, self._marks)
+            for folder in {Path(file).parent for file in self._savepoints.files}:
+                EventFiles(folder, self._savepoints)
 
     def _run(self, handle: LoopState | LogContext) -> TensorBoardRun:
         with self._lock:
             run = super()._run(handle)
-            if run.claim is None or not run.claim.is_held:
-                run = self._claimed_again(handle, run)
+            if run.lease is None or not run.lease.is_held:
+                run = self._renew_lease(handle, run)
             return run
 
-    def _claimed_again(self, handle: LoopState | LogContext, run: TensorBoardRun) -> TensorBoardRun:
+    def _renew_lease(self, handle: LoopState | LogContext, run: TensorBoardRun) -> TensorBoardRun:
         """The run, which was given up, as at the end: another follower may write its folder by now."""
         try:
-            folder, run.claim = self._places(handle).take_followed()
-            known = self._known_in(folder, run.output)
-            if known is not None or folder != run.log.path.parent:
-                again = self._opened(run.name, folder, run.claim, known or run.notes, run.output)
-                again.result, again.arm, again.at = run.result, run.arm, run.at
+            folder, run.lease = self._candidates(handle).acquire_if_followed()
+            previous = self._known_in(folder, run.output)
+            if previous is not None or folder != run.log.path.parent:
+                again = self._opened(run.name, folder, run.lease, previous or run.notes, run.output)
+                again.result, again.arm, again.event_time = run.result, run.arm, run.event_time
                 run = self._runs[self._key(handle)] = again
         except OSError as error:
-            run.claim = None
+            run.lease = None
             raise RetryLaterError(f"the folder of {run.name} cannot be claimed: {error}") from error
         return run
 
-    def _open(self, handle: LoopState | LogContext, notes: RunNotes | None, output: NotedOutput) -> TensorBoardRun:
-        folder, claim = self._places(handle).take_followed()
+    def _open(
+        self, handle: LoopState | LogContext, state: LoggedRunState | None, output: TrackedOutput
+    ) -> TensorBoardRun:
+        folder, lease = self._candidates(handle).acquire_if_followed()
         known = self._known_in(folder, output)
-        return self._opened(run_name(handle), folder, claim, known or notes, output)
+        return self._opened(run_name(handle), folder, lease, known or state, output)
 
-    def _known_in(self, folder: Path, output: NotedOutput) -> RunNotes | None:
+    def _known_in(self, folder: Path, output: TrackedOutput) -> LoggedRunState | None:
         return self._known(output, folder, [folder / name for name in EventFiles.names_in(folder)])
 
     def _opened(
-        self, name: str, folder: Path, claim: OutputClaim, notes: RunNotes | None, output: NotedOutput
+        self, name: str, folder: Path, claim: OutputLease, notes: LoggedRunState | None, output: TrackedOutput
     ) -> TensorBoardRun:
-        files, events = EventFiles(folder, self._marks), Events(self._clock)
-        log = RecordLog(files.newest, self._marks, events, self._config.flush_secs)
-        notes = notes or RunNotes(top=UNKNOWN if any(log.records()) else -1)
-        run = TensorBoardRun(name, files, log, events, notes, output, self._lock, self._keep_tidy)
-        run.claim = claim
+        files, events = EventFiles(folder, self._savepoints), Events(self._clock)
+        log = RecordLog(files.newest, self._savepoints, events, self._config.flush_secs)
+        notes = notes or LoggedRunState(largest_step=UNKNOWN_STEP if any(log.records()) else -1)
+        run = TensorBoardRun(name, files, log, events, notes, output, self._lock, self._schedule_reorder)
+        run.lease = claim
         return run
 
     def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
         """Write the conclusion beside the run."""
-        run.tell(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
+        run.add_text(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
 
     @staticmethod
     def _note_of(place: Path) -> Path:
-        return note_of_folder(place)
+        return position_file_in(place)
 
-    def _places(self, handle: LoopState | LogContext) -> OutputPlaces:
+    def _candidates(self, handle: LoopState | LogContext) -> OutputCandidates:
         folder = ranked_folder(self._folder(handle), self._rank())
-        return OutputPlaces(
-            self, owner_of(handle), [folder], self._marks, "give each run a log_dir of its own", folder=True
+        return OutputCandidates(
+            self, owner_of(handle), [folder], self._savepoints, "give each run a log_dir of its own", is_folder=True
         )
 
-    def _keep_tidy(self) -> None:
+    def _schedule_reorder(self) -> None:
         """Have files with late rows put in order once that is due, whether or not more comes."""
-        if self._tidies or not self.evsys_attached:
+        if self._reorder_scheduled or not self.evsys_attached:
             return
         try:
-            self._tidies = self.spawn(self._tidy_later, name="order of event files", background=True)
+            self._reorder_scheduled = self.spawn(self._reorder_later, name="order of event files", background=True)
         except EvsysBusError:  # the bus is closing, and closes the files
             pass
 
-    async def _tidy_later(self) -> None:
+    async def _reorder_later(self) -> None:
         wait: float | None = 0.0
         try:
             while wait is not None:
                 await asyncio.sleep(wait)
                 with self._lock:
-                    wait = self._tidy_when_due()
-                    self._tidies = wait is not None
+                    wait = self._reorder_when_due()
+                    self._reorder_scheduled = wait is not None
         except asyncio.CancelledError:
-            self._tidies = False
+            self._reorder_scheduled = False
             raise
 
-    def _tidy_when_due(self) -> float | None:
+    def _reorder_when_due(self) -> float | None:
         """Seconds until the next file is due; None if all are in order."""
-        waits = [wait for run in self._runs.values() if (wait := run.tidy_when_due()) is not None]
+        waits = [wait for run in self._runs.values() if (wait := run.reorder_when_due()) is not None]
         return min(waits, default=None)
 
-    def _announce(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
+    def _describe_run(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
         run.describe(run_context(handle))
 
     def _folder(self, handle: LoopState | LogContext) -> Path:

@@ -20,23 +20,23 @@ from typing import Annotated, Any, ClassVar, Final, Literal
 import msgspec
 
 from evsys_adapters._logged_values import config_of
-from evsys_adapters._output_notes import NotedOutput, note_of_file
-from evsys_adapters._params import checked
+from evsys_adapters._output_positions import TrackedOutput, position_file_of
+from evsys_adapters._params import validate_params
 from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import RunLogger
 from evsys_adapters._runs import num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
 from evsys_adapters._wandb_records import Records, needs_wandb
-from evsys_adapters._wandb_run import WandbNotes, WandbRun, random_id
-from evsys_adapters._wandb_upload import Upload
+from evsys_adapters._wandb_run import WandbRun, WandbRunState, random_id
+from evsys_adapters._wandb_upload_process import Upload
 from evsys_adapters._wandb_uploader import Uploader
-from evsys_bus.attached import Learnt
+from evsys_bus.adapter import RunAnnotated
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, NotAttachedError
 
 _URL: Final = "wandb_url"
-_AGAIN_SECONDS: Final = 30.0
+_TASK_RETRY_SECONDS: Final = 30.0
 """Before a task for an upload is asked for again that never began."""
 
 Mode = Literal["online", "offline", "disabled"]
@@ -63,7 +63,7 @@ class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """How long a row may wait in memory. Where a courier delivers it does not: a row is on disk before it counts."""
 
 
-class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
+class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
     """Logs to W&B: training over ``train/step``, each eval over a step of its own, so nothing that is late is lost.
 
     W&B's own step only counts rows; a row's time is that of its event, however late it is delivered. A benchmark scored
@@ -80,7 +80,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
     uploads it meanwhile, and events are owed until the server has confirmed them: see `report_owed`. What keeps the
     upload (no login, no network, a server that refuses) is besides a WARNING with the fix; it is tried again, and
     ``evsys-bus sync``, or ``wandb sync <folder>``, finishes it on any day. Once the server has told the run's URL, it
-    is printed as ``View run at …``, is in ``ctx.extras["wandb_url"]``, and on record as `Learnt`.
+    is printed as ``View run at …``, is in ``ctx.extras["wandb_url"]``, and on record as `RunAnnotated`.
 
     Raises:
         ModuleNotFoundError: wandb is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -105,27 +105,27 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         new_id: Callable[[], str] = random_id,
         patience_seconds: float = 5,
     ) -> None:
-        given = {key: value for key, value in locals().items() if key in WandbLoggerConfig.__struct_fields__}
-        self._config = checked(WandbLoggerConfig, given)
+        params = {key: value for key, value in locals().items() if key in WandbLoggerConfig.__struct_fields__}
+        self._config = validate_params(WandbLoggerConfig, params)
         self._mode = _mode(self._config.mode)
         needs_wandb()
         self._clock = clock
         self._new_id = new_id
         self._faults = FaultLog()
         self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
-        self._counted: dict[str, int] = {}
+        self._last_counted: dict[str, int] = {}
         """Of each stream, the last event that was counted: starts of runs are given again after a crash."""
-        super().__init__(WandbNotes, self._config.max_pred_rows)
+        super().__init__(WandbRunState, self._config.max_pred_rows)
         if self._mode == "disabled":
             _disable(self)
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics, if they are due."""
         del batch
-        step = _whole(step_idx)
+        step = _as_int(step_idx)
         run = self._run(state)
         is_due = step % self._config.log_every == 0 or step + 1 == num_steps_of(state)
-        self._once(run, lambda: run.add_step(step, metrics) if is_due else run.hold(step, metrics))
+        self._once(run, lambda: run.add_step(step, metrics) if is_due else run.defer_step(step, metrics))
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Close the run."""
@@ -136,7 +136,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         def ends() -> None:
             run.summarize({key: value for key, value in {"status": status, "error": error}.items() if value})
             run.notes.failed = bool(error)
-            run.conclude()
+            run.finish()
 
         self._once(run, ends)
         run.close()
@@ -144,14 +144,16 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
     def close(self) -> None:
         """Have every file complete; a run that has trained to its end has ended, though nobody announced that."""
         for run in self._runs.values():
-            run.conclude()
+            run.finish()
             run.close()
-        for key, (notes, position) in list(self._rewound.items()):
+        for key, (state, position) in list(self._rewound.items()):
             # What was written behind the mark, when an earlier courier closed.
-            if notes.file and (notes.held or notes.untidy or (notes.failed is not None and not notes.ended)):
-                at = notes.held[2] if notes.held else time.time()
-                run = self._run_in(Path(notes.file).parent.parent, notes, NotedOutput(self._marks, position), at)
-                run.conclude()
+            if state.path and (
+                state.deferred_evals or state.needs_reorder or (state.failed is not None and not state.ended)
+            ):
+                at = state.deferred_evals[2] if state.deferred_evals else time.time()
+                run = self._run_in(Path(state.path).parent.parent, state, TrackedOutput(self._savepoints, position), at)
+                run.finish()
                 run.close()
                 self._left[key] = run
                 self._rewound[key] = (run.notes, run.output.position)
@@ -160,13 +162,13 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         """Upload what the server does not have, also of runs of an earlier day that are in the mark."""
         if self._mode == "online":
             self.close()
-            await self._uploader.settle(deadline, lambda upload: upload.examine(self._records))
+            await self._uploader.upload_all(deadline, lambda upload: upload.scan_file(self._records))
 
     def mark(self) -> Any:
         """As for every logger; and what the server does not have."""
         mark = super().mark()
         if self._mode != "disabled":
-            mark |= {"uploads": self._uploader.taken(), "counted": dict(self._counted)}
+            mark |= {"uploads": self._uploader.snapshot(), "counted": dict(self._last_counted)}
         return mark
 
     def rewind(self, mark: Any) -> None:
@@ -175,21 +177,21 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         if self._mode != "online":
             self.report_owed(0)
             return
-        self._counted = dict(mark.get("counted", {}))
+        self._last_counted = dict(mark.get("counted", {}))
         uploads = mark.get("uploads")
         if uploads is None:  # version 0.1.0 wrote it
             uploads = {path: (Path(path).parents[2].name, 0, "") for path in mark["files"]["files"]}
         for path, (run, events, url) in uploads.items():
-            upload = Upload(Path(path), run, events, None if url else self._hearer(run, {}))
+            upload = Upload(Path(path), run, events, None if url else self._url_handler(run, {}))
             upload.url = url
             if not path.endswith(".wandb") or upload.done:
                 continue
             if not events:
-                upload.examine(self._records)
-                upload.events = upload.marked = max(1, upload.lines)
+                upload.scan_file(self._records)
+                upload.events = upload.events_at_mark = max(1, upload.row_count)
             self._uploader.uploads[path] = upload
-        self._uploader.marks = True
-        self._uploader.tell()
+        self._uploader.takes_marks = True
+        self._uploader.report_pending()
 
     @cached_property
     def _records(self) -> Records:
@@ -199,44 +201,51 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         run = super()._run(handle)
         if run.upload is not None:
             event = self.event
-            if not event.sequence or event.sequence > self._counted.get(event.stream, 0):
+            if not event.sequence or event.sequence > self._last_counted.get(event.stream, 0):
                 if event.sequence:
-                    self._counted[event.stream] = event.sequence
-                run.upload.count()
-            self._drive(run.upload)
+                    self._last_counted[event.stream] = event.sequence
+                run.upload.count_event()
+            self._start_upload_task(run.upload)
         return run
 
-    def _leave(self, ctx: LogContext) -> Iterator[WandbRun]:
-        for run in super()._leave(ctx):
-            run.conclude()
+    def _remove_runs(self, ctx: LogContext) -> Iterator[WandbRun]:
+        for run in super()._remove_runs(ctx):
+            run.finish()
             yield run
 
     def _train_ends(self, run: WandbRun, state: LoopState) -> None:
         """Put the file in order; a run that nobody announced ends here."""
         super()._train_ends(run, state)
         run.close()
-        run.release()
+        run.log_deferred_step()
         run.notes.failed = field(state, "error") is not None
         if field(run_context(state), "run_key") is None:
-            run.conclude()
+            run.finish()
 
     @staticmethod
     def _note_of(place: Path) -> Path:
-        return note_of_file(place)
+        return position_file_of(place)
 
-    def _open(self, handle: LoopState | LogContext, notes: WandbNotes | None, output: NotedOutput) -> WandbRun:
+    def _open(self, handle: LoopState | LogContext, state: WandbRunState | None, output: TrackedOutput) -> WandbRun:
         folder = ranked_folder(run_folder(handle), self._rank()) / "wandb"
-        run = self._run_in(folder, notes, output, self.event.time)
-        self._announce(run, handle)
+        run = self._run_in(folder, state, output, self.event.time)
+        self._describe_run(run, handle)
         return run
 
-    def _run_in(self, folder: Path, notes: WandbNotes | None, output: NotedOutput, at: float) -> WandbRun:
-        known = (notes, output, self._known)
+    def _run_in(self, folder: Path, state: WandbRunState | None, output: TrackedOutput, event_time: float) -> WandbRun:
+        known = (state, output, self._known)
         return WandbRun(
-            folder, self._marks, self._records, self._config.flush_secs, *known, self._clock, self._new_id, at
+            folder,
+            self._savepoints,
+            self._records,
+            self._config.flush_secs,
+            *known,
+            self._clock,
+            self._new_id,
+            event_time,
         )
 
-    def _announce(self, run: WandbRun, handle: LoopState | LogContext) -> None:
+    def _describe_run(self, run: WandbRun, handle: LoopState | LogContext) -> None:
         """Say what the run is, where that is not said, and have it uploaded."""
         config, ctx, name = self._config, run_context(handle), run_name(handle)
         name += f"-rank{self._rank()}" if self._rank() else ""
@@ -262,38 +271,38 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbNotes]):
         if upload.url:
             extras.setdefault(_URL, upload.url)
         else:
-            upload.heard = self._hearer(key, extras)
+            upload.on_url = self._url_handler(key, extras)
         run.log.flush()
-        run.follow(upload)
-        self._drive(upload)
+        run.attach_upload(upload)
+        self._start_upload_task(upload)
 
-    def _drive(self, upload: Upload) -> None:
+    def _start_upload_task(self, upload: Upload) -> None:
         """See to it that a task uploads the file, unless it is known that the server has all."""
         now = time.monotonic()
-        asked = upload.starting and now < upload.starting + _AGAIN_SECONDS
-        if upload.driven or upload.finished or asked:
+        is_requested = upload.task_requested_at and now < upload.task_requested_at + _TASK_RETRY_SECONDS
+        if upload.has_task or upload.finished or is_requested:
             return
-        upload.starting, self._uploader.over = now, False
+        upload.task_requested_at, self._uploader.is_finished = now, False
         try:
-            self.spawn(self._uploader.drive, upload, name=f"upload of {upload.file.stem}", background=True)
+            self.spawn(self._uploader.upload_live, upload, name=f"upload of {upload.file.stem}", background=True)
         except NotAttachedError:
             self._uploader.warn(upload, "nobody runs the upload: the callback is on no bus")
 
-    def _hearer(self, key: str, extras: dict[str, Any]) -> Callable[[str], None]:
+    def _url_handler(self, key: str, extras: dict[str, Any]) -> Callable[[str], None]:
         """What makes the page of a run known."""
 
-        def heard(url: str) -> None:
+        def on_url(url: str) -> None:
             if extras.get(_URL) == url:  # a courier that begins anew has it there, from its journal
                 return
             with contextlib.suppress(OSError, ValueError):  # a stdout that is closed
                 print(f"View run at {url}", flush=True)  # noqa: T201 # for people
             try:
-                self.publish(Learnt(key, {_URL: url}))
+                self.publish(RunAnnotated(key, {_URL: url}))
             except EvsysBusError as error:  # the upload goes on
                 self._faults.warn("wandb.url_not_recorded", key, error=error, url=url)
             extras[_URL] = url
 
-        return heard
+        return on_url
 
 
 def _disable(callback: Callback) -> None:
@@ -305,13 +314,13 @@ def _disable(callback: Callback) -> None:
 
 def _mode(mode: Mode) -> Mode:
     """The environment may ask for less than the config, as everywhere with W&B."""
-    said = os.environ.get("WANDB_MODE", "").lower()
-    if mode == "disabled" or said == "disabled":
+    requested = os.environ.get("WANDB_MODE", "").lower()
+    if mode == "disabled" or requested == "disabled":
         return "disabled"
-    return "offline" if mode == "offline" or said in {"offline", "dryrun"} else "online"
+    return "offline" if mode == "offline" or requested in {"offline", "dryrun"} else "online"
 
 
-def _whole(step: Any) -> int:
+def _as_int(step: Any) -> int:
     """A step as an int; a float that is whole is one. Any: what a program counts with."""
     try:
         return operator.index(step)

@@ -16,15 +16,15 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS
-from evsys_bus.bench.harness import Run
-from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
 from evsys_bus.bus import EventBus
+from evsys_bus.config import CallbackSpec, build_callbacks
+from evsys_bus.config.spec import Placement
 from evsys_bus.context import LogContext, LoopState
 from evsys_bus.events import StepEnd
-from evsys_bus.wiring import CallbackSpec, build_callbacks
-from evsys_bus.wiring.spec import Placement
 
-AT_MOST: Final = 1 / 50
+MAX_RATIO: Final = 1 / 50
 _PACKAGES: Final = ("tensorboardX", "wandb")
 
 
@@ -40,11 +40,11 @@ def _specs(directory: Path, placement: Placement) -> list[CallbackSpec]:
 
 
 @contextmanager
-def _publishing(placement: Placement) -> Generator[Run, None, None]:
+def _publish_steps(placement: Placement) -> Generator[TimedLoop, None, None]:
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, Path(os.devnull).open("w") as nowhere:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name, Path(os.devnull).open("w") as devnull:
         directory = Path(name)
         state = LoopState(0, 1_000_000, directory / "run", ctx=LogContext(directory, run_key="run"))
         journal = directory / "journal" if placement == "follow" else None
@@ -56,32 +56,32 @@ def _publishing(placement: Placement) -> Generator[Run, None, None]:
 
             def run(operations: int) -> int:
                 nonlocal step
-                with contextlib.redirect_stdout(nowhere):
-                    begun = perf_counter_ns()
-                    for at in range(step, step + operations):
-                        bus.publish(StepEnd(state, at, BATCH, METRICS))
-                    taken = perf_counter_ns() - begun
+                with contextlib.redirect_stdout(devnull):
+                    started = perf_counter_ns()
+                    for step_idx in range(step, step + operations):
+                        bus.publish(StepEnd(state, step_idx, BATCH, METRICS))
+                    elapsed = perf_counter_ns() - started
                 step += operations
-                return taken
+                return elapsed
 
             run(1)  # the first step imports modules, which is not part of the cost of a step
             yield run
 
 
-ALL_LOGGERS: Final = TimedQuestion(
+ALL_LOGGERS: Final = TimedSuite(
     name="all-loggers",
     promise="P3: five loggers that are followed cost the loop at most a fiftieth of what they cost it inline",
     cases=(
         Case(
             title="a step of 8 metrics: progress, CSV, local files, TensorBoard, W&B offline",
-            contenders={
-                "inline": Contender(partial(_publishing, "inline"), package="evsys-bus[tensorboard,wandb]"),
-                "followed": Contender(
-                    partial(_publishing, "follow"), package="evsys-bus[tensorboard,wandb]", ours=True
+            candidates={
+                "inline": Candidate(partial(_publish_steps, "inline"), package="evsys-bus[tensorboard,wandb]"),
+                "followed": Candidate(
+                    partial(_publish_steps, "follow"), package="evsys-bus[tensorboard,wandb]", ours=True
                 ),
             },
-            floor="inline",
-            targets=(Target(of="followed", to="inline", at_most=AT_MOST),),
+            baseline="inline",
+            targets=(Target(candidate="followed", reference="inline", at_most=MAX_RATIO),),
         ),
     ),
 )

@@ -11,8 +11,8 @@ from typing import Final
 import anyio
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.harness import Run
-from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch
@@ -23,7 +23,7 @@ TASKS: Final = 200
 
 
 @dataclass
-class _Plain:
+class _PlainStep:
     state: LoopState
     step_idx: int
     batch: TrainingBatch
@@ -31,7 +31,7 @@ class _Plain:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frozen:
+class _FrozenStep:
     state: LoopState
     step_idx: int
     batch: TrainingBatch
@@ -39,161 +39,169 @@ class _Frozen:
 
 
 @contextmanager
-def _building(kind: Callable[[LoopState, int, TrainingBatch, dict[str, float]], object]) -> Generator[Run, None, None]:
+def _build_events(
+    kind: Callable[[LoopState, int, TrainingBatch, dict[str, float]], object],
+) -> Generator[TimedLoop, None, None]:
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             kind(state, i, batch, metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def _building_a_dict() -> Generator[Run, None, None]:
+def _build_dicts() -> Generator[TimedLoop, None, None]:
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             _ = {"state": state, "step_idx": i, "batch": batch, "metrics": metrics}
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
-class _OnlyRunEnd(Callback):
+class _RunEndCallback(Callback):
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Do nothing."""
 
 
 @contextmanager
-def _publishing_past(k: int) -> Generator[Run, None, None]:
-    with EventBus([_OnlyRunEnd() for _ in range(k)]) as bus:
+def _publish_to_non_listeners(k: int) -> Generator[TimedLoop, None, None]:
+    with EventBus([_RunEndCallback() for _ in range(k)]) as bus:
 
         def run(operations: int) -> int:
             state, batch, metrics = STATE, BATCH, METRICS
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for i in range(operations):
                 bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         yield run
 
 
 @dataclass
-class _Laps:
+class _Timings:
     """Clock readings of one operation."""
 
-    begun: int = 0
-    handed_over: int = 0
+    started: int = 0
+    submitted: int = 0
     """When every task had been spawned."""
     finished: int = 0
     """When every task was done and the block that owns them was left."""
 
 
-async def _nothing() -> None:
+async def _no_op() -> None:
     pass
 
 
-async def _create_task(laps: _Laps) -> None:
-    laps.begun = perf_counter_ns()
+async def _create_task(timings: _Timings) -> None:
+    timings.started = perf_counter_ns()
     tasks = [
-        asyncio.create_task(_nothing())  # noqa: TID251 - the baseline
+        asyncio.create_task(_no_op())  # noqa: TID251 - the baseline
         for _ in range(TASKS)
     ]
-    laps.handed_over = perf_counter_ns()
+    timings.submitted = perf_counter_ns()
     await asyncio.gather(*tasks)  # noqa: TID251 - the baseline
-    laps.finished = perf_counter_ns()
+    timings.finished = perf_counter_ns()
 
 
-async def _asyncio_group(laps: _Laps) -> None:
+async def _asyncio_task_group(timings: _Timings) -> None:
     async with asyncio.TaskGroup() as group:
-        laps.begun = perf_counter_ns()
+        timings.started = perf_counter_ns()
         for _ in range(TASKS):
-            group.create_task(_nothing())
-        laps.handed_over = perf_counter_ns()
-    laps.finished = perf_counter_ns()
+            group.create_task(_no_op())
+        timings.submitted = perf_counter_ns()
+    timings.finished = perf_counter_ns()
 
 
-async def _anyio_group(laps: _Laps) -> None:
+async def _anyio_task_group(timings: _Timings) -> None:
     async with anyio.create_task_group() as group:
-        laps.begun = perf_counter_ns()
+        timings.started = perf_counter_ns()
         for _ in range(TASKS):
-            group.start_soon(_nothing)
-        laps.handed_over = perf_counter_ns()
-    laps.finished = perf_counter_ns()
+            group.start_soon(_no_op)
+        timings.submitted = perf_counter_ns()
+    timings.finished = perf_counter_ns()
 
 
-async def _bus(laps: _Laps) -> None:
+async def _bus_spawn(timings: _Timings) -> None:
     async with EventBus() as bus:
-        laps.begun = perf_counter_ns()
+        timings.started = perf_counter_ns()
         for _ in range(TASKS):
-            bus.spawn(_nothing)
-        laps.handed_over = perf_counter_ns()
-    laps.finished = perf_counter_ns()
+            bus.spawn(_no_op)
+        timings.submitted = perf_counter_ns()
+    timings.finished = perf_counter_ns()
 
 
 @contextmanager
-def _on_a_loop(block: Callable[[_Laps], Awaitable[None]], taken: Callable[[_Laps], int]) -> Generator[Run, None, None]:
+def _run_on_loop(
+    block: Callable[[_Timings], Awaitable[None]], elapsed: Callable[[_Timings], int]
+) -> Generator[TimedLoop, None, None]:
     with asyncio.Runner() as runner:
 
         async def repeat(operations: int) -> int:
             total = 0
             for _ in range(operations):
-                laps = _Laps()
-                await block(laps)
-                total += taken(laps)
+                timings = _Timings()
+                await block(timings)
+                total += elapsed(timings)
             return total
 
         yield lambda operations: runner.run(repeat(operations))
 
 
-_WAYS: Final = {
+_SPAWNERS: Final = {
     "asyncio.create_task": _create_task,
-    "asyncio.TaskGroup": _asyncio_group,
-    "anyio start_soon": _anyio_group,
-    "EventBus.spawn": _bus,
+    "asyncio.TaskGroup": _asyncio_task_group,
+    "anyio start_soon": _anyio_task_group,
+    "EventBus.spawn": _bus_spawn,
 }
 
 
-def _tasks(title: str, taken: Callable[[_Laps], int]) -> Case:
+def _task_case(title: str, elapsed: Callable[[_Timings], int]) -> Case:
     return Case(
         title=title,
-        contenders={
-            name: Contender(partial(_on_a_loop, block, taken), ours=block is _bus) for name, block in _WAYS.items()
+        candidates={
+            name: Candidate(partial(_run_on_loop, block, elapsed), ours=block is _bus_spawn)
+            for name, block in _SPAWNERS.items()
         },
-        floor="asyncio.create_task",
+        baseline="asyncio.create_task",
     )
 
 
-_NOBODY: Final = "a bus without callbacks"
-_DEAF: Final = "a bus with 8 of them"
+_NO_CALLBACKS: Final = "a bus without callbacks"
+_NON_LISTENING_CALLBACKS: Final = "a bus with 8 of them"
 
-COSTS: Final = TimedQuestion(
+COSTS: Final = TimedSuite(
     name="costs",
     promise="The parts: a callback that does not override a hook costs nothing; the rest is for the record",
     cases=(
         Case(
             title="build one StepEnd",
-            contenders={
-                "dict": Contender(_building_a_dict),
-                "StepEnd": Contender(partial(_building, StepEnd), ours=True),
-                "dataclass": Contender(partial(_building, _Plain)),
-                "frozen dataclass with slots": Contender(partial(_building, _Frozen)),
+            candidates={
+                "dict": Candidate(_build_dicts),
+                "StepEnd": Candidate(partial(_build_events, StepEnd), ours=True),
+                "dataclass": Candidate(partial(_build_events, _PlainStep)),
+                "frozen dataclass with slots": Candidate(partial(_build_events, _FrozenStep)),
             },
-            floor="dict",
+            baseline="dict",
         ),
         Case(
             title="publish one StepEnd to callbacks that do not listen to it",
-            contenders={
-                _NOBODY: Contender(partial(_publishing_past, 0), ours=True),
-                _DEAF: Contender(partial(_publishing_past, 8), ours=True),
+            candidates={
+                _NO_CALLBACKS: Candidate(partial(_publish_to_non_listeners, 0), ours=True),
+                _NON_LISTENING_CALLBACKS: Candidate(partial(_publish_to_non_listeners, 8), ours=True),
             },
-            floor=_NOBODY,
-            targets=(Target(of=_DEAF, to=_NOBODY, at_most=1.1),),
+            baseline=_NO_CALLBACKS,
+            targets=(Target(candidate=_NON_LISTENING_CALLBACKS, reference=_NO_CALLBACKS, at_most=1.1),),
         ),
-        _tasks(f"hand over {TASKS} tasks that do nothing", lambda laps: laps.handed_over - laps.begun),
-        _tasks(f"hand over {TASKS} tasks that do nothing, and wait for them", lambda laps: laps.finished - laps.begun),
+        _task_case(f"hand over {TASKS} tasks that do nothing", lambda timings: timings.submitted - timings.started),
+        _task_case(
+            f"hand over {TASKS} tasks that do nothing, and wait for them",
+            lambda timings: timings.finished - timings.started,
+        ),
     ),
 )

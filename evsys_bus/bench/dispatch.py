@@ -12,8 +12,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
 
-from evsys_bus.bench.harness import Run
-from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback, dispatch
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
@@ -37,47 +37,47 @@ class NoOp(Callback):
 
 
 @contextmanager
-def bare_loop(k: int) -> Generator[Run, None, None]:
+def bare_loop(k: int) -> Generator[TimedLoop, None, None]:
     """The baseline: K calls and nothing else."""
     hooks = [NoOp().on_step_end for _ in range(k)]
 
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             for hook in hooks:
                 hook(state, i, batch, metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def publish(k: int) -> Generator[Run, None, None]:
+def publish(k: int) -> Generator[TimedLoop, None, None]:
     """A bus with its default settings, without an event loop; the event is built each time."""
     with EventBus([NoOp() for _ in range(k)]) as bus:
 
         def run(operations: int) -> int:
             state, batch, metrics = STATE, BATCH, METRICS
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for i in range(operations):
                 bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         yield run
 
 
 @contextmanager
-def our_dispatch(k: int) -> Generator[Run, None, None]:
+def dispatch_function(k: int) -> Generator[TimedLoop, None, None]:
     """The function `evsys_bus.dispatch`, for programs without a bus."""
-    yield _by_name(dispatch, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch, [NoOp() for _ in range(k)])
 
 
 @contextmanager
-def reference_dispatch(k: int) -> Generator[Run, None, None]:
+def reference_dispatch(k: int) -> Generator[TimedLoop, None, None]:
     """The reference implementation: for every callback, look up the hook by name and call it in a ``try``."""
 
-    def by_name(callbacks: list[NoOp], hook: str, *args: Any, **kwargs: Any) -> None:
+    def dispatch_by_name(callbacks: list[NoOp], hook: str, *args: Any, **kwargs: Any) -> None:
         for callback in callbacks:
             function = getattr(callback, hook, None)
             if function is None:
@@ -87,22 +87,22 @@ def reference_dispatch(k: int) -> Generator[Run, None, None]:
             except Exception:
                 log().warning("hook.failed", callback=callback, hook=hook, exc_info=True)
 
-    yield _by_name(by_name, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch_by_name, [NoOp() for _ in range(k)])
 
 
-def _by_name(call: Callable[..., None], callbacks: list[NoOp]) -> Run:
+def _call_by_name(call: Callable[..., None], callbacks: list[NoOp]) -> TimedLoop:
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             call(callbacks, "on_step_end", state, i, batch, metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     return run
 
 
 @contextmanager
-def pluggy_hook(k: int) -> Generator[Run, None, None]:
+def pluggy_hook(k: int) -> Generator[TimedLoop, None, None]:
     """A hook call of pluggy, which takes keyword arguments only and collects the return values."""
     import pluggy
 
@@ -126,16 +126,16 @@ def pluggy_hook(k: int) -> Generator[Run, None, None]:
     def run(operations: int) -> int:
         hook = plugins.hook
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             hook.on_step_end(state=state, step_idx=i, batch=batch, metrics=metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def blinker_signal(k: int) -> Generator[Run, None, None]:
+def blinker_signal(k: int) -> Generator[TimedLoop, None, None]:
     """A signal of blinker with weak references, its default; receivers also get the sender."""
     import blinker
 
@@ -152,16 +152,16 @@ def blinker_signal(k: int) -> Generator[Run, None, None]:
     def run(operations: int) -> int:
         sender = receivers
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             signal.send(sender, state=state, step_idx=i, batch=batch, metrics=metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
 @contextmanager
-def pyee_emitter(k: int) -> Generator[Run, None, None]:
+def pyee_emitter(k: int) -> Generator[TimedLoop, None, None]:
     """An emitter of pyee; a listener that raises stops the emit."""
     from pyee.base import EventEmitter
 
@@ -171,10 +171,10 @@ def pyee_emitter(k: int) -> Generator[Run, None, None]:
 
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for i in range(operations):
             emitter.emit("step_end", state, i, batch, metrics)
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
@@ -183,7 +183,7 @@ def pyee_emitter(k: int) -> Generator[Run, None, None]:
 class Peer:
     """The dispatch of another library."""
 
-    open: Callable[[int], AbstractContextManager[Run]]
+    open: Callable[[int], AbstractContextManager[TimedLoop]]
     """Called with K."""
     package: str
 
@@ -195,35 +195,35 @@ LIGHT_PEERS: Final = {
 }
 
 
-def dispatch_question(peers: Mapping[str, Peer], at_least: Mapping[str, float]) -> TimedQuestion:
-    """Build the suite with these peers; ``at_least`` is the least ratio of each peer to ours at K = 8."""
+def dispatch_suite(peers: Mapping[str, Peer], min_ratios: Mapping[str, float]) -> TimedSuite:
+    """Build the suite with these peers; ``min_ratios`` is the least ratio of each peer to ours at K = 8."""
 
-    def case(k: int, *targets: Target, beside: Mapping[str, Peer] = peers) -> Case:
-        contenders = {
-            BARE: Contender(partial(bare_loop, k)),
-            OURS: Contender(partial(publish, k), ours=True),
-            "dispatch()": Contender(partial(our_dispatch, k), ours=True),
-            REFERENCE: Contender(partial(reference_dispatch, k)),
+    def case(k: int, *targets: Target, compared_peers: Mapping[str, Peer] = peers) -> Case:
+        candidates = {
+            BARE: Candidate(partial(bare_loop, k)),
+            OURS: Candidate(partial(publish, k), ours=True),
+            "dispatch()": Candidate(partial(dispatch_function, k), ours=True),
+            REFERENCE: Candidate(partial(reference_dispatch, k)),
         }
-        contenders |= {name: Contender(partial(peer.open, k), peer.package) for name, peer in beside.items()}
-        return Case(title=f"K = {k}", contenders=contenders, floor=BARE, targets=targets)
+        candidates |= {name: Candidate(partial(peer.open, k), peer.package) for name, peer in compared_peers.items()}
+        return Case(title=f"K = {k}", candidates=candidates, baseline=BARE, targets=targets)
 
-    below_reference = Target(of=OURS, to=REFERENCE, at_most=1.0)
-    return TimedQuestion(
+    below_reference = Target(candidate=OURS, reference=REFERENCE, at_most=1.0)
+    return TimedSuite(
         name="dispatch",
         promise="P1: a step event reaches K callbacks, isolated and counted, for about the cost of calling them",
         cases=(
-            case(1, Target(of=OURS, to=REFERENCE, at_most=1.2)),
-            case(4, below_reference, beside={}),
+            case(1, Target(candidate=OURS, reference=REFERENCE, at_most=1.2)),
+            case(4, below_reference, compared_peers={}),
             case(
                 8,
-                Target(of=OURS, to=BARE, at_most=1.6),
+                Target(candidate=OURS, reference=BARE, at_most=1.6),
                 below_reference,
-                *(Target(of=peer, to=OURS, at_least=times) for peer, times in at_least.items()),
+                *(Target(candidate=peer, reference=OURS, at_least=ratio) for peer, ratio in min_ratios.items()),
             ),
             case(32, below_reference),
         ),
     )
 
 
-DISPATCH: Final = dispatch_question(LIGHT_PEERS, {"pluggy": 8})
+DISPATCH: Final = dispatch_suite(LIGHT_PEERS, {"pluggy": 8})

@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-Run = Callable[[int], int]
+TimedLoop = Callable[[int], int]
 """Performs the operation the given number of times and returns the nanoseconds taken, without the set-up."""
 
-_MOST_OPERATIONS = 1_000_000
+_MAX_OPERATIONS = 1_000_000
 
 
 class Spread(msgspec.Struct, frozen=True):
@@ -39,29 +39,29 @@ class Samples:
     def __init__(self, rounds: Mapping[str, list[float]]) -> None:
         self._rounds = dict(rounds)
 
-    def __contains__(self, contender: object) -> bool:
-        return contender in self._rounds
+    def __contains__(self, candidate: object) -> bool:
+        return candidate in self._rounds
 
-    def time(self, contender: str) -> Spread:
+    def time(self, candidate: str) -> Spread:
         """Nanoseconds per operation."""
-        return spread_of(self._rounds[contender])
+        return spread_of(self._rounds[candidate])
 
-    def ratio(self, of: str, to: str) -> Spread:
-        """Return the spread of the ratios of ``of`` to ``to`` within each round."""
-        return spread_of([a / b for a, b in zip(self._rounds[of], self._rounds[to], strict=True)])
+    def ratio(self, candidate: str, reference: str) -> Spread:
+        """Return the spread of the ratios of ``candidate`` to ``reference`` within each round."""
+        return spread_of([a / b for a, b in zip(self._rounds[candidate], self._rounds[reference], strict=True)])
 
 
-def calibrate(run: Run, sample_ns: int) -> int:
+def calibrate(run: TimedLoop, sample_ns: int) -> int:
     """Return how many operations take about ``sample_ns``; at least one."""
     operations = 1
     while True:
-        taken = max(run(operations), 1)
-        if taken >= sample_ns // 4 or operations >= _MOST_OPERATIONS:
-            return min(max(operations * sample_ns // taken, 1), _MOST_OPERATIONS)
+        elapsed = max(run(operations), 1)
+        if elapsed >= sample_ns // 4 or operations >= _MAX_OPERATIONS:
+            return min(max(operations * sample_ns // elapsed, 1), _MAX_OPERATIONS)
         operations *= 4
 
 
-def interleave(runs: Mapping[str, Run], *, rounds: int, sample_ns: int) -> Samples:
+def interleave(runs: Mapping[str, TimedLoop], *, rounds: int, sample_ns: int) -> Samples:
     """Sample every candidate once per round, with the garbage collector off during each sample."""
     operations = {name: calibrate(run, sample_ns) for name, run in runs.items()}
     names = list(runs)
@@ -69,17 +69,17 @@ def interleave(runs: Mapping[str, Run], *, rounds: int, sample_ns: int) -> Sampl
     for turn in range(rounds):
         first = turn % max(len(names), 1)
         for name in names[first:] + names[:first]:
-            taken = _without_collector(runs[name], operations[name])
-            samples[name].append(max(taken, 1) / operations[name])
+            elapsed = _run_without_gc(runs[name], operations[name])
+            samples[name].append(max(elapsed, 1) / operations[name])
     return Samples(samples)
 
 
-def _without_collector(run: Run, operations: int) -> int:
+def _run_without_gc(run: TimedLoop, operations: int) -> int:
     gc.collect(0)
-    collected = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         return run(operations)
     finally:
-        if collected:
+        if was_enabled:
             gc.enable()

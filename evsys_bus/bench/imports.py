@@ -14,18 +14,18 @@ from functools import partial
 from time import perf_counter_ns
 from typing import Final
 
-from evsys_bus.bench.harness import Run
-from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
 
-FLOOR: Final = "import anyio, msgspec"
-FLOOR_AND_ASYNCIO: Final = "import asyncio, anyio, msgspec"
+BASELINE: Final = "import anyio, msgspec"
+BASELINE_WITH_ASYNCIO: Final = "import asyncio, anyio, msgspec"
 BUS: Final = "import evsys_bus"
 NAMES: Final = "from evsys_bus import EventBus"
 HELP: Final = "evsys-bus --help"
 
 _PROGRAMS: Final = {
-    FLOOR: ("import anyio, msgspec",),
-    FLOOR_AND_ASYNCIO: (FLOOR_AND_ASYNCIO,),
+    BASELINE: ("import anyio, msgspec",),
+    BASELINE_WITH_ASYNCIO: (BASELINE_WITH_ASYNCIO,),
     "interpreter alone": ("pass",),
     BUS: ("import evsys_bus",),
     NAMES: (NAMES,),
@@ -34,36 +34,36 @@ _PROGRAMS: Final = {
 
 
 @contextmanager
-def process(*arguments: str) -> Generator[Run, None, None]:
+def python_process(*arguments: str) -> Generator[TimedLoop, None, None]:
     """Time ``python -c`` with these arguments; its exit code must be 0."""
     # Without byte code on disk every import would compile, which does not happen in an installed package.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     command = [sys.executable, "-c", *arguments]
 
     def run(operations: int) -> int:
-        begun = perf_counter_ns()
+        started = perf_counter_ns()
         for _ in range(operations):
             subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603 - our own command
-        return perf_counter_ns() - begun
+        return perf_counter_ns() - started
 
     yield run
 
 
-IMPORTS: Final = TimedQuestion(
+IMPORTS: Final = TimedSuite(
     name="imports",
     promise="P10: the import and the command line start about as fast as their dependencies",
     cases=(
         Case(
             title="processes, start to end",
-            contenders={
-                name: Contender(partial(process, *program), ours=name in {BUS, NAMES, HELP})
+            candidates={
+                name: Candidate(partial(python_process, *program), ours=name in {BUS, NAMES, HELP})
                 for name, program in _PROGRAMS.items()
             },
-            floor=FLOOR,
+            baseline=BASELINE,
             targets=(
-                Target(of=BUS, to=FLOOR, at_most=2.0),
-                Target(of=NAMES, to=FLOOR_AND_ASYNCIO, at_most=2.0),
-                Target(of=HELP, to=FLOOR, at_most=3.0),
+                Target(candidate=BUS, reference=BASELINE, at_most=2.0),
+                Target(candidate=NAMES, reference=BASELINE_WITH_ASYNCIO, at_most=2.0),
+                Target(candidate=HELP, reference=BASELINE, at_most=3.0),
             ),
             starts_processes=True,
         ),

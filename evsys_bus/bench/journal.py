@@ -25,26 +25,26 @@ import msgspec
 
 from evsys_bus.bench import loggers
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, NoOp
-from evsys_bus.bench.harness import Run, Samples
+from evsys_bus.bench.harness import Samples, TimedLoop
 from evsys_bus.bench.log_process import LogProcess, loggers_in
-from evsys_bus.bench.loggers import JSON_FLUSH, OURS, PACED, PACED_FLOOR, K, RawBatch, RawRecord, RawState, RawStep
-from evsys_bus.bench.question import Case, Contender, Effort, Row, Table, Target, measure
+from evsys_bus.bench.loggers import JSON_FLUSH, OURS, PACED, PACED_BASELINE, K, RawBatch, RawRecord, RawState, RawStep
+from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Table, Target, measure
 from evsys_bus.bus import EventBus
 from evsys_bus.events import StepEnd
 from evsys_bus.journal import frame
 
-FLOOR: Final = "bare loop, encode, CRC, os.write"
-PUBLISH: Final = "EventBus.publish, journal"
-UNRECORDED: Final = "EventBus.publish, no journal"
-MOST_OF_FLOOR: Final = 1.35
+BASELINE: Final = "bare loop, encode, CRC, os.write"
+PUBLISH_RECORDED: Final = "EventBus.publish, journal"
+PUBLISH_UNRECORDED: Final = "EventBus.publish, no journal"
+MAX_RATIO_TO_BASELINE: Final = 1.35
 RATE: Final = 1_000
 CALLS: Final = 500
-_MOST_ROUNDS: Final = 25
+_MAX_ROUNDS: Final = 25
 """Most rounds that start a process each; ``--rounds`` is meant for samples."""
 
 
 @contextmanager
-def _floor() -> Generator[Run, None, None]:
+def _baseline() -> Generator[TimedLoop, None, None]:
     hooks = [NoOp().on_step_end for _ in range(K)]
     pack = msgspec.msgpack.Encoder().encode
     with tempfile.TemporaryDirectory() as directory:
@@ -52,23 +52,31 @@ def _floor() -> Generator[Run, None, None]:
 
         def run(operations: int) -> int:
             state, batch, metrics = STATE, BATCH, METRICS
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for i in range(operations):
                 now = time.time()
                 event = StepEnd(state, i, batch, metrics)
                 for hook in hooks:
                     hook(state, i, batch, metrics)
-                at, of, folder = event.state, event.batch, str(event.state.output_dir)
-                run = None if at.ctx is None else at.ctx.run_key
+                loop_state, training_batch, folder = event.state, event.batch, str(event.state.output_dir)
+                run_key = None if loop_state.ctx is None else loop_state.ctx.run_key
                 step = RawStep(
-                    RawState(at.step, at.num_steps, folder, at.stop_requested, at.stop_reason, None, run),
+                    RawState(
+                        loop_state.step,
+                        loop_state.num_steps,
+                        folder,
+                        loop_state.stop_requested,
+                        loop_state.stop_reason,
+                        None,
+                        run_key,
+                    ),
                     event.step_idx,
-                    RawBatch(of.loss_fn, of.loss_fn_config, of.metrics),
+                    RawBatch(training_batch.loss_fn, training_batch.loss_fn_config, training_batch.metrics),
                     event.metrics,
                 )
-                payload = pack(RawRecord("r0-bench", i, now, run, 0, step))
+                payload = pack(RawRecord("r0-bench", i, now, run_key, 0, step))
                 os.write(file, frame.pack(i, payload))
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         try:
             yield run
@@ -77,7 +85,7 @@ def _floor() -> Generator[Run, None, None]:
 
 
 @contextmanager
-def _publish(*, recorded: bool) -> Generator[Run, None, None]:
+def _publish(*, recorded: bool) -> Generator[TimedLoop, None, None]:
     with (
         tempfile.TemporaryDirectory() as directory,
         EventBus([NoOp() for _ in range(K)], journal=Path(directory, "journal") if recorded else None) as bus,
@@ -85,44 +93,44 @@ def _publish(*, recorded: bool) -> Generator[Run, None, None]:
 
         def run(operations: int) -> int:
             state, batch, metrics = STATE, BATCH, METRICS
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for i in range(operations):
                 bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         yield run
 
 
 _BACK_TO_BACK: Final = Case(
     title=f"a step for {K} callbacks and the disk",
-    contenders={
-        FLOOR: Contender(_floor),
-        PUBLISH: Contender(partial(_publish, recorded=True), ours=True),
-        UNRECORDED: Contender(partial(_publish, recorded=False), ours=True),
+    candidates={
+        BASELINE: Candidate(_baseline),
+        PUBLISH_RECORDED: Candidate(partial(_publish, recorded=True), ours=True),
+        PUBLISH_UNRECORDED: Candidate(partial(_publish, recorded=False), ours=True),
     },
-    floor=FLOOR,
-    targets=(Target(of=PUBLISH, to=FLOOR, at_most=MOST_OF_FLOOR),),
+    baseline=BASELINE,
+    targets=(Target(candidate=PUBLISH_RECORDED, reference=BASELINE, at_most=MAX_RATIO_TO_BASELINE),),
 )
 
 
 @dataclass(frozen=True)
-class Journal:
+class JournalSuite:
     """The suite ``journal``."""
 
     modules: tuple[str, ...]
     """Modules with ``LOGGERS``: the loggers to compare with at 1,000 steps a second."""
-    at_least: Mapping[str, float]
+    min_ratios: Mapping[str, float]
     """The least ratio of each logger's time to ours."""
 
     name = "journal"
     promise = "P2: on record before publish returns, for about the cost of writing it"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:
+    def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure back to back, then at 1,000 steps a second."""
-        yield measure(_BACK_TO_BACK, effort)
-        yield self._paced(min(effort.process_rounds, _MOST_ROUNDS))
+        yield measure(_BACK_TO_BACK, budget)
+        yield self._measure_paced(min(budget.process_rounds, _MAX_ROUNDS))
 
-    def _paced(self, rounds: int) -> Table:
+    def _measure_paced(self, rounds: int) -> Table:
         found = dict(loggers_in(self.modules))
         absent: dict[str, str] = {}
         medians: dict[str, list[float]] = {name: [] for name in found}
@@ -132,15 +140,15 @@ class Journal:
             for name in names[first:] + names[:first]:
                 module, logger = found[name]
                 try:
-                    medians[name].append(_median_call(module, name))
+                    medians[name].append(_median_call_ns(module, name))
                 except ModuleNotFoundError as error:
                     if logger.package is None:
                         raise
                     absent[name] = f"needs {logger.package}: {error}"
                     del found[name], medians[name]
         samples = Samples(medians)
-        targets = [Target(of=name, to=OURS, at_least=times) for name, times in self.at_least.items()]
-        targets.append(Target(of=PACED, to=PACED_FLOOR, at_most=MOST_OF_FLOOR))
+        targets = [Target(candidate=name, reference=OURS, at_least=ratio) for name, ratio in self.min_ratios.items()]
+        targets.append(Target(candidate=PACED, reference=PACED_BASELINE, at_most=MAX_RATIO_TO_BASELINE))
         return Table(
             title=f"log 8 metrics, {RATE:,} times a second, the median call of a process",
             unit="ns",
@@ -148,16 +156,16 @@ class Journal:
                 Row(name, samples.time(name), samples.ratio(name, OURS), logger.ours)
                 for name, (_, logger) in found.items()
             ],
-            floor=OURS,
-            verdicts=[target.judge(samples) for target in targets],
+            baseline=OURS,
+            target_results=[target.evaluate(samples) for target in targets],
             absent=absent,
         )
 
 
-def _median_call(module: str, name: str) -> float:
+def _median_call_ns(module: str, name: str) -> float:
     with tempfile.TemporaryDirectory() as directory:
         return float(LogProcess(module, name, Path(directory), steps=CALLS, rate=RATE, end="time").wait())
 
 
-AT_LEAST: Final = {JSON_FLUSH: 1}
-JOURNAL: Final = Journal((loggers.__name__,), AT_LEAST)
+MIN_RATIOS: Final = {JSON_FLUSH: 1}
+JOURNAL: Final = JournalSuite((loggers.__name__,), MIN_RATIOS)

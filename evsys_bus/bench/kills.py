@@ -15,7 +15,7 @@ from typing import Final
 from evsys_bus.bench import loggers
 from evsys_bus.bench.harness import Spread
 from evsys_bus.bench.log_process import LogProcess, loggers_in
-from evsys_bus.bench.question import Effort, Row, Table, Verdict
+from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
 
 STEPS: Final = {1: 8, 5: 40, 1_000: 5_000}
 """How many steps are logged, by steps per second."""
@@ -24,7 +24,7 @@ _SETTLE_SECONDS: Final = 2.0
 
 
 @dataclass(frozen=True)
-class Kills:
+class KillsSuite:
     """The suite ``kills``; counts do not depend on the effort, so each process runs once."""
 
     modules: tuple[str, ...]
@@ -33,13 +33,13 @@ class Kills:
     name = "kills"
     promise = "P5: no step that was logged is lost to SIGKILL"
 
-    def tables(self, effort: Effort) -> Iterator[Table]:  # noqa: ARG002 - counts do not depend on it
+    def measure_tables(self, budget: Budget) -> Iterator[Table]:  # noqa: ARG002 - counts do not depend on it
         """Count the lost steps at each rate."""
         for rate, steps in STEPS.items():
             with tempfile.TemporaryDirectory() as folder:
-                yield self._table(Path(folder), steps, rate)
+                yield self._measure_table(Path(folder), steps, rate)
 
-    def _table(self, folder: Path, steps: int, rate: int) -> Table:
+    def _measure_table(self, folder: Path, steps: int, rate: int) -> Table:
         found = loggers_in(self.modules)
         # All run at the same time, because they mostly sleep.
         started: list[LogProcess] = []
@@ -68,9 +68,11 @@ class Kills:
             title=f"steps lost of {steps:,}, at {rate:,} a second",
             unit="lost",
             rows=[Row(name, Spread(each, each, each), ours=name in ours) for name, each in lost.items()],
-            verdicts=[Verdict(f"{name} loses none", lost[name], lost[name] == 0, "lost") for name in sorted(ours)],
+            target_results=[
+                TargetResult(f"{name} loses none", lost[name], lost[name] == 0, "lost") for name in sorted(ours)
+            ],
             absent=absent,
         )
 
 
-KILLS: Final = Kills((loggers.__name__,))
+KILLS: Final = KillsSuite((loggers.__name__,))

@@ -20,8 +20,8 @@ from typing import Final, Literal, cast
 from evsys_bus.bench.dispatch import METRICS
 from evsys_bus.bench.loggers import Logger
 
-_STARTS_WITHIN_SECONDS: Final = 60.0
-_WARM_SHARE: Final = 5
+_START_TIMEOUT_SECONDS: Final = 60.0
+_WARM_UP_DIVISOR: Final = 5
 """The first fifth of the calls is not timed."""
 
 
@@ -42,7 +42,7 @@ class LogProcess:
     ) -> None:
         self.name = name
         self.directory = directory
-        self._patience = _STARTS_WITHIN_SECONDS + 2 * steps / rate
+        self._timeout = _START_TIMEOUT_SECONDS + 2 * steps / rate
         self._end = end
         arguments = [module, name, str(directory), str(steps), str(rate), end]
         self._process = subprocess.Popen(  # noqa: S603 - our own command
@@ -59,17 +59,17 @@ class LogProcess:
             ModuleNotFoundError: The logger's package is not installed.
             RuntimeError: The process failed.
         """
-        out, said = self._process.communicate(timeout=self._patience)
+        stdout, stderr = self._process.communicate(timeout=self._timeout)
         if self._process.returncode != (-signal.SIGKILL if self._end == "die" else 0):
-            kind, _, why = said.strip().rpartition("\n")[2].partition(": ")
+            kind, _, message = stderr.strip().rpartition("\n")[2].partition(": ")
             if kind == "ModuleNotFoundError":
-                raise ModuleNotFoundError(why)
-            raise RuntimeError(f"{self.name} did not reach its last step:\n{said}")
-        return out.strip().rpartition("\n")[2]
+                raise ModuleNotFoundError(message)
+            raise RuntimeError(f"{self.name} did not reach its last step:\n{stderr}")
+        return stdout.strip().rpartition("\n")[2]
 
 
-def _log(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> None:
-    taken: list[int] = []
+def _log_steps(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> None:
+    elapsed: list[int] = []
     with logger.open(directory) as log:
         due = time.perf_counter()
         values = Random(1)  # noqa: S311 # values with as many digits as real metrics
@@ -77,14 +77,14 @@ def _log(logger: Logger, directory: Path, steps: int, rate: int, end: str) -> No
             metrics = {name: values.random() for name in METRICS}
             due += 1 / rate
             time.sleep(max(due - time.perf_counter(), 0))
-            begun = time.perf_counter_ns()
+            started = time.perf_counter_ns()
             log(step, metrics)
-            taken.append(time.perf_counter_ns() - begun)
+            elapsed.append(time.perf_counter_ns() - started)
         if end == "die":
             os.kill(os.getpid(), signal.SIGKILL)
-    sys.stdout.write(f"\n{statistics.median(taken[steps // _WARM_SHARE :])}\n")
+    sys.stdout.write(f"\n{statistics.median(elapsed[steps // _WARM_UP_DIVISOR :])}\n")
 
 
 if __name__ == "__main__":
     module, name, directory, steps, rate, end = sys.argv[1:]
-    _log(loggers_in((module,))[name][1], Path(directory), int(steps), int(rate), end)
+    _log_steps(loggers_in((module,))[name][1], Path(directory), int(steps), int(rate), end)

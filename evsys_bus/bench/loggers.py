@@ -26,9 +26,9 @@ JSON_FLUSH: Final = "json.dumps, write, flush"
 JSON: Final = "json.dumps, write"
 K: Final = 8
 PACED: Final = f"EventBus, journal, {K} callbacks"
-PACED_FLOOR: Final = f"bare loop over {K}, encode, CRC, os.write"
+PACED_BASELINE: Final = f"bare loop over {K}, encode, CRC, os.write"
 """The least that any journal does: build the event, call its hooks, encode, frame with a checksum, write."""
-FLOOR: Final = "msgspec, os.write"
+BASELINE: Final = "msgspec, os.write"
 """The least that hands a row to the system: no event, checksum or limits, and a torn row could not be read."""
 
 
@@ -97,7 +97,7 @@ def _count_journal(directory: Path) -> int:
 
 @contextmanager
 def _json(directory: Path) -> Generator[Log, None, None]:
-    with _rows(directory).open("a") as file:
+    with _rows_path(directory).open("a") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
@@ -107,7 +107,7 @@ def _json(directory: Path) -> Generator[Log, None, None]:
 
 @contextmanager
 def _json_flush(directory: Path) -> Generator[Log, None, None]:
-    with _rows(directory).open("a") as file:
+    with _rows_path(directory).open("a") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
@@ -117,8 +117,8 @@ def _json_flush(directory: Path) -> Generator[Log, None, None]:
 
 
 @contextmanager
-def _floor(directory: Path) -> Generator[Log, None, None]:
-    file = os.open(_rows(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def _baseline(directory: Path) -> Generator[Log, None, None]:
+    file = os.open(_rows_path(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     encode = msgspec.json.Encoder().encode
     try:
         yield lambda step, metrics: os.write(file, encode({"step": step, "time": time.time(), **metrics}) + b"\n")
@@ -127,8 +127,8 @@ def _floor(directory: Path) -> Generator[Log, None, None]:
 
 
 @contextmanager
-def _paced_floor(directory: Path) -> Generator[Log, None, None]:
-    file = os.open(_rows(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+def _paced_baseline(directory: Path) -> Generator[Log, None, None]:
+    file = os.open(_rows_path(directory), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     pack, folder = msgspec.msgpack.Encoder().encode, str(STATE.output_dir)
     hooks = [NoOp().on_step_end for _ in range(K)]
 
@@ -148,22 +148,22 @@ def _paced_floor(directory: Path) -> Generator[Log, None, None]:
 
 
 def _count_frames(directory: Path) -> int:
-    return sum(isinstance(piece, frame.Frame) for piece in SegmentScan(OsDisk(), str(_rows(directory))).pieces())
+    return sum(isinstance(piece, frame.Frame) for piece in SegmentScan(OsDisk(), str(_rows_path(directory))).frames())
 
 
 def _count_rows(directory: Path) -> int:
-    return _rows(directory).read_bytes().count(b"\n")
+    return _rows_path(directory).read_bytes().count(b"\n")
 
 
-def _rows(directory: Path) -> Path:
+def _rows_path(directory: Path) -> Path:
     return directory / "metrics.jsonl"
 
 
 LOGGERS: Final = {
     OURS: Logger(_journal, _count_journal, ours=True),
     PACED: Logger(partial(_journal, callbacks=K), _count_journal, ours=True),
-    PACED_FLOOR: Logger(_paced_floor, _count_frames),
+    PACED_BASELINE: Logger(_paced_baseline, _count_frames),
     JSON_FLUSH: Logger(_json_flush, _count_rows),
     JSON: Logger(_json, _count_rows),
-    FLOOR: Logger(_floor, _count_rows),
+    BASELINE: Logger(_baseline, _count_rows),
 }

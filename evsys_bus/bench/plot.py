@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 from xml.sax.saxutils import escape
 
-from evsys_bus.bench.question import Row, Table
-from evsys_bus.bench.report import Report, amount
+from evsys_bus.bench.report import Report, format_value
+from evsys_bus.bench.suite import Row, Table
 
 _WIDTH: Final = 800
 _LEFT: Final = 250
@@ -38,15 +38,17 @@ _STYLE: Final = """
 def as_svg(report: Report) -> str:
     """Return the report as the text of a self-contained SVG file."""
     machine = report.machine
-    where = f"Python {machine.python}, {machine.platform}, {machine.cores} cores; medians, with the quartiles as a line"
-    parts = [_text(24, 30, where, "note")]
+    caption = (
+        f"Python {machine.python}, {machine.platform}, {machine.cores} cores; medians, with the quartiles as a line"
+    )
+    parts = [_text(24, 30, caption, "note")]
     y = 50
-    for answer in report.answers:
+    for result in report.results:
         y += 28
-        parts.append(_text(24, y, answer.question, "name"))
+        parts.append(_text(24, y, result.suite, "name"))
         y += 20
-        parts.append(_text(24, y, answer.promise, "note"))
-        for table in answer.tables:
+        parts.append(_text(24, y, result.promise, "note"))
+        for table in result.tables:
             y += 32
             parts.append(_text(24, y, table.title, "title"))
             parts += _panel(table, y + 12)
@@ -56,7 +58,7 @@ def as_svg(report: Report) -> str:
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {_WIDTH} {y}" role="img">',
-            f"<title>evsys-bus bench: {escape(', '.join(answer.question for answer in report.answers))}</title>",
+            f"<title>evsys-bus bench: {escape(', '.join(result.suite for result in report.results))}</title>",
             f"<style>{_STYLE}</style>",
             f'<rect class="ground" {size}/>',
             *parts,
@@ -103,15 +105,15 @@ def _panel(table: Table, top: float) -> Iterator[str]:
     for tick in axis.ticks():
         x = axis.x(tick)
         yield f'<line class="grid" x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{bottom}"/>'
-        yield _text(x, bottom + 14, amount(tick, table.unit), "note", anchor="middle")
-    for place, row in enumerate(table.rows):
-        yield from _bar(row, table.unit, axis, top + _ROW * place)
+        yield _text(x, bottom + 14, format_value(tick, table.unit), "note", anchor="middle")
+    for index, row in enumerate(table.rows):
+        yield from _bar(row, table.unit, axis, top + _ROW * index)
 
 
 def _bar(row: Row, unit: str, axis: _Axis, top: float) -> Iterator[str]:
     end = axis.x(row.value.median)
     middle = top + _ROW / 2
-    yield _text(_LEFT - 10, middle + 4, row.contender, anchor="end")
+    yield _text(_LEFT - 10, middle + 4, row.candidate, anchor="end")
     yield (
         f'<rect class="bar{" ours" if row.ours else ""}" x="{_LEFT}" y="{middle - _BAR / 2}" '
         f'width="{end - _LEFT:.1f}" height="{_BAR}" rx="2"/>'
@@ -119,7 +121,7 @@ def _bar(row: Row, unit: str, axis: _Axis, top: float) -> Iterator[str]:
     low, high = axis.x(row.value.low), axis.x(row.value.high)
     yield f'<line class="quartiles" x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>'
     ratio = "" if row.ratio is None else f"  ({row.ratio.median:.2f} x)"
-    yield _text(max(end, high) + 8, middle + 4, amount(row.value.median, unit) + ratio)
+    yield _text(max(end, high) + 8, middle + 4, format_value(row.value.median, unit) + ratio)
 
 
 def _text(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:

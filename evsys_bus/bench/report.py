@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.question import Answer, Table, Verdict
+from evsys_bus.bench.suite import Result, Table, TargetResult
 
 _PACKAGES: Final = ("evsys-bus", "msgspec", "anyio", "uvloop", "pluggy", "blinker", "pyee")
 
@@ -25,14 +25,14 @@ class Machine(msgspec.Struct, frozen=True):
     """Installed versions, by name."""
 
 
-class Report(msgspec.Struct, frozen=True):
+class Report(msgspec.Struct, frozen=True, rename={"results": "answers"}):
     """The results of one call of the benchmark; what ``--json`` writes."""
 
     machine: Machine
-    answers: list[Answer]
+    results: list[Result]
 
 
-def this_machine(packages: Iterable[str] = ()) -> Machine:
+def describe_machine(packages: Iterable[str] = ()) -> Machine:
     """Describe this machine, with the installed versions of our dependencies, the peers and ``packages``."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
@@ -53,27 +53,29 @@ def _version(package: str) -> str | None:
 _DIGITS: Final = 3
 
 
-def amount(value: float, unit: str) -> str:
+def format_value(value: float, unit: str) -> str:
     """Format a value: times in a unit that suits their size (``412 ns``, ``12.3 µs``), others in their own unit."""
     if unit != "ns":
-        return f"{_figure(value)} {unit}"
+        return f"{_format_number(value)} {unit}"
     for size, name in ((1e9, "s"), (1e6, "ms"), (1e3, "µs")):
         if value >= size * 0.9995:  # 999.7 ns would be printed as 1e+03 ns
             return f"{value / size:.3g} {name}"
     return f"{value:.3g} ns"
 
 
-def _figure(value: float) -> str:
+def _format_number(value: float) -> str:
     """Format with three significant digits, or with all digits before the decimal point."""
     return f"{value:,.0f}" if len(f"{abs(value):.0f}") > _DIGITS else f"{value:.{_DIGITS}g}"
 
 
 def as_text(report: Report) -> str:
     """Return the report as aligned text without colour or control characters, ending with a newline."""
-    return "\n".join([*_head(report.machine), *(line for answer in report.answers for line in _answer(answer)), ""])
+    return "\n".join(
+        [*_header_lines(report.machine), *(line for result in report.results for line in _result_lines(result)), ""]
+    )
 
 
-def _head(machine: Machine) -> list[str]:
+def _header_lines(machine: Machine) -> list[str]:
     packages = [f"{name} {version}" for name, version in machine.packages.items()]
     return [
         f"Python {machine.python}, {machine.platform}, {machine.cores} cores",
@@ -82,31 +84,35 @@ def _head(machine: Machine) -> list[str]:
     ]
 
 
-def _answer(answer: Answer) -> list[str]:
-    lines = ["", f"{answer.question}   {answer.promise}"]
-    for table in answer.tables:
-        lines += ["", *_table(table)]
+def _result_lines(result: Result) -> list[str]:
+    lines = ["", f"{result.suite}   {result.promise}"]
+    for table in result.tables:
+        lines += ["", *_table_lines(table)]
     return lines
 
 
-def _table(table: Table) -> list[str]:
-    rows = [(row.contender, amount(row.value.median, table.unit), *_ratio(row.ratio)) for row in table.rows]
+def _table_lines(table: Table) -> list[str]:
+    rows = [
+        (row.candidate, format_value(row.value.median, table.unit), *_ratio_columns(row.ratio)) for row in table.rows
+    ]
     name, value, ratio = (max((len(row[column]) for row in rows), default=0) for column in range(3))
     return [
-        f"  {table.title}" + (f", in multiples of {table.floor}" if table.floor else ""),
+        f"  {table.title}" + (f", in multiples of {table.baseline}" if table.baseline else ""),
         *(f"    {a:{name}}  {b:>{value}}  {c:>{ratio}}  {d}".rstrip() for a, b, c, d in rows),
         *(f"    {absent}: not measured, {reason}" for absent, reason in table.absent.items()),
-        *(_verdict(verdict) for verdict in table.verdicts),
+        *(_target_line(target_result) for target_result in table.target_results),
     ]
 
 
-def _ratio(ratio: Spread | None) -> tuple[str, str]:
+def _ratio_columns(ratio: Spread | None) -> tuple[str, str]:
     if ratio is None:
         return "", ""
     return f"{ratio.median:.2f} x", f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
-def _verdict(verdict: Verdict) -> str:
-    if verdict.kept is None or verdict.measured is None:
-        return f"    ----  {verdict.promise}: not measured"
-    return f"    {'PASS' if verdict.kept else 'MISS'}  {verdict.promise}: {_figure(verdict.measured)} {verdict.unit}"
+def _target_line(target_result: TargetResult) -> str:
+    if target_result.met is None or target_result.measured is None:
+        return f"    ----  {target_result.promise}: not measured"
+    passed = "PASS" if target_result.met else "MISS"
+    measured = _format_number(target_result.measured)
+    return f"    {passed}  {target_result.promise}: {measured} {target_result.unit}"

@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS
-from evsys_bus.bench.harness import Run
-from evsys_bus.bench.question import Case, Contender, Target, TimedQuestion
+from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.events import StepEnd
@@ -28,7 +28,7 @@ _ROOT: Final = Path("run").absolute()
 _WARM_UP: Final = 300
 """Steps before anything is timed: the first ones compile encoders that the later ones use."""
 
-Step = Callable[[int], StepEnd]
+StepFactory = Callable[[int], StepEnd]
 """Makes the event of a step; what a real program creates anew for each step is created anew here too."""
 
 
@@ -70,25 +70,25 @@ class HostBatchWithMetrics:
     metrics: dict[str, float] = field(default_factory=lambda: {"tokens": 4096.0})
 
 
-def _state() -> LoopState:
+def _make_state() -> LoopState:
     return LoopState(0, 1_000, _ROOT / "run", ctx=LogContext(_ROOT, run_key="run"))
 
 
-def _with_state(state: Any) -> Step:
+def _steps_with_state(state: Any) -> StepFactory:
     return lambda step: StepEnd(state, step, BATCH, METRICS)
 
 
-def _with_batch(batch: Any) -> Step:
-    state = _state()
+def _steps_with_batch(batch: Any) -> StepFactory:
+    state = _make_state()
     return lambda step: StepEnd(state, step, batch, METRICS)
 
 
-def _with_metrics(metrics: dict[str, Any]) -> Step:
-    state = _state()
+def _steps_with_metrics(metrics: dict[str, Any]) -> StepFactory:
+    state = _make_state()
     return lambda step: StepEnd(state, step, BATCH, metrics)
 
 
-def _with_changing_state() -> Step:
+def _steps_with_changing_state() -> StepFactory:
     state: Any = HostState()
 
     def make(step: int) -> StepEnd:
@@ -98,46 +98,49 @@ def _with_changing_state() -> Step:
     return make
 
 
-def _stopped() -> LoopState:
-    state = _state()
+def _stopped_state() -> LoopState:
+    state = _make_state()
     state.request_stop("no improvement")
     return state
 
 
-def _numpy(kind: str) -> Step:
+def _steps_with_numpy_metrics(kind: str) -> StepFactory:
     import numpy as np
 
     make: Callable[[float], Any] = getattr(np, kind)
-    return _with_metrics({name: make(value) for name, value in METRICS.items()})
+    return _steps_with_metrics({name: make(value) for name, value in METRICS.items()})
 
 
-_MOST: Final[dict[str, tuple[Callable[[], Step], float]]] = {
-    "batch None": (lambda: _with_batch(None), 2),
-    "batch a dict": (lambda: _with_batch({"input_ids": [1, 2], "labels": [3]}), 2),
-    "batch of the host's own": (lambda: _with_batch(HostBatch()), 2),
-    "batch of the host's own, with metrics": (lambda: _with_batch(HostBatchWithMetrics()), 2),
+_MAX_RATIOS: Final[dict[str, tuple[Callable[[], StepFactory], float]]] = {
+    "batch None": (lambda: _steps_with_batch(None), 2),
+    "batch a dict": (lambda: _steps_with_batch({"input_ids": [1, 2], "labels": [3]}), 2),
+    "batch of the host's own": (lambda: _steps_with_batch(HostBatch()), 2),
+    "batch of the host's own, with metrics": (lambda: _steps_with_batch(HostBatchWithMetrics()), 2),
     "batch with metrics and loss_fn_config": (
-        lambda: _with_batch(TrainingBatch(None, "grpo", {"clip": 0.2}, {"tokens": 4096.0})),
+        lambda: _steps_with_batch(TrainingBatch(None, "grpo", {"clip": 0.2}, {"tokens": 4096.0})),
         2,
     ),
-    "state None": (lambda: _with_state(None), 2),
-    "state of the host's own": (lambda: _with_state(HostState()), 2),
-    "state of the host's own, changing": (_with_changing_state, 2),
-    "state a plain object": (lambda: _with_state(SimpleNamespace(step=0, num_steps=9, output_dir=str(_ROOT))), 2),
-    "state in a relative folder": (lambda: _with_state(SimpleNamespace(step=0, num_steps=9, output_dir="run")), 2),
-    "state a subclass of LoopState": (lambda: _with_state(OwnLoopState(0, 1_000, _ROOT, phase="main")), 2),
-    "state with a reason to stop": (lambda: _with_state(_stopped()), 2),
-    "num_steps None": (lambda: _with_state(LoopState(0, None, _ROOT)), 2),  # pyright: ignore[reportArgumentType]
-    "metrics of numpy, float32": (partial(_numpy, "float32"), 2),
-    "metrics of numpy, float64": (partial(_numpy, "float64"), 2),
+    "state None": (lambda: _steps_with_state(None), 2),
+    "state of the host's own": (lambda: _steps_with_state(HostState()), 2),
+    "state of the host's own, changing": (_steps_with_changing_state, 2),
+    "state a plain object": (lambda: _steps_with_state(SimpleNamespace(step=0, num_steps=9, output_dir=str(_ROOT))), 2),
+    "state in a relative folder": (
+        lambda: _steps_with_state(SimpleNamespace(step=0, num_steps=9, output_dir="run")),
+        2,
+    ),
+    "state a subclass of LoopState": (lambda: _steps_with_state(OwnLoopState(0, 1_000, _ROOT, phase="main")), 2),
+    "state with a reason to stop": (lambda: _steps_with_state(_stopped_state()), 2),
+    "num_steps None": (lambda: _steps_with_state(LoopState(0, None, _ROOT)), 2),  # pyright: ignore[reportArgumentType]
+    "metrics of numpy, float32": (partial(_steps_with_numpy_metrics, "float32"), 2),
+    "metrics of numpy, float64": (partial(_steps_with_numpy_metrics, "float64"), 2),
     "None, NaN, a text and a bool among metrics": (
-        lambda: _with_metrics({**METRICS, "none": None, "nan": math.nan, "text": "warm", "bool": True}),
+        lambda: _steps_with_metrics({**METRICS, "none": None, "nan": math.nan, "text": "warm", "bool": True}),
         2,
     ),
-    "a list among metrics": (lambda: _with_metrics({**METRICS, "lengths": [12, 7, 31]}), 3),
-    "a dict among metrics": (lambda: _with_metrics({**METRICS, "reward": {"math": 0.5, "code": 0.25}}), 3),
+    "a list among metrics": (lambda: _steps_with_metrics({**METRICS, "lengths": [12, 7, 31]}), 3),
+    "a dict among metrics": (lambda: _steps_with_metrics({**METRICS, "reward": {"math": 0.5, "code": 0.25}}), 3),
     "a dict of dicts and lists among metrics": (
-        lambda: _with_metrics({**METRICS, "reward": {"math": {"easy": 0.5, "hard": 0.1}, "code": [0.25, 0.5]}}),
+        lambda: _steps_with_metrics({**METRICS, "reward": {"math": {"easy": 0.5, "hard": 0.1}, "code": [0.25, 0.5]}}),
         3,
     ),
 }
@@ -145,33 +148,38 @@ _MOST: Final[dict[str, tuple[Callable[[], Step], float]]] = {
 
 
 @contextmanager
-def _published(make: Callable[[], Step]) -> Generator[Run, None, None]:
+def _publish_shape(make: Callable[[], StepFactory]) -> Generator[TimedLoop, None, None]:
     step = make()
     with tempfile.TemporaryDirectory() as directory, EventBus([], journal=Path(directory, "journal")) as bus:
 
         def run(operations: int) -> int:
-            begun = perf_counter_ns()
+            started = perf_counter_ns()
             for i in range(operations):
                 bus.publish(step(i))
-            return perf_counter_ns() - begun
+            return perf_counter_ns() - started
 
         run(_WARM_UP)
         yield run
 
 
-SHAPES: Final = TimedQuestion(
+SHAPES: Final = TimedSuite(
     name="shapes",
     promise="P11: a step of any shape is on record for about the cost of the benchmarked one",
     cases=(
         Case(
             title="a step on record",
-            contenders={BENCHMARKED: Contender(partial(_published, lambda: _with_state(_state())), ours=True)}
+            candidates={
+                BENCHMARKED: Candidate(partial(_publish_shape, lambda: _steps_with_state(_make_state())), ours=True)
+            }
             | {
-                name: Contender(partial(_published, make), "numpy" if "numpy" in name else None, ours=True)
-                for name, (make, _) in _MOST.items()
+                name: Candidate(partial(_publish_shape, make), "numpy" if "numpy" in name else None, ours=True)
+                for name, (make, _) in _MAX_RATIOS.items()
             },
-            floor=BENCHMARKED,
-            targets=tuple(Target(of=name, to=BENCHMARKED, at_most=most) for name, (_, most) in _MOST.items()),
+            baseline=BENCHMARKED,
+            targets=tuple(
+                Target(candidate=name, reference=BENCHMARKED, at_most=max_ratio)
+                for name, (_, max_ratio) in _MAX_RATIOS.items()
+            ),
         ),
     ),
 )

@@ -18,19 +18,19 @@ from typing import Any, Final, Protocol, SupportsFloat, SupportsIndex, TypeGuard
 
 import msgspec
 
-from evsys_bus.callback import Callback, attribute, callback_name, isolate
-from evsys_bus.codec import decode, to_plain
-from evsys_bus.codec.foreign import without_surrogates
+from evsys_bus.callback import Callback, callback_name, get_attribute, isolate
+from evsys_bus.codec import decode, to_builtins
+from evsys_bus.codec.inspection import escape_surrogates
 from evsys_bus.context import EvalResult, LogContext, LoopArtifacts, LoopState, ManifestRow, Prediction
 from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Event
 from evsys_bus.journal import Disk, JournalWriter, OsDisk, frame, layout
-from evsys_bus.journal.frame import Frame, Run
+from evsys_bus.journal.frame import Frame, FrameRun
 from evsys_bus.journal.scanning import SegmentScan
 
-READ_SECONDS: Final = 10.0
+MARK_SEARCH_SECONDS: Final = 10.0
 """How long a resume searches the journal for marks, newest first, before it continues without the missing ones."""
 
 
@@ -71,10 +71,10 @@ class RewindableByRun(Protocol):
 
 
 _TAG: Final = BusCallbackMarks.hook.removeprefix("on_").encode()
-_FAILURES: Final = (OSError, JournalVersionError)
+_READ_ERRORS: Final = (OSError, JournalVersionError)
 
 
-def with_marks(
+def add_mark_callbacks(
     callbacks: Iterable[object], journal: JournalWriter | str | os.PathLike[str] | None, rank: int = 0
 ) -> tuple[object, ...]:
     """Return the callbacks with the two that record marks added; unchanged if there are no marks or no journal.
@@ -86,23 +86,23 @@ def with_marks(
         journal: Where that bus records.
         rank: Rank of this process; its own streams are searched first.
     """
-    before = tuple(callbacks)
-    given = tuple(each for each in before if not isinstance(each, _Rewinds | _Records))
-    marked = _keep_marks(given)
-    if journal is None or not marked:
-        return given
-    first = next((each for each in before if isinstance(each, _Rewinds)), None)
-    last = next((each for each in before if isinstance(each, _Records)), None)
-    if first is None or last is None:
+    all_callbacks = tuple(callbacks)
+    user_callbacks = tuple(each for each in all_callbacks if not isinstance(each, _MarkRewinder | _MarkRecorder))
+    rewindable = _rewindable_callbacks(user_callbacks)
+    if journal is None or not rewindable:
+        return user_callbacks
+    rewinder = next((each for each in all_callbacks if isinstance(each, _MarkRewinder)), None)
+    recorder = next((each for each in all_callbacks if isinstance(each, _MarkRecorder)), None)
+    if rewinder is None or recorder is None:
         directory = journal.directory if isinstance(journal, JournalWriter) else os.fspath(journal)
-        marks = _Marks(directory, rank)
-        first, last = _Rewinds(marks), _Records(marks)
-    last.marks.callbacks = marked
-    return (first, *given, last)
+        manager = _MarkManager(directory, rank)
+        rewinder, recorder = _MarkRewinder(manager), _MarkRecorder(manager)
+    recorder.manager.callbacks = rewindable
+    return (rewinder, *user_callbacks, recorder)
 
 
 def recorded_marks(
-    directory: str, run: str, *, rank: int = 0, disk: Disk | None = None, seconds: float = READ_SECONDS
+    directory: str, run: str, *, rank: int = 0, disk: Disk | None = None, seconds: float = MARK_SEARCH_SECONDS
 ) -> Iterator[BusCallbackMarks]:
     """Yield the recorded marks of a run, newest first; unreadable streams are skipped with a WARNING.
 
@@ -114,43 +114,43 @@ def recorded_marks(
         seconds: Time limit for reading.
     """
     disk = OsDisk() if disk is None else disk
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     try:
-        streams = layout.streams(disk, directory)
+        streams = layout.list_streams(disk, directory)
     except OSError as error:
         log().warning("callback_marks.unreadable", journal=directory, error=str(error))
         return
     newest_first = streams[::-1]
     for stream in sorted(newest_first, key=lambda each: layout.rank_of(each) != rank):
         try:
-            names = layout.segments(disk, f"{directory}/{stream}")
+            names = layout.list_segments(disk, f"{directory}/{stream}")
         except OSError as error:
             log().warning("callback_marks.unreadable", journal=directory, stream=stream, error=str(error))
             continue
         for name in reversed(names):
             payloads: list[bytes] = []
             try:
-                events = _payloads(disk, f"{directory}/{stream}/{name}", name.first, until)
-                payloads.extend(payload for payload in events if _TAG in payload)
-            except _FAILURES as error:
+                scanned = _read_payloads(disk, f"{directory}/{stream}/{name}", name.first_sequence, deadline)
+                payloads.extend(payload for payload in scanned if _TAG in payload)
+            except _READ_ERRORS as error:
                 log().warning("callback_marks.unreadable", journal=directory, stream=stream, error=str(error))
-            yield from filter(None, (_marks_in(payload, run) for payload in reversed(payloads)))
-            if time.monotonic() >= until:
+            yield from filter(None, (_decode_marks(payload, run) for payload in reversed(payloads)))
+            if time.monotonic() >= deadline:
                 log().warning("callback_marks.search_ended", journal=directory, run=run, after_seconds=seconds)
                 return
 
 
-def _payloads(disk: Disk, path: str, first: int, until: float) -> Iterator[bytes]:
-    for piece in SegmentScan(disk, path).runs(first):
-        if isinstance(piece, Run):
-            yield from piece.payloads
-            if time.monotonic() >= until:
+def _read_payloads(disk: Disk, path: str, first: int, deadline: float) -> Iterator[bytes]:
+    for item in SegmentScan(disk, path).frame_runs(first):
+        if isinstance(item, FrameRun):
+            yield from item.payloads
+            if time.monotonic() >= deadline:
                 return
-        elif isinstance(piece, Frame) and piece.kind in {frame.EVENT, frame.CARRIED}:
-            yield bytes(piece.payload)
+        elif isinstance(item, Frame) and item.kind in {frame.EVENT, frame.CARRIED}:
+            yield bytes(item.payload)
 
 
-def _marks_in(payload: bytes, run: str) -> BusCallbackMarks | None:
+def _decode_marks(payload: bytes, run: str) -> BusCallbackMarks | None:
     """Return the event without marks that were recorded incompletely, or None for any other event."""
     try:
         envelope = decode(payload)
@@ -162,12 +162,14 @@ def _marks_in(payload: bytes, run: str) -> BusCallbackMarks | None:
     # Decoding does not check the field types, and another version may have written the event.
     if type(event.step) is not int or type(event.folder) is not str or type(event.marks) is not dict:
         return None
-    cut = [path for path in envelope.replaced if path.startswith("marks")]
-    whole = {name: mark for name, mark in event.marks.items() if not any(f"marks.{name}" in path for path in cut)}
-    return msgspec.structs.replace(event, marks=whole)
+    replaced_paths = [path for path in envelope.replaced if path.startswith("marks")]
+    complete = {
+        name: mark for name, mark in event.marks.items() if not any(f"marks.{name}" in path for path in replaced_paths)
+    }
+    return msgspec.structs.replace(event, marks=complete)
 
 
-class _Marks:
+class _MarkManager:
     """Takes, records and restores the marks of one bus's callbacks."""
 
     def __init__(self, directory: str, rank: int) -> None:
@@ -175,32 +177,32 @@ class _Marks:
         """By the name under which their marks are recorded."""
         self._directory: Final = directory
         self._rank: Final = rank
-        self._training: Final[dict[tuple[str, str], int]] = {}
+        self._steps_done: Final[dict[tuple[str, str], int]] = {}
         """Runs between TrainStart and TrainEnd, and the number of completed steps of each."""
-        self._recorded: Final[dict[tuple[str, str], dict[str, bytes]]] = {}
+        self._last_recorded: Final[dict[tuple[str, str], dict[str, bytes]]] = {}
         """The encoded marks recorded last for each run in training, by callback."""
-        self._known: Final[set[tuple[str, str]]] = set()
+        self._seen_runs: Final[set[tuple[str, str]]] = set()
         """Runs for which this process has recorded marks."""
 
     def rewind(self, state: LoopState) -> None:
         """Restore each callback from the marks recorded at or before the run's first step."""
-        run, step = _run_of(state), _whole(attribute(state, "step"))
-        if run is None or step is None or (step == 0 and run not in self._known):
+        run, step = _run_key_and_directory(state), _as_int(get_attribute(state, "step"))
+        if run is None or step is None or (step == 0 and run not in self._seen_runs):
             return  # a new run at step 0 has no marks
-        leave: BaseException | None = None
-        for name, (mark, newest) in self._found(run, step).items():
+        exit_error: BaseException | None = None
+        for name, (mark, newest) in self._lookup_marks(run, step).items():
             callback = self.callbacks[name]
             try:
-                if _is_by_run(callback):
+                if _is_rewindable_by_run(callback):
                     callback.rewind_run(state, mark, newest)
-                elif mark is not None and _is_whole(callback):
-                    self._rewind_all(callback, mark, run)
+                elif mark is not None and _is_rewindable(callback):
+                    self._rewind_all_runs(callback, mark, run)
             except BaseException as error:
-                leave = isolate(callback, "rewind", error) or leave
-        if leave is not None:
-            raise leave
+                exit_error = isolate(callback, "rewind", error) or exit_error
+        if exit_error is not None:
+            raise exit_error
 
-    def taken(self, handle: object, step: int | None, *, changed_only: bool) -> BusCallbackMarks | None:
+    def collect(self, handle: object, step: int | None, *, changed_only: bool) -> BusCallbackMarks | None:
         """Take the marks and return the event to record, or None if there is nothing to record.
 
         Args:
@@ -208,107 +210,109 @@ class _Marks:
             step: The last completed step, or None if unknown.
             changed_only: Omit marks equal to those recorded last.
         """
-        run = _run_of(handle)
+        run = _run_key_and_directory(handle)
         if run is None:
             return None
-        done = self._training.get(run, 0) if step is None else step + 1
-        if run in self._training:
-            self._training[run] = done
-        self._known.add(run)
-        recorded = self._recorded.setdefault(run, {})
+        steps_done = self._steps_done.get(run, 0) if step is None else step + 1
+        if run in self._steps_done:
+            self._steps_done[run] = steps_done
+        self._seen_runs.add(run)
+        recorded = self._last_recorded.setdefault(run, {})
         marks: dict[str, Any] = {}
-        leave: BaseException | None = None
+        exit_error: BaseException | None = None
         for name, callback in self.callbacks.items():
             try:
-                mark = _mark_of(callback, handle)
+                mark = _take_mark(callback, handle)
                 encoded = msgspec.msgpack.encode(mark)
             except BaseException as error:
-                leave = isolate(callback, "mark", error) or leave
+                exit_error = isolate(callback, "mark", error) or exit_error
                 continue
             if not changed_only or recorded.get(name) != encoded:
                 recorded[name], marks[name] = encoded, mark
-        if leave is not None:
-            raise leave
-        return BusCallbackMarks(run[0], without_surrogates(run[1]), done, marks) if marks else None
+        if exit_error is not None:
+            raise exit_error
+        return BusCallbackMarks(run[0], escape_surrogates(run[1]), steps_done, marks) if marks else None
 
-    def begin(self, state: LoopState) -> None:
+    def start_run(self, state: LoopState) -> None:
         """Start tracking a run."""
-        run = _run_of(state)
+        run = _run_key_and_directory(state)
         if run is not None:
-            self._training[run] = _whole(attribute(state, "step")) or 0
+            self._steps_done[run] = _as_int(get_attribute(state, "step")) or 0
 
-    def end(self, state: LoopState) -> None:
+    def end_run(self, state: LoopState) -> None:
         """Stop tracking a run."""
-        run = _run_of(state) or ("", "")
-        self._training.pop(run, None)
-        self._recorded.pop(run, None)
+        run = _run_key_and_directory(state) or ("", "")
+        self._steps_done.pop(run, None)
+        self._last_recorded.pop(run, None)
 
-    def _rewind_all(self, callback: Rewindable, mark: Any, run: tuple[str, str]) -> None:
-        others = [key for key, folder in self._training if (key, folder) != run]
-        if others:
+    def _rewind_all_runs(self, callback: Rewindable, mark: Any, run: tuple[str, str]) -> None:
+        other_runs = [key for key, folder in self._steps_done if (key, folder) != run]
+        if other_runs:
             log().warning(
                 "callback.not_rewound",
                 callback=callback_name(callback),
                 run=run[0],
-                why=f"its mark is of all runs, and {others[0]} is training",
+                why=f"its mark is of all runs, and {other_runs[0]} is training",
                 fix="give it mark_run(run) and rewind_run(run, mark, newest), which are of one run",
             )
             return
         callback.rewind(mark)
 
-    def _found(self, run: tuple[str, str], step: int) -> dict[str, tuple[Any, Any]]:
+    def _lookup_marks(self, run: tuple[str, str], step: int) -> dict[str, tuple[Any, Any]]:
         """Return for each callback the newest mark at or before the step, and the newest mark of all."""
-        key, folder = run[0], without_surrogates(run[1])
+        key, folder = run[0], escape_surrogates(run[1])
         # Prefer marks of the same directory, then those of the same key: a run may have been moved.
-        here: dict[str, list[Any]] = {}
-        elsewhere: dict[str, list[Any]] = {}
+        same_directory: dict[str, list[Any]] = {}
+        same_key: dict[str, list[Any]] = {}
         for each in recorded_marks(self._directory, key, rank=self._rank):
             for name in each.marks.keys() & self.callbacks.keys():
-                found = (here if each.folder == folder else elsewhere).setdefault(name, [None, each.marks[name]])
-                if found[0] is None and each.step <= step:
-                    found[0] = each.marks[name]
-            if all(name in here and here[name][0] is not None for name in self.callbacks):
+                entry = (same_directory if each.folder == folder else same_key).setdefault(
+                    name, [None, each.marks[name]]
+                )
+                if entry[0] is None and each.step <= step:
+                    entry[0] = each.marks[name]
+            if all(name in same_directory and same_directory[name][0] is not None for name in self.callbacks):
                 break
-        return {name: (mark, newest) for name, (mark, newest) in {**elsewhere, **here}.items()}
+        return {name: (mark, newest) for name, (mark, newest) in {**same_key, **same_directory}.items()}
 
 
-class _Rewinds(Callback):
+class _MarkRewinder(Callback):
     """The first callback: restores the others before their hooks receive the TrainStart."""
 
     spec_name = "callback_marks"
 
-    def __init__(self, marks: _Marks) -> None:
-        self.marks = marks
+    def __init__(self, manager: _MarkManager) -> None:
+        self.manager = manager
 
     def on_train_start(self, state: LoopState) -> None:
         """Restore the marks."""
-        self.marks.rewind(state)
+        self.manager.rewind(state)
 
 
-class _Records(Callback):
+class _MarkRecorder(Callback):
     """The last callback: records the marks after all others have handled an event."""
 
     spec_name = "callback_marks"
 
-    def __init__(self, marks: _Marks) -> None:
-        self.marks = marks
+    def __init__(self, manager: _MarkManager) -> None:
+        self.manager = manager
 
     def on_train_start(self, state: LoopState) -> None:
         """Record all marks; those that an earlier attempt recorded after this step no longer count."""
-        self.marks.begin(state)
-        step = _whole(attribute(state, "step"))
+        self.manager.start_run(state)
+        step = _as_int(get_attribute(state, "step"))
         self._record(state, None if step is None else step - 1, changed_only=False)
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
         """Record all marks, because a resume starts from a checkpoint."""
         # 0 is also the default of a row that was given no step.
-        step = _whole(attribute(row, "batch")) or _whole(attribute(state, "step"))
+        step = _as_int(get_attribute(row, "batch")) or _as_int(get_attribute(state, "step"))
         self._record(state, step, changed_only=False)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Record the marks that changed."""
         del eval_name, metrics
-        steps = [step for step in (_whole(attribute(state, "step")), _whole(step_idx)) if step is not None]
+        steps = [step for step in (_as_int(get_attribute(state, "step")), _as_int(step_idx)) if step is not None]
         self._record(state, max(steps, default=None), changed_only=True)
 
     def on_benchmark_eval(
@@ -321,69 +325,69 @@ class _Records(Callback):
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Stop tracking the run."""
         del artifacts
-        self.marks.end(state)
+        self.manager.end_run(state)
 
     def _record(self, handle: object, step: int | None, *, changed_only: bool) -> None:
-        event = self.marks.taken(handle, step, changed_only=changed_only)
+        event = self.manager.collect(handle, step, changed_only=changed_only)
         if event is not None:
             self.publish(event)
 
 
-def _keep_marks(callbacks: Iterable[object]) -> dict[str, object]:
+def _rewindable_callbacks(callbacks: Iterable[object]) -> dict[str, object]:
     """Return the callbacks with marks, by unique names."""
-    marked: dict[str, object] = {}
+    rewindable: dict[str, object] = {}
     for callback in callbacks:
         # Marks of files, for example, are for a courier, which delivers truncated rows again. Inline callbacks get
         # nothing twice.
-        if isinstance(callback, type) or attribute(callback, "marks_inline") is False:
+        if isinstance(callback, type) or get_attribute(callback, "marks_inline") is False:
             continue
-        if _is_by_run(callback) or _is_whole(callback):
+        if _is_rewindable_by_run(callback) or _is_rewindable(callback):
             name = callback_name(callback)
-            same = sum(each == name or each.startswith(f"{name}#") for each in marked)
-            marked[f"{name}#{same + 1}" if same else name] = callback
-    return marked
+            duplicates = sum(each == name or each.startswith(f"{name}#") for each in rewindable)
+            rewindable[f"{name}#{duplicates + 1}" if duplicates else name] = callback
+    return rewindable
 
 
-def _mark_of(callback: object, handle: object) -> Any:
+def _take_mark(callback: object, handle: object) -> Any:
     """Return a copy of the callback's mark as plain data.
 
     Raises:
         TypeError: The mark is not plain data.
     """
-    mark = callback.mark_run(handle) if _is_by_run(callback) else cast("Rewindable", callback).mark()
-    plain, replaced = to_plain(mark)
+    mark = callback.mark_run(handle) if _is_rewindable_by_run(callback) else cast("Rewindable", callback).mark()
+    plain, replaced = to_builtins(mark)
     if replaced:
         raise TypeError(f"a mark is plain data; this one would be recorded with replacements: {replaced}")
     return plain
 
 
-def _is_by_run(callback: object) -> TypeGuard[RewindableByRun]:
-    return _has(callback, "mark_run", "rewind_run")
+def _is_rewindable_by_run(callback: object) -> TypeGuard[RewindableByRun]:
+    return _has_methods(callback, "mark_run", "rewind_run")
 
 
-def _is_whole(callback: object) -> TypeGuard[Rewindable]:
-    return _has(callback, "mark", "rewind")
+def _is_rewindable(callback: object) -> TypeGuard[Rewindable]:
+    return _has_methods(callback, "mark", "rewind")
 
 
-def _has(callback: object, *methods: str) -> bool:
+def _has_methods(callback: object, *methods: str) -> bool:
     """Check the class, because an instance may define ``__getattr__``."""
-    return all(callable(attribute(type(callback), method)) for method in methods)
+    return all(callable(get_attribute(type(callback), method)) for method in methods)
 
 
-def _run_of(handle: object) -> tuple[str, str] | None:
+def _run_key_and_directory(handle: object) -> tuple[str, str] | None:
     """Return key and directory of a run, equal for its state and its context; None if it has neither."""
-    is_state = attribute(handle, "step") is not None
-    ctx = attribute(handle, "ctx") if is_state else handle
-    key = attribute(ctx, "run_key")
+    is_state = get_attribute(handle, "step") is not None
+    ctx = get_attribute(handle, "ctx") if is_state else handle
+    key = get_attribute(ctx, "run_key")
     try:
-        folder = cast("str", os.fspath(attribute(ctx if type(key) is str else handle, "output_dir")))
+        folder = cast("str", os.fspath(get_attribute(ctx if type(key) is str else handle, "output_dir")))
         # os.path, because a Path costs ten times as much.
         return (key, os.path.join(folder, key)) if type(key) is str else (os.path.basename(folder), folder)  # noqa: PTH118, PTH119
     except TypeError:
         return None
 
 
-def _whole(step: object) -> int | None:
+def _as_int(step: object) -> int | None:
     """Return a step as an int, or None if it is not a whole number."""
     try:
         if isinstance(step, SupportsIndex):

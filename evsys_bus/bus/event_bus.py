@@ -13,47 +13,47 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
-from evsys_bus.attached import Adapter, EventInfo
-from evsys_bus.bus.callback_marks import with_marks
-from evsys_bus.bus.closing import Closing, close_callback, wants_closing
-from evsys_bus.bus.entrance import Entrance
-from evsys_bus.bus.following import Couriers, Following, placement_of
-from evsys_bus.bus.health import Health, health_of
-from evsys_bus.bus.limits import seconds
+from evsys_bus.adapter import Adapter, EventInfo
+from evsys_bus.bus.callback_closer import CallbackCloser, close_callback, has_cleanup
+from evsys_bus.bus.callback_marks import add_mark_callbacks
+from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
+from evsys_bus.bus.health import Health, collect_health
+from evsys_bus.bus.lifecycle import BusLifecycle
+from evsys_bus.bus.limits import validate_seconds
 from evsys_bus.bus.publisher import Publisher
-from evsys_bus.bus.recording import Recording, rank_of
+from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
-from evsys_bus.delivery.followed import Followed
+from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, SettingError
 from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
+from evsys_bus.location import local_path
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import (
     CANCEL_GRACE_SECONDS,
     STOP_SECONDS,
-    BareTasks,
     Deadline,
-    Draining,
+    DrainFuture,
+    HookTaskAdopter,
     Job,
     LoopThread,
     Receipt,
     TaskCounts,
-    TaskOffice,
-    Uninterrupted,
-    prepare_to_wait,
+    TaskManager,
+    UninterruptibleCall,
+    preload_wait_imports,
     running_loop,
     wait_shielded,
 )
 from evsys_bus.watchdog import Watchdog
-from evsys_bus.where import local_path
 
 T = TypeVar("T")
 
-_EXIT_THREAD: Final = "evsys-bus-exit"
-_LOOK_SECONDS: Final = 0.1
+_EXIT_THREAD_NAME: Final = "evsys-bus-exit"
+_POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
-_DELIVERY_SECONDS: Final = 1.0
+_DELIVERY_RESERVE_SECONDS: Final = 1.0
 """Part of the deadline reserved for the couriers while a failing disk is retried."""
 
 
@@ -125,12 +125,12 @@ class EventBus:
                 "receipt",
                 "_bare_tasks",
                 "_drain_timeout",
-                "_ending",
-                "_entrance",
+                "_shutdown",
+                "_lifecycle",
                 "_faults",
-                "_following",
+                "_delivery_manager",
             ),
-            *("_journal", "_office", "_publisher", "_rank", "_recording", "_redact", "_thread", "_watchdog"),
+            *("_journal", "_task_manager", "_publisher", "_rank", "_recorder", "_redact", "_loop_thread", "_watchdog"),
         )
 
     def __init__(
@@ -138,7 +138,7 @@ class EventBus:
         callbacks: Iterable[object] = (),
         *,
         journal: JournalWriter | str | os.PathLike[str] | None = None,
-        sinks: Iterable[Sink | Followed] = (),
+        sinks: Iterable[Sink | Subscription] = (),
         couriers: Couriers = "process",
         linger_seconds: float = 30.0,
         rank: int | None = None,
@@ -151,35 +151,41 @@ class EventBus:
         max_waiting_tasks: int = 10_000,
     ) -> None:
         self.receipt: Receipt | None = None
-        self._ending: Uninterrupted[None] | None = None
-        self._drain_timeout = seconds("drain_timeout", drain_timeout)
+        self._shutdown: UninterruptibleCall[None] | None = None
+        self._drain_timeout = validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
-        self._rank = rank_of() if rank is None else rank
+        self._rank = rank_from_environment() if rank is None else rank
         if journal is not None and not isinstance(journal, JournalWriter):
             journal = os.fspath(local_path(journal, "journal"))
         self._journal = journal
-        self._recording: Recording | None = None
+        self._recorder: EventRecorder | None = None
         self._redact = frozenset(key.lower() for key in redact)
-        self._following = Following(callbacks, sinks, couriers, seconds("linger_seconds", linger_seconds), self._rank)
+        self._delivery_manager = DeliveryManager(
+            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
+        )
         self._publisher = Publisher(
-            with_marks(self._following.inline, self._journal, self._rank),
+            add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,
-            patience_seconds=seconds("publish_patience_seconds", publish_patience_seconds),
-            expose=self._expose,
-            before=lambda _: self._bare_tasks.begin_here(),  # its thread may run a new event loop
+            patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
+            set_publish=self._set_publish,
+            before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
         )
-        self._office = TaskOffice(
-            self._loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
+        self._task_manager = TaskManager(
+            self._get_loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
         )
-        self._bare_tasks = BareTasks(self._publisher.publishing, self._owner_around, self._office.adopt)
+        self._bare_tasks = HookTaskAdopter(self._publisher.is_publishing, self._owner_at, self._task_manager.adopt)
         self._watchdog = Watchdog(
-            self._publisher.look,
-            self._publisher.tell_blocked,
-            (self._publisher.units.fold, self._bare_tasks.look_after, self._following.look_after),
-            blocked_seconds=seconds("blocked_hook_seconds", blocked_hook_seconds, least=0.01),
+            self._publisher.current_hook,
+            self._publisher.report_blocked,
+            (
+                self._publisher.dispatches.flush_samples,
+                self._bare_tasks.check_task_factories,
+                self._delivery_manager.run_checks,
+            ),
+            blocked_seconds=validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
         )
-        self._thread = LoopThread()
-        self._entrance = Entrance(handles_signals=handle_signals)
+        self._loop_thread = LoopThread()
+        self._lifecycle = BusLifecycle(handles_signals=handle_signals)
 
     # -- what hooks and programs call ---------------------------------------------------------------------------------
 
@@ -201,23 +207,24 @@ class EventBus:
             fix = "give it to EventBus([...]), before the bus is entered"
             log().warning("callback.runs_inline", callback=callback_name(callback), why="it was added later", fix=fix)
         attach(callback, self)
-        self._publisher.change(lambda callbacks: (*callbacks, callback))
+        self._publisher.change_callbacks(lambda callbacks: (*callbacks, callback))
 
     def remove(self, callback: object) -> None:
         """Remove a callback; called from inside a hook, it takes effect with the next publish.
 
         A followed adapter still gets the events recorded until the bus is left; this is logged.
         """
-        if self._following.delivers_to(callback):
+        if self._delivery_manager.has_adapter(callback):
             why = "its events are recorded, and are delivered to it until the bus is left"
             log().warning("callback.still_followed", callback=callback_name(callback), why=why)
-        self._publisher.change(
-            lambda callbacks: tuple(each for each in callbacks if each is not callback), partial(self._let_go, callback)
+        self._publisher.change_callbacks(
+            lambda callbacks: tuple(each for each in callbacks if each is not callback),
+            partial(self._close_removed, callback),
         )
 
-    def _let_go(self, callback: object) -> None:
-        if self._publisher.units.called(callback):
-            close_callback(callback, self._publisher.units.close_failed)
+    def _close_removed(self, callback: object) -> None:
+        if self._publisher.dispatches.has_called(callback):
+            close_callback(callback, self._publisher.dispatches.count_failed_close)
         detach(callback, self)
 
     def spawn(
@@ -244,23 +251,25 @@ class EventBus:
             raise BusNotOpenError(
                 f"spawn on a bus that is {self._publisher.state}", fix="spawn inside the `with` block of the bus"
             )
-        return self._office.spawn(job)
+        return self._task_manager.spawn(job)
 
-    def drain(self, timeout: float | None = None) -> Draining:
+    def drain(self, timeout: float | None = None) -> DrainFuture:
         """Wait for the tasks so far: ``await bus.drain()``, or ``bus.drain().result()`` on a thread without the loop.
 
         The bus stays open and nothing is cancelled; the receipt names tasks that have not ended after ``timeout``
         seconds (default: the bus's ``drain_timeout``). Cancelling the wait does not affect the tasks.
         """
-        return self._office.drain(self._drain_timeout if timeout is None else timeout, close=False)
+        return self._task_manager.drain(self._drain_timeout if timeout is None else timeout, close=False)
 
     def health(self) -> Health:
         """Return all current counts."""
-        return health_of(self._publisher, self._office, self._bare_tasks.state, self._recording, self._following)
+        return collect_health(
+            self._publisher, self._task_manager, self._bare_tasks.state, self._recorder, self._delivery_manager
+        )
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Record what an inline callback reports with `Adapter.report_owed`."""
-        self._following.report_owed(adapter, events, why, fix)
+        self._delivery_manager.report_owed(adapter, events, why, fix)
 
     def current_event(self) -> EventInfo | None:
         """Return the event whose hook is running on this thread, or None outside a hook."""
@@ -268,212 +277,229 @@ class EventBus:
 
     def publishes_here(self) -> bool:
         """Return whether the calling code runs inside a hook that this bus called."""
-        return self._owner_around(inspect.currentframe()) is not None
+        return self._owner_at(inspect.currentframe()) is not None
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        self._entrance.by_task()
-        prepare_to_wait()
-        return self._open()
+        self._lifecycle.enter_from_task()
+        preload_wait_imports()
+        return self._enter()
 
     async def __aexit__(self, *_: object) -> None:
-        if self._publisher.state == "forked" or not self._entrance.leaves_here():
+        if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit():
             return
         deadline = Deadline(self._drain_timeout)
         try:
-            cancelled = await self._leave_on_loop(deadline)
+            cancelled = await self._exit_on_loop(deadline)
         except BaseException:  # Ctrl-C between two statements
-            self._leave(deadline, in_haste=True)
+            self._exit_blocking(deadline, immediately=True)
             raise
         finally:
-            self._close_entrance()
+            self._complete_exit()
         if cancelled is not None:
             raise asyncio.CancelledError if isinstance(cancelled, asyncio.CancelledError) else cancelled
 
-    async def _leave_on_loop(self, deadline: Deadline) -> BaseException | None:
+    async def _exit_on_loop(self, deadline: Deadline) -> BaseException | None:
         """Leave without blocking the loop; return the cancellation or interrupt that arrived meanwhile, if any."""
-        draining = self._office.drain(self._drain_timeout, close=True)
-        longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
-        cancelled = await wait_shielded(draining, seconds=longest)
-        self.receipt = draining.result() if draining.done() else self._office.close_now()
+        drain_future = self._task_manager.drain(self._drain_timeout, close=True)
+        max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
+        cancelled = await wait_shielded(drain_future, seconds=max_seconds)
+        self.receipt = drain_future.result() if drain_future.done() else self._task_manager.close_now()
         # Undelivered events are safe in the journal, so a second cancellation (Ctrl-C twice) ends the wait for them.
-        most = 1 if cancelled else 2
-        self._ending = ending = Uninterrupted(partial(self._end, deadline), _EXIT_THREAD)
-        ending.start()
-        again = await wait_shielded(
-            ending, most=most + 1, on_cancel=lambda count: deadline.cut() if count >= most else None
+        max_cancellations = 1 if cancelled else 2
+        self._shutdown = shutdown = UninterruptibleCall(partial(self._shut_down, deadline), _EXIT_THREAD_NAME)
+        shutdown.start()
+        cancelled_again = await wait_shielded(
+            shutdown,
+            max_cancellations=max_cancellations + 1,
+            on_cancel=lambda count: deadline.cut_short() if count >= max_cancellations else None,
         )
-        if not ending.done():
-            self.receipt = self._following.told(self.receipt)
-        return cancelled or again
+        if not shutdown.done():
+            self.receipt = self._delivery_manager.add_deliveries(self.receipt)
+        return cancelled or cancelled_again
 
     def __enter__(self) -> Self:
-        return self._open()
+        return self._enter()
 
     def __exit__(self, *_: object) -> None:
-        longest = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
-        if self._publisher.state == "forked" or not self._entrance.leaves_here(longest):
+        max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
+        if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit(max_seconds):
             return
         deadline = Deadline(self._drain_timeout)
         try:
-            self._leave(deadline)
+            self._exit_blocking(deadline)
         except BaseException:  # Ctrl-C, possibly between two statements, before the work has started
-            self._leave(deadline, in_haste=True)
+            self._exit_blocking(deadline, immediately=True)
             raise
         finally:
-            self._close_entrance()
+            self._complete_exit()
 
-    def _leave(self, deadline: Deadline, *, in_haste: bool = False) -> None:
+    def _exit_blocking(self, deadline: Deadline, *, immediately: bool = False) -> None:
         """Leave by blocking this thread; if leaving has already started, wait for it."""
-        if in_haste:
-            deadline.cut()
+        if immediately:
+            deadline.cut_short()
         # An event loop of this very thread (a notebook's) cannot run while we wait: its tasks are only listed.
-        stalled = self._entrance.loop or running_loop()
-        ending = self._ending
-        if ending is None:
-            self._ending = ending = Uninterrupted(partial(self._drain_and_end, deadline, stalled), _EXIT_THREAD)
-        ending.do(deadline.cut)
+        blocked_loop = self._lifecycle.loop or running_loop()
+        shutdown = self._shutdown
+        if shutdown is None:
+            self._shutdown = shutdown = UninterruptibleCall(
+                partial(self._drain_and_shut_down, deadline, blocked_loop), _EXIT_THREAD_NAME
+            )
+        shutdown.run(deadline.cut_short)
 
-    def _close_entrance(self) -> None:
-        if self._ending is not None and self._ending.done():
-            self._entrance.close()
+    def _complete_exit(self) -> None:
+        if self._shutdown is not None and self._shutdown.done():
+            self._lifecycle.complete_exit()
 
-    def _open(self) -> Self:
+    def _enter(self) -> Self:
         if self._publisher.state != "new":
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
-        _check_threads()
+        _check_threads_are_real()
         log()  # the first warning must not import structlog in the middle of a step
-        opening = Uninterrupted(self._open_parts, "evsys-bus-entry")
+        opening = UninterruptibleCall(self._open_components, "evsys-bus-entry")
         try:
-            opening.do(_nothing)
-            self._bare_tasks.begin_here()
-            self._entrance.listen(self.__exit__)
+            opening.run(_noop)
+            self._bare_tasks.adopt_on_running_loop()
+            self._lifecycle.install_exit_handlers(self.__exit__)
             return self  # noqa: TRY300 # an interrupt on this very line is undone too
         except BaseException as error:
             try:
-                self._leave_half_entered(opening, error)
+                self._abort_enter(opening, error)
             except BaseException:  # Ctrl-C again, possibly between two statements, before the work has started
-                self._leave_half_entered(opening, error)
+                self._abort_enter(opening, error)
                 raise
             raise
 
-    def _leave_half_entered(self, opening: "Uninterrupted[None]", error: BaseException) -> None:
+    def _abort_enter(self, opening: "UninterruptibleCall[None]", error: BaseException) -> None:
         """Release everything that was opened."""
         self._publisher.entry_error = error
-        if self._ending is None:
-            self._ending = Uninterrupted(partial(self._undo_opening, opening, running_loop()), _EXIT_THREAD)
+        if self._shutdown is None:
+            self._shutdown = UninterruptibleCall(partial(self._undo_open, opening, running_loop()), _EXIT_THREAD_NAME)
         try:
-            self._ending.do(_nothing)
+            self._shutdown.run(_noop)
         finally:
-            self._close_entrance()
+            self._complete_exit()
 
-    def _undo_opening(self, opening: "Uninterrupted[None]", stalled: asyncio.AbstractEventLoop | None) -> None:
-        opening.withdraw()
+    def _undo_open(self, opening: "UninterruptibleCall[None]", blocked_loop: asyncio.AbstractEventLoop | None) -> None:
+        opening.cancel_or_wait()
         self._drain_timeout = 0.0
-        if self._recording is not None or self._publisher.state == "open":
-            self._drain_and_end(Deadline(0.0), stalled)
+        if self._recorder is not None or self._publisher.state == "open":
+            self._drain_and_shut_down(Deadline(0.0), blocked_loop)
 
     # -- on a separate thread, where no KeyboardInterrupt is raised ---------------------------------------------------
 
-    def _open_parts(self) -> None:
+    def _open_components(self) -> None:
         self._open_journal()
         for callback in self._publisher.callbacks:
             attach(callback, self)
-        self._publisher.open(self._recording)
-        if self._recording is not None:
-            self._following.start(self._recording.last, self._office)
+        self._publisher.open(self._recorder)
+        if self._recorder is not None:
+            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
         self._watchdog.start()
 
     def _open_journal(self) -> None:
-        journal = self._journal or (self._following.temporary_journal() if self._following else None)
+        journal = self._journal or (
+            self._delivery_manager.create_temporary_journal() if self._delivery_manager else None
+        )
         if journal is not None:
-            self._recording = Recording.open(journal, self._rank, self._publisher.raise_later, self._redact)
-            self._following.register(self._recording.writer)
+            self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redact)
+            self._delivery_manager.register(self._recorder.writer)
 
-    def _drain_and_end(self, deadline: Deadline, stalled: asyncio.AbstractEventLoop | None) -> None:
-        """Shut down without a loop to wait on; tasks of the ``stalled`` loop, which cannot run, are only listed."""
-        self.receipt = self._office.close_now() if self._entrance.loop is not None else self._drained(deadline, stalled)
-        self._end(deadline)
+    def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:
+        """Shut down without a loop to wait on; tasks of ``blocked_loop``, which cannot run, are only listed."""
+        self.receipt = (
+            self._task_manager.close_now()
+            if self._lifecycle.loop is not None
+            else self._drain_tasks(deadline, blocked_loop)
+        )
+        self._shut_down(deadline)
 
-    def _drained(self, deadline: Deadline, stalled: asyncio.AbstractEventLoop | None) -> Receipt:
-        until = time.monotonic() + self._drain_timeout + CANCEL_GRACE_SECONDS
+    def _drain_tasks(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> Receipt:
+        give_up_at = time.monotonic() + self._drain_timeout + CANCEL_GRACE_SECONDS
         try:
-            draining = self._office.drain(self._drain_timeout, close=True, stalled=stalled)
-            while not deadline.is_cut and time.monotonic() < until:
+            drain_future = self._task_manager.drain(self._drain_timeout, close=True, stalled_loop=blocked_loop)
+            while not deadline.is_cut_short and time.monotonic() < give_up_at:
                 with suppress(TimeoutError):
-                    return draining.result(_LOOK_SECONDS)
+                    return drain_future.result(_POLL_SECONDS)
         except Exception as error:  # isolated: the remaining steps must run
             self._faults.warn("bus.step_failed", "drain", error=error, step="drain")
-        return self._office.close_now()  # Ctrl-C, or a task blocks the thread that should drain
+        return self._task_manager.close_now()  # Ctrl-C, or a task blocks the thread that should drain
 
-    def _end(self, deadline: Deadline) -> None:
+    def _shut_down(self, deadline: Deadline) -> None:
         """Stop taking events, record and deliver the remaining ones, and release everything; the tasks have ended."""
-        began = time.monotonic()
+        started_at = time.monotonic()
         receipt = self.receipt or Receipt(TaskCounts(), {})
-        self._step("publisher", None, partial(self._publisher.close, deadline))
-        if self._recording is not None:
-            spare = _DELIVERY_SECONDS if self._following else 0.0
-            close = partial(self._recording.close, receipt, deadline, spare)
-            receipt = self._step("journal", receipt, close)
-        refused, without_hooks = self._publisher.refused, self._publisher.without_hooks
-        receipt = msgspec.structs.replace(receipt, refused=refused, without_hooks=without_hooks)
+        self._run_step("publisher", None, partial(self._publisher.close, deadline))
+        if self._recorder is not None:
+            reserve_seconds = _DELIVERY_RESERVE_SECONDS if self._delivery_manager else 0.0
+            close = partial(self._recorder.close, receipt, deadline, reserve_seconds)
+            receipt = self._run_step("journal", receipt, close)
+        dropped, without_hooks = self._publisher.dropped, self._publisher.without_hooks
+        receipt = msgspec.structs.replace(receipt, dropped=dropped, without_hooks=without_hooks)
         self.receipt = receipt
-        receipt = self._step("couriers", receipt, partial(self._deliver, receipt, deadline))
-        self._step("tasks", None, self._office.end_background)
+        receipt = self._run_step("couriers", receipt, partial(self._finish_deliveries, receipt, deadline))
+        self._run_step("tasks", None, self._task_manager.cancel_background)
         # Do not wait again for a task that blocks the loop's thread.
-        join_seconds = 0.0 if receipt.left and deadline.left() == 0.0 and not deadline.is_cut else STOP_SECONDS
-        self._step("loop", None, partial(self._thread.stop, join_seconds, self._office.background_ended))
-        total, by_owner = self._office.counts()  # inline deliveries are tasks too
-        seconds = receipt.seconds + time.monotonic() - began
-        self.receipt = msgspec.structs.replace(receipt, total=total, tasks_by_owner=by_owner, seconds=seconds)
-        self._step("watchdog", None, self._watchdog.stop)
-        self._step("tasks", None, self._bare_tasks.end)
+        join_seconds = (
+            0.0 if receipt.unfinished and deadline.remaining() == 0.0 and not deadline.is_cut_short else STOP_SECONDS
+        )
+        self._run_step(
+            "loop", None, partial(self._loop_thread.stop, join_seconds, self._task_manager.wait_for_background)
+        )
+        total, by_owner = self._task_manager.counts()  # inline deliveries are tasks too
+        seconds = receipt.seconds + time.monotonic() - started_at
+        self.receipt = msgspec.structs.replace(receipt, tasks=total, tasks_by_owner=by_owner, seconds=seconds)
+        self._run_step("watchdog", None, self._watchdog.stop)
+        self._run_step("tasks", None, self._bare_tasks.close)
         for callback in self._publisher.callbacks:
-            self._step("callbacks", None, partial(detach, callback, self))
+            self._run_step("callbacks", None, partial(detach, callback, self))
         self._faults.flush()
 
-    def _step(self, name: str, otherwise: T, act: Callable[[], T]) -> T:
+    def _run_step(self, name: str, default: T, action: Callable[[], T]) -> T:
         """Run one step of the shutdown; an exception is logged, and the next step follows."""
         try:
-            return act()
+            return action()
         except Exception as error:  # isolated: the next step must run
             self._faults.warn("bus.step_failed", name, error=error, step=name)
-            return otherwise
+            return default
 
-    def _deliver(self, receipt: Receipt, deadline: Deadline) -> Receipt:
-        called = self._publisher.units.called
-        closing = [each for each in self._publisher.callbacks if wants_closing(each) and called(each)]
-        if not (self._following or closing or self._following.owes):
+    def _finish_deliveries(self, receipt: Receipt, deadline: Deadline) -> Receipt:
+        has_called = self._publisher.dispatches.has_called
+        closing_callbacks = [each for each in self._publisher.callbacks if has_cleanup(each) and has_called(each)]
+        if not (self._delivery_manager or closing_callbacks or self._delivery_manager.has_unconfirmed):
             return receipt
-        loop = self._entrance.loop
-        if loop is None and (closing or self._following.uses_loop):
-            loop = self._thread.loop()
+        loop = self._lifecycle.loop
+        if loop is None and (closing_callbacks or self._delivery_manager.has_loop_couriers):
+            loop = self._loop_thread.loop()
         loop = loop if loop is not None and loop.is_running() else None
-        return self._following.finish(
-            receipt, deadline, Closing(closing, loop, self._publisher.units.close_failed), loop_runs=loop is not None
+        return self._delivery_manager.finish(
+            receipt,
+            deadline,
+            CallbackCloser(closing_callbacks, loop, self._publisher.dispatches.count_failed_close),
+            is_loop_running=loop is not None,
         )
 
     # -- what the components need -------------------------------------------------------------------------------------
 
-    def _expose(self, publish: Callable[[Event], None]) -> None:
+    def _set_publish(self, publish: Callable[[Event], None]) -> None:
         self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for readers
 
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        return self._entrance.loop or self._thread.loop()
+    def _get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._lifecycle.loop or self._loop_thread.loop()
 
-    def _owner_around(self, frame: FrameType | None) -> str | None:
-        account = self._publisher.hook_around(frame)
-        return None if account is None else account.owner
+    def _owner_at(self, frame: FrameType | None) -> str | None:
+        stats = self._publisher.enclosing_hook(frame)
+        return None if stats is None else stats.owner
 
 
-def _nothing() -> None:
+def _noop() -> None:
     """Ignore the interrupt: nothing here can be cut short."""
 
 
-def _check_threads() -> None:
+def _check_threads_are_real() -> None:
     """Refuse green threads, as gevent's monkey patch installs them: they would wait for each other forever."""
     patch = sys.modules.get("gevent.monkey")
     if patch is not None and patch.is_module_patched("threading"):

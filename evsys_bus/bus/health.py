@@ -1,14 +1,15 @@
 """Health of a bus: every count that changes when something is dropped, refused, late or raised."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
-from evsys_bus.bus.account import HookHealth
-from evsys_bus.bus.following import Following, Place
+from evsys_bus.bus.delivery_manager import CourierLocation, DeliveryManager
+from evsys_bus.bus.hook_stats import HookHealth
 from evsys_bus.bus.publisher import Publisher
-from evsys_bus.bus.recording import JournalHealth, Recording
-from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts, TaskOffice
+from evsys_bus.bus.recorder import EventRecorder, JournalHealth
+from evsys_bus.deprecated import Renamed
+from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts, TaskManager
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -25,9 +26,9 @@ class Health(msgspec.Struct, frozen=True):
     """Adopted ones included."""
     tasks_waiting: int
     """Accepted tasks that wait for a free slot or for an earlier task of their lane."""
-    handed_over: int
+    deferred: int
     """Events of threads that waited `publish_patience_seconds` in vain, left to the thread whose hook held the bus."""
-    refused: int
+    dropped: int
     """Events whose `publish` returned although no hook was called and nothing was recorded: too many were handed over,
     or the bus was left meanwhile and they could not be recorded."""
     adoption: AdoptionState
@@ -35,31 +36,37 @@ class Health(msgspec.Struct, frozen=True):
     """None if nothing is recorded."""
     deliveries: tuple[DeliveryStatus, ...] = ()
     """One for each followed adapter, read from the journal directory."""
-    couriers: dict[str, Place] = {}
+    couriers: dict[str, CourierLocation] = {}
     """Where the courier of each of them runs."""
+    handed_over: ClassVar[Renamed] = Renamed("deferred")
+    refused: ClassVar[Renamed] = Renamed("dropped")
     without_hooks: int = 0
     """Events that are in the journal but whose hooks were not called: another thread's hook held the bus to the end."""
 
 
-def health_of(
-    publisher: Publisher, office: TaskOffice, adoption: AdoptionState, recording: Recording | None, following: Following
+def collect_health(
+    publisher: Publisher,
+    task_manager: TaskManager,
+    adoption: AdoptionState,
+    recorder: EventRecorder | None,
+    delivery_manager: DeliveryManager,
 ) -> Health:
     """Collect the counts of all components of a bus."""
-    tasks, by_owner = office.counts()
-    running, waiting = office.load()
+    tasks, by_owner = task_manager.counts()
+    running, waiting = task_manager.count_running_and_waiting()
     return Health(
         state=publisher.state,
-        published=publisher.units.published(),
-        hooks=publisher.units.hooks(),
+        published=publisher.dispatches.published_counts(),
+        hooks=publisher.dispatches.hook_health(),
         tasks=tasks,
         tasks_by_owner=by_owner,
         tasks_running=running,
         tasks_waiting=waiting,
-        handed_over=publisher.handed_over,
-        refused=publisher.refused,
+        deferred=publisher.deferred,
+        dropped=publisher.dropped,
         adoption=adoption,
-        journal=None if recording is None else recording.health(),
-        deliveries=following.deliveries(),
-        couriers=following.places(),
+        journal=None if recorder is None else recorder.health(),
+        deliveries=delivery_manager.deliveries(),
+        couriers=delivery_manager.courier_locations(),
         without_hooks=publisher.without_hooks,
     )

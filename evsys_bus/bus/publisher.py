@@ -16,41 +16,41 @@ from functools import partial
 from types import FrameType
 from typing import Any, Final, Literal
 
-from evsys_bus.attached import EventInfo
-from evsys_bus.bus.account import HookAccount
-from evsys_bus.bus.compile import FILENAME, Dispatch
-from evsys_bus.bus.recording import BEFORE_HOOKS, Recording
-from evsys_bus.bus.stack import LostToken, StackReader
-from evsys_bus.bus.units import Units
+from evsys_bus.adapter import EventInfo
+from evsys_bus.bus.compiled_dispatch import FILENAME_PREFIX, DispatchFunction
+from evsys_bus.bus.dispatch import DispatchRegistry
+from evsys_bus.bus.hook_stats import HookStats
+from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder
+from evsys_bus.bus.token_recovery import StackReader, TokenRecovery
 from evsys_bus.callback import check_hooks, isolate
 from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, PublishLoopError
-from evsys_bus.events import Event, StepEnd, with_whole_step
+from evsys_bus.events import Event, StepEnd, with_int_step
 from evsys_bus.tasks import Deadline
-from evsys_bus.watchdog import Blocked, Sighting
+from evsys_bus.watchdog import BlockedHook, HookCall
 
 NESTED_LIMIT: Final = 1_000
 """How many events the hooks of one publish may publish, including those of nested hooks."""
-HANDED_OVER_LIMIT: Final = 10_000
+DEFERRED_LIMIT: Final = 10_000
 """How many events of other threads may wait for the thread whose hook holds the bus."""
 
 SEAL_SECONDS: Final = 1.0
 """Minimum time that closing waits for another thread to finish recording an event."""
 
-HOT: Final = StepEnd
+HOT_EVENT: Final = StepEnd
 
 
-class _Late:
+class _DeferredEvent:
     """An event whose hooks cannot run immediately."""
 
-    __slots__ = ("event", "is_begun", "is_done", "published", "sequence")
+    __slots__ = ("event", "is_done", "is_started", "published", "sequence")
 
     def __init__(self, event: Event, published: float) -> None:
         self.event = event
         self.published = published
         """Seconds since the epoch."""
-        self.is_begun = False
+        self.is_started = False
         """Whether at least some of its hooks were called."""
         self.is_done = False
         """Whether it is recorded, or counted as refused."""
@@ -65,8 +65,8 @@ class Publisher:
         callbacks: In the order of the calls.
         faults: Logs failures of hooks and dropped events.
         patience_seconds: How long a publish waits for that of another thread.
-        expose: Called with the compiled `publish` whenever it changes.
-        before: Called with each event that is not a hot one, before its hooks.
+        set_publish: Called with the compiled `publish` whenever it changes.
+        before_event: Called with each event that is not a hot one, before its hooks.
     """
 
     def __init__(
@@ -75,139 +75,145 @@ class Publisher:
         faults: FaultLog,
         *,
         patience_seconds: float,
-        expose: Callable[[Callable[[Event], None]], None],
-        before: Callable[[Event], None],
+        set_publish: Callable[[Callable[[Event], None]], None],
+        before_event: Callable[[Event], None],
     ) -> None:
         for callback in callbacks:
             check_hooks(callback)
         self.callbacks = tuple(callbacks)
         self.state: Literal["new", "open", "closed", "forked"] = "new"
-        self.handed_over = 0
-        self.refused = 0
+        self.deferred = 0
+        self.dropped = 0
         self.without_hooks = 0
         self.entry_error: BaseException | None = None
         """Why the bus could not be entered."""
-        self._sealed = threading.RLock()  # guards recording after close, while a hook still holds the token
+        self._seal_lock = threading.RLock()  # guards recording after close, while a hook still holds the token
         self._recorded_for_hook: Event | None = None
         self._faults = faults
         self._patience = patience_seconds
-        self._expose = expose
-        self._before = before
-        self.recording: Recording | None = None
+        self._set_publish = set_publish
+        self._before_event = before_event
+        self.recorder: EventRecorder | None = None
         self._tokens: deque[None] = deque([None])
-        self._queue: deque[_Late | BaseException | Callable[[], None]] = deque()
-        self._nested = 0
-        self.units = Units(self._first_of)
-        self._stack = StackReader(
+        self._queue: deque[_DeferredEvent | BaseException | Callable[[], None]] = deque()
+        self._nested_count = 0
+        self.dispatches = DispatchRegistry(self._compile_dispatch)
+        self._stack_reader = StackReader(
             self,
-            self.units.by_file,
-            self.units.prefix,
-            waits=Publisher._contended.__code__,
-            holds=Publisher._try_held.__code__,
+            self.dispatches.by_filename,
+            self.dispatches.prefix,
+            waiting_code=Publisher._publish_slow.__code__,
+            holding_code=Publisher._try_with_token.__code__,
         )
-        self._lost_token = LostToken(self._tokens, self._stack.holders, lambda: sum(self.units.published().values()))
-        self._renew()
-        _alive.add(self)
+        self._token_recovery = TokenRecovery(
+            self._tokens, self._stack_reader.find_holders, lambda: sum(self.dispatches.published_counts().values())
+        )
+        self._recompile()
+        _publishers.add(self)
 
     # -- slow paths ---------------------------------------------------------------------------------------------------
 
-    def _first_of(self, event_type: type[Event]) -> Dispatch:
+    def _compile_dispatch(self, event_type: type[Event]) -> DispatchFunction:
         """Compile for the first event of a type since the callbacks changed; raise if the bus is not open."""
         self._check_open()
         if not issubclass(event_type, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
-            raise _no_event(event_type)
-        return self.units.compile(event_type, self.callbacks, hot=False, **self._parts(event_type)).dispatch
+            raise _not_an_event(event_type)
+        return self.dispatches.compile(
+            event_type, self.callbacks, hot=False, **self._template_globals(event_type)
+        ).dispatch
 
-    def _contended(self, event: Event) -> None:
+    def _publish_slow(self, event: Event) -> None:
         """Publish when the token is taken: by this thread in a hook, by another thread, or lost to an interrupt."""
         self._check_open()
         if not isinstance(event, Event):  # pyright: ignore[reportUnnecessaryIsInstance] # callers may be untyped
-            raise _no_event(type(event))
-        late = _Late(with_whole_step(event), time.time())  # validate here, where an error still reaches the caller
-        if self._stack.holder(inspect.currentframe()) is not None:
-            self._publish_nested(late)
-        elif not self._held(partial(self._dispatch, late)):
-            self._hand_over(late)
+            raise _not_an_event(type(event))
+        deferred = _DeferredEvent(
+            with_int_step(event), time.time()
+        )  # validate here, where an error still reaches the caller
+        if self._stack_reader.find_holder(inspect.currentframe()) is not None:
+            self._publish_nested(deferred)
+        elif not self._with_token(partial(self._dispatch, deferred)):
+            self._defer(deferred)
 
-    def _dispatch(self, late: "_Late") -> None:
-        self.units.dispatch_of[type(late.event)](late.event, late.published)
+    def _dispatch(self, deferred: "_DeferredEvent") -> None:
+        self.dispatches.dispatch_of[type(deferred.event)](deferred.event, deferred.published)
 
-    def _dispatch_late(self, late: "_Late") -> None:
+    def _dispatch_deferred(self, deferred: "_DeferredEvent") -> None:
         """Dispatch an event from the queue; its publish may have returned, so errors reach no caller."""
-        if self.state != "open" or late.is_begun:
-            self._record_without_hooks(late)
+        if self.state != "open" or deferred.is_started:
+            self._record_without_hooks(deferred)
             return
-        late.sequence = self._next_sequence()
-        late.is_begun = True
-        self._dispatch(late)
-        late.is_done = True  # not reached after an interrupt: `_settle` then sees the event again
+        deferred.sequence = self._next_sequence()
+        deferred.is_started = True
+        self._dispatch(deferred)
+        deferred.is_done = True  # not reached after an interrupt: `_drain_queue` then sees the event again
 
     def _next_sequence(self) -> int:
-        return 0 if self.recording is None else self.recording.writer.next_sequence
+        return 0 if self.recorder is None else self.recorder.writer.next_sequence
 
-    def _record_without_hooks(self, late: "_Late") -> None:
+    def _record_without_hooks(self, deferred: "_DeferredEvent") -> None:
         """Record an event whose publish has returned and whose hooks cannot be called, or not all of them."""
-        if late.is_done or (late.sequence and late.sequence != self._next_sequence()):
+        if deferred.is_done or (deferred.sequence and deferred.sequence != self._next_sequence()):
             return  # it was recorded before an interrupt came
-        if self.recording is None:
-            late.is_done = True
-            if not late.is_begun:
-                self._refuse(late.event, "the bus was closed while it waited, and there is no journal")
+        if self.recorder is None:
+            deferred.is_done = True
+            if not deferred.is_started:
+                self._drop(deferred.event, "the bus was closed while it waited, and there is no journal")
             return
-        with self._sealed:
-            late.sequence = self._next_sequence()
-            recorded = self._record_now(late.event, late.published)
-            late.is_done = True
-        if recorded and not late.is_begun:
+        with self._seal_lock:
+            deferred.sequence = self._next_sequence()
+            recorded = self._record_now(deferred.event, deferred.published)
+            deferred.is_done = True
+        if recorded and not deferred.is_started:
             self.without_hooks += 1
-            name = type(late.event).__name__
+            name = type(deferred.event).__name__
             why = "the bus was left while another thread's hook held it; the event is in the journal"
             self._faults.warn("publish.without_hooks", name, event_type=name, why=why)
 
     def _record_now(self, event: Event, published: float) -> bool:
         """Record an event outside its publish; a failure is counted and logged."""
-        assert self.recording is not None
-        with self._sealed:
+        assert self.recorder is not None
+        with self._seal_lock:
             try:
-                refusal = self.recording.record(event, published)
+                record_error = self.recorder.record(event, published)
             except Exception as error:  # isolated: there is no caller to raise it to
-                refusal = error
-        if refusal is not None:
-            self._refuse(event, f"it could not be recorded: {error_text(refusal)}")
-        return refusal is None
+                record_error = error
+        if record_error is not None:
+            self._drop(event, f"it could not be recorded: {error_text(record_error)}")
+        return record_error is None
 
-    def _record_sealed(self, event: Event, published: float) -> None:
+    def _record_after_close(self, event: Event, published: float) -> None:
         """Record for a publish that was inside a hook when the bus was closed."""
-        with self._sealed:
+        with self._seal_lock:
             if event is not self._recorded_for_hook:
                 self._record_now(event, published)
 
-    def _refuse(self, event: Event, why: str) -> None:
-        self.refused += 1
+    def _drop(self, event: Event, why: str) -> None:
+        self.dropped += 1
         self._faults.warn("publish.refused", type(event), event_type=type(event).__name__, why=why)
 
-    def _publish_nested(self, late: "_Late") -> None:
-        if self._nested >= NESTED_LIMIT:
+    def _publish_nested(self, deferred: "_DeferredEvent") -> None:
+        if self._nested_count >= NESTED_LIMIT:
             raise PublishLoopError(
                 f"hooks published {NESTED_LIMIT} events inside one publish",
                 why="a hook that publishes the event that calls it never ends",
                 fix="publish another type of event, or publish it from the loop",
             )
-        self._nested += 1
-        self._queue.append(late)
+        self._nested_count += 1
+        self._queue.append(deferred)
 
-    def _hand_over(self, late: "_Late") -> None:
-        if len(self._queue) >= HANDED_OVER_LIMIT:
-            self._refuse(late.event, f"{HANDED_OVER_LIMIT} events wait already for the thread whose hook holds the bus")
+    def _defer(self, deferred: "_DeferredEvent") -> None:
+        if len(self._queue) >= DEFERRED_LIMIT:
+            self._drop(deferred.event, f"{DEFERRED_LIMIT} events wait already for the thread whose hook holds the bus")
             return
-        self.handed_over += 1
-        self._queue.append(late)
-        if self.state != "open" and self._withdraw(late):
-            self.handed_over -= 1
+        self.deferred += 1
+        self._queue.append(deferred)
+        if self.state != "open" and self._remove_queued(deferred):
+            self.deferred -= 1
             self._check_open()
-        self._try_held(_nothing)  # the other thread may have finished between our last try and the append
+        self._try_with_token(_noop)  # the other thread may have finished between our last try and the append
 
-    def _withdraw(self, item: "_Late | BaseException | Callable[[], None]") -> bool:
+    def _remove_queued(self, item: "_DeferredEvent | BaseException | Callable[[], None]") -> bool:
         """Remove an item from the queue; return False if another thread has done so."""
         try:
             self._queue.remove(item)
@@ -215,67 +221,67 @@ class Publisher:
             return False
         return True
 
-    def _held(self, act: Callable[[], None]) -> bool:
+    def _with_token(self, action: Callable[[], None]) -> bool:
         """Run the action with the token, waiting for it as long as patience lasts; return False if it timed out."""
         deadline = time.monotonic() + self._patience
         pause = 0.0
-        while not self._try_held(act):
+        while not self._try_with_token(action):
             if time.monotonic() >= deadline:
                 return False
-            self._lost_token.restore()
+            self._token_recovery.restore()
             time.sleep(pause)
             pause = min(0.001, pause + 0.00005)
         return True
 
-    def _try_held(self, act: Callable[[], None]) -> bool:
+    def _try_with_token(self, action: Callable[[], None]) -> bool:
         try:
             self._tokens.pop()
         except IndexError:
             return False
         try:
-            act()
+            action()
             if self._queue:
-                self._settle()
+                self._drain_queue()
         except BaseException as error:
-            self._settle(error)
+            self._drain_queue(error)
         finally:
             self._tokens.append(None)
         return True
 
-    def _settle(self, leave: BaseException | None = None) -> None:
+    def _drain_queue(self, first_error: BaseException | None = None) -> None:
         """Process the queue before the token is returned: nested events, changes of callbacks, and errors to raise.
 
         An item stays in the queue until it is done, so that no interrupt loses it. Everything is processed before an
         error is raised; of several errors the first is raised, and none is left for a later publish.
         """
-        item: _Late | BaseException | Callable[[], None] | None = None
+        item: _DeferredEvent | BaseException | Callable[[], None] | None = None
         while self._queue:
             try:
                 item = self._queue[0]
                 if isinstance(item, BaseException):
-                    leave = leave or item
-                elif isinstance(item, _Late):
-                    self._dispatch_late(item)
+                    first_error = first_error or item
+                elif isinstance(item, _DeferredEvent):
+                    self._dispatch_deferred(item)
                 else:
                     item()
-                self._withdraw(item)
+                self._remove_queued(item)
             except BaseException as error:
-                leave = leave or error
-                if item is not None and not isinstance(item, _Late):
-                    self._withdraw(item)
-        self._nested = 0
-        if leave is not None:
-            raise leave
+                first_error = first_error or error
+                if item is not None and not isinstance(item, _DeferredEvent):
+                    self._remove_queued(item)
+        self._nested_count = 0
+        if first_error is not None:
+            raise first_error
 
     def raise_later(self, error: BaseException) -> None:
         """Raise an error from the current publish, after its hooks have run and the token was returned."""
         self._queue.append(error)
 
-    def _failed(self, account: HookAccount, error: BaseException) -> None:
-        account.failures += 1
-        leave = isolate(account.callback, account.hook, error, self._faults)
-        if leave is not None:
-            self.raise_later(leave)
+    def _hook_failed(self, stats: HookStats, error: BaseException) -> None:
+        stats.failures += 1
+        exit_error = isolate(stats.callback, stats.hook, error, self._faults)
+        if exit_error is not None:
+            self.raise_later(exit_error)
 
     def _check_open(self) -> None:
         if self.state == "open":
@@ -297,11 +303,11 @@ class Publisher:
 
     # -- opening, changing, closing -----------------------------------------------------------------------------------
 
-    def open(self, recording: Recording | None) -> None:
+    def open(self, recorder: EventRecorder | None) -> None:
         """Start taking events, and recording them if there is a journal."""
-        self.recording = recording
+        self.recorder = recorder
         self.state = "open"
-        self._renew()
+        self._recompile()
 
     def close(self, deadline: Deadline | None = None) -> None:
         """Stop taking events after the queue was processed. May be called from any thread.
@@ -311,162 +317,164 @@ class Publisher:
         the blocked hook.
         """
         deadline = Deadline(0.0) if deadline is None else deadline
-        if self.state == "open" and not self._shut(deadline):
-            self._take_over(deadline)
+        if self.state == "open" and not self._close_with_token(deadline):
+            self._close_without_token(deadline)
         self.state = "closed"
-        self.units.forget()
+        self.dispatches.retire_all()
 
-    def _shut(self, deadline: Deadline) -> bool:
+    def _close_with_token(self, deadline: Deadline) -> bool:
         """Close with the token held, so that no hook is running; return False if the token cannot be had."""
 
-        def shut() -> None:
+        def close_now() -> None:
             try:
-                self._settle()
+                self._drain_queue()
             finally:
                 self.state = "closed"
 
-        began, pause = time.monotonic(), 0.0
-        while not self._try_held(shut):
-            left = 0.0 if deadline.is_cut else self._patience - (time.monotonic() - began)
-            if max(left, deadline.left() if self._queue else 0.0) <= 0.0:
+        started_at, pause = time.monotonic(), 0.0
+        while not self._try_with_token(close_now):
+            left = 0.0 if deadline.is_cut_short else self._patience - (time.monotonic() - started_at)
+            if max(left, deadline.remaining() if self._queue else 0.0) <= 0.0:
                 return False
-            if self._stack.holder(inspect.currentframe()) is not None:
+            if self._stack_reader.find_holder(inspect.currentframe()) is not None:
                 return False  # this very thread is inside a hook and would wait for itself
-            self._lost_token.restore()
+            self._token_recovery.restore()
             time.sleep(pause)
             pause = min(0.001, pause + 0.00005)
         return True
 
-    def _take_over(self, deadline: Deadline) -> None:
+    def _close_without_token(self, deadline: Deadline) -> None:
         """Close while a hook holds the token and is not waited for any longer; record the remaining events."""
         self.state = "closed"
-        if self.recording is None:
-            self._take_over_queue()
+        if self.recorder is None:
+            self._record_queue_without_hooks()
             return
-        self.units.record_by(self._record_sealed)
-        until = time.monotonic() + max(deadline.left(), SEAL_SECONDS)
-        while not self._tokens and time.monotonic() < until:
-            with self._sealed:
-                held = self._event_in_hook()
-                if held is not None:
-                    self._record_for_hook(*held)
-                    self._take_over_queue()
+        self.dispatches.set_recorder(self._record_after_close)
+        give_up_at = time.monotonic() + max(deadline.remaining(), SEAL_SECONDS)
+        while not self._tokens and time.monotonic() < give_up_at:
+            with self._seal_lock:
+                event_in_hook = self._event_in_hook()
+                if event_in_hook is not None:
+                    self._record_for_hook(*event_in_hook)
+                    self._record_queue_without_hooks()
                     return
             time.sleep(0.001)  # it is recording, or between two events
-        if not self._try_held(_nothing):
+        if not self._try_with_token(_noop):
             for item in tuple(self._queue):
-                if isinstance(item, _Late) and self._withdraw(item):
-                    self._refuse(item.event, "another thread has held the bus until the end, and not in a hook")
+                if isinstance(item, _DeferredEvent) and self._remove_queued(item):
+                    self._drop(item.event, "another thread has held the bus until the end, and not in a hook")
 
-    def _take_over_queue(self) -> None:
+    def _record_queue_without_hooks(self) -> None:
         for item in tuple(self._queue):
-            if isinstance(item, _Late) and self._withdraw(item):
+            if isinstance(item, _DeferredEvent) and self._remove_queued(item):
                 self._record_without_hooks(item)
 
     def _event_in_hook(self) -> tuple[Event, float, bool] | None:
         """Return the event whose hook holds the token, its publish time, and whether it is recorded already."""
-        for _, holder in self._stack.holders():
-            unit = self.units.find(holder.f_code.co_filename)
+        for _, holder in self._stack_reader.find_holders():
+            compiled = self.dispatches.find(holder.f_code.co_filename)
             event = holder.f_locals.get("event")
-            if unit is not None and holder.f_lineno in unit.lines and isinstance(event, Event):
-                return event, unit.event_time(), unit.record_first
+            if compiled is not None and holder.f_lineno in compiled.hooks_by_line and isinstance(event, Event):
+                return event, compiled.event_time(), compiled.record_first
         return None
 
     def _record_for_hook(self, event: Event, published: float, is_recorded: bool) -> None:
         """Record the event of the hook that holds the token."""
         for item in tuple(self._queue):
-            if isinstance(item, _Late) and item.event is event:
+            if isinstance(item, _DeferredEvent) and item.event is event:
                 item.is_done = True
         if not is_recorded:
             self._recorded_for_hook = event
             self._record_now(event, published)
 
-    def change(
-        self, update: Callable[[tuple[object, ...]], tuple[object, ...]], then: Callable[[], None] | None = None
+    def change_callbacks(
+        self, update: Callable[[tuple[object, ...]], tuple[object, ...]], on_changed: Callable[[], None] | None = None
     ) -> None:
-        """Change the callbacks from the next publish on, and then call ``then``."""
+        """Change the callbacks from the next publish on, and then call ``on_changed``."""
 
-        def renew() -> None:
+        def apply_update() -> None:
             self.callbacks = update(self.callbacks)
-            self._renew()
-            if then is not None:
-                then()
-            self.units.let_go(self.callbacks)
+            self._recompile()
+            if on_changed is not None:
+                on_changed()
+            self.dispatches.discard_others(self.callbacks)
 
-        if self._stack.holder(inspect.currentframe()) is not None or not self._held(renew):
-            self._queue.append(renew)
+        if self._stack_reader.find_holder(inspect.currentframe()) is not None or not self._with_token(apply_update):
+            self._queue.append(apply_update)
 
-    def disown(self) -> None:
+    def after_fork(self) -> None:
         """Mark the bus as the parent's, in a forked child."""
         if self.state == "open":
             self.state = "forked"
-        self.units.after_fork()
+        self.dispatches.after_fork()
         self._tokens.clear()
         self._tokens.append(None)
         self._queue.clear()
-        self.units.forget()
+        self.dispatches.retire_all()
 
-    def _renew(self) -> None:
-        self.units.forget()
+    def _recompile(self) -> None:
+        self.dispatches.retire_all()
         # While the bus is not open, no callbacks are compiled in and the inlined path is disabled: every event reaches
-        # `_first_of`, which raises the reason.
+        # `_compile_dispatch`, which raises the reason.
         is_open = self.state == "open"
-        unit = self.units.compile(HOT, self.callbacks if is_open else (), hot=is_open, **self._parts(HOT))
+        compiled = self.dispatches.compile(
+            HOT_EVENT, self.callbacks if is_open else (), hot=is_open, **self._template_globals(HOT_EVENT)
+        )
         if not is_open:
-            self.units.forget()
+            self.dispatches.retire_all()
         if is_open:  # compile events of the end of a run now: it may end because of a lack of memory
-            self.units.dispatch_of.update({each: self._first_of(each) for each in BEFORE_HOOKS})
-        self._expose(unit.publish)
+            self.dispatches.dispatch_of.update({each: self._compile_dispatch(each) for each in RECORDED_BEFORE_HOOKS})
+        self._set_publish(compiled.publish)
 
-    def _parts(self, event_type: type[Event]) -> dict[str, Any]:
+    def _template_globals(self, event_type: type[Event]) -> dict[str, Any]:
         """Return what the compiled code needs from this object."""
         return {
             "tokens": self._tokens,
             "queue": self._queue,
-            "contended": self._contended,
-            "settle": self._settle,
-            "dispatch_of": self.units.dispatch_of,
-            "failed": self._failed,
-            "before": self._before,
-            "record": None if self.recording is None else self.recording.way_of(event_type),
-            "record_first": self.recording is not None and event_type in BEFORE_HOOKS,
+            "contended": self._publish_slow,
+            "settle": self._drain_queue,
+            "dispatch_of": self.dispatches.dispatch_of,
+            "failed": self._hook_failed,
+            "before": self._before_event,
+            "record": None if self.recorder is None else self.recorder.recorder_for(event_type),
+            "record_first": self.recorder is not None and event_type in RECORDED_BEFORE_HOOKS,
         }
 
     # -- the publish in progress --------------------------------------------------------------------------------------
 
-    def publishing(self) -> bool:
+    def is_publishing(self) -> bool:
         """Return whether some thread is inside a publish; cheap, and only a hint, since it may end at any moment."""
         return not self._tokens
 
-    def hook_around(self, frame: FrameType | None) -> HookAccount | None:
+    def enclosing_hook(self, frame: FrameType | None) -> HookStats | None:
         """Return the hook in which the code of this frame runs, if this bus called it."""
-        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
+        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME_PREFIX):
             frame = frame.f_back
-        return self._stack.hook_at(frame)  # the innermost hook; None if it is one of another bus
+        return self._stack_reader.hook_at(frame)  # the innermost hook; None if it is one of another bus
 
     def current_event(self, frame: FrameType | None) -> EventInfo | None:
         """Return the event whose hook runs in this frame or an outer one."""
-        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME):
+        while frame is not None and not frame.f_code.co_filename.startswith(FILENAME_PREFIX):
             frame = frame.f_back
-        unit = None if frame is None else self.units.by_file.get(frame.f_code.co_filename)
-        if frame is None or unit is None:
+        compiled = None if frame is None else self.dispatches.by_filename.get(frame.f_code.co_filename)
+        if frame is None or compiled is None:
             return None
-        if self.recording is None:
+        if self.recorder is None:
             return EventInfo(time.time())
-        return self.recording.info(unit.event_time(), recorded=unit.record_first)
+        return self.recorder.event_info(compiled.event_time(), recorded=compiled.record_first)
 
-    def look(self) -> Sighting[HookAccount] | None:
+    def current_hook(self) -> HookCall[HookStats] | None:
         """Return the hook call in progress, for the watchdog."""
         if self._tokens:
             return None
-        for frame, holder in self._stack.holders():
-            hook = self._stack.hook_at(holder)
-            unit = self.units.by_file.get(holder.f_code.co_filename)
-            if hook is not None and unit is not None:
-                return Sighting(hook, (unit.filename, holder.f_lineno, unit.count()), frame, holder)
+        for frame, holder in self._stack_reader.find_holders():
+            hook = self._stack_reader.hook_at(holder)
+            compiled = self.dispatches.by_filename.get(holder.f_code.co_filename)
+            if hook is not None and compiled is not None:
+                return HookCall(hook, (compiled.filename, holder.f_lineno, compiled.count()), frame, holder)
         return None
 
-    def tell_blocked(self, blocked: Blocked[HookAccount]) -> None:
+    def report_blocked(self, blocked: BlockedHook[HookStats]) -> None:
         """Count and log a blocked hook."""
         blocked.hook.blocked += 1
         log().warning(
@@ -479,24 +487,24 @@ class Publisher:
         )
 
 
-def _nothing() -> None:
+def _noop() -> None:
     """Do nothing; for callers that only want the queue processed."""
 
 
-def _no_event(given: type) -> EventError:
+def _not_an_event(given: type) -> EventError:
     return EventError(
         f"publish was given a {given.__name__}, which is no event",
         fix="publish one of the events of evsys_bus.events, or an instance of a subclass of evsys_bus.Event",
     )
 
 
-_alive: "weakref.WeakSet[Publisher]" = weakref.WeakSet()
+_publishers: "weakref.WeakSet[Publisher]" = weakref.WeakSet()
 
 
-def _disown_all() -> None:
-    for publisher in list(_alive):
-        publisher.disown()
+def _after_fork() -> None:
+    for publisher in list(_publishers):
+        publisher.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -38,7 +38,7 @@ COMMANDS: Final[Mapping[str, str]] = {
 """What each command does, by name. The click command is ``command`` in ``evsys_bus.cli.<name>``."""
 
 
-class _ReaderLeft(Exception):  # noqa: N818 # it is no error
+class _StdoutClosed(Exception):  # noqa: N818 # it is no error
     """The reader of stdout has closed it."""
 
 
@@ -74,7 +74,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise _ReaderLeft from None
+            raise _StdoutClosed from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list in ``--help``; click's own version would import every command for its help text."""
@@ -83,8 +83,8 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-def _print_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted and not ctx.resilient_parsing:
+def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:
+    if requested and not ctx.resilient_parsing:
         from importlib.metadata import version
 
         click.echo(f"evsys-bus {version('evsys-bus')}")
@@ -105,15 +105,15 @@ def run(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except _ReaderLeft:
+    except _StdoutClosed:
         outcome = 0
     except (click.Abort, KeyboardInterrupt):
         screen.note("interrupted")
         return 130
     except Exception as error:
-        from evsys_bus.cli.telling import tell
+        from evsys_bus.cli.errors import report
 
-        return tell(error, screen)
+        return report(error, screen)
     stdout: TextIO | None = sys.stdout
     if stdout is not None:  # the caller may have closed it: `>&-`
         try:

@@ -11,12 +11,12 @@ import msgspec
 
 if TYPE_CHECKING:
     from evsys_bus.callback import Callback
-    from evsys_bus.delivery.followed import Followed
+    from evsys_bus.config.document import Document
+    from evsys_bus.delivery.subscription import Subscription
     from evsys_bus.sink import Sink
-    from evsys_bus.wiring.document import Document
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
-_AT: Final = "$.callbacks[0]"
+_SPEC_PATH: Final = "$.callbacks[0]"
 
 
 def adapter_options(command: _CommandT) -> _CommandT:
@@ -38,66 +38,68 @@ def adapter_options(command: _CommandT) -> _CommandT:
     return command
 
 
-def chosen(kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None) -> "Followed":
+def resolve_subscription(
+    kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None
+) -> "Subscription":
     """Return the subscription that the options describe, validated without building the adapter.
 
     Raises:
         ConfigError: The kind is unknown, its params are invalid, or it does not support delivery by a courier.
     """
-    from evsys_bus.errors import ConfigError, Where
-    from evsys_bus.wiring import CallbackSpec, build_callbacks, with_overrides
-    from evsys_bus.wiring.compose import compose
-    from evsys_bus.wiring.document import Document
-    from evsys_bus.wiring.recipe import import_module
+    from evsys_bus.config import CallbackSpec, build_callbacks, with_overrides
+    from evsys_bus.config.document import Document
+    from evsys_bus.config.recipe import import_module
+    from evsys_bus.config.yaml_composer import compose
+    from evsys_bus.errors import ConfigError, Location
 
     for plugin in plugins:
         if str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
-        import_module(plugin, Where("$", f"--plugin {plugin}"), "plugin")
-    params = with_overrides(Document(compose("{}", "--set")), map(_as_yaml, sets))
+        import_module(plugin, Location("$", f"--plugin {plugin}"), "plugin")
+    params = with_overrides(Document(compose("{}", "--set")), map(_quote_non_yaml, sets))
     try:
         [callback] = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
     except ConfigError as error:
         for each in getattr(error, "errors", (error,)):
-            _place(each, params)
+            _point_to_option(each, params)
         raise
     return cast("Callback", callback).evsys_subscription  # an inline half works in a live run only
 
 
-def built(followed: "Followed") -> "Callback | Sink":
+def load_adapter(subscription: "Subscription") -> "Callback | Sink":
     """Return the adapter of a subscription, built if it is not a live object.
 
     Raises:
         ConfigError: The adapter cannot be built.
     """
-    from evsys_bus.wiring import build_followed
+    from evsys_bus.config import build_adapter
 
-    if followed.live is not None:
-        return followed.live
-    assert followed.recipe is not None
-    return build_followed(followed.recipe)
+    if subscription.instance is not None:
+        return subscription.instance
+    assert subscription.adapter_ref is not None
+    return build_adapter(subscription.adapter_ref)
 
 
-def _as_yaml(text: str) -> str:
+def _quote_non_yaml(text: str) -> str:
     """Quote a value that is not valid YAML, such as ``out_path={run_dir}/metrics.csv``."""
+    from evsys_bus.config.yaml_composer import compose
     from evsys_bus.errors import DocumentError
-    from evsys_bus.wiring.compose import compose
 
     key, _, value = text.partition("=")
     try:
-        compose(value, "--set", one_value=True)
+        compose(value, "--set", single_value=True)
     except DocumentError:
         return f"{key}={msgspec.json.encode(value).decode()}"
     return text
 
 
-def _place(error: Any, params: "Document") -> None:
+def _point_to_option(error: Any, params: "Document") -> None:
     """Make a config error point to the command line option instead of a position in the generated spec."""
-    from evsys_bus.errors import Where
+    from evsys_bus.errors import Location
 
     path = "" if error.where is None else error.where.path
-    inside = path.startswith(f"{_AT}.params.")
-    error.where = params.where(f"${path.removeprefix(f'{_AT}.params')}") if inside else None
-    if isinstance(error.where, Where) and error.where.line is not None:
+    inside = path.startswith(f"{_SPEC_PATH}.params.")
+    error.where = params.where(f"${path.removeprefix(f'{_SPEC_PATH}.params')}") if inside else None
+    if isinstance(error.where, Location) and error.where.line is not None:
         error.where = None  # the param was not given, so there is no text to point to
     error.fix = re.sub(r"^add (\w+): ", r"add --set \1=", error.fix)

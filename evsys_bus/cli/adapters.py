@@ -11,13 +11,13 @@ from evsys_bus.cli.screen import color_option
 @color_option
 def command(kind: str | None, as_json: bool) -> None:
     """List the kinds of callbacks; with KIND, show its schema, its defaults and an example."""
-    from evsys_bus.cli.kinds import entries, entry_lines, page_of, page_text
+    from evsys_bus.cli.kinds import entry_lines, format_details, list_kinds, load_details
 
     if kind is not None:
-        page = page_of(kind)
-        lines = [_json(page)] if as_json else [page_text(page)]
+        details = load_details(kind)
+        lines = [_json(details)] if as_json else [format_details(details)]
     else:
-        found = entries()
+        found = list_kinds()
         lines = [_json(each) for each in found] if as_json else entry_lines(found)
     for line in lines:
         click.echo(line)

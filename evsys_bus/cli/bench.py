@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 if TYPE_CHECKING:
-    from evsys_bus.bench.question import Effort, Question
+    from evsys_bus.bench.suite import Budget, Suite
 
 DOC: Final = """Measure latency and costs on this machine, compared with the alternatives that are installed.
 
@@ -17,8 +17,8 @@ Quote the ratios: they come from one interleaved run, while absolute times depen
 """
 
 
-def bench_command(questions: "Callable[[], Mapping[str, Question]]", *, doc: str) -> click.Command:
-    """Return a command that runs any of these suites; ``questions`` is called when the command runs."""
+def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str) -> click.Command:
+    """Return a command that runs any of these suites; ``suites`` is called when the command runs."""
 
     @click.command(name="bench", help=doc)
     @click.argument("names", metavar="[SUITE]...", nargs=-1)
@@ -33,19 +33,19 @@ def bench_command(questions: "Callable[[], Mapping[str, Question]]", *, doc: str
         import msgspec
 
         from evsys_bus.bench.plot import as_svg
-        from evsys_bus.bench.question import ask
-        from evsys_bus.bench.report import Report, as_text, this_machine
+        from evsys_bus.bench.report import Report, as_text, describe_machine
+        from evsys_bus.bench.suite import run_suite
 
-        asked = _chosen(questions(), names)
-        effort = _effort(rounds, quick)
-        answers = [ask(question, effort, lambda text: click.echo(text, err=True)) for question in asked]
-        report = Report(this_machine(), answers)
+        suites = _select_suites(load_suites(), names)
+        budget = _make_budget(rounds, quick)
+        results = [run_suite(suite, budget, lambda text: click.echo(text, err=True)) for suite in suites]
+        report = Report(describe_machine(), results)
         svg.write_text(as_svg(report), encoding="utf-8")
         if json_path is not None:
             json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
         click.echo(as_text(report))
         click.echo(f"plot: {svg.resolve()}")
-        if strict and any(answer.missed for answer in answers):
+        if strict and any(result.missed_targets for result in results):
             raise click.exceptions.Exit(1)
 
     return bench
@@ -67,40 +67,51 @@ class _OutputFile(click.Path):
 _FILE: Final = _OutputFile()
 
 
-def _chosen(questions: "Mapping[str, Question]", names: tuple[str, ...]) -> "list[Question]":
+def _select_suites(suites: "Mapping[str, Suite]", names: tuple[str, ...]) -> "list[Suite]":
     from evsys_bus.errors import did_you_mean
 
     for name in names:
-        if name not in questions:
-            raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, questions)}')
-    return [questions[name] for name in names or questions]
+        if name not in suites:
+            raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, suites)}')
+    return [suites[name] for name in names or suites]
 
 
-def _effort(rounds: int | None, quick: bool) -> "Effort":
-    from evsys_bus.bench.question import Effort
+def _make_budget(rounds: int | None, quick: bool) -> "Budget":
+    from evsys_bus.bench.suite import Budget
 
     if rounds is not None:
-        return Effort(rounds=rounds, process_rounds=rounds)
-    return Effort(rounds=15, process_rounds=5) if quick else Effort(rounds=150, process_rounds=25)
+        return Budget(rounds=rounds, process_rounds=rounds)
+    return Budget(rounds=15, process_rounds=5) if quick else Budget(rounds=150, process_rounds=25)
 
 
-def _shipped() -> "Mapping[str, Question]":
+def _load_suites() -> "Mapping[str, Suite]":
     from evsys_bus.bench.all_loggers import ALL_LOGGERS
-    from evsys_bus.bench.catching_up import CATCHING_UP
+    from evsys_bus.bench.backlog_memory import BACKLOG_MEMORY
     from evsys_bus.bench.costs import COSTS
     from evsys_bus.bench.dispatch import DISPATCH
-    from evsys_bus.bench.growth import GROWTH
+    from evsys_bus.bench.exit_latency import EXIT_LATENCY
     from evsys_bus.bench.imports import IMPORTS
     from evsys_bus.bench.journal import JOURNAL
     from evsys_bus.bench.kills import KILLS
-    from evsys_bus.bench.lag import LAG
-    from evsys_bus.bench.lateness import LATENESS
-    from evsys_bus.bench.leaving import LEAVING
+    from evsys_bus.bench.memory_growth import MEMORY_GROWTH
     from evsys_bus.bench.shapes import SHAPES
+    from evsys_bus.bench.throughput import THROUGHPUT
+    from evsys_bus.bench.wakeup_latency import WAKEUP_LATENCY
 
-    asked: list[Question] = [DISPATCH, IMPORTS, COSTS, JOURNAL, SHAPES, KILLS, GROWTH, CATCHING_UP, LAG, LATENESS]
-    asked += [LEAVING, ALL_LOGGERS]
-    return {question.name: question for question in asked}
+    suites: list[Suite] = [
+        DISPATCH,
+        IMPORTS,
+        COSTS,
+        JOURNAL,
+        SHAPES,
+        KILLS,
+        MEMORY_GROWTH,
+        THROUGHPUT,
+        BACKLOG_MEMORY,
+        WAKEUP_LATENCY,
+    ]
+    suites += [EXIT_LATENCY, ALL_LOGGERS]
+    return {suite.name: suite for suite in suites}
 
 
-command: Final = bench_command(_shipped, doc=DOC)
+command: Final = bench_command(_load_suites, doc=DOC)

@@ -18,7 +18,7 @@ def command(file: Path, sets: tuple[str, ...], as_json: bool) -> None:
 
     All errors are reported in one pass, each with its line. Nothing is started or written.
     """
-    from evsys_bus.cli.planned import plan_json, plan_lines, planned
+    from evsys_bus.cli.experiment_plan import load_plan, plan_json, plan_lines
 
-    plan = planned(file, sets=sets)
+    plan = load_plan(file, sets=sets)
     click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))

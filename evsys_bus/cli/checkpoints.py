@@ -11,7 +11,7 @@ from evsys_bus.cli.screen import Screen, color_option
 from evsys_bus.cli.store_options import store_options
 
 if TYPE_CHECKING:
-    from evsys_adapters.checkpoints.places import Reach
+    from evsys_adapters.checkpoints.stores import StoreOptions
     from evsys_bus.cli.checkpoint_states import CheckpointState
 
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @json_option
 @color_option
 @click.pass_obj
-def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", as_json: bool) -> None:
+def command(screen: Screen, asked: str | None, url: str | None, reach: "StoreOptions", as_json: bool) -> None:
     """Show the checkpoints of RUN; without it, of the newest journal below ./runs.
 
     Local files are checked; the state of uploads is shown as it was recorded. With --from the destination itself is
@@ -43,9 +43,9 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: "Reach", 
 
 
 def _table(states: "list[CheckpointState]") -> list[str]:
-    from evsys_bus.cli.amounts import NONE, size
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import table
+    from evsys_bus.cli.formatting import NO_VALUE, format_size
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_table
 
     rows = [["run", "checkpoint", "after step", "here", "there", "size", "destination"]]
     for each in states:
@@ -56,12 +56,12 @@ def _table(states: "list[CheckpointState]") -> list[str]:
                 each.name,
                 f"{each.row.batch:,}",
                 each.local,
-                ", ".join(dict.fromkeys(found.state for found in each.remote)) or NONE,
-                NONE if remote is None or remote.bytes is None else size(remote.bytes),
-                ", ".join(dict.fromkeys(found.url for found in each.remote if found.url)) or NONE,
+                ", ".join(dict.fromkeys(found.state for found in each.remote)) or NO_VALUE,
+                NO_VALUE if remote is None or remote.bytes is None else format_size(remote.bytes),
+                ", ".join(dict.fromkeys(found.url for found in each.remote if found.url)) or NO_VALUE,
             ]
         )
-    return table([[printable(cell) for cell in row] for row in rows], width_of(sys.stdout))
+    return format_table([[printable(cell) for cell in row] for row in rows], terminal_width(sys.stdout))
 
 
 def _json(state: "CheckpointState") -> str:
@@ -75,21 +75,21 @@ def _json(state: "CheckpointState") -> str:
     return msgspec.json.encode(row).decode()
 
 
-def _show_remote(url: str, reach: "Reach", run: str, *, as_json: bool) -> None:
+def _show_remote(url: str, options: "StoreOptions", run: str, *, as_json: bool) -> None:
     import anyio
     import msgspec
 
     from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder
-    from evsys_bus.cli.amounts import size
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.store_options import at_destination
-    from evsys_bus.cli.tables import table
+    from evsys_bus.cli.formatting import format_size
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.store_options import open_destination
+    from evsys_bus.cli.tables import format_table
 
-    async def ask() -> list[Manifest]:
-        async with at_destination(url, reach, run) as destination:
+    async def load_manifests() -> list[Manifest]:
+        async with open_destination(url, options, run) as destination:
             return await destination.manifests()
 
-    found = anyio.run(ask)
+    found = anyio.run(load_manifests)
     if as_json:
         rows = [
             {"type": "checkpoint", "checkpoint": checkpoint_folder(each.row)} | msgspec.to_builtins(each)
@@ -99,6 +99,6 @@ def _show_remote(url: str, reach: "Reach", run: str, *, as_json: bool) -> None:
         return
     rows = [["checkpoint", "after step", "files", "size"]]
     for each in found:
-        total = size(sum(file.size for file in each.files))
+        total = format_size(sum(file.size for file in each.files))
         rows.append([checkpoint_folder(each.row), f"{each.row.batch:,}", f"{len(each.files):,}", total])
-    click.echo("\n".join(table([[printable(cell) for cell in row] for row in rows], width_of(sys.stdout))))
+    click.echo("\n".join(format_table([[printable(cell) for cell in row] for row in rows], terminal_width(sys.stdout))))

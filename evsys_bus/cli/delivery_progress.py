@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from evsys_bus.cli.options import PROGRESS
+from evsys_bus.cli.options import PROGRESS_MODES
 from evsys_bus.cli.screen import Screen, is_terminal, printable
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 progress_option: Final = click.option(
     "--progress",
-    type=click.Choice(PROGRESS),
+    type=click.Choice(PROGRESS_MODES),
     default="auto",
     show_default=True,
     help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
@@ -36,20 +36,20 @@ timeout_option: Final = click.option(
 )
 
 
-Tell = Callable[[Sequence["DeliveryStatus"]], object]
+OnProgress = Callable[[Sequence["DeliveryStatus"]], object]
 
 
 class DeliveryView(NamedTuple):
     """Shows the progress of deliveries."""
 
-    tell: Tell
+    update: OnProgress
     """Called several times a second with the current statuses."""
     note: Callable[[str], object]
     """Prints a line."""
 
 
 @contextmanager
-def deliveries_shown(
+def show_deliveries(
     mode: "ProgressMode", screen: Screen, known: Sequence["DeliveryStatus"] = ()
 ) -> Generator[DeliveryView]:
     """Show the progress of deliveries on stderr within the block.
@@ -59,60 +59,60 @@ def deliveries_shown(
         screen: The terminal.
         known: Deliveries whose errors were reported already.
     """
-    from evsys_bus.cli.progress import resolved
+    from evsys_bus.cli.progress import resolve_mode
 
     def note(text: str) -> None:
         screen.note(printable(text))
 
-    mode = resolved(mode, sys.stderr)
+    mode = resolve_mode(mode, sys.stderr)
     if mode == "live":
-        with _bars(screen, {each.name: each.trouble for each in known}) as view:
+        with _show_bars(screen, {each.name: each.last_error for each in known}) as view:
             yield view
     elif mode == "off":
         yield DeliveryView(len, note)
     else:
-        yield DeliveryView(_Lines(screen, as_json=mode == "json").tell, note)
+        yield DeliveryView(_LineWriter(screen, as_json=mode == "json").update, note)
 
 
-class _Counted:
+class _DeliveryRates:
     """Counts handled events per adapter since the first call for it, which must come before the first delivery."""
 
     def __init__(self) -> None:
-        self._began: Final = time.monotonic()
-        self._first: Final[dict[str, int]] = {}
+        self._started_at: Final = time.monotonic()
+        self._initial: Final[dict[str, int]] = {}
 
     def done(self, status: "DeliveryStatus") -> int:
         now = status.delivered + status.dead
-        return now - self._first.setdefault(status.name, now)
+        return now - self._initial.setdefault(status.name, now)
 
     def rate(self, status: "DeliveryStatus") -> float:
         """Return the events per second."""
-        return self.done(status) / max(time.monotonic() - self._began, 1e-9)
+        return self.done(status) / max(time.monotonic() - self._started_at, 1e-9)
 
 
-class _Lines:
+class _LineWriter:
     def __init__(self, screen: Screen, *, as_json: bool) -> None:
-        from evsys_bus.cli.progress.lines import PULSE_SECONDS, plain
-        from evsys_bus.cli.progress.lines import as_json as json_form
+        from evsys_bus.cli.progress.lines import PULSE_SECONDS, format_plain
+        from evsys_bus.cli.progress.lines import format_json as json_form
 
         self._screen = screen
-        self._form = json_form if as_json else plain
+        self._format_line = json_form if as_json else format_plain
         self._pulse_seconds = PULSE_SECONDS
-        self._pulsed = time.monotonic()
-        self._counted = _Counted()
+        self._last_pulse = time.monotonic()
+        self._rates = _DeliveryRates()
         self._states: dict[str, tuple[str | None, str | None]] = {}
 
-    def tell(self, statuses: Sequence["DeliveryStatus"]) -> None:
+    def update(self, statuses: Sequence["DeliveryStatus"]) -> None:
         now = time.monotonic()
-        due = now - self._pulsed >= self._pulse_seconds
-        self._pulsed = now if due else self._pulsed
+        due = now - self._last_pulse >= self._pulse_seconds
+        self._last_pulse = now if due else self._last_pulse
         for each in statuses:
-            self._counted.done(each)
-            state = (each.state, each.trouble)
-            before = self._states.setdefault(each.name, ("delivering", None))
+            self._rates.done(each)
+            state = (each.state, each.last_error)
+            previous = self._states.setdefault(each.name, ("delivering", None))
             self._states[each.name] = state
-            if due or state != before:
-                self._screen.note(self._form(self._facts(each)))
+            if due or state != previous:
+                self._screen.note(self._format_line(self._facts(each)))
 
     def _facts(self, status: "DeliveryStatus") -> dict[str, Any]:
         facts: dict[str, Any] = {
@@ -120,26 +120,28 @@ class _Lines:
             "event": "delivery",
             "adapter": status.name,
             "state": status.state,
-            "done": self._counted.done(status),
+            "done": self._rates.done(status),
             "pending": status.pending if status.is_known else None,
         }
         if status.owed:
             facts["owed"] = status.owed
-        rate = self._counted.rate(status)
+        rate = self._rates.rate(status)
         if rate and status.pending and status.state == "delivering":
             facts |= {"events_per_second": round(rate), "eta_seconds": round(status.pending / rate)}
         fix = status.owed_fix or status.fix
-        return facts if status.trouble is None else facts | {"error": status.trouble} | ({"fix": fix} if fix else {})
+        return (
+            facts if status.last_error is None else facts | {"error": status.last_error} | ({"fix": fix} if fix else {})
+        )
 
 
 @contextmanager
-def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView]:
+def _show_bars(screen: Screen, reported: dict[str, str | None]) -> Generator[DeliveryView]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, no_color=not screen.colourful(sys.stderr))
-    wide = console.width >= _WIDE
+    console = Console(stderr=True, no_color=not screen.uses_color(sys.stderr))
+    wide = console.width >= _MIN_WIDE_COLUMNS
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=None if wide else 10),
@@ -148,7 +150,7 @@ def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView
         TextColumn("{task.fields[state]}"),
     )
     tasks: dict[str, Any] = {}
-    counted = _Counted()
+    rates = _DeliveryRates()
     with Progress(
         *columns,
         console=console,
@@ -160,31 +162,33 @@ def _bars(screen: Screen, told: dict[str, str | None]) -> Generator[DeliveryView
         def note(text: str) -> None:
             progress.console.print(escape(printable(text)), soft_wrap=True, highlight=False)
 
-        def tell(statuses: Sequence["DeliveryStatus"]) -> None:
+        def update(statuses: Sequence["DeliveryStatus"]) -> None:
             for each in statuses:
-                done = counted.done(each)
+                done = rates.done(each)
                 if each.name not in tasks:
                     tasks[each.name] = progress.add_task(escape(printable(each.name)), rate="", state="")
-                if each.trouble is not None and told.get(each.name) != each.trouble:  # in full, once, above the bars
-                    told[each.name] = each.trouble
+                if (
+                    each.last_error is not None and reported.get(each.name) != each.last_error
+                ):  # in full, once, above the bars
+                    reported[each.name] = each.last_error
                     fix = each.owed_fix or each.fix
-                    note(f"{each.name}: {each.trouble}{f'   fix: {fix}' if fix else ''}")
+                    note(f"{each.name}: {each.last_error}{f'   fix: {fix}' if fix else ''}")
                 progress.update(
                     tasks[each.name],
                     completed=done,
                     total=done + each.pending,
-                    rate=f"{counted.rate(each):,.0f}/s",
-                    state=_state(each),
+                    rate=f"{rates.rate(each):,.0f}/s",
+                    state=_describe_state(each),
                 )
 
-        yield DeliveryView(tell, note)
+        yield DeliveryView(update, note)
 
 
-def _state(status: "DeliveryStatus") -> str:
+def _describe_state(status: "DeliveryStatus") -> str:
     """Return the state in one or two words; the reason is shown above the bars."""
-    owed = f"{status.owed:,} owed" if status.owed else ""
+    unconfirmed = f"{status.owed:,} owed" if status.owed else ""
     state = "" if status.state in {None, "delivering"} else str(status.state)
-    return " ".join(filter(None, (state, owed)))
+    return " ".join(filter(None, (state, unconfirmed)))
 
 
-_WIDE: Final = 80
+_MIN_WIDE_COLUMNS: Final = 80

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from evsys_bus.cli.options import output_dir_option, running_options, written
+from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
 from evsys_bus.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -34,13 +34,13 @@ def command(
     """
     if resume and output_dir is None:
         raise click.UsageError("--resume needs --output-dir, the experiment to continue")
-    from evsys_bus.cli.planned import planned
-    from evsys_bus.cli.session import Wishes, train
+    from evsys_bus.cli.experiment_plan import load_plan
+    from evsys_bus.cli.session import RunOptions, train
     from evsys_bus.demo import DEMO_FILE
-    from evsys_bus.demo.digits_run import require_extra
+    from evsys_bus.demo.digits_run import require_demo_extra
 
-    require_extra()
+    require_demo_extra()
     folder = output_dir or Path("runs", time.strftime("demo-%Y%m%d-%H%M%S"))
-    plan = planned(DEMO_FILE, sets=sets, arms=arms, seeds=seeds, output_dir=folder)
-    again = written("demo", output_dir=folder, set=sets, arm=arms, seed=seeds)
-    return train(plan, Wishes(resume, strict, progress, as_json, again), screen)
+    plan = load_plan(DEMO_FILE, sets=sets, arms=arms, seeds=seeds, output_dir=folder)
+    resume_command = build_command_line("demo", output_dir=folder, set=sets, arm=arms, seed=seeds)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command), screen)

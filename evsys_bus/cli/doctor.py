@@ -41,12 +41,12 @@ def command(screen: Screen, as_json: bool) -> int:
 
     Exits with 3 if something that evsys-bus needs does not work here.
     """
-    from evsys_bus.cli.tables import columns
+    from evsys_bus.cli.tables import format_columns
 
-    needed, extras = _requirements()
+    required, extras = _requirements()
     sections = {
         "machine": _machine(),
-        "packages": _versions(needed),
+        "packages": _versions(required),
         **{f"extra {name}": _versions(packages) for name, packages in extras.items()},
         "disk": _disk(Path.cwd()),
         "environment": _environment(),
@@ -58,9 +58,9 @@ def command(screen: Screen, as_json: bool) -> int:
         click.echo(msgspec.json.encode({**sections, "faults": faults}))
         return 3 if faults else 0
     for name, facts in sections.items():
-        note = _note(name, facts)
+        note = _install_hint(name, facts)
         rows = [[key, value] for key, value in facts.items()]
-        click.echo("\n".join([f"{name}{note}", *columns(rows, indent="  "), ""]))
+        click.echo("\n".join([f"{name}{note}", *format_columns(rows, indent="  "), ""]))
     for fault in faults:
         click.echo(f"{screen.style('!', sys.stdout, fg='red', bold=True)} {fault}")
     if not faults:
@@ -104,18 +104,18 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
     import re
     from importlib.metadata import PackageNotFoundError, requires
 
-    from evsys_bus.wiring.extras import extras_of
+    from evsys_bus.config.extras import packages_by_extra
 
     try:
         lines = requires("evsys-bus") or []
     except PackageNotFoundError:  # the package is not installed
         lines = []
-    needed = [found[0] for line in lines if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
-    extras = extras_of(lines)
+    required = [found[0] for line in lines if "extra ==" not in line and (found := re.match(r"[\w.-]+", line))]
+    extras = packages_by_extra(lines)
     sets = {name: set(packages) for name, packages in extras.items()}
     parts = {name: [other for other in sets.values() if other < each] for name, each in sets.items()}
-    together = {name for name, each in sets.items() if each == set[str]().union(*parts[name])}
-    return needed, {name: packages for name, packages in extras.items() if name not in together}
+    composite = {name for name, each in sets.items() if each == set[str]().union(*parts[name])}
+    return required, {name: packages for name, packages in extras.items() if name not in composite}
 
 
 def _versions(packages: list[str]) -> dict[str, str]:
@@ -195,7 +195,7 @@ def _redacted(name: str, value: str) -> str:
     return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
 
 
-def _note(name: str, facts: dict[str, str]) -> str:
+def _install_hint(name: str, facts: dict[str, str]) -> str:
     kind, _, extra = name.partition(" ")
     if kind != "extra" or "missing" not in facts.values():
         return ""

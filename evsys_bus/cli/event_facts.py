@@ -6,9 +6,9 @@ Events may come from journals of other programs and versions, so the types of th
 from collections.abc import Mapping
 from typing import Any, cast
 
-from evsys_bus.attached import Learnt
-from evsys_bus.cli.amounts import duration
-from evsys_bus.cli.tables import counted
+from evsys_bus.adapter import RunAnnotated
+from evsys_bus.cli.formatting import format_duration
+from evsys_bus.cli.tables import pluralize
 from evsys_bus.events import (
     BenchmarkEval,
     Checkpoint,
@@ -42,9 +42,9 @@ def step_of(event: Event | UnknownEvent) -> int | None:
 def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
     """Return the metrics of an event; those of an eval or a benchmark have its name as prefix: ``val/acc``."""
     if isinstance(event, Eval):
-        return _under(event.eval_name, event.metrics)
+        return _prefix_names(event.eval_name, event.metrics)
     if isinstance(event, BenchmarkEval):
-        return _under(_get(event.eval_result, "name"), _get(event.eval_result, "metrics"))
+        return _prefix_names(_get(event.eval_result, "name"), _get(event.eval_result, "metrics"))
     if isinstance(event, RunEnd):
         return _entries(_get(event.run_result, "metrics"))
     if isinstance(event, UnknownEvent):
@@ -61,28 +61,30 @@ def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]: 
             return [str(event.group_name)]
         case TrainStart():
             steps = _get(event.state, "num_steps")
-            return [f"of {counted(steps, 'step')}"] if isinstance(steps, int) else []
+            return [f"of {pluralize(steps, 'step')}"] if isinstance(steps, int) else []
         case Checkpoint():
-            return _told(_get(event.row, "name"), _get(event.row, "state_path") or _get(event.row, "sampler_path"))
+            return _to_lines(_get(event.row, "name"), _get(event.row, "state_path") or _get(event.row, "sampler_path"))
         case BenchmarkEval():
             rows = len(event.predictions) if isinstance(event.predictions, list) else 0  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
-            return [counted(rows, "prediction")] if rows else []
+            return [pluralize(rows, "prediction")] if rows else []
         case TrainEnd():
             seconds = _get(event.artifacts, "train_seconds")
-            took = f"after {duration(seconds)}" if isinstance(seconds, int | float) else None
+            took_text = f"after {format_duration(seconds)}" if isinstance(seconds, int | float) else None
             error = _get(event.state, "error")
-            return _told(took, None if error is None else f"failed: {error}")
+            return _to_lines(took_text, None if error is None else f"failed: {error}")
         case RunEnd():
-            return _told(_get(event.run_result, "status"), _get(event.run_result, "error"))
+            return _to_lines(_get(event.run_result, "status"), _get(event.run_result, "error"))
         case ExperimentEnd():
             best = _get(event.result, "best_arm")
-            return _told(_get(event.result, "status"), f"best arm {best}" if best else None)
-        case Learnt():
+            return _to_lines(_get(event.result, "status"), f"best arm {best}" if best else None)
+        case RunAnnotated():
             return _scalars(event.extras)
         case _:
             fields = _fields(event)
-            said = {"run": run, "batch": step_of(event)}
-            return _scalars({name: value for name, value in fields.items() if said.get(name) != value or value is None})
+            shown_elsewhere = {"run": run, "batch": step_of(event)}
+            return _scalars(
+                {name: value for name, value in fields.items() if shown_elsewhere.get(name) != value or value is None}
+            )
 
 
 def _fields(event: Event | UnknownEvent) -> Mapping[str, Any]:
@@ -99,11 +101,11 @@ def _scalars(fields: Mapping[str, object]) -> list[str]:
     ]
 
 
-def _told(*facts: object) -> list[str]:
+def _to_lines(*facts: object) -> list[str]:
     return [" ".join(str(fact).split()) for fact in facts if fact is not None]
 
 
-def _under(name: object, metrics: object) -> dict[str, Any]:
+def _prefix_names(name: object, metrics: object) -> dict[str, Any]:
     return {f"{name}/{metric}": value for metric, value in _entries(metrics).items()}
 
 

@@ -7,19 +7,19 @@ from typing import Any, Final
 
 from rich.cells import cell_len, set_cell_size
 
-from evsys_bus.cli.amounts import NONE
 from evsys_bus.cli.event_facts import facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.progress.figures import number
+from evsys_bus.cli.formatting import NO_VALUE
+from evsys_bus.cli.progress.arm_table import format_number
 from evsys_bus.cli.screen import printable
 from evsys_bus.cli.tables import GAP
 from evsys_bus.events import Envelope
 
-_MOST_METRICS: Final = 6
-_UNTOLD: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
-_MOST_CHARS: Final = 160
+_MAX_METRICS: Final = 6
+_HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
+_MAX_CHARS: Final = 160
 
 
-class EventLines:
+class EventFormatter:
     """Formats events as lines.
 
     Args:
@@ -32,18 +32,18 @@ class EventLines:
         self._columns = columns
         self._widths = [0, 0, 0]
 
-    def expect(self, envelopes: Iterable[Envelope]) -> None:
+    def widen_for(self, envelopes: Iterable[Envelope]) -> None:
         """Widen the columns for these events."""
         for envelope in envelopes:
             self._widen(_cells(envelope))
 
-    def line(self, envelope: Envelope) -> str:
+    def format_event(self, envelope: Envelope) -> str:
         """Return the line of one event."""
         cells = _cells(envelope)
         self._widen(cells)
         when = time.strftime("%m-%d %H:%M:%S", time.localtime(envelope.time))
         padded = [set_cell_size(cell, width) for cell, width in zip(cells, self._widths, strict=True)]
-        line = GAP.join([when, *padded, "  ".join(self._told(envelope))]).rstrip()
+        line = GAP.join([when, *padded, "  ".join(self._details(envelope))]).rstrip()
         if self._columns is None or cell_len(line) <= self._columns:
             return line
         return f"{set_cell_size(line, self._columns - 1).rstrip()}…"
@@ -51,26 +51,29 @@ class EventLines:
     def _widen(self, cells: list[str]) -> None:
         self._widths = [max(width, cell_len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
 
-    def _told(self, envelope: Envelope) -> list[str]:
+    def _details(self, envelope: Envelope) -> list[str]:
         metrics = metrics_of(envelope.event)
-        chosen = (
-            [name for name in metrics if name not in _UNTOLD][:_MOST_METRICS]
+        shown = (
+            [name for name in metrics if name not in _HIDDEN_METRICS][:_MAX_METRICS]
             if self._metric is None
             else [name for name in metrics if self._metric.search(name)]
         )
-        told = [*facts_of(envelope.event, envelope.run), *(f"{name} {_value(metrics[name])}" for name in chosen)]
-        left = len(metrics) - len(chosen)
-        told += [f"(+{left})"] if left and self._metric is None else []
-        return [printable(each if len(each) <= _MOST_CHARS else f"{each[:_MOST_CHARS]}…") for each in told]
+        details = [
+            *facts_of(envelope.event, envelope.run),
+            *(f"{name} {_format_value(metrics[name])}" for name in shown),
+        ]
+        left = len(metrics) - len(shown)
+        details += [f"(+{left})"] if left and self._metric is None else []
+        return [printable(each if len(each) <= _MAX_CHARS else f"{each[:_MAX_CHARS]}…") for each in details]
 
 
 def _cells(envelope: Envelope) -> list[str]:
     """Return run, type and step."""
     step = step_of(envelope.event)
-    run = NONE if envelope.run is None else printable(envelope.run)
+    run = NO_VALUE if envelope.run is None else printable(envelope.run)
     run = f"{run} rank {envelope.rank}" if envelope.rank else run
-    return [run, printable(type_of(envelope.event)), NONE if step is None else f"{step:,}"]
+    return [run, printable(type_of(envelope.event)), NO_VALUE if step is None else f"{step:,}"]
 
 
-def _value(value: Any) -> str:
-    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+def _format_value(value: Any) -> str:
+    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -14,20 +14,20 @@ from typing import Final
 
 import msgspec
 
-from evsys_bus.cli.backwards import newest_first
 from evsys_bus.cli.event_facts import metrics_of, type_of
-from evsys_bus.cli.tables import counted
+from evsys_bus.cli.reverse_reader import read_newest_first
+from evsys_bus.cli.tables import pluralize
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope
-from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, Tail, frame, layout
+from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.scanning import SegmentScan
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class EventFilter(msgspec.Struct, frozen=True):
     """Selects events; an empty or None field matches everything."""
 
     types: frozenset[str] = frozenset()
@@ -37,13 +37,13 @@ class Wanted(msgspec.Struct, frozen=True):
     since: float | None = None
     """Seconds since the epoch."""
 
-    def may_be(self, payload: bytes) -> bool:
+    def may_match(self, payload: bytes) -> bool:
         """Return False for most events that do not match, without decoding: payloads contain texts verbatim."""
         if self.types and not any(each.encode() in payload for each in self.types):
             return False
         return self.run is None or self.run.encode(errors="replace") in payload
 
-    def is_it(self, envelope: Envelope) -> bool:
+    def matches(self, envelope: Envelope) -> bool:
         """Return whether the event matches."""
         if self.since is not None and envelope.time < self.since:
             return False
@@ -59,30 +59,34 @@ class EventReader:
 
     Args:
         directory: The journal.
-        wanted: The filter.
+        event_filter: The filter.
         disk: The file system.
-        learnt: Include the couriers' streams, which hold the annotations of runs.
+        include_annotations: Include the couriers' streams, which hold the annotations of runs.
     """
 
-    def __init__(self, directory: Path, wanted: Wanted, disk: Disk | None = None, *, learnt: bool = False) -> None:
-        self.no_envelopes = 0
+    def __init__(
+        self, directory: Path, event_filter: EventFilter, disk: Disk | None = None, *, include_annotations: bool = False
+    ) -> None:
+        self.undecodable_records = 0
         """Number of intact records that could not be decoded."""
         self._disk = OsDisk() if disk is None else disk
         self._reader = JournalReader(directory, self._disk)
-        self._wanted = wanted
-        self._families: tuple[Family, ...] = ("r", "c") if learnt else ("r",)
-        self._tails: dict[str, Tail] = {}
+        self._filter = event_filter
+        self._families: tuple[Family, ...] = ("r", "c") if include_annotations else ("r",)
+        self._tails: dict[str, TailReader] = {}
         self._missing: list[tuple[int, int]] = []
 
     def latest(self, count: int) -> list[Envelope]:
         """Return the last ``count`` events, oldest first, and move to the end."""
-        merged = list(self._in_order({stream: self._latest(stream, count) for stream in self._streams()}))
+        merged = list(
+            self._merge_streams({stream: self._latest_of_stream(stream, count) for stream in self._streams()})
+        )
         return merged[-count:] if count else []
 
     def seek(self, since: float) -> None:
         """Move to the first segments that may hold events since this time."""
         for stream in self._streams():
-            self._tails[stream] = self._reader.tail(stream, self._before(stream, since))
+            self._tails[stream] = self._reader.tail(stream, self._sequence_before(stream, since))
 
     def poll(self) -> Iterator[Envelope]:
         """Yield the events from the position to the current end; exhaust the iterator to move there.
@@ -94,97 +98,97 @@ class EventReader:
         for stream in streams:
             if stream not in self._tails:
                 self._tails[stream] = self._reader.tail(stream)
-        return self._in_order({stream: self._decoded(self._tails[stream].poll()) for stream in streams})
+        return self._merge_streams({stream: self._decode_matching(self._tails[stream].poll()) for stream in streams})
 
-    def ends(self) -> dict[str, int]:
+    def last_sequences(self) -> dict[str, int]:
         """Return the sequence of the last event that was read, by stream."""
-        return {stream: tail.last for stream, tail in self._tails.items()}
+        return {stream: tail.last_sequence for stream, tail in self._tails.items()}
 
-    def troubles(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Return descriptions of missing events, damaged bytes and unreadable files."""
-        missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing)]
-        damaged = sum(tail.damaged_bytes for tail in self._tails.values())
-        told: list[str] = []
+        missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing_ranges)]
+        damaged = sum(tail.corrupt_bytes for tail in self._tails.values())
+        parts: list[str] = []
         if missing:
-            told.append(f"{counted(sum(last - first + 1 for first, last in missing), 'event')} missing")
+            parts.append(f"{pluralize(sum(last - first + 1 for first, last in missing), 'event')} missing")
         if damaged:
-            told.append(f"{counted(damaged, 'byte')} damaged")
-        if self.no_envelopes:
-            told.append(f"{counted(self.no_envelopes, 'record')} that cannot be decoded")
-        told += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable]
-        return told
+            parts.append(f"{pluralize(damaged, 'byte')} damaged")
+        if self.undecodable_records:
+            parts.append(f"{pluralize(self.undecodable_records, 'record')} that cannot be decoded")
+        parts += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable_segments]
+        return parts
 
     def _streams(self) -> list[str]:
         return [stream for family in self._families for stream in self._reader.streams(family)]
 
-    def _in_order(self, events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
+    def _merge_streams(self, events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
         """Merge the events of streams; each stream is in order."""
         ranks: dict[tuple[str, int], list[str]] = {}
         for stream in events:
             ranks.setdefault((stream[0], layout.rank_of(stream)), []).append(stream)
-        return _merged(self._of_rank(streams, events) for streams in ranks.values())
+        return _merge_by_time(self._merge_rank(streams, events) for streams in ranks.values())
 
-    def _of_rank(self, streams: Sequence[str], events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
+    def _merge_rank(self, streams: Sequence[str], events: Mapping[str, Iterable[Envelope]]) -> Iterator[Envelope]:
         for at, stream in enumerate(streams, start=1):
             if streams[at:] and self._reader.is_live(stream):  # it is written at the same time as the others
-                yield from _merged([events[stream], self._of_rank(streams[at:], events)])
+                yield from _merge_by_time([events[stream], self._merge_rank(streams[at:], events)])
                 return
             yield from events[stream]
 
-    def _latest(self, stream: str, count: int) -> list[Envelope]:
+    def _latest_of_stream(self, stream: str, count: int) -> list[Envelope]:
         """Return the last matching events of one stream, oldest first."""
-        records = newest_first(self._disk, self._reader.directory, stream)
+        records = read_newest_first(self._disk, self._reader.directory, stream)
         newest = next(records, None)
         self._tails[stream] = self._reader.tail(stream, 0 if newest is None else newest.sequence)
         if newest is None or not count:
             return []
-        found = itertools.islice(self._backwards(itertools.chain([newest], records)), count)
+        found = itertools.islice(self._filter_newest_first(itertools.chain([newest], records)), count)
         return list(found)[::-1]
 
-    def _backwards(self, records: Iterable[Record]) -> Iterator[Envelope]:
-        since, before = self._wanted.since, None
+    def _filter_newest_first(self, records: Iterable[Record]) -> Iterator[Envelope]:
+        since, previous_sequence = self._filter.since, None
         for record in records:
-            if before is not None and before > record.sequence + 1:
-                self._missing.append((record.sequence + 1, before - 1))
-            before = record.sequence
-            if since is None and not self._wanted.may_be(record.payload):
+            if previous_sequence is not None and previous_sequence > record.sequence + 1:
+                self._missing.append((record.sequence + 1, previous_sequence - 1))
+            previous_sequence = record.sequence
+            if since is None and not self._filter.may_match(record.payload):
                 continue
-            envelope = self._envelope(record)
+            envelope = self._decode_record(record)
             if envelope is None:
                 continue
             if since is not None and envelope.time < since:
                 return
-            if self._wanted.is_it(envelope):
+            if self._filter.matches(envelope):
                 yield envelope
 
-    def _decoded(self, records: Iterable[Record]) -> Iterator[Envelope]:
+    def _decode_matching(self, records: Iterable[Record]) -> Iterator[Envelope]:
         for record in records:
-            if self._wanted.may_be(record.payload):
-                envelope = self._envelope(record)
-                if envelope is not None and self._wanted.is_it(envelope):
+            if self._filter.may_match(record.payload):
+                envelope = self._decode_record(record)
+                if envelope is not None and self._filter.matches(envelope):
                     yield envelope
 
-    def _envelope(self, record: Record) -> Envelope | None:
+    def _decode_record(self, record: Record) -> Envelope | None:
         try:
-            return decode(record.payload, _KEYS)
+            return decode(record.payload, _CONTEXTS)
         except CodecError:
-            self.no_envelopes += 1
+            self.undecodable_records += 1
             return None
 
-    def _before(self, stream: str, since: float) -> int:
+    def _sequence_before(self, stream: str, since: float) -> int:
         """Return the sequence before the first segment to read; 0 for all segments."""
-        names = layout.segments(self._disk, f"{self._reader.directory}/{stream}")
+        names = layout.list_segments(self._disk, f"{self._reader.directory}/{stream}")
         for name in reversed(names[1:]):
             scan = SegmentScan(self._disk, f"{self._reader.directory}/{stream}/{name}")
-            events = (each for each in scan.pieces() if isinstance(each, Frame) and each.kind == frame.EVENT)
+            events = (each for each in scan.frames() if isinstance(each, Frame) and each.kind == frame.EVENT)
             first = next(events, None)
-            envelope = None if first is None else self._envelope(Record(first.sequence, bytes(first.payload)))
+            envelope = None if first is None else self._decode_record(Record(first.sequence, bytes(first.payload)))
             if envelope is not None and envelope.time < since:
-                return name.first - 1
+                return name.first_sequence - 1
         return 0
 
 
-class _KeyAlone(dict[str, LogContext]):
+class _RunKeyContexts(dict[str, LogContext]):
     """Maps every run key to a context that has only this key, so that a decoded state names its run."""
 
     def __contains__(self, run: object) -> bool:
@@ -194,16 +198,16 @@ class _KeyAlone(dict[str, LogContext]):
         return detached(LogContext, {"run_key": run})
 
 
-_KEYS: Final = _KeyAlone()
+_CONTEXTS: Final = _RunKeyContexts()
 
 
-def _merged(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
+def _merge_by_time(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
     """Merge by time; the order within a stream is kept even if its clock jumped."""
-    for _, envelope in heapq.merge(*map(_timed, streams), key=itemgetter(0)):
+    for _, envelope in heapq.merge(*map(_with_times, streams), key=itemgetter(0)):
         yield envelope
 
 
-def _timed(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope]]:
+def _with_times(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope]]:
     latest = 0.0
     for envelope in envelopes:
         latest = max(latest, envelope.time)

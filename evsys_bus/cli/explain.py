@@ -11,28 +11,28 @@ from evsys_bus.cli.screen import color_option
 def command(code: str | None) -> None:
     """Show the help page of CODE, for example EB101; without CODE, list all codes."""
     if code is None:
-        from evsys_bus.cli.tables import columns
+        from evsys_bus.cli.tables import format_columns
 
-        rows = [[each, page(each).partition("\n")[0].partition("  ")[2]] for each in codes()]
-        click.echo("\n".join(columns(rows)))
+        rows = [[each, read_page(each).partition("\n")[0].partition("  ")[2]] for each in list_codes()]
+        click.echo("\n".join(format_columns(rows)))
         return
-    wanted = code.strip().upper().removeprefix("ERROR[").removesuffix("]")
-    wanted = f"EB{wanted}" if wanted.isdigit() else wanted
-    if wanted not in codes():
+    requested = code.strip().upper().removeprefix("ERROR[").removesuffix("]")
+    requested = f"EB{requested}" if requested.isdigit() else requested
+    if requested not in list_codes():
         from evsys_bus.errors import did_you_mean
 
-        raise click.UsageError(f"there is no error code {code!r}; {did_you_mean(wanted, codes())}")
-    click.echo(page(wanted).rstrip())
+        raise click.UsageError(f"there is no error code {code!r}; {did_you_mean(requested, list_codes())}")
+    click.echo(read_page(requested).rstrip())
 
 
-def codes() -> list[str]:
+def list_codes() -> list[str]:
     """Return every code that has a page."""
     from importlib.resources import files
 
     return sorted(each.name.removesuffix(".md") for each in files("evsys_bus.cli").joinpath("pages").iterdir())
 
 
-def page(code: str) -> str:
+def read_page(code: str) -> str:
     """Return the page of a code; its first line is the code, two blanks and a summary of the error."""
     from importlib.resources import files
 

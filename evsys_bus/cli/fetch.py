@@ -11,10 +11,10 @@ from evsys_bus.cli.screen import Screen, color_option
 from evsys_bus.cli.store_options import store_options
 
 if TYPE_CHECKING:
-    from evsys_adapters.checkpoints.places import Reach
+    from evsys_adapters.checkpoints.stores import StoreOptions
     from evsys_bus.context import ManifestRow
 
-_MOST_NAMED: Final = 3
+_MAX_NAMED: Final = 3
 
 
 @click.command("fetch")
@@ -28,26 +28,26 @@ _MOST_NAMED: Final = 3
 @color_option
 @click.pass_obj
 def command(
-    screen: Screen, asked: str, url: str | None, reach: "Reach", target: Path | None, record: bool, as_json: bool
+    screen: Screen, asked: str, url: str | None, reach: "StoreOptions", target: Path | None, record: bool, as_json: bool
 ) -> None:
     """Fetch a checkpoint of RUN into fetched/ in its folder; NAME as `checkpoints` shows it, by default the newest.
 
     Every file is verified by its digest, and files that exist already are not fetched again: after an interruption the
     same command continues. On a new machine use --from URL; RUN is then the run's name there.
     """
-    run, name = _parted(asked)
+    run, name = _split_name(asked)
     folder, key = run if run.is_dir() else RUNS / run, run.absolute().name
     if url is None:
         _refuse_experiment(run, folder)
-        url, reach, recorded = _uploaded_to(run, name)
+        url, reach, recorded = _find_upload(run, name)
         folder = folder if run.is_dir() and recorded.name == key else recorded
         key = recorded.name
     folder = target or folder
-    fetched = _fetch(url, reach, key, name, folder, screen)
+    fetched = _fetch_checkpoint(url, reach, key, name, folder, screen)
     if record:
-        from evsys_bus.cli.fetching import put_on_record
+        from evsys_bus.cli.fetched_checkpoints import record_checkpoint
 
-        put_on_record(folder, fetched)
+        record_checkpoint(folder, fetched)
     if as_json:
         import msgspec
 
@@ -56,67 +56,69 @@ def command(
     click.echo("\n".join(filter(None, (fetched.state_path, fetched.sampler_path))))
 
 
-def _parted(asked: str) -> tuple[Path, str | None]:
-    run, at, name = asked.rpartition("@")
-    if not at or Path(asked).exists():
-        return Path(asked), None
+def _split_name(argument: str) -> tuple[Path, str | None]:
+    run, at, name = argument.rpartition("@")
+    if not at or Path(argument).exists():
+        return Path(argument), None
     if not run or not name:
-        raise click.UsageError(f"{asked!r} is not of the form RUN@NAME")
+        raise click.UsageError(f"{argument!r} is not of the form RUN@NAME")
     return Path(run), name
 
 
-def _refuse_experiment(asked: Path, folder: Path) -> None:
-    from evsys_bus.cli.planned import earlier_page
+def _refuse_experiment(requested: Path, folder: Path) -> None:
+    from evsys_bus.cli.experiment_plan import load_previous_experiment
 
-    page = earlier_page(folder)
-    if page is not None:
-        known = [str(asked / key) for key in page.runs]
-        named = f"; name a run: {', '.join(known[:_MOST_NAMED])}" if known else ""
-        raise click.UsageError(f"{asked} is an experiment{named}{', ...' if len(known) > _MOST_NAMED else ''}")
+    previous = load_previous_experiment(folder)
+    if previous is not None:
+        known = [str(requested / key) for key in previous.runs]
+        named = f"; name a run: {', '.join(known[:_MAX_NAMED])}" if known else ""
+        raise click.UsageError(f"{requested} is an experiment{named}{', ...' if len(known) > _MAX_NAMED else ''}")
 
 
-def _uploaded_to(run: Path, name: str | None) -> "tuple[str, Reach, Path]":
+def _find_upload(run: Path, name: str | None) -> "tuple[str, StoreOptions, Path]":
     """Return the destination that the run's folder records, its options, and that folder."""
     from evsys_bus.cli.checkpoint_states import checkpoint_states
 
-    known_here = checkpoint_states(run)
-    states = [each for each in known_here if each.folder.name == run.absolute().name]
-    if not states and len({each.folder for each in known_here}) == 1:  # a journal or a folder with a single run
-        states = known_here
-    there = [
-        (state, (remote.url, remote.reach, state.folder))
+    all_states = checkpoint_states(run)
+    states = [each for each in all_states if each.folder.name == run.absolute().name]
+    if not states and len({each.folder for each in all_states}) == 1:  # a journal or a folder with a single run
+        states = all_states
+    uploads = [
+        (state, (remote.url, remote.store_options, state.folder))
         for state in states
         for remote in state.remote
         if remote.state == "uploaded" and remote.url is not None
     ]
-    named = [place for state, place in there if name in {None, state.name, state.row.name}]
+    named = [location for state, location in uploads if name in {None, state.name, state.row.name}]
     if named:
         return named[-1]
     from evsys_bus.errors import did_you_mean
 
-    known = [state.name for state, _ in there]
+    known = [state.name for state, _ in uploads]
     if name is not None and known:
         raise click.UsageError(f"{run} has no uploaded checkpoint {name}; {did_you_mean(name, known)}")
     raise click.UsageError(f"no upload of {run} is recorded here; give the URL of its checkpoints: --from URL")
 
 
-def _fetch(url: str, reach: "Reach", run: str, name: str | None, folder: Path, screen: Screen) -> "ManifestRow":
+def _fetch_checkpoint(
+    url: str, options: "StoreOptions", run: str, name: str | None, folder: Path, screen: Screen
+) -> "ManifestRow":
     import anyio
 
     from evsys_adapters.checkpoints.manifest import FETCHED, checkpoint_folder
-    from evsys_adapters.checkpoints.restore import choose, fetch
-    from evsys_bus.cli.fetch_progress import fetches_shown
-    from evsys_bus.cli.fetching import contents
-    from evsys_bus.cli.progress.transfers import metered
-    from evsys_bus.cli.store_options import at_destination
+    from evsys_adapters.checkpoints.restore import choose_checkpoint, fetch_checkpoint
+    from evsys_bus.cli.fetch_progress import show_fetches
+    from evsys_bus.cli.fetched_checkpoints import describe_contents
+    from evsys_bus.cli.progress.transfers import make_byte_counter
+    from evsys_bus.cli.store_options import open_destination
 
-    async def go() -> "ManifestRow":
-        async with at_destination(url, reach, run) as destination:
-            manifest = await choose(destination, name)
-            with fetches_shown("auto", screen) as tell:
-                told = metered(run, checkpoint_folder(manifest.row), tell)
-                row = await fetch(destination, manifest, folder / FETCHED, told)
-            screen.note(f"{row.name} after step {row.batch:,}: {contents(manifest)}, verified")
+    async def download() -> "ManifestRow":
+        async with open_destination(url, options, run) as destination:
+            manifest = await choose_checkpoint(destination, name)
+            with show_fetches("auto", screen) as on_transfer:
+                on_bytes = make_byte_counter(run, checkpoint_folder(manifest.row), on_transfer)
+                row = await fetch_checkpoint(destination, manifest, folder / FETCHED, on_bytes)
+            screen.note(f"{row.name} after step {row.batch:,}: {describe_contents(manifest)}, verified")
             return row
 
-    return anyio.run(go)
+    return anyio.run(download)

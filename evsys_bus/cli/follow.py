@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from evsys_bus.cli.adapter_choice import adapter_options
-from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, timeout_option
+from evsys_bus.cli.delivery_progress import progress_option, show_deliveries, timeout_option
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
 
@@ -42,41 +42,41 @@ def command(
     those of the run: it continues where it stopped the last time, and `status` and `sync` include it. If the run has
     ended already, its events are delivered and the command ends.
     """
-    from evsys_bus.cli.adapter_choice import chosen
-    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, sync_command, trouble_of
-    from evsys_bus.cli.following import Followup, OneOffFollowup, refuse_other
-    from evsys_bus.cli.journals import found
-    from evsys_bus.cli.printed import printed_aside
-    from evsys_bus.cli.telling import INTERRUPTED, tell
-    from evsys_bus.cli.warnings_log import warnings_shown
+    from evsys_bus.cli.adapter_choice import resolve_subscription
+    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, sync_command, undelivered_error
+    from evsys_bus.cli.errors import INTERRUPTED, report
+    from evsys_bus.cli.follow_delivery import OneOffDelivery, ResumableDelivery, check_same_adapter
+    from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.stdout_guard import guard_stdout
+    from evsys_bus.cli.warnings_log import show_warnings
 
-    journal = found(folder)
-    followed = chosen(kind, sets, plugins, name)
+    journal = find_journal(folder)
+    subscription = resolve_subscription(kind, sets, plugins, name)
     if name is not None:
-        refuse_other(journal.directory, followed)
+        check_same_adapter(journal.directory, subscription)
     if journal.run is not None:
         screen.note(f"{journal.run} shares its journal: all events of {journal.directory} are delivered")
     with (
-        printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
-        deliveries_shown(progress, screen) as view,
-        warnings_shown(screen, as_json=progress == "json"),
+        guard_stdout(result_is_json=as_json, progress_is_json=progress == "json"),
+        show_deliveries(progress, screen) as view,
+        show_warnings(screen, as_json=progress == "json"),
     ):
         if name is None:
-            followup: Followup | OneOffFollowup = OneOffFollowup(journal.directory, followed)
+            delivery: ResumableDelivery | OneOffDelivery = OneOffDelivery(journal.directory, subscription)
         else:
-            followup = Followup(journal.directory, followed, from_start=from_start)
-        outcome, interrupted = followup.run(timeout_seconds, view.tell)
+            delivery = ResumableDelivery(journal.directory, subscription, from_start=from_start)
+        outcome, interrupted = delivery.run(timeout_seconds, view.update)
     click.echo("\n".join(outcome_json([outcome]) if as_json else outcome_lines([outcome])))
     if outcome.dead:
-        kept = "" if outcome.dead_letters is None else f"; events and reasons are in {outcome.dead_letters}"
-        screen.note(f"{outcome.dead:,} rejected{kept}")
+        location = "" if outcome.dead_letters is None else f"; events and reasons are in {outcome.dead_letters}"
+        screen.note(f"{outcome.dead:,} rejected{location}")
     if interrupted:
-        again = "the same command starts again at the first event; with --name it would continue where it stopped"
+        advice = "the same command starts again at the first event; with --name it would continue where it stopped"
         if name is not None:
-            again = f"the same command continues where it stopped, and so does: {sync_command(journal.directory)}"
-        screen.note(f"interrupted; {again}")
+            advice = f"the same command continues where it stopped, and so does: {sync_command(journal.directory)}"
+        screen.note(f"interrupted; {advice}")
         return INTERRUPTED
-    error = trouble_of(outcome)
+    error = undelivered_error(outcome)
     if error is not None and name is None:
         error.fix = f"{outcome.after.fix or 'remove the cause'}   then run the same command again"
-    return 0 if error is None else tell(error, screen)
+    return 0 if error is None else report(error, screen)

@@ -22,23 +22,23 @@ def command(screen: Screen, name: str, folder: Path | None, sure: bool) -> None:
     Fails while a process delivers to the adapter. If the adapter is added again later, it begins with the oldest event
     that the journal has then. To deliver pending events instead: evsys-bus sync RUN --adapter NAME.
     """
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.journals import find_journal
     from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import counted
-    from evsys_bus.delivery.accounts import accounts
-    from evsys_bus.delivery.roster import forget
+    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.delivery.progress import read_progress
+    from evsys_bus.delivery.subscriptions import forget
     from evsys_bus.errors import did_you_mean
 
-    directory = found(folder).directory
-    known = {each.name: each for each in accounts(directory)}
+    directory = find_journal(folder).directory
+    known = {each.name: each for each in read_progress(directory)}
     status = known.get(name)
     if status is None:
         near = did_you_mean(name, known)
         raise click.UsageError(printable(f'{directory} has no adapter "{name}"{near and f"; {near}"}'))
-    pending = f", {counted(status.pending, 'event')} pending" if status.pending else ""
+    pending = f", {pluralize(status.pending, 'event')} pending" if status.pending else ""
     question = f"Forget {name} in {directory} ({status.delivered:,} delivered{pending})?"
     if not sure:
         click.confirm(printable(question), abort=True, err=True)
     forget(str(directory), name)
-    what = f"; {counted(status.pending, 'event')} will not be delivered to it" if status.pending else ""
+    what = f"; {pluralize(status.pending, 'event')} will not be delivered to it" if status.pending else ""
     screen.note(printable(f"forgotten: {name}{what}"))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Final, Self
 
-AGAIN_SECONDS: Final = 0.5
+CANCEL_INTERVAL_SECONDS: Final = 0.5
 """Interval at which a task that is to stop waiting is cancelled again."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,46 +25,46 @@ class Interrupts:
         """The first signal that was received."""
         self._on_first = on_first
         self._cancel: Callable[[], object] | None = None
-        self._leave: Callable[[], object] | None = None
-        self._earlier: dict[signal.Signals, Any] = {}
+        self._stop_waiting: Callable[[], object] | None = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._earlier = {each: signal.signal(each, self._hear) for each in _SIGNALS}
+            self._previous_handlers = {each: signal.signal(each, self._handle) for each in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for each, earlier in self._earlier.items():
-            signal.signal(each, signal.SIG_DFL if earlier is None else earlier)
+        for each, previous in self._previous_handlers.items():
+            signal.signal(each, signal.SIG_DFL if previous is None else previous)
 
-    def stop_this_task(self) -> None:
+    def cancel_this_task_on_signal(self) -> None:
         """Cancel the current task on the first signal."""
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
         self._cancel = lambda: loop.call_soon_threadsafe(task.cancel)
 
-    def end_the_wait_of_this_task(self) -> None:
+    def stop_waiting_on_signal(self) -> None:
         """Cancel the current task, which only waits from now on, on the next signal, until it has ended."""
         task = asyncio.current_task()
         assert task is not None
         loop = asyncio.get_running_loop()
 
-        def leave() -> None:  # a bus needs one cancellation for tasks, and up to two for deliveries
+        def cancel_until_done() -> None:  # a bus needs one cancellation for tasks, and up to two for deliveries
             if not task.done():
                 task.cancel()
-                loop.call_later(AGAIN_SECONDS, leave)
+                loop.call_later(CANCEL_INTERVAL_SECONDS, cancel_until_done)
 
-        self._leave = lambda: loop.call_soon_threadsafe(leave)
+        self._stop_waiting = lambda: loop.call_soon_threadsafe(cancel_until_done)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        leave, self._leave = self._leave, None
-        if leave is not None:
+        stop_waiting, self._stop_waiting = self._stop_waiting, None
+        if stop_waiting is not None:
             self.received = self.received or signal.Signals(number)
-            leave()
+            stop_waiting()
             return
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if not first or self._cancel is None:

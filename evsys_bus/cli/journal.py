@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from evsys_bus.cli.event_options import event_options, no_match_message
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
-from evsys_bus.cli.selecting import event_options, unmatched
-from evsys_bus.where import encode_json
+from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.event_reader import EventReader
 
-_DAMAGED: Final = 3
+_EXIT_DAMAGED: Final = 3
 _run_argument = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 
 
@@ -35,22 +35,22 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     """
     import msgspec
 
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.journals import find_journal
     from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import counted
-    from evsys_bus.cli.verification import stream_lines, summary, verified
+    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.cli.verification import stream_lines, summary, verify_with_progress
 
-    directory = found(folder).directory
-    report = verified(directory, screen)
+    directory = find_journal(folder).directory
+    report = verify_with_progress(directory, screen)
     if as_json:
         for each in report.streams:
-            row = {"type": "stream", **msgspec.to_builtins(each), "whole": each.whole}
+            row = {"type": "stream", **msgspec.to_builtins(each), "whole": each.is_intact}
             click.echo(encode_json(row))
-        return 0 if report.whole else _DAMAGED
+        return 0 if report.is_intact else _EXIT_DAMAGED
     lines = [line for each in report.streams for line in stream_lines(each)]
-    head = f"{directory}   {counted(len(report.streams), 'stream')}"
+    head = f"{directory}   {pluralize(len(report.streams), 'stream')}"
     click.echo("\n".join([printable(head), "", *map(printable, lines), "", summary(report)]))
-    return 0 if report.whole else _DAMAGED
+    return 0 if report.is_intact else _EXIT_DAMAGED
 
 
 @command.command("repair", short_help="quarantine damaged segments, and rewrite them without the damage")
@@ -65,32 +65,34 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     new one, with the suffix ".damaged". Do not follow or sync the run at the same time. Exits with 3 if a segment
     cannot be read at all.
     """
-    from evsys_bus.cli.amounts import size
-    from evsys_bus.cli.journals import found
-    from evsys_bus.cli.repair import repair, to_repair
+    from evsys_bus.cli.formatting import format_size
+    from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.repair import damaged_streams, repair
     from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import columns, counted
-    from evsys_bus.cli.verification import verified
+    from evsys_bus.cli.tables import format_columns, pluralize
+    from evsys_bus.cli.verification import verify_with_progress
 
-    directory = found(folder).directory
-    report = verified(directory, screen)
-    done = repair(directory, to_repair(report), dry_run=dry_run)
+    directory = find_journal(folder).directory
+    report = verify_with_progress(directory, screen)
+    done = repair(directory, damaged_streams(report), dry_run=dry_run)
     rows = [
         [
             f"{each.segment.parent.name}/{each.segment.name}",
-            f"{counted(each.events, 'event')} kept",
-            f"{size(each.dropped_bytes)} dropped",
-            f"original: {each.aside.name}",
+            f"{pluralize(each.events, 'event')} kept",
+            f"{format_size(each.dropped_bytes)} dropped",
+            f"original: {each.quarantined.name}",
         ]
         for each in done
     ]
-    would = "would be repaired; nothing was changed" if dry_run else "repaired"
-    last = f"{counted(len(rows), 'segment')} {would}" if rows else "nothing to repair: no segment is damaged"
-    click.echo("\n".join([*columns(rows), *([""] if rows else []), last]))
-    unreadable = [f"{each.stream}/{' '.join(why.split())}" for each in report.streams for why in each.unreadable]
+    action = "would be repaired; nothing was changed" if dry_run else "repaired"
+    last = f"{pluralize(len(rows), 'segment')} {action}" if rows else "nothing to repair: no segment is damaged"
+    click.echo("\n".join([*format_columns(rows), *([""] if rows else []), last]))
+    unreadable = [
+        f"{each.stream}/{' '.join(why.split())}" for each in report.streams for why in each.unreadable_segments
+    ]
     for each in unreadable:
         screen.note(printable(f"not repaired: {each}"))
-    return _DAMAGED if unreadable else 0
+    return _EXIT_DAMAGED if unreadable else 0
 
 
 @command.command("export", short_help="the events as csv or jsonl")
@@ -112,36 +114,36 @@ def export_command(
     jsonl: one object per event, as in `tail --json`. csv: one table per type of event, step_end if no type is given,
     with a column for each metric or field; the tables of several types are written into the folder --out.
     """
-    from evsys_bus.cli.event_reader import EventReader, Wanted
+    from evsys_bus.cli.event_reader import EventFilter, EventReader
     from evsys_bus.cli.export import export_csv, export_jsonl
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.journals import find_journal
     from evsys_bus.cli.reading_progress import disk_with_progress
-    from evsys_bus.cli.run_journal import run_key_of
-    from evsys_bus.cli.tables import counted
+    from evsys_bus.cli.run_journal import find_run_key
+    from evsys_bus.cli.tables import pluralize
 
-    journal = found(folder)
+    journal = find_journal(folder)
     named = types or (("step_end",) if kind == "csv" else ())
-    places = _tables(named, out) if kind == "csv" else {}
-    wanted = Wanted(types=frozenset(named), run=run_key or run_key_of(journal))
+    outputs = _output_paths(named, out) if kind == "csv" else {}
+    event_filter = EventFilter(types=frozenset(named), run=run_key or find_run_key(journal))
     readers: list[EventReader] = []
-    with disk_with_progress(journal.directory, "exporting", screen, times=1 + len(places)) as disk:
+    with disk_with_progress(journal.directory, "exporting", screen, times=1 + len(outputs)) as disk:
 
         def new_reader() -> "EventReader":
-            readers.append(EventReader(journal.directory, wanted, disk))
+            readers.append(EventReader(journal.directory, event_filter, disk))
             return readers[-1]
 
-        counts = export_csv(new_reader, places) if places else {"event": export_jsonl(new_reader(), out)}
+        counts = export_csv(new_reader, outputs) if outputs else {"event": export_jsonl(new_reader(), out)}
     if not any(counts.values()):
-        screen.note(unmatched(named))
+        screen.note(no_match_message(named))
     elif out is not None:
-        told = [f"{counted(count, 'event' if name == 'event' else f'{name} row')}" for name, count in counts.items()]
-        screen.note(f"{', '.join(told)} in {out}")
-    troubles = readers[0].troubles()
-    if troubles:
-        screen.note(f"{', '.join(troubles)}; see: evsys-bus journal verify {journal.directory}")
+        parts = [f"{pluralize(count, 'event' if name == 'event' else f'{name} row')}" for name, count in counts.items()]
+        screen.note(f"{', '.join(parts)} in {out}")
+    problems = readers[0].problems()
+    if problems:
+        screen.note(f"{', '.join(problems)}; see: evsys-bus journal verify {journal.directory}")
 
 
-def _tables(types: tuple[str, ...], out: Path | None) -> dict[str, Path | None]:
+def _output_paths(types: tuple[str, ...], out: Path | None) -> dict[str, Path | None]:
     """Return the output file of each type's table."""
     if len(types) == 1:
         return {types[0]: out}

@@ -9,10 +9,10 @@ import click
 
 RUNS: Final = Path("runs")
 JOURNAL: Final = "journal"
-_MOST_NAMED: Final = 5
+_MAX_NAMED: Final = 5
 
 
-class Found(NamedTuple):
+class JournalLocation(NamedTuple):
     """An existing journal."""
 
     directory: Path
@@ -20,45 +20,45 @@ class Found(NamedTuple):
     """The requested run, if the journal belongs to its whole experiment."""
 
 
-def found(asked: Path | None) -> Found:
+def find_journal(requested: Path | None) -> JournalLocation:
     """Find the requested journal; None means the newest one below ``./runs``.
 
     Raises:
         click.UsageError: There is none, or several match.
     """
-    if asked is None:
-        newest = max(_below(RUNS), key=_written, default=None)
+    if requested is None:
+        newest = max(_find_below(RUNS), key=_last_write_time, default=None)
         if newest is None:
             raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
-        return Found(newest)
-    for folder in (asked, RUNS / asked):
-        journal = _journal_of(folder)
+        return JournalLocation(newest)
+    for folder in (requested, RUNS / requested):
+        journal = _journal_in(folder)
         if journal is not None:
             return journal
-    from evsys_bus.cli.records import found_runs
+    from evsys_bus.cli.records import find_runs
 
-    named = [journal for each in found_runs(RUNS) if each.name == str(asked) and (journal := _journal_of(each))]
+    named = [journal for each in find_runs(RUNS) if each.name == str(requested) and (journal := _journal_in(each))]
     if len(named) == 1:
         return named[0]
     if named:
-        raise click.UsageError(f"several runs are called {asked}; name the folder of one")
-    what = f"{asked} holds no journal" if asked.exists() else f"there is no run {asked}"
-    raise click.UsageError(f"{what}{_others(asked)}")
+        raise click.UsageError(f"several runs are called {requested}; name the folder of one")
+    what = f"{requested} holds no journal" if requested.exists() else f"there is no run {requested}"
+    raise click.UsageError(f"{what}{_suggest(requested)}")
 
 
-def newest_first() -> list[Path]:
+def list_journals_newest_first() -> list[Path]:
     """Return the journals below ``./runs``, most recently written first."""
-    return sorted(_below(RUNS), key=_written, reverse=True)
+    return sorted(_find_below(RUNS), key=_last_write_time, reverse=True)
 
 
-def _journal_of(folder: Path) -> Found | None:
+def _journal_in(folder: Path) -> JournalLocation | None:
     if _is_journal(folder):
-        return Found(folder)
+        return JournalLocation(folder)
     if _is_journal(folder / JOURNAL):
-        return Found(folder / JOURNAL)
+        return JournalLocation(folder / JOURNAL)
     parent = folder.resolve().parent if folder.name in {"", ".."} else folder.parent
     if folder.is_dir() and folder.name != JOURNAL and _is_journal(parent / JOURNAL):
-        return Found(parent / JOURNAL, folder.resolve().name)
+        return JournalLocation(parent / JOURNAL, folder.resolve().name)
     return None
 
 
@@ -68,21 +68,21 @@ def _is_journal(directory: Path) -> bool:
     return layout.is_journal(OsDisk(), str(directory))
 
 
-def _below(root: Path) -> Iterator[Path]:
+def _find_below(root: Path) -> Iterator[Path]:
     for pattern in (JOURNAL, f"*/{JOURNAL}", f"*/*/{JOURNAL}"):
         yield from filter(_is_journal, root.glob(pattern))
 
 
-def _written(directory: Path) -> float:
+def _last_write_time(directory: Path) -> float:
     """Return the time of the last append."""
     return max((each.stat().st_mtime for each in directory.glob("*/*.seg")), default=directory.stat().st_mtime)
 
 
-def _others(asked: Path) -> str:
-    from evsys_bus.cli.records import found_runs
+def _suggest(requested: Path) -> str:
+    from evsys_bus.cli.records import find_runs
 
-    known = {str(each.parent) for each in _below(RUNS)} | {str(each) for each in found_runs(RUNS)}
-    near = difflib.get_close_matches(str(asked), [*known, *(Path(each).name for each in known)], n=1)
+    known = {str(each.parent) for each in _find_below(RUNS)} | {str(each) for each in find_runs(RUNS)}
+    near = difflib.get_close_matches(str(requested), [*known, *(Path(each).name for each in known)], n=1)
     if near:
         return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(sorted(known)[:_MOST_NAMED])}" if known else ""
+    return f"; known: {', '.join(sorted(known)[:_MAX_NAMED])}" if known else ""

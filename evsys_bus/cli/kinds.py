@@ -5,12 +5,12 @@ from typing import Any
 
 import msgspec
 
+from evsys_bus.config import Origin, callback_kinds, example, json_schema
+from evsys_bus.config.registry import REGISTRY
 from evsys_bus.errors import EvsysBusError
-from evsys_bus.wiring import Origin, callback_kinds, example, json_schema
-from evsys_bus.wiring.registry import REGISTRY
 
 
-class Entry(msgspec.Struct, omit_defaults=True):
+class KindEntry(msgspec.Struct, omit_defaults=True):
     """An entry of the list."""
 
     kind: str
@@ -24,7 +24,7 @@ class Entry(msgspec.Struct, omit_defaults=True):
     fix: str = ""
 
 
-class Page(msgspec.Struct):
+class KindDetails(msgspec.Struct):
     """The details of one kind."""
 
     kind: str
@@ -36,28 +36,28 @@ class Page(msgspec.Struct):
     example: dict[str, Any]
 
 
-def entries() -> list[Entry]:
+def list_kinds() -> list[KindEntry]:
     """Return an entry for every kind."""
-    return [_entry(kind, origin) for kind, origin in callback_kinds().items()]
+    return [_make_entry(kind, origin) for kind, origin in callback_kinds().items()]
 
 
-def entry_lines(found: list[Entry]) -> list[str]:
+def entry_lines(entries: list[KindEntry]) -> list[str]:
     """Return the list as text, with missing packages below each kind."""
-    width = max((len(entry.kind) for entry in found), default=0)
+    width = max((len(entry.kind) for entry in entries), default=0)
     lines: list[str] = []
-    for entry in found:
+    for entry in entries:
         lines.append(f"{entry.kind:<{width}}  {entry.summary or f'cannot be loaded: {entry.error}'}")
         if entry.missing:
             lines.append(f"{'':<{width}}  ! not installed: {entry.missing}   {entry.fix}")
     return lines
 
 
-def _entry(kind: str, origin: Origin) -> Entry:
-    entry = Entry(kind, origin.target, origin.packages)
-    missing = REGISTRY.missing(kind)
+def _make_entry(kind: str, origin: Origin) -> KindEntry:
+    entry = KindEntry(kind, origin.target, origin.packages)
+    missing = REGISTRY.uninstalled_packages(kind)
     if missing:
         entry.missing = ", ".join(missing)
-        entry.fix = REGISTRY.broken(kind, ModuleNotFoundError(name=missing[0]), None).fix or ""
+        entry.fix = REGISTRY.broken_adapter_error(kind, ModuleNotFoundError(name=missing[0]), None).fix or ""
     try:
         entry.summary = _summary(kind)
     except EvsysBusError as error:
@@ -65,7 +65,7 @@ def _entry(kind: str, origin: Origin) -> Entry:
     return entry
 
 
-def page_of(kind: str) -> Page:
+def load_details(kind: str) -> KindDetails:
     """Return the details of a kind.
 
     Raises:
@@ -74,7 +74,7 @@ def page_of(kind: str) -> Page:
     schema = json_schema(kind)
     origin = callback_kinds()[kind]
     spec = example(kind)
-    return Page(
+    return KindDetails(
         kind=kind,
         target=origin.target,
         packages=origin.packages,
@@ -85,21 +85,21 @@ def page_of(kind: str) -> Page:
     )
 
 
-def page_text(page: Page) -> str:
+def format_details(details: KindDetails) -> str:
     """Return the details as text."""
-    schema = msgspec.json.format(msgspec.json.encode(page.schema), indent=2).decode()
-    width = max(map(len, page.defaults), default=0)
-    defaults = [f"  {key:<{width}}  {_json(value)}" for key, value in page.defaults.items()]
+    schema = msgspec.json.format(msgspec.json.encode(details.schema), indent=2).decode()
+    width = max(map(len, details.defaults), default=0)
+    defaults = [f"  {key:<{width}}  {_json(value)}" for key, value in details.defaults.items()]
     return "\n".join(
         [
-            f"{page.kind}   {page.summary}",
-            f"from {page.target}   {', '.join(page.packages)}".rstrip(),
+            f"{details.kind}   {details.summary}",
+            f"from {details.target}   {', '.join(details.packages)}".rstrip(),
             "\nschema of its params",
             schema,
             *(["\ndefaults", *defaults] if defaults else []),
             "\nexample",
-            f"  - kind: {page.kind}",
-            *([f"    params: {_json(page.example['params'])}"] if page.example["params"] else []),
+            f"  - kind: {details.kind}",
+            *([f"    params: {_json(details.example['params'])}"] if details.example["params"] else []),
         ]
     )
 

@@ -9,7 +9,7 @@ import click
 from evsys_bus.cli.screen import color_option
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
-PROGRESS: Final = ["auto", "live", "plain", "json", "off"]
+PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
 
 set_option: Final = click.option(
     "--set", "sets", multiple=True, metavar="A.B=C", help="Override a value of the file: --set run.lr=1e-3; repeatable."
@@ -24,7 +24,7 @@ def running_options(command: _CommandT) -> _CommandT:
         json_option,
         click.option(
             "--progress",
-            type=click.Choice(PROGRESS),
+            type=click.Choice(PROGRESS_MODES),
             default="auto",
             show_default=True,
             help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
@@ -52,12 +52,12 @@ def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
     return click.option("--output-dir", type=click.Path(path_type=Path, file_okay=True), help=help_text)
 
 
-def written(*words: object, **options: Any) -> list[str]:
+def build_command_line(*words: object, **options: Any) -> list[str]:
     """Return the command line with these arguments and options."""
     line = ["evsys-bus", *map(str, words)]
     for name, value in options.items():
-        given = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
-        for each in given:
+        values = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
+        for each in values:
             if each is not None:
                 line += [f"--{name.replace('_', '-')}", str(each)]
     return line

@@ -9,20 +9,20 @@ from typing import Final
 from evsys_bus.cli.screen import Screen, is_terminal
 from evsys_bus.journal import Disk, OsDisk
 
-_WORTH_A_BAR: Final = 32 << 20
+_MIN_BYTES_FOR_BAR: Final = 32 << 20
 """Smaller journals are read in a moment."""
 
 
-class _ToldDisk(OsDisk):
+class _ProgressDisk(OsDisk):
     """The real disk; reports how many bytes were read."""
 
-    def __init__(self, tell: Callable[[int], object]) -> None:
-        self._tell = tell
+    def __init__(self, on_read: Callable[[int], object]) -> None:
+        self._on_read = on_read
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """Read, and report the number of bytes."""
         data = super().read(path, offset, size)
-        self._tell(len(data))
+        self._on_read(len(data))
         return data
 
 
@@ -37,14 +37,14 @@ def disk_with_progress(directory: Path, what: str, screen: Screen, *, times: int
         times: How often the whole journal will be read.
     """
     total = sum(each.stat().st_size for each in directory.glob("*/*.seg")) * times
-    if total < _WORTH_A_BAR or not is_terminal(sys.stderr):
+    if total < _MIN_BYTES_FOR_BAR or not is_terminal(sys.stderr):
         yield OsDisk()
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True, no_color=not screen.colourful(sys.stderr))
+    console = Console(stderr=True, no_color=not screen.uses_color(sys.stderr))
     parts = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*parts, console=console, transient=True, refresh_per_second=8) as progress:
         task = progress.add_task(what, total=total)
-        yield _ToldDisk(lambda count: progress.advance(task, count))
+        yield _ProgressDisk(lambda count: progress.advance(task, count))

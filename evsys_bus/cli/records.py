@@ -8,9 +8,16 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_bus.context import ArmResult, EvalResult, ManifestRow
-from evsys_bus.files import DAMAGE, read_file
-from evsys_bus.training.ledger import LEDGER, MOST_PAGE_BYTES, RESULT, Page, RunEntry, read_result
-from evsys_bus.training.rows import RowFile
+from evsys_bus.files import DECODE_ERRORS, read_file
+from evsys_bus.training.experiment_store import (
+    EXPERIMENT_FILE,
+    MAX_FILE_BYTES,
+    RESULT_FILE,
+    RunEntry,
+    StoredExperiment,
+    read_result,
+)
+from evsys_bus.training.row_file import RowFile
 
 METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
@@ -30,7 +37,7 @@ class MetricRecord(msgspec.Struct):
     greatest: float | None = None
     greatest_step: int | None = None
 
-    def see(self, value: float, step: int | None) -> None:
+    def add(self, value: float, step: int | None) -> None:
         """Add a value."""
         self.rows += 1
         if not math.isfinite(value):
@@ -44,7 +51,7 @@ class MetricRecord(msgspec.Struct):
             self.greatest, self.greatest_step = value, step
 
 
-class RunRecord(msgspec.Struct):
+class RunRecord(msgspec.Struct, rename={"page_url": "page"}):
     """Everything that is recorded about a run."""
 
     folder: Path
@@ -66,16 +73,16 @@ class RunRecord(msgspec.Struct):
     error: str | None = None
     num_steps: int | None = None
     config: Any = None
-    page: str | None = None
+    page_url: str | None = None
     """The URL of the run's page."""
     benchmarks: list[EvalResult] = []
 
 
-class ExperimentRecord(msgspec.Struct):
+class ExperimentRecord(msgspec.Struct, rename={"experiment": "page"}):
     """Everything that is recorded about an experiment."""
 
     folder: Path
-    page: Page
+    experiment: StoredExperiment
     process_gone: bool = False
     """The status is running, but no process writes the journal."""
 
@@ -84,22 +91,24 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
     """Read the experiment in this folder; None if there is none.
 
     Raises:
-        Exception: One of `DAMAGE`: the experiment's file is damaged.
+        Exception: One of `DECODE_ERRORS`: the experiment's file is damaged.
         OSError: The file cannot be read.
     """
-    path = folder / LEDGER
+    path = folder / EXPERIMENT_FILE
     if not path.is_file():
         return None
-    return ExperimentRecord(folder, msgspec.json.decode(read_file(path, most_bytes=MOST_PAGE_BYTES), type=Page))
+    return ExperimentRecord(
+        folder, msgspec.json.decode(read_file(path, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
+    )
 
 
 def read_run(folder: Path) -> RunRecord | None:
     """Read the run in this folder; None if there is none."""
-    if not any((folder / name).is_file() for name in (METRICS, CHECKPOINTS, RESULT)):
+    if not any((folder / name).is_file() for name in (METRICS, CHECKPOINTS, RESULT_FILE)):
         return None
     try:
         experiment = read_experiment(folder.absolute().parent)
-    except (OSError, *DAMAGE):
+    except (OSError, *DECODE_ERRORS):
         experiment = None
     metrics: dict[str, MetricRecord] = {}
     last_step, rows = None, 0
@@ -108,11 +117,11 @@ def read_run(folder: Path) -> RunRecord | None:
         step = row.get("step")
         last_step = step if isinstance(step, int) and (last_step is None or step > last_step) else last_step
         for name, value in _numbers(row):
-            metrics.setdefault(name, MetricRecord(name)).see(value, step if isinstance(step, int) else None)
+            metrics.setdefault(name, MetricRecord(name)).add(value, step if isinstance(step, int) else None)
     return RunRecord(
         folder,
-        experiment.page.runs.get(folder.absolute().name) if experiment else None,
-        read_result(folder) if (folder / RESULT).is_file() else None,
+        experiment.experiment.runs.get(folder.absolute().name) if experiment else None,
+        read_result(folder) if (folder / RESULT_FILE).is_file() else None,
         last_step,
         rows,
         list(metrics.values()),
@@ -122,13 +131,13 @@ def read_run(folder: Path) -> RunRecord | None:
 
 def read_checkpoints(folder: Path) -> list[ManifestRow]:
     """Return the recorded checkpoints of the run in this folder, in order, fetched ones included."""
-    return list(_manifest(RowFile(folder / CHECKPOINTS).rows()))
+    return list(_manifest_rows(RowFile(folder / CHECKPOINTS).rows()))
 
 
-def found_runs(root: Path) -> list[Path]:
+def find_runs(root: Path) -> list[Path]:
     """Return the folders of runs and experiments up to two levels below ``root``."""
     below = [*root.glob("*/"), *root.glob("*/*/")] if root.is_dir() else []
-    return [each for each in below if any((each / name).is_file() for name in (LEDGER, METRICS))]
+    return [each for each in below if any((each / name).is_file() for name in (EXPERIMENT_FILE, METRICS))]
 
 
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
@@ -149,7 +158,7 @@ def as_float(value: float) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _manifest(rows: Iterable[dict[str, Any]]) -> Iterator[ManifestRow]:
+def _manifest_rows(rows: Iterable[dict[str, Any]]) -> Iterator[ManifestRow]:
     for row in rows:
         try:
             yield msgspec.convert(row, ManifestRow)

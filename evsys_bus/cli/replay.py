@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 import click
 
 from evsys_bus.cli.adapter_choice import adapter_options
-from evsys_bus.cli.delivery_progress import deliveries_shown, progress_option, timeout_option
+from evsys_bus.cli.delivery_progress import progress_option, show_deliveries, timeout_option
+from evsys_bus.cli.event_options import event_options, no_match_message
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option, printable
-from evsys_bus.cli.selecting import event_options, unmatched
-from evsys_bus.where import encode_json
+from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.chosen_events import ChosenEvents
+    from evsys_bus.cli.filtered_receiver import FilteredReceiver
     from evsys_bus.cli.progress import ProgressMode
-    from evsys_bus.cli.replaying import Replayed
+    from evsys_bus.cli.replay_delivery import ReplayResult
 
 
 @click.command("replay")
@@ -55,73 +55,73 @@ def command(
 
     If RUN is one run of an experiment, the events are those of this run and of the experiment as a whole.
     """
-    from evsys_bus.cli.adapter_choice import built, chosen
-    from evsys_bus.cli.chosen_events import ChosenEvents
-    from evsys_bus.cli.journals import found
-    from evsys_bus.cli.printed import printed_aside
-    from evsys_bus.cli.replaying import replay
-    from evsys_bus.cli.run_journal import run_key_of
-    from evsys_bus.cli.warnings_log import warnings_shown
+    from evsys_bus.cli.adapter_choice import load_adapter, resolve_subscription
+    from evsys_bus.cli.filtered_receiver import FilteredReceiver
+    from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.replay_delivery import replay
+    from evsys_bus.cli.run_journal import find_run_key
+    from evsys_bus.cli.stdout_guard import guard_stdout
+    from evsys_bus.cli.warnings_log import show_warnings
 
-    journal = found(folder)
-    followed = chosen(kind, sets, plugins)
-    events = ChosenEvents(
-        None if dry_run else built(followed),
+    journal = find_journal(folder)
+    subscription = resolve_subscription(kind, sets, plugins)
+    receiver = FilteredReceiver(
+        None if dry_run else load_adapter(subscription),
         types=frozenset(types),
-        run=run_key or run_key_of(journal),
+        run=run_key or find_run_key(journal),
         speed=0.0 if dry_run else speed,
     )
     with (
-        printed_aside(result_is_json=as_json, progress_is_json=progress == "json"),
-        deliveries_shown(progress, screen) as view,
-        warnings_shown(screen, as_json=progress == "json"),
+        guard_stdout(result_is_json=as_json, progress_is_json=progress == "json"),
+        show_deliveries(progress, screen) as view,
+        show_warnings(screen, as_json=progress == "json"),
     ):
-        done = replay(journal.directory, followed.name, events, from_seq - 1, timeout_seconds, view.tell)
-    click.echo("\n".join(_json(done, dry_run=dry_run) if as_json else _lines(done, dry_run=dry_run)))
-    if not events.sent and not events.dead:
-        screen.note(unmatched(types))
-    return _told(done, events, screen)
+        result = replay(journal.directory, subscription.name, receiver, from_seq - 1, timeout_seconds, view.update)
+    click.echo("\n".join(_json(result, dry_run=dry_run) if as_json else _lines(result, dry_run=dry_run)))
+    if not receiver.sent and not receiver.dead:
+        screen.note(no_match_message(types))
+    return _report_problems(result, receiver, screen)
 
 
-def _lines(done: "Replayed", *, dry_run: bool) -> list[str]:
-    from evsys_bus.cli.tables import columns, counted
+def _lines(result: "ReplayResult", *, dry_run: bool) -> list[str]:
+    from evsys_bus.cli.tables import format_columns, pluralize
 
-    sent = sum(done.sent.values())
+    sent = sum(result.sent.values())
     if dry_run:
-        rows = [[each, f"{count:,}"] for each, count in sorted(done.sent.items())]
-        return [f"{done.adapter}   {counted(sent, 'event')} to deliver", *columns(rows, indent="  ")]
-    rest = [f"left {done.left:,}"] if done.left else []
-    counts = [f"sent {sent:,}", f"dead {done.dead:,}", *rest, f"{done.seconds:.1f}s"]
-    if done.seconds > 0:
-        counts.append(f"{sent / done.seconds:,.0f}/s")
-    return columns([[printable(done.adapter), counted(sent + done.dead, "event"), *counts]])
+        rows = [[each, f"{count:,}"] for each, count in sorted(result.sent.items())]
+        return [f"{result.adapter}   {pluralize(sent, 'event')} to deliver", *format_columns(rows, indent="  ")]
+    rest = [f"left {result.left:,}"] if result.left else []
+    counts = [f"sent {sent:,}", f"dead {result.dead:,}", *rest, f"{result.seconds:.1f}s"]
+    if result.seconds > 0:
+        counts.append(f"{sent / result.seconds:,.0f}/s")
+    return format_columns([[printable(result.adapter), pluralize(sent + result.dead, "event"), *counts]])
 
 
-def _json(done: "Replayed", *, dry_run: bool) -> list[str]:
+def _json(result: "ReplayResult", *, dry_run: bool) -> list[str]:
     import msgspec
 
-    row = {"type": "plan" if dry_run else "replay", **msgspec.to_builtins(done)}
+    row = {"type": "plan" if dry_run else "replay", **msgspec.to_builtins(result)}
     return [encode_json(row).decode()]
 
 
-def _told(done: "Replayed", events: "ChosenEvents", screen: Screen) -> int:
+def _report_problems(result: "ReplayResult", receiver: "FilteredReceiver", screen: Screen) -> int:
     """Report errors on stderr, and return the exit code."""
-    from evsys_bus.cli.tables import counted
-    from evsys_bus.cli.telling import INTERRUPTED, OK, RAISED, REMOTE, tell
+    from evsys_bus.cli.errors import INTERRUPTED, OK, RAISED, REMOTE, report
+    from evsys_bus.cli.tables import pluralize
     from evsys_bus.errors import RetryLaterError
 
-    for why in events.reasons:
+    for why in receiver.reasons:
         screen.note(f"rejected: {printable(why)}")
-    if events.hook_failures:
-        screen.note(f"hooks of {done.adapter} raised {counted(events.hook_failures, 'time')}")
-    if done.interrupted:
-        places = list(events.last.values())
-        again = f"; continue with --from-seq {places[0] + 1}" if len(places) == 1 else ""
-        screen.note(f"interrupted with {counted(done.left, 'event')} left{again}")
+    if receiver.hook_failures:
+        screen.note(f"hooks of {result.adapter} raised {pluralize(receiver.hook_failures, 'time')}")
+    if result.interrupted:
+        sequences = list(receiver.last_sequences.values())
+        hint = f"; continue with --from-seq {sequences[0] + 1}" if len(sequences) == 1 else ""
+        screen.note(f"interrupted with {pluralize(result.left, 'event')} left{hint}")
         return INTERRUPTED
-    if done.left:
-        error = RetryLaterError(f"{counted(done.left, 'event')} could not be delivered to {done.adapter}")
-        error.why = done.error or "it accepted no events and gave no reason"
+    if result.left:
+        error = RetryLaterError(f"{pluralize(result.left, 'event')} could not be delivered to {result.adapter}")
+        error.why = result.error or "it accepted no events and gave no reason"
         error.fix = "remove the cause, and run the same command again"
-        return tell(error, screen)
-    return REMOTE if done.dead else RAISED if events.hook_failures else OK
+        return report(error, screen)
+    return REMOTE if result.dead else RAISED if receiver.hook_failures else OK

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from evsys_bus.cli.options import output_dir_option, running_options, written
+from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
 from evsys_bus.cli.screen import Screen
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ def command(
     Progress goes to stderr, the result to stdout. The first Ctrl-C stops the runs after the current step, with a
     checkpoint; --resume continues from there.
     """
-    from evsys_bus.cli.planned import plan_json, plan_lines, planned
+    from evsys_bus.cli.experiment_plan import load_plan, plan_json, plan_lines
 
-    plan = planned(file, sets=sets, arms=arms, seeds=seeds, output_dir=output_dir)
+    plan = load_plan(file, sets=sets, arms=arms, seeds=seeds, output_dir=output_dir)
     if dry_run:
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
-    from evsys_bus.cli.session import Wishes, train
+    from evsys_bus.cli.session import RunOptions, train
 
-    again = written("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
-    return train(plan, Wishes(resume, strict, progress, as_json, again), screen)
+    resume_command = build_command_line("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command), screen)

@@ -19,12 +19,12 @@ class Screen:
     """The terminal of one command; ``--color`` sets its mode before anything is printed."""
 
     def __init__(self) -> None:
-        self.mode: ColorMode = "auto"
+        self.color_mode: ColorMode = "auto"
 
-    def colourful(self, stream: TextIO) -> bool:
+    def uses_color(self, stream: TextIO) -> bool:
         """Return whether this stream gets colour, by ``--color``, NO_COLOR, FORCE_COLOR, or being a terminal."""
-        if self.mode != "auto":
-            return self.mode == "always"
+        if self.color_mode != "auto":
+            return self.color_mode == "always"
         if os.environ.get("NO_COLOR"):
             return False
         if os.environ.get("FORCE_COLOR", "0") not in {"", "0"}:
@@ -36,9 +36,9 @@ class Screen:
         with suppress(OSError):
             click.echo(text, err=True, color=True)
 
-    def style(self, text: str, stream: TextIO, **how: bool | str) -> str:
+    def style(self, text: str, stream: TextIO, **styles: bool | str) -> str:
         """Return the text with this style if the stream gets colour."""
-        return click.style(text, **how) if self.colourful(stream) else text  # pyright: ignore[reportArgumentType] # click's own keywords
+        return click.style(text, **styles) if self.uses_color(stream) else text  # pyright: ignore[reportArgumentType] # click's own keywords
 
 
 def is_terminal(stream: TextIO) -> bool:
@@ -49,7 +49,7 @@ def is_terminal(stream: TextIO) -> bool:
         return False
 
 
-def width_of(stream: TextIO) -> int | None:
+def terminal_width(stream: TextIO) -> int | None:
     """Return the columns of the stream's terminal; None if it is no terminal, which has no limit."""
     import shutil  # it imports compression modules, which `--help` does not need
 
@@ -61,10 +61,10 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
 
 
-def _set_mode(ctx: click.Context, _: click.Parameter, mode: ColorMode) -> None:
+def _set_color_mode(ctx: click.Context, _: click.Parameter, mode: ColorMode) -> None:
     screen = ctx.find_object(Screen)
     if screen is not None:
-        screen.mode = mode
+        screen.color_mode = mode
 
 
 color_option: Final = click.option(
@@ -74,6 +74,6 @@ color_option: Final = click.option(
     show_default=True,
     expose_value=False,
     is_eager=True,
-    callback=_set_mode,
+    callback=_set_color_mode,
     help="Colour the output; auto obeys NO_COLOR and FORCE_COLOR.",
 )

@@ -14,33 +14,33 @@ import click
 import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
-from evsys_bus.cli.deliveries import TroubleWatch, trouble_lines
+from evsys_bus.cli.deliveries import ProblemMonitor, problem_lines
+from evsys_bus.cli.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
+from evsys_bus.cli.experiment_plan import ExperimentPlan, load_previous_experiment
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.planned import Planned, earlier_page
-from evsys_bus.cli.printed import printed_aside
-from evsys_bus.cli.progress import Board, PlannedRun, ProgressMode, Waiting, resolved, shown
-from evsys_bus.cli.results import finish_command, result_json, result_lines
-from evsys_bus.cli.run_journal import read_pages
+from evsys_bus.cli.progress import DrainStatus, PlannedRun, ProgressMode, RunStateTracker, resolve_mode, show_progress
+from evsys_bus.cli.results import delivery_command, result_json, result_lines
+from evsys_bus.cli.run_journal import read_page_urls
 from evsys_bus.cli.screen import Screen, printable
-from evsys_bus.cli.tables import counted
-from evsys_bus.cli.telling import INTERRUPTED, OK, PENDING, RAISED, REMOTE
-from evsys_bus.cli.uploads import UploadWatch
-from evsys_bus.cli.warnings_log import warnings_shown
+from evsys_bus.cli.stdout_guard import guard_stdout
+from evsys_bus.cli.tables import pluralize
+from evsys_bus.cli.uploads import UploadMonitor
+from evsys_bus.cli.warnings_log import show_warnings
+from evsys_bus.config import build_callbacks
 from evsys_bus.context import ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
-from evsys_bus.training.folder_lock import unwritable
-from evsys_bus.training.ledger import LEDGER
-from evsys_bus.training.loop import JOURNAL
-from evsys_bus.wiring import build_callbacks
+from evsys_bus.training.experiment_store import EXPERIMENT_FILE
+from evsys_bus.training.folder_lock import unwritable_error
+from evsys_bus.training.loop import JOURNAL_DIR
 
 _MAX_STOPPED: Final = 4
 _DRAIN_SECONDS: Final = 20.0
 """Deadline of the drain; the bus's own default."""
 
 
-class Wishes(NamedTuple):
+class RunOptions(NamedTuple):
     """How to run and show the experiment."""
 
     resume: bool = False
@@ -51,126 +51,132 @@ class Wishes(NamedTuple):
     """The command line without ``--resume``, for hints."""
 
 
-def train(plan: Planned, wishes: Wishes, screen: Screen) -> int:
+def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     """Run the experiment, show its progress and result, and return the exit code.
 
     Raises:
         EvsysBusError: The experiment could not be started.
     """
-    again = shlex.join([*wishes.command, "--resume"])
-    _refuse_used(plan, wishes, again)
-    callbacks = _built(plan)
-    if wishes.resume:
-        from evsys_bus.cli.resuming import bring_newest
+    resume_command = shlex.join([*options.command, "--resume"])
+    _check_unused(plan, options, resume_command)
+    callbacks = _build_callbacks(plan)
+    if options.resume:
+        from evsys_bus.cli.resume_fetch import fetch_newest
 
-        bring_newest(plan, resolved(wishes.progress, sys.stderr), screen)
-    board = _board(plan, wishes)
-    as_json = wishes.progress == "json"
-    if resolved(wishes.progress, sys.stderr) == "plain":  # the live table shows it itself
-        screen.note(f"{plan.title}\nCtrl-C stops after the current step; go on with: {again}")
+        fetch_newest(plan, resolve_mode(options.progress, sys.stderr), screen)
+    tracker = _make_tracker(plan, options)
+    as_json = options.progress == "json"
+    if resolve_mode(options.progress, sys.stderr) == "plain":  # the live table shows it itself
+        screen.note(f"{plan.title}\nCtrl-C stops after the current step; go on with: {resume_command}")
 
-    def told(received: signal.Signals) -> None:
-        board.notice = f"{received.name}: stopping after the current steps; a second one ends the program at once"
-        board.say("stopping", signal=received.name)
+    def on_signal(received: signal.Signals) -> None:
+        tracker.notice = f"{received.name}: stopping after the current steps; a second one ends the program at once"
+        tracker.add_update("stopping", signal=received.name)
 
     began = time.monotonic()
-    outcome: _Outcome | None = None
+    outcome: _TrainingOutcome | None = None
     with (
-        Interrupts(told) as interrupts,
-        printed_aside(result_is_json=wishes.as_json, progress_is_json=as_json),
-        shown(
-            board,
-            wishes.progress,
+        Interrupts(on_signal) as interrupts,
+        guard_stdout(result_is_json=options.as_json, progress_is_json=as_json),
+        show_progress(
+            tracker,
+            options.progress,
             screen,
             title=plan.title,
-            success_metric=_metric(plan),
-            uploads=UploadWatch(plan.folder / JOURNAL).look,
-            troubles=TroubleWatch(plan.folder / JOURNAL).look,
+            success_metric=_success_metric_name(plan),
+            poll_uploads=UploadMonitor(plan.folder / JOURNAL_DIR).poll,
+            poll_problems=ProblemMonitor(plan.folder / JOURNAL_DIR).poll,
         ),
-        warnings_shown(screen, as_json=as_json),
+        show_warnings(screen, as_json=as_json),
     ):
         try:
-            outcome = anyio.run(_train, plan, wishes, [*callbacks, board], interrupts, board)
+            outcome = anyio.run(_train, plan, options, [*callbacks, tracker], interrupts, tracker)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if interrupts.received is None:
                 raise
     if outcome is None:
-        _tell_interrupted(board, plan, again, screen)
+        _report_interrupted(tracker, plan, resume_command, screen)
         return INTERRUPTED
     seconds = time.monotonic() - began
-    pages = read_pages(plan.folder / JOURNAL, inline="learnt" in outcome.health.published)
-    pages = {run.run_key: pages[run.run_key] for run in plan.runs if run.run_key in pages}
-    form = result_json if wishes.as_json else result_lines
-    lines = form(plan, outcome.result, seconds, outcome.receipt, pages)
+    page_urls = read_page_urls(plan.folder / JOURNAL_DIR, inline="learnt" in outcome.health.published)
+    page_urls = {run.run_key: page_urls[run.run_key] for run in plan.runs if run.run_key in page_urls}
+    format_result = result_json if options.as_json else result_lines
+    lines = format_result(plan, outcome.result, seconds, outcome.receipt, page_urls)
     with suppress(BrokenPipeError):  # stdout is closed; the exit code is still that of the training
         click.echo("\n".join(lines))
-    unfinished = _tell_troubles(outcome, screen)
+    unfinished = _report_problems(outcome, screen)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
     if outcome.result.status == "cancelled":  # by a required delivery
-        screen.note(f"stopped before it was done; go on with: {again}")
+        screen.note(f"stopped before it was done; go on with: {resume_command}")
         return REMOTE
-    return PENDING if unfinished and wishes.strict else OK
+    return PENDING if unfinished and options.strict else OK
 
 
-class _Outcome(NamedTuple):
+class _TrainingOutcome(NamedTuple):
     result: ExperimentResult
     health: Health
     receipt: Receipt | None
 
 
 async def _train(
-    plan: Planned, wishes: Wishes, callbacks: Sequence[object], interrupts: Interrupts, board: Board
-) -> _Outcome:
-    interrupts.stop_this_task()
-    bus = EventBus(callbacks, journal=plan.folder / JOURNAL, drain_timeout=_DRAIN_SECONDS)
+    plan: ExperimentPlan,
+    options: RunOptions,
+    callbacks: Sequence[object],
+    interrupts: Interrupts,
+    tracker: RunStateTracker,
+) -> _TrainingOutcome:
+    interrupts.cancel_this_task_on_signal()
+    bus = EventBus(callbacks, journal=plan.folder / JOURNAL_DIR, drain_timeout=_DRAIN_SECONDS)
     try:  # otherwise the journal would report it, as an error of its own directory
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(plan.folder.absolute(), "the experiment's directory", error) from error
-    trained: ExperimentResult | None = None
+        raise unwritable_error(plan.folder.absolute(), "the experiment's directory", error) from error
+    result: ExperimentResult | None = None
     try:
         async with bus:
             experiment = Experiment(
                 plan.config,
                 bus=bus,
-                resume=wishes.resume,
+                resume=options.resume,
                 output_dir=plan.folder,
                 only_arms=list(dict.fromkeys(run.arm for run in plan.runs)),
                 only_seeds=list(dict.fromkeys(run.seed for run in plan.runs)),
             )
             try:
-                trained = await experiment.run()
+                result = await experiment.run()
             finally:
-                interrupts.end_the_wait_of_this_task()
-                board.waiting = Waiting(lambda: _left(bus.health()), _DRAIN_SECONDS)
+                interrupts.stop_waiting_on_signal()
+                tracker.drain_status = DrainStatus(lambda: _remaining_work(bus.health()), _DRAIN_SECONDS)
     except asyncio.CancelledError:
-        if trained is None:
+        if result is None:
             raise
         # All runs had ended: only the drain was cut short, and pending events are reported.
     finally:
-        board.waiting = None
-    assert trained is not None
-    return _Outcome(trained, bus.health(), bus.receipt)  # read after the bus was left, so that its last calls count
+        tracker.drain_status = None
+    assert result is not None
+    return _TrainingOutcome(
+        result, bus.health(), bus.receipt
+    )  # read after the bus was left, so that its last calls count
 
 
-def _left(health: Health) -> tuple[int, Sequence[DeliveryStatus]]:
+def _remaining_work(health: Health) -> tuple[int, Sequence[DeliveryStatus]]:
     return health.tasks_running + health.tasks_waiting, health.deliveries
 
 
-def _refuse_used(plan: Planned, wishes: Wishes, again: str) -> None:
+def _check_unused(plan: ExperimentPlan, options: RunOptions, resume_command: str) -> None:
     """Refuse a directory that holds an experiment, with the command line that continues it."""
-    if not wishes.resume and (plan.folder / LEDGER).exists():
-        page = earlier_page(plan.folder)
-        why = None if page is None else f'it is "{page.name}", {page.status}, started {page.started}'
+    if not options.resume and (plan.folder / EXPERIMENT_FILE).exists():
+        previous = load_previous_experiment(plan.folder)
+        why = None if previous is None else f'it is "{previous.name}", {previous.status}, started {previous.started}'
         raise TrainingError(
-            f"{plan.shown_folder} holds an experiment already",
+            f"{plan.display_folder} holds an experiment already",
             why=why,
-            fix=f"go on with it: {again}   or choose another --output-dir",
+            fix=f"go on with it: {resume_command}   or choose another --output-dir",
         )
 
 
-def _built(plan: Planned) -> list[object]:
+def _build_callbacks(plan: ExperimentPlan) -> list[object]:
     """Build the callbacks; errors of their constructors point to the line of the file."""
     try:
         return list(build_callbacks(plan.config.callbacks))
@@ -181,32 +187,34 @@ def _built(plan: Planned) -> list[object]:
         raise
 
 
-def _board(plan: Planned, wishes: Wishes) -> Board:
-    page = earlier_page(plan.folder) if wishes.resume else None
-    done: set[str] = set() if page is None else {key for key, entry in page.runs.items() if entry.status == "completed"}
+def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
+    previous = load_previous_experiment(plan.folder) if options.resume else None
+    done: set[str] = (
+        set() if previous is None else {key for key, entry in previous.runs.items() if entry.status == "completed"}
+    )
     runs = [
         PlannedRun(run.run_key, run.arm, run.seed, run.stage, "completed" if run.run_key in done else "pending")
         for run in plan.runs
     ]
-    return Board(runs, folder=plan.shown_folder, keep_news=wishes.progress != "off")
+    return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
 
 
-def _metric(plan: Planned) -> str | None:
+def _success_metric_name(plan: ExperimentPlan) -> str | None:
     return plan.config.success_metric and plan.config.success_metric.name
 
 
-def _tell_interrupted(board: Board, plan: Planned, again: str, screen: Screen) -> None:
-    runs = list(board.runs.values())
+def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
+    runs = list(tracker.runs.values())
     done = sum(run.status == "completed" for run in runs)
-    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.began is not None]
+    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
     at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
     more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
-    screen.note(f"interrupted: {done} of {counted(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
-    screen.note(f"data: {plan.shown_folder}")
-    screen.note(f"go on with: {again}")
+    screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
+    screen.note(f"data: {plan.display_folder}")
+    screen.note(f"go on with: {resume_command}")
 
 
-def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
+def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
     """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     unfinished = False
@@ -223,26 +231,28 @@ def _tell_troubles(outcome: _Outcome, screen: Screen) -> bool:
         if parts:
             unfinished = True
             screen.note(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
-    if receipt.left:
+    if receipt.unfinished:
         unfinished = True
-        screen.note(f"{head} still running at the end: {', '.join(receipt.left)}")
-    return _tell_undelivered(receipt, screen) or unfinished
+        screen.note(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
+    return _report_undelivered(receipt, screen) or unfinished
 
 
-def _tell_undelivered(receipt: Receipt, screen: Screen) -> bool:
+def _report_undelivered(receipt: Receipt, screen: Screen) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known
-        told = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
-        for line in trouble_lines(told, receipt.journal, timed=False):
+        status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
+        for line in problem_lines(status, receipt.journal, show_since=False):
             screen.note(f"{head} {printable(line)}")
     pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
     pending += [f"{printable(each.name)} unknown" for each in receipt.deliveries if not each.is_known]
-    owed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
-    if pending or owed:
-        command = finish_command(receipt)
-        then = "" if command is None else f"; finish with: {command}"
-        what = "delivered yet" if not owed else "confirmed yet" if not pending else "delivered or not confirmed yet"
-        screen.note(f"{head} events not {what}: {', '.join([*pending, *owed])}{then}")
+    unconfirmed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
+    if pending or unconfirmed:
+        command = delivery_command(receipt)
+        suffix = "" if command is None else f"; finish with: {command}"
+        what = (
+            "delivered yet" if not unconfirmed else "confirmed yet" if not pending else "delivered or not confirmed yet"
+        )
+        screen.note(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
     return not all(each.complete for each in receipt.deliveries)

@@ -30,86 +30,90 @@ def command(folder: Path, as_json: bool) -> None:
     training loop, which has only a journal, is shown from that.
     """
     from evsys_bus.cli.records import read_experiment, read_run
-    from evsys_bus.files import DAMAGE
+    from evsys_bus.files import DECODE_ERRORS
 
-    asked, folder = folder, _found(folder)
+    requested, folder = folder, _find_folder(folder)
     try:
         record = read_experiment(folder) or read_run(folder)
-    except DAMAGE as error:
+    except DECODE_ERRORS as error:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:
-        _show_journal(asked, folder, as_json=as_json)
+        _show_journal(requested, folder, as_json=as_json)
         return
-    _ask_journal(record)
+    _add_journal_facts(record)
     if as_json:
-        from evsys_bus.codec import json_line, to_plain
+        from evsys_bus.codec import json_line, to_builtins
 
         kind = "run" if hasattr(record, "metrics") else "experiment"
-        click.echo(json_line({"type": kind, **to_plain(record)[0]}))
+        click.echo(json_line({"type": kind, **to_builtins(record)[0]}))
         return
     lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # distinguished by their fields
     click.echo("\n".join(lines))
 
 
-def _show_journal(asked: Path, folder: Path, *, as_json: bool) -> None:
+def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
     """Show the runs of a journal and their deliveries."""
-    from evsys_bus.cli.adapter_states import adapter_rows, ranks_served, state_words
-    from evsys_bus.cli.deliveries import count_words
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.adapter_states import adapter_rows, describe_state, load_ranks_by_adapter
+    from evsys_bus.cli.deliveries import describe_counts
+    from evsys_bus.cli.journals import find_journal
     from evsys_bus.cli.run_journal import read_runs
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import facts
-    from evsys_bus.delivery.accounts import accounts
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_facts
+    from evsys_bus.delivery.progress import read_progress
 
     try:
-        journal = found(asked)
+        journal = find_journal(requested)
     except click.UsageError:
-        raise click.UsageError(f"{folder} holds neither a run nor an experiment{_others(folder)}") from None
-    runs, deliveries = read_runs(journal), accounts(journal.directory)
+        raise click.UsageError(f"{folder} holds neither a run nor an experiment{_suggest(folder)}") from None
+    runs, deliveries = read_runs(journal), read_progress(journal.directory)
     if journal.run is not None and not runs:
         raise click.UsageError(f"{folder} holds no run, and {journal.directory} has none of this name")
     if as_json:
-        from evsys_bus.codec import json_line, to_plain
+        from evsys_bus.codec import json_line, to_builtins
 
-        rows = [{"type": "run", **to_plain(each)[0]} for each in runs]
+        rows = [{"type": "run", **to_builtins(each)[0]} for each in runs]
         click.echo("\n".join(json_line(row).decode() for row in [*rows, *adapter_rows(journal.directory, deliveries)]))
         return
-    ranks = ranks_served(journal.directory)
-    told = [
-        f"{each.name} {', '.join([*count_words(each), *([] if each.complete else [state_words(each, ranks)])]) or 'ok'}"
+    ranks = load_ranks_by_adapter(journal.directory)
+    deliveries_text = [
+        f"{each.name} "
+        + (", ".join([*describe_counts(each), *([] if each.complete else [describe_state(each, ranks)])]) or "ok")
         for each in deliveries
     ]
-    known = [["journal", str(journal.directory)], *([["delivery", "   ".join(told)]] if told else [])]
-    width = width_of(sys.stdout)
+    known = [
+        ["journal", str(journal.directory)],
+        *([["delivery", "   ".join(deliveries_text)]] if deliveries_text else []),
+    ]
+    width = terminal_width(sys.stdout)
     lines = _run_lines(runs[0]) if len(runs) == 1 else _runs_lines(journal.directory, runs)
-    lines += ["", *facts([[name, printable(text)] for name, text in known], width)]
+    lines += ["", *format_facts([[name, printable(text)] for name, text in known], width)]
     if not all(each.complete for each in deliveries):
         lines.append(printable(f"for the reasons: evsys-bus status {shlex.quote(str(journal.directory))}"))
     click.echo("\n".join(lines))
 
 
 def _runs_lines(directory: Path, runs: "list[RunRecord]") -> list[str]:
-    from evsys_bus.cli.amounts import NONE
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import counted, table
+    from evsys_bus.cli.formatting import NO_VALUE
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_table, pluralize
 
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
-        last = "  ".join(f"{metric.name} {_told(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
-        evals = "  ".join(f"{metric.name} {_told(metric.last)}" for metric in each.evals[:_MAX_METRICS])
-        row = [each.name or NONE, each.status or NONE, _steps(each), last or NONE, evals or NONE]
+        last = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
+        evals = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
+        row = [each.name or NO_VALUE, each.status or NO_VALUE, _format_steps(each), last or NO_VALUE, evals or NO_VALUE]
         rows.append([printable(cell) for cell in [*row, f"{len(each.checkpoints):,}", str(each.folder)]])
-    head = f"{directory}   {counted(len(runs), 'run')}"
-    return [printable(head), *(["", *table(rows, width_of(sys.stdout))] if runs else [])]
+    head = f"{directory}   {pluralize(len(runs), 'run')}"
+    return [printable(head), *(["", *format_table(rows, terminal_width(sys.stdout))] if runs else [])]
 
 
-def _steps(record: "RunRecord") -> str:
+def _format_steps(record: "RunRecord") -> str:
     done = 0 if record.last_step is None else record.last_step + 1
     return f"{done:,}" if record.num_steps is None else f"{done:,} of {record.num_steps:,}"
 
 
-def _ask_journal(record: "ExperimentRecord | RunRecord") -> None:
-    from evsys_bus.cli.run_journal import is_deserted, read_evals, read_status
+def _add_journal_facts(record: "ExperimentRecord | RunRecord") -> None:
+    from evsys_bus.cli.run_journal import is_abandoned, read_evals, read_status
 
     if hasattr(record, "metrics"):
         run = cast("RunRecord", record)
@@ -118,14 +122,14 @@ def _ask_journal(record: "ExperimentRecord | RunRecord") -> None:
         if run.result is None and run.entry is None:
             run.status = read_status(run.folder)
     else:
-        running = cast("ExperimentRecord", record).page.status == "running"
-    record.process_gone = running and is_deserted(record.folder)
+        running = cast("ExperimentRecord", record).experiment.status == "running"
+    record.process_gone = running and is_abandoned(record.folder)
 
 
-def _gone(experiment: Path) -> str:
+def _process_gone_text(experiment: Path) -> str:
     """Return the text after "running" for an experiment without a process."""
-    again = shlex.join(["--resume", "--output-dir", str(experiment)])
-    return f", but its process is gone; go on with: evsys-bus run FILE {again}"
+    arguments = shlex.join(["--resume", "--output-dir", str(experiment)])
+    return f", but its process is gone; go on with: evsys-bus run FILE {arguments}"
 
 
 def _parent(folder: Path) -> Path:
@@ -133,29 +137,29 @@ def _parent(folder: Path) -> Path:
     return (folder if folder.name else folder.absolute()).parent
 
 
-def _found(folder: Path) -> Path:
+def _find_folder(folder: Path) -> Path:
     """Return the folder itself, or the one of this name below ``./runs``."""
     if folder.is_dir():
         return folder
-    from evsys_bus.cli.records import found_runs
+    from evsys_bus.cli.records import find_runs
 
-    named = [each for each in found_runs(Path("runs")) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
+    named = [each for each in find_runs(Path("runs")) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
     if len(named) == 1:
         return named[0]
     if named:
         raise click.UsageError(f"several runs are called {folder}: {', '.join(map(str, named))}")
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.journals import find_journal
 
     with suppress(click.UsageError):
-        journal = found(folder)
+        journal = find_journal(folder)
         return journal.directory if journal.run is None else journal.directory.parent / journal.run
-    raise click.UsageError(f"there is no run {folder}{_others(folder)}")
+    raise click.UsageError(f"there is no run {folder}{_suggest(folder)}")
 
 
-def _others(folder: Path) -> str:
-    from evsys_bus.cli.records import found_runs
+def _suggest(folder: Path) -> str:
+    from evsys_bus.cli.records import find_runs
 
-    known = {str(each) for each in found_runs(Path("runs"))}
+    known = {str(each) for each in find_runs(Path("runs"))}
     near = difflib.get_close_matches(str(folder), [*known, *(Path(each).name for each in known)], n=1)
     if near:
         return f"; did you mean {near[0]}?"
@@ -163,45 +167,53 @@ def _others(folder: Path) -> str:
 
 
 def _experiment_lines(record: "ExperimentRecord") -> list[str]:
-    from evsys_bus.cli.amounts import NONE
-    from evsys_bus.cli.progress.figures import number
-    from evsys_bus.cli.progress.live import first_line
+    from evsys_bus.cli.formatting import NO_VALUE
+    from evsys_bus.cli.progress.arm_table import format_number
+    from evsys_bus.cli.progress.live import summarize_error
     from evsys_bus.cli.records import METRICS
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import facts, table
-    from evsys_bus.training.ledger import read_result
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_facts, format_table
+    from evsys_bus.training.experiment_store import read_result
 
-    page, width = record.page, width_of(sys.stdout)
-    best = NONE if page.best_arm is None else page.best_arm
-    score = "" if page.best_score is None else f" ({number(page.best_score)})"
+    experiment, width = record.experiment, terminal_width(sys.stdout)
+    best = NO_VALUE if experiment.best_arm is None else experiment.best_arm
+    score = "" if experiment.best_score is None else f" ({format_number(experiment.best_score)})"
     known = [
-        ["status", f"{page.status}{_gone(record.folder) if record.process_gone else ''}"],
-        ["started", page.started],
-        *([["ended", page.ended]] if page.ended else []),
-        *([["hypothesis", page.hypothesis]] if page.hypothesis else []),
-        *([["best arm", f"{best}{score}"]] if page.best_arm else []),
-        *([["conclusion", page.conclusion]] if page.conclusion else []),
+        ["status", f"{experiment.status}{_process_gone_text(record.folder) if record.process_gone else ''}"],
+        ["started", experiment.started],
+        *([["ended", experiment.ended]] if experiment.ended else []),
+        *([["hypothesis", experiment.hypothesis]] if experiment.hypothesis else []),
+        *([["best arm", f"{best}{score}"]] if experiment.best_arm else []),
+        *([["conclusion", experiment.conclusion]] if experiment.conclusion else []),
         ["data", str(record.folder)],
     ]
     rows = [["run", "status", "evaluation"]]
-    for key, entry in page.runs.items():
+    for key, entry in experiment.runs.items():
         folder = record.folder / key
         result = read_result(folder) if entry.status == "completed" and (folder / METRICS).exists() else None
         scores = {} if result is None else result.eval_metrics or result.metrics
-        told = "  ".join(f"{name} {number(value)}" for name, value in list(scores.items())[:3])
+        scores_text = "  ".join(f"{name} {format_number(value)}" for name, value in list(scores.items())[:3])
         status = "process gone" if record.process_gone and entry.status == "running" else entry.status
-        rows.append([key, status, printable(told or (first_line(entry.error) if entry.error else NONE))])
-    return [page.name, "", *facts([[name, printable(text)] for name, text in known], width), "", *table(rows, width)]
+        rows.append(
+            [key, status, printable(scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE))]
+        )
+    return [
+        experiment.name,
+        "",
+        *format_facts([[name, printable(text)] for name, text in known], width),
+        "",
+        *format_table(rows, width),
+    ]
 
 
 def _run_lines(record: "RunRecord") -> list[str]:
-    from evsys_bus.cli.amounts import NONE, duration
-    from evsys_bus.cli.planned import params_line
-    from evsys_bus.cli.progress.figures import number
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import facts, table
+    from evsys_bus.cli.experiment_plan import format_params
+    from evsys_bus.cli.formatting import NO_VALUE, format_duration
+    from evsys_bus.cli.progress.arm_table import format_number
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_facts, format_table
 
-    result, entry, width = record.result, record.entry, width_of(sys.stdout)
+    result, entry, width = record.result, record.entry, terminal_width(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
     status = result.status if result is not None else entry.status if entry is not None else record.status or "unknown"
     config = result.run_config if result is not None else entry.run_config if entry is not None else record.config
@@ -209,38 +221,40 @@ def _run_lines(record: "RunRecord") -> list[str]:
     of = f" of {artifacts.total_requested_steps:,}" if artifacts is not None else ""
     error = (result.error if result is not None else None) or (entry.error if entry is not None else record.error)
     known = [
-        ["status", f"{status}{_gone(_parent(record.folder)) if record.process_gone else ''}"],
+        ["status", f"{status}{_process_gone_text(_parent(record.folder)) if record.process_gone else ''}"],
         *([["error", " ".join(error.split())]] if error else []),
-        *([["config", params_line(cast("dict[str, Any]", config))]] if isinstance(config, dict) else []),
-        ["steps", f"{steps:,}{of}" if of else _steps(record)],
-        *([["trained in", duration(artifacts.train_seconds)]] if artifacts is not None else []),
+        *([["config", format_params(cast("dict[str, Any]", config))]] if isinstance(config, dict) else []),
+        ["steps", f"{steps:,}{of}" if of else _format_steps(record)],
+        *([["trained in", format_duration(artifacts.train_seconds)]] if artifacts is not None else []),
         ["data", str(record.folder)],
-        *([["page", f"View run at {record.page}"]] if record.page else []),
+        *([["page", f"View run at {record.page_url}"]] if record.page_url else []),
     ]
     lines = [
         printable(record.name or record.folder.name),
         "",
-        *facts([[name, printable(text)] for name, text in known], width),
+        *format_facts([[name, printable(text)] for name, text in known], width),
     ]
     for head, found in (("metric", record.metrics), ("eval while it trained", record.evals)):
         if found:
             rows = [[head, "rows", "first", "last", "least", "at step", "greatest", "at step"]]
-            lines += ["", *table([*rows, *map(_metric_row, found)], width)]
+            lines += ["", *format_table([*rows, *map(_metric_row, found)], width)]
     if record.checkpoints:
         last = record.checkpoints[-_MAX_CHECKPOINTS:]
         earlier = len(record.checkpoints) - len(last)
         rows = [["checkpoint", "after step", "state", "weights"]]
-        places = [[_near(path, record.folder) for path in (each.state_path, each.sampler_path)] for each in last]
-        rows += [[each.name, f"{each.batch:,}", *place] for each, place in zip(last, places, strict=True)]
-        lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]
+        paths = [
+            [_relative_path(path, record.folder) for path in (each.state_path, each.sampler_path)] for each in last
+        ]
+        rows += [[each.name, f"{each.batch:,}", *path_cells] for each, path_cells in zip(last, paths, strict=True)]
+        lines += ["", *format_table([[printable(cell) for cell in row] for row in rows], width)]
         lines += [f"({earlier} earlier ones)"] if earlier else []
     evals = record.benchmarks if result is None else result.evals
     if evals:
         rows = [["eval", "tags", "metrics"]]
         for scored in evals:
-            told = "  ".join(f"{name} {number(value)}" for name, value in scored.metrics.items())
-            rows.append([scored.name, ",".join(scored.tags) or NONE, told])
-        lines += ["", *table([[printable(cell) for cell in row] for row in rows], width)]
+            metrics_text = "  ".join(f"{name} {format_number(value)}" for name, value in scored.metrics.items())
+            rows.append([scored.name, ",".join(scored.tags) or NO_VALUE, metrics_text])
+        lines += ["", *format_table([[printable(cell) for cell in row] for row in rows], width)]
     return lines
 
 
@@ -248,24 +262,24 @@ def _metric_row(each: "MetricRecord") -> list[str]:
     from evsys_bus.cli.screen import printable
 
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
-    return [printable(each.name), f"{each.rows:,}{_nan(each.nonfinite)}", *map(_told, values)]
+    return [printable(each.name), f"{each.rows:,}{_format_nan_count(each.nonfinite)}", *map(_format_value, values)]
 
 
-def _near(path: str | None, folder: Path) -> str:
+def _relative_path(path: str | None, folder: Path) -> str:
     """Return a path relative to the run's folder if it is inside."""
     if path is None:
         return "-"
     return path.removeprefix(f"{folder.absolute()}/")
 
 
-def _told(value: float | None) -> str:
-    from evsys_bus.cli.amounts import NONE
-    from evsys_bus.cli.progress.figures import number
+def _format_value(value: float | None) -> str:
+    from evsys_bus.cli.formatting import NO_VALUE
+    from evsys_bus.cli.progress.arm_table import format_number
 
     if value is None:
-        return NONE
-    return f"{value:,}" if isinstance(value, int) else number(value)
+        return NO_VALUE
+    return f"{value:,}" if isinstance(value, int) else format_number(value)
 
 
-def _nan(count: int) -> str:
+def _format_nan_count(count: int) -> str:
     return f" ({count:,} NaN)" if count else ""

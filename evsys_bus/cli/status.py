@@ -9,12 +9,12 @@ import click
 
 from evsys_bus.cli.options import json_option
 from evsys_bus.cli.screen import Screen, color_option
-from evsys_bus.where import encode_json
+from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.progress.transfers import Transfer
     from evsys_bus.cli.streams import StreamState
-    from evsys_bus.journal import Report
+    from evsys_bus.journal import JournalReport
     from evsys_bus.tasks import DeliveryStatus
 
 
@@ -29,20 +29,20 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
     A stream is live while a process writes it, closed if its last writer closed it, dead if that was killed.
     """
-    from evsys_bus.cli.journals import found
-    from evsys_bus.cli.streams import streams
-    from evsys_bus.cli.uploads import uploads_under_way
-    from evsys_bus.delivery.accounts import accounts
+    from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.streams import read_stream_states
+    from evsys_bus.cli.uploads import read_active_uploads
+    from evsys_bus.delivery.progress import read_progress
 
-    directory = found(folder).directory
-    states = streams(directory)
-    adapters = accounts(directory)
-    uploads = uploads_under_way(directory)
+    directory = find_journal(folder).directory
+    states = read_stream_states(directory)
+    adapters = read_progress(directory)
+    uploads = read_active_uploads(directory)
     report = None
     if thoroughly:
-        from evsys_bus.cli.verification import verified
+        from evsys_bus.cli.verification import verify_with_progress
 
-        report = verified(directory, screen)
+        report = verify_with_progress(directory, screen)
     if as_json:
         lines = _json_lines(directory, states, adapters, uploads, report)
     else:
@@ -51,22 +51,24 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
 
 def _lines(
-    directory: Path, states: "list[StreamState]", adapters: "list[DeliveryStatus]", report: "Report | None"
+    directory: Path, states: "list[StreamState]", adapters: "list[DeliveryStatus]", report: "JournalReport | None"
 ) -> list[str]:
-    from evsys_bus.cli.amounts import NONE, ago, size, span
-    from evsys_bus.cli.screen import printable, width_of
-    from evsys_bus.cli.tables import counted, table
+    from evsys_bus.cli.formatting import NO_VALUE, format_age, format_range, format_size
+    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.tables import format_table, pluralize
 
-    width = width_of(sys.stdout)
+    width = terminal_width(sys.stdout)
     head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
     rows = [head]
     for each in states:
-        numbers = NONE if each.first is None or each.last is None else span(each.first, each.last)
-        age = NONE if each.last_time is None else ago(time.time() - each.last_time)
-        writer = NONE if each.owner is None else f"{each.owner.pid}@{each.owner.host} since {each.owner.since}"
-        rows.append([each.stream, each.state, printable(writer), numbers, f"{each.segments:,}", size(each.bytes), age])
+        numbers = NO_VALUE if each.first is None or each.last is None else format_range(each.first, each.last)
+        age = NO_VALUE if each.last_time is None else format_age(time.time() - each.last_time)
+        writer = NO_VALUE if each.owner is None else f"{each.owner.pid}@{each.owner.host} since {each.owner.since}"
+        rows.append(
+            [each.stream, each.state, printable(writer), numbers, f"{each.segments:,}", format_size(each.bytes), age]
+        )
     total = sum(each.bytes for each in states)
-    lines = [f"{directory}   {counted(len(states), 'stream')}   {size(total)}", "", *table(rows, width)]
+    lines = [f"{directory}   {pluralize(len(states), 'stream')}   {format_size(total)}", "", *format_table(rows, width)]
     if report is not None:
         from evsys_bus.cli.verification import summary
 
@@ -79,10 +81,10 @@ def _lines(
 
 
 def _upload_lines(uploads: "list[Transfer]") -> list[str]:
-    from evsys_bus.cli.progress.transfers import amounts
+    from evsys_bus.cli.progress.transfers import format_transfer
     from evsys_bus.cli.screen import printable
 
-    lines = [f"uploading   {printable(each.name)}  {'  '.join(amounts(each, time.time()))}" for each in uploads]
+    lines = [f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}" for each in uploads]
     return ["", *lines] if lines else []
 
 
@@ -91,7 +93,7 @@ def _json_lines(
     states: "list[StreamState]",
     adapters: "list[DeliveryStatus]",
     uploads: "list[Transfer]",
-    report: "Report | None",
+    report: "JournalReport | None",
 ) -> list[str]:
     import msgspec
 

@@ -11,23 +11,23 @@ from evsys_bus.errors import BrokenAdapterError
 
 if TYPE_CHECKING:
     from evsys_adapters.checkpoints.destination import Destination
-    from evsys_adapters.checkpoints.places import Reach
+    from evsys_adapters.checkpoints.stores import StoreOptions
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 
 
 def store_options(command: _CommandT) -> _CommandT:
-    """Add ``--from`` (argument ``url``) and the connection options (argument ``reach``) to a command."""
+    """Add ``--from`` (argument ``url``) and the connection options (argument ``options``) to a command."""
 
     @functools.wraps(command)
-    def with_reach(
+    def with_store_options(
         *args: Any, endpoint: str | None, region: str | None, path_style: bool | None, profile: str | None, **rest: Any
     ) -> object:
-        from evsys_adapters.checkpoints.places import Reach
+        from evsys_adapters.checkpoints.stores import StoreOptions
 
-        return command(*args, reach=Reach(endpoint, region, path_style, profile), **rest)
+        return command(*args, reach=StoreOptions(endpoint, region, path_style, profile), **rest)
 
-    wrapped: Callable[..., Any] = with_reach
+    wrapped: Callable[..., Any] = with_store_options
     for option in (
         click.option("--profile", metavar="NAME", help="The profile of the AWS configuration with the credentials."),
         click.option(
@@ -44,7 +44,7 @@ def store_options(command: _CommandT) -> _CommandT:
 
 
 @asynccontextmanager
-async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], Destination]]":
+async def open_store(url: str, options: "StoreOptions") -> "AsyncGenerator[Callable[[str], Destination]]":
     """Open the store at this URL within the block; yields a function from a run to its destination. Read-only.
 
     Raises:
@@ -53,23 +53,23 @@ async def at_store(url: str, reach: "Reach") -> "AsyncGenerator[Callable[[str], 
     """
     from evsys_adapters.checkpoints.destination import Destination
     from evsys_adapters.checkpoints.manifest import component
-    from evsys_adapters.checkpoints.places import Places
+    from evsys_adapters.checkpoints.stores import StorePool
 
-    places = Places(reach)
+    pool = StorePool(options)
     try:
         try:
-            place = await places.place(url, probe=False)
+            opened = await pool.get(url, probe=False)
         except ModuleNotFoundError as error:
             fix = "pip install 'evsys-bus[s3]'   or   uv add 'evsys-bus[s3]'"
             what = f"{url} cannot be reached from here"
             raise BrokenAdapterError(what, why=f"{error.name} is not installed", fix=fix) from error
-        yield lambda run: Destination(place.store, place.prefix, component(run))
+        yield lambda run: Destination(opened.store, opened.prefix, component(run))
     finally:
-        await places.close()
+        await pool.close()
 
 
 @asynccontextmanager
-async def at_destination(url: str, reach: "Reach", run: str) -> "AsyncGenerator[Destination]":
-    """Open the destination of one run at this URL within the block; raises what `at_store` does."""
-    async with at_store(url, reach) as destination_of:
+async def open_destination(url: str, options: "StoreOptions", run: str) -> "AsyncGenerator[Destination]":
+    """Open the destination of one run at this URL within the block; raises what `open_store` does."""
+    async with open_store(url, options) as destination_of:
         yield destination_of(run)

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from evsys_bus.cli.event_options import event_options, metric_option, no_match_message, since_option
 from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option, width_of
-from evsys_bus.cli.selecting import event_options, metric_option, since_option, unmatched
+from evsys_bus.cli.screen import Screen, color_option, terminal_width
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.event_lines import EventLines
+    from evsys_bus.cli.event_lines import EventFormatter
     from evsys_bus.cli.event_reader import EventReader
     from evsys_bus.events import Envelope
 
-_LAST: Final = 20
+_DEFAULT_COUNT: Final = 20
 _POLL_SECONDS: Final = 0.2
 
 
@@ -48,52 +48,52 @@ def command(
     One line each: time, run, type, step, metrics. Events of several processes are merged by time; facts that couriers
     have added, such as the URL of a run at W&B, are included.
     """
-    from evsys_bus.cli.event_lines import EventLines
-    from evsys_bus.cli.event_reader import EventReader, Wanted
-    from evsys_bus.cli.journals import found
+    from evsys_bus.cli.event_lines import EventFormatter
+    from evsys_bus.cli.event_reader import EventFilter, EventReader
+    from evsys_bus.cli.journals import find_journal
 
-    journal = found(folder)
+    journal = find_journal(folder)
     if folder is None:
         screen.note(str(journal.directory))
-    wanted = Wanted(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
-    reader = EventReader(journal.directory, wanted, learnt=True)
-    shown = _Shown(None if as_json else EventLines(metric=metric, columns=width_of(sys.stdout)))
+    event_filter = EventFilter(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
+    reader = EventReader(journal.directory, event_filter, include_annotations=True)
+    printer = _EventPrinter(None if as_json else EventFormatter(metric=metric, columns=terminal_width(sys.stdout)))
     if count is None and since is not None:
         reader.seek(since)
-        shown.add(reader.poll())
+        printer.print_events(reader.poll())
     else:
-        latest = reader.latest(_LAST if count is None else count)
-        if shown.lines is not None:
-            shown.lines.expect(latest)
-        shown.add(latest)
+        latest = reader.latest(_DEFAULT_COUNT if count is None else count)
+        if printer.formatter is not None:
+            printer.formatter.widen_for(latest)
+        printer.print_events(latest)
     if follow:
-        _follow(reader, shown)
-    if not shown.events and count != 0:
-        screen.note(unmatched(types))
-    troubles = reader.troubles()
-    if troubles:
-        screen.note(f"{', '.join(troubles)}; see: evsys-bus journal verify {journal.directory}")
+        _follow(reader, printer)
+    if not printer.printed and count != 0:
+        screen.note(no_match_message(types))
+    problems = reader.problems()
+    if problems:
+        screen.note(f"{', '.join(problems)}; see: evsys-bus journal verify {journal.directory}")
 
 
-class _Shown:
+class _EventPrinter:
     """Prints events to stdout."""
 
-    def __init__(self, lines: "EventLines | None") -> None:
-        self.events = 0
-        self.lines = lines
+    def __init__(self, formatter: "EventFormatter | None") -> None:
+        self.printed = 0
+        self.formatter = formatter
         """None for JSON."""
 
-    def add(self, envelopes: "Iterable[Envelope]") -> None:
+    def print_events(self, envelopes: "Iterable[Envelope]") -> None:
         """Print these events."""
         from evsys_bus.codec import to_json
 
         for envelope in envelopes:
-            self.events += 1
-            click.echo(to_json(envelope) if self.lines is None else self.lines.line(envelope))
+            self.printed += 1
+            click.echo(to_json(envelope) if self.formatter is None else self.formatter.format_event(envelope))
 
 
-def _follow(reader: "EventReader", shown: _Shown) -> None:
+def _follow(reader: "EventReader", printer: _EventPrinter) -> None:
     """Print new events until Ctrl-C, even without a live writer: a resumed run uses the same journal."""
     while True:
-        shown.add(reader.poll())
+        printer.print_events(reader.poll())
         time.sleep(_POLL_SECONDS)

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from evsys_bus.cli.amounts import size, span, spans, within
+from evsys_bus.cli.formatting import count_in_ranges, format_range, format_ranges, format_size
 from evsys_bus.cli.reading_progress import disk_with_progress
 from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.tables import counted
-from evsys_bus.journal import OsDisk, Report, verify
-from evsys_bus.journal.frame import Damage, Frame
+from evsys_bus.cli.tables import pluralize
+from evsys_bus.journal import JournalReport, OsDisk, verify
+from evsys_bus.journal.frame import CorruptRange, Frame
 from evsys_bus.journal.scanning import SegmentScan
-from evsys_bus.journal.verify import DamagedRange, StreamReport
+from evsys_bus.journal.verify import CorruptSegmentRange, StreamReport
 
 
-def verified(directory: Path, screen: Screen) -> Report:
+def verify_with_progress(directory: Path, screen: Screen) -> JournalReport:
     """Verify the whole journal, with a progress bar."""
     with disk_with_progress(directory, "verifying", screen) as disk:
         return verify(directory, disk)
@@ -20,69 +20,77 @@ def verified(directory: Path, screen: Screen) -> Report:
 
 def stream_lines(stream: StreamReport) -> list[str]:
     """Return a line for the stream, and one for each problem."""
-    state = "live" if stream.live else "closed" if stream.closed else "not closed"
-    numbers = "" if stream.first is None or stream.last is None else f" ({span(stream.first, stream.last)})"
+    state = "live" if stream.is_live else "closed" if stream.is_closed else "not closed"
+    numbers = (
+        ""
+        if stream.first_sequence is None or stream.last_sequence is None
+        else f" ({format_range(stream.first_sequence, stream.last_sequence)})"
+    )
     head = [
         stream.stream,
         state,
-        f"{counted(stream.records, 'event')}{numbers}",
-        counted(stream.segments, "segment"),
-        size(stream.bytes),
-        "whole" if stream.whole else "damaged",
+        f"{pluralize(stream.records, 'event')}{numbers}",
+        pluralize(stream.segments, "segment"),
+        format_size(stream.bytes),
+        "whole" if stream.is_intact else "damaged",
     ]
     lines = ["   ".join(head)]
-    lines += [f"  ! {_damage_told(stream, each)}" for each in stream.damaged]
-    if stream.missing:
-        lines.append(f"  ! lost: {_events(stream.missing)} {spans(stream.missing)}")
-    lines += [f"  ! could not be read: {' '.join(each.split())}" for each in stream.unreadable]
-    if stream.removed:
-        lines.append(f"  {counted(stream.removed, 'event')} before these removed, as by retain")
+    lines += [f"  ! {_describe_damage(stream, each)}" for each in stream.corrupt_ranges]
+    if stream.missing_ranges:
+        lines.append(f"  ! lost: {_event_noun(stream.missing_ranges)} {format_ranges(stream.missing_ranges)}")
+    lines += [f"  ! could not be read: {' '.join(each.split())}" for each in stream.unreadable_segments]
+    if stream.removed_events:
+        lines.append(f"  {pluralize(stream.removed_events, 'event')} before these removed, as by retain")
     if stream.torn_bytes:
-        lines.append(f"  {counted(stream.torn_bytes, 'byte')} of incomplete writes, as after a kill; no event is lost")
+        lines.append(
+            f"  {pluralize(stream.torn_bytes, 'byte')} of incomplete writes, as after a kill; no event is lost"
+        )
     return lines
 
 
-def summary(report: Report) -> str:
+def summary(report: JournalReport) -> str:
     """Return the result for the whole journal in one line."""
-    removed = sum(each.removed for each in report.streams)
-    if report.whole and removed:
-        return f"whole, except for {counted(removed, 'event')} removed from the front, as by retain"
-    if report.whole:
+    removed = sum(each.removed_events for each in report.streams)
+    if report.is_intact and removed:
+        return f"whole, except for {pluralize(removed, 'event')} removed from the front, as by retain"
+    if report.is_intact:
         return "whole: no recorded event is missing"
-    lost = sum(within(each.missing) for each in report.streams)
-    aside = sum(damage.length for each in report.streams for damage in each.damaged)
-    unread = sum(len(each.unreadable) for each in report.streams)
+    lost = sum(count_in_ranges(each.missing_ranges) for each in report.streams)
+    quarantined = sum(damage.length for each in report.streams for damage in each.corrupt_ranges)
+    unread = sum(len(each.unreadable_segments) for each in report.streams)
     facts = [
-        *([f"{counted(lost, 'event')} lost"] if lost else []),
-        *([f"{counted(aside, 'byte')} damaged"] if aside else []),
-        *([f"{counted(unread, 'segment')} not readable"] if unread else []),
+        *([f"{pluralize(lost, 'event')} lost"] if lost else []),
+        *([f"{pluralize(quarantined, 'byte')} damaged"] if quarantined else []),
+        *([f"{pluralize(unread, 'segment')} not readable"] if unread else []),
     ]
-    kept = sum(each.records for each in report.streams)
-    return f"damaged: {', '.join(facts)}; {counted(kept, 'event')} can be read"
+    readable = sum(each.records for each in report.streams)
+    return f"damaged: {', '.join(facts)}; {pluralize(readable, 'event')} can be read"
 
 
-def _damage_told(stream: StreamReport, damage: DamagedRange) -> str:
-    place = f"{Path(damage.segment).name} at byte {damage.offset:,}"
-    return f"{counted(damage.length, 'byte')} damaged in {place}; {_before(stream, damage)} before that"
+def _describe_damage(stream: StreamReport, damage: CorruptSegmentRange) -> str:
+    location = f"{Path(damage.segment).name} at byte {damage.offset:,}"
+    return f"{pluralize(damage.length, 'byte')} damaged in {location}; {_count_before(stream, damage)} before that"
 
 
-def _before(stream: StreamReport, damage: DamagedRange) -> str:
+def _count_before(stream: StreamReport, damage: CorruptSegmentRange) -> str:
     """Return the number of intact events of the stream before the damage."""
     first = int(Path(damage.segment).stem.partition("-")[2])
-    following = first
+    next_sequence = first
     scan = SegmentScan(OsDisk(), damage.segment)
-    for piece in scan.count(first):
-        if isinstance(piece, Damage) and scan.offset >= damage.offset + damage.length:
+    for piece in scan.count_events(first):
+        if isinstance(piece, CorruptRange) and scan.offset >= damage.offset + damage.length:
             break
         if isinstance(piece, int):
-            following = max(following, piece)
+            next_sequence = max(next_sequence, piece)
         elif isinstance(piece, Frame) and not piece.kind:
-            following = max(following, piece.sequence + 1)
-    begin = following if stream.first is None else stream.first
-    gone = [(start, min(end, following - 1)) for start, end in stream.missing if start < following]
-    count = max(0, following - begin - within([each for each in gone if each[0] >= begin]))
-    return f"{counted(count, 'whole event')}"
+            next_sequence = max(next_sequence, piece.sequence + 1)
+    first_sequence = next_sequence if stream.first_sequence is None else stream.first_sequence
+    gone = [(start, min(end, next_sequence - 1)) for start, end in stream.missing_ranges if start < next_sequence]
+    count = max(
+        0, next_sequence - first_sequence - count_in_ranges([each for each in gone if each[0] >= first_sequence])
+    )
+    return f"{pluralize(count, 'whole event')}"
 
 
-def _events(missing: list[tuple[int, int]]) -> str:
-    return "event" if within(missing) == 1 else "events"
+def _event_noun(missing: list[tuple[int, int]]) -> str:
+    return "event" if count_in_ranges(missing) == 1 else "events"

@@ -16,19 +16,19 @@ from evsys_bus.cli.screen import Screen, printable
 from evsys_bus.codec import json_line
 
 _KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
-_HEAD: Final = "Traceback (most recent call last):"
+_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
-_OURS: Final = Path(evsys_bus.__file__).parent
+_PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
-class _Lines(logging.Handler):
+class _WarningHandler(logging.Handler):
     """Writes to the current ``sys.stderr``, which is redirected while a table is shown."""
 
     def __init__(self, screen: Screen, *, as_json: bool) -> None:
         super().__init__(logging.WARNING)
         self._screen = screen
         self._as_json = as_json
-        self._seen: set[tuple[object, ...]] = set()
+        self._shown_kinds: set[tuple[object, ...]] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the record."""
@@ -45,28 +45,28 @@ class _Lines(logging.Handler):
         """Return the message and the traceback, which is the record's own or part of a courier's log line."""
         message = record.getMessage()
         error = record.exc_info[1] if record.exc_info else None
-        told = getattr(record, "traceback", None)
+        trace = getattr(record, "traceback", None)
         if error is not None:
             repeated = self._is_repeated(record, type(error))
-            lines = traceback.format_exception_only(error) if repeated else _foreign_part(error).format()
+            lines = traceback.format_exception_only(error) if repeated else _outside_traceback(error).format()
             return message, "".join(lines).rstrip()
-        if isinstance(told, str):
-            message = message.replace(f" traceback={told}", "").rstrip()
+        if isinstance(trace, str):
+            message = message.replace(f" traceback={trace}", "").rstrip()
         else:
-            message, head, below = message.partition(f"\n{_HEAD}")
-            told = f"{head}{below}"
-        told = told.strip("\n")
-        if told and self._is_repeated(record, told.rpartition("\n")[2].partition(":")[0]):
-            told = told.rpartition("\n")[2]
-        return message, told
+            message, head, below = message.partition(f"\n{_TRACEBACK_HEAD}")
+            trace = f"{head}{below}"
+        trace = trace.strip("\n")
+        if trace and self._is_repeated(record, trace.rpartition("\n")[2].partition(":")[0]):
+            trace = trace.rpartition("\n")[2]
+        return message, trace
 
     def _is_repeated(self, record: logging.LogRecord, error: object) -> bool:
         """Return whether a record of this kind was shown with its traceback before."""
         phrase = record.getMessage().partition(" ")[0]
         kind = (record.name, phrase, error, *(getattr(record, each, None) for each in _KINDS))
-        repeated = kind in self._seen
-        if len(self._seen) < _MAX_KINDS:
-            self._seen.add(kind)
+        repeated = kind in self._shown_kinds
+        if len(self._shown_kinds) < _MAX_KINDS:
+            self._shown_kinds.add(kind)
         return repeated
 
     def _text(self, record: logging.LogRecord, message: str, trace: str) -> str:
@@ -81,19 +81,19 @@ class _Lines(logging.Handler):
         return json_line(facts | ({"traceback": trace} if trace else {})).decode() + "\n"
 
 
-def _foreign_part(error: BaseException) -> traceback.TracebackException:
+def _outside_traceback(error: BaseException) -> traceback.TracebackException:
     """Return the traceback without frames of evsys-bus, unless there are no others."""
-    told = traceback.TracebackException.from_exception(error)
-    foreign = [frame for frame in told.stack if not Path(frame.filename).is_relative_to(_OURS)]
+    trace = traceback.TracebackException.from_exception(error)
+    foreign = [frame for frame in trace.stack if not Path(frame.filename).is_relative_to(_PACKAGE_DIR)]
     if foreign:
-        told.stack = traceback.StackSummary.from_list(foreign)
-    return told
+        trace.stack = traceback.StackSummary.from_list(foreign)
+    return trace
 
 
 @contextmanager
-def warnings_shown(screen: Screen, *, as_json: bool = False) -> Generator[None]:
+def show_warnings(screen: Screen, *, as_json: bool = False) -> Generator[None]:
     """Print WARNING and higher log records to stderr within the block."""
-    lines = _Lines(screen, as_json=as_json)
+    lines = _WarningHandler(screen, as_json=as_json)
     root = logging.getLogger()
     root.addHandler(lines)
     try:

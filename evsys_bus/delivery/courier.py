@@ -14,17 +14,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final, Literal, NamedTuple, cast
 
-from evsys_bus.attached import Adapter
+from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback
 from evsys_bus.codec import error_text
-from evsys_bus.delivery.accounts import Pending
-from evsys_bus.delivery.books import Books
-from evsys_bus.delivery.feed import Batch, Feed
-from evsys_bus.delivery.followed import Terms, kind_of
-from evsys_bus.delivery.hooks import HookReceiver
-from evsys_bus.delivery.receiver import CountsFailures, Receiver, Trouble
-from evsys_bus.delivery.retry import owed_of
-from evsys_bus.delivery.roster import is_followed
+from evsys_bus.delivery.callback_receiver import CallbackReceiver
+from evsys_bus.delivery.delivery_store import DeliveryStore
+from evsys_bus.delivery.progress import PendingCounter
+from evsys_bus.delivery.receiver import HasFailureCounts, Problem, Receiver
+from evsys_bus.delivery.retry import normalize_unconfirmed
+from evsys_bus.delivery.source import Batch, EventSource
+from evsys_bus.delivery.subscription import DeliveryPolicy, adapter_kind
+from evsys_bus.delivery.subscriptions import is_subscribed
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Event
@@ -34,14 +34,14 @@ from evsys_bus.tasks import DeliveryStatus, running_loop
 
 COMMIT_SECONDS: Final = 0.2
 """Minimum time between two commits while events arrive."""
-MOST_UNMARKED: Final = 10
+MAX_FAILED_MARKS: Final = 10
 """How often in a row an adapter's `mark` may fail before the adapter is rebuilt and rewound."""
 RETRY_SECONDS: Final = 1.0
-LONGEST_SECONDS: Final = 86_400.0
+NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
 
 
-class Counts(NamedTuple):
+class DeliveryCounts(NamedTuple):
     """The event counts of one courier."""
 
     delivered: int
@@ -56,10 +56,11 @@ class Courier:
         directory: The journal.
         name: Name of the adapter; identifies its cursor, lock and counts.
         adapter: A callback, a sink, or a `Receiver`.
-        terms: Which ranks to deliver, and what a failure means.
+        policy: Which ranks to deliver, and what a failure means.
         publish: Records what the adapter publishes about a run; None to discard it.
-        keep: Whether to store the cursor; if not, as for a replay, there is no lock and no dead-letter file either.
-        after: Start after these sequences, by stream, if there is no cursor.
+        persistent: Whether to store the cursor; if not, as for a replay, there is no lock and no dead-letter file
+            either.
+        start_after: Start after these sequences, by stream, if there is no cursor.
         slice_seconds: Sleep for this long after as much work, so that other threads of the process can run; None for
             never.
         poll_seconds: Time between two reads of an exhausted journal.
@@ -74,11 +75,11 @@ class Courier:
         directory: str | os.PathLike[str],
         name: str,
         adapter: Callback | Sink | Receiver,
-        terms: Terms,
+        policy: DeliveryPolicy,
         *,
         publish: Callable[[Event], None] | None = None,
-        keep: bool = True,
-        after: Mapping[str, int] | None = None,
+        persistent: bool = True,
+        start_after: Mapping[str, int] | None = None,
         slice_seconds: float | None = None,
         poll_seconds: float = 0.02,
         retry_seconds: float = RETRY_SECONDS,
@@ -88,40 +89,46 @@ class Courier:
     ) -> None:
         self.name: Final = name
         self._directory: Final = os.fspath(directory)
-        self._terms: Final = terms
+        self._policy: Final = policy
         self._publish: Final = publish
-        self._after: Final = after
-        self._slice: Final = slice_seconds
+        self._start_after: Final = start_after
+        self._slice_seconds: Final = slice_seconds
         self._poll_seconds: Final = poll_seconds
         self._retry_seconds: Final = retry_seconds
         self._log_path: Final = log_path
         self._clock: Final[Clock] = OsClock() if clock is None else clock
         self._disk: Final[Disk] = OsDisk() if disk is None else disk
         self._faults: Final = FaultLog()
-        self._books: Final = Books(
-            self._directory, name, kind_of(adapter), keep=keep, disk=self._disk, clock=self._clock, faults=self._faults
+        self._store: Final = DeliveryStore(
+            self._directory,
+            name,
+            adapter_kind(adapter),
+            persistent=persistent,
+            disk=self._disk,
+            clock=self._clock,
+            faults=self._faults,
         )
         self._sink: Final = adapter if isinstance(adapter, Sink) else None
-        self._receiver: Final = self._receiver_of(adapter)
+        self._receiver: Final = self._make_receiver(adapter)
         self._finishing = False
         self._deadline: float | None = None
-        self._complete = False
-        self._before = DeliveryStatus()
+        self._is_complete = False
+        self._previous_status = DeliveryStatus()
         """Counts and unconfirmed events of the previous courier."""
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._scope: asyncio.Timeout | None = None
         self._commit_due = 0.0
-        self._refused = False
-        self._unmarked = 0
-        self._taking = False
-        self._fault: Exception | None = None
-        self._trouble: Trouble | None = None
+        self._commit_failed = False
+        self._failed_marks = 0
+        self._is_delivering = False
+        self._fatal_error: Exception | None = None
+        self._problem: Problem | None = None
         self._failing_since: float | None = None
-        self._owed: tuple[int, str | None, str | None] = (0, None, None)
-        self._failures = (0, 0)
+        self._unconfirmed: tuple[int, str | None, str | None] = (0, None, None)
+        self._saved_failures = (0, 0)
         """Failure counts of hooks and tasks, as last written before a commit."""
-        self._pending = Pending(self._directory, terms.ranks, self._disk)
+        self._pending_counter = PendingCounter(self._directory, policy.ranks, self._disk)
 
     async def run(self) -> None:
         """Deliver until finished or stopped. Errors of the adapter during delivery are handled, not raised.
@@ -131,21 +138,21 @@ class Courier:
             Exception: The adapter cannot be opened or rewound, or its `mark` keeps failing.
         """
         self._loop = asyncio.get_running_loop()
-        has_cursor = self._books.open()
-        before = self._before = self._books.state_before()
-        self._owed = (before.owed, before.error, before.owed_fix) if before.owed else (0, None, None)
-        if not has_cursor and self._after is not None:
-            self._books.begin(self._after)
+        has_cursor = self._store.open()
+        previous = self._previous_status = self._store.previous_status()
+        self._unconfirmed = (previous.owed, previous.error, previous.owed_fix) if previous.owed else (0, None, None)
+        if not has_cursor and self._start_after is not None:
+            self._store.start_after(self._start_after)
         try:
             async with asyncio.timeout(None) as self._scope:
                 if not self._stopping:
-                    await self._session(has_cursor=has_cursor)
+                    await self._run_session(has_cursor=has_cursor)
         except TimeoutError:
             if not self._stopping:
                 raise
         finally:
             self._scope = None
-            self._books.close()
+            self._store.close()
             self._faults.flush()
 
     def finish(self, deadline: float | None = None) -> None:
@@ -154,7 +161,7 @@ class Courier:
         Args:
             deadline: Until when the adapter's tasks may run after that (monotonic); None for no limit.
         """
-        self._deadline = time.monotonic() + LONGEST_SECONDS if deadline is None else deadline
+        self._deadline = time.monotonic() + NO_DEADLINE_SECONDS if deadline is None else deadline
         self._finishing = True
 
     def stop(self) -> None:
@@ -163,7 +170,7 @@ class Courier:
         loop = self._loop
         if loop is not None:
             try:
-                loop.call_soon_threadsafe(self._interrupt)
+                loop.call_soon_threadsafe(self._cancel_run)
             except RuntimeError:
                 pass  # the loop is closed, so nothing is running
 
@@ -172,252 +179,273 @@ class Courier:
         if self._publish is not None:
             self._publish(event)
 
-    def follows(self, name: str) -> bool:
+    def has_subscription(self, name: str) -> bool:
         """Whether an adapter of this name is followed in this journal."""
-        return is_followed(self._directory, name, self._disk)
+        return is_subscribed(self._directory, name, self._disk)
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Store the report in the state file, from any thread; see `Adapter.report_owed`."""
         del adapter  # a courier has only one
-        owed = owed_of(events, why, fix)
+        unconfirmed = normalize_unconfirmed(events, why, fix)
         if self._loop is not None and running_loop() is not self._loop:
             with suppress(RuntimeError):  # the loop is closed; the last state file is final
-                self._loop.call_soon_threadsafe(self._note_owed, owed)
+                self._loop.call_soon_threadsafe(self._set_unconfirmed, unconfirmed)
         else:
-            self._note_owed(owed)
+            self._set_unconfirmed(unconfirmed)
 
-    def _note_owed(self, owed: tuple[int, str | None, str | None]) -> None:
-        before, self._owed = self._owed, owed
-        if owed != before:
-            self._tell("delivering", urgent=before[1:] != owed[1:] or not (owed[0] and before[0]))
+    def _set_unconfirmed(self, unconfirmed: tuple[int, str | None, str | None]) -> None:
+        previous, self._unconfirmed = self._unconfirmed, unconfirmed
+        if unconfirmed != previous:
+            self._write_status(
+                "delivering", urgent=previous[1:] != unconfirmed[1:] or not (unconfirmed[0] and previous[0])
+            )
 
     @property
-    def counts(self) -> Counts:
+    def counts(self) -> DeliveryCounts:
         """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
-        places = dict(self._books.cursor.streams)
-        delivered, dead = (sum(getattr(each, what) for each in places.values()) for what in ("delivered", "dead"))
-        return Counts(delivered, dead, self._pending.count(places))
+        positions = dict(self._store.cursor.streams)
+        delivered, dead = (sum(getattr(each, field) for each in positions.values()) for field in ("delivered", "dead"))
+        return DeliveryCounts(delivered, dead, self._pending_counter.count(positions))
 
     # -- on the courier's loop ----------------------------------------------------------------------------------------
 
-    def _receiver_of(self, adapter: Callback | Sink | Receiver) -> Receiver:
+    def _make_receiver(self, adapter: Callback | Sink | Receiver) -> Receiver:
         if isinstance(adapter, Sink):
-            from evsys_bus.delivery.batches import SinkReceiver
+            from evsys_bus.delivery.sink_receiver import SinkReceiver
 
             return SinkReceiver(adapter)
-        if hasattr(adapter, "take"):
+        if hasattr(adapter, "deliver"):
             return cast("Receiver", adapter)
-        return HookReceiver(
-            adapter, self._terms.on_failure, slice_seconds=self._slice, faults=self._faults, courier=self
+        return CallbackReceiver(
+            adapter, self._policy.on_failure, slice_seconds=self._slice_seconds, faults=self._faults, courier=self
         )
 
-    async def _session(self, *, has_cursor: bool) -> None:
-        receiver, books = self._receiver, self._books
-        feed = Feed(
+    async def _run_session(self, *, has_cursor: bool) -> None:
+        receiver, store = self._receiver, self._store
+        source = EventSource(
             self._directory,
-            books.cursor,
-            ranks=self._terms.ranks,
+            store.cursor,
+            ranks=self._policy.ranks,
             disk=self._disk,
             clock=self._clock,
             faults=self._faults,
         )
         try:
-            self._tell("delivering", urgent=True)
+            self._write_status("delivering", urgent=True)
             if self._sink is not None:
                 self._sink.evsys_attached = self
-            await self._open(feed, has_cursor=has_cursor)
-            await self._deliver(feed)
+            await self._open(source, has_cursor=has_cursor)
+            await self._deliver_all(source)
         finally:
             self._commit(last=True)
             await receiver.close(
                 time.monotonic() if self._stopping else self._deadline,
-                settles=self._complete and not self._stopping,
+                confirm=self._is_complete and not self._stopping,
             )
             if self._sink is not None:
                 self._sink.evsys_attached = None
-            self._tell("ended" if self._fault is None else "failed", urgent=True)
+            self._write_status("ended" if self._fatal_error is None else "failed", urgent=True)
 
-    async def _open(self, feed: Feed, *, has_cursor: bool) -> None:
+    async def _open(self, source: EventSource, *, has_cursor: bool) -> None:
         """Open the adapter and bring it to the position of the cursor."""
-        cursor = self._books.cursor
+        cursor = self._store.cursor
         try:
-            await self._receiver.open(self._heard)
+            await self._receiver.open(self._set_problem)
             if cursor.mark is not None:
                 self._receiver.rewind(cursor.mark)
-            starts = feed.introduction(cursor.steps if has_cursor else None)
+            starts = source.open_run_starts(cursor.steps if has_cursor else None)
             if starts:
-                self._receiver.introduce(starts)
+                self._receiver.resume_runs(starts)
                 if not has_cursor:
-                    self._books.introduced(starts)
-            self._books.changed = True  # save a mark before the first event, so that there is one after an early kill
+                    self._store.record_open_trainings(starts)
+            self._store.has_changes = (
+                True  # save a mark before the first event, so that there is one after an early kill
+            )
             self._commit(at_once=True)
         except Exception as error:  # raised again: the caller of `run` decides what to do
-            self._fault = error
+            self._fatal_error = error
             raise
 
-    async def _deliver(self, feed: Feed) -> None:
+    async def _deliver_all(self, source: EventSource) -> None:
         """Deliver batch by batch until finished or stopped."""
-        receiver, books, clock = self._receiver, self._books, self._clock
+        receiver, store, clock = self._receiver, self._store, self._clock
         batch = Batch()
         began = 0.0
-        dry = False  # by a thorough read; finish only after two, since one may have begun before the last event came
+        was_exhausted = (
+            False  # by a thorough read; finish only after two, since one may have begun before the last event came
+        )
         while not self._stopping:
-            thorough = self._finishing
+            include_idle = self._finishing
             if not batch.envelopes:
                 began = clock.monotonic()
-            filled = feed.fill(
-                batch, receiver.max_events, receiver.max_bytes, slice_seconds=self._slice, thorough=thorough
+            read_result = source.read_batch(
+                batch,
+                receiver.max_events,
+                receiver.max_bytes,
+                slice_seconds=self._slice_seconds,
+                include_idle=include_idle,
             )
-            if filled == "dry" and not batch.envelopes:
+            if read_result == "dry" and not batch.envelopes:
                 self._commit(at_once=True)
-                self._tell("idle")
-                if thorough and dry:
-                    self._complete = True
+                self._write_status("idle")
+                if include_idle and was_exhausted:
+                    self._is_complete = True
                     return
-                dry = thorough
-                await asyncio.sleep(0.0 if thorough else self._poll_seconds)
+                was_exhausted = include_idle
+                await asyncio.sleep(0.0 if include_idle else self._poll_seconds)
                 continue
-            dry = False
-            left = began + receiver.max_seconds - clock.monotonic()
-            if filled != "full" and left > 0 and not (filled == "dry" and thorough):
-                await asyncio.sleep(min(left, self._poll_seconds) if filled == "dry" else self._slice or 0.0)
+            was_exhausted = False
+            remaining = began + receiver.max_seconds - clock.monotonic()
+            if read_result != "full" and remaining > 0 and not (read_result == "dry" and include_idle):
+                await asyncio.sleep(
+                    min(remaining, self._poll_seconds) if read_result == "dry" else self._slice_seconds or 0.0
+                )
                 continue
-            ends = batch.ends
+            is_closed = batch.is_closed
             if batch.envelopes:
-                await self._take(batch)
-            if batch.broken is not None and not batch.envelopes:
-                books.broken(batch.broken)
+                await self._deliver_batch(batch)
+            if batch.corrupt_record is not None and not batch.envelopes:
+                store.reject_corrupt(batch.corrupt_record)
                 batch = Batch()
-            self._commit(at_once=ends and not batch.envelopes)
-            self._tell("delivering")
-            while (books.full or self._unmarked) and not self._stopping:
+            self._commit(at_once=is_closed and not batch.envelopes)
+            self._write_status("delivering")
+            while (store.is_full or self._failed_marks) and not self._stopping:
                 await asyncio.sleep(self._poll_seconds)
                 self._commit()
-                if not self._unmarked:
-                    self._heard(None)
-            await asyncio.sleep(self._slice or 0.0)
+                if not self._failed_marks:
+                    self._set_problem(None)
+            await asyncio.sleep(self._slice_seconds or 0.0)
 
-    async def _introduce(self, batch: Batch) -> None:
+    async def _resume_runs(self, batch: Batch) -> None:
         """Repeat the start events of open runs whose segments were removed; they are not counted."""
         starts, batch.starts = batch.starts, []
         try:
-            self._taking = True
-            if getattr(self._receiver, "writes_starts", False):
-                place = 0
-                while place < len(starts):
-                    part = starts[place : place + self._receiver.max_events]
-                    taken = await self._receiver.take(part, [0] * len(part))
-                    for why in taken.dead.values():
+            self._is_delivering = True
+            if getattr(self._receiver, "needs_starts_as_events", False):
+                offset = 0
+                while offset < len(starts):
+                    part = starts[offset : offset + self._receiver.max_events]
+                    result = await self._receiver.deliver(part, [0] * len(part))
+                    for why in result.rejected.values():
                         self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
-                    place += max(1, taken.done)
+                    offset += max(1, result.handled)
             else:
-                self._receiver.introduce(starts)
-            self._taking = False
+                self._receiver.resume_runs(starts)
+            self._is_delivering = False
         except RetryLaterError as error:
-            self._fault = error
+            self._fatal_error = error
             raise
         except Exception as error:  # isolation: the events after the starts must still be delivered
-            self._taking = False
+            self._is_delivering = False
             self._faults.warn("courier.start_not_taken", self.name, error=error, adapter=self.name)
-        self._books.introduced(starts)
+        self._store.record_open_trainings(starts)
 
-    async def _take(self, batch: Batch) -> None:
+    async def _deliver_batch(self, batch: Batch) -> None:
         """Deliver the front of the batch. If that is cancelled, record the part that is known to be delivered."""
         if batch.starts:
-            await self._introduce(batch)
+            await self._resume_runs(batch)
         try:
-            self._taking = True
-            taken = await self._receiver.take(batch.envelopes, batch.sizes)
-            self._taking = False
-            if not 0 < taken.done <= len(batch.envelopes):
-                raise ValueError(f"a receiver took {taken.done} of {len(batch.envelopes)} events")  # noqa: TRY301
+            self._is_delivering = True
+            result = await self._receiver.deliver(batch.envelopes, batch.sizes)
+            self._is_delivering = False
+            if not 0 < result.handled <= len(batch.envelopes):
+                raise ValueError(f"a receiver took {result.handled} of {len(batch.envelopes)} events")  # noqa: TRY301
         except asyncio.CancelledError:
-            known = self._receiver.interrupted()
-            if known is not None:
-                self._taking = False
-                self._books.done(batch, known)
+            partial_result = self._receiver.interrupted_result()
+            if partial_result is not None:
+                self._is_delivering = False
+                self._store.acknowledge(batch, partial_result)
             raise
         except RetryLaterError as error:  # raised by a hook: everything after the last mark is delivered again
-            self._fault = error
+            self._fatal_error = error
             raise
         except Exception as error:  # isolation: receivers retry by themselves, so this is a bug in the receiver
-            self._taking = False
+            self._is_delivering = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
-            self._heard(Trouble("retrying", error_text(error)))
+            self._set_problem(Problem("retrying", error_text(error)))
             await asyncio.sleep(self._retry_seconds)
-            self._heard(None)
+            self._set_problem(None)
             return
-        self._books.done(batch, taken)
+        self._store.acknowledge(batch, result)
 
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Save all recorded results, unless the last commit or failed commit was a moment ago."""
         now = self._clock.monotonic()
-        self._books.look(last=last)
-        if not self._books.changed and (not last or self._fault is not None):
+        self._store.check_directory(last=last)
+        if not self._store.has_changes and (not last or self._fatal_error is not None):
             return
-        if now < self._commit_due and not last and (self._refused or not at_once):
+        if now < self._commit_due and not last and (self._commit_failed or not at_once):
             return
         try:
-            if last and self._taking and (not self._books.save() or self._receiver.mark() is not None):
+            if last and self._is_delivering and (not self._store.save_cursor() or self._receiver.mark() is not None):
                 return  # stopped in the middle of a batch: the mark may cover rows that are not recorded yet
-            self._tell_failures()
-            committed = self._books.commit(self._receiver.mark)
+            self._save_failure_counts()
+            committed = self._store.commit(self._receiver.mark)
             if last and committed:
                 self._receiver.mark()  # lets the adapter delete what it kept for the mark before the last one
-            self._unmarked = 0
+            self._failed_marks = 0
         except Exception as error:  # isolation: without the adapter's mark the cursor must not move
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
-            self._heard(Trouble("retrying", error_text(error)))
+            self._set_problem(Problem("retrying", error_text(error)))
             committed = False
-            self._unmarked += 1
-            if self._unmarked >= MOST_UNMARKED and not last:
+            self._failed_marks += 1
+            if self._failed_marks >= MAX_FAILED_MARKS and not last:
                 raise
-        self._refused = not committed
+        self._commit_failed = not committed
         self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
 
-    def _tell_failures(self) -> None:
+    def _save_failure_counts(self) -> None:
         """Write failure counts before the cursor moves: after a kill in between they are counted twice, not lost."""
         receiver = self._receiver
-        if isinstance(receiver, CountsFailures):
+        if isinstance(receiver, HasFailureCounts):
             failures = receiver.failures, receiver.task_failures
-            if failures != self._failures:
-                self._failures = failures
-                self._tell("delivering", urgent=True)
+            if failures != self._saved_failures:
+                self._saved_failures = failures
+                self._write_status("delivering", urgent=True)
 
-    def _heard(self, trouble: Trouble | None) -> None:
+    def _set_problem(self, problem: Problem | None) -> None:
         """Store and write the problem that the receiver reports; None when it has ended."""
-        before, self._trouble = self._trouble, trouble
-        if trouble is None:
+        previous, self._problem = self._problem, problem
+        if problem is None:
             self._failing_since = None
         elif self._failing_since is None:
             self._failing_since = self._clock.wall()
-        told = [None if each is None else (each.state, each.error) for each in (before, trouble)]
-        self._tell("delivering", urgent=told[0] != told[1])
+        summaries = [None if each is None else (each.state, each.error) for each in (previous, problem)]
+        self._write_status("delivering", urgent=summaries[0] != summaries[1])
 
-    def _tell(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
+    def _write_status(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
         """Write the state file."""
-        trouble = self._trouble if self._fault is None else Trouble("retrying", error_text(self._fault), attempts=0)
-        owed, owed_why, owed_fix = self._owed
-        before, hooks = self._before, self._receiver if isinstance(self._receiver, CountsFailures) else None
-        self._books.state(
+        problem = (
+            self._problem
+            if self._fatal_error is None
+            else Problem("retrying", error_text(self._fatal_error), attempts=0)
+        )
+        unconfirmed, unconfirmed_reason, unconfirmed_fix = self._unconfirmed
+        previous, failure_counts = (
+            self._previous_status,
+            self._receiver if isinstance(self._receiver, HasFailureCounts) else None,
+        )
+        self._store.write_status(
             DeliveryStatus(
-                state=state if trouble is None or state in {"ended", "failed"} else trouble.state,
+                state=state if problem is None or state in {"ended", "failed"} else problem.state,
                 pid=os.getpid(),
-                owed=owed,
-                owed_fix=owed_fix,
-                error=owed_why if trouble is None else trouble.error,
-                fix=owed_fix if trouble is None else trouble.fix,
+                owed=unconfirmed,
+                owed_fix=unconfirmed_fix,
+                error=unconfirmed_reason if problem is None else problem.error,
+                fix=unconfirmed_fix if problem is None else problem.fix,
                 failing_since=self._failing_since,
-                attempts=0 if trouble is None else trouble.attempts,
-                hook_failures=before.hook_failures + (0 if hooks is None else hooks.failures),
-                task_failures=before.task_failures + (0 if hooks is None else hooks.task_failures),
-                last_failure=before.last_failure if hooks is None else hooks.last_failure or before.last_failure,
+                attempts=0 if problem is None else problem.attempts,
+                hook_failures=previous.hook_failures + (0 if failure_counts is None else failure_counts.failures),
+                task_failures=previous.task_failures + (0 if failure_counts is None else failure_counts.task_failures),
+                last_failure=previous.last_failure
+                if failure_counts is None
+                else failure_counts.last_failure or previous.last_failure,
                 log=self._log_path,
             ),
             urgent=urgent,
         )
 
-    def _interrupt(self) -> None:
+    def _cancel_run(self) -> None:
         try:
             if self._scope is not None:
                 self._scope.reschedule(asyncio.get_running_loop().time())

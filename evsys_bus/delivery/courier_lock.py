@@ -7,7 +7,7 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.files import lock_file
 from evsys_bus.journal import Clock, Disk, layout
-from evsys_bus.journal.signature import sign, signed
+from evsys_bus.journal.lock_owner import read_owner, write_owner
 
 
 class CourierLock:
@@ -23,12 +23,12 @@ class CourierLock:
     def __init__(self, directory: str, name: str, disk: Disk, clock: Clock) -> None:
         self._directory: Final = directory
         self._name: Final = name
-        self._path: Final = layout.courier_file(directory, name, "lock")
+        self._path: Final = layout.courier_path(directory, name, "lock")
         self._disk: Final = disk
         self._clock: Final = clock
         self._file: int | None = None
 
-    def take(self) -> None:
+    def acquire(self) -> None:
         """Acquire the lock and write this process into its file; logs a warning where locking is not possible.
 
         Raises:
@@ -38,16 +38,18 @@ class CourierLock:
             self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
             self._file = lock_file(self._path, disk=self._disk)
             if self._file is not None:
-                sign(self._disk, self._clock, self._file)
+                write_owner(self._disk, self._clock, self._file)
                 return
         except OSError as error:
-            phrase = "courier.not_lockable" if self._file is None else "courier.not_signed"
-            log().warning(phrase, path=self._path, exc_info=error)
+            event_name = "courier.not_lockable" if self._file is None else "courier.not_signed"
+            log().warning(event_name, path=self._path, exc_info=error)
             return
-        holder = signed(self._disk, self._path)
-        who = "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.since},"
+        owner = read_owner(self._disk, self._path)
+        owner_text = (
+            "another process" if owner is None else f"process {owner.pid} on {owner.host}, since {owner.since},"
+        )
         raise CourierBusyError(
-            f"{who} delivers {self._directory} to {self._name}",
+            f"{owner_text} delivers {self._directory} to {self._name}",
             fix="let it finish, or end it; evsys-bus status shows its progress",
         )
 
@@ -61,7 +63,7 @@ class CourierLock:
             return False
         return True
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Release the lock."""
         file, self._file = self._file, None
         if file is not None:

@@ -5,10 +5,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
-from evsys_bus.attached import Adapter
+from evsys_bus.adapter import Adapter
 from evsys_bus.diagnostics import log
 from evsys_bus.events import Envelope
-from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Ending, call_bounded
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Outcome, call_with_timeout
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class Rewindable(Protocol):
         ...
 
 
-class Trouble(NamedTuple):
+class Problem(NamedTuple):
     """A problem that prevents a receiver from delivering a batch; it keeps retrying."""
 
     state: Literal["retrying", "parked"]
@@ -38,16 +38,16 @@ class Trouble(NamedTuple):
     attempts: int = 1
 
 
-Report = Callable[[Trouble | None], None]
+ProblemHandler = Callable[[Problem | None], None]
 """Called when a problem starts, changes, or ends (None)."""
 
 
-class Taken(NamedTuple):
+class BatchResult(NamedTuple):
     """The result of delivering a batch."""
 
-    done: int
+    handled: int
     """How many events were handled, from the front; at least one."""
-    dead: Mapping[int, str] = {}
+    rejected: Mapping[int, str] = {}
     """Index and reason of each handled event that was rejected for good."""
     errors: Mapping[int, Exception] = {}
     """Exceptions of rejected events, by index, if not logged yet."""
@@ -63,7 +63,7 @@ class Receiver(Protocol):
     max_seconds: float
     """How long the courier may wait for more events after the first one of a batch."""
 
-    async def open(self, report: Report) -> None:
+    async def open(self, on_problem: ProblemHandler) -> None:
         """Prepare for delivery. If the destination is unavailable, report that and retry until cancelled.
 
         Raises:
@@ -71,7 +71,7 @@ class Receiver(Protocol):
         """
         ...
 
-    async def take(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> Taken:
+    async def deliver(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> BatchResult:
         """Deliver a batch; retry until the destination has accepted or rejected the events, or until cancelled.
 
         Args:
@@ -80,11 +80,11 @@ class Receiver(Protocol):
         """
         ...
 
-    def interrupted(self) -> Taken | None:
-        """The result of a cancelled `take`, so that these events need not be delivered again; None if not known."""
+    def interrupted_result(self) -> BatchResult | None:
+        """The result of a cancelled `deliver`, so that these events need not be delivered again; None if not known."""
         ...
 
-    def introduce(self, starts: Sequence[Envelope]) -> None:
+    def resume_runs(self, starts: Sequence[Envelope]) -> None:
         """Repeat the start events of runs that are open at the next event; they are not counted.
 
         Called for a rebuilt adapter, and where the original start events were removed from the journal. Nothing starts
@@ -97,21 +97,21 @@ class Receiver(Protocol):
         ...
 
     def rewind(self, mark: Any) -> None:
-        """Undo what the adapter wrote after this mark; called before `introduce`."""
+        """Undo what the adapter wrote after this mark; called before `resume_runs`."""
         ...
 
-    async def close(self, deadline: float | None = None, *, settles: bool = False) -> None:
+    async def close(self, deadline: float | None = None, *, confirm: bool = False) -> None:
         """Finish work in progress and close the adapter; called once.
 
         Args:
             deadline: Until when that may take (monotonic); None for the receiver's own limits.
-            settles: Whether everything was delivered, so that the destination can be asked for confirmation.
+            confirm: Whether everything was delivered, so that the destination can be asked for confirmation.
         """
         ...
 
 
 @runtime_checkable
-class CountsFailures(Protocol):
+class HasFailureCounts(Protocol):
     """A receiver that counts failures of its adapter."""
 
     failures: int
@@ -122,29 +122,29 @@ class CountsFailures(Protocol):
     """The newest of both."""
 
 
-async def settle(adapter: object, name: str, deadline: float | None) -> None:
+async def confirm_deliveries(adapter: object, name: str, deadline: float | None) -> None:
     """Call the adapter's `settle_owed` if it overrides that method; errors are logged.
 
     Args:
         adapter: A callback or a sink.
         name: Its name in the log.
-        deadline: Monotonic; None for `SETTLE_SECONDS` from now.
+        deadline: Monotonic; None for `CONFIRM_SECONDS` from now.
     """
     if not isinstance(adapter, Adapter) or type(adapter).settle_owed is Adapter.settle_owed:
         return
     now = time.monotonic()
-    until = now + SETTLE_SECONDS if deadline is None else deadline
-    unended: set[asyncio.Task[Ending]] = set()
-    ending = await call_bounded(
+    confirm_deadline = now + CONFIRM_SECONDS if deadline is None else deadline
+    unfinished: set[asyncio.Task[Outcome]] = set()
+    outcome = await call_with_timeout(
         adapter.settle_owed,
-        until,
-        seconds=max(0.0, until - now),
+        confirm_deadline,
+        seconds=max(0.0, confirm_deadline - now),
         grace_seconds=CANCEL_GRACE_SECONDS,
         name=f"evsys-bus:{name}:settle",
-        unended=unended,
+        unfinished=unfinished,
     )
-    if ending.error is not None:
-        log().warning("owed.not_settled", adapter=name, exc_info=ending.error)
+    if outcome.error is not None:
+        log().warning("owed.not_settled", adapter=name, exc_info=outcome.error)
 
 
-SETTLE_SECONDS: Final = 5.0
+CONFIRM_SECONDS: Final = 5.0

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import msgspec
 
+from evsys_bus.config import ExperimentConfig, load_experiment, read_document
 from evsys_bus.context import ExperimentResult
-from evsys_bus.demo.digits_run import DigitsRun, recipe, require_extra
+from evsys_bus.demo.digits_run import DigitsRun, recipe, require_demo_extra
 from evsys_bus.training import Experiment
-from evsys_bus.wiring import ExperimentConfig, load_experiment, read_document
 
 DEMO_FILE: Final = Path(__file__).with_name("digits.yaml")
 """The experiment file; copy it to make your own."""
@@ -26,7 +26,7 @@ def demo_config(output_dir: Path | str | None = None, **params: Any) -> Experime
     Raises:
         TrainingError: numpy or scikit-learn is missing.
     """
-    require_extra()
+    require_demo_extra()
     config = load_experiment(read_document(DEMO_FILE))
     if output_dir is not None:
         config = msgspec.structs.replace(config, output_dir=str(output_dir))

@@ -36,9 +36,9 @@ class Images(NamedTuple):
     labels: Labels
     """(n,), from 0 to 9."""
 
-    def some(self, places: Labels) -> "Images":
+    def select(self, indices: Labels) -> "Images":
         """Return the images at these indices."""
-        return Images(self.ids[places], self.pixels[places], self.labels[places])
+        return Images(self.ids[indices], self.pixels[indices], self.labels[indices])
 
 
 class Split(NamedTuple):
@@ -55,7 +55,7 @@ def load_split(seed: int) -> Split:
     digits = Images(np.arange(len(bunch.target)), bunch.data / 16, bunch.target)
     order = np.random.default_rng((seed, 0)).permutation(len(digits.labels))
     train, val, test = np.split(order, [len(order) * 2 // 3, len(order) * 5 // 6])
-    return Split(digits.some(train), digits.some(val), digits.some(test))
+    return Split(digits.select(train), digits.select(val), digits.select(test))
 
 
 class DigitBatches:
@@ -69,10 +69,10 @@ class DigitBatches:
 
     async def build_batch(self, step_idx: int) -> TrainingBatch:
         """Return the batch of this step; a last incomplete batch of an epoch is dropped."""
-        epoch, place = divmod(step_idx, self.steps_per_epoch)
+        epoch, index = divmod(step_idx, self.steps_per_epoch)
         order = np.random.default_rng((self._seed, 1, epoch)).permutation(len(self._images.labels))
-        chosen = order[place * self._size : (place + 1) * self._size]
-        return TrainingBatch(data=self._images.some(chosen), loss_fn="cross_entropy", metrics={"epoch": epoch})
+        chosen = order[index * self._size : (index + 1) * self._size]
+        return TrainingBatch(data=self._images.select(chosen), loss_fn="cross_entropy", metrics={"epoch": epoch})
 
 
 class DigitNetwork:
@@ -99,19 +99,19 @@ class DigitNetwork:
     async def forward_backward(self, batch: TrainingBatch) -> dict[str, float]:
         """Compute the cross entropy of the batch and its gradients."""
         images: Images = batch.data
-        hidden, chances = self._forward(images.pixels)
+        hidden, probabilities = self._forward(images.pixels)
         rows = np.arange(len(images.labels))
-        loss = _cross_entropy(chances, images.labels)
-        accuracy = (chances.argmax(axis=1) == images.labels).mean()
-        slope = chances.copy()
-        slope[rows, images.labels] -= 1
-        slope /= len(rows)
-        slope_hidden = (slope @ self.weights["out"].T) * (hidden > 0)
+        loss = _cross_entropy(probabilities, images.labels)
+        accuracy = (probabilities.argmax(axis=1) == images.labels).mean()
+        logit_gradient = probabilities.copy()
+        logit_gradient[rows, images.labels] -= 1
+        logit_gradient /= len(rows)
+        hidden_gradient = (logit_gradient @ self.weights["out"].T) * (hidden > 0)
         self._gradients = {
-            "hidden": images.pixels.T @ slope_hidden,
-            "hidden_bias": slope_hidden.sum(axis=0),
-            "out": hidden.T @ slope,
-            "out_bias": slope.sum(axis=0),
+            "hidden": images.pixels.T @ hidden_gradient,
+            "hidden_bias": hidden_gradient.sum(axis=0),
+            "out": hidden.T @ logit_gradient,
+            "out_bias": logit_gradient.sum(axis=0),
         }
         return {"loss": loss, "accuracy": float(accuracy)}
 
@@ -140,9 +140,9 @@ class DigitNetwork:
 
     async def snapshot_for_sampler(self) -> "DigitNetwork":
         """Return a copy of the network that later training does not change."""
-        twin = copy.copy(self)
-        twin.weights = {name: weight.copy() for name, weight in self.weights.items()}
-        return twin
+        snapshot = copy.copy(self)
+        snapshot.weights = {name: weight.copy() for name, weight in self.weights.items()}
+        return snapshot
 
     async def load_state(self, path: str) -> None:
         """Restore exactly what `save_state` saved."""
@@ -152,15 +152,15 @@ class DigitNetwork:
             self._square = {name: saved[f"square.{name}"] for name in self.weights}
             self._updates = int(saved["updates"])
 
-    def chances(self, pixels: Floats) -> Floats:
+    def predict_probabilities(self, pixels: Floats) -> Floats:
         """Return the probability of each digit for each image, with shape (n, 10)."""
         return self._forward(pixels)[1]
 
     def _forward(self, pixels: Floats) -> tuple[Floats, Floats]:
         hidden = np.maximum(pixels @ self.weights["hidden"] + self.weights["hidden_bias"], 0)
         scores = hidden @ self.weights["out"] + self.weights["out_bias"]
-        likely = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return hidden, likely / likely.sum(axis=1, keepdims=True)
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return hidden, exponentials / exponentials.sum(axis=1, keepdims=True)
 
     def _write(self, name: str, arrays: "dict[str, Floats]") -> str:
         """Write atomically, so that a kill never leaves half a checkpoint."""
@@ -188,22 +188,22 @@ class DigitBenchmark:
     def score(self, network: DigitNetwork) -> Benchmark:
         """Compute accuracy, cross entropy and accuracy by digit, and one prediction per image."""
         ids, pixels, labels = self._images
-        chances = network.chances(pixels)
-        outputs = chances.argmax(axis=1)
-        right = outputs == labels
+        probabilities = network.predict_probabilities(pixels)
+        outputs = probabilities.argmax(axis=1)
+        correct = outputs == labels
         result = EvalResult(
             name=self.name,
             benchmark_id=f"sklearn-digits/{self._tag}",
-            metrics={"accuracy": float(right.mean()), "loss": _cross_entropy(chances, labels)},
-            breakdowns={"digit": {str(digit): float(right[labels == digit].mean()) for digit in range(10)}},
+            metrics={"accuracy": float(correct.mean()), "loss": _cross_entropy(probabilities, labels)},
+            breakdowns={"digit": {str(digit): float(correct[labels == digit].mean()) for digit in range(10)}},
             tags=[self._tag],
         )
         rows = zip(ids.tolist(), labels.tolist(), outputs.tolist(), strict=True)
         return Benchmark(result, [_prediction(*row) for row in rows])
 
 
-def _cross_entropy(chances: Floats, labels: Labels) -> float:
-    return float(-np.log(chances[np.arange(len(labels)), labels] + 1e-12).mean())
+def _cross_entropy(probabilities: Floats, labels: Labels) -> float:
+    return float(-np.log(probabilities[np.arange(len(labels)), labels] + 1e-12).mean())
 
 
 def _prediction(image: int, expected: int, output: int) -> Prediction:

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 
 from evsys_bus.errors import TrainingError
-from evsys_bus.training import RunParts, RunPlan
+from evsys_bus.training import RunComponents, RunPlan
 
 
 class DigitsRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -24,19 +24,19 @@ class DigitsRun(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Determines which images are held out: the same for every run, so that runs can be compared."""
 
 
-def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
+def recipe(params: DigitsRun, run: RunPlan) -> RunComponents:
     """Build a network, its batches and two benchmarks; the seed of the run determines every number but the times.
 
     Raises:
         TrainingError: numpy or scikit-learn is missing.
     """
-    require_extra()
+    require_demo_extra()
     from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
 
-    _one_blas_thread()
+    _limit_blas_threads()
     split = load_split(params.split_seed)
     batches = DigitBatches(split.train, run.seed, params.batch_size)
-    return RunParts(
+    return RunComponents(
         backend=DigitNetwork(run.run_dir / "checkpoints", run.seed, hidden=params.hidden, lr=params.lr),
         step_builder=batches,
         num_steps=params.steps,
@@ -47,7 +47,7 @@ def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
     )
 
 
-def require_extra() -> None:
+def require_demo_extra() -> None:
     """Check that the packages of the demo are installed.
 
     Raises:
@@ -65,7 +65,7 @@ def require_extra() -> None:
 
 
 @functools.cache
-def _one_blas_thread() -> None:
+def _limit_blas_threads() -> None:
     """Limit BLAS to one thread for the whole process: faster on matrices this small, and sums are reproducible."""
     from threadpoolctl import threadpool_limits
 

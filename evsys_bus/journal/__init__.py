@@ -6,25 +6,25 @@ format is described in docs/journal-format.md.
 
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.journal.clock import Clock, OsClock
-from evsys_bus.journal.cursor import Cursor, Cursors, Place
-from evsys_bus.journal.reader import JournalReader, Record, Tail
-from evsys_bus.journal.retain import Retain
-from evsys_bus.journal.verify import Report, verify
+from evsys_bus.journal.cursor import Cursor, CursorStore, Position
+from evsys_bus.journal.reader import JournalReader, Record, TailReader
+from evsys_bus.journal.retention import RetentionPolicy
+from evsys_bus.journal.verify import JournalReport, verify
 from evsys_bus.journal.writer import JournalWriter
 
 __all__ = [
     "Clock",
     "Cursor",
-    "Cursors",
+    "CursorStore",
     "Disk",
     "JournalReader",
+    "JournalReport",
     "JournalWriter",
     "OsClock",
     "OsDisk",
-    "Place",
+    "Position",
     "Record",
-    "Report",
-    "Retain",
-    "Tail",
+    "RetentionPolicy",
+    "TailReader",
     "verify",
 ]

@@ -5,71 +5,71 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 
-class Waiting(NamedTuple):
+class PendingRecord(NamedTuple):
     """A record that is not on disk yet."""
 
     sequence: int
-    record: bytes
-    keep: bool
+    data: bytes
+    essential: bool
     """Whether it is among the last to be dropped: starts, ends and checkpoints."""
 
 
 class Backlog:
     """Pending records in sequence order. Records beyond the limits are dropped by `trim` and counted in ``lost``."""
 
-    def __init__(self, most: int, most_bytes: int) -> None:
+    def __init__(self, max_records: int, max_bytes: int) -> None:
         self.lost = 0
         self.bytes = 0
-        self._most = most
-        self._most_bytes = most_bytes
-        self._waiting: deque[Waiting] = deque()
+        self._max_records = max_records
+        self._max_bytes = max_bytes
+        self._pending: deque[PendingRecord] = deque()
 
     def __len__(self) -> int:
-        return len(self._waiting)
+        return len(self._pending)
 
-    def __iter__(self) -> Iterator[Waiting]:
-        return iter(tuple(self._waiting))
+    def __iter__(self) -> Iterator[PendingRecord]:
+        return iter(tuple(self._pending))
 
-    def put(self, waiting: Waiting) -> None:
+    def append(self, pending: PendingRecord) -> None:
         """Add the newest record."""
-        self._waiting.append(waiting)
-        self.bytes += len(waiting.record)
+        self._pending.append(pending)
+        self.bytes += len(pending.data)
 
     def trim(self) -> None:
-        """Drop records until the limits hold: the oldest first, those with `keep` last. The newest one always stays."""
-        while len(self._waiting) > 1 and (len(self._waiting) > self._most or self.bytes > self._most_bytes):
-            self._give_up(self._least_wanted())
+        """Drop records until the limits hold: oldest first, those with `essential` last, never the newest one."""
+        while len(self._pending) > 1 and (len(self._pending) > self._max_records or self.bytes > self._max_bytes):
+            self._drop(self._index_to_drop())
 
-    def first(self) -> Waiting | None:
+    def peek(self) -> PendingRecord | None:
         """The oldest record, or None. It stays in the queue."""
-        return self._waiting[0] if self._waiting else None
+        return self._pending[0] if self._pending else None
 
-    def written(self) -> None:
+    def pop_oldest(self) -> None:
         """Remove the oldest record, because it is on disk now."""
-        self.bytes -= len(self._waiting.popleft().record)
+        self.bytes -= len(self._pending.popleft().data)
 
-    def withdraw(self) -> None:
+    def pop(self) -> None:
         """Remove the newest record, because its publisher gets an error instead."""
-        self.bytes -= len(self._waiting.pop().record)
+        self.bytes -= len(self._pending.pop().data)
 
-    def reduce(self, most_bytes: int) -> None:
-        """Keep only what fits into this many bytes: records with `keep` first, then the newest of the others."""
-        chosen: set[int] = set()
-        left = most_bytes
-        for keep in (True, False):
-            for each in reversed(self._waiting):
-                if each.keep is keep and len(each.record) <= left:
-                    chosen.add(each.sequence)
-                    left -= len(each.record)
-        self.lost += len(self._waiting) - len(chosen)
-        self._waiting = deque(each for each in self._waiting if each.sequence in chosen)
-        self.bytes = sum(len(each.record) for each in self._waiting)
+    def shrink_to(self, max_bytes: int) -> None:
+        """Keep only what fits into this many bytes: records with `essential` first, then the newest of the others."""
+        retained: set[int] = set()
+        remaining_bytes = max_bytes
+        for essential in (True, False):
+            for each in reversed(self._pending):
+                if each.essential is essential and len(each.data) <= remaining_bytes:
+                    retained.add(each.sequence)
+                    remaining_bytes -= len(each.data)
+        self.lost += len(self._pending) - len(retained)
+        self._pending = deque(each for each in self._pending if each.sequence in retained)
+        self.bytes = sum(len(each.data) for each in self._pending)
 
-    def _least_wanted(self) -> int:
-        newest = len(self._waiting) - 1
-        return next((place for place, each in enumerate(self._waiting) if not each.keep and place < newest), 0)
+    def _index_to_drop(self) -> int:
+        newest = len(self._pending) - 1
+        return next((index for index, each in enumerate(self._pending) if not each.essential and index < newest), 0)
 
-    def _give_up(self, place: int) -> None:
-        self.bytes -= len(self._waiting[place].record)
-        del self._waiting[place]
+    def _drop(self, index: int) -> None:
+        self.bytes -= len(self._pending[index].data)
+        del self._pending[index]
         self.lost += 1

@@ -27,17 +27,17 @@ CARRIED: Final = 1
 CLOSED: Final = 2
 """Kind: the writer closed the journal. No payload; its sequence is the one that the next event would have."""
 
-_SUM_BYTES: Final = 4
-_BODY: Final = struct.Struct("<2sHIQ")
-_FRAME: Final = struct.Struct("<I2sHIQ")
-HEADER_BYTES: Final = _FRAME.size
-_HEAD: Final = struct.Struct("<6sHI")
-HEAD_BYTES: Final = _HEAD.size
+_CHECKSUM_BYTES: Final = 4
+_CHECKED_HEADER: Final = struct.Struct("<2sHIQ")
+_FRAME_HEADER: Final = struct.Struct("<I2sHIQ")
+FRAME_HEADER_BYTES: Final = _FRAME_HEADER.size
+_SEGMENT_HEADER: Final = struct.Struct("<6sHI")
+SEGMENT_HEADER_BYTES: Final = _SEGMENT_HEADER.size
 _MAGIC: Final = b"EVSYSJ"
 
-MARK: Final = b"EJ"
-pack_body: Final = _BODY.pack
-pack_sum: Final = struct.Struct("<I").pack
+MARKER: Final = b"EJ"
+pack_checked_header: Final = _CHECKED_HEADER.pack
+pack_checksum: Final = struct.Struct("<I").pack
 
 
 class Frame(NamedTuple):
@@ -50,24 +50,24 @@ class Frame(NamedTuple):
     payload: memoryview
 
 
-class Damage(NamedTuple):
+class CorruptRange(NamedTuple):
     """Bytes that are not a valid frame, followed by a valid frame."""
 
     end: int
     length: int
 
 
-class Run(NamedTuple):
+class FrameRun(NamedTuple):
     """Complete events with consecutive sequences."""
 
-    first: int
+    first_sequence: int
     """The sequence of the first event."""
     payloads: list[bytes]
-    carried: bool = False
+    is_carried: bool = False
     """Whether these are start events that the segment repeats because their runs were open when it was created."""
 
 
-class Rest(NamedTuple):
+class IncompleteTail(NamedTuple):
     """The end of the buffer: an incomplete frame, which may still be being written."""
 
     length: int
@@ -75,111 +75,111 @@ class Rest(NamedTuple):
 
 def pack(sequence: int, payload: bytes, kind: int = EVENT) -> bytes:
     """Encode a frame, to be appended by a single write."""
-    body = pack_body(MARK, kind, len(payload), sequence) + payload
-    return pack_sum(crc32(body)) + body
+    checked = pack_checked_header(MARKER, kind, len(payload), sequence) + payload
+    return pack_checksum(crc32(checked)) + checked
 
 
-def head(version: int = VERSION) -> bytes:
+def pack_segment_header(version: int = VERSION) -> bytes:
     """Encode the header of a segment."""
-    checked = _HEAD.pack(_MAGIC, version, 0)[:-_SUM_BYTES]
+    checked = _SEGMENT_HEADER.pack(_MAGIC, version, 0)[:-_CHECKSUM_BYTES]
     return checked + crc32(checked).to_bytes(4, "little")
 
 
-def version_in(buffer: bytes) -> int | None:
+def read_version(buffer: bytes) -> int | None:
     """The version in a segment's header; None if the header is damaged or cut."""
-    if len(buffer) < HEAD_BYTES:
+    if len(buffer) < SEGMENT_HEADER_BYTES:
         return None
-    magic, version, checksum = _HEAD.unpack_from(buffer)
-    whole = magic == _MAGIC and checksum == crc32(buffer[: HEAD_BYTES - _SUM_BYTES])
-    return version if whole else None
+    magic, version, checksum = _SEGMENT_HEADER.unpack_from(buffer)
+    is_valid = magic == _MAGIC and checksum == crc32(buffer[: SEGMENT_HEADER_BYTES - _CHECKSUM_BYTES])
+    return version if is_valid else None
 
 
-def scan(buffer: bytes, start: int = 0) -> Iterator[Frame | Damage | Rest]:
+def scan(buffer: bytes, start: int = 0) -> Iterator[Frame | CorruptRange | IncompleteTail]:
     """Yield the frames in the buffer from ``start`` on, and the bytes between them that are not frames.
 
-    Only the last item can be a `Rest`. The bytes do not show whether it is being written, torn or damaged: that depends
-    on whether the writer is alive and whether another segment follows.
+    Only the last item can be a `IncompleteTail`. The bytes do not show whether it is being written, torn or damaged:
+    that depends on whether the writer is alive and whether another segment follows.
     """
     view = memoryview(buffer)
     size = len(buffer)
     while start < size:
-        frame = _frame_at(view, start)
+        frame = _parse_frame(view, start)
         if frame is not None:
             yield frame
             start = frame.end
             continue
-        found = _next_frame(buffer, view, start + 1)
+        found = _find_next_frame(buffer, view, start + 1)
         if found is None:
-            yield Rest(size - start)
+            yield IncompleteTail(size - start)
             return
-        yield Damage(found, found - start)
+        yield CorruptRange(found, found - start)
         start = found
 
 
-def pass_over(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
+def skip_events(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
     """Skip complete events with consecutive sequences. Returns the offset after them and the next expected sequence.
 
     Equivalent to `scan`, in a third of the time, for callers that only count.
     """
     view = memoryview(buffer)
     size = len(buffer)
-    last = size - HEADER_BYTES
-    unpack = _FRAME.unpack_from
-    while start <= last:
-        checksum, mark, kind, length, number = unpack(buffer, start)
-        end = start + HEADER_BYTES + length
-        if number != sequence or kind or mark != MARK or end > size:
+    last_start = size - FRAME_HEADER_BYTES
+    unpack = _FRAME_HEADER.unpack_from
+    while start <= last_start:
+        checksum, marker, kind, length, frame_sequence = unpack(buffer, start)
+        end = start + FRAME_HEADER_BYTES + length
+        if frame_sequence != sequence or kind or marker != MARKER or end > size:
             break
-        if crc32(view[start + _SUM_BYTES : end]) != checksum:
+        if crc32(view[start + _CHECKSUM_BYTES : end]) != checksum:
             break
         start = end
         sequence += 1
     return start, sequence
 
 
-def take(buffer: bytes, start: int, sequence: int) -> tuple[Run, int, int]:
+def read_events(buffer: bytes, start: int, sequence: int) -> tuple[FrameRun, int, int]:
     """Read complete events with consecutive sequences.
 
     Returns them, the offset after them and the next expected sequence.
     """
     view = memoryview(buffer)
     size = len(buffer)
-    last = size - HEADER_BYTES
-    unpack = _FRAME.unpack_from
+    last_start = size - FRAME_HEADER_BYTES
+    unpack = _FRAME_HEADER.unpack_from
     payloads: list[bytes] = []
-    keep = payloads.append
-    while start <= last:
-        checksum, mark, kind, length, number = unpack(buffer, start)
-        body = start + HEADER_BYTES
-        end = body + length
-        if number != sequence or kind or mark != MARK or end > size:
+    add_payload = payloads.append
+    while start <= last_start:
+        checksum, marker, kind, length, frame_sequence = unpack(buffer, start)
+        payload_start = start + FRAME_HEADER_BYTES
+        end = payload_start + length
+        if frame_sequence != sequence or kind or marker != MARKER or end > size:
             break
-        if crc32(view[start + _SUM_BYTES : end]) != checksum:
+        if crc32(view[start + _CHECKSUM_BYTES : end]) != checksum:
             break
-        keep(buffer[body:end])
+        add_payload(buffer[payload_start:end])
         start = end
         sequence += 1
-    return Run(sequence - len(payloads), payloads), start, sequence
+    return FrameRun(sequence - len(payloads), payloads), start, sequence
 
 
-def _frame_at(view: memoryview, start: int) -> Frame | None:
-    body = start + HEADER_BYTES
-    if body > len(view):
+def _parse_frame(view: memoryview, start: int) -> Frame | None:
+    payload_start = start + FRAME_HEADER_BYTES
+    if payload_start > len(view):
         return None
-    checksum, mark, kind, length, sequence = _FRAME.unpack_from(view, start)
-    end = body + length
-    if mark != MARK or length > MAX_PAYLOAD_BYTES or end > len(view):
+    checksum, marker, kind, length, sequence = _FRAME_HEADER.unpack_from(view, start)
+    end = payload_start + length
+    if marker != MARKER or length > MAX_PAYLOAD_BYTES or end > len(view):
         return None
-    if crc32(view[start + _SUM_BYTES : end]) != checksum:
+    if crc32(view[start + _CHECKSUM_BYTES : end]) != checksum:
         return None
-    return Frame(end, sequence, kind, view[body:end])
+    return Frame(end, sequence, kind, view[payload_start:end])
 
 
-def _next_frame(buffer: bytes, view: memoryview, start: int) -> int | None:
+def _find_next_frame(buffer: bytes, view: memoryview, start: int) -> int | None:
     """The offset of the next valid frame."""
-    mark = buffer.find(MARK, start + _SUM_BYTES)
-    while mark >= 0:
-        if _frame_at(view, mark - _SUM_BYTES) is not None:
-            return mark - _SUM_BYTES
-        mark = buffer.find(MARK, mark + 1)
+    marker_offset = buffer.find(MARKER, start + _CHECKSUM_BYTES)
+    while marker_offset >= 0:
+        if _parse_frame(view, marker_offset - _CHECKSUM_BYTES) is not None:
+            return marker_offset - _CHECKSUM_BYTES
+        marker_offset = buffer.find(MARKER, marker_offset + 1)
     return None

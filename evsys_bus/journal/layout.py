@@ -43,9 +43,9 @@ FORMAT_VERSION: Final = 1
 Family = Literal["r", "c"]
 """Who writes the stream: a publishing process ("r") or a courier ("c")."""
 
-_STREAM: Final = re.compile(r"([rc])([0-9]+)(?:-([0-9]{6,}))?-[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
+_STREAM_NAME: Final = re.compile(r"([rc])([0-9]+)(?:-([0-9]{6,}))?-[0-9]{8}T[0-9]{6}-[0-9a-f]{8}")
 """The name of a stream: family, rank, counter, start time (UTC), eight random digits. 0.1.0 wrote no counter."""
-_LAST_SECOND: Final = 253402300799.0
+_MAX_TIMESTAMP: Final = 253402300799.0
 """The end of the year 9999."""
 _SEGMENT_SUFFIX: Final = ".seg"
 _CURSOR_SUFFIX: Final = ".json"
@@ -56,14 +56,14 @@ class SegmentName(NamedTuple):
 
     ordinal: int
     """Counts the segments of a stream from 1 without a gap. Retention removes the lowest first."""
-    first: int
+    first_sequence: int
     """The sequence of its first event."""
 
     def __str__(self) -> str:
-        return f"{self.ordinal:06d}-{self.first}{_SEGMENT_SUFFIX}"
+        return f"{self.ordinal:06d}-{self.first_sequence}{_SEGMENT_SUFFIX}"
 
 
-class Owner(msgspec.Struct, frozen=True):
+class LockOwner(msgspec.Struct, frozen=True):
     """The owner that is recorded in a lock file."""
 
     pid: int
@@ -74,17 +74,17 @@ class Owner(msgspec.Struct, frozen=True):
     """Identifies the boot of the machine."""
 
 
-class JournalFile(msgspec.Struct, frozen=True):
+class JournalFile(msgspec.Struct, frozen=True, rename={"format_version": "evsys_bus_journal"}):
     """The content of ``journal.json``."""
 
-    evsys_bus_journal: int
+    format_version: int
     """The format version."""
 
 
 def is_journal(disk: Disk, directory: str) -> bool:
     """Whether a directory is a journal: it has a journal file or, if 0.1.0 wrote it, a stream."""
-    return _says_so(disk, directory) or any(
-        _is_stream(disk, f"{directory}/{name}") for name in streams(disk, directory)
+    return _has_journal_file(disk, directory) or any(
+        _is_stream(disk, f"{directory}/{name}") for name in list_streams(disk, directory)
     )
 
 
@@ -94,70 +94,70 @@ def mark_as_journal(disk: Disk, directory: str) -> None:
     Raises:
         OSError: It cannot be written.
     """
-    if not _says_so(disk, directory, set_aside=True):
+    if not _has_journal_file(disk, directory, quarantine=True):
         disk.replace(f"{directory}/{JOURNAL_FILE}", msgspec.json.encode(JournalFile(FORMAT_VERSION)) + b"\n")
 
 
-def order_of(stream: str) -> tuple[int, str]:
+def stream_sort_key(stream: str) -> tuple[int, str]:
     """The sort key of a stream, by which earlier streams come first. Clocks play no part in it.
 
     Streams are ordered by the counter in their names. Streams of 0.1.0 have none: they come first, ordered by name.
     """
-    found = _STREAM.fullmatch(stream)
+    found = _STREAM_NAME.fullmatch(stream)
     return (int(found[3] or 0) if found is not None else 0, stream)
 
 
-def new_stream(rank: int, wall: float, family: Family = "r", older: Iterable[str] = ()) -> str:
-    """A unique name for a new stream, which sorts after the existing ones (`order_of`).
+def new_stream_name(rank: int, wall: float, family: Family = "r", existing: Iterable[str] = ()) -> str:
+    """A unique name for a new stream, which sorts after the existing ones (`stream_sort_key`).
 
     Args:
         rank: The rank of the writer.
         wall: The wall time, for display.
         family: Who writes the stream.
-        older: The existing streams of that rank and family.
+        existing: The existing streams of that rank and family.
     """
-    counter = 1 + max((order_of(each)[0] for each in older), default=0)
-    begun = time.strftime("%Y%m%dT%H%M%S", time.gmtime(min(max(wall, 0.0), _LAST_SECOND)))
-    return f"{family}{rank}-{counter:06d}-{begun}-{uuid4().hex[:8]}"
+    counter = 1 + max((stream_sort_key(each)[0] for each in existing), default=0)
+    started = time.strftime("%Y%m%dT%H%M%S", time.gmtime(min(max(wall, 0.0), _MAX_TIMESTAMP)))
+    return f"{family}{rank}-{counter:06d}-{started}-{uuid4().hex[:8]}"
 
 
-def streams(disk: Disk, directory: str, rank: int | None = None, family: Family | None = "r") -> list[str]:
+def list_streams(disk: Disk, directory: str, rank: int | None = None, family: Family | None = "r") -> list[str]:
     """List the streams of a journal in order, of one rank and family or of all; none where there is no journal."""
     try:
         names = disk.names(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    found = [each for each in map(_STREAM.fullmatch, names) if each is not None]
-    chosen = (each[0] for each in found if family in {None, each[1]} and rank in {None, int(each[2])})
-    return sorted(chosen, key=order_of)
+    found = [each for each in map(_STREAM_NAME.fullmatch, names) if each is not None]
+    selected = (each[0] for each in found if family in {None, each[1]} and rank in {None, int(each[2])})
+    return sorted(selected, key=stream_sort_key)
 
 
-def segments(disk: Disk, folder: str) -> list[SegmentName]:
+def list_segments(disk: Disk, folder: str) -> list[SegmentName]:
     """List the segments of a stream in order, without those after a gap.
 
     A folder that is listed while files are created in it may show a later file and miss an earlier one.
     """
-    names = _listed(disk, folder)
+    names = _read_segment_names(disk, folder)
     if not names or names[-1].ordinal - names[0].ordinal < len(names):
         return names
-    last, names = names[-1], _listed(disk, folder)  # all earlier ones are listed by now, or were removed
-    for place in range(max(1, bisect_right(names, last)), len(names)):
-        if names[place].ordinal > names[place - 1].ordinal + 1:
-            return names[:place]
+    last, names = names[-1], _read_segment_names(disk, folder)  # all earlier ones are listed by now, or were removed
+    for index in range(max(1, bisect_right(names, last)), len(names)):
+        if names[index].ordinal > names[index - 1].ordinal + 1:
+            return names[:index]
     return names
 
 
-def _listed(disk: Disk, folder: str) -> list[SegmentName]:
+def _read_segment_names(disk: Disk, folder: str) -> list[SegmentName]:
     try:
         names = disk.names(folder)
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(name for name in map(_segment, names) if name is not None)
+    return sorted(name for name in map(_parse_segment_name, names) if name is not None)
 
 
-def removed_in_front(names: Sequence[SegmentName]) -> int:
+def count_removed_events(names: Sequence[SegmentName]) -> int:
     """How many events were in segments that retention removed before these."""
-    return names[0].first - 1 if names and names[0].ordinal > 1 else 0
+    return names[0].first_sequence - 1 if names and names[0].ordinal > 1 else 0
 
 
 def rank_of(stream: str) -> int:
@@ -165,55 +165,57 @@ def rank_of(stream: str) -> int:
     return int(stream[1:].partition("-")[0])
 
 
-def cursor_file(directory: str, follower: str) -> str:
+def cursor_path(directory: str, adapter: str) -> str:
     """The path of an adapter's cursor."""
-    return f"{directory}/{CURSORS}/{quote(follower, safe='', errors='surrogateescape')}{_CURSOR_SUFFIX}"
+    return f"{directory}/{CURSORS}/{quote(adapter, safe='', errors='surrogateescape')}{_CURSOR_SUFFIX}"
 
 
-def courier_file(directory: str, follower: str, what: Literal["lock", "spec.json", "state.json", "dead.jsonl"]) -> str:
+def courier_path(directory: str, adapter: str, suffix: Literal["lock", "spec.json", "state.json", "dead.jsonl"]) -> str:
     """The path of a courier file of an adapter."""
-    return f"{directory}/{COURIERS}/{quote(follower, safe='', errors='surrogateescape')}.{what}"
+    return f"{directory}/{COURIERS}/{quote(adapter, safe='', errors='surrogateescape')}.{suffix}"
 
 
-def followers(disk: Disk, directory: str) -> list[str]:
+def list_adapters(disk: Disk, directory: str) -> list[str]:
     """The names of all adapters that have a cursor."""
     try:
         names = disk.names(f"{directory}/{CURSORS}")
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(follower_of(name.removesuffix(_CURSOR_SUFFIX)) for name in names if name.endswith(_CURSOR_SUFFIX))
+    return sorted(
+        decode_adapter_name(name.removesuffix(_CURSOR_SUFFIX)) for name in names if name.endswith(_CURSOR_SUFFIX)
+    )
 
 
-def follower_of(name: str) -> str:
+def decode_adapter_name(name: str) -> str:
     """The name of an adapter, decoded from its file name without the suffix."""
     return unquote(name, errors="surrogateescape")
 
 
-def _segment(name: str) -> SegmentName | None:
-    ordinal, _, first = name.removesuffix(_SEGMENT_SUFFIX).partition("-")
-    if not name.endswith(_SEGMENT_SUFFIX) or not ordinal.isdecimal() or not first.isdecimal():
+def _parse_segment_name(name: str) -> SegmentName | None:
+    ordinal, _, first_sequence = name.removesuffix(_SEGMENT_SUFFIX).partition("-")
+    if not name.endswith(_SEGMENT_SUFFIX) or not ordinal.isdecimal() or not first_sequence.isdecimal():
         return None
-    return SegmentName(int(ordinal), int(first))
+    return SegmentName(int(ordinal), int(first_sequence))
 
 
-def _says_so(disk: Disk, directory: str, *, set_aside: bool = False) -> bool:
+def _has_journal_file(disk: Disk, directory: str, *, quarantine: bool = False) -> bool:
     path = f"{directory}/{JOURNAL_FILE}"
     try:
-        found = load_file(path, _journal_file, set_aside=set_aside, most_bytes=_MOST_BYTES, disk=disk)
+        found = load_file(path, _decode_journal_file, quarantine=quarantine, max_bytes=_MAX_BYTES, disk=disk)
     except OSError:
         return False
-    return found is not None and found.evsys_bus_journal > 0
+    return found is not None and found.format_version > 0
 
 
 def _is_stream(disk: Disk, folder: str) -> bool:
     """Whether a folder with the name of a stream is one."""
     try:
-        return any(name == LOCK or _segment(name) is not None for name in disk.names(folder))
+        return any(name == LOCK or _parse_segment_name(name) is not None for name in disk.names(folder))
     except NotADirectoryError:
         return False
     except OSError:
         return True  # for example a link to a folder of another machine
 
 
-_MOST_BYTES: Final = 4096
-_journal_file: Final = msgspec.json.Decoder(JournalFile).decode
+_MAX_BYTES: Final = 4096
+_decode_journal_file: Final = msgspec.json.Decoder(JournalFile).decode

@@ -5,41 +5,41 @@ from typing import Final
 from evsys_bus.disk import Disk
 
 
-class Reserve:
+class DiskReserve:
     """Disk space that is reserved or not."""
 
     def __init__(self, disk: Disk, path: str, size: int) -> None:
         self.size: Final = size
-        self.held = False
+        self.is_allocated = False
         self._disk = disk
         self._path = path
 
-    def hold(self) -> None:
+    def allocate(self) -> None:
         """Reserve the space if it is available. A full disk is not an error here."""
-        if self.held or not self.size:
+        if self.is_allocated or not self.size:
             return
         try:
-            self._drop()
+            self._remove_file()
             file = self._disk.open_append(self._path)
             try:
-                self.held = self._disk.write(file, bytes(self.size)) == self.size
+                self.is_allocated = self._disk.write(file, bytes(self.size)) == self.size
             finally:
                 self._disk.close(file)
-            if not self.held:
-                self._drop()
+            if not self.is_allocated:
+                self._remove_file()
         except OSError:
-            self.held = False
+            self.is_allocated = False
 
-    def free(self) -> bool:
+    def release(self) -> bool:
         """Release the space. Returns whether there was any."""
-        held, self.held = self.held, False
+        was_allocated, self.is_allocated = self.is_allocated, False
         try:
-            self._drop()
+            self._remove_file()
         except OSError:
             return False
-        return held
+        return was_allocated
 
-    def _drop(self) -> None:
+    def _remove_file(self) -> None:
         try:
             self._disk.remove(self._path)
         except FileNotFoundError:

@@ -7,11 +7,11 @@ from typing import Final, TypeVar
 from evsys_bus.disk import Disk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.frame import Damage, Frame, Rest, Run, scan
+from evsys_bus.journal.frame import CorruptRange, Frame, FrameRun, IncompleteTail, scan
 from evsys_bus.journal.layout import SegmentName
 
 _CHUNK_BYTES: Final = 1 << 20
-_Taken = TypeVar("_Taken")
+_RunT = TypeVar("_RunT")
 
 
 class SegmentNames:
@@ -25,26 +25,26 @@ class SegmentNames:
     def __init__(self, disk: Disk, folder: str) -> None:
         self._disk: Final = disk
         self._folder: Final = folder
-        self._ahead: deque[SegmentName] = deque()
+        self._upcoming: deque[SegmentName] = deque()
 
-    def holding(self, sequence: int) -> SegmentName | None:
+    def find(self, sequence: int) -> SegmentName | None:
         """The segment that contains this sequence, or the first one after it; None if there is none."""
-        names = layout.segments(self._disk, self._folder)
-        at = max((place for place, name in enumerate(names) if name.first <= sequence), default=0)
-        self._ahead = deque(names[at + 1 :])
-        return names[at] if names else None
+        names = layout.list_segments(self._disk, self._folder)
+        index = max((position for position, name in enumerate(names) if name.first_sequence <= sequence), default=0)
+        self._upcoming = deque(names[index + 1 :])
+        return names[index] if names else None
 
-    def after(self, name: SegmentName) -> SegmentName | None:
+    def next_after(self, name: SegmentName) -> SegmentName | None:
         """The next segment, or None if there is none yet. A segment that has a successor is final."""
-        while self._ahead and self._ahead[0] <= name:
-            self._ahead.popleft()
-        if not self._ahead:
-            self._ahead.extend(each for each in layout.segments(self._disk, self._folder) if each > name)
-        return self._ahead[0] if self._ahead else None
+        while self._upcoming and self._upcoming[0] <= name:
+            self._upcoming.popleft()
+        if not self._upcoming:
+            self._upcoming.extend(each for each in layout.list_segments(self._disk, self._folder) if each > name)
+        return self._upcoming[0] if self._upcoming else None
 
-    def forget(self) -> None:
+    def invalidate(self) -> None:
         """List the folder again on the next call, because segments were removed."""
-        self._ahead.clear()
+        self._upcoming.clear()
 
 
 class SegmentScan:
@@ -56,89 +56,89 @@ class SegmentScan:
         """The offset after the last item returned. What follows was not read or is incomplete."""
         self._disk = disk
 
-    def pieces(self) -> Iterator[Frame | Damage | Rest]:
+    def frames(self) -> Iterator[Frame | CorruptRange | IncompleteTail]:
         """Yield what follows, up to the current end of the file.
 
-        Only the last item can be a `Rest`; it is read again later.
+        Only the last item can be a `IncompleteTail`; it is read again later.
 
         Raises:
             JournalVersionError: A newer version wrote it.
             OSError: It cannot be read.
         """
         for buffer, start, at_end in self._chunks():
-            base = self.offset - start
-            for piece in scan(buffer, start):
-                if not isinstance(piece, Rest):
-                    self.offset = base + piece.end
-                    yield piece
+            start_offset = self.offset - start
+            for item in scan(buffer, start):
+                if not isinstance(item, IncompleteTail):
+                    self.offset = start_offset + item.end
+                    yield item
                 elif at_end:
-                    yield piece
+                    yield item
 
-    def runs(self, expected: int) -> Iterator[Frame | Damage | Rest | Run]:
-        """Yield what follows, with events of consecutive sequences from ``expected`` on combined into runs."""
+    def frame_runs(self, expected_sequence: int) -> Iterator[Frame | CorruptRange | IncompleteTail | FrameRun]:
+        """Yield what follows, with events of consecutive sequences from ``expected_sequence`` on combined into runs."""
 
-        def take(buffer: bytes, start: int, number: int) -> tuple[Run | None, int, int]:
-            run, place, following = frame.take(buffer, start, number)
-            return run if run.payloads else None, place, following
+        def read_run(buffer: bytes, start: int, sequence: int) -> tuple[FrameRun | None, int, int]:
+            run, end, next_sequence = frame.read_events(buffer, start, sequence)
+            return run if run.payloads else None, end, next_sequence
 
-        return self._walk(expected, take)
+        return self._walk(expected_sequence, read_run)
 
-    def count(self, expected: int) -> Iterator[Frame | Damage | Rest | int]:
-        """Yield what follows; for events of consecutive sequences from ``expected`` on, only the next sequence."""
+    def count_events(self, expected_sequence: int) -> Iterator[Frame | CorruptRange | IncompleteTail | int]:
+        """Yield what follows; for events of consecutive sequences from ``expected_sequence`` on, the next sequence."""
 
-        def take(buffer: bytes, start: int, number: int) -> tuple[int | None, int, int]:
-            place, following = frame.pass_over(buffer, start, number)
-            return following if following != number else None, place, following
+        def skip_run(buffer: bytes, start: int, sequence: int) -> tuple[int | None, int, int]:
+            end, next_sequence = frame.skip_events(buffer, start, sequence)
+            return next_sequence if next_sequence != sequence else None, end, next_sequence
 
-        return self._walk(expected, take)
+        return self._walk(expected_sequence, skip_run)
 
     def _walk(
-        self, expected: int, take: Callable[[bytes, int, int], tuple[_Taken | None, int, int]]
-    ) -> Iterator[Frame | Damage | Rest | _Taken]:
+        self, expected_sequence: int, read_run: Callable[[bytes, int, int], tuple[_RunT | None, int, int]]
+    ) -> Iterator[Frame | CorruptRange | IncompleteTail | _RunT]:
         """Yield the runs of events and the items between them.
 
         Args:
-            expected: The next expected sequence.
-            take: Reads a run: given a buffer, an offset and the expected sequence, returns a result or None, the offset
-                after the run and the next expected sequence.
+            expected_sequence: The next expected sequence.
+            read_run: Reads a run: given a buffer, an offset and the expected sequence, returns a result or None, the
+                offset after the run and the next expected sequence.
         """
-        for buffer, place, at_end in self._chunks():
-            base = self.offset - place
+        for buffer, position, at_end in self._chunks():
+            start_offset = self.offset - position
             while True:
-                taken, place, expected = take(buffer, place, expected)  # noqa: PLW2901 # advances the position
-                self.offset = base + place
-                if taken is not None:
-                    yield taken
-                piece = next(scan(buffer, place), None)
-                if piece is None:
+                run, position, expected_sequence = read_run(buffer, position, expected_sequence)  # noqa: PLW2901 # advances the position
+                self.offset = start_offset + position
+                if run is not None:
+                    yield run
+                item = next(scan(buffer, position), None)
+                if item is None:
                     break
-                if isinstance(piece, Rest):
+                if isinstance(item, IncompleteTail):
                     if at_end:
-                        yield piece
+                        yield item
                     break
-                place = piece.end  # noqa: PLW2901 # as above
-                self.offset = base + place
-                if isinstance(piece, Frame) and piece.kind == frame.EVENT and piece.sequence >= expected:
-                    expected = piece.sequence + 1
-                yield piece
+                position = item.end  # noqa: PLW2901 # as above
+                self.offset = start_offset + position
+                if isinstance(item, Frame) and item.kind == frame.EVENT and item.sequence >= expected_sequence:
+                    expected_sequence = item.sequence + 1
+                yield item
 
     def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
         """Yield buffers from the offset on, the start position in each, and whether it reaches the end of the file."""
         size = _CHUNK_BYTES
         while True:
-            base = self.offset
-            buffer = self._disk.read(self.path, base, size)
+            start_offset = self.offset
+            buffer = self._disk.read(self.path, start_offset, size)
             at_end = len(buffer) < size
-            start = self._behind_head(buffer) if base == 0 else 0
-            self.offset = base + start
+            start = self._offset_after_header(buffer) if start_offset == 0 else 0
+            self.offset = start_offset + start
             yield buffer, start, at_end
             if at_end:
                 return
             # A record or a damaged range is larger than the buffer: read more.
-            size = size * 2 if self.offset == base else _CHUNK_BYTES
+            size = size * 2 if self.offset == start_offset else _CHUNK_BYTES
 
-    def _behind_head(self, buffer: bytes) -> int:
-        version = frame.version_in(buffer)
+    def _offset_after_header(self, buffer: bytes) -> int:
+        version = frame.read_version(buffer)
         if version is None:
             return 0  # cut or damaged: frames are found by their mark
         if version > frame.VERSION:
@@ -146,15 +146,15 @@ class SegmentScan:
                 f"{self.path} has format {version}; this version reads up to {frame.VERSION}",
                 fix="upgrade evsys-bus where you read this journal",
             )
-        return frame.HEAD_BYTES
+        return frame.SEGMENT_HEADER_BYTES
 
 
-def next_sequence_in(disk: Disk, folder: str, name: SegmentName) -> int:
+def read_next_sequence(disk: Disk, folder: str, name: SegmentName) -> int:
     """The sequence after the last complete event of a segment; 0 if it has none."""
-    following = 0
-    for piece in SegmentScan(disk, f"{folder}/{name}").count(name.first):
-        if isinstance(piece, int):
-            following = piece
-        elif isinstance(piece, Frame) and piece.kind == frame.EVENT:
-            following = max(following, piece.sequence + 1)
-    return following
+    next_sequence = 0
+    for item in SegmentScan(disk, f"{folder}/{name}").count_events(name.first_sequence):
+        if isinstance(item, int):
+            next_sequence = item
+        elif isinstance(item, Frame) and item.kind == frame.EVENT:
+            next_sequence = max(next_sequence, item.sequence + 1)
+    return next_sequence

@@ -17,12 +17,12 @@ class OpenSegment:
         self.name = name
         self.path = f"{folder}/{name}"
         self.file = file
-        self.clean = True
+        self.is_clean = True
         """Whether it ends with a complete record. If not, nothing may be appended."""
         self._disk = disk
 
     @classmethod
-    def begin(cls, disk: Disk, folder: str, name: SegmentName, records: bytes) -> Self:
+    def create(cls, disk: Disk, folder: str, name: SegmentName, records: bytes) -> Self:
         """Create the file with its header and first records. If that fails, the file is removed.
 
         Raises:
@@ -30,7 +30,7 @@ class OpenSegment:
         """
         segment = cls(disk, folder, name, disk.open_append(f"{folder}/{name}"))
         try:
-            segment.write(frame.head() + records)
+            segment.write(frame.pack_segment_header() + records)
         except OSError:
             try:
                 disk.close(segment.file)
@@ -40,24 +40,24 @@ class OpenSegment:
             raise
         return segment
 
-    def write(self, record: bytes, taken: int = 0) -> None:
+    def write(self, record: bytes, written: int = 0) -> None:
         """Append a record, completely or not at all.
 
         Args:
             record: The complete record.
-            taken: How many bytes of it were already written.
+            written: How many bytes of it were already written.
 
         Raises:
             OSError: The disk returned an error.
         """
         try:
-            while taken < len(record):
-                taken += self._disk.write(self.file, record[taken:])
+            while written < len(record):
+                written += self._disk.write(self.file, record[written:])
         except OSError:
-            if taken:
-                self.clean = False
-                self._disk.truncate(self.file, self._disk.length(self.file) - taken)
-                self.clean = True
+            if written:
+                self.is_clean = False
+                self._disk.truncate(self.file, self._disk.length(self.file) - written)
+                self.is_clean = True
             raise
 
     def sync(self) -> None:

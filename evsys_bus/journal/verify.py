@@ -7,12 +7,12 @@ import msgspec
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.frame import Damage, Frame
+from evsys_bus.journal.frame import CorruptRange, Frame
 from evsys_bus.journal.reader import JournalReader
 from evsys_bus.journal.scanning import SegmentScan
 
 
-class DamagedRange(msgspec.Struct, frozen=True):
+class CorruptSegmentRange(msgspec.Struct, frozen=True):
     """Bytes that are not a valid record, followed by valid records."""
 
     segment: str
@@ -20,101 +20,117 @@ class DamagedRange(msgspec.Struct, frozen=True):
     length: int
 
 
-class StreamReport(msgspec.Struct):
+class StreamReport(
+    msgspec.Struct,
+    rename={
+        "is_live": "live",
+        "first_sequence": "first",
+        "last_sequence": "last",
+        "is_closed": "closed",
+        "corrupt_ranges": "damaged",
+        "missing_ranges": "missing",
+        "unreadable_segments": "unreadable",
+        "removed_events": "removed",
+    },
+):
     """The result for one stream."""
 
     stream: str
-    live: bool
+    is_live: bool
     """Whether a process is writing it."""
     segments: int = 0
     records: int = 0
     """Events, without repeats."""
     bytes: int = 0
-    first: int | None = None
+    first_sequence: int | None = None
     """The sequence of the first event."""
-    last: int | None = None
+    last_sequence: int | None = None
     """The sequence of the last event."""
-    closed: bool = False
+    is_closed: bool = False
     """Whether the last writer closed it."""
-    damaged: list[DamagedRange] = []
-    missing: list[tuple[int, int]] = []
+    corrupt_ranges: list[CorruptSegmentRange] = []
+    missing_ranges: list[tuple[int, int]] = []
     """Ranges of missing sequences, first and last."""
     torn_bytes: int = 0
     """Bytes after the last complete record of a segment: a write cut short, as by a kill. This is not damage."""
-    unreadable: list[str] = []
+    unreadable_segments: list[str] = []
     """Segments that could not be read, with the reason."""
-    removed: int = 0
+    removed_events: int = 0
     """Events in segments that retention removed from the front. This is not damage."""
 
     @property
-    def whole(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether no recorded event is known to be lost."""
-        return not (self.damaged or self.missing or self.unreadable)
+        return not (self.corrupt_ranges or self.missing_ranges or self.unreadable_segments)
 
 
-class Report(msgspec.Struct):
+class JournalReport(msgspec.Struct):
     """The result for a journal."""
 
     directory: str
     streams: list[StreamReport]
 
     @property
-    def whole(self) -> bool:
+    def is_intact(self) -> bool:
         """Whether every stream is intact."""
-        return all(stream.whole for stream in self.streams)
+        return all(stream.is_intact for stream in self.streams)
 
 
-def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Report:
+def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> JournalReport:
     """Read a whole journal. A segment of a newer format counts as unreadable."""
     reader = JournalReader(directory, disk)
-    on: Disk = OsDisk() if disk is None else disk
-    return Report(reader.directory, [_stream(on, reader, stream) for stream in reader.streams()])
+    file_system: Disk = OsDisk() if disk is None else disk
+    return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in reader.streams()])
 
 
-def _stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:
+def _verify_stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:
     report = StreamReport(stream, reader.is_live(stream))
     folder = f"{reader.directory}/{stream}"
-    names = layout.segments(disk, folder)
-    expected = names[0].first if names else 1
-    report.removed = layout.removed_in_front(names)
+    names = layout.list_segments(disk, folder)
+    expected_sequence = names[0].first_sequence if names else 1
+    report.removed_events = layout.count_removed_events(names)
     for name in names:
-        expected = _miss(report, expected, name.first)
+        expected_sequence = _record_missing(report, expected_sequence, name.first_sequence)
         try:
-            expected = _segment(disk, f"{folder}/{name}", expected, report, growing=report.live and name == names[-1])
+            expected_sequence = _verify_segment(
+                disk, f"{folder}/{name}", expected_sequence, report, is_growing=report.is_live and name == names[-1]
+            )
         except (OSError, JournalVersionError) as error:
-            report.unreadable.append(f"{name}: {error}")
+            report.unreadable_segments.append(f"{name}: {error}")
     return report
 
 
-def _segment(disk: Disk, path: str, expected: int, report: StreamReport, *, growing: bool) -> int:
+def _verify_segment(disk: Disk, path: str, expected_sequence: int, report: StreamReport, *, is_growing: bool) -> int:
     report.segments += 1
-    report.closed = False
+    report.is_closed = False
     scan = SegmentScan(disk, path)
-    for piece in scan.count(expected):
-        if isinstance(piece, int):
-            expected = _counted(report, expected, piece)
-        elif isinstance(piece, Frame):
-            if piece.kind == frame.EVENT and piece.sequence >= expected:
-                expected = _counted(report, _miss(report, expected, piece.sequence), piece.sequence + 1)
-            elif piece.kind == frame.CLOSED:
-                expected = _miss(report, expected, piece.sequence)
-                report.closed = True
-        elif isinstance(piece, Damage):
-            report.damaged.append(DamagedRange(path, scan.offset - piece.length, piece.length))
-        elif not growing:
-            report.torn_bytes += piece.length
+    for item in scan.count_events(expected_sequence):
+        if isinstance(item, int):
+            expected_sequence = _count_events(report, expected_sequence, item)
+        elif isinstance(item, Frame):
+            if item.kind == frame.EVENT and item.sequence >= expected_sequence:
+                expected_sequence = _count_events(
+                    report, _record_missing(report, expected_sequence, item.sequence), item.sequence + 1
+                )
+            elif item.kind == frame.CLOSED:
+                expected_sequence = _record_missing(report, expected_sequence, item.sequence)
+                report.is_closed = True
+        elif isinstance(item, CorruptRange):
+            report.corrupt_ranges.append(CorruptSegmentRange(path, scan.offset - item.length, item.length))
+        elif not is_growing:
+            report.torn_bytes += item.length
     report.bytes += scan.offset
-    return expected
+    return expected_sequence
 
 
-def _counted(report: StreamReport, expected: int, following: int) -> int:
-    report.records += following - expected
-    report.first = expected if report.first is None else report.first
-    report.last = following - 1
-    return following
+def _count_events(report: StreamReport, expected_sequence: int, next_sequence: int) -> int:
+    report.records += next_sequence - expected_sequence
+    report.first_sequence = expected_sequence if report.first_sequence is None else report.first_sequence
+    report.last_sequence = next_sequence - 1
+    return next_sequence
 
 
-def _miss(report: StreamReport, expected: int, sequence: int) -> int:
-    if sequence > expected:
-        report.missing.append((expected, sequence - 1))
-    return max(expected, sequence)
+def _record_missing(report: StreamReport, expected_sequence: int, sequence: int) -> int:
+    if sequence > expected_sequence:
+        report.missing_ranges.append((expected_sequence, sequence - 1))
+    return max(expected_sequence, sequence)

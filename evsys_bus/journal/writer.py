@@ -1,8 +1,8 @@
 """`JournalWriter`: appends each event by a single write.
 
 append ── written completely ───────────────────── return            (no lock, two integers)
-       └─ a new segment is due, or an error ────── `Recorder`        (under a lock, through the backlog)
-in the background, on a thread ─────────────────── `Upkeep`          (sync, retry, prune)
+       └─ a new segment is due, or an error ────── `SlowWriter`        (under a lock, through the backlog)
+in the background, on a thread ─────────────────── `Maintenance`          (sync, retry, prune)
 """
 
 import os
@@ -15,19 +15,19 @@ from zlib import crc32
 
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalOpenError, UnrecordedError
-from evsys_bus.journal.backlog import Backlog, Waiting
-from evsys_bus.journal.claim import claim
+from evsys_bus.journal.backlog import Backlog, PendingRecord
 from evsys_bus.journal.clock import Clock, OsClock
-from evsys_bus.journal.frame import EVENT, MARK, pack, pack_body, pack_sum
+from evsys_bus.journal.frame import EVENT, MARKER, pack, pack_checked_header, pack_checksum
 from evsys_bus.journal.layout import Family
-from evsys_bus.journal.recorder import Recorder
-from evsys_bus.journal.retain import Removed, Retain
-from evsys_bus.journal.upkeep import Upkeep
+from evsys_bus.journal.maintenance import Maintenance
+from evsys_bus.journal.retention import RemovedCounts, RetentionPolicy
+from evsys_bus.journal.slow_writer import SlowWriter
+from evsys_bus.journal.stream_lock import acquire_stream
 
-_SYNC_SECONDS: Final = 1.0
+_MIN_SYNC_SECONDS: Final = 1.0
 """The minimum time for the final sync, after pending records were retried until the deadline."""
 
-Flush = Literal["never", "interval", "always"]
+FlushPolicy = Literal["never", "interval", "always"]
 _Event = TypeVar("_Event")
 
 
@@ -60,10 +60,10 @@ class JournalWriter:
         *,
         rank: int = 0,
         family: Family = "r",
-        flush: Flush = "interval",
+        flush: FlushPolicy = "interval",
         flush_seconds: float = 1.0,
         segment_bytes: int = 64 << 20,
-        retain: Retain | None = None,
+        retain: RetentionPolicy | None = None,
         on_unrecorded: Literal["queue", "raise"] = "queue",
         max_unrecorded: int = 10_000,
         max_unrecorded_bytes: int = 64 << 20,
@@ -75,19 +75,21 @@ class JournalWriter:
         """The sequence of the next event. An envelope contains its own sequence, so read it before encoding."""
         self._rank = rank
         self._family: Family = family
-        self._raises = on_unrecorded == "raise"
+        self._raise_unrecorded = on_unrecorded == "raise"
         self._reserve_bytes = reserve_bytes
-        self._first = 1
-        self._recorder: Final = Recorder(
+        self._first_sequence = 1
+        self._slow_writer: Final = SlowWriter(
             OsDisk() if disk is None else disk,
             OsClock() if clock is None else clock,
             str(Path(directory).absolute()),
             segment_bytes=segment_bytes,
-            synced=flush == "always",
+            sync_each_write=flush == "always",
             backlog=Backlog(max_unrecorded, max_unrecorded_bytes),
         )
-        self._append: Final = self.appender(_encoded)
-        self._upkeep: Final = Upkeep(self._recorder, syncs=flush != "never", every_seconds=flush_seconds, retain=retain)
+        self._append: Final = self.make_appender(_already_encoded)
+        self._maintenance: Final = Maintenance(
+            self._slow_writer, sync_enabled=flush != "never", interval_seconds=flush_seconds, policy=retain
+        )
 
     def open(self) -> Self:
         """Lock a stream and start the maintenance thread.
@@ -95,29 +97,29 @@ class JournalWriter:
         Raises:
             JournalOpenError: The directory cannot be written.
         """
-        recorder = self._recorder
+        slow_writer = self._slow_writer
         try:
-            claimed = claim(recorder.disk, recorder.clock, recorder.directory, self._rank, self._family)
+            lease = acquire_stream(slow_writer.disk, slow_writer.clock, slow_writer.directory, self._rank, self._family)
         except OSError as error:
             raise JournalOpenError(
-                f"the journal {recorder.directory} cannot be written: {error.strerror or error}",
+                f"the journal {slow_writer.directory} cannot be written: {error.strerror or error}",
                 fix="give a directory that this user can write, with space left",
             ) from error
-        self._first = self.next_sequence = claimed.next_sequence
+        self._first_sequence = self.next_sequence = lease.next_sequence
         try:
-            recorder.open(claimed, self._reserve_bytes)
-            _open.add(recorder)
-            self._upkeep.start()
+            slow_writer.open(lease, self._reserve_bytes)
+            _open_writers.add(slow_writer)
+            self._maintenance.start()
         except BaseException:  # for example no thread can be started: let other writers have the stream
-            recorder.state = "closed"
-            self._upkeep.abandon()
-            with recorder.lock:
-                recorder.release()
+            slow_writer.state = "closed"
+            self._maintenance.abandon()
+            with slow_writer.lock:
+                slow_writer.release()
             raise
-        weakref.finalize(self, self._upkeep.abandon).atexit = False
+        weakref.finalize(self, self._maintenance.abandon).atexit = False
         return self
 
-    def appender(self, encode: Callable[[_Event, int, float], bytes]) -> Callable[[_Event, float], int]:
+    def make_appender(self, encode: Callable[[_Event, int, float], bytes]) -> Callable[[_Event, float], int]:
         """Make a fast append function: given an event and its time, it records the event and returns its sequence.
 
         The function raises what `append` and ``encode`` raise; the sequence then stays free.
@@ -125,41 +127,43 @@ class JournalWriter:
         Args:
             encode: Encodes an event, given its sequence and time.
         """
-        recorder = self._recorder
+        slow_writer = self._slow_writer
 
         def append(event: _Event, time: float) -> int:
             sequence = self.next_sequence
             payload = encode(event, sequence, time)
-            body = pack_body(MARK, EVENT, len(payload), sequence) + payload  # frame.pack, without the call
-            record = pack_sum(crc32(body)) + body
+            checked = (
+                pack_checked_header(MARKER, EVENT, len(payload), sequence) + payload
+            )  # frame.pack, without the call
+            record = pack_checksum(crc32(checked)) + checked
             # Before the write: if Ctrl-C comes between the two, a sequence is skipped; in the other order it would be
             # used for two events and readers would skip the second as a repeat. After all allocations, because these
             # may fail.
             self.next_sequence = sequence + 1
-            refusal: OSError | int | None = None
-            if recorder.ready:
+            outcome: OSError | int | None = None
+            if slow_writer.is_ready:
                 try:
-                    taken = recorder.write(recorder.file, record)
+                    written = slow_writer.write(slow_writer.file, record)
                 except OSError as error:
-                    refusal = error
+                    outcome = error
                 else:
-                    if taken == len(record):
-                        recorder.left = left = recorder.left - taken
-                        if left <= 0:
-                            recorder.ready = False  # the next one starts a new segment
+                    if written == len(record):
+                        slow_writer.remaining_bytes = remaining_bytes = slow_writer.remaining_bytes - written
+                        if remaining_bytes <= 0:
+                            slow_writer.is_ready = False  # the next one starts a new segment
                         return sequence
-                    refusal = taken
-            self._append_with_care(Waiting(sequence, record, keep=False), refusal)
+                    outcome = written
+            self._append_slow(PendingRecord(sequence, record, essential=False), outcome)
             return sequence
 
         return append
 
-    def append(self, payload: bytes, *, keep: bool = False) -> int:
+    def append(self, payload: bytes, *, essential: bool = False) -> int:
         """Record one event under `next_sequence` and return the sequence.
 
         Args:
             payload: The encoded envelope.
-            keep: Whether the event is among the last to be dropped if too many are pending.
+            essential: Whether the event is among the last to be dropped if too many are pending.
 
         Raises:
             UnrecordedError: The disk returned an error and ``on_unrecorded`` is ``raise``; the sequence stays free.
@@ -167,12 +171,12 @@ class JournalWriter:
             JournalClosedError: The journal is not open.
             MemoryError: There is not enough memory for the record; the sequence stays free.
         """
-        if not keep:
+        if not essential:
             return self._append(payload, 0.0)
         sequence = self.next_sequence
         record = pack(sequence, payload)
         self.next_sequence = sequence + 1
-        self._append_with_care(Waiting(sequence, record, keep), None)
+        self._append_slow(PendingRecord(sequence, record, essential), None)
         return sequence
 
     def append_start(self, payload: bytes, scope: str | None) -> int:
@@ -182,8 +186,8 @@ class JournalWriter:
             payload: The encoded envelope.
             scope: The run; None for the experiment, which ends after all its runs.
         """
-        sequence = self.append(payload, keep=True)
-        self._recorder.starts.append((scope, sequence, payload))
+        sequence = self.append(payload, essential=True)
+        self._slow_writer.open_starts.append((scope, sequence, payload))
         return sequence
 
     def append_end(self, payload: bytes, scope: str | None) -> int:
@@ -191,37 +195,39 @@ class JournalWriter:
 
         On a full disk the reserve is released for the event.
         """
-        recorder = self._recorder
-        recorder.starts[:] = [each for each in recorder.starts if scope is not None and each[0] != scope]
+        slow_writer = self._slow_writer
+        slow_writer.open_starts[:] = [
+            each for each in slow_writer.open_starts if scope is not None and each[0] != scope
+        ]
         try:
-            sequence = self.append(payload, keep=True)
+            sequence = self.append(payload, essential=True)
         except UnrecordedError:
-            if not recorder.reserve.free():
+            if not slow_writer.reserve.release():
                 raise
-            return self.append(payload, keep=True)
-        if recorder.backlog:
-            with recorder.lock:
-                if recorder.backlog.bytes < recorder.reserve.size and recorder.reserve.free():
-                    recorder.work_off()
+            return self.append(payload, essential=True)
+        if slow_writer.backlog:
+            with slow_writer.lock:
+                if slow_writer.backlog.bytes < slow_writer.reserve.size and slow_writer.reserve.release():
+                    slow_writer.flush_backlog()
         return sequence
 
-    def give_up(self) -> None:
+    def skip_sequence(self) -> None:
         """Skip the next sequence, for an event that cannot be recorded. It counts as lost."""
-        self._recorder.backlog.lost += 1
+        self._slow_writer.backlog.lost += 1
         self.next_sequence += 1
 
-    def wait_for(self, followers: Iterable[str]) -> None:
+    def retain_for(self, adapters: Iterable[str]) -> None:
         """Make retention wait for these adapters, whether or not they are registered in the journal yet.
 
         Call it before the first append, with all adapters. Events that they have not received are then retained.
         """
-        self._upkeep.followers = frozenset(followers)
+        self._maintenance.required_adapters = frozenset(adapters)
 
     def flush(self) -> None:
         """Run one round of maintenance now: write pending records, sync, prune."""
-        self._upkeep.round()
+        self._maintenance.run_once()
 
-    def close(self, timeout_seconds: float = 5.0, again: Callable[[], bool] = lambda: False) -> bool:
+    def close(self, timeout_seconds: float = 5.0, should_retry: Callable[[], bool] = lambda: False) -> bool:
         """Stop accepting events and sync everything. No append may be in progress.
 
         Pending records are written first. On a full disk the reserve is used for start and end events and the newest
@@ -229,115 +235,117 @@ class JournalWriter:
 
         Args:
             timeout_seconds: After this time a disk that hangs is left to the maintenance thread.
-            again: Called while the disk refuses the pending records: it pauses and returns whether to retry before the
-                reserve is used.
+            should_retry: Called while the disk refuses the pending records: it pauses and returns whether to retry
+                before the reserve is used.
 
         Returns:
             Whether all events of this writer are synced to disk.
         """
-        recorder = self._recorder
-        deadline = recorder.clock.monotonic() + timeout_seconds
-        least = 0.0
-        while recorder.state == "open":
-            last = not recorder.backlog or not again()
-            left = deadline - recorder.clock.monotonic()
-            if not recorder.lock.acquire(timeout=max(0.0, min(left, threading.TIMEOUT_MAX))):
+        slow_writer = self._slow_writer
+        deadline = slow_writer.clock.monotonic() + timeout_seconds
+        min_sync_seconds = 0.0
+        while slow_writer.state == "open":
+            is_last_attempt = not slow_writer.backlog or not should_retry()
+            remaining_seconds = deadline - slow_writer.clock.monotonic()
+            if not slow_writer.lock.acquire(timeout=max(0.0, min(remaining_seconds, threading.TIMEOUT_MAX))):
                 return False
             try:
-                if last:
-                    recorder.sign_off(self.next_sequence)
+                if is_last_attempt:
+                    slow_writer.finalize(self.next_sequence)
                 else:
-                    least = _SYNC_SECONDS  # the retries may use up all of the timeout
-                    recorder.work_off()
+                    min_sync_seconds = _MIN_SYNC_SECONDS  # the retries may use up all of the timeout
+                    slow_writer.flush_backlog()
             finally:
-                recorder.lock.release()
-        if recorder.state != "closed":
+                slow_writer.lock.release()
+        if slow_writer.state != "closed":
             return False
-        ended = self._upkeep.stop(max(least, deadline - recorder.clock.monotonic()))
-        return ended and not self.unrecorded and not self.lost
+        is_finished = self._maintenance.stop(max(min_sync_seconds, deadline - slow_writer.clock.monotonic()))
+        return is_finished and not self.unrecorded and not self.lost
 
     @property
     def directory(self) -> str:
         """The path of the journal."""
-        return self._recorder.directory
+        return self._slow_writer.directory
 
     @property
     def stream(self) -> str:
         """The name of the stream. Empty before the journal was opened."""
-        return self._recorder.claim.stream
+        return self._slow_writer.lease.stream
 
     @property
     def recorded(self) -> int:
         """How many events this writer has written to disk."""
-        return self.next_sequence - self._first - self.unrecorded - self.lost
+        return self.next_sequence - self._first_sequence - self.unrecorded - self.lost
 
     @property
     def unrecorded(self) -> int:
         """How many events are pending in memory."""
-        return len(self._recorder.backlog)
+        return len(self._slow_writer.backlog)
 
     @property
     def lost(self) -> int:
-        """How many events were dropped, or were in segments that somebody removed."""
-        recorder = self._recorder
-        return recorder.backlog.lost + recorder.segments.removed(self.next_sequence - len(recorder.backlog))
+        """How many events were dropped, or were in segments that were removed."""
+        slow_writer = self._slow_writer
+        return slow_writer.backlog.lost + slow_writer.written_segments.count_removed_events(
+            self.next_sequence - len(slow_writer.backlog)
+        )
 
     @property
-    def removed(self) -> Removed:
+    def removed(self) -> RemovedCounts:
         """What retention has removed."""
-        return self._upkeep.removed
+        return self._maintenance.removed
 
     @property
     def failures(self) -> int:
         """How many errors the disk has returned, for events, syncs and new segments."""
-        return self._recorder.failures
+        return self._slow_writer.failures
 
     @property
-    def trouble(self) -> OSError | None:
+    def current_error(self) -> OSError | None:
         """The last error of the disk while events are pending; otherwise None."""
-        return self._recorder.refusal if self._recorder.backlog else None
+        return self._slow_writer.last_error if self._slow_writer.backlog else None
 
     @property
     def written_bytes(self) -> int:
         """How many bytes this writer has written."""
-        return self._recorder.written_bytes
+        return self._slow_writer.written_bytes
 
     @property
     def segment(self) -> str | None:
         """The path of the current segment."""
-        segment = self._recorder.segment
+        segment = self._slow_writer.segment
         return None if segment is None else segment.path
 
-    def _append_with_care(self, waiting: Waiting, refusal: OSError | int | None) -> None:
-        recorder = self._recorder
-        self.next_sequence = waiting.sequence
-        recorder.check_open()
-        with recorder.lock:
-            recorder.check_open()
-            self.next_sequence = waiting.sequence + 1
-            if recorder.take(waiting, refusal) or not self._raises:
+    def _append_slow(self, pending: PendingRecord, outcome: OSError | int | None) -> None:
+        slow_writer = self._slow_writer
+        self.next_sequence = pending.sequence
+        slow_writer.check_open()
+        with slow_writer.lock:
+            slow_writer.check_open()
+            self.next_sequence = pending.sequence + 1
+            if slow_writer.record(pending, outcome) or not self._raise_unrecorded:
                 return
-            recorder.backlog.withdraw()
-            self.next_sequence = waiting.sequence
+            slow_writer.backlog.pop()
+            self.next_sequence = pending.sequence
         raise UnrecordedError(
-            f"the journal {recorder.directory} did not take an event",
-            why=str(recorder.refusal),
+            f"the journal {slow_writer.directory} did not take an event",
+            why=str(slow_writer.last_error),
             fix='make room; or let events wait in memory with on_unrecorded="queue"',
-        ) from recorder.refusal
+        ) from slow_writer.last_error
 
 
-def _encoded(payload: bytes, _: int, __: float) -> bytes:
+def _already_encoded(payload: bytes, _: int, __: float) -> bytes:
     """Return a payload that is already encoded."""
     return payload
 
 
-_open: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
+_open_writers: "weakref.WeakSet[SlowWriter]" = weakref.WeakSet()
 
 
-def _disown_all() -> None:
-    for recorder in list(_open):
-        recorder.disown()
+def _after_fork() -> None:
+    for slow_writer in list(_open_writers):
+        slow_writer.after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_disown_all)
+    os.register_at_fork(after_in_child=_after_fork)

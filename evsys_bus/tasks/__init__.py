@@ -4,52 +4,60 @@ All tasks of the project are created in this package. It does not depend on even
 the ``owner`` of a task.
 """
 
-from evsys_bus.tasks.adoption import HOOK_CALLS, AdoptionState, BareTasks, hook_call, name_of
-from evsys_bus.tasks.bounded_call import Ending, call_bounded
+from evsys_bus.tasks.adoption import HOOK_FILENAME_PREFIX, AdoptionState, HookTaskAdopter, find_hook_frame, task_name
+from evsys_bus.tasks.call_with_timeout import Outcome, call_with_timeout
 from evsys_bus.tasks.job import Job
-from evsys_bus.tasks.loops import STOP_SECONDS, LoopThread, other_tasks, run_alone, run_on, running_loop, unended_calls
-from evsys_bus.tasks.office import CANCEL_GRACE_SECONDS, Ended, TaskOffice
+from evsys_bus.tasks.loops import (
+    STOP_SECONDS,
+    LoopThread,
+    count_unfinished_calls,
+    other_tasks,
+    run_in_new_loop,
+    run_on_loop,
+    running_loop,
+)
+from evsys_bus.tasks.manager import CANCEL_GRACE_SECONDS, FinishedTask, TaskManager
 from evsys_bus.tasks.receipt import (
     DeliveryState,
     DeliveryStatus,
-    Draining,
+    DrainFuture,
     Receipt,
     TaskCounts,
-    prepare_to_wait,
+    preload_wait_imports,
     wait_shielded,
 )
-from evsys_bus.tasks.see_through import see_through
-from evsys_bus.tasks.uninterrupted import Deadline, Gate, Uninterrupted, start_thread
+from evsys_bus.tasks.run_to_completion import run_to_completion
+from evsys_bus.tasks.uninterruptible import Deadline, Gate, UninterruptibleCall, start_thread
 
 __all__ = [
     "CANCEL_GRACE_SECONDS",
-    "HOOK_CALLS",
+    "HOOK_FILENAME_PREFIX",
     "STOP_SECONDS",
     "AdoptionState",
-    "BareTasks",
     "Deadline",
     "DeliveryState",
     "DeliveryStatus",
-    "Draining",
-    "Ended",
-    "Ending",
+    "DrainFuture",
+    "FinishedTask",
     "Gate",
+    "HookTaskAdopter",
     "Job",
     "LoopThread",
+    "Outcome",
     "Receipt",
     "TaskCounts",
-    "TaskOffice",
-    "Uninterrupted",
-    "call_bounded",
-    "hook_call",
-    "name_of",
+    "TaskManager",
+    "UninterruptibleCall",
+    "call_with_timeout",
+    "count_unfinished_calls",
+    "find_hook_frame",
     "other_tasks",
-    "prepare_to_wait",
-    "run_alone",
-    "run_on",
+    "preload_wait_imports",
+    "run_in_new_loop",
+    "run_on_loop",
+    "run_to_completion",
     "running_loop",
-    "see_through",
     "start_thread",
-    "unended_calls",
+    "task_name",
     "wait_shielded",
 ]

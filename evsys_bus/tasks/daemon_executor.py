@@ -22,11 +22,11 @@ class DaemonExecutor(ThreadPoolExecutor):
 
     def __init__(self) -> None:
         super().__init__(1)  # starts no thread: the inherited `submit` would, and it is overridden
-        self._most: Final = min(32, (os.cpu_count() or 1) + 4)
+        self._max_threads: Final = min(32, (os.cpu_count() or 1) + 4)
         self._calls: Final[SimpleQueue[Callable[[], None] | None]] = SimpleQueue()
         self._started = 0
-        self._unended = 0  # calls that are running or queued
-        self._is_shut = False
+        self._unfinished = 0  # calls that are running or queued
+        self._is_shut_down = False
         self._lock: Final = threading.Lock()  # guards the counts
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
@@ -39,53 +39,53 @@ class DaemonExecutor(ThreadPoolExecutor):
 
         def call() -> None:
             if not future.set_running_or_notify_cancel():
-                self._end()
+                self._finish_call()
                 return
             try:
                 result = fn(*args, **kwargs)
             except BaseException as error:  # isolation: even SystemExit is raised where the future is awaited
-                self._end()  # before the future is set: a caller that submits next must see this thread as idle
+                self._finish_call()  # before the future is set: a caller that submits next must see this thread as idle
                 future.set_exception(error)
             else:
-                self._end()
+                self._finish_call()
                 future.set_result(result)
 
         with self._lock:
-            if self._is_shut:
+            if self._is_shut_down:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if self._unended >= self._started and self._started < self._most:
-                self._start_one()
-            self._unended += 1
+            if self._unfinished >= self._started and self._started < self._max_threads:
+                self._start_thread()
+            self._unfinished += 1
             self._calls.put(call)
         return future
 
     @property
-    def unended(self) -> int:
+    def unfinished(self) -> int:
         """Number of calls that are running or queued; safe from any thread."""
-        return self._unended
+        return self._unfinished
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Accept no more calls. Both arguments are ignored: waiting could block on a call that hangs."""
         del wait, cancel_futures
         with self._lock:
-            self._is_shut = True
+            self._is_shut_down = True
             for _ in range(self._started):
                 self._calls.put(None)
 
-    def _start_one(self) -> None:
+    def _start_thread(self) -> None:
         try:
-            threading.Thread(target=self._work, name="evsys-bus-call", daemon=True).start()
+            threading.Thread(target=self._run_calls, name="evsys-bus-call", daemon=True).start()
         except RuntimeError:
             if not self._started:
                 raise  # otherwise the existing threads will run the call
         else:
             self._started += 1
 
-    def _end(self) -> None:
+    def _finish_call(self) -> None:
         with self._lock:
-            self._unended -= 1
+            self._unfinished -= 1
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
             del call  # drop the references to its arguments while waiting

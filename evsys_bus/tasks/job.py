@@ -26,11 +26,11 @@ class Job:
         lane: str | None,
         background: bool = False,
     ) -> None:
-        _check(fn)
+        _check_callable(fn)
         self.fn = fn
         self.args = args
         self.owner = owner
-        self.kind = _name_of(fn)
+        self.kind = _function_name(fn)
         self.name = name or self.kind
         self.timeout = timeout
         self.retry = retry
@@ -49,12 +49,12 @@ class Job:
             TimeoutError: They took longer.
             RuntimeError: The task called ``sys.exit``.
         """
-        bound = asyncio.timeout(self.timeout)
+        timeout_scope = asyncio.timeout(self.timeout)
         try:
-            async with bound:
+            async with timeout_scope:
                 await (self._attempt(*self.args) if self.retry is None else self.retry(self._attempt, *self.args))
         except TimeoutError:
-            if not bound.expired():
+            if not timeout_scope.expired():
                 raise  # raised by the task itself
             raise TimeoutError(f"timed out after {self.timeout:g} s") from None
         except SystemExit as error:  # asyncio would propagate it out of the loop and end the program
@@ -68,7 +68,7 @@ class Job:
         return await awaitable
 
 
-def _check(fn: object) -> None:
+def _check_callable(fn: object) -> None:
     if inspect.iscoroutine(fn):
         fn.close()
         raise SpawnError(
@@ -77,7 +77,7 @@ def _check(fn: object) -> None:
         )
     # A wrapper without functools.wraps looks like an ordinary function here; `_attempt` checks what it returns.
     if not callable(fn) or inspect.isasyncgenfunction(fn) or inspect.isclass(fn) or inspect.isbuiltin(fn):
-        raise _not_async(_name_of(fn))
+        raise _not_async(_function_name(fn))
 
 
 def _not_async(name: str) -> SpawnError:
@@ -87,7 +87,7 @@ def _not_async(name: str) -> SpawnError:
     )
 
 
-def _name_of(fn: object) -> str:
+def _function_name(fn: object) -> str:
     while isinstance(fn, partial):
         fn = fn.func  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # a partial of anything
     return getattr(fn, "__name__", None) or type(fn).__name__

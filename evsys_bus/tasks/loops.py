@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from evsys_bus.diagnostics import log
-from evsys_bus.tasks.uninterrupted import Gate, start_thread
+from evsys_bus.tasks.uninterruptible import Gate, start_thread
 
 if TYPE_CHECKING:
     from evsys_bus.tasks.daemon_executor import DaemonExecutor
@@ -39,25 +39,25 @@ def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> No
         pass  # the loop is closed
 
 
-def run_on(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout: float) -> T:
+def run_on_loop(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T], timeout: float) -> T:
     """Run a coroutine on a loop of another thread and return its result.
 
     Raises:
         TimeoutError: It took longer and was cancelled.
         BaseException: What the coroutine raised.
     """
-    running = asyncio.run_coroutine_threadsafe(work, loop)
+    future = asyncio.run_coroutine_threadsafe(work, loop)
     try:
-        return running.result(timeout)
+        return future.result(timeout)
     except TimeoutError:
-        running.cancel()
+        future.cancel()
         raise
 
 
-def unended_calls(loop: asyncio.AbstractEventLoop) -> int:
+def count_unfinished_calls(loop: asyncio.AbstractEventLoop) -> int:
     """Number of unfinished executor calls (``run_in_executor``, ``to_thread``) of a `LoopThread`'s loop."""
     executor = _executors.get(loop)
-    return 0 if executor is None else executor.unended
+    return 0 if executor is None else executor.unfinished
 
 
 def other_tasks() -> "list[asyncio.Task[Any]]":
@@ -72,63 +72,63 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # reentrant: a signal handler may spawn while it is held
-        self._turning: _Turning | None = None
-        self._begun: list[_Turning] = []  # more than one if an interrupt or a signal handler came in between
+        self._runner: _LoopRunner | None = None
+        self._runners: list[_LoopRunner] = []  # more than one if an interrupt or a signal handler came in between
 
     def loop(self) -> asyncio.AbstractEventLoop:
         """The running loop; starts it on the first call."""
-        turning = self._turning
-        if turning is not None:
-            return turning.loop
+        runner = self._runner
+        if runner is not None:
+            return runner.loop
         with self._lock:
-            return (self._turning or self._begin()).loop
+            return (self._runner or self._start_runner()).loop
 
-    def _begin(self) -> "_Turning":
-        new = _Turning()
-        self._begun.append(new)  # first, so that `stop` ends it even if an interrupt skips the rest
+    def _start_runner(self) -> "_LoopRunner":
+        new = _LoopRunner()
+        self._runners.append(new)  # first, so that `stop` ends it even if an interrupt skips the rest
         try:
             start_thread(new.run, LOOP_NAME)
             new.is_ready.wait()
             if new.error is not None:
                 raise new.error
-            if self._turning is None:
-                self._turning = new
-            return self._turning  # may have been started by a signal handler meanwhile
+            if self._runner is None:
+                self._runner = new
+            return self._runner  # may have been started by a signal handler meanwhile
         finally:
-            if self._turning is not new:
-                new.end_soon()
+            if self._runner is not new:
+                new.request_stop()
 
-    def end_soon(self) -> None:
+    def request_stop(self) -> None:
         """Ask the loop and its thread to end, without waiting; may be called on that thread."""
-        for each in tuple(self._begun):
-            each.end_soon()
+        for each in tuple(self._runners):
+            each.request_stop()
 
     def stop(
         self,
         timeout: float = STOP_SECONDS,
-        before: Callable[[float], Coroutine[Any, Any, None]] | None = None,
+        before_stop: Callable[[float], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """End the loop and its thread, waiting at most ``timeout`` seconds.
 
         Args:
             timeout: Seconds.
-            before: A coroutine function that the loop runs last; called with the seconds that it may take.
+            before_stop: A coroutine function that the loop runs last; called with the seconds that it may take.
         """
         with self._lock:
-            turning, self._turning = self._turning, None
-        until = monotonic() + timeout
+            runner, self._runner = self._runner, None
+        deadline = monotonic() + timeout
         try:
-            if turning is not None and before is not None and timeout:
+            if runner is not None and before_stop is not None and timeout:
                 with contextlib.suppress(TimeoutError):
-                    run_on(turning.loop, before(timeout), timeout)
+                    run_on_loop(runner.loop, before_stop(timeout), timeout)
         finally:
-            while self._begun:
-                each = self._begun.pop()
-                each.end_soon()
-                each.join(max(0.0, until - monotonic()))
+            while self._runners:
+                each = self._runners.pop()
+                each.request_stop()
+                each.join(max(0.0, deadline - monotonic()))
 
 
-class _Turning:
+class _LoopRunner:
     """One loop, created and run on its own thread, where no signal handler can interrupt it."""
 
     loop: asyncio.AbstractEventLoop
@@ -138,23 +138,23 @@ class _Turning:
         self.is_ready: Final = Gate()
         self.error: BaseException | None = None
         """Why there is no loop."""
-        self._is_to_end: Final = Gate()
+        self._stop_requested: Final = Gate()
         self._thread: threading.Thread | None = None
 
-    def end_soon(self) -> None:
-        self._is_to_end.open()
+    def request_stop(self) -> None:
+        self._stop_requested.open()
         if self.is_ready.is_open and self.error is None:
             call_soon(self.loop, self.loop.stop)
 
     def join(self, seconds: float) -> None:
-        if self._thread is not None:  # a thread that has not started yet will see `_is_to_end`
+        if self._thread is not None:  # a thread that has not started yet will see `_stop_requested`
             self._thread.join(seconds)
 
     def run(self) -> None:
         self._thread = threading.current_thread()
         try:
             loop = self.loop = _new_loop()
-            _give_executor(loop)
+            _set_daemon_executor(loop)
         except BaseException as error:  # isolation: raised again where the loop is requested
             self.error = error
             return
@@ -162,7 +162,7 @@ class _Turning:
             self.is_ready.open()
         asyncio.set_event_loop(loop)
         try:
-            while not self._is_to_end.is_open:  # a task may have called loop.stop()
+            while not self._stop_requested.is_open:  # a task may have called loop.stop()
                 try:
                     loop.run_forever()
                 except (KeyboardInterrupt, SystemExit) as error:  # raised by a task: no signal arrives on this thread
@@ -172,7 +172,7 @@ class _Turning:
             loop.close()
 
 
-def _give_executor(loop: asyncio.AbstractEventLoop) -> None:
+def _set_daemon_executor(loop: asyncio.AbstractEventLoop) -> None:
     try:  # imported late: most programs never need it
         from evsys_bus.tasks.daemon_executor import DaemonExecutor
     except RuntimeError:
@@ -181,7 +181,7 @@ def _give_executor(loop: asyncio.AbstractEventLoop) -> None:
     loop.set_default_executor(executor)
 
 
-def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+def run_in_new_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine function to completion on a new loop on this thread; uses uvloop where it is installed."""
     with asyncio.Runner(loop_factory=_new_loop) as runner:
         return runner.run(main())
@@ -190,6 +190,6 @@ def run_alone(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def _new_loop() -> asyncio.AbstractEventLoop:
     try:
         import uvloop
-    except (ImportError, RuntimeError):  # not available on Windows; RuntimeError as in `_give_executor`
+    except (ImportError, RuntimeError):  # not available on Windows; RuntimeError as in `_set_daemon_executor`
         return asyncio.new_event_loop()
     return uvloop.new_event_loop()

@@ -6,15 +6,16 @@ import math
 import time
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Any, Final, Literal, Protocol
+from typing import Any, ClassVar, Final, Literal, Protocol
 
 import anyio
 import msgspec
 
+from evsys_bus.deprecated import Renamed
 from evsys_bus.errors import BusError
 from evsys_bus.tasks.loops import call_soon, running_loop
 
-_LOOK_SECONDS: Final = 0.5
+_CHECK_SECONDS: Final = 0.5
 
 
 class TaskCounts(msgspec.Struct):
@@ -87,8 +88,10 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
     absent: int = 0
     """Events that were removed from the journal before this adapter could get them; not counted as recorded."""
 
+    trouble: ClassVar[Renamed] = Renamed("last_error")
+
     @property
-    def trouble(self) -> str | None:
+    def last_error(self) -> str | None:
         """The error that prevents events from being delivered or confirmed; None if there is none."""
         if self.owed and self.error is not None:
             return self.error
@@ -109,11 +112,11 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
 class Receipt(msgspec.Struct, frozen=True):
     """The result of a drain."""
 
-    total: TaskCounts
+    tasks: TaskCounts
     """Counts of all tasks."""
     tasks_by_owner: dict[str, TaskCounts]
     """The same counts for each callback."""
-    left: tuple[str, ...] = ()
+    unfinished: tuple[str, ...] = ()
     """Tasks that were unfinished at the deadline, as ``owner:name``."""
     seconds: float = 0.0
     """How long the drain took."""
@@ -121,7 +124,7 @@ class Receipt(msgspec.Struct, frozen=True):
     """Events that are in the journal and flushed to disk; 0 without a journal."""
     unrecorded: int = 0
     """Events that could not be written to the journal and are lost when the process ends."""
-    refused: int = 0
+    dropped: int = 0
     """Events whose `publish` returned but that reached no hook and are not in the journal; the log says why."""
     without_hooks: int = 0
     """Events that are in the journal but reached no hook: a hook on another thread blocked the bus until the end."""
@@ -129,16 +132,17 @@ class Receipt(msgspec.Struct, frozen=True):
     """Directory of the journal."""
     deliveries: tuple[DeliveryStatus, ...] = ()
     """One status for each followed adapter."""
-    finish: str | None = None
+    resume_command: str | None = None
     """The command that delivers pending and unconfirmed events; None if there are none."""
 
-    @property
-    def owners(self) -> dict[str, TaskCounts]:
-        """Name of `tasks_by_owner` before 0.2."""
-        return self.tasks_by_owner
+    total: ClassVar[Renamed] = Renamed("tasks")
+    owners: ClassVar[Renamed] = Renamed("tasks_by_owner")
+    left: ClassVar[Renamed] = Renamed("unfinished")
+    refused: ClassVar[Renamed] = Renamed("dropped")
+    finish: ClassVar[Renamed] = Renamed("resume_command")
 
 
-class Draining(concurrent.futures.Future[Receipt]):
+class DrainFuture(concurrent.futures.Future[Receipt]):
     """A drain in progress: ``await`` it, or call ``result()`` on a thread that does not run the bus's loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
@@ -164,13 +168,13 @@ class Draining(concurrent.futures.Future[Receipt]):
         return super().result(timeout)
 
 
-def prepare_to_wait() -> None:
+def preload_wait_imports() -> None:
     """Import what `wait_shielded` needs, which may be impossible later without free file descriptors."""
     anyio.CancelScope()
 
 
-class Ends(Protocol):
-    """Something that can be waited for: a `Draining` or an `Uninterrupted`."""
+class Completable(Protocol):
+    """Something that can be waited for: a `DrainFuture` or an `UninterruptibleCall`."""
 
     def done(self) -> bool:
         """Whether it has finished."""
@@ -182,17 +186,17 @@ class Ends(Protocol):
 
 
 async def wait_shielded(
-    ending: Ends,
+    work: Completable,
     *,
-    most: float = math.inf,
+    max_cancellations: float = math.inf,
     on_cancel: Callable[[int], object] | None = None,
     seconds: float = math.inf,
 ) -> BaseException | None:
     """Wait until the work has finished, deferring cancellations and interrupts.
 
     Args:
-        ending: The work to wait for.
-        most: How many cancellations or interrupts end the wait.
+        work: The work to wait for.
+        max_cancellations: How many cancellations or interrupts end the wait.
         on_cancel: Called with the number of them so far.
         seconds: Timeout of the wait: an interrupt may have broken the work, which would then never finish.
 
@@ -202,15 +206,15 @@ async def wait_shielded(
     count = 0
     first: BaseException | None = None
     loop = asyncio.get_running_loop()
-    woken = loop.create_future()
-    ending.add_done_callback(lambda _: call_soon(loop, partial(_wake, woken)))
-    until = time.monotonic() + seconds
+    wakeup = loop.create_future()
+    work.add_done_callback(lambda _: call_soon(loop, partial(_wake, wakeup)))
+    deadline = time.monotonic() + seconds
     # The shield stops anyio from repeating a cancellation; the loop continues after a bare task.cancel().
     with anyio.CancelScope(shield=True):
-        while not ending.done() and (left := until - time.monotonic()) > 0.0 and count < most:
+        while not work.done() and (remaining := deadline - time.monotonic()) > 0.0 and count < max_cancellations:
             try:
                 # In slices: an interrupt of the event loop may lose the wakeup.
-                await asyncio.wait([woken], timeout=min(left, _LOOK_SECONDS))
+                await asyncio.wait([wakeup], timeout=min(remaining, _CHECK_SECONDS))
             except (asyncio.CancelledError, KeyboardInterrupt, SystemExit) as error:
                 count += 1
                 first = first or error
@@ -219,6 +223,6 @@ async def wait_shielded(
     return first
 
 
-def _wake(woken: "asyncio.Future[None]") -> None:
-    if not woken.done():
-        woken.set_result(None)
+def _wake(wakeup: "asyncio.Future[None]") -> None:
+    if not wakeup.done():
+        wakeup.set_result(None)

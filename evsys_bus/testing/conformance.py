@@ -10,17 +10,17 @@ from typing import TypeAlias
 
 from evsys_bus.callback import Callback
 from evsys_bus.sink import Sink
-from evsys_bus.testing.callback_trial import CallbackTrial
-from evsys_bus.testing.findings import Findings
+from evsys_bus.testing.conformance_callback import CallbackConformance
+from evsys_bus.testing.conformance_sink import SinkConformance
+from evsys_bus.testing.failures import Failures
 from evsys_bus.testing.folders import Contents, empty_folder, files_in
-from evsys_bus.testing.sink_trial import SinkTrial
 
-Make: TypeAlias = Callable[[Path], Callback | Sink]
+AdapterFactory: TypeAlias = Callable[[Path], Callback | Sink]
 """Constructs the adapter, which should write into the folder."""
 
 
 def conformance(
-    make: Make, *, follow: bool = True, contents: Contents = files_in, delivery: Make | None = None
+    make: AdapterFactory, *, follow: bool = True, contents: Contents = files_in, delivery: AdapterFactory | None = None
 ) -> Callable[[], None]:
     """Return a test of the adapter; assign it to a name that begins with ``test``.
 
@@ -53,14 +53,14 @@ def conformance(
     """
 
     def test() -> None:
-        findings = Findings()
-        adapter = _constructed_quietly(make, findings)
+        failures = Failures()
+        adapter = _check_construction(make, failures)
         if isinstance(adapter, Sink):
-            SinkTrial(make, findings).run()
+            SinkConformance(make, failures).run()
         elif adapter is not None:
-            CallbackTrial(make, contents, findings).run(follow=follow and not getattr(adapter, "delivery", None))
-            _try_half(adapter, delivery, findings)
-        sentences = findings.sentences()
+            CallbackConformance(make, contents, failures).run(follow=follow and not getattr(adapter, "delivery", None))
+            _check_delivery_half(adapter, delivery, failures)
+        sentences = failures.sentences()
         if sentences:
             name = "the adapter" if adapter is None else type(adapter).__name__
             raise AssertionError("\n".join([f"{name} does not conform:", *sentences]))
@@ -68,24 +68,24 @@ def conformance(
     return test
 
 
-def _constructed_quietly(make: Make, findings: Findings) -> Callback | Sink | None:
+def _check_construction(make: AdapterFactory, failures: Failures) -> Callback | Sink | None:
     """Return the adapter, if it can be constructed at all; side effects of that are noted too."""
     with empty_folder() as folder:
         threads = threading.active_count()
-        made: list[Callback | Sink] = []
-        if not findings.met("it can be constructed outside an event loop", lambda: made.append(make(folder))):
+        adapters: list[Callback | Sink] = []
+        if not failures.check("it can be constructed outside an event loop", lambda: adapters.append(make(folder))):
             return None
         if any(folder.iterdir()):
-            findings.note("it touches no file when it is constructed; there was one in the folder")
+            failures.add("it touches no file when it is constructed; there was one in the folder")
         if threading.active_count() > threads:
-            findings.note("it starts no thread when it is constructed; there was one more")
-    return made[0]
+            failures.add("it starts no thread when it is constructed; there was one more")
+    return adapters[0]
 
 
-def _try_half(adapter: Callback, delivery: Make | None, findings: Findings) -> None:
-    half: type | None = getattr(adapter, "delivery", None)
+def _check_delivery_half(adapter: Callback, delivery: AdapterFactory | None, failures: Failures) -> None:
+    delivery_class: type | None = getattr(adapter, "delivery", None)
     if delivery is not None:
-        SinkTrial(delivery, findings, "its delivery half: ").run()
-    elif half is not None:
-        fix = f"conformance(make, delivery=lambda folder: {half.__name__}(...))"
-        findings.note(f"its delivery half is tried as well; say how it is made: {fix}")
+        SinkConformance(delivery, failures, "its delivery half: ").run()
+    elif delivery_class is not None:
+        fix = f"conformance(make, delivery=lambda folder: {delivery_class.__name__}(...))"
+        failures.add(f"its delivery half is tried as well; say how it is made: {fix}")

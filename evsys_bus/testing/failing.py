@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 from evsys_bus.events import Envelope, Event
 from evsys_bus.testing.recording import RecordingCallback, RecordingSink
 
-Outcome: TypeAlias = BaseException | int | Literal["hang", "deaf"] | None
+PlannedOutcome: TypeAlias = BaseException | int | Literal["hang", "deaf"] | None
 """Result of a call: an error to raise; the number of events taken from the batch; a wait that ends only when cancelled
 (``hang``), or not even then (``deaf``); None takes the whole batch."""
 
@@ -59,10 +59,10 @@ class FailingSink(RecordingSink):
         2
     """
 
-    def __init__(self, plan: Iterable[Outcome] = (), *, opening: Iterable[Outcome] = ()) -> None:
+    def __init__(self, plan: Iterable[PlannedOutcome] = (), *, opening: Iterable[PlannedOutcome] = ()) -> None:
         super().__init__()
-        self._plan: Iterator[Outcome] = iter(plan)
-        self._opening: Iterator[Outcome] = iter(opening)
+        self._plan: Iterator[PlannedOutcome] = iter(plan)
+        self._opening: Iterator[PlannedOutcome] = iter(opening)
         self._released = False
         self.calls = 0
         """Calls of `write`, including those that failed."""
@@ -75,21 +75,21 @@ class FailingSink(RecordingSink):
 
     async def open(self) -> None:
         """Open, as planned."""
-        await self._come_to(next(self._opening, None))
+        await self._apply(next(self._opening, None))
         await super().open()
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
         """Record the batch, as planned."""
         self.calls += 1
         outcome = next(self._plan, None)
-        await self._come_to(outcome)
+        await self._apply(outcome)
         if isinstance(outcome, int):
             self.keep(batch[:outcome])
             return outcome
         self.keep(batch)
         return None
 
-    async def _come_to(self, outcome: Outcome) -> None:
+    async def _apply(self, outcome: PlannedOutcome) -> None:
         if isinstance(outcome, BaseException):
             raise outcome
         while outcome in {"hang", "deaf"} and not self._released:

@@ -50,8 +50,8 @@ class FaultProxy:
     def __init__(self, host: str, port: int, group: TaskGroup) -> None:
         self._server = (host, port)
         self._group = group
-        self._listening: anyio.CancelScope | None = None
-        self._deaf = anyio.Event()
+        self._listen_scope: anyio.CancelScope | None = None
+        self._stopped_listening = anyio.Event()
         self.port = 0
         """Where it listens, on 127.0.0.1."""
         self.fault = Fault()
@@ -65,22 +65,22 @@ class FaultProxy:
     async def apply(self, fault: Fault) -> None:
         """Break connections in this way from now on, including open ones."""
         self.fault = fault
-        if fault.refuse and self._listening is not None:
-            self._listening.cancel()
-            self._listening = None
-            await self._deaf.wait()
-        elif not fault.refuse and self._listening is None:
-            self._listening = await self._group.start(self._listen)
+        if fault.refuse and self._listen_scope is not None:
+            self._listen_scope.cancel()
+            self._listen_scope = None
+            await self._stopped_listening.wait()
+        elif not fault.refuse and self._listen_scope is None:
+            self._listen_scope = await self._group.start(self._listen)
 
     async def _listen(self, *, task_status: anyio.abc.TaskStatus[anyio.CancelScope]) -> None:
         listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=self.port, reuse_port=False)
-        self._deaf = anyio.Event()
+        self._stopped_listening = anyio.Event()
         self.port = listener.extra(SocketAttribute.local_port)  # noqa: S610  # anyio's
         async with listener:
             with anyio.CancelScope() as scope:
                 task_status.started(scope)
                 await listener.serve(self._serve, self._group)
-        self._deaf.set()
+        self._stopped_listening.set()
 
     async def _serve(self, client: SocketStream) -> None:
         self.connections += 1
@@ -93,9 +93,9 @@ class FaultProxy:
             except OSError:
                 _reset(client)
                 return
-            async with server, anyio.create_task_group() as ways:
-                ways.start_soon(self._carry, client, server, True, ways.cancel_scope)
-                ways.start_soon(self._carry, server, client, False, ways.cancel_scope)
+            async with server, anyio.create_task_group() as directions:
+                directions.start_soon(self._forward, client, server, True, directions.cancel_scope)
+                directions.start_soon(self._forward, server, client, False, directions.cancel_scope)
 
     async def _answer(self, client: SocketStream) -> None:
         try:
@@ -108,24 +108,26 @@ class FaultProxy:
             if self.fault.silent:  # do not even close
                 await anyio.sleep_forever()
 
-    async def _carry(self, source: SocketStream, target: SocketStream, going: bool, both: anyio.CancelScope) -> None:
+    async def _forward(
+        self, source: SocketStream, target: SocketStream, to_server: bool, connection_scope: anyio.CancelScope
+    ) -> None:
         """Forward one direction. A half-closed direction leaves the other one open; a broken one ends both."""
-        carried = 0
+        forwarded = 0
         try:
             while True:
-                piece = await source.receive(_CHUNK)
+                chunk = await source.receive(_CHUNK)
                 fault = self.fault
-                await anyio.sleep(fault.delay_seconds + len(piece) / fault.bytes_per_second)
+                await anyio.sleep(fault.delay_seconds + len(chunk) / fault.bytes_per_second)
                 if fault.silent:
                     continue
-                end = fault.reset_request_at if going else fault.reset_reply_at
-                piece = piece if end is None else piece[: max(end - carried, 0)]
-                if piece:
-                    await target.send(piece)
-                carried += len(piece)
-                self.sent += len(piece) if going else 0
-                self.received += 0 if going else len(piece)
-                if end is not None and carried >= end:
+                end = fault.reset_request_at if to_server else fault.reset_reply_at
+                chunk = chunk if end is None else chunk[: max(end - forwarded, 0)]
+                if chunk:
+                    await target.send(chunk)
+                forwarded += len(chunk)
+                self.sent += len(chunk) if to_server else 0
+                self.received += 0 if to_server else len(chunk)
+                if end is not None and forwarded >= end:
                     _reset(source)
                     _reset(target)
                     break
@@ -139,7 +141,7 @@ class FaultProxy:
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             _reset(source)
             _reset(target)
-        both.cancel()
+        connection_scope.cancel()
 
 
 def _reset(stream: SocketStream) -> None:

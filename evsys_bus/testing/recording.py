@@ -20,11 +20,11 @@ from evsys_bus.context import (
 )
 from evsys_bus.sink import Sink
 
-UNTIL_SECONDS = 5.0
+UNTIL_TIMEOUT_SECONDS = 5.0
 """Default timeout of `until`."""
 
 
-class Arrivals:
+class ArrivalCounter:
     """A counter that is incremented on one thread and can be awaited on another's event loop."""
 
     def __init__(self) -> None:
@@ -70,14 +70,14 @@ class RecordingCallback(Callback):
     def __init__(self) -> None:
         self.events: list[ev.Event] = []
         """In the order of the calls; metrics are copied, everything else is the original object."""
-        self._arrivals = Arrivals()
+        self._arrivals = ArrivalCounter()
 
     @property
     def hooks(self) -> list[str]:
         """The names of the called hooks, in order."""
         return [event.hook for event in self.events]
 
-    async def until(self, count: int, timeout: float = UNTIL_SECONDS) -> None:
+    async def until(self, count: int, timeout: float = UNTIL_TIMEOUT_SECONDS) -> None:
         """Return when this many events were recorded, on any thread.
 
         Raises:
@@ -154,14 +154,14 @@ class RecordingSink(Sink):
         self.opened = 0
         """How often `open` returned."""
         self.closed = 0
-        self._arrivals = Arrivals()
+        self._arrivals = ArrivalCounter()
 
     @property
     def envelopes(self) -> list[ev.Envelope]:
         """The envelopes of all batches, in order."""
         return [envelope for batch in self.batches for envelope in batch]
 
-    async def until(self, count: int, timeout: float = UNTIL_SECONDS) -> None:
+    async def until(self, count: int, timeout: float = UNTIL_TIMEOUT_SECONDS) -> None:
         """Return when this many envelopes were recorded, on any thread.
 
         Raises:

@@ -35,25 +35,27 @@ class Timeline:
         ctx = self.contexts[run]
         return LoopState(step=step, num_steps=STEPS, output_dir=ctx.run_dir, ctx=ctx)
 
-    def starts(self, step: int = 0) -> Iterator[ev.Event]:
-        """Yield the start events; ``step`` is the first step, as when a courier repeats them."""
+    def start_events(self, step: int = 0) -> Iterator[ev.Event]:
+        """Yield the start events; ``step_events`` is the first step, as when a courier repeats them."""
         yield ev.ExperimentStart(self.experiment)
         for run, ctx in self.contexts.items():
             yield ev.GroupStart(ctx, "arms")
             yield ev.RunStart(ctx)
             yield ev.TrainStart(self.state(run, step))
 
-    def step(self, step: int, metrics: Mapping[str, Any] | None = None) -> Iterator[ev.Event]:
+    def step_events(self, step: int, metrics: Mapping[str, Any] | None = None) -> Iterator[ev.Event]:
         """Yield the events of one step of each run, in turns, with everything that a step may include."""
         for run, ctx in self.contexts.items():
             state, row = self.state(run, step), dict(metrics or {"loss": 0.5 / (step + 1), "step_seconds": 0.25})
             yield ev.StepEnd(state, step, TrainingBatch(loss_fn="mse", metrics={"tokens": 3}), row)
             yield ev.Checkpoint(state, ManifestRow(f"{step:06d}", batch=step, state_path=str(ctx.run_dir / "state")))
             yield ev.Eval(state, step, "held out", {"accuracy": 0.5})
-            scored = EvalResult("tasks", "tasks-1", {"accuracy": 0.75}, {"easy": {"accuracy": 1.0}}, 0.5, step, ["val"])
-            yield ev.BenchmarkEval(ctx, scored, [{"task_id": "1", "reward": 1.0, "output": "yes"}], step)
+            eval_result = EvalResult(
+                "tasks", "tasks-1", {"accuracy": 0.75}, {"easy": {"accuracy": 1.0}}, 0.5, step, ["val"]
+            )
+            yield ev.BenchmarkEval(ctx, eval_result, [{"task_id": "1", "reward": 1.0, "output": "yes"}], step)
 
-    def ends(self) -> Iterator[ev.Event]:
+    def end_events(self) -> Iterator[ev.Event]:
         """Yield the end events."""
         arms: list[ArmResult] = []
         for run, ctx in self.contexts.items():
@@ -65,19 +67,19 @@ class Timeline:
             yield ev.RunEnd(ctx, result, arms[-1])
         yield ev.ExperimentEnd(self.experiment, ExperimentResult("trial", arms=arms, best_arm="wide", best_score=0.875))
 
-    def whole(self) -> Iterator[ev.Event]:
+    def all_events(self) -> Iterator[ev.Event]:
         """Yield all events, from first to last."""
-        yield from self.starts()
+        yield from self.start_events()
         for step in range(STEPS):
-            yield from self.step(step)
-        yield from self.ends()
+            yield from self.step_events(step)
+        yield from self.end_events()
 
 
-def minimal(folder: Path) -> Iterator[ev.Event]:
+def minimal_events(folder: Path) -> Iterator[ev.Event]:
     """Yield the same hooks' events with minimal objects."""
-    place = folder / "least"  # a fixed name, because adapters record it and temporary folders differ
-    place.mkdir(exist_ok=True)
-    ctx, state = LogContext(place), LoopState(step=0, num_steps=0, output_dir=place)
+    directory = folder / "least"  # a fixed name, because adapters record it and temporary folders differ
+    directory.mkdir(exist_ok=True)
+    ctx, state = LogContext(directory), LoopState(step=0, num_steps=0, output_dir=directory)
     yield ev.ExperimentStart(ctx)
     yield ev.GroupStart(ctx, "")
     yield ev.RunStart(ctx)
@@ -91,7 +93,7 @@ def minimal(folder: Path) -> Iterator[ev.Event]:
     yield ev.ExperimentEnd(ctx, ExperimentResult(""))
 
 
-def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
+def hostile_metrics() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield unusual metrics that users have published, with a description."""
     yield "NaN", {"m": math.nan}
     yield "infinity", {"m": -math.inf}
@@ -111,7 +113,7 @@ def hostile() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "scalars of numpy", {"m": np.float32(0.5), "n": np.int64(3), "b": np.bool_(True)}
 
 
-def enveloped(events: Iterable[ev.Event]) -> Iterator[ev.Envelope]:
+def as_envelopes(events: Iterable[ev.Event]) -> Iterator[ev.Envelope]:
     """Yield the events as followed adapters get them: encoded and decoded, with detached objects."""
     contexts: dict[str, LogContext] = {}
     for seq, event in enumerate(events, 1):

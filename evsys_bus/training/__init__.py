@@ -1,25 +1,28 @@
 """Reference orchestrators: readable code to copy from, built from nothing but the bus and its events.
 
-protocols     the interfaces that a host implements: backend, step builder, evaluator
-rows          append-only JSON files, such as metrics.jsonl
-checkpoints   checkpoints.jsonl, and the checkpoint to resume from
-walls         which errors of a run or an evaluator propagate
-folder_lock   a lock on a run's or an experiment's directory
-loop          one training
-plan          the runs of an experiment, and the parts of one run
-ledger        the progress of an experiment on disk
-arm_run       one run of an experiment
-outcome       comparison of the arms, and the conclusion
-experiment    the whole experiment
+protocols         the interfaces that a host implements: backend, step builder, evaluator
+row_file          append-only JSON files, such as metrics.jsonl
+checkpoints       checkpoints.jsonl, and the checkpoint to resume from
+isolation         which errors of a run or an evaluator propagate
+folder_lock       a lock on a run's or an experiment's directory
+loop              one training
+plan              the runs of an experiment, and the parts of one run
+experiment_store  the progress of an experiment on disk
+run_executor      one run of an experiment
+summary           comparison of the arms, and the conclusion
+experiment        the whole experiment
 """
 
+from typing import Any
+
+from evsys_bus.deprecated import warn
 from evsys_bus.training.checkpoints import FINAL, Checkpoints
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.loop import TrainingLoop
-from evsys_bus.training.outcome import ArmSummary, Spread, conclude, summarise
-from evsys_bus.training.plan import RunParts, RunPlan
+from evsys_bus.training.plan import RunComponents, RunPlan
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, Scorer, SnapshotBackend, StepBuilder
-from evsys_bus.training.rows import RowFile
+from evsys_bus.training.row_file import RowFile
+from evsys_bus.training.summary import ArmSummary, Spread, conclude, summarise
 
 __all__ = [
     "FINAL",
@@ -30,7 +33,7 @@ __all__ = [
     "Evaluator",
     "Experiment",
     "RowFile",
-    "RunParts",
+    "RunComponents",
     "RunPlan",
     "Scorer",
     "SnapshotBackend",
@@ -40,3 +43,11 @@ __all__ = [
     "conclude",
     "summarise",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Return a class by its name of 0.1."""
+    if name == "RunParts":
+        warn(f"{__name__}.RunParts", "RunComponents")
+        return RunComponents
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,23 +17,23 @@ from typing import Any
 import anyio
 
 from evsys_bus.bus import EventBus
+from evsys_bus.config.build import build_callbacks
+from evsys_bus.config.experiment import ExperimentConfig
+from evsys_bus.config.experiment_loader import read_experiment
+from evsys_bus.config.recipe import import_module, load_recipe
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, Status
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import TrainingError, Where
+from evsys_bus.errors import Location, TrainingError
 from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
-from evsys_bus.tasks import see_through
-from evsys_bus.training.arm_run import ArmRun, final_state, id_text, not_run
-from evsys_bus.training.folder_lock import locked
-from evsys_bus.training.ledger import Ledger
-from evsys_bus.training.loop import JOURNAL
-from evsys_bus.training.outcome import conclude, summarise
-from evsys_bus.training.plan import RecipeFunction, RunPlan, chains_of, folder_name
-from evsys_bus.training.walls import LEAVE
-from evsys_bus.where import local_path
-from evsys_bus.wiring.build import build_callbacks
-from evsys_bus.wiring.experiment import ExperimentConfig
-from evsys_bus.wiring.load import read_experiment
-from evsys_bus.wiring.recipe import import_module, load_recipe
+from evsys_bus.location import local_path
+from evsys_bus.tasks import run_to_completion
+from evsys_bus.training.experiment_store import ExperimentStore
+from evsys_bus.training.folder_lock import lock_folder
+from evsys_bus.training.isolation import EXIT
+from evsys_bus.training.loop import JOURNAL_DIR
+from evsys_bus.training.plan import RecipeFunction, RunPlan, run_sequences, safe_folder_name
+from evsys_bus.training.run_executor import RunExecutor, final_state_path, id_text, skipped_result
+from evsys_bus.training.summary import conclude, summarise
 
 
 class Experiment:
@@ -41,7 +41,8 @@ class Experiment:
 
     Args:
         config: The experiment; a mapping is validated like a file.
-        recipe: Replaces the recipe of the config: ``recipe(params, run)`` returns `RunParts`, or an awaitable of it.
+        recipe: Replaces the recipe of the config: ``recipe(params, run)`` returns `RunComponents`, or an awaitable of
+            it.
         callbacks: Callbacks of the experiment's own bus, which records into ``<output_dir>/journal``. Default: the
             callbacks in the config.
         bus: An open bus to publish to instead. It stays open; the callbacks of the config are not used.
@@ -82,33 +83,33 @@ class Experiment:
             raise TrainingError("an experiment takes a bus or callbacks, not both", fix="give the callbacks to the bus")
         self.config = config if isinstance(config, ExperimentConfig) else read_experiment(config, recipe=recipe)
         self.recipe = load_recipe(recipe or self.config.recipe)
-        given = output_dir or self.config.output_dir or Path("runs", folder_name(self.config.name))
-        self.output_dir = local_path(given, "output_dir")
-        self._chains = chains_of(self.config, self.output_dir, only_arms=only_arms, only_seeds=only_seeds)
+        directory = output_dir or self.config.output_dir or Path("runs", safe_folder_name(self.config.name))
+        self.output_dir = local_path(directory, "output_dir")
+        self._sequences = run_sequences(self.config, self.output_dir, only_arms=only_arms, only_seeds=only_seeds)
         for plan in self.plans:
             self.recipe.params(plan.params)
         for index, module in enumerate(self.config.plugins):
-            import_module(module, Where(f"$.plugins[{index}]"), "plugin")
+            import_module(module, Location(f"$.plugins[{index}]"), "plugin")
         if bus is None:
             hooks = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
-            self._bus = EventBus(hooks, journal=self.output_dir / JOURNAL)
+            self._bus = EventBus(hooks, journal=self.output_dir / JOURNAL_DIR)
         else:
             self._bus = nullcontext(bus)
         self.ctx = LogContext(output_dir=self.output_dir, config=self.config)
         self.resume = resume
-        self._arms: dict[str, ArmResult] = {}
-        self._groups: set[str] = set()
+        self._results: dict[str, ArmResult] = {}
+        self._started_groups: set[str] = set()
         self._workers: set[asyncio.Task[Any]] = set()
-        self._began = False
-        self._at_work = 0
+        self._started = False
+        self._active_workers = 0
         self._idle = asyncio.Event()
-        self._stopping = False
-        self._leave: BaseException | None = None
+        self._is_stopping = False
+        self._exit_error: BaseException | None = None
 
     @property
     def plans(self) -> list[RunPlan]:
         """All runs, in the order in which they start."""
-        return [plan for chain in self._chains for plan in chain]
+        return [plan for sequence in self._sequences for plan in sequence]
 
     async def run(self) -> ExperimentResult:
         """Run the experiment; can be called once.
@@ -121,135 +122,139 @@ class Experiment:
                 experiment and ``resume`` is false.
             KeyboardInterrupt, SystemExit: From a hook or a run, after ExperimentEnd.
         """
-        if self._began:
+        if self._started:
             raise TrainingError("this experiment ran already", fix="make a new Experiment, with resume=True to go on")
-        self._began = True
+        self._started = True
         metadata = self.config.metadata
         hypothesis = str(metadata["hypothesis"]) if metadata.get("hypothesis") else None
-        with locked(self.output_dir, "the experiment's directory"):
-            ledger = Ledger(self.output_dir, self.config.name, self.plans, resume=self.resume, hypothesis=hypothesis)
+        with lock_folder(self.output_dir, "the experiment's directory"):
+            store = ExperimentStore(
+                self.output_dir, self.config.name, self.plans, resume=self.resume, hypothesis=hypothesis
+            )
             async with self._bus as bus:
-                return await see_through(self._run(bus, ledger, hypothesis), on_cancel=self._stop)
+                return await run_to_completion(self._run(bus, store, hypothesis), on_cancel=self._stop)
 
-    async def _run(self, bus: EventBus, ledger: Ledger, hypothesis: str | None) -> ExperimentResult:
-        to_the_end = False
+    async def _run(self, bus: EventBus, store: ExperimentStore, hypothesis: str | None) -> ExperimentResult:
+        is_complete = False
         try:
             bus.publish(ExperimentStart(self.ctx))
-            await self._all_chains(bus, ledger)
-            to_the_end = True
-        except LEAVE:
-            self._stopping = True
+            await self._run_all(bus, store)
+            is_complete = True
+        except EXIT:
+            self._is_stopping = True
             raise
         finally:
-            result = self._result(hypothesis, ledger, to_the_end=to_the_end)
+            result = self._build_result(hypothesis, store, is_complete=is_complete)
             bus.publish(ExperimentEnd(self.ctx, result))
-            ledger.close(result)
-        if self._leave is not None:
-            raise self._leave
+            store.mark_finished(result)
+        if self._exit_error is not None:
+            raise self._exit_error
         return result
 
-    async def _all_chains(self, bus: EventBus, ledger: Ledger) -> None:
+    async def _run_all(self, bus: EventBus, store: ExperimentStore) -> None:
         """Run all sequences, at most ``max_concurrent_runs`` at a time; a worker takes the next when it is free."""
-        if not self._chains:
+        if not self._sequences:
             return
-        waiting = iter(self._chains)
+        pending = iter(self._sequences)
         async with anyio.create_task_group() as group:
-            for number in range(min(self.config.max_concurrent_runs, len(self._chains))):
-                self._at_work += 1
-                group.start_soon(self._work, waiting, bus, ledger, name=f"evsys-bus:runs-{number}")
+            for number in range(min(self.config.max_concurrent_runs, len(self._sequences))):
+                self._active_workers += 1
+                group.start_soon(self._run_worker, pending, bus, store, name=f"evsys-bus:runs-{number}")
             try:
                 await self._idle.wait()
             except asyncio.CancelledError:  # the second cancellation; the task group alone would not stop the loops
                 self._stop()
                 raise
 
-    async def _work(self, chains: Iterator[Sequence[RunPlan]], bus: EventBus, ledger: Ledger) -> None:
+    async def _run_worker(self, sequences: Iterator[Sequence[RunPlan]], bus: EventBus, store: ExperimentStore) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._workers.add(task)
         try:
-            for chain in chains:
-                await self._chain(chain, bus, ledger)
-        except (KeyboardInterrupt, SystemExit) as leave:
+            for sequence in sequences:
+                await self._run_sequence(sequence, bus, store)
+        except (KeyboardInterrupt, SystemExit) as exit_error:
             # Raised from a task, these would stop the event loop itself, before the other runs could finish.
-            self._leave = leave
+            self._exit_error = exit_error
             self._stop()
         finally:
             self._workers.discard(task)
-            self._at_work -= 1
-            if self._at_work == 0:
+            self._active_workers -= 1
+            if self._active_workers == 0:
                 self._idle.set()
 
-    async def _chain(self, chain: Sequence[RunPlan], bus: EventBus, ledger: Ledger) -> None:
-        begin_from: str | None = None
-        broken: str | None = None
-        for plan in chain:
-            why_not = "the experiment was stopped" if self._stopping else broken
-            arm = ledger.finished(plan)
+    async def _run_sequence(self, sequence: Sequence[RunPlan], bus: EventBus, store: ExperimentStore) -> None:
+        initial_state_path: str | None = None
+        failure: str | None = None
+        for plan in sequence:
+            skip_reason = "the experiment was stopped" if self._is_stopping else failure
+            arm = store.completed_result(plan)
             if arm is not None:
                 log().info("run.skipped", run=plan.run_key, why="it was completed earlier")
-            elif why_not is not None:
-                arm = not_run(plan, why_not)
-                ledger.ended(plan, arm)
+            elif skip_reason is not None:
+                arm = skipped_result(plan, skip_reason)
+                store.mark_ended(plan, arm)
             else:
-                arm = await self._one(plan, begin_from, bus, ledger)
-            self._arms[plan.run_key] = arm
-            begin_from = final_state(arm)
-            if arm.status != "completed" and broken is None:
-                broken = f"stage {plan.stage} {arm.status}: {arm.error}"
+                arm = await self._run_one(plan, initial_state_path, bus, store)
+            self._results[plan.run_key] = arm
+            initial_state_path = final_state_path(arm)
+            if arm.status != "completed" and failure is None:
+                failure = f"stage {plan.stage} {arm.status}: {arm.error}"
 
-    async def _one(self, plan: RunPlan, begin_from: str | None, bus: EventBus, ledger: Ledger) -> ArmResult:
+    async def _run_one(
+        self, plan: RunPlan, initial_state_path: str | None, bus: EventBus, store: ExperimentStore
+    ) -> ArmResult:
         group = plan.group_name
-        if group is not None and group not in self._groups:
-            self._groups.add(group)
+        if group is not None and group not in self._started_groups:
+            self._started_groups.add(group)
             bus.publish(GroupStart(self.ctx, group))
-        ledger.began(plan)
-        run = ArmRun(
+        store.mark_started(plan)
+        executor = RunExecutor(
             plan,
             self.recipe,
             ctx=self.ctx.for_run(plan.run_key, plan.run_config, group),
             bus=bus,
-            stopping=lambda: self._stopping,
+            is_stopping=lambda: self._is_stopping,
         )
-        arm = await run.go(begin_from=begin_from, resume=self.resume)
-        ledger.ended(plan, arm)
+        arm = await executor.run(initial_state_path=initial_state_path, resume=self.resume)
+        store.mark_ended(plan, arm)
         return arm
 
     def _stop(self) -> None:
         """Cancel the active runs and start no further ones."""
-        self._stopping = True
+        self._is_stopping = True
         for task in self._workers:
             task.cancel()
 
-    def _result(self, hypothesis: str | None, ledger: Ledger, *, to_the_end: bool) -> ExperimentResult:
+    def _build_result(self, hypothesis: str | None, store: ExperimentStore, *, is_complete: bool) -> ExperimentResult:
         """Build the result of the experiment: the runs of this session in planned order, then those of earlier ones."""
         arms = {
-            plan.run_key: self._arms.get(plan.run_key)
-            or ledger.finished(plan)
-            or not_run(plan, "the experiment was stopped")
+            plan.run_key: self._results.get(plan.run_key)
+            or store.completed_result(plan)
+            or skipped_result(plan, "the experiment was stopped")
             for plan in self.plans
         }
-        arms |= ledger.others(arms)
+        arms |= store.other_results(arms)
         # The conclusion must not depend on which runs were in which session: among equal arms, the first planned wins.
-        planned = [plan.run_key for chain in chains_of(self.config, self.output_dir) for plan in chain]
-        in_order = [arms[key] for key in dict.fromkeys([*planned, *arms]) if key in arms]
+        planned = [plan.run_key for sequence in run_sequences(self.config, self.output_dir) for plan in sequence]
+        ordered = [arms[key] for key in dict.fromkeys([*planned, *arms]) if key in arms]
         success = self.config.success_metric
-        verdict = conclude(summarise(in_order, success), success)
-        ends = {arm.status for arm in in_order}
+        conclusion = conclude(summarise(ordered, success), success)
+        statuses = {arm.status for arm in ordered}
         status: Status = "completed"
-        if self._stopping:
+        if self._is_stopping:
             status = "cancelled"
-        elif "failed" in ends or not to_the_end:
+        elif "failed" in statuses or not is_complete:
             status = "failed"
-        elif "cancelled" in ends:
+        elif "cancelled" in statuses:
             status = "cancelled"
         return ExperimentResult(
             name=self.config.name,
             status=status,
             arms=list(arms.values()),
-            best_arm=verdict.best_arm,
-            best_score=verdict.best_score,
-            conclusion=verdict.conclusion,
+            best_arm=conclusion.best_arm,
+            best_score=conclusion.best_score,
+            conclusion=conclusion.conclusion,
             experiment_id=id_text(self.ctx.ids.get("experiment_id")),
             hypothesis=hypothesis,
         )

@@ -1,4 +1,4 @@
-"""`locked`: a lock on a directory, so that one training at a time uses it.
+"""`lock_folder`: a lock on a directory, so that one training at a time uses it.
 
 The lock is released when its process ends, however that ends; forked children do not inherit it. This module owns the
 ``.lock`` file, which names the process that holds the lock. The file is never removed: otherwise two processes could
@@ -15,64 +15,65 @@ from typing import Final
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
 
-LOCK: Final = ".lock"
+LOCK_FILE: Final = ".lock"
 
-_held: set[int] = set()
+_open_locks: set[int] = set()
 
 
 @contextmanager
-def locked(folder: Path, what: str) -> Generator[None]:
+def lock_folder(folder: Path, description: str) -> Generator[None]:
     """Create the directory if necessary, and lock it until the block ends.
 
     On a file system without locks, a warning is logged and nothing is locked.
 
     Args:
         folder: The directory.
-        what: Name of the directory in error messages: ``the run's directory``.
+        description: Name of the directory in error messages: ``the run's directory``.
 
     Raises:
         TrainingError: From an OSError: the directory is locked by another process, or cannot be written.
     """
-    file = _opened(folder, what)
+    file = _open_lock_file(folder, description)
     try:
-        _lock(file, folder, what)
+        _acquire(file, folder, description)
         try:
             yield
         finally:
-            if file in _held:  # not in a forked child
+            if file in _open_locks:  # not in a forked child
                 with suppress(OSError):
                     os.ftruncate(file, 0)
     finally:
-        if file in _held:
-            _held.discard(file)
+        if file in _open_locks:
+            _open_locks.discard(file)
             os.close(file)
 
 
-def unwritable(folder: Path, what: str, error: OSError | ValueError) -> TrainingError:
+def unwritable_error(folder: Path, description: str, error: OSError | ValueError) -> TrainingError:
     """Return the error for a directory that cannot be written; raise it from ``error``."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return TrainingError(f"{what} {folder} cannot be written: {reason}", fix="choose another output_dir")
+    return TrainingError(f"{description} {folder} cannot be written: {reason}", fix="choose another output_dir")
 
 
-def _opened(folder: Path, what: str) -> int:
+def _open_lock_file(folder: Path, description: str) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
-        raise unwritable(folder, what, error) from error
-    _held.add(file)
+        raise unwritable_error(folder, description, error) from error
+    _open_locks.add(file)
     return file
 
 
-def _lock(file: int, folder: Path, what: str) -> None:
+def _acquire(file: int, folder: Path, description: str) -> None:
     import fcntl  # POSIX only
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
         raise TrainingError(
-            f"{what} {folder} is in use by {holder}", fix="wait until that has ended, or choose another output_dir"
+            f"{description} {folder} is in use by {owner}",
+            fix="wait until that has ended, or choose another output_dir",
         ) from error
     except OSError as error:
         log().warning("folder.not_locked", folder=str(folder), error=str(error))
@@ -84,9 +85,9 @@ def _lock(file: int, folder: Path, what: str) -> None:
 
 def _close_in_child() -> None:
     """Release the locks in a forked child: one that outlives its parent would keep the directory locked."""
-    for file in _held:
+    for file in _open_locks:
         os.close(file)
-    _held.clear()
+    _open_locks.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -27,23 +27,23 @@ from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatc
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
-from evsys_bus.tasks import see_through
+from evsys_bus.location import local_path
+from evsys_bus.tasks import run_to_completion
 from evsys_bus.training.checkpoints import FINAL, Checkpoints
-from evsys_bus.training.error_file import drop_error, keep_error
-from evsys_bus.training.folder_lock import locked, unwritable
+from evsys_bus.training.error_file import remove_error_file, write_error_file
+from evsys_bus.training.folder_lock import lock_folder, unwritable_error
+from evsys_bus.training.isolation import should_propagate
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
-from evsys_bus.training.rows import RowFile
-from evsys_bus.training.walls import passes
-from evsys_bus.where import local_path
+from evsys_bus.training.row_file import RowFile
 
-JOURNAL: Final = "journal"
+JOURNAL_DIR: Final = "journal"
 """Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
 
 
 _CANCELLED: Final = "cancelled"
-_GO_ON: Final = (
+_TRAIN_ON_FIX: Final = (
     'to train on, remove "stopped" from its row in checkpoints.jsonl, and the callback that stops it; a callback that '
-    "only interrupts a run sets state.unfinished = True beside its request_stop"
+    "only interrupts a run sets state.stopped_early = True beside its request_stop"
 )
 
 
@@ -64,7 +64,7 @@ class TrainingLoop:
         steps_per_epoch: Number of steps in one pass over the data; for the manifest.
         resume: Continue the run in the directory from its last full state, or from the start if there is none. A run
             that reached its horizon continues if ``num_steps`` is larger now. A run that a callback stopped for good
-            (`LoopState.request_stop`, and not ``unfinished``) takes no further step, and ends with the same result.
+            (`LoopState.request_stop`, and not ``stopped_early``) takes no further step, and ends with the same result.
 
     Raises:
         TrainingError: Arguments contradict each other, or ``ctx.run_key`` points outside ``ctx.output_dir``.
@@ -115,10 +115,10 @@ class TrainingLoop:
         """Metrics of the last step, including those that hooks added."""
         self.artifacts: LoopArtifacts | None = None
         """What the loop produced, also if it raised; None until it has ended."""
-        self._bus = EventBus(callbacks or (), journal=run_dir / JOURNAL) if bus is None else nullcontext(bus)
+        self._bus = EventBus(callbacks or (), journal=run_dir / JOURNAL_DIR) if bus is None else nullcontext(bus)
         self._faults = FaultLog()
-        self._done = 0  # number of completed steps, and index of the next one
-        self._began = 0.0
+        self._completed_steps = 0  # number of completed steps, and index of the next one
+        self._started_at = 0.0
 
     async def run(self) -> LoopArtifacts:
         """Train to the end, or until a hook requests a stop; can be called once.
@@ -130,12 +130,12 @@ class TrainingLoop:
             TrainingError: The directory cannot be written, is in use, or holds a run and ``resume`` is false.
             BaseException: Raised by the backend or the step builder; re-raised after TrainEnd.
         """
-        if self._began:
+        if self._started_at:
             raise TrainingError("this loop ran already", fix="make a new TrainingLoop, with resume=True to go on")
-        with locked(self.state.output_dir, "the run's directory"):
+        with lock_folder(self.state.output_dir, "the run's directory"):
             self._open_run_dir()
             async with self._bus as bus:
-                return await see_through(self._train(bus), on_cancel=self._cancel)
+                return await run_to_completion(self._train(bus), on_cancel=self._cancel)
 
     def _cancel(self) -> None:
         if not self.state.stop_requested:  # else the run ends after this step anyway, with its own reason
@@ -143,22 +143,22 @@ class TrainingLoop:
 
     async def _train(self, bus: EventBus) -> LoopArtifacts:
         state = self.state
-        self._began = time.monotonic()
+        self._started_at = time.monotonic()
         try:
             if self.resume:
-                await self._go_back()
+                await self._resume()
             bus.publish(TrainStart(state))
-            while self._done < state.num_steps and not state.stop_requested:
-                await self._step(bus, self._done)
-                self._done += 1
+            while self._completed_steps < state.num_steps and not state.stop_requested:
+                await self._run_step(bus, self._completed_steps)
+                self._completed_steps += 1
                 # A backend may never suspend; tasks of hooks and a cancellation get to run here.
                 await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
-            drop_error(state.output_dir)
+            await self._save(bus, FINAL, self._completed_steps - 1, stopped=_stopped_for_good(state))
+            remove_error_file(state.output_dir)
         except BaseException as error:
             state.error = error
-            if not passes(error, cancelled=_being_cancelled()):
-                keep_error(state.output_dir, error)
+            if not should_propagate(error, cancelled=_is_being_cancelled()):
+                write_error_file(state.output_dir, error)
             raise
         finally:
             self.metrics.flush()
@@ -168,29 +168,29 @@ class TrainingLoop:
             bus.publish(TrainEnd(state, self.artifacts))
         return self.artifacts
 
-    async def _step(self, bus: EventBus, step_idx: int) -> None:
+    async def _run_step(self, bus: EventBus, step_idx: int) -> None:
         self.state.step = step_idx
         batch = await self.step_builder.build_batch(step_idx)
         if batch is None or _is_empty(batch):
             self.skipped_steps += 1
             self._faults.warn("step.skipped", "empty", step=step_idx, why="the batch is empty")
         else:
-            metrics = await self._train_on(batch)
+            metrics = await self._train_step(batch)
             # The step is the first key of its row, and overrides a metric of that name.
             self.metrics.append({"step": step_idx} | metrics | {"step": step_idx})
             self.last_metrics = metrics
             bus.publish(StepEnd(self.state, step_idx, batch, metrics))
-        if _due(self.save_every, step_idx):
+        if _is_due(self.save_every, step_idx):
             await self._save(bus, f"step-{step_idx:06d}", step_idx)
         for evaluator in self.evaluators:
-            if _due(evaluator.every, step_idx):
+            if _is_due(evaluator.every, step_idx):
                 await self._evaluate(bus, evaluator, step_idx)
 
-    async def _train_on(self, batch: TrainingBatch) -> dict[str, float]:
-        began = time.perf_counter()
+    async def _train_step(self, batch: TrainingBatch) -> dict[str, float]:
+        started = time.perf_counter()
         metrics = {**batch.metrics, **await self.backend.forward_backward(batch)}
         metrics.update(await self.backend.optim_step() or {})
-        return metrics | {"step_seconds": time.perf_counter() - began}
+        return metrics | {"step_seconds": time.perf_counter() - started}
 
     async def _save(self, bus: EventBus, name: str, step_idx: int, stopped: str | None = None) -> None:
         epoch = max(step_idx, 0) // self.steps_per_epoch if self.steps_per_epoch else 0
@@ -198,12 +198,12 @@ class TrainingLoop:
         bus.publish(Checkpoint(self.state, row))
 
     async def _evaluate(self, bus: EventBus, evaluator: Evaluator, step_idx: int) -> None:
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             score = await evaluator.evaluate(self.state)
-            events = list(self._eval_events(evaluator.name, step_idx, score, time.perf_counter() - began))
+            events = list(self._eval_events(evaluator.name, step_idx, score, time.perf_counter() - started))
         except BaseException as error:
-            if passes(error, cancelled=_being_cancelled()):
+            if should_propagate(error, cancelled=_is_being_cancelled()):
                 raise
             self.failed_evals[evaluator.name] += 1
             self._faults.warn("evaluator.failed", evaluator.name, error=error, evaluator=evaluator.name, step=step_idx)
@@ -223,17 +223,19 @@ class TrainingLoop:
         assert self.state.ctx is not None
         yield BenchmarkEval(self.state.ctx, result, predictions, step=step_idx)
 
-    async def _go_back(self) -> None:
+    async def _resume(self) -> None:
         """Load the last full state, and remove the metrics of later steps, which will run again."""
-        self._done = self.state.step = first = await self.checkpoints.resume()
-        cut = self.metrics.keep(lambda row: isinstance(row.get("step"), int) and row["step"] < first)
+        self._completed_steps = self.state.step = first_step = await self.checkpoints.resume()
+        removed = self.metrics.retain(lambda row: isinstance(row.get("step"), int) and row["step"] < first_step)
         for row in self.metrics.rows():
             self.last_metrics = row
         run, stopped = self.state.ctx and self.state.ctx.run_key, self.checkpoints.stopped
-        log().info("training.resumed", run=run, first_step=first, rows_cut=cut)
+        log().info("training.resumed", run=run, first_step=first_step, rows_cut=removed)
         if stopped is not None:
             self.state.request_stop(stopped)
-            log().warning("training.stopped_earlier", run=run, after_step=first - 1, why=stopped, fix=_GO_ON)
+            log().warning(
+                "training.stopped_earlier", run=run, after_step=first_step - 1, why=stopped, fix=_TRAIN_ON_FIX
+            )
 
     def _open_run_dir(self) -> None:
         run_dir = self.state.output_dir
@@ -244,7 +246,7 @@ class TrainingLoop:
         try:
             self.metrics.path.touch()
         except OSError as error:
-            raise unwritable(run_dir, "the run's directory", error) from error
+            raise unwritable_error(run_dir, "the run's directory", error) from error
 
     def _artifacts(self) -> LoopArtifacts:
         return LoopArtifacts(
@@ -252,18 +254,18 @@ class TrainingLoop:
             manifest_path=str(self.checkpoints.manifest),
             checkpoints=list(self.checkpoints.rows),
             total_requested_steps=self.state.num_steps,
-            train_seconds=time.monotonic() - self._began,
+            train_seconds=time.monotonic() - self._started_at,
         )
 
 
 def _stopped_for_good(state: LoopState) -> str | None:
     """Return the reason if a hook ended the run for good; None if a resume should continue it."""
-    if not state.stop_requested or state.unfinished or state.stop_reason == _CANCELLED:
+    if not state.stop_requested or state.stopped_early or state.stop_reason == _CANCELLED:
         return None
     return str(state.stop_reason or "a callback asked for it")
 
 
-def _due(every: int, step_idx: int) -> bool:
+def _is_due(every: int, step_idx: int) -> bool:
     return every > 0 and (step_idx + 1) % every == 0
 
 
@@ -272,7 +274,7 @@ def _is_empty(batch: TrainingBatch) -> bool:
     return hasattr(batch.data, "__len__") and len(batch.data) == 0
 
 
-def _being_cancelled() -> bool:
+def _is_being_cancelled() -> bool:
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 

@@ -12,16 +12,16 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.errors import ConfigError, Where, did_you_mean
+from evsys_bus.config.arms import expand_arms, expand_seeds
+from evsys_bus.config.experiment import ExperimentConfig, Params
+from evsys_bus.errors import ConfigError, Location, did_you_mean
 from evsys_bus.training.protocols import Backend, Evaluator, Scorer, StepBuilder
-from evsys_bus.wiring.arms import arms_of, seeds_of
-from evsys_bus.wiring.experiment import ExperimentConfig, Params
 
 _MAX_NAME_CHARS: Final = 60
 """Of one name within a run key; a character may take four bytes, and a file name may have 255 bytes."""
 _MAX_KEY_BYTES: Final = 200
 """Of a whole run key; names derived from it (files, locks, topics) are longer, and may have 255 bytes."""
-_STRANGE: Final = re.compile(r"[^\w=,.+@-]+")
+_UNSAFE: Final = re.compile(r"[^\w=,.+@-]+")
 
 
 class RunPlan(msgspec.Struct, frozen=True):
@@ -47,7 +47,7 @@ class RunPlan(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunParts:
+class RunComponents:
     """The parts of one run, returned by a recipe."""
 
     backend: Backend
@@ -64,11 +64,11 @@ class RunParts:
     """Awaited when the run has ended, however it ended."""
 
 
-RecipeFunction = Callable[[Any, RunPlan], RunParts | Awaitable[RunParts]]
+RecipeFunction = Callable[[Any, RunPlan], RunComponents | Awaitable[RunComponents]]
 """``recipe(params, run)``; ``params`` has the annotated type of the first parameter, else it is a dict."""
 
 
-def chains_of(
+def run_sequences(
     config: ExperimentConfig,
     output_dir: Path,
     *,
@@ -82,32 +82,32 @@ def chains_of(
     Raises:
         ConfigError: The experiment does not have a requested arm or seed.
     """
-    arms, seeds = arms_of(config), seeds_of(config)
+    arms, seeds = expand_arms(config), expand_seeds(config)
     _check_known("arm", only_arms, [arm.name for arm in arms])
     _check_known("seed", only_seeds, seeds)
     stages = [(stage.name, stage.params) for stage in config.continual] or [(None, Params())]
-    chains: list[list[RunPlan]] = []
+    sequences: list[list[RunPlan]] = []
     keys: set[str] = set()
     for arm in arms:
         for seed in seeds:
-            chain: list[RunPlan] = []
+            sequence: list[RunPlan] = []
             for stage, params in stages:
                 key = _run_key(arm.name, seed, stage, keys)
                 group = stage if stage is not None else arm.name if len(seeds) > 1 else None
-                chain.append(RunPlan(arm.name, key, seed, stage, group, output_dir / key, {**arm.params, **params}))
+                sequence.append(RunPlan(arm.name, key, seed, stage, group, output_dir / key, {**arm.params, **params}))
             if (only_arms is None or arm.name in only_arms) and (only_seeds is None or seed in only_seeds):
-                chains.append(chain)
-    return chains
+                sequences.append(sequence)
+    return sequences
 
 
-def folder_name(text: str) -> str:
+def safe_folder_name(text: str) -> str:
     """Convert text to a safe name of one directory; a changed name gets a hash, so that different texts differ."""
-    plain = _STRANGE.sub("-", text).strip(".-")[:_MAX_NAME_CHARS].rstrip(".-")
+    plain = _UNSAFE.sub("-", text).strip(".-")[:_MAX_NAME_CHARS].rstrip(".-")
     return plain if plain and plain == text else f"{plain}-{_digest(text)}".lstrip("-")
 
 
 def _run_key(arm: str, seed: int, stage: str | None, taken: set[str]) -> str:
-    parts = [folder_name(arm), f"s{seed}", *([] if stage is None else [folder_name(stage)])]
+    parts = [safe_folder_name(arm), f"s{seed}", *([] if stage is None else [safe_folder_name(stage)])]
     key = "-".join(parts)
     digest = _digest(f"{arm}/{seed}/{stage}")
     if key.casefold() in taken:  # some file systems are case-insensitive
@@ -123,8 +123,8 @@ def _digest(text: str) -> str:
     return hashlib.blake2s(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
-def _check_known(what: str, wanted: Collection[object] | None, known: Sequence[object]) -> None:
-    for each in wanted or ():
+def _check_known(what: str, requested: Collection[object] | None, known: Sequence[object]) -> None:
+    for each in requested or ():
         if each not in known:
             hint = did_you_mean(str(each), map(str, known))
-            raise ConfigError(f"the experiment has no {what} {each!r}", where=Where("$"), fix=hint)
+            raise ConfigError(f"the experiment has no {what} {each!r}", where=Location("$"), fix=hint)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from evsys_adapters.checkpoint_prune import CheckpointPrune
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.events import CheckpointPruned
-from evsys_adapters.checkpoints.retention import Best, Keep, prunable
+from evsys_adapters.checkpoints.retention import BestCheckpoints, RetentionRules, prunable
 from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
@@ -25,10 +25,10 @@ from evsys_bus import (
     TrainEnd,
 )
 from evsys_bus.codec import decode, encode
+from evsys_bus.config import Registry, build_callbacks
 from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.errors import RetryLaterError, WrongParamError
 from evsys_bus.testing import conformance
-from evsys_bus.wiring import Registry, build_callbacks
 from support.journals import read_events
 
 STREAM = "r0-20260131T120000-aaaaaaaa"
@@ -258,10 +258,10 @@ rows = st.lists(st.integers(0, 30), unique=True, max_size=12).map(
     lambda batches: [ManifestRow(f"{batch}", batch=batch) for batch in batches]
 )
 keeps = st.builds(
-    Keep,
+    RetentionRules,
     keep_last=st.none() | st.integers(1, 4),
     keep_every=st.none() | st.integers(1, 5),
-    keep_best=st.none() | st.builds(Best, metric=st.just("m"), mode=st.sampled_from(["max", "min"])),
+    keep_best=st.none() | st.builds(BestCheckpoints, metric=st.just("m"), mode=st.sampled_from(["max", "min"])),
 )
 
 

@@ -14,9 +14,9 @@ import pytest
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
-from evsys_adapters.checkpoints.manifest import checkpoint_folder, component, inside
-from evsys_adapters.checkpoints.places import Places, url_for
+from evsys_adapters.checkpoints.manifest import checkpoint_folder, component, safe_relative_path
 from evsys_adapters.checkpoints.spool import Spool
+from evsys_adapters.checkpoints.stores import StorePool, url_for
 from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
@@ -30,9 +30,9 @@ from evsys_bus import (
     TrainingBatch,
 )
 from evsys_bus.codec import decode, encode
+from evsys_bus.config import Registry, build_callbacks
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, WrongParamError
 from evsys_bus.testing import conformance
-from evsys_bus.wiring import Registry, build_callbacks
 from support.journals import read_events
 
 
@@ -93,8 +93,8 @@ class Upload:
             await self.courier.sink.close()
 
     async def destination(self):
-        places = Places(self.inline.config.reach)
-        place = await places.place(self.url)
+        places = StorePool(self.inline.config.store_options)
+        place = await places.get(self.url)
         return Destination(place.store, place.prefix, "low")
 
 
@@ -151,7 +151,7 @@ async def test_a_checkpoint_is_uploaded_with_its_manifest_and_latest_names_it(tm
     [uploaded] = upload.courier.events
     assert (uploaded.run, uploaded.checkpoint, uploaded.files, uploaded.bytes) == ("low", "step-000009", 2, 12)
     assert uploaded.url == f"{url}/low/step-000009"
-    assert upload.spool.waiting() == []
+    assert upload.spool.pending() == []
     await destination.store.close()
 
 
@@ -174,7 +174,7 @@ async def test_the_trainer_may_remove_its_own_files_as_soon_as_publish_has_retur
 async def test_the_spool_takes_no_room_but_that_of_links(upload):
     row = upload.save()
     upload.announce(row)
-    [waiting] = upload.spool.waiting()
+    [waiting] = upload.spool.pending()
     assert (waiting.folder / "state/step-000009.state").samefile(row.state_path)
 
 
@@ -194,7 +194,7 @@ async def test_a_hook_that_comes_late_leaves_nothing_in_the_spool(upload):
     [done] = upload.spool.folder.glob("*.done.json")
     await asyncio.to_thread(done.rename, f"{done}.hidden")
     upload.announce(row)
-    assert len(upload.spool.waiting()) == 1
+    assert len(upload.spool.pending()) == 1
     await asyncio.to_thread(Path(f"{done}.hidden").rename, done)
     upload.announce(row)
     assert list(upload.spool.folder.glob("*@????????")) == []
@@ -396,7 +396,7 @@ def test_two_names_that_look_alike_in_a_path_are_told_apart():
     "name", ["../x", "/x", "a//b", "a/../b", ".", "", "a\\b", "C:x", "a\0", "a/" + "n" * 256, "a\n"]
 )
 def test_no_name_of_a_manifest_leads_out_of_its_folder(name):
-    assert inside(name) is None
+    assert safe_relative_path(name) is None
 
 
 def test_links_in_a_checkpoint_are_followed_and_circles_are_not(upload, tmp_path):
@@ -408,7 +408,7 @@ def test_links_in_a_checkpoint_are_followed_and_circles_are_not(upload, tmp_path
     (root / "same").symlink_to(root / "sub")
     upload.announce(ManifestRow("a", batch=1, state_path=str(root)))
     (tmp_path / "blob").unlink()
-    [waiting] = upload.spool.waiting()
+    [waiting] = upload.spool.pending()
     assert names(waiting.folder) == ["entry.json", "state/saved/model.bin"]
     assert (waiting.folder / "state/saved/model.bin").read_bytes() == b"blob"
 
@@ -451,8 +451,8 @@ async def test_a_crash_after_any_step_is_made_good(upload, tmp_path):
             path.unlink()
         await upload.deliver(envelope)
         assert names(bucket) == expected
-        assert upload.spool.waiting() == []
-        assert len(upload.spool.done(row)) == 1
+        assert upload.spool.pending() == []
+        assert len(upload.spool.uploaded(row)) == 1
         assert len(await fetched(upload, "step-000009")) == 2
 
 
@@ -520,7 +520,7 @@ def test_checkpoints_of_a_state_of_any_class_are_linked_below_its_folder(tmp_pat
     model.write_bytes(b"w")
     callback = CheckpointUploadCallback("file:///archive")
     callback.on_checkpoint(SimpleNamespace(output_dir="~/runs/a"), ManifestRow("a", batch=1, state_path=str(model)))
-    [waiting] = Spool.of(tmp_path / "runs/a", "file:///archive").waiting()
+    [waiting] = Spool.of(tmp_path / "runs/a", "file:///archive").pending()
     assert waiting.entry.row.name == "a"
 
 
@@ -540,9 +540,9 @@ def test_what_cannot_be_linked_is_copied_and_that_is_told(upload, tmp_path, capl
         upload.announce(ManifestRow("a", batch=1, state_path=str(other)))
     finally:
         other.unlink()
-    [waiting] = upload.spool.waiting()
+    [waiting] = upload.spool.pending()
     assert (waiting.folder / waiting.entry.state).read_bytes() == b"far away"
-    assert waiting.rewritten() is None
+    assert waiting.changed_file() is None
     assert "checkpoint.copied" in caplog.text
 
 
@@ -551,7 +551,7 @@ PUBLISH = """
     from pathlib import Path
     from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
     from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, RunStart
-    from evsys_bus.wiring import Registry, build_callbacks
+    from evsys_bus.config import Registry, build_callbacks
 
     folder, url, wait = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     registry = Registry(entry_points=lambda: ())
@@ -635,4 +635,4 @@ async def test_the_loop_steps_on_while_200_megabytes_go_out_and_the_trainer_remo
         each for each in read_events(tmp_path / "sweep/journal", family="c") if isinstance(each, CheckpointUploaded)
     ]
     assert (uploaded.checkpoint, uploaded.bytes) == ("big-000009", 200 << 20)
-    assert Spool.of(state.output_dir, url).waiting() == []
+    assert Spool.of(state.output_dir, url).pending() == []

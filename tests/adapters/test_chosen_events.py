@@ -3,8 +3,8 @@
 import asyncio
 
 from evsys_bus import Callback, Envelope, Eval, LoopState, StepEnd, TrainingBatch
-from evsys_bus.cli.chosen_events import ChosenEvents
-from evsys_bus.delivery.receiver import Taken
+from evsys_bus.cli.filtered_receiver import FilteredReceiver
+from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.sink import Sink
 
 
@@ -34,29 +34,29 @@ class Slow(Sink):
             return len(batch)
 
 
-async def cut_off(events: ChosenEvents, sink: Slow, given: list[Envelope]) -> Taken | None:
+async def cut_off(events: FilteredReceiver, sink: Slow, given: list[Envelope]) -> BatchResult | None:
     await events.open(lambda _: None)
-    taking = asyncio.ensure_future(events.take(given, [1] * len(given)))
+    taking = asyncio.ensure_future(events.deliver(given, [1] * len(given)))
     await sink.begun.wait()
     taking.cancel()
     await asyncio.wait([taking])
-    known = events.interrupted()
+    known = events.interrupted_result()
     await events.close()
     return known
 
 
 async def test_of_a_batch_that_was_cut_off_what_the_sink_took_is_counted_and_what_stood_between():
     sink = Slow(finishes=True)
-    events = ChosenEvents(sink, types=frozenset({"eval"}))
-    assert await cut_off(events, sink, batch(StepEnd, Eval, StepEnd, Eval, StepEnd)) == Taken(5)
-    assert (dict(events.sent), events.passed_over, events.last) == ({"eval": 2}, 3, {"r0-x": 5})
+    events = FilteredReceiver(sink, types=frozenset({"eval"}))
+    assert await cut_off(events, sink, batch(StepEnd, Eval, StepEnd, Eval, StepEnd)) == BatchResult(5)
+    assert (dict(events.sent), events.skipped, events.last_sequences) == ({"eval": 2}, 3, {"r0-x": 5})
 
 
 async def test_of_a_write_that_was_cut_off_nothing_is_counted():
     sink = Slow(finishes=False)
-    events = ChosenEvents(sink, types=frozenset({"eval"}))
+    events = FilteredReceiver(sink, types=frozenset({"eval"}))
     assert await cut_off(events, sink, batch(StepEnd, Eval)) is None
-    assert (dict(events.sent), events.seen) == ({}, 0)
+    assert (dict(events.sent), events.processed) == ({}, 0)
 
 
 async def test_a_wait_for_the_next_event_that_was_cut_off_counts_no_event_twice():
@@ -65,14 +65,14 @@ async def test_a_wait_for_the_next_event_that_was_cut_off_counts_no_event_twice(
             pass
 
     clock = [0.0]
-    events = ChosenEvents(Sees(), speed=1.0, monotonic=lambda: clock[0])
+    events = FilteredReceiver(Sees(), speed=1.0, monotonic=lambda: clock[0])
     await events.open(lambda _: None)
     first, second = batch(StepEnd), [Envelope("r0-x", 2, 99.0, batch(StepEnd)[0].event, "run")]
-    assert await events.take(first, [1]) == Taken(1)
-    taking = asyncio.ensure_future(events.take(second, [1]))
-    while not events.waiting:
+    assert await events.deliver(first, [1]) == BatchResult(1)
+    taking = asyncio.ensure_future(events.deliver(second, [1]))
+    while not events.is_waiting:
         await asyncio.sleep(0)
     taking.cancel()
     await asyncio.wait([taking])
-    assert (events.interrupted(), events.seen) == (None, 1)
+    assert (events.interrupted_result(), events.processed) == (None, 1)
     await events.close()

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from evsys_adapters import _csv_table
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_bus.callback import check_hooks, dispatch
+from evsys_bus.config import build_callbacks
 from evsys_bus.context import (
     DetachedLoopState,
     ExperimentResult,
@@ -29,7 +30,6 @@ from evsys_bus.context import (
 from evsys_bus.errors import WrongParamError
 from evsys_bus.files import use_disk
 from evsys_bus.testing import SimulatedDisk
-from evsys_bus.wiring import build_callbacks
 from support.steps import state_of
 
 

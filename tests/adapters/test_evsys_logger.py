@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from evsys_adapters import EvsysLoggerCallback
-from evsys_adapters.evsys_api.creation import Creation
+from evsys_adapters.evsys_api.creation import ServerObjectCreator
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, Gateway
 from evsys_bus import (
@@ -48,7 +48,7 @@ from evsys_bus.errors import ConfigError
 from evsys_bus.events import Eval
 from evsys_bus.journal import layout
 from evsys_bus.testing import conformance
-from evsys_bus.training.plan import RunParts
+from evsys_bus.training.plan import RunComponents
 from support import evsys_server as evsys
 from support.journals import read_envelopes
 from support.programs import EVSYS_BUS
@@ -154,7 +154,7 @@ CONFIG = {
 
 
 def recipe(params, run):
-    return RunParts(
+    return RunComponents(
         backend=Model(params, run.seed, run.run_dir),
         step_builder=Batches(),
         num_steps=6,
@@ -309,7 +309,7 @@ def test_ids_are_there_on_the_spot_and_later_hooks_parent_what_they_make_by_them
     assert run.ids.keys() == {"experiment_id", "group:arm", "run_id"}
     assert run.ids["experiment_id"] == experiment.ids["experiment_id"]
     assert "run_id" not in experiment.ids
-    assert not server.asked
+    assert not server.request_count
 
 
 def test_a_resumed_run_has_the_ids_that_it_had_and_another_run_has_others(tmp_path, server):
@@ -545,7 +545,7 @@ def test_with_another_journal_or_a_lost_cursor_what_is_there_is_found_and_nothin
         with EventBus([EvsysLoggerCallback()], journal=tmp_path / f"journal-{attempt // 2}") as bus:
             if attempt != 1:
                 whole(bus, ctx)
-        Path(layout.cursor_file(str(tmp_path / "journal-0"), "evsys_logger")).unlink(missing_ok=attempt == 2)
+        Path(layout.cursor_path(str(tmp_path / "journal-0"), "evsys_logger")).unlink(missing_ok=attempt == 2)
     counts = {name: len(rows) for name, rows in server.tables.items()}
     assert counts == {"experiments": 1, "groups": 1, "runs": 1, "evals": 2}
     assert (len(server.predictions), len(server.checkpoints)) == (6, 1)
@@ -578,7 +578,7 @@ def test_without_a_key_it_is_parked_with_the_fix_in_second_1_and_sync_sends_ever
     [delivery] = bus.receipt.deliveries
     assert (delivery.state, delivery.delivered, delivery.pending) == ("parked", 0, 5)
     assert "set EVSYS_API_KEY" in delivery.fix
-    assert not server.asked
+    assert not server.request_count
     monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
     sync(tmp_path / "journal")
     assert [row["value"] for row in server.metrics] == [0.0, 0.5, 1.0]
@@ -604,7 +604,7 @@ def test_offline_sends_nothing_and_owes_nothing_and_replay_sends_it_one_day(tmp_
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal") as bus:
         train(bus, LoopState(0, 3, tmp_path / "run"))
     [delivery] = bus.receipt.deliveries
-    assert (delivery.complete, delivery.owed, server.asked) == (True, 0, 0)
+    assert (delivery.complete, delivery.owed, server.request_count) == (True, 0, 0)
     monkeypatch.delenv("EVSYS_OFFLINE")
     monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
     command = [
@@ -642,7 +642,7 @@ def test_params_go_before_the_environment_and_the_key_is_no_param(tmp_path, serv
 
 
 def test_sync_from_a_shell_that_names_no_server_goes_to_the_one_that_was_used(tmp_path, server, monkeypatch):
-    server.fault = lambda op, args: evsys.answer(503)
+    server.fault = lambda op, args: evsys.error_response(503)
     monkeypatch.setenv("EVSYS_PROJECT_ID", "p-of-the-program")
     # The courier is ended as it starts: what `sync` needs must be on disk without it.
     with EventBus([EvsysLoggerCallback()], journal=tmp_path / "journal", linger_seconds=0, drain_timeout=0) as bus:
@@ -707,14 +707,14 @@ def test_a_key_that_cannot_be_one_is_parked_and_not_shown(tmp_path, server, monk
 
 async def test_where_more_has_ended_than_is_kept_the_oldest_are_looked_up_when_they_go_on(tmp_path, server):
     gateway = Gateway(EvsysLoggerConfig(), server.url)
-    creation = Creation(gateway.call, FaultLog(), most_ended=2)
+    creation = ServerObjectCreator(gateway.call, FaultLog(), max_ended=2)
     for key in (*(f"run-{n}" for n in range(9)), "run-0", "run-8", "run-9"):
         ctx = LogContext(tmp_path / "exp", run_key=key)
         EvsysLoggerCallback().on_run_start(ctx)
         run = creation.run_of(ctx, Envelope("r0-x", 1, time.time(), RunStart(ctx), key))
-        await creation.run(run, ctx, None)
+        await creation.ensure_run(run, ctx, None)
         run.ended = True
-        creation.forgets()
+        creation.prune()
     await gateway.close()
     assert len(server.tables["runs"]) == 10
     assert len(server.tables["experiments"]) == 1

@@ -36,13 +36,13 @@ from evsys_bus import (
     build_callbacks,
 )
 from evsys_bus.context import LoopArtifacts
-from evsys_bus.delivery.batches import SinkReceiver
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Terms
-from evsys_bus.delivery.states import read_state
+from evsys_bus.delivery.sink_receiver import SinkReceiver
+from evsys_bus.delivery.status_files import read_status
+from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.events import Eval
 from evsys_bus.journal import OsDisk, layout
-from evsys_bus.tasks import run_alone
+from evsys_bus.tasks import run_in_new_loop
 from support import evsys_server as evsys
 from support.files import read_json_lines
 
@@ -115,7 +115,7 @@ class Delivery:
         self.pauses = []
         self.sink = EvsysSink(**params)
         self.receiver = SinkReceiver(self.sink, sleep=self.sleep)
-        self.courier = Courier(journal, "evsys_logger", self.receiver, Terms(), poll_seconds=0.001)
+        self.courier = Courier(journal, "evsys_logger", self.receiver, DeliveryPolicy(), poll_seconds=0.001)
         self.sink.evsys_attached = self.courier
 
     async def sleep(self, seconds):
@@ -124,7 +124,7 @@ class Delivery:
 
     def run(self):
         self.courier.finish()
-        run_alone(self.courier.run)
+        run_in_new_loop(self.courier.run)
         return self.courier.counts
 
 
@@ -141,11 +141,11 @@ def once_each(answer):
 
 
 FAULTS = {
-    "500": lambda: evsys.answer(500),
-    "503": lambda: evsys.answer(503, Retry_After="0"),
-    "502 of a proxy": lambda: evsys.html(502),
-    "408": lambda: evsys.answer(408),
-    "a login page": lambda: evsys.html(200),
+    "500": lambda: evsys.error_response(500),
+    "503": lambda: evsys.error_response(503, Retry_After="0"),
+    "502 of a proxy": lambda: evsys.html_response(502),
+    "408": lambda: evsys.error_response(408),
+    "a login page": lambda: evsys.html_response(200),
     "an empty answer": lambda: JSONResponse({}),
     "a list": lambda: JSONResponse([1, 2]),
     "an id that is none": lambda: JSONResponse({"result": {"id": None}}),
@@ -272,7 +272,7 @@ def test_retry_after_is_heeded_by_every_request(tmp_path, server):
 
     def busy(op, args):
         asked.append(time.monotonic())
-        return evsys.answer(429, Retry_After="1") if len(asked) == 5 else None
+        return evsys.error_response(429, Retry_After="1") if len(asked) == 5 else None
 
     server.fault = busy
     delivery = Delivery(journal, in_flight=1)
@@ -286,7 +286,7 @@ def test_retry_after_is_heeded_by_every_request(tmp_path, server):
 def test_a_date_as_retry_after_is_understood(tmp_path, server):
     from email.utils import formatdate
 
-    once = once_each(lambda: evsys.answer(503, Retry_After=formatdate(time.time() + 2, usegmt=True)))
+    once = once_each(lambda: evsys.error_response(503, Retry_After=formatdate(time.time() + 2, usegmt=True)))
     server.fault = lambda op, args: once(op, args) if op == "create_experiment" else None
     delivery = Delivery(record(tmp_path))
     delivery.run()
@@ -301,7 +301,7 @@ def test_a_key_that_is_refused_parks_it_with_the_fix_and_it_goes_on_when_it_is_t
 
     def refuse(op, args):
         asked[op] += 1
-        return evsys.answer(status) if op == "create_run" and asked[op] <= 3 else None
+        return evsys.error_response(status) if op == "create_run" and asked[op] <= 3 else None
 
     server.fault = refuse
     delivery = Delivery(journal)
@@ -322,7 +322,7 @@ def test_a_key_that_becomes_another_is_used_from_then_on(tmp_path, server, monke
         await sleep(seconds)
 
     delivery.receiver = SinkReceiver(delivery.sink, sleep=sleep_and_change)
-    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, Terms())
+    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, DeliveryPolicy())
     assert delivery.run().pending == 0
     assert delivery.pauses == [60.0]
     all_there(server)
@@ -352,7 +352,7 @@ def test_a_prediction_that_is_refused_is_a_dead_letter_of_its_event_and_the_othe
     journal = record(tmp_path, predictions=4)
 
     def refuse(op, args):
-        return evsys.answer(status) if op == "add_prediction" and args["task_id"] == "t2" else None
+        return evsys.error_response(status) if op == "add_prediction" and args["task_id"] == "t2" else None
 
     server.fault = refuse
     assert Delivery(journal).run().dead == 4
@@ -369,7 +369,7 @@ def test_one_event_that_is_refused_is_a_dead_letter_with_the_reason_and_no_other
 
     def refuse(op, args):
         wrong = op == "log_metrics" and args["step"] in {1, 4} and args["split"] == "train"
-        return evsys.answer(status) if wrong else None
+        return evsys.error_response(status) if wrong else None
 
     server.fault = refuse
     counts = Delivery(journal).run()
@@ -382,8 +382,8 @@ def test_one_event_that_is_refused_is_a_dead_letter_with_the_reason_and_no_other
 
 def test_while_one_event_is_refused_and_the_server_goes_away_both_come_out_right(tmp_path, server):
     journal = record(tmp_path)
-    once = once_each(lambda: evsys.answer(500))
-    server.fault = lambda op, args: evsys.answer(400) if args.get("step") == 1 else once(op, args)
+    once = once_each(lambda: evsys.error_response(500))
+    server.fault = lambda op, args: evsys.error_response(400) if args.get("step") == 1 else once(op, args)
     counts = Delivery(journal).run()
     assert (counts.dead, counts.pending) == (2, 0)
     server.fault = None
@@ -394,7 +394,7 @@ def test_while_one_event_is_refused_and_the_server_goes_away_both_come_out_right
 
 def test_an_experiment_that_is_refused_leaves_its_runs_without_one(tmp_path, server):
     journal = record(tmp_path)
-    server.fault = lambda op, args: evsys.answer(400) if op == "create_experiment" else None
+    server.fault = lambda op, args: evsys.error_response(400) if op == "create_experiment" else None
     counts = Delivery(journal).run()
     assert counts.dead == 3  # its start, its group and its end
     assert [row.get("experiment_id") for row in server.tables["runs"].values()] == [None, None]
@@ -403,7 +403,7 @@ def test_an_experiment_that_is_refused_leaves_its_runs_without_one(tmp_path, ser
 
 def test_a_run_that_is_refused_takes_its_own_events_with_it_and_no_other_runs(tmp_path, server):
     journal = record(tmp_path)
-    server.fault = lambda op, args: evsys.answer(422) if op == "create_run" and args["seed"] == 0 else None
+    server.fault = lambda op, args: evsys.error_response(422) if op == "create_run" and args["seed"] == 0 else None
     counts = Delivery(journal).run()
     assert counts.pending == 0
     assert counts.dead == len(letters(journal)) == 1 + STEPS + 2 * 3 + 1 + 1
@@ -414,7 +414,7 @@ def test_a_run_that_is_refused_takes_its_own_events_with_it_and_no_other_runs(tm
 
 def test_a_server_without_lists_gets_everything_all_the_same(tmp_path, server, caplog):
     journal = record(tmp_path)
-    server.fault = lambda op, args: evsys.answer(400) if op.startswith(("list_", "get_")) else None
+    server.fault = lambda op, args: evsys.error_response(400) if op.startswith(("list_", "get_")) else None
     assert Delivery(journal).run().dead == 0
     all_there(server)
     assert "evsys.cannot_look_up" in caplog.text
@@ -423,7 +423,7 @@ def test_a_server_without_lists_gets_everything_all_the_same(tmp_path, server, c
 def test_lists_that_say_little_are_completed_one_by_one(tmp_path, server):
     journal = record(tmp_path)
     Delivery(journal).run()
-    Path(layout.cursor_file(str(journal), "evsys_logger")).unlink()
+    Path(layout.cursor_path(str(journal), "evsys_logger")).unlink()
     real = server.carry_out
 
     def short(op, args):
@@ -458,14 +458,14 @@ def test_a_redirect_to_another_host_is_not_given_the_key(tmp_path, server, monke
         states = []
 
         async def sleep(seconds):
-            states.append(read_state(OsDisk(), str(journal), "evsys_logger"))
+            states.append(read_status(OsDisk(), str(journal), "evsys_logger"))
             server.fault = None
             await real(seconds)
 
         delivery.receiver = SinkReceiver(delivery.sink, sleep=sleep)
-        delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, Terms())
+        delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, DeliveryPolicy())
         delivery.run()
-        assert other.asked == 0
+        assert other.request_count == 0
     assert states[0].state == "parked"
     assert f"to {other.url}" in states[0].fix
     assert path in states[0].error
@@ -482,7 +482,7 @@ def test_an_address_without_the_api_is_parked_with_the_fix(tmp_path, server, cap
         await asyncio.sleep(5)
 
     delivery.receiver = SinkReceiver(delivery.sink, sleep=sleep)
-    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, Terms())
+    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, DeliveryPolicy())
     assert delivery.run().pending
     assert delivery.pauses == [60.0]
     assert "answers 404" in caplog.text
@@ -516,7 +516,7 @@ def test_nobody_at_the_address_is_tried_again(tmp_path, server, monkeypatch):
         await real(seconds)
 
     delivery.receiver = SinkReceiver(delivery.sink, sleep=sleep)
-    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, Terms())
+    delivery.courier = Courier(journal, "evsys_logger", delivery.receiver, DeliveryPolicy())
     try:
         assert delivery.run().pending == 0
         all_there(late)

@@ -10,8 +10,8 @@ import pytest
 
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import Latest, Manifest, StoredFile
-from evsys_adapters.checkpoints.places import Places, Reach
-from evsys_adapters.checkpoints.restore import choose, newest_state
+from evsys_adapters.checkpoints.restore import choose_checkpoint, newest_state
+from evsys_adapters.checkpoints.stores import StoreOptions, StorePool
 from evsys_bus import ManifestRow
 from evsys_bus.errors import ParkedError, RetryLaterError
 from tests.adapters.test_checkpoint_upload import Upload
@@ -24,11 +24,14 @@ THIRD = "r0-000003-20250101T000000-cccccccc"
 @pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.servers)])
 async def destination(request, tmp_path):
     if request.param == "file":
-        places, url = Places(Reach()), f"file://{tmp_path}/bucket"
+        places, url = StorePool(StoreOptions()), f"file://{tmp_path}/bucket"
     else:
         name, reach = request.getfixturevalue("s3_bucket")
-        places, url = Places(Reach(reach["endpoint"], reach["region"], reach["path_style"])), f"s3://{name}/prefix"
-    place = await places.place(url)
+        places, url = (
+            StorePool(StoreOptions(reach["endpoint"], reach["region"], reach["path_style"])),
+            f"s3://{name}/prefix",
+        )
+    place = await places.get(url)
     yield Destination(place.store, place.prefix, "low")
     await places.close()
 
@@ -43,7 +46,7 @@ async def newest(destination):
     """By `latest`, by what fetch and resume choose, and by the manifests, which all say the same."""
     again = Destination(destination.store, destination.run_key.removesuffix("/low").removesuffix("low"), "low")
     latest = (await again.latest()).checkpoint
-    assert (await choose(again, None)).row.name == latest
+    assert (await choose_checkpoint(again, None)).row.name == latest
     assert (await newest_state(again)).row.name == latest
     assert (await again.manifests())[-1].row.name == latest
     return latest
@@ -91,7 +94,7 @@ async def test_what_a_machine_sends_late_that_was_gone_on_without_is_older(desti
 async def test_a_run_that_went_back_to_a_checkpoint_it_has_fetched_is_newer(destination):
     first = await destination.publish(manifest(9, FIRST, 1, origin="here"))
     await destination.publish(manifest(99, FIRST, 2, origin="here"))
-    await destination.publish(manifest(14, THIRD, 1, origin="there"), follows=first.life)
+    await destination.publish(manifest(14, THIRD, 1, origin="there"), resumed_from=first.generation)
     assert await newest(destination) == "step-000014"
 
 
@@ -122,7 +125,7 @@ async def test_a_damaged_latest_is_made_anew_of_the_manifests(destination, conte
         await destination.store.delete(key)
     else:
         await destination.store.put_bytes(key, content, replace=True)
-    assert (await choose(destination, None)).row.batch == 19
+    assert (await choose_checkpoint(destination, None)).row.batch == 19
     assert (await newest_state(destination)).row.batch == 19
     await destination.publish(manifest(14, FIRST, 2))  # late
     assert await newest(destination) == "step-000019"
@@ -150,7 +153,7 @@ async def test_uploaders_at_the_same_time_never_set_latest_back(destination):
             group.start_soon(upload, stream, 10 * (3 - number))
     assert await newest(destination) == "step-000013"
     latest = await destination.latest()
-    assert {stream: life.number for stream, life in latest.lives.items()} == {FIRST: 1, SECOND: 2, THIRD: 3}
+    assert {stream: life.number for stream, life in latest.generations.items()} == {FIRST: 1, SECOND: 2, THIRD: 3}
 
 
 async def test_a_store_that_replaces_without_looking_is_looked_at_afterwards(tmp_path):
@@ -176,8 +179,8 @@ async def test_a_store_that_replaces_without_looking_is_looked_at_afterwards(tmp
                 await self.store.put_bytes(key, changed, replace=True)
             return changed is None
 
-    places = Places(Reach())
-    place = await places.place(f"file://{tmp_path}/bucket")
+    places = StorePool(StoreOptions())
+    place = await places.get(f"file://{tmp_path}/bucket")
     other = Destination(place.store, place.prefix, "low")
     await other.publish(manifest(1, FIRST))
     faster = partial(other.publish, manifest(29, SECOND))
@@ -196,8 +199,8 @@ async def test_who_may_not_list_goes_by_latest(tmp_path):
         async def names(self, prefix):
             raise ParkedError("not yours to list", fix="ask")
 
-    places = Places(Reach())
-    place = await places.place(f"file://{tmp_path}/bucket")
+    places = StorePool(StoreOptions())
+    place = await places.get(f"file://{tmp_path}/bucket")
     destination = Destination(Unlisted(place.store), place.prefix, "low")
     for number, stream in enumerate((FIRST, SECOND)):
         await destination.publish(manifest(number, stream))
@@ -221,7 +224,7 @@ async def test_a_late_sync_of_another_machines_journal_leaves_latest(tmp_path):
 
 
 def test_what_latest_says_is_read_by_those_who_do_not_know_lives():
-    told = msgspec.json.decode(msgspec.json.encode(Latest("step-1", FIRST, 3, life=2, batch=1)))
+    told = msgspec.json.decode(msgspec.json.encode(Latest("step-1", FIRST, 3, generation=2, batch=1)))
     assert {name: told[name] for name in ("checkpoint", "stream", "seq", "format")} == {
         "checkpoint": "step-1",
         "stream": FIRST,

@@ -18,7 +18,7 @@ from evsys_adapters.checkpoints import (
     UploadLedger,
     open_store,
 )
-from evsys_adapters.checkpoints.copying import Copy, clear, partial_of
+from evsys_adapters.checkpoints.copying import HashingWriter, partial_of, remove_partials
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
@@ -70,12 +70,12 @@ def told():
 @pytest.mark.asyncio(loop_factories=["asyncio", "uvloop"])
 async def test_a_file_comes_back_as_it_was_and_progress_is_told(store, ledger, file, tmp_path):
     seen, tell = told()
-    stored = await store.put_file("run-1/a b/ü.pt", file, ledger=ledger, told=tell)
+    stored = await store.put_file("run-1/a b/ü.pt", file, ledger=ledger, on_progress=tell)
     assert stored == Stored("run-1/a b/ü.pt", 5 * PART + 17, sha256(file.read_bytes()))
     assert seen == sorted(seen)
     assert seen[-1] == (stored.size, stored.size)
     seen.clear()
-    got = await store.get_file(stored.key, tmp_path / "back" / "weights.pt", stored=stored, told=tell)
+    got = await store.get_file(stored.key, tmp_path / "back" / "weights.pt", stored=stored, on_progress=tell)
     assert got == stored
     assert seen[-1] == (stored.size, stored.size)
     assert (tmp_path / "back" / "weights.pt").read_bytes() == file.read_bytes()
@@ -163,7 +163,7 @@ async def test_an_upload_that_is_cancelled_leaves_nothing_under_the_key_and_goes
     path = tmp_path / "large"
     path.write_bytes(os.urandom(9 << 20))
     with anyio.CancelScope() as scope:
-        await store.put_file("k", path, ledger=ledger, told=lambda done, _: scope.cancel() if done else None)
+        await store.put_file("k", path, ledger=ledger, on_progress=lambda done, _: scope.cancel() if done else None)
     assert scope.cancelled_caught
     assert await store.names("") == []
     assert await store.abort_abandoned("", ledger) == ("folder" in type(store).__name__.lower())
@@ -180,7 +180,7 @@ async def fetched_in_part(store, stored, path):
             stored.key,
             path,
             stored=stored,
-            told=lambda done, size: tell(done, size) or (done > 3 * PART and scope.cancel()),
+            on_progress=lambda done, size: tell(done, size) or (done > 3 * PART and scope.cancel()),
         )
     assert scope.cancelled_caught
     assert not path.exists()
@@ -194,7 +194,7 @@ async def test_a_fetch_that_ended_goes_on_where_it_was(store, ledger, file, tmp_
     (left,) = path.parent.iterdir()
     os.truncate(left, here)
     seen, tell = told()
-    assert await store.get_file("k", path, stored=stored, told=tell) == stored
+    assert await store.get_file("k", path, stored=stored, on_progress=tell) == stored
     assert seen[0] == (here, stored.size)
     assert path.read_bytes() == file.read_bytes()
     assert list(path.parent.iterdir()) == [path]
@@ -238,7 +238,7 @@ async def test_what_is_in_the_way_of_a_copy_is_left_alone(store, ledger, file, t
     assert path.read_bytes() == file.read_bytes()
     assert precious.read_bytes() == b"precious"
     assert set(path.parent.iterdir()) == {path, way}
-    clear(path.parent)
+    remove_partials(path.parent)
     assert way.is_symlink() or way.is_dir()
 
 
@@ -259,14 +259,14 @@ async def test_copies_that_are_under_way_are_not_cleared_and_what_is_left_of_oth
         each.touch()
     with held.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        clear(tmp_path, {kept})
+        remove_partials(tmp_path, {kept})
     assert set((tmp_path / "deep").iterdir()) == {kept, held, odd}
 
 
 async def test_a_piece_that_was_taken_in_part_is_in_the_copy_once(tmp_path):
     whole = os.urandom(300_000)
     with (tmp_path / "copy").open("w+b") as file:
-        copy = Copy(file.fileno(), tmp_path)
+        copy = HashingWriter(file.fileno(), tmp_path)
         copy.add(whole[:100_000])
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
@@ -279,7 +279,7 @@ async def test_a_piece_that_was_taken_in_part_is_in_the_copy_once(tmp_path):
         copy.add(whole[200_000:])
         copy.finish()
     assert (tmp_path / "copy").read_bytes() == whole
-    assert copy.stored("k") == Stored("k", len(whole), sha256(whole))
+    assert copy.as_stored("k") == Stored("k", len(whole), sha256(whole))
 
 
 async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, ledger, tmp_path):
@@ -287,7 +287,9 @@ async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, le
         path = tmp_path / name
         path.write_bytes(os.urandom(9 << 20))
         with anyio.CancelScope() as scope:
-            await store.put_file(f"run/{name}", path, ledger=ledger, told=lambda done, _: scope.cancel() if done else 0)
+            await store.put_file(
+                f"run/{name}", path, ledger=ledger, on_progress=lambda done, _: scope.cancel() if done else 0
+            )
         assert scope.cancelled_caught
     (tmp_path / "gone").unlink()
     (tmp_path / "changed").write_bytes(b"x")
@@ -329,21 +331,21 @@ async def test_what_names_no_store_is_a_config_error():
 
 
 async def test_a_torn_ledger_forgets_a_part_and_an_unreadable_one_the_upload(tmp_path, caplog):
-    from evsys_adapters.checkpoints.ledger import Part, Plan, Source
+    from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadPlan
 
     ledger = UploadLedger(tmp_path / "uploads")
-    plan = Plan("here", "k", "/x", Source(1, 2, 3), upload="u")
+    plan = UploadPlan("here", "k", "/x", FileIdentity(1, 2, 3), upload_id="u")
     assert ledger.find("here", "k") is None
     ledger.begin(plan)
     for number in (1, 2):
-        ledger.finished(plan, Part(number, "tag"))
+        ledger.add_part(plan, UploadedPart(number, "tag"))
     (path,) = (tmp_path / "uploads").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole[:-3])
-    ledger.finished(plan, Part(3, "tag"))
-    assert ledger.find("here", "k") == (plan, {1: Part(1, "tag"), 3: Part(3, "tag")})
+    ledger.add_part(plan, UploadedPart(3, "tag"))
+    assert ledger.find("here", "k") == (plan, {1: UploadedPart(1, "tag"), 3: UploadedPart(3, "tag")})
     assert ledger.find("elsewhere", "k") is None
-    assert [each.key for each in ledger.under("here", "")] == ["k"]
+    assert [each.key for each in ledger.uploads_under("here", "")] == ["k"]
     path.write_bytes(whole[:20])
     assert ledger.find("here", "k") is None
     assert "file.damaged" in caplog.text

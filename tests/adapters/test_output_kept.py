@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from evsys_bus.adapter import EventInfo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from evsys_adapters._output_claim import OutputClaim, writer_of
+from evsys_adapters._output_lease import OutputLease, writer_of
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._wandb_records import Records
 from evsys_adapters.csv_metrics import CsvMetricsCallback
@@ -26,17 +27,16 @@ from evsys_adapters.local_logger import LocalLoggerCallback
 from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
 from evsys_adapters.wandb_logger import WandbLoggerCallback
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainEnd, TrainingBatch, TrainStart
-from evsys_bus.attached import EventInfo
 from evsys_bus.codec import encode
 from evsys_bus.context import ExperimentResult, LoopArtifacts
-from evsys_bus.delivery.accounts import accounts
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Followed, Terms
-from evsys_bus.delivery.roster import enlist, strike_off
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import deregister, register
 from evsys_bus.events import Envelope, Eval, Event, ExperimentEnd
 from evsys_bus.journal import JournalWriter, layout
 from evsys_bus.savepoints import Savepoints
-from evsys_bus.tasks import run_alone
+from evsys_bus.tasks import run_in_new_loop
 from evsys_bus.testing import RecordingSink
 
 ORDER = [step for base in range(0, 120, 4) for step in (base, base + 2, base + 1, base + 3, base + 3)]
@@ -81,11 +81,11 @@ class Life:
         return events
 
     def deliver(self, adapter: Callback, name: str = "rows") -> Courier:
-        enlist(self.journal, [Followed(name)])
+        register(self.journal, [Subscription(name)])
         adapter.spec_name = name
-        courier = Courier(self.journal, name, adapter, Terms())
+        courier = Courier(self.journal, name, adapter, DeliveryPolicy())
         courier.finish()
-        run_alone(courier.run)
+        run_in_new_loop(courier.run)
         return courier
 
     @property
@@ -120,7 +120,7 @@ def history(root: Path) -> object:
     (file,) = (root / "out/digits/wandb").rglob("*.wandb")
     records = Records()
     log = RecordLog(file, Savepoints(), records, 0)
-    return [key for payload in log.records() if (key := records.timed(payload)) is not None]
+    return [key for payload in log.records() if (key := records.key_and_time(payload)) is not None]
 
 
 Make = Callable[[Path], Callback]
@@ -174,7 +174,7 @@ def test_a_follower_whose_cursor_is_lost_cuts_nothing_that_does_not_come_again(
     life.publish(life.starts() + life.steps(ORDER) + end)
     life.deliver(make(tmp_path))
     before = read(tmp_path)
-    LOSSES[loss](Path(layout.cursor_file(life.journal, "rows")))
+    LOSSES[loss](Path(layout.cursor_path(life.journal, "rows")))
     if shortened:
         life.remove_older_segments()
     life.deliver(make(tmp_path))
@@ -197,7 +197,7 @@ def test_a_cursor_that_is_older_than_what_was_removed_cuts_nothing_that_does_not
     life = Life(tmp_path)
     life.publish(life.starts() + life.steps(ORDER[:20]))
     life.deliver(make(tmp_path))
-    cursor = Path(layout.cursor_file(life.journal, "rows"))
+    cursor = Path(layout.cursor_path(life.journal, "rows"))
     older = cursor.read_bytes()
     life.publish(life.steps(ORDER[20:]))
     life.deliver(make(tmp_path))
@@ -216,7 +216,7 @@ def test_a_courier_without_a_cursor_that_begins_at_a_start_and_ends_early_has_cu
     life.publish(life.starts() + life.steps(ORDER))
     life.deliver(make(tmp_path))
     before = read(tmp_path)
-    Path(layout.cursor_file(life.journal, "rows")).unlink()
+    Path(layout.cursor_path(life.journal, "rows")).unlink()
     segments = life.segments
     for each in segments[max(1, int(len(segments) * share)) :]:
         each.unlink()
@@ -271,7 +271,7 @@ def test_starts_that_are_given_again_are_not_counted_and_a_run_of_which_no_step_
     life.deliver(adapter)
     assert len(adapter.rows) == len(life.steps(range(103 - first + 1)))
     assert sorted(adapter.starts)[1][0] > 10**15
-    (account,) = accounts(life.journal)
+    (account,) = read_progress(life.journal)
     assert (account.recorded, account.delivered, account.pending) == (103 - first + 1,) * 2 + (0,)
     assert account.absent == first - 1
 
@@ -282,10 +282,10 @@ def test_a_sink_gets_the_starts_before_what_follows_and_they_are_not_counted_eit
     life.remove_older_segments()
     first = int(life.segments[0].stem.partition("-")[2])
     sink = RecordingSink()
-    enlist(life.journal, [Followed("rows")])
-    courier = Courier(life.journal, "rows", sink, Terms())
+    register(life.journal, [Subscription("rows")])
+    courier = Courier(life.journal, "rows", sink, DeliveryPolicy())
     courier.finish()
-    run_alone(courier.run)
+    run_in_new_loop(courier.run)
     assert [each.seq for each in sink.envelopes] == [1, 2, *range(first, 103)]
     assert isinstance(sink.envelopes[1].event, TrainStart)
     assert sink.envelopes[1].event.state.step == first - 3
@@ -311,17 +311,17 @@ def test_a_follower_that_is_killed_behind_a_start_that_was_given_again_finds_its
     life.publish(life.starts() + life.steps(ORDER))
     life.deliver(CsvMetricsCallback("{run_dir}/rows.csv"))
     before = csv_rows(tmp_path)
-    cursor = Path(layout.cursor_file(life.journal, "rows"))
+    cursor = Path(layout.cursor_path(life.journal, "rows"))
     cursor.unlink()
     life.remove_older_segments()
     for _ in range(3):
         table = Interrupted("{run_dir}/rows.csv")
         table.spec_name = "rows"
-        courier = Courier(life.journal, "rows", table, Terms(), slice_seconds=0.0)
+        courier = Courier(life.journal, "rows", table, DeliveryPolicy(), slice_seconds=0.0)
         table.then = courier.stop
         courier.finish()
         table.cursor = cursor
-        run_alone(courier.run)
+        run_in_new_loop(courier.run)
         assert table.known
         cursor.write_bytes(table.known)  # as if it had been killed: what was written since is behind the mark
     life.deliver(CsvMetricsCallback("{run_dir}/rows.csv"))
@@ -446,7 +446,7 @@ def restarted_often_for(name: str, root: Path) -> Life:
         life.publish([*(life.starts() if not number else [TrainStart(life.state(first))])])
         life.publish(evals(life, range(first, end)))
         life.deliver(ADAPTERS[name][0](root))
-        (root / f"cursor-{number}").write_bytes(Path(layout.cursor_file(life.journal, "rows")).read_bytes())
+        (root / f"cursor-{number}").write_bytes(Path(layout.cursor_path(life.journal, "rows")).read_bytes())
     return life
 
 
@@ -471,7 +471,7 @@ def test_after_many_restarts_with_gaps_a_file_of_records_tells_what_it_holds(tmp
 def test_an_old_cursor_that_a_person_puts_back_loses_no_record(tmp_path, name, number):
     life, read = restarted_often_for(name, tmp_path), RECORD_FILES[name]
     before = read(tmp_path)
-    Path(layout.cursor_file(life.journal, "rows")).write_bytes((tmp_path / f"cursor-{number}").read_bytes())
+    Path(layout.cursor_path(life.journal, "rows")).write_bytes((tmp_path / f"cursor-{number}").read_bytes())
     life.deliver(ADAPTERS[name][0](tmp_path))
     assert read(tmp_path) == before
 
@@ -632,14 +632,14 @@ def test_a_follower_that_is_killed_in_the_middle_of_a_walk_goes_on_with_it(tmp_p
     life.publish([TrainStart(life.state(60)), *life.steps(range(60, 100))])
     life.deliver(CsvMetricsCallback("{run_dir}/rows.csv"))
     before = csv_rows(tmp_path)
-    cursor = Path(layout.cursor_file(life.journal, "rows"))
+    cursor = Path(layout.cursor_path(life.journal, "rows"))
     cursor.unlink()
     keep_newest(life, kept)
     copy = tmp_path / "copy"
     for number in range(60):
         table = Interrupted("{run_dir}/rows.csv")
         table.spec_name = "rows"
-        courier = Courier(life.journal, "rows", table, Terms(), slice_seconds=0.0)
+        courier = Courier(life.journal, "rows", table, DeliveryPolicy(), slice_seconds=0.0)
 
         def stop(courier: Courier = courier) -> None:
             courier.stop()
@@ -650,7 +650,7 @@ def test_a_follower_that_is_killed_in_the_middle_of_a_walk_goes_on_with_it(tmp_p
         table.then = stop
         courier.finish()
         table.cursor = cursor
-        run_alone(courier.run)
+        run_in_new_loop(courier.run)
         if number % 3 == 0 and copy.exists():  # as if it had been killed behind its first row
             for name, place in (("out", tmp_path / "out"), ("cursors", cursor.parent)):
                 shutil.rmtree(place)
@@ -685,7 +685,7 @@ class Delivering:
     def __init__(self) -> None:
         self.sequence = 0
 
-    def follows(self, name: str) -> bool:
+    def has_subscription(self, name: str) -> bool:
         return False
 
     def current_event(self) -> EventInfo:
@@ -749,9 +749,9 @@ def test_a_follower_of_records_of_0_1_0_that_is_stopped_behind_each_row_remember
     for _ in range(20):
         adapter = make(tmp_path)
         adapter.spec_name = "rows"
-        couriers.append(Courier(life.journal, "rows", adapter, Terms(), slice_seconds=0.0))
+        couriers.append(Courier(life.journal, "rows", adapter, DeliveryPolicy(), slice_seconds=0.0))
         couriers[-1].finish()
-        run_alone(couriers[-1].run)
+        run_in_new_loop(couriers[-1].run)
     monkeypatch.undo()
     life.deliver(make(tmp_path))
     assert read(tmp_path) == before
@@ -780,7 +780,7 @@ def test_a_follower_under_a_new_name_goes_on_with_the_file_of_the_one_that_left(
     life.deliver(CsvMetricsCallback("{run_dir}/rows.csv"), "before")
     before = csv_rows(tmp_path)
     life.remove_older_segments()
-    strike_off(life.journal, {"after"}, 0)
+    deregister(life.journal, {"after"}, 0)
     life.deliver(CsvMetricsCallback("{run_dir}/rows.csv"), "after")
     assert csv_rows(tmp_path) == before
     assert "rows-2.csv" not in caplog.text
@@ -815,7 +815,7 @@ def test_a_follower_that_comes_back_leaves_alone_what_another_one_has_gone_on_wi
     life = Life(tmp_path)
     life.publish(life.starts() + life.steps(range(40)))
     life.deliver(make(tmp_path), "before")
-    strike_off(life.journal, {"after"}, 0)
+    deregister(life.journal, {"after"}, 0)
     life.publish(life.steps(range(40, 60)))
     life.deliver(make(tmp_path), "after")
     kept = read(tmp_path)
@@ -861,14 +861,14 @@ def test_two_followers_at_work_at_once_in_one_process_do_not_mix_their_rows(tmp_
     couriers: list[Courier] = []
     for name, table in tables.items():
         table.spec_name = name
-        enlist(life.journal, [Followed(name)])
-        couriers.append(Courier(life.journal, name, table, Terms()))
+        register(life.journal, [Subscription(name)])
+        couriers.append(Courier(life.journal, name, table, DeliveryPolicy()))
         couriers[-1].finish()
 
     async def both() -> None:
         await asyncio.gather(*(each.run() for each in couriers))
 
-    run_alone(both)
+    run_in_new_loop(both)
     found = csv_rows(tmp_path)
     assert isinstance(found, dict)
     assert sorted(found) == ["rows-2.csv", "rows.csv"]
@@ -958,14 +958,14 @@ def test_two_followers_at_work_at_once_do_not_mix_their_folders(tmp_path, kind):
     for name in ("first", "second"):
         adapter = make(tmp_path)
         adapter.spec_name = name
-        enlist(life.journal, [Followed(name)])
-        couriers.append(Courier(life.journal, name, adapter, Terms(), slice_seconds=0.0))
+        register(life.journal, [Subscription(name)])
+        couriers.append(Courier(life.journal, name, adapter, DeliveryPolicy(), slice_seconds=0.0))
         couriers[-1].finish()
 
     async def both() -> None:
         await asyncio.gather(*(each.run() for each in couriers))
 
-    run_alone(both)
+    run_in_new_loop(both)
     found = read(tmp_path)
     assert sorted(found) == ["logs", "logs-2"]
     assert found["logs"] == found["logs-2"]
@@ -979,7 +979,7 @@ def test_a_renamed_follower_goes_on_in_the_folder_of_the_one_that_left(tmp_path,
     life.deliver(make(tmp_path), "before")
     before = read(tmp_path)
     life.remove_older_segments()
-    strike_off(life.journal, {"after"}, 0)
+    deregister(life.journal, {"after"}, 0)
     life.deliver(make(tmp_path), "after")
     assert read(tmp_path) == before
     assert "second_follower" not in caplog.text
@@ -1019,16 +1019,16 @@ def test_a_note_of_0_1_0_in_an_event_folder_is_read(tmp_path):
 def test_of_two_new_followers_that_race_for_one_output_one_gets_it(tmp_path):
     """The first takes it, and gives it up again, between the look of the second at it and its lock."""
     note, run = tmp_path / ".rows.csv.run", str(tmp_path / "digits")
-    claim = OutputClaim.take(note, run, "left")
-    assert isinstance(claim, OutputClaim)
+    claim = OutputLease.acquire(note, run, "left")
+    assert isinstance(claim, OutputLease)
     del claim
 
     def is_followed(name: str) -> bool:
         if name == "left":
-            assert isinstance(OutputClaim.take(note, run, "first", lambda name: name != "left"), OutputClaim)
+            assert isinstance(OutputLease.acquire(note, run, "first", lambda name: name != "left"), OutputLease)
         return name != "left"
 
-    assert OutputClaim.take(note, run, "second", is_followed) == "second_follower"
+    assert OutputLease.acquire(note, run, "second", is_followed) == "second_follower"
     assert writer_of(note, run) == "first"
 
 
@@ -1039,8 +1039,8 @@ def test_of_many_new_followers_that_race_for_one_output_one_gets_it(tmp_path):
 
     def take(name: str) -> None:
         barrier.wait()
-        claim = OutputClaim.take(note, run, name, lambda name: True)
-        got.append(claim if isinstance(claim, str) else claim.follower)
+        claim = OutputLease.acquire(note, run, name, lambda name: True)
+        got.append(claim if isinstance(claim, str) else claim.adapter_name)
         del claim  # given up at once
 
     threads = [threading.Thread(target=take, args=(f"f{number}",)) for number in range(8)]

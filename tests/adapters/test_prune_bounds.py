@@ -9,7 +9,7 @@ import pytest
 
 from evsys_adapters.checkpoint_prune import CheckpointPrune
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
-from evsys_adapters.checkpoints.removal import Bounds, plan, remove
+from evsys_adapters.checkpoints.removal import RemovalBounds, plan_removal, remove_path
 from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import LogContext, LoopState, ManifestRow
 from evsys_bus.errors import WrongParamError
@@ -198,12 +198,12 @@ async def test_a_dry_run_names_only_what_would_go(trainer, tmp_path):
 def test_a_path_that_became_a_link_after_it_was_looked_at_is_not_followed(tmp_path, replaced):
     victim = tree(tmp_path / "victim" / "one")
     mine = tree(tmp_path / "run" / "checkpoints" / "one")
-    [found] = plan(row("x", mine), (), Bounds(tmp_path / "run")).removable
+    [found] = plan_removal(row("x", mine), (), RemovalBounds(tmp_path / "run")).removable
     gone = mine if replaced == "itself" else mine.parent
     shutil.rmtree(gone)
     gone.symlink_to(victim if replaced == "itself" else victim.parent)
     with pytest.raises(OSError, match=r"was replaced|Not a directory|Too many levels"):
-        remove(found)
+        remove_path(found)
     assert (victim / "weights.bin").exists()
 
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
-from evsys_bus.attached import EventInfo
+from evsys_bus.adapter import EventInfo
 from evsys_bus.context import (
     ArmResult,
     EvalResult,

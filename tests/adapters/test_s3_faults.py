@@ -19,7 +19,7 @@ from evsys_adapters.checkpoints import (
     UploadLedger,
     open_store,
 )
-from evsys_adapters.checkpoints.ledger import Part
+from evsys_adapters.checkpoints.ledger import UploadedPart
 from evsys_bus.errors import ParkedError, RetryLaterError
 from evsys_bus.testing import Fault, fault_proxy, unavailable
 
@@ -88,7 +88,7 @@ async def through_proxy(s3, bucket, **settings):
 @asynccontextmanager
 async def through_middle(s3, bucket):
     """A store whose way leads through a server that sees whole requests, and may answer them itself."""
-    async with s3.behind_middle() as middle:
+    async with s3.behind_proxy() as middle:
         store = connected(s3, middle.endpoint, bucket.where.split()[0].removeprefix("s3://"))
         try:
             yield store, middle
@@ -262,7 +262,7 @@ async def test_resets_at_random_bytes_lose_nothing_and_confirmed_parts_are_not_s
                     proxy.fault = Fault(reset_request_at=dice.randrange(1, PART))
 
             try:
-                await store.put_file(path.name, path, ledger=ledger, told=told)
+                await store.put_file(path.name, path, ledger=ledger, on_progress=told)
             except RetryLaterError:
                 pass
             await proxy.apply(Fault())
@@ -321,7 +321,7 @@ async def test_an_upload_that_the_server_forgot_is_begun_again(s3, bucket, ledge
                 f"k{when}",
                 file,
                 ledger=ledger,
-                told=lambda done, _, w=when: done >= min(w * PART, 7 * PART) and scope.cancel(),
+                on_progress=lambda done, _, w=when: done >= min(w * PART, 7 * PART) and scope.cancel(),
             )
         for each in await uploads_left(bucket):
             await bucket._connection.call("abort_multipart_upload", Key=each["Key"], UploadId=each["UploadId"])
@@ -331,9 +331,9 @@ async def test_an_upload_that_the_server_forgot_is_begun_again(s3, bucket, ledge
 
 async def test_a_part_that_only_the_ledger_knows_of_is_sent(s3, bucket, ledger, file):
     with anyio.CancelScope() as scope:
-        await bucket.put_file("k", file, ledger=ledger, told=lambda done, _: done > 2 * PART and scope.cancel())
+        await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
     [plan] = ledger.under(bucket.where, "")
-    ledger.finished(plan, Part(PARTS, '"of something else"'))
+    ledger.finished(plan, UploadedPart(PARTS, '"of something else"'))
     await bucket.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -371,7 +371,7 @@ async def test_a_beginning_whose_reply_is_lost_leaves_no_upload_behind(s3, bucke
 
 async def test_an_upload_whose_ledger_is_lost_is_ended_when_the_file_is_sent_anew(s3, bucket, ledger, file, tmp_path):
     with anyio.CancelScope() as scope:
-        await bucket.put_file("k", file, ledger=ledger, told=lambda done, _: done > 2 * PART and scope.cancel())
+        await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
     assert len(await uploads_left(bucket)) == 1
     await bucket.put_file("k", file, ledger=UploadLedger(tmp_path / "elsewhere"))
     await is_whole(bucket, "k", file)
@@ -536,7 +536,7 @@ async def test_a_file_that_changes_while_it_is_sent(s3, bucket, ledger, file, wh
             (file.parent / "new").write_bytes(os.urandom(5 * PART))
             (file.parent / "new").replace(file)
 
-    await bucket.put_file("k", file, ledger=ledger, told=change)
+    await bucket.put_file("k", file, ledger=ledger, on_progress=change)
     assert changed
     assert await bucket.get_bytes("k") == (data if what == "deleted" else file.read_bytes())
     assert await uploads_left(bucket) == []
@@ -548,14 +548,14 @@ async def test_a_file_that_never_rests_is_for_later(s3, bucket, ledger, file):
             out.write(b"more")
 
     with pytest.raises(RetryLaterError, match="changes while it is sent"):
-        await bucket.put_file("k", file, ledger=ledger, told=change)
+        await bucket.put_file("k", file, ledger=ledger, on_progress=change)
     assert await bucket.names("") == []
     assert await uploads_left(bucket) == []
 
 
 async def test_a_file_that_changed_between_two_attempts_is_a_new_upload(s3, bucket, ledger, file):
     with anyio.CancelScope() as scope:
-        await bucket.put_file("k", file, ledger=ledger, told=lambda done, _: done > 2 * PART and scope.cancel())
+        await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
     assert len(await uploads_left(bucket)) == 1
     file.write_bytes(os.urandom(PARTS * PART - 5))
     await bucket.put_file("k", file, ledger=ledger)

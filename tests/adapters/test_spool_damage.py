@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
-from evsys_adapters.checkpoints.ledger import Part, Plan, Source, UploadLedger
+from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import LogContext, LoopState, ManifestRow
 from evsys_bus.errors import BatchTooLargeError, RejectedError
@@ -59,13 +59,13 @@ async def test_a_damaged_entry_is_made_anew_and_uploaded(upload, damage, origina
     DAMAGES[damage](entry_of(upload) / "entry.json")
     if originals == "gone":
         shutil.rmtree(upload.state.output_dir / "checkpoints")
-    assert [each.folder.name[:11] for each in upload.spool.waiting()] == ["step-000009"]
+    assert [each.folder.name[:11] for each in upload.spool.pending()] == ["step-000009"]
     await upload.deliver(event)
     assert await fetched(upload, "step-000009") == {
         "state/step-000009.state": b"state",
         "sampler/step-000009.sampler": b"sampler",
     }
-    assert upload.spool.waiting() == []
+    assert upload.spool.pending() == []
 
 
 async def test_an_entry_is_made_anew_wherever_it_was_torn(upload):
@@ -122,18 +122,18 @@ async def test_a_damaged_note_of_an_upload_is_asked_again(upload, damage, caplog
     shutil.rmtree(upload.state.output_dir / "checkpoints")
     DAMAGES[damage](marker)
     if damage != "missing":
-        assert (upload.spool.done(), len(upload.spool.unreadable(row))) == ([], 1)
+        assert (upload.spool.uploaded(), len(upload.spool.unreadable(row))) == ([], 1)
         await upload.deliver(upload.announce(row, hook=False))
-        assert [done.manifest.row.name for done in upload.spool.done(row)] == ["step-000009"]
+        assert [done.manifest.row.name for done in upload.spool.uploaded(row)] == ["step-000009"]
     assert "Traceback" not in caplog.text
 
 
 async def test_two_that_wait_under_one_name_keep_their_order_when_the_clock_goes_back(upload):
     first = upload.announce(upload.save("final", 9))
     upload.announce(upload.save("final", 9, state=b"again"))
-    early, late = sorted(upload.spool.waiting(), key=lambda each: each.entry.number)
+    early, late = sorted(upload.spool.pending(), key=lambda each: each.entry.number)
     os.utime(late.folder, ns=(1, 1))
-    assert [each.folder for each in upload.spool.waiting()] == [early.folder, late.folder]
+    assert [each.folder for each in upload.spool.pending()] == [early.folder, late.folder]
     await upload.deliver(first)
     assert (await fetched(upload, "final-000009"))["state/final.state"] == b"state"
 
@@ -141,24 +141,24 @@ async def test_two_that_wait_under_one_name_keep_their_order_when_the_clock_goes
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_upload_whose_record_is_damaged_is_begun_again(tmp_path, damage):
     ledger = UploadLedger(tmp_path / "uploads")
-    plan = Plan("here", "k", "/x", Source(1, 2, 3), upload="u")
+    plan = UploadPlan("here", "k", "/x", FileIdentity(1, 2, 3), upload_id="u")
     ledger.begin(plan)
-    ledger.finished(plan, Part(1, "tag"))
+    ledger.add_part(plan, UploadedPart(1, "tag"))
     [path] = (tmp_path / "uploads").iterdir()
     DAMAGES[damage](path)
-    assert ledger.under("here", "") == []
+    assert ledger.uploads_under("here", "") == []
     assert ledger.find("here", "k") is None
-    ledger.forget("here", "k")
+    ledger.remove("here", "k")
     ledger.begin(plan)
     assert ledger.find("here", "k") == (plan, {})
 
 
 def test_a_record_torn_anywhere_has_the_parts_before(tmp_path):
     ledger = UploadLedger(tmp_path)
-    plan = Plan("here", "k", "/x", Source(1, 2, 3), upload="u")
+    plan = UploadPlan("here", "k", "/x", FileIdentity(1, 2, 3), upload_id="u")
     ledger.begin(plan)
     for number in (1, 2):
-        ledger.finished(plan, Part(number, f"tag{number}"))
+        ledger.add_part(plan, UploadedPart(number, f"tag{number}"))
     [path] = tmp_path.glob("*.upload")
     whole = path.read_bytes()
     known = []

@@ -211,7 +211,7 @@ def content(folder):
         assert len(files) <= 1
         for path in files:
             with path.open("rb") as file:
-                frames = [*read.in_order(file)][1:]
+                frames = [*read.sorted_frames(file)][1:]
             values = [LegacyEvent.FromString(each[12:-4]) for each in frames]
             found[run.name] = sorted(
                 (value.tag, each.step, repr(value.simple_value), str(value.tensor))
@@ -286,7 +286,7 @@ def test_three_kills_of_a_courier_that_is_given_late_rows_lose_no_point_and_doub
         return max(sizes, default=0)
 
     adapter = "TensorBoardLoggerCallback(flush_secs=0)"
-    loggers.deliver(journal, "tensorboardX.proto.event_pb2", adapter, size, 20_000)
+    loggers.deliver_with_kills(journal, "tensorboardX.proto.event_pb2", adapter, size, 20_000)
     shown = slow(folder)
     assert shown["train/reward"] == points_of(steps)
     assert len(shown["train/n"]) == 2000
@@ -349,7 +349,7 @@ def test_what_0_1_0_wrote_twice_is_read_and_put_in_order(tmp_path):
     rows = [written.scalars(step, {"train/p": float(step)}) for step in (0, 1, 4, 2, 3)]
     again = [written.scalars(step, {"train/p": float(step)}) for step in range(5)]
     frames = [written.frame(each, 0) for each in (*rows, written.restart(0), *again)]
-    (folder / FILE).write_bytes(b"".join([written.head(), *frames]))
+    (folder / FILE).write_bytes(b"".join([written.header(), *frames]))
     for step in (6, 5):
         logger.on_step_end(state, step, TrainingBatch(), {"p": float(step)})
     logger.close()

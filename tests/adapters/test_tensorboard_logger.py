@@ -30,10 +30,10 @@ from evsys_bus import (
 from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, ExperimentResult, RunResult
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Terms
+from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import BrokenAdapterError, ConfigError, EvsysBusError, RetryLaterError
 from evsys_bus.journal import JournalReader, JournalWriter
-from evsys_bus.tasks import run_alone
+from evsys_bus.tasks import run_in_new_loop
 from evsys_bus.testing import conformance
 from evsys_bus.testing.timeline import Timeline
 from support import loggers
@@ -65,7 +65,7 @@ def as_float32(value):
 def recorded(journal):
     """The scalars that the journal's steps and evals hold, by run and tag."""
     found = {}
-    for (run, head), metrics in loggers.recorded(journal).items():
+    for (run, head), metrics in loggers.recorded_series(journal).items():
         for key, points in metrics.items():
             numbers = [(step, value) for step, value in points if isinstance(value, int | float)]
             if numbers:
@@ -99,12 +99,12 @@ def test_what_tensorboard_reads_is_what_the_journal_holds(tmp_path):
     timeline = Timeline(tmp_path)
     odd = [{"loss": math.nan, "n": 3}, {"loss": math.inf, "big": 1e300}, {"loss": -0.0, "word": "up"}, {"loss": 1 / 3}]
     with EventBus(build_callbacks([{"kind": "tensorboard_logger"}]), journal=tmp_path / "journal") as bus:
-        for event in timeline.starts():
+        for event in timeline.start_events():
             bus.publish(event)
         for step, metrics in enumerate(odd):
-            for event in timeline.step(step, metrics):
+            for event in timeline.step_events(step, metrics):
                 bus.publish(event)
-        for event in timeline.ends():
+        for event in timeline.end_events():
             bus.publish(event)
     assert [each.pending for each in bus.receipt.deliveries] == [0]
     for name, series in recorded(tmp_path / "journal").items():
@@ -128,7 +128,9 @@ def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path):
     def size():
         return file.stat().st_size if file.exists() else 0
 
-    loggers.deliver(journal, "tensorboardX.proto.event_pb2", "TensorBoardLoggerCallback(flush_secs=0)", size, 30_000)
+    loggers.deliver_with_kills(
+        journal, "tensorboardX.proto.event_pb2", "TensorBoardLoggerCallback(flush_secs=0)", size, 30_000
+    )
     [series] = recorded(journal).values()
     scalars, _ = read(file.parent)
     assert len(series["train/loss"]) == 2000
@@ -138,11 +140,11 @@ def test_three_kills_of_the_courier_lose_no_point_and_double_none(tmp_path):
 
 def test_a_recorded_run_replays_into_it(tmp_path):
     with EventBus([], journal=tmp_path / "journal") as bus:
-        for event in Timeline(tmp_path).whole():
+        for event in Timeline(tmp_path).all_events():
             bus.publish(event)
-    courier = Courier(tmp_path / "journal", "replay", TensorBoardLoggerCallback(), Terms(), keep=False)
+    courier = Courier(tmp_path / "journal", "replay", TensorBoardLoggerCallback(), DeliveryPolicy(), persistent=False)
     courier.finish()
-    run_alone(courier.run)
+    run_in_new_loop(courier.run)
     points = [(step, 0.5 / (step + 1)) for step in range(4)]
     assert same(points, read(tmp_path / "tensorboard" / "wide")[0]["train/loss"])
 
@@ -367,9 +369,9 @@ def test_wall_times_are_those_of_the_journal_however_late_the_rows_are_delivered
                 case "ExperimentEnd":
                     published["conclusion", 19] = envelope.time
     assert len(set(published.values())) > 20
-    courier = Courier(tmp_path / "journal", "later", TensorBoardLoggerCallback(), Terms(), keep=False)
+    courier = Courier(tmp_path / "journal", "later", TensorBoardLoggerCallback(), DeliveryPolicy(), persistent=False)
     courier.finish()
-    run_alone(courier.run)
+    run_in_new_loop(courier.run)
     assert wall_times(tmp_path / "tensorboard" / "away") == published
     found = EventAccumulator(str(tmp_path / "tensorboard" / "away")).Reload()
     assert found.FirstEventTimestamp() == min(published.values())
@@ -516,9 +518,9 @@ def test_rows_of_a_run_whose_folder_was_away_when_it_was_first_heard_of_come_onc
             bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": step / 4}))
 
     def deliver():
-        courier = Courier(tmp_path / "journal", "board", TensorBoardLoggerCallback(away), Terms())
+        courier = Courier(tmp_path / "journal", "board", TensorBoardLoggerCallback(away), DeliveryPolicy())
         courier.finish()
-        run_alone(courier.run)
+        run_in_new_loop(courier.run)
         return courier.counts.pending
 
     with pytest.raises(RetryLaterError, match="away"):
@@ -543,9 +545,11 @@ def test_rows_that_a_start_made_void_and_that_come_again_are_written_again(tmp_p
         return tmp_path / "journal" / writer.stream
 
     def deliver():
-        courier = Courier(tmp_path / "journal", "board", TensorBoardLoggerCallback(tmp_path / "board"), Terms())
+        courier = Courier(
+            tmp_path / "journal", "board", TensorBoardLoggerCallback(tmp_path / "board"), DeliveryPolicy()
+        )
         courier.finish()
-        run_alone(courier.run)
+        run_in_new_loop(courier.run)
         return {step for step, _ in read(tmp_path / "board" / "run")[0]["train/loss"]}
 
     train(0, 40)

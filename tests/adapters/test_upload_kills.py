@@ -19,7 +19,7 @@ import pytest
 from evsys_adapters.checkpoints import UploadLedger, open_store
 from evsys_adapters.checkpoints.manifest import Latest, Manifest
 from evsys_adapters.checkpoints.spool import Spool
-from evsys_bus.delivery.accounts import accounts
+from evsys_bus.delivery.progress import read_progress
 from evsys_bus.testing import Fault, fault_proxy
 from support.files import small_file_system
 from support.waiting import wait_until_async
@@ -111,20 +111,20 @@ class Scene:
         return found
 
     def account(self):
-        return next(iter(accounts(self.journal)), None)
+        return next(iter(read_progress(self.journal)), None)
 
     def confirmed(self):
         """How many parts are on record as sent."""
         ledger = UploadLedger(self.spool.ledger)
         where = f"{self.store.where.split()[0]} at http://127.0.0.1:{self.proxy.port}"
-        return sum(len(ledger.find(where, plan.key)[1]) for plan in ledger.under(where, ""))
+        return sum(len(ledger.find(where, plan.key)[1]) for plan in ledger.uploads_under(where, ""))
 
     async def trouble(self, text):
         """Wait until this is what keeps the upload from going on; seconds of that."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         await wait_until_async(
-            lambda: (account := self.account()) and text in (account.trouble or ""), PATIENCE_SECONDS
+            lambda: (account := self.account()) and text in (account.last_error or ""), PATIENCE_SECONDS
         )
         return loop.time() - began
 
@@ -147,7 +147,7 @@ class Scene:
         latest = msgspec.json.decode(await self.store.get_bytes("runs/low/latest.json"), type=Latest)
         assert latest.checkpoint == "big-000009"
         assert await self.store._connection.pages("list_multipart_uploads", "Uploads") == []
-        assert self.spool.waiting() == []
+        assert self.spool.pending() == []
         assert list(self.spool.ledger.iterdir()) == []
 
 
@@ -300,7 +300,7 @@ async def test_a_checkpoint_that_has_no_room_in_the_spool_is_uploaded_once_there
         filler = fill(scene.folder)
         trainer = scene.train(scene.save(tmp_path / "elsewhere", 2 * PART + 5))
         await scene.trouble(f"no room in {scene.spool.folder}: No space left on device")
-        assert scene.spool.waiting() == []
+        assert scene.spool.pending() == []
         filler.unlink()
         await wait_until_async(scene.spool.done, PATIENCE_SECONDS)
         assert (await scene.end(trainer))["steps"] > 50

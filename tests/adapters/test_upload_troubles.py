@@ -32,10 +32,10 @@ from evsys_bus import (
     StepEnd,
     TrainingBatch,
 )
-from evsys_bus.delivery.accounts import accounts
-from evsys_bus.delivery.batches import SinkReceiver
+from evsys_bus.config import Registry, build_callbacks
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.sink_receiver import SinkReceiver
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.wiring import Registry, build_callbacks
 from support.journals import read_events
 
 pytestmark = [pytest.mark.asyncio(loop_factories=["asyncio"]), pytest.mark.servers, pytest.mark.long]
@@ -48,7 +48,7 @@ PATIENCE_SECONDS = 8.0
 
 
 class Scene:
-    """A run with one checkpoint of `SIZE` bytes, which is uploaded through a `Middle`."""
+    """A run with one checkpoint of `SIZE` bytes, which is uploaded through a `InterceptingProxy`."""
 
     def __init__(self, folder, middle, store, bucket):
         self.folder, self.middle, self.store, self.bucket = folder, middle, store, bucket
@@ -90,12 +90,12 @@ class Scene:
         assert self.longest < 0.5
 
     def account(self):
-        [account] = accounts(self.journal)
+        [account] = read_progress(self.journal)
         return account
 
     def states(self, text):
         """Whether that is what the courier last said of its trouble."""
-        return lambda: text in (self.account().trouble or "")
+        return lambda: text in (self.account().last_error or "")
 
     def learnt(self, kind):
         return [event for event in read_events(self.journal, family="c") if isinstance(event, kind)]
@@ -111,7 +111,7 @@ class Scene:
         assert msgspec.json.decode(await self.store.get_bytes("runs/low/latest.json"))["checkpoint"] == "big-000009"
         assert await self.store._connection.pages("list_multipart_uploads", "Uploads") == []
         assert len(self.learnt(CheckpointUploaded)) == 1
-        assert Spool.of(self.state.output_dir, f"s3://{self.bucket}/runs").waiting() == []
+        assert Spool.of(self.state.output_dir, f"s3://{self.bucket}/runs").pending() == []
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def staged(s3, tmp_path, monkeypatch):
         reach = {"endpoint": s3.endpoint, "region": s3.region, "part_bytes": PART, "concurrency": 1}
         store, _ = open_store(f"s3://{bucket}", **reach)
         await store._connection.call("create_bucket")
-        async with s3.behind_middle() as middle:
+        async with s3.behind_proxy() as middle:
             try:
                 yield Scene(tmp_path, middle, store, bucket)
             finally:
@@ -271,7 +271,7 @@ async def test_what_a_person_must_mend_parks_the_upload_and_the_next_run_finishe
 async def test_credentials_are_tried_before_there_is_any_checkpoint(staged, s3, monkeypatch, name):
     async with staged() as scene:
         if name == "runs":
-            s3.let_read(scene.bucket)
+            s3.grant_read(scene.bucket)
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.limited_key)
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.limited_secret)
             says = "does not let the key evsy… (from the environment, AWS_ACCESS_KEY_ID) do PutObject (AccessDenied)"
@@ -343,7 +343,7 @@ async def test_an_upload_whose_file_is_gone_is_ended_when_the_next_one_begins(st
                 "runs/low/gone-000001/state/gone",
                 gone,
                 ledger=UploadLedger(spool.ledger),
-                told=lambda done, _: scope.cancel() if done else None,
+                on_progress=lambda done, _: scope.cancel() if done else None,
             )
         await before.close()
         assert len(await scene.store._connection.pages("list_multipart_uploads", "Uploads")) == 1
@@ -397,9 +397,9 @@ async def test_a_server_that_says_slow_down_for_a_minute_is_asked_a_few_times_an
         reports = []
         await receiver.open(reports.append)
         event = Checkpoint(scene.state, ManifestRow("big", batch=9, state_path=str(scene.saved)))
-        taken = await receiver.take([Envelope("r0", 1, 0.0, event, run="low")], [100])
+        taken = await receiver.deliver([Envelope("r0", 1, 0.0, event, run="low")], [100])
         await receiver.close()
-        assert (taken.done, taken.dead) == (1, {})
+        assert (taken.handled, taken.rejected) == (1, {})
         assert 60 <= now[0] < 100
         assert len(asked) <= 12  # not one request more than attempts
         assert len(pauses) == len(asked)
@@ -449,9 +449,11 @@ async def test_a_part_that_has_no_room_in_the_ledger_ends_the_attempt_as_an_erro
                     room.set(file.stat().st_size + 5)
 
             with pytest.raises(OSError, match="File too large"):
-                await scene.store.put_file("k", scene.saved, ledger=UploadLedger(uploads), told=no_room)
+                await scene.store.put_file("k", scene.saved, ledger=UploadLedger(uploads), on_progress=no_room)
         done = []
-        await scene.store.put_file("k", scene.saved, ledger=UploadLedger(uploads), told=lambda *each: done.append(each))
+        await scene.store.put_file(
+            "k", scene.saved, ledger=UploadLedger(uploads), on_progress=lambda *each: done.append(each)
+        )
         assert await scene.store.get_bytes("k") == scene.content
         assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
 
@@ -464,7 +466,7 @@ async def test_an_upload_that_cannot_be_ticked_off_for_want_of_room_says_so_and_
         await sink.open()
         event = Checkpoint(scene.state, ManifestRow("big", batch=9, state_path=str(scene.saved)))
         spool = Spool.of(scene.state.output_dir, scene.spec()["params"]["url"])
-        spool.keep(event.row, ("state",))
+        spool.add(event.row, ("state",))
         batch = [Envelope("r0", 1, 0.0, event, run="low")]
         with NoRoom() as room:
             room.set(200)
@@ -474,4 +476,4 @@ async def test_an_upload_that_cannot_be_ticked_off_for_want_of_room_says_so_and_
         assert await sink.write(batch) == 1
         await sink.close()
         assert [type(each) for each in learns.events] == [CheckpointUploaded]
-        assert spool.waiting() == []
+        assert spool.pending() == []

@@ -35,20 +35,20 @@ def killed(tmp_path_factory):
         bus.publish(TrainEnd(state, LoopArtifacts()))
 
     def size():
-        return sum(file.stat().st_size for file in wandb.files_of(folder))
+        return sum(file.stat().st_size for file in wandb.wandb_files_of(folder))
 
     adapter = "WandbLoggerCallback('p', mode='offline', flush_secs=0)"
-    wandb.loggers.deliver(journal, "wandb.proto.wandb_internal_pb2", adapter, size, 20_000)
+    wandb.loggers.deliver_with_kills(journal, "wandb.proto.wandb_internal_pb2", adapter, size, 20_000)
     return folder
 
 
 def test_three_kills_of_the_courier_lose_no_row_and_double_none(killed, server, login):
-    [file] = wandb.files_of(killed)
-    wandb.sync(file)
-    rows = server.rows(wandb.id_of(file))
-    [metrics] = wandb.loggers.recorded(killed / "journal").values()
+    [file] = wandb.wandb_files_of(killed)
+    wandb.sync_files(file)
+    rows = server.rows(wandb.run_id_of(file))
+    [metrics] = wandb.loggers.recorded_series(killed / "journal").values()
     assert len(rows) == STEPS
-    assert all(wandb.same(points, wandb.series(rows, "train")[key]) for key, points in metrics.items())
+    assert all(wandb.is_same_series(points, wandb.metric_series(rows, "train")[key]) for key, points in metrics.items())
 
 
 def test_the_python_reader_that_wandb_had_finds_them_too(killed):

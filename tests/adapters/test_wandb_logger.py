@@ -10,8 +10,8 @@ import pytest
 from evsys_adapters import WandbLoggerCallback
 from evsys_bus import EventBus, build_callbacks
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Terms
-from evsys_bus.tasks import run_alone
+from evsys_bus.delivery.subscription import DeliveryPolicy
+from evsys_bus.tasks import run_in_new_loop
 from evsys_bus.testing import conformance
 from evsys_bus.testing.timeline import Timeline
 from support import wandb_server as wandb
@@ -33,28 +33,35 @@ def test_what_wandb_reads_is_what_the_journal_holds(tmp_path, server, login):
     odd = [{"loss": math.nan, "n": 3}, {"loss": math.inf, "b": 1e300}, {"loss": -0.0, "word": "up"}, {"l.r": 1 / 3}]
     specs = [{"kind": "wandb_logger", "params": {"project": "p", "mode": "offline"}}]
     with EventBus(build_callbacks(specs), journal=tmp_path / "journal") as bus:
-        wandb.publish(
-            bus, timeline.starts(), *(timeline.step(step, row) for step, row in enumerate(odd)), timeline.ends()
+        wandb.publish_all(
+            bus,
+            timeline.start_events(),
+            *(timeline.step_events(step, row) for step, row in enumerate(odd)),
+            timeline.end_events(),
         )
     assert [each.pending for each in bus.receipt.deliveries] == [0]
-    assert server.asked == 0
-    files = {file.parent.parent.parent.name: file for file in wandb.files_of(tmp_path)}
+    assert server.request_count == 0
+    files = {file.parent.parent.parent.name: file for file in wandb.wandb_files_of(tmp_path)}
     assert files.keys() == {"wide", "narrow"}
-    wandb.sync(*files.values())
-    for (name, head), metrics in wandb.loggers.recorded(tmp_path / "journal").items():
-        found = wandb.series(server.rows(wandb.id_of(files[name])), head)
+    wandb.sync_files(*files.values())
+    for (name, head), metrics in wandb.loggers.recorded_series(tmp_path / "journal").items():
+        found = wandb.metric_series(server.rows(wandb.run_id_of(files[name])), head)
         assert metrics.keys() <= found.keys()
-        assert all(wandb.same(points, found[key]) for key, points in metrics.items())
+        assert all(wandb.is_same_series(points, found[key]) for key, points in metrics.items())
 
 
 def test_a_recorded_run_replays_into_it(tmp_path, server):
     with EventBus([], journal=tmp_path / "journal") as bus:
-        wandb.publish(bus, Timeline(tmp_path).whole())
-    courier = Courier(tmp_path / "journal", "replay", WandbLoggerCallback("p", mode="offline"), Terms(), keep=False)
+        wandb.publish_all(bus, Timeline(tmp_path).all_events())
+    courier = Courier(
+        tmp_path / "journal", "replay", WandbLoggerCallback("p", mode="offline"), DeliveryPolicy(), persistent=False
+    )
     courier.finish()
-    run_alone(courier.run)
-    for file in wandb.files_of(tmp_path):
-        assert wandb.series(wandb.rows_in(file), "train")["loss"] == [(step, 0.5 / (step + 1)) for step in range(4)]
+    run_in_new_loop(courier.run)
+    for file in wandb.wandb_files_of(tmp_path):
+        assert wandb.metric_series(wandb.rows_in(file), "train")["loss"] == [
+            (step, 0.5 / (step + 1)) for step in range(4)
+        ]
 
 
 def test_a_resumed_run_is_the_same_run_and_what_is_run_again_replaces_what_was(run, tmp_path):
@@ -73,8 +80,8 @@ def test_a_resumed_run_is_the_same_run_and_what_is_run_again_replaces_what_was(r
     assert again.file == file
     rows = wandb.rows_in(file)
     assert sum(each.HasField("exit") for each in wandb.records_in(file)) == 1
-    assert wandb.series(rows, "train")["loss"] == [(step, 1.0 if step < 6 else 2.0) for step in range(12)]
-    assert wandb.series(rows, "eval/held out")["accuracy"] == [(8, 0.9)]
+    assert wandb.metric_series(rows, "train")["loss"] == [(step, 1.0 if step < 6 else 2.0) for step in range(12)]
+    assert wandb.metric_series(rows, "eval/held out")["accuracy"] == [(8, 0.9)]
     numbers = [row["_step"] for row in rows]
     assert numbers == sorted(set(numbers))
 
@@ -98,7 +105,7 @@ def test_R12_an_eval_that_comes_again_replaces_the_one_before(run):
     run.eval(4, "tasks", accuracy=0.75)
     run.eval(0, "tasks", accuracy=0.125)
     run.end()
-    found = wandb.series(wandb.rows_in(run.file), "eval/tasks")
+    found = wandb.metric_series(wandb.rows_in(run.file), "eval/tasks")
     assert found["accuracy"] == [(0, 0.125), (4, 0.75)]
     assert repr(found["f1"]) == "[(0, nan)]"
 
@@ -109,7 +116,7 @@ def test_log_every_leaves_steps_out_but_never_the_last(run):
     for step in range(100):
         run.step(step, loss=1.0)
     run.end()
-    assert [step for step, _ in wandb.series(wandb.rows_in(run.file), "train")["loss"]] == [0, 40, 80, 99]
+    assert [step for step, _ in wandb.metric_series(wandb.rows_in(run.file), "train")["loss"]] == [0, 40, 80, 99]
 
 
 @pytest.mark.parametrize("horizon", [None, math.inf, 10**6])
@@ -120,11 +127,11 @@ def test_log_every_logs_the_last_step_of_a_run_without_a_known_end(run, horizon)
     for step in range(50):
         run.step(step, loss=step / 2)
     run.logger.close()
-    assert wandb.series(wandb.rows_in(run.file), "train")["loss"] == [(0, 0.0), (30, 15.0), (49, 24.5)]
+    assert wandb.metric_series(wandb.rows_in(run.file), "train")["loss"] == [(0, 0.0), (30, 15.0), (49, 24.5)]
     for step in range(50, 62):
         run.step(step, loss=step / 2)
     run.end()
-    assert [step for step, _ in wandb.series(wandb.rows_in(run.file), "train")["loss"]] == [0, 30, 49, 60, 61]
+    assert [step for step, _ in wandb.metric_series(wandb.rows_in(run.file), "train")["loss"]] == [0, 30, 49, 60, 61]
 
 
 def test_a_prefix_is_put_only_before_names_without_one(run):
@@ -147,14 +154,14 @@ def test_a_step_may_be_a_float_that_is_whole(run):
     run.start()
     run.step(3.0, loss=1.0)
     run.end()
-    assert wandb.series(wandb.rows_in(run.file), "train")["loss"] == [(3, 1.0)]
+    assert wandb.metric_series(wandb.rows_in(run.file), "train")["loss"] == [(3, 1.0)]
 
 
 def test_a_loop_that_calls_no_start_and_no_end_leaves_a_complete_file(run):
     for step in range(3):
         run.step(step, loss=step + 0.5)
     run.logger.close()
-    assert wandb.series(wandb.rows_in(run.file), "train")["loss"] == [(0, 0.5), (1, 1.5), (2, 2.5)]
+    assert wandb.metric_series(wandb.rows_in(run.file), "train")["loss"] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     run.logger.close()
     assert len(wandb.rows_in(run.file)) == 3
 
@@ -174,18 +181,20 @@ def test_rows_larger_than_a_block_are_read_by_wandb(run, server, login):
     for step, size in enumerate(sizes):
         run.step(step, text="x" * size)
     run.end()
-    wandb.sync(run.file)
-    assert [len(text) for _, text in wandb.series(server.rows(wandb.id_of(run.file)), "train")["text"]] == sizes
+    wandb.sync_files(run.file)
+    assert [
+        len(text) for _, text in wandb.metric_series(server.rows(wandb.run_id_of(run.file)), "train")["text"]
+    ] == sizes
 
 
 def test_offline_says_nothing_asks_nobody_and_leaves_no_process(tmp_path, server, capfd):
-    before = wandb.cores()
+    before = wandb.find_wandb_services()
     specs = [{"kind": "wandb_logger", "params": {"project": "p", "mode": "offline"}, "placement": "inline"}]
     with EventBus(build_callbacks(specs)) as bus:
-        wandb.publish(bus, Timeline(tmp_path).whole())
+        wandb.publish_all(bus, Timeline(tmp_path).all_events())
     assert capfd.readouterr() == ("", "")
-    assert server.asked == 0
-    assert wandb.cores() <= before
+    assert server.request_count == 0
+    assert wandb.find_wandb_services() <= before
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
@@ -195,8 +204,8 @@ def test_the_environment_may_ask_for_less(tmp_path, server, monkeypatch, mode):
     one.start()
     one.step(0, loss=1.0)
     one.end()
-    assert len(wandb.files_of(tmp_path)) == (mode == "offline")
-    assert server.asked == 0
+    assert len(wandb.wandb_files_of(tmp_path)) == (mode == "offline")
+    assert server.request_count == 0
 
 
 def test_the_server_is_told_what_the_run_is_what_stands_for_it_and_its_predictions(run, server, login):
@@ -206,8 +215,8 @@ def test_the_server_is_told_what_the_run_is_what_stands_for_it_and_its_predictio
     run.benchmark(3, predictions=[{"task_id": n, "output": "a|b"} for n in range(5)], accuracy=0.5)
     run.benchmark(None, "after training", accuracy=0.25)
     run.end()
-    wandb.sync(run.file)
-    [told, *_] = server.runs[wandb.id_of(run.file)]
+    wandb.sync_files(run.file)
+    [told, *_] = server.runs[wandb.run_id_of(run.file)]
     assert (told["project"], told["groupName"], told["jobType"]) == ("p", "arms", "train")
     assert (told["displayName"], told["notes"]) == ("run", "It learns.")
     assert json.loads(told["config"])["lr"] == {"value": 0.1}
@@ -216,7 +225,7 @@ def test_the_server_is_told_what_the_run_is_what_stands_for_it_and_its_predictio
     assert server.summary["final/after training/accuracy"] == 0.25
     assert server.summary["train/loss"] == 1.0
     assert not any("final" in key for row in rows for key in row)
-    [(step, row)] = wandb.series(rows, "eval/tasks")["predictions"]
+    [(step, row)] = wandb.metric_series(rows, "eval/tasks")["predictions"]
     table = json.loads(server.files[row["path"]])
     assert (step, row["_type"], row["nrows"]) == (3, "table-file", 2)
     assert (table["columns"], table["data"]) == (["task_id", "output"], [[0, "a|b"], [1, "a|b"]])
@@ -228,4 +237,4 @@ def test_late_and_repeated_steps_are_all_kept(run):
     for step in (0, 1, 5, 2, 5, 3):
         run.step(step, loss=float(step))
     run.end()
-    assert wandb.series(wandb.rows_in(run.file), "train")["loss"] == [(n, float(n)) for n in (0, 1, 2, 3, 5, 5)]
+    assert wandb.metric_series(wandb.rows_in(run.file), "train")["loss"] == [(n, float(n)) for n in (0, 1, 2, 3, 5, 5)]

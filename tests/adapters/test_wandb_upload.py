@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from evsys_bus import EventBus, Learnt, build_callbacks
+from evsys_bus import EventBus, RunAnnotated, build_callbacks
 from evsys_bus.testing.timeline import Timeline
 from support import wandb_server as wandb
 from support.couriers import courier_processes
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.long]
 
 
 def test_online_uploads_while_the_run_goes_on_and_tells_the_url(tmp_path, server, login):
-    before = wandb.cores()
+    before = wandb.find_wandb_services()
     specs = [{"kind": "wandb_logger", "params": {"project": "p"}, "placement": "inline"}]
     one = wandb.Run(tmp_path, mode="online")
     with EventBus(build_callbacks(specs)) as bus:
@@ -26,14 +26,14 @@ def test_online_uploads_while_the_run_goes_on_and_tells_the_url(tmp_path, server
         one.start()
         one.step(0, loss=1.0)
         one.logger.mark()
-        wait_until(lambda: server.rows(wandb.id_of(one.file)))
+        wait_until(lambda: server.rows(wandb.run_id_of(one.file)))
         one.step(1, loss=2.0)
         one.end()
-        wandb.settle(one.logger)
-    assert wandb.series(server.rows(wandb.id_of(one.file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
+        wandb.drain_logger(one.logger)
+    assert wandb.metric_series(server.rows(wandb.run_id_of(one.file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
     assert one.file.with_suffix(".wandb.synced").exists()
-    assert one.ctx.extras["wandb_url"] == f"{server.url}/team/p/runs/{wandb.id_of(one.file)}"
-    wait_until(lambda: wandb.cores() <= before)
+    assert one.ctx.extras["wandb_url"] == f"{server.url}/team/p/runs/{wandb.run_id_of(one.file)}"
+    wait_until(lambda: wandb.find_wandb_services() <= before)
 
 
 def test_without_a_login_a_warning_names_the_fix_and_the_run_goes_on(tmp_path, server, caplog):
@@ -48,7 +48,7 @@ def test_without_a_login_a_warning_names_the_fix_and_the_run_goes_on(tmp_path, s
     assert "no login" in caplog.text
     assert "wandb login" in caplog.text
     assert f'wandb sync "{one.file.parent}"' in caplog.text
-    assert wandb.series(wandb.rows_in(one.file), "train")["loss"] == [(0, 1.0)]
+    assert wandb.metric_series(wandb.rows_in(one.file), "train")["loss"] == [(0, 1.0)]
 
 
 SEES = """
@@ -77,23 +77,23 @@ def test_no_process_of_wandb_outlives_a_courier_that_is_killed_and_who_follows_h
     (tmp_path / "sees_the_page.py").write_text(SEES)
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("sees_the_page")
-    journal, timeline, before = tmp_path / "journal", Timeline(tmp_path, ["wide"]), wandb.cores()
+    journal, timeline, before = tmp_path / "journal", Timeline(tmp_path, ["wide"]), wandb.find_wandb_services()
     specs = [
         {"kind": "wandb_logger", "params": {"project": "p"}},
         {"kind": "sees_the_page", "params": {"folder": str(tmp_path)}},
     ]
     with EventBus(build_callbacks(specs), journal=journal) as bus:
-        wandb.publish(bus, timeline.starts())
+        wandb.publish_all(bus, timeline.start_events())
         wait_until(lambda: read_events(journal, family="c"))
-        begun, [courier] = wandb.cores() - before, courier_processes(journal)
+        begun, [courier] = wandb.find_wandb_services() - before, courier_processes(journal)
         [[run, asked]] = [(run, len(asked)) for run, asked in server.runs.items()]
         assert begun
         os.kill(courier, signal.SIGKILL)
-        wait_until(lambda: not wandb.cores() & begun)
+        wait_until(lambda: not wandb.find_wandb_services() & begun)
         wait_until(lambda: len(server.runs[run]) > asked)  # the upload of the next courier
-        wandb.publish(bus, *map(timeline.step, range(2)), timeline.ends())
-    assert bus.receipt.finish is None
+        wandb.publish_all(bus, *map(timeline.step_events, range(2)), timeline.end_events())
+    assert bus.receipt.resume_command is None
     page = f"{server.url}/team/p/runs/{run}"
-    assert read_events(journal, family="c") == [Learnt("wide", {"wandb_url": page})]
+    assert read_events(journal, family="c") == [RunAnnotated("wide", {"wandb_url": page})]
     assert [(tmp_path / f"wide.{at}").read_text() for at in ("step", "end")] == [page, page]
-    wait_until(lambda: wandb.cores() <= before and not wandb.processes(tmp_path))
+    wait_until(lambda: wandb.find_wandb_services() <= before and not wandb.find_wandb_processes(tmp_path))

@@ -11,61 +11,61 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from evsys_bus.bench.harness import Run, Samples, Spread, calibrate, interleave
+from evsys_bus.bench.harness import Samples, Spread, TimedLoop, calibrate, interleave
 from evsys_bus.bench.plot import as_svg
-from evsys_bus.bench.question import (
-    Answer,
+from evsys_bus.bench.report import Machine, Report, as_text, format_value
+from evsys_bus.bench.suite import (
+    Budget,
+    Candidate,
     Case,
-    Contender,
-    Effort,
+    Result,
     Row,
     Table,
     Target,
-    TimedQuestion,
-    Verdict,
-    ask,
+    TargetResult,
+    TimedSuite,
     measure,
+    run_suite,
 )
-from evsys_bus.bench.report import Machine, Report, amount, as_text
 from evsys_bus.cli.bench import bench_command, command
 
 SVG = "{http://www.w3.org/2000/svg}"
-EFFORT = Effort(rounds=4, process_rounds=2, sample_ns=1_000)
+EFFORT = Budget(rounds=4, process_rounds=2, sample_ns=1_000)
 
 
-def steady(ns: int) -> Run:
+def steady(ns: int) -> TimedLoop:
     return lambda operations: operations * ns
 
 
-def contender(run: Run, *, package: str | None = None, ours: bool = False) -> Contender:
+def contender(run: TimedLoop, *, package: str | None = None, ours: bool = False) -> Candidate:
     @contextmanager
-    def opened() -> Generator[Run, None, None]:
+    def opened() -> Generator[TimedLoop, None, None]:
         yield run
 
-    return Contender(opened, package, ours)
+    return Candidate(opened, package, ours)
 
 
-def absent(package: str | None) -> Contender:
+def absent(package: str | None) -> Candidate:
     @contextmanager
-    def opened() -> Generator[Run, None, None]:
+    def opened() -> Generator[TimedLoop, None, None]:
         raise ImportError("no such module")
         yield steady(1)
 
-    return Contender(opened, package)
+    return Candidate(opened, package)
 
 
-def fake_question(*, at_most: float = 3.0) -> TimedQuestion:
+def fake_question(*, at_most: float = 3.0) -> TimedSuite:
     contenders = {
         "floor": contender(steady(100)),
         "bus & co": contender(steady(250), ours=True),
         "gone": absent("gone-package"),
     }
     targets = (
-        Target(of="bus & co", to="floor", at_most=at_most),
-        Target(of="gone", to="bus & co", at_least=8),
+        Target(candidate="bus & co", reference="floor", at_most=at_most),
+        Target(candidate="gone", reference="bus & co", at_least=8),
     )
-    case = Case(title="K < 8", contenders=contenders, floor="floor", targets=targets)
-    return TimedQuestion(name="fake", promise="a promise", cases=(case,))
+    case = Case(title="K < 8", candidates=contenders, baseline="floor", targets=targets)
+    return TimedSuite(name="fake", promise="a promise", cases=(case,))
 
 
 def fake_report() -> Report:
@@ -74,10 +74,10 @@ def fake_report() -> Report:
         title="uploads finished",
         unit="of 200",
         rows=[Row("bare", Spread(0, 0, 0)), Row("bus", Spread(200, 200, 200), ours=True)],
-        verdicts=[Verdict("bus finishes every upload", 200, kept=True, unit="of 200")],
+        target_results=[TargetResult("bus finishes every upload", 200, met=True, unit="of 200")],
     )
-    survival = Answer("survival", "all are finished", [counts])
-    return Report(machine, [ask(fake_question(at_most=2.0), EFFORT, lambda _: None), survival])
+    survival = Result("survival", "all are finished", [counts])
+    return Report(machine, [run_suite(fake_question(at_most=2.0), EFFORT, lambda _: None), survival])
 
 
 def test_a_contender_is_calibrated_to_samples_of_the_asked_length():
@@ -95,7 +95,7 @@ def test_a_contender_that_takes_no_time_at_all_is_not_run_for_ever():
 def test_every_round_samples_every_contender_once_and_begins_with_another_one():
     order: list[str] = []
 
-    def noting(name: str) -> Run:
+    def noting(name: str) -> TimedLoop:
         def run(operations: int) -> int:
             order.append(name)
             return 1_000 * operations
@@ -135,28 +135,28 @@ def test_a_ratio_is_taken_within_rounds_so_a_slow_spell_does_not_move_it():
 @pytest.mark.parametrize(
     ("target", "kept"),
     [
-        (Target(of="ours", to="floor", at_most=2.0), True),
-        (Target(of="ours", to="floor", at_most=1.9), False),
-        (Target(of="ours", to="floor", at_least=2.0), True),
-        (Target(of="ours", to="floor", at_least=2.1), False),
-        (Target(of="ours", to="floor", at_least=1.0, at_most=1.9), False),
-        (Target(of="ours", to="somebody", at_most=1.0), None),
+        (Target(candidate="ours", reference="floor", at_most=2.0), True),
+        (Target(candidate="ours", reference="floor", at_most=1.9), False),
+        (Target(candidate="ours", reference="floor", at_least=2.0), True),
+        (Target(candidate="ours", reference="floor", at_least=2.1), False),
+        (Target(candidate="ours", reference="floor", at_least=1.0, at_most=1.9), False),
+        (Target(candidate="ours", reference="somebody", at_most=1.0), None),
     ],
 )
 def test_a_target_is_judged_by_its_bounds_and_not_without_its_contenders(target: Target, kept: bool | None):
     samples = Samples({"floor": [100.0, 100.0], "ours": [200.0, 200.0]})
-    assert target.judge(samples).kept is kept
+    assert target.evaluate(samples).met is kept
 
 
 def test_a_contender_whose_package_is_missing_is_named_and_the_rest_is_measured():
     table = measure(fake_question().cases[0], EFFORT)
-    assert [row.contender for row in table.rows] == ["floor", "bus & co"]
+    assert [row.candidate for row in table.rows] == ["floor", "bus & co"]
     assert table.absent == {"gone": "needs gone-package: no such module"}
-    assert [verdict.kept for verdict in table.verdicts] == [True, None]
+    assert [verdict.met for verdict in table.target_results] == [True, None]
 
 
 def test_a_contender_of_our_own_that_cannot_be_imported_is_no_mere_absence():
-    case = Case(title="broken", contenders={"floor": contender(steady(1)), "ours": absent(None)}, floor="floor")
+    case = Case(title="broken", candidates={"floor": contender(steady(1)), "ours": absent(None)}, baseline="floor")
     with pytest.raises(ImportError, match="no such module"):
         measure(case, EFFORT)
 
@@ -165,7 +165,7 @@ def test_contenders_are_taken_down_when_one_of_them_raises_while_it_is_timed():
     closed: list[str] = []
 
     @contextmanager
-    def opened() -> Generator[Run, None, None]:
+    def opened() -> Generator[TimedLoop, None, None]:
         try:
             yield steady(1)
         finally:
@@ -174,7 +174,7 @@ def test_contenders_are_taken_down_when_one_of_them_raises_while_it_is_timed():
     def broken(_: int) -> int:
         raise ValueError("cannot be timed")
 
-    case = Case(title="t", contenders={"floor": Contender(opened), "broken": contender(broken)}, floor="floor")
+    case = Case(title="t", candidates={"floor": Candidate(opened), "broken": contender(broken)}, baseline="floor")
     with pytest.raises(ValueError, match="cannot be timed"):
         measure(case, EFFORT)
     assert closed == ["floor"]
@@ -187,8 +187,8 @@ def test_a_case_that_starts_processes_gets_fewer_rounds():
         calls["n"] += 1
         return 10_000 * operations
 
-    case = Case(title="t", contenders={"floor": contender(counted)}, floor="floor", starts_processes=True)
-    measure(case, Effort(rounds=100, process_rounds=3, sample_ns=1_000))
+    case = Case(title="t", candidates={"floor": contender(counted)}, baseline="floor", starts_processes=True)
+    measure(case, Budget(rounds=100, process_rounds=3, sample_ns=1_000))
     assert calls["n"] == 1 + 3  # calibration, rounds
 
 
@@ -205,7 +205,7 @@ def test_a_case_that_starts_processes_gets_fewer_rounds():
     ],
 )
 def test_an_amount_is_told_in_a_unit_that_suits_its_size(value: float, unit: str, text: str):
-    assert amount(value, unit) == text
+    assert format_value(value, unit) == text
 
 
 def test_the_report_reads_as_promised():
@@ -236,9 +236,9 @@ def test_the_plot_is_well_formed_and_shows_every_contender_within_the_picture():
     report = fake_report()
     root = ET.fromstring(as_svg(report))
     texts = [text.text for text in root.iter(f"{SVG}text")]
-    rows = [row for answer in report.answers for table in answer.tables for row in table.rows]
+    rows = [row for answer in report.results for table in answer.tables for row in table.rows]
     bars = [bar for bar in root.iter(f"{SVG}rect") if "bar" in bar.get("class", "")]
-    assert {row.contender for row in rows} <= set(texts)
+    assert {row.candidate for row in rows} <= set(texts)
     assert "K < 8" in texts
     assert len(bars) == len(rows)
     assert all(0 <= float(bar.get("x", "")) + float(bar.get("width", "")) <= 800 for bar in bars)
@@ -248,7 +248,7 @@ def test_the_plot_is_well_formed_and_shows_every_contender_within_the_picture():
 def test_a_bar_ten_times_as_long_on_the_log_axis_is_one_decade_longer():
     rows = [Row(name, Spread(ns, ns, ns)) for name, ns in (("a", 50), ("b", 500), ("c", 5_000))]
     machine = Machine("3.11.7", 2, "Linux", {})
-    root = ET.fromstring(as_svg(Report(machine, [Answer("q", "p", [Table("t", "ns", rows)])])))
+    root = ET.fromstring(as_svg(Report(machine, [Result("q", "p", [Table("t", "ns", rows)])])))
     widths = [float(bar.get("width", "")) for bar in root.iter(f"{SVG}rect") if bar.get("class") == "bar"]
     assert widths[2] - widths[1] == pytest.approx(widths[1] - widths[0], abs=0.2)
 
@@ -275,11 +275,11 @@ def test_the_table_goes_to_stdout_the_progress_to_stderr_and_json_tells_everythi
     assert "PASS  bus & co takes at most 3 x as long as floor: 2.5 x" in done.stdout
     assert f"plot: {svg.resolve()}" in done.stdout
     report = msgspec.json.decode(everything.read_bytes(), type=Report)
-    assert report.answers[0].tables[0].verdicts[0].measured == 2.5
+    assert report.results[0].tables[0].target_results[0].measured == 2.5
     assert as_svg(report) == svg.read_text(encoding="utf-8")
 
 
-def refusing() -> dict[str, TimedQuestion]:
+def refusing() -> dict[str, TimedSuite]:
     raise AssertionError("nothing is asked")
 
 
@@ -292,7 +292,7 @@ def refusing() -> dict[str, TimedQuestion]:
     ],
 )
 def test_a_mistake_on_the_command_line_is_said_before_anything_is_measured(
-    questions: Callable[[], dict[str, TimedQuestion]], arguments: list[str], said: str
+    questions: Callable[[], dict[str, TimedSuite]], arguments: list[str], said: str
 ):
     done = CliRunner().invoke(bench_command(questions, doc="Fake."), arguments)
     assert done.exit_code == 2

@@ -3,9 +3,9 @@
 import pytest
 
 from evsys_bus.bench import loggers
-from evsys_bus.bench.growth import Growth
 from evsys_bus.bench.log_process import LogProcess, loggers_in
-from evsys_bus.bench.question import Effort
+from evsys_bus.bench.memory_growth import MemoryGrowth
+from evsys_bus.bench.suite import Budget
 
 FOUND = loggers_in((loggers.__name__,))
 
@@ -42,7 +42,7 @@ def test_a_process_that_fails_in_another_way_is_no_mere_absence(tmp_path):
 
 
 def test_P7_growth_times_a_long_run_beside_a_new_one_and_tells_its_memory():
-    times, memory = Growth().tables(Effort(rounds=3, process_rounds=2, sample_ns=100_000))
-    assert [row.contender for row in times.rows] == ["a bus at its first steps", "a bus after 6,000 steps"]
+    times, memory = MemoryGrowth().measure_tables(Budget(rounds=3, process_rounds=2, sample_ns=100_000))
+    assert [row.candidate for row in times.rows] == ["a bus at its first steps", "a bus after 6,000 steps"]
     assert memory.rows[0].value.median < 20
-    assert memory.verdicts[0].kept is True
+    assert memory.target_results[0].met is True

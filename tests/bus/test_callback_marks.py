@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from evsys_adapters import CsvMetricsCallback, LocalLoggerCallback, TensorBoardLoggerCallback
-from evsys_adapters.early_stopping import MOST_MARKED, EarlyStoppingCallback
+from evsys_adapters.early_stopping import MAX_MARKED_EVALS, EarlyStoppingCallback
 from evsys_bus import (
     Callback,
     Checkpoint,
@@ -20,7 +20,7 @@ from evsys_bus import (
     TrainStart,
     follow,
 )
-from evsys_bus.bus.callback_marks import BusCallbackMarks, recorded_marks, with_marks
+from evsys_bus.bus.callback_marks import BusCallbackMarks, add_mark_callbacks, recorded_marks
 from evsys_bus.context import EvalResult, LoopArtifacts, TrainingBatch
 from evsys_bus.errors import EventError
 from evsys_bus.events import BenchmarkEval, Event, TrainEnd
@@ -72,7 +72,7 @@ class Total(Callback):
 
 def open_bus(folder, *callbacks, rank=0, **more):
     journal = folder / "journal"
-    return EventBus(with_marks(callbacks, journal, rank), journal=journal, rank=rank, **more)
+    return EventBus(add_mark_callbacks(callbacks, journal, rank), journal=journal, rank=rank, **more)
 
 
 def train(bus, state, steps, *, save_at=(), eval_at=()):
@@ -122,23 +122,23 @@ def test_nothing_is_added_where_no_callback_keeps_marks_or_nothing_is_recorded(t
             return lambda *_: None
 
     callbacks = (Plain(), OfFiles(), AnswersToAll(), object())
-    assert with_marks(callbacks, tmp_path) == callbacks
+    assert add_mark_callbacks(callbacks, tmp_path) == callbacks
     counts = Counts()
-    assert with_marks([counts], None) == (counts,)
+    assert add_mark_callbacks([counts], None) == (counts,)
 
 
 def test_adapters_that_mark_files_are_for_couriers(tmp_path):
     adapters = (CsvMetricsCallback(tmp_path / "a.csv"), LocalLoggerCallback(), TensorBoardLoggerCallback())
-    assert with_marks(adapters, tmp_path) == adapters
+    assert add_mark_callbacks(adapters, tmp_path) == adapters
 
 
 def test_callbacks_may_be_added_and_removed_later(tmp_path):
     counts, total, plain = Counts(), Total(), Callback()
-    first, *given, last = with_marks([plain, counts], JournalWriter(tmp_path))
+    first, *given, last = add_mark_callbacks([plain, counts], JournalWriter(tmp_path))
     assert given == [plain, counts]
-    assert with_marks([first, plain, counts, last, total], tmp_path) == (first, plain, counts, total, last)
-    assert with_marks([first, plain, total, last], tmp_path) == (first, plain, total, last)
-    assert with_marks([first, plain, last], tmp_path) == (plain,)
+    assert add_mark_callbacks([first, plain, counts, last, total], tmp_path) == (first, plain, counts, total, last)
+    assert add_mark_callbacks([first, plain, total, last], tmp_path) == (first, plain, total, last)
+    assert add_mark_callbacks([first, plain, last], tmp_path) == (plain,)
 
 
 def test_the_name_of_the_event_is_not_to_be_taken():
@@ -163,7 +163,7 @@ def test_followers_and_sinks_count_marks_like_any_event(tmp_path):
 
     sees, steps = Sees(), Steps()
     journal = tmp_path / "journal"
-    with EventBus([*with_marks([Counts()], journal), follow(steps)], journal=journal, sinks=[sees]) as bus:
+    with EventBus([*add_mark_callbacks([Counts()], journal), follow(steps)], journal=journal, sinks=[sees]) as bus:
         train(bus, state_of(tmp_path), range(4), eval_at=[1, 3])
     assert steps.steps == [0, 1, 2, 3]
     assert sees.events.count(BusCallbackMarks) == 3
@@ -396,7 +396,7 @@ def test_an_eval_that_came_late_is_known_to_a_resume_from_before_it_came(tmp_pat
     journal = tmp_path / "journal"
     stopping = EarlyStoppingCallback("loss", mode="min", patience=3)
     state = state_of(tmp_path)
-    with EventBus(with_marks([stopping], journal), journal=journal) as bus:
+    with EventBus(add_mark_callbacks([stopping], journal), journal=journal) as bus:
         train(bus, state, range(20), save_at=[9])
         for step in (4, 8, 12):  # they land when twenty steps are done
             bus.publish(Eval(state, step, "val", {"loss": 1.0}))
@@ -427,7 +427,7 @@ def test_a_mark_does_not_grow_with_the_run_and_long_patience_survives(tmp_path):
     for step in range(700):
         stopping.on_eval(state, step, "val", {"loss": 0.5 if step == 3 else 1.0})
     mark = json.loads(json.dumps(stopping.mark_run(state)))
-    assert len(json.dumps(mark)) < 30 * MOST_MARKED
+    assert len(json.dumps(mark)) < 30 * MAX_MARKED_EVALS
     again, state = EarlyStoppingCallback("loss", mode="min", patience=1_000), state_of(tmp_path, step=700)
     again.rewind_run(state, mark, mark)
     again.on_train_start(state)
@@ -451,7 +451,7 @@ RUN = """
     import asyncio, os, signal, sys
     from evsys_adapters import EarlyStoppingCallback
     from evsys_bus import EventBus, TrainingBatch, TrainingLoop
-    from evsys_bus.bus.callback_marks import with_marks
+    from evsys_bus.bus.callback_marks import add_mark_callbacks
 
     folder, most_evals, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 
@@ -488,7 +488,7 @@ RUN = """
 
     async def main():
         stopping = EarlyStoppingCallback("score", mode="min", patience=4)
-        async with EventBus(with_marks([stopping], f"{folder}/journal"), journal=f"{folder}/journal") as bus:
+        async with EventBus(add_mark_callbacks([stopping], f"{folder}/journal"), journal=f"{folder}/journal") as bus:
             loop = TrainingLoop(
                 Model(), Batches(), num_steps=60, output_dir=folder, evaluators=[val], save_every=int(sys.argv[4]),
                 bus=bus, resume=True,

@@ -48,7 +48,7 @@ def test_handles_show_scalars_only_attached_or_not(tmp_path):
     assert repr(ctx) == f"LogContext(output_dir={tmp_path!r}, run_key='r')"
     assert (
         repr(detached(DetachedLoopState, {"step": 7, "output_dir": "/runs/a"}))
-        == "DetachedLoopState(step=7, output_dir=PosixPath('/runs/a'), stop_requested=False, unfinished=False)"
+        == "DetachedLoopState(step=7, output_dir=PosixPath('/runs/a'), stop_requested=False, stopped_early=False)"
     )
     assert repr(TrainingBatch(data=[1], loss_fn="ppo")) == "TrainingBatch(loss_fn='ppo')"
 

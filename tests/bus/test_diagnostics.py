@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from evsys_bus.diagnostics import MOST_KINDS, MOST_SHAPES, FaultLog, current_adapter, log, message_shape
+from evsys_bus.diagnostics import MAX_KINDS, MAX_SHAPES, FaultLog, current_adapter, log, message_shape
 
 
 @pytest.fixture
@@ -45,15 +45,15 @@ def test_numbers_and_addresses_make_no_new_kind(faults, caplog, one, other):
 
 
 def test_kinds_are_bounded_and_none_is_lost_from_the_count(faults, caplog):
-    words = ["".join(chr(97 + int(digit)) for digit in f"{number:05}") for number in range(MOST_KINDS + 500)]
+    words = ["".join(chr(97 + int(digit)) for digit in f"{number:05}") for number in range(MAX_KINDS + 500)]
     for word in words:
         faults.warn("one", "key", error=ValueError(word))
         faults.warn("many", word, error=ValueError("same"))
-    assert len(caplog.records) <= MOST_KINDS + 2
+    assert len(caplog.records) <= MAX_KINDS + 2
     faults.flush()
     ones = [vars(each)["count"] for each in caplog.records if vars(each)["event"] == "one"]
-    assert ones[:MOST_SHAPES] == [1] * MOST_SHAPES
-    assert ones[-1] == len(words) - MOST_SHAPES
+    assert ones[:MAX_SHAPES] == [1] * MAX_SHAPES
+    assert ones[-1] == len(words) - MAX_SHAPES
 
 
 def test_an_error_that_cannot_be_shown_is_logged_all_the_same(faults, caplog):

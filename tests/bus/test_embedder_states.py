@@ -32,7 +32,7 @@ from evsys_bus import (
 )
 from evsys_bus.codec import RunContexts, decode, encode
 from evsys_bus.context import DetachedLoopState
-from evsys_bus.delivery.openings import Contexts, open_at
+from evsys_bus.delivery.open_runs import StreamContexts, open_runs_at
 from evsys_bus.errors import DetachedError, SettingError
 from evsys_bus.journal import JournalWriter, OsDisk
 from support.journals import read_envelopes, read_records
@@ -250,13 +250,13 @@ def test_a_courier_that_begins_in_a_later_segment_finds_the_contexts(tmp_path, s
             for state in states:
                 bus.publish(StepEnd(state, step, None, {"loss": 0.5}))
         last = bus.health().journal.recorded
-    contexts = Contexts({})
+    contexts = StreamContexts({})
     folder = f"{tmp_path}/journal/{writer.stream}"
     assert len([*Path(folder).glob("*.seg")]) > 3
-    starts_found = open_at(OsDisk(), folder, last - 1, contexts)
+    starts_found = open_runs_at(OsDisk(), folder, last - 1, contexts)
     assert len(starts_found) == (2 if starts else 0)
     for name in ("x", "y"):
-        assert contexts.of_run.of("a-s0", str(tmp_path / name)).run_config == {"seed": 0}
+        assert contexts.by_run.lookup("a-s0", str(tmp_path / name)).run_config == {"seed": 0}
 
 
 def test_only_the_first_event_of_a_run_on_record_carries_its_context(tmp_path):
@@ -295,7 +295,7 @@ def test_what_0_1_0_wrote_reads_the_same(tmp_path):
     assert (envelope.run, envelope.rank, envelope.replaced) == ("a", 1, {"metrics.x": "odd"})
     assert (found.step, found.stop_requested, found.ctx.output_dir, found.ctx.run_key) == (3, True, Path("/exp"), "a")
     known = RunContexts()
-    known.put("a", "/exp", ctx := LogContext(tmp_path, run_key="a"))
+    known.add("a", "/exp", ctx := LogContext(tmp_path, run_key="a"))
     assert decode(msgspec.msgpack.encode({**head, "event": event}), known).event.state.ctx is ctx
 
 
@@ -340,12 +340,12 @@ def test_reading_the_environment_is_no_part_of_recording(tmp_path):
 def test_contexts_that_nobody_ends_do_not_stay_for_ever(tmp_path):
     known = RunContexts()
     for number in range(10_100):
-        known.put(f"a-{number}", "/exp", LogContext(tmp_path))
-    known.put("a-5000", "/other", LogContext(tmp_path))
+        known.add(f"a-{number}", "/exp", LogContext(tmp_path))
+    known.add("a-5000", "/other", LogContext(tmp_path))
     assert len(known) == 10_000
-    assert (known.of("a-99", "/exp"), known.shared) == (None, {"a-5000"})
-    known.drop("a-5000", "/other")
-    assert (known["a-5000"] is known.of("a-5000", "/exp"), known.shared) == (True, set())
+    assert (known.lookup("a-99", "/exp"), known.ambiguous_keys) == (None, {"a-5000"})
+    known.remove("a-5000", "/other")
+    assert (known["a-5000"] is known.lookup("a-5000", "/exp"), known.ambiguous_keys) == (True, set())
 
 
 @pytest.mark.parametrize("key", [7, Path("wide/7"), 0.5])

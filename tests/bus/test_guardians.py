@@ -88,7 +88,7 @@ def test_the_receipt_status_and_sync_say_unknown_and_not_0(tmp_path, followed, s
         readable = unreadable(journal / "couriers")
     (status,) = bus.receipt.deliveries
     assert (status.state, status.complete) == ("unknown", False)
-    assert bus.receipt.finish is not None
+    assert bus.receipt.resume_command is not None
     code, out, _ = evsys_bus("status", str(journal))
     assert code == 0
     assert ["csv_metrics", "unknown", "?", "?", "?", "-"] in [line.split() for line in out.splitlines()]
@@ -144,7 +144,7 @@ def test_what_waits_for_a_hook_that_outlasts_the_deadline_is_recorded_without_ho
         assert holds.inside.wait(10)
         for step in range(3):
             bus.publish(step_end(step))
-    assert (bus.receipt.without_hooks, bus.receipt.refused, bus.receipt.recorded) == (3, 0, 4)
+    assert (bus.receipt.without_hooks, bus.receipt.dropped, bus.receipt.recorded) == (3, 0, 4)
     holds.go_on.set()
     thread.join()
     assert raised == []
@@ -152,7 +152,7 @@ def test_what_waits_for_a_hook_that_outlasts_the_deadline_is_recorded_without_ho
     found = read_events(journal)
     assert [event.step_idx for event in found if isinstance(event, StepEnd)] == [0, 1, 2]
     assert sum(type(event) is type(held) for event in found) == 1
-    assert (bus.health().without_hooks, bus.health().refused, bus.health().journal.recorded) == (3, 0, 4)
+    assert (bus.health().without_hooks, bus.health().dropped, bus.health().journal.recorded) == (3, 0, 4)
     assert "publish.without_hooks" in caplog.text
 
 
@@ -165,7 +165,7 @@ def test_what_waits_for_a_hook_that_ends_before_the_deadline_meets_its_hooks(tmp
         threading.Timer(0.3, holds.go_on.set).start()
     thread.join()
     assert (holds.steps, raised) == ([7], [])
-    assert (bus.receipt.without_hooks, bus.receipt.refused, bus.receipt.recorded) == (0, 0, 2)
+    assert (bus.receipt.without_hooks, bus.receipt.dropped, bus.receipt.recorded) == (0, 0, 2)
 
 
 async def test_an_async_exit_lets_its_loop_turn_while_it_waits_for_a_hook_that_needs_it(tmp_path, step_end):

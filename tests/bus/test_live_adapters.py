@@ -6,10 +6,10 @@ from typing import ClassVar
 import pytest
 
 from evsys_bus import Callback, CallbackSpec, EventBus, Sink, build_callbacks, follow, register_callback
+from evsys_bus.config import register_sink
+from evsys_bus.config.registry import Registry
 from evsys_bus.errors import BadSpecError, BrokenAdapterError, SinkMethodError
 from evsys_bus.testing import RecordingSink
-from evsys_bus.wiring import register_sink
-from evsys_bus.wiring.registry import Registry
 
 
 class Followed(Callback):

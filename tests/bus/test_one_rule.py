@@ -39,10 +39,10 @@ from evsys_bus import (
     dispatch,
     follow,
 )
+from evsys_bus.config import load_experiment, read_document
 from evsys_bus.errors import AsyncHookError, SettingError
 from evsys_bus.training.experiment import Experiment
-from evsys_bus.training.plan import RunParts
-from evsys_bus.wiring import load_experiment, read_document
+from evsys_bus.training.plan import RunComponents
 from support import wandb_server
 
 
@@ -132,7 +132,7 @@ async def by_file(folder):
     text = {"name": "toy", "recipe": "toy_recipe:recipe", "run": {}, "callbacks": specs(folder)}
     (folder / "toy.yaml").write_text(json.dumps(text))  # JSON is YAML
     sys.modules["toy_recipe"] = module = type(sys)("toy_recipe")
-    module.recipe = lambda params, run: RunParts(**parts(run.run_dir.parent))
+    module.recipe = lambda params, run: RunComponents(**parts(run.run_dir.parent))
     try:
         config = load_experiment(read_document(folder / "toy.yaml"))
     finally:
@@ -155,7 +155,7 @@ def scalars(folder):
 
 
 def history(folder):
-    [file] = wandb_server.files_of(folder)
+    [file] = wandb_server.wandb_files_of(folder)
     timed = ("_timestamp", "_runtime", "train/step_seconds")
     return [{key: value for key, value in row.items() if key not in timed} for row in wandb_server.rows_in(file)]
 
@@ -341,7 +341,7 @@ def test_follow_takes_the_ranks_that_a_class_and_a_spec_take(ranks, chosen):
     class Any(Callback):
         def on_step_end(self, state, step_idx, batch, metrics): ...
 
-    assert follow(Any(), ranks=ranks).terms.ranks == chosen
+    assert follow(Any(), ranks=ranks).policy.ranks == chosen
 
 
 def test_a_placement_that_there_is_not_is_refused_where_the_bus_is_made():
@@ -505,7 +505,7 @@ async def test_the_deadline_holds_for_it_and_what_is_pending_is_told(tmp_path):
         bus.publish(step_end(tmp_path))
     assert bus.receipt.seconds < 1.3
     [delivery] = bus.receipt.deliveries
-    assert (delivery.pending, bus.receipt.finish) == (1, f"evsys-bus sync {tmp_path / 'journal'}")
+    assert (delivery.pending, bus.receipt.resume_command) == (1, f"evsys-bus sync {tmp_path / 'journal'}")
 
 
 @pytest.mark.parametrize("failing", [True, False])

@@ -82,7 +82,7 @@ def test_an_event_whose_class_is_not_known_has_its_fields_in_order_and_its_handl
     assert (type(known.loose), known.loose.step) == (DetachedLoopState, 8)
     forgotten(LessonOver)
     contexts = RunContexts()
-    contexts.put("a", str(tmp_path), shared := LogContext(tmp_path, run_key="a"))
+    contexts.add("a", str(tmp_path), shared := LogContext(tmp_path, run_key="a"))
     found = decode(data, contexts).event
     assert type(found) is UnknownEvent
     args, kwargs = found.arguments()

@@ -310,7 +310,7 @@ def test_an_event_of_a_thread_that_waited_in_vain_is_run_by_the_thread_that_held
         blocked.wait(10)
         bus.publish(step_end(1))  # returns after its patience, though the bus is held
         assert notes.steps == []
-        assert bus.health().handed_over == 1
+        assert bus.health().deferred == 1
         go_on.set()
         thread.join()
         assert notes.steps == [0, 1]
@@ -438,11 +438,11 @@ def test_an_event_that_waits_when_the_bus_closes_is_counted_and_troubles_nobody(
         thread.start()
         blocked.wait(10)
         bus.publish(step_end(1))
-    assert (bus.receipt.refused, bus.receipt.without_hooks) == (1, 0)
+    assert (bus.receipt.dropped, bus.receipt.without_hooks) == (1, 0)
     go_on.set()
     thread.join()
     assert raised == []
-    assert (bus.health().handed_over, bus.health().refused) == (1, 1)
+    assert (bus.health().deferred, bus.health().dropped) == (1, 1)
     assert "the bus was closed while it waited" in caplog.text
 
 
@@ -612,7 +612,7 @@ def test_the_time_of_an_event_that_waits_for_another_hook_is_when_it_was_publish
             threading.Event().wait(0.005)
         goes_on.set()
         thread.join()
-        assert bus.health().handed_over == 1
+        assert bus.health().deferred == 1
     assert seen["nested"] <= asks[0] <= seen["handed over"] <= asks[1]
     recorded = read_envelopes(tmp_path / "journal")
     assert {each.event.eval_name: each.time for each in recorded[1:]} == seen

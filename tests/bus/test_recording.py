@@ -27,7 +27,7 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.bus.recording import rank_of
+from evsys_bus.bus.recorder import rank_from_environment
 from evsys_bus.context import ArmResult
 from evsys_bus.errors import JournalOpenError, UnrecordedError
 from evsys_bus.events import declared_events
@@ -219,7 +219,7 @@ def test_a_directory_that_is_removed_costs_no_event_while_the_process_lives(tmp_
         bus.publish(step_end(0))
         shutil.rmtree(tmp_path / "journal")
         (tmp_path / "journal").write_text("in the way")
-        bus._journal and bus._recording.writer.flush()
+        bus._journal and bus._recorder.writer.flush()
         for step in range(1, 5):
             bus.publish(step_end(step))
         (tmp_path / "journal").unlink()
@@ -287,7 +287,7 @@ def test_no_event_with_a_receipt_is_lost_to_a_kill(program, tmp_path):
         found = steps(directory)
         assert found[: last + 1] == list(range(last + 1))
         assert len(found) <= last + 2  # one more may have been recorded than was told
-        assert not any(stream.damaged or stream.missing for stream in verify(directory).streams)
+        assert not any(stream.corrupt_ranges or stream.missing_ranges for stream in verify(directory).streams)
         receipts += last + 1
     assert receipts > 5 * 100
 
@@ -384,7 +384,7 @@ def test_a_new_segment_begins_with_the_starts_of_the_runs_still_open(tmp_path, s
     [({}, 0), ({"RANK": "2"}, 2), ({"SLURM_PROCID": "5"}, 5), ({"RANK": "x", "PMI_RANK": "1"}, 1)],
 )
 def test_the_rank_is_what_the_launcher_says(environment, rank):
-    assert rank_of(environment) == rank
+    assert rank_from_environment(environment) == rank
 
 
 def test_without_a_journal_nothing_is_written(tmp_path, step_end):

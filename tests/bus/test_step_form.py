@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evsys_bus import Envelope, LogContext, LoopState, StepEnd, TrainingBatch
-from evsys_bus.codec import decode, encode, encoder
-from evsys_bus.codec.step_form import MOST_FORMS
+from evsys_bus.codec import decode, encode, event_encoder
+from evsys_bus.codec.step_template import MAX_TEMPLATES
 
 STREAM = "r0-20261128T070000-0badcafe"
 
@@ -30,7 +30,7 @@ def run_of(event: Any) -> str | None:
 
 @pytest.fixture
 def encode_step():
-    return encoder(StepEnd, STREAM, 3, run_of)
+    return event_encoder(StepEnd, STREAM, 3, run_of)
 
 
 def said(data: bytes) -> str:
@@ -39,7 +39,7 @@ def said(data: bytes) -> str:
 
 
 def thorough(event: StepEnd, seq: int, time: float) -> dict[str, Any]:
-    """What `to_plain` makes of all of it: that is the way of envelopes in which something was replaced already."""
+    """What `to_builtins` makes of all of it: that is the way of envelopes in which something was replaced already."""
     data = encode(Envelope(STREAM, seq, time, event, run_of(event), 3, {"before": "this"}))
     row = msgspec.msgpack.decode(data)
     del row["replaced"]["before"]
@@ -86,7 +86,7 @@ VALUES = (
 METRICS = st.dictionaries(st.text(max_size=5), st.floats(), max_size=9) | st.dictionaries(
     st.text(max_size=5) | st.integers(), VALUES, max_size=5
 )
-FORMED = encoder(StepEnd, STREAM, 3, run_of)  # one for all: forms of earlier steps are about
+FORMED = event_encoder(StepEnd, STREAM, 3, run_of)  # one for all: forms of earlier steps are about
 
 
 @given(states(), st.integers() | st.none(), batches(), METRICS, st.integers(1, 2**63), st.floats(allow_nan=False))
@@ -105,7 +105,8 @@ def test_a_plain_step_goes_by_its_form(encode_step, state):
 
 def test_runs_that_publish_by_turns_are_not_mixed_up(encode_step):
     made = [
-        LoopState(0, 1000, f"/runs/{at}", ctx=LogContext("/runs", run_key=f"run-{at}")) for at in range(MOST_FORMS + 9)
+        LoopState(0, 1000, f"/runs/{at}", ctx=LogContext("/runs", run_key=f"run-{at}"))
+        for at in range(MAX_TEMPLATES + 9)
     ]
     for step in range(3):
         for state in made:
@@ -216,10 +217,10 @@ def test_own_fields_that_change_with_every_step_show_as_they_are(encode_step, tm
     for state.model in (3, None, [1, 2], [object()], {"a": 1}, "x" * 10_000, "x", object(), [0] * 100, [0]):
         event = StepEnd(state, 9, None, {"loss": 0.5})
         assert said(encode_step(event, 9, 2.0)) == said(ordinary(event, 9, 2.0))
-    state.later = 4
+    state.deferred = 4
     event = StepEnd(state, 9, None, {"loss": 0.5})
     assert said(encode_step(event, 9, 2.0)) == said(ordinary(event, 9, 2.0))
-    del state.later
+    del state.deferred
     assert said(encode_step(event, 9, 2.0)) == said(ordinary(event, 9, 2.0))
 
 

@@ -78,7 +78,7 @@ def test_both_halves_get_the_event_wherever_the_second_one_runs(tmp_path, monkey
         assert (tmp_path / "delivered").read_text() == "final\n"
         (delivery,) = bus.receipt.deliveries
         assert (delivery.recorded, delivery.delivered, delivery.pending) == (1, 1, 0)
-        assert bus.receipt.finish is None
+        assert bus.receipt.resume_command is None
     finally:
         del sys.modules["halves_of_a_test"]
 
@@ -125,7 +125,7 @@ def test_a_sink_that_never_returns_costs_the_deadline_and_no_more_and_the_receip
         bus.publish(step_end(tmp_path, 0))
     (delivery,) = bus.receipt.deliveries
     assert (delivery.recorded, delivery.delivered, delivery.pending) == (1, 0, 1)
-    assert bus.receipt.finish == f"evsys-bus sync {tmp_path / 'journal'}"
+    assert bus.receipt.resume_command == f"evsys-bus sync {tmp_path / 'journal'}"
     assert bus.receipt.seconds < 1.3
 
 
@@ -143,7 +143,7 @@ def test_without_a_journal_what_is_pending_stays_where_the_receipt_says(tmp_path
     with EventBus(sinks=[FailingSink(["hang"])], drain_timeout=0.1) as bus:
         bus.publish(step_end(tmp_path, 0))
     assert sum(1 for stream in JournalReader(bus.receipt.journal).streams()) == 1
-    assert bus.receipt.journal in bus.receipt.finish
+    assert bus.receipt.journal in bus.receipt.resume_command
 
 
 def test_two_of_one_name_are_refused(tmp_path):
@@ -168,7 +168,7 @@ def test_a_required_sink_that_is_parked_stops_the_run(tmp_path):
             step += 1
     assert '"needed" is required' in state.stop_reason
     assert "who are you?" in state.stop_reason
-    assert state.unfinished
+    assert state.stopped_early
 
 
 def step_end(tmp_path, step):

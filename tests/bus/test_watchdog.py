@@ -76,7 +76,7 @@ def test_a_slow_hook_is_timed_every_time_once_it_was_seen(step_end):
         for step in range(1, 11 + 64):
             bus.publish(step_end(step))
         bus.health()
-        [account] = bus._publisher.units._accounts.values()
+        [account] = bus._publisher.dispatches._hook_stats.values()
         assert account.sampled > 10  # 1 in 64 would have been two
 
 
@@ -91,7 +91,7 @@ def test_no_collection_starts_while_stacks_of_other_threads_are_walked():
     with EventBus([Callback()]) as bus:
         sys.setprofile(profile)
         try:
-            bus._publisher._stack.holders()
+            bus._publisher._stack_reader.find_holders()
         finally:
             sys.setprofile(None)
     assert enabled == [sys.version_info >= (3, 12)]

@@ -11,8 +11,8 @@ import pytest
 from evsys_adapters.checkpoint_prune import CheckpointPrune
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, RunStart
+from evsys_bus.config import Registry, build_callbacks
 from evsys_bus.training import TrainingLoop
-from evsys_bus.wiring import Registry, build_callbacks
 from support.files import parse_json_lines
 
 

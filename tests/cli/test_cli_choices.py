@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, StepEnd, TrainingBatch
-from evsys_bus.wiring import callback_kinds
+from evsys_bus.config import callback_kinds
 
 PARAMS = {
     "checkpoint_upload": ["url=file://{here}/bucket"],
@@ -175,7 +175,7 @@ def test_adapters_marks_a_kind_whose_extra_is_missing_and_how_to_install_it(tmp_
 
 
 def test_the_help_of_adapters_loads_no_more_than_that_of_any_other_command(tmp_path):
-    heavy = {"msgspec", "evsys_bus.wiring", "evsys_bus.errors"}
+    heavy = {"msgspec", "evsys_bus.config", "evsys_bus.errors"}
     program = f"import atexit, sys; atexit.register(lambda: print({heavy} & set(sys.modules)))\n"
     program += "from evsys_bus.cli import main; main()"
     done = subprocess.run(

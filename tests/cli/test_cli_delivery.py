@@ -16,12 +16,12 @@ import pytest
 
 from evsys_bus import Envelope, EventBus, LogContext, LoopState, StepEnd, TrainingBatch, follow
 from evsys_bus.codec import encode
-from evsys_bus.delivery.accounts import accounts
-from evsys_bus.delivery.followed import Followed, Recipe
-from evsys_bus.delivery.roster import enlist
-from evsys_bus.delivery.states import write_state
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.status_files import write_status
+from evsys_bus.delivery.subscription import AdapterRef, Subscription
+from evsys_bus.delivery.subscriptions import register
 from evsys_bus.journal import JournalWriter, OsClock, OsDisk, layout
-from evsys_bus.journal.signature import sign, signed
+from evsys_bus.journal.lock_owner import read_owner, write_owner
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.testing import RecordingSink
 from support import GOLDEN
@@ -109,12 +109,12 @@ def journal(folder, events=12, run="low"):
 def followed(folder, name="wandb", **params):
     """What a program that runs in ``folder`` writes down when it follows a sink that writes ``lines.txt`` there."""
     (folder / "destination.py").write_text(DESTINATION)
-    recipe = Recipe("lines", {"path": "lines.txt", **params}, ("destination:Lines",))
+    recipe = AdapterRef("lines", {"path": "lines.txt", **params}, ("destination:Lines",))
     here = Path.cwd()
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     try:
-        enlist(str(folder / "journal"), [Followed(name, recipe)])
+        register(str(folder / "journal"), [Subscription(name, recipe)])
     finally:
         sys.path.remove(str(folder))
         os.chdir(here)
@@ -210,7 +210,7 @@ def test_sync_exits_4_where_a_destination_refuses_and_says_what_to_mend(command,
     assert (code, out.split()[:9]) == (4, "wandb 12 events sent 0 dead 0 pending 12".split())
     same_as_golden("error_sync_parked", err, tmp_path)
     assert time.monotonic() - began < 10  # it is tried once a minute, and nobody waits for that
-    [account] = accounts(tmp_path / "journal")
+    [account] = read_progress(tmp_path / "journal")
     assert (account.pending, account.busy) == (12, False)
 
 
@@ -239,7 +239,7 @@ def test_sync_ends_though_a_live_program_records_more_than_the_destination_takes
             bus.publish(step(tmp_path, 0))
             time.sleep(0.002)
         assert process.poll() == 0, process.communicate()
-        [account] = accounts(directory)
+        [account] = read_progress(directory)
     _, err = process.communicate()
     assert account.delivered >= 12
     assert account.pending > 0
@@ -252,7 +252,7 @@ def test_sync_leaves_an_adapter_alone_that_another_process_delivers_to_and_exits
     followed(tmp_path, "busy")
     followed(tmp_path, "free")
     disk = OsDisk()
-    lock = disk.lock(layout.courier_file(str(directory), "busy", "lock"))
+    lock = disk.lock(layout.courier_path(str(directory), "busy", "lock"))
     disk.write(lock, b'{"pid": 7, "host": "node3", "since": "2026-01-31T12:00:00Z"}')
     try:
         code, out, err = command("sync", tmp_path, "--progress", "off", "--timeout", "4")
@@ -260,7 +260,7 @@ def test_sync_leaves_an_adapter_alone_that_another_process_delivers_to_and_exits
         disk.close(lock)
     assert (code, [line.split()[0] for line in out.splitlines()]) == (3, ["free"])
     same_as_golden("error_sync_busy", err, tmp_path)
-    assert {each.name: each.pending for each in accounts(directory)} == {"busy": 12, "free": 0}
+    assert {each.name: each.pending for each in read_progress(directory)} == {"busy": 12, "free": 0}
 
 
 def test_sync_delivers_what_another_process_has_left_that_ended_while_sync_delivered_to_others(command, tmp_path):
@@ -268,7 +268,7 @@ def test_sync_delivers_what_another_process_has_left_that_ended_while_sync_deliv
     followed(tmp_path, "busy", path="busy.txt")
     followed(tmp_path, "free", mode="late")
     disk = OsDisk()
-    lock = disk.lock(layout.courier_file(str(directory), "busy", "lock"))
+    lock = disk.lock(layout.courier_path(str(directory), "busy", "lock"))
     try:
         process = command.start("sync", tmp_path, "--progress", "off")
         while not (tmp_path / "constructing").exists():
@@ -280,7 +280,7 @@ def test_sync_delivers_what_another_process_has_left_that_ended_while_sync_deliv
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (0, "")
     assert {line.split()[0] for line in out.splitlines()} == {"busy", "free"}
-    assert {each.name: each.pending for each in accounts(directory)} == {"busy": 0, "free": 0}
+    assert {each.name: each.pending for each in read_progress(directory)} == {"busy": 0, "free": 0}
 
 
 def test_sync_says_of_an_adapter_that_cannot_be_built_why_and_exits_3(command, tmp_path):
@@ -292,7 +292,7 @@ def test_sync_says_of_an_adapter_that_cannot_be_built_why_and_exits_3(command, t
 
 def test_sync_says_of_a_live_object_that_only_its_program_has_it_and_exits_3(command, tmp_path):
     directory = journal(tmp_path)
-    enlist(str(directory), [follow(RecordingSink(), "mine")])
+    register(str(directory), [follow(RecordingSink(), "mine")])
     code, out, err = command("sync", tmp_path)
     assert (code, out) == (3, "")
     same_as_golden("error_sync_live_object", err, tmp_path)
@@ -309,7 +309,7 @@ def test_sync_without_a_run_takes_the_newest_with_something_pending_and_with_all
             followed(folder)
     code, out, err = command("sync", "--dry-run")
     assert (code, out, err) == (0, "wandb   12 events to send\n", f"{tmp_path}/runs/middle/journal\n")
-    assert [each.pending for each in accounts(tmp_path / "runs/middle/journal")] == [12]
+    assert [each.pending for each in read_progress(tmp_path / "runs/middle/journal")] == [12]
     assert command("sync", "--all", "--progress", "off")[0] == 0
     assert [lines(tmp_path / "runs" / name / "lines.txt") for name in ("middle", "old")] == [[*range(1, 13)]] * 2
     assert command("sync", "--all") == (0, "", "nothing is pending\n")
@@ -326,12 +326,12 @@ def test_sync_that_is_interrupted_ends_at_its_cursors_and_says_how_far_it_got(co
     directory = journal(tmp_path, 200)
     followed(tmp_path, mode="slow")
     process = command.start("sync", tmp_path, "--progress", "off")
-    wait_until((tmp_path / "lines.txt").exists, what="the first batch")
+    wait_until((tmp_path / "lines.txt").exists, message="the first batch")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     sent, left = int(out.split()[4]), int(out.split()[8])
     assert (process.returncode, sent + left, left > 0, err[:11]) == (130, 200, True, "interrupted")
-    assert [(each.delivered, each.pending, each.busy) for each in accounts(directory)] == [(sent, left, False)]
+    assert [(each.delivered, each.pending, each.busy) for each in read_progress(directory)] == [(sent, left, False)]
     assert lines(tmp_path / "lines.txt") == [*range(1, sent + 1)]
 
 
@@ -340,7 +340,7 @@ def test_sync_has_what_is_owed_confirmed_or_says_what_to_do_before_that(command,
     journal(tmp_path)
     followed(tmp_path, mode="owes")
     assert command("sync", tmp_path)[0] == 4
-    owed = [(each.delivered, each.pending, each.owed) for each in accounts(tmp_path / "journal")]
+    owed = [(each.delivered, each.pending, each.owed) for each in read_progress(tmp_path / "journal")]
     assert owed == [(12, 0, 12)]
     if paid:
         (tmp_path / "paid").touch()
@@ -365,11 +365,11 @@ def test_sync_says_at_once_what_kept_the_events_from_being_delivered_before(comm
     directory = journal(tmp_path)
     followed(tmp_path, mode="blocks")
     known = DeliveryStatus(state="parked", pid=1, error="ParkedError: 402 over quota", fix="buy more")
-    write_state(OsDisk(), str(directory), "wandb", known)
+    write_status(OsDisk(), str(directory), "wandb", known)
     process = command.start("sync", tmp_path, "--timeout", "60", "--progress", "off")
     assert process.stderr.readline() == "wandb: ParkedError: 402 over quota   fix: buy more\n"
     assert process.poll() is None
-    wait_until((tmp_path / "blocked").exists, what="it delivers")
+    wait_until((tmp_path / "blocked").exists, message="it delivers")
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
 
@@ -379,12 +379,12 @@ def test_sync_joins_couriers_that_began_a_moment_after_it_and_says_at_once_what_
     directory = journal(tmp_path)
     followed(tmp_path, mode="late")
     process = command.start("sync", tmp_path, "--timeout", "60")
-    wait_until((tmp_path / "constructing").exists, what="its own courier is on its way")
+    wait_until((tmp_path / "constructing").exists, message="its own courier is on its way")
     disk = OsDisk()
-    lock = disk.lock(layout.courier_file(str(directory), "wandb", "lock"))
-    sign(disk, OsClock(), lock)
+    lock = disk.lock(layout.courier_path(str(directory), "wandb", "lock"))
+    write_owner(disk, OsClock(), lock)
     known = DeliveryStatus(state="parked", pid=os.getpid(), error="ParkedError: 402 over quota", fix="buy more")
-    write_state(disk, str(directory), "wandb", known)
+    write_status(disk, str(directory), "wandb", known)
     (tmp_path / "go").touch()
     said = process.stderr.readline()
     disk.close(lock)
@@ -448,18 +448,18 @@ def trainer(tmp_path):
         process.kill()
         process.communicate()
     for each in (tmp_path / "journal/couriers").glob("*.lock"):
-        holder = signed(OsDisk(), str(each))
+        holder = read_owner(OsDisk(), str(each))
         if OsDisk().is_locked(str(each)) and holder.pid != os.getpid():
             os.kill(holder.pid, signal.SIGKILL)
 
 
 def busy_accounts(tmp_path):
-    return [each.name for each in accounts(tmp_path / "journal") if each.busy]
+    return [each.name for each in read_progress(tmp_path / "journal") if each.busy]
 
 
 def test_sync_right_after_the_program_joins_the_couriers_that_still_deliver(command, trainer, tmp_path):
     trainer("slow", 200)
-    wait_until(lambda: busy_accounts(tmp_path) == ["wandb"], what="its couriers have begun")
+    wait_until(lambda: busy_accounts(tmp_path) == ["wandb"], message="its couriers have begun")
     code, out, err = command("sync", tmp_path)
     assert code == 0, err
     assert (out.split()[0], out.split()[5:9]) == ("wandb", "dead 0 pending 0".split())
@@ -470,7 +470,9 @@ def test_sync_right_after_the_program_joins_the_couriers_that_still_deliver(comm
 
 def test_sync_takes_over_from_couriers_of_a_dead_program_that_wait_for_a_person(command, trainer, tmp_path):
     trainer("key", 20)
-    wait_until(lambda: [each.state for each in accounts(tmp_path / "journal")] == ["parked"], what="it is parked")
+    wait_until(
+        lambda: [each.state for each in read_progress(tmp_path / "journal")] == ["parked"], message="it is parked"
+    )
     (tmp_path / "key").touch()
     began = time.monotonic()
     code, _, err = command("sync", tmp_path)
@@ -485,7 +487,9 @@ def test_sync_takes_over_from_couriers_of_a_dead_program_that_wait_for_a_person(
 
 def test_sync_leaves_the_couriers_of_a_live_program_alone_and_says_whose_they_are(command, trainer, tmp_path):
     process = trainer("key", 20, "stay")
-    wait_until(lambda: [each.state for each in accounts(tmp_path / "journal")] == ["parked"], what="it is parked")
+    wait_until(
+        lambda: [each.state for each in read_progress(tmp_path / "journal")] == ["parked"], message="it is parked"
+    )
     code, _, err = command("sync", tmp_path, "--timeout", "1", "--progress", "off")
     assert code == 3
     assert f"wandb: its program, process {process.pid} on " in err
@@ -508,14 +512,14 @@ def test_follow_without_a_name_leaves_nothing_in_the_journal_however_it_ends(com
             bus.publish(step(tmp_path, number))
         process = command.start(*FOLLOW, tmp_path)
         wait_until(
-            lambda: (tmp_path / "lines.txt").exists() and len(lines(tmp_path / "lines.txt")) == 7, what="the events"
+            lambda: (tmp_path / "lines.txt").exists() and len(lines(tmp_path / "lines.txt")) == 7, message="the events"
         )
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
         assert (process.returncode, out.split()[:9]) == (130, "lines 7 events sent 7 dead 0 pending 0".split())
         assert "with --name it would continue" in err
         bus.publish(step(tmp_path, 7))
-    assert accounts(tmp_path / "journal") == []
+    assert read_progress(tmp_path / "journal") == []
     assert not (tmp_path / "journal/couriers").exists()
     (tmp_path / "lines.txt").unlink()
     assert command(*FOLLOW, tmp_path)[:2][0] == 0
@@ -538,7 +542,7 @@ def test_follow_without_a_name_leaves_an_adapter_alone_that_another_process_deli
     (tmp_path / "destination.py").write_text(DESTINATION)
     assert command(*FOLLOW, tmp_path, "--name", "mine")[0] == 0
     disk = OsDisk()
-    lock = disk.lock(layout.courier_file(str(directory), "mine", "lock"))
+    lock = disk.lock(layout.courier_path(str(directory), "mine", "lock"))
     try:
         code, _, err = command(*FOLLOW, tmp_path)
     finally:
@@ -551,10 +555,10 @@ def test_follow_delivers_a_live_run_until_it_is_closed_and_no_event_again_on_the
     with EventBus([], journal=tmp_path / "journal") as bus:
         bus.publish(step(tmp_path, 0))
         process = command.start(*arguments)
-        wait_until((tmp_path / "lines.txt").exists, what="the first event")
+        wait_until((tmp_path / "lines.txt").exists, message="the first event")
         for number in range(1, 10):
             bus.publish(step(tmp_path, number))
-        wait_until(lambda: len(lines(tmp_path / "lines.txt")) == 10, what="the others")
+        wait_until(lambda: len(lines(tmp_path / "lines.txt")) == 10, message="the others")
         assert process.poll() is None
     out, _ = process.communicate(timeout=10)
     assert (process.returncode, out.split()[:5]) == (0, "lines 10 events sent 10".split())
@@ -570,7 +574,8 @@ def test_follow_that_is_interrupted_says_how_far_it_got_and_goes_on_there(comman
             bus.publish(step(tmp_path, number))
         process = command.start(*arguments)
         wait_until(
-            lambda: [each.delivered for each in accounts(tmp_path / "journal")] == [10], what="the events are committed"
+            lambda: [each.delivered for each in read_progress(tmp_path / "journal")] == [10],
+            message="the events are committed",
         )
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=10)
@@ -677,7 +682,7 @@ def test_replay_that_is_interrupted_says_where_to_go_on(command, tmp_path):
         "off",
     ]
     process = command.start(*line, "--set", "mode=slow")
-    wait_until((tmp_path / "lines.txt").exists, what="the first batch")
+    wait_until((tmp_path / "lines.txt").exists, message="the first batch")
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=10)
     sent, left = int(out.split()[1]), int(out.split()[8])
@@ -691,7 +696,7 @@ def test_a_second_ctrl_c_ends_a_replay_whose_sink_blocks(command, tmp_path):
     journal(tmp_path)
     line = ["replay", tmp_path, "--plugin", "destination", "--to", "lines", "--set", "path=x", "--set", "mode=blocks"]
     process = command.start(*line, "--progress", "off")
-    wait_until((tmp_path / "blocked").exists, what="it blocks")
+    wait_until((tmp_path / "blocked").exists, message="it blocks")
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.5)
@@ -747,7 +752,7 @@ def test_status_shows_what_is_owed_and_what_failed_with_its_fix_and_where_more_i
         followed(tmp_path, name)
         if name != "elsewhere":
             assert command("sync", tmp_path, "--adapter", name, "--progress", "off")[0] == 0
-    write_state(
+    write_status(
         OsDisk(),
         str(directory),
         "owing",
@@ -760,8 +765,8 @@ def test_status_shows_what_is_owed_and_what_failed_with_its_fix_and_where_more_i
         last_failure="on_eval: KeyError: 'acc'",
         log="/logs/process.log",
     )
-    write_state(OsDisk(), str(directory), "raising", failures)
-    write_state(OsDisk(), str(directory), "elsewhere", DeliveryStatus(state="other_rank"))
+    write_status(OsDisk(), str(directory), "raising", failures)
+    write_status(OsDisk(), str(directory), "elsewhere", DeliveryStatus(state="other_rank"))
     _, out, _ = command("status", tmp_path)
     table = [line.split() for line in out.splitlines() if line.startswith(("owing", "raising", "elsewhere"))]
     assert table == [
@@ -798,7 +803,7 @@ callbacks:
 
 RECIPE = """\
 from evsys_bus import TrainingBatch
-from evsys_bus.training.plan import RunParts
+from evsys_bus.training.plan import RunComponents
 
 class Nothing:
     async def forward_backward(self, batch):
@@ -812,7 +817,7 @@ class Nothing:
         return TrainingBatch(data=[step_idx])
 
 def recipe(params, run):
-    return RunParts(backend=Nothing(), step_builder=Nothing(), num_steps=params["steps"])
+    return RunComponents(backend=Nothing(), step_builder=Nothing(), num_steps=params["steps"])
 """
 
 
@@ -930,12 +935,12 @@ def test_what_fails_when_the_bus_is_left_counts_for_strict_wherever_it_runs(comm
 
 def test_the_page_of_a_run_is_named_at_its_end_whoever_published_it(command, tmp_path):
     plugin = """
-from evsys_bus import Callback, Learnt, register_callback
+from evsys_bus import Callback, RunAnnotated, register_callback
 
 @register_callback("page")
 class Page(Callback):
     def on_run_start(self, ctx):
-        self.publish(Learnt(ctx.run_key, {"wandb_url": f"https://board.example/{ctx.run_key}"}))
+        self.publish(RunAnnotated(ctx.run_key, {"wandb_url": f"https://board.example/{ctx.run_key}"}))
 """
     (tmp_path / "paged.py").write_text(plugin)
     (tmp_path / "toy_recipe.py").write_text(RECIPE)

@@ -28,7 +28,7 @@ RECIPE = """\
 import json
 from pathlib import Path
 from evsys_bus import EvalResult, TrainingBatch
-from evsys_bus.training.plan import RunParts
+from evsys_bus.training.plan import RunComponents
 from evsys_bus.training.protocols import Benchmark
 
 class Descent:
@@ -56,7 +56,7 @@ class Test:
         return Benchmark(EvalResult("test", metrics={"score": 1 / (1 + state.backend.x)}, tags=["test"]), [])
 
 def recipe(params, run):
-    return RunParts(backend=Descent(params, run), step_builder=Steps(), num_steps=params["steps"],
+    return RunComponents(backend=Descent(params, run), step_builder=Steps(), num_steps=params["steps"],
                     benchmarks=[Test()], save_every=2)
 """
 

@@ -27,9 +27,9 @@ from evsys_bus import (
     StepEnd,
     TrainingBatch,
 )
-from evsys_bus.cli.event_reader import EventReader, Wanted
+from evsys_bus.cli.event_reader import EventFilter, EventReader
 from evsys_bus.codec import encode, to_json
-from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, frame, verify
+from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, Position, frame, verify
 from support import GOLDEN
 from support.files import parse_json_lines
 from support.journals import read_envelopes
@@ -53,7 +53,7 @@ def damage(directory, *places):
     """Flip a byte in the payload of these events of the only segment; its path."""
     [segment] = directory.glob("*/*.seg")
     content = bytearray(segment.read_bytes())
-    for piece in list(frame.scan(bytes(content), frame.HEAD_BYTES)):
+    for piece in list(frame.scan(bytes(content), frame.SEGMENT_HEADER_BYTES)):
         if piece.kind == frame.EVENT and piece.sequence in places:
             content[piece.end - 5] ^= 1
     segment.write_bytes(content)
@@ -124,7 +124,7 @@ def test_the_last_events_are_the_same_however_many_are_asked_for_and_wherever_se
     forward = [(each.stream, each.seq) for each in read_envelopes(directory)]
     assert len(list(directory.glob("*/*.seg"))) > (5 if segment_bytes == 700 else 0)
     for count in range(33):
-        latest = EventReader(directory, Wanted()).latest(count)
+        latest = EventReader(directory, EventFilter()).latest(count)
         assert [(each.stream, each.seq) for each in latest] == (forward[-count:] if count else [])
 
 
@@ -132,7 +132,7 @@ def test_a_record_that_was_written_twice_is_shown_once(tmp_path):
     directory = journal(tmp_path, 5)
     [segment] = directory.glob("*/*.seg")
     shutil.copy(segment, segment.with_name("000002-4.seg"))
-    assert [each.seq for each in EventReader(directory, Wanted()).latest(20)] == [1, 2, 3, 4, 5]
+    assert [each.seq for each in EventReader(directory, EventFilter()).latest(20)] == [1, 2, 3, 4, 5]
 
 
 def test_records_larger_than_what_is_read_at_a_time_are_found_from_the_end(tmp_path):
@@ -141,7 +141,7 @@ def test_records_larger_than_what_is_read_at_a_time_are_found_from_the_end(tmp_p
             row = {"task_id": str(number), "output": "x" * 200_000, "metadata": ["y" * 200_000] * 9}
             bus.publish(BenchmarkEval(LogContext(output_dir=tmp_path), EvalResult(f"b{number}"), [row] * (number % 2)))
     assert max(each.stat().st_size for each in tmp_path.glob("journal/*/*.seg")) > 3 << 20
-    latest = EventReader(tmp_path / "journal", Wanted()).latest(3)
+    latest = EventReader(tmp_path / "journal", EventFilter()).latest(3)
     assert [each.event.eval_result.name for each in latest] == ["b1", "b2", "b3"]
 
 
@@ -162,7 +162,7 @@ def test_the_last_events_of_a_large_journal_are_had_without_reading_it(tmp_path)
         writer.append(data)
     writer.close()
     disk = CountingDisk()
-    reader = EventReader(tmp_path / "journal", Wanted(), disk)
+    reader = EventReader(tmp_path / "journal", EventFilter(), disk)
     assert len(reader.latest(20)) == 20
     [segment] = tmp_path.glob("journal/*/*.seg")
     assert disk.bytes_read <= 2 << 20 < segment.stat().st_size / 4
@@ -222,11 +222,11 @@ def test_since_reads_no_segment_that_is_older(tmp_path):
     directory = journal(tmp_path, 40, segment_bytes=1_000)
     everything = read_envelopes(directory)
     for envelope in everything[::7]:
-        reader = EventReader(directory, Wanted(since=envelope.time))
+        reader = EventReader(directory, EventFilter(since=envelope.time))
         reader.seek(envelope.time)
         assert [each.seq for each in reader.poll()] == list(range(envelope.seq, 41))
     disk = CountingDisk()
-    reader = EventReader(directory, Wanted(since=everything[-1].time), disk)
+    reader = EventReader(directory, EventFilter(since=everything[-1].time), disk)
     reader.seek(everything[-1].time)
     assert len(list(reader.poll())) == 1
     assert disk.bytes_read < sum(each.stat().st_size for each in directory.glob("*/*.seg")) / 3
@@ -364,7 +364,7 @@ def test_on_a_terminal_no_line_is_wider_than_it(tmp_path):
 def test_status_tells_live_closed_and_dead_streams_and_how_far_adapters_are(evsys_bus, program, tmp_path):
     directory = journal(tmp_path, 4)
     stream = JournalReader(directory).streams()[0]
-    Cursors(str(directory)).save("csv_metrics", Cursor({stream: Place(3, 3)}))
+    CursorStore(str(directory)).save("csv_metrics", Cursor({stream: Position(3, 3)}))
     code, out, _ = evsys_bus("status", tmp_path)
     assert code == 0
     same_as_golden("status", out, tmp_path)
@@ -440,7 +440,7 @@ def test_whole_events_before_damage_are_counted_over_all_segments(evsys_bus, tmp
     segments = sorted(directory.glob("*/*.seg"))
     content = bytearray(segments[3].read_bytes())
     # The first event; before it stands the one that introduced the run, carried.
-    first = next(each for each in frame.scan(bytes(content), frame.HEAD_BYTES) if each.kind == frame.EVENT)
+    first = next(each for each in frame.scan(bytes(content), frame.SEGMENT_HEADER_BYTES) if each.kind == frame.EVENT)
     content[first.end - 5] ^= 1
     segments[3].write_bytes(content)
     lost = int(segments[3].stem.partition("-")[2])
@@ -465,7 +465,12 @@ def test_repair_keeps_every_whole_record_and_the_damaged_segment_beside(evsys_bu
         (each.seq, each.event.metrics) for each in before
     ]
     [report] = verify(directory).streams
-    assert (report.damaged, report.missing, report.records, report.closed) == ([], [(4, 4), (8, 8)], 8, True)
+    assert (report.corrupt_ranges, report.missing_ranges, report.records, report.is_closed) == (
+        [],
+        [(4, 4), (8, 8)],
+        8,
+        True,
+    )
     assert "nothing to repair" in evsys_bus("journal", "repair", tmp_path)[1]
     damage(directory, 2)
     assert evsys_bus("journal", "repair", tmp_path)[0] == 0
@@ -558,7 +563,7 @@ def test_a_journal_that_was_copied_elsewhere_is_read_as_well(evsys_bus, mixed, t
 def test_a_journal_of_a_newer_version_is_told_by_every_command_and_repaired_by_none(evsys_bus, tmp_path):
     directory = journal(tmp_path, 3)
     [segment] = directory.glob("*/*.seg")
-    newer = frame.head(frame.VERSION + 1) + segment.read_bytes()[frame.HEAD_BYTES :]
+    newer = frame.pack_segment_header(frame.VERSION + 1) + segment.read_bytes()[frame.SEGMENT_HEADER_BYTES :]
     segment.write_bytes(newer)
     for arguments in (["tail"], ["status"], ["journal", "export", "--format", "csv"]):
         code, _, err = evsys_bus(*arguments, tmp_path)

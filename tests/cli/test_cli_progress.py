@@ -12,17 +12,24 @@ import pytest
 from rich.console import Console
 
 from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
-from evsys_bus.cli.amounts import duration
-from evsys_bus.cli.deliveries import TroubleWatch
-from evsys_bus.cli.progress import Board, PlannedRun, Waiting
-from evsys_bus.cli.progress.board import MAX_NEWS
-from evsys_bus.cli.progress.capture import MAX_LINES, Captured, CapturedStream
-from evsys_bus.cli.progress.figures import Spread, arm_figures, headline, number, pair, spread
-from evsys_bus.cli.progress.lines import LineView, as_json, plain
-from evsys_bus.cli.progress.live import draw
+from evsys_bus.cli.deliveries import ProblemMonitor
+from evsys_bus.cli.formatting import format_duration
+from evsys_bus.cli.progress import DrainStatus, PlannedRun, RunStateTracker
+from evsys_bus.cli.progress.arm_table import (
+    MetricSpread,
+    arm_rows,
+    choose_metrics,
+    compute_spread,
+    format_mean_sd,
+    format_number,
+)
+from evsys_bus.cli.progress.capture import MAX_LINES, CapturedStream, LineBuffer
+from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
+from evsys_bus.cli.progress.live import render
+from evsys_bus.cli.progress.run_state import MAX_PENDING_UPDATES
 from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.warnings_log import warnings_shown
-from evsys_bus.delivery.states import write_state
+from evsys_bus.cli.warnings_log import show_warnings
+from evsys_bus.delivery.status_files import write_status
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import OsDisk
 from evsys_bus.tasks import DeliveryStatus
@@ -47,7 +54,7 @@ def clock():
 
 @pytest.fixture
 def board(clock):
-    return Board(PLAN, folder="runs/x", clock=clock)
+    return RunStateTracker(PLAN, folder="runs/x", clock=clock)
 
 
 def begin(board, tmp_path, key, *, step=0, num_steps=100):
@@ -65,7 +72,7 @@ def end(board, state, status="completed", error=None):
 
 def drawn(board, *, width=120, height=30, success_metric=None, troubles=()):
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
-    console.print(draw(board, "title", success_metric, width=width, height=height, troubles=troubles))
+    console.print(render(board, "title", success_metric, width=width, height=height, problems=troubles))
     return console.file.getvalue()
 
 
@@ -94,12 +101,12 @@ def test_a_step_leaves_nothing_behind_however_many_there_are(board, tmp_path):
 
 def test_news_that_nobody_takes_are_bounded_and_counted(board, clock, tmp_path):
     state = begin(board, tmp_path, "calm-s0")
-    for _ in range(MAX_NEWS + 5):
+    for _ in range(MAX_PENDING_UPDATES + 5):
         board.on_eval(state, 1, "val", {"acc": 0.5})
-    assert len(board.news) == MAX_NEWS
+    assert len(board.news) == MAX_PENDING_UPDATES
     written = io.StringIO()
-    LineView(board, written, plain).tick()
-    assert f"event=lines_dropped count={board.news_dropped}" in written.getvalue()
+    LineView(board, written, format_plain).tick()
+    assert f"event=lines_dropped count={board.updates_dropped}" in written.getvalue()
 
 
 def test_an_eval_has_its_own_step_though_the_run_is_far_ahead(board, tmp_path):
@@ -107,14 +114,14 @@ def test_an_eval_has_its_own_step_though_the_run_is_far_ahead(board, tmp_path):
     board.on_step_end(state, 79, TrainingBatch(), {})
     board.on_eval(state, 9, "val", {"acc": 0.5})
     written = io.StringIO()
-    LineView(board, written, as_json).tick()
+    LineView(board, written, format_json).tick()
     row = json.loads(written.getvalue().splitlines()[-1])
     assert (row["event"], row["step"], row["num_steps"]) == ("eval", 10, 100)
 
 
 def test_every_thirty_seconds_each_run_under_way_has_a_line_and_a_finished_one_has_none(board, clock, tmp_path):
     written = io.StringIO()
-    view = LineView(board, written, plain)
+    view = LineView(board, written, format_plain)
     done, running = begin(board, tmp_path, "calm-s0"), begin(board, tmp_path, "wild-s1")
     end(board, done)
     clock.seconds = 10.0
@@ -131,11 +138,11 @@ def test_every_thirty_seconds_each_run_under_way_has_a_line_and_a_finished_one_h
 
 
 def test_a_metric_that_is_called_like_a_fact_does_not_take_its_place():
-    assert plain({"run": "a", "metrics": {"run": 3.0, "x": 1.0}}) == "run=a x=1"
+    assert format_plain({"run": "a", "metrics": {"run": 3.0, "x": 1.0}}) == "run=a x=1"
 
 
 def test_text_from_outside_cannot_steer_the_terminal_or_break_the_line():
-    assert plain({"error": "a\x1b[2Jb\nc", "x": "\x07"}) == r'error="a\u001b[2Jb\nc" x=\x07'
+    assert format_plain({"error": "a\x1b[2Jb\nc", "x": "\x07"}) == r'error="a\u001b[2Jb\nc" x=\x07'
 
 
 def test_an_arm_s_figures_are_over_its_runs_without_the_failed_ones(board, clock, tmp_path):
@@ -146,7 +153,7 @@ def test_an_arm_s_figures_are_over_its_runs_without_the_failed_ones(board, clock
     board.on_step_end(failed, 4, TrainingBatch(), {"loss": math.inf})
     end(board, failed, "failed", "boom")
     clock.seconds = 10.0
-    calm, wild = arm_figures(board, headline(board, None), 10.0)
+    calm, wild = arm_rows(board, choose_metrics(board, None), 10.0)
     assert calm.train is not None
     assert (round(calm.train.mean, 3), round(calm.train.sd or 0, 3), calm.train.runs) == (0.3, 0.141, 2)
     assert (calm.completed, calm.running, calm.step, calm.num_steps) == (0, 2, 15, 100)
@@ -157,12 +164,12 @@ def test_an_arm_s_figures_are_over_its_runs_without_the_failed_ones(board, clock
 def test_the_headline_is_the_success_metric_as_soon_as_it_is_seen(board, tmp_path):
     state = begin(board, tmp_path, "calm-s0")
     board.on_step_end(state, 0, TrainingBatch(), {"epoch": 0, "entropy": 1.0})
-    assert headline(board, "val/acc") == ("entropy", None)
+    assert choose_metrics(board, "val/acc") == ("entropy", None)
     board.on_step_end(state, 1, TrainingBatch(), {"entropy": 1.0, "loss": 1.0})
     board.on_eval(state, 1, "quick", {"f1": 0.1, "acc": 0.2})
-    assert headline(board, "val/acc") == ("loss", ("quick", "acc"))
+    assert choose_metrics(board, "val/acc") == ("loss", ("quick", "acc"))
     board.on_eval(state, 1, "val", {"acc": 0.2})
-    assert headline(board, "val/acc") == ("loss", ("val", "acc"))
+    assert choose_metrics(board, "val/acc") == ("loss", ("val", "acc"))
 
 
 @pytest.mark.parametrize(
@@ -170,24 +177,24 @@ def test_the_headline_is_the_success_metric_as_soon_as_it_is_seen(board, tmp_pat
     [(0, "0"), (0.812, "0.812"), (12.345, "12.35"), (12345.6, "12,346"), (1e-5, "1.00e-05"), (math.nan, "nan")],
 )
 def test_numbers_are_short_and_never_look_like_zero(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_a_spread_of_one_run_has_no_deviation_and_one_of_none_is_a_dash():
-    assert pair(spread([0.5])) == "0.500"
-    assert pair(spread([])) == "-"
-    assert pair(Spread(0.812, 0.0114, 4)) == "0.812 ± 0.011"
-    assert pair(Spread(0.812, 0.0114, 4), sd=False) == "0.812"
+    assert format_mean_sd(compute_spread([0.5])) == "0.500"
+    assert format_mean_sd(compute_spread([])) == "-"
+    assert format_mean_sd(MetricSpread(0.812, 0.0114, 4)) == "0.812 ± 0.011"
+    assert format_mean_sd(MetricSpread(0.812, 0.0114, 4), sd=False) == "0.812"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "0:42"), (3723, "1:02:03"), (273900, "3d 04:05"), (None, "-")])
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 30), (60, 20), (60, 12)])
 def test_the_table_fits_the_terminal_with_a_hundred_arms_and_many_failures(clock, tmp_path, width, height):
-    board = Board([PlannedRun(f"arm-{arm:03d}-s0", f"arm-{arm:03d}", 0) for arm in range(100)], clock=clock)
+    board = RunStateTracker([PlannedRun(f"arm-{arm:03d}-s0", f"arm-{arm:03d}", 0) for arm in range(100)], clock=clock)
     for arm in range(40, 60):
         state = begin(board, tmp_path, f"arm-{arm:03d}-s0")
         board.on_step_end(state, 12_399, TrainingBatch(), {"loss": 0.123})
@@ -202,40 +209,40 @@ def test_the_table_fits_the_terminal_with_a_hundred_arms_and_many_failures(clock
 
 
 def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
-    captured = Captured()
+    captured = LineBuffer()
     out, err = CapturedStream(io.StringIO(), captured), CapturedStream(io.StringIO(), captured)
     print("one", file=out)
     print("half", end="", file=out, flush=True)
     print("two", file=err)
     print(" a line\rdrawn anew", file=out)
-    assert captured.take() == ["one", "two", "drawn anew"]
+    assert captured.drain() == ["one", "two", "drawn anew"]
     out.write("\n".join(map(str, range(MAX_LINES + 11))) + "\n")
-    lines = captured.take()
+    lines = captured.drain()
     assert lines[0] == "(11 lines were printed too fast to show)"
     assert (lines[1], lines[-1], len(lines)) == ("11", str(MAX_LINES + 10), MAX_LINES + 1)
 
 
 def test_lines_of_several_threads_stay_whole_and_none_is_lost_when_the_table_goes():
-    captured, terminal = Captured(), io.StringIO()
+    captured, terminal = LineBuffer(), io.StringIO()
     stream = CapturedStream(terminal, captured)
     stream.write("step 1 of")
     other = threading.Thread(target=lambda: [stream.write("epoch "), stream.write("3\n"), stream.write("acc ")])
     other.start()
     other.join()
     stream.write(" 9\n10%\r20%\r30%")
-    assert captured.take() == ["epoch 3", "step 1 of 9"]
+    assert captured.drain() == ["epoch 3", "step 1 of 9"]
     stream.write("\r40%\r\n")
     stream.write("bye")
     stream.finish()
-    assert captured.take() == ["40%", "acc ", "bye"]
+    assert captured.drain() == ["40%", "acc ", "bye"]
     print("later", file=stream, flush=True)
-    assert (captured.take(), terminal.getvalue()) == ([], "later\n"), "who kept the stream still reaches the terminal"
+    assert (captured.drain(), terminal.getvalue()) == ([], "later\n"), "who kept the stream still reaches the terminal"
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_courier_s_warning_has_its_facts_on_one_line_and_its_traceback_below(capsys, as_json):
     trace = "Traceback (most recent call last):\n  File \"mine.py\", line 3, in on_eval\n    x\nKeyError: 'acc'"
-    with warnings_shown(Screen(), as_json=as_json):
+    with show_warnings(Screen(), as_json=as_json):
         for count in (1, 7):
             log().warning(
                 "hook.failed", adapter="csv", hook="on_eval", count=count, traceback=f"\n{trace}", fix="mend it"
@@ -279,10 +286,10 @@ def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
 
 @pytest.mark.parametrize(("width", "height"), [(120, 24), (60, 14), (40, 12)])
 def test_the_table_says_whole_what_is_waited_for_at_the_end(clock, width, height):
-    board = Board([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)], clock=clock)
+    board = RunStateTracker([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)], clock=clock)
     board.notice = "SIGINT: stopping after the steps in hand"
     told = [DeliveryStatus("csv", 3, 3, 0, 0), DeliveryStatus("halved", 60, 2, 0, 58)]
-    board.waiting = Waiting(lambda: (0, told), 20.0, clock=clock)
+    board.drain_status = DrainStatus(lambda: (0, told), 20.0, clock=clock)
     clock.seconds = 6.0
     lines = drawn(board, width=width, height=height).splitlines()
     assert len(lines) <= height
@@ -296,7 +303,7 @@ def test_the_table_says_whole_what_is_waited_for_at_the_end(clock, width, height
 
 
 def test_tasks_that_are_waited_for_are_told_too(clock):
-    waiting = Waiting(lambda: (2, [DeliveryStatus("halved", 60, 2, 0, 58)]), 20.0, clock=clock)
+    waiting = DrainStatus(lambda: (2, [DeliveryStatus("halved", 60, 2, 0, 58)]), 20.0, clock=clock)
     assert waiting.text() == "waiting for 2 tasks, halved: 58 events, at most 20 s more; Ctrl-C twice ends it at once"
     assert waiting.facts() == {
         "event": "waiting",
@@ -311,7 +318,7 @@ def test_tasks_that_are_waited_for_are_told_too(clock):
 def test_the_wait_at_the_end_says_what_is_owed_and_what_failed_with_the_fix(clock):
     owing = DeliveryStatus("wandb", 120, 120, owed=120, error="no key", owed_fix="wandb login", state="idle")
     raising = DeliveryStatus("csv", 120, 118, 2, hook_failures=1, task_failures=3, state="idle")
-    waiting = Waiting(lambda: (0, [owing, raising]), 20.0, clock=clock)
+    waiting = DrainStatus(lambda: (0, [owing, raising]), 20.0, clock=clock)
     assert waiting.text() == (
         "waiting for wandb: 120 owed (no key; fix: wandb login), at most 20 s more; Ctrl-C leaves them to sync"
         "; csv: 2 dead, 1 hook failure, 3 task failures"
@@ -320,7 +327,7 @@ def test_the_wait_at_the_end_says_what_is_owed_and_what_failed_with_the_fix(cloc
     assert (facts["adapters"], facts["events"], facts["owed"]) == ("wandb", 0, 120)
     assert (facts["dead"], facts["hook_failures"], facts["task_failures"]) == (2, 1, 3)
     assert (facts["adapter"], facts["why"], facts["fix"]) == ("wandb", "no key", "wandb login")
-    assert Waiting(lambda: (0, [raising]), 20.0, clock=clock).text() is None, "nothing is waited for"
+    assert DrainStatus(lambda: (0, [raising]), 20.0, clock=clock).text() is None, "nothing is waited for"
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 24), (80, 24), (60, 14), (40, 12)])
@@ -334,15 +341,15 @@ def test_while_a_run_goes_on_the_table_has_what_a_person_must_do_for_a_delivery(
         "old": DeliveryStatus(state="ended", error="it is not followed any more"),
         "well": DeliveryStatus(state="delivering", owed=3),
     }
-    watch = TroubleWatch(directory, clock=clock)
-    assert watch.look() == []
+    watch = ProblemMonitor(directory, clock=clock)
+    assert watch.poll() == []
     for name, state in states.items():
-        write_state(OsDisk(), str(directory), name, state)
-    assert watch.look() == [], "it was asked for a moment ago"
+        write_status(OsDisk(), str(directory), name, state)
+    assert watch.poll() == [], "it was asked for a moment ago"
     clock.seconds += 2.0
-    assert [each.name for each in watch.look()] == ["board", "wandb"]
-    board = Board([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)], clock=clock)
-    lines = drawn(board, width=width, height=height, troubles=watch.look()).splitlines()
+    assert [each.name for each in watch.poll()] == ["board", "wandb"]
+    board = RunStateTracker([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)], clock=clock)
+    lines = drawn(board, width=width, height=height, troubles=watch.poll()).splitlines()
     assert len(lines) <= height
     assert max(map(len, lines)) <= width
     text = " ".join(" ".join(lines).split())

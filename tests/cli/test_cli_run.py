@@ -33,7 +33,7 @@ RECIPE = """\
 import asyncio, json
 from pathlib import Path
 from evsys_bus import Callback, TrainingBatch, register_callback
-from evsys_bus.training.plan import RunParts
+from evsys_bus.training.plan import RunComponents
 
 class Countdown:
     def __init__(self, params, run):
@@ -66,7 +66,7 @@ class Val:
 
 def recipe(params, run):
     backend = Countdown(params, run)
-    return RunParts(
+    return RunComponents(
         backend=backend, step_builder=Steps(), num_steps=params["steps"], evaluators=[Val()], save_every=20
     )
 

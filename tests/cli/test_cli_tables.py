@@ -2,7 +2,7 @@
 
 import pytest
 
-from evsys_bus.cli.tables import columns, facts, table, wrapped
+from evsys_bus.cli.tables import format_columns, format_facts, format_table, wrap
 
 ROWS = [
     ["metric", "rows", "first", "last", "least", "at step", "greatest", "at step"],
@@ -13,12 +13,12 @@ TEXT = "wide is best: test/score 0.915 over 2 seeds, ahead of low (0.5182). Runs
 
 
 def test_a_table_that_fits_or_goes_to_no_terminal_is_in_columns():
-    assert table(ROWS) == columns(ROWS) == table(ROWS, 200)
+    assert format_table(ROWS) == format_columns(ROWS) == format_table(ROWS, 200)
 
 
 @pytest.mark.parametrize("width", [30, 45, 60])
 def test_a_table_that_is_too_wide_has_its_rows_below_each_other_and_loses_nothing(width):
-    lines = table(ROWS, width)
+    lines = format_table(ROWS, width)
     assert max(map(len, lines)) <= width
     assert [line for line in lines if not line.startswith(" ")] == ["metric loss", "metric eval/accuracy"]
     text = "   ".join(line.strip() for line in lines)
@@ -29,7 +29,7 @@ def test_a_table_that_is_too_wide_has_its_rows_below_each_other_and_loses_nothin
 
 @pytest.mark.parametrize("width", [40, 60])
 def test_a_text_that_is_too_long_goes_on_below_itself_at_a_word(width):
-    lines = facts([["status", "completed"], ["conclusion", TEXT], ["data", "runs/sweep"]], width)
+    lines = format_facts([["status", "completed"], ["conclusion", TEXT], ["data", "runs/sweep"]], width)
     assert max(map(len, lines)) <= width
     begin = len("conclusion   ")
     assert " ".join(line[begin:] for line in lines[1:-1]) == TEXT
@@ -39,11 +39,11 @@ def test_a_text_that_is_too_long_goes_on_below_itself_at_a_word(width):
 def test_paths_and_commands_stay_whole():
     path = "/a/folder/with/a/name/that/is/longer/than/the/terminal/is-wide"
     command = f"deliver what is pending: evsys-bus sync {path}"
-    assert facts([["data", path]], 40) == [f"data   {path}"]
-    assert wrapped(command, 40) == [command]
+    assert format_facts([["data", path]], 40) == [f"data   {path}"]
+    assert wrap(command, 40) == [command]
 
 
 def test_a_cell_that_is_too_long_for_a_line_goes_on_at_a_word():
-    lines = table([["run", "evaluation"], ["low", TEXT]], 40)
+    lines = format_table([["run", "evaluation"], ["low", TEXT]], 40)
     assert max(map(len, lines)) <= 40
     assert " ".join(line.strip() for line in lines[1:]) == f"evaluation {TEXT}"

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_bus.cli import run
-from evsys_bus.cli.amounts import of_size, rate
-from evsys_bus.cli.progress import Board, PlannedRun
-from evsys_bus.cli.progress.lines import LineView, as_json, plain
-from evsys_bus.cli.progress.live import draw
-from evsys_bus.cli.progress.transfer_bar import bar_line
-from evsys_bus.cli.progress.transfers import SILENT_SECONDS, Transfer, metered
-from evsys_bus.cli.uploads import MOST_SILENT_SECONDS, UploadWatch, uploads_under_way
+from evsys_bus.cli.formatting import format_rate, format_size_progress
+from evsys_bus.cli.progress import PlannedRun, RunStateTracker
+from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
+from evsys_bus.cli.progress.live import render
+from evsys_bus.cli.progress.transfer_bar import format_transfer_bar
+from evsys_bus.cli.progress.transfers import SILENT_SECONDS, Transfer, make_byte_counter
+from evsys_bus.cli.uploads import MAX_SILENT_SECONDS, UploadMonitor, read_active_uploads
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
 from evsys_bus.journal import JournalWriter
@@ -63,12 +63,12 @@ def clock():
 @pytest.fixture
 def look(journal, clock):
     """What is under way, a second later, to a watch that looked before any courier said anything."""
-    watch = UploadWatch(journal, clock=clock, wall=lambda: NOW + clock.seconds)
-    watch.look()
+    watch = UploadMonitor(journal, clock=clock, wall_clock=lambda: NOW + clock.seconds)
+    watch.poll()
 
     def look(*, at_once=False):
         clock.seconds += 1
-        return watch.look(at_once=at_once)
+        return watch.poll(force=at_once)
 
     return look
 
@@ -82,7 +82,7 @@ def uploaded(checkpoint="step-000199", to="s3://bucket/sweep"):
 
 
 def told(uploads):
-    return [(each.name, each.done_bytes) for each in uploads.under_way]
+    return [(each.name, each.done_bytes) for each in uploads.active]
 
 
 def test_an_upload_is_under_way_from_its_first_word_to_its_manifest(look, courier):
@@ -115,7 +115,7 @@ def test_what_the_same_courier_sends_next_takes_its_place_and_another_destinatio
 def test_nothing_is_under_way_where_the_courier_has_ended_or_was_silent_for_very_long(look, courier, clock):
     courier.tell(progress(1))
     assert told(look())
-    clock.seconds += MOST_SILENT_SECONDS
+    clock.seconds += MAX_SILENT_SECONDS
     assert told(look()) == []
     courier.tell(progress(2), at=NOW + clock.seconds)
     assert told(look())
@@ -125,11 +125,11 @@ def test_nothing_is_under_way_where_the_courier_has_ended_or_was_silent_for_very
 
 def test_what_was_on_record_when_the_watch_began_is_no_news(journal, courier, clock):
     courier.tell(uploaded())
-    watch = UploadWatch(journal, clock=clock, wall=lambda: NOW)
-    assert watch.look().ended == []
+    watch = UploadMonitor(journal, clock=clock, wall_clock=lambda: NOW)
+    assert watch.poll().finished == []
     courier.tell(progress(5))
     clock.seconds = 1
-    assert told(watch.look()) == [("low/step-000199", 5)]
+    assert told(watch.poll()) == [("low/step-000199", 5)]
 
 
 def test_looking_reads_only_what_is_new_and_at_most_twice_a_second(journal, courier, clock):
@@ -151,15 +151,15 @@ def test_looking_reads_only_what_is_new_and_at_most_twice_a_second(journal, cour
     disk = Counted()
     for count in range(5000):
         courier.tell(progress(count))
-    watch = UploadWatch(journal, clock=clock, wall=lambda: NOW, disk=disk)
-    watch.look()
+    watch = UploadMonitor(journal, clock=clock, wall_clock=lambda: NOW, disk=disk)
+    watch.poll()
     disk.bytes_read = disk.calls = 0
     for _ in range(100):
-        watch.look()
+        watch.poll()
     assert disk.calls == 0
     courier.tell(progress(7))
     clock.seconds = 1
-    assert told(watch.look()) == [("low/step-000199", 7)]
+    assert told(watch.poll()) == [("low/step-000199", 7)]
     assert disk.bytes_read < 2_000
 
 
@@ -176,17 +176,19 @@ def transfer(**more):
 
 
 def test_the_line_has_name_bytes_rate_and_eta_and_a_bar_where_there_is_room():
-    line = bar_line("checkpoints", "↑", transfer(), width=120, now=NOW).plain
+    line = format_transfer_bar("checkpoints", "↑", transfer(), width=120, now=NOW).plain
     assert line == "checkpoints  low/step-000199  ━━━━━━━━━━╸━━━━━━━━━  212/400 MB  53 MB/s  eta 0:04"
-    narrow = bar_line("checkpoints", "↑", transfer(), width=60, now=NOW).plain
+    narrow = format_transfer_bar("checkpoints", "↑", transfer(), width=60, now=NOW).plain
     assert narrow == "checkpoints  low/step-000199  212/400 MB  53 MB/s  eta 0:04"
-    narrower = bar_line("checkpoints", "↑", transfer(), width=58, now=NOW).plain
+    narrower = format_transfer_bar("checkpoints", "↑", transfer(), width=58, now=NOW).plain
     assert narrower == "↑  low/step-000199  212/400 MB  53 MB/s  eta 0:04"
 
 
 @pytest.mark.parametrize("width", [10, 20, 30, 40, 50, 60, 70, 80, 120])
 def test_the_line_never_is_wider_than_the_terminal(width):
-    line = bar_line("checkpoints", "↑", transfer(run="a-run-with-a-name-that-is-very-long-s0"), width=width, now=NOW)
+    line = format_transfer_bar(
+        "checkpoints", "↑", transfer(run="a-run-with-a-name-that-is-very-long-s0"), width=width, now=NOW
+    )
     assert line.cell_len <= width
     assert width < 30 or "step-000199" in line.plain
     assert width < 40 or "212/400 MB" in line.plain
@@ -194,15 +196,15 @@ def test_the_line_never_is_wider_than_the_terminal(width):
 
 
 def test_the_eta_runs_on_between_two_words_and_gives_way_to_silence():
-    assert "eta 0:01" in bar_line("", "", transfer(), width=80, now=NOW + 3).plain
-    assert "eta 0:00" in bar_line("", "", transfer(), width=80, now=NOW + 9).plain
-    line = bar_line("", "", transfer(), width=80, now=NOW + SILENT_SECONDS).plain
+    assert "eta 0:01" in format_transfer_bar("", "", transfer(), width=80, now=NOW + 3).plain
+    assert "eta 0:00" in format_transfer_bar("", "", transfer(), width=80, now=NOW + 9).plain
+    line = format_transfer_bar("", "", transfer(), width=80, now=NOW + SILENT_SECONDS).plain
     assert line.endswith("212/400 MB  silent 0:15")
 
 
 def test_a_fetch_is_told_of_with_the_rate_since_it_began():
     told = []
-    see = metered("low", "step-000199", told.append)
+    see = make_byte_counter("low", "step-000199", told.append)
     see(212_000_000, 400_000_000)
     see(400_000_000, 400_000_000)
     half, whole = told
@@ -212,9 +214,9 @@ def test_a_fetch_is_told_of_with_the_rate_since_it_began():
 
 def test_a_fetch_of_nothing_has_no_rate_and_divides_by_nothing():
     told = []
-    metered("low", "step-000199", told.append)(0, 0)
+    make_byte_counter("low", "step-000199", told.append)(0, 0)
     assert (told[0].share, told[0].bytes_per_second, told[0].eta_seconds) == (1.0, 0.0, None)
-    assert bar_line("", "", told[0], width=80, now=told[0].told).plain.endswith("0/0 B  0 B/s  eta -")
+    assert format_transfer_bar("", "", told[0], width=80, now=told[0].told).plain.endswith("0/0 B  0 B/s  eta -")
 
 
 @pytest.mark.parametrize(
@@ -222,25 +224,25 @@ def test_a_fetch_of_nothing_has_no_rate_and_divides_by_nothing():
     [(212_000_000, 400_000_000, "212/400 MB"), (210_000_000, 3_100_000_000, "0.21/3.10 GB"), (0, 18, "0/18 B")],
 )
 def test_both_amounts_are_in_the_unit_of_the_whole(done, total, text):
-    assert of_size(done, total) == text
+    assert format_size_progress(done, total) == text
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(53.4e6, "53 MB/s"), (5.34e6, "5.3 MB/s"), (0.0, "0 B/s"), (2e12, "2.0 TB/s")]
 )
 def test_rates(value, text):
-    assert rate(value) == text
+    assert format_rate(value) == text
 
 
 def test_the_live_table_has_a_line_for_each_and_still_fits(look, courier, tmp_path):
     for place in range(5):
         courier.tell(progress(place, to=f"file:///archive-{place}"))
-    board = Board([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)])
-    uploads = look().under_way
+    board = RunStateTracker([PlannedRun(f"arm-{arm}-s0", f"arm-{arm}", 0) for arm in range(30)])
+    uploads = look().active
     assert len(uploads) == 5
     for width, height in ((120, 24), (60, 14)):
         console = Console(file=io.StringIO(), width=width, height=height, force_terminal=False)
-        console.print(draw(board, "title", None, width=width, height=height, uploads=uploads))
+        console.print(render(board, "title", None, width=width, height=height, uploads=uploads))
         lines = console.file.getvalue().splitlines()
         assert len(lines) <= height
         assert max(map(len, lines)) <= width
@@ -249,17 +251,17 @@ def test_the_live_table_has_a_line_for_each_and_still_fits(look, courier, tmp_pa
         assert "runs done" in lines[-1]
 
 
-@pytest.mark.parametrize("form", [plain, as_json])
+@pytest.mark.parametrize("form", [format_plain, format_json])
 def test_a_log_has_a_line_every_half_minute_and_one_when_a_checkpoint_is_there(look, courier, clock, form):
     written = io.StringIO()
-    view = LineView(Board([], clock=clock), written, form, uploads=look)
+    view = LineView(RunStateTracker([], clock=clock), written, form, poll_uploads=look)
     courier.tell(progress(212_000_000))
     view.tick()
     assert written.getvalue() == ""
     clock.seconds = 30
     view.tick()
     (line,) = written.getvalue().splitlines()
-    if form is as_json:
+    if form is format_json:
         row = json.loads(line)
         assert (row["event"], row["done_bytes"], row["total_bytes"]) == ("uploading", 212_000_000, 400_000_000)
     else:
@@ -275,8 +277,8 @@ def test_a_log_has_a_line_every_half_minute_and_one_when_a_checkpoint_is_there(l
 
 def test_the_last_line_of_a_log_does_not_miss_what_was_uploaded_just_now(journal, courier, clock):
     written = io.StringIO()
-    watch = UploadWatch(journal, clock=clock, wall=lambda: NOW)
-    view = LineView(Board([], clock=clock), written, plain, uploads=watch.look)
+    watch = UploadMonitor(journal, clock=clock, wall_clock=lambda: NOW)
+    view = LineView(RunStateTracker([], clock=clock), written, format_plain, poll_uploads=watch.poll)
     view.tick()
     courier.tell(uploaded())
     courier.writer.close()
@@ -295,11 +297,11 @@ def test_status_tells_what_is_on_its_way(journal, courier, capsys):
     (row,) = [row for row in rows if row["type"] == "upload"]
     assert (row["run"], row["checkpoint"], row["done_bytes"]) == ("low", "step-000199", 212_000_000)
     courier.tell(uploaded(), at=time.time())
-    assert uploads_under_way(journal) == []
+    assert read_active_uploads(journal) == []
 
 
 def test_status_does_not_take_what_a_dead_courier_said_last_for_an_upload(journal, courier):
     courier.tell(progress(1), at=time.time())
-    assert len(uploads_under_way(journal)) == 1
+    assert len(read_active_uploads(journal)) == 1
     courier.writer.close()
-    assert uploads_under_way(journal) == []
+    assert read_active_uploads(journal) == []

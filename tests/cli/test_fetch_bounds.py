@@ -11,9 +11,9 @@ import pytest
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.folder_store import FolderStore
 from evsys_adapters.checkpoints.manifest import Manifest
-from evsys_adapters.checkpoints.places import Places, Reach
-from evsys_adapters.checkpoints.restore import fetch
+from evsys_adapters.checkpoints.restore import fetch_checkpoint
 from evsys_adapters.checkpoints.store import DamagedError, Stored
+from evsys_adapters.checkpoints.stores import StoreOptions, StorePool
 from tests.cli.test_checkpoints_cli import bucket, low, train
 
 __all__ = ["bucket", "low", "train"]  # fixtures
@@ -57,12 +57,12 @@ async def test_a_stream_that_gives_more_than_it_said_is_stopped(tmp_path):
     class Growing(FolderStore):
         """One whose object becomes larger once its size was looked at."""
 
-        async def get_file(self, key, path, *, stored=None, told=None):
+        async def get_file(self, key, path, *, stored=None, on_progress=None):
             def grow(done, size):
                 with (tmp_path / "store" / key).open("ab") as file:
                     file.write(b"x" * 1000)
 
-            return await super().get_file(key, path, stored=stored, told=grow)
+            return await super().get_file(key, path, stored=stored, on_progress=grow)
 
     (tmp_path / "store").mkdir()
     (tmp_path / "store/k").write_bytes(os.urandom(9 << 20))
@@ -206,9 +206,9 @@ async def test_thousands_of_files_and_names_that_differ_in_case_are_fetched(tmp_
         files.append({"name": name, "size": len(name.encode()), "sha256": digest})
     plain = {"run": "low", "row": {"name": "many", "batch": 1}, "stream": "r0-x", "seq": 1, "files": files}
     manifest = msgspec.convert(plain | {"state": "state/many"}, Manifest)
-    places = Places(Reach())
-    place = await places.place(f"file://{tmp_path}/bucket")
-    row = await fetch(Destination(place.store, place.prefix, "low"), manifest, tmp_path / "run/fetched")
+    places = StorePool(StoreOptions())
+    place = await places.get(f"file://{tmp_path}/bucket")
+    row = await fetch_checkpoint(Destination(place.store, place.prefix, "low"), manifest, tmp_path / "run/fetched")
     fetched = tmp_path / "run/fetched/many-000001/state/many"
     assert row.state_path == str(fetched)
     found = {path.name: path.read_bytes() for path in fetched.iterdir()}

@@ -33,7 +33,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.codec import decode, encode, to_json
-from evsys_bus.codec.redaction import looks_secret
+from evsys_bus.codec.redact import is_secret_key
 from evsys_bus.errors import DetachedError
 from evsys_bus.events import Event, declared_events
 
@@ -60,7 +60,7 @@ NAMES = st.text(max_size=20)
 NUMBERS = st.floats() | st.integers(-(2**53), 2**53)
 METRICS = st.dictionaries(NAMES, NUMBERS, max_size=8)
 FLOATS = st.dictionaries(NAMES, st.floats(allow_nan=False), max_size=5)
-KEYS = NAMES.filter(lambda name: not looks_secret(name))  # what is under the others comes back redacted
+KEYS = NAMES.filter(lambda name: not is_secret_key(name))  # what is under the others comes back redacted
 JSONS = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**53), 2**53) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
@@ -134,7 +134,7 @@ EVENTS = {
         CodecRolloutEnd,
         reward=st.floats(allow_nan=False),
         state=st.none() | STATES,
-        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(fold=0)),
+        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(flush_samples=0)),
         rollouts=st.lists(st.builds(Rollout, st.floats(allow_nan=False), st.tuples(NAMES)), max_size=3),
         folder=PATHS,
         by_epoch=st.dictionaries(st.integers(), st.floats(allow_nan=False), max_size=3),

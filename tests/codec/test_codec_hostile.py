@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from evsys_bus import Checkpoint, Envelope, Eval, LogContext, LoopState, ManifestRow, RunStart, StepEnd, TrainingBatch
-from evsys_bus.codec import MAX_EVENT_BYTES, decode, encode, encoder, to_json
-from evsys_bus.codec.bounds import MAX_DEPTH, MAX_KEY_CHARS, MAX_TEXT_CHARS
+from evsys_bus.codec import MAX_EVENT_BYTES, decode, encode, event_encoder, to_json
+from evsys_bus.codec.limits import MAX_DEPTH, MAX_KEY_CHARS, MAX_TEXT_CHARS
 from evsys_bus.events import BenchmarkEval, UnknownEvent
 
 GOOD = {"loss": 0.5, "acc": 0.25}
@@ -269,7 +269,7 @@ def test_a_thread_that_changes_metrics_while_they_are_encoded_costs_only_its_own
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     until, rows = time.monotonic() + 0.7, 0
-    encode_step = encoder(StepEnd, "s", 0, lambda _: "a")
+    encode_step = event_encoder(StepEnd, "s", 0, lambda _: "a")
     thread.start()
     try:
         while time.monotonic() < until or rows <= 10:

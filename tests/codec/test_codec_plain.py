@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evsys_bus import LogContext, LoopState
-from evsys_bus.codec import to_plain
-from evsys_bus.codec.bounds import MAX_DEPTH, MAX_KEY_CHARS, MAX_REASONS, MAX_TEXT_CHARS
+from evsys_bus.codec import to_builtins
+from evsys_bus.codec.limits import MAX_DEPTH, MAX_KEY_CHARS, MAX_REASONS, MAX_TEXT_CHARS
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
@@ -138,7 +138,7 @@ class Stamp(dt.datetime):
 
 def plain(value):
     """The copy of a value that can be carried as it is."""
-    copy, replaced = to_plain(value)
+    copy, replaced = to_builtins(value)
     assert replaced == {}
     msgspec.msgpack.encode(copy)
     return copy
@@ -212,7 +212,7 @@ def test_a_handle_anywhere_becomes_its_scalars_and_never_its_live_parts(tmp_path
     ctx = LogContext(tmp_path, run_key="a", store=live, extras={"self": None})
     ctx.extras["self"] = ctx
     state = LoopState(3, 10, tmp_path / "a", backend=live, error=ValueError("bad"), ctx=ctx)
-    copy, replaced = to_plain({"deep": [state], "ctx": ctx})
+    copy, replaced = to_builtins({"deep": [state], "ctx": ctx})
     assert copy["deep"][0] == {
         "step": 3,
         "num_steps": 10,
@@ -251,7 +251,7 @@ def test_a_handle_anywhere_becomes_its_scalars_and_never_its_live_parts(tmp_path
     ids=lambda value: type(value).__name__,
 )
 def test_a_value_that_cannot_travel_is_replaced_with_a_reason_and_its_neighbours_stay(value, stand_in, why):
-    copy, replaced = to_plain({"loss": 0.5, "bad": [value], "acc": np.float32(0.25)}, "metrics")
+    copy, replaced = to_builtins({"loss": 0.5, "bad": [value], "acc": np.float32(0.25)}, "metrics")
     assert copy["loss"] == 0.5
     assert copy["acc"] == 0.25
     assert list(replaced) == ["metrics.bad[0]"]
@@ -269,7 +269,7 @@ def test_only_the_wish_to_leave_the_program_is_passed_on(leave):
             raise leave
 
     with pytest.raises(leave):
-        to_plain({"a": Leaving()})
+        to_builtins({"a": Leaving()})
 
 
 def test_keys_that_raise_or_collide_keep_their_values():
@@ -277,7 +277,7 @@ def test_keys_that_raise_or_collide_keep_their_values():
         def __str__(self):
             raise RuntimeError("no text")
 
-    copy, replaced = to_plain({1: "a", "1": "b", Key(): "c", "\udc80": "d"})
+    copy, replaced = to_builtins({1: "a", "1": "b", Key(): "c", "\udc80": "d"})
     assert copy == {"1": "a", "1#2": "b", "<Key>": "c", "\\udc80": "d"}
     assert set(replaced) == {"1#2", "<Key>"}
 
@@ -286,7 +286,7 @@ def test_a_circular_value_is_cut_where_it_returns_and_a_shared_one_is_not():
     shared = [1]
     ring = {"once": shared, "twice": shared}
     ring["ring"] = [ring]
-    copy, replaced = to_plain(ring)
+    copy, replaced = to_builtins(ring)
     assert copy == {"once": [1], "twice": [1], "ring": ["<dict>"]}
     assert replaced == {"ring[0]": "it contains itself"}
 
@@ -296,7 +296,7 @@ def test_a_depth_bomb_is_cut_at_the_bound(wrap):
     bomb = 1.0
     for _ in range(5000):
         bomb = wrap(bomb)
-    copy, replaced = to_plain(bomb)
+    copy, replaced = to_builtins(bomb)
     assert list(replaced.values()) == [f"nested deeper than {MAX_DEPTH} levels"]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(copy)) == copy
 
@@ -305,13 +305,13 @@ def test_lists_that_share_each_other_exponentially_are_bounded():
     bomb = [1.0]
     for _ in range(30):
         bomb = [bomb, bomb]
-    copy, replaced = to_plain(bomb, max_bytes=100_000)
+    copy, replaced = to_builtins(bomb, max_bytes=100_000)
     assert len(msgspec.msgpack.encode(copy)) < 100_000
     assert any("too large" in why for why in replaced.values())
 
 
 def test_of_very_many_reasons_the_first_are_told_and_the_others_counted():
-    copy, replaced = to_plain([print] * 1000)
+    copy, replaced = to_builtins([print] * 1000)
     assert copy == ["builtins.print"] * 1000
     assert len(replaced) == MAX_REASONS + 1
     assert replaced["…"] == "and 900 more"
@@ -319,12 +319,12 @@ def test_of_very_many_reasons_the_first_are_told_and_the_others_counted():
 
 def test_long_texts_and_names_are_cut_and_long_names_stay_distinct_and_stable():
     row = {"n" * 1_000_000 + "1": 1.0, "n" * 1_000_000 + "2": 2.0, "text": "é" * 1_000_000, "raw": b"x" * 1_000_000}
-    copy, replaced = to_plain(row)
+    copy, replaced = to_builtins(row)
     first, second, text, raw = copy
     assert (copy[first], copy[second]) == (1.0, 2.0)
     assert len(first) == len(second) == MAX_KEY_CHARS
     assert first != second
-    assert list(to_plain(row)[0]) == [first, second, text, raw]
+    assert list(to_builtins(row)[0]) == [first, second, text, raw]
     assert len(copy["text"]) == MAX_TEXT_CHARS
     assert len(copy["raw"]) == MAX_TEXT_CHARS
     assert "1000000 characters" in replaced["text"]
@@ -332,7 +332,7 @@ def test_long_texts_and_names_are_cut_and_long_names_stay_distinct_and_stable():
 
 def test_numbers_are_kept_when_a_neighbour_uses_up_all_the_room():
     row = {"long": [0.5] * 1_000_000, "texts": ["x" * 1000] * 1000, "loss": np.float64(0.5), "step": 3}
-    copy, replaced = to_plain(row, max_bytes=50_000)
+    copy, replaced = to_builtins(row, max_bytes=50_000)
     assert (copy["loss"], copy["step"]) == (0.5, 3)
     assert 1000 < len(copy["long"]) < 5000
     assert len(msgspec.msgpack.encode(copy)) <= 50_000
@@ -345,7 +345,7 @@ def test_a_hundred_thousand_metrics_travel_whole():
 
 
 def test_an_endless_sequence_is_read_only_as_far_as_there_is_room():
-    copy, _ = to_plain(range(10**12), max_bytes=1000)
+    copy, _ = to_builtins(range(10**12), max_bytes=1000)
     assert copy == list(range(len(copy)))
     assert len(copy) <= 100
 

@@ -8,7 +8,7 @@ import pydantic
 import pytest
 
 from evsys_bus import Envelope, EvalResult, LogContext, LoopState, ManifestRow, StepEnd, TrainingBatch, TrainStart
-from evsys_bus.codec import decode, encode, reading, to_json
+from evsys_bus.codec import decode, encode, to_json
 from evsys_bus.context import ArmResult, DetachedLoopState
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Event, UnknownEvent
@@ -241,6 +241,6 @@ def test_a_step_is_read_as_any_other_event_is(batch, ctx, monkeypatch):
         run = None if step.state.ctx is None else step.state.ctx.run_key
         return [repr(run), *(repr(getattr(part, name)) for part, names in parts for name in names)]
 
-    slow = told(reading._decode_any(data, None))
-    monkeypatch.setattr(reading, "_decode_any", None)
+    slow = told(decode._decode_any(data, None))
+    monkeypatch.setattr(decode, "_decode_any", None)
     assert told(decode(data)) == slow

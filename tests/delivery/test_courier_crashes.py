@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from evsys_bus.delivery.accounts import accounts
+from evsys_bus.delivery.progress import read_progress
 from support.programs import EVSYS_BUS
 
 PLUGIN = '''
@@ -105,7 +105,7 @@ def test_those_that_end_their_process_are_given_up_and_the_others_get_everything
         assert recorded == 100 == delivered + dead + pending
         assert pending > 0
         assert trouble == f"its process has ended 5 times, the last time by {how}"
-        (given_up,) = [each for each in accounts(tmp_path / "journal") if each.name == name]
+        (given_up,) = [each for each in read_progress(tmp_path / "journal") if each.name == name]
         assert given_up.state == "failed"
         assert "process.log" in given_up.fix
         assert f"evsys-bus sync {tmp_path}/journal --adapter {name}" in given_up.fix
@@ -133,7 +133,7 @@ def test_evsys_bus_sync_delivers_to_the_others_as_well(tmp_path, program):
     recorded = program("""
         from plugin import Tick
         from evsys_bus import EventBus, build_callbacks
-        from evsys_bus.delivery.roster import enlist
+        from evsys_bus.delivery.subscriptions import enlist
 
         built = build_callbacks([{"kind": "counts"}, {"kind": "ends", "params": {"how": "exits_well"}}])
         enlist("journal", [each.evsys_subscription for each in built])
@@ -146,5 +146,5 @@ def test_evsys_bus_sync_delivers_to_the_others_as_well(tmp_path, program):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 4, done.stderr
     assert counted(tmp_path) == [*range(1, 101)]
-    pending = {each.name: each.pending for each in accounts(tmp_path / "journal")}
+    pending = {each.name: each.pending for each in read_progress(tmp_path / "journal")}
     assert (pending["counts"], pending["ends"] > 0) == (0, True)

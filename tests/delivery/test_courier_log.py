@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evsys_bus.bus.news import LINES_A_LOOK, News
-from evsys_bus.delivery.process_log import MOST_BYTES, LogReader
+from evsys_bus.bus.delivery_log import MAX_LINES_PER_POLL, DeliveryLog
+from evsys_bus.delivery.process_log import MAX_LOG_BYTES, LogReader
 from evsys_bus.journal import layout
 
 PLUGIN = '''
@@ -276,7 +276,7 @@ def test_the_log_is_its_owners_alone_and_bounded_and_a_reader_misses_nothing(wri
     earlier = path.with_name("process.log.1")
     for each in (path, earlier):
         assert stat.S_IMODE(each.stat().st_mode) == 0o600
-        assert each.stat().st_size < MOST_BYTES + (1 << 17)
+        assert each.stat().st_size < MAX_LOG_BYTES + (1 << 17)
     assert path.stat().st_size + earlier.stat().st_size > 6_000_000
     reader.close()
     whole = LogReader(str(earlier))
@@ -314,22 +314,22 @@ def test_a_reader_that_comes_before_the_file_reads_all_of_it_in_portions(write, 
 
 def test_a_flood_of_warnings_is_shortened_with_a_count(write, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    news = News(str(tmp_path), ["it"])
+    news = DeliveryLog(str(tmp_path), ["it"])
     write(500)
-    news.look(last=True)
+    news.poll(final=True)
     said = [vars(each) for each in caplog.records]
-    assert len(said) <= LINES_A_LOOK + 1
+    assert len(said) <= MAX_LINES_PER_POLL + 1
     assert said[-1]["event"] == "couriers.log_shortened"
-    assert said[-1]["count"] == 501 - LINES_A_LOOK
+    assert said[-1]["count"] == 501 - MAX_LINES_PER_POLL
 
 
 def test_while_nothing_changes_a_look_reads_nothing_again(write, tmp_path, caplog):
     write(3)
-    news = News(str(tmp_path), ["it"], every_seconds=0.0)
+    news = DeliveryLog(str(tmp_path), ["it"], every_seconds=0.0)
     for _ in range(3):
-        news.look()
+        news.poll()
     assert caplog.records == []
     write(1)
-    news.look()
-    news.look()
+    news.poll()
+    news.poll()
     assert [vars(each)["event"] for each in caplog.records] == ["row.written", "odd"]

@@ -15,9 +15,9 @@ import pytest
 
 from evsys_bus import Envelope, LoopState, StepEnd, TrainEnd, TrainingBatch, TrainStart, build_callbacks
 from evsys_bus.codec import encode
-from evsys_bus.delivery.followed import Followed, Recipe
-from evsys_bus.delivery.process import CourierProcess
-from evsys_bus.journal import Cursors, JournalWriter
+from evsys_bus.delivery.courier_process import CourierProcess
+from evsys_bus.delivery.subscription import AdapterRef, Subscription
+from evsys_bus.journal import CursorStore, JournalWriter
 from support.couriers import courier_processes
 from support.waiting import wait_until
 
@@ -62,15 +62,15 @@ TRAINER = '''
     import os, sys
     from evsys_bus import Envelope, LoopState, StepEnd, TrainingBatch
     from evsys_bus.codec import encode
-    from evsys_bus.delivery.followed import Followed, Recipe
-    from evsys_bus.delivery.process import CourierProcess
+    from evsys_bus.delivery.subscription import Subscription, AdapterRef
+    from evsys_bus.delivery.courier_process import CourierProcess
     from evsys_bus.journal import JournalWriter
 
     class Trainer:
         def __init__(self, *kinds, linger_seconds=10.0):
             self.writer = JournalWriter("journal").open()
             followed = [
-                Followed(kind, Recipe(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",)))
+                Subscription(kind, AdapterRef(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",)))
                 for kind in kinds or ("seqs",)
             ]
             self.couriers = CourierProcess("journal", followed, linger_seconds=linger_seconds, pause_seconds=0.02)
@@ -377,7 +377,7 @@ def test_an_adapter_that_never_delivers_holds_it_for_the_linger_and_no_longer(fo
     wait_until(lambda: is_gone(pid))
     assert 0.4 < time.monotonic() - began < 5
     assert f"couriers.left adapters={kind} fix=evsys-bus sync" in process_log(folder)
-    assert Cursors(str(folder / "journal")).load(kind).streams == {}
+    assert CursorStore(str(folder / "journal")).load(kind).streams == {}
 
 
 def test_closing_returns_at_its_deadline_and_the_process_goes_on_for_the_linger(folder, program):
@@ -473,10 +473,10 @@ def test_a_program_whose_folder_was_removed_has_one_all_the_same(folder, program
 
 @pytest.mark.parametrize("wrong", [{"main": "evsys_no_such_module"}, {"python": "/nowhere/python"}])
 def test_one_that_dies_again_and_again_is_given_up_and_said_so(tmp_path, caplog, wrong):
-    couriers = CourierProcess(str(tmp_path), [], pause_seconds=0.001, **wrong)
+    couriers = CourierProcess(str(tmp_path), [], restart_seconds=0.001, **wrong)
     couriers.start()
     assert couriers.wait(15)
-    assert couriers.gave_up
+    assert couriers.has_given_up
     assert [each.getMessage().split()[0] for each in caplog.records][-1] == "couriers.given_up"
     assert caplog.messages.count("couriers.given_up") <= 1
     assert "evsys-bus sync" in caplog.text
@@ -485,17 +485,17 @@ def test_one_that_dies_again_and_again_is_given_up_and_said_so(tmp_path, caplog,
 
 
 def test_one_that_cannot_be_told_what_to_do_is_given_up_and_said_so(tmp_path, caplog):
-    couriers = CourierProcess(str(tmp_path), [Followed("prints", Recipe("prints", {"to": print}))])
+    couriers = CourierProcess(str(tmp_path), [Subscription("prints", AdapterRef("prints", {"to": print}))])
     couriers.start()
-    assert couriers.gave_up
+    assert couriers.has_given_up
     assert "couriers.not_started" in caplog.text
     couriers.finish()
     assert couriers.wait(0.0)
-    assert not couriers.alive
+    assert not couriers.is_alive
 
 
 def test_the_log_keeps_a_bound(tmp_path):
-    couriers = CourierProcess(str(tmp_path), [], main="evsys_no_such_module", pause_seconds=0.001)
+    couriers = CourierProcess(str(tmp_path), [], main="evsys_no_such_module", restart_seconds=0.001)
     Path(couriers.log_path).parent.mkdir()
     Path(couriers.log_path).write_text("x" * (5 << 20))
     couriers.start()

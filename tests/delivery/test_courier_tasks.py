@@ -14,18 +14,18 @@ import pytest
 from evsys_bus import Callback, Envelope, EventBus, LoopState, StepEnd, TrainEnd, TrainingBatch, TrainStart, follow
 from evsys_bus.codec import encode
 from evsys_bus.context import LoopArtifacts
-from evsys_bus.delivery.accounts import accounts
+from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Followed, Terms
-from evsys_bus.delivery.hooks import HookReceiver
-from evsys_bus.delivery.roster import enlist
-from evsys_bus.delivery.states import write_state_of_idle
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.status_files import write_status_if_idle
+from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import AsyncHookError
 from evsys_bus.journal import JournalWriter, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus
-from support.couriers import account_of, deliver
+from support.couriers import deliver, read_status
 from support.files import read_json_lines
 
 STATE = LoopState(step=0, num_steps=9, output_dir=Path("/out/run-a"))
@@ -52,7 +52,7 @@ def write(journal):
 
 
 async def receiver_of(callback, **options):
-    receiver = HookReceiver(callback, faults=FaultLog(), **options)
+    receiver = CallbackReceiver(callback, faults=FaultLog(), **options)
     await receiver.open(lambda _: None)
     return receiver
 
@@ -86,11 +86,11 @@ async def test_a_batch_is_done_when_the_tasks_of_its_hooks_have_ended(how):
         ended.append(number)
 
     receiver = await receiver_of(Starts(work, how))
-    taking = asyncio.create_task(receiver.take([step(0), step(1)], [1, 1]))
+    taking = asyncio.create_task(receiver.deliver([step(0), step(1)], [1, 1]))
     done, _ = await asyncio.wait([taking], timeout=0.05)
     assert not done
     release.set()
-    assert (await taking).done == 2
+    assert (await taking).handled == 2
     assert sorted(ended) == [0, 1]
     await receiver.close()
 
@@ -102,11 +102,11 @@ async def test_of_an_interrupted_batch_what_comes_before_an_unended_task_is_done
             await asyncio.Event().wait()
 
     receiver = await receiver_of(Starts(work, how))
-    taking = asyncio.create_task(receiver.take([step(each) for each in range(5)], [1] * 5))
+    taking = asyncio.create_task(receiver.deliver([step(each) for each in range(5)], [1] * 5))
     await asyncio.wait([taking], timeout=0.05)
     taking.cancel()
     await asyncio.wait([taking])
-    assert receiver.interrupted().done == 2
+    assert receiver.interrupted_result().handled == 2
     await receiver.close(time.monotonic())
 
 
@@ -121,15 +121,15 @@ async def test_of_a_stopped_courier_events_whose_tasks_were_cut_off_come_again(j
             hanging.set()
             await asyncio.Event().wait()
 
-    courier = Courier(journal, "it", Starts(work, how), Terms())
+    courier = Courier(journal, "it", Starts(work, how), DeliveryPolicy())
     running = asyncio.create_task(courier.run())
     await asyncio.wait_for(hanging.wait(), 5)
     await asyncio.sleep(0)
     courier.stop()
     await asyncio.wait_for(running, 5)
-    assert (account_of(journal).delivered, account_of(journal).pending) == (1, 2)
+    assert (read_status(journal).delivered, read_status(journal).pending) == (1, 2)
     await deliver(journal, Starts(work, how))
-    assert account_of(journal).delivered == 3
+    assert read_status(journal).delivered == 3
     assert seen.count(1) == 2
 
 
@@ -156,7 +156,7 @@ async def test_of_one_that_is_rewound_mark_and_cursor_still_coincide(journal, wr
         def rewind(self, mark):
             del self.rows[mark:]
 
-    courier = Courier(journal, "it", Marks(), Terms())
+    courier = Courier(journal, "it", Marks(), DeliveryPolicy())
     running = asyncio.create_task(courier.run())
     await asyncio.wait_for(hanging.wait(), 5)
     courier.stop()
@@ -187,13 +187,13 @@ async def test_a_pump_that_ends_with_a_later_event_holds_no_delivery_up(caplog, 
 
     pumps = Pumps()
     receiver = await receiver_of(pumps, hold_seconds=0.05)
-    assert (await receiver.take([envelope(TrainStart(STATE))], [1])).done == 1
+    assert (await receiver.deliver([envelope(TrainStart(STATE))], [1])).handled == 1
     for number in range(3):
-        assert (await receiver.take([step(number)], [1])).done == 1
+        assert (await receiver.deliver([step(number)], [1])).handled == 1
     assert [vars(each)["event"] for each in caplog.records] == ["task.outlasts_its_event"]
     assert "pump" in caplog.text
     assert "background=True" in caplog.text
-    assert (await receiver.take([envelope(TrainEnd(STATE, LoopArtifacts()))], [1])).done == 1
+    assert (await receiver.deliver([envelope(TrainEnd(STATE, LoopArtifacts()))], [1])).handled == 1
     await receiver.close(time.monotonic() + 5)
     assert pumps.pumped
     assert receiver.task_failures == 0
@@ -219,9 +219,9 @@ async def test_a_background_task_holds_nothing_up_and_is_cancelled_at_the_very_e
             order.append("settle")
 
     receiver = await receiver_of(Watches(), hold_seconds=60)
-    await asyncio.wait_for(receiver.take([envelope(TrainStart(STATE))], [1]), 5)
+    await asyncio.wait_for(receiver.deliver([envelope(TrainStart(STATE))], [1]), 5)
     await asyncio.sleep(0)
-    await asyncio.wait_for(receiver.close(time.monotonic() + 60, settles=True), 5)
+    await asyncio.wait_for(receiver.close(time.monotonic() + 60, confirm=True), 5)
     assert order == ["close", "settle", "watch"]
     assert receiver.task_failures == 0
 
@@ -239,7 +239,7 @@ async def test_a_task_of_a_task_group_stays_with_its_group():
             raise ValueError("one of a group")
 
     receiver = await receiver_of(Groups())
-    await receiver.take([step(0)], [1])
+    await receiver.deliver([step(0)], [1])
     await receiver.close()
     assert receiver.task_failures == 1  # the task that was spawned; not once more for the one in the group
 
@@ -249,7 +249,7 @@ async def test_tasks_that_are_late_at_the_close_are_counted_and_named(caplog):
         await asyncio.Event().wait()
 
     receiver = await receiver_of(Starts(work, "bare"), hold_seconds=0.01)
-    await receiver.take([step(0), step(1)], [1, 1])
+    await receiver.deliver([step(0), step(1)], [1, 1])
     await asyncio.wait_for(receiver.close(time.monotonic() + 0.05), 3)
     assert receiver.task_failures == 2
     (said,) = [each for each in caplog.records if vars(each)["event"] == "tasks.cancelled"]
@@ -266,7 +266,7 @@ async def test_at_the_close_tasks_get_what_is_left_of_the_deadline(journal, writ
         await asyncio.sleep(0.3)
         ended.append(number)
 
-    courier = Courier(journal, "it", Starts(work, "spawned"), Terms())
+    courier = Courier(journal, "it", Starts(work, "spawned"), DeliveryPolicy())
     courier.finish(time.monotonic() + 8)
     await asyncio.wait_for(courier.run(), 10)
     assert ended == [0]
@@ -292,7 +292,7 @@ async def test_close_is_called_once_after_the_tasks_and_not_where_no_hook_was_ca
     for callback, batch in ((used, [step(0)]), (unused, [])):
         receiver = await receiver_of(callback, hold_seconds=0.001)
         if batch:
-            await receiver.take(batch, [1])
+            await receiver.deliver(batch, [1])
         await receiver.close(time.monotonic() + 5)
         assert (receiver.failures, receiver.last_failure) == ((1, "close: OSError: disk full") if batch else (0, None))
     assert (used.order, unused.order) == (["task", "close"], [])
@@ -335,24 +335,24 @@ async def test_what_is_owed_is_settled_when_all_was_delivered(journal, write, ad
     it = adapter()
     await deliver(journal, it)
     assert it.calls == calls
-    assert account_of(journal).owed == 0
+    assert read_status(journal).owed == 0
 
 
 async def test_what_is_owed_is_not_settled_by_a_courier_that_is_stopped_and_stays_owed(journal, write):
     write(0)
     sink = OwingSink()
-    courier = Courier(journal, "it", sink, Terms())
+    courier = Courier(journal, "it", sink, DeliveryPolicy())
     running = asyncio.create_task(courier.run())
     deadline = time.monotonic() + 5
-    while not sum(each.owed for each in accounts(journal)):
+    while not sum(each.owed for each in read_progress(journal)):
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
     sink.calls = []
     courier.stop()
     await asyncio.wait_for(running, 5)
     assert sink.calls == ["close"]
-    enlist(journal, [Followed("it")])  # the next program begins
-    kept = account_of(journal)
+    register(journal, [Subscription("it")])  # the next program begins
+    kept = read_status(journal)
     assert (kept.owed, kept.owed_fix, kept.error) == (1, "log in", "not confirmed")
 
 
@@ -363,7 +363,7 @@ async def test_what_is_owed_may_be_reported_from_another_thread(journal, write):
 
     write(0, 1)
     await deliver(journal, Uploads())
-    assert (account_of(journal).owed, account_of(journal).error) == (2, "the far side is slow")
+    assert (read_status(journal).owed, read_status(journal).error) == (2, "the far side is slow")
 
 
 @pytest.mark.parametrize(
@@ -385,7 +385,7 @@ async def test_whatever_is_reported_as_owed_stands_in_a_state_that_can_be_read(j
 
     write(0, 1, 2)
     await deliver(journal, Reports())
-    assert (account_of(journal).owed, account_of(journal).error, account_of(journal).state) == (owed, error, "ended")
+    assert (read_status(journal).owed, read_status(journal).error, read_status(journal).state) == (owed, error, "ended")
 
 
 @pytest.mark.parametrize("report", [None, math.nan, "2", math.inf])
@@ -396,7 +396,11 @@ async def test_a_report_of_what_is_owed_that_is_no_number_is_a_failure_of_the_ho
 
     write(0)
     await deliver(journal, Reports())
-    assert (account_of(journal).hook_failures, account_of(journal).owed, account_of(journal).state) == (1, 0, "ended")
+    assert (read_status(journal).hook_failures, read_status(journal).owed, read_status(journal).state) == (
+        1,
+        0,
+        "ended",
+    )
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -421,11 +425,11 @@ async def test_a_settling_that_fails_or_lasts_too_long_is_a_wall(journal, write,
             await asyncio.Event().wait()
 
     write(0)
-    courier = Courier(journal, "it", Hangs(), Terms())
+    courier = Courier(journal, "it", Hangs(), DeliveryPolicy())
     courier.finish(time.monotonic() + 0.2)
     await asyncio.wait_for(courier.run(), 5)
     assert "owed.not_settled" in caplog.text
-    assert account_of(journal).state == "ended"
+    assert read_status(journal).state == "ended"
 
 
 # -- failures are counted, told and kept ------------------------------------------------------------------------------
@@ -442,11 +446,11 @@ async def test_a_courier_continues_the_counts_that_it_finds(journal, write):
 
     write(0, 1)
     await deliver(journal, Fails(), log_path="/somewhere/process.log")
-    first = account_of(journal)
+    first = read_status(journal)
     assert (first.hook_failures, first.task_failures, first.log) == (2, 2, "/somewhere/process.log")
     assert "ConnectionError: refused" in first.last_failure
-    enlist(journal, [Followed("it")])
-    write_state_of_idle(OsDisk(), journal, "it", DeliveryStatus(state="failed", error="it cannot be built"))
+    register(journal, [Subscription("it")])
+    write_status_if_idle(OsDisk(), journal, "it", DeliveryStatus(state="failed", error="it cannot be built"))
     write(2)
 
     class FailsOnce(Callback):
@@ -454,7 +458,7 @@ async def test_a_courier_continues_the_counts_that_it_finds(journal, write):
             raise LookupError(f"no\ncolumn {step_idx}")
 
     await deliver(journal, FailsOnce())
-    after = account_of(journal)
+    after = read_status(journal)
     assert (after.hook_failures, after.task_failures) == (3, 2)
     assert after.last_failure == "on_step_end: LookupError: no column 2"
 
@@ -468,7 +472,7 @@ def test_failures_of_an_earlier_program_are_not_those_of_this_one(journal):
         with EventBus([follow(Fails(), "it")], journal=journal) as bus:
             bus.publish(StepEnd(STATE, 0, TrainingBatch(), {}))
         assert [each.hook_failures for each in bus.receipt.deliveries] == [1]
-    assert account_of(journal).hook_failures == 2
+    assert read_status(journal).hook_failures == 2
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -488,7 +492,7 @@ async def test_a_task_is_named_by_its_coroutine_and_a_timeout_is_told_in_one_lin
             raise ConnectionError("refused")
 
     receiver = await receiver_of(Uploads())
-    await receiver.take([step(0)], [1])
+    await receiver.deliver([step(0)], [1])
     await receiver.close()
     (said,) = [each for each in caplog.records if vars(each)["event"] == "task.failed"]
     assert vars(said)["task"].endswith("upload")
@@ -515,7 +519,7 @@ async def test_a_hook_that_returns_a_coroutine_or_a_generator_has_failed(caplog,
             return returned[step_idx]()
 
     receiver = await receiver_of(Returns())
-    await receiver.take([step(each) for each in range(3)], [1] * 3)
+    await receiver.deliver([step(each) for each in range(3)], [1] * 3)
     await receiver.close()
     assert receiver.failures == 3
     assert receiver.last_failure.startswith("on_step_end: AsyncHookError")
@@ -530,7 +534,7 @@ async def test_a_hook_that_returns_a_task_or_a_value_is_fine():
             return asyncio.create_task(asyncio.sleep(0.001)) if step_idx else 5
 
     receiver = await receiver_of(Returns())
-    await receiver.take([step(0), step(1)], [1, 1])
+    await receiver.deliver([step(0), step(1)], [1, 1])
     await receiver.close()
     assert receiver.failures == receiver.task_failures == 0
 
@@ -541,7 +545,7 @@ async def test_dead_letters_are_warnings_with_the_reason_and_the_file(journal, w
             raise ValueError(f"row {step_idx} is not wanted")
 
     write(0, 1)
-    courier = Courier(journal, "it", Refuses(), Terms(on_failure="dead"))
+    courier = Courier(journal, "it", Refuses(), DeliveryPolicy(on_failure="dead"))
     courier.finish()
     await courier.run()
     said = [vars(each) for each in caplog.records if vars(each)["event"] == "delivery.dead_letter"]
@@ -611,7 +615,7 @@ def ends(program, tmp_path):
             process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=25)
         if how == "signal":  # the program ends by it, and prints nothing more
-            (one,) = accounts(tmp_path / "journal")
+            (one,) = read_progress(tmp_path / "journal")
             out = json.dumps([one.delivered, one.pending, one.task_failures, one.last_failure])
         ended = (tmp_path / "out").read_text() if (tmp_path / "out").exists() else ""
         return json.loads(out), len(ended), err, process.returncode
@@ -657,7 +661,7 @@ class FailsAndMarks(Callback):
         raise ConnectionError("it is away")
 
     def mark(self):
-        (status,) = [each for each in accounts(self.journal) if each.name == "it"]
+        (status,) = [each for each in read_progress(self.journal) if each.name == "it"]
         self.noted.append((self.failed, status.hook_failures + status.task_failures))
 
     def rewind(self, mark): ...
@@ -666,7 +670,7 @@ class FailsAndMarks(Callback):
 @pytest.mark.parametrize("how", ["hook", "task"])
 async def test_failures_are_on_disk_before_the_cursor_is_so_that_a_kill_hides_none(journal, write, how):
     callback = FailsAndMarks(journal, how)
-    courier = Courier(journal, "it", callback, Terms())
+    courier = Courier(journal, "it", callback, DeliveryPolicy())
     running = asyncio.create_task(courier.run())
     for number in range(3):  # within a second, in which the state is written once where nothing is urgent
         write(number)
@@ -718,7 +722,7 @@ def uploads(tmp_path, monkeypatch, how):
     name = f"uploads_of_{tmp_path.name}"  # one that was imported before is found where it was
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(UPLOADS))
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.import_module(name).Uploads(str(tmp_path), how)
+    return importlib.import_module(name).UploadSnapshot(str(tmp_path), how)
 
 
 @pytest.mark.parametrize(("how", "couriers"), [("pool", "process"), ("executor", "process"), ("executor", "thread")])

@@ -1,4 +1,4 @@
-"""`Crew`: one thread per courier, and what each of them keeps to itself."""
+"""`CourierPool`: one thread per courier, and what each of them keeps to itself."""
 
 import os
 import stat
@@ -14,27 +14,27 @@ import pytest
 
 from evsys_bus import Callback, Envelope, Eval, LoopState, Sink, StepEnd, TrainingBatch
 from evsys_bus.codec import decode, encode
-from evsys_bus.delivery.crew import Crew
-from evsys_bus.delivery.followed import Followed, Recipe, Terms
-from evsys_bus.delivery.roster import enlist, roster
-from evsys_bus.delivery.turns import SwitchInterval
+from evsys_bus.delivery.courier_pool import CourierPool
+from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import load_subscriptions, register
+from evsys_bus.delivery.switch_interval import SwitchInterval
 from evsys_bus.errors import BrokenAdapterError, RetryLaterError
-from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, Place, layout
+from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, Position, layout
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.testing import SimulatedDisk
 from support import ROOT
 from support.waiting import wait_until
 
-NOTHING: Callable[[Recipe], Callback | Sink] = {}.__getitem__  # builds nothing: all is live
+NOTHING: Callable[[AdapterRef], Callback | Sink] = {}.__getitem__  # builds nothing: all is live
 
 
 @pytest.fixture
-def crew(journal) -> Iterator[Callable[..., Crew]]:
+def crew(journal) -> Iterator[Callable[..., CourierPool]]:
     """Start one; what still runs at the end of the test is stopped."""
-    started: list[Crew] = []
+    started: list[CourierPool] = []
 
-    def start(*followed: Followed, build=NOTHING, **settings) -> Crew:
-        started.append(Crew(journal, followed, build, poll_seconds=0.005, **settings))
+    def start(*followed: Subscription, build=NOTHING, **settings) -> CourierPool:
+        started.append(CourierPool(journal, followed, build, poll_seconds=0.005, **settings))
         started[-1].start()
         return started[-1]
 
@@ -54,7 +54,7 @@ def publish(journal: str, count: int, first: int = 0) -> None:
 
 
 def state_of(journal: str, name: str) -> DeliveryStatus:
-    return msgspec.json.decode(Path(layout.courier_file(journal, name, "state.json")).read_bytes(), type=DeliveryStatus)
+    return msgspec.json.decode(Path(layout.courier_path(journal, name, "state.json")).read_bytes(), type=DeliveryStatus)
 
 
 class Steps(Callback):
@@ -102,7 +102,9 @@ class Tells(Lines):
 def test_each_adapter_gets_every_event_on_a_thread_of_its_own(journal, crew):
     publish(journal, 50)
     first, second, lines = Steps(), Steps(), Lines()
-    running = crew(Followed("a", live=first), Followed("b", live=second), Followed("c", live=lines))
+    running = crew(
+        Subscription("a", instance=first), Subscription("b", instance=second), Subscription("c", instance=lines)
+    )
     wait_until(lambda: len(first.steps) == len(second.steps) == 50)
     publish(journal, 10, 50)
     running.finish()
@@ -111,14 +113,14 @@ def test_each_adapter_gets_every_event_on_a_thread_of_its_own(journal, crew):
     assert (len(first.threads | second.threads), threading.get_ident() in first.threads) == (2, False)
     assert (running.running, running.failed) == ([], [])
     for name in "abc":
-        [place] = Cursors(journal).load(name).streams.values()
-        assert place == Place(60, 60, 0)
+        [place] = CursorStore(journal).load(name).streams.values()
+        assert place == Position(60, 60, 0)
 
 
 def test_an_adapter_that_hangs_for_ever_holds_up_nobody_and_is_left_behind(journal, crew):
     publish(journal, 5)
     hangs, steps = Hangs(), Steps()
-    running = crew(Followed("hangs", live=hangs), Followed("steps", live=steps))
+    running = crew(Subscription("hangs", instance=hangs), Subscription("steps", instance=steps))
     running.finish()
     began = time.monotonic()
     assert not running.join(0.5)
@@ -133,16 +135,16 @@ def test_an_adapter_that_hangs_for_ever_holds_up_nobody_and_is_left_behind(journ
 
 def test_one_that_is_stopped_ends_where_its_cursor_stands(journal, crew):
     publish(journal, 5)
-    running = crew(Followed("away", live=Away()))
+    running = crew(Subscription("away", instance=Away()))
     running.finish()
     assert not running.join(0.3)
     running.stop()
     assert running.join(10)
-    assert Cursors(journal).load("away").streams == {}
+    assert CursorStore(journal).load("away").streams == {}
 
 
 def test_an_adapter_that_cannot_be_built_says_why_and_the_others_go_on(journal, crew):
-    def build(recipe: Recipe) -> Callback:
+    def build(recipe: AdapterRef) -> Callback:
         if recipe.kind == "broken":
             raise BrokenAdapterError("it cannot be imported", fix="install it")
         if recipe.kind == "faulty":
@@ -151,7 +153,7 @@ def test_an_adapter_that_cannot_be_built_says_why_and_the_others_go_on(journal, 
 
     publish(journal, 5)
     names = ("broken", "faulty", "sound")
-    running = crew(*(Followed(each, Recipe(each)) for each in names), build=build)
+    running = crew(*(Subscription(each, AdapterRef(each)) for each in names), build=build)
     running.finish()
     assert running.join(10)
     assert running.failed == ["broken", "faulty"]
@@ -159,7 +161,7 @@ def test_an_adapter_that_cannot_be_built_says_why_and_the_others_go_on(journal, 
     assert (state.state, state.pid, state.fix) == ("failed", os.getpid(), "install it")
     assert state.error == "BrokenAdapterError: it cannot be imported"
     assert state_of(journal, "faulty").error == "RuntimeError: out of order"
-    assert [place.delivered for place in Cursors(journal).load("sound").streams.values()] == [5]
+    assert [place.delivered for place in CursorStore(journal).load("sound").streams.values()] == [5]
 
 
 def test_a_delivery_that_broke_down_is_begun_again_with_a_new_adapter(journal, crew):
@@ -170,12 +172,12 @@ def test_a_delivery_that_broke_down_is_begun_again_with_a_new_adapter(journal, c
             if len(made) < 2:
                 raise ValueError("not yet")
 
-    def build(_: Recipe) -> Sink:
+    def build(_: AdapterRef) -> Sink:
         made.append(Late())
         return made[-1]
 
     publish(journal, 5)
-    running = crew(Followed("late", Recipe("late")), build=build, again_seconds=0.05)
+    running = crew(Subscription("late", AdapterRef("late")), build=build, again_seconds=0.05)
     wait_until(lambda: made and made[-1].seen)
     running.finish()
     assert running.join(10)
@@ -196,7 +198,7 @@ def test_one_that_is_asked_to_finish_while_it_pauses_after_a_failure_tries_once_
 
     publish(journal, 5)
     running = crew(
-        Followed("late", Recipe("late")), build=lambda _: made.append(Fails()) or made[-1], again_seconds=600.0
+        Subscription("late", AdapterRef("late")), build=lambda _: made.append(Fails()) or made[-1], again_seconds=600.0
     )
     wait_until(lambda: running.failed, 15.0)
     running.finish()
@@ -206,15 +208,15 @@ def test_one_that_is_asked_to_finish_while_it_pauses_after_a_failure_tries_once_
 
 def test_one_whose_lock_another_holds_takes_over_when_that_one_ends(journal, crew):
     publish(journal, 5)
-    enlist(journal, [Followed("steps", Recipe("steps"))])
-    lock = OsDisk().lock(layout.courier_file(journal, "steps", "lock"))
+    register(journal, [Subscription("steps", AdapterRef("steps"))])
+    lock = OsDisk().lock(layout.courier_path(journal, "steps", "lock"))
     assert lock is not None
     built: list[Steps] = []
-    running = crew(Followed("steps", Recipe("steps")), build=lambda _: built.append(Steps()) or built[-1])
+    running = crew(Subscription("steps", AdapterRef("steps")), build=lambda _: built.append(Steps()) or built[-1])
     running.finish()
     assert not running.join(0.2)
     assert (built, running.failed) == ([], ["steps"])
-    assert not Path(layout.courier_file(journal, "steps", "state.json")).exists()
+    assert not Path(layout.courier_path(journal, "steps", "state.json")).exists()
     os.close(lock)
     assert running.join(10)
     assert built[0].steps == [0, 1, 2, 3, 4]
@@ -222,65 +224,70 @@ def test_one_whose_lock_another_holds_takes_over_when_that_one_ends(journal, cre
 
 
 def test_who_is_followed_is_written_down_for_the_owner_alone(journal, crew):
-    terms = Terms(None, "dead", required=True)
-    recipe = Recipe("steps", {"token": "t"}, ("somewhere:Steps",))
-    crew(Followed("a/b", recipe, terms=terms), Followed("live", live=Steps()), build=lambda _: Steps())
-    posted, live = roster(journal)
-    assert (posted.name, posted.recipe, posted.terms, posted.folder) == ("a/b", recipe, terms, str(Path.cwd()))
+    terms = DeliveryPolicy(None, "dead", required=True)
+    recipe = AdapterRef("steps", {"token": "t"}, ("somewhere:Steps",))
+    crew(Subscription("a/b", recipe, policy=terms), Subscription("live", instance=Steps()), build=lambda _: Steps())
+    posted, live = load_subscriptions(journal)
+    assert (posted.name, posted.adapter_ref, posted.policy, posted.working_directory) == (
+        "a/b",
+        recipe,
+        terms,
+        str(Path.cwd()),
+    )
     assert str(ROOT) in posted.sys_path
-    assert (live.name, live.recipe) == ("live", None)
-    assert posted.as_followed() == Followed("a/b", recipe, terms=terms)
+    assert (live.name, live.adapter_ref) == ("live", None)
+    assert posted.to_subscription() == Subscription("a/b", recipe, policy=terms)
     for each in Path(journal, "couriers").glob("*.spec.json"):
         assert stat.S_IMODE(each.stat().st_mode) == 0o600
-    assert Cursors(journal).followers() == ["a/b", "live"]
+    assert CursorStore(journal).list_adapters() == ["a/b", "live"]
 
 
 def test_a_cursor_that_is_there_is_left_alone_and_a_spec_that_cannot_be_read_is_left_out(journal):
-    Cursors(journal).save("steps", Cursor({"r0-x": Place(7, 7)}))
-    enlist(journal, [Followed("steps", Recipe("steps")), Followed("other", Recipe("other"))])
-    assert Cursors(journal).load("steps").place("r0-x") == Place(7, 7)
-    Path(layout.courier_file(journal, "other", "spec.json")).write_text("{")
-    assert [each.name for each in roster(journal)] == ["steps"]
-    assert roster(f"{journal}/nowhere") == []
+    CursorStore(journal).save("steps", Cursor({"r0-x": Position(7, 7)}))
+    register(journal, [Subscription("steps", AdapterRef("steps")), Subscription("other", AdapterRef("other"))])
+    assert CursorStore(journal).load("steps").position("r0-x") == Position(7, 7)
+    Path(layout.courier_path(journal, "other", "spec.json")).write_text("{")
+    assert [each.name for each in load_subscriptions(journal)] == ["steps"]
+    assert load_subscriptions(f"{journal}/nowhere") == []
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[[[[", b'{"name": 3}'])
 def test_a_damaged_spec_is_logged_once_however_often_the_roster_is_read(journal, caplog, content):
-    enlist(journal, [Followed("other", Recipe("other"))])
-    Path(layout.courier_file(journal, "other", "spec.json")).write_bytes(content)
-    assert [roster(journal) for _ in range(8)] == [[]] * 8
+    register(journal, [Subscription("other", AdapterRef("other"))])
+    Path(layout.courier_path(journal, "other", "spec.json")).write_bytes(content)
+    assert [load_subscriptions(journal) for _ in range(8)] == [[]] * 8
     assert [record.event for record in caplog.records] == ["file.damaged"]
 
 
 def test_a_cursor_or_spec_that_cannot_be_read_now_is_logged_once_however_often_it_is_asked_for(tmp_path, caplog):
     disk = SimulatedDisk()
     journal = "/run/journal"
-    enlist(journal, [Followed("other", Recipe("other"))], disk)
+    register(journal, [Subscription("other", AdapterRef("other"))], disk)
     disk.unreadable |= {
-        layout.courier_file(journal, "other", "spec.json"),
-        layout.cursor_file(journal, "other"),
+        layout.courier_path(journal, "other", "spec.json"),
+        layout.cursor_path(journal, "other"),
     }
     for _ in range(8):
-        assert Cursors(journal, disk).load("other") == Cursor()
-        assert roster(journal, disk) == []
+        assert CursorStore(journal, disk).load("other") == Cursor()
+        assert load_subscriptions(journal, disk) == []
     assert [record.event for record in caplog.records] == ["journal.cursor_unreadable", "couriers.spec_unreadable"]
 
 
 def test_a_disk_that_cannot_be_written_keeps_nobody_from_beginning(tmp_path, caplog):
     (tmp_path / "journal").write_text("a file")
-    enlist(str(tmp_path / "journal"), [Followed("steps", Recipe("steps"))])
+    register(str(tmp_path / "journal"), [Subscription("steps", AdapterRef("steps"))])
     assert "courier.not_enlisted" in caplog.text
 
 
 def test_what_sinks_learn_goes_into_one_stream_that_is_made_when_there_is_something(journal, crew):
     publish(journal, 5)
     silent, reader = Lines(), JournalReader(journal)
-    running = crew(Followed("silent", live=silent))
+    running = crew(Subscription("silent", instance=silent))
     wait_until(lambda: len(silent.seen) == 5)
     assert reader.streams("c") == []
     running.finish()
     assert running.join(10)
-    running = crew(Followed("a", live=Tells()), Followed("b", live=Tells()))
+    running = crew(Subscription("a", instance=Tells()), Subscription("b", instance=Tells()))
     running.finish()
     assert running.join(10)
     [stream] = reader.streams("c")
@@ -293,13 +300,13 @@ def test_what_sinks_learn_goes_into_one_stream_that_is_made_when_there_is_someth
 
 def test_an_adapter_is_called_by_the_name_that_it_is_followed_under(journal, crew):
     steps = Steps()
-    crew(Followed("mine", live=steps))
+    crew(Subscription("mine", instance=steps))
     wait_until(lambda: steps.spec_name == "mine")
 
 
 def test_a_forked_child_has_no_business_with_the_threads_of_its_parent(journal, crew):
     publish(journal, 5)
-    running = crew(Followed("away", live=Away()))
+    running = crew(Subscription("away", instance=Away()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 and later: this process has threads
         child = os.fork()
@@ -314,7 +321,9 @@ def test_a_forked_child_has_no_business_with_the_threads_of_its_parent(journal, 
 
 def test_while_a_courier_lives_on_a_thread_no_other_thread_waits_long_for_the_interpreter(crew, journal):
     before = sys.getswitchinterval()
-    running = crew(Followed("one", live=Callback()), Followed("two", live=Callback()), slice_seconds=0.0002)
+    running = crew(
+        Subscription("one", instance=Callback()), Subscription("two", instance=Callback()), slice_seconds=0.0002
+    )
     wait_until(lambda: sys.getswitchinterval() == pytest.approx(0.0002))
     running.finish()
     assert running.join(10.0)
@@ -350,7 +359,7 @@ class Asked(OsDisk):
 def test_who_only_asks_for_a_lock_is_not_told_of_as_another_courier(journal, crew, caplog, times, told):
     publish(journal, 5)
     steps = Steps()
-    running = crew(Followed("steps", live=steps), disk=Asked(times))
+    running = crew(Subscription("steps", instance=steps), disk=Asked(times))
     running.finish()
     assert running.join(10)
     assert steps.steps == [*range(5)]

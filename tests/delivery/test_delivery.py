@@ -26,19 +26,19 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.codec import encode
-from evsys_bus.delivery.accounts import accounts
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.feed import Batch, Feed
-from evsys_bus.delivery.followed import Recipe, Terms
-from evsys_bus.delivery.receiver import Taken
-from evsys_bus.delivery.roster import enlist
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.receiver import BatchResult
+from evsys_bus.delivery.source import Batch, EventSource
+from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy
+from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CourierBusyError
-from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsClock, OsDisk, Place
-from support.couriers import account_of, deliver, read_dead_letters
+from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsClock, OsDisk, Position
+from support.couriers import deliver, read_dead_letters, read_status
 from support.journals import read_records
 
-TERMS = Terms(ranks=None)
+TERMS = DeliveryPolicy(ranks=None)
 
 
 class Kept:
@@ -74,7 +74,7 @@ class Kept:
         self.batches.append(list(batch[:done]))
         if len(self.envelopes) >= self.wanted:
             self.seen.set()
-        return Taken(done, {i: "refused" for i, each in enumerate(batch[:done]) if each.seq in self._refuses})
+        return BatchResult(done, {i: "refused" for i, each in enumerate(batch[:done]) if each.seq in self._refuses})
 
     def interrupted(self):
         return None
@@ -190,7 +190,7 @@ async def test_a_part_that_is_taken_moves_the_cursor_as_far_and_the_rest_comes_a
     kept = Kept(takes=2)
     await deliver(journal, kept)
     assert kept.numbers == list(range(1, 8))
-    assert Cursors(journal).load("it").place(stream.name) == Place(7, 7, 0)
+    assert CursorStore(journal).load("it").position(stream.name) == Position(7, 7, 0)
 
 
 async def test_a_batch_holds_no_more_bytes_than_it_may_unless_it_is_one_event(journal, stream):
@@ -212,7 +212,7 @@ async def test_a_batch_ends_with_a_start_or_an_end_and_the_cursor_stands_behind_
 
     class Looks(Kept):
         async def take(self, batch, sizes):
-            places.append(Cursors(journal).load("it").place(stream.name).sequence)
+            places.append(CursorStore(journal).load("it").position(stream.name).sequence)
             return await super().take(batch, sizes)
 
     kept = Looks()
@@ -255,11 +255,11 @@ async def test_in_slices_everything_is_delivered_too(journal, stream):
 
 def test_a_feed_reads_no_longer_than_its_slice(journal, stream):
     stream.steps(*range(100))
-    feed = Feed(journal, Cursor(), ranks=None, disk=OsDisk(), clock=OsClock(), faults=FaultLog())
+    feed = EventSource(journal, Cursor(), ranks=None, disk=OsDisk(), clock=OsClock(), faults=FaultLog())
     batch = Batch()
-    assert feed.fill(batch, 1000, 1 << 20, slice_seconds=0.0) == "slice"
+    assert feed.read_batch(batch, 1000, 1 << 20, slice_seconds=0.0) == "slice"
     assert 0 < len(batch.envelopes) <= 16
-    assert feed.fill(batch, 1000, 1 << 20) == "dry"
+    assert feed.read_batch(batch, 1000, 1 << 20) == "dry"
     assert batch.sequences == list(range(1, 101))
 
 
@@ -285,7 +285,7 @@ async def test_the_cursor_never_stands_behind_an_event_that_was_not_acknowledged
     await asyncio.gather(asyncio.wait_for(courier.run(), 5), stop())
     assert kept.numbers == [1, 2, 3, 4, 5]
     # Stopped in the middle of a batch, one that is rewindable is not marked: the mark might cover what was not entered.
-    assert Cursors(journal).load("it").place(stream.name) in {Place(0, 0, 0), Place(5, 5, 0)}
+    assert CursorStore(journal).load("it").position(stream.name) in {Position(0, 0, 0), Position(5, 5, 0)}
     assert kept.closed
 
 
@@ -320,7 +320,7 @@ async def test_what_a_sink_took_before_it_was_stopped_does_not_come_again(journa
     await asyncio.gather(asyncio.wait_for(courier.run(), 5), stop())
     assert sink.taken == [1, 2, 3, 4, 5]
     done = says or 0
-    assert Cursors(journal).load("it").place(stream.name) == Place(done, done, 0)
+    assert CursorStore(journal).load("it").position(stream.name) == Position(done, done, 0)
 
 
 async def test_a_hook_that_has_returned_is_not_called_again_although_its_batch_was_cut_off(journal, stream):
@@ -345,9 +345,9 @@ async def test_a_hook_that_has_returned_is_not_called_again_although_its_batch_w
     # Slices so short that every hook is followed by a moment in which the courier can be stopped.
     courier = Courier(journal, "it", callback, TERMS, slice_seconds=1e-9)
     await asyncio.wait_for(courier.run(), 5)
-    (place, mark) = (cursor := Cursors(journal).load("it")).place(stream.name), cursor.mark
+    (place, mark) = (cursor := CursorStore(journal).load("it")).position(stream.name), cursor.mark
     assert callback.steps == [0, 1, 2, 3, 4]
-    assert (place, mark) == (Place(5, 5, 0), 5)
+    assert (place, mark) == (Position(5, 5, 0), 5)
     again = Courier(journal, "it", callback, TERMS)
     again.finish()
     await asyncio.wait_for(again.run(), 5)
@@ -361,11 +361,11 @@ async def test_at_its_end_a_receiver_hears_that_its_last_mark_is_on_record(journ
 
     class Keeps(Kept):
         def mark(self):
-            on_record.append(Cursors(journal).load("it").place(stream.name).sequence)
+            on_record.append(CursorStore(journal).load("it").position(stream.name).sequence)
             return super().mark()
 
     await deliver(journal, Keeps())
-    assert on_record[-1] == Cursors(journal).load("it").place(stream.name).sequence > 0
+    assert on_record[-1] == CursorStore(journal).load("it").position(stream.name).sequence > 0
 
 
 async def test_a_record_that_is_no_envelope_is_a_dead_letter_and_the_others_are_delivered(journal, stream):
@@ -378,7 +378,7 @@ async def test_a_record_that_is_no_envelope_is_a_dead_letter_and_the_others_are_
     (letter,) = read_dead_letters(journal)
     assert (letter["stream"], letter["seq"]) == (stream.name, 2)
     assert base64.b64decode(letter["bytes"]) == b"no envelope"
-    assert account_of(journal).dead == 1
+    assert read_status(journal).dead == 1
 
 
 async def test_what_a_receiver_refuses_is_a_dead_letter_with_the_reason_and_the_event(journal, stream):
@@ -388,7 +388,7 @@ async def test_what_a_receiver_refuses_is_a_dead_letter_with_the_reason_and_the_
         (2, "refused", 1),
         (7, "refused", 6),
     ]
-    assert (account_of(journal).delivered, account_of(journal).dead) == (5, 2)
+    assert (read_status(journal).delivered, read_status(journal).dead) == (5, 2)
 
 
 async def test_the_streams_of_all_ranks_are_read_in_turn(journal):
@@ -409,8 +409,8 @@ async def test_only_the_ranks_of_its_terms_are_delivered_and_counted(journal):
     for each in streams:
         each.steps(*range(4))
     kept = Kept()
-    enlist(journal, ())
-    courier = await deliver(journal, kept, Terms(ranks=(1,)))
+    register(journal, ())
+    courier = await deliver(journal, kept, DeliveryPolicy(ranks=(1,)))
     assert {each.rank for each in kept.envelopes} == {1}
     assert courier.counts == (4, 0, 0)
     for each in streams:
@@ -527,10 +527,10 @@ async def test_a_receiver_is_introduced_to_nothing_at_the_beginning(journal, str
 async def test_an_experiment_that_ended_leaves_no_steps_behind(journal, stream):
     stream.run(0, 1)
     await deliver(journal, Kept())
-    assert Cursors(journal).load("it").steps == {"run-a": 1}
+    assert CursorStore(journal).load("it").steps == {"run-a": 1}
     stream.add(ExperimentEnd(LogContext(output_dir=Path("/out")), ExperimentResult("x")), run=None)
     await deliver(journal, Kept())
-    assert Cursors(journal).load("it").steps == {}
+    assert CursorStore(journal).load("it").steps == {}
 
 
 async def test_a_training_that_begins_again_at_an_earlier_step_counts_from_there(journal, stream):
@@ -539,7 +539,7 @@ async def test_a_training_that_begins_again_at_an_earlier_step_counts_from_there
     stream.start(TrainStart(stream.state))
     stream.steps(2)
     await deliver(journal, Kept())
-    assert Cursors(journal).load("it").steps == {"run-a": 2}
+    assert CursorStore(journal).load("it").steps == {"run-a": 2}
 
 
 # -- books ------------------------------------------------------------------------------------------------------------
@@ -570,36 +570,36 @@ def test_the_lock_ends_with_the_process(journal, program, stream):
         import asyncio, sys
         from evsys_bus import Callback
         from evsys_bus.delivery.courier import Courier
-        from evsys_bus.delivery.followed import Terms
+        from evsys_bus.delivery.subscription import DeliveryPolicy
 
         class Says(Callback):
             def on_step_end(self, state, step_idx, batch, metrics):
                 print("here", flush=True)
 
-        asyncio.run(Courier(sys.argv[1], "it", Says(), Terms()).run())
+        asyncio.run(Courier(sys.argv[1], "it", Says(), DeliveryPolicy()).run())
         """,
         journal,
     )
     assert holder.stdout.readline() == "here\n"
     with pytest.raises(CourierBusyError, match=f"process {holder.pid} "):
         asyncio.run(deliver(journal, Kept()))
-    assert account_of(journal).busy
+    assert read_status(journal).busy
     holder.kill()
     holder.wait()
-    assert not account_of(journal).busy
+    assert not read_status(journal).busy
     asyncio.run(deliver(journal, Kept()))
 
 
 async def test_its_state_is_written_down(journal, stream):
     stream.steps(0)
     await deliver(journal, Kept())
-    state = account_of(journal)
+    state = read_status(journal)
     assert (state.state, state.pid, state.error) == ("ended", os.getpid(), None)
     assert state.at > 1e9
 
 
 async def test_trouble_is_written_down_at_once_and_its_end_too(journal, stream):
-    from evsys_bus.delivery.receiver import Trouble
+    from evsys_bus.delivery.receiver import Problem
 
     states = []
 
@@ -608,10 +608,10 @@ async def test_trouble_is_written_down_at_once_and_its_end_too(journal, stream):
             self.report = report
 
         async def take(self, batch, sizes):
-            self.report(Trouble("parked", "401", "give it a key", 7))
-            states.append(account_of(journal))
+            self.report(Problem("parked", "401", "give it a key", 7))
+            states.append(read_status(journal))
             self.report(None)
-            states.append(account_of(journal))
+            states.append(read_status(journal))
             return await super().take(batch, sizes)
 
     stream.steps(0)
@@ -629,7 +629,7 @@ async def test_a_receiver_that_fails_where_it_never_should_is_asked_again(journa
     class Fails(Kept):
         async def take(self, batch, sizes):
             if len(failed) < 3:
-                failed.append(Taken(0))
+                failed.append(BatchResult(0))
                 if len(failed) == 2:
                     return failed[-1]
                 raise ValueError("a fault")
@@ -656,12 +656,12 @@ async def test_it_is_stopped_from_any_thread_while_nothing_comes(journal, stream
     courier = Courier(journal, "it", Kept(), TERMS)
 
     async def stop():
-        while not accounts(journal):
+        while not read_progress(journal):
             await asyncio.sleep(0.001)
         await asyncio.to_thread(courier.stop)
 
     await asyncio.gather(asyncio.wait_for(courier.run(), 5), stop())
-    assert account_of(journal).state == "ended"
+    assert read_status(journal).state == "ended"
 
 
 async def test_one_that_was_stopped_before_it_ran_delivers_nothing(journal, stream):
@@ -682,12 +682,12 @@ async def test_recorded_is_delivered_and_dead_and_pending_at_any_time(journal):
         each.run(*range(17 + each.rank))
         each.writer.append(b"no envelope")
         each.steps(*range(30, 34))
-    enlist(journal, ())
+    register(journal, ())
     checked = []
 
     class Checks(Kept):
         async def take(self, batch, sizes):
-            one, counts = account_of(journal), courier.counts
+            one, counts = read_status(journal), courier.counts
             checked.append((len(read_records(journal)), one, counts, len(self.envelopes)))
             if len(checked) <= 30:
                 streams[len(checked) % 3].steps(99)
@@ -695,7 +695,7 @@ async def test_recorded_is_delivered_and_dead_and_pending_at_any_time(journal):
             return await super().take(batch, sizes)
 
     kept = Checks()
-    Cursors(journal).save("it", Cursor({each.name: Place() for each in streams}))
+    CursorStore(journal).save("it", Cursor({each.name: Position() for each in streams}))
     courier = Courier(journal, "it", kept, TERMS)
     await asyncio.wait_for(courier.run(), 15)
     assert len(checked) > 20
@@ -703,7 +703,7 @@ async def test_recorded_is_delivered_and_dead_and_pending_at_any_time(journal):
         assert one.recorded == one.delivered + one.dead + one.pending == there
         assert sum(counts) == there
         assert counts.delivered == given
-    one = account_of(journal)
+    one = read_status(journal)
     assert (one.pending, one.dead) == (0, 3)
     assert one.recorded == one.delivered + one.dead == len(read_records(journal))
     for each in streams:
@@ -722,8 +722,8 @@ async def test_the_account_is_right_beside_damage_and_missing_events(journal):
     segments[3].unlink()
     cut = segments[4].read_bytes()
     segments[4].write_bytes(cut[:-7])
-    Cursors(journal).save("it", Cursor())
-    assert account_of(journal).pending == len(read_records(journal)) < 40
+    CursorStore(journal).save("it", Cursor())
+    assert read_status(journal).pending == len(read_records(journal)) < 40
     kept = Kept()
     courier = Courier(journal, "it", kept, TERMS)
     kept.wanted = 9
@@ -733,11 +733,11 @@ async def test_the_account_is_right_beside_damage_and_missing_events(journal):
         courier.stop()
 
     await asyncio.gather(courier.run(), stop())
-    one = account_of(journal)
+    one = read_status(journal)
     assert one.delivered == len(kept.envelopes)
     assert one.delivered + one.pending == one.recorded == len(read_records(journal))
     await deliver(journal, Kept())
-    assert account_of(journal).delivered == len(read_records(journal))
+    assert read_status(journal).delivered == len(read_records(journal))
 
 
 async def test_an_adapter_with_a_spec_and_no_cursor_has_an_account_of_the_ranks_it_serves(journal):
@@ -745,17 +745,20 @@ async def test_an_adapter_with_a_spec_and_no_cursor_has_an_account_of_the_ranks_
     for each in streams:
         each.steps(*range(5))
         each.writer.close()
-    from evsys_bus.delivery.followed import Followed
+    from evsys_bus.delivery.subscription import Subscription
 
-    enlist(journal, [Followed("all", Recipe("x"), terms=Terms(ranks=None)), Followed("one", Recipe("x"))])
-    found = {each.name: each for each in accounts(journal)}
+    register(
+        journal,
+        [Subscription("all", AdapterRef("x"), policy=DeliveryPolicy(ranks=None)), Subscription("one", AdapterRef("x"))],
+    )
+    found = {each.name: each for each in read_progress(journal)}
     assert (found["all"].pending, found["one"].pending) == (10, 5)
     assert found["all"].state is None
     assert not found["all"].busy
 
 
 def test_a_place_without_a_journal_has_no_accounts(tmp_path):
-    assert accounts(tmp_path / "none") == []
+    assert read_progress(tmp_path / "none") == []
 
 
 async def test_a_courier_waits_for_a_journal_that_is_not_there_yet(tmp_path):
@@ -809,5 +812,5 @@ async def test_events_of_unknown_types_reach_receivers(journal, stream):
             return super().__getattribute__(name)
 
     await deliver(journal, Counts(), name="hooks")
-    assert account_of(journal, "hooks").delivered == 1
+    assert read_status(journal, "hooks").delivered == 1
     assert +seen == {"on_r0ll0ut": 1}  # it has none

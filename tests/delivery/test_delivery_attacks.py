@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
-from evsys_bus.bus.guard import Guard
-from evsys_bus.delivery.accounts import accounts
-from evsys_bus.delivery.batches import SinkReceiver
-from evsys_bus.delivery.crew import Crew
-from evsys_bus.delivery.followed import Followed, Terms
-from evsys_bus.delivery.receiver import Taken
-from evsys_bus.delivery.retry import ATTEMPTS
-from evsys_bus.delivery.roster import enlist
-from evsys_bus.journal import JournalWriter, Retain, layout
+from evsys_bus.bus.failure_policy import FailurePolicy
+from evsys_bus.delivery.courier_pool import CourierPool
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.receiver import BatchResult
+from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
+from evsys_bus.delivery.sink_receiver import SinkReceiver
+from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import register
+from evsys_bus.journal import JournalWriter, RetentionPolicy, layout
 from evsys_bus.tasks import DeliveryStatus, LoopThread
 from evsys_bus.testing import FailingSink, RecordingSink
 
@@ -34,35 +34,35 @@ def account(recorded, delivered, **state):
 
 
 def guard(**terms):
-    return Guard([Followed("a", terms=Terms(**terms))])
+    return FailurePolicy([Subscription("a", policy=DeliveryPolicy(**terms))])
 
 
 def test_a_delivery_that_is_never_quite_done_but_always_close_behind_is_not_stale():
     watch = guard(max_staleness_seconds=4)
     for second in range(100):
-        assert watch._judged(account(50 * second + 25, 50 * second), float(second), gave_up=False) is None
+        assert watch._stop_reason(account(50 * second + 25, 50 * second), float(second), gave_up=False) is None
 
 
 def test_a_delivery_that_stands_still_is_stale_once_its_patience_is_over():
     watch = guard(max_staleness_seconds=4)
-    said = [watch._judged(account(50 * second + 25, 10), float(second), gave_up=False) for second in range(10)]
+    said = [watch._stop_reason(account(50 * second + 25, 10), float(second), gave_up=False) for second in range(10)]
     assert [each is not None for each in said] == [False] * 5 + [True] * 5
 
 
 def test_failing_is_timed_by_our_own_clock_and_through_couriers_that_begin_anew():
     watch = guard(stop_after_seconds=3)
     states = [{"state": "retrying", "pid": 1, "failing_since": 1e9}, {"state": "failed", "pid": 2}] * 3
-    said = [watch._judged(account(5, 0, **each), float(at), gave_up=False) for at, each in enumerate(states)]
+    said = [watch._stop_reason(account(5, 0, **each), float(at), gave_up=False) for at, each in enumerate(states)]
     assert [each is not None for each in said] == [False, False, False, False, True, True]
 
 
 def test_what_was_wrong_on_another_day_is_forgotten_where_nobody_delivers(tmp_path):
     directory = str(tmp_path / "journal")
-    followed = [Followed("a", live=RecordingSink())]
-    enlist(directory, followed)
-    state = Path(layout.courier_file(directory, "a", "state.json"))
+    followed = [Subscription("a", instance=RecordingSink())]
+    register(directory, followed)
+    state = Path(layout.courier_path(directory, "a", "state.json"))
     state.write_bytes(b'{"state":"failed","pid":1,"at":1.0,"error":"no key"}')
-    enlist(directory, followed)
+    register(directory, followed)
     assert not state.exists()
 
 
@@ -77,7 +77,7 @@ def test_one_whose_books_cannot_be_written_is_on_the_receipt_with_all_of_it_pend
             bus.publish(Tick(number))
     (delivery,) = bus.receipt.deliveries
     assert (delivery.name, delivery.recorded, delivery.pending) == (name, 10, 10)
-    assert bus.receipt.finish is not None
+    assert bus.receipt.resume_command is not None
     assert Path(bus.receipt.journal).is_dir()
 
 
@@ -110,10 +110,10 @@ async def test_an_outage_seen_through_a_task_group_is_an_outage():
     async def sleep(seconds):
         pauses.append(seconds)
 
-    receiver = SinkReceiver(FailingSink([outage] * (ATTEMPTS + 2)), sleep=sleep)
+    receiver = SinkReceiver(FailingSink([outage] * (UNKNOWN_ERROR_ATTEMPTS + 2)), sleep=sleep)
     await receiver.open(lambda trouble: None)
-    assert await receiver.take([Envelope("s", 1, 0.0, Tick(1))], [10]) == Taken(1)
-    assert len(pauses) == ATTEMPTS + 2
+    assert await receiver.deliver([Envelope("s", 1, 0.0, Tick(1))], [10]) == BatchResult(1)
+    assert len(pauses) == UNKNOWN_ERROR_ATTEMPTS + 2
     await receiver.close()
 
 
@@ -123,7 +123,7 @@ def test_one_who_waits_for_anothers_lock_ends_when_nothing_is_pending(tmp_path):
         bus.publish(Tick(1))
         while bus.health().deliveries[0].pending:
             time.sleep(0.01)
-        second = Crew(directory, [Followed("RecordingSink", live=RecordingSink())], _never)
+        second = CourierPool(directory, [Subscription("RecordingSink", instance=RecordingSink())], _never)
         second.start()
         second.finish()
         assert second.join(5)
@@ -147,9 +147,9 @@ def test_a_sink_that_cancels_every_task_is_shown_and_begun_again(tmp_path):
     directory = str(tmp_path / "journal")
     with EventBus([], journal=directory) as bus:
         bus.publish(Tick(1))
-    crew = Crew(directory, [Followed("a", live=Cancels())], _never, again_seconds=0.01)
+    crew = CourierPool(directory, [Subscription("a", instance=Cancels())], _never, restart_seconds=0.01)
     crew.start()
-    while not any(each.delivered for each in accounts(directory)):
+    while not any(each.delivered for each in read_progress(directory)):
         time.sleep(0.01)
     crew.finish()
     assert crew.join(5)
@@ -166,9 +166,9 @@ def test_a_task_that_stops_its_loop_stops_nothing():
 
 def test_a_follower_of_other_ranks_holds_up_no_retention(tmp_path):
     directory = tmp_path / "journal"
-    enlist(str(directory), [Followed("a", live=RecordingSink(), terms=Terms(ranks=(0,)))])
+    register(str(directory), [Subscription("a", instance=RecordingSink(), policy=DeliveryPolicy(ranks=(0,)))])
     writer = JournalWriter(
-        directory, rank=1, segment_bytes=2000, retain=Retain(max_bytes=4000), flush_seconds=60
+        directory, rank=1, segment_bytes=2000, retain=RetentionPolicy(max_bytes=4000), flush_seconds=60
     ).open()
     for _ in range(200):
         writer.append(bytes(100))

@@ -20,7 +20,7 @@ import msgspec
 import pytest
 import random_faults
 
-from evsys_bus.delivery.accounts import accounts
+from evsys_bus.delivery.progress import read_progress
 from evsys_bus.journal import JournalReader, layout
 from evsys_bus.tasks import DeliveryStatus
 from support.programs import EVSYS_BUS
@@ -198,7 +198,7 @@ class Place:
     def agrees(self, kind, *, pending):
         """What disk says of an adapter, against the journal and what its destination has."""
         there = self.recorded()
-        (account,) = (each for each in accounts(self.folder / "journal") if each.name == f"ending_{kind}")
+        (account,) = (each for each in read_progress(self.folder / "journal") if each.name == f"ending_{kind}")
         assert account.recorded == account.delivered + account.dead + account.pending == len(there)
         assert (account.dead, account.pending > 0) == (0, pending)
         if not pending:
@@ -356,26 +356,26 @@ AWAY = (ConnectionRefusedError("nobody listens"), socket.gaierror(-2, "Name or s
 
 
 def test_all_destinations_are_away_for_ten_minutes_and_then_have_everything_in_order():
-    scene = random_faults.Scene(0)
+    scene = random_faults.Scenario(0)
     names = ("refused", "unnamed", "silent")
 
     class Away(random_faults.Destination):
         async def write(self, batch):
             self.calls += 1
             if scene.clock.monotonic() < 600:
-                raise AWAY[names.index(self.post.name)]
+                raise AWAY[names.index(self.subscription.name)]
             self.keep(batch)
 
         async def open(self):
             pass
 
-    posts = [random_faults.Post(scene, name, Away, random_faults.Terms()) for name in names]
+    posts = [random_faults.SimulatedSubscription(scene, name, Away, random_faults.DeliveryPolicy()) for name in names]
 
     async def train():
         publisher = scene.publishers[0]
-        publisher.open(fine=True)
+        publisher.open(without_faults=True)
         for post in posts:
-            post.start(fine=True)
+            post.start(without_faults=True)
         for _ in range(700):
             publisher.publish(1)
             before = scene.clock.monotonic()
@@ -383,18 +383,18 @@ def test_all_destinations_are_away_for_ten_minutes_and_then_have_everything_in_o
             if 590 < before < 599:
                 for post in posts:
                     state = state_of(scene, post.name)
-                    assert (state.state, post.got) == ("retrying", [])
+                    assert (state.state, post.deliveries) == ("retrying", [])
                     assert 580 < scene.clock.wall() - state.failing_since < 600
         publisher.close()
-        scene.look()
+        scene.update_recorded()
         for post in posts:
             post.courier.finish()
             await post.task
             assert 20 < post.adapter.calls < 1000
-            letters = 700 - len(post.got) + 2
-            assert [each[2] for each in post.got] == sorted(each[2] for each in post.got)
-            assert post.courier.counts == (len(post.got), letters, 0)
-            assert len(post.got) + letters == len(scene.on_record)
+            letters = 700 - len(post.deliveries) + 2
+            assert [each[2] for each in post.deliveries] == sorted(each[2] for each in post.deliveries)
+            assert post.courier.counts == (len(post.deliveries), letters, 0)
+            assert len(post.deliveries) + letters == len(scene.recorded)
 
     with asyncio.Runner(loop_factory=lambda: random_faults.VirtualLoop(scene.clock)) as runner:
         runner.run(train())
@@ -402,5 +402,5 @@ def test_all_destinations_are_away_for_ten_minutes_and_then_have_everything_in_o
 
 
 def state_of(scene, name):
-    path = layout.courier_file(random_faults.JOURNAL, name, "state.json")
+    path = layout.courier_path(random_faults.JOURNAL, name, "state.json")
     return msgspec.json.decode(scene.disk.read(path, 0, 10_000), type=DeliveryStatus)

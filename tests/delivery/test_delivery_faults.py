@@ -22,13 +22,13 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.codec import encode
-from evsys_bus.delivery.accounts import accounts
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.dead_letters import MAX_WAITING
-from evsys_bus.delivery.followed import Terms
-from evsys_bus.delivery.receiver import Taken
+from evsys_bus.delivery.dead_letters import MAX_PENDING
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.receiver import BatchResult
+from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import CourierBusyError, RetryLaterError
-from evsys_bus.journal import Cursors, JournalWriter
+from evsys_bus.journal import CursorStore, JournalWriter
 from evsys_bus.testing import MachineStopped, ManualClock, SimulatedDisk
 
 JOURNAL = "/journal"
@@ -97,7 +97,7 @@ class Rows:
             if index not in dead:
                 self.disk.write(self.file, b"%d\n" % each.seq)
         self.taken += len(batch)
-        return Taken(len(batch), dead)
+        return BatchResult(len(batch), dead)
 
     def interrupted(self):
         return None
@@ -125,7 +125,9 @@ def letters(disk):
 
 
 def deliver(disk, receiver, clock=None, finish=True):
-    courier = Courier(JOURNAL, "rows", receiver, Terms(), disk=disk, clock=clock or ManualClock(), retry_seconds=0.01)
+    courier = Courier(
+        JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock or ManualClock(), retry_seconds=0.01
+    )
     if finish:
         courier.finish()
     asyncio.run(asyncio.wait_for(courier.run(), 10))
@@ -133,7 +135,7 @@ def deliver(disk, receiver, clock=None, finish=True):
 
 
 def account(disk):
-    (one,) = accounts(JOURNAL, disk)
+    (one,) = read_progress(JOURNAL, disk)
     return one
 
 
@@ -281,7 +283,7 @@ def test_a_stream_that_cannot_be_read_for_a_moment_is_not_overtaken_by_the_next_
     disk.refuses = 3
 
     async def run():
-        courier = Courier(JOURNAL, "rows", Order(disk), Terms(), disk=disk, clock=clock, poll_seconds=0.001)
+        courier = Courier(JOURNAL, "rows", Order(disk), DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
         delivering = asyncio.create_task(courier.run())
         while len(order) < 2 * (len(EVENTS) - 1):
             clock.advance(0.3)
@@ -301,12 +303,12 @@ def test_a_disk_that_refuses_the_cursor_holds_nothing_up_and_is_said_once(caplog
     disk.refused = ("rows.json",)
     deliver(disk, Rows(disk), clock=ManualClock())
     assert rows(disk) == [*range(1, 9), 10]
-    assert Cursors(JOURNAL, disk).load("rows").place(stream).sequence == 0
+    assert CursorStore(JOURNAL, disk).load("rows").position(stream).sequence == 0
     assert sum("courier.not_committed" in each for each in caplog.messages) <= 2
     disk.refused = ()
     deliver(disk, Rows(disk))
     assert rows(disk) == [*range(1, 9), 10]
-    assert Cursors(JOURNAL, disk).load("rows").place(stream).sequence == 10
+    assert CursorStore(JOURNAL, disk).load("rows").position(stream).sequence == 10
 
 
 def test_a_refused_cursor_is_tried_again_while_nothing_comes():
@@ -314,14 +316,14 @@ def test_a_refused_cursor_is_tried_again_while_nothing_comes():
     stream = written(disk)
     disk.refused = ("rows.json",)
     clock = ManualClock()
-    courier = Courier(JOURNAL, "rows", Rows(disk), Terms(), disk=disk, clock=clock, poll_seconds=0.001)
+    courier = Courier(JOURNAL, "rows", Rows(disk), DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     async def scene():
-        while courier._books.cursor.place(stream).sequence < 10:
+        while courier._store.cursor.position(stream).sequence < 10:
             await asyncio.sleep(0.001)
         disk.refused = ()
         clock.advance(2)
-        while Cursors(JOURNAL, disk).load("rows").place(stream).sequence < 10:
+        while CursorStore(JOURNAL, disk).load("rows").position(stream).sequence < 10:
             await asyncio.sleep(0.001)
         courier.stop()
 
@@ -337,7 +339,7 @@ def test_the_cursor_does_not_pass_a_dead_letter_that_is_not_on_disk():
     disk.refused = ("dead.jsonl",)
     deliver(disk, Rows(disk, refuses={4}))
     assert rows(disk) == ALL  # the delivery went on
-    assert Cursors(JOURNAL, disk).load("rows").place(stream).sequence == 2
+    assert CursorStore(JOURNAL, disk).load("rows").position(stream).sequence == 2
     assert letters(disk) == []
     disk.refused = ()
     deliver(disk, Rows(disk, refuses={4}))
@@ -349,7 +351,7 @@ def test_the_cursor_does_not_pass_a_dead_letter_that_is_not_on_disk():
 def test_when_too_many_dead_letters_wait_for_the_disk_the_delivery_waits_with_them():
     disk = Refusing()
     writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
-    count = MAX_WAITING + 50
+    count = MAX_PENDING + 50
     for step in range(count):
         event = StepEnd(STATE, step, TrainingBatch(), {"loss": 0.5})
         writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
@@ -357,14 +359,14 @@ def test_when_too_many_dead_letters_wait_for_the_disk_the_delivery_waits_with_th
     disk.refused = ("dead.jsonl",)
     clock = ManualClock()
     receiver = Rows(disk, refuses=range(1, count + 1))
-    courier = Courier(JOURNAL, "rows", receiver, Terms(), disk=disk, clock=clock, poll_seconds=0.001)
+    courier = Courier(JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     async def scene():
-        while courier.counts.dead < MAX_WAITING:
+        while courier.counts.dead < MAX_PENDING:
             await asyncio.sleep(0.001)
         for _ in range(20):
             await asyncio.sleep(0.001)
-            assert courier.counts.dead == MAX_WAITING
+            assert courier.counts.dead == MAX_PENDING
         disk.refused = ()
         clock.advance(2)
         courier.finish()
@@ -397,7 +399,7 @@ def test_a_mark_that_cannot_be_made_keeps_the_cursor_and_has_the_adapter_built_a
     stream = written(disk)
     with pytest.raises(ValueError, match="no idea"):
         deliver(disk, Unmarked(disk), clock=Ticking())
-    assert Cursors(JOURNAL, disk).load("rows").place(stream).sequence == 0
+    assert CursorStore(JOURNAL, disk).load("rows").position(stream).sequence == 0
 
 
 def test_an_adapter_that_cannot_be_rewound_is_not_delivered_to():
@@ -454,7 +456,7 @@ def test_a_second_courier_on_the_same_disk_is_refused():
 def test_a_mark_is_on_disk_before_the_first_event():
     class Asks(Rows):
         async def take(self, batch, sizes):
-            assert Cursors(JOURNAL, self.disk).load("rows").mark is not None
+            assert CursorStore(JOURNAL, self.disk).load("rows").mark is not None
             return await super().take(batch, sizes)
 
     disk = SimulatedDisk()
@@ -470,7 +472,7 @@ def test_a_refused_cursor_is_saved_before_another_mark_is_asked_for():
         number = 0
 
         def mark(self):
-            saved = Cursors(JOURNAL, self.disk).load("rows").mark
+            saved = CursorStore(JOURNAL, self.disk).load("rows").mark
             behind.append(self.number - (saved or 0))
             self.number += 1
             return self.number
@@ -480,14 +482,14 @@ def test_a_refused_cursor_is_saved_before_another_mark_is_asked_for():
     stream = written(disk)
     disk.refused = ("rows.json",)
     receiver, clock = Numbers(disk), ManualClock()
-    courier = Courier(JOURNAL, "rows", receiver, Terms(), disk=disk, clock=clock, poll_seconds=0.001)
+    courier = Courier(JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     async def scene():
-        while courier._books.cursor.place(stream).sequence < 10:
+        while courier._store.cursor.position(stream).sequence < 10:
             clock.advance(2)
             await asyncio.sleep(0.001)
         disk.refused = ()
-        while Cursors(JOURNAL, disk).load("rows").place(stream).sequence < 10:
+        while CursorStore(JOURNAL, disk).load("rows").position(stream).sequence < 10:
             clock.advance(2)
             await asyncio.sleep(0.001)
         courier.stop()
@@ -522,10 +524,10 @@ def test_no_other_mark_is_asked_for_at_an_end_in_a_batch_while_the_last_one_is_n
     disk = Refusing()
     written(disk)
     receiver, clock = Numbers(disk), ManualClock()
-    courier = Courier(JOURNAL, "rows", receiver, Terms(), disk=disk, clock=clock, poll_seconds=0.001)
+    courier = Courier(JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
     with pytest.raises(RetryLaterError):
         asyncio.run(courier.run())
-    saved = Cursors(JOURNAL, disk).load("rows").mark
+    saved = CursorStore(JOURNAL, disk).load("rows").mark
     assert receiver.number - saved <= 1  # the adapter keeps what it needs for two marks
 
 
@@ -542,7 +544,9 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
 
     disk = SimulatedDisk()
     writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
-    courier = Courier(JOURNAL, "rows", Appends(disk), Terms(), disk=disk, clock=ManualClock(), poll_seconds=0.001)
+    courier = Courier(
+        JOURNAL, "rows", Appends(disk), DeliveryPolicy(), disk=disk, clock=ManualClock(), poll_seconds=0.001
+    )
 
     def append(step):
         event = StepEnd(STATE, step, TrainingBatch(), {"loss": 0.5})

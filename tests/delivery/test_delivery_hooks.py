@@ -23,14 +23,14 @@ from evsys_bus import (
 )
 from evsys_bus.codec import encode
 from evsys_bus.context import ArmResult, RunResult
+from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Terms
-from evsys_bus.delivery.hooks import HookReceiver
+from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import DetachedError, NotAttachedError
 from evsys_bus.events import UnknownEvent
 from evsys_bus.journal import JournalWriter
-from support.couriers import account_of, read_dead_letters
+from support.couriers import read_dead_letters, read_status
 
 CTX = LogContext(output_dir=Path("/out"), run_key="run-a")
 STATE = LoopState(step=0, num_steps=9, output_dir=Path("/out/run-a"), ctx=CTX, backend=object())
@@ -66,7 +66,7 @@ def steps(count):
 
 
 async def deliver(journal, callback, on_failure="count", **options):
-    courier = Courier(journal, "it", callback, Terms(on_failure=on_failure), **options)
+    courier = Courier(journal, "it", callback, DeliveryPolicy(on_failure=on_failure), **options)
     courier.finish()
     await asyncio.wait_for(courier.run(), 10)
     return courier
@@ -156,7 +156,7 @@ async def test_a_callback_that_is_built_anew_is_rewound_and_introduced(journal, 
     assert anew.rewound == {"rows": 3}
     assert [each for each, _ in anew.calls] == ["run_start", "train_start", 3, 4]
     assert anew.calls[1][1].step == 3
-    assert account_of(journal).delivered == 7
+    assert read_status(journal).delivered == 7
 
 
 class Raises(Keeps):
@@ -187,7 +187,7 @@ async def test_whatever_a_hook_raises_the_next_event_comes_and_it_is_counted_and
     raises = Raises(error)
     await deliver(journal, raises)
     assert raises.steps == [0, 2]
-    one = account_of(journal)
+    one = read_status(journal)
     assert (one.delivered, one.dead, one.pending) == (3, 0, 0)
     assert one.hook_failures == 1
     said = [each for each in caplog.records if each.levelname == "WARNING"]
@@ -202,14 +202,14 @@ async def test_a_failure_that_means_dead_makes_a_dead_letter(journal, write, err
     raises = Raises(error)
     await deliver(journal, raises, "dead")
     assert raises.steps == [0, 2]
-    assert (account_of(journal).delivered, account_of(journal).dead) == (2, 1)
+    assert (read_status(journal).delivered, read_status(journal).dead) == (2, 1)
     (letter,) = read_dead_letters(journal)
     assert letter["why"] == f"{type(error).__name__}: bad row"
     assert letter["event"]["event"]["step_idx"] == 1
 
 
 async def hooks_of(callback, on_failure="retry", reports=None, **options):
-    receiver = HookReceiver(callback, on_failure, faults=FaultLog(), **options)
+    receiver = CallbackReceiver(callback, on_failure, faults=FaultLog(), **options)
     await receiver.open([].append if reports is None else reports.append)
     return receiver
 
@@ -218,8 +218,8 @@ async def test_a_failure_that_means_retry_is_tried_again_and_told():
     reports = []
     raises = Raises(ValueError("busy"), times=2)
     receiver = await hooks_of(raises, reports=reports, retry_pauses=(0.001, 0.002))
-    taken = await receiver.take([step(0), step(1), step(2)], [1, 1, 1])
-    assert (taken.done, taken.dead) == (3, {})
+    taken = await receiver.deliver([step(0), step(1), step(2)], [1, 1, 1])
+    assert (taken.handled, taken.rejected) == (3, {})
     assert raises.steps == [0, 1, 2]
     assert [each and (each.state, each.error, each.attempts) for each in reports] == [
         ("retrying", "ValueError: busy", 1),
@@ -231,8 +231,8 @@ async def test_a_failure_that_means_retry_is_tried_again_and_told():
 async def test_after_its_tries_it_is_a_dead_letter():
     raises = Raises(ValueError("busy"))
     receiver = await hooks_of(raises, retry_pauses=(0.001, 0.002))
-    taken = await receiver.take([step(0), step(1), step(2)], [1, 1, 1])
-    assert (taken.done, dict(taken.dead)) == (3, {1: "ValueError: busy"})
+    taken = await receiver.deliver([step(0), step(1), step(2)], [1, 1, 1])
+    assert (taken.handled, dict(taken.rejected)) == (3, {1: "ValueError: busy"})
     assert raises.steps == [0, 2]
     assert receiver.failures == 3
 
@@ -246,7 +246,7 @@ async def test_a_hook_that_blocks_holds_up_its_own_courier_only(journal, write):
             release.wait(10)
 
     def run(callback, name):
-        courier = Courier(journal, name, callback, Terms())
+        courier = Courier(journal, name, callback, DeliveryPolicy())
         courier.finish()
         asyncio.run(courier.run())
 
@@ -288,7 +288,7 @@ async def test_a_task_that_never_ends_does_not_hold_the_close(caplog):
             await asyncio.Event().wait()
 
     receiver = await hooks_of(Hangs(), drain_seconds=0.02, hold_seconds=0.05)
-    await receiver.take([step(0)], [1])
+    await receiver.deliver([step(0)], [1])
     await asyncio.wait_for(receiver.close(), 3)
 
 
@@ -321,7 +321,7 @@ async def test_many_more_tasks_than_may_wait_are_all_taken_on():
 
     receiver = await hooks_of(Uploads())
     for first in range(0, 20_000, 500):
-        await receiver.take([step(each) for each in range(first, first + 500)], [1] * 500)
+        await receiver.deliver([step(each) for each in range(first, first + 500)], [1] * 500)
     await receiver.close()
     assert all(accepted)
     assert len(done) == 20_000
@@ -346,7 +346,7 @@ async def test_in_slices_it_works_no_longer_than_that_at_a_stretch():
 
     async def take():
         nonlocal running
-        await receiver.take([step(each) for each in range(100)], [1] * 100)
+        await receiver.deliver([step(each) for each in range(100)], [1] * 100)
         running = False
 
     await asyncio.gather(others(), take())
@@ -362,7 +362,7 @@ async def test_an_event_whose_class_is_not_known_here_reaches_the_hook_of_its_na
 
     receiver = await hooks_of(Rollouts(), "count")
     event = UnknownEvent("rollout_scored", {"reward": 0.5, "lengths": [3, 4]})
-    assert (await receiver.take([envelope(event)], [1])).dead == {}
+    assert (await receiver.deliver([envelope(event)], [1])).rejected == {}
     assert seen == [(0.5, [3, 4])]
 
 
@@ -372,14 +372,14 @@ async def test_one_that_does_not_fit_the_hook_is_a_dead_letter_with_the_reason(j
 
     receiver = await hooks_of(Rollouts(), "count")
     batch = [step(0), envelope(UnknownEvent("rollout_scored", {"reward": 0.5, "lengths": []})), step(1)]
-    taken = await receiver.take(batch, [1] * 3)
-    assert taken.done == 3
-    assert [*taken.dead] == [1]
-    assert "rollout_scored" in taken.dead[1]
-    assert "too many positional arguments" in taken.dead[1]
+    taken = await receiver.deliver(batch, [1] * 3)
+    assert taken.handled == 3
+    assert [*taken.rejected] == [1]
+    assert "rollout_scored" in taken.rejected[1]
+    assert "too many positional arguments" in taken.rejected[1]
     assert receiver.failures == 0
 
 
 async def test_one_that_the_callback_has_no_hook_for_is_delivered_as_any_event():
     receiver = await hooks_of(Keeps(), "count")
-    assert (await receiver.take([envelope(UnknownEvent("rollout_scored", {}))], [1])).dead == {}
+    assert (await receiver.deliver([envelope(UnknownEvent("rollout_scored", {}))], [1])).rejected == {}

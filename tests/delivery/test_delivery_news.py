@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from evsys_bus.bus.news import LASTING_SECONDS, News
-from evsys_bus.delivery.states import state_file, write_state
+from evsys_bus.bus.delivery_log import PERSISTENT_FAILURE_SECONDS, DeliveryLog
+from evsys_bus.delivery.status_files import status_path, write_status
 from evsys_bus.journal import OsDisk, layout
 from evsys_bus.tasks import DeliveryStatus
 
@@ -83,13 +83,13 @@ class Scene:
 
     def __init__(self, folder, caplog):
         self.now = 0.0
-        self.news = News(str(folder), ["it"], every_seconds=0.5, monotonic=lambda: self.now)
+        self.news = DeliveryLog(str(folder), ["it"], every_seconds=0.5, monotonic=lambda: self.now)
         self._folder = folder
         self._caplog = caplog
         self._ticks = itertools.count(time.time_ns(), 1_000_000)
 
     def write(self, state, tick=None, **facts):
-        write_state(
+        write_status(
             OsDisk(), str(self._folder), "it", DeliveryStatus(state=state, pid=os.getpid(), at=time.time(), **facts)
         )
         at = next(self._ticks) if tick is None else tick  # two changes may come in one tick of the file system's clock
@@ -105,7 +105,7 @@ class Scene:
         began = self.now
         while not self._caplog.records and self.now < began + 100:
             self.now += 0.25
-            self.news.look()
+            self.news.poll()
         return self.now - began
 
 
@@ -133,7 +133,7 @@ def tell(scene):
 def test_what_passes_is_not_told_what_lasts_is_and_that_it_goes_on(tell):
     assert tell("delivering") == []
     assert tell("retrying", error="503", failing_since=time.time()) == []
-    assert tell("retrying", error="503", failing_since=time.time() - LASTING_SECONDS) == [
+    assert tell("retrying", error="503", failing_since=time.time() - PERSISTENT_FAILURE_SECONDS) == [
         ("WARNING", "delivery.retrying")
     ]
     assert tell("parked", error="401", fix="a key", failing_since=0.0) == [("WARNING", "delivery.parked")]
@@ -169,7 +169,7 @@ def test_looks_are_rare_while_nothing_changes_and_frequent_again_when_something_
 
 
 def test_a_state_that_cannot_be_read_now_is_read_again(scene, tmp_path):
-    path = Path(state_file(str(tmp_path), "it"))
+    path = Path(status_path(str(tmp_path), "it"))
     scene.write("parked", error="401")
     path.rename(path.with_name("aside"))
     os.utime(path.parent, ns=(1_000, 1_000))

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evsys_bus import Eval, EventBus
-from evsys_bus.delivery.batches import MOST_DEAD_IN_A_ROW, MOST_LEFT_BEHIND, SinkReceiver
-from evsys_bus.delivery.retry import ATTEMPTS
+from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
+from evsys_bus.delivery.sink_receiver import MAX_ABANDONED_CALLS, MAX_CONSECUTIVE_DEAD, SinkReceiver
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.sink import Sink
@@ -75,11 +75,11 @@ class Followed:
         events = [Envelope("s", number + 1, 0.0, SinkTested(number)) for number in range(count)]
         while self.done < count:
             batch = events[self.done : self.done + at_once]
-            taken = await self.receiver.take(batch, [size] * len(batch))
-            assert 1 <= taken.done <= len(batch)
-            assert all(0 <= index < taken.done for index in taken.dead)
-            self.dead |= {self.done + index: why for index, why in taken.dead.items()}
-            self.done += taken.done
+            taken = await self.receiver.deliver(batch, [size] * len(batch))
+            assert 1 <= taken.handled <= len(batch)
+            assert all(0 <= index < taken.handled for index in taken.rejected)
+            self.dead |= {self.done + index: why for index, why in taken.rejected.items()}
+            self.done += taken.handled
         return self
 
 
@@ -207,15 +207,15 @@ async def test_an_unknown_failure_is_tried_five_times_and_then_found(bad):
     followed = await delivered(sink, 500)
     assert followed.dead == {bad: f"KeyError: 'no {bad}'"}
     assert sink.held == [number for number in range(500) if number != bad]
-    assert sink.calls[:ATTEMPTS] == [list(range(500))] * ATTEMPTS
-    assert sink.calls.count([bad]) == ATTEMPTS
-    assert len(sink.calls) <= 2 * ATTEMPTS + 20
-    assert len(followed.time.pauses) == 2 * (ATTEMPTS - 1)
+    assert sink.calls[:UNKNOWN_ERROR_ATTEMPTS] == [list(range(500))] * UNKNOWN_ERROR_ATTEMPTS
+    assert sink.calls.count([bad]) == UNKNOWN_ERROR_ATTEMPTS
+    assert len(sink.calls) <= 2 * UNKNOWN_ERROR_ATTEMPTS + 20
+    assert len(followed.time.pauses) == 2 * (UNKNOWN_ERROR_ATTEMPTS - 1)
     assert followed.reports[-1] is None
 
 
 async def test_an_unknown_failure_that_passes_costs_nothing():
-    sink = Model(first_then([KeyError("x")] * (ATTEMPTS - 1)))
+    sink = Model(first_then([KeyError("x")] * (UNKNOWN_ERROR_ATTEMPTS - 1)))
     followed = await delivered(sink, 10)
     assert (sink.held, followed.dead) == (list(range(10)), {})
 
@@ -237,7 +237,7 @@ async def test_a_sink_that_fails_on_every_event_gives_up_three_and_is_parked_unt
     followed = await Followed(sink).open()
     await followed.deliver(1000)
     assert set(followed.dead) == {0, 1, 2}
-    assert len(followed.dead) == MOST_DEAD_IN_A_ROW
+    assert len(followed.dead) == MAX_CONSECUTIVE_DEAD
     assert sink.held == list(range(3, 1000))
     parked = [each for each in followed.reports if each is not None and each.state == "parked"]
     assert len(parked) > 100
@@ -281,7 +281,7 @@ async def test_a_write_that_takes_too_long_is_cancelled_and_tried_again():
 
     sink = Slow()
     followed = await delivered(sink, 2)
-    assert (len(sink.calls), sink.ended, followed.receiver.left_behind) == (3, 2, 0)
+    assert (len(sink.calls), sink.ended, followed.receiver.abandoned_calls) == (3, 2, 0)
     assert followed.reports[0].error == "TimeoutError: it took longer than 0.02 s"
 
 
@@ -322,15 +322,15 @@ async def test_writes_that_swallow_cancellation_are_left_behind_and_never_more_t
     await wait_until_async(lambda: any("waiting for one to end" in each.error for each in followed.reports if each))
     for _ in range(20):
         await asyncio.sleep(0.005)  # a fourth would be made now
-    assert sink.running == sink.most_running == followed.receiver.left_behind == MOST_LEFT_BEHIND
+    assert sink.running == sink.most_running == followed.receiver.abandoned_calls == MAX_ABANDONED_CALLS
     assert "abandoned" in followed.reports[0].error
     sink.released.set()
     await asyncio.wait_for(delivery, 5)
     assert followed.reports[-1] is None
-    assert sink.most_running == MOST_LEFT_BEHIND
+    assert sink.most_running == MAX_ABANDONED_CALLS
 
 
-@pytest.mark.parametrize("calls", [1, MOST_LEFT_BEHIND], ids=["in a write", "waiting for one to end"])
+@pytest.mark.parametrize("calls", [1, MAX_ABANDONED_CALLS], ids=["in a write", "waiting for one to end"])
 async def test_a_courier_that_stops_is_let_go_even_by_a_sink_that_swallows_cancellation(calls):
     sink = Stubborn()
     sink.write_timeout_seconds = 0.01 if calls > 1 else 60
@@ -447,10 +447,10 @@ class Doors(Model):
 
 
 async def test_opening_follows_the_rules_of_writing():
-    faults = [*[OSError("away")] * 50, ParkedError("who are you?"), *[KeyError("x")] * (ATTEMPTS - 1)]
+    faults = [*[OSError("away")] * 50, ParkedError("who are you?"), *[KeyError("x")] * (UNKNOWN_ERROR_ATTEMPTS - 1)]
     sink = Doors(*faults)
     followed = await Followed(sink).open()
-    assert sink.opened == 50 + 1 + ATTEMPTS
+    assert sink.opened == 50 + 1 + UNKNOWN_ERROR_ATTEMPTS
     assert [each.state for each in followed.reports[:-1]].count("parked") == 1
     assert followed.time.pauses[50] == 60
     assert followed.reports[-1] is None
@@ -460,7 +460,7 @@ async def test_a_sink_that_cannot_be_opened_is_at_fault():
     sink = Doors(*[KeyError("x")] * 50)
     with pytest.raises(KeyError):
         await Followed(sink).open()
-    assert sink.opened == ATTEMPTS
+    assert sink.opened == UNKNOWN_ERROR_ATTEMPTS
     with pytest.raises(RuntimeError, match="it raised SystemExit"):
         await Followed(Doors(*[SystemExit(1)] * 50)).open()
 
@@ -529,14 +529,14 @@ def test_a_sink_keeps_a_mark_and_is_introduced_only_if_it_asks_for_that():
 
     plain = SinkReceiver(Model())
     plain.rewind({"size": 3})
-    plain.introduce([])
+    plain.resume_runs([])
     assert plain.mark() is None
     sink = Account()
     receiver = SinkReceiver(sink)
     assert receiver.mark() == {"size": 3}
     receiver.rewind(None)
     receiver.rewind({"size": 2})
-    receiver.introduce([Envelope("s", 1, 0.0, SinkTested(0))])
+    receiver.resume_runs([Envelope("s", 1, 0.0, SinkTested(0))])
     assert sink.seen == ({"size": 2}, 1)
 
 
@@ -549,7 +549,7 @@ async def test_retries_are_logged_with_the_sink_and_the_traceback_of_what_is_unk
 
 
 def test_the_retry_library_is_loaded_by_the_first_delivery_only():
-    program = "import sys, evsys_bus, evsys_bus.delivery.batches; print('tenacity' in sys.modules)"
+    program = "import sys, evsys_bus, evsys_bus.delivery.sink_receiver; print('tenacity' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -632,9 +632,9 @@ async def test_what_a_write_says_that_was_judged_late_counts_for_nothing():
 
     receiver = SinkReceiver(Swallows(), sleep=pause)
     await receiver.open(lambda trouble: None)
-    taking = asyncio.ensure_future(receiver.take([Envelope("s", 1, 0.0, SinkTested(1))], [10]))
+    taking = asyncio.ensure_future(receiver.deliver([Envelope("s", 1, 0.0, SinkTested(1))], [10]))
     await paused.wait()
     taking.cancel()
     await asyncio.wait([taking])
-    assert receiver.interrupted() is None
+    assert receiver.interrupted_result() is None
     await receiver.close()

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch, follow
-from evsys_bus.delivery.accounts import accounts
-from evsys_bus.delivery.roster import forget, roster
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.subscriptions import forget, load_subscriptions
 from evsys_bus.errors import CourierBusyError, RetryLaterError
-from evsys_bus.journal import JournalWriter, OsDisk, Retain, layout
+from evsys_bus.journal import JournalWriter, OsDisk, RetentionPolicy, layout
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.testing import FailingSink, ManualClock, RecordingSink
 from support.programs import EVSYS_BUS
@@ -42,7 +42,7 @@ def retaining(journal: str, later: float) -> JournalWriter:
     return JournalWriter(
         journal,
         segment_bytes=4000,
-        retain=Retain(max_bytes=8000),
+        retain=RetentionPolicy(max_bytes=8000),
         clock=ManualClock(time.time() + later),
         flush_seconds=3600,
     )
@@ -57,7 +57,7 @@ def train(journal: str, later: float, **settings) -> None:
 
 
 def board(journal: str) -> DeliveryStatus:
-    [account] = [each for each in accounts(journal) if each.name == "board"]
+    [account] = [each for each in read_progress(journal) if each.name == "board"]
     assert account.recorded == account.delivered + account.dead + account.pending
     return account
 
@@ -77,7 +77,7 @@ def test_it_is_waited_for_however_long_and_the_log_names_it_what_it_holds_back_a
     account = board(journal)
     assert (account.delivered, account.pending, account.dead) == (1, 499, 0)
     assert caplog.text.count("courier.not_followed") == 1
-    assert "is not followed any more" in account.trouble
+    assert "is not followed any more" in account.last_error
     held = [each for each in caplog.messages if "journal.kept_for_left_follower" in each]
     assert len(held) == 2  # one for each process, or writer
     assert "follower=board" in held[-1]
@@ -88,7 +88,7 @@ def test_it_is_waited_for_however_long_and_the_log_names_it_what_it_holds_back_a
     with EventBus(sinks=[follow(sink, "board")], journal=journal) as bus:
         publish(bus, 1)
     assert [each.seq for each in sink.envelopes] == [*range(2, 502)]  # followed again, it gets all of it
-    assert [each.left_at for each in roster(journal)] == [None]
+    assert [each.deregistered_at for each in load_subscriptions(journal)] == [None]
 
 
 def test_one_that_is_forgotten_is_waited_for_no_longer_and_what_goes_is_told(journal, caplog):
@@ -98,7 +98,7 @@ def test_one_that_is_forgotten_is_waited_for_no_longer_and_what_goes_is_told(jou
     assert done.returncode == 0, done.stderr
     assert "Forget board" in done.stderr
     assert "99 events will not be delivered to it" in done.stderr
-    assert accounts(journal) == []
+    assert read_progress(journal) == []
     caplog.set_level("INFO")
     writer = retaining(journal, 1)
     with EventBus([], journal=writer) as bus:
@@ -133,11 +133,11 @@ def test_without_a_yes_nothing_is_forgotten_and_a_name_that_is_not_known_is_said
     assert 'did you mean "board"' in wrong.stderr
     assert board(journal).pending == 99
     assert evsys_bus("forget", "board", journal, "--yes").returncode == 0
-    assert roster(journal) == []
+    assert load_subscriptions(journal) == []
 
 
 def test_one_that_is_delivered_to_is_not_forgotten(journal):
-    lock = OsDisk().lock(layout.courier_file(journal, "board", "lock"))
+    lock = OsDisk().lock(layout.courier_path(journal, "board", "lock"))
     assert lock is not None
     with pytest.raises(CourierBusyError, match="delivers"):
         forget(journal, "board")
@@ -147,7 +147,7 @@ def test_one_that_is_delivered_to_is_not_forgotten(journal):
     OsDisk().close(lock)
     assert board(journal).pending == 99
     forget(journal, "board")
-    assert accounts(journal) == []
+    assert read_progress(journal) == []
 
 
 def test_those_who_are_followed_are_waited_for_however_long_they_lag(journal, caplog):

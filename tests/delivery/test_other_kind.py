@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evsys_bus import EventBus, LoopState, StepEnd, TrainEnd, TrainingBatch, TrainStart, build_callbacks, follow
 from evsys_bus.errors import RejectedError
-from evsys_bus.journal import Cursors, layout
+from evsys_bus.journal import CursorStore, layout
 from evsys_bus.testing import RecordingSink
 
 
@@ -37,7 +37,7 @@ def test_another_kind_under_the_same_name_begins_anew_and_no_file_has_to_be_remo
     assert steps == ["step", "0", "1", "2", "3", "4"]
     aside = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "journal" / "cursors").glob("table.json.*"))
     assert aside == ["table.json.csv_metrics", "table.json.local_logger"]
-    assert Cursors(str(tmp_path / "journal")).followers() == ["table"]
+    assert CursorStore(str(tmp_path / "journal")).list_adapters() == ["table"]
 
 
 class Marks(RecordingSink):
@@ -80,7 +80,7 @@ def test_the_dead_letters_of_the_other_kind_are_set_aside_with_its_cursor(tmp_pa
             raise RejectedError(dict.fromkeys(range(len(batch)), "it is full"))
 
     assert numbers(tmp_path, Refuses()) == []
-    letters = Path(layout.courier_file(str(tmp_path), "board", "dead.jsonl"))
+    letters = Path(layout.courier_path(str(tmp_path), "board", "dead.jsonl"))
     before = letters.read_text()
     assert numbers(tmp_path, Marks()) == [1, 2]
     assert not letters.exists()

@@ -16,7 +16,7 @@ import interrupts
 import pytest
 
 from evsys_bus import Callback, Eval, EventBus, StepEnd
-from evsys_bus.bus.entrance import Entrance
+from evsys_bus.bus.lifecycle import BusLifecycle
 from evsys_bus.codec import decode
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import BusNotOpenError, JournalOpenError
@@ -99,7 +99,7 @@ class Fails(Callback):
         raise ValueError(f"step {step_idx}")
 
 
-@pytest.mark.parametrize("files", [("diagnostics.py",), ("bus/units.py",), ("bus/following.py",)])
+@pytest.mark.parametrize("files", [("diagnostics.py",), ("bus/dispatch.py",), ("bus/delivery_manager.py",)])
 def test_a_handler_that_publishes_asks_and_spawns_comes_back_at_any_line(files, tmp_path, step_end):
     async def nothing():
         pass
@@ -129,7 +129,7 @@ def test_a_handler_that_flushes_the_journal_comes_back_at_any_line_of_writing_it
             bus.publish(step_end(step))
             writer.flush()
 
-        files = ("journal/recorder.py", "journal/writer.py", "journal/upkeep.py")
+        files = ("journal/slow_writer.py", "journal/writer.py", "journal/maintenance.py")
         assert at_every_line(act, writer.flush, files) > 20
     found = recorded(tmp_path / "journal")
     assert set(found) == {("outer", each) for each in range(1, step + 1)}
@@ -150,7 +150,9 @@ def test_a_handler_that_publishes_comes_back_while_its_thread_waits_for_another_
         other = threading.Thread(target=lambda: bus.publish(Eval(None, 0, "e", {})))
         other.start()
         assert inside.wait(10)
-        number = at_every_line(lambda: bus.publish(step_end(0)), lambda: bus.publish(step_end(1)), ("bus/stack.py",))
+        number = at_every_line(
+            lambda: bus.publish(step_end(0)), lambda: bus.publish(step_end(1)), ("bus/token_recovery.py",)
+        )
         assert number > 3
         go_on.set()
         other.join()
@@ -255,7 +257,7 @@ def test_an_interrupt_at_any_line_of_the_entry_leaves_nothing_behind(tmp_path, s
     while True:
         number += 1
         bus = EventBus([Looks()], journal=tmp_path / "journal")
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/entrance.py", "bus/signals.py", "watchdog.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/lifecycle.py", "bus/sigterm.py", "watchdog.py"))
         try:
             with at:
                 bus.__enter__()
@@ -288,7 +290,7 @@ def test_an_interrupt_at_any_instruction_while_a_loop_is_begun_leaves_no_thread_
     while True:
         number += 1
         thread = LoopThread()
-        at = AtLine(number, interrupted, ("tasks/loops.py", "tasks/uninterrupted.py", "/threading.py"), "opcode")
+        at = AtLine(number, interrupted, ("tasks/loops.py", "tasks/uninterruptible.py", "/threading.py"), "opcode")
         try:
             with at:
                 thread.loop()
@@ -306,18 +308,18 @@ def test_an_interrupt_at_any_instruction_of_cutting_a_deadline_holds_nobody_up()
     while True:
         number += 1
         deadline = Deadline(60.0)
-        at = AtLine(number, interrupted, ("tasks/uninterrupted.py", "/threading.py"), "opcode")
+        at = AtLine(number, interrupted, ("tasks/uninterruptible.py", "/threading.py"), "opcode")
         try:
             with at:
-                deadline.cut()
+                deadline.cut_short()
         except KeyboardInterrupt:
             pass
         other = threading.Thread(target=deadline.pause, args=(0.01,), daemon=True)
         other.start()
         other.join(10)
         assert not other.is_alive(), at.line
-        deadline.cut()
-        assert deadline.left() == 0.0
+        deadline.cut_short()
+        assert deadline.remaining() == 0.0
         if not at.came:
             break
     assert number > 10
@@ -327,15 +329,15 @@ def test_an_interrupt_at_any_instruction_of_letting_go_of_sigterm_leaves_that_to
     number, handler = 0, signal.getsignal(signal.SIGTERM)
     while True:
         number += 1
-        entrance = Entrance(handles_signals=True)
-        entrance.listen(lambda: None)
+        entrance = BusLifecycle(handles_signals=True)
+        entrance.install_exit_handlers(lambda: None)
         assert signal.getsignal(signal.SIGTERM) is not handler
-        at = AtLine(number, interrupted, ("bus/entrance.py", "bus/signals.py", "tasks/uninterrupted.py"), "opcode")
+        at = AtLine(number, interrupted, ("bus/lifecycle.py", "bus/sigterm.py", "tasks/uninterruptible.py"), "opcode")
         try:
             with at:
-                entrance.close()
+                entrance.complete_exit()
         except KeyboardInterrupt:
-            entrance.close()  # as the end of the program does
+            entrance.complete_exit()  # as the end of the program does
         assert signal.getsignal(signal.SIGTERM) is handler, at.line
         if not at.came:
             break
@@ -368,7 +370,7 @@ def test_an_interrupt_at_any_line_of_the_exit_closes_the_journal_all_the_same(tm
         bus = EventBus([], journal=journal)
         bus.__enter__()
         bus.publish(step_end(0))
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/uninterrupted.py", "bus/entrance.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/uninterruptible.py", "bus/lifecycle.py"))
         raised = False
         try:
             with at:
@@ -391,7 +393,9 @@ def test_an_interrupt_at_any_line_of_the_exit_closes_the_journal_all_the_same(tm
 @pytest.mark.timeout(60)  # a few seconds, where the machine is idle
 @pytest.mark.long
 def test_a_hundred_interrupts_at_random_moments_harm_nothing():
-    wrong = {form: total["wrong"] for form, total in interrupts.interrupt(100, seed=os.getpid() % 1000).items()}
+    wrong = {
+        form: total["wrong"] for form, total in interrupts.interrupt_all_forms(100, seed=os.getpid() % 1000).items()
+    }
     assert not any(wrong.values()), wrong
 
 
@@ -416,7 +420,7 @@ def test_an_interrupt_at_any_line_of_an_exit_on_a_loop_closes_the_journal_all_th
     while True:
         number += 1
         bus = EventBus([], journal=tmp_path / str(number))
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/", "bus/entrance.py", "bus/signals.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/", "bus/lifecycle.py", "bus/sigterm.py"))
         raised = True
         with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=loop_factory) as runner:
             raised = runner.run(program(bus, at))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from evsys_bus import Callback, EventBus, Experiment
+from evsys_bus.config import build_callbacks
 from evsys_bus.demo import DigitsRun, demo_config
 from evsys_bus.demo import recipe as digits_recipe
 from evsys_bus.events import Eval, ExperimentEnd, RunEnd, StepEnd
 from evsys_bus.journal import JournalWriter, verify
-from evsys_bus.training import RunParts, RunPlan
-from evsys_bus.wiring import build_callbacks
+from evsys_bus.training import RunComponents, RunPlan
 from support.files import read_json_lines, small_file_system
 from support.journals import read_events
 
@@ -26,7 +26,7 @@ FULL, SPACE_AGAIN = 22, 38
 RUN = "baseline-s0"
 
 
-def recipe(params: DigitsRun, run: RunPlan) -> RunParts:
+def recipe(params: DigitsRun, run: RunPlan) -> RunComponents:
     """The demo's, validating more often than it saves."""
     return dataclasses.replace(digits_recipe(params, run), save_every=20)
 
@@ -100,7 +100,7 @@ async def test_a_disk_full_in_the_middle_of_the_demo_and_then_space_again_harms_
     assert [(each.name, each.pending, each.dead) for each in receipt.deliveries] == [
         (name, 0, 0) for name in ("checkpoint_upload", "csv_metrics", "local_logger")
     ]
-    assert verify(output_dir / "journal").whole
+    assert verify(output_dir / "journal").is_intact
     events = read_events(output_dir / "journal")
     assert len(events) == published
     assert [event.step_idx for event in events if isinstance(event, StepEnd)] == list(range(STEPS))
@@ -124,6 +124,6 @@ async def test_a_disk_that_stays_full_costs_no_step_and_the_receipt_and_the_gaps
     assert steps[:FULL] == list(range(FULL))
     assert steps == sorted(set(steps))
     [stream] = verify(small_disk / "journal").streams
-    assert sum(last - first + 1 for first, last in stream.missing) == receipt.unrecorded
-    assert not stream.damaged
+    assert sum(last - first + 1 for first, last in stream.missing_ranges) == receipt.unrecorded
+    assert not stream.corrupt_ranges
     assert isinstance(events[-1], ExperimentEnd)  # the last words went into the reserve

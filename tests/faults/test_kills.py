@@ -13,7 +13,7 @@ from evsys_bus.journal import JournalReader
 
 def test_no_receipt_of_a_training_is_lost_to_six_kills(tmp_path):
     """One of them at 5 steps a second, one at 1,000, one while it starts."""
-    tally = kills.kill(6, 3_000, seed=random.randrange(1_000_000), folder=tmp_path)
+    tally = kills.kill_repeatedly(6, 3_000, seed=random.randrange(1_000_000), folder=tmp_path)
     assert (tally.kills, tally.lost) == (6, 0)
     assert tally.records >= tally.receipts >= 3_000
 
@@ -23,8 +23,8 @@ def killed(tmp_path_factory):
     """A directory with one life in it, killed after 500 receipts, that nobody has looked at."""
     directory = tmp_path_factory.mktemp("killed")
     life = kills.Life(directory, 0, 1 << 16)
-    life.wait_for(500)
-    life.end(signal.SIGKILL)
+    life.wait_for_receipts(500)
+    life.end_process(signal.SIGKILL)
     return directory, life
 
 
@@ -34,7 +34,7 @@ def journal(killed, tmp_path):
 
 
 def look(journal, killed):
-    return kills.Inspector(journal).look(killed[1], by=signal.SIGKILL)
+    return kills.JournalChecker(journal).check_new_records(killed[1], by=signal.SIGKILL)
 
 
 def test_the_inspection_finds_a_record_for_every_receipt(journal, killed):
@@ -50,7 +50,7 @@ def test_the_inspection_counts_the_receipts_that_a_buffer_would_have_lost(journa
     _, lost = look(journal, killed)
     [stream] = JournalReader(journal).streams()
     *_, record = JournalReader(journal).read(stream)
-    assert lost == killed[1].shared[kills.LAST] - record.sequence > 0
+    assert lost == killed[1].shared[kills.LAST_INDEX] - record.sequence > 0
 
 
 def test_the_inspection_does_not_pass_a_journal_with_a_flipped_bit(journal, killed):
@@ -58,5 +58,5 @@ def test_the_inspection_does_not_pass_a_journal_with_a_flipped_bit(journal, kill
     content = bytearray(first.read_bytes())
     content[len(content) // 2] ^= 1
     first.write_bytes(content)
-    with pytest.raises(kills.Fault, match="follows|missing"):
+    with pytest.raises(kills.Violation, match="follows|missing"):
         look(journal, killed)

@@ -10,26 +10,26 @@ import random_faults
 from evsys_bus import Envelope, LoopState, Sink, StepEnd, TrainingBatch
 from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.followed import Terms
+from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.journal import JournalWriter
 from evsys_bus.testing import RecordingSink, SimulatedDisk
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_after_a_random_mix_of_faults_every_adapter_has_every_event(seed):
-    random_faults.play(seed)
+    random_faults.run_seed(seed)
 
 
 def test_a_seed_does_the_same_again():
-    first, second = (random_faults.play(7) for _ in range(2))
-    assert first.told.hexdigest() == second.told.hexdigest()
+    first, second = (random_faults.run_seed(7) for _ in range(2))
+    assert first.trace_digest.hexdigest() == second.trace_digest.hexdigest()
     assert first.disk.calls == second.disk.calls > 1000
 
 
 @pytest.fixture(scope="module")
 def scene():
-    scene = random_faults.play(7)
-    assert len(scene.on_record) > 20
+    scene = random_faults.run_seed(7)
+    assert len(scene.recorded) > 20
     return scene
 
 
@@ -37,8 +37,8 @@ def test_the_inspection_notices_an_event_that_is_missing(scene):
     post = scene.posts[0]
     before = post.got
     post.got = [each for each in before if each[1:] != before[-1][1:]]
-    with pytest.raises(random_faults.Fault, match="sink lacks"):
-        scene.inspect()
+    with pytest.raises(random_faults.Violation, match="sink lacks"):
+        scene.check()
     post.got = before
 
 
@@ -46,8 +46,8 @@ def test_the_inspection_notices_an_order_that_was_not_kept(scene):
     post = scene.posts[0]
     before = post.got
     post.got = [(1, *each[1:]) for each in reversed(before)]
-    with pytest.raises(random_faults.Fault, match="in this order"):
-        scene.inspect()
+    with pytest.raises(random_faults.Violation, match="in this order"):
+        scene.check()
     post.got = before
 
 
@@ -56,11 +56,11 @@ def test_the_inspection_notices_a_row_that_came_twice_and_one_that_is_missing(sc
     before = bytes(data)
     rows = before.splitlines(keepends=True)
     data += rows[-1]
-    with pytest.raises(random_faults.Fault, match="rows twice"):
-        scene.inspect()
+    with pytest.raises(random_faults.Violation, match="rows twice"):
+        scene.check()
     data[:] = b"".join(rows[:-1])
-    with pytest.raises(random_faults.Fault, match="rows lacks"):
-        scene.inspect()
+    with pytest.raises(random_faults.Violation, match="rows lacks"):
+        scene.check()
     data[:] = before
 
 
@@ -78,7 +78,7 @@ def journal(disk, count):
 
 
 def deliver(disk, sink):
-    courier = Courier("/journal", "it", sink, Terms(), disk=disk)
+    courier = Courier("/journal", "it", sink, DeliveryPolicy(), disk=disk)
     courier.finish()
     asyncio.run(asyncio.wait_for(courier.run(), 10))
 
@@ -91,7 +91,7 @@ def deliver(disk, sink):
     ],
 )
 def test_a_seed_that_failed_once(seed):
-    random_faults.play(seed)
+    random_faults.run_seed(seed)
 
 
 def test_a_segment_that_cannot_be_read_for_a_moment_is_delivered_when_it_can():

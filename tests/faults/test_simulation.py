@@ -7,11 +7,11 @@ import simulation
 @pytest.mark.parametrize("first", range(1000, 1018, 6))
 def test_after_random_lives_of_a_run_every_follower_has_every_row_once_and_in_order(first):
     for seed in range(first, first + 6):
-        simulation.play(seed)
+        simulation.run_seed(seed)
 
 
 def test_these_seeds_are_of_the_draw_that_they_failed_in():
-    assert simulation.DRAW == 3, "seeds mean other lives now: find those anew that failed once"
+    assert simulation.DRAW_VERSION == 3, "seeds mean other lives now: find those anew that failed once"
 
 
 @pytest.mark.parametrize(
@@ -28,11 +28,11 @@ def test_these_seeds_are_of_the_draw_that_they_failed_in():
     ],
 )
 def test_a_seed_that_failed_once(seed):
-    simulation.play(seed)
+    simulation.run_seed(seed)
 
 
 def test_a_seed_does_the_same_again():
-    first, second = (simulation.play(1001) for _ in range(2))
+    first, second = (simulation.run_seed(1001) for _ in range(2))
     assert first.digest == second.digest
     assert first.machine.faults == second.machine.faults
     assert first.machine.disk.calls == second.machine.disk.calls > 1000
@@ -40,7 +40,7 @@ def test_a_seed_does_the_same_again():
 
 @pytest.fixture(scope="module")
 def played():
-    return simulation.play(1001)
+    return simulation.run_seed(1001)
 
 
 def rows_of(played):
@@ -65,8 +65,8 @@ def test_the_inspection_notices(played, change, words):
     before = bytes(data)
     data[:] = b"".join(change(lines))
     try:
-        with pytest.raises(simulation.Fault, match=words):
-            played.inspect()
+        with pytest.raises(simulation.Violation, match=words):
+            played.check()
     finally:
         data[:] = before
-    played.inspect()
+    played.check()

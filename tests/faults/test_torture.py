@@ -12,7 +12,9 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(120)]
 
 
 def test_three_lives_under_faults_by_chance_lose_nothing(tmp_path):
-    counts, failures = torture.torture(120, seed=random.randrange(1_000_000), folder=tmp_path, most=1, lives=3)
+    counts, failures = torture.torture(
+        120, seed=random.randrange(1_000_000), folder=tmp_path, max_directories=1, lives=3
+    )
     assert failures == []
     assert counts["lives"] == 3
 
@@ -23,18 +25,18 @@ def scene(tmp_path_factory):
     folder = tmp_path_factory.mktemp("torture")
     tools = torture.Tools(folder)
     tools.mounts = False
-    scene = torture.Scene(folder / "scene", 3, tools, torture.Counter())
+    scene = torture.Scenario(folder / "scene", 3, tools, torture.Counter())
     scene.retain_bytes = None
     for end in ("kill", "term"):
         scene.only = {end}
-        scene.live([])
-    scene.settle()
+        scene.run_life([])
+    scene.drain_and_check()
     yield scene
     scene.close(keep=False)
 
 
 def test_every_adapter_has_what_was_acknowledged_by_a_life_that_was_killed_and_by_the_next(scene):
-    scene.inspect(scene.environment())
+    scene.check(scene.environment())
     assert scene.counts["acknowledged"] > 10
 
 
@@ -72,8 +74,8 @@ def test_the_inspection_notices_what_is_missing_there_twice_or_another(scene, wh
     whole = path.read_bytes()
     path.write_bytes(change(whole))
     try:
-        with pytest.raises(torture.Fault):
-            scene.inspect(scene.environment())
+        with pytest.raises(torture.Violation):
+            scene.check(scene.environment())
     finally:
         path.write_bytes(whole)
 
@@ -89,5 +91,5 @@ def test_the_inspection_notices_an_acknowledged_event_that_is_not_on_record(scen
         if life == scene.life_number
     ]
     life = SimpleNamespace(acks=acks, plan={"retain_bytes": None}, unrecorded_at_end=None)
-    with pytest.raises(torture.Fault, match="not recorded"):
-        torture.oracle.Expected().take(scene.life_number, life, journal)
+    with pytest.raises(torture.Violation, match="not recorded"):
+        torture.oracle.Expected().add_life(scene.life_number, life, journal)

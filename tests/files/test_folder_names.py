@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from evsys_bus.codec import decode, encode, to_json
-from evsys_bus.codec.reading import RunContexts
+from evsys_bus.codec.decode import RunContexts
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.events import Envelope, RunStart, StepEnd, TrainStart
-from evsys_bus.journal import Cursor, Cursors, Place
-from evsys_bus.where import decode_json, encode_json
+from evsys_bus.journal import Cursor, CursorStore, Position
+from evsys_bus.location import decode_json, encode_json
 from support.files import parse_json_lines
 from support.programs import EVSYS_BUS
 
@@ -98,8 +98,8 @@ def test_json_holds_any_path_and_gives_it_back(tmp_path):
         path = os.fsdecode(name)
         assert decode_json(encode_json({"a": [path, 1.5, None]}), dict) == {"a": [path, 1.5, None]}
         assert json.loads(encode_json([path])) == [path]
-        cursors = Cursors(str(tmp_path / path))
-        cursor = Cursor({"r0-x": Place(7, 6, 1)}, {"run": 3}, {path: 12}, "csv_metrics")
+        cursors = CursorStore(str(tmp_path / path))
+        cursor = Cursor({"r0-x": Position(7, 6, 1)}, {"run": 3}, {path: 12}, "csv_metrics")
         cursors.save(path, cursor)
         assert cursors.load(path) == cursor
 

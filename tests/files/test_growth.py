@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.bus.callback_marks import recorded_marks
-from evsys_bus.cli.event_reader import EventReader, Wanted
+from evsys_bus.cli.event_reader import EventFilter, EventReader
 from evsys_bus.codec import encode
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
-from evsys_bus.delivery.accounts import Accounts
-from evsys_bus.delivery.feed import Batch, Feed
-from evsys_bus.delivery.followed import Followed, Terms
-from evsys_bus.delivery.heard import Heard
-from evsys_bus.delivery.roster import enlist, post_again, roster, strike_off
+from evsys_bus.delivery.progress import ProgressReader
+from evsys_bus.delivery.run_annotations import RunAnnotations
+from evsys_bus.delivery.source import Batch, EventSource
+from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
+from evsys_bus.delivery.subscriptions import deregister, load_subscriptions, register, restore
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, RunStart, StepEnd
-from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, OsDisk, frame, verify
-from evsys_bus.journal.claim import claim
+from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, frame, verify
+from evsys_bus.journal.stream_lock import acquire_stream
 from evsys_bus.testing import ManualClock
 from support.journals import read_records
 
@@ -52,7 +52,7 @@ def write_segment(directory, stream, name, first, count=2):
         for number, event in enumerate(events, start=first)
     ]
     Path(directory, stream).mkdir(exist_ok=True)
-    Path(directory, stream, name).write_bytes(frame.head() + b"".join(records))
+    Path(directory, stream, name).write_bytes(frame.pack_segment_header() + b"".join(records))
 
 
 def many_segments(directory, count):
@@ -78,11 +78,11 @@ def read(directory, disk):
 
 
 def feed(directory, disk, *, thorough):
-    found = Feed(directory, Cursor(), ranks=None, disk=disk, clock=ManualClock(), faults=FaultLog())
+    found = EventSource(directory, Cursor(), ranks=None, disk=disk, clock=ManualClock(), faults=FaultLog())
     delivered = 0
     while True:
         batch = Batch()
-        filled = found.fill(batch, 100, 1 << 20, thorough=thorough)
+        filled = found.read_batch(batch, 100, 1 << 20, include_idle=thorough)
         delivered += len(batch.envelopes)
         if filled == "dry" and not batch.envelopes:
             return delivered
@@ -98,27 +98,27 @@ def feed_to_the_end(directory, disk):
 
 def listen(directory, disk):
     clock = ManualClock()
-    heard = Heard(JournalReader(directory, disk), clock, FaultLog())
+    heard = RunAnnotations(JournalReader(directory, disk), clock, FaultLog())
     for _ in range(3):
-        heard.listen()
+        heard.poll()
         clock.advance(1.0)
 
 
 def account(directory, disk):
-    accounts = Accounts(directory, disk)
+    accounts = ProgressReader(directory, disk)
     return [[each.pending for each in accounts.read()] for _ in range(2)]
 
 
 def print_all(directory, disk):
-    return len(list(EventReader(Path(directory), Wanted(), disk).poll()))
+    return len(list(EventReader(Path(directory), EventFilter(), disk).poll()))
 
 
 def print_last(directory, disk):
-    return len(EventReader(Path(directory), Wanted(), disk).latest(10))
+    return len(EventReader(Path(directory), EventFilter(), disk).latest(10))
 
 
 def seek(directory, disk):
-    reader = EventReader(Path(directory), Wanted(since=3.0), disk)
+    reader = EventReader(Path(directory), EventFilter(since=3.0), disk)
     reader.seek(3.0)
     return sum(1 for _ in reader.poll())
 
@@ -128,11 +128,11 @@ def look_for_marks(directory, disk):
 
 
 def begin(directory, disk):
-    claim(disk, ManualClock(), directory, 0)
+    acquire_stream(disk, ManualClock(), directory, 0)
 
 
 def check(directory, disk):
-    return verify(directory, disk).whole
+    return verify(directory, disk).is_intact
 
 
 def write(directory, disk):
@@ -144,19 +144,21 @@ def write(directory, disk):
 
 
 def follow_many(directory, count):
-    enlist(directory, [Followed(f"follower {number}", None, terms=Terms()) for number in range(count // 3)])
+    register(
+        directory, [Subscription(f"follower {number}", None, policy=DeliveryPolicy()) for number in range(count // 3)]
+    )
 
 
 def follow_again(directory, disk):
-    enlist(directory, [each.as_followed() for each in roster(directory)], disk)
+    register(directory, [each.to_subscription() for each in load_subscriptions(directory)], disk)
 
 
 def post(directory, disk):
-    post_again(directory, roster(directory), disk)
+    restore(directory, load_subscriptions(directory), disk)
 
 
 def leave(directory, disk):
-    strike_off(directory, set(), 0, disk)
+    deregister(directory, set(), 0, disk)
 
 
 READERS = [read, feed_on, feed_to_the_end, account, print_all, print_last, seek, look_for_marks, begin, check, write]
@@ -172,7 +174,7 @@ def test_it_costs_in_proportion(tmp_path, shape, what):
         directory = str(tmp_path / str(count))
         Path(directory).mkdir()
         shape(directory, count)
-        Cursors(directory).save("it", Cursor())
+        CursorStore(directory).save("it", Cursor())
         disk = CountingDisk()
         what(directory, disk)
         costs.append(disk.cost)
@@ -181,11 +183,11 @@ def test_it_costs_in_proportion(tmp_path, shape, what):
 
 def test_every_event_of_many_streams_is_delivered_once_and_in_their_order(tmp_path):
     many_streams(str(tmp_path), MANY)
-    found = Feed(str(tmp_path), Cursor(), ranks=None, disk=OsDisk(), clock=ManualClock(), faults=FaultLog())
+    found = EventSource(str(tmp_path), Cursor(), ranks=None, disk=OsDisk(), clock=ManualClock(), faults=FaultLog())
     names = []
     while True:
         batch = Batch()
-        if found.fill(batch, 7, 1 << 20, thorough=True) == "dry" and not batch.envelopes:
+        if found.read_batch(batch, 7, 1 << 20, include_idle=True) == "dry" and not batch.envelopes:
             break
         names += [each.stream for each in batch.envelopes]
     assert names == [name for name in JournalReader(tmp_path).streams() for _ in range(2)]
@@ -202,5 +204,5 @@ def test_a_reader_whose_next_segments_are_removed_goes_on_with_those_that_are_th
         Path(tmp_path, stream, f"{ordinal:06d}-{2 * ordinal - 1}.seg").unlink()
     sequences = [first.sequence, *(each.sequence for each in records)]
     assert sequences == [1, 2, 9, 10, *range(13, 19)]
-    assert sum(last - first + 1 for first, last in tail.missing) == 8
-    assert tail.unreadable == []
+    assert sum(last - first + 1 for first, last in tail.missing_ranges) == 8
+    assert tail.unreadable_segments == []

@@ -72,10 +72,10 @@ def test_a_damaged_file_is_set_aside_once_and_made_anew(kind, tmp_path, caplog):
     path = tmp_path / "note.json"
     for _ in range(2):  # also where an earlier one was set aside
         put(path, DAMAGES[kind])
-        assert load_file(path, decode, set_aside=True) is None
-        assert load_file(path, decode, set_aside=True) is None
+        assert load_file(path, decode, quarantine=True) is None
+        assert load_file(path, decode, quarantine=True) is None
         replace_file(path, NOTE)
-        assert load_file(path, decode, set_aside=True) == Note("as it was written", 17)
+        assert load_file(path, decode, quarantine=True) == Note("as it was written", 17)
     assert [record.event for record in caplog.records] == ["file.damaged"] * 2
     assert os.path.lexists(tmp_path / "note.json.damaged")
     assert len([*tmp_path.iterdir()]) <= 3
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_set_aside_once_and_made_anew(kind, tmp_path, caplog):
 def test_who_only_looks_leaves_a_damaged_file_and_warns_once(kind, tmp_path, caplog):
     path = tmp_path / "note.json"
     put(path, DAMAGES[kind])
-    assert [load_file(path, decode, set_aside=False) for _ in range(3)] == [None] * 3
+    assert [load_file(path, decode, quarantine=False) for _ in range(3)] == [None] * 3
     assert [record.event for record in caplog.records] == ["file.damaged"]
     assert os.path.lexists(path)
 
@@ -94,16 +94,16 @@ def test_one_kind_set_aside_gives_way_to_another(tmp_path):
     path = tmp_path / "note.json"
     for kind in [*DAMAGES, *reversed(DAMAGES)]:
         put(path, DAMAGES[kind])
-        assert load_file(path, decode, set_aside=True) is None
+        assert load_file(path, decode, quarantine=True) is None
         replace_file(path, NOTE)
     assert len([*tmp_path.iterdir()]) <= 4
 
 
 def test_a_missing_file_and_a_link_to_nothing_are_not_damaged(tmp_path, caplog):
     path = tmp_path / "note.json"
-    assert load_file(path, decode, set_aside=True) is None
+    assert load_file(path, decode, quarantine=True) is None
     path.symlink_to(tmp_path / "nowhere" / "at all")
-    assert load_file(path, decode, set_aside=True) is None
+    assert load_file(path, decode, quarantine=True) is None
     replace_file(path, NOTE)
     assert (read_file(path), path.is_symlink(), caplog.records) == (NOTE, False, [])
 
@@ -111,14 +111,14 @@ def test_a_missing_file_and_a_link_to_nothing_are_not_damaged(tmp_path, caplog):
 def test_a_file_that_cannot_be_read_now_is_not_damaged(tmp_path):
     (tmp_path / "file").write_bytes(b"x")
     with pytest.raises(NotADirectoryError):
-        load_file(tmp_path / "file" / "note.json", decode, set_aside=True)
+        load_file(tmp_path / "file" / "note.json", decode, quarantine=True)
 
 
 def test_what_is_larger_than_asked_for_is_refused(tmp_path):
     replace_file(tmp_path / "note", b"12345")
-    assert read_file(tmp_path / "note", most_bytes=5) == b"12345"
+    assert read_file(tmp_path / "note", max_bytes=5) == b"12345"
     with pytest.raises(DamagedFileError, match="larger than 4"):
-        read_file(tmp_path / "note", most_bytes=4)
+        read_file(tmp_path / "note", max_bytes=4)
 
 
 def test_a_link_is_replaced_or_followed_as_asked(tmp_path):
@@ -299,12 +299,12 @@ def test_a_directory_in_place_of_a_small_file_is_set_aside_with_what_is_in_it(ki
     disk, small = kind(), f"{tmp_path}/small"
     disk.make_directory(small)
     replace_file(f"{small}/within", b"kept", disk=disk)
-    assert load_file(small, bytes.decode, set_aside=True, disk=disk) is None
+    assert load_file(small, bytes.decode, quarantine=True, disk=disk) is None
     (aside,) = [name for name in disk.names(str(tmp_path)) if name != "small"]
     assert disk.names(str(tmp_path)) == [aside]
     assert read_file(f"{tmp_path}/{aside}/within", disk=disk) == b"kept"
     replace_file(small, b"new", disk=disk)
-    assert load_file(small, bytes.decode, set_aside=True, disk=disk) == "new"
+    assert load_file(small, bytes.decode, quarantine=True, disk=disk) == "new"
 
 
 def test_a_file_ends_before_what_a_power_cut_made_zeros_and_what_stood_behind_them_is_kept_beside_it():

@@ -6,7 +6,7 @@ from pathlib import Path, PurePath
 import pytest
 
 from evsys_bus.errors import EvsysBusError, SettingError
-from evsys_bus.where import local_path
+from evsys_bus.location import local_path
 
 
 def test_a_relative_path_is_absolute_from_then_on(tmp_path, monkeypatch):

@@ -13,7 +13,16 @@ import pytest
 
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import ForkedBusError, JournalClosedError, JournalOpenError, JournalVersionError
-from evsys_bus.journal import Cursor, Cursors, JournalReader, JournalWriter, Place, Retain, frame, verify
+from evsys_bus.journal import (
+    Cursor,
+    CursorStore,
+    JournalReader,
+    JournalWriter,
+    Position,
+    RetentionPolicy,
+    frame,
+    verify,
+)
 from evsys_bus.testing import ManualClock, SimulatedDisk
 
 NEVER = math.inf  # rounds of upkeep when the test says so
@@ -46,7 +55,13 @@ def test_what_was_appended_is_read_in_order(tmp_path):
     assert writer.close()
     assert read(tmp_path, after=98) == [99, 100]
     [report] = verify(tmp_path).streams
-    assert (report.records, report.first, report.last, report.closed, report.whole) == (100, 1, 100, True, True)
+    assert (report.records, report.first_sequence, report.last_sequence, report.is_closed, report.is_intact) == (
+        100,
+        1,
+        100,
+        True,
+        True,
+    )
 
 
 def test_files_are_for_the_owner_alone(tmp_path):
@@ -66,13 +81,13 @@ def test_a_later_writer_continues_the_stream_in_a_new_segment(tmp_path):
     assert len(JournalReader(tmp_path).streams()) == 1
     assert len(segments(tmp_path)) == 3
     assert read(tmp_path) == list(range(1, 31))
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 def test_a_writer_that_recorded_nothing_leaves_no_segment(tmp_path):
     JournalWriter(tmp_path).open().close()
     assert segments(tmp_path) == []
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 def test_a_second_live_writer_gets_a_stream_of_its_own_and_so_does_another_rank(tmp_path):
@@ -90,7 +105,7 @@ def test_sequences_that_a_follower_has_had_are_not_given_again(tmp_path):
     writer = JournalWriter(tmp_path).open()
     fill(writer, 10)
     writer.close()
-    Cursors(str(tmp_path)).save("csv", Cursor({writer.stream: Place(10)}))
+    CursorStore(str(tmp_path)).save("csv", Cursor({writer.stream: Position(10)}))
     [path] = segments(tmp_path)
     os.truncate(path, path.stat().st_size // 2)
     assert JournalWriter(tmp_path).open().next_sequence == 11
@@ -132,7 +147,7 @@ def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
     carried = {}
     for path in segments(tmp_path):
         first = int(path.stem.partition("-")[2])
-        pieces = frame.scan(path.read_bytes(), frame.HEAD_BYTES)
+        pieces = frame.scan(path.read_bytes(), frame.SEGMENT_HEADER_BYTES)
         carried[first] = [piece.sequence for piece in pieces if piece.kind == frame.CARRIED]
     assert carried[1] == []
     assert {tuple(each) for first, each in carried.items() if 1 < first <= last_of_a} == {(1, 2)}
@@ -143,11 +158,11 @@ def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
 
 
 def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_path):
-    writer = JournalWriter(tmp_path, segment_bytes=300, retain=Retain(max_bytes=0), flush_seconds=NEVER).open()
-    cursors = Cursors(str(tmp_path))
-    cursors.save("fast", Cursor({writer.stream: Place(50)}))
-    cursors.save("slow/../x", Cursor({writer.stream: Place(20)}))
-    assert cursors.followers() == ["fast", "slow/../x"]
+    writer = JournalWriter(tmp_path, segment_bytes=300, retain=RetentionPolicy(max_bytes=0), flush_seconds=NEVER).open()
+    cursors = CursorStore(str(tmp_path))
+    cursors.save("fast", Cursor({writer.stream: Position(50)}))
+    cursors.save("slow/../x", Cursor({writer.stream: Position(20)}))
+    assert cursors.list_adapters() == ["fast", "slow/../x"]
     fill(writer, 50)
     writer.flush()
     assert read(tmp_path)[0] <= 21
@@ -155,25 +170,25 @@ def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_pa
     assert 1 not in firsts
     assert firsts[1] > 21
     assert read(tmp_path, after=20)[0] == 21
-    cursors.save("slow/../x", Cursor({writer.stream: Place(50)}))
+    cursors.save("slow/../x", Cursor({writer.stream: Position(50)}))
     fill(writer, 20)
     writer.flush()
     assert read(tmp_path)[0] > 40
     writer.close()
     tail = JournalReader(tmp_path).tail(writer.stream, after=3)
     assert list(tail.poll())
-    assert tail.missing  # a follower without a cursor on disk is told what it cannot have
+    assert tail.missing_ranges  # a follower without a cursor on disk is told what it cannot have
 
 
 def test_the_wall_clock_may_jump_by_a_day():
     disk, clock = SimulatedDisk(), ManualClock()
-    retain = Retain(max_age_seconds=3600)
+    retain = RetentionPolicy(max_age_seconds=3600)
     for jump in (0, -86400, 86400 * 2, -86400):
         clock.jump(jump)
         writer = JournalWriter(
             "/journal", disk=disk, clock=clock, segment_bytes=200, retain=retain, flush_seconds=NEVER
         ).open()
-        Cursors("/journal", disk).save("slow", Cursor({writer.stream: Place(0)}))
+        CursorStore("/journal", disk).save("slow", Cursor({writer.stream: Position(0)}))
         fill(writer, 20)
         writer.flush()
         assert writer.close()
@@ -200,12 +215,12 @@ def test_waiting_does_not_go_by_the_wall_clock(tmp_path):
         fill(writer, 20)
         assert writer.close(10.0)
     assert read(tmp_path) == list(range(1, 81))
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 def test_a_clock_that_is_set_back_lets_no_segment_go_and_one_that_is_set_forward_no_newest_one():
     disk, clock = SimulatedDisk(), ManualClock()
-    retain = Retain(max_age_seconds=3600)
+    retain = RetentionPolicy(max_age_seconds=3600)
     writer = JournalWriter(
         "/journal", disk=disk, clock=clock, segment_bytes=200, retain=retain, flush_seconds=NEVER
     ).open()
@@ -224,12 +239,12 @@ def test_a_clock_that_is_set_back_lets_no_segment_go_and_one_that_is_set_forward
 
 
 def test_a_cursor_that_cannot_be_read_counts_as_none(tmp_path, caplog):
-    cursors = Cursors(str(tmp_path))
-    cursors.save("csv", Cursor({"r0-x": Place(7)}))
-    assert cursors.load("csv").place("r0-x").sequence == 7
+    cursors = CursorStore(str(tmp_path))
+    cursors.save("csv", Cursor({"r0-x": Position(7)}))
+    assert cursors.load("csv").position("r0-x").sequence == 7
     (tmp_path / "cursors" / "csv.json").write_text("{")
     assert cursors.load("csv") == Cursor()
-    assert cursors.place_of("csv", "r0-x") == 0
+    assert cursors.acknowledged_sequence("csv", "r0-x") == 0
     assert "file.damaged" in caplog.text
 
 
@@ -277,10 +292,10 @@ def test_a_newer_format_is_named_and_not_continued(tmp_path, caplog):
     fill(writer, 3)
     writer.close()
     [path] = segments(tmp_path)
-    path.write_bytes(frame.head(frame.VERSION + 1) + path.read_bytes()[frame.HEAD_BYTES :])
+    path.write_bytes(frame.pack_segment_header(frame.VERSION + 1) + path.read_bytes()[frame.SEGMENT_HEADER_BYTES :])
     with pytest.raises(JournalVersionError, match=f"format {frame.VERSION + 1}; this version reads up to 1"):
         list(JournalReader(tmp_path).read(writer.stream))
-    assert "format 2" in verify(tmp_path).streams[0].unreadable[0]
+    assert "format 2" in verify(tmp_path).streams[0].unreadable_segments[0]
     assert JournalWriter(tmp_path).open().stream != writer.stream
     assert "journal.not_continued" in caplog.text
 
@@ -293,7 +308,7 @@ def test_kinds_of_frames_that_are_not_known_are_passed_over(tmp_path):
     with path.open("ab") as file:
         file.write(frame.pack(7, b"from the future", kind=9) + frame.pack(2, payload(2)))
     assert read(tmp_path) == [1, 2]
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 def test_a_record_larger_than_what_is_read_at_once_is_read(tmp_path):
@@ -325,7 +340,7 @@ def test_a_tail_gives_out_each_record_once_over_segments_and_restarts(tmp_path):
         writer.close()
         writer = JournalWriter(tmp_path, segment_bytes=200).open()
     assert seen == list(range(1, 91))
-    assert (tail.damaged_bytes, tail.torn_bytes, tail.missing) == (0, 0, [])
+    assert (tail.corrupt_bytes, tail.torn_bytes, tail.missing_ranges) == (0, 0, [])
     writer.close()
 
 
@@ -351,7 +366,7 @@ def test_a_tail_gives_out_each_record_where_its_folder_is_listed_while_segments_
     tail = JournalReader(tmp_path, disk).tail(writer.stream)
     seen = [record.sequence for _ in range(40) for record in tail.poll()]
     assert seen == list(range(1, writer.next_sequence))
-    assert tail.missing == []
+    assert tail.missing_ranges == []
     assert next(rounds, None) is None
     assert writer.close()
 

@@ -36,7 +36,7 @@ def read(disk: SimulatedDisk, stream: str) -> list[int]:
 
 
 def size_of(number: int) -> int:
-    return frame.HEADER_BYTES + len(payload(number))
+    return frame.FRAME_HEADER_BYTES + len(payload(number))
 
 
 def test_a_segment_cut_at_every_byte_gives_what_was_whole_and_is_not_called_damaged():
@@ -45,10 +45,10 @@ def test_a_segment_cut_at_every_byte_gives_what_was_whole_and_is_not_called_dama
     whole = bytes(content)
     for cut in range(len(whole)):
         content[:] = whole[:cut]
-        fit = max(0, cut - frame.HEAD_BYTES) // size_of(1)
+        fit = max(0, cut - frame.SEGMENT_HEADER_BYTES) // size_of(1)
         assert read(disk, stream) == list(range(1, min(fit, EVENTS) + 1))
         [report] = verify("/journal", disk).streams
-        assert report.damaged == []
+        assert report.corrupt_ranges == []
         assert report.bytes + report.torn_bytes == cut
 
 
@@ -63,7 +63,7 @@ def test_after_a_cut_at_any_byte_the_next_writer_numbers_on_and_all_is_read():
         writer.append(payload(writer.next_sequence))
         assert read(disk, stream) == [*kept, len(kept) + 1]
         assert writer.close()
-        assert verify("/journal", disk).whole
+        assert verify("/journal", disk).is_intact
 
 
 def test_every_bit_flipped_costs_at_most_the_record_it_is_in_and_is_counted():
@@ -71,20 +71,22 @@ def test_every_bit_flipped_costs_at_most_the_record_it_is_in_and_is_counted():
     content = disk.contents(path)
     for bit in range(len(content) * 8):
         content[bit // 8] ^= 1 << bit % 8
-        place = bit // 8 - frame.HEAD_BYTES
+        place = bit // 8 - frame.SEGMENT_HEADER_BYTES
         hit = place // size_of(1) + 1 if place >= 0 else None
         assert read(disk, stream) == [number for number in range(1, EVENTS + 1) if number != hit]
         [report] = verify("/journal", disk).streams
         assert report.records == EVENTS - (hit is not None and hit <= EVENTS)
         if hit is None or hit <= EVENTS:
-            assert sum(each.length for each in report.damaged) == (frame.HEAD_BYTES if hit is None else size_of(1))
+            assert sum(each.length for each in report.corrupt_ranges) == (
+                frame.SEGMENT_HEADER_BYTES if hit is None else size_of(1)
+            )
         else:
-            assert report.torn_bytes == frame.HEADER_BYTES  # the frame that says "closed"
-        assert report.missing == ([(hit, hit)] if hit is not None and hit <= EVENTS else [])
-        assert report.whole == (hit is not None and hit > EVENTS)
+            assert report.torn_bytes == frame.FRAME_HEADER_BYTES  # the frame that says "closed"
+        assert report.missing_ranges == ([(hit, hit)] if hit is not None and hit <= EVENTS else [])
+        assert report.is_intact == (hit is not None and hit > EVENTS)
         tail = JournalReader("/journal", disk).tail(stream, after=1)
         list(tail.poll())
-        assert tail.missing == (report.missing if hit != 1 else [])
+        assert tail.missing_ranges == (report.missing_ranges if hit != 1 else [])
         content[bit // 8] ^= 1 << bit % 8
 
 
@@ -102,7 +104,7 @@ def test_zeros_and_garbage_behind_the_last_record_cost_nothing(junk):
     writer.append(payload(EVENTS + 1))
     tail = JournalReader("/journal", disk).tail(stream)
     assert [record.sequence for record in tail.poll()] == list(range(1, EVENTS + 2))
-    assert (tail.torn_bytes, tail.damaged_bytes, tail.missing) == (len(junk), 0, [])
+    assert (tail.torn_bytes, tail.corrupt_bytes, tail.missing_ranges) == (len(junk), 0, [])
 
 
 def test_a_record_on_its_way_is_neither_read_nor_damage_and_is_read_when_it_is_whole():
@@ -116,7 +118,7 @@ def test_a_record_on_its_way_is_neither_read_nor_damage_and_is_read_when_it_is_w
         assert list(tail.poll()) == []
     content.append(coming[-1])
     assert [record.sequence for record in tail.poll()] == [2]
-    assert (tail.damaged_bytes, tail.torn_bytes) == (0, 0)
+    assert (tail.corrupt_bytes, tail.torn_bytes) == (0, 0)
 
 
 def test_a_segment_that_is_gone_is_passed_over_and_its_sequences_are_named():
@@ -130,7 +132,7 @@ def test_a_segment_that_is_gone_is_passed_over_and_its_sequences_are_named():
     first, following = (int(path.rpartition("-")[2].removesuffix(".seg")) for path in paths[2:4])
     tail = JournalReader("/journal", disk).tail(writer.stream)
     assert [record.sequence for record in tail.poll()] == [n for n in range(1, 31) if not first <= n < following]
-    assert tail.missing == verify("/journal", disk).streams[0].missing == [(first, following - 1)]
+    assert tail.missing_ranges == verify("/journal", disk).streams[0].missing_ranges == [(first, following - 1)]
 
 
 # -- a journal against a list -----------------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ class Model:
             assert got == sorted(got)
             assert len(dict(got)) == len(got)
             assert must.items() <= dict(got).items()
-            assert tail.damaged_bytes == 0
+            assert tail.corrupt_bytes == 0
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -262,5 +264,5 @@ def test_damage_in_real_files_is_found_by_the_same_means(tmp_path: Path):
     path.write_bytes(content)
     [report] = verify(tmp_path).streams
     assert report.records == 999
-    assert len(report.damaged) == len(report.missing) == 1
-    assert not report.whole
+    assert len(report.corrupt_ranges) == len(report.missing_ranges) == 1
+    assert not report.is_intact

@@ -76,7 +76,7 @@ def test_whichever_call_fails_nothing_is_raised_and_nothing_is_lost(flush, code)
             writer = life.live()  # said clearly, and the next try finds nothing in its way
         assert (writer.recorded, writer.unrecorded, writer.lost) == (EVENTS, 0, 0), number
         assert read(disk, life.stream) == list(range(1, EVENTS + 1)), number
-        assert verify("/journal", disk).whole, number
+        assert verify("/journal", disk).is_intact, number
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
@@ -166,7 +166,7 @@ def test_whichever_call_the_machine_stops_in_what_was_promised_is_there_after_it
         second.live()
         assert read(disk, second.stream)[-EVENTS:] == second.receipts, number
         assert len(second.receipts) == EVENTS, number
-        assert all(not stream.damaged for stream in verify("/journal", disk).streams), number
+        assert all(not stream.corrupt_ranges for stream in verify("/journal", disk).streams), number
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -203,15 +203,15 @@ def test_on_a_full_disk_events_wait_in_order_and_are_written_when_there_is_room(
     for number in range(2, 102):
         assert writer.append(payload(number)) == number
     assert (writer.recorded, writer.unrecorded, writer.lost) == (1, 100, 0)
-    assert writer.trouble.errno == errno.ENOSPC
+    assert writer.current_error.errno == errno.ENOSPC
     assert read(disk, writer.stream) == [1]
     assert sum("journal.unrecorded" in line for line in caplog.messages) <= 2
     disk.room = None
     writer.flush()
-    assert (writer.recorded, writer.unrecorded, writer.trouble) == (101, 0, None)
+    assert (writer.recorded, writer.unrecorded, writer.current_error) == (101, 0, None)
     assert read(disk, writer.stream) == list(range(1, 102))
     assert writer.close()
-    assert verify("/journal", disk).whole
+    assert verify("/journal", disk).is_intact
 
 
 def test_what_does_not_fit_in_memory_is_lost_oldest_first_and_counted_and_named():
@@ -228,7 +228,7 @@ def test_what_does_not_fit_in_memory_is_lost_oldest_first_and_counted_and_named(
     assert (writer.recorded, writer.unrecorded, writer.lost) == (12, 0, 21)
     assert not writer.close()  # the truth: not all that was given is there
     assert read(disk, writer.stream) == [1, 2, *range(24, 34)]
-    assert verify("/journal", disk).streams[0].missing == [(3, 23)]
+    assert verify("/journal", disk).streams[0].missing_ranges == [(3, 23)]
 
 
 def test_the_reserve_holds_the_end_events_on_a_full_disk():
@@ -280,7 +280,7 @@ def test_told_to_raise_it_raises_and_gives_the_sequence_again():
     assert writer.append(payload(3)) == 3
     assert writer.close()
     assert read(disk, writer.stream) == [1, 2, 3]
-    assert verify("/journal", disk).whole
+    assert verify("/journal", disk).is_intact
 
 
 def test_after_a_failed_sync_the_segment_takes_no_more(caplog):

@@ -47,7 +47,7 @@ def test_a_stream_that_cannot_stand_in_the_journal_stands_on_a_local_disk_and_is
     assert [path for path in disk.paths() if path.startswith("/network")] == ["/network/journal/journal.json"]
     local = f"/local/state/evsys-bus-{writer.stream}"
     assert sequences(disk, local) == list(range(1, 11))
-    assert verify("/network/journal", disk).whole
+    assert verify("/network/journal", disk).is_intact
     [told] = [record for record in caplog.records if "journal.moved" in record.message]
     assert (told.levelname, told.directory, told.to, told.lacks) == ("WARNING", "/network/journal", local, lacks)
 
@@ -94,7 +94,7 @@ def test_without_a_better_place_a_stream_without_locks_stays_and_nobody_continue
     assert "journal.not_lockable" in caplog.text
     assert sequences(disk) == [*range(1, 11), *range(1, 11)]
     assert not JournalReader("/network/journal", disk).is_live(first.stream)
-    assert verify("/network/journal", disk).whole
+    assert verify("/network/journal", disk).is_intact
 
 
 def test_without_a_better_place_a_disk_that_does_not_append_is_refused():
@@ -210,4 +210,4 @@ def test_a_couriers_folder_of_links_that_lead_to_each_other_keeps_nobody_from_tr
     with EventBus([], sinks=followed, journal=journal, couriers="thread", drain_timeout=2.0) as bus:
         bus.publish(StepEnd(LoopState(0, 1, tmp_path), 0, TrainingBatch(), {"loss": 1.0}))
     assert (bus.receipt.recorded, [each.state for each in bus.receipt.deliveries]) == (1, ["unknown"])
-    assert verify(journal).whole
+    assert verify(journal).is_intact

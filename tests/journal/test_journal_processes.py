@@ -51,7 +51,7 @@ def test_nothing_with_a_receipt_is_lost_when_the_process_is_killed(tmp_path, pro
     found = read_sequences(tmp_path / "journal")
     assert not set(receipts) - set(found)
     [report] = verify(tmp_path / "journal").streams
-    assert report.whole
+    assert report.is_intact
     assert report.records == len(found)
     assert 0 <= len(found) - len(receipts) <= 15  # appended, and killed before the receipt
 
@@ -93,7 +93,7 @@ def test_a_tail_beside_a_busy_writer_never_takes_a_record_on_its_way_for_damage(
         if seen > 5000 and polls > 100:
             enough.touch()
     assert seen == int(process.stdout.read()) > 5000
-    assert (tail.damaged_bytes, tail.torn_bytes, tail.missing, tail.unreadable) == (0, 0, [], [])
+    assert (tail.corrupt_bytes, tail.torn_bytes, tail.missing_ranges, tail.unreadable_segments) == (0, 0, [], [])
 
 
 # -- 7: short writes, 11: too many open files -------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_a_write_that_is_cut_short_is_taken_back_and_goes_to_the_next_segment(tm
     assert out.split() == ["300", "0", "0", "True"], errors
     assert read_sequences(tmp_path) == list(range(1, 301))
     [report] = verify(tmp_path).streams
-    assert report.whole
+    assert report.is_intact
     assert report.torn_bytes == 0
     assert report.segments > 4
 
@@ -154,7 +154,7 @@ def test_with_too_many_open_files_the_segment_grows_and_nothing_waits(tmp_path, 
     out, errors = process.communicate(timeout=15)
     assert out.split() == ["301", "0", "0", "True"], errors
     assert read_sequences(tmp_path) == list(range(1, 302))
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 # -- 8: a full disk ---------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_a_full_disk_and_then_space_again_loses_nothing(small_disk):
     writer.flush()
     assert writer.close()
     assert read_sequences(small_disk / "journal") == list(range(1, 1001))
-    assert verify(small_disk / "journal").whole
+    assert verify(small_disk / "journal").is_intact
 
 
 def test_a_disk_that_stays_full_takes_the_end_events_into_the_reserve(small_disk):
@@ -278,7 +278,7 @@ def test_a_directory_that_becomes_read_only_costs_rotation_only(tmp_path, progra
     process = program(READ_ONLY, str(tmp_path / "journal"))
     out, errors = process.communicate(timeout=15)
     assert out.split() == ["102", "0", "0", "True", "read-only", "EB801"], errors
-    assert verify(tmp_path / "journal").whole
+    assert verify(tmp_path / "journal").is_intact
     assert read_sequences(tmp_path / "journal") == list(range(1, 103))
 
 
@@ -306,7 +306,7 @@ def test_writers_at_the_same_time_never_share_a_stream(tmp_path):
         process.communicate("go\n", timeout=15)
     assert len(streams) == 4
     report = verify(tmp_path)
-    assert report.whole
+    assert report.is_intact
     assert [stream.records for stream in report.streams] == [200] * 4
     again = JournalWriter(tmp_path).open()
     assert again.stream == max(streams)
@@ -371,4 +371,4 @@ def test_children_that_are_forked_while_events_are_appended_touch_nothing_and_ho
     recorded = int(words[3])
     assert recorded > 40
     assert read_sequences(tmp_path / "journal") == list(range(1, recorded + 1))
-    assert verify(tmp_path / "journal").whole
+    assert verify(tmp_path / "journal").is_intact

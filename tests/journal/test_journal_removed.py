@@ -6,9 +6,9 @@ import textwrap
 import pytest
 
 from evsys_bus import EventBus, follow
-from evsys_bus.delivery.accounts import Accounts, accounts
-from evsys_bus.delivery.roster import roster
-from evsys_bus.journal import JournalReader, JournalWriter, Retain
+from evsys_bus.delivery.progress import ProgressReader, read_progress
+from evsys_bus.delivery.subscriptions import load_subscriptions
+from evsys_bus.journal import JournalReader, JournalWriter, RetentionPolicy
 from evsys_bus.testing import RecordingSink
 from support.journals import read_records
 
@@ -81,8 +81,8 @@ def test_the_receipt_counts_what_is_there_and_what_was_delivered(tmp_path, progr
     journal = tmp_path / "journal"
     reader = JournalReader(journal)
     assert sum(len(list(reader.read(stream))) for stream in reader.streams()) == int(told.split()[0])
-    assert [(each.name, each.terms.ranks) for each in roster(str(journal))] == [("counts", None)]
-    [account] = accounts(journal)
+    assert [(each.name, each.policy.ranks) for each in load_subscriptions(str(journal))] == [("counts", None)]
+    [account] = read_progress(journal)
     assert (account.recorded, account.delivered, account.pending) == (int(told.split()[2]), int(told.split()[2]), 0)
 
 
@@ -94,7 +94,7 @@ def append(writer: JournalWriter, count: int) -> None:
 def test_one_who_looks_again_and_again_does_not_count_what_was_removed(tmp_path):
     with EventBus(sinks=[follow(RecordingSink(), "board")], journal=tmp_path / "journal"):
         pass
-    watch = Accounts(tmp_path / "journal")
+    watch = ProgressReader(tmp_path / "journal")
     writer = JournalWriter(tmp_path / "journal", flush_seconds=3600).open()
     append(writer, 5)
     assert [each.pending for each in watch.read()] == [5]
@@ -110,7 +110,7 @@ def test_one_who_looks_again_and_again_does_not_count_what_was_removed(tmp_path)
 
 
 def test_what_retention_takes_is_on_record_and_what_somebody_removes_is_not(tmp_path):
-    retain = Retain(max_bytes=4000)
+    retain = RetentionPolicy(max_bytes=4000)
     writer = JournalWriter(tmp_path / "journal", segment_bytes=2000, retain=retain, flush_seconds=3600).open()
     append(writer, 200)
     writer.flush()
@@ -139,7 +139,7 @@ def test_a_courier_that_lingers_begins_no_journal_that_was_removed(tmp_path, pro
         import os, shutil, time
         from counts import Tick
         from evsys_bus import EventBus, build_callbacks
-        from evsys_bus.delivery.accounts import accounts
+        from evsys_bus.delivery.progress import accounts
 
         followed = build_callbacks([{"kind": "away"}])
         with EventBus(followed, journal="journal", drain_timeout=0, linger_seconds=1) as bus:

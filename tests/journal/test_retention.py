@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from evsys_bus import EventBus, LoopState, StepEnd, TrainingBatch, follow
-from evsys_bus.delivery.followed import Followed
-from evsys_bus.delivery.roster import enlist, roster
+from evsys_bus.delivery.subscription import Subscription
+from evsys_bus.delivery.subscriptions import load_subscriptions, register
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.journal import Cursor, Cursors, JournalWriter, OsDisk, Place, Retain, layout, verify
-from evsys_bus.journal.retain import Retention
+from evsys_bus.journal import Cursor, CursorStore, JournalWriter, OsDisk, Position, RetentionPolicy, layout, verify
+from evsys_bus.journal.retention import RetentionManager
 from evsys_bus.testing import FailingSink, ManualClock, SimulatedDisk
 
 
@@ -54,14 +54,14 @@ def stream(tmp_path: Path) -> str:
     return writer.stream
 
 
-def retention(folder: Path, disk: OsDisk) -> Retention:
-    return Retention(disk, ManualClock(time.time()), str(folder), Retain(max_bytes=500))
+def retention(folder: Path, disk: OsDisk) -> RetentionManager:
+    return RetentionManager(disk, ManualClock(time.time()), str(folder), RetentionPolicy(max_bytes=500))
 
 
 def test_a_registered_follower_without_a_cursor_that_can_be_read_has_had_nothing(tmp_path, stream):
     disk = Counting()
-    enlist(str(tmp_path), [Followed("one")])
-    cursor = Path(layout.cursor_file(str(tmp_path), "one"))
+    register(str(tmp_path), [Subscription("one")])
+    cursor = Path(layout.cursor_path(str(tmp_path), "one"))
     cursor.unlink()
     assert retention(tmp_path, disk).prune(stream) == []
     shutil.rmtree(cursor.parent)
@@ -74,16 +74,16 @@ def test_a_registered_follower_without_a_cursor_that_can_be_read_has_had_nothing
     cursor.mkdir()
     assert retention(tmp_path, disk).prune(stream) == []
     cursor.rmdir()
-    Cursors(str(tmp_path)).save("one", Cursor({stream: Place(20, 20)}))
+    CursorStore(str(tmp_path)).save("one", Cursor({stream: Position(20, 20)}))
     assert len(retention(tmp_path, disk).prune(stream)) == 20
 
 
 @pytest.mark.parametrize("refused", ["/cursors", "/couriers", "/cursors/one.json", "/cursors/two.json"])
 def test_where_something_cannot_be_listed_or_read_now_nothing_goes_this_round(tmp_path, stream, refused):
     disk = Counting()
-    enlist(str(tmp_path), [Followed("one"), Followed("two")])
+    register(str(tmp_path), [Subscription("one"), Subscription("two")])
     for name in ("one", "two"):
-        Cursors(str(tmp_path)).save(name, Cursor({stream: Place(40, 40)}))
+        CursorStore(str(tmp_path)).save(name, Cursor({stream: Position(40, 40)}))
     disk.refused = (refused,)
     pruned = retention(tmp_path, disk)
     with pytest.raises(OSError, match="Input/output"):
@@ -103,17 +103,17 @@ def test_where_the_cursors_folder_is_a_file_nothing_goes(tmp_path, stream):
 
 
 def test_a_follower_of_other_ranks_is_not_waited_for(tmp_path, stream):
-    enlist(str(tmp_path), [Followed("other", terms=Followed("x").terms.__class__(ranks=(3,)))])
+    register(str(tmp_path), [Subscription("other", policy=Subscription("x").policy.__class__(ranks=(3,)))])
     assert retention(tmp_path, Counting()).prune(stream)
 
 
 def test_each_cursor_is_read_once_a_round_and_each_segment_measured_once_in_all(tmp_path, stream):
     disk = Counting()
     names = [f"f{number}" for number in range(50)]
-    enlist(str(tmp_path), [Followed(name) for name in names])
+    register(str(tmp_path), [Subscription(name) for name in names])
     for name in names:
-        Cursors(str(tmp_path)).save(name, Cursor({stream: Place(30, 30)}))
-    Cursors(str(tmp_path)).save("f49", Cursor())
+        CursorStore(str(tmp_path)).save(name, Cursor({stream: Position(30, 30)}))
+    CursorStore(str(tmp_path)).save("f49", Cursor())
     pruned = retention(tmp_path, disk)
     assert pruned.prune(stream) == []
     assert len([each for each in disk.opened if "/cursors/" in each]) <= 50
@@ -137,7 +137,7 @@ def test_nobody_loses_events_because_the_disk_refused_to_register_him(tmp_path, 
     for each in blocked:
         each.write_text("in the way")
     sink = FailingSink([RetryLaterError("away")] * 100_000)
-    writer = JournalWriter(journal, segment_bytes=1500, retain=Retain(max_bytes=1), flush_seconds=3600)
+    writer = JournalWriter(journal, segment_bytes=1500, retain=RetentionPolicy(max_bytes=1), flush_seconds=3600)
     with EventBus(sinks=[follow(sink, "board")], journal=writer, drain_timeout=0.5) as bus:
         publish(bus, range(60))
         writer.flush()
@@ -146,12 +146,12 @@ def test_nobody_loses_events_because_the_disk_refused_to_register_him(tmp_path, 
         for each in blocked:
             each.unlink()
         deadline = time.monotonic() + 10
-        while not roster(str(journal)) and time.monotonic() < deadline:
+        while not load_subscriptions(str(journal)) and time.monotonic() < deadline:
             time.sleep(0.02)
         publish(bus, range(60, 120))
         writer.flush()
     assert "courier.not_enlisted" in caplog.text
-    assert [each.name for each in roster(str(journal))] == ["board"]
+    assert [each.name for each in load_subscriptions(str(journal))] == ["board"]
     assert bus.receipt.deliveries[0].pending == 120
 
 
@@ -160,12 +160,12 @@ def test_followers_are_on_record_before_the_first_event(tmp_path):
     seen: list[list[str]] = []
 
     class Early(JournalWriter):
-        def wait_for(self, followers) -> None:
-            super().wait_for(followers)
+        def retain_for(self, followers) -> None:
+            super().retain_for(followers)
             seen.append([*followers] or sorted(each.name for each in journal.glob("r0-*/*.seg")))
 
     with EventBus(sinks=[follow(FailingSink([]), "board")], journal=Early(journal)) as bus:
-        assert [each.name for each in roster(str(journal))] == ["board"]
+        assert [each.name for each in load_subscriptions(str(journal))] == ["board"]
         publish(bus, range(3))
     assert len(seen) == 1
 
@@ -180,21 +180,21 @@ def test_what_an_older_stream_holds_goes_before_anything_of_a_newer_one():
             writer.append(b"x" * 60)
         writer.close()
         disk.restart("power")
-    retention = Retention(disk, ManualClock(), "/journal", Retain(max_bytes=500))
-    cursors = Cursors("/journal", disk)
+    retention = RetentionManager(disk, ManualClock(), "/journal", RetentionPolicy(max_bytes=500))
+    cursors = CursorStore("/journal", disk)
 
     def left():
         """Segments with events."""
         folders = [f"/journal/{stream}" for stream in streams]
-        return [sum(disk.size(f"{each}/{name}") > 50 for name in layout.segments(disk, each)) for each in folders]
+        return [sum(disk.size(f"{each}/{name}") > 50 for name in layout.list_segments(disk, each)) for each in folders]
 
-    cursors.save("one", Cursor({streams[0]: Place(3), streams[2]: Place(4)}))
+    cursors.save("one", Cursor({streams[0]: Position(3), streams[2]: Position(4)}))
     assert retention.prune(streams[2]) == []
     assert left() == [1, 4, 4]
-    cursors.save("one", Cursor({streams[0]: Place(4), streams[1]: Place(2), streams[2]: Place(4)}))
+    cursors.save("one", Cursor({streams[0]: Position(4), streams[1]: Position(2), streams[2]: Position(4)}))
     assert retention.prune(streams[2]) == []
     assert left() == [0, 2, 4]
-    cursors.save("one", Cursor({streams[0]: Place(4), streams[1]: Place(4), streams[2]: Place(4)}))
+    cursors.save("one", Cursor({streams[0]: Position(4), streams[1]: Position(4), streams[2]: Position(4)}))
     retention.prune(streams[2])
     assert left() == [0, 1, 4]  # these are not too many
     assert JournalWriter("/journal", disk=disk, flush_seconds=math.inf).open().next_sequence == 1
@@ -212,7 +212,7 @@ def a_power_cut(folder: Path, events: int, *, rank: int = 0) -> str:
 
 
 def segments_of(folder: Path, stream: str) -> list[str]:
-    return [str(each) for each in layout.segments(OsDisk(), str(folder / stream))]
+    return [str(each) for each in layout.list_segments(OsDisk(), str(folder / stream))]
 
 
 @pytest.fixture
@@ -222,13 +222,13 @@ def streams(tmp_path: Path) -> list[str]:
 
 
 def of_all(folder: Path, sequence: int) -> None:
-    place = Place(sequence, sequence)
-    Cursors(str(folder)).save("one", Cursor(dict.fromkeys(layout.streams(OsDisk(), str(folder)), place)))
+    place = Position(sequence, sequence)
+    CursorStore(str(folder)).save("one", Cursor(dict.fromkeys(layout.list_streams(OsDisk(), str(folder)), place)))
 
 
 def test_older_streams_that_nobody_writes_shrink_too_the_oldest_first(tmp_path, streams):
-    enlist(str(tmp_path), [Followed("one")])
-    pruned = Retention(OsDisk(), ManualClock(time.time()), str(tmp_path), Retain(max_bytes=2500))
+    register(str(tmp_path), [Subscription("one")])
+    pruned = RetentionManager(OsDisk(), ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=2500))
     assert pruned.prune(streams[-1]) == []
     assert [len(segments_of(tmp_path, each)) for each in streams] == [10] * 4
     of_all(tmp_path, 10)
@@ -242,15 +242,19 @@ def test_older_streams_that_nobody_writes_shrink_too_the_oldest_first(tmp_path, 
     assert pruned.removed.events == pruned.removed.segments
     assert not (tmp_path / streams[0] / layout.RESERVE).exists()
     report = {each.stream: each for each in verify(tmp_path).streams}
-    assert (report[streams[0]].removed, report[streams[0]].whole, report[streams[0]].closed) == (10, True, True)
-    assert report[streams[1]].removed == 10 - counts[1]
+    assert (report[streams[0]].removed_events, report[streams[0]].is_intact, report[streams[0]].is_closed) == (
+        10,
+        True,
+        True,
+    )
+    assert report[streams[1]].removed_events == 10 - counts[1]
 
 
 def test_a_follower_that_lags_in_an_older_stream_keeps_that_stream_and_what_is_behind_it(tmp_path, streams):
-    enlist(str(tmp_path), [Followed("one")])
-    places = dict.fromkeys(streams, Place(10, 10)) | {streams[1]: Place(3, 3)}
-    Cursors(str(tmp_path)).save("one", Cursor(places))
-    pruned = Retention(OsDisk(), ManualClock(time.time()), str(tmp_path), Retain(max_bytes=0))
+    register(str(tmp_path), [Subscription("one")])
+    places = dict.fromkeys(streams, Position(10, 10)) | {streams[1]: Position(3, 3)}
+    CursorStore(str(tmp_path)).save("one", Cursor(places))
+    pruned = RetentionManager(OsDisk(), ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=0))
     assert pruned.prune(streams[3]) == []
     assert [len(segments_of(tmp_path, each)) for each in streams] == [1, 7, 10, 10]
     of_all(tmp_path, 10)
@@ -259,10 +263,10 @@ def test_a_follower_that_lags_in_an_older_stream_keeps_that_stream_and_what_is_b
 
 
 def test_the_sequences_of_a_stream_that_retention_emptied_are_not_given_out_again(tmp_path, streams):
-    Retention(OsDisk(), ManualClock(time.time()), str(tmp_path), Retain(max_bytes=0)).prune(streams[3])
+    RetentionManager(OsDisk(), ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=0)).prune(streams[3])
     for each in streams[1:]:
         shutil.rmtree(tmp_path / each)  # by somebody who tidies up
-    me = layout.Owner(1, os.uname().nodename, "", OsDisk().boot())
+    me = layout.LockOwner(1, os.uname().nodename, "", OsDisk().boot())
     (tmp_path / streams[0] / layout.LOCK).write_bytes(msgspec.json.encode(me))
     writer = JournalWriter(tmp_path, flush_seconds=3600).open()
     assert (writer.stream, writer.next_sequence) == (streams[0], 11)
@@ -275,7 +279,7 @@ def test_streams_that_are_written_of_other_ranks_or_newer_are_left_alone(tmp_pat
     own, newer = a_power_cut(tmp_path, 5), a_power_cut(tmp_path, 5)
     for _ in range(5):
         live.append(b"x" * 60)
-    pruned = Retention(OsDisk(), ManualClock(time.time()), str(tmp_path), Retain(max_bytes=0))
+    pruned = RetentionManager(OsDisk(), ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=0))
     assert len(pruned.prune(own)) == 4
     assert [len(segments_of(tmp_path, each)) for each in (other, old, live.stream, newer)] == [5, 1, 5, 5]
     assert live.close()
@@ -285,7 +289,7 @@ def test_streams_that_are_written_of_other_ranks_or_newer_are_left_alone(tmp_pat
 
 def test_old_segments_of_older_streams_go_by_their_age_even_the_last_one(tmp_path, streams):
     clock = ManualClock(time.time())
-    pruned = Retention(OsDisk(), clock, str(tmp_path), Retain(max_age_seconds=3600))
+    pruned = RetentionManager(OsDisk(), clock, str(tmp_path), RetentionPolicy(max_age_seconds=3600))
     pruned.prune(streams[3])
     assert [len(segments_of(tmp_path, each)) for each in streams] == [10] * 4
     clock.advance(4000)
@@ -300,19 +304,21 @@ def test_what_a_power_cut_tore_in_the_last_segment_does_not_keep_it(tmp_path):
     last.write_bytes(last.read_bytes()[:60] + bytes(100))
     empty = a_power_cut(tmp_path, 0)
     newest = a_power_cut(tmp_path, 1)
-    Retention(OsDisk(), ManualClock(time.time()), str(tmp_path), Retain(max_bytes=0)).prune(newest)
+    RetentionManager(OsDisk(), ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=0)).prune(newest)
     assert [len(segments_of(tmp_path, each)) for each in (torn, own, empty, newest)] == [1, 1, 0, 1]
     assert (tmp_path / torn / segments_of(tmp_path, torn)[0]).stat().st_size < 50
-    assert verify(tmp_path).whole
+    assert verify(tmp_path).is_intact
 
 
 def test_older_streams_are_looked_at_once_and_cursors_once_a_round(tmp_path, streams):
     disk = Counting()
     names = [f"f{number}" for number in range(10)]
-    enlist(str(tmp_path), [Followed(name) for name in names])
+    register(str(tmp_path), [Subscription(name) for name in names])
     for name in names:
-        Cursors(str(tmp_path)).save(name, Cursor(dict.fromkeys(streams, Place(10, 10)) | {streams[0]: Place(4, 4)}))
-    pruned = Retention(disk, ManualClock(time.time()), str(tmp_path), Retain(max_bytes=0))
+        CursorStore(str(tmp_path)).save(
+            name, Cursor(dict.fromkeys(streams, Position(10, 10)) | {streams[0]: Position(4, 4)})
+        )
+    pruned = RetentionManager(disk, ManualClock(time.time()), str(tmp_path), RetentionPolicy(max_bytes=0))
     pruned.prune(streams[3])
     disk.opened.clear()
     pruned.prune(streams[3])
@@ -323,7 +329,7 @@ def test_older_streams_are_looked_at_once_and_cursors_once_a_round(tmp_path, str
 
 def test_a_writer_shrinks_what_was_left_before_it(tmp_path):
     old = [a_power_cut(tmp_path, 10) for _ in range(3)]
-    writer = JournalWriter(tmp_path, retain=Retain(max_bytes=500), flush_seconds=3600).open()
+    writer = JournalWriter(tmp_path, retain=RetentionPolicy(max_bytes=500), flush_seconds=3600).open()
     writer.append(b"x" * 60)
     writer.flush()
     assert [len(segments_of(tmp_path, each)) for each in old[:2]] == [1, 1]

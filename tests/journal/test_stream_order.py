@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.bus.callback_marks import BusCallbackMarks, recorded_marks
-from evsys_bus.cli.event_reader import EventReader, Wanted
-from evsys_bus.cli.journals import found, newest_first
+from evsys_bus.cli.event_reader import EventFilter, EventReader
+from evsys_bus.cli.journals import find_journal, list_journals_newest_first
 from evsys_bus.codec import encode
-from evsys_bus.delivery.feed import Batch, Feed
+from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope
 from evsys_bus.journal import Cursor, JournalReader, JournalWriter, OsDisk, layout
-from evsys_bus.journal.claim import claim
+from evsys_bus.journal.stream_lock import acquire_stream
 from evsys_bus.testing import ManualClock, SimulatedDisk
 
 DAY = 86_400.0
@@ -43,7 +43,7 @@ def test_a_stream_that_is_begun_while_the_clock_is_behind_comes_after_the_older_
         begun.append(life(tmp_path, wall, family=family))
         restart_machine(tmp_path)
     assert JournalReader(tmp_path).streams(family) == begun
-    assert [layout.order_of(each)[0] for each in begun] == [1, 2, 3, 4]
+    assert [layout.stream_sort_key(each)[0] for each in begun] == [1, 2, 3, 4]
 
 
 def test_each_rank_and_family_has_a_counter_of_its_own(tmp_path):
@@ -51,7 +51,7 @@ def test_each_rank_and_family_has_a_counter_of_its_own(tmp_path):
         stream = life(tmp_path, DAY, rank, family)
         restart_machine(tmp_path)
         assert stream.startswith(
-            f"{family}{rank}-00000{2 if layout.streams(OsDisk(), str(tmp_path), rank)[1:] else 1}-"
+            f"{family}{rank}-00000{2 if layout.list_streams(OsDisk(), str(tmp_path), rank)[1:] else 1}-"
         )
 
 
@@ -64,14 +64,14 @@ def test_streams_of_0_1_0_keep_their_order_and_come_before_those_with_a_counter(
 
 def test_the_counter_sorts_as_a_number_beyond_its_six_digits():
     names = [f"r0-{number:06d}-20260131T120000-5f3a91c2" for number in (10_000_001, 999_999, 1_000_000)]
-    assert sorted(names, key=layout.order_of) == [names[1], names[2], names[0]]
-    assert layout.order_of(layout.new_stream(0, DAY, "r", names))[0] == 10_000_002
+    assert sorted(names, key=layout.stream_sort_key) == [names[1], names[2], names[0]]
+    assert layout.stream_sort_key(layout.new_stream_name(0, DAY, "r", names))[0] == 10_000_002
 
 
 @pytest.mark.parametrize("wall", [-5e9, 1e15])
 def test_a_clock_that_is_out_of_all_bounds_still_gives_a_name(wall):
-    name = layout.new_stream(3, wall)
-    assert layout.order_of(name) == (1, name)
+    name = layout.new_stream_name(3, wall)
+    assert layout.stream_sort_key(name) == (1, name)
     assert layout.rank_of(name) == 3
 
 
@@ -107,8 +107,8 @@ def test_a_run_whose_folder_is_called_much_like_a_stream_is_none(tmp_path, name)
     life(tmp_path / "exp" / "journal", DAY)
     assert JournalReader(tmp_path / "exp").streams() == []
     assert JournalReader(tmp_path / "exp").streams("c") == []
-    assert found(tmp_path / "exp").directory == tmp_path / "exp" / "journal"
-    assert found(tmp_path / "exp" / name).run == name
+    assert find_journal(tmp_path / "exp").directory == tmp_path / "exp" / "journal"
+    assert find_journal(tmp_path / "exp" / name).run == name
 
 
 def test_a_run_called_exactly_as_a_stream_is_told_by_what_is_in_its_folder(tmp_path):
@@ -116,7 +116,7 @@ def test_a_run_called_exactly_as_a_stream_is_told_by_what_is_in_its_folder(tmp_p
     (tmp_path / "exp" / OLD[0] / "metrics.csv").touch()
     (tmp_path / "exp" / OLD[1]).touch()
     life(tmp_path / "exp" / "journal", DAY)
-    assert found(tmp_path / "exp").directory == tmp_path / "exp" / "journal"
+    assert find_journal(tmp_path / "exp").directory == tmp_path / "exp" / "journal"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b'{"evsys_bus_journal": "x"}', b"\xff" * 10_000, b'{"mine": 1}'])
@@ -126,7 +126,7 @@ def test_a_journal_file_that_is_missing_or_damaged_stops_nothing_and_is_written_
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    assert found(tmp_path / "j").directory == tmp_path / "j"
+    assert find_journal(tmp_path / "j").directory == tmp_path / "j"
     assert life(tmp_path / "j", DAY) == stream
     assert layout.is_journal(OsDisk(), str(tmp_path / "j"))
     assert b'"evsys_bus_journal":1' in file.read_bytes()
@@ -144,15 +144,15 @@ def test_what_stands_in_the_place_of_the_journal_file_is_set_aside_with_a_warnin
     assert [record.payload for record in JournalReader(tmp_path).read(stream)] == [b"x"]
     assert "file.damaged" in caplog.text
     assert (tmp_path / "journal.json.damaged" / "in the way").is_dir()
-    assert found(tmp_path).directory == tmp_path
+    assert find_journal(tmp_path).directory == tmp_path
 
 
 def test_a_journal_without_a_stream_says_what_it_is(tmp_path):
     disk = SimulatedDisk()
     disk.make_directory("/run")
     assert not layout.is_journal(disk, "/run")
-    claim(disk, ManualClock(), "/run/journal", 0)
-    disk.take_away(f"/run/journal/{layout.streams(disk, '/run/journal')[0]}")
+    acquire_stream(disk, ManualClock(), "/run/journal", 0)
+    disk.take_away(f"/run/journal/{layout.list_streams(disk, '/run/journal')[0]}")
     assert layout.is_journal(disk, "/run/journal")
 
 
@@ -160,7 +160,7 @@ def test_journals_below_runs_are_found_by_the_same_rule(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     life(tmp_path / "runs" / "a" / "journal", DAY)
     (tmp_path / "runs" / "journal" / "r7-lora").mkdir(parents=True)
-    assert newest_first() == [Path("runs/a/journal")]
+    assert list_journals_newest_first() == [Path("runs/a/journal")]
 
 
 def record(directory, numbers, wall, rank=0):
@@ -178,8 +178,8 @@ def test_a_resumed_life_is_read_behind_the_one_it_resumes_whatever_its_clock_say
     restart_machine(tmp_path)
     record(tmp_path, range(3, 8), 10 * DAY - behind).close()
     expected = [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
-    assert [each.event.step for each in EventReader(tmp_path, Wanted()).poll()] == expected
-    assert [each.event.step for each in EventReader(tmp_path, Wanted()).latest(7)] == expected[-7:]
+    assert [each.event.step for each in EventReader(tmp_path, EventFilter()).poll()] == expected
+    assert [each.event.step for each in EventReader(tmp_path, EventFilter()).latest(7)] == expected[-7:]
     assert [each.step for each in recorded_marks(str(tmp_path), "run")] == expected[::-1]
 
 
@@ -188,11 +188,11 @@ def test_a_follower_gets_three_lives_in_the_order_in_which_they_were_lived(tmp_p
     for life_number in range(3):
         record(tmp_path, range(10 * life_number, 10 * life_number + 4), 10 * DAY - life_number * behind).close()
         restart_machine(tmp_path)
-    feed = Feed(str(tmp_path), Cursor(), ranks=None, disk=OsDisk(), clock=ManualClock(), faults=FaultLog())
+    feed = EventSource(str(tmp_path), Cursor(), ranks=None, disk=OsDisk(), clock=ManualClock(), faults=FaultLog())
     steps = []
     while True:
         batch = Batch()
-        if feed.fill(batch, 3, 1 << 20, thorough=True) == "dry" and not batch.envelopes:
+        if feed.read_batch(batch, 3, 1 << 20, include_idle=True) == "dry" and not batch.envelopes:
             break
         steps += [each.event.step for each in batch.envelopes]
     assert steps == [*range(4), *range(10, 14), *range(20, 24)]
@@ -201,9 +201,9 @@ def test_a_follower_gets_three_lives_in_the_order_in_which_they_were_lived(tmp_p
 def test_ranks_and_writers_that_live_at_the_same_time_are_merged_by_time(tmp_path):
     record(tmp_path, [0, 2, 4], 0.5, rank=0).close()
     record(tmp_path, [1, 3, 5], 1.0, rank=1).close()
-    assert [each.event.step for each in EventReader(tmp_path, Wanted()).poll()] == [0, 1, 2, 3, 4, 5]
+    assert [each.event.step for each in EventReader(tmp_path, EventFilter()).poll()] == [0, 1, 2, 3, 4, 5]
     writers = [record(tmp_path / "live", [0, 2, 4], 0.5), record(tmp_path / "live", [1, 3, 5], 1.0)]
-    assert [each.event.step for each in EventReader(tmp_path / "live", Wanted()).poll()] == [0, 1, 2, 3, 4, 5]
+    assert [each.event.step for each in EventReader(tmp_path / "live", EventFilter()).poll()] == [0, 1, 2, 3, 4, 5]
     for writer in writers:
         writer.close()
 
@@ -214,6 +214,6 @@ def test_the_place_of_a_time_is_found_in_a_stream_of_many_segments(tmp_path):
         event = BusCallbackMarks("run", "/run", step, {})
         writer.append(encode(Envelope(writer.stream, step + 1, float(step), event, "run", 0)))
     writer.close()
-    reader = EventReader(tmp_path, Wanted(since=30.0))
+    reader = EventReader(tmp_path, EventFilter(since=30.0))
     reader.seek(30.0)
     assert [each.event.step for each in reader.poll()] == list(range(30, 40))

@@ -75,8 +75,8 @@ def test_tensorboard_has_every_point_at_its_step(trained):
 
 
 def test_wandb_has_every_point_at_its_step_by_its_own_reader(trained, server, login):
-    [file] = wandb.files_of(trained)
-    wandb.sync(file)
-    rows = server.rows(wandb.id_of(file))
-    assert wandb.series(rows, "eval/win rate")["wins"] == WINS
-    assert sorted(wandb.series(rows, "train")["loss"]) == LOSSES
+    [file] = wandb.wandb_files_of(trained)
+    wandb.sync_files(file)
+    rows = server.rows(wandb.run_id_of(file))
+    assert wandb.metric_series(rows, "eval/win rate")["wins"] == WINS
+    assert sorted(wandb.metric_series(rows, "train")["loss"]) == LOSSES

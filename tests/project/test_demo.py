@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from evsys_bus.callback import Callback
+from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import LoopState
 from evsys_bus.demo import DEMO_FILE, demo_config, run_demo
 from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
 from evsys_bus.events import BenchmarkEval
 from evsys_bus.training import Experiment
-from evsys_bus.wiring import CallbackSpec, build_callbacks
 from support import ROOT
 from support.files import read_json_lines
 
@@ -162,7 +162,7 @@ async def test_weights_for_sampling_predict_what_the_network_predicts(tmp_path):
     state = LoopState(step=0, num_steps=1, output_dir=tmp_path, backend=network)
     benchmark = await DigitBenchmark("digits-val", split.val, tag="val").evaluate(state)
     assert [row["output"] for row in benchmark.predictions] == [
-        str(n) for n in network.chances(split.val.pixels).argmax(axis=1)
+        str(n) for n in network.predict_probabilities(split.val.pixels).argmax(axis=1)
     ]
 
 
@@ -271,8 +271,8 @@ async def test_a_snapshot_for_the_sampler_is_not_trained_any_further(tmp_path):
     split = load_split(0)
     network, batches = DigitNetwork(tmp_path, 0), DigitBatches(split.train, 0)
     snapshot = await network.snapshot_for_sampler()
-    before = snapshot.chances(split.val.pixels)
+    before = snapshot.predict_probabilities(split.val.pixels)
     await network.forward_backward(await batches.build_batch(0))
     await network.optim_step()
-    assert (snapshot.chances(split.val.pixels) == before).all()
-    assert (network.chances(split.val.pixels) != before).any()
+    assert (snapshot.predict_probabilities(split.val.pixels) == before).all()
+    assert (network.predict_probabilities(split.val.pixels) != before).any()

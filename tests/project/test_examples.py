@@ -60,7 +60,7 @@ def test_the_async_rl_example_learns_stops_early_and_leaves_nothing_undone(tmp_p
     [(last, horizon)] = numbers(r"ended at step (\d+) of (\d+): the prize was good enough", out)
     assert last + 1 < horizon
     assert "failed=0, cancelled=0, refused=0" in out
-    assert "left=()" in out
+    assert "unfinished=()" in out
     saved = {path.name: path.read_text() for path in (tmp_path / "rl").glob("*.json")}
     assert {"step-000019.json", "final.json"} <= saved.keys()
     assert {path.name: path.read_text() for path in (tmp_path / "rl/shipped").iterdir()} == saved

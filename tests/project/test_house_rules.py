@@ -16,59 +16,59 @@ SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for
 
 PUBLIC = """
     ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health Learnt LogContext LoopArtifacts
-    LoopState ManifestRow Receipt RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
-    build_callbacks dispatch follow register_callback register_sink
+    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts
+    LoopState ManifestRow Receipt RunAnnotated RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
+    TrainingLoop build_callbacks dispatch follow register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/callback.py": "hooks",
     "evsys_bus/bus/callback_marks.py": "what callbacks make of their marks; code of what stands in a step",
-    "evsys_bus/bus/recording.py": "code of what stands in a state",
-    "evsys_bus/journal/upkeep.py": "a round of upkeep; the next one tries again",
-    "evsys_bus/attached.py": "copying what an adapter was constructed with",
-    "evsys_bus/bus/closing.py": "close and settle_owed of callbacks",
+    "evsys_bus/bus/recorder.py": "code of what stands in a state",
+    "evsys_bus/journal/maintenance.py": "a round of upkeep; the next one tries again",
+    "evsys_bus/adapter.py": "copying what an adapter was constructed with",
+    "evsys_bus/bus/callback_closer.py": "close and settle_owed of callbacks",
     "evsys_bus/events.py": "the code of a step that is no int",
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
-    "evsys_bus/bus/entrance.py": "Ctrl-C while signals are let go; raised again",
+    "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go; raised again",
     "evsys_bus/watchdog.py": "its looks; the next ones follow",
-    "evsys_bus/tasks/uninterrupted.py": "Ctrl-C while one waits; raised once the work is done",
+    "evsys_bus/tasks/uninterruptible.py": "Ctrl-C while one waits; raised once the work is done",
     "evsys_bus/tasks/loops.py": "Ctrl-C while a loop is begun; raised again",
-    "evsys_bus/tasks/office.py": "who is told of a task's end",
+    "evsys_bus/tasks/manager.py": "who is told of a task's end",
     "evsys_bus/journal/writer.py": "opening; raised again",
-    "evsys_bus/delivery/kept_process.py": "starting a process; its thread; writing what became of it",
+    "evsys_bus/delivery/supervisor.py": "starting a process; its thread; writing what became of it",
     "evsys_bus/bench/dispatch.py": "the reference dispatch, as it is",
-    "evsys_bus/bus/news.py": "what stands in the couriers' log; the program's streams and handlers",
-    "evsys_bus/bus/following.py": "looks at files and couriers; what cannot be read is unknown",
+    "evsys_bus/bus/delivery_log.py": "what stands in the couriers' log; the program's streams and handlers",
+    "evsys_bus/bus/delivery_manager.py": "looks at files and couriers; what cannot be read is unknown",
     "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
-    "evsys_bus/delivery/hooks.py": "followed hooks",
+    "evsys_bus/delivery/callback_receiver.py": "followed hooks",
     "evsys_bus/delivery/process_log.py": "code of what is logged",
-    "evsys_bus/testing/findings.py": "the adapter under test",
-    "evsys_bus/testing/callback_trial.py": "its tasks",
-    "evsys_bus/tasks/bounded_call.py": "a sink's calls; handed back as a value",
+    "evsys_bus/testing/failures.py": "the adapter under test",
+    "evsys_bus/testing/conformance_callback.py": "its tasks",
+    "evsys_bus/tasks/call_with_timeout.py": "a sink's calls; handed back as a value",
     "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
-    "evsys_bus/codec/fields.py": "code of values",
-    "evsys_bus/codec/foreign.py": "code of values",
+    "evsys_bus/codec/event_fields.py": "code of values",
+    "evsys_bus/codec/inspection.py": "code of values",
     "evsys_bus/codec/json_line.py": "code of values",
-    "evsys_bus/codec/own_fields.py": "code of a host's state, and of what is in it",
-    "evsys_bus/codec/plain.py": "code of values",
-    "evsys_bus/codec/reading.py": "code of the types that values are decoded to",
-    "evsys_bus/codec/references.py": "code of a host's handles; the str of a stranger's exception",
-    "evsys_bus/codec/shapes.py": "code in annotations",
-    "evsys_bus/codec/step_form.py": "code of values",
-    "evsys_bus/codec/writing.py": "code of values",
-    "evsys_bus/tasks/see_through.py": "the training; raised again where it is awaited",
+    "evsys_bus/codec/custom_fields.py": "code of a host's state, and of what is in it",
+    "evsys_bus/codec/normalize.py": "code of values",
+    "evsys_bus/codec/decode.py": "code of the types that values are decoded to",
+    "evsys_bus/codec/wire_types.py": "code of a host's handles; the str of a stranger's exception",
+    "evsys_bus/codec/annotations.py": "code in annotations",
+    "evsys_bus/codec/step_template.py": "code of values",
+    "evsys_bus/codec/encode.py": "code of values",
+    "evsys_bus/tasks/run_to_completion.py": "the training; raised again where it is awaited",
     "evsys_bus/training/error_file.py": "the text of a stranger's exception",
-    "evsys_bus/training/arm_run.py": "a run of an experiment; benchmarks after training; its close",
+    "evsys_bus/training/run_executor.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
-    "evsys_bus/delivery/crew.py": "building an adapter; a delivery that broke down; writing that down",
-    "evsys_bus/wiring/construct.py": "a plugin's Config and constructor",
-    "evsys_bus/wiring/followed.py": "a plugin's import; a stranger's equality",
-    "evsys_bus/wiring/recipe.py": "a recipe's module, its Config and its annotation",
-    "evsys_bus/wiring/registry.py": "a plugin's import",
+    "evsys_bus/delivery/courier_pool.py": "building an adapter; a delivery that broke down; writing that down",
+    "evsys_bus/config/construct.py": "a plugin's Config and constructor",
+    "evsys_bus/config/subscription_builder.py": "a plugin's import; a stranger's equality",
+    "evsys_bus/config/recipe.py": "a recipe's module, its Config and its annotation",
+    "evsys_bus/config/registry.py": "a plugin's import",
     "adapters/evsys_adapters/_result_fields.py": "the look-up of a stranger",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the number of a stranger",
@@ -151,8 +151,8 @@ def test_no_file_is_named_after_a_library_or_a_module_of_python(path):
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda each: each["name"])
 def test_a_planned_breakage_finds_its_function_and_its_tests(breakage):
-    text = (ROOT / sabotage.source_of(breakage["function"])).read_text(encoding="utf-8")
-    ast.parse(sabotage.broken(text, breakage["function"], breakage["body"]))
+    text = (ROOT / sabotage.source_path_of(breakage["function"])).read_text(encoding="utf-8")
+    ast.parse(sabotage.apply_breakage(text, breakage["function"], breakage["body"]))
     named = [each.split("::") for each in breakage["tests"].split() if each.startswith("tests/")]
     assert named
     for file, *test in named:

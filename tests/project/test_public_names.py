@@ -10,7 +10,7 @@ import pytest
 import evsys_adapters
 import evsys_bus
 from evsys_bus import build_callbacks
-from evsys_bus.wiring import CallbackSpec, callback_kinds
+from evsys_bus.config import CallbackSpec, callback_kinds
 
 KINDS = {
     "print_progress": ("PrintProgressCallback", {"every": 1, "keys": None}, {}),

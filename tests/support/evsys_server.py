@@ -72,25 +72,26 @@ class EvsysServer:
     Attributes:
         fault: Called with (operation, args) before the operation; a returned Response, ``"hang"`` or ``"cut"`` is the
             response instead, None responds normally.
-        lose: Called with the same arguments after the operation; if it returns true the response is truncated.
+        should_drop_reply: Called with the same arguments after the operation; if it returns true the response is
+            truncated.
         keys: The accepted API keys.
     """
 
     def __init__(self, port=0):
         self.port = port
         self.keys = {KEY}
-        self.fault = self.lose = None
-        self.forget()
+        self.fault = self.should_drop_reply = None
+        self.reset()
         self.max_bytes = 1 << 20
         self.redirect = 308
         self._numbers = itertools.count(1)
         self._server = self._thread = self._hanging = None
 
-    def forget(self):
+    def reset(self):
         """Remove everything stored."""
         self.operations = []
         """(operation, args) of every executed request, including reads, in order."""
-        self.asked = 0
+        self.request_count = 0
         self.connections = set()
         self.tables = {name: {} for name in ("experiments", "groups", "runs", "evals")}
         self.metrics, self.checkpoints, self.predictions = [], [], []
@@ -103,14 +104,14 @@ class EvsysServer:
 
     def start(self):
         # With the protocol number, by which asyncio recognizes a TCP socket and disables Nagle's algorithm.
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(("127.0.0.1", self.port))
-        listening.listen(128)
-        self.port = listening.getsockname()[1]
+        listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen(128)
+        self.port = listener.getsockname()[1]
         routes = [
             Route(PATH, self.gateway, methods=["POST"]),
-            Route("/moved/{rest:path}", self.moved, methods=["POST"]),
+            Route("/moved/{rest:path}", self.redirect_request, methods=["POST"]),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), log_level="critical", timeout_graceful_shutdown=0, lifespan="off", loop="asyncio"
@@ -120,7 +121,7 @@ class EvsysServer:
 
         async def serve():
             try:
-                await self._server.serve(sockets=[listening])
+                await self._server.serve(sockets=[listener])
             finally:
                 # Connections that still wait for the peer, or were accepted after the server closed the others.
                 for _ in range(10):
@@ -131,7 +132,7 @@ class EvsysServer:
         def run():
             with contextlib.suppress(asyncio.CancelledError):
                 asyncio.run(serve())
-            listening.close()
+            listener.close()
 
         self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
@@ -152,11 +153,11 @@ class EvsysServer:
         if self._server is not None:
             self.stop()
 
-    async def moved(self, request: Request):
+    async def redirect_request(self, request: Request):
         return RedirectResponse(f"/{request.path_params['rest']}", status_code=self.redirect)
 
     async def gateway(self, request: Request):
-        self.asked += 1
+        self.request_count += 1
         self.connections.add(request.client)
         body = await request.body()
         try:
@@ -164,33 +165,33 @@ class EvsysServer:
                 raise RefusedError(401, "no such key")
             if len(body) > self.max_bytes:
                 raise RefusedError(413, "too large")
-            said = json.loads(body, parse_constant=_no_constant)
-            op, args = said["op"], said["args"]
-            instead = self.fault and self.fault(op, args)
-            if instead == "hang":
+            payload = json.loads(body, parse_constant=_reject_constant)
+            op, args = payload["op"], payload["args"]
+            override = self.fault and self.fault(op, args)
+            if override == "hang":
                 await asyncio.sleep(3600)
-            if instead == "cut":
-                return _Cut()
-            if instead is not None:
-                return instead
-            result = self.carry_out(op, args)
+            if override == "cut":
+                return _TruncatedResponse()
+            if override is not None:
+                return override
+            result = self.execute(op, args)
         except RefusedError as refused:
             return JSONResponse({"error": refused.text}, refused.status)
         except (ValueError, KeyError) as error:
             return JSONResponse({"error": f"no request: {error}"}, 400)
-        if self.lose and self.lose(op, args):
-            return _Cut()
+        if self.should_drop_reply and self.should_drop_reply(op, args):
+            return _TruncatedResponse()
         return JSONResponse({"result": result})
 
     # -- the operations -----------------------------------------------------------------------------------------------
 
-    def carry_out(self, op, args):
+    def execute(self, op, args):
         if op not in OPERATIONS:
             raise RefusedError(400, f"unknown op {op!r}")
-        needed, others = OPERATIONS[op]
-        missing, strange = needed - args.keys(), set() if others is None else args.keys() - needed - others
-        if missing or strange:
-            raise RefusedError(422, f"{op}: missing {sorted(missing)}, unknown {sorted(strange)}")
+        required, optional = OPERATIONS[op]
+        missing, unknown = required - args.keys(), set() if optional is None else args.keys() - required - optional
+        if missing or unknown:
+            raise RefusedError(422, f"{op}: missing {sorted(missing)}, unknown {sorted(unknown)}")
         for key, table in (("experiment_id", "experiments"), ("group_id", "groups"), ("run_id", "runs")):
             if key in args and args[key] not in self.tables[table]:
                 raise RefusedError(404, f"no {key} {args[key]}")
@@ -202,9 +203,11 @@ class EvsysServer:
         self.tables[table][row["id"]] = row
         return row
 
-    def _of(self, table, **wanted):
+    def _select(self, table, **filters):
         rows = self.tables[table].values()
-        return [row for row in rows if all(row.get(key) == value for key, value in wanted.items() if value is not None)]
+        return [
+            row for row in rows if all(row.get(key) == value for key, value in filters.items() if value is not None)
+        ]
 
     def _create_experiment(self, **row):
         return self._add("experiments", row)
@@ -217,13 +220,13 @@ class EvsysServer:
         return self.tables["experiments"][experiment_id]
 
     def _list_experiments(self, project_id=None, valid_only=False):
-        return self._of("experiments", project_id=project_id)
+        return self._select("experiments", project_id=project_id)
 
     def _create_group(self, **row):
         return self._add("groups", row)
 
     def _list_groups(self, experiment_id):
-        return self._of("groups", experiment_id=experiment_id)
+        return self._select("groups", experiment_id=experiment_id)
 
     def _create_run(self, **row):
         return self._add("runs", {"status": "pending", **row})
@@ -236,7 +239,7 @@ class EvsysServer:
         return self.tables["runs"][run_id]
 
     def _list_runs(self, experiment_id=None, group_id=None):
-        return self._of("runs", experiment_id=experiment_id, group_id=group_id)
+        return self._select("runs", experiment_id=experiment_id, group_id=group_id)
 
     def _log_metrics(self, run_id, step, metrics, split):
         if split not in {"train", "val", "test"} or type(step) is not int:
@@ -264,7 +267,7 @@ class EvsysServer:
         return self._add("evals", {"metrics": {}, **row})
 
     def _list_evals(self, run_id):
-        return self._of("evals", run_id=run_id)
+        return self._select("evals", run_id=run_id)
 
     def _add_prediction(self, **row):
         self.predictions.append(row)
@@ -274,26 +277,26 @@ class EvsysServer:
         return [row for row in self.predictions if row["run_id"] == run_id and kind in {None, row["kind"]}]
 
 
-class _Cut(Response):
+class _TruncatedResponse(Response):
     """A response that ends before it is complete, and closes the connection."""
 
     async def __call__(self, scope, receive, send):
-        head = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b'{"resu', "more_body": False})
 
 
-def html(status=200):
+def html_response(status=200):
     return HTMLResponse("<!doctype html><title>Please log in</title>", status)
 
 
-def answer(status, **headers):
+def error_response(status, **headers):
     return JSONResponse(
         {"error": "not today"}, status, {key.replace("_", "-"): value for key, value in headers.items()}
     )
 
 
-def _no_constant(text):
+def _reject_constant(text):
     raise ValueError(f"{text} is no JSON")
 
 

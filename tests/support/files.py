@@ -22,7 +22,7 @@ def read_json_lines(path: str | Path) -> list[Any]:
     return parse_json_lines(Path(path).read_text(encoding="utf-8"))
 
 
-def read_ledger(experiment: str | Path) -> Any:
+def read_experiment(experiment: str | Path) -> Any:
     """Return the content of ``experiment.json`` in the folder of an experiment."""
     return json.loads(Path(experiment, "experiment.json").read_text(encoding="utf-8"))
 

@@ -16,8 +16,8 @@ PROGRAM = """
     import importlib, os, sys
     import evsys_adapters
     from evsys_bus.delivery.courier import Courier
-    from evsys_bus.delivery.followed import Terms
-    from evsys_bus.tasks import run_alone
+    from evsys_bus.delivery.subscription import Terms
+    from evsys_bus.tasks import run_in_new_loop
 
     journal, package, adapter = sys.argv[1:]
     importlib.import_module(package)
@@ -27,14 +27,14 @@ PROGRAM = """
         if not child:
             courier = Courier(journal, "logger", eval(f"evsys_adapters.{adapter}"), Terms(), slice_seconds=0.002)
             courier.finish()
-            run_alone(courier.run)
+            run_in_new_loop(courier.run)
             os._exit(0)
         print(child, flush=True)
         print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
-def recorded(journal):
+def recorded_series(journal):
     """Return the points of the journal's steps and evals, by run, section and metric; re-run steps replace earlier."""
     reader, found = JournalReader(journal), {}
     for stream in reader.streams():
@@ -42,11 +42,13 @@ def recorded(journal):
             envelope = decode(record.payload)
             event = envelope.event
             if isinstance(event, TrainStart):
-                for points in [each for (run, _), its in found.items() if run == envelope.run for each in its.values()]:
+                for points in [
+                    each for (run, _), series in found.items() if run == envelope.run for each in series.values()
+                ]:
                     points[:] = [point for point in points if point[0] < event.state.step]
-            head = {"StepEnd": "train", "Eval": f"eval/{getattr(event, 'eval_name', '')}"}.get(type(event).__name__)
-            for key, value in event.metrics.items() if head else ():
-                found.setdefault((envelope.run, head), {}).setdefault(key, []).append((event.step_idx, value))
+            section = {"StepEnd": "train", "Eval": f"eval/{getattr(event, 'eval_name', '')}"}.get(type(event).__name__)
+            for key, value in event.metrics.items() if section else ():
+                found.setdefault((envelope.run, section), {}).setdefault(key, []).append((event.step_idx, value))
     return found
 
 
@@ -84,7 +86,7 @@ class Run:
         self.logger.on_run_end(self.ctx, RunResult(), ArmResult("run"))
 
 
-def deliver(journal, package, adapter, size, step_bytes):
+def deliver_with_kills(journal, package, adapter, size, step_bytes):
     """Deliver the journal, killing three couriers before one finishes; all are forked from one process.
 
     Args:
@@ -97,17 +99,17 @@ def deliver(journal, package, adapter, size, step_bytes):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(journal), package, adapter]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as program:
 
-        def begin():
+        def start_courier():
             program.stdin.write("go\n")
             return int(program.stdout.readline())
 
         for _ in range(3):
-            before, courier = size(), begin()
+            before, courier = size(), start_courier()
             while size() < before + step_bytes:
                 os.kill(courier, 0)  # raises if it has ended
                 time.sleep(0.001)
             os.kill(courier, signal.SIGKILL)
             assert program.stdout.readline() == "9\n"
-        begin()
+        start_courier()
         assert program.stdout.readline() == "0\n"
         program.stdin.close()

@@ -11,13 +11,13 @@ EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
 
 def run_evsys_bus(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run the installed command to its end; ``options`` go to `subprocess.run`."""
-    return _run([EVSYS_BUS, *map(str, arguments)], options)
+    return _run_command([EVSYS_BUS, *map(str, arguments)], options)
 
 
 def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run Python source to its end; ``options`` go to `subprocess.run`."""
-    return _run([sys.executable, "-c", source, *map(str, arguments)], options)
+    return _run_command([sys.executable, "-c", source, *map(str, arguments)], options)
 
 
-def _run(line: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(line, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # options may contain check
+def _run_command(command: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # options may contain check

@@ -106,14 +106,14 @@ class Memory:
     """Replaces memcached; without a cache the server looks up account and container at every request."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[str, float]] = {}
+        self._values: dict[str, tuple[str, float]] = {}
 
     def get(self, key, raise_on_error=False):
-        value, until = self._kept.get(key, ("null", 0.0))
-        return json.loads(value) if time.monotonic() < until else None
+        value, expiry = self._values.get(key, ("null", 0.0))
+        return json.loads(value) if time.monotonic() < expiry else None
 
     def set(self, key, value, serialize=True, time=0, min_compress_len=0, raise_on_error=False):
-        self._kept[key] = (json.dumps(value), _until(time))
+        self._values[key] = (json.dumps(value), _expiry(time))
 
     def incr(self, key, delta=1, time=0):
         count = (self.get(key) or 0) + delta
@@ -121,10 +121,10 @@ class Memory:
         return count
 
     def delete(self, key, server_key=None):
-        self._kept.pop(key, None)
+        self._values.pop(key, None)
 
 
-def _until(seconds: float) -> float:
+def _expiry(seconds: float) -> float:
     return time.monotonic() + (seconds or float("inf"))
 
 
@@ -132,14 +132,14 @@ def remembering(global_conf, **conf):
     """Make a Paste filter that gives every request the same `Memory`."""
     memory = Memory()
 
-    def around(app):
-        def answer(environ, start_response):
+    def wrap(app):
+        def handle(environ, start_response):
             environ["swift.cache"] = memory
             return app(environ, start_response)
 
-        return answer
+        return handle
 
-    return around
+    return wrap
 
 
 class S3Server:
@@ -171,9 +171,9 @@ class S3Server:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, stdout=log, stderr=log
             )
-        until = time.monotonic() + 30
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > until:
+        deadline = time.monotonic() + 30
+        while not self._is_ready():
+            if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError((self.folder / "server.log").read_text(errors="replace")[-2000:])
             time.sleep(0.05)
 
@@ -192,26 +192,26 @@ class S3Server:
             except subprocess.TimeoutExpired:
                 self.kill()
 
-    def let_read(self, bucket: str) -> None:
+    def grant_read(self, bucket: str) -> None:
         """Give the limited key read permission for this bucket."""
-        whoever = {"X-Auth-User": self.key, "X-Auth-Key": self.secret}
-        with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/auth/v1.0", headers=whoever)) as reply:
+        credentials = {"X-Auth-User": self.key, "X-Auth-Key": self.secret}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/auth/v1.0", headers=credentials)) as reply:
             url, token = reply.headers["X-Storage-Url"], reply.headers["X-Auth-Token"]
-        head = {"X-Auth-Token": token, "X-Container-Read": self.limited_key}
-        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", headers=head, method="POST")).close()
+        headers = {"X-Auth-Token": token, "X-Container-Read": self.limited_key}
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", headers=headers, method="POST")).close()
 
     @asynccontextmanager
-    async def behind_middle(self):
-        """Run a `Middle` in front of this server."""
-        middle = Middle(self)
-        async with middle.running():
-            yield middle
+    async def behind_proxy(self):
+        """Run a `InterceptingProxy` in front of this server."""
+        proxy = InterceptingProxy(self)
+        async with proxy.running():
+            yield proxy
 
     def data_files(self) -> list[Path]:
         """Return the files that contain the data of objects and parts."""
         return sorted((self.folder / "nodes").glob("d1/objects/**/*.data"))
 
-    def _answers(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.endpoint}/healthcheck", timeout=5) as reply:
                 return reply.status == 200
@@ -219,15 +219,15 @@ class S3Server:
             return False
 
 
-class Middle:
+class InterceptingProxy:
     """A proxy that sees whole requests, and may respond to them itself or change them."""
 
     def __init__(self, server: S3Server) -> None:
-        self.seen = []
+        self.requests = []
         """Method, path and headers of every request."""
-        self.on = None
+        self.on_request = None
         """Called with a request and its body; returns a response, or bytes to replace the body, or None."""
-        self.after = None
+        self.should_drop_reply = None
         """Called with a forwarded request; returns whether to drop the response."""
         self.endpoint = ""
         self._server = server
@@ -254,34 +254,34 @@ class Middle:
         from multidict import CIMultiDict
         from yarl import URL
 
-        self.seen.append((request.method, request.path_qs, request.headers))
+        self.requests.append((request.method, request.path_qs, request.headers))
         body = await request.read()
-        answer = self.on and await self.on(request, body)
-        if isinstance(answer, web.Response):
-            return answer
+        override = self.on_request and await self.on_request(request, body)
+        if isinstance(override, web.Response):
+            return override
         url = URL(f"{self._server.endpoint}{request.raw_path}", encoded=True)
-        skip = ["User-Agent", "Accept", "Accept-Encoding", "Content-Type"]
-        body = io.BytesIO(answer or body)
+        skipped_headers = ["User-Agent", "Accept", "Accept-Encoding", "Content-Type"]
+        body = io.BytesIO(override or body)
         async with self._session.request(
-            request.method, url, headers=request.headers, data=body, skip_auto_headers=skip
+            request.method, url, headers=request.headers, data=body, skip_auto_headers=skipped_headers
         ) as reply:
-            head = CIMultiDict(reply.headers)
-            head.pop("Transfer-Encoding", None)
+            headers = CIMultiDict(reply.headers)
+            headers.pop("Transfer-Encoding", None)
             if request.method != "HEAD":
-                head.pop("Content-Length", None)
+                headers.pop("Content-Length", None)
             body = await reply.read()
-            back = web.Response(status=reply.status, headers=head, body=body or None)
-        if self.after and await self.after(request):
+            response = web.Response(status=reply.status, headers=headers, body=body or None)
+        if self.should_drop_reply and await self.should_drop_reply(request):
             request.transport.abort()
-        return back
+        return response
 
     @staticmethod
-    def says(status: int, word: str | None = None, message: str = "", **head: str):
-        """Make a response: an S3 error with the code ``word``, or an empty one without."""
+    def make_response(status: int, code: str | None = None, message: str = "", **headers: str):
+        """Make a response: an S3 error with the code ``code``, or an empty one without."""
         from aiohttp import web
 
-        text = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>{message}</Message></Error>"
-        return web.Response(status=status, text=text if word else None, headers=head)
+        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        return web.Response(status=status, text=text if code else None, headers=headers)
 
 
 def free_ports(count: int) -> dict[str, int]:
@@ -327,7 +327,7 @@ def serve(folder: Path) -> None:
             ring.add_dev(device | {"replication_ip": "127.0.0.1", "replication_port": port})
             ring.rebalance()
             ring.get_ring().save(str(etc / f"{kind}.ring.gz"))
-    eventlet.spawn(end_with_parent)
+    eventlet.spawn(exit_with_parent)
     listening = {kind: eventlet.listen(("127.0.0.1", port)) for kind, port in ports.items()}
     threads = [
         eventlet.spawn(
@@ -343,7 +343,7 @@ def serve(folder: Path) -> None:
         thread.wait()
 
 
-def end_with_parent() -> None:
+def exit_with_parent() -> None:
     """Exit when the parent process ends, which closes its end of the pipe however it ends."""
     from eventlet.hubs import trampoline
 

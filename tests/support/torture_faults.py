@@ -28,13 +28,13 @@ INJECTED = (
 FOLDERS = ("journal", "journal/cursors", "journal/couriers", "out", "out/run", "store")
 
 
-def choose(scene, kinds, numbers):
+def choose_faults(scenario, kinds, numbers):
     """Choose some of these at random; only those that ``--only`` and ``--but`` allow."""
-    allowed = [each for each in kinds if scene.allows(each.__name__)]
-    return [scene.chance.choice(allowed) for _ in range(scene.chance.choice(numbers))] if allowed else []
+    allowed = [each for each in kinds if scenario.is_allowed(each.__name__)]
+    return [scenario.chance.choice(allowed) for _ in range(scenario.chance.choice(numbers))] if allowed else []
 
 
-def exchange(one, other):
+def exchange_names(one, other):
     """Swap two names atomically, which two renames cannot do."""
     at_cwd, rename_exchange = -100, 2
     code = ctypes.CDLL(None, use_errno=True).renameat2(
@@ -48,28 +48,28 @@ def exchange(one, other):
 # -- during a life ----------------------------------------------------------------------------------------------------
 
 
-def stop_trainer(scene, life):
-    seconds = scene.chance.uniform(0.2, 3.0)
-    scene.note("stop_trainer")
+def stop_trainer(scenario, life):
+    seconds = scenario.chance.uniform(0.2, 3.0)
+    scenario.note("stop_trainer")
     life.send(signal.SIGSTOP)
     time.sleep(seconds)
     life.send(signal.SIGCONT)
     life.stopped_seconds += seconds
 
 
-def stop_courier(scene, life):
-    pids = scene.courier_pids()
+def stop_courier(scenario, life):
+    pids = scenario.courier_pids()
     if not pids:
         return
-    scene.note("stop_courier")
+    scenario.note("stop_courier")
     _signal(pids, signal.SIGSTOP)
-    life.pause(scene.chance.uniform(0.2, 3.0))
+    life.pause(scenario.chance.uniform(0.2, 3.0))
     _signal(pids, signal.SIGCONT)
 
 
-def kill_courier(scene, life):
-    scene.note("kill_courier")
-    scene.kill_couriers()
+def kill_courier(scenario, life):
+    scenario.note("kill_courier")
+    scenario.kill_couriers()
 
 
 def _signal(pids, number):
@@ -78,127 +78,127 @@ def _signal(pids, number):
             os.kill(pid, number)
 
 
-def limit_size(scene, life):
+def limit_size(scenario, life):
     """Limit the size of files for a while."""
-    scene.note("limit_size")
-    _limit(scene, life, resource.RLIMIT_FSIZE, scene.chance.choice((0, 500, 5_000, 50_000)))
+    scenario.note("limit_size")
+    _limit_for_a_while(scenario, life, resource.RLIMIT_FSIZE, scenario.chance.choice((0, 500, 5_000, 50_000)))
 
 
-def limit_files(scene, life):
+def limit_files(scenario, life):
     """Limit the number of open files for a while."""
-    scene.note("limit_files")
-    _limit(scene, life, resource.RLIMIT_NOFILE, scene.chance.choice((3, 8, 12, 20)))
+    scenario.note("limit_files")
+    _limit_for_a_while(scenario, life, resource.RLIMIT_NOFILE, scenario.chance.choice((3, 8, 12, 20)))
 
 
-def _limit(scene, life, what, soft):
-    pids = [life.process.pid] if scene.chance.random() < 0.5 else scene.courier_pids() or [life.process.pid]
+def _limit_for_a_while(scenario, life, what, soft):
+    pids = [life.process.pid] if scenario.chance.random() < 0.5 else scenario.courier_pids() or [life.process.pid]
     before = resource.getrlimit(what)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, (soft, before[1]))
-    life.pause(scene.chance.uniform(0.1, 1.5))
-    for pid in {*pids, life.process.pid, *scene.courier_pids()}:  # a courier may have been started meanwhile
+    life.pause(scenario.chance.uniform(0.1, 1.5))
+    for pid in {*pids, life.process.pid, *scenario.courier_pids()}:  # a courier may have been started meanwhile
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, before)
 
 
-def disk_full(scene, life):
+def disk_full(scenario, life):
     """Fill the disk, then free it."""
-    if not scene.disk:
-        if not scene.tools.mounts:
-            scene.skip("disk_full")
+    if not scenario.disk:
+        if not scenario.tools.mounts:
+            scenario.skip("disk_full")
         return
-    scene.note("disk_full")
-    ballast = scene.work / "ballast"
+    scenario.note("disk_full")
+    ballast = scenario.work / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    life.pause(scene.chance.uniform(0.1, 1.5))
+    life.pause(scenario.chance.uniform(0.1, 1.5))
     ballast.unlink(missing_ok=True)
 
 
-def link_to_itself(scene, life):
+def link_to_itself(scenario, life):
     """Replace a folder by a link to itself for a while."""
-    path = _folder(scene)
+    path = _choose_folder(scenario)
     if path is not None:
-        scene.note("link_to_itself", str(path))
-        _put_in_place(scene, life, path, lambda other: other.symlink_to(path.name))
+        scenario.note("link_to_itself", str(path))
+        _swap_for_a_while(scenario, life, path, lambda other: other.symlink_to(path.name))
 
 
-def link_elsewhere(scene, life):
+def link_elsewhere(scenario, life):
     """Move a folder elsewhere for a while, with a link to it in its place."""
-    path = _folder(scene)
+    path = _choose_folder(scenario)
     if path is not None:
-        scene.note("link_elsewhere", str(path))
+        scenario.note("link_elsewhere", str(path))
         other = path.with_name(f"{path.name}.aside")
-        _put_in_place(scene, life, path, lambda link: link.symlink_to(other.name))
+        _swap_for_a_while(scenario, life, path, lambda link: link.symlink_to(other.name))
 
 
-def empty_elsewhere(scene, life):
+def empty_elsewhere(scenario, life):
     """Replace a folder by an empty one for a while."""
-    path = scene.journal / scene.chance.choice(("cursors", "couriers"))
+    path = scenario.journal / scenario.chance.choice(("cursors", "couriers"))
     if path.is_dir() and not path.is_symlink():
-        scene.note("empty_elsewhere", str(path))
-        _put_in_place(scene, life, path, Path.mkdir)
+        scenario.note("empty_elsewhere", str(path))
+        _swap_for_a_while(scenario, life, path, Path.mkdir)
 
 
-def _folder(scene):
-    path = scene.work / scene.chance.choice(FOLDERS)
+def _choose_folder(scenario):
+    path = scenario.work / scenario.chance.choice(FOLDERS)
     return path if path.is_dir() and not path.is_symlink() else None
 
 
-def _put_in_place(scene, life, path, make):
+def _swap_for_a_while(scenario, life, path, make):
     other = path.with_name(f"{path.name}.aside")
     make(other)
-    exchange(path, other)
+    exchange_names(path, other)
     try:
-        life.pause(scene.chance.uniform(0.1, 1.0))
+        life.pause(scenario.chance.uniform(0.1, 1.0))
     finally:
-        exchange(path, other)
+        exchange_names(path, other)
         if other.is_symlink():
             other.unlink()
         else:
             shutil.rmtree(other, ignore_errors=True)
 
 
-def unreadable(scene, life):
+def unreadable(scenario, life):
     """Take permissions from a folder for a while."""
-    path = _folder(scene)
+    path = _choose_folder(scenario)
     if path is None:
         return
-    if scene.tools.unprivileged is None:
-        scene.skip("unreadable")
+    if scenario.tools.unprivileged is None:
+        scenario.skip("unreadable")
         return
-    scene.note("unreadable", str(path))
+    scenario.note("unreadable", str(path))
     mode = path.stat().st_mode & 0o777
-    path.chmod(scene.chance.choice((0, 0o500, 0o300)))
+    path.chmod(scenario.chance.choice((0, 0o500, 0o300)))
     try:
-        life.pause(scene.chance.uniform(0.1, 1.0))
+        life.pause(scenario.chance.uniform(0.1, 1.0))
     finally:
         path.chmod(mode)
 
 
-def failing_calls(scene, life):
+def failing_calls(scenario, life):
     """Make system calls of the trainer or of a courier fail for a while."""
-    if scene.tools.strace is None:
-        scene.skip("failing_calls")
+    if scenario.tools.strace is None:
+        scenario.skip("failing_calls")
         return
-    calls, errors = scene.chance.choice(INJECTED)
+    calls, errors = scenario.chance.choice(INJECTED)
     if "write" in calls and (life.plan["entry"] == "uvloop" or life.plan["couriers"] == "thread"):
         calls, errors = INJECTED[0]  # libuv aborts if it cannot write to its wake-up pipe; courier threads use it too
-    pids = scene.courier_pids()
-    pid = scene.chance.choice(pids) if pids and scene.chance.random() < 0.6 else life.process.pid
-    error, when = scene.chance.choice(errors), scene.chance.choice(("1+", "3+", "1+2", "2+7"))
-    whose = "trainer" if pid == life.process.pid else "courier"
-    scene.note("failing_calls", f"{whose} {calls} {error} {when}")
-    scene.counts[f"failing_calls: {calls.partition(',')[0]} of the {whose}"] += 1
+    pids = scenario.courier_pids()
+    pid = scenario.chance.choice(pids) if pids and scenario.chance.random() < 0.6 else life.process.pid
+    error, when = scenario.chance.choice(errors), scenario.chance.choice(("1+", "3+", "1+2", "2+7"))
+    target = "trainer" if pid == life.process.pid else "courier"
+    scenario.note("failing_calls", f"{target} {calls} {error} {when}")
+    scenario.counts[f"failing_calls: {calls.partition(',')[0]} of the {target}"] += 1
     # Threads are traced (-f), but no child process that is cloned while strace detaches.
-    line = ["strace", "-f", "-q", "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when={when}"]
+    command = ["strace", "-f", "-q", "-e", f"trace={calls}", "-e", f"inject={calls}:error={error}:when={when}"]
     with subprocess.Popen(
-        [*line, "-o", "/dev/null", "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [*command, "-o", "/dev/null", "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as tracer:  # fmt: skip
-        life.pause(scene.chance.uniform(0.2, 1.2))
+        life.pause(scenario.chance.uniform(0.2, 1.2))
         tracer.terminate()
         try:
             tracer.wait(10)
@@ -206,37 +206,37 @@ def failing_calls(scene, life):
             tracer.kill()
 
 
-def clock_jumps(scene, life):
+def clock_jumps(scenario, life):
     """Set the clock while processes run."""
-    if scene.tools.clock is None:
-        scene.skip("clock_jumps")
+    if scenario.tools.clock is None:
+        scenario.skip("clock_jumps")
         return
-    scene.note("clock_jumps")
-    scene.set_clock(_offset(scene))
-    life.pause(scene.chance.uniform(0.0, 0.5))
+    scenario.note("clock_jumps")
+    scenario.set_clock(_choose_offset(scenario))
+    life.pause(scenario.chance.uniform(0.0, 0.5))
 
 
-def sink_away(scene, life):
-    scene.note("sink_away")
-    _while_there(scene, life, scene.work / "away")
+def sink_away(scenario, life):
+    scenario.note("sink_away")
+    _with_file_for_a_while(scenario, life, scenario.work / "away")
 
 
-def sink_slow(scene, life):
-    scene.note("sink_slow")
-    _while_there(scene, life, scene.work / "slow")
+def sink_slow(scenario, life):
+    scenario.note("sink_slow")
+    _with_file_for_a_while(scenario, life, scenario.work / "slow")
 
 
-def _while_there(scene, life, path):
+def _with_file_for_a_while(scenario, life, path):
     with contextlib.suppress(OSError):
         path.touch()
-    life.pause(scene.chance.uniform(0.2, 1.5))
+    life.pause(scenario.chance.uniform(0.2, 1.5))
     path.unlink(missing_ok=True)
 
 
-def sync_beside(scene, life):
+def sync_beside(scenario, life):
     """Run `evsys-bus sync` while the program runs; it may be killed."""
-    scene.note("sync_beside")
-    _sync(scene, scene.chance.choice((None, 0.3, 0.8, 1.5)), "--timeout", "1")
+    scenario.note("sync_beside")
+    _run_sync(scenario, scenario.chance.choice((None, 0.3, 0.8, 1.5)), "--timeout", "1")
 
 
 DURING = (
@@ -248,13 +248,13 @@ DURING = (
 # -- between two lives ------------------------------------------------------------------------------------------------
 
 
-def _sync(scene, seconds, *arguments):
+def _run_sync(scenario, seconds, *arguments):
     """Run `sync`, and kill it after ``seconds`` or wait for it; it may fail, but must end without a traceback."""
-    line = [EVSYS_BUS, "sync", str(scene.journal), *arguments]
-    log = scene.notes / f"sync-{scene.counts['syncs']}.txt"
-    scene.counts["syncs"] += 1
+    command = [EVSYS_BUS, "sync", str(scenario.journal), *arguments]
+    log = scenario.notes / f"sync-{scenario.counts['syncs']}.txt"
+    scenario.counts["syncs"] += 1
     with log.open("wb") as file, subprocess.Popen(
-        [*scene.prefix, *line], env=scene.environment(), stdout=file, stderr=file, start_new_session=True
+        [*scenario.prefix, *command], env=scenario.environment(), stdout=file, stderr=file, start_new_session=True
     ) as process:  # fmt: skip
         try:
             process.wait(90 if seconds is None else seconds)
@@ -263,86 +263,90 @@ def _sync(scene, seconds, *arguments):
             process.wait()
             if seconds is None:
                 raise AssertionError(f"sync had not ended after 90 s: {log.read_text()}") from None
-            scene.counts["syncs killed"] += 1
+            scenario.counts["syncs killed"] += 1
     if process.returncode == 1:
         raise AssertionError(f"sync ended with a traceback: {log.read_text(errors='replace')[-3000:]}")
 
 
-def sync_killed(scene):
-    scene.note("sync_killed")
-    _sync(scene, scene.chance.uniform(0.2, 2.0))
+def sync_killed(scenario):
+    scenario.note("sync_killed")
+    _run_sync(scenario, scenario.chance.uniform(0.2, 2.0))
 
 
-def two_syncs(scene):
+def two_syncs(scenario):
     """Run two `sync` commands at once; one of them may refuse because of the other."""
-    scene.note("two_syncs")
-    line = [*scene.prefix, EVSYS_BUS, "sync", str(scene.journal)]
-    both = [
+    scenario.note("two_syncs")
+    command = [*scenario.prefix, EVSYS_BUS, "sync", str(scenario.journal)]
+    processes = [
         subprocess.Popen(
-            line, env=scene.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command, env=scenario.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         for _ in range(2)
     ]
-    for process in both:
+    for process in processes:
         try:
-            _, said = process.communicate(timeout=90)
+            _, stderr = process.communicate(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             raise AssertionError("one of two syncs had not ended after 90 s") from None
         if process.returncode == 1:
-            raise AssertionError(f"one of two syncs ended with a traceback: {said[-3000:].decode()}")
+            raise AssertionError(f"one of two syncs ended with a traceback: {stderr[-3000:].decode()}")
 
 
-def cursor_damaged(scene):
-    scene.note("cursor_damaged", _damage(scene, scene.journal.glob("cursors/*.json")))
+def cursor_damaged(scenario):
+    scenario.note("cursor_damaged", _damage_one(scenario, scenario.journal.glob("cursors/*.json")))
 
 
-def spec_damaged(scene):
+def spec_damaged(scenario):
     """Damage the file that describes how to build an adapter; only the next life can write it again, so require one."""
-    names = {*scene.followers.values(), "checkpoint_upload"}
-    paths = [path for name in names for path in scene.journal.glob(f"couriers/{name}.spec.json")]
-    scene.note("spec_damaged", _damage(scene, paths))
-    scene.away.clear()
-    scene.needs_life = True
+    names = {*scenario.followers.values(), "checkpoint_upload"}
+    paths = [path for name in names for path in scenario.journal.glob(f"couriers/{name}.spec.json")]
+    scenario.note("spec_damaged", _damage_one(scenario, paths))
+    scenario.away.clear()
+    scenario.needs_life = True
 
 
-def state_damaged(scene):
-    scene.note("state_damaged", _damage(scene, scene.journal.glob("couriers/*.state.json")))
+def state_damaged(scenario):
+    scenario.note("state_damaged", _damage_one(scenario, scenario.journal.glob("couriers/*.state.json")))
 
 
-def spool_damaged(scene):
-    scene.note("spool_damaged", _damage(scene, (scene.work / "out" / "run" / "spool").glob("*/*/entry.json")))
+def spool_damaged(scenario):
+    scenario.note(
+        "spool_damaged", _damage_one(scenario, (scenario.work / "out" / "run" / "spool").glob("*/*/entry.json"))
+    )
 
 
-def latest_damaged(scene):
+def latest_damaged(scenario):
     """Damage ``latest.json`` in the store; the next checkpoint repairs it."""
-    scene.latest_damaged_at = scene.life_number
-    scene.note("latest_damaged", _damage(scene, (scene.work / "store").glob("run/latest.json")))
+    scenario.latest_damaged_at = scenario.life_number
+    scenario.note("latest_damaged", _damage_one(scenario, (scenario.work / "store").glob("run/latest.json")))
 
 
-def journal_file_damaged(scene):
+def journal_file_damaged(scenario):
     """Damage ``journal.json``, which has the format version. (A later version is refused, and not tested here.)"""
     ways = ("cut", "empty", "remove", "zeros")
-    scene.note("journal_file_damaged", _damage(scene, scene.journal.glob("journal.json"), ways))
+    scenario.note("journal_file_damaged", _damage_one(scenario, scenario.journal.glob("journal.json"), ways))
 
 
-def owner_damaged(scene):
+def owner_damaged(scenario):
     """Damage the small file that records the owner of a CSV file."""
-    scene.note("owner_damaged", _damage(scene, (scene.work / "out").glob(".*.run"), ways=("cut", "empty", "remove")))
+    scenario.note(
+        "owner_damaged", _damage_one(scenario, (scenario.work / "out").glob(".*.run"), ways=("cut", "empty", "remove"))
+    )
 
 
-def _damage(scene, paths, ways=("cut", "empty", "remove", "folder", "link", "other", "zeros")):
+def _damage_one(scenario, paths, ways=("cut", "empty", "remove", "folder", "link", "other", "zeros")):
     """Damage one of these small files; returns what was done."""
     paths = sorted(path for path in paths if path.is_file())
     if not paths:
         return "nothing there"
-    path, way = scene.chance.choice(paths), scene.chance.choice(ways)
+    path, way = scenario.chance.choice(paths), scenario.chance.choice(ways)
     content = path.read_bytes()
     if way in {"remove", "folder", "link"}:
         path.unlink()
     if way == "cut":
-        path.write_bytes(content[: scene.chance.randrange(len(content) + 1)])
+        path.write_bytes(content[: scenario.chance.randrange(len(content) + 1)])
     elif way == "empty":
         path.write_bytes(b"")
     elif way == "zeros":
@@ -353,78 +357,78 @@ def _damage(scene, paths, ways=("cut", "empty", "remove", "folder", "link", "oth
         path.mkdir()
     elif way == "link":
         path.symlink_to(path.name)
-    return f"{way} {path.relative_to(scene.work)}"
+    return f"{way} {path.relative_to(scenario.work)}"
 
 
-def follower_renamed(scene):
-    if scene.needs_life:
+def subscription_renamed(scenario):
+    if scenario.needs_life:
         return  # a damaged spec under a name that is not used any more would stay damaged
-    what = scene.chance.choice(sorted(scene.followers))
-    scene.old_names.setdefault(what, []).append(scene.followers[what])
-    scene.followers[what] = f"{what}-{scene.life_number}"
-    scene.note("subscription_renamed", scene.followers[what])
+    what = scenario.chance.choice(sorted(scenario.followers))
+    scenario.old_names.setdefault(what, []).append(scenario.followers[what])
+    scenario.followers[what] = f"{what}-{scenario.life_number}"
+    scenario.note("subscription_renamed", scenario.followers[what])
 
 
-def follower_added(scene):
-    what = f"added{scene.life_number}"
-    if what not in scene.followers:
-        scene.followers[what] = what
-        scene.note("subscription_added", what)
+def subscription_added(scenario):
+    what = f"added{scenario.life_number}"
+    if what not in scenario.followers:
+        scenario.followers[what] = what
+        scenario.note("subscription_added", what)
 
 
-def follower_removed(scene):
-    if scene.needs_life:
+def subscription_removed(scenario):
+    if scenario.needs_life:
         return  # for the same reason
-    what = scene.chance.choice(sorted(scene.followers))
-    if what in scene.away:
-        scene.away.discard(what)
-        scene.note("subscription_restored", what)
+    what = scenario.chance.choice(sorted(scenario.followers))
+    if what in scenario.away:
+        scenario.away.discard(what)
+        scenario.note("subscription_restored", what)
     else:
-        scene.away.add(what)
-        scene.note("subscription_removed", what)
+        scenario.away.add(what)
+        scenario.note("subscription_removed", what)
 
 
-def output_removed(scene):
+def output_removed(scenario):
     """Remove the output of an adapter, as a person might."""
-    what = scene.chance.choice(("table", "logs", "board"))
-    out = scene.work / "out"
+    what = scenario.chance.choice(("table", "logs", "board"))
+    out = scenario.work / "out"
     path = {"table": out / "metrics.csv", "logs": out / "run" / "logs", "board": out / "tensorboard"}[what]
-    scene.note("output_removed", what)
-    scene.emptied[what] = scene.life_number + 1
+    scenario.note("output_removed", what)
+    scenario.output_since[what] = scenario.life_number + 1
     for _ in range(50):
         try:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        except OSError:  # a courier that lingers writes into it
+        except OSError:  # a courier in its linger period writes into it
             time.sleep(0.02)
         else:
             break
 
 
-def machine_restarted(scene):
+def machine_restarted(scenario):
     """Make the stream locks look as if the machine had been restarted."""
-    scene.kill_couriers()
-    for lock in scene.journal.glob("[rc]*/lock"):
+    scenario.kill_couriers()
+    for lock in scenario.journal.glob("[rc]*/lock"):
         with contextlib.suppress(OSError, ValueError):
             owner = json.loads(lock.read_text().split("\n")[-1])
             with lock.open("a") as file:
-                file.write("\n" + json.dumps(owner | {"boot": f"another-{scene.life_number}"}))
-    scene.note("machine_restarted")
+                file.write("\n" + json.dumps(owner | {"boot": f"another-{scenario.life_number}"}))
+    scenario.note("machine_restarted")
 
 
-def clock_set(scene):
+def clock_set(scenario):
     """Set the clock between two lives."""
-    if scene.tools.clock is None:
-        scene.skip("clock_set")
+    if scenario.tools.clock is None:
+        scenario.skip("clock_set")
         return
-    scene.note("clock_set")
-    scene.set_clock(_offset(scene))
+    scenario.note("clock_set")
+    scenario.set_clock(_choose_offset(scenario))
 
 
-def _offset(scene):
-    return scene.chance.choice((-7 * DAY, -DAY, -60, 0, 60, DAY, 7 * DAY))
+def _choose_offset(scenario):
+    return scenario.chance.choice((-7 * DAY, -DAY, -60, 0, 60, DAY, 7 * DAY))
 
 
 BETWEEN = (
@@ -433,10 +437,10 @@ BETWEEN = (
         latest_damaged,
         journal_file_damaged,
         owner_damaged,
-        follower_renamed,
-        follower_added,
-        follower_removed,
-        follower_removed,
+        subscription_renamed,
+        subscription_added,
+        subscription_removed,
+        subscription_removed,
     ),
     *(output_removed, machine_restarted, machine_restarted, clock_set, clock_set),
 )

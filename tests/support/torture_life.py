@@ -20,20 +20,20 @@ class NotEndedError(Exception):
 class Life:
     """One process of the trainer, called a life; later lives continue its run."""
 
-    def __init__(self, scene, plan):
+    def __init__(self, scenario, plan):
         self.plan = plan
-        self.acks, self.entered, self.over = [], threading.Event(), threading.Event()
-        self.stream = self.unrecorded_at_end = self.asked_at = self.raised = None
+        self.acks, self.entered, self.finished = [], threading.Event(), threading.Event()
+        self.stream = self.unrecorded_at_end = self.exit_requested_at = self.raised_report = None
         self.stopped_seconds = 0.0
         number = plan["life"]
-        file = scene.notes / f"plan-{number}.json"
+        file = scenario.notes / f"plan-{number}.json"
         file.write_text(json.dumps(plan))
-        self.log = scene.notes / f"stderr-{number}.txt"
+        self.log = scenario.notes / f"stderr-{number}.txt"
         read, write = os.pipe()
-        line = [*scene.prefix, sys.executable, str(TRAINER), str(file), str(write)]
+        line = [*scenario.prefix, sys.executable, str(TRAINER), str(file), str(write)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                line, env=scene.environment(), stdout=log, stderr=log, pass_fds=[write], start_new_session=True
+                line, env=scenario.environment(), stdout=log, stderr=log, pass_fds=[write], start_new_session=True
             )
         os.close(write)
         self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
@@ -43,21 +43,21 @@ class Life:
         with os.fdopen(read, "rb") as pipe:
             for line in pipe:
                 try:
-                    said = json.loads(line)
+                    message = json.loads(line)
                 except ValueError:
                     continue  # cut short by a kill
-                if said["what"] == "entered":
-                    self.stream = said["stream"]
+                if message["what"] == "entered":
+                    self.stream = message["stream"]
                     self.entered.set()
-                elif said["what"] == "leaving":
-                    self.asked_at = self.asked_at or time.monotonic()
-                elif said["what"] == "left":
-                    self.unrecorded_at_end = said.get("unrecorded")
-                elif said["what"] == "raised":
-                    self.raised = said
+                elif message["what"] == "leaving":
+                    self.exit_requested_at = self.exit_requested_at or time.monotonic()
+                elif message["what"] == "left":
+                    self.unrecorded_at_end = message.get("unrecorded")
+                elif message["what"] == "raised":
+                    self.raised_report = message
                 else:
-                    self.acks.append(said)
-        self.over.set()
+                    self.acks.append(message)
+        self.finished.set()
 
     @property
     def alive(self):
@@ -73,13 +73,13 @@ class Life:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
 
-    def pause(self, seconds):
+    def run_for(self, seconds):
         """Wait for this time, or until the process ends."""
         deadline = time.monotonic() + seconds
         while self.alive and time.monotonic() < deadline:
             time.sleep(0.01)
 
-    def wait_end(self, seconds):
+    def wait_exit(self, seconds):
         """Wait until the process ends; on timeout kill it and raise `NotEndedError`."""
         try:
             self.process.wait(seconds)
@@ -87,14 +87,14 @@ class Life:
             stacks = self._stacks()
             self.send(signal.SIGKILL)
             self.process.wait()
-            late = f"life {self.plan['life']} had not ended {seconds:.0f} s after it should have: {stacks}"
-            raise NotEndedError(late) from None
+            message = f"life {self.plan['life']} had not ended {seconds:.0f} s after it should have: {stacks}"
+            raise NotEndedError(message) from None
         finally:
             self._thread.join(10)
 
     def _stacks(self):
-        found = []
+        stacks = []
         for task in Path(f"/proc/{self.process.pid}/task").glob("*"):
             with contextlib.suppress(OSError):
-                found.append((task / "wchan").read_text() + " " + (task / "comm").read_text().strip())
-        return found
+                stacks.append((task / "wchan").read_text() + " " + (task / "comm").read_text().strip())
+        return stacks

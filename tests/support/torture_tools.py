@@ -58,13 +58,13 @@ class Tools:
     """The tools that this machine has; faults that need a missing one are counted as skipped."""
 
     def __init__(self, folder):
-        self.clock = self._clock(folder)
-        self.strace = shutil.which("strace") if self._straces() else None
-        self.mounts = self._mounts(folder)
-        self.unprivileged = self._unprivileged()
+        self.clock = self._build_clock(folder)
+        self.strace = shutil.which("strace") if self._can_strace() else None
+        self.mounts = self._can_mount(folder)
+        self.unprivileged = self._unprivileged_prefix()
 
     @staticmethod
-    def _clock(folder):
+    def _build_clock(folder):
         compiler, library = shutil.which("cc") or shutil.which("gcc"), folder / "clock.so"
         if compiler is None:
             return None
@@ -75,27 +75,27 @@ class Tools:
         (folder / "an-hour").write_bytes((3600).to_bytes(8, "little"))
         environment = os.environ | {"LD_PRELOAD": str(library), "TORTURE_CLOCK": str(folder / "an-hour")}
         line = [sys.executable, "-c", "import time; print(time.time())"]
-        said = subprocess.run(line, check=False, capture_output=True, env=environment).stdout
-        return library if said and float(said) - time.time() > 3000 else None
+        output = subprocess.run(line, check=False, capture_output=True, env=environment).stdout
+        return library if output and float(output) - time.time() > 3000 else None
 
     @staticmethod
-    def _straces():
+    def _can_strace():
         if shutil.which("strace") is None:
             return False
         line = ["strace", "-e", "inject=fsync:error=EIO", "-o", "/dev/null", sys.executable, "-c", "pass"]
         return subprocess.run(line, check=False, capture_output=True).returncode == 0
 
     @staticmethod
-    def _mounts(folder):
-        place = folder / "mount"
-        place.mkdir()
-        line = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    def _can_mount(folder):
+        mount_point = folder / "mount"
+        mount_point.mkdir()
+        line = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)]
         if os.geteuid() or shutil.which("mount") is None or subprocess.run(line, check=False).returncode:
             return False
-        return subprocess.run(["umount", str(place)], check=False).returncode == 0
+        return subprocess.run(["umount", str(mount_point)], check=False).returncode == 0
 
     @staticmethod
-    def _unprivileged():
+    def _unprivileged_prefix():
         """Return the prefix of a command that makes file modes apply to it, which root ignores; None if impossible."""
         if os.geteuid():
             return []

@@ -34,18 +34,18 @@ from evsys_bus import (
     build_callbacks,
 )
 from evsys_bus.errors import EvsysBusError
-from evsys_bus.journal import JournalWriter, Retain
+from evsys_bus.journal import JournalWriter, RetentionPolicy
 
-HORIZON = 1_000_000
+NUM_STEPS_BASE = 1_000_000
 """``num_steps`` of a life is this plus the number of the life, which identifies it."""
 
 
-def value_of(life, step):
+def metric_value(life, step):
     """Return the metric of a step in a life; a 32-bit float represents it exactly."""
     return float(life * 1000 + step % 1000)
 
 
-class Inline(Callback):
+class InlineCounter(Callback):
     """An inline callback that counts steps."""
 
     def __init__(self):
@@ -62,7 +62,7 @@ class Life:
         self.plan, self.pipe = plan, pipe
         self.work = Path(plan["work"])
         self.run_dir = self.work / "out" / "run"
-        retain = None if plan["retain_bytes"] is None else Retain(max_bytes=plan["retain_bytes"])
+        retain = None if plan["retain_bytes"] is None else RetentionPolicy(max_bytes=plan["retain_bytes"])
         self.writer = JournalWriter(
             self.work / "journal",
             segment_bytes=plan["segment_bytes"],
@@ -72,14 +72,14 @@ class Life:
         )
         self.step = plan["first"]
         context = LogContext(output_dir=self.run_dir.parent, run_key=self.run_dir.name)
-        horizon = HORIZON + plan["life"]
-        self.state = LoopState(step=self.step, num_steps=horizon, output_dir=self.run_dir, ctx=context)
+        num_steps = NUM_STEPS_BASE + plan["life"]
+        self.state = LoopState(step=self.step, num_steps=num_steps, output_dir=self.run_dir, ctx=context)
         self.bus = None
 
     def make_bus(self):
         plan = self.plan
         self.bus = EventBus(
-            [Inline(), *build_callbacks(plan["specs"])],
+            [InlineCounter(), *build_callbacks(plan["specs"])],
             journal=self.writer,
             linger_seconds=plan["linger_seconds"],
             drain_timeout=plan["drain_timeout"],
@@ -87,7 +87,7 @@ class Life:
         )
         return self.bus
 
-    def say(self, what, **facts):
+    def send(self, what, **facts):
         """Send a line to the parent; a write that fails by an injected fault is retried."""
         line = json.dumps({"what": what, **facts}).encode() + b"\n"
         for _ in range(100):
@@ -103,24 +103,24 @@ class Life:
     def publish(self, event, what, step, **facts):
         self.bus.publish(event)
         writer = self.writer
-        place = {"stream": writer.stream, "seq": writer.next_sequence - 1}
-        missing = {"unrecorded": writer.unrecorded, "lost": writer.lost}
-        self.say(what, step=step, **place, **missing, **facts)
+        position = {"stream": writer.stream, "seq": writer.next_sequence - 1}
+        losses = {"unrecorded": writer.unrecorded, "lost": writer.lost}
+        self.send(what, step=step, **position, **losses, **facts)
 
-    def start(self):
+    def publish_start(self):
         self.publish(TrainStart(self.state), "start", self.step)
 
-    def one_step(self):
+    def run_step(self):
         step = self.state.step = self.step
-        metrics = {"value": value_of(self.plan["life"], step), "life": float(self.plan["life"])}
+        metrics = {"value": metric_value(self.plan["life"], step), "life": float(self.plan["life"])}
         self.publish(StepEnd(self.state, step, TrainingBatch(), metrics), "step", step)
         self.step += 1
         if step % self.plan["save_every"] == self.plan["save_every"] - 1:
-            self.save(step)
+            self.save_checkpoint(step)
         if step % 20 == 0:
             self.bus.health()  # it never raises
 
-    def save(self, step):
+    def save_checkpoint(self, step):
         """Save and publish a checkpoint, or skip it if the disk refuses to write it, as any program would."""
         name = f"life{self.plan['life']:03d}-{step:06d}"
         folder = self.run_dir / "checkpoints" / name
@@ -133,49 +133,49 @@ class Life:
         row = ManifestRow(name, batch=step, state_path=str(folder))
         self.publish(Checkpoint(self.state, row), "checkpoint", step, name=name)
 
-    def end(self):
+    def publish_end(self):
         self.publish(TrainEnd(self.state, LoopArtifacts()), "end", self.state.step)
 
-    def is_over(self):
-        return time.monotonic() > self.until
+    def is_time_up(self):
+        return time.monotonic() > self.end_time
 
-    def begin(self):
-        self.until = time.monotonic() + self.plan["seconds"]
-        self.say("entered", stream=self.writer.stream)
-        self.start()
+    def start_run(self):
+        self.end_time = time.monotonic() + self.plan["seconds"]
+        self.send("entered", stream=self.writer.stream)
+        self.publish_start()
 
-    def left(self):
+    def report_exit(self):
         receipt = None if self.bus is None else self.bus.receipt
         facts = {} if receipt is None else {"unrecorded": receipt.unrecorded, "recorded": receipt.recorded}
-        self.say("left", told=receipt is not None, **facts)
+        self.send("left", told=receipt is not None, **facts)
 
-    async def live_async(self):
+    async def run_async(self):
         try:
             async with self.make_bus():
                 try:
-                    self.begin()
-                    while not self.is_over():
-                        self.one_step()
+                    self.start_run()
+                    while not self.is_time_up():
+                        self.run_step()
                         await asyncio.sleep(self.plan["pace_seconds"])
-                    self.end()
+                    self.publish_end()
                 finally:
-                    self.say("leaving")
+                    self.send("leaving")
         finally:
-            self.left()
+            self.report_exit()
 
-    def live_sync(self):
+    def run_sync(self):
         try:
             with self.make_bus():
                 try:
-                    self.begin()
-                    while not self.is_over():
-                        self.one_step()
+                    self.start_run()
+                    while not self.is_time_up():
+                        self.run_step()
                         time.sleep(self.plan["pace_seconds"])
-                    self.end()
+                    self.publish_end()
                 finally:
-                    self.say("leaving")
+                    self.send("leaving")
         finally:
-            self.left()
+            self.report_exit()
 
 
 def main():
@@ -186,18 +186,18 @@ def main():
     life = Life(plan, int(sys.argv[2]))
     try:
         if plan["entry"] == "sync":
-            life.live_sync()
+            life.run_sync()
         else:
             factory = uvloop.new_event_loop if plan["entry"] == "uvloop" else asyncio.new_event_loop
             with asyncio.Runner(loop_factory=factory) as runner:
-                runner.run(life.live_async())
+                runner.run(life.run_async())
     except (EvsysBusError, OSError) as error:
         # The journal may refuse to open while its directory is missing: that is no failure of the test.
         entered = life.bus is not None and life.bus.receipt is not None
-        life.say("raised", error=f"{type(error).__name__}: {error}", entered=entered, trace=traceback.format_exc())
+        life.send("raised", error=f"{type(error).__name__}: {error}", entered=entered, trace=traceback.format_exc())
         return 7
     except Exception:
-        life.say("raised", error="", entered=True, trace=traceback.format_exc())
+        life.send("raised", error="", entered=True, trace=traceback.format_exc())
         raise
     return 0
 

@@ -5,11 +5,11 @@ import time
 from collections.abc import Callable
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 12.0, *, what: object = "") -> None:
-    """Poll until the condition is true; raises `AssertionError` with ``what`` on timeout."""
-    end = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], seconds: float = 12.0, *, message: object = "") -> None:
+    """Poll until the condition is true; raises `AssertionError` with ``message`` on timeout."""
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, what
+        assert time.monotonic() < deadline, message
         time.sleep(0.005)
 
 

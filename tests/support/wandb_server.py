@@ -22,7 +22,7 @@ import pytest
 from evsys_adapters import WandbLoggerCallback
 from evsys_adapters._wandb_records import Records
 from evsys_bus.codec import decode
-from evsys_bus.delivery.hooks import HookReceiver
+from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader
@@ -34,24 +34,24 @@ KEY = "a" * 40
 class WandbServer(ThreadingHTTPServer):
     """The part of W&B that its own client needs; responds with ``status`` while that is an error.
 
-    While ``listens`` is not set it accepts connections and does not respond.
+    While ``accepting`` is not set it accepts connections and does not respond.
     """
 
     daemon_threads = True
 
     def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(("127.0.0.1", 0), RequestHandler)
         self.status = 200
-        self.refuses = None
+        self.refusal = None
         """The error message with which it refuses every run; None accepts them."""
-        self.asked = 0
+        self.request_count = 0
         self.lines = {}
         self.runs = {}
         self.files = {}
         self.summary = {}
-        self.exits = {}
+        self.exit_codes = {}
         """The exit codes of the runs that have ended."""
-        self.sent = {}
+        self.line_counts = {}
         """Lines received per run, including repeated ones."""
         self.listens = threading.Event()
         self.listens.set()
@@ -66,39 +66,44 @@ class WandbServer(ThreadingHTTPServer):
         found = self.lines.get(run, {})
         return [json.loads(found[number]) for number in sorted(found)]
 
-    def answer(self, path, body):
+    def respond(self, path, body):
         if path.endswith("/file_stream"):
             files = json.loads(body).get("files", {})
             part = files.get("wandb-history.jsonl", {"content": []})
             if "wandb-summary.json" in files:
                 self.summary = json.loads(files["wandb-summary.json"]["content"][0])
-            run, said = path.split("/")[-2], json.loads(body)
-            if said.get("complete"):
-                self.exits[run] = said["exitcode"]
-            self.sent[run] = self.sent.get(run, 0) + len(part["content"])
+            run, variables = path.split("/")[-2], json.loads(body)
+            if variables.get("complete"):
+                self.exit_codes[run] = variables["exitcode"]
+            self.line_counts[run] = self.line_counts.get(run, 0) + len(part["content"])
             lines = self.lines.setdefault(run, {})
             lines.update({part["offset"] + index: line for index, line in enumerate(part["content"])})
             return {}
         if path != "/graphql":
             self.files[path.removeprefix("/up/")] = body
             return {}
-        asked = json.loads(body)
-        said = asked.get("variables") or {}
-        if "upsertBucket" in asked["query"] and self.refuses is not None:
-            return {"errors": [{"message": self.refuses, "path": ["upsertBucket"]}], "data": {"upsertBucket": None}}
-        if "upsertBucket" in asked["query"]:
-            self.runs.setdefault(said["name"], []).append(said)
-            project = {"id": "cA==", "name": said["project"], "entity": {"id": "ZQ==", "name": "team"}}
-            named = {"name": said["name"], "displayName": said["displayName"], "config": "{}", "project": project}
-            bucket = {"id": "aWQ=", "description": None, "sweepName": None, "historyLineCount": 0, **named}
+        query = json.loads(body)
+        variables = query.get("variables") or {}
+        if "upsertBucket" in query["query"] and self.refusal is not None:
+            return {"errors": [{"message": self.refusal, "path": ["upsertBucket"]}], "data": {"upsertBucket": None}}
+        if "upsertBucket" in query["query"]:
+            self.runs.setdefault(variables["name"], []).append(variables)
+            project = {"id": "cA==", "name": variables["project"], "entity": {"id": "ZQ==", "name": "team"}}
+            description = {
+                "name": variables["name"],
+                "displayName": variables["displayName"],
+                "config": "{}",
+                "project": project,
+            }
+            bucket = {"id": "aWQ=", "description": None, "sweepName": None, "historyLineCount": 0, **description}
             return {"data": {"upsertBucket": {"inserted": True, "bucket": bucket}}}
-        if "createRunFiles" in asked["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in said["files"]]
+        if "createRunFiles" in query["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.url}/up/{name}"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": files}}}
         return {"data": {"serverInfo": {"features": []}, "viewer": {"id": "x", "entity": "team", "flags": "{}"}}}
 
 
-class Answers(BaseHTTPRequestHandler):
+class RequestHandler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -108,7 +113,7 @@ class Answers(BaseHTTPRequestHandler):
         if self.headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
         with self.server.lock:
-            self.server.asked += 1
+            self.server.request_count += 1
             status = self.server.status
             reply = self.server.answer(self.path, body) if status == 200 else {"error": "not today"}
         data = json.dumps(reply).encode()
@@ -151,25 +156,27 @@ def login(server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-def files_of(folder):
+def wandb_files_of(folder):
     return sorted(folder.glob("**/wandb/offline-run-*/run-*.wandb"))
 
 
-def sync(*files):
+def sync_files(*files):
     """Run `wandb sync` in this process, so that wandb, which takes longest, is imported only once."""
     import wandb
     from wandb.cli import beta_sync
 
-    nothing = dict.fromkeys(("entity", "project", "run_id", "job_type", "replace_tags"), "")
-    never = dict.fromkeys(("live", "dry_run", "skip_synced", "skip_online", "verbose"), False)
-    said = io.StringIO()
+    empty_options = dict.fromkeys(("entity", "project", "run_id", "job_type", "replace_tags"), "")
+    false_options = dict.fromkeys(("live", "dry_run", "skip_synced", "skip_online", "verbose"), False)
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            beta_sync.sync(list(files), **nothing, **never, skip_confirmation=True, parallelism=len(files))
+        with contextlib.redirect_stderr(stderr):
+            beta_sync.sync(
+                list(files), **empty_options, **false_options, skip_confirmation=True, parallelism=len(files)
+            )
     finally:
         wandb.teardown()  # ends its service, because the next test has another server
-    assert all(file.with_suffix(".wandb.synced").exists() for file in files), said.getvalue()
-    assert "ERROR" not in said.getvalue(), said.getvalue()
+    assert all(file.with_suffix(".wandb.synced").exists() for file in files), stderr.getvalue()
+    assert "ERROR" not in stderr.getvalue(), stderr.getvalue()
 
 
 def sync_by_command(*files):
@@ -179,21 +186,21 @@ def sync_by_command(*files):
     assert "ERROR" not in done.stderr, done.stderr
 
 
-def id_of(file):
+def run_id_of(file):
     return file.stem.removeprefix("run-")
 
 
-def series(rows, head):
+def metric_series(rows, section):
     """Return the points (step, value) of one section, by metric, sorted by step."""
     found = {}
     for row in rows:
         for key, value in row.items():
-            if key.startswith(f"{head}/") and key != f"{head}/step" and f"{head}/step" in row:
-                found.setdefault(key.removeprefix(f"{head}/"), []).append((row[f"{head}/step"], value))
+            if key.startswith(f"{section}/") and key != f"{section}/step" and f"{section}/step" in row:
+                found.setdefault(key.removeprefix(f"{section}/"), []).append((row[f"{section}/step"], value))
     return {key: sorted(points, key=lambda point: point[0]) for key, points in found.items()}
 
 
-def times(journal):
+def step_times(journal):
     """Return when each step of the journal was published, by run."""
     reader, found = JournalReader(journal), {}
     for stream in reader.streams():
@@ -205,11 +212,11 @@ def times(journal):
     return found
 
 
-def same(one, other):
+def is_same_series(one, other):
     """Return whether two series are the same; NaN equals NaN, and W&B has no negative zero."""
     return len(one) == len(other) and all(
-        step == at and (value == found or (value != value and found != found))  # noqa: PLR0124 # NaN
-        for (step, value), (at, found) in zip(one, other, strict=True)
+        step == other_step and (value == other_value or (value != value and other_value != other_value))  # noqa: PLR0124 # NaN
+        for (step, value), (other_step, other_value) in zip(one, other, strict=True)
     )
 
 
@@ -234,85 +241,87 @@ class Run(loggers.Run):
 
     @property
     def file(self):
-        [file] = files_of(self.ctx.run_dir)
+        [file] = wandb_files_of(self.ctx.run_dir)
         return file
 
 
-class Delivery:
+class LoggerDelivery:
     """Delivers to a logger like its courier, on the loop of the test; stores what it publishes and reports as owed."""
 
     def __init__(self, logger, stream="s", seq=0):
         self.logger, self.stream, self.seq = logger, stream, seq
-        self.learnt, self.owed = [], (0, None, None)
-        self.receiver = HookReceiver(logger, faults=FaultLog(), courier=self)
+        self.published_events, self.undelivered = [], (0, None, None)
+        self.receiver = CallbackReceiver(logger, faults=FaultLog(), courier=self)
 
     def publish(self, event):
-        self.learnt.append(event)
+        self.published_events.append(event)
 
     def report_owed(self, adapter, events, why, fix):
         assert 0 <= events <= self.seq
-        self.owed = (events, why, fix)
+        self.undelivered = (events, why, fix)
 
     async def __aenter__(self):
-        await self.receiver.open(lambda trouble: None)
+        await self.receiver.open(lambda problem: None)
         return self
 
     async def __aexit__(self, *exc):
-        self.receiver._office.end_background()
+        self.receiver._task_manager.cancel_background()
         await self.receiver.close()
         await asyncio.sleep(0.2)
 
-    async def take(self, *events, at=None):
-        """Deliver these events, published one second apart from the time ``at``."""
-        begun = time.time() if at is None else at
+    async def deliver(self, *events, at=None):
+        """Deliver these events, published one second apart from the time ``other_step``."""
+        first_time = time.time() if at is None else at
         batch = []
         for offset, event in enumerate(events):
             self.seq += 1
             run = getattr(getattr(event, "ctx", None) or getattr(event, "state", None), "run_key", None)
-            batch.append(Envelope(self.stream, self.seq, begun + offset, event, run))
-        await self.receiver.take(batch, [1] * len(batch))
+            batch.append(Envelope(self.stream, self.seq, first_time + offset, event, run))
+        await self.receiver.deliver(batch, [1] * len(batch))
         assert self.receiver.failures == 0
         return self.receiver.mark()
 
-    async def until(self, condition, seconds=20.0):
+    async def wait_until(self, condition, seconds=20.0):
         async with asyncio.timeout(seconds):
             while not condition():
                 await asyncio.sleep(0.02)
 
-    async def settle(self, seconds=30.0):
+    async def drain(self, seconds=30.0):
         """Close the logger as at the end of a courier; returns how long that took."""
-        began = time.monotonic()
+        started = time.monotonic()
         self.logger.close()
-        await self.logger.settle_owed(began + seconds)
-        return time.monotonic() - began
+        await self.logger.settle_owed(started + seconds)
+        return time.monotonic() - started
 
 
-def settle(logger, seconds=30.0):
+def drain_logger(logger, seconds=30.0):
     """Close the logger as at the end of a bus."""
     logger.close()
     asyncio.run(logger.settle_owed(time.monotonic() + seconds))
 
 
-def publish(bus, *events):
-    for some in events:
-        for event in some:
+def publish_all(bus, *events):
+    for group in events:
+        for event in group:
             bus.publish(event)
 
 
-def processes(folder):
+def find_wandb_processes(folder):
     """Return the W&B processes that work on files in the folder or were started for one."""
-    listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    return [line for line in listed.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line]
+    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
+    return [
+        line for line in listing.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line
+    ]
 
 
-def cores():
+def find_wandb_services():
     """Return the pids of running W&B services that were started by this worker of the test run."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
-    found = {line.split()[0] for line in listed.splitlines() if "wandb-core" in line and " Z" not in line}
-    return {pid for pid in found if _is_ours(pid)}
+    listing = subprocess.run(["ps", "-A", "-o", "pid=,stat=,comm="], capture_output=True, text=True, check=True).stdout
+    found = {line.split()[0] for line in listing.splitlines() if "wandb-core" in line and " Z" not in line}
+    return {pid for pid in found if _is_from_this_worker(pid)}
 
 
-def _is_ours(pid):
+def _is_from_this_worker(pid):
     worker = os.environ.get("PYTEST_XDIST_WORKER")
     try:
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")

@@ -47,7 +47,7 @@ async def test_200_spawned_tasks_of_the_last_hook_complete():
     async with EventBus([Starts(lambda self: [self.spawn(tally.work) for _ in range(200)])]) as bus:
         publish_one(bus)
     assert tally.done == 200
-    assert bus.receipt.total == TaskCounts(spawned=200, completed=200)
+    assert bus.receipt.tasks == TaskCounts(spawned=200, completed=200)
     assert bus.receipt.tasks_by_owner["Starts"].completed == 200
     assert tally.most_at_once <= 32
 
@@ -57,7 +57,7 @@ def test_200_spawned_tasks_complete_in_a_program_without_a_loop():
     with EventBus([Starts(lambda self: [self.spawn(tally.work) for _ in range(200)])]) as bus:
         publish_one(bus)
     assert tally.done == 200
-    assert bus.receipt.total == TaskCounts(spawned=200, completed=200)
+    assert bus.receipt.tasks == TaskCounts(spawned=200, completed=200)
 
 
 async def test_R2_200_bare_tasks_of_the_last_hook_complete():
@@ -65,7 +65,7 @@ async def test_R2_200_bare_tasks_of_the_last_hook_complete():
     async with EventBus([Starts(lambda self: [asyncio.create_task(tally.work()) for _ in range(200)])]) as bus:
         publish_one(bus)
     assert tally.done == 200
-    assert bus.receipt.total == TaskCounts(adopted=200, completed=200)
+    assert bus.receipt.tasks == TaskCounts(adopted=200, completed=200)
     assert bus.receipt.tasks_by_owner["Starts"].adopted == 200
 
 
@@ -82,7 +82,7 @@ async def test_R2_what_an_adopted_task_raises_is_logged_and_harms_nothing(caplog
     async with EventBus([Starts(start)]) as bus:
         publish_one(bus)
     assert tally.done == 1
-    assert bus.receipt.total == TaskCounts(adopted=2, completed=1, failed=1)
+    assert bus.receipt.tasks == TaskCounts(adopted=2, completed=1, failed=1)
     [record] = caplog.records
     assert (record.levelname, record.owner, record.task) == ("WARNING", "Starts", "upload")
     assert "upload refused" in str(record.exc_info[1])
@@ -99,7 +99,7 @@ async def test_R2_a_task_made_by_ensure_future_or_gather_is_adopted_too():
     async with EventBus([Starts(start)]) as bus:
         publish_one(bus)
     assert tally.done == 4
-    assert bus.receipt.total.adopted == 4
+    assert bus.receipt.tasks.adopted == 4
 
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -127,7 +127,7 @@ async def test_R2_tasks_made_outside_hooks_are_neither_awaited_nor_cancelled():
         assert not task.done()
         task.cancel()
     assert len(grandchild) == 1
-    assert bus.receipt.total == TaskCounts(adopted=1, completed=1)
+    assert bus.receipt.tasks == TaskCounts(adopted=1, completed=1)
     await asyncio.wait([forever, inside, *grandchild])
 
 
@@ -157,7 +157,7 @@ async def test_adoption_works_beside_another_task_factory_and_gives_it_back():
     async with EventBus([Starts(lambda _: asyncio.create_task(tally.work(), name="mine"))]) as bus:
         publish_one(bus)
         loop.create_task(tally.work(), context=None)
-    assert bus.receipt.total == TaskCounts(adopted=1, completed=1)
+    assert bus.receipt.tasks == TaskCounts(adopted=1, completed=1)
     assert loop.get_task_factory() is theirs
     assert len(made) >= 2
 
@@ -184,7 +184,7 @@ async def test_adoption_works_beside_eager_tasks():
         loop.set_task_factory(None)
     assert order == ["began", "made"]
     assert tally.done == 2
-    assert bus.receipt.total == TaskCounts(spawned=1, adopted=2, completed=3)
+    assert bus.receipt.tasks == TaskCounts(spawned=1, adopted=2, completed=3)
 
 
 async def test_the_factory_drops_eager_start_none_that_newer_pythons_pass():
@@ -210,10 +210,10 @@ async def test_two_buses_on_one_loop_each_adopt_their_own_and_the_last_gives_the
             publish_one(inner)
             publish_one(outer)
             publish_one(outer)
-        assert inner.receipt.total.adopted == 1
+        assert inner.receipt.tasks.adopted == 1
         assert loop.get_task_factory() is not before
         publish_one(outer)
-    assert outer.receipt.total.adopted == 3
+    assert outer.receipt.tasks.adopted == 3
     assert loop.get_task_factory() is before
     assert tally.done == 4
 
@@ -244,7 +244,7 @@ def test_adoption_reaches_a_loop_on_another_thread_once_a_run_starts_there(tmp_p
         thread.start()
         thread.join()
     assert tally.done == 1
-    assert bus.receipt.total == TaskCounts(adopted=1, completed=1)
+    assert bus.receipt.tasks == TaskCounts(adopted=1, completed=1)
 
 
 @pytest.mark.parametrize("bare", [False, True])
@@ -266,7 +266,7 @@ async def test_200_tasks_complete_when_the_body_raises_and_when_a_sibling_fails(
             publish_one(bus)
             raise ValueError("training failed")
     assert tally.done == 200
-    assert (bus.receipt.total.completed, bus.receipt.total.failed) == (200, 1)
+    assert (bus.receipt.tasks.completed, bus.receipt.tasks.failed) == (200, 1)
 
 
 async def test_200_tasks_complete_when_the_body_is_cancelled_and_again_while_draining():
@@ -316,8 +316,8 @@ async def test_what_outlives_the_deadline_is_cancelled_and_counted():
 
     async with EventBus([Starts(start)], drain_timeout=0.2) as bus:
         publish_one(bus)
-    assert bus.receipt.total == TaskCounts(spawned=2, adopted=1, completed=1, cancelled=2)
-    assert bus.receipt.left == ()
+    assert bus.receipt.tasks == TaskCounts(spawned=2, adopted=1, completed=1, cancelled=2)
+    assert bus.receipt.unfinished == ()
 
 
 async def test_what_swallows_cancellation_is_left_and_named_within_a_second_more(caplog):
@@ -334,7 +334,7 @@ async def test_what_swallows_cancellation_is_left_and_named_within_a_second_more
     async with EventBus([Starts(lambda self: self.spawn(stubborn))], drain_timeout=0.1) as bus:
         publish_one(bus)
     assert asyncio.get_running_loop().time() - began < 0.1 + 1 + 1
-    assert bus.receipt.left == ("Starts:stubborn",)
+    assert bus.receipt.unfinished == ("Starts:stubborn",)
     assert "Starts:stubborn" in caplog.text
     ends.set()
     await asyncio.sleep(0)
@@ -350,7 +350,7 @@ def test_a_task_that_blocks_the_loops_thread_does_not_hold_the_exit_up(caplog):
         publish_one(bus)
     assert not release.is_set()
     release.set()
-    assert bus.receipt.left == ("Starts:blocks",)
+    assert bus.receipt.unfinished == ("Starts:blocks",)
 
 
 async def test_a_task_that_was_cancelled_before_its_first_step_is_counted():
@@ -358,9 +358,9 @@ async def test_a_task_that_was_cancelled_before_its_first_step_is_counted():
     async with EventBus([], max_running_tasks=1) as bus:
         for _ in range(3):
             bus.spawn(tally.work)
-        bus._office.cancel_all()
+        bus._task_manager.cancel_all()
     assert tally.began == 0
-    assert bus.receipt.total == TaskCounts(spawned=3, cancelled=3)
+    assert bus.receipt.tasks == TaskCounts(spawned=3, cancelled=3)
 
 
 async def test_more_than_may_wait_are_refused_counted_and_logged(caplog):
@@ -374,7 +374,7 @@ async def test_more_than_may_wait_are_refused_counted_and_logged(caplog):
         assert (bus.health().tasks_running, bus.health().tasks_waiting) == (4, 10)
     assert accepted == [True] * 14 + [False] * 6
     assert tally.done == 14
-    assert bus.receipt.total == TaskCounts(spawned=14, completed=14, refused=6)
+    assert bus.receipt.tasks == TaskCounts(spawned=14, completed=14, refused=6)
     assert caplog.records[0].why == "10 tasks wait already"
 
 
@@ -425,13 +425,13 @@ async def test_a_retry_policy_of_a_library_is_followed_and_its_retries_counted()
     async with EventBus([Starts(lambda self: self.spawn(flaky, 7, retry=policy))]) as bus:
         publish_one(bus)
     assert attempts == [7, 7, 7]
-    assert bus.receipt.total == TaskCounts(spawned=1, completed=1, retries=2)
+    assert bus.receipt.tasks == TaskCounts(spawned=1, completed=1, retries=2)
 
 
 async def test_a_timeout_counts_as_a_failure_and_is_logged(caplog):
     async with EventBus([Starts(lambda self: self.spawn(asyncio.sleep, 3600, timeout=0.01, name="nap"))]) as bus:
         publish_one(bus)
-    assert bus.receipt.total == TaskCounts(spawned=1, failed=1)
+    assert bus.receipt.tasks == TaskCounts(spawned=1, failed=1)
     assert caplog.records[0].task == "nap"
     assert isinstance(caplog.records[0].exc_info[1], TimeoutError)
 
@@ -449,7 +449,7 @@ async def test_a_task_that_calls_sys_exit_fails_alone(caplog):
     async with EventBus([Starts(start)]) as bus:
         publish_one(bus)
     assert tally.done == 1
-    assert bus.receipt.total.failed == 1
+    assert bus.receipt.tasks.failed == 1
 
 
 @pytest.mark.parametrize("thing", [print, 3, Tally], ids=["builtin", "number", "class"])
@@ -468,7 +468,7 @@ async def test_a_coroutine_in_place_of_a_function_is_refused_with_the_call_to_wr
 async def test_an_ordinary_function_is_found_out_when_it_is_called(caplog):
     async with EventBus([]) as bus:
         bus.spawn(lambda: None)
-    assert bus.receipt.total.failed == 1
+    assert bus.receipt.tasks.failed == 1
     assert "define it with `async def`" in str(caplog.records[0].exc_info[1])
 
 
@@ -494,17 +494,17 @@ async def test_a_drain_in_the_middle_waits_and_cancels_nothing():
         bus.spawn(asyncio.sleep, 0.6, name="long")
         receipt = await bus.drain(timeout=0.3)
         assert tally.done == 1
-        assert receipt.left == ("program:long",)
+        assert receipt.unfinished == ("program:long",)
         with pytest.raises(BusError, match="await bus.drain"):
             bus.drain().result()
-    assert bus.receipt.total == TaskCounts(spawned=2, completed=2)
+    assert bus.receipt.tasks == TaskCounts(spawned=2, completed=2)
 
 
 def test_a_drain_in_a_program_without_a_loop_is_waited_for_by_result():
     tally = Tally()
     with EventBus([]) as bus:
         bus.spawn(tally.work)
-        assert bus.drain().result().total.completed == 1
+        assert bus.drain().result().tasks.completed == 1
         assert tally.done == 1
 
 
@@ -540,7 +540,7 @@ async def test_a_callback_on_two_buses_spawns_on_the_one_that_calls_it():
         publish_one(one)
         publish_one(one)
         publish_one(two)
-    assert (one.receipt.total.spawned, two.receipt.total.spawned) == (2, 1)
+    assert (one.receipt.tasks.spawned, two.receipt.tasks.spawned) == (2, 1)
 
 
 async def test_a_fault_that_repeats_under_many_task_names_is_one_fault(caplog):
@@ -554,7 +554,7 @@ async def test_a_fault_that_repeats_under_many_task_names_is_one_fault(caplog):
 
     async with EventBus([Starts(start)]) as bus:
         publish_one(bus)
-    assert bus.receipt.total.failed == 200
+    assert bus.receipt.tasks.failed == 200
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) <= 6
 
 
@@ -586,7 +586,7 @@ async def test_every_unended_task_is_named_those_that_wait_too():
         bus.spawn(asyncio.sleep, 0, name="first", lane="a")
         bus.spawn(asyncio.sleep, 0, name="second", lane="a")
         receipt = await bus.drain(timeout=0.01)
-    assert receipt.left == tuple(f"program:{name}" for name in ("first", "second", "t0", "t1", "t2"))
+    assert receipt.unfinished == tuple(f"program:{name}" for name in ("first", "second", "t0", "t1", "t2"))
 
 
 async def test_a_bus_published_to_from_another_ones_hook_takes_its_own_tasks():
@@ -600,8 +600,8 @@ async def test_a_bus_published_to_from_another_ones_hook_takes_its_own_tasks():
     async with EventBus([Passes(), shared]) as outer:
         async with EventBus([shared]) as inner:
             publish_one(outer)
-        assert inner.receipt.total == TaskCounts(spawned=1, adopted=1, completed=2)
-    assert outer.receipt.total == TaskCounts(spawned=1, adopted=1, completed=2)
+        assert inner.receipt.tasks == TaskCounts(spawned=1, adopted=1, completed=2)
+    assert outer.receipt.tasks == TaskCounts(spawned=1, adopted=1, completed=2)
 
 
 async def test_a_callback_that_removes_itself_may_spawn_until_its_hook_has_ended():
@@ -628,7 +628,7 @@ def test_a_task_on_a_loop_that_was_closed_is_not_waited_for(tmp_path):
         asyncio.run(train())
         assert bus.receipt is None
     assert time.monotonic() - began < 10
-    assert bus.receipt.total.adopted == 1
+    assert bus.receipt.tasks.adopted == 1
 
 
 async def test_a_logging_handler_that_raises_cannot_hang_the_exit(capsys):
@@ -652,7 +652,7 @@ async def test_a_logging_handler_that_raises_cannot_hang_the_exit(capsys):
                 await asyncio.sleep(0)
     finally:
         logging.getLogger("evsys_bus").removeHandler(handler)
-    assert bus.receipt.left == ("program:stubborn",)
+    assert bus.receipt.unfinished == ("program:stubborn",)
     ends.set()
     await asyncio.sleep(0)
 

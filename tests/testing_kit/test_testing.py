@@ -8,7 +8,7 @@ import pytest
 from evsys_bus import Callback
 from evsys_bus.events import Envelope, UnknownEvent, declared_events
 from evsys_bus.testing import FailingCallback, FailingSink, RecordingCallback, RecordingSink
-from evsys_bus.testing.timeline import Timeline, minimal
+from evsys_bus.testing.timeline import Timeline, minimal_events
 
 
 def envelopes(*numbers):
@@ -23,7 +23,7 @@ def call(callback, events):
 
 
 def test_a_recording_callback_keeps_every_event_as_it_was_published(tmp_path):
-    callback, events = RecordingCallback(), [*Timeline(tmp_path).whole()]
+    callback, events = RecordingCallback(), [*Timeline(tmp_path).all_events()]
     call(callback, events)
     assert callback.events == events
     assert {event.__name__ for event in declared_events().values() if event.__module__ == "evsys_bus.events"} == {
@@ -75,7 +75,7 @@ async def test_a_recording_sink_counts_what_is_asked_of_it():
 def test_a_failing_callback_fails_in_whatever_hook_is_called_and_keeps_the_rest(tmp_path):
     callback = FailingCallback([None, KeyError("k"), None, asyncio.CancelledError()])
     raised = []
-    for event in minimal(tmp_path):
+    for event in minimal_events(tmp_path):
         try:
             call(callback, [event])
         except BaseException as error:

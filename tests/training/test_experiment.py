@@ -13,14 +13,14 @@ import pytest
 
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
+from evsys_bus.config.experiment import ExperimentConfig, Stage, SuccessMetric
 from evsys_bus.context import EvalResult, TrainingBatch
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.training.experiment import Experiment
-from evsys_bus.training.ledger import read_result
-from evsys_bus.training.plan import RunParts, chains_of
+from evsys_bus.training.experiment_store import read_result
+from evsys_bus.training.plan import RunComponents, run_sequences
 from evsys_bus.training.protocols import Benchmark
-from evsys_bus.wiring.experiment import ExperimentConfig, Stage, SuccessMetric
-from support.files import read_json_lines, read_ledger
+from support.files import read_experiment, read_json_lines
 
 
 class Weight:
@@ -73,7 +73,7 @@ class Score:
 
 
 def recipe(params, run):
-    return RunParts(
+    return RunComponents(
         backend=Weight(run.run_dir / "states", params.get("lr", 1.0), params.get("raises_at")),
         step_builder=Batches(),
         num_steps=params.get("steps", 3),
@@ -135,7 +135,7 @@ class Told(Callback):
 
 
 def statuses(folder):
-    return {key: run["status"] for key, run in read_ledger(folder)["runs"].items()}
+    return {key: run["status"] for key, run in read_experiment(folder)["runs"].items()}
 
 
 async def experiment(folder, *callbacks, using=recipe, resume=False, only_arms=None, only_seeds=None, **settings):
@@ -291,7 +291,7 @@ async def test_the_best_arm_is_the_one_with_the_best_mean_over_its_seeds(tmp_pat
     assert (result.status, result.best_arm, result.best_score) == ("completed", "high", 6.0)
     assert result.hypothesis == "larger is better"
     assert result.conclusion == "high is best: size/value 6 ± 0 over 2 seeds, ahead of low (0.3 ± 0)."
-    assert {**read_ledger(tmp_path), "runs": None, "started": None, "ended": None} == {
+    assert {**read_experiment(tmp_path), "runs": None, "started": None, "ended": None} == {
         "name": "lr",
         "status": "completed",
         "started": None,
@@ -308,7 +308,7 @@ async def test_a_benchmark_after_training_that_raises_is_logged_and_the_others_a
     def some(params, run):
         made = recipe(params, run)
         benchmarks = [Score("broken", error=RuntimeError("no judge")), Score("size")]
-        return RunParts(backend=made.backend, step_builder=made.step_builder, num_steps=1, benchmarks=benchmarks)
+        return RunComponents(backend=made.backend, step_builder=made.step_builder, num_steps=1, benchmarks=benchmarks)
 
     result = await experiment(tmp_path, using=some)
     (arm,) = result.arms
@@ -328,7 +328,7 @@ async def test_a_benchmark_may_return_plain_metrics(tmp_path):
     result = await experiment(
         tmp_path,
         told,
-        using=lambda params, run: RunParts(
+        using=lambda params, run: RunComponents(
             backend=Weight(run.run_dir), step_builder=Batches(), num_steps=1, benchmarks=[Plain()]
         ),
     )
@@ -345,7 +345,7 @@ async def test_what_a_recipe_opened_is_closed_however_the_run_ends(tmp_path):
             raise RuntimeError("the port is gone")
 
         made = recipe(params, run)
-        return RunParts(backend=made.backend, step_builder=made.step_builder, num_steps=2, close=close)
+        return RunComponents(backend=made.backend, step_builder=made.step_builder, num_steps=2, close=close)
 
     result = await experiment(tmp_path, using=opening, runs={"good": {}, "bad": {"raises_at": 1}})
     assert closed == ["good-s0", "bad-s0"]
@@ -399,7 +399,7 @@ async def test_a_backend_that_raises_cancelled_error_by_itself_fails_its_run_alo
     def cancelling(params, run):
         made = recipe(params, run)
         backend = Cancels(run.run_dir) if run.arm == "a" else made.backend
-        return RunParts(backend=backend, step_builder=made.step_builder, num_steps=2)
+        return RunComponents(backend=backend, step_builder=made.step_builder, num_steps=2)
 
     result = await experiment(tmp_path, using=cancelling, runs={"a": {}, "b": {}})
     assert [arm.status for arm in result.arms] == ["failed", "completed"]
@@ -431,7 +431,7 @@ async def test_a_run_that_fills_the_disk_fails_and_the_others_are_unharmed(tmp_p
     def heavy(params, run):
         made = recipe(params, run)
         backend = Heavy(run.run_dir / "states") if run.arm == "heavy" else made.backend
-        return RunParts(backend=backend, step_builder=made.step_builder, num_steps=3, benchmarks=[Score()])
+        return RunComponents(backend=backend, step_builder=made.step_builder, num_steps=3, benchmarks=[Score()])
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -465,7 +465,7 @@ async def test_a_disk_that_refuses_the_ledger_and_the_results_ends_no_run(tmp_pa
         result = await experiment(
             tmp_path,
             Full(),
-            using=lambda params, run: RunParts(backend=Nowhere(run.run_dir), step_builder=Batches(), num_steps=3),
+            using=lambda params, run: RunComponents(backend=Nowhere(run.run_dir), step_builder=Batches(), num_steps=3),
             runs={"a": {}, "b": {}},
         )
     finally:
@@ -510,24 +510,24 @@ async def test_arms_with_hostile_names_stay_inside_the_directory_and_apart(tmp_p
 
 def test_names_that_differ_only_in_case_or_in_what_was_cut_get_keys_of_their_own(tmp_path):
     names = ["a", "A", "a!", "a?", "x" * 70, "x" * 71, "a-s1", "a"]
-    keys = [chain[0].run_key for chain in chains_of(config(runs={name: {} for name in names}), tmp_path)]
+    keys = [chain[0].run_key for chain in run_sequences(config(runs={name: {} for name in names}), tmp_path)]
     assert len({key.casefold() for key in keys}) == len(set(names))
 
 
 def test_a_run_key_leaves_room_for_what_is_made_of_it_and_is_still_its_own(tmp_path):
     runs = {f"{'学' * 59}{end}": {} for end in "一二"} | {"short": {}}
-    chains = chains_of(config(runs=runs, continual=[Stage("習" * 60), Stage("習" * 61)]), tmp_path)
+    chains = run_sequences(config(runs=runs, continual=[Stage("習" * 60), Stage("習" * 61)]), tmp_path)
     keys = [plan.run_key for chain in chains for plan in chain]
     assert len(set(keys)) == 6
     assert all(len(key.encode()) <= 200 for key in keys)
-    (chain,) = chains_of(config(runs={"short": {}}), tmp_path)
+    (chain,) = run_sequences(config(runs={"short": {}}), tmp_path)
     assert chain[0].run_key == "short-s0", "one that fits stays as it is"
 
 
 def test_the_keys_of_runs_do_not_depend_on_which_of_them_are_run(tmp_path):
     settings = config(runs={"a": {}, "A": {}, "b": {}}, n_repeats=3)
-    every = {plan.run_key for (plan,) in chains_of(settings, tmp_path)}
-    some = [plan.run_key for (plan,) in chains_of(settings, tmp_path, only_arms=["A"], only_seeds=[2])]
+    every = {plan.run_key for (plan,) in run_sequences(settings, tmp_path)}
+    some = [plan.run_key for (plan,) in run_sequences(settings, tmp_path, only_arms=["A"], only_seeds=[2])]
     assert len(some) == 1
     assert set(some) < every
 
@@ -641,7 +641,7 @@ async def test_a_cancelled_experiment_saves_what_runs_and_ends_every_run_and_its
         assert told.of(key)[-3:] == ["checkpoint final", "train_end", "run_end"]
     assert "step_end 9" not in told.of("b-s0"), "it stops soon after the step in hand"
     assert told.of("d-s0") == []
-    assert read_ledger(tmp_path)["status"] == "cancelled"
+    assert read_experiment(tmp_path)["status"] == "cancelled"
 
 
 async def test_a_resumed_experiment_skips_what_is_completed_and_goes_on_with_the_rest(tmp_path):
@@ -681,7 +681,7 @@ async def test_a_second_cancellation_ends_a_step_that_never_ends(tmp_path):
             return await super().forward_backward(batch)
 
     def hangs(params, run):
-        return RunParts(backend=Hangs(run.run_dir), step_builder=Batches(), num_steps=5)
+        return RunComponents(backend=Hangs(run.run_dir), step_builder=Batches(), num_steps=5)
 
     hanging = asyncio.Event()
     told = Told()
@@ -722,7 +722,7 @@ async def test_a_failed_run_is_tried_again_from_its_last_full_state(tmp_path):
     result = await experiment(tmp_path / "e", told, using=fails_once, resume=True)
     assert result.status == "completed"
     assert told.of("run-s0")[2] == "step_end 2"
-    assert read_ledger(tmp_path / "e")["runs"]["run-s0"]["error"] is None
+    assert read_experiment(tmp_path / "e")["runs"]["run-s0"]["error"] is None
 
 
 async def test_some_arms_first_and_the_others_later_make_one_experiment(tmp_path):
@@ -842,7 +842,7 @@ async def test_a_run_that_is_stopped_before_it_is_done_is_cancelled_and_a_resume
         def on_step_end(self, state, step_idx, batch, metrics):
             if self.away and step_idx == 3:
                 state.request_stop("the bucket refuses the key")
-                state.unfinished = True
+                state.stopped_early = True
 
     needs, told = NeedsADisk(), Told()
     result = await experiment(tmp_path, needs, told, run={"steps": 8})
@@ -862,7 +862,7 @@ async def test_a_run_that_is_stopped_as_unfinished_at_its_last_step_is_done(tmp_
         def on_step_end(self, state, step_idx, batch, metrics):
             if step_idx == 1:
                 state.request_stop("too late")
-                state.unfinished = True
+                state.stopped_early = True
 
     assert (await experiment(tmp_path, TooLate(), run={"steps": 2})).status == "completed"
 

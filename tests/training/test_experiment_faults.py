@@ -7,10 +7,10 @@ import pytest
 from evsys_bus.callback import Callback
 from evsys_bus.context import EvalResult, TrainingBatch
 from evsys_bus.training.experiment import Experiment
-from evsys_bus.training.ledger import read_result
-from evsys_bus.training.plan import RunParts
+from evsys_bus.training.experiment_store import read_result
+from evsys_bus.training.plan import RunComponents
 from evsys_bus.training.protocols import Benchmark
-from support.files import read_ledger
+from support.files import read_experiment
 
 
 class Steps:
@@ -80,10 +80,10 @@ def made_of(steps=None, score=None, close=None):
 
     def recipe(params, run):
         if run.arm == "b":
-            return RunParts(backend=Steps(), step_builder=Steps(), num_steps=2, benchmarks=[Returns({"acc": 0.5})])
+            return RunComponents(backend=Steps(), step_builder=Steps(), num_steps=2, benchmarks=[Returns({"acc": 0.5})])
         benchmarks = [] if score is None else [Returns(score)]
         parts = steps or Steps()
-        return RunParts(backend=parts, step_builder=parts, num_steps=2, benchmarks=benchmarks, close=close)
+        return RunComponents(backend=parts, step_builder=parts, num_steps=2, benchmarks=benchmarks, close=close)
 
     return recipe
 
@@ -126,7 +126,7 @@ async def test_an_odd_evaluation_is_published_untouched_and_its_numbers_are_kept
     recipe = made_of(score=score if isinstance(score, dict) else Benchmark(score, []))
     told = Told()
     result = await experiment(tmp_path, recipe, told)
-    assert result.status == read_ledger(tmp_path)["status"] == "completed"
+    assert result.status == read_experiment(tmp_path)["status"] == "completed"
     published = told.results[0]
     assert (published.metrics == score) if isinstance(score, dict) else (published.metrics is score.metrics)
     first = result.arms[0]
@@ -184,12 +184,14 @@ async def test_R11_whatever_a_run_raises_the_others_go_on_and_the_ledger_can_be_
     assert told.events == [(what, f"{arm}-s0") for arm in "ab" for what in ("run_start", "run_end")] + [
         ("experiment_end", None)
     ]
-    assert {key: run["status"] for key, run in read_ledger(tmp_path)["runs"].items()} == {
+    assert {key: run["status"] for key, run in read_experiment(tmp_path)["runs"].items()} == {
         "a-s0": "failed",
         "b-s0": "completed",
     }
     assert (
-        read_ledger(tmp_path)["runs"]["a-s0"]["error"] == read_result(tmp_path / "a-s0").error == result.arms[0].error
+        read_experiment(tmp_path)["runs"]["a-s0"]["error"]
+        == read_result(tmp_path / "a-s0").error
+        == result.arms[0].error
     )
 
 
@@ -224,14 +226,14 @@ async def test_the_experiment_is_not_called_completed_while_an_exception_passes(
     told = Told()
     with pytest.raises(SystemExit if leaves else BaseExceptionGroup):
         await experiment(tmp_path, made_of(), Harms(), told)
-    assert told.result.status == read_ledger(tmp_path)["status"] == status
+    assert told.result.status == read_experiment(tmp_path)["status"] == status
 
 
 async def test_a_text_with_a_lone_surrogate_in_the_config_does_not_keep_the_ledger_from_being_written(tmp_path):
     settings = {"runs": {"a": {"text": "\udc80"}, "b": {}}, "metadata": {"hypothesis": "\udcff"}}
     result = await experiment(tmp_path, made_of(), **settings)
     assert [arm.status for arm in result.arms] == ["completed", "completed"]
-    assert read_ledger(tmp_path)["hypothesis"] == "\\udcff"
+    assert read_experiment(tmp_path)["hypothesis"] == "\\udcff"
     await assert_a_resume_repeats_nothing(tmp_path, made_of(), **settings)
 
 

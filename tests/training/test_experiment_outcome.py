@@ -2,9 +2,9 @@
 
 import pytest
 
+from evsys_bus.config.experiment import SuccessMetric
 from evsys_bus.context import ArmResult
-from evsys_bus.training.outcome import Spread, conclude, summarise
-from evsys_bus.wiring.experiment import SuccessMetric
+from evsys_bus.training.summary import Spread, conclude, summarise
 
 NAN, INF = float("nan"), float("inf")
 ACC = SuccessMetric("test/acc")
@@ -22,7 +22,7 @@ def verdict(*runs, success=ACC):
 
 def test_the_mean_and_the_sample_deviation_are_over_the_seeds():
     (arm,) = summarise([run("a", 0.4), run("a", 0.6)], ACC)
-    assert (arm.runs, arm.completed, arm.failed, arm.cancelled, arm.whole) == (2, 2, 0, 0, True)
+    assert (arm.runs, arm.completed, arm.failed, arm.cancelled, arm.is_complete) == (2, 2, 0, 0, True)
     assert arm.score == arm.metrics["test/acc"]
     assert (arm.score.mean, arm.score.n) == (0.5, 2)
     assert arm.score.sd == pytest.approx(0.02**0.5)
@@ -60,7 +60,7 @@ def test_nan_and_infinities_are_counted_and_never_averaged(broken):
     assert (result.best_arm, result.best_score) == ("good", 0.5)
     (bad, _) = summarise([run("bad", broken), run("bad", 0.9), run("good", 0.5)], ACC)
     assert bad.score == Spread(mean=0.9, sd=None, n=1, nonfinite=1)
-    assert not bad.whole
+    assert not bad.is_complete
     assert "bad: 1 NaN or infinite of 2 runs." in result.conclusion
 
 
@@ -119,7 +119,7 @@ def test_of_stages_the_last_one_counts():
         run("b", 0.3, stage="two"),
     ]
     arms = summarise(runs, ACC)
-    assert [(arm.runs, arm.score.mean, arm.whole) for arm in arms] == [(2, 0.1, True), (2, 0.3, True)]
+    assert [(arm.runs, arm.score.mean, arm.is_complete) for arm in arms] == [(2, 0.1, True), (2, 0.3, True)]
     assert verdict(*runs).best_arm == "b"
     broken = verdict(*runs[:2], runs[2], run("b", status="failed", stage="two"))
     assert broken.best_arm == "a"

@@ -10,8 +10,8 @@ from evsys_bus.context import TrainingBatch
 from evsys_bus.errors import TrainingError
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.loop import TrainingLoop
-from evsys_bus.training.plan import RunParts
-from support.files import read_ledger
+from evsys_bus.training.plan import RunComponents
+from support.files import read_experiment
 
 ACCURACY = {"a": 0.1, "b": 0.9}
 
@@ -62,7 +62,7 @@ def recipe(params, run, *, gate=None):
     if (run.arm, run.seed) == params.get("fails"):
         raise RuntimeError("node lost")
     steps = Steps(ACCURACY[run.arm], gate)
-    return RunParts(backend=steps, step_builder=steps, num_steps=2, benchmarks=[steps])
+    return RunComponents(backend=steps, step_builder=steps, num_steps=2, benchmarks=[steps])
 
 
 def broken(params, run):
@@ -81,7 +81,7 @@ def experiment(folder, *callbacks, using=recipe, **more):
 
 
 def verdict(folder):
-    page = read_ledger(folder)
+    page = read_experiment(folder)
     return {key: page[key] for key in ("status", "best_arm", "best_score", "conclusion")}
 
 
@@ -147,7 +147,7 @@ async def test_a_session_with_some_arms_does_not_rewrite_what_is_known_of_the_ot
 async def test_of_two_equal_arms_the_first_is_best_whichever_is_run_last(tmp_path):
     def equal(params, run):
         steps = Steps(0.5)
-        return RunParts(backend=steps, step_builder=steps, num_steps=1, benchmarks=[steps])
+        return RunComponents(backend=steps, step_builder=steps, num_steps=1, benchmarks=[steps])
 
     for only in (["b"], ["a"], None, ["b"]):
         some = await experiment(tmp_path, using=equal, resume=True, only_arms=only).run()
@@ -168,12 +168,12 @@ async def test_a_failed_run_that_a_later_session_mends_makes_the_experiment_whol
 
 async def test_runs_that_were_killed_or_never_begun_are_not_finished_and_neither_is_the_experiment(tmp_path):
     await experiment(tmp_path).run()
-    page = read_ledger(tmp_path)
+    page = read_experiment(tmp_path)
     page["runs"]["b-s0"]["status"] = "running"  # as a kill leaves it, beside the result of an earlier attempt
     page["runs"]["b-s1"] = {"arm": "b", "seed": 1, "group_name": "b"}
     (tmp_path / "experiment.json").write_text(json.dumps(page))
     some = await experiment(tmp_path, resume=True, only_arms=["a"]).run()
-    assert some.status == read_ledger(tmp_path)["status"] == "cancelled"
+    assert some.status == read_experiment(tmp_path)["status"] == "cancelled"
     assert [(arm.status, arm.error) for arm in some.arms[2:]] == [("cancelled", "it has not run to its end")] * 2
     assert [arm.run_config["seed"] for arm in some.arms[2:]] == [0, 1]
     assert some.best_arm == "a"

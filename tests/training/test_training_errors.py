@@ -8,8 +8,8 @@ import pytest
 
 from evsys_bus import Callback, TrainingBatch
 from evsys_bus.errors import TrainingError
-from evsys_bus.training import Experiment, RunParts, TrainingLoop
-from evsys_bus.training.error_file import MAX_CHARS, keep_error
+from evsys_bus.training import Experiment, RunComponents, TrainingLoop
+from evsys_bus.training.error_file import MAX_CHARS, write_error_file
 
 
 class Toy:
@@ -108,19 +108,19 @@ def deep(left):
 
 def test_a_traceback_is_bounded_and_both_ends_of_it_are_kept(tmp_path):
     for error in (raised(RuntimeError("begin" + "x" * 10**6 + "end")), raised(ExceptionGroup("y" * 9**6, [OSError()]))):
-        path = keep_error(tmp_path, error)
+        path = write_error_file(tmp_path, error)
         assert path.stat().st_size < MAX_CHARS + 200
         assert path.read_text().startswith(("Traceback", "  + Exception"))
     assert "characters are left out here" in path.read_text()
-    assert "UntoldError" in keep_error(tmp_path, raised(UntoldError())).read_text()
+    assert "UntoldError" in write_error_file(tmp_path, raised(UntoldError())).read_text()
     with pytest.raises(ZeroDivisionError) as caught:
         deep(900)
-    assert keep_error(tmp_path, caught.value).read_text().endswith("ZeroDivisionError: division by zero\n")
+    assert write_error_file(tmp_path, caught.value).read_text().endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_a_disk_that_refuses_it_is_told_in_the_log_and_nothing_is_raised(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    assert keep_error(tmp_path / "file" / "run", raised(OSError())) is None
+    assert write_error_file(tmp_path / "file" / "run", raised(OSError())) is None
     assert "run.error_unwritten" in caplog.text
 
 
@@ -134,17 +134,17 @@ def an_experiment(folder, recipe, **more):
 
 def fails_in_loop(params, run):
     error = RuntimeError("out of memory") if run.arm == "bad" else None
-    return RunParts(backend=Toy(error), step_builder=Toy(), num_steps=1)
+    return RunComponents(backend=Toy(error), step_builder=Toy(), num_steps=1)
 
 
 def fails_in_recipe(params, run):
     if run.arm == "bad":
         raise RuntimeError("out of memory")
-    return RunParts(backend=Toy(), step_builder=Toy(), num_steps=1)
+    return RunComponents(backend=Toy(), step_builder=Toy(), num_steps=1)
 
 
 def works(params, run):
-    return RunParts(backend=Toy(), step_builder=Toy(), num_steps=1)
+    return RunComponents(backend=Toy(), step_builder=Toy(), num_steps=1)
 
 
 @pytest.mark.parametrize("recipe", [fails_in_loop, fails_in_recipe])

@@ -7,14 +7,14 @@ import signal
 import pytest
 
 from evsys_bus.errors import TrainingError
-from evsys_bus.training.folder_lock import LOCK, locked
+from evsys_bus.training.folder_lock import LOCK_FILE, lock_folder
 
 HOLDS = """
     import os, signal, sys
     from pathlib import Path
-    from evsys_bus.training.folder_lock import locked
+    from evsys_bus.training.folder_lock import lock_folder
 
-    with locked(Path(sys.argv[1]), "the run's directory"):
+    with lock_folder(Path(sys.argv[1]), "the run's directory"):
         if "fork" not in sys.argv:
             print("held", flush=True)
         elif os.fork() == 0:
@@ -24,7 +24,7 @@ HOLDS = """
 
 
 def take(folder):
-    with locked(folder, "the run's directory"):
+    with lock_folder(folder, "the run's directory"):
         pass
 
 
@@ -40,12 +40,12 @@ def test_a_folder_that_is_in_use_is_refused_with_the_process_that_uses_it(tmp_pa
 
 
 def test_one_process_cannot_hold_a_folder_twice_and_a_refusal_changes_nothing(tmp_path):
-    with locked(tmp_path, "the run's directory"):
+    with lock_folder(tmp_path, "the run's directory"):
         for _ in range(2):
             with pytest.raises(TrainingError, match=f"process {os.getpid()} "):
                 take(tmp_path)
     take(tmp_path)
-    assert (tmp_path / LOCK).read_bytes() == b"", "nobody holds it, and it names nobody"
+    assert (tmp_path / LOCK_FILE).read_bytes() == b"", "nobody holds it, and it names nobody"
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_hold_its_folder(tmp_path, program):
@@ -62,7 +62,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_hold_its_folder(tmp_pa
 
 def test_a_folder_is_free_again_however_its_block_ends(tmp_path):
     for error in (RuntimeError, KeyboardInterrupt, asyncio.CancelledError):
-        with pytest.raises(error), locked(tmp_path, "the run's directory"):
+        with pytest.raises(error), lock_folder(tmp_path, "the run's directory"):
             raise error
     take(tmp_path)
 

@@ -39,7 +39,7 @@ class At(Callback):
 def interrupt(state):
     """As what takes the machine away: the run is to go on some other time."""
     state.request_stop("the machine is needed")
-    state.unfinished = True
+    state.stopped_early = True
 
 
 def digits_loop(run_dir, *callbacks, network=None, **more):

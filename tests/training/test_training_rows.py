@@ -11,7 +11,7 @@ def test_rows_read_back_in_order(tmp_path):
     for step in range(3):
         file.append({"step": step})
     assert [row["step"] for row in file.rows()] == [0, 1, 2]
-    assert file.waiting == 0
+    assert file.pending == 0
 
 
 def test_a_value_that_json_cannot_hold_does_not_cost_the_row(tmp_path):
@@ -28,7 +28,7 @@ def test_a_torn_last_line_is_passed_over_and_cut(tmp_path):
     path.write_bytes(b'{"step":0}\n{"step":1}\n{"ste')
     file = RowFile(path)
     assert [row["step"] for row in file.rows()] == [0, 1]
-    assert file.keep(lambda row: True) == 1
+    assert file.retain(lambda row: True) == 1
     assert path.read_bytes() == b'{"step":0}\n{"step":1}\n'
 
 
@@ -42,7 +42,7 @@ def test_a_file_with_nothing_to_cut_is_left_alone(tmp_path):
     file = RowFile(tmp_path / "rows.jsonl")
     file.append({"step": 0})
     before = file.path.stat()
-    assert file.keep(lambda row: row["step"] < 5) == 0
+    assert file.retain(lambda row: row["step"] < 5) == 0
     assert file.path.stat().st_ino == before.st_ino
 
 
@@ -51,19 +51,19 @@ def test_rows_wait_while_the_directory_is_gone_and_go_out_in_order_with_the_next
     file = RowFile(folder / "rows.jsonl")
     for step in range(3):
         file.append({"step": step})
-    assert file.waiting == 3
+    assert file.pending == 3
     assert [record.levelname for record in caplog.records] == ["WARNING"], "one warning, not one per row"
     folder.mkdir()
     file.append({"step": 3})
-    assert file.waiting == 0
+    assert file.pending == 0
     assert [row["step"] for row in file.rows()] == [0, 1, 2, 3]
 
 
 def test_the_queue_is_bounded_and_what_it_gives_up_is_counted_and_said(tmp_path, caplog):
-    file = RowFile(tmp_path / "nowhere" / "rows.jsonl", max_waiting=2)
+    file = RowFile(tmp_path / "nowhere" / "rows.jsonl", max_pending=2)
     for step in range(5):
         file.append({"step": step})
-    assert (file.waiting, file.lost) == (2, 3)
+    assert (file.pending, file.lost) == (2, 3)
     file.flush()
     assert "rows.unwritten" in caplog.text
 

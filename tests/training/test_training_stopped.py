@@ -10,7 +10,7 @@ import pytest
 from evsys_adapters.early_stopping import EarlyStoppingCallback
 from evsys_bus import Callback, TrainingBatch
 from evsys_bus.errors import TrainingError
-from evsys_bus.training import Experiment, RunParts, TrainingLoop
+from evsys_bus.training import Experiment, RunComponents, TrainingLoop
 from support.files import read_json_lines
 
 
@@ -98,7 +98,7 @@ async def test_an_early_stop_at_a_saved_step_and_with_evals_is_told_from_an_inte
     assert await trained(tmp_path, EarlyStoppingCallback("score", patience=30), save_every=1) == []
 
 
-@pytest.mark.parametrize("how", [{"unfinished": True}, {"stop_reason": "cancelled"}])
+@pytest.mark.parametrize("how", [{"stopped_early": True}, {"stop_reason": "cancelled"}])
 async def test_a_run_that_was_interrupted_goes_on(tmp_path, how):
     await a_loop(tmp_path, StopsAt(4, "soon", **how)).run()
     assert "stopped" not in final(tmp_path)
@@ -135,7 +135,7 @@ async def test_an_interrupted_run_that_a_callback_then_stops_before_its_first_st
         def on_train_start(self, state):
             state.request_stop("enough")
 
-    await a_loop(tmp_path, StopsAt(4, "soon", unfinished=True)).run()
+    await a_loop(tmp_path, StopsAt(4, "soon", stopped_early=True)).run()
     assert await trained(tmp_path, Enough()) == []
     assert (final(tmp_path)["batch"], final(tmp_path)["stopped"]) == (4, "enough")
     assert await trained(tmp_path) == []
@@ -200,7 +200,7 @@ def test_a_run_that_sigterm_ended_goes_on(tmp_path, program):
 def an_experiment(folder, toys, *callbacks, params=None, **settings):
     def recipe(params, run):
         toy = toys[run.run_key] = Toy()
-        return RunParts(backend=toy, step_builder=toy, num_steps=params["steps"], benchmarks=[toy])
+        return RunComponents(backend=toy, step_builder=toy, num_steps=params["steps"], benchmarks=[toy])
 
     config = {"name": "x", "recipe": "", "run": {"steps": 6} | (params or {}), **settings}
     return Experiment(config, recipe=recipe, callbacks=callbacks, output_dir=folder, resume=True)

@@ -9,7 +9,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 
 from evsys_bus import Callback, EventBus, StepEnd, TrainingLoop
-from evsys_bus.callback import hook_of
+from evsys_bus.callback import find_hook
 from evsys_bus.demo.digits import DigitBatches, DigitBenchmark, DigitNetwork, load_split
 from evsys_bus.events import Event, declared_events
 
@@ -96,10 +96,10 @@ async def test_a_callback_that_spawns_failing_tasks_and_asks_for_what_is_not_the
 
     weights, bus = await train(tmp_path, [Busy()])
     assert_same_bits(weights, undisturbed)
-    assert bus.receipt.total.failed == 80
+    assert bus.receipt.tasks.failed == 80
 
 
 def test_the_disturbing_callback_has_every_hook():
     callback = in_every_hook(lambda *_: None)
     assert len(SHIPPED) == 11
-    assert all(issubclass(event, Event) and hook_of(callback, event) for event in SHIPPED)
+    assert all(issubclass(event, Event) and find_hook(callback, event) for event in SHIPPED)

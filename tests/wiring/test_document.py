@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evsys_bus.config import Document, read_document, with_overrides
+from evsys_bus.config.spec import join_path, split_path
+from evsys_bus.config.yaml_composer import MAX_DEPTH, MAX_NODES, compose
 from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError
-from evsys_bus.wiring import Document, read_document, with_overrides
-from evsys_bus.wiring.compose import MAX_DEPTH, MAX_NODES, compose
-from evsys_bus.wiring.spec import join, split
 
 SWEEP = """\
 # a comment
@@ -73,7 +73,7 @@ def test_values_are_those_of_yaml_1_2(tmp_path):
     ],
 )
 def test_a_scalar_is_read_as(text, value):
-    assert compose(text, "x").plain() == value
+    assert compose(text, "x").to_builtins() == value
 
 
 def test_json_with_tabs_is_read_too(tmp_path):
@@ -85,7 +85,7 @@ def test_json_with_tabs_is_read_too(tmp_path):
 
 def test_an_explicit_key_wins_over_a_merged_one_and_an_earlier_merge_over_a_later():
     text = "a: &a {x: 1, y: 1}\nb: &b {x: 2, z: 2}\nc: {y: 3, <<: [*a, *b]}"
-    assert compose(text, "x").plain()["c"] == {"x": 1, "y": 3, "z": 2}
+    assert compose(text, "x").to_builtins()["c"] == {"x": 1, "y": 3, "z": 2}
 
 
 def test_each_value_is_a_value_of_its_own(tmp_path):
@@ -132,7 +132,7 @@ def test_the_caret_stands_under_the_token(tmp_path):
 
 def test_a_path_is_split_as_it_was_joined():
     parts = ("callbacks", 1, "a.b", 'with "quotes"', "=", "", "...", "lr-1e-3")
-    assert split(join("$", *parts)) == parts
+    assert split_path(join_path("$", *parts)) == parts
 
 
 # what is refused
@@ -338,7 +338,7 @@ def test_any_pieces_of_yaml_are_a_value_or_a_document_error(text):
 
 def with_text_or_error(text: str) -> None:
     with contextlib.suppress(DocumentError):
-        compose(text, "x.yaml").plain()
+        compose(text, "x.yaml").to_builtins()
     with contextlib.suppress(ConfigError):
         with_overrides(Document(compose("a: {b: [1]}", "x.yaml")), [text, f"a.b={text}"])
 

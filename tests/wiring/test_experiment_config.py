@@ -15,19 +15,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evsys_bus.callback import Callback
-from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError, UnknownParamError, WrongParamError
-from evsys_bus.wiring import (
+from evsys_bus.config import (
     ExperimentConfig,
     Registry,
     SuccessMetric,
-    arms_of,
+    expand_arms,
+    expand_seeds,
     load_experiment,
     load_recipe,
     read_document,
     read_experiment,
-    seeds_of,
     with_overrides,
 )
+from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError, UnknownParamError, WrongParamError
 
 RECIPES = """
 from __future__ import annotations
@@ -112,11 +112,11 @@ def test_a_right_one(recipes, registry):
         "runs.wide.hidden=128",
     )
     assert config.success_metric == SuccessMetric("val/acc", "max")
-    assert [(arm.name, arm.params) for arm in arms_of(config)] == [
+    assert [(arm.name, arm.params) for arm in expand_arms(config)] == [
         ("baseline", {"lr": 0.001}),
         ("wide", {"lr": 0.001, "hidden": 128}),
     ]
-    assert seeds_of(config) == [0, 1]
+    assert expand_seeds(config) == [0, 1]
     assert Shout.built == 0, "checking constructs nothing"
 
 
@@ -472,11 +472,11 @@ def config(**keys: Any) -> ExperimentConfig:
 
 
 def test_one_arm_is_run_alone():
-    assert [(arm.name, arm.params) for arm in arms_of(config(run={"lr": 1}))] == [("run", {"lr": 1})]
+    assert [(arm.name, arm.params) for arm in expand_arms(config(run={"lr": 1}))] == [("run", {"lr": 1})]
 
 
 def test_a_matrix_makes_every_combination_and_says_where_each_value_stands():
-    arms = arms_of(config(run={"lr": 9, "w": 1}, matrix={"lr": [1e-3, 2], "act": ["relu", None]}))
+    arms = expand_arms(config(run={"lr": 9, "w": 1}, matrix={"lr": [1e-3, 2], "act": ["relu", None]}))
     assert [arm.name for arm in arms] == [
         "lr=0.001,act=relu",
         "lr=0.001,act=null",
@@ -484,12 +484,12 @@ def test_a_matrix_makes_every_combination_and_says_where_each_value_stands():
         "lr=2,act=null",
     ]
     assert arms[1].params == {"lr": 0.001, "w": 1, "act": None}
-    assert arms[1].places == {"lr": "$.matrix.lr[0]", "w": "$.run.w", "act": "$.matrix.act[1]"}
+    assert arms[1].param_paths == {"lr": "$.matrix.lr[0]", "w": "$.run.w", "act": "$.matrix.act[1]"}
 
 
 def test_hostile_values_of_a_matrix_make_names_that_are_folders_and_differ():
     values = ["../../etc", "a/b", "a b", "a\0b", "x" * 500, "x" * 501, {"k": [1]}, "", ".", "é", "\ud800"]
-    names = [arm.name for arm in arms_of(config(matrix={"v": values}))]
+    names = [arm.name for arm in expand_arms(config(matrix={"v": values}))]
     assert len(set(names)) == len(names)
     for name in names:
         assert len(name) <= 80
@@ -500,8 +500,8 @@ def test_hostile_values_of_a_matrix_make_names_that_are_folders_and_differ():
 
 
 def test_seeds():
-    assert seeds_of(config(n_repeats=3)) == [0, 1, 2]
-    assert seeds_of(config(n_repeats=2, seeds=[7, 5, 3])) == [7, 5]
+    assert expand_seeds(config(n_repeats=3)) == [0, 1, 2]
+    assert expand_seeds(config(n_repeats=2, seeds=[7, 5, 3])) == [7, 5]
 
 
 KEYS = st.sampled_from([*ExperimentConfig.__struct_fields__, "runz", "kind", "params", "mode"])
@@ -525,5 +525,5 @@ def test_any_mapping_is_an_experiment_or_a_config_error(value):
         text = str(error)
         assert text.startswith("error[")
     else:
-        assert arms_of(read)
-        assert seeds_of(read)
+        assert expand_arms(read)
+        assert expand_seeds(read)

@@ -12,6 +12,7 @@ import pydantic
 import pytest
 
 from evsys_bus.callback import Callback, callback_name
+from evsys_bus.config import CallbackSpec, Registry, build_callbacks
 from evsys_bus.errors import (
     BadSpecError,
     BrokenAdapterError,
@@ -21,7 +22,6 @@ from evsys_bus.errors import (
     UnknownParamError,
     WrongParamError,
 )
-from evsys_bus.wiring import CallbackSpec, Registry, build_callbacks
 
 
 class Colour(enum.Enum):

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from evsys_bus.callback import Callback
-from evsys_bus.errors import ConfigError, Where
-from evsys_bus.wiring import Registry, build_callbacks
+from evsys_bus.config import Registry, build_callbacks
+from evsys_bus.errors import ConfigError, Location
 
 
 class Config(msgspec.Struct):
@@ -167,7 +167,7 @@ def test_who_knows_the_file_can_say_the_line():
     with pytest.raises(ConfigError) as caught:
         build_callbacks([{"kind": "nope"}], at="$.callbacks", registry=registry)
     error = caught.value
-    error.where = Where(error.where.path, "sweep.yaml", 14, 11, "  - kind: nope", 4)
+    error.where = Location(error.where.path, "sweep.yaml", 14, 11, "  - kind: nope", 4)
     assert str(error).startswith(
         'error[EB101]: unknown callback kind "nope"\n --> sweep.yaml:14:11   $.callbacks[0].kind\n'
     )

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 
 from evsys_bus.callback import Callback
+from evsys_bus.config import Origin, Registry, build_callbacks
+from evsys_bus.config.registry import ENTRY_POINT_GROUPS, installed_entry_points
 from evsys_bus.errors import BadSpecError, BrokenAdapterError, DuplicateKindError, UnknownKindError
 from evsys_bus.sink import Sink
-from evsys_bus.wiring import Origin, Registry, build_callbacks
-from evsys_bus.wiring.registry import GROUPS, installed
 
 
 class First(Callback):
@@ -27,7 +27,9 @@ class Drain(Sink):
     async def write(self, batch): ...
 
 
-def install(site: Path, package: str, entry_points: str, *, requires: str = "", group: str = GROUPS[0]) -> None:
+def install(
+    site: Path, package: str, entry_points: str, *, requires: str = "", group: str = ENTRY_POINT_GROUPS[0]
+) -> None:
     """Put a distribution there, as an installer does."""
     info = site / f"{package.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
@@ -39,7 +41,9 @@ def install(site: Path, package: str, entry_points: str, *, requires: str = "", 
 def registry_of(site: Path) -> Registry:
     def entry_points():
         found = importlib.metadata.distributions(path=[str(site)])
-        return [point for each in found for group in GROUPS for point in each.entry_points.select(group=group)]
+        return [
+            point for each in found for group in ENTRY_POINT_GROUPS for point in each.entry_points.select(group=group)
+        ]
 
     return Registry(entry_points)
 
@@ -120,7 +124,7 @@ def test_R8_an_installed_package_registers_through_an_entry_point_and_only_the_o
         "        self.every = every\n"
     )
     out = run(
-        "from evsys_bus.wiring import build_callbacks, callback_kinds\n"
+        "from evsys_bus.config import build_callbacks, callback_kinds\n"
         "from evsys_bus.errors import BrokenAdapterError\n"
         "kinds = callback_kinds()\n"
         "assert 'good_plugin' not in sys.modules\n"
@@ -177,7 +181,7 @@ def test_a_missing_vendor_package_names_the_install_command(tmp_path, entry_poin
     install(tmp_path, "a-plugin", f"mine = adapter_{entry_point}", requires=requires.replace("thing", "thing-sdk"))
     (tmp_path / "adapter_vendor_thing.py").write_text("import vendor_thing_sdk.deep")
     out = run(
-        "from evsys_bus.wiring import build_callbacks\n"
+        "from evsys_bus.config import build_callbacks\n"
         "from evsys_bus.errors import BrokenAdapterError\n"
         "try:\n"
         "    build_callbacks([{'kind': 'mine'}])\n"
@@ -215,7 +219,7 @@ def test_installed_packages_are_read_once():
 def test_importing_the_wiring_loads_neither_pydantic_nor_package_metadata(tmp_path):
     out = run(
         "before = set(sys.modules)\n"
-        "import evsys_bus.wiring\n"
+        "import evsys_bus.config\n"
         "print([each for each in ('pydantic', 'importlib.metadata', 'structlog') if each in sys.modules])",
         tmp_path,
     )
@@ -233,7 +237,7 @@ def test_a_msgspec_config_never_imports_pydantic(tmp_path):
         "    def __init__(self, every=1): ...\n"
     )
     out = run(
-        "from evsys_bus.wiring import build_callbacks, json_schema\n"
+        "from evsys_bus.config import build_callbacks, json_schema\n"
         "build_callbacks([{'kind': 'mine', 'params': {'every': 3}}])\n"
         "json_schema('mine')\n"
         "print('pydantic' in sys.modules)",
@@ -243,7 +247,7 @@ def test_a_msgspec_config_never_imports_pydantic(tmp_path):
 
 
 def test_a_spec_is_a_frozen_value_whose_label_defaults_to_the_kind():
-    from evsys_bus.wiring import CallbackSpec
+    from evsys_bus.config import CallbackSpec
 
     spec = CallbackSpec("print_progress")
     assert (spec.params, spec.name, spec.placement, spec.label) == ({}, None, None, "print_progress")
@@ -284,7 +288,7 @@ def test_a_package_may_offer_sinks_and_a_kind_that_is_both_is_an_error(tmp_path)
 def test_both_groups_are_read_from_what_is_installed(tmp_path, monkeypatch):
     install(tmp_path, "a-plugin", "drain = nowhere:Drain", group="evsys_bus.sinks")
     monkeypatch.syspath_prepend(tmp_path)
-    assert {"drain", "csv_metrics"} <= {point.name for point in installed()}
+    assert {"drain", "csv_metrics"} <= {point.name for point in installed_entry_points()}
 
 
 @pytest.mark.parametrize(("decorate", "cls"), [("register", Drain), ("register_sink", First)])

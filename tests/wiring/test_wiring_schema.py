@@ -10,9 +10,9 @@ import pydantic
 import pytest
 
 from evsys_bus.callback import Callback
+from evsys_bus.config import Registry, build_callbacks, example, json_schema
+from evsys_bus.config.schema import describe
 from evsys_bus.errors import ConfigError
-from evsys_bus.wiring import Registry, build_callbacks, example, json_schema
-from evsys_bus.wiring.schema import expected
 
 
 class Target(msgspec.Struct):
@@ -129,7 +129,7 @@ class MixedConfig(msgspec.Struct):
 )
 def test_a_union_that_msgspec_refuses_is_told_by_its_members(key, words):
     schema = json_schema("thing", registry=registry_for(MixedConfig))
-    assert expected(schema["properties"][key], schema) == words
+    assert describe(schema["properties"][key], schema) == words
 
 
 def test_a_param_that_takes_text_or_a_path_says_so_where_it_is_wrong():

@@ -14,7 +14,8 @@ import pytest
 
 from evsys_bus import CallbackSpec, follow
 from evsys_bus.callback import Callback
-from evsys_bus.delivery.followed import Followed, Recipe, Terms
+from evsys_bus.config import Registry, build_adapter, build_callbacks
+from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy, Subscription
 from evsys_bus.errors import (
     AsyncHookError,
     BadSpecError,
@@ -24,7 +25,6 @@ from evsys_bus.errors import (
     UnknownParamError,
 )
 from evsys_bus.testing import RecordingSink
-from evsys_bus.wiring import Registry, build_callbacks, build_followed
 
 PLUGIN = """
     from pathlib import Path
@@ -73,7 +73,7 @@ def plugin(tmp_path, monkeypatch) -> types.ModuleType:
 def registry(plugin) -> Registry:
     registry = Registry(entry_points=lambda: ())
     registry.register_sink("lines")(plugin.Lines)
-    for cls in (plugin.Plain, plugin.Follows, plugin.Outer.Inner):
+    for cls in (plugin.Builtins, plugin.Follows, plugin.Outer.Inner):
         registry.register(cls.__name__.lower())(cls)
     return registry
 
@@ -104,19 +104,19 @@ def test_a_sink_and_a_followed_callback_stand_in_the_list_as_callbacks_that_say_
         {"kind": "follows", "placement": "inline"},
     ]
     inline, carried, *_, kept = build_callbacks(specs, registry=registry)
-    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Plain, plugin.Lines, plugin.Follows)
+    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Builtins, plugin.Lines, plugin.Follows)
     none, lines, plain, follows, also_none = built_by(specs, registry)
     assert (none, also_none) == (None, None)
-    assert (lines.name, lines.live, lines.terms) == ("lines", None, Terms())
-    assert lines.recipe == Recipe("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",))
+    assert (lines.name, lines.live, lines.policy) == ("lines", None, DeliveryPolicy())
+    assert lines.recipe == AdapterRef("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",))
     assert (plain.name, plain.recipe.params, plain.live) == ("plain_2", {"a": [1]}, None)
     assert (follows.name, follows.recipe.plugins) == ("follows", (f"{plugin.__name__}:Follows",))
 
 
 def test_an_installed_kind_needs_no_plugin():
     [followed] = built_by([{"kind": "csv_metrics", "placement": "follow", "params": {"out_path": "m.csv"}}])
-    assert (followed.name, followed.recipe) == ("csv_metrics", Recipe("csv_metrics", {"out_path": "m.csv"}))
-    assert build_followed(followed.recipe).name == "csv_metrics"
+    assert (followed.name, followed.recipe) == ("csv_metrics", AdapterRef("csv_metrics", {"out_path": "m.csv"}))
+    assert build_adapter(followed.recipe).name == "csv_metrics"
 
 
 def test_the_terms_of_a_spec_are_those_of_its_delivery(registry):
@@ -128,10 +128,12 @@ def test_the_terms_of_a_spec_are_those_of_its_delivery(registry):
         "max_staleness_seconds": 0.5,
     }
     [followed] = built_by([{"kind": "follows", **terms}], registry)
-    assert followed.terms == Terms((0, 2), "retry", required=True, stop_after_seconds=60, max_staleness_seconds=0.5)
+    assert followed.policy == DeliveryPolicy(
+        (0, 2), "retry", required=True, stop_after_seconds=60, max_staleness_seconds=0.5
+    )
     [followed] = built_by([SimpleNamespace(kind="lines", ranks=None)], registry)
-    assert followed.terms == Terms(None)
-    assert CallbackSpec("lines").terms(RecordingSink) == Terms()
+    assert followed.policy == DeliveryPolicy(None)
+    assert CallbackSpec("lines").delivery_policy(RecordingSink) == DeliveryPolicy()
     spec = CallbackSpec("lines", ranks=(1,), required=True)
     assert msgspec.json.decode(msgspec.json.encode(spec), type=CallbackSpec) == spec
 
@@ -241,7 +243,7 @@ def test_params_that_would_not_be_the_same_in_another_process_keep_the_adapter_h
 def test_a_path_that_the_config_takes_as_text_travels(registry):
     [followed] = built_by([{"kind": "lines", "params": {"out": Path("a/b")}}], registry)
     assert followed.recipe.params == {"out": "a/b"}
-    assert build_followed(followed.recipe, registry=registry).out == Path("a/b")
+    assert build_adapter(followed.recipe, registry=registry).out == Path("a/b")
 
 
 def test_in_a_frozen_program_everything_is_followed_here():
@@ -258,10 +260,10 @@ def test_in_a_frozen_program_everything_is_followed_here():
 
 def test_a_live_object_is_followed_under_its_name_and_on_its_terms(registry):
     here, lines = Here(), registry.find("lines")()
-    assert follow(here) == Followed("Here", live=here)
-    assert follow(here, "mine", ranks=None, required=True).terms == Terms(None, required=True)
+    assert follow(here) == Subscription("Here", instance=here)
+    assert follow(here, "mine", ranks=None, required=True).policy == DeliveryPolicy(None, required=True)
     carried, followed = build_callbacks([lines, follow(here, "mine")])
-    assert (carried.sink, followed) == (lines, Followed("mine", live=here))
+    assert (carried.sink, followed) == (lines, Subscription("mine", instance=here))
 
 
 def test_a_hook_that_could_never_be_called_shows_when_it_is_to_be_followed():
@@ -277,9 +279,9 @@ def test_a_recipe_is_built_in_a_process_that_never_saw_the_registration(registry
     program = """
         import sys
         import msgspec
-        from evsys_bus.delivery.followed import Recipe
-        from evsys_bus.wiring import build_followed
-        built = build_followed(msgspec.json.decode(sys.argv[1], type=Recipe))
+        from evsys_bus.delivery.subscription import AdapterRef
+        from evsys_bus.config import build_followed
+        built = build_followed(msgspec.json.decode(sys.argv[1], type=AdapterRef))
         print(type(built).__name__, built.every, built.name)
     """
     done = subprocess.run(
@@ -295,8 +297,8 @@ def test_a_recipe_is_built_in_a_process_that_never_saw_the_registration(registry
 def test_a_recipe_that_cannot_be_built_says_why():
     registry = Registry(entry_points=lambda: ())
     with pytest.raises(UnknownKindError):
-        build_followed(Recipe("nowhere"), registry=registry)
+        build_adapter(AdapterRef("nowhere"), registry=registry)
     with pytest.raises(BrokenAdapterError, match="cannot be imported"):
-        build_followed(Recipe("mine", plugins=("evsys_no_such_module:Mine",)), registry=registry)
+        build_adapter(AdapterRef("mine", plugins=("evsys_no_such_module:Mine",)), registry=registry)
     with pytest.raises(UnknownParamError):
-        build_followed(Recipe("csv_metrics", {"out_path": "x", "path": "y"}))
+        build_adapter(AdapterRef("csv_metrics", {"out_path": "x", "path": "y"}))

@@ -10,10 +10,10 @@ from evsys_adapters.checkpoints.store import (
     DamagedError,
     MissingError,
     ObjectStore,
+    ProgressCallback,
     RefusedError,
     Stored,
     StoreError,
-    Told,
     open_store,
 )
 
@@ -22,10 +22,10 @@ __all__ = [
     "DamagedError",
     "MissingError",
     "ObjectStore",
+    "ProgressCallback",
     "RefusedError",
     "StoreError",
     "Stored",
-    "Told",
     "UploadLedger",
     "open_store",
 ]

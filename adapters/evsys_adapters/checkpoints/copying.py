@@ -19,88 +19,88 @@ from typing import Final
 from anyio import to_thread
 
 from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.store import DamagedError, Stored, Told, check
+from evsys_adapters.checkpoints.store import DamagedError, ProgressCallback, Stored, check_content
 
-PIECE_BYTES: Final = 4 << 20
+MAX_BLOCKING_BYTES: Final = 4 << 20
 """Bytes read or hashed in one thread call; a cancellation waits for at most that."""
 _PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{32}\.partial", re.DOTALL)
 _SHOWN_BYTES: Final = 100
 """Maximum length of the original name in that of a partial file."""
 
 
-class Copy:
+class HashingWriter:
     """Writes content into an open file, or nowhere, and computes its digest. Its methods block.
 
     Args:
         file: The file's descriptor.
         where: Description of the target for errors about a full disk.
-        most: Maximum size; more is an error.
+        max_size: Maximum size; more is an error.
     """
 
-    def __init__(self, file: int | None = None, where: object = None, most: int | None = None) -> None:
+    def __init__(self, file: int | None = None, where: object = None, max_size: int | None = None) -> None:
         self.size = 0
         """Bytes so far."""
-        self._most: Final = most
+        self._max_size: Final = max_size
         self._file: Final = file
         self._where: Final = where
         self._digest: Final = hashlib.sha256()
 
-    def add(self, piece: bytes) -> None:
+    def add(self, chunk: bytes) -> None:
         """Add the next bytes; if that fails, they were not added and may be added again.
 
         Raises:
             DamagedError: The maximum size is exceeded.
             RetryLaterError: The disk is full.
         """
-        if self._most is not None and self.size + len(piece) > self._most:
+        if self._max_size is not None and self.size + len(chunk) > self._max_size:
             raise DamagedError(
-                f"received more than {self._most} bytes",
+                f"received more than {self._max_size} bytes",
                 fix="fetch again; if that does not help, fetch another checkpoint",
             )
         if self._file is not None:
-            done = 0
-            with durable.needing_room(self._where), memoryview(piece) as view:
-                while done < len(piece):
-                    done += os.pwrite(self._file, view[done:], self.size + done)
-        self._digest.update(piece)
-        self.size += len(piece)
+            written = 0
+            with durable.full_disk_as_retry(self._where), memoryview(chunk) as view:
+                while written < len(chunk):
+                    written += os.pwrite(self._file, view[written:], self.size + written)
+        self._digest.update(chunk)
+        self.size += len(chunk)
 
-    def recall(self, most: int) -> bool:
-        """Read the next chunk of existing content, up to ``most`` bytes in total; returns whether there was one."""
+    def read_existing(self, max_size: int) -> bool:
+        """Read the next chunk of existing content, up to ``max_size`` bytes in total; returns whether there was one."""
         assert self._file is not None
-        piece = os.pread(self._file, min(PIECE_BYTES, most - self.size), self.size)
-        self._digest.update(piece)
-        self.size += len(piece)
-        return bool(piece)
+        chunk = os.pread(self._file, min(MAX_BLOCKING_BYTES, max_size - self.size), self.size)
+        self._digest.update(chunk)
+        self.size += len(chunk)
+        return bool(chunk)
 
     def finish(self) -> None:
         """Truncate the file to the written size and sync it."""
         assert self._file is not None
-        with durable.needing_room(self._where):
+        with durable.full_disk_as_retry(self._where):
             os.ftruncate(self._file, self.size)
             os.fsync(self._file)
 
-    def stored(self, key: str) -> Stored:
+    def as_stored(self, key: str) -> Stored:
         """Return size and digest of the content as the object ``key``."""
         return Stored(key, self.size, self._digest.hexdigest())
 
 
 async def copy_into(
     path: Path,
-    theirs: Stored,
-    wanted: Stored | None,
+    remote: Stored,
+    expected: Stored | None,
     where: str,
-    told: Told | None,
-    read: Callable[[Copy], Awaitable[None]],
+    on_progress: ProgressCallback | None,
+    read: Callable[[HashingWriter], Awaitable[None]],
 ) -> Stored:
     """Copy an object to the path. An interrupted earlier copy is resumed if the content's digest is known.
 
     Args:
         path: The target.
-        theirs: The object as listed by the store; no more than its size is read.
-        wanted: The expected size and digest, if known.
+        remote: The object as listed by the store; no more than its size is read.
+        expected: The expected size and digest, if known.
         where: Description of the store.
-        told: Called with the progress while existing content is read again.
+        on_progress: Called with the progress while existing content is read again.
         read: Adds the missing content.
 
     Raises:
@@ -108,36 +108,36 @@ async def copy_into(
         DeliveryError, OSError: Raised by ``read``; the partial copy is kept.
     """
     while True:
-        with _unfinished(path, theirs.sha256 or (wanted and wanted.sha256)) as (file, partial):
-            copy = Copy(file, path.parent, theirs.size)
-            while await to_thread.run_sync(copy.recall, theirs.size):
-                if told is not None:
-                    told(copy.size, theirs.size)
-            before = copy.size
-            if before < theirs.size or not before:
+        with _open_partial(path, remote.sha256 or (expected and expected.sha256)) as (file, partial):
+            writer = HashingWriter(file, path.parent, remote.size)
+            while await to_thread.run_sync(writer.read_existing, remote.size):
+                if on_progress is not None:
+                    on_progress(writer.size, remote.size)
+            resumed_size = writer.size
+            if resumed_size < remote.size or not resumed_size:
                 try:
-                    await read(copy)
+                    await read(writer)
                 except DamagedError:
                     partial.unlink()
                     raise
-            await to_thread.run_sync(copy.finish)
-            got = copy.stored(theirs.key)
+            await to_thread.run_sync(writer.finish)
+            actual = writer.as_stored(remote.key)
             try:
-                check(got, theirs, where)
-                check(got, wanted, where)
+                check_content(actual, remote, where)
+                check_content(actual, expected, where)
             except DamagedError:
                 partial.unlink()
-                if not before:
+                if not resumed_size:
                     raise
                 continue  # the resumed part may have been torn
-            await to_thread.run_sync(durable.move, partial, path)
-            return got
+            await to_thread.run_sync(durable.move_into_place, partial, path)
+            return actual
 
 
 def partial_of(path: Path, sha256: str) -> Path:
     """Return the path of the partial copy to this path of the content with this digest."""
     digits = hashlib.sha256(os.fsencode(path.name) + b"\0" + sha256.encode()).hexdigest()[:32]
-    return _partial(path, digits)
+    return _partial_path(path, digits)
 
 
 def is_partial(path: Path) -> bool:
@@ -145,11 +145,11 @@ def is_partial(path: Path) -> bool:
     return _PARTIAL.fullmatch(path.name) is not None
 
 
-def clear(folder: Path, keep: Collection[Path] = ()) -> None:
+def remove_partials(folder: Path, exclude: Collection[Path] = ()) -> None:
     """Remove partial copies below the folder that no process is writing, except for these files."""
     for partial in folder.rglob(".*.partial"):
-        if partial not in keep and _PARTIAL.fullmatch(partial.name):
-            file = _held(partial)
+        if partial not in exclude and _PARTIAL.fullmatch(partial.name):
+            file = _open_locked(partial)
             if file is not None:
                 with suppress(OSError):  # a leftover file does no harm
                     partial.unlink()
@@ -157,39 +157,39 @@ def clear(folder: Path, keep: Collection[Path] = ()) -> None:
 
 
 @contextmanager
-def _unfinished(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]:
+def _open_partial(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]:
     """Open a partial copy for the path; it is removed on exit unless it can be resumed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
-    file, stays = _held(partial, os.O_CREAT), sha256 is not None
+    partial = _partial_path(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
+    file, is_resumable = _open_locked(partial, os.O_CREAT), sha256 is not None
     if file is None:
-        partial, stays = _partial(path, token_hex(16)), False
-        file = _held(partial, os.O_CREAT)
+        partial, is_resumable = _partial_path(path, token_hex(16)), False
+        file = _open_locked(partial, os.O_CREAT)
     if file is None:  # locks are not supported here
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         yield file, partial
     finally:
         os.close(file)
-        if not stays:
+        if not is_resumable:
             partial.unlink(missing_ok=True)  # it was moved into place, unless the copy failed
 
 
-def _partial(path: Path, digits: str) -> Path:
+def _partial_path(path: Path, digits: str) -> Path:
     shown = path.name.encode(errors="ignore")[:_SHOWN_BYTES].decode(errors="ignore")
     return path.with_name(f".{shown}.{digits}.partial")
 
 
-def _held(partial: Path, make: int = 0) -> int | None:
+def _open_locked(partial: Path, extra_flags: int = 0) -> int | None:
     """Open and lock the file; None if another process holds it or it cannot be opened."""
     import fcntl  # POSIX only
 
     file = None
     try:
-        file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | make, 0o666)
+        file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | extra_flags, 0o666)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.fstat(file)
-        if stat.S_ISREG(there.st_mode) and os.path.samestat(there, partial.stat(follow_symlinks=False)):
+        status = os.fstat(file)
+        if stat.S_ISREG(status.st_mode) and os.path.samestat(status, partial.stat(follow_symlinks=False)):
             return file
     except OSError as error:
         if file is not None and not isinstance(error, BlockingIOError) and not os.fstat(file).st_size:

@@ -13,11 +13,11 @@ from evsys_bus.errors import RetryLaterError
 
 CHUNK_BYTES: Final = 1 << 20
 _SHOWN_BYTES: Final = 100
-_NO_ROOM: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DISK_FULL_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextmanager
-def needing_room(where: object) -> Generator[None]:
+def full_disk_as_retry(where: object) -> Generator[None]:
     """Convert a full disk in the block to an error that names the place.
 
     Raises:
@@ -26,19 +26,19 @@ def needing_room(where: object) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in _DISK_FULL_ERRORS:
             raise
         raise RetryLaterError(f"no room in {where}: {error.strerror}; it resumes once there is space") from error
 
 
-def beside(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Return a temporary name beside the path; creates the parent directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     name = path.name.encode(errors="ignore")[:_SHOWN_BYTES].decode(errors="ignore")
     return path.with_name(f".{name}.{token_hex(6)}.partial")
 
 
-def sync(file: BinaryIO) -> None:
+def sync_file(file: BinaryIO) -> None:
     """Flush and fsync a file."""
     file.flush()
     os.fsync(file.fileno())
@@ -46,14 +46,14 @@ def sync(file: BinaryIO) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Fsync a directory."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(handle)
+        os.fsync(fd)
     finally:
-        os.close(handle)
+        os.close(fd)
 
 
-def move(partial: Path, path: Path) -> None:
+def move_into_place(partial: Path, path: Path) -> None:
     """Rename a synced file to its final path, and fsync the directory."""
     partial.replace(path)
     sync_folder(path.parent)

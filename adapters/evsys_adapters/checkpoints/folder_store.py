@@ -1,4 +1,4 @@
-"""`FolderStore`: objects as files of a directory, on a network file system or as a stand-in for S3 in tests."""
+"""`FolderStore`: objects as files of a directory, on a network file system or instead of S3 in tests."""
 
 import errno
 import hashlib
@@ -13,19 +13,19 @@ from typing import BinaryIO, Final
 from anyio import to_thread
 
 from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.copying import PIECE_BYTES, Copy, copy_into
-from evsys_adapters.checkpoints.ledger import Plan, Source, UploadLedger
+from evsys_adapters.checkpoints.copying import MAX_BLOCKING_BYTES, HashingWriter, copy_into
+from evsys_adapters.checkpoints.ledger import FileIdentity, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.store import (
-    MOST_SMALL_BYTES,
+    MAX_SMALL_BYTES,
     ConflictError,
     DamagedError,
     MissingError,
+    ProgressCallback,
     RefusedError,
     Stored,
-    Told,
     check_key,
     check_size,
-    missing_file,
+    missing_file_error,
 )
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import ParkedError, RetryLaterError
@@ -61,61 +61,67 @@ class FolderStore:
                 fix="mount it, or let this user write there",
             ) from error
 
-    async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
+    async def put_file(
+        self, key: str, path: Path, *, ledger: UploadLedger, on_progress: ProgressCallback | None = None
+    ) -> Stored:
         """See `ObjectStore.put_file`. An interrupted copy is restarted."""
         target = self._path(key)
-        await to_thread.run_sync(self._clear, key, ledger)
+        await to_thread.run_sync(self._abort_upload, key, ledger)
         try:
             file = path.open("rb")
         except FileNotFoundError as error:
-            raise missing_file(path) from error
+            raise missing_file_error(path) from error
         with file:
-            source = Source.of(os.fstat(file.fileno()))
+            source = FileIdentity.of(os.fstat(file.fileno()))
             if target.exists():
                 sha256 = await to_thread.run_sync(durable.sha256_of, path)
-                stored = await to_thread.run_sync(self._same, key, source.size, sha256)
+                stored = await to_thread.run_sync(self._require_same, key, source.size, sha256)
             else:
-                copy = durable.beside(target)
-                ledger.begin(Plan(self.where, key, str(path), source, upload=str(copy)))
-                with durable.needing_room(self.where), copy.open("wb") as out:
-                    whole = Copy(out.fileno(), self.where)
-                    await _read(file, source.size, told, whole)
-                    await to_thread.run_sync(whole.finish)
-                    stored = whole.stored(key)
-                    if Source.of(os.fstat(file.fileno())) != source:
+                partial_file = durable.partial_path(target)
+                ledger.begin(UploadPlan(self.where, key, str(path), source, upload_id=str(partial_file)))
+                with durable.full_disk_as_retry(self.where), partial_file.open("wb") as out:
+                    writer = HashingWriter(out.fileno(), self.where)
+                    await _read(file, source.size, on_progress, writer)
+                    await to_thread.run_sync(writer.finish)
+                    stored = writer.as_stored(key)
+                    if FileIdentity.of(os.fstat(file.fileno())) != source:
                         raise RetryLaterError(f"{path} changed while it was copied")
-                    await to_thread.run_sync(durable.move, copy, target)
-        ledger.forget(self.where, key)
-        if told is not None:
-            told(stored.size, stored.size)
+                    await to_thread.run_sync(durable.move_into_place, partial_file, target)
+        ledger.remove(self.where, key)
+        if on_progress is not None:
+            on_progress(stored.size, stored.size)
         return stored
 
     async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
         """See `ObjectStore.put_bytes`."""
         return await to_thread.run_sync(self._put_bytes, key, data, replace)
 
-    async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
+    async def get_file(
+        self, key: str, path: Path, *, stored: Stored | None = None, on_progress: ProgressCallback | None = None
+    ) -> Stored:
         """See `ObjectStore.get_file`. Without ``stored`` only the size is verified."""
         try:
             file = os.fdopen(OsDisk().open_read(str(self._path(key))), "rb")
         except FileNotFoundError as error:
-            raise self._missing(key) from error
+            raise self._missing_error(key) from error
         with file:
             size = os.fstat(file.fileno()).st_size
             check_size(key, size, stored, self.where)
-            return await copy_into(path, Stored(key, size), stored, self.where, told, partial(_read, file, size, told))
+            return await copy_into(
+                path, Stored(key, size), stored, self.where, on_progress, partial(_read, file, size, on_progress)
+            )
 
     async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
         """See `ObjectStore.change_bytes`. Uses a lock of the folder, which must work between the processes."""
         return await to_thread.run_sync(self._change_bytes, key, change)
 
-    async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
+    async def get_bytes(self, key: str, *, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
         """See `ObjectStore.get_bytes`."""
         path = self._path(key)
         try:
-            return await to_thread.run_sync(lambda: read_file(path, most_bytes=most_bytes))
+            return await to_thread.run_sync(lambda: read_file(path, max_bytes=max_bytes))
         except FileNotFoundError as error:
-            raise self._missing(key) from error
+            raise self._missing_error(key) from error
         except DamagedFileError as error:
             raise DamagedError(f"{path} cannot be used: {error}", fix="it was not written by evsys-bus") from error
 
@@ -140,16 +146,16 @@ class FolderStore:
     def _put_bytes(self, key: str, data: bytes, replace: bool) -> Stored:
         path, sha256 = self._path(key), hashlib.sha256(data).hexdigest()
         if path.exists() and not replace:
-            return self._same(key, len(data), sha256)
-        with durable.needing_room(self.where):
+            return self._require_same(key, len(data), sha256)
+        with durable.full_disk_as_retry(self.where):
             replace_file(path, data, mode=0o666)
         return Stored(key, len(data), sha256)
 
     def _change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(path.parent) as locked, durable.needing_room(self.where):
-            changed = change(load_file(path, bytes, set_aside=True))
+        with _folder_lock(path.parent) as locked, durable.full_disk_as_retry(self.where):
+            changed = change(load_file(path, bytes, quarantine=True))
             if changed is not None:
                 replace_file(path, changed, mode=0o666)
             return locked or changed is None
@@ -165,18 +171,18 @@ class FolderStore:
                         yield Stored(key, size)
 
     def _abort_abandoned(self, prefix: str, ledger: UploadLedger) -> int:
-        plans = ledger.under(self.where, prefix)
+        plans = ledger.uploads_under(self.where, prefix)
         for plan in plans:  # copies are never resumed, so all of them are abandoned
-            self._clear(plan.key, ledger)
+            self._abort_upload(plan.key, ledger)
         return len(plans)
 
-    def _clear(self, key: str, ledger: UploadLedger) -> None:
+    def _abort_upload(self, key: str, ledger: UploadLedger) -> None:
         found = ledger.find(self.where, key)
-        if found is not None and found[0].upload is not None:
-            Path(found[0].upload).unlink(missing_ok=True)
-        ledger.forget(self.where, key)
+        if found is not None and found[0].upload_id is not None:
+            Path(found[0].upload_id).unlink(missing_ok=True)
+        ledger.remove(self.where, key)
 
-    def _same(self, key: str, size: int, sha256: str) -> Stored:
+    def _require_same(self, key: str, size: int, sha256: str) -> Stored:
         """Return the object if it has this content; raises ConflictError otherwise."""
         path = self._path(key)
         if path.stat().st_size != size or durable.sha256_of(path) != sha256:
@@ -187,7 +193,7 @@ class FolderStore:
         check_key(key)
         return self._directory / key
 
-    def _missing(self, key: str) -> MissingError:
+    def _missing_error(self, key: str) -> MissingError:
         return MissingError(f"{self._path(key)} does not exist", fix="see what is stored: evsys-bus checkpoints RUN")
 
 
@@ -202,7 +208,7 @@ def _size(path: Path) -> int | None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Generator[bool]:
+def _folder_lock(folder: Path) -> Generator[bool]:
     """Lock a folder if locks are supported; yields whether it is locked.
 
     Raises:
@@ -210,7 +216,7 @@ def _alone(folder: Path) -> Generator[bool]:
     """
     import fcntl  # POSIX only
 
-    file, until = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), time.monotonic() + _LOCK_SECONDS
+    file, deadline = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), time.monotonic() + _LOCK_SECONDS
     locked = False
     try:
         while not locked:
@@ -218,7 +224,7 @@ def _alone(folder: Path) -> Generator[bool]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
             except BlockingIOError as error:
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise RetryLaterError(f"another process has locked {folder} for {_LOCK_SECONDS:g} s") from error
                 time.sleep(_LOCK_PAUSE_SECONDS)
             except OSError:  # locks are not supported here
@@ -228,17 +234,17 @@ def _alone(folder: Path) -> Generator[bool]:
         os.close(file)
 
 
-async def _read(file: BinaryIO, size: int, told: Told | None, copy: Copy) -> None:
+async def _read(file: BinaryIO, size: int, on_progress: ProgressCallback | None, writer: HashingWriter) -> None:
     """Add the missing content of an open file to the copy."""
-    while await to_thread.run_sync(_read_piece, file, copy):
-        if told is not None:
-            told(copy.size, max(size, copy.size))
+    while await to_thread.run_sync(_read_chunk, file, writer):
+        if on_progress is not None:
+            on_progress(writer.size, max(size, writer.size))
 
 
-def _read_piece(file: BinaryIO, copy: Copy) -> bool:
+def _read_chunk(file: BinaryIO, writer: HashingWriter) -> bool:
     """Add a bounded amount, so that a cancellation does not wait long; returns whether there was any."""
-    file.seek(copy.size)
-    before = copy.size
-    while copy.size - before < PIECE_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
-        copy.add(chunk)
-    return copy.size > before
+    file.seek(writer.size)
+    before = writer.size
+    while writer.size - before < MAX_BLOCKING_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
+        writer.add(chunk)
+    return writer.size > before

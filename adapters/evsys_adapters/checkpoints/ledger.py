@@ -1,7 +1,7 @@
 """`UploadLedger`: records uploads in progress and the parts already sent, synced to disk before they are relied on.
 
-One file per upload: its first line is the `Plan`, every further line a part that the store has. A torn last line means
-that the part is sent again. The ledger is independent of stores: uploads are looked up by store name and key.
+One file per upload: its first line is the `UploadPlan`, every further line a part that the store has. A torn last line
+means that the part is sent again. The ledger is independent of stores: uploads are looked up by store name and key.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from evsys_adapters.checkpoints import durable
 from evsys_bus.files import load_file, replace_file
 
 
-class Source(msgspec.Struct, frozen=True):
+class FileIdentity(msgspec.Struct, frozen=True):
     """Metadata that identify a file's content without reading it."""
 
     size: int
@@ -29,32 +29,32 @@ class Source(msgspec.Struct, frozen=True):
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
-def source_of(path: str) -> Source | None:
+def identity_of(path: str) -> FileIdentity | None:
     """Return the identity of the file at the path; None if there is none."""
     try:
-        return Source.of(Path(path).stat())
+        return FileIdentity.of(Path(path).stat())
     except FileNotFoundError:
         return None
 
 
-class Plan(msgspec.Struct, frozen=True):
+class UploadPlan(msgspec.Struct, frozen=True, rename={"upload_id": "upload"}):
     """An upload at its start."""
 
     where: str
     """Description of the store."""
     key: str
     path: str
-    source: Source
+    source: FileIdentity
     part_bytes: int = 0
     sha256: str = ""
     """Digest of the whole file."""
     digests: list[str] = []
     """Digests of the parts."""
-    upload: str | None = None
+    upload_id: str | None = None
     """The store's ID of the upload; None until it is known."""
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True):
+class UploadedPart(msgspec.Struct, frozen=True, array_like=True):
     """A part that the store has."""
 
     number: int
@@ -72,29 +72,29 @@ class UploadLedger:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: UploadPlan) -> None:
         """Record an upload, replacing an earlier one to the same key."""
         file = self._file(plan.where, plan.key)
         _read(file, set_aside=True)
-        replace_file(file, _write(plan) + b"\n")
+        replace_file(file, _encode(plan) + b"\n")
 
-    def finished(self, plan: Plan, part: Part) -> None:
+    def add_part(self, plan: UploadPlan, part: UploadedPart) -> None:
         """Record that the store has the part."""
-        handle = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        with os.fdopen(handle, "ab") as file:  # buffered: it is written completely, or raises
-            file.write(b"\n" + _write(part))  # ends a torn line before it
-            durable.sync(file)
+        fd = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        with os.fdopen(fd, "ab") as file:  # buffered: it is written completely, or raises
+            file.write(b"\n" + _encode(part))  # ends a torn line before it
+            durable.sync_file(file)
 
-    def find(self, where: str, key: str) -> tuple[Plan, dict[int, Part]] | None:
+    def find(self, where: str, key: str) -> tuple[UploadPlan, dict[int, UploadedPart]] | None:
         """Return the upload to the key, and the parts that the store has, by number."""
         return _read(self._file(where, key), set_aside=True)
 
-    def under(self, where: str, prefix: str) -> list[Plan]:
+    def uploads_under(self, where: str, prefix: str) -> list[UploadPlan]:
         """Return the uploads to keys with this prefix."""
         found = (_read(path) for path in self._directory.glob("*.upload"))
         return [each[0] for each in found if each and each[0].where == where and each[0].key.startswith(prefix)]
 
-    def forget(self, where: str, key: str) -> None:
+    def remove(self, where: str, key: str) -> None:
         """Remove the record of the upload to the key."""
         with suppress(IsADirectoryError, PermissionError, NotADirectoryError):  # not a file of ours; it is quarantined
             self._file(where, key).unlink(missing_ok=True)
@@ -104,24 +104,24 @@ class UploadLedger:
         return self._directory / f"{name}.upload"
 
 
-def _read(path: Path, *, set_aside: bool = False) -> tuple[Plan, dict[int, Part]] | None:
+def _read(path: Path, *, set_aside: bool = False) -> tuple[UploadPlan, dict[int, UploadedPart]] | None:
     """Return the record of an upload; None if it is missing or damaged, so that the upload is restarted."""
-    return load_file(path, _decode, set_aside=set_aside)
+    return load_file(path, _decode, quarantine=set_aside)
 
 
-def _decode(content: bytes) -> tuple[Plan, dict[int, Part]]:
+def _decode(content: bytes) -> tuple[UploadPlan, dict[int, UploadedPart]]:
     first, *lines = content.split(b"\n")
-    plan = _plan(first)
-    parts: dict[int, Part] = {}
+    plan = _decode_plan(first)
+    parts: dict[int, UploadedPart] = {}
     for line in filter(None, lines):
         try:
-            part = _part(line)
+            part = _decode_part(line)
         except msgspec.DecodeError:
             continue  # torn; the part is sent again
         parts[part.number] = part
     return plan, parts
 
 
-_write: Final = msgspec.json.Encoder().encode
-_plan: Final = msgspec.json.Decoder(Plan).decode
-_part: Final = msgspec.json.Decoder(Part).decode
+_encode: Final = msgspec.json.Encoder().encode
+_decode_plan: Final = msgspec.json.Decoder(UploadPlan).decode
+_decode_part: Final = msgspec.json.Decoder(UploadedPart).decode

@@ -17,7 +17,7 @@ import msgspec
 
 from evsys_adapters._runs import digest, safe_name
 from evsys_bus.context import ManifestRow
-from evsys_bus.journal.layout import order_of
+from evsys_bus.journal.layout import stream_sort_key
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
@@ -25,7 +25,7 @@ PartName = Literal["state", "sampler"]
 PARTS: Final[tuple[PartName, ...]] = ("state", "sampler")
 FETCHED: Final = "fetched"
 """The folder for fetched checkpoints inside that of the run."""
-Age = tuple[int, tuple[int, str], int]
+SortKey = tuple[int, tuple[int, str], int]
 """Orders checkpoints at a destination: the life of the stream, the stream, and the position in it."""
 
 _URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -42,30 +42,30 @@ class StoredFile(msgspec.Struct, frozen=True):
     """In hexadecimal."""
 
 
-class Manifest(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True, rename={"generation": "life"}):
     """The contents of a checkpoint at the destination."""
 
     run: str
     row: ManifestRow
     """The trainer's record, with its own paths."""
     stream: str
-    """Stream of the Checkpoint event; `age` orders checkpoints."""
+    """Stream of the Checkpoint event; `sort_key` orders checkpoints."""
     seq: int
     files: list[StoredFile]
     state: str | None = None
     """Name of the state's file or directory below the checkpoint's folder; or its URI if it is remote."""
     sampler: str | None = None
     format: int = 1
-    life: int = 0
+    generation: int = 0
     """Number of the stream at the destination, in order of arrival and independent of clocks. 0 in manifests of
     0.1.0, and in those that arrived late, after checkpoints of another machine with more steps."""
     origin: str = ""
     """Identifies the spool that it came from; streams of one spool are ordered by their counters."""
 
     @property
-    def age(self) -> Age:
+    def sort_key(self) -> SortKey:
         """Sort key: greater is newer."""
-        return self.life, order_of(self.stream), self.seq
+        return self.generation, stream_sort_key(self.stream), self.seq
 
     def is_same_as(self, other: "Manifest") -> bool:
         """Whether both have the same content, regardless of the event that announced it."""
@@ -76,7 +76,7 @@ class Manifest(msgspec.Struct, frozen=True):
         return mine == theirs
 
 
-class Life(msgspec.Struct, frozen=True, array_like=True):
+class Generation(msgspec.Struct, frozen=True, array_like=True):
     """A stream with checkpoints at the destination."""
 
     number: int
@@ -84,7 +84,7 @@ class Life(msgspec.Struct, frozen=True, array_like=True):
     """See `Manifest`."""
 
 
-class Latest(msgspec.Struct, frozen=True):
+class Latest(msgspec.Struct, frozen=True, rename={"generation": "life", "generations": "lives"}):
     """The newest checkpoint of a run, and the streams known at the destination."""
 
     checkpoint: str
@@ -92,19 +92,19 @@ class Latest(msgspec.Struct, frozen=True):
     stream: str
     seq: int
     format: int = 1
-    life: int = 0
+    generation: int = 0
     batch: int | None = None
     """The step after which it was saved; None in records of 0.1.0."""
-    lives: dict[str, Life] = {}
+    generations: dict[str, Generation] = {}
     """By stream, the newest ones; empty in records of 0.1.0."""
 
     @property
-    def age(self) -> Age:
+    def sort_key(self) -> SortKey:
         """Sort key: greater is newer."""
-        return self.life, order_of(self.stream), self.seq
+        return self.generation, stream_sort_key(self.stream), self.seq
 
 
-def is_elsewhere(path: str) -> bool:
+def is_remote_uri(path: str) -> bool:
     """Whether the path is a remote URI; a ``file://`` URI is local."""
     return _URI.match(path) is not None and not path.startswith("file://")
 
@@ -121,19 +121,19 @@ def component(text: str) -> str:
     return name if name == text else f"{name}-{digest(text)}"
 
 
-def key_in(*parts: str) -> str:
+def join_key(*parts: str) -> str:
     """Join the parts of a key; a prefix may be empty."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))
 
 
-def inside(name: str) -> PurePosixPath | None:
+def safe_relative_path(name: str) -> PurePosixPath | None:
     """Return a name from a manifest as a path below its folder; None for a name that could escape it on any system."""
     parts = name.split("/")
-    fine = all(
+    is_safe = all(
         part not in {"", ".", ".."}
         and part.isprintable()
         and not set(part) & set('\\:*?"<>|')
         and len(os.fsencode(part)) <= _MAX_NAME_BYTES
         for part in parts
     )
-    return PurePosixPath(*parts) if fine and name.isprintable() else None
+    return PurePosixPath(*parts) if is_safe and name.isprintable() else None

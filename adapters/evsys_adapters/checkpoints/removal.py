@@ -1,7 +1,7 @@
 """Removing a trainer's checkpoints from this machine, limited to files that belong to the run.
 
-A checkpoint event may name any path: a shared base model, another run's files. `Bounds` defines where files may be
-removed, `plan` selects the files of a checkpoint inside them, and `remove` follows no symbolic links.
+A checkpoint event may name any path: a shared base model, another run's files. `RemovalBounds` defines where files may
+be removed, `plan_removal` selects the files of a checkpoint inside them, and `remove_path` follows no symbolic links.
 """
 
 import errno
@@ -13,21 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from evsys_adapters.checkpoints.manifest import is_elsewhere
-from evsys_adapters.checkpoints.spool import SPOOL, local_path
+from evsys_adapters.checkpoints.manifest import is_remote_uri
+from evsys_adapters.checkpoints.spool import SPOOL_FOLDER, local_path
 from evsys_bus.context import ManifestRow
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import layout
 
-RECORD: Final = "checkpoints.jsonl"
-_RUN_FILES: Final = (RECORD, SPOOL, "metrics.jsonl", "metrics.csv", "result.json", "fetched")
+RUN_RECORD: Final = "checkpoints.jsonl"
+_RUN_FILES: Final = (RUN_RECORD, SPOOL_FOLDER, "metrics.jsonl", "metrics.csv", "result.json", "fetched")
 """A run's folder contains at least one of these."""
 _OWN_NAMES: Final = frozenset({*_RUN_FILES, "journal", "error.txt", "experiment.json"})
 """Names that we create in a run's or an experiment's folder."""
 _OUTSIDE: Final = "it lies outside the folders of the run and of its experiment"
 
 
-class Left(NamedTuple):
+class SkippedPath(NamedTuple):
     """A path that is not removed although its checkpoint is."""
 
     path: Path
@@ -36,25 +36,25 @@ class Left(NamedTuple):
     """Whether listing its folder in ``outside`` would allow the removal."""
 
 
-class Removable(NamedTuple):
+class RemovablePath(NamedTuple):
     """A path that may be removed."""
 
     path: Path
     """Without symbolic links in its parents."""
     root: Path
     """The allowed folder that contains it."""
-    found: os.stat_result
+    status: os.stat_result
     """Its status when it was checked."""
 
 
-class Plan(NamedTuple):
+class RemovalPlan(NamedTuple):
     """Which files of a checkpoint are removed."""
 
-    removable: list[Removable]
-    left: list[Left]
+    removable: list[RemovablePath]
+    skipped: list[SkippedPath]
 
 
-class Bounds:
+class RemovalBounds:
     """Where files of one run's checkpoints may be removed: inside the folders of run and experiment, or listed ones.
 
     Excluded are journals, spools, folders of other runs, folders that contain any of these, and the current directory.
@@ -74,93 +74,101 @@ class Bounds:
         other_runs: Iterable[Path] = (),
     ) -> None:
         roots = [each.resolve() for each in (run_dir, experiment, *outside) if each is not None]
-        self.home: Final = [each.resolve() for each in (run_dir, experiment) if each is not None]
+        self.protected: Final = [each.resolve() for each in (run_dir, experiment) if each is not None]
         """Folders that must neither be a checkpoint nor be inside one."""
         self._roots: Final = [each for each in roots if each != each.parent]
         others = {each.resolve() for each in other_runs}
-        self._other_runs: Final = [each for each in others if not any(home.is_relative_to(each) for home in self.home)]
+        self._other_runs: Final = [
+            each for each in others if not any(folder.is_relative_to(each) for folder in self.protected)
+        ]
 
     def root_of(self, path: Path) -> Path | None:
         """Return the innermost allowed folder that contains the path."""
         around = [root for root in self._roots if root in path.parents]
         return max(around, key=lambda root: len(root.parts), default=None)
 
-    def why_not(self, path: Path) -> Left | None:
+    def reason_to_skip(self, path: Path) -> SkippedPath | None:
         """Return why the path may not be removed; None if it may.
 
         Args:
             path: Without symbolic links in its parents.
         """
-        return next(self._reasons(path), None)
+        return next(self._reasons_to_skip(path), None)
 
-    def _reasons(self, path: Path) -> Iterator[Left]:
+    def _reasons_to_skip(self, path: Path) -> Iterator[SkippedPath]:
         root = self.root_of(path)
-        if any(home.is_relative_to(path) for home in self.home):
-            yield Left(path, "it is or contains the run's folder")
+        if any(folder.is_relative_to(path) for folder in self.protected):
+            yield SkippedPath(path, "it is or contains the run's folder")
         elif root is None:
-            yield Left(path, _OUTSIDE, outside=True)
+            yield SkippedPath(path, _OUTSIDE, outside=True)
         with suppress(OSError):
             if Path.cwd().is_relative_to(path):
-                yield Left(path, "it holds the current directory")
-        if path.parent in self.home and path.name in _OWN_NAMES:
-            yield Left(path, "evsys-bus keeps it")
+                yield SkippedPath(path, "it holds the current directory")
+        if path.parent in self.protected and path.name in _OWN_NAMES:
+            yield SkippedPath(path, "evsys-bus keeps it")
         yield from (
-            Left(path, f"{other} is the folder of another run")
+            SkippedPath(path, f"{other} is the folder of another run")
             for other in self._other_runs
             if path.is_relative_to(other) or other.is_relative_to(path)
         )
-        yield from (Left(path, f"{above} does not belong to this run") for above in self._foreign_around(path, root))
-        yield from (Left(path, f"{inner} in it is not part of a checkpoint") for inner in _foreign_below(path))
+        yield from (
+            SkippedPath(path, f"{above} does not belong to this run") for above in self._foreign_around(path, root)
+        )
+        yield from (SkippedPath(path, f"{inner} in it is not part of a checkpoint") for inner in _foreign_inside(path))
 
     def _foreign_around(self, path: Path, root: Path | None) -> Iterator[Path]:
         """Yield the path and its parents that belong to a journal, a spool or another run."""
-        marks = _RUN_FILES if self.home[0] not in path.parents else (RECORD,)
+        marker_names = _RUN_FILES if self.protected[0] not in path.parents else (RUN_RECORD,)
         for above in (path, *path.parents):
-            if any(home.is_relative_to(above) for home in self.home) or above == root:
+            if any(folder.is_relative_to(above) for folder in self.protected) or above == root:
                 break
-            if above.name == SPOOL or _is_journal(above) or any((above / name).exists() for name in marks):
+            if (
+                above.name == SPOOL_FOLDER
+                or _is_journal(above)
+                or any((above / name).exists() for name in marker_names)
+            ):
                 yield above
 
 
-def places(row: ManifestRow) -> list[Path]:
+def local_paths(row: ManifestRow) -> list[Path]:
     """Return the local files and directories of a checkpoint, whether or not they exist."""
-    named = dict.fromkeys(path for path in (row.state_path, row.sampler_path) if path and not is_elsewhere(path))
+    named = dict.fromkeys(path for path in (row.state_path, row.sampler_path) if path and not is_remote_uri(path))
     return [local_path(path).absolute() for path in named]
 
 
 def is_whole(row: ManifestRow) -> bool:
     """Whether the checkpoint has local files, and all of them exist."""
-    named = places(row)
-    return bool(named) and all(place.exists() for place in named)
+    named = local_paths(row)
+    return bool(named) and all(path.exists() for path in named)
 
 
-def plan(row: ManifestRow, others: Iterable[ManifestRow], bounds: Bounds) -> Plan:
+def plan_removal(row: ManifestRow, others: Iterable[ManifestRow], bounds: RemovalBounds) -> RemovalPlan:
     """Select the files of a checkpoint to remove: inside the bounds and not used by another checkpoint.
 
     A symbolic link and its target are removed together, or both are skipped.
     """
-    used = {real for other in others for place in places(other) for real in _links(place)}
-    used = {each for each in used if not any(home.is_relative_to(each) for home in bounds.home)}
-    made = Plan([], [])
-    for place in places(row):
-        reals = _links(place)
+    used = {real for other in others for path in local_paths(other) for real in _link_chain(path)}
+    used = {each for each in used if not any(folder.is_relative_to(each) for folder in bounds.protected)}
+    result = RemovalPlan([], [])
+    for path in local_paths(row):
+        reals = _link_chain(path)
         if any(each.is_relative_to(real) or real.is_relative_to(each) for each in used for real in reals):
             continue
-        found: list[Removable] = []
+        found: list[RemovablePath] = []
         for real in reversed(reals):  # the link last: its target can be found as long as it exists
-            left = bounds.why_not(real)
+            skipped = bounds.reason_to_skip(real)
             root = bounds.root_of(real)
-            if left is not None or root is None:
-                made.left.append(left or Left(real, _OUTSIDE, outside=True))
+            if skipped is not None or root is None:
+                result.skipped.append(skipped or SkippedPath(real, _OUTSIDE, outside=True))
                 break
             with suppress(FileNotFoundError, NotADirectoryError):
-                found.append(Removable(real, root, real.lstat()))
+                found.append(RemovablePath(real, root, real.lstat()))
         else:
-            made.removable.extend(found)
-    return made
+            result.removable.extend(found)
+    return result
 
 
-def remove(each: Removable) -> None:
+def remove_path(each: RemovablePath) -> None:
     """Remove a file, a link or a directory if it is unchanged since it was checked; a missing one is ignored.
 
     Raises:
@@ -173,7 +181,7 @@ def remove(each: Removable) -> None:
             outer, folder = folder, os.open(part, flags, dir_fd=folder)
             os.close(outer)
         now = os.stat(each.path.name, dir_fd=folder, follow_symlinks=False)
-        if not os.path.samestat(now, each.found) or stat.S_IFMT(now.st_mode) != stat.S_IFMT(each.found.st_mode):
+        if not os.path.samestat(now, each.status) or stat.S_IFMT(now.st_mode) != stat.S_IFMT(each.status.st_mode):
             raise OSError(errno.ESTALE, "it was replaced meanwhile", str(each.path))
         if stat.S_ISDIR(now.st_mode):
             shutil.rmtree(each.path.name, dir_fd=folder)  # rmtree follows no symbolic links either
@@ -185,21 +193,21 @@ def remove(each: Removable) -> None:
         os.close(folder)
 
 
-def _links(place: Path) -> list[Path]:
+def _link_chain(path: Path) -> list[Path]:
     """Follow the path through all symbolic links; each result has no links in its parents."""
     found: list[Path] = []
-    while (real := _real(place)) not in found:
+    while (real := _resolve_parent(path)) not in found:
         found.append(real)
         if not real.is_symlink():
             break
-        place = real.parent / real.readlink()
+        path = real.parent / real.readlink()
     return found
 
 
-def _real(place: Path) -> Path:
-    if place.name in {"", ".."}:
-        return place.resolve()
-    return place.parent.resolve() / place.name
+def _resolve_parent(path: Path) -> Path:
+    if path.name in {"", ".."}:
+        return path.resolve()
+    return path.parent.resolve() / path.name
 
 
 def _is_journal(folder: Path) -> bool:
@@ -212,7 +220,7 @@ def _is_journal(folder: Path) -> bool:
     return bool(parts) or layout.is_journal(OsDisk(), str(folder))
 
 
-def _foreign_below(path: Path) -> Iterator[Path]:
+def _foreign_inside(path: Path) -> Iterator[Path]:
     """Yield what does not belong in a checkpoint directory: a run's record, a journal, another file system."""
     if path.is_symlink() or not path.is_dir():
         return
@@ -221,5 +229,9 @@ def _foreign_below(path: Path) -> Iterator[Path]:
         here = Path(above)
         if here.lstat().st_dev != device:
             yield here
-        if RECORD in files or (SPOOL in folders and any((here / SPOOL).glob("*/*@*"))) or _is_journal(here):
+        if (
+            RUN_RECORD in files
+            or (SPOOL_FOLDER in folders and any((here / SPOOL_FOLDER).glob("*/*@*")))
+            or _is_journal(here)
+        ):
             yield here

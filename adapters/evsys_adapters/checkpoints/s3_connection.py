@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Final
 
-from evsys_adapters.checkpoints.s3_errors import KeyOrigin, Refusal, WordError, meaning
+from evsys_adapters.checkpoints.s3_errors import ErrorResponse, KeyOrigin, S3ResponseError, delivery_error_for
 from evsys_bus.errors import ParkedError, RetryLaterError
 
 CONNECT_SECONDS: Final = 10.0
@@ -30,7 +30,7 @@ class S3Connection:
     """A connection to one bucket; it belongs to one event loop.
 
     Attributes:
-        signs: Whether the content of bodies is signed; unnecessary if the server checks digests.
+        signs_payload: Whether the content of bodies is signed; unnecessary if the server checks digests.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class S3Connection:
     ) -> None:
         self.where = f"s3://{bucket} at {endpoint}" if endpoint else f"s3://{bucket}"
         self.concurrency = concurrency
-        self.signs = False
+        self.signs_payload = False
         self.bucket = bucket
         self._profile = profile
         self._settings = {"endpoint_url": endpoint, "region_name": region}
@@ -53,7 +53,7 @@ class S3Connection:
         self._key = KeyOrigin("?", "from nowhere")
         self._client: Any = None  # the class is generated at run time
         self._stack = AsyncExitStack()
-        self._connecting = asyncio.Lock()
+        self._connect_lock = asyncio.Lock()
         self._in_flight = 0
         self._refused = False
 
@@ -74,15 +74,15 @@ class S3Connection:
             seconds: The timeout.
             params: S3's parameters of the operation.
         """
-        async with self.requesting(_name(operation), seconds=seconds, expect=expect) as client:
+        async with self.requesting(_operation_name(operation), seconds=seconds, expect=expect) as client:
             return await getattr(client, operation)(Bucket=self.bucket, **params)
 
-    async def pages(self, operation: str, of: str, **params: Any) -> list[dict[str, Any]]:
+    async def pages(self, operation: str, key: str, **params: Any) -> list[dict[str, Any]]:
         """Return the entries of all pages of a listing."""
         found: list[dict[str, Any]] = []
-        async with self.requesting(_name(operation), seconds=LISTING_SECONDS) as client:
+        async with self.requesting(_operation_name(operation), seconds=LISTING_SECONDS) as client:
             async for page in client.get_paginator(operation).paginate(Bucket=self.bucket, **params):
-                found += page.get(of, ())
+                found += page.get(key, ())
         return found
 
     @asynccontextmanager
@@ -91,29 +91,29 @@ class S3Connection:
     ) -> AsyncGenerator[Any]:
         """Yield the client for one request; converts its exceptions to delivery errors."""
         client = await self._connected()
-        exceptions = _vendor("botocore.exceptions")
+        exceptions = _import_library("botocore.exceptions")
         self._in_flight += 1
         try:
             async with asyncio.timeout(seconds):
                 yield client
         except exceptions.ClientError as error:
-            refusal = _refusal(operation, error)
-            if refusal.word in expect:
-                raise WordError(refusal, self.where) from error
-            trouble = meaning(refusal, where=self.where, bucket=self.bucket, key=self._key)
-            self._refused = self._refused or isinstance(trouble, ParkedError)
-            raise trouble from error
+            response = _response_of(operation, error)
+            if response.error_code in expect:
+                raise S3ResponseError(response, self.where) from error
+            delivery_error = delivery_error_for(response, where=self.where, bucket=self.bucket, key=self._key)
+            self._refused = self._refused or isinstance(delivery_error, ParkedError)
+            raise delivery_error from error
         except exceptions.SSLError as error:
             fix = "trust its certificate: set AWS_CA_BUNDLE to a file of certificate authorities"
             raise ParkedError(f"{self.where} cannot be trusted: {error}", fix=fix) from error
         except (
             exceptions.HTTPClientError,
             exceptions.ConnectionError,
-            _vendor("aiohttp").ClientError,
+            _import_library("aiohttp").ClientError,
             OSError,
         ) as error:
             raise RetryLaterError(f"{self.where} cannot be reached: {str(error) or 'it took too long'}") from error
-        except _vendor("botocore.parsers").ResponseParserError as error:
+        except _import_library("botocore.parsers").ResponseParserError as error:
             raise RetryLaterError(f"{self.where} sent a response that is not S3's: {error}") from error
         except exceptions.BotoCoreError as error:
             self._refused = True
@@ -124,7 +124,7 @@ class S3Connection:
 
     async def _connected(self) -> Any:
         """Return the client; reconnects with fresh credentials after they were rejected."""
-        async with self._connecting:  # held while credentials are requested; all callers share the answer
+        async with self._connect_lock:  # held while credentials are requested; all callers share the answer
             if self._refused and not self._in_flight:
                 await self.close()
             if self._client is None:
@@ -133,13 +133,13 @@ class S3Connection:
             return self._client
 
     async def _connect(self) -> None:
-        session = _vendor("aiobotocore.session").AioSession(profile=self._profile)
-        config = _vendor("aiobotocore.config").AioConfig(
+        session = _import_library("aiobotocore.session").AioSession(profile=self._profile)
+        config = _import_library("aiobotocore.config").AioConfig(
             connect_timeout=CONNECT_SECONDS,
             read_timeout=REPLY_SECONDS,
             max_pool_connections=self.concurrency + 4,
             retries={"total_max_attempts": 1},
-            s3={"addressing_style": self._style, "payload_signing_enabled": self.signs},
+            s3={"addressing_style": self._style, "payload_signing_enabled": self.signs_payload},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -148,30 +148,33 @@ class S3Connection:
             self._client = await self._stack.enter_async_context(
                 session.create_client("s3", config=config, **self._settings)
             )
-        except (_vendor("botocore.exceptions").BotoCoreError, ValueError) as error:  # unknown profile, invalid endpoint
+        except (
+            _import_library("botocore.exceptions").BotoCoreError,
+            ValueError,
+        ) as error:  # unknown profile, invalid endpoint
             raise ParkedError(f"{self.where} cannot be used: {error}", fix="correct the adapter's params") from error
         if found is not None:
             self._key = KeyOrigin(f"{found.access_key[:4]}…", _ORIGINS.get(found.method, f"from {found.method}"))
 
 
-def _name(operation: str) -> str:
+def _operation_name(operation: str) -> str:
     """Return the operation's name in S3's documentation."""
     return operation.title().replace("_", "")
 
 
-def _refusal(operation: str, error: Any) -> Refusal:
+def _response_of(operation: str, error: Any) -> ErrorResponse:
     """Extract the error response from a client exception."""
-    said, reply = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
-    status = int(reply.get("HTTPStatusCode", 0))
-    return Refusal(
+    details, metadata = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
+    status = int(metadata.get("HTTPStatusCode", 0))
+    return ErrorResponse(
         operation,
         status,
-        str(said.get("Code") or status),
-        str(said.get("Message", "")),
-        reply.get("HTTPHeaders", {}).get("retry-after"),
+        str(details.get("Code") or status),
+        str(details.get("Message", "")),
+        metadata.get("HTTPHeaders", {}).get("retry-after"),
     )
 
 
-def _vendor(module: str) -> Any:
+def _import_library(module: str) -> Any:
     """Import a module of the client library."""
     return importlib.import_module(module)

@@ -11,13 +11,13 @@ from evsys_adapters.checkpoints.store import RefusedError
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
 
 
-class Refusal(msgspec.Struct, frozen=True):
+class ErrorResponse(msgspec.Struct, frozen=True):
     """An error response."""
 
     operation: str
     """The operation's name in S3's documentation: ``PutObject``."""
     status: int
-    word: str
+    error_code: str
     """The error code; the status for responses without one, as to HEAD."""
     message: str = ""
     retry_after: str | None = None
@@ -34,16 +34,17 @@ class KeyOrigin(msgspec.Struct, frozen=True):
         return f"key {self.key} ({self.origin})"
 
 
-class WordError(RefusedError):
+class S3ResponseError(RefusedError):
     """An error response whose meaning depends on the request, so that the caller interprets it."""
 
-    def __init__(self, refusal: Refusal, where: str) -> None:
+    def __init__(self, response: ErrorResponse, where: str) -> None:
         super().__init__(
-            f"{where} refuses {refusal.operation}: {refusal.word}, status {refusal.status}; {refusal.message}",
+            f"{where} refuses {response.operation}: {response.error_code}, status {response.status}; "
+            f"{response.message}",
             fix="look up the error code in the server's documentation; the file is still here",
         )
-        self.word = refusal.word
-        self.status = refusal.status
+        self.error_code = response.error_code
+        self.status = response.status
 
 
 _WRONG_SECRET: Final = frozenset({"SignatureDoesNotMatch"})
@@ -53,7 +54,7 @@ _NO_BUCKET: Final = frozenset({"NoSuchBucket", "InvalidBucketName"})
 _REGION: Final = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _FULL: Final = frozenset({"QuotaExceeded", "EntityTooLarge", "InsufficientStorage", "XMinioStorageFull"})
 """Parts are never too large for S3; with other servers these codes mean that the bucket's quota is used up."""
-_PASSING: Final = frozenset(
+_TRANSIENT: Final = frozenset(
     {
         "BadDigest",
         "ConditionalRequestConflict",
@@ -80,43 +81,51 @@ _ACTIONS: Final = {
 _BUSY: Final = frozenset({408, 425, 429})
 
 
-def meaning(  # noqa: PLR0911 # a table
-    refusal: Refusal, *, where: str, bucket: str, key: KeyOrigin
+def delivery_error_for(  # noqa: PLR0911 # a table
+    response: ErrorResponse, *, where: str, bucket: str, key: KeyOrigin
 ) -> DeliveryError:
     """Return the delivery error for the response, with a fix for the user."""
-    word = refusal.word
-    if word in _PASSING or refusal.status in _BUSY or (refusal.status >= 500 and refusal.status not in {501, 507}):  # noqa: PLR2004
+    error_code = response.error_code
+    is_server_error = response.status >= 500 and response.status not in {501, 507}  # noqa: PLR2004
+    if error_code in _TRANSIENT or response.status in _BUSY or is_server_error:
         return RetryLaterError(
-            f"{where} is busy or faulty: {refusal.operation} got {word}, status {refusal.status}",
-            after_seconds=_seconds(refusal.retry_after),
+            f"{where} is busy or faulty: {response.operation} got {error_code}, status {response.status}",
+            after_seconds=_seconds(response.retry_after),
         )
-    again = "it is read again at the next attempt"
-    if word in _WRONG_SECRET:
+    retry_hint = "it is read again at the next attempt"
+    if error_code in _WRONG_SECRET:
         return ParkedError(
-            f"{where} refuses the {key}: the secret is wrong ({word})", fix=f"correct the secret where it is; {again}"
+            f"{where} refuses the {key}: the secret is wrong ({error_code})",
+            fix=f"correct the secret where it is; {retry_hint}",
         )
-    if word in _UNKNOWN_KEY:
-        return ParkedError(f"{where} does not know the {key} ({word})", fix=f"put a valid key where it is; {again}")
-    if word in _EXPIRED:
-        return ParkedError(f"{where} refuses the {key}: it has expired ({word})", fix=f"renew it; {again}")
-    if word == "RequestTimeTooSkewed":
+    if error_code in _UNKNOWN_KEY:
+        return ParkedError(
+            f"{where} does not know the {key} ({error_code})", fix=f"put a valid key where it is; {retry_hint}"
+        )
+    if error_code in _EXPIRED:
+        return ParkedError(f"{where} refuses the {key}: it has expired ({error_code})", fix=f"renew it; {retry_hint}")
+    if error_code == "RequestTimeTooSkewed":
         return ParkedError(f"{where} refuses requests: this machine's clock is wrong", fix="set the clock")
-    if word in _NO_BUCKET:
+    if error_code in _NO_BUCKET:
         return ParkedError(
             f"there is no bucket {bucket!r} at {where}", fix="create it, or correct the URL in the adapter's params"
         )
-    if word in _REGION or refusal.status == 301:  # noqa: PLR2004
+    if error_code in _REGION or response.status == 301:  # noqa: PLR2004
         return ParkedError(
-            f"the bucket {bucket!r} is in another region: {refusal.message or word}", fix="set `region` to the bucket's"
+            f"the bucket {bucket!r} is in another region: {response.message or error_code}",
+            fix="set `region` to the bucket's",
         )
-    if word in _FULL or refusal.status == 507:  # noqa: PLR2004
-        return ParkedError(f"{where} is full: {word}, {refusal.message}", fix="make room, or raise the bucket's quota")
-    if refusal.status in {401, 403}:
-        action = _ACTIONS.get(refusal.operation, f"s3:{refusal.operation}")
+    if error_code in _FULL or response.status == 507:  # noqa: PLR2004
         return ParkedError(
-            f"{where} does not let the {key} do {refusal.operation} ({word})", fix=f"grant it {action} on {bucket!r}"
+            f"{where} is full: {error_code}, {response.message}", fix="make room, or raise the bucket's quota"
         )
-    return WordError(refusal, where)
+    if response.status in {401, 403}:
+        action = _ACTIONS.get(response.operation, f"s3:{response.operation}")
+        return ParkedError(
+            f"{where} does not let the {key} do {response.operation} ({error_code})",
+            fix=f"grant it {action} on {bucket!r}",
+        )
+    return S3ResponseError(response, where)
 
 
 def _seconds(retry_after: str | None) -> float | None:

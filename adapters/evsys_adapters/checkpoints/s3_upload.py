@@ -20,22 +20,22 @@ import msgspec
 from anyio import to_thread
 from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
 
-from evsys_adapters.checkpoints.ledger import Part, Plan, Source, UploadLedger
-from evsys_adapters.checkpoints.pieces import PartBody, digests
+from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadLedger, UploadPlan
+from evsys_adapters.checkpoints.parts import PartBody, digest_parts
 from evsys_adapters.checkpoints.s3_connection import S3Connection
-from evsys_adapters.checkpoints.s3_errors import WordError
-from evsys_adapters.checkpoints.store import ConflictError, Stored, Told, missing_file
+from evsys_adapters.checkpoints.s3_errors import S3ResponseError
+from evsys_adapters.checkpoints.store import ConflictError, ProgressCallback, Stored, missing_file_error
 from evsys_bus.errors import DeliveryError, RetryLaterError
 
 ATTEMPTS: Final = 4
 """Attempts of a part or of resuming a download; then the courier retries."""
-MOST_PARTS: Final = 10_000
+MAX_PARTS: Final = 10_000
 """S3's limit."""
-BEGINNINGS: Final = 3
+MAX_RESTARTS: Final = 3
 """How often an upload is restarted because its file changes."""
 COMPLETE_SECONDS: Final = 600.0
 """Servers may take minutes to assemble a large object."""
-LEAST_BYTES_PER_SECOND: Final = 50_000
+MIN_BYTES_PER_SECOND: Final = 50_000
 """A slower upload of a part times out."""
 
 
@@ -44,11 +44,11 @@ class Bucket(Protocol):
 
     part_bytes: int
 
-    async def put_whole(self, wanted: Stored, data: bytes) -> Stored:
+    async def put_whole(self, expected: Stored, data: bytes) -> Stored:
         """Send a small object in one request."""
         ...
 
-    async def standing(self, wanted: Stored, *, guess: bool = False) -> Stored | None:
+    async def existing(self, expected: Stored, *, assume_missing: bool = False) -> Stored | None:
         """Return the object if it has this content, None if there is none; raises ConflictError for other content."""
         ...
 
@@ -63,92 +63,96 @@ class FileUpload:
         key: str,
         path: Path,
         ledger: UploadLedger,
-        told: Told | None,
+        on_progress: ProgressCallback | None,
     ) -> None:
         self._bucket = bucket
         self._connection = connection
         self._key = key
         self._path = path
         self._ledger = ledger
-        self._told = told
+        self._on_progress = on_progress
 
     async def run(self) -> Stored:
         """See `ObjectStore.put_file`."""
-        for _ in range(BEGINNINGS):
-            with self._opened() as file:
-                source = Source.of(os.fstat(file.fileno()))
+        for _ in range(MAX_RESTARTS):
+            with self._open() as file:
+                source = FileIdentity.of(os.fstat(file.fileno()))
                 try:
                     stored = await self._put(file, source)
                 except ConflictError:
                     await self._abort()
                     raise
                 except DeliveryError:
-                    if self._is_still(file, source):
+                    if self._is_unchanged(file, source):
                         raise
                     stored = None
             if stored is not None:
-                await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
+                await to_thread.run_sync(self._ledger.remove, self._connection.where, self._key)
                 if stored.size > self._bucket.part_bytes:
                     with suppress(DeliveryError):  # the file is stored already
                         await abort_uploads(self._connection, self._key)  # leftovers of a lost ledger
-                self._tell(stored.size, stored.size)
+                self._report_progress(stored.size, stored.size)
                 return stored
             await self._abort()
         raise RetryLaterError(f"{self._path} changes while it is sent")
 
-    async def _put(self, file: BinaryIO, source: Source) -> Stored | None:
+    async def _put(self, file: BinaryIO, source: FileIdentity) -> Stored | None:
         """Store the file; returns None if it changed."""
-        plan, parts = await self._planned(file, source)
-        wanted = Stored(self._key, source.size, plan.sha256)
-        if plan.upload is None:
-            there = await self._bucket.standing(wanted, guess=True)
-            if there is not None:
-                return there
+        plan, parts = await self._load_or_make_plan(file, source)
+        expected = Stored(self._key, source.size, plan.sha256)
+        if plan.upload_id is None:
+            existing = await self._bucket.existing(expected, assume_missing=True)
+            if existing is not None:
+                return existing
             if source.size <= plan.part_bytes:
                 data = await to_thread.run_sync(os.pread, file.fileno(), source.size, 0)
-                return await self._bucket.put_whole(wanted, data) if self._is_still(file, source) else None
-            plan = await self._begun(plan)
+                return await self._bucket.put_whole(expected, data) if self._is_unchanged(file, source) else None
+            plan = await self._start_upload(plan)
         sent = await self._send(file, plan, parts)
-        if not self._is_still(file, source):
+        if not self._is_unchanged(file, source):
             return None
         completed = sent and await self._complete(plan, parts)
-        there = await self._bucket.standing(wanted)
-        if there is None or not completed:
+        existing = await self._bucket.existing(expected)
+        if existing is None or not completed:
             await self._abort()
-        if there is None:
+        if existing is None:
             raise RetryLaterError(f"{self._connection.where} lost the upload to {self._key}; it is restarted")
-        return there
+        return existing
 
-    async def _planned(self, file: BinaryIO, source: Source) -> tuple[Plan, dict[int, Part]]:
+    async def _load_or_make_plan(
+        self, file: BinaryIO, source: FileIdentity
+    ) -> tuple[UploadPlan, dict[int, UploadedPart]]:
         """Return the plan of the upload, and the parts that the server has."""
         where = self._connection.where
         found = await to_thread.run_sync(self._ledger.find, where, self._key)
         if found is not None and found[0].source == source:
             plan, parts = found
-            confirmed = None if plan.upload is None else await self._confirmed(plan, parts)
+            confirmed = None if plan.upload_id is None else await self._confirmed_parts(plan, parts)
             if confirmed is not None:
                 return plan, confirmed
-            if plan.upload is None:  # the server may have started it
+            if plan.upload_id is None:  # the server may have started it
                 await self._abort()
-            return msgspec.structs.replace(plan, upload=None), {}
+            return msgspec.structs.replace(plan, upload_id=None), {}
         if found is not None:
             await self._abort()
-        part_bytes = max(self._bucket.part_bytes, -(-source.size // MOST_PARTS))
-        sha256, of_parts = await digests(file.fileno(), source.size, part_bytes)
-        return Plan(where, self._key, str(self._path), source, part_bytes, sha256, of_parts), {}
+        part_bytes = max(self._bucket.part_bytes, -(-source.size // MAX_PARTS))
+        sha256, part_digests = await digest_parts(file.fileno(), source.size, part_bytes)
+        return UploadPlan(where, self._key, str(self._path), source, part_bytes, sha256, part_digests), {}
 
-    async def _confirmed(self, plan: Plan, parts: dict[int, Part]) -> dict[int, Part] | None:
+    async def _confirmed_parts(
+        self, plan: UploadPlan, parts: dict[int, UploadedPart]
+    ) -> dict[int, UploadedPart] | None:
         """Return the parts of the ledger that the server confirms; None if it does not know the upload."""
         try:
-            theirs = await self._connection.pages("list_parts", "Parts", Key=self._key, UploadId=plan.upload)
-        except WordError as error:
-            if error.word != "NoSuchUpload":
+            server_parts = await self._connection.pages("list_parts", "Parts", Key=self._key, UploadId=plan.upload_id)
+        except S3ResponseError as error:
+            if error.error_code != "NoSuchUpload":
                 raise
             return None
-        sizes = {part["PartNumber"]: (part["ETag"], part["Size"]) for part in theirs}
+        sizes = {part["PartNumber"]: (part["ETag"], part["Size"]) for part in server_parts}
         return {number: part for number, part in parts.items() if sizes.get(number) == (part.tag, _size(plan, number))}
 
-    async def _begun(self, plan: Plan) -> Plan:
+    async def _start_upload(self, plan: UploadPlan) -> UploadPlan:
         await to_thread.run_sync(self._ledger.begin, plan)
         reply = await self._connection.call(
             "create_multipart_upload",
@@ -156,58 +160,58 @@ class FileUpload:
             Metadata={"sha256": plan.sha256},
             ChecksumAlgorithm="SHA256",
         )
-        plan = msgspec.structs.replace(plan, upload=reply["UploadId"])
+        plan = msgspec.structs.replace(plan, upload_id=reply["UploadId"])
         await to_thread.run_sync(self._ledger.begin, plan)
         return plan
 
-    async def _send(self, file: BinaryIO, plan: Plan, parts: dict[int, Part]) -> bool:
+    async def _send(self, file: BinaryIO, plan: UploadPlan, parts: dict[int, UploadedPart]) -> bool:
         """Send the missing parts concurrently; after the first failure no further part is started.
 
         Returns:
             Whether the server still knows the upload.
         """
         missing = iter([number for number in range(1, len(plan.digests) + 1) if number not in parts])
-        troubles: list[DeliveryError | OSError] = []
+        errors: list[DeliveryError | OSError] = []
 
         async def work() -> None:
             for number in missing:
                 try:
                     parts[number] = await self._send_part(file.fileno(), plan, number)
                 except (DeliveryError, OSError) as error:  # OSError: the ledger's disk
-                    troubles.append(error)
-                if troubles:
+                    errors.append(error)
+                if errors:
                     return
-                self._tell(sum(_size(plan, each) for each in parts), plan.source.size)
+                self._report_progress(sum(_size(plan, each) for each in parts), plan.source.size)
 
-        self._tell(sum(_size(plan, each) for each in parts), plan.source.size)
+        self._report_progress(sum(_size(plan, each) for each in parts), plan.source.size)
         async with anyio.create_task_group() as group:
             for _ in range(self._connection.concurrency):
                 group.start_soon(work)
-        if any(isinstance(each, WordError) and each.word == "NoSuchUpload" for each in troubles):
+        if any(isinstance(each, S3ResponseError) and each.error_code == "NoSuchUpload" for each in errors):
             return False
-        if troubles:
-            raise troubles[0]
+        if errors:
+            raise errors[0]
         return True
 
-    async def _send_part(self, file: int, plan: Plan, number: int) -> Part:
+    async def _send_part(self, file: int, plan: UploadPlan, number: int) -> UploadedPart:
         """Send one part and record it."""
         size = _size(plan, number)
-        reply: dict[str, Any] = await again()(
+        reply: dict[str, Any] = await retrying()(
             self._connection.call,
             "upload_part",
             Key=self._key,
-            UploadId=plan.upload,
+            UploadId=plan.upload_id,
             PartNumber=number,
             Body=PartBody(file, (number - 1) * plan.part_bytes, size),
             ContentLength=size,
             ChecksumSHA256=base64_of(plan.digests[number - 1]),
-            seconds=60 + size / LEAST_BYTES_PER_SECOND,
+            seconds=60 + size / MIN_BYTES_PER_SECOND,
         )
-        part = Part(number, reply["ETag"])
-        await to_thread.run_sync(self._ledger.finished, plan, part)
+        part = UploadedPart(number, reply["ETag"])
+        await to_thread.run_sync(self._ledger.add_part, plan, part)
         return part
 
-    async def _complete(self, plan: Plan, parts: dict[int, Part]) -> bool:
+    async def _complete(self, plan: UploadPlan, parts: dict[int, UploadedPart]) -> bool:
         """Complete the upload; returns False if the object has to be checked instead."""
         listed = [
             {"PartNumber": number, "ETag": part.tag, "ChecksumSHA256": base64_of(plan.digests[number - 1])}
@@ -217,38 +221,38 @@ class FileUpload:
             await self._connection.call(
                 "complete_multipart_upload",
                 Key=self._key,
-                UploadId=plan.upload,
+                UploadId=plan.upload_id,
                 IfNoneMatch="*",
                 MultipartUpload={"Parts": listed},
                 seconds=COMPLETE_SECONDS,
             )
-        except WordError as error:
-            if error.word not in {"NoSuchUpload", "PreconditionFailed", "InvalidPart"}:
+        except S3ResponseError as error:
+            if error.error_code not in {"NoSuchUpload", "PreconditionFailed", "InvalidPart"}:
                 raise
             return False
         return True
 
     async def _abort(self) -> None:
         await abort_uploads(self._connection, self._key)
-        await to_thread.run_sync(self._ledger.forget, self._connection.where, self._key)
+        await to_thread.run_sync(self._ledger.remove, self._connection.where, self._key)
 
-    def _opened(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         try:
             return self._path.open("rb")
         except FileNotFoundError as error:
-            raise missing_file(self._path) from error
+            raise missing_file_error(self._path) from error
 
-    def _is_still(self, file: BinaryIO, source: Source) -> bool:
+    def _is_unchanged(self, file: BinaryIO, source: FileIdentity) -> bool:
         """Whether the file is unchanged. A removed file is still open, and counts as unchanged."""
         try:
             now = self._path.stat()
         except FileNotFoundError:
             now = os.fstat(file.fileno())
-        return Source.of(now) == source
+        return FileIdentity.of(now) == source
 
-    def _tell(self, done: int, size: int) -> None:
-        if self._told is not None:
-            self._told(done, size)
+    def _report_progress(self, done: int, size: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(done, size)
 
 
 async def abort_uploads(connection: S3Connection, key: str) -> None:
@@ -257,17 +261,17 @@ async def abort_uploads(connection: S3Connection, key: str) -> None:
         if upload["Key"] == key:
             try:
                 await connection.call("abort_multipart_upload", Key=key, UploadId=upload["UploadId"])
-            except WordError as error:
-                if error.word != "NoSuchUpload":
+            except S3ResponseError as error:
+                if error.error_code != "NoSuchUpload":
                     raise
 
 
-def again() -> AsyncRetrying:
+def retrying() -> AsyncRetrying:
     """Return a retry policy for temporary errors without a ``Retry-After``."""
     return AsyncRetrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_random_exponential(multiplier=0.1, max=2),
-        retry=_in_passing,
+        retry=_is_transient,
         reraise=True,
     )
 
@@ -277,10 +281,10 @@ def base64_of(digest: str) -> str:
     return base64.b64encode(bytes.fromhex(digest)).decode()
 
 
-def _in_passing(state: RetryCallState) -> bool:
+def _is_transient(state: RetryCallState) -> bool:
     error = None if state.outcome is None else state.outcome.exception()
     return isinstance(error, RetryLaterError) and error.after_seconds is None
 
 
-def _size(plan: Plan, number: int) -> int:
+def _size(plan: UploadPlan, number: int) -> int:
     return min(plan.part_bytes, plan.source.size - (number - 1) * plan.part_bytes)

@@ -23,13 +23,13 @@ import msgspec
 from evsys_adapters.checkpoints.ledger import UploadLedger
 from evsys_bus.errors import ConfigError, DeliveryError
 
-Told = Callable[[int, int], None]
+ProgressCallback = Callable[[int, int], None]
 """Called with the bytes done and the total bytes."""
 
 PART_BYTES: Final = 16 << 20
-MOST_SMALL_BYTES: Final = 64 << 20
+MAX_SMALL_BYTES: Final = 64 << 20
 """Limit of `ObjectStore.get_bytes`; enough for a manifest of several hundred thousand files."""
-MOST_KEY_BYTES: Final = 1024
+MAX_KEY_BYTES: Final = 1024
 """S3's limit."""
 
 
@@ -73,43 +73,43 @@ class Stored(msgspec.Struct, frozen=True):
     """Digest of the content, in hexadecimal; None if a listing does not provide it."""
 
 
-def check(got: Stored, wanted: Stored | None, where: str) -> None:
+def check_content(actual: Stored, expected: Stored | None, where: str) -> None:
     """Compare fetched content with the expected size and digest, as far as known.
 
     Raises:
         DamagedError: They differ.
     """
-    if wanted is not None and (got.size, got.sha256) != (wanted.size, wanted.sha256 or got.sha256):
+    if expected is not None and (actual.size, actual.sha256) != (expected.size, expected.sha256 or actual.sha256):
         raise DamagedError(
-            f"{got.key} in {where} is not what was stored: {got.size} bytes, SHA-256 {got.sha256}, and not "
-            f"{wanted.size} bytes, SHA-256 {wanted.sha256}",
+            f"{actual.key} in {where} is not what was stored: {actual.size} bytes, SHA-256 {actual.sha256}, and not "
+            f"{expected.size} bytes, SHA-256 {expected.sha256}",
             fix="fetch another checkpoint; this object cannot be trusted",
         )
 
 
-def check_size(key: str, size: int, wanted: Stored | None, where: str) -> None:
+def check_size(key: str, size: int, expected: Stored | None, where: str) -> None:
     """Compare only the sizes, before anything is fetched."""
-    if wanted is not None and size != wanted.size:
+    if expected is not None and size != expected.size:
         raise DamagedError(
-            f"{key} in {where} is not what was stored: {size} bytes, and not {wanted.size}",
+            f"{key} in {where} is not what was stored: {size} bytes, and not {expected.size}",
             fix="fetch another checkpoint; this object cannot be trusted",
         )
 
 
-def too_large(key: str, where: str, most_bytes: int) -> DamagedError:
+def too_large_error(key: str, where: str, max_bytes: int) -> DamagedError:
     """Return the error for an object that exceeds its limit."""
     return DamagedError(
-        f"{key} in {where} is larger than {most_bytes:,} bytes", fix="it was not written by evsys-bus; remove it"
+        f"{key} in {where} is larger than {max_bytes:,} bytes", fix="it was not written by evsys-bus; remove it"
     )
 
 
 def check_key(key: str) -> None:
     """Raise RefusedError if the key is invalid."""
-    if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or len(key.encode()) > MOST_KEY_BYTES:
+    if key.startswith("/") or {"", ".", ".."} & set(key.split("/")) or len(key.encode()) > MAX_KEY_BYTES:
         raise RefusedError(f"{key!r} is no key", fix="use parts that are not empty, `.` or `..`, with slashes between")
 
 
-def missing_file(path: Path) -> MissingError:
+def missing_file_error(path: Path) -> MissingError:
     """Return the error for a missing local file."""
     return MissingError(
         f"{path} does not exist, so it cannot be stored", fix="keep files until they are stored; this one is lost"
@@ -135,7 +135,9 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def put_file(self, key: str, path: Path, *, ledger: UploadLedger, told: Told | None = None) -> Stored:
+    async def put_file(
+        self, key: str, path: Path, *, ledger: UploadLedger, on_progress: ProgressCallback | None = None
+    ) -> Stored:
         """Store a file: complete and verified, or not at all.
 
         Parts recorded in the ledger are not sent again, even by another process. If the file changes meanwhile, the
@@ -158,7 +160,9 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def get_file(self, key: str, path: Path, *, stored: Stored | None = None, told: Told | None = None) -> Stored:
+    async def get_file(
+        self, key: str, path: Path, *, stored: Stored | None = None, on_progress: ProgressCallback | None = None
+    ) -> Stored:
         """Fetch an object; the file appears, or is replaced, once its size and digest are verified.
 
         Args:
@@ -186,12 +190,12 @@ class ObjectStore(Protocol):
         """
         ...
 
-    async def get_bytes(self, key: str, *, most_bytes: int = MOST_SMALL_BYTES) -> bytes:
+    async def get_bytes(self, key: str, *, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
         """Fetch a small object, verified if the store knows its digest.
 
         Raises:
             MissingError: There is no such object.
-            DamagedError: The content differs, or is larger than ``most_bytes``, the maximum that is read.
+            DamagedError: The content differs, or is larger than ``max_bytes``, the maximum that is read.
         """
         ...
 

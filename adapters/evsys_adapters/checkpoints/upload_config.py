@@ -7,7 +7,7 @@ import msgspec
 
 from evsys_adapters._params import check_placeholders
 from evsys_adapters.checkpoints.manifest import PARTS, PartName
-from evsys_adapters.checkpoints.places import PLACEHOLDERS, Reach
+from evsys_adapters.checkpoints.stores import PLACEHOLDERS, StoreOptions
 from evsys_bus.context import ManifestRow
 
 FINAL: Final = "final"
@@ -69,7 +69,7 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
         return isinstance(self.checkpoints, int) and (row.batch + 1) % self.checkpoints == 0
 
     @property
-    def reach(self) -> Reach:
+    def store_options(self) -> StoreOptions:
         """Connection options of the destination."""
-        names = Reach.__struct_fields__
-        return Reach(**{name: getattr(self, name) for name in names})
+        names = StoreOptions.__struct_fields__
+        return StoreOptions(**{name: getattr(self, name) for name in names})

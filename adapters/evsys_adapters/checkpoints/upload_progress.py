@@ -1,14 +1,14 @@
-"""`Progress`: publishes the progress of one upload at intervals."""
+"""`ProgressReporter`: publishes the progress of one upload at intervals."""
 
 import time
 from collections.abc import Callable
 
 from evsys_adapters.checkpoints.events import UploadProgress
 
-_LEAST_SECONDS = 1e-3
+_MIN_SECONDS = 1e-3
 
 
-class Progress:
+class ProgressReporter:
     """Counts the uploaded bytes of one checkpoint.
 
     Args:
@@ -32,7 +32,7 @@ class Progress:
         publish: Callable[[UploadProgress], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._done: dict[str, int] = {}  # by file, so that a repeated transfer counts once
+        self._done_by_file: dict[str, int] = {}  # by file, so that a repeated transfer counts once
         self._run = run
         self._checkpoint = checkpoint
         self._total_bytes = total_bytes
@@ -40,24 +40,24 @@ class Progress:
         self._every_seconds = every_seconds
         self._publish = publish
         self._clock = clock
-        self._began = self._told = clock()
+        self._start_time = self._last_report = clock()
 
     @property
     def seconds(self) -> float:
         """Seconds since the start."""
-        return self._clock() - self._began
+        return self._clock() - self._start_time
 
-    def see(self, file: str, done_bytes: int) -> None:
+    def update(self, file: str, done_bytes: int) -> None:
         """Update the number of uploaded bytes of a file."""
-        self._done[file] = done_bytes
+        self._done_by_file[file] = done_bytes
         now = self._clock()
-        if now - self._told < self._every_seconds:
+        if now - self._last_report < self._every_seconds:
             return
-        self._told = now
-        done = sum(self._done.values())
-        rate = done / max(now - self._began, _LEAST_SECONDS)
-        left = max(0, self._total_bytes - done)
-        eta = left / rate if rate > 0 else None
+        self._last_report = now
+        done = sum(self._done_by_file.values())
+        rate = done / max(now - self._start_time, _MIN_SECONDS)
+        remaining = max(0, self._total_bytes - done)
+        eta = remaining / rate if rate > 0 else None
         self._publish(
             UploadProgress(self._run, self._checkpoint, done, self._total_bytes, round(rate, 1), eta, self._url)
         )

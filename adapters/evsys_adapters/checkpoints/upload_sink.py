@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 import anyio
 import msgspec
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded
@@ -27,11 +27,11 @@ from evsys_adapters.checkpoints.manifest import (
     checkpoint_folder,
     component,
 )
-from evsys_adapters.checkpoints.places import Places, has_placeholders, url_for
-from evsys_adapters.checkpoints.spool import Done, Spool, SpooledFile, Waiting
-from evsys_adapters.checkpoints.store import MOST_SMALL_BYTES, ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord
+from evsys_adapters.checkpoints.store import MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.stores import StorePool, has_placeholders, url_for
 from evsys_adapters.checkpoints.upload_config import CheckpointUploadConfig
-from evsys_adapters.checkpoints.upload_progress import Progress
+from evsys_adapters.checkpoints.upload_progress import ProgressReporter
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, RetryLaterError
 from evsys_bus.events import Checkpoint, Envelope, ExperimentStart, RunStart
@@ -42,7 +42,7 @@ STALL_SECONDS: Final = 300.0
 """An upload without progress for this long is restarted."""
 
 
-class _Task(NamedTuple):
+class _UploadTask(NamedTuple):
     """The upload requested by one event."""
 
     envelope: Envelope
@@ -67,104 +67,104 @@ class UploadSink(Sink):
 
     def __init__(self, url: str, **params: Any) -> None:
         """Validate the parameters against `CheckpointUploadConfig`."""
-        self.config = checked(CheckpointUploadConfig, {"url": url, **params})
-        self._places = Places(self.config.reach)
-        self._swept: set[str] = set()
-        self._refused: dict[tuple[str, int], str] = {}
+        self.config = validate_params(CheckpointUploadConfig, {"url": url, **params})
+        self._stores = StorePool(self.config.store_options)
+        self._cleaned_runs: set[str] = set()
+        self._rejected: dict[tuple[str, int], str] = {}
         self._uploaded: set[tuple[str, int]] = set()
 
     async def open(self) -> None:
         """Check that the destination accepts writes with these credentials, so that errors appear at the start."""
         if not has_placeholders(self.config.url):
-            await self._places.place(self.config.url)
+            await self._stores.get(self.config.url)
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
         """Upload the first checkpoint of the batch; events before it need no work."""
         for index, envelope in enumerate(batch):
             event = envelope.event
             if isinstance(event, ExperimentStart | RunStart):  # as in `open`, once the placeholders can be replaced
-                await self._places.place(url_for(self.config.url, event.ctx))
+                await self._stores.get(url_for(self.config.url, event.ctx))
             if not isinstance(event, Checkpoint) or not self.config.wants(event.row):
                 continue
             if index:
                 return index
-            if (envelope.stream, envelope.seq) not in self._refused:
-                await self._carry_out(envelope, event)
+            if (envelope.stream, envelope.seq) not in self._rejected:
+                await self._process(envelope, event)
             self._reject(envelope, alone=len(batch) == 1)
             return 1
         return None
 
     async def close(self) -> None:
         """Close the destinations."""
-        await self._places.close()
+        await self._stores.close()
 
     def _reject(self, envelope: Envelope, *, alone: bool) -> None:
-        why = self._refused.get((envelope.stream, envelope.seq))
+        why = self._rejected.get((envelope.stream, envelope.seq))
         if why is None:
             return
         if not alone:  # a rejection applies to a whole batch, but only this event was processed
             raise BatchTooLargeError(why)
-        del self._refused[envelope.stream, envelope.seq]
+        del self._rejected[envelope.stream, envelope.seq]
         raise RejectedError({0: why})
 
-    async def _carry_out(self, envelope: Envelope, event: Checkpoint) -> None:
+    async def _process(self, envelope: Envelope, event: Checkpoint) -> None:
         run = component(envelope.run or Path(event.state.output_dir).name)
         url = url_for(self.config.url, event.state)
-        place = await self._places.place(url)
+        opened = await self._stores.get(url)
         spool = Spool.of(event.state.output_dir, self.config.url)
-        task = _Task(envelope, event, spool, url, Destination(place.store, place.prefix, run), run)
+        task = _UploadTask(envelope, event, spool, url, Destination(opened.store, opened.prefix, run), run)
         try:
-            with durable.needing_room(spool.folder):
-                oldest = self._oldest(spool, event)
+            with durable.full_disk_as_retry(spool.folder):
+                pending = self._next_pending(spool, event)
         except FileNotFoundError as error:
             # The event may be repeated long after the checkpoint was uploaded and removed.
-            if not spool.done(event.row) and not await self._is_uploaded(task):
-                self._refuse(task, f"{error.filename} is missing, and was not linked while it existed")
+            if not spool.uploaded(event.row) and not await self._is_uploaded(task):
+                self._mark_rejected(task, f"{error.filename} is missing, and was not linked while it existed")
             return
-        if oldest is None:
+        if pending is None:
             return
         try:
-            with durable.needing_room(spool.folder):  # for the ledger and the upload's record
-                await self._upload(task, oldest)
+            with durable.full_disk_as_retry(spool.folder):  # for the ledger and the upload's record
+                await self._upload(task, pending)
         except StoreError as error:  # retrying does not help
-            spool.set_aside(oldest)
+            spool.quarantine(pending)
             if isinstance(error, ConflictError):
                 self.publish(CheckpointConflict(run, task.folder, event.row.batch, self._url(task), error.what))
-            self._refuse(task, error.what)
+            self._mark_rejected(task, error.what)
 
-    def _oldest(self, spool: Spool, event: Checkpoint) -> Waiting | None:
+    def _next_pending(self, spool: Spool, event: Checkpoint) -> PendingUpload | None:
         """Return the entry to upload; None if it was uploaded. A checkpoint that was saved again has its own event.
 
         Raises:
             FileNotFoundError: Its files are missing.
         """
-        waiting = spool.waiting(event.row)
-        if waiting:
+        pending = spool.pending(event.row)
+        if pending:
             try:
-                return spool.mend(waiting[0], event.row, self.config.parts)
+                return spool.repair(pending[0], event.row, self.config.parts)
             except FileNotFoundError as error:
-                log().warning("checkpoint.entry_lost", entry=str(waiting[0].folder), missing=error.filename)
-                spool.set_aside(waiting[0])
-        return spool.keep(event.row, self.config.parts)
+                log().warning("checkpoint.entry_lost", entry=str(pending[0].folder), missing=error.filename)
+                spool.quarantine(pending[0])
+        return spool.add(event.row, self.config.parts)
 
-    async def _is_uploaded(self, task: _Task) -> bool:
+    async def _is_uploaded(self, task: _UploadTask) -> bool:
         """Whether the checkpoint is at the destination, if its record in the spool is unreadable."""
-        markers = task.spool.unreadable(task.event.row)
-        manifest = await task.destination.manifest(task.folder) if markers else None
+        unreadable = task.spool.unreadable(task.event.row)
+        manifest = await task.destination.manifest(task.folder) if unreadable else None
         if manifest is None:
             return False
-        task.spool.note(markers[0], Done(task.url, manifest, self.config.reach))
+        task.spool.write_record(unreadable[0], UploadRecord(task.url, manifest, self.config.store_options))
         return True
 
-    async def _upload(self, task: _Task, waiting: Waiting) -> None:
-        entry, destination = waiting.entry, task.destination
+    async def _upload(self, task: _UploadTask, pending: PendingUpload) -> None:
+        entry, destination = pending.entry, task.destination
         assert entry is not None
         ledger = UploadLedger(task.spool.ledger)
-        if destination.run_key not in self._swept:
+        if destination.run_key not in self._cleaned_runs:
             await destination.store.abort_abandoned(f"{destination.run_key}/", ledger)
-            task.spool.sweep()
-            self._swept.add(destination.run_key)
-        progress = Progress(
+            task.spool.remove_stale()
+            self._cleaned_runs.add(destination.run_key)
+        progress = ProgressReporter(
             task.run,
             task.folder,
             sum(file.size for file in entry.files),
@@ -172,17 +172,19 @@ class UploadSink(Sink):
             every_seconds=self.config.progress_seconds,
             publish=self.publish,
         )
-        files = await self._put_all(task, waiting, ledger, progress)
-        changed = waiting.rewritten()
+        files = await self._put_all(task, pending, ledger, progress)
+        changed = pending.changed_file()
         if changed is not None:
-            task.spool.drop(waiting)
-            self._refuse(task, f"{changed} was modified after the checkpoint event")
+            task.spool.remove(pending)
+            self._mark_rejected(task, f"{changed} was modified after the checkpoint event")
             return
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
         )
         manifest = msgspec.structs.replace(manifest, origin=task.spool.origin)
-        manifest = await destination.publish(manifest, follows=_fetched_life(Path(task.event.state.output_dir)))
+        manifest = await destination.publish(
+            manifest, resumed_from=_fetched_generation(Path(task.event.state.output_dir))
+        )
         intent = task.envelope.stream, task.envelope.seq
         if intent not in self._uploaded:  # only once: writing the record below is retried if the disk is full
             self._uploaded.add(intent)
@@ -191,62 +193,65 @@ class UploadSink(Sink):
             self.publish(
                 CheckpointUploaded(task.run, task.folder, entry.row.batch, self._url(task), len(files), total, seconds)
             )
-        task.spool.finish(waiting, Done(task.url, manifest, self.config.reach))
+        task.spool.finish(pending, UploadRecord(task.url, manifest, self.config.store_options))
         self._uploaded.discard(intent)
 
     async def _put_all(
-        self, task: _Task, waiting: Waiting, ledger: UploadLedger, progress: Progress
+        self, task: _UploadTask, pending: PendingUpload, ledger: UploadLedger, progress: ProgressReporter
     ) -> list[StoredFile]:
         """Upload all files of the entry concurrently; no file is started after a failure.
 
         Raises:
             DeliveryError, OSError: The first error.
         """
-        files = iter(() if waiting.entry is None else waiting.entry.files)
+        files = iter(() if pending.entry is None else pending.entry.files)
         stored: list[StoredFile] = []
-        failed: list[Exception] = []
+        errors: list[Exception] = []
 
         async def put(file: SpooledFile) -> None:
-            def told(done_bytes: int, _: int) -> None:
-                silence.deadline = anyio.current_time() + STALL_SECONDS
-                progress.see(file.name, done_bytes)
+            def on_progress(done_bytes: int, _: int) -> None:
+                stall_scope.deadline = anyio.current_time() + STALL_SECONDS
+                progress.update(file.name, done_bytes)
 
-            found = await task.destination.store.put_file(
-                task.destination.key(task.folder, file.name), waiting.folder / file.name, ledger=ledger, told=told
+            uploaded = await task.destination.store.put_file(
+                task.destination.key(task.folder, file.name),
+                pending.folder / file.name,
+                ledger=ledger,
+                on_progress=on_progress,
             )
-            assert found.sha256 is not None  # known for everything that was put
-            stored.append(StoredFile(file.name, found.size, found.sha256))
+            assert uploaded.sha256 is not None  # known for everything that was put
+            stored.append(StoredFile(file.name, uploaded.size, uploaded.sha256))
 
         async def work() -> None:
             for file in files:  # shared: each worker takes the next one
                 try:
                     await put(file)
                 except (DeliveryError, OSError) as error:
-                    failed.append(error)
-                if failed:  # let the other workers finish: their files need not be sent again
+                    errors.append(error)
+                if errors:  # let the other workers finish: their files need not be sent again
                     return
 
-        with anyio.move_on_after(STALL_SECONDS) as silence:
+        with anyio.move_on_after(STALL_SECONDS) as stall_scope:
             async with anyio.create_task_group() as group:
                 for _ in range(self.config.concurrency):
                     group.start_soon(work)
-        if failed:
-            raise failed[0]
-        if silence.cancelled_caught:
+        if errors:
+            raise errors[0]
+        if stall_scope.cancelled_caught:
             raise RetryLaterError(f"the upload of {task.folder} made no progress for {STALL_SECONDS:g} s")
         return sorted(stored, key=lambda file: file.name)
 
-    def _refuse(self, task: _Task, why: str) -> None:
-        self._refused[task.envelope.stream, task.envelope.seq] = why
+    def _mark_rejected(self, task: _UploadTask, why: str) -> None:
+        self._rejected[task.envelope.stream, task.envelope.seq] = why
 
     @staticmethod
-    def _url(task: _Task) -> str:
+    def _url(task: _UploadTask) -> str:
         return f"{task.url.rstrip('/')}/{task.run}/{task.folder}"
 
 
-def _fetched_life(run_dir: Path) -> int:
+def _fetched_generation(run_dir: Path) -> int:
     """Return the largest life of the checkpoints fetched into the run's folder for a resume; -1 if there are none."""
     decode = msgspec.json.Decoder(Manifest).decode
     paths = (run_dir / FETCHED).glob(f"*/{MANIFEST}")
-    found = (load_file(path, decode, set_aside=False, most_bytes=MOST_SMALL_BYTES) for path in paths)
-    return max((each.life for each in found if each is not None), default=-1)
+    found = (load_file(path, decode, quarantine=False, max_bytes=MAX_SMALL_BYTES) for path in paths)
+    return max((each.generation for each in found if each is not None), default=-1)

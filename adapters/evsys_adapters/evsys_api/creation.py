@@ -1,4 +1,4 @@
-"""`Creation`: creates objects at the server exactly once, despite lost responses and killed processes.
+"""`ServerObjectCreator`: creates objects at the server exactly once, despite lost responses and killed processes.
 
 The gateway accepts no IDs from clients, so a creation whose response was lost may have happened. In that case the
 server is queried first:
@@ -20,9 +20,9 @@ import msgspec
 
 from evsys_adapters._result_fields import field, items
 from evsys_adapters._runs import output_dir_of, run_context, run_id
-from evsys_adapters.evsys_api.gateway import RefusedError
-from evsys_adapters.evsys_api.ids import derived_id, made_at
-from evsys_adapters.evsys_api.known import MOST_ENDED, Experiment, Known, Run, ServerId
+from evsys_adapters.evsys_api.gateway import OperationRefusedError
+from evsys_adapters.evsys_api.ids import derived_id, id_time
+from evsys_adapters.evsys_api.known_objects import MAX_ENDED, Experiment, KnownObjects, Run, ServerId
 from evsys_adapters.evsys_api.records import INDEX, RUN_ID, TAG, Args, experiment_args, run_args
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
@@ -31,11 +31,11 @@ from evsys_bus.events import Envelope
 Call = Callable[[str, Args], Awaitable[Any]]
 """Executes an operation and returns its result."""
 
-_MOST_LOOKED_INTO: Final = 500
+_MAX_LOOKUPS: Final = 500
 """Maximum number of rows that are requested individually, newest first, if a list lacks the needed column."""
 
 
-class Scored:
+class PendingEval:
     """An eval that is being sent."""
 
     __slots__ = ("created", "doubtful", "id", "refused", "sent")
@@ -50,28 +50,28 @@ class Scored:
         self.refused: dict[int, str] = {}
 
 
-class Creation:
+class ServerObjectCreator:
     """Creates the objects at the server that events refer to.
 
     Args:
         call: Executes an operation.
         faults: Logs failed queries.
-        most_ended: See `Known`.
+        max_ended: See `KnownObjects`.
     """
 
-    def __init__(self, call: Call, faults: FaultLog, most_ended: int = MOST_ENDED) -> None:
-        self.known: Final = Known(most_ended)
+    def __init__(self, call: Call, faults: FaultLog, max_ended: int = MAX_ENDED) -> None:
+        self.known: Final = KnownObjects(max_ended)
         self._call: Final = call
         self._faults: Final = faults
-        self._began = time.time()
+        self._start_time = time.time()
         """Objects with later IDs do not exist yet, unless this process has created them."""
-        self._doubts: set[object] = set()
+        self._uncertain: set[object] = set()
         """Keys of objects whose creation was not confirmed."""
 
-    def forgets(self) -> None:
+    def prune(self) -> None:
         """Bound the size of `known`; forgotten objects are looked up when they are needed again."""
-        forgotten = [made for ours in self.known.prune() if (made := made_at(ours)) is not None]
-        self._began = max(self._began, *forgotten) if forgotten else self._began
+        forgotten_times = [created_at for our_id in self.known.prune() if (created_at := id_time(our_id)) is not None]
+        self._start_time = max(self._start_time, *forgotten_times) if forgotten_times else self._start_time
 
     # -- lookup of the experiment and run of an event ------------------------------------------------------------------
 
@@ -79,30 +79,30 @@ class Creation:
         """Return the experiment that a context or a state belongs to."""
         ctx = run_context(handle)
         path = output_dir_of(ctx) or str(Path(output_dir_of(handle)).parent)
-        ours = _id_in(ctx, "experiment_id")
-        known = self.known.experiments.get(ours) if ours is not None else self.known.experiment_at.get(path)
+        our_id = _id_in(ctx, "experiment_id")
+        known = self.known.experiments.get(our_id) if our_id is not None else self.known.experiment_at.get(path)
         if known is None:
-            ours = ours or derived_id(envelope.time, envelope.stream, path)
-            known = self.known.add_experiment(Experiment(ours, path))
+            our_id = our_id or derived_id(envelope.time, envelope.stream, path)
+            known = self.known.add_experiment(Experiment(our_id, path))
         return known
 
     def run_of(self, handle: object, envelope: Envelope) -> Run:
         """Return the run of a context or a state, by the ID in the context if there is one."""
         ctx, path = run_context(handle), run_id(handle)
-        ours = _id_in(ctx, "run_id")
+        our_id = _id_in(ctx, "run_id")
         known = self.known.run_at.get(path)
-        if known is not None and ours in {None, known.our_id}:
+        if known is not None and our_id in {None, known.our_id}:
             return known
-        ours = ours or derived_id(envelope.time, envelope.stream, path, "run")
-        known = self.known.runs.get(ours)
+        our_id = our_id or derived_id(envelope.time, envelope.stream, path, "run")
+        known = self.known.runs.get(our_id)
         if known is None:
-            known = self.known.add_run(Run(ours, path, self.experiment_of(handle, envelope).our_id))
+            known = self.known.add_run(Run(our_id, path, self.experiment_of(handle, envelope).our_id))
         self.known.run_at[path] = known  # its folder may have been moved
         return known
 
     # -- creations ----------------------------------------------------------------------------------------------------
 
-    async def experiment(self, experiment: Experiment, handle: object, project: str | None) -> None:
+    async def ensure_experiment(self, experiment: Experiment, handle: object, project: str | None) -> None:
         """Create the experiment at the server unless it exists.
 
         Raises:
@@ -111,7 +111,7 @@ class Creation:
         if experiment.id is not None:
             return
         if experiment.refused is not None:
-            raise RefusedError(experiment.refused)
+            raise OperationRefusedError(experiment.refused)
         args = experiment_args(run_context(handle), Path(experiment.path).name, experiment.our_id, project)
         tag = f"{TAG}{experiment.our_id}"
 
@@ -121,13 +121,13 @@ class Creation:
             return await self._first(rows, *one_by_one, lambda row: tag in items(row.get("tags")))
 
         try:
-            experiment.id, row = await self._create(experiment.our_id, "create_experiment", args, find)
-        except RefusedError as refused:
+            experiment.id, row = await self._find_or_create(experiment.our_id, "create_experiment", args, find)
+        except OperationRefusedError as refused:
             experiment.refused = f"the experiment was refused: {refused.what}"
             raise
         experiment.ended = _has_ended(row)
 
-    async def group(self, experiment: Experiment, ctx: object, name: str) -> None:
+    async def ensure_group(self, experiment: Experiment, ctx: object, name: str) -> None:
         """Create a group of an existing experiment unless it exists."""
         if name in experiment.groups:
             return
@@ -137,23 +137,23 @@ class Creation:
             return next((row for row in rows if row.get("name") == name), None)
 
         args = {"experiment_id": experiment.id, "name": name}
-        ours = _id_in(ctx, f"group:{name}") or experiment.our_id
-        experiment.groups[name], _ = await self._create(ours, "create_group", args, find)
+        our_id = _id_in(ctx, f"group:{name}") or experiment.our_id
+        experiment.groups[name], _ = await self._find_or_create(our_id, "create_group", args, find)
 
-    async def run(self, run: Run, handle: object, project: str | None) -> None:
+    async def ensure_run(self, run: Run, handle: object, project: str | None) -> None:
         """Create a run, and what it belongs to; like EvSys' client, without parents that were rejected."""
         if run.id is not None:
             return
         if run.refused is not None:
-            raise RefusedError(run.refused)
+            raise OperationRefusedError(run.refused)
         ctx = run_context(handle)
         experiment = self.known.experiments[run.experiment]
         group = getattr(ctx, "group_name", None)
         try:
-            await self.experiment(experiment, handle, project)
+            await self.ensure_experiment(experiment, handle, project)
             if group is not None:
-                await self.group(experiment, ctx, str(group))
-        except RefusedError as refused:
+                await self.ensure_group(experiment, ctx, str(group))
+        except OperationRefusedError as refused:
             self._faults.warn("evsys.parent_refused", run.path, run=run.path, why=refused.what)
         parents = {"experiment_id": experiment.id, "group_id": experiment.groups.get(str(group))}
         args = {**parents, **run_args(ctx, handle, run.our_id)}
@@ -162,122 +162,122 @@ class Creation:
             rows = await self._list("list_runs", {"experiment_id": experiment.id})
             one_by_one = ("run_config", "get_run", "run_id")
             return await self._first(
-                rows, *one_by_one, lambda row: field(_object(row.get("run_config")), RUN_ID) == run.our_id
+                rows, *one_by_one, lambda row: field(_decode_object(row.get("run_config")), RUN_ID) == run.our_id
             )
 
         try:
-            run.id, row = await self._create(run.our_id, "create_run", args, find)
-        except RefusedError as refused:
+            run.id, row = await self._find_or_create(run.our_id, "create_run", args, find)
+        except OperationRefusedError as refused:
             run.refused = f"the run was refused: {refused.what}"
             raise
         run.made_here, run.ended = row is None, _has_ended(row)
         run.checkpoints = set() if row is None else None
 
-    async def scored(self, run: Run, scored: Scored, key: object, args: Args) -> None:
+    async def ensure_eval(self, run: Run, pending: PendingEval, key: object, args: Args) -> None:
         """Create an eval unless it exists.
 
         Args:
             run: The run of the eval.
-            scored: State of the eval.
+            pending: State of the eval.
             key: Identifies its event.
             args: Arguments of the creation.
         """
-        if scored.created:
+        if pending.created:
             return
 
         async def find() -> Args | None:
             rows = await self._list("list_evals", {"run_id": run.id})
             return next((row for row in rows if _is_same_eval(row, args) and row.get("id") not in run.claimed), None)
 
-        scored.id, row = await self._create(key, "create_eval", args, find, certain=run.made_here)
-        scored.created, scored.doubtful = True, row is not None
+        pending.id, row = await self._find_or_create(key, "create_eval", args, find, is_new=run.made_here)
+        pending.created, pending.doubtful = True, row is not None
 
-    async def look_for_predictions(self, run: Run, scored: Scored) -> None:
+    async def find_predictions(self, run: Run, pending: PendingEval) -> None:
         """Find the predictions that were stored already, if that is unknown."""
-        if not scored.doubtful:
+        if not pending.doubtful:
             return
         rows = await self._list("list_predictions", {"run_id": run.id, "kind": "eval"})
-        mine = [field(row.get("metadata"), INDEX) for row in rows if row.get("eval_id") == scored.id]
-        scored.sent |= {index for index in mine if type(index) is int}
-        scored.doubtful = False
+        indexes = [field(row.get("metadata"), INDEX) for row in rows if row.get("eval_id") == pending.id]
+        pending.sent |= {index for index in indexes if type(index) is int}
+        pending.doubtful = False
 
-    async def checkpoint(self, run: Run, args: Args) -> None:
+    async def ensure_checkpoint(self, run: Run, args: Args) -> None:
         """Create a checkpoint unless it exists."""
         key = (args["label"], args["step"], args["uri"])
-        if run.checkpoints is None or (run.our_id, *key) in self._doubts:
+        if run.checkpoints is None or (run.our_id, *key) in self._uncertain:
             rows = await self._list("list_checkpoints", {"run_id": run.id})
             run.checkpoints = {(row.get("label"), row.get("step"), row.get("uri")) for row in rows}
         if key not in run.checkpoints:
-            await self._once((run.our_id, *key), "add_checkpoint", {"run_id": run.id, **args})
+            await self._call_once((run.our_id, *key), "add_checkpoint", {"run_id": run.id, **args})
             run.checkpoints.add(key)
-        self._doubts.discard((run.our_id, *key))
+        self._uncertain.discard((run.our_id, *key))
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    async def _create(
+    async def _find_or_create(
         self,
-        ours: object,
+        key: object,
         op: str,
         args: Args,
         find: Callable[[], Awaitable[Args | None]],
         *,
-        certain: bool = False,
+        is_new: bool = False,
     ) -> tuple[ServerId | None, Args | None]:
         """Return the server's ID of an object, and its row if it existed before.
 
         Args:
-            ours: Our ID, or the key of its event.
+            key: Our ID, or the key of its event.
             op: The operation that creates it.
             args: Arguments of the operation.
             find: Looks it up; returns its row, or None.
-            certain: It cannot exist, unless this process has lost a response.
+            is_new: It cannot exist, unless this process has lost a response.
         """
-        made = made_at(ours) if isinstance(ours, str) else None
-        fresh = certain or (made is not None and made > self._began)
-        if not fresh or ours in self._doubts:
+        created_at = id_time(key) if isinstance(key, str) else None
+        cannot_exist = is_new or (created_at is not None and created_at > self._start_time)
+        if not cannot_exist or key in self._uncertain:
             row = await find()
             if row is not None:
-                self._doubts.discard(ours)
+                self._uncertain.discard(key)
                 return server_id(row), row
-        found = server_id(await self._once(ours, op, args))
+        found = server_id(await self._call_once(key, op, args))
         if found is None:
-            self._doubts.add(ours)
+            self._uncertain.add(key)
             raise RetryLaterError(f"{op}: the server's response has no id")
         return found, None
 
-    async def _once(self, ours: object, op: str, args: Args) -> Any:
+    async def _call_once(self, key: object, op: str, args: Args) -> Any:
         """Execute an operation that must happen once; its outcome is uncertain until there is a response."""
-        self._doubts.add(ours)
+        self._uncertain.add(key)
         try:
             result = await self._call(op, args)
         except BatchTooLargeError as error:
-            self._doubts.discard(ours)
-            raise RefusedError(error.what) from error
-        except (RefusedError, ParkedError):
-            self._doubts.discard(ours)
+            self._uncertain.discard(key)
+            raise OperationRefusedError(error.what) from error
+        except (OperationRefusedError, ParkedError):
+            self._uncertain.discard(key)
             raise
-        self._doubts.discard(ours)
+        self._uncertain.discard(key)
         return result
 
     async def _list(self, op: str, args: Args) -> list[Args]:
         try:
             found = await self._call(op, args)
-        except RefusedError as refused:
+        except OperationRefusedError as refused:
             fix = "objects created just before a crash may exist twice"
             self._faults.warn("evsys.cannot_look_up", op, op=op, why=refused.what, fix=fix)
             return []
         return [cast("Args", row) for row in items(found) if isinstance(row, dict)]
 
     async def _first(
-        self, rows: list[Args], column: str, op: str, name: str, wanted: Callable[[Args], bool]
+        self, rows: list[Args], column: str, op: str, name: str, matches: Callable[[Args], bool]
     ) -> Args | None:
         """Return the first matching row; rows that lack the column are requested individually, newest first."""
         for row in rows:
-            if column in row and wanted(row):
+            if column in row and matches(row):
                 return row
-        for row in [each for each in reversed(rows) if column not in each][:_MOST_LOOKED_INTO]:
+        for row in [each for each in reversed(rows) if column not in each][:_MAX_LOOKUPS]:
             whole = await self._call(op, {name: server_id(row)})
-            if isinstance(whole, dict) and wanted(cast("Args", whole)):
+            if isinstance(whole, dict) and matches(cast("Args", whole)):
                 return cast("Args", whole)
         return None
 
@@ -303,7 +303,7 @@ def _is_same_eval(row: Args, args: Args) -> bool:
     return all(row.get(name, args[name]) == args[name] for name in names)
 
 
-def _object(value: Any) -> object:
+def _decode_object(value: Any) -> object:
     """Decode a value from a server that stores JSON as text."""
     if not isinstance(value, str):
         return value

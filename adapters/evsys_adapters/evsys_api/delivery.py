@@ -21,30 +21,30 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 import anyio
 
-from evsys_adapters._params import checked
+from evsys_adapters._params import validate_params
 from evsys_adapters._result_fields import field as field_of
 from evsys_adapters._result_fields import items
 from evsys_adapters._runs import run_id, step_of
-from evsys_adapters.evsys_api.creation import Creation, Scored
+from evsys_adapters.evsys_api.creation import PendingEval, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,
     EvsysLoggerConfig,
     Gateway,
-    RefusedError,
+    OperationRefusedError,
+    api_key,
+    configured_project,
     is_offline,
-    key_of,
-    project_of,
-    url_of,
+    server_url,
 )
-from evsys_adapters.evsys_api.known import Run
+from evsys_adapters.evsys_api.known_objects import Run
 from evsys_adapters.evsys_api.records import (
     LEFT_OUT,
     Args,
     checkpoint_args,
     eval_args,
-    finite,
     numbers_of,
     prediction_args,
+    without_nonfinite,
 )
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog, log
@@ -98,23 +98,25 @@ class EvsysSink(Sink):
 
     def __init__(self, project_id: str | None = None, flush_every: int = 1, **params: Any) -> None:
         """Validate the parameters against `EvsysLoggerConfig`."""
-        self.config = checked(EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params})
+        self.config = validate_params(
+            EvsysLoggerConfig, {"project_id": project_id, "flush_every": flush_every, **params}
+        )
         self._offline = False
         self._gateway: Gateway | None = None
-        self._wanted_url: str | None = None
-        self._kept_url: str | None = None
-        self._kept_project: str | None = None
+        self._requested_url: str | None = None
+        self._stored_url: str | None = None
+        self._stored_project: str | None = None
         self._contexts: dict[str, object] = {}
         """Contexts of runs, by path."""
-        self._settled: dict[Key, str | None] = {}
+        self._outcomes: dict[Key, str | None] = {}
         """Finished events of the batch; the reason for rejected ones."""
-        self._held: dict[str, list[_Row]] = {}
-        self._ready: list[_Row] = []
-        self._scored: dict[Key, Scored] = {}
+        self._deferred_rows: dict[str, list[_Row]] = {}
+        self._ready_rows: list[_Row] = []
+        self._pending_evals: dict[Key, PendingEval] = {}
         """Evals that were not sent completely."""
         self._faults = FaultLog()
-        self._creation = Creation(self._call, self._faults)
-        self._known = self._creation.known
+        self._creator = ServerObjectCreator(self._call, self._faults)
+        self._known = self._creator.known
         self._handlers: dict[type, Callable[[Any, Envelope], Awaitable[None]]] = {
             ExperimentStart: self._on_experiment_start,
             GroupStart: self._on_group_start,
@@ -144,30 +146,30 @@ class EvsysSink(Sink):
                 "evsys.offline", why="EVSYS_OFFLINE", fix="to send it later: evsys-bus replay RUN --to evsys_logger"
             )
             return
-        self._wanted_url = url_of(self.config)
-        key_of(self.config)
+        self._requested_url = server_url(self.config)
+        api_key(self.config)
 
     async def write(self, batch: Sequence[Envelope]) -> int | None:
         """Send the batch, or as much of it as possible now."""
         if self._offline:
             return None
-        self._held, self._ready = {}, []
-        until, end, failed = time.monotonic() + WRITE_SECONDS, len(batch), None
+        self._deferred_rows, self._ready_rows = {}, []
+        deadline, end, failure = time.monotonic() + WRITE_SECONDS, len(batch), None
         try:
             for index, envelope in enumerate(batch):
-                await self._take(envelope)
-                if time.monotonic() > until:
+                await self._handle(envelope)
+                if time.monotonic() > deadline:
                     end = index + 1
                     break
             await self._flush()
         except asyncio.CancelledError:
-            done = self._acknowledged(batch)
+            done = self._count_acknowledged(batch)
             if not done:
                 raise
             return done  # so that it is not repeated by a later process
         except (DeliveryError, OSError) as error:  # acknowledge first what was sent before it
-            failed = error
-        return self._outcome(batch, end, failed)
+            failure = error
+        return self._batch_result(batch, end, failure)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -178,22 +180,29 @@ class EvsysSink(Sink):
 
     def mark(self) -> dict[str, Any]:
         """Return the server's IDs of our objects as plain data."""
-        self._creation.forgets()
-        url = self._wanted_url or self._kept_url
-        return {"url": url, "project_id": project_of(self.config) or self._kept_project, **self._known.plain()}
+        self._creator.prune()
+        url = self._requested_url or self._stored_url
+        return {
+            "url": url,
+            "project_id": configured_project(self.config) or self._stored_project,
+            **self._known.to_builtins(),
+        }
 
     def rewind(self, mark: dict[str, Any]) -> None:
         """Restore the server's IDs from a mark."""
-        self._kept_url, self._kept_project = mark.get("url"), mark.get("project_id")
-        wanted = self._wanted_url
-        if wanted is not None and self._kept_url is not None and wanted != self._kept_url:
+        self._stored_url, self._stored_project = mark.get("url"), mark.get("project_id")
+        requested = self._requested_url
+        if requested is not None and self._stored_url is not None and requested != self._stored_url:
             log().warning(
-                "evsys.other_server", before=self._kept_url, now=wanted, why="ids of one server are unknown to another"
+                "evsys.other_server",
+                before=self._stored_url,
+                now=requested,
+                why="ids of one server are unknown to another",
             )
             return
         self._known.load(mark)
 
-    def introduce(self, starts: Sequence[Envelope]) -> None:
+    def resume_runs(self, starts: Sequence[Envelope]) -> None:
         """Remember the contexts of open runs, for runs that are not created yet."""
         for each in starts:
             if isinstance(each.event, RunStart | EvsysRun):
@@ -201,80 +210,80 @@ class EvsysSink(Sink):
 
     # -- batches ------------------------------------------------------------------------------------------------------
 
-    async def _take(self, envelope: Envelope) -> None:
+    async def _handle(self, envelope: Envelope) -> None:
         key = (envelope.stream, envelope.seq)
-        if key in self._settled:
+        if key in self._outcomes:
             return
         event = envelope.event
         handler = self._handlers.get(type(event))
         if handler is None:
-            self._settled[key] = None
+            self._outcomes[key] = None
             return
         if not isinstance(event, StepEnd | Eval):
             await self._send_ready()
         try:
             await handler(event, envelope)
-        except RefusedError as refused:
-            self._settled[key] = refused.what
-            self._scored.pop(key, None)
+        except OperationRefusedError as refused:
+            self._outcomes[key] = refused.what
+            self._pending_evals.pop(key, None)
         else:
             if not isinstance(event, StepEnd | Eval):
-                self._settled[key] = None
+                self._outcomes[key] = None
 
-    def _outcome(self, batch: Sequence[Envelope], end: int, failed: Exception | None) -> int | None:
+    def _batch_result(self, batch: Sequence[Envelope], end: int, error: Exception | None) -> int | None:
         """Return how much of the batch is done, or raise its error."""
         keys = [(each.stream, each.seq) for each in batch]
-        done = next((index for index, key in enumerate(keys) if key not in self._settled), len(keys))
+        done = next((index for index, key in enumerate(keys) if key not in self._outcomes), len(keys))
         done = min(done, end)
-        dead = {index: why for index, key in enumerate(keys[:done]) if (why := self._settled[key]) is not None}
-        if dead and done < len(keys):  # a rejection applies to a whole batch, and later events are not done
-            done = min(dead)
+        rejected = {index: why for index, key in enumerate(keys[:done]) if (why := self._outcomes[key]) is not None}
+        if rejected and done < len(keys):  # a rejection applies to a whole batch, and later events are not done
+            done = min(rejected)
             if not done:
-                raise BatchTooLargeError(dead[0])
-        elif failed is not None and not done:
-            raise failed
+                raise BatchTooLargeError(rejected[0])
+        elif error is not None and not done:
+            raise error
         for key in keys[:done]:
-            del self._settled[key]
-        if dead and done == len(keys):
-            raise RejectedError(dead)
+            del self._outcomes[key]
+        if rejected and done == len(keys):
+            raise RejectedError(rejected)
         return None if done == len(keys) else done
 
-    def _acknowledged(self, batch: Sequence[Envelope]) -> int:
+    def _count_acknowledged(self, batch: Sequence[Envelope]) -> int:
         """Count the events at the front that were sent and not rejected."""
-        sent = (self._settled.get((each.stream, each.seq), "not yet") is None for each in batch)
+        sent = (self._outcomes.get((each.stream, each.seq), "not yet") is None for each in batch)
         return next((index for index, each in enumerate(sent) if not each), len(batch))
 
     async def _flush(self) -> None:
         """Send all waiting rows."""
-        for path in list(self._held):
-            self._release(path)
+        for path in list(self._deferred_rows):
+            self._release_rows(path)
         await self._send_ready()
 
-    def _release(self, path: str) -> None:
+    def _release_rows(self, path: str) -> None:
         """Stop waiting for further rows of that run."""
-        self._ready += self._held.pop(path, [])
+        self._ready_rows += self._deferred_rows.pop(path, [])
 
-    def _hold(self, row: _Row, *, step: bool) -> None:
+    def _defer_row(self, row: _Row, *, is_step: bool) -> None:
         path = row.run.path
-        held = self._held.setdefault(path, [])
-        held.append(row)
-        if step and sum(each.split == "train" for each in held) >= self.config.flush_every:
-            self._release(path)
+        deferred = self._deferred_rows.setdefault(path, [])
+        deferred.append(row)
+        if is_step and sum(each.split == "train" for each in deferred) >= self.config.flush_every:
+            self._release_rows(path)
 
     async def _send_ready(self) -> None:
         """Send the ready rows, several concurrently; two of the same step in order."""
-        while self._ready:
+        while self._ready_rows:
             rows: list[_Row] = []
             steps: set[tuple[str, int, str]] = set()
-            for row in self._ready:
+            for row in self._ready_rows:
                 if (row.run.path, row.step, row.split) in steps:
                     break
                 steps.add((row.run.path, row.step, row.split))
                 rows.append(row)
-            self._ready = self._ready[len(rows) :]
-            await self._at_once(rows, self._send_row)
+            self._ready_rows = self._ready_rows[len(rows) :]
+            await self._run_concurrently(rows, self._send_row)
 
-    async def _at_once(self, jobs: Sequence[Any], send: Callable[[Any], Awaitable[None]]) -> None:
+    async def _run_concurrently(self, jobs: Sequence[Any], send: Callable[[Any], Awaitable[None]]) -> None:
         """Run the jobs concurrently, started in order; none is started after a failure.
 
         Raises:
@@ -284,32 +293,32 @@ class EvsysSink(Sink):
             for job in jobs:
                 await send(job)
             return
-        left = iter(jobs)  # shared: each worker takes the next one
-        failed: list[Exception] = []
+        remaining = iter(jobs)  # shared: each worker takes the next one
+        errors: list[Exception] = []
 
         async def work() -> None:
-            for job in left:
+            for job in remaining:
                 try:
                     await send(job)
                 except (DeliveryError, OSError) as error:  # let the running jobs finish
-                    failed.append(error)
-                if failed:
+                    errors.append(error)
+                if errors:
                     return
 
         async with anyio.create_task_group() as group:
             for _ in range(min(self.config.in_flight, len(jobs))):
                 group.start_soon(work)
-        if failed:
-            raise failed[0]
+        if errors:
+            raise errors[0]
 
     async def _send_row(self, row: _Row) -> None:
         try:
             await self._log(row, row.metrics)
-        except RefusedError as refused:
-            self._settled[row.key] = refused.what
+        except OperationRefusedError as refused:
+            self._outcomes[row.key] = refused.what
         else:
-            self._say_left_out(row.run, row.left_out)
-            self._settled[row.key] = None
+            self._warn_left_out(row.run, row.left_out)
+            self._outcomes[row.key] = None
 
     async def _log(self, row: _Row, metrics: dict[str, float]) -> None:
         """Send one row; in halves if it is too large."""
@@ -318,7 +327,7 @@ class EvsysSink(Sink):
             await self._call("log_metrics", args)
         except BatchTooLargeError as error:
             if len(metrics) == 1:
-                raise RefusedError(error.what) from error
+                raise OperationRefusedError(error.what) from error
             names = list(metrics)
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 await self._log(row, {name: metrics[name] for name in half})
@@ -326,29 +335,29 @@ class EvsysSink(Sink):
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     async def _on_experiment_start(self, event: ExperimentStart, envelope: Envelope) -> None:
-        experiment = self._creation.experiment_of(event.ctx, envelope)
-        await self._creation.experiment(experiment, event.ctx, self._project())
+        experiment = self._creator.experiment_of(event.ctx, envelope)
+        await self._creator.ensure_experiment(experiment, event.ctx, self._project())
         if experiment.ended:
             await self._call("update_experiment", {"experiment_id": experiment.id, "patch": {"status": "running"}})
             experiment.ended = False
 
     async def _on_group_start(self, event: GroupStart, envelope: Envelope) -> None:
-        experiment = self._creation.experiment_of(event.ctx, envelope)
-        await self._creation.experiment(experiment, event.ctx, self._project())
-        await self._creation.group(experiment, event.ctx, event.group_name)
+        experiment = self._creator.experiment_of(event.ctx, envelope)
+        await self._creator.ensure_experiment(experiment, event.ctx, self._project())
+        await self._creator.ensure_group(experiment, event.ctx, event.group_name)
 
     async def _on_run_start(self, event: RunStart | EvsysRun, envelope: Envelope) -> None:
         self._contexts[run_id(event.ctx)] = event.ctx
-        run = self._creation.run_of(event.ctx, envelope)
+        run = self._creator.run_of(event.ctx, envelope)
         run.announced = run.announced or isinstance(event, RunStart)
-        await self._creation.run(run, event.ctx, self._project())
-        await self._go_on(run)
+        await self._creator.ensure_run(run, event.ctx, self._project())
+        await self._resume_run(run)
 
     async def _on_train_start(self, event: TrainStart, envelope: Envelope) -> None:
         del envelope
         run = self._known.run_at.get(run_id(event.state))
         if run is not None and run.id is not None:
-            await self._go_on(run)
+            await self._resume_run(run)
 
     async def _on_step_end(self, event: StepEnd, envelope: Envelope) -> None:
         run = await self._run_of(event.state, envelope)
@@ -363,58 +372,58 @@ class EvsysSink(Sink):
     async def _on_checkpoint(self, event: Checkpoint, envelope: Envelope) -> None:
         args = checkpoint_args(event.row)
         if args is not None:
-            await self._creation.checkpoint(await self._run_of(event.state, envelope), args)
+            await self._creator.ensure_checkpoint(await self._run_of(event.state, envelope), args)
 
     async def _on_benchmark_eval(self, event: BenchmarkEval, envelope: Envelope) -> None:
         run = await self._run_of(event.ctx, envelope)
         result, key = event.eval_result, (envelope.stream, envelope.seq)
-        at = field_of(result, "step") if event.step is None else event.step
-        step = None if at is None else step_of(at)
+        known_step = field_of(result, "step") if event.step is None else event.step
+        step = None if known_step is None else step_of(known_step)
         name = str(field_of(result, "name") or "benchmark")
-        place = -2 - run.last_step if step is None else step
-        if place in run.evals.get(name, ()):  # run again after a resume; the gateway cannot replace an eval
-            self._faults.warn("evsys.eval_kept", (run.path, name), run=run.path, name=name, step=step, why=_KEPT)
+        slot = -2 - run.last_step if step is None else step
+        if slot in run.evals.get(name, ()):  # run again after a resume; the gateway cannot replace an eval
+            self._faults.warn("evsys.eval_kept", (run.path, name), run=run.path, name=name, step=step, why=_EVAL_EXISTS)
             return
-        scored = self._scored.setdefault(key, Scored())
+        pending = self._pending_evals.setdefault(key, PendingEval())
         args = {"run_id": run.id, **eval_args(result, step)}
-        await self._creation.scored(run, scored, key, args)
-        await self._predict(run, scored, items(event.predictions), step)
-        del self._scored[key]
-        run.claim(name, place, scored.id)
+        await self._creator.ensure_eval(run, pending, key, args)
+        await self._send_predictions(run, pending, items(event.predictions), step)
+        del self._pending_evals[key]
+        run.record_eval(name, slot, pending.id)
         left_out = items(field_of(args["breakdowns"], LEFT_OUT))
-        self._say_left_out(run, [f"{name}/{each}" for each in left_out])
-        if scored.refused:
-            first, why = next(iter(scored.refused.items()))
-            number = f"{len(scored.refused)} of {len(event.predictions)} predictions"
-            raise RefusedError(f"{number}, the first {first}: {why}")
+        self._warn_left_out(run, [f"{name}/{each}" for each in left_out])
+        if pending.refused:
+            first, why = next(iter(pending.refused.items()))
+            number = f"{len(pending.refused)} of {len(event.predictions)} predictions"
+            raise OperationRefusedError(f"{number}, the first {first}: {why}")
 
     async def _on_train_end(self, event: TrainEnd, envelope: Envelope) -> None:
         run = self._known.run_at.get(run_id(event.state))
         if run is not None and run.id is not None and not run.announced:
             error = getattr(event.state, "error", None)
             stopped = getattr(event.state, "stop_reason", None) == "cancelled"
-            await self._end(run, "failed" if error else "cancelled" if stopped else "completed", error)
+            await self._end_run(run, "failed" if error else "cancelled" if stopped else "completed", error)
             self._contexts.pop(run.path, None)
         del envelope
 
     async def _on_run_end(self, event: RunEnd, envelope: Envelope) -> None:
         run = await self._run_of(event.ctx, envelope)
         status, error = (field_of(event.run_result, name) or field_of(event.arm, name) for name in ("status", "error"))
-        await self._end(run, status, error)
+        await self._end_run(run, status, error)
         self._contexts.pop(run.path, None)
 
     async def _on_experiment_end(self, event: ExperimentEnd, envelope: Envelope) -> None:
-        experiment = self._creation.experiment_of(event.ctx, envelope)
-        await self._creation.experiment(experiment, event.ctx, self._project())
+        experiment = self._creator.experiment_of(event.ctx, envelope)
+        await self._creator.ensure_experiment(experiment, event.ctx, self._project())
         patch: Args = {name: _text(field_of(event.result, name)) for name in ("status", "conclusion")}
-        score = finite(field_of(event.result, "best_score"), [])
+        score = without_nonfinite(field_of(event.result, "best_score"), [])
         if score is not None:
             patch["best_score"] = score
         await self._call("update_experiment", {"experiment_id": experiment.id, "patch": patch})
         experiment.ended = True
 
-    async def _end(self, run: Run, status: object, error: object) -> None:
-        self._release(run.path)
+    async def _end_run(self, run: Run, status: object, error: object) -> None:
+        self._release_rows(run.path)
         await self._send_ready()
         patch: Args = {"status": _text(status)}
         if error:
@@ -424,7 +433,7 @@ class EvsysSink(Sink):
         await self._call("update_run", {"run_id": run.id, "patch": patch})
         run.ended = True
 
-    async def _go_on(self, run: Run) -> None:
+    async def _resume_run(self, run: Run) -> None:
         """Mark a run that had ended as running again."""
         if run.ended:
             await self._call("update_run", {"run_id": run.id, "patch": {"status": "running"}})
@@ -434,14 +443,14 @@ class EvsysSink(Sink):
         numbers = numbers_of(metrics, prefix)
         key = (envelope.stream, envelope.seq)
         if numbers.values:
-            self._hold(_Row(key, run, step, split, *numbers), step=split == "train")
+            self._defer_row(_Row(key, run, step, split, *numbers), is_step=split == "train")
         else:
-            self._say_left_out(run, numbers.left_out)
-            self._settled[key] = None
+            self._warn_left_out(run, numbers.left_out)
+            self._outcomes[key] = None
 
-    def _say_left_out(self, run: Run, names: list[str]) -> None:
+    def _warn_left_out(self, run: Run, names: list[str]) -> None:
         if names:
-            run.leave_out(names)
+            run.count_left_out(names)
             self._faults.warn(
                 "evsys.values_left_out",
                 run.path,
@@ -451,24 +460,26 @@ class EvsysSink(Sink):
                 why="EvSys accepts only finite numbers; the rest of the row was sent",
             )
 
-    async def _predict(self, run: Run, scored: Scored, predictions: list[Any], step: int | None) -> None:
-        await self._creation.look_for_predictions(run, scored)
-        doubtful: set[int] = set()
+    async def _send_predictions(self, run: Run, pending: PendingEval, predictions: list[Any], step: int | None) -> None:
+        await self._creator.find_predictions(run, pending)
+        unconfirmed: set[int] = set()
 
         async def send(index: int) -> None:
-            args = {"run_id": run.id, "eval_id": scored.id, **prediction_args(predictions[index], index, step)}
-            doubtful.add(index)
+            args = {"run_id": run.id, "eval_id": pending.id, **prediction_args(predictions[index], index, step)}
+            unconfirmed.add(index)
             try:
                 await self._call("add_prediction", args)
-            except (RefusedError, BatchTooLargeError) as error:  # the other predictions are unaffected
-                scored.refused[index] = error.what
-            doubtful.discard(index)
-            scored.sent.add(index)
+            except (OperationRefusedError, BatchTooLargeError) as error:  # the other predictions are unaffected
+                pending.refused[index] = error.what
+            unconfirmed.discard(index)
+            pending.sent.add(index)
 
         try:
-            await self._at_once([index for index in range(len(predictions)) if index not in scored.sent], send)
+            await self._run_concurrently(
+                [index for index in range(len(predictions)) if index not in pending.sent], send
+            )
         finally:
-            scored.doubtful = bool(doubtful)
+            pending.doubtful = bool(unconfirmed)
 
     async def _run_of(self, handle: object, envelope: Envelope) -> Run:
         """Return the run of an event; creates it if it was not announced.
@@ -481,20 +492,20 @@ class EvsysSink(Sink):
             return run
         await self._send_ready()
         ctx = self._contexts.get(run_id(handle), handle)
-        run = run or self._creation.run_of(ctx, envelope)
-        await self._creation.run(run, ctx, self._project())
+        run = run or self._creator.run_of(ctx, envelope)
+        await self._creator.ensure_run(run, ctx, self._project())
         return run
 
     def _project(self) -> str | None:
-        return project_of(self.config) or self._kept_project
+        return configured_project(self.config) or self._stored_project
 
     async def _call(self, op: str, args: Args) -> Any:
         if self._gateway is None:
-            self._gateway = Gateway(self.config, self._wanted_url or self._kept_url or DEFAULT_URL)
+            self._gateway = Gateway(self.config, self._requested_url or self._stored_url or DEFAULT_URL)
         return await self._gateway.call(op, args)
 
 
-_KEPT: Final = "it exists since an earlier attempt at the step, and the gateway cannot replace an eval"
+_EVAL_EXISTS: Final = "it exists since an earlier attempt at the step, and the gateway cannot replace an eval"
 
 
 def _text(value: object) -> str | None:

@@ -3,7 +3,7 @@
 Responses are mapped as follows:
 
     2xx with ``{"result": …}``      success
-    400, 404, 409, 422, …           `RefusedError`: this operation is rejected permanently
+    400, 404, 409, 422, …           `OperationRefusedError`: this operation is rejected permanently
     401, 403                        ParkedError: credentials
     413                             BatchTooLargeError: this operation at its size
     408, 425, 429, 5xx              RetryLaterError, after ``Retry-After`` if given
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 PATH: Final = "/api/dashboard/api/sdk/data/"
 DEFAULT_URL: Final = "http://localhost:8000"
 _URL: Final = r"^https?://[^/@\s?#]+(/[^@\s?#]*)?$"
-_MOST_REDIRECTS: Final = 5
-_SHOWN: Final = 300
+_MAX_REDIRECTS: Final = 5
+_MAX_SHOWN_CHARS: Final = 300
 """Maximum number of characters of a response in error messages."""
 _ERROR_BYTES: Final = 1 << 16
 _BUSY: Final = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
@@ -70,7 +70,7 @@ class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     def from_environment() -> dict[str, str | None]:
         """Return the parameters set by the environment: the server and the project; never the key.
 
-        None for an invalid URL, which `url_of` rejects.
+        None for an invalid URL, which `server_url` rejects.
         """
         found: dict[str, str | None] = {}
         if url := os.environ.get("EVSYS_API_URL", "").strip():
@@ -85,7 +85,7 @@ def is_offline() -> bool:
     return os.environ.get("EVSYS_OFFLINE", "").strip().lower() in _TRUE
 
 
-def url_of(config: EvsysLoggerConfig) -> str | None:
+def server_url(config: EvsysLoggerConfig) -> str | None:
     """Return the server's URL from parameters or environment; None if it is not set.
 
     Raises:
@@ -98,7 +98,7 @@ def url_of(config: EvsysLoggerConfig) -> str | None:
     return None if found is None else found.rstrip("/")
 
 
-def key_of(config: EvsysLoggerConfig) -> str:
+def api_key(config: EvsysLoggerConfig) -> str:
     """Return the API key that is in the environment now.
 
     Raises:
@@ -118,12 +118,12 @@ def key_of(config: EvsysLoggerConfig) -> str:
     return key
 
 
-def project_of(config: EvsysLoggerConfig) -> str | None:
+def configured_project(config: EvsysLoggerConfig) -> str | None:
     """Return the project from parameters or environment."""
     return config.project_id or os.environ.get("EVSYS_PROJECT_ID") or None
 
 
-class RefusedError(Exception):
+class OperationRefusedError(Exception):
     """The server rejects this operation permanently."""
 
     def __init__(self, what: str) -> None:
@@ -159,10 +159,10 @@ class Gateway:
         wait = self._paused_until - time.monotonic()
         if wait > 0:
             raise RetryLaterError(f"{self.url} asked to wait", after_seconds=wait)
-        given = {name: value for name, value in args.items() if value is not None}
-        body = msgspec.json.encode({"op": op, "args": given})
+        set_args = {name: value for name, value in args.items() if value is not None}
+        body = msgspec.json.encode({"op": op, "args": set_args})
         url = self._endpoint
-        for _ in range(_MOST_REDIRECTS):
+        for _ in range(_MAX_REDIRECTS):
             status, headers, data = await self._post(url, body)
             if status not in _REDIRECTS:
                 if url != self._endpoint and status < HTTPStatus.BAD_REQUEST:
@@ -192,7 +192,7 @@ class Gateway:
         return self._session
 
     async def _post(self, url: str, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
-        authorized = {"Authorization": f"Bearer {key_of(self._config)}"}
+        authorized = {"Authorization": f"Bearer {api_key(self._config)}"}
         session = await self._open()
         try:
             async with session.post(url, data=body, headers=authorized, allow_redirects=False) as reply:
@@ -206,15 +206,16 @@ class Gateway:
 
     def _redirected(self, url: str, status: int, location: str | None) -> str:
         """Return the target of a redirect if the key may be sent there."""
-        there = urljoin(url, location or "")
-        before, after = urlsplit(url), urlsplit(there)
+        target = urljoin(url, location or "")
+        before, after = urlsplit(url), urlsplit(target)
         same = (before.scheme, before.netloc) == (after.scheme, after.netloc)
         safer = (before.scheme, after.scheme) == ("http", "https") and before.hostname == after.hostname
         if location and (same or safer):
-            return there
+            return target
         fix = f"set url, or EVSYS_API_URL, to {after.scheme}://{after.netloc}" if location else "see its log"
         raise ParkedError(
-            f"{url} redirects ({status}) to {there!r:.{_SHOWN}}, where the key is not sent automatically", fix=fix
+            f"{url} redirects ({status}) to {target!r:.{_MAX_SHOWN_CHARS}}, where the key is not sent automatically",
+            fix=fix,
         )
 
     def _result(self, op: str, status: int, headers: Mapping[str, str], data: bytes) -> Any:
@@ -242,11 +243,11 @@ class Gateway:
             raise ParkedError(what, fix=f"this is not an EvSys API: check url, or EVSYS_API_URL, now {self.url}")
         if status < HTTPStatus.BAD_REQUEST:  # 303 and similar
             raise ParkedError(what, fix="this is not an API response: check url, or EVSYS_API_URL")
-        raise RefusedError(what)
+        raise OperationRefusedError(what)
 
 
 def _text(data: bytes) -> str:
-    return " ".join(data.decode("utf-8", "replace").split())[:_SHOWN]
+    return " ".join(data.decode("utf-8", "replace").split())[:_MAX_SHOWN_CHARS]
 
 
 def _seconds(text: str | None) -> float | None:

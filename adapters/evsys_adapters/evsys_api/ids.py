@@ -18,7 +18,7 @@ from typing import Final
 from evsys_bus.diagnostics import log
 from evsys_bus.files import create_file, load_file
 
-FOLDER: Final = ".evsys_ids"
+IDS_FOLDER: Final = ".evsys_ids"
 _VERSION: Final = 7 << 76
 _VARIANT: Final = 2 << 62
 _RANDOM: Final = ~(0xF << 76 | 3 << 62) & ((1 << 80) - 1)
@@ -39,7 +39,7 @@ def derived_id(seconds: float, *parts: str) -> str:
     return _uuid7(seconds, hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=10).digest())
 
 
-def made_at(text: str) -> float | None:
+def id_time(text: str) -> float | None:
     """Return the creation time in the ID, in seconds since the epoch; None if it is not a UUIDv7."""
     try:
         found = uuid.UUID(text)
@@ -48,7 +48,7 @@ def made_at(text: str) -> float | None:
     return (found.int >> 80) / 1000 if found.version == 7 else None  # noqa: PLR2004
 
 
-def kept_id(folder: Path | None, name: str) -> str:
+def persistent_id(folder: Path | None, name: str) -> str:
     """Return the ID stored in a folder under a name, or create and store a new one.
 
     If the disk refuses it, logs a WARNING; the ID is then valid for this process only.
@@ -57,19 +57,19 @@ def kept_id(folder: Path | None, name: str) -> str:
         folder: The folder of the experiment or the run; None if there is none.
         name: One path component.
     """
-    made = new_id()
+    fresh_id = new_id()
     if folder is None:
-        return made
-    path = folder / FOLDER / name
+        return fresh_id
+    path = folder / IDS_FOLDER / name
     try:
-        known = load_file(path, _id_of, set_aside=True)
-        if known is None and not create_file(path, f"{made}\n".encode(), mode=0o666):
-            known = load_file(path, _id_of, set_aside=False)  # created by another process meanwhile
+        stored_id = load_file(path, _id_of, quarantine=True)
+        if stored_id is None and not create_file(path, f"{fresh_id}\n".encode(), mode=0o666):
+            stored_id = load_file(path, _id_of, quarantine=False)  # created by another process meanwhile
     except OSError as error:
         fix = "make the folder writable; without the stored id, a resumed run is another run for EvSys"
         log().warning("evsys.id_not_kept", path=str(path), error=str(error), fix=fix)
-        known = None
-    return known or made
+        stored_id = None
+    return stored_id or fresh_id
 
 
 def _uuid7(seconds: float, random: bytes) -> str:
@@ -80,6 +80,6 @@ def _uuid7(seconds: float, random: bytes) -> str:
 
 def _id_of(data: bytes) -> str:
     text = data.decode("ascii").strip()
-    if made_at(text) is None:
+    if id_time(text) is None:
         raise ValueError("it holds no id")
     return text

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, cast
 from evsys_adapters._logged_values import config_of
 from evsys_adapters._result_fields import field, fields, items
 from evsys_adapters._runs import run_name
-from evsys_bus.codec import to_plain
+from evsys_bus.codec import to_builtins
 from evsys_bus.context import ManifestRow
 
 TAG: Final = "evsys-bus:"
@@ -19,7 +19,7 @@ INDEX: Final = "evsys_bus_index"
 LEFT_OUT: Final = "evsys_bus_left_out"
 """Key for the names of omitted values: in ``metadata``, ``breakdowns`` and a run's ``summary``."""
 _COLUMNS: Final = ("task_id", "instruction", "model_output", "expected", "reward", "advantage")
-_MOST_NAMES: Final = 50
+_MAX_NAMES: Final = 50
 
 Args = dict[str, Any]
 """Arguments of an operation."""
@@ -56,7 +56,7 @@ def numbers_of(metrics: object, prefix: str = "") -> Numbers:
     return Numbers(values, left_out)
 
 
-def finite(value: Any, left_out: list[str], path: str = "") -> Any:
+def without_nonfinite(value: Any, left_out: list[str], path: str = "") -> Any:
     """Remove NaN and infinities from plain data: omitted from mappings, null in lists.
 
     Args:
@@ -71,12 +71,12 @@ def finite(value: Any, left_out: list[str], path: str = "") -> Any:
         found: dict[str, Any] = {}
         for key, each in cast("dict[str, Any]", value).items():
             before = len(left_out)
-            kept = finite(each, left_out, f"{path}.{key}" if path else str(key))
-            if kept is not None or each is None or len(left_out) == before:
-                found[key] = kept
+            cleaned = without_nonfinite(each, left_out, f"{path}.{key}" if path else str(key))
+            if cleaned is not None or each is None or len(left_out) == before:
+                found[key] = cleaned
         return found
     if isinstance(value, list):
-        return [finite(each, left_out, f"{path}[{n}]") for n, each in enumerate(cast("list[Any]", value))]
+        return [without_nonfinite(each, left_out, f"{path}[{n}]") for n, each in enumerate(cast("list[Any]", value))]
     return value
 
 
@@ -111,12 +111,18 @@ def run_args(ctx: object, handle: object, our_id: str) -> Args:
     """
     left_out: list[str] = []
     known = config_of(ctx)
-    given: Any = finite(known.get("run_config"), left_out)
-    config: Args = dict(cast("Args", given)) if isinstance(given, dict) else {} if given is None else {"config": given}
+    run_config: Any = without_nonfinite(known.get("run_config"), left_out)
+    config: Args = (
+        dict(cast("Args", run_config))
+        if isinstance(run_config, dict)
+        else {}
+        if run_config is None
+        else {"config": run_config}
+    )
     config.setdefault("name", run_name(handle))
     config[RUN_ID] = our_id
     if left_out:
-        config[LEFT_OUT] = left_out[:_MOST_NAMES]
+        config[LEFT_OUT] = left_out[:_MAX_NAMES]
     kind = field(field(config, "algorithm"), "kind") or field(field(known.get("config"), "algorithm"), "kind")
     seed = config.get("seed")
     url = field(getattr(ctx, "extras", None), "wandb_url")
@@ -141,10 +147,10 @@ def checkpoint_args(row: ManifestRow) -> Args | None:
 def eval_args(result: object, step: int | None) -> Args:
     """Return the arguments of ``create_eval``."""
     left_out: list[str] = []
-    metrics: Any = finite(to_plain(field(result, "metrics") or {})[0], left_out)
-    breakdowns: Any = finite(to_plain(field(result, "breakdowns") or {})[0], left_out, "breakdowns")
+    metrics: Any = without_nonfinite(to_builtins(field(result, "metrics") or {})[0], left_out)
+    breakdowns: Any = without_nonfinite(to_builtins(field(result, "breakdowns") or {})[0], left_out, "breakdowns")
     if left_out and isinstance(breakdowns, dict):
-        breakdowns = {**cast("Args", breakdowns), LEFT_OUT: left_out[:_MOST_NAMES]}
+        breakdowns = {**cast("Args", breakdowns), LEFT_OUT: left_out[:_MAX_NAMES]}
     benchmark = field(result, "benchmark_id")
     return {
         "benchmark_id": None if benchmark is None else str(benchmark),
@@ -157,7 +163,7 @@ def eval_args(result: object, step: int | None) -> Args:
 def prediction_args(prediction: object, index: int, step: int | None) -> Args:
     """Return the arguments of ``add_prediction`` without the IDs; fields without a column go to ``metadata``."""
     left_out: list[str] = []
-    plain: Any = finite(to_plain(prediction)[0], left_out)
+    plain: Any = without_nonfinite(to_builtins(prediction)[0], left_out)
     row: Args = dict(cast("Args", plain)) if isinstance(plain, dict) else {"model_output": str(plain)}
     if "output" in row and "model_output" not in row:
         row["model_output"] = row.pop("output")
@@ -175,6 +181,6 @@ def prediction_args(prediction: object, index: int, step: int | None) -> Args:
     extras |= row
     extras[INDEX] = index
     if left_out:
-        extras[LEFT_OUT] = left_out[:_MOST_NAMES]
+        extras[LEFT_OUT] = left_out[:_MAX_NAMES]
     sampled = sample if type(sample) is int else 0
     return {"kind": "eval", **columns, "step": step, "sample_idx": sampled, "metadata": extras}

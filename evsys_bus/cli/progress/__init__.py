@@ -11,8 +11,8 @@ capture        redirects output of other code, so that it does not corrupt the t
 view           chooses the view, and refreshes it from a thread
 """
 
-from evsys_bus.cli.progress.board import Board, PlannedRun
-from evsys_bus.cli.progress.view import ProgressMode, resolved, shown
-from evsys_bus.cli.progress.waiting import Waiting
+from evsys_bus.cli.progress.drain_status import DrainStatus
+from evsys_bus.cli.progress.run_state import PlannedRun, RunStateTracker
+from evsys_bus.cli.progress.view import ProgressMode, resolve_mode, show_progress
 
-__all__ = ["Board", "PlannedRun", "ProgressMode", "Waiting", "resolved", "shown"]
+__all__ = ["DrainStatus", "PlannedRun", "ProgressMode", "RunStateTracker", "resolve_mode", "show_progress"]

@@ -13,7 +13,7 @@ MAX_LINES: Final = 2_000
 """Limit of lines until the next redraw; beyond it the oldest are dropped and counted."""
 
 
-class Captured:
+class LineBuffer:
     """Buffers the printed lines of all threads, in order, until they are taken."""
 
     def __init__(self) -> None:
@@ -27,8 +27,8 @@ class Captured:
             self._dropped += max(len(self._lines) + len(lines) - MAX_LINES, 0)
             self._lines.extend(lines)
 
-    def take(self) -> list[str]:
-        """Return and remove all lines; a first line says how many were dropped, if any were."""
+    def drain(self) -> list[str]:
+        """Return and remove all lines; the first line counts the dropped ones, if any were."""
         with self._lock:
             lines, dropped = list(self._lines), self._dropped
             self._lines.clear()
@@ -36,17 +36,17 @@ class Captured:
         return [f"({dropped:,} lines were printed too fast to show)", *lines] if dropped else lines
 
 
-class Relayed(Captured):
+class LineRelay(LineBuffer):
     """Passes each line on at once instead of buffering it."""
 
-    def __init__(self, tell: Callable[[str], object]) -> None:
+    def __init__(self, on_line: Callable[[str], object]) -> None:
         super().__init__()
-        self._tell = tell
+        self._on_line = on_line
 
     def add(self, lines: list[str]) -> None:
         """Pass the lines on."""
         for line in lines:
-            self._tell(line)
+            self._on_line(line)
 
 
 class CapturedStream(io.TextIOBase):
@@ -55,10 +55,10 @@ class CapturedStream(io.TextIOBase):
     Lines of different threads are not mixed. After `finish`, writes go to the terminal.
     """
 
-    def __init__(self, stream: TextIO, captured: Captured) -> None:
+    def __init__(self, stream: TextIO, buffer: LineBuffer) -> None:
         self._stream = stream
-        self._captured = captured
-        self._rests: dict[int, str] = {}
+        self._buffer = buffer
+        self._partial_lines: dict[int, str] = {}
         """The incomplete last line of each thread."""
         self._finished = False
         self._lock = threading.Lock()
@@ -74,11 +74,11 @@ class CapturedStream(io.TextIOBase):
         with self._lock:
             finished = self._finished
             if not finished:
-                *lines, rest = (self._rests.pop(thread, "") + text).split("\n")
-                if rest:
-                    self._rests[thread] = rest[max(0, rest.rfind("\r", 0, -1) + 1) :]
+                *lines, partial = (self._partial_lines.pop(thread, "") + text).split("\n")
+                if partial:
+                    self._partial_lines[thread] = partial[max(0, partial.rfind("\r", 0, -1) + 1) :]
                 if lines:
-                    self._captured.add([line.removesuffix("\r").rpartition("\r")[2] for line in lines])
+                    self._buffer.add([line.removesuffix("\r").rpartition("\r")[2] for line in lines])
         if finished:
             self._stream.write(text)
         return len(text)
@@ -104,6 +104,6 @@ class CapturedStream(io.TextIOBase):
         """Capture incomplete last lines; later writes go to the terminal."""
         with self._lock:
             self._finished = True
-            if self._rests:
-                self._captured.add(list(self._rests.values()))
-            self._rests.clear()
+            if self._partial_lines:
+                self._buffer.add(list(self._partial_lines.values()))
+            self._partial_lines.clear()

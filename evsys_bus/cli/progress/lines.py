@@ -10,17 +10,17 @@ from typing import Final, TextIO, cast
 
 import msgspec
 
-from evsys_bus.cli.progress.board import Board, News, RunProgress
-from evsys_bus.cli.progress.transfers import Facts, Look, end_facts, facts, no_uploads
+from evsys_bus.cli.progress.run_state import ProgressUpdate, RunProgress, RunStateTracker
+from evsys_bus.cli.progress.transfers import Facts, PollUploads, finished_facts, no_uploads, transfer_facts
 from evsys_bus.cli.screen import printable
-from evsys_bus.codec import json_line, to_plain
+from evsys_bus.codec import json_line, to_builtins
 
 PULSE_SECONDS: Final = 30.0
-WAIT_PULSE_SECONDS: Final = 10.0
+DRAIN_PULSE_SECONDS: Final = 10.0
 """Interval of lines during the drain at the end."""
-SHORT_WAIT_SECONDS: Final = 1.0
+SHORT_DRAIN_SECONDS: Final = 1.0
 """A shorter drain is not reported."""
-_PLAIN: Final = re.compile(r"[^\s\"'=\\]+")
+_UNQUOTED: Final = re.compile(r"[^\s\"'=\\]+")
 
 
 class LineView:
@@ -28,21 +28,21 @@ class LineView:
 
     def __init__(
         self,
-        board: Board,
+        tracker: RunStateTracker,
         stream: TextIO,
-        form: Callable[[Facts], str],
+        format_line: Callable[[Facts], str],
         *,
         pulse_seconds: float = PULSE_SECONDS,
-        uploads: Look = no_uploads,
+        poll_uploads: PollUploads = no_uploads,
     ) -> None:
-        self._board = board
+        self._tracker = tracker
         self._stream = stream
-        self._form = form
+        self._format_line = format_line
         self._pulse_seconds = pulse_seconds
-        self._pulsed = board.clock()
-        self._waited = SHORT_WAIT_SECONDS
+        self._last_pulse = tracker.clock()
+        self._next_drain_line = SHORT_DRAIN_SECONDS
         self._dropped = 0
-        self._uploads = uploads
+        self._poll_uploads = poll_uploads
 
     def tick(self) -> None:
         """Write new updates, and the periodic lines if they are due."""
@@ -53,37 +53,41 @@ class LineView:
         self._tick(last=True)
 
     def _tick(self, *, last: bool = False) -> None:
-        board = self._board
+        tracker = self._tracker
         lines: list[str] = []
-        while board.news:
-            lines.append(self._form(_news_facts(board.news.popleft())))
-        if board.news_dropped > self._dropped:
-            dropped, self._dropped = board.news_dropped - self._dropped, board.news_dropped
-            lines.append(self._form({"time": _now(time.time()), "event": "lines_dropped", "count": dropped}))
-        uploads = self._uploads(at_once=last)
-        lines += [self._form(end_facts(each)) for each in uploads.ended]
-        if board.clock() - self._pulsed >= self._pulse_seconds:
-            self._pulsed = board.clock()
+        while tracker.updates:
+            lines.append(self._format_line(_update_facts(tracker.updates.popleft())))
+        if tracker.updates_dropped > self._dropped:
+            dropped, self._dropped = tracker.updates_dropped - self._dropped, tracker.updates_dropped
+            lines.append(
+                self._format_line({"time": _format_time(time.time()), "event": "lines_dropped", "count": dropped})
+            )
+        uploads = self._poll_uploads(force=last)
+        lines += [self._format_line(finished_facts(each)) for each in uploads.finished]
+        if tracker.clock() - self._last_pulse >= self._pulse_seconds:
+            self._last_pulse = tracker.clock()
             lines += [
-                self._form({"time": _now(time.time()), "event": "progress"} | run_facts(run, board.clock()))
-                for run in list(board.runs.values())
+                self._format_line(
+                    {"time": _format_time(time.time()), "event": "progress"} | run_facts(run, tracker.clock())
+                )
+                for run in list(tracker.runs.values())
                 if run.status == "running"
             ]
-            lines += [self._form(facts("uploading", each)) for each in uploads.under_way]
-        lines += self._wait()
+            lines += [self._format_line(transfer_facts("uploading", each)) for each in uploads.active]
+        lines += self._drain_lines()
         if lines:
             self._stream.write("".join(f"{line}\n" for line in lines))
             self._stream.flush()
 
-    def _wait(self) -> list[str]:
-        waiting = self._board.waiting
-        if waiting is None or waiting.lasted < self._waited:
+    def _drain_lines(self) -> list[str]:
+        drain_status = self._tracker.drain_status
+        if drain_status is None or drain_status.elapsed_seconds < self._next_drain_line:
             return []
-        facts = waiting.facts()
+        facts = drain_status.facts()
         if facts is None:
             return []
-        self._waited = waiting.lasted + WAIT_PULSE_SECONDS
-        return [self._form({"time": _now(time.time())} | facts)]
+        self._next_drain_line = drain_status.elapsed_seconds + DRAIN_PULSE_SECONDS
+        return [self._format_line({"time": _format_time(time.time())} | facts)]
 
 
 def run_facts(run: RunProgress, now: float) -> Facts:
@@ -98,7 +102,7 @@ def run_facts(run: RunProgress, now: float) -> Facts:
     return facts
 
 
-def plain(facts: Facts) -> str:
+def format_plain(facts: Facts) -> str:
     """Format facts as ``key=value`` pairs on one line; metrics are inlined under their own names."""
     flat: Facts = {}
     for key, value in facts.items():
@@ -106,10 +110,10 @@ def plain(facts: Facts) -> str:
             flat |= {name: each for name, each in cast("Facts", value).items() if name not in flat}
         else:
             flat[key] = value
-    return " ".join(f"{_word(str(key))}={_word(_text(value))}" for key, value in flat.items())
+    return " ".join(f"{_quote(str(key))}={_quote(_format_value(value))}" for key, value in flat.items())
 
 
-def as_json(facts: Facts) -> str:
+def format_json(facts: Facts) -> str:
     """Format facts as a JSON object; ``step`` and ``num_steps`` are numbers, metrics are a nested object."""
     numbers: Facts = {}
     for key, value in facts.items():
@@ -120,26 +124,26 @@ def as_json(facts: Facts) -> str:
     return json_line(numbers).decode()
 
 
-def _news_facts(news: News) -> Facts:
-    facts: Facts = {"time": _now(news.time), "event": news.event}
-    if news.run is not None:
-        facts["run"] = news.run
-    if news.num_steps:
-        facts["step"] = f"{news.step}/{news.num_steps}"
-    return facts | {key: value for key, value in news.facts.items() if value is not None}
+def _update_facts(update: ProgressUpdate) -> Facts:
+    facts: Facts = {"time": _format_time(update.time), "event": update.event}
+    if update.run is not None:
+        facts["run"] = update.run
+    if update.num_steps:
+        facts["step"] = f"{update.step}/{update.num_steps}"
+    return facts | {key: value for key, value in update.facts.items() if value is not None}
 
 
-def _now(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
-def _text(value: object) -> str:
-    plain = to_plain(value)[0]
+def _format_value(value: object) -> str:
+    plain = to_builtins(value)[0]
     return f"{plain:.6g}" if isinstance(plain, float) else str(plain)
 
 
-def _word(text: str) -> str:
+def _quote(text: str) -> str:
     """Quote the text if it contains a blank or another character that would split the pair."""
-    if _PLAIN.fullmatch(text):
+    if _UNQUOTED.fullmatch(text):
         return printable(text)
     return msgspec.json.encode(text).decode()

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from evsys_bus.cli.amounts import duration, of_size, rate
+from evsys_bus.cli.formatting import format_duration, format_rate, format_size_progress
 
 Facts = dict[str, Any]
 """The keys and values of one line."""
@@ -15,7 +15,7 @@ SILENT_SECONDS: Final = 15.0
 """After this long without a report, the silence is shown instead of the rate."""
 
 
-class Transfer(msgspec.Struct, frozen=True):
+class Transfer(msgspec.Struct, frozen=True, rename={"reported_at": "told"}):
     """The progress of one checkpoint's files as of the last report."""
 
     run: str
@@ -24,7 +24,7 @@ class Transfer(msgspec.Struct, frozen=True):
     total_bytes: int
     bytes_per_second: float
     eta_seconds: float | None
-    told: float
+    reported_at: float
     """Seconds since the epoch."""
 
     @property
@@ -33,68 +33,68 @@ class Transfer(msgspec.Struct, frozen=True):
         return f"{self.run}/{self.checkpoint}"
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """The transferred part of the bytes, from 0 to 1."""
         return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 1.0
 
     def is_silent(self, now: float) -> bool:
         """Whether the last report is so old that its rate no longer counts."""
-        return now - self.told >= SILENT_SECONDS
+        return now - self.reported_at >= SILENT_SECONDS
 
 
-class Ended(msgspec.Struct, frozen=True):
+class FinishedUpload(msgspec.Struct, frozen=True):
     """A finished upload."""
 
     event: Literal["uploaded", "conflict"]
-    told: float
+    reported_at: float
     """Seconds since the epoch."""
     run: str
     checkpoint: str
     facts: Facts
 
 
-class Uploads(NamedTuple):
+class UploadSnapshot(NamedTuple):
     """The uploads at one point in time."""
 
-    under_way: list[Transfer]
-    ended: list[Ended]
+    active: list[Transfer]
+    finished: list[FinishedUpload]
     """Those that finished since the previous snapshot."""
 
 
-class Look(Protocol):
+class PollUploads(Protocol):
     """Returns the current uploads; calls in quick succession are cheap."""
 
-    def __call__(self, *, at_once: bool = False) -> Uploads:
-        """Return the uploads; ``at_once`` reads the journal even if it was read just now."""
+    def __call__(self, *, force: bool = False) -> UploadSnapshot:
+        """Return the uploads; ``force`` reads the journal even if it was read just now."""
         ...
 
 
-def no_uploads(*, at_once: bool = False) -> Uploads:
+def no_uploads(*, force: bool = False) -> UploadSnapshot:
     """Return no uploads."""
-    del at_once
-    return Uploads([], [])
+    del force
+    return UploadSnapshot([], [])
 
 
-def amounts(transfer: Transfer, now: float) -> list[str]:
+def format_transfer(transfer: Transfer, now: float) -> list[str]:
     """Return ``212/400 MB``, ``53 MB/s`` and ``eta 0:04``; ``silent 0:32`` instead of the last two after a silence.
 
     Args:
         transfer: The transfer.
         now: Seconds since the epoch; the eta is reduced by the time since the last report.
     """
-    done = of_size(transfer.done_bytes, transfer.total_bytes)
+    done = format_size_progress(transfer.done_bytes, transfer.total_bytes)
     if transfer.is_silent(now):
-        return [done, f"silent {duration(now - transfer.told)}"]
+        return [done, f"silent {format_duration(now - transfer.reported_at)}"]
     eta = transfer.eta_seconds
-    left = None if eta is None else max(0.0, eta - max(0.0, now - transfer.told))
-    return [done, rate(transfer.bytes_per_second), f"eta {duration(left)}"]
+    left = None if eta is None else max(0.0, eta - max(0.0, now - transfer.reported_at))
+    return [done, format_rate(transfer.bytes_per_second), f"eta {format_duration(left)}"]
 
 
-def facts(event: str, transfer: Transfer) -> Facts:
+def transfer_facts(event: str, transfer: Transfer) -> Facts:
     """Return the facts of a transfer for a line."""
     eta = transfer.eta_seconds
     return {
-        **_named(event, transfer),
+        **_common_facts(event, transfer),
         "done_bytes": transfer.done_bytes,
         "total_bytes": transfer.total_bytes,
         "bytes_per_second": round(transfer.bytes_per_second),
@@ -102,23 +102,23 @@ def facts(event: str, transfer: Transfer) -> Facts:
     }
 
 
-def end_facts(end: Ended) -> Facts:
+def finished_facts(upload: FinishedUpload) -> Facts:
     """Return the facts of a finished upload for a line."""
-    return {**_named(end.event, end), **end.facts}
+    return {**_common_facts(upload.event, upload), **upload.facts}
 
 
-def _named(event: str, told: Transfer | Ended) -> Facts:
-    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(told.told))
-    return {"time": at, "event": event, "run": told.run, "checkpoint": told.checkpoint}
+def _common_facts(event: str, transfer: Transfer | FinishedUpload) -> Facts:
+    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(transfer.reported_at))
+    return {"time": at, "event": event, "run": transfer.run, "checkpoint": transfer.checkpoint}
 
 
-def metered(run: str, checkpoint: str, tell: Callable[[Transfer], None]) -> Callable[[int, int], None]:
+def make_byte_counter(run: str, checkpoint: str, on_transfer: Callable[[Transfer], None]) -> Callable[[int, int], None]:
     """Return a function of the transferred and the total bytes that reports a `Transfer` with its rate since now."""
     began = time.monotonic()
 
-    def see(done: int, total: int) -> None:
+    def on_bytes(done: int, total: int) -> None:
         seconds = time.monotonic() - began
         pace = done / seconds if seconds > 0 else 0.0
-        tell(Transfer(run, checkpoint, done, total, pace, (total - done) / pace if pace else None, time.time()))
+        on_transfer(Transfer(run, checkpoint, done, total, pace, (total - done) / pace if pace else None, time.time()))
 
-    return see
+    return on_bytes

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TextIO, TypeVar
 
-from evsys_bus.cli.progress.board import Board
-from evsys_bus.cli.progress.transfers import Look, no_uploads
+from evsys_bus.cli.progress.run_state import RunStateTracker
+from evsys_bus.cli.progress.transfers import PollUploads, no_uploads
 from evsys_bus.cli.screen import Screen, is_terminal
 from evsys_bus.diagnostics import log
 
@@ -36,101 +36,101 @@ class View(Protocol):
 
 
 @contextmanager
-def shown(
-    board: Board,
+def show_progress(
+    tracker: RunStateTracker,
     mode: ProgressMode,
     screen: Screen,
     *,
     title: str,
     success_metric: str | None,
-    uploads: Look = no_uploads,
-    troubles: Callable[[], Sequence["DeliveryStatus"]] = tuple,
+    poll_uploads: PollUploads = no_uploads,
+    poll_problems: Callable[[], Sequence["DeliveryStatus"]] = tuple,
 ) -> Generator[None]:
     """Show the board, the uploads and the problems of deliveries on stderr within the block.
 
     All of them are read on the view's thread.
     """
-    view = _view(
-        board,
+    view = _make_view(
+        tracker,
         mode,
         screen,
         sys.stderr,
         title=title,
         success_metric=success_metric,
-        uploads=_last_of(uploads, no_uploads()),
-        troubles=_last_of(troubles, ()),
+        poll_uploads=_keep_last_result(poll_uploads, no_uploads()),
+        poll_problems=_keep_last_result(poll_problems, ()),
     )
     if view is None:
         yield
         return
-    over = threading.Event()
-    timer = threading.Thread(target=_keep_ticking, args=(view, over), name="evsys-bus-progress", daemon=True)
+    stopped = threading.Event()
+    timer = threading.Thread(target=_run_view, args=(view, stopped), name="evsys-bus-progress", daemon=True)
     timer.start()
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         timer.join()
 
 
-def resolved(mode: ProgressMode, stream: TextIO) -> ProgressMode:
+def resolve_mode(mode: ProgressMode, stream: TextIO) -> ProgressMode:
     """Resolve ``auto`` for this stream."""
     if mode != "auto":
         return mode
     return "live" if is_terminal(stream) else "plain"
 
 
-def _view(
-    board: Board,
+def _make_view(
+    tracker: RunStateTracker,
     mode: ProgressMode,
     screen: Screen,
     stream: TextIO,
     *,
     title: str,
     success_metric: str | None,
-    uploads: Look,
-    troubles: Callable[[], Sequence["DeliveryStatus"]],
+    poll_uploads: PollUploads,
+    poll_problems: Callable[[], Sequence["DeliveryStatus"]],
 ) -> View | None:
-    mode = resolved(mode, stream)
+    mode = resolve_mode(mode, stream)
     if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
         return None
     if mode == "live":
         from evsys_bus.cli.progress.live import LiveView
 
-        color = screen.colourful(stream)
+        color = screen.uses_color(stream)
         return LiveView(
-            board,
+            tracker,
             stream,
             title=title,
             success_metric=success_metric,
             color=color,
-            uploads=uploads,
-            troubles=troubles,
+            poll_uploads=poll_uploads,
+            poll_problems=poll_problems,
         )
-    from evsys_bus.cli.progress.lines import LineView, as_json, plain
+    from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
 
-    return LineView(board, stream, as_json if mode == "json" else plain, uploads=uploads)
+    return LineView(tracker, stream, format_json if mode == "json" else format_plain, poll_uploads=poll_uploads)
 
 
-def _last_of(look: Callable[P, T], first: T) -> Callable[P, T]:
+def _keep_last_result(poll: Callable[P, T], first: T) -> Callable[P, T]:
     """Wrap a function so that it returns its last result while files cannot be read, which must not end the view."""
-    found = [first]
+    results = [first]
 
-    def last(*args: P.args, **kwargs: P.kwargs) -> T:
+    def poll_or_last(*args: P.args, **kwargs: P.kwargs) -> T:
         with suppress(OSError):
-            found[0] = look(*args, **kwargs)
-        return found[0]
+            results[0] = poll(*args, **kwargs)
+        return results[0]
 
-    return last
+    return poll_or_last
 
 
-def _keep_ticking(view: View, over: threading.Event) -> None:
-    """Refresh the view until ``over`` is set; an error of the view ends this thread and nothing else."""
+def _run_view(view: View, stopped: threading.Event) -> None:
+    """Refresh the view until ``stopped`` is set; an error of the view ends this thread and nothing else."""
     try:
         try:
-            while not over.is_set():
+            while not stopped.is_set():
                 view.tick()
-                over.wait(REDRAW_SECONDS)
+                stopped.wait(REDRAW_SECONDS)
         finally:
             view.close()
     except (OSError, ValueError) as error:  # a closed terminal, or a log on a full disk

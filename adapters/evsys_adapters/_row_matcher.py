@@ -1,0 +1,153 @@
+"""`RowMatcher`: which rows of a file come again, after a follower without a cursor began anew over it.
+
+What the journal still has may begin anywhere and have gaps, so nothing that stands in the file is cut in the hope that
+it comes again. A pointer moves over the rows instead:
+
+- A row that stands at the pointer or behind it is left out, and the pointer moves behind it.
+- A row that does not is appended. If a start comes later, and then a row that stands, a start had made the appended row
+  void long ago, and it is dropped again.
+- A start waits for the row that follows. If that row stands, the start was carried out before. If it does not, although
+  all rows before the start did, the journal has lost what stands behind the pointer, and the start cuts as ever.
+
+The walk is over when the pointer is at the end, or when the first row is newer than all that stand.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from evsys_adapters._step_tracker import MatchProgress, StepTracker
+
+
+class RowFile(Protocol):
+    """A file of rows; its methods raise OSError where the disk refuses, and have changed nothing then."""
+
+    def rows(self) -> Iterable[tuple[int, int | None]]:
+        """For each row a number, the same for rows with the same step and content, and its step."""
+        ...
+
+    def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
+        """Drop the rows that do not stay, by their number from 0 on and their step; how many are left."""
+        ...
+
+    def drop_from_step(self, first_step: int) -> None:
+        """Drop the rows of that step and of later ones, as at a start."""
+        ...
+
+
+class RowMatcher:
+    """The walk over the file of one run; what a mark has to know of it is in the run's `StepTracker`."""
+
+    def __init__(self, tracker: StepTracker) -> None:
+        self._tracker = tracker
+        self._keys: list[int] | None = None
+        """Of the rows that stood in the file when the walk began; None until they are asked for."""
+        self._largest_step = -1
+        """Their largest step."""
+        self._indexes: dict[int, list[int]] = {}
+
+    @property
+    def is_active(self) -> bool:
+        """Whether rows that come may stand in the file."""
+        return self._tracker.is_matching
+
+    def resume(self) -> None:
+        """A start is given again."""
+        self._tracker.resume()
+        self._mark_unconfirmed()
+
+    def start_training(self, first_step: int) -> bool:
+        """Training starts at this step; False where the next row decides whether anything is to be cut."""
+        if not self.is_active:
+            return self._tracker.start_training(first_step)
+        self._tracker.start_pending(first_step)
+        self._mark_unconfirmed()
+        return False
+
+    def is_present(self, file: RowFile, key: int, step: int) -> bool:
+        """Whether the row that comes is left out; else it is to be appended, and `count_appended` to be called.
+
+        Raises:
+            OSError: The file cannot be read or changed now; ask again.
+        """
+        if not self.is_active:
+            return False
+        progress, keys = self._load(file)
+        index = self._find(key, progress, keys)
+        if index is not None:
+            self._confirm_start(file, progress)
+            progress.pointer = index + 1
+            if progress.pointer == progress.existing:
+                self._finish()
+            return True
+        first = self._tracker.pending_start
+        if first is None:
+            is_over = keys[progress.pointer - 1] == keys[-1] if progress.pointer else step > self._largest_step
+            if is_over and not progress.appended:
+                self._finish()
+        elif (
+            progress.pointer and progress.appended
+        ):  # another start made void what came before this one, and maybe this one
+            existing = progress.existing
+            rows = file.keep_rows(lambda number, step: number < existing or step is None or step < first)
+            progress.appended = progress.unconfirmed = rows - existing
+            self._tracker.pending_start = None
+        else:
+            file.drop_from_step(first)
+            self._finish()
+        return False
+
+    def count_appended(self) -> None:
+        """The row was appended."""
+        if self._tracker.match_progress is not None:
+            self._tracker.match_progress.appended += 1
+
+    def invalidate(self) -> None:
+        """The file was closed: another process may have changed it."""
+        self._keys = None
+
+    def _confirm_start(self, file: RowFile, progress: MatchProgress) -> None:
+        """A row stands: the starts before it were carried out, and voided what did not stand before them."""
+        if progress.unconfirmed:
+            void = range(progress.existing, progress.existing + progress.unconfirmed)
+            file.keep_rows(lambda number, _: number not in void)
+            progress.appended -= progress.unconfirmed
+            progress.unconfirmed = 0
+        self._tracker.pending_start = None
+
+    def _mark_unconfirmed(self) -> None:
+        progress = self._tracker.match_progress
+        if progress is not None:
+            self._tracker.position_unknown = False
+            progress.unconfirmed = progress.appended
+
+    def _load(self, file: RowFile) -> tuple[MatchProgress, list[int]]:
+        """How far the walk is, and the rows over which it goes."""
+        progress = self._tracker.match_progress
+        if progress is None or self._keys is None:
+            rows = [*file.rows()]
+            if progress is None or progress.existing + progress.appended != len(
+                rows
+            ):  # somebody else has changed the file
+                progress = self._tracker.match_progress = MatchProgress(len(rows))
+            self._tracker.position_unknown = False
+            self._keys = [key for key, _ in rows[: progress.existing]]
+            self._largest_step = max((step for _, step in rows[: progress.existing] if step is not None), default=-1)
+            self._indexes = {}
+        return progress, self._keys
+
+    def _find(self, key: int, progress: MatchProgress, keys: list[int]) -> int | None:
+        """Which row it is, at the pointer or behind it."""
+        if progress.pointer < progress.existing and keys[progress.pointer] == key:
+            return progress.pointer
+        if not self._indexes:
+            for number, each in enumerate(keys):
+                self._indexes.setdefault(each, []).append(number)
+        indexes = self._indexes.get(key, [])
+        found = bisect_left(indexes, progress.pointer)
+        return indexes[found] if found < len(indexes) else None
+
+    def _finish(self) -> None:
+        self._tracker.match_progress = self._tracker.pending_start = None
+        self._tracker.position_unknown = False
+        self._keys, self._indexes = None, {}

@@ -1,0 +1,253 @@
+"""Encode envelopes to bytes: a fast path for common values, `to_builtins` for all others. Encoding never raises.
+
+On the wire an envelope is one map, the same in msgpack and JSON:
+``{"stream", "seq", "time", "run", "rank", "event": {"type", …fields}, "replaced", "handles", "keywords"}``. The last
+three are present only if not empty, and the last two only for event classes defined outside the library: they tell
+processes without the class which fields are handles, and which ones the hook takes by keyword.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import msgspec
+
+from evsys_bus.codec.annotations import field_annotations, handle_class
+from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds
+from evsys_bus.codec.inspection import escape_surrogates
+from evsys_bus.codec.json_line import find_nonfinite
+from evsys_bus.codec.limits import MAX_EVENT_BYTES, MAX_TEXT_CHARS
+from evsys_bus.codec.normalize import Builtins, dict_or_empty, to_builtins
+from evsys_bus.codec.redact import redact_configs
+from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
+from evsys_bus.codec.wire_types import HANDLES, wire_parts
+from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, is_shipped
+
+# Never use enc_hook: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
+_encode_into: Final = msgspec.msgpack.Encoder().encode_into
+_unpack: Final = msgspec.msgpack.Decoder().decode
+_to_json: Final = msgspec.json.Encoder().encode
+
+_SIZE_FRACTIONS: Final = (0.95, 0.5, 0.1, 0.01)
+"""Fractions of the size limit to try for the event when it is cut; the envelope takes some bytes as well."""
+
+
+class _WireEnvelope(msgspec.Struct, gc=False):
+    stream: str
+    seq: int
+    time: float
+    run: str | None
+    rank: int
+    event: Builtins
+    replaced: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    handles: dict[str, str] | msgspec.UnsetType = msgspec.UNSET
+    keywords: list[str] | msgspec.UnsetType = msgspec.UNSET
+
+
+def encode(
+    envelope: Envelope,
+    *,
+    max_event_bytes: int = MAX_EVENT_BYTES,
+    secrets: frozenset[str] = frozenset(),
+    whole_context: bool = False,
+) -> bytes:
+    """Encode an envelope as msgpack. Never raises; a value that cannot be encoded does not affect the others.
+
+    Args:
+        envelope: Its event is read, never changed; its values are copied first.
+        max_event_bytes: A larger event is cut to fit, texts and long lists first; ``replaced`` lists what was cut.
+        secrets: Keys, in lower case, whose text is redacted in configs, besides keys that name a credential.
+        whole_context: Include the whole context of a state in the event, not just the run key.
+    """
+    if envelope.replaced or whole_context:
+        return _encode_normalized(envelope, max_event_bytes, secrets, whole_context=whole_context)
+    event_type = type(envelope.event)
+    if not issubclass(event_type, Event):
+        return _encode_normalized(envelope, max_event_bytes, secrets)
+    return _general_encoder(
+        event_type, envelope.stream, envelope.rank, lambda _: envelope.run, secrets, max_event_bytes
+    )(cast("Event", envelope.event), envelope.seq, envelope.time)
+
+
+def event_encoder(
+    event_type: type[Event],
+    stream: str,
+    rank: int,
+    run_of: Callable[[Event], str | None],
+    secrets: frozenset[str] = frozenset(),
+    needs_context: Callable[[Any], bool] | None = None,
+) -> Callable[[Event, int, float], bytes]:
+    """Return a function that encodes events of one type in one stream, given the event, its sequence number and time.
+
+    The result is that of `encode`, but faster: what does not change from step to step is encoded once. Call the
+    function with one event at a time.
+
+    Args:
+        event_type: The type of the events.
+        stream: The stream of the events.
+        rank: The rank of the process.
+        run_of: Returns the run key of an event; it may depend only on the event's state or context.
+        secrets: Further keys to redact, see `encode`.
+        needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
+            Called whenever a state has changed since the last step.
+    """
+    encode_any = _general_encoder(event_type, stream, rank, run_of, secrets, MAX_EVENT_BYTES)
+    if event_type is not StepEnd:
+        return (
+            encode_any
+            if needs_context is None or "state" not in event_type.__struct_fields__
+            else _require_run_context(encode_any, needs_context)
+        )
+    return cast("Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context))
+
+
+def _require_run_context(
+    encode_any: Callable[[Any, int, float], bytes], needs_context: Callable[[Any], bool]
+) -> Callable[[Event, int, float], bytes]:
+    def encode_event(event: Any, seq: int, time: float) -> bytes:
+        if needs_context(event.state):
+            raise RunContextNeeded
+        return encode_any(event, seq, time)
+
+    return encode_event
+
+
+def _general_encoder(
+    event_type: type[Event],
+    stream: str,
+    rank: int,
+    run_of: Callable[[Any], str | None],
+    secrets: frozenset[str],
+    max_event_bytes: int,
+) -> Callable[[Event, int, float], bytes]:
+    """Return the general encoder for one type of event, without templates."""
+    copy = _cached_event_copier(event_type)
+    max_bytes = min(MAX_TEXT_CHARS, max_event_bytes)  # a text in a larger event may be too long
+    is_builtin_event = is_shipped(event_type)
+
+    def encode_event(event: Event, seq: int, time: float) -> bytes:
+        run, data = run_of(event), None
+        try:
+            if copy is not None:
+                reasons: Reasons = {}
+                wire = _WireEnvelope(stream, seq, time, run, rank, copy(event, reasons))
+                if reasons:
+                    wire.replaced = reasons
+                if not is_builtin_event:
+                    _describe_event(wire, event)
+                data = _pack(wire)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # it holds a configuration, or msgspec refused a value
+            data = None
+        if data is None or len(data) > max_bytes:
+            return _encode_normalized(Envelope(stream, seq, time, event, run, rank), max_event_bytes, secrets)
+        return data
+
+    return encode_event
+
+
+_cached_event_copier: Final = functools.cache(event_copier)
+
+
+def to_json(envelope: Envelope) -> bytes:
+    """Encode an envelope as one JSON object, with the same structure and limits as msgpack.
+
+    NaN and infinities become null; a ``nonfinite`` key beside the event lists them (``{"metrics.loss": "nan"}``).
+    """
+    row = _unpack(encode(envelope))
+    _paths_to_text(row["event"])
+    flags = find_nonfinite(row["event"])
+    if flags:
+        row["nonfinite"] = flags
+    return _to_json(row)
+
+
+def _paths_to_text(event: Builtins) -> None:
+    """Convert the directories of an event's handles to text, in place, even if their names are not UTF-8."""
+    for handle in map(dict_or_empty, dict_or_empty(event).values()):
+        for parts in (handle, dict_or_empty(handle.get("context"))):
+            for name in ("output_dir", "root"):
+                if type(parts.get(name)) is bytes:
+                    parts[name] = escape_surrogates(os.fsdecode(cast("bytes", parts[name])))
+
+
+def _encode_normalized(
+    envelope: Envelope, max_event_bytes: int, secrets: frozenset[str], *, whole_context: bool = False
+) -> bytes:
+    """Encode an event with `to_builtins`, within a size limit for the whole event."""
+    read_errors: Reasons = {}
+    tag, fields = _open_event(envelope.event, read_errors, whole_context=whole_context)
+    names = {"stream": envelope.stream, "run": envelope.run, "tag": tag}
+    head, _ = to_builtins(names, max_bytes=max(max_event_bytes // 8, 1024))
+    why = f"the event is larger than {max_event_bytes} bytes"
+    for fraction in _SIZE_FRACTIONS:
+        try:
+            plain, reasons = to_builtins(fields, max_bytes=int(max_event_bytes * fraction))
+            reasons |= redact_configs(plain, secrets)
+            data = _pack_envelope(envelope, head, dict_or_empty(plain), {**envelope.replaced, **read_errors, **reasons})
+        except MemoryError:
+            why = "there was no memory to encode the event"
+            continue
+        if len(data) <= max_event_bytes:
+            return data
+    return _pack_envelope(envelope, head, {}, {"": why})
+
+
+def _pack(wire: _WireEnvelope) -> bytes:
+    """Encode into a bytearray: msgspec 0.22 crashes if memory runs out while it enlarges a buffer of its own."""
+    buffer = bytearray()
+    _encode_into(wire, buffer)
+    return bytes(buffer)
+
+
+def _pack_envelope(envelope: Envelope, head: Builtins, body: dict[str, Builtins], replaced: dict[str, str]) -> bytes:
+    event = {"type": head["tag"], **body}
+    wire = _WireEnvelope(
+        head["stream"], envelope.seq, envelope.time, head["run"], envelope.rank, event, replaced or msgspec.UNSET
+    )
+    _describe_event(wire, envelope.event)
+    return _pack(wire)
+
+
+def _describe_event(wire: _WireEnvelope, event: Event | UnknownEvent) -> None:
+    """Add handles and keywords to the envelope of an event class that other processes may not know."""
+    if isinstance(event, UnknownEvent):
+        handles, keywords = event.handles, [*event.keywords]
+    elif is_shipped(type(event)):
+        return
+    else:
+        handles, keywords = (
+            handle_kinds(event),
+            [name for name in type(event).__struct_fields__ if name in event.keywords],
+        )
+    if handles:
+        wire.handles = handles
+    if keywords:
+        wire.keywords = keywords
+
+
+def _open_event(
+    event: Event | UnknownEvent, read_errors: Reasons, *, whole_context: bool
+) -> tuple[str, dict[str, Any]]:
+    """Return the tag and the fields of an event, not copied; a value in place of a handle is replaced by its parts."""
+    if isinstance(event, UnknownEvent):
+        kinds: dict[str, type | None] = {name: _HANDLE_TYPES.get(handle) for name, handle in event.handles.items()}
+        tag, fields = event.type, dict(event.fields)
+    else:
+        kinds = {name: handle_class(annotation) for name, annotation in field_annotations(type(event)).items()}
+        tag, fields = event.hook.removeprefix("on_"), {name: getattr(event, name) for name in kinds}
+    for name, value in fields.items():
+        kind = kinds.get(name) or next(
+            (handle_type for handle_type in HANDLES if issubclass(type(value), handle_type)), None
+        )
+        if kind is not None and value is not None:
+            fields[name] = wire_parts(value, kind, (read_errors, name), whole_context=whole_context)
+    state = fields.get("state")
+    if type(state) is dict and "step" not in state and "step_idx" in fields:
+        cast("dict[str, Any]", state)["step"] = fields["step_idx"]
+    return tag, fields
+
+
+_HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}

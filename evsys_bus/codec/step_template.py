@@ -1,0 +1,271 @@
+"""Encode steps with byte templates: what does not change from step to step is encoded once.
+
+    {"stream", "seq", "time", "run", "rank", "event": {"type", "state": {"step", …}, "step_idx",    the template
+                                                       "batch",                                     usually a constant
+                                                       "metrics"}, "replaced"}                      encoded each time
+
+In the first part only four numbers change while the other fields of the state stay the same, for a `LoopState` as for
+a host's own state. A template is cut out of the output of the general encoder, so it cannot differ from that, except
+that its numbers always have the widest encoding. A state that changes with every step goes through the general encoder.
+"""
+
+import struct
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple, cast
+
+import msgspec
+
+from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row
+from evsys_bus.codec.scalars import MAX_ITEMS, are_known_keys
+from evsys_bus.codec.state_matcher import StateMatcher, matcher_for, placeholder_state, read_custom_fields
+from evsys_bus.context import TrainingBatch
+from evsys_bus.events import StepEnd
+
+EncodeStep = Callable[[StepEnd, int, float], bytes]
+"""Encodes an event with its sequence number and time."""
+
+MAX_TEMPLATES: Final = 64
+"""Templates in memory; runs that publish alternately have one each."""
+
+
+class RunContextNeeded(Exception):  # noqa: N818 - control flow, not an error
+    """This event is the first recorded one of its run, and has to include the whole context of the run."""
+
+
+class _StepTemplate(NamedTuple):
+    """The bytes around the numbers, the functions that join them, and the states that the template fits."""
+
+    matcher: StateMatcher
+    matches: Callable[[Any], bool]
+    """Whether the template fits a state."""
+    fill: Callable[..., bytes]
+    a: bytes
+    b: bytes
+    c: bytes
+    d: bytes
+    fill_index: Callable[[bytes, int, bytes], bytes] | None = None
+    """Writes the step index after the custom fields of the state; without custom fields, ``fill`` writes it."""
+    e: bytes = b""
+
+
+_pack_into: Final = msgspec.msgpack.Encoder().encode_into
+# Placeholders that no real step contains, each with the widest msgpack encoding.
+_SEQ_PLACEHOLDER: Final = 0xFEED_0000_0000_0001
+_TIME_PLACEHOLDER: Final = -1.2345678901234567e-300
+_STEP_PLACEHOLDER: Final = -0x7EED_0000_0000_0002
+_INDEX_PLACEHOLDER: Final = -0x7EED_0000_0000_0003
+_CUSTOM_PLACEHOLDER: Final = -0x7EED_0000_0000_0004
+_PLACEHOLDERS: Final = (
+    struct.pack(">Q", _SEQ_PLACEHOLDER),
+    struct.pack(">d", _TIME_PLACEHOLDER),
+    struct.pack(">q", _STEP_PLACEHOLDER),
+    struct.pack(">q", _INDEX_PLACEHOLDER),
+)
+_NO_BATCH: Final = b"\xa5batch\xc0\xa7metrics"
+_EMPTY_BATCH: Final = b"\xa5batch\x80\xa7metrics"
+_BATCH_BYTES: Final = len(_NO_BATCH)
+_EMPTY_TAIL: Final = _NO_BATCH + b"\x80"
+_SIX_ENTRIES: Final = b"\x86"
+_SEVEN_ENTRIES: Final = b"\x87"
+_REPLACED_KEY: Final = b"\xa8replaced"
+
+
+def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a single frame, for speed
+    encode_any: EncodeStep, max_bytes: int, needs_context: Callable[[object], bool] | None = None
+) -> EncodeStep:
+    """Return a function that encodes the steps of one stream, one at a time.
+
+    Args:
+        encode_any: The general encoder, for building templates and for steps that fit none.
+        max_bytes: A longer record may hold values that have to be cut, so it goes to the general encoder.
+        needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
+    """
+    templates = _StepTemplates(encode_any)
+    packed_row = bytearray()
+    template: _StepTemplate | None = None
+    matches: Callable[[Any], bool] = _matches_nothing  # form.fits
+    rows_to_skip = 0  # the next rows that are not tried as rows of floats
+
+    def encode_step(event: StepEnd, seq: int, time: float) -> bytes:  # noqa: C901, PLR0912, PLR0915 - calls are slow
+        nonlocal template, matches, rows_to_skip
+        try:
+            state: Any = event.state  # a program may have published None, here and in the next line
+            batch: Any = event.batch
+            index, metrics = event.step_idx, event.metrics
+            if not matches(state):
+                template, matches = None, _matches_nothing  # reset first, in case of a Ctrl-C in between
+                found = templates.recent.get(id(state))  # runs that publish alternately
+                if found is None or not found.matches(state):
+                    if needs_context is not None and needs_context(state):
+                        raise RunContextNeeded  # noqa: TRY301 - calls are slow
+                    found = templates.find(state)
+                template = found
+                if found is not None:
+                    matches = found.matches
+            step = 0 if state is None else state.step
+            if template is None or type(index) is not int or type(step) is bool:
+                return encode_any(event, seq, time)
+            reasons: Reasons | None = None
+            # Nearly all rows of metrics hold only floats, which one call of sum confirms.
+            row: Any = None
+            if rows_to_skip:
+                rows_to_skip -= 1
+            elif type(metrics) is dict and len(metrics) <= MAX_ITEMS:
+                row = {**metrics}
+                try:
+                    total = sum(row.values())
+                except TypeError:
+                    total = None
+                if type(total) is not float or not are_known_keys(row):
+                    row, rows_to_skip = None, _RETRY_EVERY
+            if row is None:
+                row = copy_row(metrics, reasons := {}, "metrics")
+            matcher, _, fill, a, b, c, d, fill_index, e = template
+            batch_bytes, tail, tail_has_batch = _NO_BATCH, packed_row, False
+            if batch is None:
+                _pack_into(row, packed_row)
+            elif type(batch) is TrainingBatch and batch.loss_fn is batch.loss_fn_config is None and not batch.metrics:
+                batch_bytes = _EMPTY_BATCH
+                _pack_into(row, packed_row)
+            else:
+                tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}), True
+            if reasons:
+                a = _SEVEN_ENTRIES + a[1:]
+                tail = tail + _REPLACED_KEY
+                _pack_into(reasons, tail, len(tail))
+            if fill_index is None:
+                if matcher[3]:  # excluded fields must still be excluded
+                    read_custom_fields(state, matcher)
+                data = fill(a, seq, b, time, c, step, d, index, batch_bytes)
+            else:
+                fields = bytearray()
+                _pack_into(read_custom_fields(state, matcher), fields)
+                data = fill(a, seq, b, time, c, step, d) + fields + fill_index(e, index, batch_bytes)
+            data = (data[:-_BATCH_BYTES] if tail_has_batch else data) + tail
+        except (KeyboardInterrupt, SystemExit, RunContextNeeded):
+            raise
+        except BaseException:  # the general encoder handles any value
+            return encode_any(event, seq, time)
+        return data if len(data) <= max_bytes else encode_any(event, seq, time)
+
+    return encode_step
+
+
+def _encode_tail(batch: object, row: Any, reasons: Reasons) -> bytearray:
+    """Encode the batch and the metrics."""
+    tail = bytearray()
+    _pack_into({"batch": copy_handle(batch, TrainingBatch, "batch", reasons), "metrics": row}, tail)
+    del tail[0]  # the map header
+    return tail
+
+
+def _matches_nothing(_: object) -> bool:
+    return False
+
+
+class _StepTemplates:
+    """Templates, one for each combination of a run's horizon, directory and key and the other fields of its state."""
+
+    def __init__(self, encode_any: EncodeStep) -> None:
+        self.recent: dict[int, _StepTemplate] = {}
+        """By ``id`` of the state; another state may have the same id by now, so check that the template fits."""
+        self._encode_any = encode_any
+        self._by_key: dict[object, _StepTemplate | None] = {}
+        self._seen: set[object] = set()
+        self._misses: dict[type, int] = {}
+
+    def find(self, state: Any) -> _StepTemplate | None:
+        """Return the template for a state; None if there is none, or none yet.
+
+        A template is built at the second request. A type of state that cannot be compared is tried only now and then.
+        """
+        kind: Any = type(state)  # pyright: ignore[reportUnknownVariableType] - untyped
+        misses = self._misses.get(kind, 0)
+        if misses >= _MAX_MISSES and misses % _RETRY_EVERY:
+            self._misses[kind] = misses + 1
+            return None
+        matcher = matcher_for(state)
+        template = None if matcher is None else self._find_or_build(matcher, state)
+        self._misses[kind] = misses + 1 if matcher is None else 0
+        if template is not None:
+            if len(self.recent) >= MAX_TEMPLATES:
+                self.recent.clear()
+            self.recent[id(state)] = template
+        return template
+
+    def _find_or_build(self, matcher: StateMatcher, state: object) -> _StepTemplate | None:
+        key = (matcher, tuple(map(type, matcher.expected)))  # 1 is not True
+        if key in self._by_key:
+            return self._by_key[key]
+        if key not in self._seen:
+            if len(self._seen) >= MAX_TEMPLATES:
+                self._seen.clear()
+            self._seen.add(key)
+            return None
+        if len(self._by_key) >= MAX_TEMPLATES:
+            self._by_key.clear()
+        template = self._by_key[key] = self._build(state, matcher)
+        return template
+
+    def _build(self, state: Any, matcher: StateMatcher) -> _StepTemplate | None:
+        placeholder: Any = (
+            None if state is None else placeholder_state(state, matcher, _STEP_PLACEHOLDER, _CUSTOM_PLACEHOLDER)
+        )  # it has the attributes of a state
+        data = self._encode_any(
+            StepEnd(placeholder, _INDEX_PLACEHOLDER, cast("TrainingBatch", None), {}),
+            _SEQ_PLACEHOLDER,
+            _TIME_PLACEHOLDER,
+        )
+        placeholders = [*_PLACEHOLDERS] if state is not None else [*_PLACEHOLDERS[:2], _PLACEHOLDERS[3]]
+        if matcher.custom_fields:
+            placeholders.insert(3, msgspec.msgpack.encode(dict.fromkeys(matcher.custom_fields, _CUSTOM_PLACEHOLDER)))
+        parts: list[bytes] = []
+        rest = data.removesuffix(_EMPTY_TAIL)
+        for marker in placeholders:
+            if rest.count(marker) != 1:
+                return None
+            part, _, rest = rest.partition(marker)
+            parts.append(part)
+        if rest or not data.startswith(_SIX_ENTRIES) or not data.endswith(_EMPTY_TAIL):
+            return None
+        sizes = [*map(len, parts)]
+        if state is None:
+            a, b, c = parts
+            return _StepTemplate(matcher, matcher.build_test(matcher.expected), _pack_without_step(sizes), a, b, c, b"")
+        if not matcher.custom_fields:
+            a, b, c, d = parts
+            return _StepTemplate(
+                matcher,
+                matcher.build_test(matcher.expected),
+                struct.Struct(">{}sQ{}sd{}sq{}sq{}s".format(*sizes, _BATCH_BYTES)).pack,
+                a,
+                b,
+                c,
+                d,
+            )
+        a, b, c, d, e = parts
+        fill_index = struct.Struct(f">{len(e)}sq{_BATCH_BYTES}s").pack
+        return _StepTemplate(
+            matcher,
+            matcher.build_test(matcher.expected),
+            struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes[:4])).pack,
+            a,
+            b,
+            c,
+            d,
+            fill_index,
+            e,
+        )
+
+
+def _pack_without_step(sizes: list[int]) -> Callable[..., bytes]:
+    pack = struct.Struct(">{}sQ{}sd{}sq{}s".format(*sizes, _BATCH_BYTES)).pack
+
+    def fill(a: bytes, seq: int, b: bytes, time: float, c: bytes, _: int, __: bytes, index: int, last: bytes) -> bytes:
+        return pack(a, seq, b, time, c, index, last)
+
+    return fill
+
+
+_MAX_MISSES: Final = 4
+_RETRY_EVERY: Final = 64

@@ -1,0 +1,241 @@
+"""Describe a callback's params: as JSON schema, as an example, and in words.
+
+The schema has one form for msgspec, dataclasses, pydantic and plain constructors, so that errors and the command line
+treat them alike. It is only a description; `evsys_bus.config.validate` validates.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
+from types import UnionType
+from typing import Any, Final, Union, cast, get_args, get_origin
+
+import msgspec
+
+from evsys_bus.config.config_fields import Field, config_fields, is_pydantic, signature_fields
+from evsys_bus.config.registry import REGISTRY, Registry
+from evsys_bus.config.spec import AdapterClass, CallbackSpec, PathPart
+
+Schema = dict[str, Any]
+"""A JSON schema, or a part of one."""
+
+_BOUNDS: Final = (("minimum", ">="), ("exclusiveMinimum", ">"), ("maximum", "<="), ("exclusiveMaximum", "<"))
+_LENGTHS: Final = (("minLength", ">="), ("maxLength", "<="), ("minItems", ">="), ("maxItems", "<="))
+_NOUNS: Final = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "null": "null",
+    "array": "a list",
+    "object": "a mapping",
+}
+
+
+def json_schema(kind: str, *, registry: Registry = REGISTRY) -> Schema:
+    """Return the JSON schema of a kind's params. It forbids unknown keys, as `build_callbacks` always does.
+
+    Raises:
+        ConfigError: The kind is unknown, or cannot be loaded.
+    """
+    return adapter_schema(registry.find(kind))
+
+
+def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
+    """Return a spec of a kind with the defaults of its params, and sample values for the required ones.
+
+    Raises:
+        ConfigError: The kind is unknown, or cannot be loaded.
+    """
+    schema = adapter_schema(registry.find(kind))
+    parts: Schema = schema["properties"]
+    shown_keys = [key for key, part in parts.items() if key in schema["required"] or part.get("default") is not None]
+    return CallbackSpec(kind, {key: sample_value(parts[key], schema) for key in shown_keys})
+
+
+def adapter_schema(cls: AdapterClass) -> Schema:
+    """Return the schema of an adapter's params: of its Config, or from the signature of its constructor."""
+    return _from_fields(cls, signature_fields(cls)) if cls.Config is None else config_schema(cls.Config)
+
+
+def config_schema(config: type[Any]) -> Schema:
+    """Return the schema of a Config."""
+    if not is_pydantic(config):
+        return _from_fields(config, config_fields(config))
+    root = _from_pydantic(config)
+    top = _resolve(root, root)
+    definitions: dict[str, Schema] = top.pop("$defs", {})
+    return _forbid_unknown_keys(Schema(properties={}, required=[]) | top, definitions)
+
+
+def locate(schema: Schema, path: Iterable[PathPart]) -> Schema:
+    """Return the part of a schema for a path in the params; empty if it is unknown."""
+    part = schema
+    for step in path:
+        options = [_resolve(each, schema) for each in _options(_resolve(part, schema))]
+        found = (_child_schema(option, step) for option in options)
+        part: Schema = next((each for each in found if each is not None), Schema())
+    return _resolve(part, schema)
+
+
+def keys_at(schema: Schema, path: Iterable[PathPart]) -> list[str]:
+    """Return the keys that the schema names for a mapping at this path."""
+    options = (_resolve(each, schema) for each in _options(locate(schema, path)))
+    return [key for option in options for key in option.get("properties", {})]
+
+
+def describe(part: Schema, root: Schema) -> str:
+    """Describe a valid value in words, with its range: ``an integer >= 1``."""
+    part = _resolve(part, root)
+    if "anyOf" in part or "oneOf" in part:
+        return " or ".join(dict.fromkeys(describe(each, root) for each in _options(part)))
+    if "enum" in part:
+        choices = ", ".join(as_json(each) for each in part["enum"])
+        return choices if len(part["enum"]) == 1 else f"one of {choices}"
+    if "const" in part:
+        return as_json(part["const"])
+    noun = "a path" if part.get("format") == "path" else _NOUNS.get(part.get("type", ""))
+    if noun is None:
+        return f"a {part['title']}" if "title" in part and "type" not in part else "a fitting value"
+    if part["type"] == "array" and part.get("items"):
+        noun += f", each item {describe(part['items'], root)}"
+    if part["type"] == "object" and "properties" in part:
+        noun += f" with {', '.join(part['properties'])}"
+    ranges = [f"{sign} {part[key]}" for key, sign in _BOUNDS if key in part]
+    lengths = [f"of length {sign} {part[key]}" for key, sign in _LENGTHS if key in part]
+    pattern = [f"matching {as_json(part['pattern'])}"] if "pattern" in part else []
+    return " ".join([noun, " and ".join(ranges), *lengths, *pattern]).replace("  ", " ").strip()
+
+
+def sample_value(part: Schema, root: Schema) -> object:
+    """Return a value that the schema allows: its example, its default, or a placeholder."""
+    part = _resolve(part, root)
+    if part.get("examples"):
+        return part["examples"][0]
+    if part.get("default") is not None:
+        return part["default"]
+    if "anyOf" in part or "oneOf" in part:
+        return next((value for each in _options(part) if (value := sample_value(each, root)) is not None), None)
+    return part["enum"][0] if "enum" in part else part.get("const", _placeholder_value(part, root))
+
+
+def _placeholder_value(part: Schema, root: Schema) -> object:
+    match part.get("type"):
+        case "integer" | "number":
+            return _sample_number(part, is_integer=part["type"] == "integer")
+        case "array":
+            return [sample_value(part.get("items", {}), root) for _ in range(part.get("minItems", 0))]
+        case "object":
+            return {key: sample_value(part["properties"][key], root) for key in part.get("required", ())}
+        case other:
+            return {"boolean": True, "null": None}.get(other or "", "...")
+
+
+def as_json(value: object) -> str:
+    """Format a value as it is written in a spec; for a live object, the name of its type."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except (TypeError, ValueError):
+        return f"a {type(value).__name__}"
+
+
+def _sample_number(part: Schema, *, is_integer: bool) -> float:
+    low: float | None = part.get("minimum", part.get("exclusiveMinimum"))
+    high: float | None = part.get("maximum", part.get("exclusiveMaximum"))
+    if is_integer:
+        if low is not None:
+            return low if "minimum" in part else low + 1
+        return 1 if high is None or high > 1 else high if "maximum" in part else high - 1
+    if low is not None and high is not None:
+        return (low + high) / 2
+    return low + 1.0 if low is not None else high - 1.0 if high is not None else 1.0
+
+
+def _resolve(part: Schema, root: Schema) -> Schema:
+    """Follow a reference; keys beside it (such as a default) are retained."""
+    while "$ref" in part:
+        target: Schema = root.get("$defs", {}).get(part["$ref"].rpartition("/")[2], {})
+        part = target | {key: value for key, value in part.items() if key != "$ref"}
+    return part
+
+
+def _options(part: Schema) -> Sequence[Schema]:
+    return part.get("anyOf") or part.get("oneOf") or [part]
+
+
+def _child_schema(part: Schema, step: PathPart) -> Schema | None:
+    if isinstance(step, int):
+        items: Sequence[Schema] = part.get("prefixItems", [])
+        return items[step] if step < len(items) else part.get("items") or None
+    rest: object = part.get("additionalProperties")
+    return part.get("properties", {}).get(step) or (cast("Schema", rest) if isinstance(rest, dict) else None)
+
+
+def _other_type(cls: type) -> Schema:
+    """Describe a type that JSON does not have: a path is text; any other value can only be given from Python."""
+    return {"type": "string", "format": "path"} if issubclass(cls, PurePath) else {"title": cls.__name__}
+
+
+def _from_fields(cls: type, fields: Mapping[str, Field] | None) -> Schema:
+    """Build a schema field by field, because msgspec fails at the first default that is not JSON, such as a path."""
+    known = {key: field for key, field in (fields or {}).items() if field.attribute is not None}
+    definitions: dict[str, Schema] = {}
+    properties: dict[str, Schema] = {}
+    for key, field in known.items():
+        part, found = _from_type(field.type)
+        properties[key] = part | _default(field)
+        definitions |= found
+    required = [key for key, field in known.items() if field.required]
+    schema: Schema = {"title": cls.__name__, "type": "object", "properties": properties, "required": required}
+    return schema | {"additionalProperties": True} if fields is None else _forbid_unknown_keys(schema, definitions)
+
+
+def _from_type(annotation: Any) -> tuple[Schema, dict[str, Schema]]:
+    """Return the schema of a type, and the definitions it refers to."""
+    try:
+        (part,), found = msgspec.json.schema_components(
+            [annotation], schema_hook=_other_type, ref_template="#/$defs/{name}"
+        )
+    except TypeError:
+        if get_origin(annotation) not in (Union, UnionType):
+            return {}, {}
+        # msgspec does not support a union such as `str | Path`, but supports its members.
+        members = [_from_type(each) for each in get_args(annotation)]
+        if not all(part for part, _ in members):
+            return {}, {}
+        definitions: dict[str, Schema] = {}
+        for _, each in members:
+            definitions |= each
+        return {"anyOf": [part for part, _ in members]}, definitions
+    return part, found
+
+
+def _default(field: Field) -> Schema:
+    if field.default is msgspec.UNSET:
+        return {}
+    value = str(field.default) if isinstance(field.default, PurePath) else field.default
+    try:
+        return {"default": msgspec.to_builtins(value)}
+    except TypeError:
+        return {}  # a live object
+
+
+def _forbid_unknown_keys(schema: Schema, definitions: dict[str, Schema]) -> Schema:
+    for each in (schema, *definitions.values()):
+        if "properties" in each:
+            each["additionalProperties"] = False
+    return schema | ({"$defs": definitions} if definitions else {})
+
+
+def _from_pydantic(config: type[Any]) -> Schema:
+    from pydantic import TypeAdapter
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Tolerant(GenerateJsonSchema):
+        """Leaves out types that JSON does not have, where pydantic's own generator raises."""
+
+        ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012  # as pydantic declares it
+
+        def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> Schema:  # noqa: ARG002  # pydantic's
+            return {}
+
+    return TypeAdapter[Any](config).json_schema(schema_generator=Tolerant)

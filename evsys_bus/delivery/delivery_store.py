@@ -1,0 +1,326 @@
+"""`DeliveryStore`: the files of one courier: cursor, dead letters, state, and the lock that makes it the only one.
+
+A replay keeps them in memory only. A disk error never ends a delivery: it is logged, and the write is retried.
+"""
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
+from typing import Any, Final
+from urllib.parse import quote
+
+import msgspec
+
+from evsys_bus.delivery.courier_lock import CourierLock
+from evsys_bus.delivery.dead_letters import DeadLetters
+from evsys_bus.delivery.receiver import BatchResult
+from evsys_bus.delivery.source import Batch, CorruptRecord
+from evsys_bus.delivery.status_files import carried_over, read_status, write_status
+from evsys_bus.diagnostics import FaultLog, log, message_shape
+from evsys_bus.errors import CourierBusyError
+from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
+from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
+from evsys_bus.tasks import DeliveryStatus
+
+DIRECTORY_CHECK_SECONDS: Final = 1.0
+"""Time between two checks that the directory still exists."""
+STATUS_WRITE_SECONDS: Final = 1.0
+"""Minimum time between two writes of the state file for changes that are not urgent."""
+
+
+class DeliveryStore:
+    """The files of one courier. Used on the courier's thread only.
+
+    Args:
+        directory: The journal.
+        name: Name of the adapter.
+        kind: Kind of the adapter; a cursor that another kind has stored under this name is not used.
+        persistent: Whether to store anything on disk.
+    """
+
+    def __init__(
+        self, directory: str, name: str, kind: str, *, persistent: bool, disk: Disk, clock: Clock, faults: FaultLog
+    ) -> None:
+        self.cursor = Cursor()
+        self.has_changes = False
+        """Whether the cursor has moved since it was last saved."""
+        self.open_trainings: set[tuple[str, str]] = set()
+        """Stream and run of each open training."""
+        self._directory: Final = directory
+        self._name: Final = name
+        self._kind: Final = kind
+        self._persistent: Final = persistent
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._faults: Final = faults
+        self._cursors: Final = CursorStore(directory, disk)
+        self._dead_letters: Final = DeadLetters(directory, name, disk=disk, clock=clock)
+        self._unsaved_cursor: Cursor | None = None
+        """The cursor as it was when its mark was taken, until it is saved."""
+        self._lock: Final = CourierLock(directory, name, disk, clock)
+        self._directory_check_due = 0.0
+        self._last_status: DeliveryStatus | None = None
+        self._status_written_at = 0.0
+
+    def after_fork(self) -> None:
+        """Release the lock in a forked child; the parent process keeps it."""
+        self._lock.release()
+
+    def open(self) -> bool:
+        """Acquire the lock and read the cursor; return whether there was one.
+
+        Raises:
+            CourierBusyError: Another courier holds the lock.
+            OSError: The cursor or the dead-letter file cannot be read now.
+        """
+        if not self._persistent:
+            return False
+        self._lock.acquire()
+        _open_stores.add(self)
+        try:
+            self.cursor = self._reset_if_outdated(self._reset_if_other_kind(self._cursors.load_for_update(self._name)))
+            self._dead_letters.open(self.cursor)
+        except OSError:
+            self.close()
+            raise
+        return bool(self.cursor.streams)
+
+    def previous_status(self) -> DeliveryStatus:
+        """The part of the previous courier's state that is still valid; see `kept`."""
+        return carried_over(read_status(self._disk, self._directory, self._name) if self._persistent else None)
+
+    def start_after(self, sequences: Mapping[str, int]) -> None:
+        """Set the cursor to just after these sequences, by stream."""
+        self.cursor = Cursor({stream: Position(sequence) for stream, sequence in sequences.items()})
+        self.has_changes = True
+
+    def acknowledge(self, batch: Batch, result: BatchResult) -> None:
+        """Record the result for the front of a batch and remove those events from it."""
+        envelopes, sequences = batch.envelopes[: result.handled], batch.sequences[: result.handled]
+        offset = 0
+        for stream, number, last in batch.drop(result.handled):
+            indices = range(offset, offset + number)
+            offset += number
+            rejected = [index for index in result.rejected if index in indices]
+            for index in rejected if self._persistent else ():
+                self._dead_letters.add(stream, sequences[index], result.rejected[index], envelopes[index])
+                self._log_dead_letter(stream, sequences[index], result.rejected[index], result.errors.get(index))
+            self._advance(stream, last, number - len(rejected), len(rejected))
+            self._track_steps(
+                stream, envelopes if number == len(envelopes) else envelopes[indices.start : indices.stop]
+            )
+
+    def record_open_trainings(self, starts: Iterable[Envelope]) -> None:
+        """Record the trainings that are open, from start events that were repeated and not delivered."""
+        for each in starts:
+            if isinstance(each.event, TrainStart):
+                self._track_trainings(each.stream, each.run or "", each.event)
+
+    def reject_corrupt(self, record: CorruptRecord) -> None:
+        """Record a dead letter for a record that is not a valid envelope."""
+        if self._persistent:
+            self._dead_letters.add(record.stream, record.sequence, record.why, record)
+            self._log_dead_letter(record.stream, record.sequence, record.why)
+        self._advance(record.stream, record.sequence, 0, 1)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so many dead letters wait for the disk that the delivery has to wait too."""
+        return self._persistent and self._dead_letters.is_full
+
+    def commit(self, mark: Callable[[], Any]) -> bool:
+        """Flush dead letters, then the receiver's own files, then the cursor; return whether all are on disk.
+
+        Args:
+            mark: The receiver's `mark`, which flushes what it wrote.
+
+        Raises:
+            Exception: What ``mark`` raised; the saved cursor is unchanged.
+        """
+        while self._persistent and (self.has_changes or self._unsaved_cursor is not None):
+            try:
+                if self._unsaved_cursor is None:
+                    self._dead_letters.flush()
+            except OSError as error:
+                return self._log_commit_failure(error)
+            if self._unsaved_cursor is None:
+                cursor = self.cursor
+                self._unsaved_cursor = Cursor(dict(cursor.streams), dict(cursor.steps), mark(), self._kind)
+                self.has_changes = False
+            if not self.save_cursor():
+                return False
+        return True
+
+    def save_cursor(self) -> bool:
+        """Save the cursor of the last `commit` if it is not on disk yet; return whether it is.
+
+        A mark is valid until two more were taken, so no mark may be taken while this returns False.
+        """
+        if self._unsaved_cursor is not None:
+            try:
+                self._cursors.save(self._name, self._unsaved_cursor)
+            except OSError as error:
+                return self._log_commit_failure(error)
+            self._unsaved_cursor = None
+        return True
+
+    def _log_commit_failure(self, error: OSError) -> bool:
+        self._faults.warn("courier.not_committed", self._name, error=error, adapter=self._name)
+        return False
+
+    def write_status(self, status: DeliveryStatus, *, urgent: bool) -> None:
+        """Write the state if it differs from the last one; changes that are not urgent once a second at most."""
+        now = self._clock.monotonic()
+        previous = self._last_status
+        if (
+            not self._persistent
+            or previous == status
+            or not (urgent or previous is None or now - self._status_written_at >= STATUS_WRITE_SECONDS)
+        ):
+            return
+        self._status_written_at = now
+        self._last_status = status
+        written = msgspec.structs.replace(status, at=self._clock.wall())
+        try:
+            write_status(self._disk, self._directory, self._name, written)
+        except OSError as error:
+            self._last_status = None
+            self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
+
+    def check_directory(self, *, last: bool = False) -> None:
+        """Check once a second whether the directory was removed, and write all files again if it was.
+
+        Args:
+            last: Check now, and do not raise.
+
+        Raises:
+            CourierBusyError: Another courier has acquired the new lock.
+        """
+        now = self._clock.monotonic()
+        if not last and now < self._directory_check_due:
+            return
+        self._directory_check_due = now + DIRECTORY_CHECK_SECONDS
+        if not self._lock.is_removed():
+            return
+        self._lock.release()
+        with suppress(CourierBusyError) if last else nullcontext():
+            self._lock.acquire()
+            with suppress(OSError):  # letters in the removed file are lost
+                self._dead_letters.close()
+            self._last_status = None
+            self.has_changes = True
+
+    def close(self) -> None:
+        """Close the files and release the lock."""
+        with suppress(OSError):  # a file that cannot be closed needs no handling
+            self._dead_letters.close()
+        self._lock.release()
+
+    def _log_dead_letter(self, stream: str, sequence: int, why: str, error: Exception | None = None) -> None:
+        """Log the dead letter; repeated ones are logged as a count."""
+        file = layout.courier_path(self._directory, self._name, "dead.jsonl")
+        self._faults.warn(
+            "delivery.dead_letter",
+            self._name,
+            error=error,
+            shape=message_shape(why),
+            adapter=self._name,
+            why=why,
+            stream=stream,
+            seq=sequence,
+            file=file,
+        )
+
+    def _reset_if_other_kind(self, cursor: Cursor) -> Cursor:
+        """Return the cursor, or a new one if it belongs to another kind of adapter that had this name.
+
+        That is a new destination, which has received no events yet. The files of the other one are renamed and kept.
+
+        Raises:
+            OSError: The files cannot be renamed.
+        """
+        if cursor.kind in {"", self._kind}:
+            return cursor
+        suffix = f"{quote(cursor.kind, safe='')}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(self._clock.wall()))}"
+        letters_path, cursor_path = (
+            layout.courier_path(self._directory, self._name, "dead.jsonl"),
+            layout.cursor_path(self._directory, self._name),
+        )
+        with suppress(FileNotFoundError):  # there may be no dead letters
+            self._disk.replace(
+                f"{letters_path}.{suffix}", self._disk.read(letters_path, 0, self._disk.size(letters_path))
+            )
+            self._disk.remove(letters_path)
+        self._disk.replace(f"{cursor_path}.{suffix}", self._disk.read(cursor_path, 0, _MAX_CURSOR_BYTES))
+        self._cursors.save(self._name, Cursor(kind=self._kind))
+        facts = {"adapter": self._name, "kind": self._kind, "before": cursor.kind, "cursor": f"{cursor_path}.{suffix}"}
+        log().warning(
+            "courier.begins_anew", **facts, why="another kind of adapter had this name, so this one gets all events"
+        )
+        return Cursor()
+
+    def _reset_if_outdated(self, cursor: Cursor) -> Cursor:
+        """Return the cursor, or a new one if it is older than the removed segments, as after a restore from a backup.
+
+        Rows after its mark belong to events that were removed and cannot be delivered again, so they must not be cut.
+        """
+        for stream, position in cursor.streams.items() if cursor.mark is not None else ():
+            removed = layout.count_removed_events(layout.list_segments(self._disk, f"{self._directory}/{stream}"))
+            if removed > position.sequence:
+                facts = {"adapter": self._name, "stream": stream, "at": position.sequence, "removed_up_to": removed}
+                why = "the cursor is older than the removed segments: what is left is compared with what was written"
+                log().warning("courier.begins_anew", **facts, why=why)
+                return Cursor()
+        return cursor
+
+    def _advance(self, stream: str, sequence: int, delivered: int, dead: int) -> None:
+        previous = self.cursor.position(stream)
+        self.cursor.streams[stream] = Position(sequence, previous.delivered + delivered, previous.dead + dead)
+        self.has_changes = True
+
+    def _track_steps(self, stream: str, envelopes: list[Envelope]) -> None:
+        """Record the largest step of each open training."""
+        steps = self.cursor.steps
+        for envelope in envelopes:
+            event = envelope.event
+            if type(event) is StepEnd:
+                if steps:
+                    run, step = envelope.run or "", event.step_idx
+                    if run in steps and type(step) is int and (step > steps[run] or steps[run] == _NO_STEP_YET):
+                        steps[run] = step
+            elif isinstance(event, _TRAINING_EVENTS):
+                self._track_trainings(stream, envelope.run or "", event)
+
+    def _track_trainings(self, stream: str, run: str, event: TrainStart | TrainEnd | RunEnd | ExperimentEnd) -> None:
+        if isinstance(event, TrainStart):
+            first_step = getattr(event.state, "step", 0)
+            self.open_trainings.add((stream, run))
+            self.cursor.steps[run] = first_step - 1 if type(first_step) is int else -1
+            return
+        if isinstance(event, ExperimentEnd):
+            self.open_trainings = {each for each in self.open_trainings if each[0] != stream}
+        else:
+            self.open_trainings.discard((stream, run))
+        open_runs = {each[1] for each in self.open_trainings}
+        for each in [each for each in self.cursor.steps if each not in open_runs]:
+            del self.cursor.steps[each]
+
+
+_NO_STEP_YET: Final = sys.maxsize - 1
+"""The largest step of a training whose start was repeated and that has no step in the journal yet."""
+_TRAINING_EVENTS: Final = (TrainStart, TrainEnd, RunEnd, ExperimentEnd)
+_MAX_CURSOR_BYTES: Final = 16 << 20
+
+_open_stores: "weakref.WeakSet[DeliveryStore]" = weakref.WeakSet()
+
+
+def _release_locks_after_fork() -> None:
+    for store in list(_open_stores):
+        store.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_release_locks_after_fork)

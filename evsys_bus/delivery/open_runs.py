@@ -1,0 +1,211 @@
+"""Open runs: the start events of everything that is open at a position in a stream, and the contexts of open runs.
+
+A rebuilt adapter receives these start events again. Each segment begins with the start events of what was open then, so
+only one segment has to be read.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any, Final, TypeAlias
+
+from evsys_bus.adapter import RunAnnotated
+from evsys_bus.codec import RunContexts, decode
+from evsys_bus.context import LogContext
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import CodecError, JournalVersionError
+from evsys_bus.events import (
+    BenchmarkEval,
+    Envelope,
+    ExperimentEnd,
+    ExperimentStart,
+    GroupStart,
+    RunEnd,
+    RunStart,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+)
+from evsys_bus.journal import Disk, JournalReader, frame, layout
+from evsys_bus.journal.frame import Frame
+from evsys_bus.journal.scanning import SegmentScan
+
+_BATCH_BOUNDARIES: Final[frozenset[type]] = frozenset(
+    {ExperimentStart, GroupStart, RunStart, TrainStart, TrainEnd, RunEnd, ExperimentEnd}
+)
+"""A batch ends after one of these, so that the cursor can be right after it."""
+_CONTEXT_EVENTS: Final[frozenset[type]] = frozenset(
+    {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, RunAnnotated}
+)
+"""Events that have a ``ctx`` or change one."""
+
+_RELEVANT_TAGS: Final = (b"_start", b"n_end", b"t_end", b"learnt", b"\xa7context")
+"""Endings of the relevant event tags, and the key of a context in a state; searched before decoding. A payload that
+contains one by chance is decoded in vain."""
+
+OpenRunKey: TypeAlias = tuple[type, str, str | None]
+"""Identifies what is open: type of the start event, output directory of the experiment, name of the run or group."""
+
+
+class StreamContexts:
+    """The contexts of one stream. Values that a receiver writes into one are copied to later ones, as for inline hooks.
+
+    Args:
+        annotations: Annotations of runs by couriers; they are in the context of a run from its start.
+
+    Attributes:
+        by_run: Contexts of the open runs, by run key; `decode` attaches them to detached states.
+    """
+
+    def __init__(self, annotations: Mapping[str, Mapping[str, Any]]) -> None:
+        self.by_run: Final = RunContexts(self._inherit)
+        self._annotations: Final = annotations
+        self._experiment_context: LogContext | None = None
+
+    def update(self, envelope: Envelope) -> bool:
+        """Update contexts from the event, and its own context from earlier ones; return whether a batch ends here."""
+        kind = type(envelope.event)
+        if kind in _CONTEXT_EVENTS:
+            self._update_contexts(envelope)
+        return kind in _BATCH_BOUNDARIES
+
+    def _update_contexts(self, envelope: Envelope) -> None:
+        if isinstance(envelope.event, RunAnnotated):
+            self.annotate(envelope.event)
+            return
+        event: Any = envelope.event  # Any: an event with a ctx
+        ctx, run = event.ctx, envelope.run
+        if not isinstance(ctx, LogContext):
+            return
+        root = str(ctx.output_dir)
+        known = self.by_run.lookup(run, root)
+        if known is None:
+            self._inherit(run, ctx)
+        else:
+            _copy_ids_and_extras(ctx, known)
+        if isinstance(event, ExperimentEnd):
+            self._experiment_context = None
+            self.by_run.clear()
+        elif isinstance(event, RunEnd):
+            self.by_run.remove(run or "", root)
+        elif isinstance(event, RunStart) and run is not None:
+            self.by_run.add(run, root, ctx)
+        elif run is None:
+            self._experiment_context = ctx
+
+    def _inherit(self, run: str | None, ctx: LogContext) -> None:
+        """Copy values of the experiment and annotations of the run into a new context."""
+        if self._experiment_context is not None:
+            _copy_ids_and_extras(ctx, self._experiment_context)
+        if run is not None:
+            _add_extras(ctx, self._annotations.get(run, {}))
+
+    def annotate(self, annotation: RunAnnotated) -> None:
+        """Add an annotation to the context of its run, if the run is open; later contexts copy it from there."""
+        ctx = self.by_run.get(annotation.run)
+        if ctx is not None:
+            _add_extras(ctx, annotation.extras)
+
+
+def _copy_ids_and_extras(ctx: LogContext, source: LogContext) -> None:
+    for part in ("ids", "extras"):
+        setattr(ctx, part, {**getattr(ctx, part, {}), **getattr(source, part, {})})
+
+
+def _add_extras(ctx: LogContext, extras: Mapping[str, Any]) -> None:
+    if extras:
+        ctx.extras = {**getattr(ctx, "extras", {}), **extras}
+
+
+def open_runs_at(disk: Disk, folder: str, sequence: int, contexts: StreamContexts) -> dict[OpenRunKey, Envelope]:
+    """The start events of everything that is open after this sequence, in order; empty if the stream cannot be read.
+
+    Args:
+        disk: The file system.
+        folder: Directory of the stream.
+        sequence: At least 1.
+        contexts: Updated with these events.
+    """
+    found: dict[OpenRunKey, Envelope] = {}
+    try:
+        names = layout.list_segments(disk, folder)
+        segment = next(
+            (name for name in reversed(names) if name.first_sequence <= sequence + 1), names[0] if names else None
+        )
+        for item in () if segment is None else SegmentScan(disk, f"{folder}/{segment}").frames():
+            if not isinstance(item, Frame) or item.kind not in {frame.EVENT, frame.CARRIED}:
+                continue
+            if item.sequence > sequence:
+                break
+            payload = bytes(item.payload)
+            if any(tag in payload for tag in _RELEVANT_TAGS):
+                _track_open_runs(found, contexts, payload)
+    except (OSError, JournalVersionError) as error:
+        log().warning("courier.starts_unreadable", stream=folder, exc_info=error)
+    return found
+
+
+def set_first_steps(starts: list[Envelope], reader: JournalReader, stream: str, after: int) -> None:
+    """Set ``state.step`` of each TrainStart to the first step that the stream still has for its run.
+
+    An adapter that truncates its files at ``state.step`` then removes only rows that are delivered again; nothing if
+    there is no such step.
+
+    Args:
+        starts: Start events; changed in place.
+        reader: Reader of the journal.
+        stream: The stream whose events are delivered after the starts.
+        after: The events after this sequence are delivered.
+    """
+    requested = {each.run for each in starts if isinstance(each.event, TrainStart)}
+    first_steps: dict[str | None, int] = {}
+    remaining_bytes = _MAX_BYTES_AHEAD
+    try:
+        for record in reader.read(stream, after) if requested else ():
+            remaining_bytes -= len(record.payload)
+            if len(first_steps) == len(requested) or remaining_bytes < 0:
+                break
+            if _STEP_TAG in record.payload:
+                _record_first_step(record.payload, requested, first_steps)
+    except (OSError, JournalVersionError) as error:
+        log().warning("courier.starts_unreadable", stream=stream, exc_info=error)
+    for each in starts:
+        if isinstance(each.event, TrainStart):
+            each.event.state.step = first_steps.get(each.run, sys.maxsize)
+
+
+def _record_first_step(payload: bytes, requested: set[str | None], first_steps: dict[str | None, int]) -> None:
+    try:
+        envelope = decode(payload)
+    except CodecError:
+        return
+    event, run = envelope.event, envelope.run
+    if isinstance(event, StepEnd) and run in requested and run not in first_steps and type(event.step_idx) is int:
+        first_steps[run] = event.step_idx
+
+
+_STEP_TAG: Final = StepEnd.hook.removeprefix("on_").encode()
+"""The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
+_MAX_BYTES_AHEAD: Final = 256 << 20
+"""How many bytes of a stream are read to find the first steps of its runs."""
+
+
+def _track_open_runs(found: dict[OpenRunKey, Envelope], contexts: StreamContexts, payload: bytes) -> None:
+    try:
+        envelope = decode(payload, contexts.by_run)
+    except CodecError:
+        return  # it became a dead letter when it was delivered
+    event, run = envelope.event, envelope.run
+    contexts.update(envelope)
+    ctx: Any = getattr(event, "ctx", None) or getattr(getattr(event, "state", None), "ctx", None)
+    root = str(getattr(ctx, "output_dir", ""))
+    if isinstance(event, ExperimentStart | GroupStart | RunStart | TrainStart):
+        key = (type(event), root, event.group_name if isinstance(event, GroupStart) else run)
+        found.pop(key, None)
+        found[key] = envelope
+    elif isinstance(event, TrainEnd):
+        found.pop((TrainStart, root, run), None)
+    elif isinstance(event, RunEnd):
+        found.pop((TrainStart, root, run), None)
+        found.pop((RunStart, root, run), None)
+    elif isinstance(event, ExperimentEnd):
+        found.clear()

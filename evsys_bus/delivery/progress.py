@@ -1,0 +1,261 @@
+"""`read_progress`: the delivery progress of every adapter of a journal: ``recorded = delivered + dead + pending``.
+
+Everything is read from disk. The cursor holds the delivered and dead counts; pending events are those after the cursor,
+counted by frames and checksums without decoding. So all processes that read a journal get the same counts.
+"""
+
+import os
+import threading
+from collections.abc import Mapping
+from typing import Final
+
+import msgspec
+
+from evsys_bus.codec import error_text
+from evsys_bus.delivery.status_files import read_status
+from evsys_bus.delivery.subscription import DeliveryPolicy
+from evsys_bus.delivery.subscriptions import load_subscriptions
+from evsys_bus.errors import JournalVersionError
+from evsys_bus.journal import CursorStore, Disk, OsDisk, Position, frame, layout
+from evsys_bus.journal.frame import CorruptRange, Frame
+from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.scanning import SegmentNames, SegmentScan
+from evsys_bus.tasks import DeliveryStatus
+
+
+class ProgressReader:
+    """Reads the delivery progress of one journal repeatedly; events are counted only once.
+
+    Args:
+        directory: The journal.
+        disk: The file system.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], disk: Disk | None = None) -> None:
+        self._directory: Final = os.fspath(directory)
+        self._disk: Final = OsDisk() if disk is None else disk
+        self._pending_counters: dict[str, PendingCounter] = {}
+        self.read_error: OSError | None = None
+        """The error of the last `read`; None if it could read everything."""
+
+    def read(self, last_sequences: Mapping[str, int] | None = None) -> list[DeliveryStatus]:
+        """The status of every adapter that has a cursor, a spec or a courier, sorted by name.
+
+        An adapter whose files cannot be read has the state ``unknown_status``.
+
+        Args:
+            last_sequences: The last sequence of each stream that the calling process writes; these streams are not
+                read.
+        """
+        disk, directory = self._disk, self._directory
+        policies: dict[str, DeliveryPolicy] = {}
+        names: set[str] = set()
+        self.read_error = None
+        for collect in (
+            lambda: policies.update({each.name: each.policy for each in load_subscriptions(directory, disk)}),
+            lambda: names.update(layout.list_adapters(disk, directory)),
+            lambda: names.update(_names_with_status(disk, directory)),
+        ):
+            try:
+                collect()
+            except OSError as error:
+                self.read_error = error
+        names |= policies.keys()
+        if (error := self.read_error) is not None:  # the names found may be incomplete
+            return [self.unknown_status(name, error) for name in sorted(names or {"(unknown)"})]
+        return [
+            self._status_or_unknown(name, policies.get(name, DeliveryPolicy()), last_sequences or {})
+            for name in sorted(names)
+        ]
+
+    def unknown_status(self, name: str, error: OSError) -> DeliveryStatus:
+        """The status of an adapter whose files cannot be read now."""
+        why = f"its files cannot be read: {error_text(error)}"
+        fix = f"run evsys-bus status {self._directory} once they can be read"
+        return DeliveryStatus(name, state="unknown", error=why, fix=fix)
+
+    def _status_or_unknown(
+        self, name: str, policy: DeliveryPolicy, last_sequences: Mapping[str, int]
+    ) -> DeliveryStatus:
+        try:
+            return self._status(name, policy, last_sequences)
+        except OSError as error:
+            self.read_error = error
+            return self.unknown_status(name, error)
+
+    def unregistered_status(self, name: str, policy: DeliveryPolicy) -> DeliveryStatus:
+        """The status of an adapter whose files could not be written: all of its events are pending."""
+        pending = PendingCounter(self._directory, policy.ranks, self._disk).count({})
+        fix = "read the log; the disk may be full, or the name too long"
+        error = "its cursor and state cannot be written"
+        return DeliveryStatus(name, recorded=pending, pending=pending, state="failed", error=error, fix=fix)
+
+    def _status(self, name: str, policy: DeliveryPolicy, last_sequences: Mapping[str, int]) -> DeliveryStatus:
+        disk, directory = self._disk, self._directory
+        # First the state, then the cursor, last the journal: what changes meanwhile is counted as pending.
+        status = read_status(disk, directory, name)
+        busy = disk.is_locked(layout.courier_path(directory, name, "lock"))
+        positions = CursorStore(directory, disk).load_readonly(name).streams
+        delivered, dead = (
+            sum(each.delivered for each in positions.values()),
+            sum(each.dead for each in positions.values()),
+        )
+        if name not in self._pending_counters:
+            self._pending_counters[name] = PendingCounter(directory, policy.ranks, disk)
+        pending = self._pending_counters[name].count(positions, last_sequences)
+        status = status or DeliveryStatus()
+        return msgspec.structs.replace(
+            status,
+            name=name,
+            recorded=delivered + dead + pending,
+            delivered=delivered,
+            dead=dead,
+            pending=pending,
+            owed=min(status.owed, delivered),
+            absent=self._pending_counters[name].count_absent(positions),
+            busy=busy,
+        )
+
+
+def read_progress(directory: str | os.PathLike[str], disk: Disk | None = None) -> list[DeliveryStatus]:
+    """The status of every adapter that has a cursor, a spec or a courier, sorted by name; counts all events again."""
+    return ProgressReader(directory, disk).read()
+
+
+def _names_with_status(disk: Disk, directory: str) -> list[str]:
+    try:
+        names = disk.names(f"{directory}/{layout.COURIERS}")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [
+        layout.decode_adapter_name(name.removesuffix(_STATUS_SUFFIX)) for name in names if name.endswith(_STATUS_SUFFIX)
+    ]
+
+
+class PendingCounter:
+    """Counts the events after a cursor; reads each record only once. Safe from any thread.
+
+    Args:
+        directory: The journal.
+        ranks: The ranks whose streams are counted, besides those in the cursor; None for all.
+        disk: The file system.
+    """
+
+    def __init__(self, directory: str, ranks: tuple[int, ...] | None, disk: Disk) -> None:
+        self._directory: Final = directory
+        self._ranks: Final = ranks
+        self._disk: Final = disk
+        self._lock: Final = threading.Lock()
+        self._stream_counters: dict[str, _StreamCounter] = {}
+
+    def count(self, positions: Mapping[str, Position], last_sequences: Mapping[str, int] = {}) -> int:
+        """The number of events after these positions, which must not move back between calls.
+
+        Args:
+            positions: Position by stream.
+            last_sequences: The last sequence of streams without gaps, which need not be read.
+        """
+        with self._lock:
+            streams = {*self._served_streams(), *positions}
+            return sum(
+                self._pending_in_stream(name, positions.get(name, Position()), last_sequences.get(name))
+                for name in streams
+            )
+
+    def count_absent(self, positions: Mapping[str, Position]) -> int:
+        """The number of events that were removed from the journal before the adapter could get them."""
+        with self._lock:
+            return sum(
+                self._absent_in_stream(name, positions.get(name, Position()))
+                for name in {*self._served_streams(), *positions}
+            )
+
+    def _served_streams(self) -> list[str]:
+        names = layout.list_streams(self._disk, self._directory)
+        return [name for name in names if self._ranks is None or layout.rank_of(name) in self._ranks]
+
+    def _absent_in_stream(self, stream: str, position: Position) -> int:
+        removed = layout.count_removed_events(layout.list_segments(self._disk, f"{self._directory}/{stream}"))
+        return max(0, max(position.sequence, removed) - position.delivered - position.dead)
+
+    def _pending_in_stream(self, stream: str, position: Position, last_sequence: int | None) -> int:
+        if last_sequence is not None and position.sequence:
+            return max(0, last_sequence - position.sequence)
+        counter = self._stream_counters.get(stream)
+        if counter is None or counter.is_removed():
+            counter = self._stream_counters[stream] = _StreamCounter(
+                self._disk, f"{self._directory}/{stream}", position
+            )
+        return max(0, counter.count() - (position.delivered + position.dead - counter.acknowledged))
+
+
+class _StreamCounter:
+    """Counts the events of one stream after a position, incrementally."""
+
+    def __init__(self, disk: Disk, folder: str, position: Position) -> None:
+        self.acknowledged: Final = position.delivered + position.dead
+        """Events that were delivered or dead where counting started."""
+        self._disk: Final = disk
+        self._folder: Final = folder
+        self._last_sequence = position.sequence
+        self._counted = 0
+        self._segment_names: Final = SegmentNames(disk, folder)
+        self._segment: SegmentName | None = None
+        self._scan: SegmentScan | None = None
+        self._expected = 1
+        self._suspect_offset = -1
+
+    def count(self) -> int:
+        """The number of events found so far, including new ones."""
+        while True:
+            if self._scan is not None:
+                self._count_segment(self._scan)
+            next_segment = self._next_segment()
+            if next_segment is None:
+                return self._counted
+            if self._scan is not None:
+                self._count_segment(self._scan)  # it may have grown before the next segment was started
+            self._segment = next_segment
+            self._scan = SegmentScan(self._disk, f"{self._folder}/{next_segment}")
+            self._expected, self._suspect_offset = next_segment.first_sequence, -1
+
+    def is_removed(self) -> bool:
+        """Whether the segment that was read last is gone, and with it events that were counted but not delivered."""
+        return self._segment is not None and self._segment not in layout.list_segments(self._disk, self._folder)
+
+    def _next_segment(self) -> SegmentName | None:
+        return (
+            self._segment_names.find(self._last_sequence + 1)
+            if self._segment is None
+            else self._segment_names.next_after(self._segment)
+        )
+
+    def _count_segment(self, scan: SegmentScan) -> None:
+        try:
+            while not self._count_frames(scan):
+                pass
+        except (OSError, JournalVersionError):
+            pass  # counted once it can be read
+
+    def _count_frames(self, scan: SegmentScan) -> bool:
+        """Count the next frames; False if the same offset has to be read again."""
+        for item in scan.count_events(self._expected):
+            if isinstance(item, int):
+                self._counted += (
+                    item - max(self._expected, self._last_sequence + 1) if item > self._last_sequence + 1 else 0
+                )
+                self._last_sequence = max(self._last_sequence, item - 1)
+                self._expected = item
+            elif isinstance(item, Frame) and item.kind == frame.EVENT:
+                self._expected = max(self._expected, item.sequence + 1)
+                if item.sequence > self._last_sequence:
+                    self._counted += 1
+                    self._last_sequence = item.sequence
+            elif isinstance(item, CorruptRange) and scan.offset != self._suspect_offset:
+                self._suspect_offset = scan.offset  # perhaps read while it was being written; see `TailReader`
+                scan.offset -= item.length
+                return False
+        return True
+
+
+_STATUS_SUFFIX: Final = ".state.json"

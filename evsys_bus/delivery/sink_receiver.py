@@ -1,0 +1,282 @@
+"""`SinkReceiver`: delivers batches to a `Sink`.
+
+It decides what becomes of a batch; `retry` decides when a call is repeated. A batch that is too large, or on which the
+sink fails with an unknown error, is split in halves until the failing event is found; that event is dead-lettered.
+
+Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
+bad event after another. After `MAX_CONSECUTIVE_DEAD` consecutive events were dead-lettered for unknown exceptions, the
+next failing event is kept and the sink is parked until it accepts an event or is rebuilt.
+"""
+
+import asyncio
+import math
+import time
+from bisect import bisect_right
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from itertools import accumulate
+from random import Random
+from typing import Any, Final
+
+from evsys_bus.codec.wire_types import error_text
+from evsys_bus.delivery.receiver import BatchResult, Problem, ProblemHandler, Rewindable, confirm_deliveries
+from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS, SinkRetrier, Sleep, bounded_text, describe_error
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import BatchTooLargeError, RejectedError, RetryLaterError
+from evsys_bus.events import Envelope
+from evsys_bus.sink import Sink, sink_name
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Outcome, call_with_timeout, other_tasks, task_name
+
+MAX_CONSECUTIVE_DEAD: Final = 3
+MAX_ABANDONED_CALLS: Final = 3
+"""How many calls that ignored their cancellation may still run; no other call is made until one of them has ended."""
+CLOSE_SECONDS: Final = 5.0
+
+
+class SinkReceiver:
+    """The receiver of a sink; see `Receiver`.
+
+    Attributes:
+        abandoned_calls: How many calls have timed out and ignored their cancellation.
+    """
+
+    def __init__(
+        self,
+        sink: Sink,
+        *,
+        sleep: Sleep = asyncio.sleep,
+        random: Random | None = None,
+        grace_seconds: float = CANCEL_GRACE_SECONDS,
+        close_seconds: float = CLOSE_SECONDS,
+    ) -> None:
+        self.max_events = max(1, sink.max_batch_events)
+        self.max_bytes = max(1, sink.max_batch_bytes)
+        self.max_seconds = max(0.0, sink.max_batch_seconds)
+        self.abandoned_calls = 0
+        self._sink = sink
+        self._name = sink_name(sink)
+        self._retry = SinkRetrier(self._report_problem, sleep=sleep, random=Random() if random is None else random)  # noqa: S311
+        self._grace_seconds = grace_seconds
+        self._close_seconds = close_seconds
+        self._faults = FaultLog()
+        self.failures = 0
+        """Failures of the sink's `close`."""
+        self.task_failures = 0
+        """Tasks that the sink started but did not await, and that failed or did not end."""
+        self.last_failure: str | None = None
+        """The newest of both."""
+        self._on_problem: ProblemHandler = _ignore_problem
+        self._has_problem = False
+        self._unfinished_calls: set[asyncio.Task[Outcome]] = set()
+        self._open_called = False
+        self._batch_limit = self.max_events  # events per write; fewer while a failing event is searched
+        self._bisect_remaining = 0  # how many of the next events the search covers
+        self._consecutive_dead = 0
+        self._last_part: tuple[Envelope, ...] = ()
+        self._returned: list[object] = []
+
+    async def open(self, on_problem: ProblemHandler) -> None:
+        """Open the sink; retries until that succeeds.
+
+        Raises:
+            Exception: What the sink's `open` raised, if a retry cannot help.
+        """
+        self._on_problem = on_problem
+        self._open_called = True
+        outcome = await self._retry(partial(self._call, self._sink.open))
+        self._report_recovery()
+        if outcome.error is not None:
+            raise outcome.error
+
+    async def deliver(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> BatchResult:
+        """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
+        self._returned = []
+        while True:
+            part = tuple(batch[: self._fitting_count(sizes)])
+            is_bisecting = self._bisect_remaining > 0 and len(part) > 1
+            attempts = 1 if is_bisecting else UNKNOWN_ERROR_ATTEMPTS
+            outcome = await self._retry(partial(self._write, part), attempts=attempts, park=self._is_breaker_open())
+            result = self._resolve(part, outcome)
+            if result is not None:
+                self._report_recovery()
+                return result
+
+    def interrupted_result(self) -> BatchResult | None:
+        """The result of the last `write` if it returned although it was cancelled; None if it was cut off."""
+        if not self._returned:
+            return None
+        outcome = self._validate(self._last_part, Outcome(self._returned[0]))
+        return self._resolve(self._last_part, outcome) if outcome.error is None else None
+
+    @property
+    def needs_starts_as_events(self) -> bool:
+        """Whether repeated start events must be delivered by `deliver`, because the sink has no method for them."""
+        return not callable(getattr(self._sink, "resume_runs", None))
+
+    def resume_runs(self, starts: Sequence[Envelope]) -> None:
+        """Pass the start events to the sink's method `resume_runs`, if it has one.
+
+        Raises:
+            Exception: What that method raised.
+        """
+        resume_runs = getattr(self._sink, "resume_runs", None)
+        if callable(resume_runs):
+            resume_runs(tuple(starts))
+
+    def mark(self) -> Any:
+        """The sink's mark; None unless the sink is `Rewindable`."""
+        return self._sink.mark() if isinstance(self._sink, Rewindable) else None
+
+    def rewind(self, mark: Any) -> None:
+        """Rewind the sink to the mark, if it is `Rewindable`."""
+        if mark is not None and isinstance(self._sink, Rewindable):
+            self._sink.rewind(mark)
+
+    async def close(self, deadline: float | None = None, *, confirm: bool = False) -> None:
+        """Close the sink if it was opened, or if opening it was tried; a failure is logged.
+
+        Args:
+            deadline: Until when the destination may confirm delivered events (monotonic); closing takes up to
+                `MIN_CLOSE_SECONDS` more.
+            confirm: Whether to ask for that confirmation.
+        """
+        for task in self._unfinished_calls:
+            task.cancel()
+        if confirm and self._open_called:
+            await confirm_deliveries(self._sink, self._name, deadline)
+        if self._open_called:
+            outcome = await self._call_with_timeout(self._sink.close, self._close_seconds)
+            if outcome.error is not None:
+                self.failures += 1
+                self.last_failure = f"close: {describe_error(outcome.error)}"
+                log().warning(
+                    "sink.close_failed", sink=self._name, error=describe_error(outcome.error), exc_info=outcome.error
+                )
+        await self._wait_for_leftover_tasks(deadline)
+        self._faults.flush()
+
+    async def _wait_for_leftover_tasks(self, deadline: float | None) -> None:
+        """Wait for tasks that the sink started but did not await; cancel, count and log the late ones."""
+        leftover = [task for task in other_tasks() if task not in self._unfinished_calls]
+        if not leftover:
+            return
+        remaining = math.inf if deadline is None else deadline - time.monotonic()
+        ended, late = await asyncio.wait(leftover, timeout=max(0.0, min(self._close_seconds, remaining)))
+        failed = [task for task in ended if not task.cancelled() and task.exception() is not None]
+        for task in late:
+            task.cancel()
+        self.task_failures += len(failed) + len(late)
+        for task in (*failed, *late):
+            why = "it had not ended when the sink was closed" if task in late else error_text(task.exception())
+            self.last_failure = f"task {task_name(task)}: {why}"
+            error = None if task in late else task.exception()
+            fix = "await it in write, which returns when the destination has the batch"
+            log().warning("sink.task_failed", sink=self._name, task=task_name(task), why=why, fix=fix, exc_info=error)
+
+    def _fitting_count(self, sizes: Sequence[int]) -> int:
+        """How many events of the batch to pass to one write: at least one."""
+        limit = 1 if self._is_breaker_open() else self._batch_limit
+        return max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))
+
+    def _is_breaker_open(self) -> bool:
+        return self._consecutive_dead >= MAX_CONSECUTIVE_DEAD
+
+    async def _write(self, part: tuple[Envelope, ...]) -> Outcome:
+        returned = self._returned = []  # per attempt, because an abandoned one may still append to its list
+        self._last_part = part
+
+        async def write() -> object:
+            value = await self._sink.write(part)
+            task = asyncio.current_task()
+            if value is not None or task is None or not task.cancelling():  # None may mean a suppressed cancellation
+                returned.append(value)
+            return value
+
+        outcome = self._validate(part, await self._call(write))
+        if outcome.error is not None:
+            self._returned = []  # it will be repeated, whatever it still returns
+        return outcome
+
+    @staticmethod
+    def _validate(part: tuple[Envelope, ...], outcome: Outcome) -> Outcome:
+        value = outcome.value
+        if outcome.error is not None or value is None or (type(value) is int and 0 < value <= len(part)):
+            return outcome
+        if type(value) is int and value == 0:
+            return Outcome(error=RetryLaterError("write returned 0: it accepted no events"))
+        description = f"a {type(value).__name__} that is not a count of the {len(part)} events it was given"
+        return Outcome(error=RetryLaterError(f"write returned {description}; return None, or how many it accepted"))
+
+    async def _call(self, fn: Callable[..., Awaitable[object]], *args: object) -> Outcome:
+        while len(self._unfinished_calls) >= MAX_ABANDONED_CALLS:
+            error = TimeoutError(
+                f"{len(self._unfinished_calls)} calls ignore their cancellation; waiting for one to end"
+            )
+            self._report_problem(Problem("retrying", describe_error(error)), error)
+            await asyncio.wait(self._unfinished_calls, return_when=asyncio.FIRST_COMPLETED)
+        return await self._call_with_timeout(fn, self._sink.write_timeout_seconds, *args)
+
+    async def _call_with_timeout(self, fn: Callable[..., Awaitable[object]], seconds: float, *args: object) -> Outcome:
+        previous = set(self._unfinished_calls)
+        outcome = await call_with_timeout(
+            fn,
+            *args,
+            seconds=seconds,
+            grace_seconds=self._grace_seconds,
+            name=f"evsys-bus:{self._name}",
+            unfinished=self._unfinished_calls,
+        )
+        self.abandoned_calls += len(self._unfinished_calls - previous)
+        return outcome
+
+    def _resolve(self, part: tuple[Envelope, ...], outcome: Outcome) -> BatchResult | None:
+        """The result for these events; None if a smaller part must be tried."""
+        error = outcome.error
+        if error is None:
+            handled = len(part) if outcome.value is None else int(outcome.value)
+            return self._finish_batch(BatchResult(handled))
+        if isinstance(error, RejectedError):
+            return self._finish_batch(BatchResult(len(part), self._rejected_events(error, len(part))))
+        if len(part) > 1:
+            self._batch_limit = len(part) // 2
+            self._bisect_remaining = max(self._bisect_remaining, len(part))
+            return None
+        consecutive_dead = 0 if isinstance(error, BatchTooLargeError) else self._consecutive_dead + 1
+        self._bisect_remaining = 0  # the failing event is found
+        return self._finish_batch(BatchResult(1, {0: describe_error(error)}, {0: error}), consecutive_dead)
+
+    def _finish_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
+        self._consecutive_dead = consecutive_dead
+        self._bisect_remaining = max(0, self._bisect_remaining - result.handled)
+        if not self._bisect_remaining:
+            self._batch_limit = self.max_events
+        return result
+
+    def _rejected_events(self, error: RejectedError, count: int) -> dict[int, str]:
+        valid = {index: why for index, why in error.reasons.items() if type(index) is int and 0 <= index < count}
+        if len(valid) < len(error.reasons):
+            invalid_count = len(error.reasons) - len(valid)
+            self._faults.warn("sink.rejected_unknown", None, sink=self._name, events=count, outside=invalid_count)
+        return {index: bounded_text(error_text(why)) for index, why in valid.items()}
+
+    def _report_problem(self, problem: Problem, error: Exception) -> None:
+        self._has_problem = True
+        self._on_problem(problem)
+        is_expected = isinstance(error, RetryLaterError | OSError) or problem.state == "parked"
+        self._faults.warn(
+            "sink.parked" if problem.state == "parked" else "sink.retrying",
+            type(error),
+            error=None if is_expected else error,
+            sink=self._name,
+            attempts=problem.attempts,
+            why=problem.error,
+        )
+
+    def _report_recovery(self) -> None:
+        if self._has_problem:
+            self._has_problem = False
+            self._on_problem(None)
+
+
+def _ignore_problem(problem: Problem | None) -> None:
+    """Does nothing: the report function before `open`."""

@@ -1,0 +1,447 @@
+"""`EventSource`: reads and decodes the events after a cursor, from every stream of a journal.
+
+The order within a stream is preserved. Streams are read round-robin, batch by batch; but if the writer of a stream has
+ended and the same rank has a newer stream, the older one is read to its end first, so that a resumed run comes after
+the run that it resumes. Delivery and acknowledgement are not handled here.
+"""
+
+import heapq
+import math
+import time
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, count
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from evsys_bus.codec import decode
+from evsys_bus.delivery.open_runs import OpenRunKey, StreamContexts, open_runs_at, set_first_steps
+from evsys_bus.delivery.run_annotations import RunAnnotations
+from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.errors import CodecError, JournalVersionError
+from evsys_bus.events import Envelope, StepEnd, TrainStart
+from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
+from evsys_bus.journal.frame import FrameRun
+
+MAX_READ_ATTEMPTS: Final = 60
+"""How often reading a segment is retried, with a pause in between, before the segment is skipped."""
+IDLE_SECONDS: Final = 1.0
+"""How long a stream without a writer is not polled after it was read to its end."""
+MAX_IDLE_SECONDS: Final = 60.0
+"""The longest such pause for a stream that no writer will continue, since its rank has newer ones; each pause is four
+times as long as the last."""
+
+_READS_PER_LISTING: Final = 64
+"""Reads between two listings of the streams; with more streams than this, the number of streams."""
+_EVENTS_PER_CLOCK_CHECK: Final = 4
+ReadResult: TypeAlias = Literal["full", "slice", "dry"]
+
+
+class CorruptRecord(NamedTuple):
+    """A record with a valid checksum that is not a valid envelope."""
+
+    stream: str
+    sequence: int
+    payload: bytes
+    why: str
+
+
+class Batch:
+    """Events to deliver, in the order of their streams."""
+
+    def __init__(self) -> None:
+        self.envelopes: list[Envelope] = []
+        self.sizes: list[int] = []
+        """Encoded size of each event in bytes."""
+        self.sequences: list[int] = []
+        """Sequence of each event in its stream."""
+        self.parts: list[tuple[str, int]] = []
+        """Stream and number of events of each consecutive part."""
+        self.bytes = 0
+        """Encoded size of all events."""
+        self.is_closed = False
+        """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
+        self.corrupt_record: CorruptRecord | None = None
+        """The corrupt record after the last event."""
+        self.starts: list[Envelope] = []
+        """Start events to repeat before the first event: of runs open there whose own starts were removed."""
+
+    def drop(self, count: int) -> list[tuple[str, int, int]]:
+        """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
+        dropped: list[tuple[str, int, int]] = []
+        offset = 0
+        while offset < count:
+            stream, number = self.parts.pop(0)
+            removed = min(number, count - offset)
+            if removed < number:
+                self.parts.insert(0, (stream, number - removed))
+            offset += removed
+            dropped.append((stream, removed, self.sequences[offset - 1]))
+        self.bytes -= sum(self.sizes[:count])
+        del self.envelopes[:count], self.sizes[:count], self.sequences[:count]
+        self.is_closed = self.is_closed and bool(self.envelopes or self.corrupt_record)
+        return dropped
+
+
+class EventSource:
+    """Reads the streams of one journal, starting at a cursor.
+
+    Args:
+        directory: The journal.
+        cursor: Where to start; a stream that is not in it is read from its beginning.
+        ranks: The ranks whose streams are read; None for all.
+        disk: The file system.
+        clock: The clocks.
+        faults: Where read errors are logged.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        cursor: Cursor,
+        *,
+        ranks: tuple[int, ...] | None,
+        disk: Disk,
+        clock: Clock,
+        faults: FaultLog,
+    ) -> None:
+        self._reader: Final = JournalReader(directory, disk)
+        self._cursor: Final = cursor
+        self._ranks: Final = ranks
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._faults: Final = faults
+        self._sources: dict[str, _StreamSource] = {}
+        self._by_rank: dict[int, _RankStreams] = {}
+        self._active: deque[_StreamSource] = deque()
+        """The streams that are polled, next one first."""
+        self._idle: list[tuple[float, int, _StreamSource]] = []
+        """The streams that are not polled until a time: a heap of (time, tie breaker, stream)."""
+        self._tie_breaker: Final = count()
+        self._reads = 0
+        self._annotations: Final = RunAnnotations(self._reader, clock, faults)
+
+    def open_run_starts(self, steps: Mapping[str, int] | None) -> list[Envelope]:
+        """The start events of everything that is open at the cursor, the newest of each kind and name, in order.
+
+        Args:
+            steps: The largest delivered step of each open training, by run; ``state.step`` is set to the step after
+                it. None if not known: ``state.step`` is then the first step that will be delivered.
+        """
+        found: dict[OpenRunKey, Envelope] = {}
+        self._apply_annotations()
+        self._discover_streams()
+        for source in self._sources.values():
+            sequence = self._cursor.position(source.stream).sequence
+            if not sequence:
+                continue
+            folder = f"{self._reader.directory}/{source.stream}"
+            for key, envelope in open_runs_at(self._disk, folder, sequence, source.contexts).items():
+                found.pop(key, None)
+                found[key] = envelope
+        starts = list(found.values())
+        if steps is not None:
+            return [each for each in starts if _advance_training(each, steps)]
+        by_stream: dict[str, list[Envelope]] = {}
+        for each in starts:
+            by_stream.setdefault(each.stream, []).append(each)
+        for stream, own in by_stream.items():
+            set_first_steps(own, self._reader, stream, self._cursor.position(stream).sequence)
+        return starts
+
+    def read_batch(
+        self,
+        batch: Batch,
+        max_events: int,
+        max_bytes: int,
+        *,
+        slice_seconds: float | None = None,
+        include_idle: bool = False,
+    ) -> ReadResult:
+        """Add available events to the batch, up to its limits.
+
+        Args:
+            batch: The batch; may already contain events.
+            max_events: Maximum number of events in the batch.
+            max_bytes: Maximum size of the batch; a single event may be larger.
+            slice_seconds: How long to work on it.
+            include_idle: Read every stream, including those that were at their end a moment ago.
+
+        Returns:
+            ``full`` if the batch is complete, ``slice`` if the time is up, ``dry`` if no event is available now.
+        """
+        if batch.is_closed or len(batch.envelopes) >= max_events:
+            return "full"
+        self._apply_annotations()
+        if self._reads % max(_READS_PER_LISTING, len(self._sources)) == 0:
+            self._discover_streams()
+        self._reads += 1
+        self._wake_idle(self._clock.monotonic())
+        deadline = None if slice_seconds is None else time.monotonic() + slice_seconds
+        read_result = self._read_round_robin(batch, max_events, max_bytes, deadline)
+        if read_result == "dry" and include_idle:
+            self._discover_streams()
+            self._wake_idle(math.inf)
+            read_result = self._read_round_robin(batch, max_events, max_bytes, deadline)
+        if read_result == "dry":
+            self._reads = 0
+        return read_result
+
+    def _read_round_robin(self, batch: Batch, max_events: int, max_bytes: int, deadline: float | None) -> ReadResult:
+        """Read one stream after another until the batch is full or all streams are at their end."""
+        again = True
+        while again:
+            again = False
+            remaining = len(self._active)
+            while remaining:
+                remaining -= 1
+                source = self._active[0]
+                if not source.rank.is_ready(source):
+                    self._active.rotate(-1)
+                    continue
+                again = again or not source.is_exhausted  # streams that waited for this one may be readable now
+                read_result = self._read_stream(source, batch, max_events, max_bytes, deadline)
+                if source.idle_until > self._clock.monotonic():
+                    heapq.heappush(self._idle, (source.idle_until, next(self._tie_breaker), self._active.popleft()))
+                else:
+                    self._active.rotate(-1)
+                released = source.rank.release(source)
+                self._active.extendleft(reversed(released))
+                remaining += len(released)
+                if read_result != "dry":
+                    return read_result
+        return "dry"
+
+    def _wake_idle(self, now: float) -> None:
+        """Poll the streams again whose pause is over."""
+        while self._idle and self._idle[0][0] <= now:
+            self._active.append(heapq.heappop(self._idle)[2])
+
+    def _apply_annotations(self) -> None:
+        """Add new run annotations to the contexts of open runs."""
+        for annotation in self._annotations.poll():
+            for source in self._sources.values():
+                source.contexts.annotate(annotation)
+
+    def _discover_streams(self) -> None:
+        """Add the streams that are new."""
+        try:
+            for name in self._reader.streams():
+                rank_number = layout.rank_of(name)
+                if name in self._sources or (self._ranks is not None and rank_number not in self._ranks):
+                    continue
+                rank = self._by_rank.setdefault(rank_number, _RankStreams())
+                contexts = StreamContexts(self._annotations.extras)
+                source = _StreamSource(self._reader, name, self._cursor.position(name).sequence, rank, contexts)
+                self._sources[name] = source
+                rank.add(source)
+                self._warn_of_removed(name)
+        except OSError as error:
+            self._faults.warn("courier.unreadable", self._reader.directory, error=error)
+        for rank in self._by_rank.values():
+            self._active.extend(rank.release())
+
+    def _warn_of_removed(self, stream: str) -> None:
+        """Log how many events of a stream were removed before this adapter could get them."""
+        try:
+            names = layout.list_segments(self._disk, f"{self._reader.directory}/{stream}")
+        except OSError:
+            return  # cannot be listed now; the stream is read once it can be
+        events = layout.count_removed_events(names) - self._cursor.position(stream).sequence
+        if events > 0:
+            why = "their segments were removed before delivery; start events of open runs are repeated"
+            log().warning("courier.begins_behind_removed", stream=stream, events=events, why=why)
+
+    def _read_stream(
+        self, source: "_StreamSource", batch: Batch, max_events: int, max_bytes: int, deadline: float | None
+    ) -> ReadResult:
+        """Add events of one stream."""
+        envelopes, sizes, sequences = batch.envelopes, batch.sizes, batch.sequences
+        contexts, contexts_by_run = source.contexts, source.contexts.by_run
+        before = len(envelopes)
+        room, total_bytes = max_events - before, batch.bytes
+        read_result: ReadResult = "dry"
+        try:
+            for record in source.records():
+                sequence, payload = record
+                size = len(payload)
+                total_bytes += size
+                if (
+                    total_bytes > max_bytes or source.starts
+                ) and envelopes:  # starts go before the first event of a batch
+                    source.push_back(record)
+                    total_bytes -= size
+                    read_result = "full"
+                    break
+                try:
+                    envelope = decode(payload, contexts_by_run)
+                except CodecError as error:
+                    batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
+                    total_bytes -= size
+                    batch.is_closed, read_result = True, "full"
+                    break
+                envelopes.append(envelope)
+                sizes.append(size)
+                sequences.append(sequence)
+                room -= 1
+                if type(envelope.event) is not StepEnd and contexts.update(envelope):  # nearly all are steps
+                    batch.is_closed, read_result = True, "full"
+                    break
+                if not room:
+                    read_result = "full"
+                    break
+                if deadline is not None and not room % _EVENTS_PER_CLOCK_CHECK and time.monotonic() >= deadline:
+                    read_result = "slice"
+                    break
+            else:
+                source.set_exhausted(self._clock.monotonic(), found=len(envelopes) > before)
+        except (OSError, JournalVersionError) as error:
+            self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
+            source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
+        if len(envelopes) > before:
+            batch.parts.append((source.stream, len(envelopes) - before))
+            if source.starts:
+                starts = source.pop_starts()
+                set_first_steps(starts, self._reader, source.stream, sequences[before] - 1)
+                batch.starts += starts
+        batch.bytes = total_bytes
+        return read_result
+
+
+def _advance_training(envelope: Envelope, steps: Mapping[str, int]) -> bool:
+    """Set the first step of a training to the one after ``steps``; False if it has ended in an earlier segment."""
+    if not isinstance(envelope.event, TrainStart):
+        return True
+    step = steps.get(envelope.run or "")
+    if step is None:
+        return False
+    envelope.event.state.step = step + 1
+    return True
+
+
+class _RankStreams:
+    """The streams of one rank: newer ones wait until older ones without a writer were read to their end."""
+
+    def __init__(self) -> None:
+        self._sources: list[_StreamSource] = []
+        """Sorted by the order of the streams."""
+        self._next = 0
+        """Index of the first stream that may have to wait."""
+        self._blocking: set[_StreamSource] = set()
+        """Streams before that index that newer ones wait for; rarely more than one."""
+
+    def add(self, source: "_StreamSource") -> None:
+        """Add a stream, nearly always the newest."""
+        insort(self._sources, source, key=lambda each: each.order)
+        if not self.is_newest(source):
+            self._next = 0
+
+    def is_newest(self, source: "_StreamSource") -> bool:
+        """Whether no newer stream exists. Only the newest one can be continued by another writer."""
+        return self._sources[-1] is source
+
+    def is_ready(self, source: "_StreamSource") -> bool:
+        """Whether the stream can be read now."""
+        return not any(each.order < source.order for each in self._blocking)
+
+    def release(self, just_read: "_StreamSource | None" = None) -> "list[_StreamSource]":
+        """The streams that no longer have to wait, each returned once, oldest first.
+
+        Args:
+            just_read: The stream that was just read, if any.
+        """
+        if just_read is not None:
+            (self._blocking.add if just_read.is_blocking() else self._blocking.discard)(just_read)
+        released: list[_StreamSource] = []
+        while self._next < len(self._sources) and not self._blocking:
+            source = self._sources[self._next]
+            self._next += 1
+            if source.is_blocking():
+                self._blocking.add(source)
+            if not source.is_released:
+                source.is_released = True
+                released.append(source)
+        return released
+
+
+class _StreamSource:
+    """One stream and its read position."""
+
+    def __init__(
+        self, reader: JournalReader, stream: str, after: int, rank: _RankStreams, contexts: StreamContexts
+    ) -> None:
+        self.stream: Final = stream
+        self.order: Final = layout.stream_sort_key(stream)
+        self.contexts: Final = contexts
+        self.rank: Final = rank
+        self._reader: Final = reader
+        self._tail: Final = reader.tail(stream, after, patience=MAX_READ_ATTEMPTS)
+        self.starts: Final[dict[int, Envelope]] = {}
+        """Start events that the segment repeats, by sequence, for the runs that are open at the next event."""
+        self._records: Iterator[tuple[int, bytes]] | None = None
+        self._idle_seconds = IDLE_SECONDS
+        self.idle_until = 0.0
+        self.is_exhausted = False
+        self._is_finished = False
+        """Whether it was read to its end after its writer had ended."""
+        self._read_failures = 0
+        """How often in a row it could not be read."""
+        self.is_released = False
+        """Whether `_RankStreams.release` has returned it, so that it is polled or pausing."""
+        self.is_live = reader.is_live(stream)
+
+    def is_blocking(self) -> bool:
+        """Whether newer streams of its rank wait for it: it has no writer and was not read to its end."""
+        return not (self.is_exhausted or self.is_live)
+
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        """The records that were not read yet: sequence and payload."""
+        if self._records is None:
+            # Checked before reading: if the writer had ended by then, nothing follows the end that is found.
+            self.is_live = self._reader.is_live(self.stream)
+            self._records = chain.from_iterable(map(self._number_events, self._tail.poll_runs()))
+        return self._records
+
+    def _number_events(self, run: FrameRun) -> Iterable[tuple[int, bytes]]:
+        """The numbered events of a frame run; repeated starts are stored in `starts` instead."""
+        if not run.is_carried:
+            return enumerate(run.payloads, run.first_sequence)
+        for sequence, payload in enumerate(run.payloads, run.first_sequence):
+            try:
+                envelope = decode(payload, self.contexts.by_run)
+            except CodecError as error:
+                log().warning("courier.start_unreadable", stream=self.stream, seq=sequence, exc_info=error)
+                continue
+            self.contexts.update(envelope)
+            self.starts[sequence] = envelope
+        return ()
+
+    def pop_starts(self) -> list[Envelope]:
+        """Return and clear the stored start events; they belong to the next event."""
+        starts = [*self.starts.values()]
+        self.starts.clear()
+        return starts
+
+    def push_back(self, record: tuple[int, bytes]) -> None:
+        """Return a record, so that it is the next one read."""
+        self._records = chain((record,), self.records())
+
+    def set_exhausted(self, now: float, *, found: bool) -> None:
+        """Record that the end was reached."""
+        self._records = None
+        self.is_exhausted = True
+        self._is_finished = not self.is_live
+        self._read_failures = 0
+        if found:
+            self._idle_seconds = IDLE_SECONDS
+        elif not self.is_live:
+            self.idle_until = now + self._idle_seconds
+            if not self.rank.is_newest(self):
+                self._idle_seconds = min(4 * self._idle_seconds, MAX_IDLE_SECONDS)
+
+    def back_off(self, now: float, *, is_permanent: bool) -> None:
+        """Pause after a read error. Newer streams wait as long as the error may pass, since their events come later."""
+        self._records = None
+        self._read_failures += 1
+        self.is_exhausted = is_permanent or self._is_finished or self._read_failures >= MAX_READ_ATTEMPTS
+        self.idle_until = now + IDLE_SECONDS
