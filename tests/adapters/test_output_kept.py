@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evsys_bus.adapter import EventInfo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -27,6 +26,7 @@ from evsys_adapters.local_logger import LocalLoggerCallback
 from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
 from evsys_adapters.wandb_logger import WandbLoggerCallback
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainEnd, TrainingBatch, TrainStart
+from evsys_bus.adapter import EventInfo
 from evsys_bus.codec import encode
 from evsys_bus.context import ExperimentResult, LoopArtifacts
 from evsys_bus.delivery.courier import Courier
