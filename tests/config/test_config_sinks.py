@@ -73,7 +73,7 @@ def plugin(tmp_path, monkeypatch) -> types.ModuleType:
 def registry(plugin) -> Registry:
     registry = Registry(entry_points=lambda: ())
     registry.register_sink("lines")(plugin.Lines)
-    for cls in (plugin.Builtins, plugin.Follows, plugin.Outer.Inner):
+    for cls in (plugin.Plain, plugin.Follows, plugin.Outer.Inner):
         registry.register(cls.__name__.lower())(cls)
     return registry
 
@@ -104,7 +104,7 @@ def test_a_sink_and_a_followed_callback_stand_in_the_list_as_callbacks_that_say_
         {"kind": "follows", "placement": "inline"},
     ]
     inline, carried, *_, kept = build_callbacks(specs, registry=registry)
-    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Builtins, plugin.Lines, plugin.Follows)
+    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Plain, plugin.Lines, plugin.Follows)
     none, lines, plain, follows, also_none = built_by(specs, registry)
     assert (none, also_none) == (None, None)
     assert (lines.name, lines.live, lines.policy) == ("lines", None, DeliveryPolicy())
