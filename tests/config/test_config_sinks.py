@@ -279,9 +279,9 @@ def test_a_recipe_is_built_in_a_process_that_never_saw_the_registration(registry
     program = """
         import sys
         import msgspec
-        from evsys_bus.delivery.subscription import Recipe
+        from evsys_bus.delivery.subscription import AdapterRef
         from evsys_bus.config import build_followed
-        built = build_followed(msgspec.json.decode(sys.argv[1], type=Recipe))
+        built = build_followed(msgspec.json.decode(sys.argv[1], type=AdapterRef))
         print(type(built).__name__, built.every, built.name)
     """
     done = subprocess.run(
