@@ -1,6 +1,6 @@
 import math
-import sys
 import random
+import sys
 from pathlib import Path
 from typing import Literal
 
