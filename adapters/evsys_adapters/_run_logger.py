@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -36,6 +36,9 @@ from evsys_bus.context import (
 )
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
+
+_MAX_UNCONFIRMED_KEYS: Final = 10_000
+"""Every mark carries them."""
 
 
 class LoggedRun(Generic[StateT]):
@@ -64,8 +67,6 @@ class LoggedRun(Generic[StateT]):
         self._recorded_keys: set[int] | None = None
         """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
         self._newest_time = 0.0
-        self._unconfirmed_keys: set[int] = set()
-        """Keys of the rows that were not in the file when they were delivered."""
 
     def resume(self) -> None:
         """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
@@ -141,8 +142,8 @@ class LoggedRun(Generic[StateT]):
         """Whether a row is in the file already, and is delivered again after a repeated start."""
         if not self._may_repeat() or self._recorded_keys is None:
             return False
-        if key not in self._recorded_keys:
-            self._unconfirmed_keys.add(key)
+        if key not in self._recorded_keys and len(self.notes.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
+            self.notes.unconfirmed_keys.append(key)
         return key in self._recorded_keys
 
     def _may_repeat(self) -> bool:
@@ -152,14 +153,15 @@ class LoggedRun(Generic[StateT]):
             return False
         if self._recorded_keys is None:
             try:
-                self._recorded_keys, self._newest_time = self._existing_rows()
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
         if self.event_time > self._newest_time:  # everything from here on is new
             if tracker.pending_start is not None:
                 self._apply_start(tracker.pending_start)
             tracker.position_unknown, self._recorded_keys = False, None
-            self._unconfirmed_keys.clear()
+            self.notes.unconfirmed_keys = []
         return tracker.position_unknown
 
     def _resolve_pending_start(self, *, is_logged: bool) -> None:
@@ -169,9 +171,9 @@ class LoggedRun(Generic[StateT]):
             return
         if not is_logged:
             self._apply_start(first)
-        elif self._unconfirmed_keys:
-            self._drop_rows(self._unconfirmed_keys)
-        self._unconfirmed_keys = set()
+        elif self.notes.unconfirmed_keys:
+            self._drop_rows(frozenset(self.notes.unconfirmed_keys))
+        self.notes.unconfirmed_keys = []
 
     def _apply_start(self, first_step: int) -> None:
         self._recorded_keys = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_run_state import LoggedRunState
+from evsys_adapters._logged_run_state import LoggedRunState, stable_key
 from evsys_adapters._logged_values import Table, config_of, json_of, markdown, prefixed, split_numbers, text_of
 from evsys_adapters._output_lease import OutputLease
 from evsys_adapters._output_positions import TrackedOutput
@@ -168,7 +168,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
             self._schedule_reorder()
 
     def _add(self, payload: bytes) -> None:
-        if not self._is_repeated(hash(payload)):
+        if not (self.notes.tracker.position_unknown and self._is_repeated(stable_key(payload))):
             self.log.add(payload)
 
     def _existing_rows(self) -> tuple[set[int], float]:
@@ -180,12 +180,12 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
             if is_restart:  # what it made void is not there for anybody who reads the file
                 found = {key: each for key, each in found.items() if each < step}
             else:
-                found[hash(payload)] = step
+                found[stable_key(payload)] = step
         return set(found), newest
 
     def _drop_rows(self, keys: AbstractSet[int]) -> None:
         dropped = frozenset(keys)
-        self.log.rewrite(lambda payloads: (each for each in payloads if hash(each) not in dropped))
+        self.log.rewrite(lambda payloads: (each for each in payloads if stable_key(each) not in dropped))
 
     def _has_row(self, stream: str, step: int, values: Mapping[str, Any]) -> bool:
         numbers, texts = split_numbers(values)

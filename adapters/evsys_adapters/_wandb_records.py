@@ -11,8 +11,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
+from evsys_adapters._logged_run_state import stable_key
 from evsys_adapters._logged_values import json_of
 
 _FILE_HEADER: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
@@ -50,7 +52,8 @@ class RecordInfo(NamedTuple):
 
 def row_key(items: Mapping[str, str]) -> int:
     """The same for two rows of the history that say the same at the same time, by their values as JSON."""
-    return hash(frozenset((name, value) for name, value in items.items() if name not in _IGNORED_KEYS))
+    pairs = sorted((name, value) for name, value in items.items() if name not in _IGNORED_KEYS)
+    return stable_key("\0".join(chain.from_iterable(pairs)).encode(errors="surrogatepass"))
 
 
 class Records:

@@ -178,7 +178,7 @@ class WandbRun(LoggedRun[WandbRunState]):
             self.notes.defined_metrics.add(name)
         now = self._now()
         times = {"_timestamp": now, "_runtime": max(0.0, now - self.notes.start_time)}
-        if not self._is_repeated(self._key(row, now)):
+        if not (self.notes.tracker.position_unknown and self._is_repeated(self._key(row, now))):
             self._add(self._records.row(self.id, self.notes.next_row, row | times))
             self.notes.next_row += 1
             self._set_row_count(self.notes.row_count + 1)

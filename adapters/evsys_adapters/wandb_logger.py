@@ -4,6 +4,7 @@
                                                      files/media/table/…  predictions
                                                      upload.log         what the upload said
                                                      run-<id>.wandb.uploaded     how much of it the server has
+                                                     .run-<id>.wandb.at     which events it has the rows of
 """
 
 import contextlib

@@ -37,7 +37,7 @@ def expand_arms(config: ExperimentConfig) -> list[Arm]:
 
     Example:
         >>> config = ExperimentConfig(name="x", recipe="m:f", run={"steps": 9}, matrix={"lr": [0.1, 0.2], "width": [8]})
-        >>> [arm.name for arm in arms_of(config)], arms_of(config)[1].params
+        >>> [arm.name for arm in expand_arms(config)], expand_arms(config)[1].params
         (['lr=0.1,width=8', 'lr=0.2,width=8'], {'steps': 9, 'lr': 0.2, 'width': 8})
     """
     shared = {key: join_path("$.run", key) for key in config.run}

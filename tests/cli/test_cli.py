@@ -114,7 +114,7 @@ def test_a_missing_package_of_the_demo_names_the_install_command_and_exits_3(tmp
 
 def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
     done = in_a_process(
-        "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.codes = no"
+        "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.list_codes = no"
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -123,7 +123,9 @@ def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
 
 def test_an_os_error_is_the_machine_s_fault_and_exits_3():
     before = (
-        "import evsys_bus.cli.explain as e\ndef no(): raise OSError(28, 'No space left on device', 'x')\ne.codes = no"
+        "import evsys_bus.cli.explain as e\n"
+        "def no(): raise OSError(28, 'No space left on device', 'x')\n"
+        "e.list_codes = no"
     )
     done = in_a_process("explain", before=before)
     assert (done.returncode, done.stderr) == (3, "error: No space left on device: x\n")

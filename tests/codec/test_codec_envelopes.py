@@ -134,7 +134,7 @@ EVENTS = {
         CodecRolloutEnd,
         reward=st.floats(allow_nan=False),
         state=st.none() | STATES,
-        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(flush_samples=0)),
+        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(fold=0)),
         rollouts=st.lists(st.builds(Rollout, st.floats(allow_nan=False), st.tuples(NAMES)), max_size=3),
         folder=PATHS,
         by_epoch=st.dictionaries(st.integers(), st.floats(allow_nan=False), max_size=3),

@@ -62,7 +62,7 @@ TRAINER = '''
     import os, sys
     from evsys_bus import Envelope, LoopState, StepEnd, TrainingBatch
     from evsys_bus.codec import encode
-    from evsys_bus.delivery.subscription import Followed, Recipe
+    from evsys_bus.delivery.subscription import Subscription, AdapterRef
     from evsys_bus.delivery.courier_process import CourierProcess
     from evsys_bus.journal import JournalWriter
 
@@ -70,7 +70,9 @@ TRAINER = '''
         def __init__(self, *kinds, linger_seconds=10.0):
             self.writer = JournalWriter("journal").open()
             followed = [
-                Followed(kind, Recipe(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",)))
+                Subscription(
+                    kind, AdapterRef(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",))
+                )
                 for kind in kinds or ("seqs",)
             ]
             self.couriers = CourierProcess("journal", followed, linger_seconds=linger_seconds, pause_seconds=0.02)

@@ -570,13 +570,13 @@ def test_the_lock_ends_with_the_process(journal, program, stream):
         import asyncio, sys
         from evsys_bus import Callback
         from evsys_bus.delivery.courier import Courier
-        from evsys_bus.delivery.subscription import Terms
+        from evsys_bus.delivery.subscription import DeliveryPolicy
 
         class Says(Callback):
             def on_step_end(self, state, step_idx, batch, metrics):
                 print("here", flush=True)
 
-        asyncio.run(Courier(sys.argv[1], "it", Says(), Terms()).run())
+        asyncio.run(Courier(sys.argv[1], "it", Says(), DeliveryPolicy()).run())
         """,
         journal,
     )

@@ -73,7 +73,7 @@ def plugin(tmp_path, monkeypatch) -> types.ModuleType:
 def registry(plugin) -> Registry:
     registry = Registry(entry_points=lambda: ())
     registry.register_sink("lines")(plugin.Lines)
-    for cls in (plugin.Builtins, plugin.Follows, plugin.Outer.Inner):
+    for cls in (plugin.Plain, plugin.Follows, plugin.Outer.Inner):
         registry.register(cls.__name__.lower())(cls)
     return registry
 
@@ -104,19 +104,19 @@ def test_a_sink_and_a_followed_callback_stand_in_the_list_as_callbacks_that_say_
         {"kind": "follows", "placement": "inline"},
     ]
     inline, carried, *_, kept = build_callbacks(specs, registry=registry)
-    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Builtins, plugin.Lines, plugin.Follows)
+    assert (type(inline), type(carried.sink), type(kept)) == (plugin.Plain, plugin.Lines, plugin.Follows)
     none, lines, plain, follows, also_none = built_by(specs, registry)
     assert (none, also_none) == (None, None)
-    assert (lines.name, lines.live, lines.policy) == ("lines", None, DeliveryPolicy())
-    assert lines.recipe == AdapterRef("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",))
-    assert (plain.name, plain.recipe.params, plain.live) == ("plain_2", {"a": [1]}, None)
-    assert (follows.name, follows.recipe.plugins) == ("follows", (f"{plugin.__name__}:Follows",))
+    assert (lines.name, lines.instance, lines.policy) == ("lines", None, DeliveryPolicy())
+    assert lines.adapter_ref == AdapterRef("lines", {"out": "a"}, (f"{plugin.__name__}:Lines",))
+    assert (plain.name, plain.adapter_ref.params, plain.instance) == ("plain_2", {"a": [1]}, None)
+    assert (follows.name, follows.adapter_ref.plugins) == ("follows", (f"{plugin.__name__}:Follows",))
 
 
 def test_an_installed_kind_needs_no_plugin():
     [followed] = built_by([{"kind": "csv_metrics", "placement": "follow", "params": {"out_path": "m.csv"}}])
-    assert (followed.name, followed.recipe) == ("csv_metrics", AdapterRef("csv_metrics", {"out_path": "m.csv"}))
-    assert build_adapter(followed.recipe).name == "csv_metrics"
+    assert (followed.name, followed.adapter_ref) == ("csv_metrics", AdapterRef("csv_metrics", {"out_path": "m.csv"}))
+    assert build_adapter(followed.adapter_ref).name == "csv_metrics"
 
 
 def test_the_terms_of_a_spec_are_those_of_its_delivery(registry):
@@ -223,27 +223,27 @@ def test_what_no_other_process_can_import_is_constructed_here(registry):
         built = built_by(specs, registry)
     finally:
         del sys.modules[notebook.__name__]
-    assert [each.recipe for each in built] == [None, None, None]
-    assert [type(each.live) for each in built] == [Local, main, notebook.ByHand]
-    assert [each.live.spec_name for each in built] == ["local", "main", "by_hand"]
+    assert [each.adapter_ref for each in built] == [None, None, None]
+    assert [type(each.instance) for each in built] == [Local, main, notebook.ByHand]
+    assert [each.instance.spec_name for each in built] == ["local", "main", "by_hand"]
 
 
 def test_a_nested_class_that_can_be_imported_has_a_recipe(registry, plugin):
     [followed] = built_by([{"kind": "inner", "placement": "follow"}], registry)
-    assert followed.recipe.plugins == (f"{plugin.__name__}:Outer.Inner",)
+    assert followed.adapter_ref.plugins == (f"{plugin.__name__}:Outer.Inner",)
 
 
 @pytest.mark.parametrize("params", [{"sink": print}, {"sizes": (1, 2)}, {"out": Path("x")}, {"text": "\ud800"}])
 def test_params_that_would_not_be_the_same_in_another_process_keep_the_adapter_here(registry, plugin, params):
     [followed] = built_by([{"kind": "follows", "params": params}], registry)
-    assert followed.recipe is None
-    assert followed.live.params == params
+    assert followed.adapter_ref is None
+    assert followed.instance.params == params
 
 
 def test_a_path_that_the_config_takes_as_text_travels(registry):
     [followed] = built_by([{"kind": "lines", "params": {"out": Path("a/b")}}], registry)
-    assert followed.recipe.params == {"out": "a/b"}
-    assert build_adapter(followed.recipe, registry=registry).out == Path("a/b")
+    assert followed.adapter_ref.params == {"out": "a/b"}
+    assert build_adapter(followed.adapter_ref, registry=registry).out == Path("a/b")
 
 
 def test_in_a_frozen_program_everything_is_followed_here():
@@ -252,7 +252,7 @@ def test_in_a_frozen_program_everything_is_followed_here():
         from evsys_bus import build_callbacks
         spec = {"kind": "csv_metrics", "placement": "follow", "params": {"out_path": "x"}}
         sys.frozen = True
-        print([(each.evsys_subscription.recipe, type(each).__name__) for each in build_callbacks([spec])])
+        print([(each.evsys_subscription.adapter_ref, type(each).__name__) for each in build_callbacks([spec])])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[(None, 'CsvMetricsCallback')]", done.stderr
@@ -279,13 +279,13 @@ def test_a_recipe_is_built_in_a_process_that_never_saw_the_registration(registry
     program = """
         import sys
         import msgspec
-        from evsys_bus.delivery.subscription import Recipe
-        from evsys_bus.config import build_followed
-        built = build_followed(msgspec.json.decode(sys.argv[1], type=Recipe))
+        from evsys_bus.delivery.subscription import AdapterRef
+        from evsys_bus.config import build_adapter
+        built = build_adapter(msgspec.json.decode(sys.argv[1], type=AdapterRef))
         print(type(built).__name__, built.every, built.name)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program), msgspec.json.encode(followed.recipe).decode()],
+        [sys.executable, "-c", textwrap.dedent(program), msgspec.json.encode(followed.adapter_ref).decode()],
         capture_output=True,
         text=True,
         cwd=Path(plugin.__file__).parent,
