@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from evsys_bus.cli.tables import format_columns, pluralize
+from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.config.arms import expand_arms, expand_seeds
 from evsys_bus.config.document import Document, read_document, with_overrides

@@ -2,7 +2,7 @@
 
 import click
 
-from evsys_bus.cli.screen import color_option
+from evsys_bus.cli.output.screen import color_option
 
 
 @click.command("explain")
@@ -11,7 +11,7 @@ from evsys_bus.cli.screen import color_option
 def command(code: str | None) -> None:
     """Show the help page of CODE, for example EB101; without CODE, list all codes."""
     if code is None:
-        from evsys_bus.cli.tables import format_columns
+        from evsys_bus.cli.output.formatting import format_columns
 
         rows = [[each, read_page(each).partition("\n")[0].partition("  ")[2]] for each in list_codes()]
         click.echo("\n".join(format_columns(rows)))

@@ -12,23 +12,14 @@ import pytest
 from rich.console import Console
 
 from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
-from evsys_bus.cli.deliveries import ProblemMonitor
-from evsys_bus.cli.formatting import format_duration
-from evsys_bus.cli.progress import DrainStatus, PlannedRun, RunStateTracker
-from evsys_bus.cli.progress.arm_table import (
-    MetricSpread,
-    arm_rows,
-    choose_metrics,
-    compute_spread,
-    format_mean_sd,
-    format_number,
-)
-from evsys_bus.cli.progress.capture import MAX_LINES, CapturedStream, LineBuffer
-from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
-from evsys_bus.cli.progress.live import render
-from evsys_bus.cli.progress.run_state import MAX_PENDING_UPDATES
-from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.warnings_log import show_warnings
+from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
+from evsys_bus.cli.output.deliveries import ProblemMonitor
+from evsys_bus.cli.output.errors import show_warnings
+from evsys_bus.cli.output.formatting import MetricSpread, format_duration, format_mean_sd, format_number
+from evsys_bus.cli.output.live import arm_rows, choose_metrics, compute_spread, render
+from evsys_bus.cli.output.progress import LineView, format_json, format_plain
+from evsys_bus.cli.output.run_state import MAX_PENDING_UPDATES, DrainStatus, PlannedRun, RunStateTracker
+from evsys_bus.cli.output.screen import Screen
 from evsys_bus.delivery.status_files import write_status
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import OsDisk
