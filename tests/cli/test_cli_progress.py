@@ -84,17 +84,17 @@ def test_late_and_repeated_steps_do_not_set_a_run_back(board, tmp_path):
 
 def test_a_step_leaves_nothing_behind_however_many_there_are(board, tmp_path):
     state = begin(board, tmp_path, "calm-s0", num_steps=10**6)
-    before = len(board.news)
+    before = len(board.updates)
     for step_idx in range(1000):
         board.on_step_end(state, step_idx, TrainingBatch(), {"loss": 0.1})
-    assert len(board.news) == before
+    assert len(board.updates) == before
 
 
 def test_news_that_nobody_takes_are_bounded_and_counted(board, clock, tmp_path):
     state = begin(board, tmp_path, "calm-s0")
     for _ in range(MAX_PENDING_UPDATES + 5):
         board.on_eval(state, 1, "val", {"acc": 0.5})
-    assert len(board.news) == MAX_PENDING_UPDATES
+    assert len(board.updates) == MAX_PENDING_UPDATES
     written = io.StringIO()
     LineView(board, written, format_plain).tick()
     assert f"event=lines_dropped count={board.updates_dropped}" in written.getvalue()
@@ -271,8 +271,12 @@ def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
     board.on_checkpoint(state, ManifestRow("final", 9))
     state.request_stop("val/acc has not improved")
     board.on_train_end(state, LoopArtifacts())
-    assert [(news.event, news.step) for news in board.news] == [("run_started", 0), ("checkpoint", 10), ("stopped", 0)]
-    assert board.news[-1].facts == {"reason": "val/acc has not improved"}
+    assert [(each.event, each.step) for each in board.updates] == [
+        ("run_started", 0),
+        ("checkpoint", 10),
+        ("stopped", 0),
+    ]
+    assert board.updates[-1].facts == {"reason": "val/acc has not improved"}
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 24), (60, 14), (40, 12)])
