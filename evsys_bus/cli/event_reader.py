@@ -15,8 +15,8 @@ from typing import Final
 import msgspec
 
 from evsys_bus.cli.event_facts import metrics_of, type_of
+from evsys_bus.cli.output.formatting import pluralize
 from evsys_bus.cli.reverse_reader import read_newest_first
-from evsys_bus.cli.tables import pluralize
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError

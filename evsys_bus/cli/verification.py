@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from evsys_bus.cli.formatting import count_in_ranges, format_range, format_ranges, format_size
+from evsys_bus.cli.output.formatting import count_in_ranges, format_range, format_ranges, format_size, pluralize
+from evsys_bus.cli.output.screen import Screen
 from evsys_bus.cli.reading_progress import disk_with_progress
-from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.tables import pluralize
 from evsys_bus.journal import JournalReport, OsDisk, verify
 from evsys_bus.journal.frame import CorruptRange, Frame
 from evsys_bus.journal.scanning import SegmentScan

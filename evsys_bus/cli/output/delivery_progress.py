@@ -9,31 +9,11 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-import click
-
-from evsys_bus.cli.options import PROGRESS_MODES
-from evsys_bus.cli.screen import Screen, is_terminal, printable
+from evsys_bus.cli.output.screen import Screen, is_terminal, printable
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.progress.view import ProgressMode
+    from evsys_bus.cli.output.progress import ProgressMode
     from evsys_bus.tasks import DeliveryStatus
-
-progress_option: Final = click.option(
-    "--progress",
-    type=click.Choice(PROGRESS_MODES),
-    default="auto",
-    show_default=True,
-    help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
-)
-timeout_option: Final = click.option(
-    "--timeout",
-    "timeout_seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    default=30.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="Give up on an adapter once it has accepted no events for this long.",
-)
 
 
 OnProgress = Callable[[Sequence["DeliveryStatus"]], object]
@@ -59,7 +39,7 @@ def show_deliveries(
         screen: The terminal.
         known: Deliveries whose errors were reported already.
     """
-    from evsys_bus.cli.progress import resolve_mode
+    from evsys_bus.cli.output.progress import resolve_mode
 
     def note(text: str) -> None:
         screen.note(printable(text))
@@ -92,8 +72,8 @@ class _DeliveryRates:
 
 class _LineWriter:
     def __init__(self, screen: Screen, *, as_json: bool) -> None:
-        from evsys_bus.cli.progress.lines import PULSE_SECONDS, format_plain
-        from evsys_bus.cli.progress.lines import format_json as json_form
+        from evsys_bus.cli.output.progress import PULSE_SECONDS, format_plain
+        from evsys_bus.cli.output.progress import format_json as json_form
 
         self._screen = screen
         self._format_line = json_form if as_json else format_plain

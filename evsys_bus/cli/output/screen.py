@@ -77,3 +77,4 @@ color_option: Final = click.option(
     callback=_set_color_mode,
     help="Colour the output; auto obeys NO_COLOR and FORCE_COLOR.",
 )
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object per line.")

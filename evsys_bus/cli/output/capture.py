@@ -1,13 +1,17 @@
-"""Redirects what callbacks and libraries print while a table is shown; the view prints it above the table.
+"""Redirection of what callbacks and libraries print: above a live table, or away from a JSON result on stdout.
 
 Printed directly, a line would corrupt the table; redrawing the table for every line would cost training time.
 """
 
 import io
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
 from typing import Final, TextIO
+
+from evsys_bus.codec import json_line
 
 MAX_LINES: Final = 2_000
 """Limit of lines until the next redraw; beyond it the oldest are dropped and counted."""
@@ -107,3 +111,26 @@ class CapturedStream(io.TextIOBase):
             if self._partial_lines:
                 self._buffer.add(list(self._partial_lines.values()))
             self._partial_lines.clear()
+
+
+@contextmanager
+def guard_stdout(*, result_is_json: bool, progress_is_json: bool) -> Generator[None]:
+    """Redirect stdout to stderr within the block if the result is JSON."""
+    if not result_is_json:
+        yield
+        return
+    if not progress_is_json:
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    stream = CapturedStream(sys.stderr, LineRelay(_write_json_line))
+    try:
+        with redirect_stdout(stream):
+            yield
+    finally:
+        stream.finish()
+
+
+def _write_json_line(line: str) -> None:
+    sys.stderr.write(json_line({"event": "printed", "text": line}).decode() + "\n")
+    sys.stderr.flush()

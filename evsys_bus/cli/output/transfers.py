@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from evsys_bus.cli.formatting import format_duration, format_rate, format_size_progress
+from evsys_bus.cli.output.formatting import format_duration, format_rate, format_size_progress
 
 Facts = dict[str, Any]
 """The keys and values of one line."""

@@ -1,27 +1,159 @@
 """Progress as a table that is redrawn in place: title, arms, failures, uploads and problems."""
 
+import math
 import shutil
+import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from typing import Final, TextIO
+from typing import Final, NamedTuple, TextIO
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from evsys_bus.cli.deliveries import describe_counts
-from evsys_bus.cli.formatting import NO_VALUE, format_duration
-from evsys_bus.cli.progress.arm_table import ArmRow, arm_rows, choose_metrics, estimate_seconds_left, format_mean_sd
-from evsys_bus.cli.progress.capture import CapturedStream, LineBuffer
-from evsys_bus.cli.progress.run_state import RunProgress, RunStateTracker
-from evsys_bus.cli.progress.transfer_bar import format_transfer_bar
-from evsys_bus.cli.progress.transfers import PollUploads, Transfer
-from evsys_bus.cli.screen import is_terminal, printable
+from evsys_bus.cli.output.capture import CapturedStream, LineBuffer
+from evsys_bus.cli.output.deliveries import describe_counts
+from evsys_bus.cli.output.formatting import (
+    NO_VALUE,
+    MetricSpread,
+    format_duration,
+    format_mean_sd,
+    summarize_error,
+)
+from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
+from evsys_bus.cli.output.screen import is_terminal, printable
+from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
+from evsys_bus.codec import to_builtins
 from evsys_bus.tasks import DeliveryStatus
+
+_HIDDEN_METRICS: Final = frozenset({"step", "epoch", "step_seconds"})
+
+
+class ArmRow(NamedTuple):
+    """One row of the table."""
+
+    arm: str
+    runs: int
+    completed: int
+    running: int
+    failed: int
+    step: int
+    num_steps: int
+    train: MetricSpread | None
+    eval: MetricSpread | None
+    eta: float | None
+
+
+class ShownMetrics(NamedTuple):
+    """The metrics that the table shows; None before they are known."""
+
+    train: str | None
+    eval: tuple[str, str] | None
+    """Name of the eval and of its metric."""
+
+
+def choose_metrics(tracker: RunStateTracker, success_metric: str | None) -> ShownMetrics:
+    """Choose the success metric if it was reported, else the loss and the first eval, evals during training first."""
+    runs = list(tracker.runs.values())
+    names = list(dict.fromkeys(name for run in runs for name, value in run.metrics.items() if _is_number(value)))
+    success_name = success_metric or ""
+    visible = [name for name in names if name not in _HIDDEN_METRICS]
+    train = next((name for name in (success_name, "loss", *visible) if name in names), None)
+    evals = dict.fromkeys(
+        (step is None, name, metric)
+        for run in runs
+        for name, (step, metrics) in run.evals.items()
+        for metric, value in metrics.items()
+        if _is_number(value)
+    )
+    success_metric_name = success_name.rpartition("/")[2]
+    best = min(
+        evals,
+        key=lambda each: (each[0], "/".join(each[1:]) != success_name, each[2] != success_metric_name),
+        default=None,
+    )
+    return ShownMetrics(train, None if best is None else best[1:])
+
+
+def arm_rows(tracker: RunStateTracker, shown: ShownMetrics, now: float) -> list[ArmRow]:
+    """Return the row of every arm, in the order of the plan."""
+    arms: dict[str, list[RunProgress]] = {}
+    for run in list(tracker.runs.values()):
+        arms.setdefault(run.arm, []).append(run)
+    return [_arm_row(arm, runs, shown, now) for arm, runs in arms.items()]
+
+
+def _arm_row(arm: str, runs: Sequence[RunProgress], shown: ShownMetrics, now: float) -> ArmRow:
+    running = [run for run in runs if run.status == "running"]
+    started = [run for run in runs if run.started_at is not None and run.status != "failed"]
+    measured = running or started or [run for run in runs if run.started_at is not None]
+    train = compute_spread(_numbers(run.metrics.get(shown.train) for run in started) if shown.train else ())
+    scored = compute_spread(_numbers(_eval_value(run, shown.eval) for run in started) if shown.eval else ())
+    return ArmRow(
+        arm,
+        runs=len(runs),
+        completed=sum(run.status == "completed" for run in runs),
+        running=len(running),
+        failed=sum(run.status == "failed" for run in runs),
+        step=round(statistics.fmean(run.step for run in measured)) if measured else 0,
+        num_steps=max((run.num_steps for run in measured), default=0),
+        train=train,
+        eval=scored,
+        eta=_estimate_seconds_left(runs, running, now),
+    )
+
+
+def _estimate_seconds_left(runs: Sequence[RunProgress], running: Sequence[RunProgress], now: float) -> float | None:
+    """Estimate the seconds until these runs are done, at the rate of the running ones; None if none is running."""
+    rates = [rate for run in running if (rate := run.rate(now)) is not None]
+    if not rates:
+        return None
+    horizon = max(run.num_steps for run in running)
+    pending_runs = sum(run.status == "pending" for run in runs)
+    steps_left = sum(max(run.num_steps - run.step, 0) for run in running) + pending_runs * horizon
+    return steps_left / sum(rates)
+
+
+def estimate_seconds_left(tracker: RunStateTracker, now: float) -> float | None:
+    """Estimate the seconds until all runs are done, at the rate of the running ones."""
+    runs = list(tracker.runs.values())
+    return _estimate_seconds_left(runs, [run for run in runs if run.status == "running"], now)
+
+
+def _eval_value(run: RunProgress, eval_metric: tuple[str, str]) -> object:
+    name, metric = eval_metric
+    return run.evals[name][1].get(metric) if name in run.evals else None
+
+
+def compute_spread(values: Iterable[float]) -> MetricSpread | None:
+    """Return mean and sample standard deviation; None for no values."""
+    numbers = list(values)
+    if not numbers:
+        return None
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) == 1 or not math.isfinite(mean):
+        return MetricSpread(mean, None, len(numbers))
+    return MetricSpread(mean, statistics.stdev(numbers), len(numbers))
+
+
+def _numbers(values: Iterable[object]) -> list[float]:
+    return [float(value) for value in map(_to_builtin, values) if _is_number(value) and isinstance(value, int | float)]
+
+
+def _is_number(value: object) -> bool:
+    plain = _to_builtin(value)
+    return isinstance(plain, int | float) and not isinstance(plain, bool)
+
+
+def _to_builtin(value: object) -> object:
+    """Convert a number of numpy or a similar library to Python's type."""
+    return value if isinstance(value, int | float) else to_builtins(value)[0]
+
 
 _MAX_FAILURES: Final = 4
 _MAX_UPLOADS: Final = 2
@@ -182,12 +314,6 @@ def format_failure(run: RunProgress) -> str:
     return f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {summarize_error(run.error)}"
 
 
-def summarize_error(error: str | None) -> str:
-    """Return the most informative line of an error: the last one of a traceback, else the first."""
-    lines = [line.strip() for line in (error or "no reason given").strip().splitlines()] or [""]
-    return printable(lines[-1] if lines[0].startswith("Traceback") else lines[0])
-
-
 def _render_failure(run: RunProgress, folder: str, width: int) -> RenderableType:
     text = Text(format_failure(run), style="red")
     show = Text(f"show: evsys-bus show {printable(folder)}/{printable(run.key)}", style="dim")
@@ -240,3 +366,64 @@ def _footer(tracker: RunStateTracker, now: float, *, hint: bool) -> str:
     ]
     parts += [f"eta {format_duration(left)}"] if left is not None else []
     return "   ".join([*parts, *(["Ctrl-C stops"] if hint else [])])
+
+
+_GAP: Final = "  "
+_MAX_BAR: Final = 20
+_MIN_BAR: Final = 10
+_MIN_NAME: Final = 12
+_MIN_RUN: Final = 4
+
+
+def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, width: int, now: float) -> Text:
+    """Return the line, at most ``width`` cells wide.
+
+    Whatever does not fit is left out in this order: bar, label, the run's name, the last figures.
+
+    Args:
+        label: The text in front.
+        short_label: Replaces a label that is too long.
+        transfer: The transfer.
+        width: Width of the terminal.
+        now: Seconds since the epoch.
+    """
+    figures = [
+        Text(each, style="yellow" if each.startswith("silent") else "") for each in format_transfer(transfer, now)
+    ]
+    name = printable(transfer.name)
+    head = [Text(label, style="dim")]
+    room = width - _total_width([*head, *figures]) - len(_GAP)
+    if room < cell_len(name):
+        head = [Text(short_label, style="dim")]
+        room += cell_len(label) - cell_len(short_label)
+    while figures and room < min(_MIN_NAME, cell_len(name)):
+        room += figures.pop().cell_len + len(_GAP)
+    spare = room - cell_len(name) - len(_GAP)
+    if spare >= _MIN_BAR:
+        figures.insert(0, _draw_bar(transfer.fraction, min(spare, _MAX_BAR)))
+    shown = Text(_shorten(printable(transfer.run), printable(transfer.checkpoint), room))
+    line = Text(_GAP).join([*head, shown, *figures])
+    line.truncate(width, overflow="ellipsis")
+    line.no_wrap = True
+    return line
+
+
+def _shorten(run: str, checkpoint: str, room: int) -> str:
+    """Fit both names into the cells; the run's name is shortened first, because the checkpoint's holds the step."""
+    run_room = room - cell_len(checkpoint) - 1
+    if cell_len(run) <= run_room:
+        return f"{run}/{checkpoint}"
+    if run_room >= _MIN_RUN:
+        return f"{set_cell_size(run, run_room - 1).rstrip()}…/{checkpoint}"
+    return checkpoint
+
+
+def _total_width(parts: list[Text]) -> int:
+    return sum(part.cell_len for part in parts) + len(_GAP) * max(len(parts) - 1, 0)
+
+
+def _draw_bar(fraction: float, cells: int) -> Text:
+    """Draw a bar with a resolution of half a cell."""
+    halves = int(fraction * cells * 2)
+    done = "━" * (halves // 2) + "╸" * (halves % 2)
+    return Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black"))
