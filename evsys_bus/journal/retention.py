@@ -206,7 +206,7 @@ class RetentionManager:
             if not is_over_size and not self._is_too_old(f"{self._directory}/{stream}/{each.name}"):
                 break
             if each.is_newest and not each.last_sequence:
-                segments[index] = each._replace(last=self._read_last_sequence(stream, each.name))
+                segments[index] = each._replace(last_sequence=self._read_last_sequence(stream, each.name))
             total_bytes -= each.size
             expired.append(segments[index])
         return expired
