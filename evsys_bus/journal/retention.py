@@ -24,7 +24,7 @@ from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import Cursor, CursorStore, SpecSummary
 from evsys_bus.journal.layout import Family, SegmentName
-from evsys_bus.journal.scanning import read_next_sequence
+from evsys_bus.journal.reader import read_next_sequence
 from evsys_bus.journal.segment import OpenSegment
 
 LOG_SECONDS: Final = 60.0
