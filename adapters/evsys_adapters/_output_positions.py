@@ -246,7 +246,7 @@ def without_newer(mark: Mark, positions: Iterable[Position], position_file_for: 
         ):
             newer.update(_mark_from(record, position_file).files)
             folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
-            newer.update(file for file in mark.files if Path(file).parent == folder)  # it was renamed since
+            newer.update(file for file in mark.files if Path(file).parent == folder)  # renamed since
     if newer.isdisjoint(mark.files):
         return mark
     return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})

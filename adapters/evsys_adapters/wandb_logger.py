@@ -4,7 +4,7 @@
                                                      files/media/table/…  predictions
                                                      upload.log         output of the upload
                                                      run-<id>.wandb.uploaded     size that the server has
-                                                     .run-<id>.wandb.at     its note, see `_output_positions`
+                                                     .run-<id>.wandb.at     which events it has the rows of
 """
 
 import contextlib
