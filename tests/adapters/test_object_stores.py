@@ -331,7 +331,7 @@ async def test_what_names_no_store_is_a_config_error():
 
 
 async def test_a_torn_ledger_forgets_a_part_and_an_unreadable_one_the_upload(tmp_path, caplog):
-    from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadPlan
+    from evsys_adapters.checkpoints.store import FileIdentity, UploadedPart, UploadPlan
 
     ledger = UploadLedger(tmp_path / "uploads")
     plan = UploadPlan("here", "k", "/x", FileIdentity(1, 2, 3), upload_id="u")

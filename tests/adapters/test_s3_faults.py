@@ -19,7 +19,7 @@ from evsys_adapters.checkpoints import (
     UploadLedger,
     open_store,
 )
-from evsys_adapters.checkpoints.ledger import UploadedPart
+from evsys_adapters.checkpoints.store import UploadedPart
 from evsys_bus.errors import ParkedError, RetryLaterError
 from evsys_bus.testing import Fault, fault_proxy, unavailable
 

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
-from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.spool import Spool
+from evsys_adapters.checkpoints.store import FileIdentity, UploadedPart, UploadLedger, UploadPlan
 from evsys_bus import LogContext, LoopState, ManifestRow
 from evsys_bus.errors import BatchTooLargeError, RejectedError
 from tests.adapters.test_checkpoint_upload import Upload, fetched, remove

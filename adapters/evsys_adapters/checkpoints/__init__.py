@@ -1,10 +1,9 @@
 """Checkpoint storage: uploads, verification, pruning and resuming.
 
-`store` defines the interface of object stores, implemented by `folder_store` and `s3_store`; `ledger` records uploads
+`store` defines the interface of object stores, implemented by `folder_store` and `s3_store`, and the ledger of uploads
 in progress.
 """
 
-from evsys_adapters.checkpoints.ledger import UploadLedger
 from evsys_adapters.checkpoints.store import (
     ConflictError,
     DamagedError,
@@ -14,6 +13,7 @@ from evsys_adapters.checkpoints.store import (
     RefusedError,
     Stored,
     StoreError,
+    UploadLedger,
 )
 from evsys_adapters.checkpoints.stores import open_store
 

@@ -23,15 +23,17 @@ from evsys_adapters.checkpoints.copying import (
     partial_path,
     sha256_of,
 )
-from evsys_adapters.checkpoints.ledger import FileIdentity, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.store import (
     MAX_SMALL_BYTES,
     ConflictError,
     DamagedError,
+    FileIdentity,
     MissingError,
     ProgressCallback,
     RefusedError,
     Stored,
+    UploadLedger,
+    UploadPlan,
     check_key,
     check_size,
     missing_file_error,

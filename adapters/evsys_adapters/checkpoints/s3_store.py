@@ -18,7 +18,6 @@ from typing import Any, Final
 from anyio import to_thread
 
 from evsys_adapters.checkpoints.copying import HashingWriter, copy_into
-from evsys_adapters.checkpoints.ledger import UploadLedger, identity_of
 from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection, S3ResponseError
 from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, base64_of, retrying
 from evsys_adapters.checkpoints.store import (
@@ -30,9 +29,11 @@ from evsys_adapters.checkpoints.store import (
     ProgressCallback,
     Stored,
     StoreError,
+    UploadLedger,
     check_content,
     check_key,
     check_size,
+    identity_of,
     too_large_error,
 )
 from evsys_bus.errors import ParkedError, RetryLaterError

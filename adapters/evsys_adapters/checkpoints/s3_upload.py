@@ -22,9 +22,17 @@ import msgspec
 from anyio import to_thread
 from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
 
-from evsys_adapters.checkpoints.ledger import FileIdentity, UploadedPart, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.s3_connection import S3Connection, S3ResponseError
-from evsys_adapters.checkpoints.store import ConflictError, ProgressCallback, Stored, missing_file_error
+from evsys_adapters.checkpoints.store import (
+    ConflictError,
+    FileIdentity,
+    ProgressCallback,
+    Stored,
+    UploadedPart,
+    UploadLedger,
+    UploadPlan,
+    missing_file_error,
+)
 from evsys_bus.errors import DeliveryError, RetryLaterError
 
 ATTEMPTS: Final = 4
