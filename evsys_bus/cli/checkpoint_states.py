@@ -16,9 +16,8 @@ from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
 from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool, UploadRecord
 from evsys_adapters.checkpoints.stores import StoreOptions
-from evsys_bus.cli.event_reader import EventFilter, EventReader
-from evsys_bus.cli.journals import JournalLocation, find_journal
-from evsys_bus.cli.records import CHECKPOINTS, read_run
+from evsys_bus.cli.events import EventFilter, EventReader
+from evsys_bus.cli.records import CHECKPOINTS, JournalLocation, find_journal, read_run
 from evsys_bus.codec import decode
 from evsys_bus.context import ManifestRow
 from evsys_bus.errors import CodecError

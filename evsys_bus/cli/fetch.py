@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
-from evsys_bus.cli.journals import RUNS
 from evsys_bus.cli.output.screen import Screen, color_option, json_option
+from evsys_bus.cli.records import RUNS
 from evsys_bus.cli.store_options import store_options
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def _split_name(argument: str) -> tuple[Path, str | None]:
 
 
 def _refuse_experiment(requested: Path, folder: Path) -> None:
-    from evsys_bus.cli.experiment_plan import load_previous_experiment
+    from evsys_bus.cli.check import load_previous_experiment
 
     previous = load_previous_experiment(folder)
     if previous is not None:

@@ -20,7 +20,7 @@ from evsys_adapters.checkpoints.restore import fetch_checkpoint, newest_state
 from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
 from evsys_adapters.checkpoints.stores import StoreOptions, url_for
-from evsys_bus.cli.experiment_plan import ExperimentPlan, load_previous_experiment
+from evsys_bus.cli.check import ExperimentPlan, load_previous_experiment
 from evsys_bus.cli.fetched_checkpoints import record_checkpoint
 from evsys_bus.cli.output.errors import show_warnings
 from evsys_bus.cli.output.progress import OnTransfer, ProgressMode, show_fetches
