@@ -14,6 +14,7 @@ import msgspec
 from evsys_bus.cli.options import set_option
 from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import color_option, json_option
+from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.config.arms import expand_arms, expand_seeds
 from evsys_bus.config.document import Document, read_document, with_overrides
@@ -21,8 +22,6 @@ from evsys_bus.config.experiment import ExperimentConfig
 from evsys_bus.config.experiment_loader import load_experiment
 from evsys_bus.config.spec import read_spec
 from evsys_bus.errors import DocumentError, Location, did_you_mean
-from evsys_bus.files import DECODE_ERRORS, read_file
-from evsys_bus.training.experiment_store import EXPERIMENT_FILE, MAX_FILE_BYTES, StoredExperiment
 from evsys_bus.training.plan import RunPlan, run_sequences, safe_folder_name
 
 _MAX_VALUE_CHARS = 60
@@ -105,14 +104,6 @@ def _check_known(option: str, requested: Sequence[object], known: Sequence[objec
             what = f'the experiment has no {option} "{each}"'
             where = Location(path, file=f"--{option} {each}")
             raise DocumentError(what, where=where, fix=did_you_mean(str(each), map(str, known)))
-
-
-def load_previous_experiment(folder: Path) -> StoredExperiment | None:
-    """Return the experiment recorded in this directory; None if there is none or it cannot be read."""
-    try:
-        return msgspec.json.decode(read_file(folder / EXPERIMENT_FILE, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
-    except (OSError, *DECODE_ERRORS):
-        return None
 
 
 def plan_lines(plan: ExperimentPlan) -> list[str]:

@@ -241,7 +241,7 @@ def step_of(event: Event | UnknownEvent) -> int | None:
     if isinstance(event, Checkpoint):
         step = _get(event.row, "batch")
     else:
-        fields = _fields(event)
+        fields = fields_of(event)
         step = fields.get("step_idx", fields.get("step", fields.get("batch") if "checkpoint" in fields else None))
     return step if isinstance(step, int) else None
 
@@ -287,14 +287,15 @@ def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]: 
         case RunAnnotated():
             return _scalars(event.extras)
         case _:
-            fields = _fields(event)
+            fields = fields_of(event)
             shown_elsewhere = {"run": run, "batch": step_of(event)}
             return _scalars(
                 {name: value for name, value in fields.items() if shown_elsewhere.get(name) != value or value is None}
             )
 
 
-def _fields(event: Event | UnknownEvent) -> Mapping[str, Any]:
+def fields_of(event: Event | UnknownEvent) -> Mapping[str, Any]:
+    """Return the fields of an event by name, also of a type that this process does not know."""
     if isinstance(event, UnknownEvent):
         return event.fields
     return {name: _get(event, name) for name in event.__struct_fields__}

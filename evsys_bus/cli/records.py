@@ -209,6 +209,14 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
     )
 
 
+def load_previous_experiment(folder: Path) -> StoredExperiment | None:
+    """Return the experiment recorded in this directory; None if there is none or it cannot be read."""
+    try:
+        return msgspec.json.decode(read_file(folder / EXPERIMENT_FILE, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
+    except (OSError, *DECODE_ERRORS):
+        return None
+
+
 def read_run(folder: Path) -> RunRecord | None:
     """Read the run in this folder; None if there is none."""
     if not any((folder / name).is_file() for name in (METRICS, CHECKPOINTS, RESULT_FILE)):

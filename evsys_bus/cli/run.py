@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
-from evsys_bus.cli.check import ExperimentPlan, load_plan, load_previous_experiment, plan_json, plan_lines
+from evsys_bus.cli.check import ExperimentPlan, load_plan, plan_json, plan_lines
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
 from evsys_bus.cli.output.capture import guard_stdout
@@ -46,10 +46,12 @@ from evsys_bus.cli.output.formatting import (
 from evsys_bus.cli.output.progress import ProgressMode, resolve_mode, show_progress
 from evsys_bus.cli.output.run_state import DrainStatus, PlannedRun, RunStateTracker
 from evsys_bus.cli.output.screen import Screen, printable, terminal_width
-from evsys_bus.cli.records import read_page_urls
+from evsys_bus.cli.records import load_previous_experiment, read_page_urls
 from evsys_bus.cli.uploads import UploadMonitor
 from evsys_bus.codec import json_line
 from evsys_bus.config import build_callbacks
+from evsys_bus.config.registry import REGISTRY
+from evsys_bus.config.spec import read_spec
 from evsys_bus.context import ArmResult, ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.tasks import DeliveryStatus
@@ -123,9 +125,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
     if options.resume:
-        from evsys_bus.cli.resume_fetch import fetch_newest
-
-        fetch_newest(plan, resolve_mode(options.progress, sys.stderr), screen)
+        _fetch_before_resume(plan, resolve_mode(options.progress, sys.stderr), screen)
     tracker = _make_tracker(plan, options)
     as_json = options.progress == "json"
     if resolve_mode(options.progress, sys.stderr) == "plain":  # the live table shows it itself
@@ -247,6 +247,15 @@ def _build_callbacks(plan: ExperimentPlan) -> list[object]:
             if each.where is not None and each.where.file is None:
                 each.where = plan.document.where(each.where.path)
         raise
+
+
+def _fetch_before_resume(plan: ExperimentPlan, mode: ProgressMode, screen: Screen) -> None:
+    """Let adapters that store checkpoints elsewhere fetch the ones that the runs continue from."""
+    specs = [read_spec(item, "$.callbacks") for item in plan.config.callbacks]
+    classes = [REGISTRY.find(spec.kind) for spec in specs]
+    for fetch in dict.fromkeys(getattr(each, "fetch_before_resume", None) for each in classes):
+        if fetch is not None:
+            fetch(specs, plan.folder, plan.runs, mode, screen)
 
 
 def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
