@@ -16,11 +16,9 @@ from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import color_option, json_option
 from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
-from evsys_bus.config.arms import expand_arms, expand_seeds
-from evsys_bus.config.document import Document, read_document, with_overrides
-from evsys_bus.config.experiment import ExperimentConfig
-from evsys_bus.config.experiment_loader import load_experiment
+from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import read_spec
+from evsys_bus.config.yaml_nodes import Document, read_document, with_overrides
 from evsys_bus.errors import DocumentError, Location, did_you_mean
 from evsys_bus.training.plan import RunPlan, run_sequences, safe_folder_name
 

@@ -103,7 +103,7 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
     import re
     from importlib.metadata import PackageNotFoundError, requires
 
-    from evsys_bus.config.extras import packages_by_extra
+    from evsys_bus.config.registry import packages_by_extra
 
     try:
         lines = requires("evsys-bus") or []

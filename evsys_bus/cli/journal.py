@@ -34,9 +34,9 @@ from evsys_bus.codec import to_json
 from evsys_bus.errors import JournalInUseError
 from evsys_bus.events import Envelope, Eval, StepEnd
 from evsys_bus.files import write_into_place
-from evsys_bus.journal import Disk, JournalReport, OsDisk, frame, layout, verify
-from evsys_bus.journal.frame import CorruptRange, Frame
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal import Disk, JournalReport, OsDisk, TailReader, frame, layout, verify
+from evsys_bus.journal.frame import Frame
+from evsys_bus.journal.reader import SegmentScan
 from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.journal.verify import CorruptSegmentRange, StreamReport
 from evsys_bus.location import encode_json
@@ -231,16 +231,14 @@ def _describe_damage(stream: StreamReport, damage: CorruptSegmentRange) -> str:
 
 def _count_before(stream: StreamReport, damage: CorruptSegmentRange) -> str:
     """Return the number of intact events of the stream before the damage."""
-    first = int(Path(damage.segment).stem.partition("-")[2])
+    segment = Path(damage.segment)
+    first = int(segment.stem.partition("-")[2])
     next_sequence = first
-    scan = SegmentScan(OsDisk(), damage.segment)
-    for piece in scan.count_events(first):
-        if isinstance(piece, CorruptRange) and scan.offset >= damage.offset + damage.length:
+    tail = TailReader(OsDisk(), str(segment.parent), first - 1, count_only=True)
+    for run in tail.poll_runs():
+        if tail.corrupt_ranges and tail.corrupt_ranges[-1].offset >= damage.offset:
             break
-        if isinstance(piece, int):
-            next_sequence = max(next_sequence, piece)
-        elif isinstance(piece, Frame) and not piece.kind:
-            next_sequence = max(next_sequence, piece.sequence + 1)
+        next_sequence = run.first_sequence + run.length
     first_sequence = next_sequence if stream.first_sequence is None else stream.first_sequence
     gone = [(start, min(end, next_sequence - 1)) for start, end in stream.missing_ranges if start < next_sequence]
     count = max(

@@ -333,7 +333,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         [each for each, _ in work.deliverable if (each.working_directory, each.sys_path) == origin]
         for origin in origins
     ]
-    patience = min(_OVERTAKEN_SECONDS, timeout_seconds)
+    overtaken_seconds = min(_OVERTAKEN_SECONDS, timeout_seconds)
     while groups:
         group = groups.pop(0)
         monitor = DeliveryMonitor(work.directory, {each.name for each in group})
@@ -342,7 +342,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
-                while process.poll() is None and not monitor.is_finished(timeout_seconds, patience):
+                while process.poll() is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
                     statuses = monitor.poll(process.pid)
                     on_progress(statuses)
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):

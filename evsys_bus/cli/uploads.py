@@ -12,11 +12,12 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from evsys_bus.cli.events import fields_of, read_newest_first, type_of
+from evsys_bus.cli.events import fields_of, type_of
 from evsys_bus.cli.output.transfers import FinishedUpload, Transfer, UploadSnapshot
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader
+from evsys_bus.journal.reader import read_newest_first
 
 POLL_SECONDS: Final = 0.5
 MAX_SILENT_SECONDS: Final = 300.0

@@ -216,7 +216,7 @@ def test_installed_packages_are_read_once():
     assert reads == [1]
 
 
-def test_importing_the_wiring_loads_neither_pydantic_nor_package_metadata(tmp_path):
+def test_importing_the_config_loads_neither_pydantic_nor_package_metadata(tmp_path):
     out = run(
         "before = set(sys.modules)\n"
         "import evsys_bus.config\n"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from evsys_bus.config import Document, read_document, with_overrides
 from evsys_bus.config.spec import join_path, split_path
-from evsys_bus.config.yaml_composer import MAX_DEPTH, MAX_NODES, compose
+from evsys_bus.config.yaml_nodes import MAX_DEPTH, MAX_NODES, compose
 from evsys_bus.errors import ConfigError, ConfigErrors, DocumentError
 
 SWEEP = """\
