@@ -27,7 +27,7 @@ from evsys_bus import (
     StepEnd,
     TrainingBatch,
 )
-from evsys_bus.cli.event_reader import EventFilter, EventReader
+from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.codec import encode, to_json
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, Position, frame, verify
 from support import GOLDEN
