@@ -10,7 +10,7 @@ from evsys_bus.cli.formatting import format_size
 from evsys_bus.cli.records import CHECKPOINTS
 from evsys_bus.cli.tables import pluralize
 from evsys_bus.context import ManifestRow
-from evsys_bus.training.row_file import Row, RowFile
+from evsys_bus.training.run_files import Row, RowFile
 
 
 def record_checkpoint(folder: Path, row: ManifestRow, *, replace_later: bool = False) -> None:

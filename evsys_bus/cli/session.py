@@ -32,8 +32,8 @@ from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE
-from evsys_bus.training.folder_lock import unwritable_error
 from evsys_bus.training.loop import JOURNAL_DIR
+from evsys_bus.training.run_files import unwritable_error
 
 _MAX_STOPPED: Final = 4
 _DRAIN_SECONDS: Final = 20.0

@@ -31,7 +31,7 @@ from evsys_bus.config.schema import (
     sample_value,
     signature_fields,
 )
-from evsys_bus.config.spec import AdapterClass, PathPart, display_path, join_path
+from evsys_bus.config.spec import AdapterClass, PathPart, display_path
 from evsys_bus.errors import ConfigError, Location, UnknownParamError, WrongParamError, did_you_mean
 from evsys_bus.sink import Sink
 

@@ -61,7 +61,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/codec/step_template.py": "code of values",
     "evsys_bus/codec/encode.py": "code of values",
     "evsys_bus/tasks/run_to_completion.py": "the training; raised again where it is awaited",
-    "evsys_bus/training/error_file.py": "the text of a stranger's exception",
+    "evsys_bus/training/run_files.py": "the text of a stranger's exception",
     "evsys_bus/training/run_executor.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
     "evsys_bus/delivery/courier_pool.py": "building an adapter; a delivery that broke down; writing that down",
