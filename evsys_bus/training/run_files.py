@@ -53,7 +53,7 @@ class RowFile:
         return len(self._pending)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row, with values of any type (see `evsys_bus.codec.json_line`); never raises."""
+        """Write one row, with values of any type (see `evsys_bus.codec.encode`); never raises."""
         is_retry = bool(self._pending)
         if len(self._pending) >= self._max_pending:
             self._pending.popleft()
