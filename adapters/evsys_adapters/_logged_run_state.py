@@ -4,6 +4,7 @@ It decides which rows are void because they are run again, and which values of a
 """
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -32,6 +33,8 @@ class LoggedRunState(
     """Whether the configuration was written."""
     largest_step: int = -1
     """The largest step in the file; `UNKNOWN_STEP` for a file of an earlier process."""
+    unconfirmed_keys: list[int] = []
+    """Keys of rows that were not in the file when they were delivered; a repeated start may show that they are void."""
 
     def start_training(self, first_step: int) -> bool:
         """Training starts at this step; returns whether it voids rows in the file."""
@@ -76,14 +79,19 @@ def encode_states(states: Mapping[str, LoggedRunState]) -> dict[str, bytes]:
     return {key: msgspec.msgpack.encode(each) for key, each in states.items()}
 
 
-def noted(notes: LoggedRunState) -> bytes:
-    """Notes of a run for the note beside its output, as JSON."""
-    return msgspec.json.encode(msgspec.msgpack.encode(notes))
+def stable_key(data: bytes) -> int:
+    """Return a hash of the data that is the same in every process."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
-def notes_in(said: bytes, kind: type[StateT]) -> StateT:
-    """What `noted` made."""
-    return msgspec.msgpack.decode(msgspec.json.decode(said, type=bytes), type=kind)
+def encode_state(state: LoggedRunState) -> bytes:
+    """Encode a state as JSON, for the note beside the run's output."""
+    return msgspec.json.encode(msgspec.msgpack.encode(state))
+
+
+def decode_state(encoded: bytes, kind: type[StateT]) -> StateT:
+    """Decode the result of `encode_state`."""
+    return msgspec.msgpack.decode(msgspec.json.decode(encoded, type=bytes), type=kind)
 
 
 def decode_states(encoded: Mapping[str, bytes], kind: type[StateT]) -> dict[str, StateT]:

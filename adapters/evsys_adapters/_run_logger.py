@@ -1,6 +1,6 @@
 """`RunLogger` and `LoggedRun`: the common part of loggers that write a file of records for each run.
 
-    hooks ── the run of the event ── `RunNotes`: what is void, late or new ── rows: stream, step, values
+    hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
 
 The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
 A note beside the file records which events it has the rows of (`evsys_adapters._output_positions`); without one, as
@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
-from evsys_adapters._logged_run_state import StateT, decode_states, encode_states, noted, notes_in
+from evsys_adapters._logged_run_state import StateT, decode_state, decode_states, encode_state, encode_states
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters._output_lease import has_courier, without_foreign_files
 from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput, without_newer
@@ -36,6 +36,9 @@ from evsys_bus.context import (
 )
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.savepoints import Mark, Savepoints
+
+_MAX_UNCONFIRMED_KEYS: Final = 10_000
+"""Every mark carries them."""
 
 
 class LoggedRun(Generic[StateT]):
@@ -64,11 +67,9 @@ class LoggedRun(Generic[StateT]):
         self._recorded_keys: set[int] | None = None
         """Keys of the rows in the file, while rows may be delivered again; None until they are needed."""
         self._newest_time = 0.0
-        self._unconfirmed_keys: set[int] = set()
-        """Keys of the rows that were not in the file when they were delivered."""
 
     def resume(self) -> None:
-        """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
+        """The run's start event is repeated; its rows may be, unless the note records which are in the file."""
         with self.lock:
             if self.output.is_known and not self.notes.tracker.position_unknown:
                 self.notes.tracker.continued()
@@ -127,7 +128,7 @@ class LoggedRun(Generic[StateT]):
 
     def state(self) -> bytes:
         """Return the run's state as it is written to the note beside the file."""
-        return noted(self.notes)
+        return encode_state(self.notes)
 
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
@@ -141,8 +142,8 @@ class LoggedRun(Generic[StateT]):
         """Whether a row is in the file already, and is delivered again after a repeated start."""
         if not self._may_repeat() or self._recorded_keys is None:
             return False
-        if key not in self._recorded_keys:
-            self._unconfirmed_keys.add(key)
+        if key not in self._recorded_keys and len(self.notes.unconfirmed_keys) < _MAX_UNCONFIRMED_KEYS:
+            self.notes.unconfirmed_keys.append(key)
         return key in self._recorded_keys
 
     def _may_repeat(self) -> bool:
@@ -152,14 +153,15 @@ class LoggedRun(Generic[StateT]):
             return False
         if self._recorded_keys is None:
             try:
-                self._recorded_keys, self._newest_time = self._existing_rows()
+                existing_keys, self._newest_time = self._existing_rows()
+                self._recorded_keys = existing_keys.difference(self.notes.unconfirmed_keys)
             except OSError as error:
                 raise RetryLaterError(f"{self.log.path} cannot be read: {error}") from error
         if self.event_time > self._newest_time:  # everything from here on is new
             if tracker.pending_start is not None:
                 self._apply_start(tracker.pending_start)
             tracker.position_unknown, self._recorded_keys = False, None
-            self._unconfirmed_keys.clear()
+            self.notes.unconfirmed_keys = []
         return tracker.position_unknown
 
     def _resolve_pending_start(self, *, is_logged: bool) -> None:
@@ -169,9 +171,9 @@ class LoggedRun(Generic[StateT]):
             return
         if not is_logged:
             self._apply_start(first)
-        elif self._unconfirmed_keys:
-            self._drop_rows(self._unconfirmed_keys)
-        self._unconfirmed_keys = set()
+        elif self.notes.unconfirmed_keys:
+            self._drop_rows(frozenset(self.notes.unconfirmed_keys))
+        self.notes.unconfirmed_keys = []
 
     def _apply_start(self, first_step: int) -> None:
         self._recorded_keys = None
@@ -217,7 +219,7 @@ RunT = TypeVar("RunT", bound=LoggedRun[Any])
 class _LoggerMark(msgspec.Struct, frozen=True, rename={"run_states": "runs"}):
     files: Mark
     run_states: dict[str, bytes]
-    """The encoded `RunNotes` of each run."""
+    """The encoded `LoggedRunState` of each run."""
     positions: dict[str, Position] = {}
 
 
@@ -377,7 +379,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
             OSError: The disk refuses it.
         """
         known = output.restore(place, self._note_of(place), others)
-        return None if known is None else notes_in(known, self._state_type)
+        return None if known is None else decode_state(known, self._state_type)
 
     def _train_ends(self, run: RunT, state: LoopState) -> None:
         """The training has ended."""

@@ -184,9 +184,9 @@ class CsvMetricsCallback(Callback):
         Raises:
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
-        for run in self._runs.values():
-            run.backlog.drain()
         written = [*self._ended_runs.values(), *self._runs.values()]
+        for run in written:
+            run.backlog.drain()
         files = self._position_writer.take(
             (run.output, msgspec.json.encode(run.tracker), [run.path]) for run in written
         )

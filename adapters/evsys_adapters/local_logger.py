@@ -231,9 +231,9 @@ class LocalLoggerCallback(Callback):
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         self._pages.drain()
-        for run in self._runs.values():
-            run.logs.settle()
         written = [*self._ended_runs.values(), *self._runs.values()]
+        for run in written:
+            run.logs.settle()
         files = self._position_writer.take((run.logs.output, run.encode_state(), run.logs.paths()) for run in written)
         self._ended_runs = {}
         return msgspec.to_builtins(_LoggerMark(files, {key: run.to_mark() for key, run in self._runs.items()}))

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
@@ -100,38 +100,11 @@ class EventBus:
         val {'acc': 0.9}
     """
 
-    if TYPE_CHECKING:
-
-        def publish(self, event: Event) -> None:
-            """Call the event's hook on every callback that has it, in order, and return when all have returned.
-
-            Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
-            remaining hooks ran. An event published from inside a hook is dispatched after the current one, before
-            the outermost publish returns.
-
-            Raises:
-                BusNotOpenError: The bus was not entered yet, or is closed.
-                ForkedBusError: In a child process forked from the one that entered the bus.
-                EventError: The argument is not an event.
-                PublishLoopError: Hooks publish inside hooks without end.
-            """
-
-    else:
-        # Slots make the attribute lookup of `publish` fastest.
-        __slots__ = (  # sorted by what they are
-            *(
-                "__weakref__",
-                "publish",
-                "receipt",
-                "_bare_tasks",
-                "_drain_timeout",
-                "_shutdown",
-                "_lifecycle",
-                "_faults",
-                "_delivery_manager",
-            ),
-            *("_journal", "_task_manager", "_publisher", "_rank", "_recorder", "_redact", "_loop_thread", "_watchdog"),
-        )
+    __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
+        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_compiled_publish", "_delivery_manager"),
+        *("_drain_timeout", "_faults", "_journal", "_lifecycle", "_loop_thread", "_publisher", "_rank", "_recorder"),
+        *("_redact", "_shutdown", "_task_manager", "_watchdog"),
+    )
 
     def __init__(
         self,
@@ -188,6 +161,21 @@ class EventBus:
         self._lifecycle = BusLifecycle(handles_signals=handle_signals)
 
     # -- what hooks and programs call ---------------------------------------------------------------------------------
+
+    def publish(self, event: Event) -> None:
+        """Call the event's hook on every callback that has it, in order, and return when all have returned.
+
+        Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
+        remaining hooks ran. An event published from inside a hook is dispatched after the current one, before the
+        outermost publish returns. A subclass may override it; what hooks publish goes through the override too.
+
+        Raises:
+            BusNotOpenError: The bus was not entered yet, or is closed.
+            ForkedBusError: In a child process forked from the one that entered the bus.
+            EventError: The argument is not an event.
+            PublishLoopError: Hooks publish inside hooks without end.
+        """
+        self._compiled_publish(event)
 
     @property
     def callbacks(self) -> tuple[object, ...]:
@@ -485,7 +473,9 @@ class EventBus:
     # -- what the components need -------------------------------------------------------------------------------------
 
     def _set_publish(self, publish: Callable[[Event], None]) -> None:
-        self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for readers
+        self._compiled_publish = publish
+        if type(self).publish is EventBus.publish:  # not overridden: spare each event the frame of the method
+            self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # a function where a method was
 
     def _get_loop(self) -> asyncio.AbstractEventLoop:
         return self._lifecycle.loop or self._loop_thread.loop()

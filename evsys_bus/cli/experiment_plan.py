@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from evsys_bus.cli.tables import format_columns, pluralize
+from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import read_spec

@@ -20,10 +20,16 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from evsys_bus.cli.adapter_states import RanksByAdapter, load_ranks_by_adapter
-from evsys_bus.cli.deliveries import POLL_SECONDS, DeliveryMonitor, DeliveryOutcome, courier_busy_error
-from evsys_bus.cli.delivery_progress import OnProgress
 from evsys_bus.cli.interrupts import Interrupts
+from evsys_bus.cli.output.deliveries import (
+    POLL_SECONDS,
+    DeliveryMonitor,
+    DeliveryOutcome,
+    RanksByAdapter,
+    courier_busy_error,
+    load_ranks_by_adapter,
+)
+from evsys_bus.cli.output.delivery_progress import OnProgress
 from evsys_bus.delivery.courier_process import LOG_NAME
 from evsys_bus.delivery.process_log import open_log
 from evsys_bus.delivery.progress import ProgressReader, read_progress
@@ -159,7 +165,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         [each for each, _ in work.deliverable if (each.working_directory, each.sys_path) == origin]
         for origin in origins
     ]
-    patience = min(_OVERTAKEN_SECONDS, timeout_seconds)
+    overtaken_seconds = min(_OVERTAKEN_SECONDS, timeout_seconds)
     while groups:
         group = groups.pop(0)
         monitor = DeliveryMonitor(work.directory, {each.name for each in group})
@@ -168,7 +174,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
-                while process.poll() is None and not monitor.is_finished(timeout_seconds, patience):
+                while process.poll() is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
                     statuses = monitor.poll(process.pid)
                     on_progress(statuses)
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):

@@ -70,7 +70,9 @@ TRAINER = '''
         def __init__(self, *kinds, linger_seconds=10.0):
             self.writer = JournalWriter("journal").open()
             followed = [
-                Subscription(kind, AdapterRef(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",)))
+                Subscription(
+                    kind, AdapterRef(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",))
+                )
                 for kind in kinds or ("seqs",)
             ]
             self.couriers = CourierProcess("journal", followed, linger_seconds=linger_seconds, pause_seconds=0.02)

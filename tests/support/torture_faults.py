@@ -395,10 +395,16 @@ def output_removed(scenario):
     path = {"table": out / "metrics.csv", "logs": out / "run" / "logs", "board": out / "tensorboard"}[what]
     scenario.note("output_removed", what)
     scenario.output_since[what] = scenario.life_number + 1
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    for _ in range(50):
+        try:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError:  # a courier in its linger period writes into it
+            time.sleep(0.02)
+        else:
+            break
 
 
 def machine_restarted(scenario):
