@@ -163,7 +163,11 @@ def placeholder_state(state: Any, matcher: StateMatcher, step: int, custom_value
 _LIVE_OBJECT: Final = object()
 
 
-NO_STATE: Final = StateMatcher(lambda _: lambda state: state is None, ())
+def _is_none(_: object) -> Callable[[object], bool]:
+    return lambda state: state is None
+
+
+NO_STATE: Final = StateMatcher(_is_none, ())
 """For steps that are published without a state."""
 
 
