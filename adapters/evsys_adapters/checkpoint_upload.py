@@ -391,3 +391,10 @@ class CheckpointUploadCallback(Callback):
             Spool.of(state.output_dir, self.config.url).add(row, self.config.parts)
         except OSError as error:  # the delivery half tries again, and rejects the event if it fails too
             log().warning("checkpoint.not_linked", checkpoint=row.name, error=str(error))
+
+    @staticmethod
+    def fetch_before_resume(*args: Any) -> None:
+        """Fetch what runs continue from; ``evsys-bus run --resume`` calls it once with all specs and runs."""
+        from evsys_adapters.commands.resume import fetch_newest
+
+        fetch_newest(*args)

@@ -3,7 +3,7 @@
 import asyncio
 
 from evsys_bus import Callback, Envelope, Eval, LoopState, StepEnd, TrainingBatch
-from evsys_bus.cli.filtered_receiver import FilteredReceiver
+from evsys_bus.cli.replay import FilteredReceiver
 from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.sink import Sink
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.bus.callback_marks import recorded_marks
-from evsys_bus.cli.event_reader import EventFilter, EventReader
+from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.codec import encode
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.delivery.progress import ProgressReader
