@@ -501,21 +501,17 @@ def open_replacement(
         except IsADirectoryError:
             if not displace_directory:
                 raise
-            _quarantine_directory(disk, target)
+            for quarantine_path in quarantine_names(target):  # the directory is not ours
+                with suppress(OSError):
+                    disk.rename(target, quarantine_path)
+                    break
             disk.rename(temporary_path, target)
         is_renamed = True
     finally:
         if not is_renamed:
-            _try_remove(disk, temporary_path)
+            with suppress(OSError):  # the next replacement of the file removes it
+                disk.remove(temporary_path)
         disk.close(file)
-
-
-def _quarantine_directory(disk: Disk, target: str) -> None:
-    """Rename a directory, which is not ours, out of the way."""
-    for quarantine_path in quarantine_names(target):
-        with suppress(OSError):
-            disk.rename(target, quarantine_path)
-            return
 
 
 def quarantine_names(target: str) -> Iterator[str]:
@@ -602,13 +598,6 @@ def _open_temporary(disk: Disk, target: str, temporary_path: str, mode: int) -> 
         if file is not None:
             return each, file
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), temporary_path)
-
-
-def _try_remove(disk: Disk, path: str) -> None:
-    try:
-        disk.remove(path)
-    except OSError:
-        return  # the next replacement of the file removes it
 
 
 def parent_folder(path: str) -> str:

@@ -8,7 +8,6 @@ a line contains.
 import errno
 import io
 import os
-import stat
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -183,7 +182,8 @@ def write_into_place(
     """
     disk = current_disk() if disk is None else disk
     target = disk.resolve(os.fspath(path)) if follow_link else os.fspath(path)
-    if isinstance(disk, OsDisk) and _is_special(target):
+    is_ordinary = os.path.isfile(target) or os.path.isdir(target) or not os.path.exists(target)  # noqa: PTH110, PTH112, PTH113  # as text
+    if isinstance(disk, OsDisk) and not is_ordinary:
         with Path(target).open("wb") as file:
             yield file
         return
@@ -204,14 +204,6 @@ class _RawWriter(io.RawIOBase):
 
     def write(self, data: "ReadableBuffer", /) -> int:
         return self._disk.write(self._file, bytes(data))
-
-
-def _is_special(path: str) -> bool:
-    try:
-        kind = os.stat(path).st_mode  # noqa: PTH116  # as text
-    except OSError:
-        return False
-    return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
 
 
 class AppendFile:

@@ -84,13 +84,13 @@ def stable_key(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
-def noted(notes: LoggedRunState) -> bytes:
-    """Notes of a run for the note beside its output, as JSON."""
-    return msgspec.json.encode(msgspec.msgpack.encode(notes))
+def encode_state(state: LoggedRunState) -> bytes:
+    """Encode a state as JSON, for the note beside the run's output."""
+    return msgspec.json.encode(msgspec.msgpack.encode(state))
 
 
-def notes_in(encoded: bytes, kind: type[StateT]) -> StateT:
-    """What `noted` made."""
+def decode_state(encoded: bytes, kind: type[StateT]) -> StateT:
+    """Decode the result of `encode_state`."""
     return msgspec.msgpack.decode(msgspec.json.decode(encoded, type=bytes), type=kind)
 
 

@@ -1,15 +1,15 @@
-"""`RowMatcher`: which rows of a file come again, after a follower without a cursor began anew over it.
+"""`RowMatcher`: finds rows that are delivered again, for an output without a note whose adapter has no cursor.
 
-What the journal still has may begin anywhere and have gaps, so nothing that stands in the file is cut in the hope that
-it comes again. A pointer moves over the rows instead:
+The journal may have lost its beginning and have gaps, so no existing row is cut in the expectation that it is delivered
+again. Instead, a pointer moves over the existing rows:
 
-- A row that stands at the pointer or behind it is left out, and the pointer moves behind it.
-- A row that does not is appended. If a start comes later, and then a row that stands, a start had made the appended row
-  void long ago, and it is dropped again.
-- A start waits for the row that follows. If that row stands, the start was carried out before. If it does not, although
-  all rows before the start did, the journal has lost what stands behind the pointer, and the start cuts as ever.
+- A row that exists at the pointer or after it is skipped, and the pointer moves behind it.
+- Any other row is appended. If later there is a start followed by an existing row, then a start had voided the appended
+  row earlier, and it is removed again.
+- A start is decided by the row after it. If that row exists, the start was applied before. If it does not, although all
+  rows before the start did, the journal has lost the events of the rows behind the pointer, and the start cuts them.
 
-The walk is over when the pointer is at the end, or when the first row is newer than all that stand.
+Matching ends when the pointer reaches the end, or if the first row is newer than all existing ones.
 """
 
 from bisect import bisect_left
@@ -23,11 +23,11 @@ class RowFile(Protocol):
     """A file of rows; its methods raise OSError where the disk refuses, and have changed nothing then."""
 
     def rows(self) -> Iterable[tuple[int, int | None]]:
-        """For each row a number, the same for rows with the same step and content, and its step."""
+        """Yield for each row a key, equal for rows with the same step and content, and its step."""
         ...
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """Drop the rows that do not stay, by their number from 0 on and their step; how many are left."""
+        """Keep only the rows for which ``should_keep``, given number and step, is true; returns how many are left."""
         ...
 
     def drop_from_step(self, first_step: int) -> None:
@@ -36,28 +36,28 @@ class RowFile(Protocol):
 
 
 class RowMatcher:
-    """The walk over the file of one run; what a mark has to know of it is in the run's `StepTracker`."""
+    """Matches delivered rows with the file of one run; the progress is saved in the run's `StepTracker`."""
 
     def __init__(self, tracker: StepTracker) -> None:
         self._tracker = tracker
         self._keys: list[int] | None = None
-        """Of the rows that stood in the file when the walk began; None until they are asked for."""
+        """Keys of the rows that existed when matching began; None until they are needed."""
         self._largest_step = -1
         """Their largest step."""
         self._indexes: dict[int, list[int]] = {}
 
     @property
     def is_active(self) -> bool:
-        """Whether rows that come may stand in the file."""
+        """Whether rows that follow may be in the file."""
         return self._tracker.is_matching
 
     def resume(self) -> None:
-        """A start is given again."""
+        """The start event is repeated."""
         self._tracker.resume()
         self._mark_unconfirmed()
 
     def start_training(self, first_step: int) -> bool:
-        """Training starts at this step; False where the next row decides whether anything is to be cut."""
+        """Training starts at this step; returns False if the next row decides whether rows are cut."""
         if not self.is_active:
             return self._tracker.start_training(first_step)
         self._tracker.start_pending(first_step)
@@ -65,7 +65,7 @@ class RowMatcher:
         return False
 
     def is_present(self, file: RowFile, key: int, step: int) -> bool:
-        """Whether the row that comes is left out; else it is to be appended, and `count_appended` to be called.
+        """Whether the row is in the file; if not, the caller appends it and calls `count_appended`.
 
         Raises:
             OSError: The file cannot be read or changed now; ask again.
@@ -85,9 +85,8 @@ class RowMatcher:
             is_over = keys[progress.pointer - 1] == keys[-1] if progress.pointer else step > self._largest_step
             if is_over and not progress.appended:
                 self._finish()
-        elif (
-            progress.pointer and progress.appended
-        ):  # another start made void what came before this one, and maybe this one
+        elif progress.pointer and progress.appended:
+            # another start voided what came before this one, and maybe this one
             existing = progress.existing
             rows = file.keep_rows(lambda number, step: number < existing or step is None or step < first)
             progress.appended = progress.unconfirmed = rows - existing
@@ -107,7 +106,7 @@ class RowMatcher:
         self._keys = None
 
     def _confirm_start(self, file: RowFile, progress: MatchProgress) -> None:
-        """A row stands: the starts before it were carried out, and voided what did not stand before them."""
+        """A row exists: the starts before it were applied, and voided the rows that did not exist before them."""
         if progress.unconfirmed:
             void = range(progress.existing, progress.existing + progress.unconfirmed)
             file.keep_rows(lambda number, _: number not in void)
@@ -122,13 +121,11 @@ class RowMatcher:
             progress.unconfirmed = progress.appended
 
     def _load(self, file: RowFile) -> tuple[MatchProgress, list[int]]:
-        """How far the walk is, and the rows over which it goes."""
+        """Return the progress, and the keys of the rows to be matched."""
         progress = self._tracker.match_progress
         if progress is None or self._keys is None:
             rows = [*file.rows()]
-            if progress is None or progress.existing + progress.appended != len(
-                rows
-            ):  # somebody else has changed the file
+            if progress is None or progress.existing + progress.appended != len(rows):  # else another process wrote it
                 progress = self._tracker.match_progress = MatchProgress(len(rows))
             self._tracker.position_unknown = False
             self._keys = [key for key, _ in rows[: progress.existing]]
@@ -137,7 +134,7 @@ class RowMatcher:
         return progress, self._keys
 
     def _find(self, key: int, progress: MatchProgress, keys: list[int]) -> int | None:
-        """Which row it is, at the pointer or behind it."""
+        """Return the index of the row, at the pointer or after it."""
         if progress.pointer < progress.existing and keys[progress.pointer] == key:
             return progress.pointer
         if not self._indexes:

@@ -1,6 +1,6 @@
 """`RunLogger` and `LoggedRun`: the common part of loggers that write a file of records for each run.
 
-    hooks ── the run of the event ── `RunNotes`: what is void, late or new ── rows: stream, step, values
+    hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
 
 The streams are ``train`` and ``eval/<name>``. Subclasses define how a row is encoded and what else is logged of a run.
 A note beside the file records which events it has the rows of (`evsys_adapters._output_positions`); without one, as
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
-from evsys_adapters._logged_run_state import StateT, decode_states, encode_states, noted, notes_in
+from evsys_adapters._logged_run_state import StateT, decode_state, decode_states, encode_state, encode_states
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters._output_lease import has_courier, without_foreign_files
 from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput, without_newer
@@ -69,7 +69,7 @@ class LoggedRun(Generic[StateT]):
         self._newest_time = 0.0
 
     def resume(self) -> None:
-        """The run's start event is repeated; its rows may be, unless the note says which are in the file."""
+        """The run's start event is repeated; its rows may be, unless the note records which are in the file."""
         with self.lock:
             if self.output.is_known and not self.notes.tracker.position_unknown:
                 self.notes.tracker.continued()
@@ -128,7 +128,7 @@ class LoggedRun(Generic[StateT]):
 
     def state(self) -> bytes:
         """Return the run's state as it is written to the note beside the file."""
-        return noted(self.notes)
+        return encode_state(self.notes)
 
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
@@ -219,7 +219,7 @@ RunT = TypeVar("RunT", bound=LoggedRun[Any])
 class _LoggerMark(msgspec.Struct, frozen=True, rename={"run_states": "runs"}):
     files: Mark
     run_states: dict[str, bytes]
-    """The encoded `RunNotes` of each run."""
+    """The encoded `LoggedRunState` of each run."""
     positions: dict[str, Position] = {}
 
 
@@ -379,7 +379,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
             OSError: The disk refuses it.
         """
         known = output.restore(place, self._note_of(place), others)
-        return None if known is None else notes_in(known, self._state_type)
+        return None if known is None else decode_state(known, self._state_type)
 
     def _train_ends(self, run: RunT, state: LoopState) -> None:
         """The training has ended."""

@@ -213,7 +213,7 @@ def _is_plain(part: str) -> bool:
 def names_other_run(content: bytes, owner: bytes, folder: Path) -> bool:
     """Whether the owner file beside an output names another run than this owner.
 
-    A prefix of the owner's name, or zeros, are left by a power cut and count as nobody's; unless that prefix is the
+    A prefix of the owner's name, or zeros, are left by a power cut and name no run; unless that prefix is the
     name of an existing run, from an owner file without line end as 0.1.0 wrote it.
 
     Args:

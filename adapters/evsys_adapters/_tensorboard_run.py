@@ -1,8 +1,8 @@
-"""`TensorBoardRun`: one run, as scalars and texts on their way to its event file.
+"""`TensorBoardRun`: one run, whose rows are written to its event file as scalars and texts.
 
-TensorBoard's fast loader drops what a run logged at later steps when a row comes late. So a file with late rows is put
-in order while the run goes on, at most for one hundredth of the time, and under a new name: a loader that is at work
-takes the first point of a new file for a restart, and reads all of it in place of what it has.
+When a row comes late, TensorBoard's fast loader drops the run's points at later steps. So a file with late rows is
+sorted while the run continues, at most one hundredth of the time, and gets a new name: a running loader takes the first
+point of a new file for a restart, and reads the whole file in place of what it has.
 """
 
 import os
@@ -31,50 +31,50 @@ _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
 FIRST_NAME: Final = "events.out.tfevents.0.evsys-bus"
 _MIN_REORDER_SECONDS: Final = 1.0
 _REORDER_TIME_SHARE: Final = 100
-"""The file is put in order at most for one part in so many of the time."""
+"""At most one part in this many of the time is spent on sorting files."""
 
 
 class EventFiles:
-    """The event files in a run's folder: one, but for what a crash left; looked at when the run is first heard of.
+    """The event files in a run's folder, as they were when the run was opened: one, except after a crash.
 
     Args:
-        folder: The run's.
-        savepoints: What a crashed process left behind its last mark is undone first.
+        folder: The run's folder.
+        savepoints: The callback's savepoints; what a crashed process wrote after its last mark is undone first.
     """
 
     def __init__(self, folder: Path, savepoints: Savepoints) -> None:
         self._folder = folder
         known = self.names_in(folder)
         for name in known:
-            savepoints.recover(os.path.abspath(folder / name))  # noqa: PTH100  # as the marks call it
+            savepoints.recover(os.path.abspath(folder / name))  # noqa: PTH100  # savepoints use this form
             (folder / f"{hidden_name(name)}.new").unlink(missing_ok=True)
         self._number = max(map(_number, known), default=0)
         full = [name for name in known if _size(folder / name)]
         self.newest = folder / max(full, key=_number, default=FIRST_NAME)
-        """The file that goes on."""
+        """The file to be continued."""
         self._empty = [folder / name for name in known if name not in full and name != self.newest.name]
 
     @staticmethod
     def names_in(folder: Path) -> set[str]:
-        """The names of event files that are there, or of which an earlier version is."""
+        """Return the names of existing event files, and of those with an earlier version."""
         try:
-            there = {each.name for each in folder.iterdir()}
+            names = {each.name for each in folder.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
-            there = set[str]()
-        return {name for name in there | names_with_versions(folder) if _NAME.fullmatch(name)}
+            names = set[str]()
+        return {name for name in names | names_with_versions(folder) if _NAME.fullmatch(name)}
 
     @property
     def has_unfinished_reorder(self) -> bool:
-        """Whether a file was put in order, but not for good: a loader that has read that one reads no name twice."""
+        """Whether a sorted file was undone; a loader may have read it, and reads no name twice."""
         return bool(self._empty)
 
     def next_name(self) -> Path:
-        """A name that no file here had."""
+        """Return a path that no file here has had."""
         self._number += 1
         return self._folder / f"events.out.tfevents.{self._number:010}.evsys-bus"
 
     def clean(self) -> None:
-        """Remove the empty files of names that were given up."""
+        """Remove the empty files whose names are no longer used."""
         for path in self._empty:
             if not _size(path):
                 path.unlink(missing_ok=True)
@@ -94,7 +94,7 @@ def _size(path: Path) -> int:
 
 
 class TensorBoardRun(LoggedRun[LoggedRunState]):
-    """A run, by the name of its folder."""
+    """One run; its name is that of its folder."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         super().__init__(log, state, output, lock)
         self.name = name
         self.lease: OutputLease | None = None
-        """Of its folder; None once it was given up."""
+        """Lease of its folder; None once it was released."""
         self.result: object = None
         self.arm: object = None
         self._files = files
@@ -121,7 +121,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         state.needs_reorder = state.needs_reorder or files.has_unfinished_reorder
 
     def describe(self, ctx: LogContext | None) -> None:
-        """Write down configuration and hypothesis, once."""
+        """Log configuration and hypothesis, once."""
         config = config_of(ctx)
         if self.notes.described or not config:
             return
@@ -132,21 +132,21 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self.add_text(None, "config", _as_code(config))
 
     def add_text(self, step: int | None, tag: str, text: str) -> None:
-        """Write a text; one without a step stands at the last."""
+        """Log a text; one without a step is logged at the last step."""
         with self.lock:
             at_step = self.notes.last_step if step is None else step
             self._events.event_time = self.event_time
             self._add(self._events.text(at_step or 0, tag, text))
 
     def close(self, *, forget: bool = False) -> None:
-        """Put the file in order, whenever that was done last; and write what waits."""
+        """Sort the file if needed, whenever that was done last, and write buffered rows."""
         with self.lock:
             self._reorder()
             self.log.close(forget_file=forget)
             self._faults.flush()
 
     def reorder_when_due(self) -> float | None:
-        """Put the file in order if that is due. Seconds until it is; None if the file is in order."""
+        """Sort the file if that is due; returns the seconds until it is, None if the file is in order."""
         with self.lock:
             if not self.notes.needs_reorder:
                 return None
@@ -177,7 +177,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         for payload in self.log.records():
             newest = max(newest, self._events.time_of(payload))
             step, is_restart = self._events.step_of(payload)
-            if is_restart:  # what it made void is not there for anybody who reads the file
+            if is_restart:  # readers do not see what it voids
                 found = {key: each for key, each in found.items() if each < step}
             else:
                 found[stable_key(payload)] = step
@@ -200,7 +200,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         return payload in self.log.records()
 
     def _write_final_scores(self, head: str, values: Mapping[str, Any]) -> None:
-        """Drawn at the last step, never at 0."""
+        """Log them at the last step, never at 0."""
         if self.notes.last_step is None:
             values = {key: text_of(value) for key, value in values.items()}
         self._write(head, self.notes.last_step or 0, values)
@@ -213,7 +213,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self.log.add(self._events.restart(first_step))
 
     def _reorder(self) -> None:
-        """Put the file in order, if it is not; what the disk refuses now is tried again."""
+        """Sort the file if needed; if the disk refuses that, it is tried again later."""
         if not self.notes.needs_reorder:
             return
         start = time.monotonic()
@@ -228,7 +228,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
 
 
 def _tags(stream: str, keys: Iterable[str]) -> dict[str, str]:
-    """The tag of each key; two keys of a row never share one."""
+    """Return the tag of each key; two keys of a row never share one."""
     tags = {key: prefixed(stream, key) for key in keys}
     taken = {tag: key for key, tag in tags.items() if tag == key}
     return {key: tag if taken.get(tag, key) == key else f"{stream}/{stream}/{key}" for key, tag in tags.items()}

@@ -1,8 +1,8 @@
-"""`TensorBoardLoggerCallback`: training, evals and predictions as TensorBoard shows them, one folder for each run.
+"""`TensorBoardLoggerCallback`: training, evals and predictions in TensorBoard's format, one folder per run.
 
 <log_dir>/<run_key>/events.out.tfevents.<n>.evsys-bus      scalars ``train/<metric>``, ``eval/<name>/<metric>``; texts
 
-n counts how often the file was put in order; see `_tensorboard_run`.
+n counts how often the file was sorted; see `_tensorboard_run`.
 """
 
 import asyncio
@@ -37,41 +37,42 @@ from evsys_bus.errors import EvsysBusError, RetryLaterError
 from evsys_bus.location import local_path
 
 FILE: Final = FIRST_NAME
-"""One file for each run, whatever becomes of the processes that write it; one with late rows gets another number."""
+"""The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
 
 
 class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `TensorBoardLoggerCallback` can be told."""
+    """Parameters of `TensorBoardLoggerCallback`."""
 
     log_dir: str | None = None
-    """Each run gets a folder in it. Default: the folder ``tensorboard`` of the experiment. A path on this machine."""
+    """Parent of the runs' folders, a local path. Default: the folder ``tensorboard`` of the experiment."""
     flush_secs: Annotated[float, msgspec.Meta(ge=0)] = 30
-    """How long a row may wait in memory. Where a courier delivers it does not: a row is on disk before it counts."""
+    """How long a row may stay in memory. Behind a courier, rows are synced before they count as delivered."""
     max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 100
-    """Predictions in the table of one eval."""
+    """Maximum number of predictions in the table of one eval."""
 
     def __post_init__(self) -> None:
-        """Refuse a URL, and placeholders: none are filled in."""
+        """Reject URLs and placeholders; none are replaced."""
         if self.log_dir is not None:
             check_local_path(self.log_dir, "log_dir")
 
 
 class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
-    """Writes what TensorBoard reads: scalars for numbers, texts for anything else, tables of predictions.
+    """Logs runs in TensorBoard's format: scalars for numbers, texts for anything else, tables of predictions.
 
-    A benchmark that was scored after training is drawn at the last step that was trained, as ``final/<name>/…``; where
-    no step is known it is a text. Scalars are 32-bit floats there. Wall times are those of the events, whenever they
-    are delivered. A key of the training that has a ``/`` is its own tag.
+    A benchmark that was scored after training is logged at the last trained step, as ``final/<name>/…``; if no step is
+    known, as a text. Scalars are 32-bit floats. Wall times are those of the events, whenever they are delivered. A
+    training metric whose key contains a ``/`` has that key as its tag.
 
-    A step that comes late or again is kept, and of an eval that was repeated the newest remains. TensorBoard's fast
-    loader, its default on Linux and macOS with x86 processors, drops what came before a late row. So a file with late
-    rows is put in order while the run goes on, and gets a new name, which that loader then reads. The other loader
-    (``--load_fast=false``) does not need it: begun later, it shows every point; one that is at work stays with the old
-    name and shows the rest once it is started again, or with TensorFlow installed shows each point twice.
+    Rows of late or repeated steps are retained; of a repeated eval only the newest one is. TensorBoard's fast loader,
+    the default on Linux and macOS with x86 processors, drops the points before a late row. So a file with late rows is
+    sorted while the run continues, and gets a new name, which that loader then reads. The other loader
+    (``--load_fast=false``) does not need this: started later, it shows every point; already running, it stays with the
+    old name and shows the rest after a restart, or with TensorFlow installed shows each point twice.
 
-    A resumed run continues its file, and what is run again is void there. Ranks above 0 are runs of their own, in a
-    folder ``rank<rank>`` of the run's. Where two followers log one run, the second one's folder is ``<run>-2``, also on
-    later days; a WARNING names it. A follower under a new name goes on in the folder of one that is followed no more.
+    A resumed run continues its file; steps that are run again are void there. Ranks above 0 are separate runs, in a
+    subfolder ``rank<rank>``. If two adapters log one run, the second one's folder is ``<run>-2``, also in later
+    processes; a WARNING names it. An adapter with a new name continues in the folder of one that is no longer
+    subscribed.
 
     Raises:
         ModuleNotFoundError: tensorboardX is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -105,7 +106,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         run.close()
 
     def close(self) -> None:
-        """Put every file in order, write what waits, and close it; a later hook goes on where it was."""
+        """Sort every file if needed, write buffered rows, and close it; a later hook continues."""
         with self._lock:
             self._reorder_scheduled = False
             super().close()
@@ -113,13 +114,13 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
                 run.lease = None
 
     def mark(self) -> Any:
-        """As every run's logger; files with late rows are put in order first, if that is due."""
+        """See `RunLogger.mark`; files with late rows are sorted first if that is due."""
         with self._lock:
             self._reorder_when_due()
             return super().mark()
 
     def rewind(self, mark: Any) -> None:
-        """As every run's logger; of a file that was put in order behind the mark, the one before is there again."""
+        """See `RunLogger.rewind`; a file that was sorted after the mark is replaced by its predecessor."""
         with self._lock:
             super().rewind(mark)
             for folder in {Path(file).parent for file in self._savepoints.files}:
@@ -133,7 +134,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
             return run
 
     def _renew_lease(self, handle: LoopState | LogContext, run: TensorBoardRun) -> TensorBoardRun:
-        """The run, which was given up, as at the end: another follower may write its folder by now."""
+        """Acquire the run's folder again after it was released; another adapter may write it by now."""
         try:
             folder, run.lease = self._candidates(handle).acquire_if_followed()
             previous = self._known_in(folder, run.output)
@@ -167,7 +168,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         return run
 
     def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
-        """Write the conclusion beside the run."""
+        """Log the conclusion."""
         run.add_text(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
 
     @staticmethod
@@ -181,7 +182,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         )
 
     def _schedule_reorder(self) -> None:
-        """Have files with late rows put in order once that is due, whether or not more comes."""
+        """Have files with late rows sorted once that is due, even if no further row comes."""
         if self._reorder_scheduled or not self.evsys_attached:
             return
         try:
@@ -202,7 +203,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
             raise
 
     def _reorder_when_due(self) -> float | None:
-        """Seconds until the next file is due; None if all are in order."""
+        """Sort files if that is due; returns the seconds until the next one is, None if all are in order."""
         waits = [wait for run in self._runs.values() if (wait := run.reorder_when_due()) is not None]
         return min(waits, default=None)
 
@@ -210,7 +211,7 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         run.describe(run_context(handle))
 
     def _folder(self, handle: LoopState | LogContext) -> Path:
-        """The run's folder: TensorBoard calls a run by its folder's path."""
+        """Return the run's folder: TensorBoard names a run by the path of its folder."""
         if self._root is None:
             own = run_folder(handle)
             if run_key(handle) is None:

@@ -16,7 +16,7 @@ from evsys_bus.bench.dispatch import BATCH, STATE, NoOp
 from evsys_bus.bus import EventBus
 from evsys_bus.events import StepEnd
 from evsys_bus.journal import JournalReader, OsDisk, frame
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.reader import SegmentScan
 
 Log = Callable[[int, dict[str, float]], object]
 """Logs one step and its metrics."""

@@ -28,7 +28,7 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Event
 from evsys_bus.journal import Disk, JournalWriter, OsDisk, frame, layout
 from evsys_bus.journal.frame import Frame, FrameRun
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.reader import SegmentScan
 
 MARK_SEARCH_SECONDS: Final = 10.0
 """How long a resume searches the journal for marks, newest first, before it continues without the missing ones."""
@@ -141,7 +141,7 @@ def recorded_marks(
 
 
 def _read_payloads(disk: Disk, path: str, first: int, deadline: float) -> Iterator[bytes]:
-    for item in SegmentScan(disk, path).frame_runs(first):
+    for item in SegmentScan(disk, path).items(first):
         if isinstance(item, FrameRun):
             yield from item.payloads
             if time.monotonic() >= deadline:

@@ -14,7 +14,7 @@ from typing import Final, TextIO
 
 import click
 
-from evsys_bus.cli.screen import Screen
+from evsys_bus.cli.output.screen import Screen
 
 COMMANDS: Final[Mapping[str, str]] = {
     "demo": "trains three small networks on handwritten digits, in seconds",
@@ -111,7 +111,7 @@ def run(arguments: Sequence[str]) -> int:
         screen.note("interrupted")
         return 130
     except Exception as error:
-        from evsys_bus.cli.errors import report
+        from evsys_bus.cli.output.errors import report
 
         return report(error, screen)
     stdout: TextIO | None = sys.stdout

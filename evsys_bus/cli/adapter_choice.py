@@ -11,7 +11,7 @@ import msgspec
 
 if TYPE_CHECKING:
     from evsys_bus.callback import Callback
-    from evsys_bus.config.document import Document
+    from evsys_bus.config.yaml_nodes import Document
     from evsys_bus.delivery.subscription import Subscription
     from evsys_bus.sink import Sink
 
@@ -47,9 +47,8 @@ def resolve_subscription(
         ConfigError: The kind is unknown, its params are invalid, or it does not support delivery by a courier.
     """
     from evsys_bus.config import CallbackSpec, build_callbacks, with_overrides
-    from evsys_bus.config.document import Document
-    from evsys_bus.config.recipe import import_module
-    from evsys_bus.config.yaml_composer import compose
+    from evsys_bus.config.experiment import import_module
+    from evsys_bus.config.yaml_nodes import Document, compose
     from evsys_bus.errors import ConfigError, Location
 
     for plugin in plugins:
@@ -82,7 +81,7 @@ def load_adapter(subscription: "Subscription") -> "Callback | Sink":
 
 def _quote_non_yaml(text: str) -> str:
     """Quote a value that is not valid YAML, such as ``out_path={run_dir}/metrics.csv``."""
-    from evsys_bus.config.yaml_composer import compose
+    from evsys_bus.config.yaml_nodes import compose
     from evsys_bus.errors import DocumentError
 
     key, _, value = text.partition("=")

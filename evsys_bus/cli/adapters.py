@@ -2,7 +2,7 @@
 
 import click
 
-from evsys_bus.cli.screen import color_option
+from evsys_bus.cli.output.screen import color_option
 
 
 @click.command("adapters")

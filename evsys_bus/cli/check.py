@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from evsys_bus.cli.options import json_option, set_option
-from evsys_bus.cli.screen import color_option
+from evsys_bus.cli.options import set_option
+from evsys_bus.cli.output.screen import color_option, json_option
 
 
 @click.command("check")

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 from evsys_bus.cli.store_options import store_options
 
 if TYPE_CHECKING:
@@ -43,9 +42,8 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: "StoreOpt
 
 
 def _table(states: "list[CheckpointState]") -> list[str]:
-    from evsys_bus.cli.formatting import NO_VALUE, format_size
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_table
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
+    from evsys_bus.cli.output.screen import printable, terminal_width
 
     rows = [["run", "checkpoint", "after step", "here", "there", "size", "destination"]]
     for each in states:
@@ -80,10 +78,9 @@ def _show_remote(url: str, options: "StoreOptions", run: str, *, as_json: bool) 
     import msgspec
 
     from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder
-    from evsys_bus.cli.formatting import format_size
-    from evsys_bus.cli.screen import printable, terminal_width
+    from evsys_bus.cli.output.formatting import format_size, format_table
+    from evsys_bus.cli.output.screen import printable, terminal_width
     from evsys_bus.cli.store_options import open_destination
-    from evsys_bus.cli.tables import format_table
 
     async def load_manifests() -> list[Manifest]:
         async with open_destination(url, options, run) as destination:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from evsys_bus.adapter import RunAnnotated
-from evsys_bus.cli.formatting import format_duration
-from evsys_bus.cli.tables import pluralize
+from evsys_bus.cli.output.formatting import format_duration, pluralize
 from evsys_bus.events import (
     BenchmarkEval,
     Checkpoint,

@@ -8,10 +8,8 @@ from typing import Any, Final
 from rich.cells import cell_len, set_cell_size
 
 from evsys_bus.cli.event_facts import facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.formatting import NO_VALUE
-from evsys_bus.cli.progress.arm_table import format_number
-from evsys_bus.cli.screen import printable
-from evsys_bus.cli.tables import GAP
+from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number
+from evsys_bus.cli.output.screen import printable
 from evsys_bus.events import Envelope
 
 _MAX_METRICS: Final = 6

@@ -15,8 +15,7 @@ from typing import Final
 import msgspec
 
 from evsys_bus.cli.event_facts import metrics_of, type_of
-from evsys_bus.cli.reverse_reader import read_newest_first
-from evsys_bus.cli.tables import pluralize
+from evsys_bus.cli.output.formatting import pluralize
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
@@ -24,7 +23,7 @@ from evsys_bus.events import Envelope
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.reader import SegmentScan, read_newest_first
 
 
 class EventFilter(msgspec.Struct, frozen=True):

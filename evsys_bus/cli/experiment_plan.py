@@ -10,13 +10,11 @@ from typing import Any
 
 import msgspec
 
-from evsys_bus.cli.tables import format_columns, pluralize
+from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.codec import json_line, to_builtins
-from evsys_bus.config.arms import expand_arms, expand_seeds
-from evsys_bus.config.document import Document, read_document, with_overrides
-from evsys_bus.config.experiment import ExperimentConfig
-from evsys_bus.config.experiment_loader import load_experiment
+from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import read_spec
+from evsys_bus.config.yaml_nodes import Document, read_document, with_overrides
 from evsys_bus.errors import DocumentError, Location, did_you_mean
 from evsys_bus.files import DECODE_ERRORS, read_file
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE, MAX_FILE_BYTES, StoredExperiment

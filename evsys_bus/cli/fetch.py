@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from evsys_bus.cli.journals import RUNS
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 from evsys_bus.cli.store_options import store_options
 
 if TYPE_CHECKING:
@@ -107,9 +106,9 @@ def _fetch_checkpoint(
 
     from evsys_adapters.checkpoints.manifest import FETCHED, checkpoint_folder
     from evsys_adapters.checkpoints.restore import choose_checkpoint, fetch_checkpoint
-    from evsys_bus.cli.fetch_progress import show_fetches
     from evsys_bus.cli.fetched_checkpoints import describe_contents
-    from evsys_bus.cli.progress.transfers import make_byte_counter
+    from evsys_bus.cli.output.progress import show_fetches
+    from evsys_bus.cli.output.transfers import make_byte_counter
     from evsys_bus.cli.store_options import open_destination
 
     async def download() -> "ManifestRow":

@@ -6,9 +6,8 @@ from pathlib import Path
 import msgspec
 
 from evsys_adapters.checkpoints.manifest import Manifest
-from evsys_bus.cli.formatting import format_size
+from evsys_bus.cli.output.formatting import format_size, pluralize
 from evsys_bus.cli.records import CHECKPOINTS
-from evsys_bus.cli.tables import pluralize
 from evsys_bus.context import ManifestRow
 from evsys_bus.training.row_file import Row, RowFile
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import click
 
 from evsys_bus.cli.adapter_choice import adapter_options
-from evsys_bus.cli.delivery_progress import progress_option, show_deliveries, timeout_option
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.output.delivery_progress import show_deliveries
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.progress import ProgressMode
+    from evsys_bus.cli.output.progress import ProgressMode
 
 
 @click.command("follow")
@@ -43,12 +43,11 @@ def command(
     ended already, its events are delivered and the command ends.
     """
     from evsys_bus.cli.adapter_choice import resolve_subscription
-    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, sync_command, undelivered_error
-    from evsys_bus.cli.errors import INTERRUPTED, report
     from evsys_bus.cli.follow_delivery import OneOffDelivery, ResumableDelivery, check_same_adapter
     from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.stdout_guard import guard_stdout
-    from evsys_bus.cli.warnings_log import show_warnings
+    from evsys_bus.cli.output.capture import guard_stdout
+    from evsys_bus.cli.output.deliveries import outcome_json, outcome_lines, sync_command, undelivered_error
+    from evsys_bus.cli.output.errors import INTERRUPTED, report, show_warnings
 
     journal = find_journal(folder)
     subscription = resolve_subscription(kind, sets, plugins, name)

@@ -14,10 +14,10 @@ from typing import Final
 import msgspec
 
 from evsys_bus.cli.adapter_choice import load_adapter
-from evsys_bus.cli.deliveries import POLL_SECONDS, DeliveryMonitor, DeliveryOutcome, courier_busy_error
-from evsys_bus.cli.delivery_progress import OnProgress
 from evsys_bus.cli.filtered_receiver import FilteredReceiver
 from evsys_bus.cli.interrupts import Interrupts
+from evsys_bus.cli.output.deliveries import POLL_SECONDS, DeliveryMonitor, DeliveryOutcome, courier_busy_error
+from evsys_bus.cli.output.delivery_progress import OnProgress
 from evsys_bus.cli.replay_delivery import delivery_status
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.courier import Courier

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option
 
 
 @click.command("forget")
@@ -23,8 +23,8 @@ def command(screen: Screen, name: str, folder: Path | None, sure: bool) -> None:
     that the journal has then. To deliver pending events instead: evsys-bus sync RUN --adapter NAME.
     """
     from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.cli.output.formatting import pluralize
+    from evsys_bus.cli.output.screen import printable
     from evsys_bus.delivery.progress import read_progress
     from evsys_bus.delivery.subscriptions import forget
     from evsys_bus.errors import did_you_mean

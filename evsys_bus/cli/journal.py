@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from evsys_bus.cli.event_options import event_options, no_match_message
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
@@ -36,8 +35,8 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     import msgspec
 
     from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.cli.output.formatting import pluralize
+    from evsys_bus.cli.output.screen import printable
     from evsys_bus.cli.verification import stream_lines, summary, verify_with_progress
 
     directory = find_journal(folder).directory
@@ -65,11 +64,10 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     new one, with the suffix ".damaged". Do not follow or sync the run at the same time. Exits with 3 if a segment
     cannot be read at all.
     """
-    from evsys_bus.cli.formatting import format_size
     from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.output.formatting import format_columns, format_size, pluralize
+    from evsys_bus.cli.output.screen import printable
     from evsys_bus.cli.repair import damaged_streams, repair
-    from evsys_bus.cli.screen import printable
-    from evsys_bus.cli.tables import format_columns, pluralize
     from evsys_bus.cli.verification import verify_with_progress
 
     directory = find_journal(folder).directory
@@ -117,9 +115,9 @@ def export_command(
     from evsys_bus.cli.event_reader import EventFilter, EventReader
     from evsys_bus.cli.export import export_csv, export_jsonl
     from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.output.formatting import pluralize
     from evsys_bus.cli.reading_progress import disk_with_progress
     from evsys_bus.cli.run_journal import find_run_key
-    from evsys_bus.cli.tables import pluralize
 
     journal = find_journal(folder)
     named = types or (("step_end",) if kind == "csv" else ())

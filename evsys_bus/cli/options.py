@@ -6,7 +6,7 @@ from typing import Any, Final, TypeVar, cast
 
 import click
 
-from evsys_bus.cli.screen import color_option
+from evsys_bus.cli.output.screen import color_option, json_option
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
@@ -14,7 +14,24 @@ PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
 set_option: Final = click.option(
     "--set", "sets", multiple=True, metavar="A.B=C", help="Override a value of the file: --set run.lr=1e-3; repeatable."
 )
-json_option: Final = click.option("--json", "as_json", is_flag=True, help="The result as one JSON object per line.")
+
+
+progress_option: Final = click.option(
+    "--progress",
+    type=click.Choice(PROGRESS_MODES),
+    default="auto",
+    show_default=True,
+    help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
+)
+timeout_option: Final = click.option(
+    "--timeout",
+    "timeout_seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Give up on an adapter once it has accepted no events for this long.",
+)
 
 
 def running_options(command: _CommandT) -> _CommandT:
@@ -22,13 +39,7 @@ def running_options(command: _CommandT) -> _CommandT:
     for option in (
         color_option,
         json_option,
-        click.option(
-            "--progress",
-            type=click.Choice(PROGRESS_MODES),
-            default="auto",
-            show_default=True,
-            help="How progress is shown on stderr. auto: live on a terminal, plain otherwise.",
-        ),
+        progress_option,
         click.option(
             "--strict",
             is_flag=True,

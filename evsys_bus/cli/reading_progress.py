@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from evsys_bus.cli.screen import Screen, is_terminal
+from evsys_bus.cli.output.screen import Screen, is_terminal
 from evsys_bus.journal import Disk, OsDisk
 
 _MIN_BYTES_FOR_BAR: Final = 32 << 20

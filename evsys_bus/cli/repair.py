@@ -16,7 +16,7 @@ import msgspec
 from evsys_bus.errors import JournalInUseError
 from evsys_bus.journal import JournalReport, OsDisk, frame, layout
 from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.reader import SegmentScan
 from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.journal.verify import StreamReport
 

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 import click
 
 from evsys_bus.cli.adapter_choice import adapter_options
-from evsys_bus.cli.delivery_progress import progress_option, show_deliveries, timeout_option
 from evsys_bus.cli.event_options import event_options, no_match_message
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option, printable
+from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.output.delivery_progress import show_deliveries
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
 from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
     from evsys_bus.cli.filtered_receiver import FilteredReceiver
-    from evsys_bus.cli.progress import ProgressMode
+    from evsys_bus.cli.output.progress import ProgressMode
     from evsys_bus.cli.replay_delivery import ReplayResult
 
 
@@ -58,10 +58,10 @@ def command(
     from evsys_bus.cli.adapter_choice import load_adapter, resolve_subscription
     from evsys_bus.cli.filtered_receiver import FilteredReceiver
     from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.output.capture import guard_stdout
+    from evsys_bus.cli.output.errors import show_warnings
     from evsys_bus.cli.replay_delivery import replay
     from evsys_bus.cli.run_journal import find_run_key
-    from evsys_bus.cli.stdout_guard import guard_stdout
-    from evsys_bus.cli.warnings_log import show_warnings
 
     journal = find_journal(folder)
     subscription = resolve_subscription(kind, sets, plugins)
@@ -84,7 +84,7 @@ def command(
 
 
 def _lines(result: "ReplayResult", *, dry_run: bool) -> list[str]:
-    from evsys_bus.cli.tables import format_columns, pluralize
+    from evsys_bus.cli.output.formatting import format_columns, pluralize
 
     sent = sum(result.sent.values())
     if dry_run:
@@ -106,8 +106,8 @@ def _json(result: "ReplayResult", *, dry_run: bool) -> list[str]:
 
 def _report_problems(result: "ReplayResult", receiver: "FilteredReceiver", screen: Screen) -> int:
     """Report errors on stderr, and return the exit code."""
-    from evsys_bus.cli.errors import INTERRUPTED, OK, RAISED, REMOTE, report
-    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.cli.output.errors import INTERRUPTED, OK, RAISED, REMOTE, report
+    from evsys_bus.cli.output.formatting import pluralize
     from evsys_bus.errors import RetryLaterError
 
     for why in receiver.reasons:

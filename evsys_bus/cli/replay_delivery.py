@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from evsys_bus.cli.deliveries import POLL_SECONDS
-from evsys_bus.cli.delivery_progress import OnProgress
-from evsys_bus.cli.errors import INTERRUPTED
 from evsys_bus.cli.filtered_receiver import FilteredReceiver
+from evsys_bus.cli.output.deliveries import POLL_SECONDS
+from evsys_bus.cli.output.delivery_progress import OnProgress
+from evsys_bus.cli.output.errors import INTERRUPTED
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import PendingCounter
 from evsys_bus.delivery.subscription import DeliveryPolicy

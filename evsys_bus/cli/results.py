@@ -6,15 +6,25 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.cli.adapter_states import RanksByAdapter, describe_state, load_ranks_by_adapter
-from evsys_bus.cli.deliveries import describe_counts, sync_command
 from evsys_bus.cli.experiment_plan import ExperimentPlan
-from evsys_bus.cli.formatting import NO_VALUE, format_duration
-from evsys_bus.cli.progress import arm_table
-from evsys_bus.cli.progress.arm_table import format_mean_sd
-from evsys_bus.cli.progress.live import summarize_error
-from evsys_bus.cli.screen import printable, terminal_width
-from evsys_bus.cli.tables import GAP, format_facts, format_table
+from evsys_bus.cli.output.deliveries import (
+    RanksByAdapter,
+    describe_counts,
+    describe_state,
+    load_ranks_by_adapter,
+    sync_command,
+)
+from evsys_bus.cli.output.formatting import (
+    GAP,
+    NO_VALUE,
+    MetricSpread,
+    format_duration,
+    format_facts,
+    format_mean_sd,
+    format_table,
+    summarize_error,
+)
+from evsys_bus.cli.output.screen import printable, terminal_width
 from evsys_bus.codec import json_line
 from evsys_bus.context import ArmResult, ExperimentResult
 from evsys_bus.tasks import DeliveryStatus, Receipt
@@ -144,7 +154,7 @@ def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
 def _format_spread(spread: Spread | None) -> str:
     if spread is None or spread.mean is None:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
-    text = format_mean_sd(arm_table.MetricSpread(spread.mean, spread.sd, spread.n))
+    text = format_mean_sd(MetricSpread(spread.mean, spread.sd, spread.n))
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
 
 

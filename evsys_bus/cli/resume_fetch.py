@@ -21,15 +21,14 @@ from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
 from evsys_adapters.checkpoints.stores import StoreOptions, url_for
 from evsys_bus.cli.experiment_plan import ExperimentPlan, load_previous_experiment
-from evsys_bus.cli.fetch_progress import OnTransfer, show_fetches
 from evsys_bus.cli.fetched_checkpoints import record_checkpoint
-from evsys_bus.cli.progress import ProgressMode
-from evsys_bus.cli.progress.transfers import make_byte_counter
+from evsys_bus.cli.output.errors import show_warnings
+from evsys_bus.cli.output.progress import OnTransfer, ProgressMode, show_fetches
+from evsys_bus.cli.output.screen import Screen
+from evsys_bus.cli.output.transfers import make_byte_counter
 from evsys_bus.cli.records import read_checkpoints
 from evsys_bus.cli.resume_reporter import ResumeReporter, join_names
-from evsys_bus.cli.screen import Screen
 from evsys_bus.cli.store_options import open_store
-from evsys_bus.cli.warnings_log import show_warnings
 from evsys_bus.config.spec import read_spec
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log

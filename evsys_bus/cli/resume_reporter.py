@@ -6,10 +6,9 @@ from typing import Final
 
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder
 from evsys_bus.cli.fetched_checkpoints import describe_contents, total_bytes
-from evsys_bus.cli.progress import ProgressMode
-from evsys_bus.cli.progress.lines import Facts, format_json, format_plain
-from evsys_bus.cli.screen import Screen, printable
-from evsys_bus.cli.tables import pluralize
+from evsys_bus.cli.output.formatting import pluralize
+from evsys_bus.cli.output.progress import Facts, ProgressMode, format_json, format_plain
+from evsys_bus.cli.output.screen import Screen, printable
 
 _MAX_NAMED: Final = 4
 

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 import click
 
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
-from evsys_bus.cli.screen import Screen
+from evsys_bus.cli.output.screen import Screen
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.progress import ProgressMode
+    from evsys_bus.cli.output.progress import ProgressMode
 
 
 @click.command("run")

@@ -14,18 +14,18 @@ import click
 import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
-from evsys_bus.cli.deliveries import ProblemMonitor, problem_lines
-from evsys_bus.cli.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.experiment_plan import ExperimentPlan, load_previous_experiment
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.progress import DrainStatus, PlannedRun, ProgressMode, RunStateTracker, resolve_mode, show_progress
+from evsys_bus.cli.output.capture import guard_stdout
+from evsys_bus.cli.output.deliveries import ProblemMonitor, problem_lines
+from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE, show_warnings
+from evsys_bus.cli.output.formatting import pluralize
+from evsys_bus.cli.output.progress import ProgressMode, resolve_mode, show_progress
+from evsys_bus.cli.output.run_state import DrainStatus, PlannedRun, RunStateTracker
+from evsys_bus.cli.output.screen import Screen, printable
 from evsys_bus.cli.results import delivery_command, result_json, result_lines
 from evsys_bus.cli.run_journal import read_page_urls
-from evsys_bus.cli.screen import Screen, printable
-from evsys_bus.cli.stdout_guard import guard_stdout
-from evsys_bus.cli.tables import pluralize
 from evsys_bus.cli.uploads import UploadMonitor
-from evsys_bus.cli.warnings_log import show_warnings
 from evsys_bus.config import build_callbacks
 from evsys_bus.context import ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import color_option
+from evsys_bus.cli.output.screen import color_option, json_option
 
 if TYPE_CHECKING:
     from evsys_bus.cli.records import ExperimentRecord, MetricRecord, RunRecord
@@ -53,12 +52,11 @@ def command(folder: Path, as_json: bool) -> None:
 
 def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
     """Show the runs of a journal and their deliveries."""
-    from evsys_bus.cli.adapter_states import adapter_rows, describe_state, load_ranks_by_adapter
-    from evsys_bus.cli.deliveries import describe_counts
     from evsys_bus.cli.journals import find_journal
+    from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
+    from evsys_bus.cli.output.formatting import format_facts
+    from evsys_bus.cli.output.screen import printable, terminal_width
     from evsys_bus.cli.run_journal import read_runs
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_facts
     from evsys_bus.delivery.progress import read_progress
 
     try:
@@ -93,9 +91,8 @@ def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
 
 
 def _runs_lines(directory: Path, runs: "list[RunRecord]") -> list[str]:
-    from evsys_bus.cli.formatting import NO_VALUE
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_table, pluralize
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_table, pluralize
+    from evsys_bus.cli.output.screen import printable, terminal_width
 
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
@@ -167,12 +164,9 @@ def _suggest(folder: Path) -> str:
 
 
 def _experiment_lines(record: "ExperimentRecord") -> list[str]:
-    from evsys_bus.cli.formatting import NO_VALUE
-    from evsys_bus.cli.progress.arm_table import format_number
-    from evsys_bus.cli.progress.live import summarize_error
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_facts, format_number, format_table, summarize_error
+    from evsys_bus.cli.output.screen import printable, terminal_width
     from evsys_bus.cli.records import METRICS
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_facts, format_table
     from evsys_bus.training.experiment_store import read_result
 
     experiment, width = record.experiment, terminal_width(sys.stdout)
@@ -208,10 +202,8 @@ def _experiment_lines(record: "ExperimentRecord") -> list[str]:
 
 def _run_lines(record: "RunRecord") -> list[str]:
     from evsys_bus.cli.experiment_plan import format_params
-    from evsys_bus.cli.formatting import NO_VALUE, format_duration
-    from evsys_bus.cli.progress.arm_table import format_number
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_facts, format_table
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_duration, format_facts, format_number, format_table
+    from evsys_bus.cli.output.screen import printable, terminal_width
 
     result, entry, width = record.result, record.entry, terminal_width(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
@@ -259,7 +251,7 @@ def _run_lines(record: "RunRecord") -> list[str]:
 
 
 def _metric_row(each: "MetricRecord") -> list[str]:
-    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.output.screen import printable
 
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
     return [printable(each.name), f"{each.rows:,}{_format_nan_count(each.nonfinite)}", *map(_format_value, values)]
@@ -273,8 +265,7 @@ def _relative_path(path: str | None, folder: Path) -> str:
 
 
 def _format_value(value: float | None) -> str:
-    from evsys_bus.cli.formatting import NO_VALUE
-    from evsys_bus.cli.progress.arm_table import format_number
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_number
 
     if value is None:
         return NO_VALUE

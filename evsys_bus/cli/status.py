@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.progress.transfers import Transfer
+    from evsys_bus.cli.output.transfers import Transfer
     from evsys_bus.cli.streams import StreamState
     from evsys_bus.journal import JournalReport
     from evsys_bus.tasks import DeliveryStatus
@@ -53,9 +52,8 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 def _lines(
     directory: Path, states: "list[StreamState]", adapters: "list[DeliveryStatus]", report: "JournalReport | None"
 ) -> list[str]:
-    from evsys_bus.cli.formatting import NO_VALUE, format_age, format_range, format_size
-    from evsys_bus.cli.screen import printable, terminal_width
-    from evsys_bus.cli.tables import format_table, pluralize
+    from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
+    from evsys_bus.cli.output.screen import printable, terminal_width
 
     width = terminal_width(sys.stdout)
     head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
@@ -74,15 +72,15 @@ def _lines(
 
         lines += ["", summary(report)]
     if adapters:
-        from evsys_bus.cli.adapter_states import adapter_lines
+        from evsys_bus.cli.output.deliveries import adapter_lines
 
         lines += ["", *adapter_lines(directory, adapters, width)]
     return lines
 
 
 def _upload_lines(uploads: "list[Transfer]") -> list[str]:
-    from evsys_bus.cli.progress.transfers import format_transfer
-    from evsys_bus.cli.screen import printable
+    from evsys_bus.cli.output.screen import printable
+    from evsys_bus.cli.output.transfers import format_transfer
 
     lines = [f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}" for each in uploads]
     return ["", *lines] if lines else []
@@ -97,7 +95,7 @@ def _json_lines(
 ) -> list[str]:
     import msgspec
 
-    from evsys_bus.cli.adapter_states import adapter_rows
+    from evsys_bus.cli.output.deliveries import adapter_rows
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
     rows: list[dict[str, Any]] = []

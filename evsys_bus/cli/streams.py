@@ -5,11 +5,11 @@ from typing import Literal
 
 import msgspec
 
-from evsys_bus.cli.reverse_reader import read_frames_newest_first, read_newest_first
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError
 from evsys_bus.journal import JournalReader, OsDisk, frame, layout
 from evsys_bus.journal.layout import LockOwner
+from evsys_bus.journal.reader import read_frames_newest_first, read_newest_first
 from evsys_bus.journal.stream_lock import read_stream_owner
 
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from evsys_bus.cli.delivery_progress import progress_option, show_deliveries, timeout_option
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option, printable
+from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.output.delivery_progress import show_deliveries
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
 from evsys_bus.location import encode_json
 
 if TYPE_CHECKING:
-    from evsys_bus.cli.deliveries import DeliveryOutcome
-    from evsys_bus.cli.progress import ProgressMode
+    from evsys_bus.cli.output.deliveries import DeliveryOutcome
+    from evsys_bus.cli.output.progress import ProgressMode
     from evsys_bus.cli.sync_delivery import PendingWork
     from evsys_bus.errors import EvsysBusError
     from evsys_bus.tasks import DeliveryStatus
@@ -46,8 +46,8 @@ def command(
     events stay pending or owed because a destination rejects them or is unavailable, with 3 if another process keeps
     delivering, such as a program that still runs. What a program records meanwhile need not be delivered.
     """
-    from evsys_bus.cli.deliveries import outcome_json, outcome_lines, undelivered_error
-    from evsys_bus.cli.errors import INTERRUPTED
+    from evsys_bus.cli.output.deliveries import outcome_json, outcome_lines, undelivered_error
+    from evsys_bus.cli.output.errors import INTERRUPTED
     from evsys_bus.cli.sync_delivery import deliver, find_work
 
     if everywhere and folder is not None:
@@ -107,7 +107,7 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
 
 
 def _plan_lines(work: "PendingWork", *, as_json: bool) -> list[str]:
-    from evsys_bus.cli.tables import format_columns, pluralize
+    from evsys_bus.cli.output.formatting import format_columns, pluralize
 
     rows = [status for _, status in work.deliverable]
     if as_json:
@@ -131,8 +131,8 @@ def _plan_lines(work: "PendingWork", *, as_json: bool) -> list[str]:
 
 
 def _program_only_errors(work: "PendingWork") -> "list[EvsysBusError]":
-    from evsys_bus.cli.deliveries import broken_adapter_error
-    from evsys_bus.cli.tables import pluralize
+    from evsys_bus.cli.output.deliveries import broken_adapter_error
+    from evsys_bus.cli.output.formatting import pluralize
 
     why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
     fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
@@ -147,7 +147,7 @@ def _program_only_errors(work: "PendingWork") -> "list[EvsysBusError]":
 
 
 def _unreadable_errors(work: "PendingWork") -> "list[EvsysBusError]":
-    from evsys_bus.cli.deliveries import unreadable_status_error
+    from evsys_bus.cli.output.deliveries import unreadable_status_error
 
     return [unreadable_status_error(work.directory, each) for each in work.unreadable]
 
@@ -163,7 +163,7 @@ def _report_moved(work: "PendingWork", screen: Screen) -> None:
 
 def _report_known_problems(work: "PendingWork", screen: Screen) -> "list[DeliveryStatus]":
     """Report the last known errors before the delivery starts, because they may still apply."""
-    from evsys_bus.cli.deliveries import problem_lines
+    from evsys_bus.cli.output.deliveries import problem_lines
 
     known = [each for each in [*(status for _, status in work.deliverable), *work.busy] if each.error is not None]
     for each in known:
@@ -173,7 +173,7 @@ def _report_known_problems(work: "PendingWork", screen: Screen) -> "list[Deliver
 
 
 def _report_failures(outcomes: "list[DeliveryOutcome]", screen: Screen) -> None:
-    from evsys_bus.cli.deliveries import problem_lines
+    from evsys_bus.cli.output.deliveries import problem_lines
 
     for each in outcomes:
         if each.dead:
@@ -186,6 +186,6 @@ def _report_failures(outcomes: "list[DeliveryOutcome]", screen: Screen) -> None:
 def _report_errors(errors: "list[EvsysBusError]", screen: Screen) -> int:
     if not errors:
         return 0
-    from evsys_bus.cli.errors import report
+    from evsys_bus.cli.output.errors import report
 
     return report(ExceptionGroup("some events stay pending", errors), screen)

@@ -20,10 +20,16 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from evsys_bus.cli.adapter_states import RanksByAdapter, load_ranks_by_adapter
-from evsys_bus.cli.deliveries import POLL_SECONDS, DeliveryMonitor, DeliveryOutcome, courier_busy_error
-from evsys_bus.cli.delivery_progress import OnProgress
 from evsys_bus.cli.interrupts import Interrupts
+from evsys_bus.cli.output.deliveries import (
+    POLL_SECONDS,
+    DeliveryMonitor,
+    DeliveryOutcome,
+    RanksByAdapter,
+    courier_busy_error,
+    load_ranks_by_adapter,
+)
+from evsys_bus.cli.output.delivery_progress import OnProgress
 from evsys_bus.delivery.courier_process import LOG_NAME
 from evsys_bus.delivery.process_log import open_log
 from evsys_bus.delivery.progress import ProgressReader, read_progress

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from evsys_bus.cli.event_options import event_options, metric_option, no_match_message, since_option
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option, terminal_width
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, terminal_width
 
 if TYPE_CHECKING:
     from evsys_bus.cli.event_lines import EventFormatter

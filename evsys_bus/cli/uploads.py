@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
-from evsys_bus.cli.progress.transfers import FinishedUpload, Transfer, UploadSnapshot
-from evsys_bus.cli.reverse_reader import read_newest_first
+from evsys_bus.cli.output.transfers import FinishedUpload, Transfer, UploadSnapshot
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader
+from evsys_bus.journal.reader import read_newest_first
 
 POLL_SECONDS: Final = 0.5
 MAX_SILENT_SECONDS: Final = 300.0

@@ -2,13 +2,10 @@
 
 from pathlib import Path
 
-from evsys_bus.cli.formatting import count_in_ranges, format_range, format_ranges, format_size
+from evsys_bus.cli.output.formatting import count_in_ranges, format_range, format_ranges, format_size, pluralize
+from evsys_bus.cli.output.screen import Screen
 from evsys_bus.cli.reading_progress import disk_with_progress
-from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.tables import pluralize
-from evsys_bus.journal import JournalReport, OsDisk, verify
-from evsys_bus.journal.frame import CorruptRange, Frame
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal import JournalReport, OsDisk, TailReader, verify
 from evsys_bus.journal.verify import CorruptSegmentRange, StreamReport
 
 
@@ -74,16 +71,14 @@ def _describe_damage(stream: StreamReport, damage: CorruptSegmentRange) -> str:
 
 def _count_before(stream: StreamReport, damage: CorruptSegmentRange) -> str:
     """Return the number of intact events of the stream before the damage."""
-    first = int(Path(damage.segment).stem.partition("-")[2])
+    segment = Path(damage.segment)
+    first = int(segment.stem.partition("-")[2])
+    tail = TailReader(OsDisk(), str(segment.parent), first - 1, count_only=True)
     next_sequence = first
-    scan = SegmentScan(OsDisk(), damage.segment)
-    for piece in scan.count_events(first):
-        if isinstance(piece, CorruptRange) and scan.offset >= damage.offset + damage.length:
+    for run in tail.poll_runs():
+        if tail.corrupt_ranges and tail.corrupt_ranges[-1].offset >= damage.offset:
             break
-        if isinstance(piece, int):
-            next_sequence = max(next_sequence, piece)
-        elif isinstance(piece, Frame) and not piece.kind:
-            next_sequence = max(next_sequence, piece.sequence + 1)
+        next_sequence = run.first_sequence + run.length
     first_sequence = next_sequence if stream.first_sequence is None else stream.first_sequence
     gone = [(start, min(end, next_sequence - 1)) for start, end in stream.missing_ranges if start < next_sequence]
     count = max(

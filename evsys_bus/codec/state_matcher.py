@@ -43,7 +43,7 @@ def matcher_for(state: Any) -> StateMatcher | None:
     ctx = getattr(state, "ctx", None)
     if ctx is None:
         tests.add("getattr(state, 'ctx', None) is {}", None)
-    if not tests.add_fields(state, "state", _COMPARED_FIELDS) or (
+    if not tests.add_fields(state, "state", _compared_fields(state)) or (
         ctx is not None and not tests.add_fields(ctx, "state.ctx", _COMPARED_CONTEXT_FIELDS)
     ):
         return None
@@ -55,6 +55,11 @@ def matcher_for(state: Any) -> StateMatcher | None:
 
 _COMPARED_FIELDS: Final = ("num_steps", "output_dir", "stop_requested", "stop_reason", "error")
 _COMPARED_CONTEXT_FIELDS: Final = ("run_key", "output_dir")
+
+
+def _compared_fields(state: object) -> tuple[str, ...]:
+    """Return the fields that must stay the same; a state without a directory may name its run itself."""
+    return _COMPARED_FIELDS if hasattr(state, "output_dir") else (*_COMPARED_FIELDS, "run_key")
 
 
 class _TestBuilder:
@@ -134,7 +139,7 @@ def placeholder_state(state: Any, matcher: StateMatcher, step: int, custom_value
     """Return an object with the values of a state, without live objects, and placeholders for what may change."""
     parts: dict[str, Any] = dict.fromkeys(() if type(state) is LoopState else custom_field_names(state), _LIVE_OBJECT)
     parts |= dict.fromkeys(matcher.custom_fields, custom_value)
-    for name in _COMPARED_FIELDS:
+    for name in _compared_fields(state):
         value = getattr(state, name, ABSENT)
         if value is not ABSENT:
             parts[name] = value

@@ -27,7 +27,7 @@ from evsys_bus.events import (
 )
 from evsys_bus.journal import Disk, JournalReader, frame, layout
 from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.scanning import SegmentScan
+from evsys_bus.journal.reader import SegmentScan
 
 _BATCH_BOUNDARIES: Final[frozenset[type]] = frozenset(
     {ExperimentStart, GroupStart, RunStart, TrainStart, TrainEnd, RunEnd, ExperimentEnd}

@@ -15,11 +15,7 @@ from evsys_bus.codec import error_text
 from evsys_bus.delivery.status_files import read_status
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.delivery.subscriptions import load_subscriptions
-from evsys_bus.errors import JournalVersionError
-from evsys_bus.journal import CursorStore, Disk, OsDisk, Position, frame, layout
-from evsys_bus.journal.frame import CorruptRange, Frame
-from evsys_bus.journal.layout import SegmentName
-from evsys_bus.journal.scanning import SegmentNames, SegmentScan
+from evsys_bus.journal import CursorStore, Disk, OsDisk, Position, TailReader, layout
 from evsys_bus.tasks import DeliveryStatus
 
 
@@ -146,7 +142,8 @@ class PendingCounter:
         self._ranks: Final = ranks
         self._disk: Final = disk
         self._lock: Final = threading.Lock()
-        self._stream_counters: dict[str, _StreamCounter] = {}
+        self._tails: dict[str, tuple[TailReader, int]] = {}
+        """By stream: what counts its events, and how many events were delivered or dead where counting started."""
 
     def count(self, positions: Mapping[str, Position], last_sequences: Mapping[str, int] = {}) -> int:
         """The number of events after these positions, which must not move back between calls.
@@ -181,81 +178,16 @@ class PendingCounter:
     def _pending_in_stream(self, stream: str, position: Position, last_sequence: int | None) -> int:
         if last_sequence is not None and position.sequence:
             return max(0, last_sequence - position.sequence)
-        counter = self._stream_counters.get(stream)
-        if counter is None or counter.is_removed():
-            counter = self._stream_counters[stream] = _StreamCounter(
-                self._disk, f"{self._directory}/{stream}", position
-            )
-        return max(0, counter.count() - (position.delivered + position.dead - counter.acknowledged))
-
-
-class _StreamCounter:
-    """Counts the events of one stream after a position, incrementally."""
-
-    def __init__(self, disk: Disk, folder: str, position: Position) -> None:
-        self.acknowledged: Final = position.delivered + position.dead
-        """Events that were delivered or dead where counting started."""
-        self._disk: Final = disk
-        self._folder: Final = folder
-        self._last_sequence = position.sequence
-        self._counted = 0
-        self._segment_names: Final = SegmentNames(disk, folder)
-        self._segment: SegmentName | None = None
-        self._scan: SegmentScan | None = None
-        self._expected = 1
-        self._suspect_offset = -1
-
-    def count(self) -> int:
-        """The number of events found so far, including new ones."""
-        while True:
-            if self._scan is not None:
-                self._count_segment(self._scan)
-            next_segment = self._next_segment()
-            if next_segment is None:
-                return self._counted
-            if self._scan is not None:
-                self._count_segment(self._scan)  # it may have grown before the next segment was started
-            self._segment = next_segment
-            self._scan = SegmentScan(self._disk, f"{self._folder}/{next_segment}")
-            self._expected, self._suspect_offset = next_segment.first_sequence, -1
-
-    def is_removed(self) -> bool:
-        """Whether the segment that was read last is gone, and with it events that were counted but not delivered."""
-        return self._segment is not None and self._segment not in layout.list_segments(self._disk, self._folder)
-
-    def _next_segment(self) -> SegmentName | None:
-        return (
-            self._segment_names.find(self._last_sequence + 1)
-            if self._segment is None
-            else self._segment_names.next_after(self._segment)
-        )
-
-    def _count_segment(self, scan: SegmentScan) -> None:
-        try:
-            while not self._count_frames(scan):
-                pass
-        except (OSError, JournalVersionError):
-            pass  # counted once it can be read
-
-    def _count_frames(self, scan: SegmentScan) -> bool:
-        """Count the next frames; False if the same offset has to be read again."""
-        for item in scan.count_events(self._expected):
-            if isinstance(item, int):
-                self._counted += (
-                    item - max(self._expected, self._last_sequence + 1) if item > self._last_sequence + 1 else 0
-                )
-                self._last_sequence = max(self._last_sequence, item - 1)
-                self._expected = item
-            elif isinstance(item, Frame) and item.kind == frame.EVENT:
-                self._expected = max(self._expected, item.sequence + 1)
-                if item.sequence > self._last_sequence:
-                    self._counted += 1
-                    self._last_sequence = item.sequence
-            elif isinstance(item, CorruptRange) and scan.offset != self._suspect_offset:
-                self._suspect_offset = scan.offset  # perhaps read while it was being written; see `TailReader`
-                scan.offset -= item.length
-                return False
-        return True
+        finished = position.delivered + position.dead
+        tail, finished_before = self._tails.get(stream, (None, 0))
+        if tail is None or tail.is_segment_removed():
+            folder = f"{self._directory}/{stream}"
+            tail = TailReader(self._disk, folder, position.sequence, count_only=True, skip_newer_formats=True)
+            finished_before = finished
+            self._tails[stream] = tail, finished_before
+        for _ in tail.poll_runs():
+            pass
+        return max(0, tail.events - (finished - finished_before))
 
 
 _STATUS_SUFFIX: Final = ".state.json"

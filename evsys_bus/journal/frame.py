@@ -62,7 +62,10 @@ class FrameRun(NamedTuple):
 
     first_sequence: int
     """The sequence of the first event."""
+    length: int
+    """How many events these are."""
     payloads: list[bytes]
+    """Empty where events are only counted."""
     is_carried: bool = False
     """Whether these are start events that the segment repeats because their runs were open when it was created."""
 
@@ -116,31 +119,16 @@ def scan(buffer: bytes, start: int = 0) -> Iterator[Frame | CorruptRange | Incom
         start = found
 
 
-def skip_events(buffer: bytes, start: int, sequence: int) -> tuple[int, int]:
-    """Skip complete events with consecutive sequences. Returns the offset after them and the next expected sequence.
+def read_run(buffer: bytes, start: int, sequence: int, *, count_only: bool = False) -> tuple[FrameRun, int]:
+    """Read complete events with consecutive sequences. Returns them and the offset after them.
 
-    Equivalent to `scan`, in a third of the time, for callers that only count.
-    """
-    view = memoryview(buffer)
-    size = len(buffer)
-    last_start = size - FRAME_HEADER_BYTES
-    unpack = _FRAME_HEADER.unpack_from
-    while start <= last_start:
-        checksum, marker, kind, length, frame_sequence = unpack(buffer, start)
-        end = start + FRAME_HEADER_BYTES + length
-        if frame_sequence != sequence or kind or marker != MARKER or end > size:
-            break
-        if crc32(view[start + _CHECKSUM_BYTES : end]) != checksum:
-            break
-        start = end
-        sequence += 1
-    return start, sequence
+    Equivalent to `scan`, in a fraction of the time, because nearly all records are such events.
 
-
-def read_events(buffer: bytes, start: int, sequence: int) -> tuple[FrameRun, int, int]:
-    """Read complete events with consecutive sequences.
-
-    Returns them, the offset after them and the next expected sequence.
+    Args:
+        buffer: The bytes.
+        start: Where to start.
+        sequence: The first sequence. If the next record is another one, the run is empty.
+        count_only: Whether to leave the payloads out.
     """
     view = memoryview(buffer)
     size = len(buffer)
@@ -148,18 +136,20 @@ def read_events(buffer: bytes, start: int, sequence: int) -> tuple[FrameRun, int
     unpack = _FRAME_HEADER.unpack_from
     payloads: list[bytes] = []
     add_payload = payloads.append
+    next_sequence = sequence
     while start <= last_start:
         checksum, marker, kind, length, frame_sequence = unpack(buffer, start)
         payload_start = start + FRAME_HEADER_BYTES
         end = payload_start + length
-        if frame_sequence != sequence or kind or marker != MARKER or end > size:
+        if frame_sequence != next_sequence or kind or marker != MARKER or end > size:
             break
         if crc32(view[start + _CHECKSUM_BYTES : end]) != checksum:
             break
-        add_payload(buffer[payload_start:end])
+        if not count_only:
+            add_payload(buffer[payload_start:end])
         start = end
-        sequence += 1
-    return FrameRun(sequence - len(payloads), payloads), start, sequence
+        next_sequence += 1
+    return FrameRun(sequence, next_sequence - sequence, payloads), start
 
 
 def _parse_frame(view: memoryview, start: int) -> Frame | None:

@@ -1,19 +1,24 @@
-"""`JournalReader`: reads a journal, while it is being written or later.
+"""Reading a journal, while it is being written or later. A reader writes nothing.
 
-Damaged bytes are skipped and counted, never fatal. Repeated records are skipped. An incomplete record at the end of a
-live stream is not damage. A reader writes nothing.
+`TailReader` walks a stream forwards and counts what it finds; readers, counters and `verify` all use it.
+`read_newest_first` walks it backwards. Damaged bytes are skipped, never fatal. Repeated records are skipped. An
+incomplete record at the end of a live stream is not damage.
 """
 
 import os
+from collections import deque
 from collections.abc import Generator, Iterator
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
+
+import msgspec
 
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.frame import Frame, FrameRun, IncompleteTail
+from evsys_bus.journal.frame import CorruptRange, Frame, FrameRun, IncompleteTail
 from evsys_bus.journal.layout import Family, SegmentName
-from evsys_bus.journal.scanning import SegmentNames, SegmentScan
+
+_CHUNK_BYTES: Final = 1 << 20
 
 
 class Record(NamedTuple):
@@ -21,6 +26,14 @@ class Record(NamedTuple):
 
     sequence: int
     payload: bytes
+
+
+class CorruptSegmentRange(msgspec.Struct, frozen=True):
+    """Bytes that are not a valid record, followed by valid records."""
+
+    segment: str
+    offset: int
+    length: int
 
 
 class JournalReader:
@@ -58,33 +71,157 @@ class JournalReader:
         return TailReader(self._disk, f"{self.directory}/{stream}", after, patience)
 
 
-class TailReader:
-    """Reads a stream incrementally, from a given sequence on."""
+class SegmentScan:
+    """A position in a segment. It is read in chunks, with memory use independent of the file size."""
 
-    def __init__(self, disk: Disk, folder: str, after: int = 0, patience: int = 0) -> None:
+    def __init__(self, disk: Disk, path: str) -> None:
+        self.path = path
+        self.offset = 0
+        """The offset after the last item returned. What follows was not read or is incomplete."""
+        self._disk = disk
+
+    def frames(self) -> Iterator[Frame | CorruptRange | IncompleteTail]:
+        """Yield what follows, up to the current end of the file.
+
+        Only the last item can be a `IncompleteTail`; it is read again later.
+
+        Raises:
+            JournalVersionError: A newer version wrote it.
+            OSError: It cannot be read.
+        """
+        for item in self.items(None):
+            assert not isinstance(item, FrameRun)
+            yield item
+
+    def items(
+        self, expected_sequence: int | None, *, count_only: bool = False
+    ) -> Iterator[FrameRun | Frame | CorruptRange | IncompleteTail]:
+        """Yield what follows as `frames` does, with events of consecutive sequences combined into runs.
+
+        Args:
+            expected_sequence: The sequence of the next event; None to combine none.
+            count_only: Whether to leave the payloads of runs out.
+        """
+        for buffer, position, at_end in self._chunks():
+            start_offset = self.offset - position
+            while True:
+                if expected_sequence is not None:
+                    run, position = frame.read_run(buffer, position, expected_sequence, count_only=count_only)  # noqa: PLW2901 # advances the position
+                    self.offset = start_offset + position
+                    if run.length:
+                        expected_sequence += run.length
+                        yield run
+                item = next(frame.scan(buffer, position), None)
+                if item is None:
+                    break
+                if isinstance(item, IncompleteTail):
+                    if at_end:
+                        yield item
+                    break
+                position = item.end  # noqa: PLW2901 # as above
+                self.offset = start_offset + position
+                if expected_sequence is not None and isinstance(item, Frame) and item.kind == frame.EVENT:
+                    expected_sequence = max(expected_sequence, item.sequence + 1)
+                yield item
+
+    def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
+        """Yield buffers from the offset on, the start position in each, and whether it reaches the end of the file."""
+        size = _CHUNK_BYTES
+        while True:
+            start_offset = self.offset
+            buffer = self._disk.read(self.path, start_offset, size)
+            at_end = len(buffer) < size
+            start = self._offset_after_header(buffer) if start_offset == 0 else 0
+            self.offset = start_offset + start
+            yield buffer, start, at_end
+            if at_end:
+                return
+            # A record or a damaged range is larger than the buffer: read more.
+            size = size * 2 if self.offset == start_offset else _CHUNK_BYTES
+
+    def _offset_after_header(self, buffer: bytes) -> int:
+        version = frame.read_version(buffer)
+        if version is None:
+            return 0  # cut or damaged: frames are found by their mark
+        if version > frame.VERSION:
+            raise JournalVersionError(
+                f"{self.path} has format {version}; this version reads up to {frame.VERSION}",
+                fix="upgrade evsys-bus where you read this journal",
+            )
+        return frame.SEGMENT_HEADER_BYTES
+
+
+class TailReader:
+    """Walks a stream forwards and incrementally, from a given sequence on, and counts what it finds.
+
+    Args:
+        disk: The file system.
+        folder: The stream's folder.
+        after: Start after this sequence.
+        patience: See `JournalReader.tail`.
+        count_only: Whether the runs have no payloads, which is faster.
+        skip_newer_formats: Whether segments of a newer format count as unreadable instead of raising.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        folder: str,
+        after: int = 0,
+        patience: int = 0,
+        *,
+        count_only: bool = False,
+        skip_newer_formats: bool = False,
+    ) -> None:
         self.last_sequence = after
         """The sequence of the last event returned."""
-        self.corrupt_bytes = 0
+        self.first_sequence: int | None = None
+        """The sequence of the first event returned."""
+        self.events = 0
+        """Events returned, without repeats."""
+        self.segments = 0
+        self.is_closed = False
+        """Whether the last segment ends with a closing frame."""
+        self.corrupt_ranges: list[CorruptSegmentRange] = []
         self.torn_bytes = 0
         """Bytes after the last complete record of segments that have a successor: writes cut short, as by a kill."""
         self.missing_ranges: list[tuple[int, int]] = []
         """Ranges of missing sequences, first and last."""
-        self.unreadable_segments: list[str] = []
-        """Segments that were skipped because they could not be read."""
+        self.unreadable_segments: dict[str, Exception] = {}
+        """Paths of segments that were skipped because they could not be read, with the error."""
         self._disk = disk
         self._folder = folder
         self._expected_sequence = (
             after + 1 if after else None
         )  # never one that was returned: a run that starts with it is new
-        self._segment_names: Final = SegmentNames(disk, folder)
         self._segment: SegmentName | None = None
         self._scan: SegmentScan | None = None
+        self._upcoming: deque[SegmentName] = deque()
+        """The known later segments. The folder is listed again only when they are used up."""
+        self._previous_bytes = 0
         self._unconfirmed_end = -1
         """Where damage ended that was seen once and must be read again."""
         self._patience = patience
         self._read_failures = 0
+        self._count_only = count_only
+        self._skip_newer_formats = skip_newer_formats
         self._current_run: FrameRun | None = None
         """The last run returned, which the caller may not have consumed completely."""
+
+    @property
+    def next_sequence(self) -> int:
+        """The sequence that the next event is expected to have."""
+        return max(self._expected_sequence or 1, self.last_sequence + 1)
+
+    @property
+    def corrupt_bytes(self) -> int:
+        """Bytes in `corrupt_ranges`."""
+        return sum(each.length for each in self.corrupt_ranges)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read, up to the last complete record of each segment."""
+        return self._previous_bytes + (0 if self._scan is None else self._scan.offset)
 
     def poll(self) -> Iterator[Record]:
         """Yield the events since the last poll. Each one counts as returned when the iterator yields it.
@@ -92,46 +229,76 @@ class TailReader:
         Raises:
             JournalVersionError: A newer version wrote what follows.
         """
-        for first_sequence, payloads, _ in self.poll_runs():
-            for sequence, payload in enumerate(payloads, first_sequence):
+        for run in self.poll_runs():
+            for sequence, payload in enumerate(run.payloads, run.first_sequence):
                 self.last_sequence = sequence
                 yield Record(sequence, payload)
 
-    def poll_runs(self) -> Iterator[FrameRun]:
+    def poll_runs(self, *, is_complete: bool = False) -> Iterator[FrameRun]:
         """Yield the events since the last poll in runs of consecutive sequences, which is faster than `poll`.
 
         A run counts as returned when the next one is requested.
+
+        Args:
+            is_complete: Whether nothing will be appended to the stream any more. Its last segment is then treated like
+                those that have a successor.
         """
         if self._current_run is not None:  # the caller stopped in the middle of it
-            first_sequence, payloads, is_carried = self._current_run
+            first_sequence, length, payloads, is_carried = self._current_run
             consumed = max(0, self.last_sequence + 1 - first_sequence)
-            yield from self._emit(FrameRun(first_sequence + consumed, payloads[consumed:], is_carried))
+            yield from self._emit(
+                FrameRun(first_sequence + consumed, length - consumed, payloads[consumed:], is_carried)
+            )
         while True:
             if self._segment is None:
-                start = self._segment_names.find(self.last_sequence + 1)
-                if start is None:
+                names = layout.list_segments(self._disk, self._folder)
+                if not names:
                     return
-                self._open_segment(start)
+                # The segment that contains the next sequence, or the first one after it.
+                index = max(
+                    (at for at, each in enumerate(names) if each.first_sequence <= self.last_sequence + 1), default=0
+                )
+                self._upcoming.extend(names[index + 1 :])
+                self._open_segment(names[index])
             yield from self._read_segment(is_final=False)
-            next_segment = self._segment_names.next_after(cast("SegmentName", self._segment))
+            next_segment = self._find_next_segment()
+            if next_segment is not None or is_complete:
+                # The segment may have grown between the read and the listing. Now it is final.
+                yield from self._read_segment(is_final=True)
             if next_segment is None:
                 return
-            # The previous segment may have grown between the read and the listing. Now it is final.
-            yield from self._read_segment(is_final=True)
             self._open_segment(next_segment)
 
+    def is_segment_removed(self) -> bool:
+        """Whether the segment that was read last is gone."""
+        return self._segment is not None and self._segment not in layout.list_segments(self._disk, self._folder)
+
+    def _find_next_segment(self) -> SegmentName | None:
+        """The next segment, or None if there is none yet. A segment that has a successor is final."""
+        assert self._segment is not None
+        if not self._upcoming:
+            self._upcoming.extend(
+                each for each in layout.list_segments(self._disk, self._folder) if each > self._segment
+            )
+        return self._upcoming[0] if self._upcoming else None
+
     def _emit(self, run: FrameRun) -> Iterator[FrameRun]:
-        if run.payloads:
+        if run.length:
             self._current_run = run
             yield run
-            self.last_sequence = run.first_sequence + len(run.payloads) - 1
+            self.last_sequence = run.first_sequence + run.length - 1
         self._current_run = None
 
     def _open_segment(self, name: SegmentName) -> None:
+        while self._upcoming and self._upcoming[0] <= name:
+            self._upcoming.popleft()
+        self._previous_bytes = self.bytes
         self._advance_to(name.first_sequence)
         self._segment = name
         self._unconfirmed_end = -1
         self._scan = SegmentScan(self._disk, f"{self._folder}/{name}")
+        self.segments += 1
+        self.is_closed = False
 
     def _read_segment(self, *, is_final: bool) -> Iterator[FrameRun]:
         """Read the rest of the segment. ``is_final``: nothing is appended to it any more."""
@@ -140,9 +307,9 @@ class TailReader:
         try:
             while not (yield from self._read_items(scan, is_final=is_final)):
                 pass
-        except JournalVersionError:
-            raise
-        except OSError as error:
+        except (OSError, JournalVersionError) as error:
+            if isinstance(error, JournalVersionError) and not self._skip_newer_formats:
+                raise
             is_missing = isinstance(error, FileNotFoundError)
             if not is_missing:
                 self._read_failures += 1
@@ -151,24 +318,32 @@ class TailReader:
             if not is_final:
                 return  # it may be temporary
             if is_missing:
-                self._segment_names.invalidate()
+                self._upcoming.clear()  # list the folder again, because segments were removed
             if not is_missing or scan.offset:  # otherwise its events only count as missing
-                self.unreadable_segments.append(scan.path)
+                self.unreadable_segments[scan.path] = error
         self._read_failures = 0
 
     def _read_items(self, scan: SegmentScan, *, is_final: bool) -> Generator[FrameRun, None, bool]:
         """Yield what follows. Returns False if the same bytes must be read again."""
-        for item in scan.frame_runs(self._expected_sequence or 1):
+        assert self._segment is not None
+        # From the start of a segment on, so that events before the position are skipped as runs, too.
+        expected_sequence = self._expected_sequence or 1 if scan.offset else self._segment.first_sequence
+        for item in scan.items(expected_sequence, count_only=self._count_only):
             if isinstance(item, FrameRun):
-                self._advance_to(item.first_sequence)
-                self._expected_sequence = max(self._expected_sequence or 1, item.first_sequence + len(item.payloads))
-                yield from self._emit(item)
+                yield from self._emit(self._count_events(item))
             elif isinstance(item, Frame):
-                yield from self._emit(self._single_frame_run(item))
+                if item.kind == frame.EVENT:
+                    payloads = [] if self._count_only else [bytes(item.payload)]
+                    yield from self._emit(self._count_events(FrameRun(item.sequence, 1, payloads)))
+                elif item.kind == frame.CARRIED and item.sequence > self.last_sequence:
+                    yield from self._emit(FrameRun(item.sequence, 1, [bytes(item.payload)], is_carried=True))
+                elif item.kind == frame.CLOSED:
+                    self._advance_to(item.sequence)
+                    self.is_closed = True
             elif isinstance(item, IncompleteTail):
                 self.torn_bytes += item.length if is_final else 0
             elif is_final or scan.offset == self._unconfirmed_end:
-                self.corrupt_bytes += item.length
+                self.corrupt_ranges.append(CorruptSegmentRange(scan.path, scan.offset - item.length, item.length))
             else:
                 # It may have been read while it was being written. It counts as damage if it is there the second time.
                 self._unconfirmed_end = scan.offset
@@ -176,18 +351,80 @@ class TailReader:
                 return False
         return True
 
-    def _single_frame_run(self, single: Frame) -> FrameRun:
-        """The run of a single event; empty for other frames and for events that were returned before."""
-        if single.kind == frame.CLOSED:
-            self._advance_to(single.sequence)
-        if single.kind == frame.EVENT:
-            self._advance_to(single.sequence)
-            self._expected_sequence = max(self._expected_sequence or 1, single.sequence + 1)
-        is_new = single.sequence > self.last_sequence and single.kind in {frame.EVENT, frame.CARRIED}
-        return FrameRun(single.sequence, [bytes(single.payload)] if is_new else [], single.kind == frame.CARRIED)
+    def _count_events(self, run: FrameRun) -> FrameRun:
+        """Count the events of a run, and return those that were not returned before."""
+        self._advance_to(run.first_sequence)
+        end = run.first_sequence + run.length
+        self._expected_sequence = max(self._expected_sequence or 1, end)
+        repeated = min(run.length, max(0, self.last_sequence + 1 - run.first_sequence))
+        new = (
+            FrameRun(run.first_sequence + repeated, run.length - repeated, run.payloads[repeated:]) if repeated else run
+        )
+        if new.length:
+            self.events += new.length
+            self.first_sequence = new.first_sequence if self.first_sequence is None else self.first_sequence
+        return new
 
     def _advance_to(self, sequence: int) -> None:
         """Record the sequences before this one that were not returned as missing."""
         if self._expected_sequence is not None and sequence > self._expected_sequence:
             self.missing_ranges.append((self._expected_sequence, sequence - 1))
         self._expected_sequence = max(self._expected_sequence or sequence, sequence)
+
+
+def read_next_sequence(disk: Disk, folder: str, name: SegmentName) -> int:
+    """The sequence after the last complete event of a segment; 0 if it has none.
+
+    Raises:
+        JournalVersionError: A newer version wrote it.
+        OSError: It cannot be read.
+    """
+    next_sequence = 0
+    for item in SegmentScan(disk, f"{folder}/{name}").items(name.first_sequence, count_only=True):
+        if isinstance(item, FrameRun):
+            next_sequence = item.first_sequence + item.length
+        elif isinstance(item, Frame) and item.kind == frame.EVENT:
+            next_sequence = max(next_sequence, item.sequence + 1)
+    return next_sequence
+
+
+def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Record]:
+    """Yield the intact events of a stream, newest first, from the ends of its segments.
+
+    The cost does not grow with the size of the stream. Damaged bytes are skipped without a report.
+
+    Raises:
+        JournalVersionError: A newer version of evsys-bus wrote them.
+    """
+    folder = f"{directory}/{stream}"
+    names = layout.list_segments(disk, folder)
+    previous_sequence: int | None = None
+    for name in reversed(names):
+        for each in read_frames_newest_first(disk, f"{folder}/{name}"):
+            # Carried start events count in the oldest segment only; the later segments repeat them.
+            if each.kind != frame.EVENT and (each.kind != frame.CARRIED or name != names[0]):
+                continue
+            if previous_sequence is None or each.sequence < previous_sequence:
+                previous_sequence = each.sequence
+                yield Record(each.sequence, bytes(each.payload))
+
+
+def read_frames_newest_first(disk: Disk, path: str) -> Iterator[Frame]:
+    """Yield the intact frames of one segment, newest first, of all kinds.
+
+    Raises:
+        JournalVersionError: A newer version of evsys-bus wrote it.
+    """
+    next(SegmentScan(disk, path).frames(), None)  # checks the format version
+    end, window = disk.size(path), _CHUNK_BYTES
+    while end > 0:
+        start = max(0, end - window)
+        # The window may begin in the middle of a frame, which the scan treats as damage and skips.
+        frames = [item for item in frame.scan(disk.read(path, start, end - start)) if isinstance(item, Frame)]
+        yield from reversed(frames)
+        if start == 0:
+            return
+        if frames:
+            end, window = start + frames[0].end - len(frames[0].payload) - frame.FRAME_HEADER_BYTES, _CHUNK_BYTES
+        else:
+            window *= 2  # a record, or a damaged range, is larger than the window

@@ -24,7 +24,7 @@ from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import Cursor, CursorStore, SpecSummary
 from evsys_bus.journal.layout import Family, SegmentName
-from evsys_bus.journal.scanning import read_next_sequence
+from evsys_bus.journal.reader import read_next_sequence
 from evsys_bus.journal.segment import OpenSegment
 
 LOG_SECONDS: Final = 60.0
@@ -206,7 +206,7 @@ class RetentionManager:
             if not is_over_size and not self._is_too_old(f"{self._directory}/{stream}/{each.name}"):
                 break
             if each.is_newest and not each.last_sequence:
-                segments[index] = each._replace(last=self._read_last_sequence(stream, each.name))
+                segments[index] = each._replace(last_sequence=self._read_last_sequence(stream, each.name))
             total_bytes -= each.size
             expired.append(segments[index])
         return expired

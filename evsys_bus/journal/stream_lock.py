@@ -17,7 +17,7 @@ from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import CursorStore
 from evsys_bus.journal.layout import Family, LockOwner
 from evsys_bus.journal.lock_owner import read_owner, write_owner
-from evsys_bus.journal.scanning import read_next_sequence
+from evsys_bus.journal.reader import read_next_sequence
 from evsys_bus.journal.stream_directory import create_stream_directory
 
 

@@ -5,19 +5,8 @@ import os
 import msgspec
 
 from evsys_bus.disk import Disk, OsDisk
-from evsys_bus.errors import JournalVersionError
-from evsys_bus.journal import frame, layout
-from evsys_bus.journal.frame import CorruptRange, Frame
-from evsys_bus.journal.reader import JournalReader
-from evsys_bus.journal.scanning import SegmentScan
-
-
-class CorruptSegmentRange(msgspec.Struct, frozen=True):
-    """Bytes that are not a valid record, followed by valid records."""
-
-    segment: str
-    offset: int
-    length: int
+from evsys_bus.journal import layout
+from evsys_bus.journal.reader import CorruptSegmentRange, JournalReader, TailReader
 
 
 class StreamReport(
@@ -84,53 +73,24 @@ def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Journ
 
 
 def _verify_stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:
-    report = StreamReport(stream, reader.is_live(stream))
+    is_live = reader.is_live(stream)
     folder = f"{reader.directory}/{stream}"
-    names = layout.list_segments(disk, folder)
-    expected_sequence = names[0].first_sequence if names else 1
-    report.removed_events = layout.count_removed_events(names)
-    for name in names:
-        expected_sequence = _record_missing(report, expected_sequence, name.first_sequence)
-        try:
-            expected_sequence = _verify_segment(
-                disk, f"{folder}/{name}", expected_sequence, report, is_growing=report.is_live and name == names[-1]
-            )
-        except (OSError, JournalVersionError) as error:
-            report.unreadable_segments.append(f"{name}: {error}")
-    return report
-
-
-def _verify_segment(disk: Disk, path: str, expected_sequence: int, report: StreamReport, *, is_growing: bool) -> int:
-    report.segments += 1
-    report.is_closed = False
-    scan = SegmentScan(disk, path)
-    for item in scan.count_events(expected_sequence):
-        if isinstance(item, int):
-            expected_sequence = _count_events(report, expected_sequence, item)
-        elif isinstance(item, Frame):
-            if item.kind == frame.EVENT and item.sequence >= expected_sequence:
-                expected_sequence = _count_events(
-                    report, _record_missing(report, expected_sequence, item.sequence), item.sequence + 1
-                )
-            elif item.kind == frame.CLOSED:
-                expected_sequence = _record_missing(report, expected_sequence, item.sequence)
-                report.is_closed = True
-        elif isinstance(item, CorruptRange):
-            report.corrupt_ranges.append(CorruptSegmentRange(path, scan.offset - item.length, item.length))
-        elif not is_growing:
-            report.torn_bytes += item.length
-    report.bytes += scan.offset
-    return expected_sequence
-
-
-def _count_events(report: StreamReport, expected_sequence: int, next_sequence: int) -> int:
-    report.records += next_sequence - expected_sequence
-    report.first_sequence = expected_sequence if report.first_sequence is None else report.first_sequence
-    report.last_sequence = next_sequence - 1
-    return next_sequence
-
-
-def _record_missing(report: StreamReport, expected_sequence: int, sequence: int) -> int:
-    if sequence > expected_sequence:
-        report.missing_ranges.append((expected_sequence, sequence - 1))
-    return max(expected_sequence, sequence)
+    removed_events = layout.count_removed_events(layout.list_segments(disk, folder))
+    tail = TailReader(disk, folder, count_only=True, skip_newer_formats=True)
+    for _ in tail.poll_runs(is_complete=not is_live):
+        pass
+    return StreamReport(
+        stream,
+        is_live,
+        segments=tail.segments,
+        records=tail.events,
+        bytes=tail.bytes,
+        first_sequence=tail.first_sequence,
+        last_sequence=None if tail.first_sequence is None else tail.last_sequence,
+        is_closed=tail.is_closed,
+        corrupt_ranges=tail.corrupt_ranges,
+        missing_ranges=tail.missing_ranges,
+        torn_bytes=tail.torn_bytes,
+        unreadable_segments=[f"{path.rpartition('/')[2]}: {error}" for path, error in tail.unreadable_segments.items()],
+        removed_events=removed_events,
+    )

@@ -18,9 +18,7 @@ import anyio
 
 from evsys_bus.bus import EventBus
 from evsys_bus.config.build import build_callbacks
-from evsys_bus.config.experiment import ExperimentConfig
-from evsys_bus.config.experiment_loader import read_experiment
-from evsys_bus.config.recipe import import_module, load_recipe
+from evsys_bus.config.experiment import ExperimentConfig, import_module, load_recipe, read_experiment
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import Location, TrainingError

@@ -22,7 +22,7 @@ import msgspec
 
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import to_builtins
-from evsys_bus.config.recipe import Recipe
+from evsys_bus.config.experiment import Recipe
 from evsys_bus.context import ArmResult, EvalResult, LogContext, RunResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError

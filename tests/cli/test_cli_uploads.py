@@ -10,12 +10,11 @@ from rich.console import Console
 
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_bus.cli import run
-from evsys_bus.cli.formatting import format_rate, format_size_progress
-from evsys_bus.cli.progress import PlannedRun, RunStateTracker
-from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
-from evsys_bus.cli.progress.live import render
-from evsys_bus.cli.progress.transfer_bar import format_transfer_bar
-from evsys_bus.cli.progress.transfers import SILENT_SECONDS, Transfer, make_byte_counter
+from evsys_bus.cli.output.formatting import format_rate, format_size_progress
+from evsys_bus.cli.output.live import format_transfer_bar, render
+from evsys_bus.cli.output.progress import LineView, format_json, format_plain
+from evsys_bus.cli.output.run_state import PlannedRun, RunStateTracker
+from evsys_bus.cli.output.transfers import SILENT_SECONDS, Transfer, make_byte_counter
 from evsys_bus.cli.uploads import MAX_SILENT_SECONDS, UploadMonitor, read_active_uploads
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope

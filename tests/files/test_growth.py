@@ -205,4 +205,4 @@ def test_a_reader_whose_next_segments_are_removed_goes_on_with_those_that_are_th
     sequences = [first.sequence, *(each.sequence for each in records)]
     assert sequences == [1, 2, 9, 10, *range(13, 19)]
     assert sum(last - first + 1 for first, last in tail.missing_ranges) == 8
-    assert tail.unreadable_segments == []
+    assert not tail.unreadable_segments

@@ -93,7 +93,7 @@ def test_a_tail_beside_a_busy_writer_never_takes_a_record_on_its_way_for_damage(
         if seen > 5000 and polls > 100:
             enough.touch()
     assert seen == int(process.stdout.read()) > 5000
-    assert (tail.corrupt_bytes, tail.torn_bytes, tail.missing_ranges, tail.unreadable_segments) == (0, 0, [], [])
+    assert (tail.corrupt_bytes, tail.torn_bytes, tail.missing_ranges, tail.unreadable_segments) == (0, 0, [], {})
 
 
 # -- 7: short writes, 11: too many open files -------------------------------------------------------------------------
