@@ -127,7 +127,7 @@ TRAINER = """
     finally:
         receipt = bus.receipt
         say(
-            seconds=time.monotonic() - began, alone=alone, followed=followed, finish=receipt.finish,
+            seconds=time.monotonic() - began, alone=alone, followed=followed, finish=receipt.resume_command,
             deliveries={each.name: [each.recorded, each.delivered, each.dead, each.pending]
                         for each in receipt.deliveries},
         )
