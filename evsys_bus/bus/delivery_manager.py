@@ -269,13 +269,13 @@ class DeliveryManager:
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Record how many events an inline callback has unconfirmed; 0 clears the entry."""
-        from evsys_bus.delivery.retry import normalize_unconfirmed
+        from evsys_bus.delivery.receiver import unconfirmed_status
 
         name = callback_name(adapter)
-        events, why, fix = normalize_unconfirmed(events, why, fix)
-        if events:
-            status = DeliveryStatus(name, recorded=events, delivered=events, owed=events)
-            self._unconfirmed[name] = msgspec.structs.replace(status, error=why, fix=fix, owed_fix=fix)
+        status = unconfirmed_status(events, why, fix)
+        if status.owed:
+            owed = status.owed
+            self._unconfirmed[name] = msgspec.structs.replace(status, name=name, recorded=owed, delivered=owed)
         else:
             self._unconfirmed.pop(name, None)
 

@@ -16,13 +16,13 @@ import msgspec
 
 from evsys_bus.delivery.courier_lock import CourierLock
 from evsys_bus.delivery.dead_letters import DeadLetters
-from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.delivery.source import Batch, CorruptRecord
 from evsys_bus.delivery.status_files import carried_over, read_status, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import DeliveryStatus
 
 DIRECTORY_CHECK_SECONDS: Final = 1.0

@@ -1,6 +1,6 @@
 """`SinkRetrier`: retries `open` and `write` calls of a sink with tenacity's ``AsyncRetrying``.
 
-It decides on pauses and reports them. What finally becomes of a batch is decided in `batches`.
+It decides on pauses and reports them. What finally becomes of a batch is decided in `SinkReceiver`.
 
     RetryLaterError, OSError     retried without limit; pauses double from 0.1 to 30 s, with jitter, and are at least
                                  ``after_seconds`` (TimeoutError and ConnectionError are OSErrors)
@@ -10,15 +10,14 @@ It decides on pauses and reports them. What finally becomes of a batch is decide
     anything else                five attempts; then not retried or, if the sink itself seems to be broken, parked
 """
 
-import math
 from collections.abc import Awaitable, Callable
 from random import Random
-from typing import TYPE_CHECKING, Final, SupportsFloat, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from evsys_bus.codec.wire_types import error_text
-from evsys_bus.delivery.receiver import Problem
+from evsys_bus.delivery.receiver import bounded_text
 from evsys_bus.errors import BatchTooLargeError, EvsysBusError, ParkedError, RejectedError, RetryLaterError
-from evsys_bus.tasks import Outcome
+from evsys_bus.tasks import DeliveryStatus, Outcome
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
@@ -30,12 +29,10 @@ MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
 """The longest pause that a destination can request: a day."""
 UNKNOWN_ERROR_ATTEMPTS: Final = 5
 """Attempts for an unknown exception."""
-MAX_TEXT_CHARS: Final = 2_000
-"""Maximum length of an error text in characters."""
 
 Sleep = Callable[[float], Awaitable[None]]
 RetriedCall = Callable[[], Awaitable[Outcome]]
-RetryHandler = Callable[[Problem, Exception], None]
+RetryHandler = Callable[[DeliveryStatus, Exception], None]
 """Called before each pause."""
 
 
@@ -90,7 +87,7 @@ class _AttemptTracker:
         self._park = park
         self._attempts_made = 0
         self.error: Exception
-        self.problem: Problem
+        self.problem: DeliveryStatus
 
     def should_retry(self, error: Exception | None) -> bool:
         """Record an attempt; return whether to make another one."""
@@ -108,11 +105,12 @@ class _AttemptTracker:
                     "it fails on every event: fix the sink; no more events are rejected until it accepts one",
                 )
         self.error = error
-        self.problem = Problem(
-            "parked" if is_parked else "retrying",
-            describe_error(error),
-            fix if is_parked else None,
-            self._attempts_made,
+        is_waiting = isinstance(error, RetryLaterError) and error.waiting
+        self.problem = DeliveryStatus(
+            state="parked" if is_parked else "waiting" if is_waiting else "retrying",
+            error=describe_error(error),
+            fix=fix if is_parked else None,
+            attempts=self._attempts_made,
         )
         return True
 
@@ -130,24 +128,6 @@ def describe_error(error: Exception) -> str:
     message = text_attribute(error, "what")
     text = error_text(error) if message is None else f"{type(error).__name__}: {message}"
     return bounded_text(text)
-
-
-def bounded_text(text: str) -> str:
-    """Shorten the text and replace characters that cannot be encoded as UTF-8."""
-    return text[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode()
-
-
-def normalize_unconfirmed(events: SupportsFloat, why: object, fix: object) -> tuple[int, str | None, str | None]:
-    """Normalize an adapter's report of unconfirmed events: a count, and bounded texts that are None if it is 0.
-
-    Raises:
-        TypeError: ``events`` is not a number.
-        ValueError: ``events`` is NaN.
-        OverflowError: ``events`` is infinite.
-    """
-    count = max(0, math.ceil(events))
-    why, fix = (None if text is None or not count else bounded_text(error_text(text)) for text in (why, fix))
-    return count, why, fix
 
 
 def text_attribute(error: Exception, name: str) -> str | None:

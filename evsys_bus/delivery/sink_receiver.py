@@ -12,20 +12,21 @@ import asyncio
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, cast
 
+from evsys_bus.adapter import Rewindable, RunResumer
 from evsys_bus.codec.wire_types import error_text
-from evsys_bus.delivery.receiver import BatchResult, Problem, ProblemHandler, Rewindable, confirm_deliveries
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS, SinkRetrier, Sleep, bounded_text, describe_error
+from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
+from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS, SinkRetrier, Sleep, describe_error
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BatchTooLargeError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope
-from evsys_bus.sink import Sink, sink_name
-from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Outcome, call_with_timeout, other_tasks, task_name
+from evsys_bus.sink import BatchResult, Sink, sink_name
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, DeliveryStatus, Outcome, call_with_timeout, other_tasks, task_name
 
 MAX_CONSECUTIVE_DEAD: Final = 3
 MAX_ABANDONED_CALLS: Final = 3
@@ -111,17 +112,16 @@ class SinkReceiver:
     @property
     def needs_starts_as_events(self) -> bool:
         """Whether repeated start events must be delivered by `deliver`, because the sink has no method for them."""
-        return not callable(getattr(self._sink, "resume_runs", None))
+        return not isinstance(self._sink, RunResumer)
 
     def resume_runs(self, starts: Sequence[Envelope]) -> None:
-        """Pass the start events to the sink's method `resume_runs`, if it has one.
+        """Pass the start events to the sink, if it is a `RunResumer`.
 
         Raises:
             Exception: What that method raised.
         """
-        resume_runs = getattr(self._sink, "resume_runs", None)
-        if callable(resume_runs):
-            resume_runs(tuple(starts))
+        if isinstance(self._sink, RunResumer):
+            self._sink.resume_runs(tuple(starts))
 
     def mark(self) -> Any:
         """The sink's mark; None unless the sink is `Rewindable`."""
@@ -199,9 +199,14 @@ class SinkReceiver:
 
     @staticmethod
     def _validate(part: tuple[Envelope, ...], outcome: Outcome) -> Outcome:
-        value = outcome.value
-        if outcome.error is not None or value is None or (type(value) is int and 0 < value <= len(part)):
+        """Replace the value by a valid `BatchResult`, or by an error that is retried."""
+        if outcome.error is not None:
             return outcome
+        value = BatchResult(len(part)) if outcome.value is None else outcome.value
+        result = BatchResult(value) if type(value) is int else value
+        if _is_valid_result(result, len(part)):
+            rejected = {index: bounded_text(error_text(why)) for index, why in result.rejected.items()}
+            return Outcome(result._replace(rejected=rejected))
         if type(value) is int and value == 0:
             return Outcome(error=RetryLaterError("write returned 0: it accepted no events"))
         description = f"a {type(value).__name__} that is not a count of the {len(part)} events it was given"
@@ -212,7 +217,8 @@ class SinkReceiver:
             error = TimeoutError(
                 f"{len(self._unfinished_calls)} calls ignore their cancellation; waiting for one to end"
             )
-            self._report_problem(Problem("retrying", describe_error(error)), error)
+            problem = DeliveryStatus(state="retrying", error=describe_error(error), attempts=1)
+            self._report_problem(problem, error)
             await asyncio.wait(self._unfinished_calls, return_when=asyncio.FIRST_COMPLETED)
         return await self._call_with_timeout(fn, self._sink.write_timeout_seconds, *args)
 
@@ -233,17 +239,17 @@ class SinkReceiver:
         """The result for these events; None if a smaller part must be tried."""
         error = outcome.error
         if error is None:
-            handled = len(part) if outcome.value is None else int(outcome.value)
-            return self._finish_batch(BatchResult(handled))
+            return self._finish_batch(outcome.value)
         if isinstance(error, RejectedError):
-            return self._finish_batch(BatchResult(len(part), self._rejected_events(error, len(part))))
+            rejected = self._rejected_events(error, len(part))
+            return self._finish_batch(BatchResult(len(part) - len(rejected), rejected))
         if len(part) > 1:
             self._batch_limit = len(part) // 2
             self._bisect_remaining = max(self._bisect_remaining, len(part))
             return None
         consecutive_dead = 0 if isinstance(error, BatchTooLargeError) else self._consecutive_dead + 1
         self._bisect_remaining = 0  # the failing event is found
-        return self._finish_batch(BatchResult(1, {0: describe_error(error)}, {0: error}), consecutive_dead)
+        return self._finish_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
 
     def _finish_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
         self._consecutive_dead = consecutive_dead
@@ -259,9 +265,11 @@ class SinkReceiver:
             self._faults.warn("sink.rejected_unknown", None, sink=self._name, events=count, outside=invalid_count)
         return {index: bounded_text(error_text(why)) for index, why in valid.items()}
 
-    def _report_problem(self, problem: Problem, error: Exception) -> None:
+    def _report_problem(self, problem: DeliveryStatus, error: Exception) -> None:
         self._has_problem = True
         self._on_problem(problem)
+        if problem.state == "waiting":
+            return
         is_expected = isinstance(error, RetryLaterError | OSError) or problem.state == "parked"
         self._faults.warn(
             "sink.parked" if problem.state == "parked" else "sink.retrying",
@@ -278,5 +286,20 @@ class SinkReceiver:
             self._on_problem(None)
 
 
-def _ignore_problem(problem: Problem | None) -> None:
+def _is_valid_result(result: object, count: int) -> bool:
+    """Return whether a sink may return this for so many events."""
+    if not isinstance(result, BatchResult):
+        return False
+    delivered: object = result.delivered  # a sink may put anything into it
+    rejected: object = result.rejected
+    errors: object = result.errors
+    if type(delivered) is not int or delivered < 0 or not isinstance(rejected, Mapping):
+        return False
+    indices = cast("Mapping[object, object]", rejected)
+    handled = delivered + len(indices)
+    is_valid = all(type(each) is int and 0 <= each < handled for each in indices)
+    return is_valid and 0 < handled <= count and isinstance(errors, Mapping)
+
+
+def _ignore_problem(problem: DeliveryStatus | None) -> None:
     """Does nothing: the report function before `open`."""

@@ -65,7 +65,7 @@ def carried_over(status: DeliveryStatus | None) -> DeliveryStatus:
     """The part of a state that is still valid for the next courier: failure counts and unconfirmed events."""
     if status is None:
         return DeliveryStatus()
-    has_problem = status.state in {"retrying", "parked", "failed"}  # in these, `error` is about the delivery
+    has_problem = status.state in {"waiting", "retrying", "parked", "failed"}  # in these, `error` is about the delivery
     return DeliveryStatus(
         owed=status.owed,
         owed_fix=status.owed_fix,

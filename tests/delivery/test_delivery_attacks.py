@@ -15,12 +15,12 @@ from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
 from evsys_bus.bus.failure_policy import FailurePolicy
 from evsys_bus.delivery.courier_pool import CourierPool
 from evsys_bus.delivery.progress import read_progress
-from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
 from evsys_bus.delivery.sink_receiver import SinkReceiver
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.journal import JournalWriter, RetentionPolicy, layout
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import DeliveryStatus, LoopThread
 from evsys_bus.testing import FailingSink, RecordingSink
 

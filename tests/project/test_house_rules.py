@@ -15,10 +15,11 @@ from support import ROOT
 SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
 
 PUBLIC = """
-    ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts
-    LoopState ManifestRow Receipt RunAnnotated RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
-    TrainingLoop build_callbacks dispatch follow register_callback register_sink
+    ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint DeliveryError Envelope
+    Eval EvalResult Event EventBus EvsysBusError Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart
+    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError Receipt RejectedError RetryLaterError Rewindable
+    RunAnnotated RunEnd RunResult RunResumer RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks dispatch follow register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
