@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from typing import Final, Literal
 
@@ -78,7 +79,8 @@ class CourierPool:
         self._faults = FaultLog(every_seconds=60.0)
         self._owner_pid = os.getpid()
         self.on_program_loop: Final = task_manager is not None
-        self._workers = [_CourierWorker(each, self._faults, task_manager) for each in subscriptions]
+        self._task_manager = task_manager
+        self._workers = [_CourierWorker(each) for each in subscriptions]
         self._annotations = _AnnotationWriter(directory, self._clock, self._disk)
 
     def start(self, *, subscribe: bool = True) -> None:
@@ -90,18 +92,20 @@ class CourierPool:
         if subscribe:
             register(self._directory, [worker.subscription for worker in self._workers], self._disk)
         for worker in self._workers:
-            owner, name = (worker.name, "delivery") if self.on_program_loop else ("courier", worker.name)
+            if self._task_manager is None:
+                worker.future = worker.thread.submit(self._run_worker(worker))
+                continue
             job = Job(
                 self._run_worker,
                 (worker,),
-                owner=owner,
-                name=name,
+                owner=worker.name,
+                name="delivery",
                 timeout=None,
                 retry=None,
                 lane=None,
-                background=self.on_program_loop,  # ends by `finish` or `stop`, so no drain waits for it
+                background=True,  # ends by `finish` or `stop`, so no drain waits for it
             )
-            worker.task_manager.spawn(job)
+            self._task_manager.spawn(job)
 
     def finish(self, deadline: float | None = None) -> None:
         """Ask each courier to end once it has delivered all events; from any thread.
@@ -269,11 +273,12 @@ def _describe(error: EvsysBusError) -> str:
 class _CourierWorker:
     """One adapter, its thread, and its current courier."""
 
-    def __init__(self, subscription: Subscription, faults: FaultLog, task_manager: TaskManager | None) -> None:
+    def __init__(self, subscription: Subscription) -> None:
         self.name = subscription.name
         self.subscription = subscription
         self.thread = LoopThread()
-        self.task_manager = TaskManager(self.thread.loop, faults) if task_manager is None else task_manager
+        self.future: Future[None] | None = None
+        """The result of its courier on that thread; keeps the task alive."""
         self.ended = threading.Event()
         self.failed = False
         self.was_locked = False

@@ -722,7 +722,7 @@ def uploads(tmp_path, monkeypatch, how):
     name = f"uploads_of_{tmp_path.name}"  # one that was imported before is found where it was
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(UPLOADS))
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.import_module(name).UploadSnapshot(str(tmp_path), how)
+    return importlib.import_module(name).Uploads(str(tmp_path), how)
 
 
 @pytest.mark.parametrize(("how", "couriers"), [("pool", "process"), ("executor", "process"), ("executor", "thread")])

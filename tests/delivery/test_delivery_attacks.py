@@ -193,7 +193,7 @@ HOLDS = """
         bus.publish(Tick(1))
         while not Path(folder, "inside").exists():
             time.sleep(0.01)
-        print(bus._following._process.pid, flush=True)
+        print(bus.health().deliveries[0].pid, flush=True)
 """
 HOLDER = """
 import re
