@@ -1,6 +1,15 @@
 """`SinkReceiver`: delivers batches to a `Sink`.
 
-It decides what becomes of a batch; `retry` decides when a call is repeated. A batch that is too large, or on which the
+`SinkRetrier` decides when a call of the sink is repeated, with tenacity's ``AsyncRetrying``:
+
+    RetryLaterError, OSError     retried without limit; pauses double from 0.1 to 30 s, with jitter, and are at least
+                                 ``after_seconds`` (TimeoutError and ConnectionError are OSErrors)
+    ParkedError                  retried without limit, every 60 s
+    RejectedError,
+      BatchTooLargeError         not retried
+    anything else                five attempts; then not retried or, if the sink itself seems to be broken, parked
+
+`SinkReceiver` decides what finally becomes of a batch. A batch that is too large, or on which the
 sink fails with an unknown error, is split in halves until the failing event is found; that event is dead-lettered.
 
 Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
@@ -16,17 +25,145 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from random import Random
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from evsys_bus.adapter import Rewindable, RunResumer
 from evsys_bus.codec.wire_types import error_text
 from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS, SinkRetrier, Sleep, describe_error
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BatchTooLargeError, RejectedError, RetryLaterError
+from evsys_bus.errors import BatchTooLargeError, EvsysBusError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope
 from evsys_bus.sink import BatchResult, Sink, sink_name
 from evsys_bus.tasks import CANCEL_GRACE_SECONDS, DeliveryStatus, Outcome, call_with_timeout, other_tasks, task_name
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+MAX_PAUSE_SECONDS: Final = 30.0
+PARKED_PAUSE_SECONDS: Final = 60.0
+MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
+"""The longest pause that a destination can request: a day."""
+UNKNOWN_ERROR_ATTEMPTS: Final = 5
+"""Attempts for an unknown exception."""
+
+Sleep = Callable[[float], Awaitable[None]]
+RetriedCall = Callable[[], Awaitable[Outcome]]
+RetryHandler = Callable[[DeliveryStatus, Exception], None]
+"""Called before each pause."""
+
+
+class SinkRetrier:
+    """Retries a call depending on its error.
+
+    Args:
+        on_retry: Called before each pause.
+        sleep: Sleeps for a number of seconds.
+        random: Source of the jitter.
+    """
+
+    def __init__(self, on_retry: RetryHandler, *, sleep: Sleep, random: Random) -> None:
+        self._on_retry = on_retry
+        self._sleep = sleep
+        self._random = random
+
+    async def __call__(
+        self, call: RetriedCall, *, attempts: int = UNKNOWN_ERROR_ATTEMPTS, park: bool = False
+    ) -> Outcome:
+        """Call until it succeeds or fails with an error that is not retried, and return the last result.
+
+        Args:
+            call: Returns an `Outcome` and never raises.
+            attempts: Attempts for unknown exceptions.
+            park: Whether to continue as parked after those.
+        """
+        from tenacity import AsyncRetrying, wait_exponential
+
+        tracker = _AttemptTracker(attempts, park=park)
+        backoff = wait_exponential(multiplier=FIRST_PAUSE_SECONDS, max=MAX_PAUSE_SECONDS)
+
+        def pause(retry_state: "RetryCallState") -> float:
+            if tracker.problem.state == "parked":
+                return PARKED_PAUSE_SECONDS
+            return max(backoff(retry_state) * self._random.uniform(0.5, 1.0), _requested_pause(tracker.error))
+
+        retrying = AsyncRetrying(
+            retry=lambda retry_state: tracker.should_retry(_outcome(retry_state).error),
+            wait=pause,
+            before_sleep=lambda _: self._on_retry(tracker.problem, tracker.error),
+            sleep=self._sleep,
+        )
+        return await retrying(call)
+
+
+class _AttemptTracker:
+    """The attempts of one call."""
+
+    def __init__(self, attempts: int, *, park: bool) -> None:
+        self._remaining = attempts
+        self._park = park
+        self._attempts_made = 0
+        self.error: Exception
+        self.problem: DeliveryStatus
+
+    def should_retry(self, error: Exception | None) -> bool:
+        """Record an attempt; return whether to make another one."""
+        self._attempts_made += 1
+        if error is None or isinstance(error, RejectedError | BatchTooLargeError):
+            return False
+        is_parked, fix = isinstance(error, ParkedError), text_attribute(error, "fix")
+        if not _is_transient(error):
+            self._remaining -= 1
+            if self._remaining <= 0:
+                if not self._park:
+                    return False
+                is_parked, fix = (
+                    True,
+                    "it fails on every event: fix the sink; no more events are rejected until it accepts one",
+                )
+        self.error = error
+        is_waiting = isinstance(error, RetryLaterError) and error.waiting
+        self.problem = DeliveryStatus(
+            state="parked" if is_parked else "waiting" if is_waiting else "retrying",
+            error=describe_error(error),
+            fix=fix if is_parked else None,
+            attempts=self._attempts_made,
+        )
+        return True
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may help; for an exception group, whether it may for each of its exceptions."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(map(_is_transient, group.exceptions))
+    return isinstance(error, RetryLaterError | ParkedError | OSError)
+
+
+def describe_error(error: Exception) -> str:
+    """The type and message of an error, shortened and safe to encode; for an EvsysBusError on one line."""
+    message = text_attribute(error, "what")
+    text = error_text(error) if message is None else f"{type(error).__name__}: {message}"
+    return bounded_text(text)
+
+
+def text_attribute(error: Exception, name: str) -> str | None:
+    """The named attribute of an EvsysBusError if it is a string, else None."""
+    value = getattr(error, name, None) if isinstance(error, EvsysBusError) else None
+    return value if isinstance(value, str) else None
+
+
+def _requested_pause(error: Exception) -> float:
+    after = error.after_seconds if isinstance(error, RetryLaterError) else None
+    # An adapter may pass anything; `after > 0` is False for NaN.
+    return min(after, MAX_RETRY_AFTER_SECONDS) if isinstance(after, int | float) and after > 0 else 0.0
+
+
+def _outcome(retry_state: "RetryCallState") -> Outcome:
+    assert retry_state.outcome is not None
+    return retry_state.outcome.result()
+
 
 MAX_CONSECUTIVE_DEAD: Final = 3
 MAX_ABANDONED_CALLS: Final = 3
@@ -290,9 +427,8 @@ def _is_valid_result(result: object, count: int) -> bool:
     """Return whether a sink may return this for so many events."""
     if not isinstance(result, BatchResult):
         return False
-    delivered: object = result.delivered  # a sink may put anything into it
-    rejected: object = result.rejected
-    errors: object = result.errors
+    # A sink may put anything into it.
+    delivered, rejected, errors = cast("tuple[object, object, object]", result)
     if type(delivered) is not int or delivered < 0 or not isinstance(rejected, Mapping):
         return False
     indices = cast("Mapping[object, object]", rejected)

@@ -10,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from evsys_bus.diagnostics import log
-from evsys_bus.tasks.uninterruptible import Gate, start_thread
+from evsys_bus.tasks.calls import Gate, start_thread
 
 if TYPE_CHECKING:
     from evsys_bus.tasks.daemon_executor import DaemonExecutor

@@ -15,8 +15,7 @@ from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
 from evsys_bus.bus.failure_policy import FailurePolicy
 from evsys_bus.delivery.courier_pool import CourierPool
 from evsys_bus.delivery.progress import read_progress
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
-from evsys_bus.delivery.sink_receiver import SinkReceiver
+from evsys_bus.delivery.sink_receiver import UNKNOWN_ERROR_ATTEMPTS, SinkReceiver
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.journal import JournalWriter, RetentionPolicy, layout

@@ -23,7 +23,7 @@ from evsys_bus import (
 )
 from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.dead_letters import MAX_PENDING
+from evsys_bus.delivery.delivery_store import MAX_PENDING
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import CourierBusyError, RetryLaterError

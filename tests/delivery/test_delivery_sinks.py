@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evsys_bus import Eval, EventBus
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
-from evsys_bus.delivery.sink_receiver import MAX_ABANDONED_CALLS, MAX_CONSECUTIVE_DEAD, SinkReceiver
+from evsys_bus.delivery.sink_receiver import (
+    MAX_ABANDONED_CALLS,
+    MAX_CONSECUTIVE_DEAD,
+    UNKNOWN_ERROR_ATTEMPTS,
+    SinkReceiver,
+)
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.sink import BatchResult, Sink
@@ -158,7 +162,9 @@ async def test_a_parked_sink_is_tried_every_minute_and_says_what_mends_it():
     sink = Model(first_then([ParkedError("the key is wrong", fix="set KEY")] * 7))
     followed = await delivered(sink, 2)
     assert followed.time.pauses == [60.0] * 7
-    assert followed.reports[6][:] == ("parked", "ParkedError: the key is wrong", "set KEY", 7)
+    report = followed.reports[6]
+    assert (report.state, report.error, report.fix) == ("parked", "ParkedError: the key is wrong", "set KEY")
+    assert report.attempts == 7
     assert followed.reports[-1] is None
     assert sink.held == [0, 1]
 
