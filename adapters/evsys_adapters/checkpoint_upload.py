@@ -6,7 +6,7 @@ The inline half creates hard links; the delivery half, `UploadSink`, uploads the
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -35,6 +35,9 @@ from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, R
 from evsys_bus.events import Checkpoint, Envelope, ExperimentStart, RunStart
 from evsys_bus.files import load_file
 from evsys_bus.sink import Sink
+
+if TYPE_CHECKING:
+    from evsys_bus.config import CallbackSpec
 
 FINAL: Final = "final"
 
@@ -393,8 +396,10 @@ class CheckpointUploadCallback(Callback):
             log().warning("checkpoint.not_linked", checkpoint=row.name, error=str(error))
 
     @staticmethod
-    def fetch_before_resume(*args: Any) -> None:
+    def fetch_before_resume(specs: "Sequence[CallbackSpec]", *args: Any) -> None:
         """Fetch what runs continue from; ``evsys-bus run --resume`` calls it once with all specs and runs."""
         from evsys_adapters.commands.resume import fetch_newest
 
-        fetch_newest(*args)
+        own_specs = [spec for spec in specs if spec.kind == CheckpointUploadCallback.name]
+        configs = [CheckpointUploadCallback(**spec.params).config for spec in own_specs]
+        fetch_newest([(config.url, config.store_options) for config in configs], *args)

@@ -13,7 +13,6 @@ from typing import Final, NamedTuple
 import anyio
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.copying import remove_partials
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder, is_remote_uri
@@ -29,7 +28,6 @@ from evsys_bus.cli.output.progress import Facts, OnTransfer, ProgressMode, forma
 from evsys_bus.cli.output.screen import Screen, printable
 from evsys_bus.cli.output.transfers import make_byte_counter
 from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
-from evsys_bus.config import CallbackSpec
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
@@ -102,12 +100,16 @@ class ResumeReporter:
 
 
 def fetch_newest(
-    specs: Sequence[CallbackSpec], folder: Path, runs: Sequence[RunPlan], mode: ProgressMode, screen: Screen
+    uploads: Sequence[tuple[str, StoreOptions]],
+    folder: Path,
+    runs: Sequence[RunPlan],
+    mode: ProgressMode,
+    screen: Screen,
 ) -> None:
     """Fetch the newest checkpoint of each run that was uploaded and is not local.
 
     Args:
-        specs: The callbacks of the experiment.
+        uploads: URL, with or without placeholders, and options of each destination of uploads.
         folder: The experiment's directory.
         runs: Its runs.
         mode: How progress is shown.
@@ -119,7 +121,7 @@ def fetch_newest(
         TrainingError: Another process trains in the experiment's directory.
         OSError: The local disk failed.
     """
-    sources = _upload_sources(specs, folder)
+    sources = [_Source(url_for(url, LogContext(folder)), options) for url, options in uploads]
     unfinished = _unfinished_runs(runs, folder)
     if not sources or not unfinished:
         return
@@ -128,13 +130,6 @@ def fetch_newest(
         show_warnings(screen, as_json=mode == "json"),
     ):
         anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
-
-
-def _upload_sources(specs: Sequence[CallbackSpec], folder: Path) -> list[_Source]:
-    uploads = [spec for spec in specs if spec.kind == CheckpointUploadCallback.name]
-    configs = [CheckpointUploadCallback(**spec.params).config for spec in uploads]
-    experiment = LogContext(folder)
-    return [_Source(url_for(config.url, experiment), config.store_options) for config in configs]
 
 
 def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedRun]:
