@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
     from evsys_adapters.wandb_logger import WandbLoggerCallback
 
+importlib.import_module("datetime")
+"""Before msgspec, as in `evsys_bus`: a Ctrl-C in there would be lost, and crash the process later."""
+
 _MODULE_OF: Final = {
     "CheckpointPrune": "checkpoint_prune",
     "CheckpointUploadCallback": "checkpoint_upload",

@@ -250,7 +250,7 @@ def _owner_names(owner_file: Path, run: str) -> tuple[bytes, bytes]:
 
 
 def _is_of_other_run(owner_file: Path, run: str) -> bool:
-    """Whether the output belongs to another run; a damaged owner file counts as nobody's."""
+    """Whether the output belongs to another run; a damaged owner file names no run."""
     content = _read_owner_file(owner_file)
     return all(names_other_run(content, name, owner_file.parent) for name in _owner_names(owner_file, run))
 

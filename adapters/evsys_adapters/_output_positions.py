@@ -1,13 +1,13 @@
-"""`TrackedOutput`, `PositionWriter`: which events an output has the rows of, written down beside it with every mark.
+"""`TrackedOutput`, `PositionWriter`: a note beside each output of the events whose rows it contains.
 
     .rows.csv.at                  beside a file
     logs/.at                      in a folder
 
-So the output itself answers for each event whether it was handled, whatever became of the follower's cursor, and under
-whatever name it is followed. The note holds the last event of each stream, how long the files were, and what their
-writer knew of the run. It is on the medium before the cursor that belongs to the same mark: where the two differ, the
-note is newer, and counts. Files that have changed in another way than by their writer make it void, and so does their
-removal; outputs of 0.1.0 have none. Then rows are compared with those that come (`evsys_adapters._row_matcher`).
+An output with a note shows for each event whether it was handled, even if the adapter lost its cursor or has a new
+name. The note contains the last event of each stream, the sizes of the files, and the writer's state of the run. It is
+written with every mark, and synced before the cursor of that mark is saved: if the two differ, the note is the newer
+one and is used. It is invalid if anything but its writer has changed or removed the files. Outputs of 0.1.0 have none.
+Without a valid note, delivered rows are compared with existing ones (`evsys_adapters._step_tracker`).
 """
 
 import os
@@ -27,7 +27,7 @@ from evsys_bus.journal.layout import stream_sort_key
 from evsys_bus.savepoints import Mark, Savepoints
 
 NEXT_STREAM: Final = "?"
-"""Stands for the stream of the next event, where an output was begun before it had a note."""
+"""Placeholder for the stream of the next event, if the output is older than its note."""
 _MAX_STREAMS: Final = 64
 _TAIL_BYTES: Final = 4096
 
@@ -35,16 +35,16 @@ _StructT = TypeVar("_StructT", bound=msgspec.Struct)
 
 
 class Position(msgspec.Struct, omit_defaults=True):
-    """Which events an output has the rows of."""
+    """The events whose rows an output contains."""
 
     output: str = ""
     """The file or folder."""
     number: int = 0
-    """Of its last note; counts on whoever writes it."""
+    """Number of its last note; every note has a greater one, whichever adapter writes it."""
     handled: dict[str, int] = {}
-    """The last event of each stream of the journal, by its sequence."""
+    """Sequence number of the last handled event of each stream."""
     since: str = ""
-    """Events of streams that were begun before this one are handled as well; empty: of none."""
+    """All events of streams older than this one are handled as well; empty if there are none."""
 
     def has(self, event: EventInfo) -> bool:
         """Whether the event was handled."""
@@ -52,7 +52,7 @@ class Position(msgspec.Struct, omit_defaults=True):
         return event.sequence <= last if last is not None else _is_older(event.stream, self.since)
 
     def add(self, event: EventInfo) -> None:
-        """The event is handled."""
+        """Record that the event is handled."""
         self.handled[event.stream] = event.sequence
         if self.since == NEXT_STREAM:
             self.since = event.stream
@@ -66,18 +66,18 @@ class _PositionRecord(msgspec.Struct):
     position: Position
     mark: Mark
     files: dict[str, tuple[int, str]]
-    """Size and digest of the end of each file, by its path from the note."""
+    """Size and digest of the end of each file, by path relative to the note."""
     state: msgspec.Raw
-    """What the writer knew of the run."""
+    """The writer's state of the run."""
 
 
 class TrackedOutput:
-    """The output of one run, for one follower.
+    """The output of one run, written by one adapter.
 
     Args:
-        savepoints: Of the follower's files.
-        position: As its mark has it; None where there is no mark.
-        behind_courier: Whether a courier delivers, so that events come again after a crash.
+        savepoints: The adapter's savepoints.
+        position: The position from its mark; None without a mark.
+        behind_courier: Whether a courier delivers, so that events are repeated after a crash.
     """
 
     def __init__(
@@ -91,41 +91,41 @@ class TrackedOutput:
 
     @property
     def is_known(self) -> bool:
-        """Whether it is known which events it has the rows of: a start that is given again tells nothing then."""
+        """Whether it is known which events are in the output, so that a repeated start carries no information."""
         return bool(self.position.handled)
 
     def has(self, event: EventInfo) -> bool:
-        """Whether nothing is to be done for the event, as its rows are there; else they are from now on."""
+        """Whether the event's rows are in the output already; if not, record that they are from now on."""
         if self.is_handled(event):
             return True
         self.add(event)
         return False
 
     def is_handled(self, event: EventInfo) -> bool:
-        """Whether nothing is to be done for the event, as its rows are there."""
+        """Whether the event's rows are in the output already."""
         return self.behind_courier and event.sequence > 0 and not event.carried and self.position.has(event)
 
     def add(self, event: EventInfo) -> None:
-        """The rows of the event are there."""
+        """Record that the event's rows are in the output."""
         if self.behind_courier and event.sequence and not event.carried:
             self.position.add(event)
 
     def restore(self, path: Path, position_file: Path, others: Iterable[Path] = ()) -> bytes | None:
-        """To be called with the place once it is claimed.
+        """Restore the files to their state at the note, if that is newer than the adapter's mark.
 
-        Where its note is newer than the follower's mark, its files are made as they were at the note. What their writer
-        knew then; None where the mark counts, or where nobody knows.
+        Call it once the output is acquired. Returns the writer's state at the note; None if the mark is newer, or if
+        there is no valid note.
 
         Args:
-            path: Where the output lies.
+            path: The output.
             position_file: Its note.
-            others: Files that may have come to the output behind the note, which does not name them.
+            others: Files that may have been added to the output after the note, which does not name them.
 
         Raises:
             OSError: The disk refuses it.
         """
         if not self.behind_courier:
-            with suppress(OSError):  # what is written now is in no note
+            with suppress(OSError):  # rows written now are not recorded in a note
                 current_disk().remove(str(position_file))
             return None
         position, self._position_file = self.position, position_file
@@ -143,16 +143,16 @@ class TrackedOutput:
         self.position.output = str(path)
         self._last_written = (dict(self.position.handled), self.position.since, bytes(record.state), [*record.files])
         if not is_ours:
-            self._last_written = (
-                None  # the earlier versions that the next changes leave belong to this follower's marks
-            )
+            self._last_written = None  # earlier versions that the next changes create belong to this adapter's marks
             prepared = self.prepare_write(bytes(record.state), [position_file.parent / name for name in record.files])
             if prepared is not None:
                 prepared(self._savepoints.last_mark)()
         return bytes(record.state)
 
     def prepare_write(self, state: bytes, files: Iterable[Path]) -> "Callable[[Mark], Callable[[], object]] | None":
-        """What makes, once there is a mark, what writes a note of how the output is now; None where the last says it.
+        """Prepare a note of the output's current state; None if the last note is up to date.
+
+        Returns a function that receives the mark and returns the function that writes the note.
 
         Raises:
             OSError: A file cannot be read; nothing has changed.
@@ -180,19 +180,19 @@ class TrackedOutput:
 
 
 class PositionWriter:
-    """Takes the marks of a follower's files, and writes the notes of its outputs."""
+    """Takes marks of an adapter's files, and writes the notes of its outputs."""
 
     def __init__(self, savepoints: Savepoints) -> None:
         self._savepoints = savepoints
         self._pending: list[Callable[[], object]] = []
 
     def take(self, outputs: Iterable[tuple[TrackedOutput, bytes, Iterable[Path]]]) -> Mark:
-        """A mark, once the notes of these outputs, with what is known of them, and with their files, are written.
+        """Write the notes of these outputs, each with its state and files, and return a mark.
 
         Raises:
-            OSError: The disk refuses it; to be called again.
+            OSError: The disk refuses it; call it again.
         """
-        self._write()  # before another mark is taken: one earlier version is kept
+        self._write()  # before the next mark is taken: only one earlier version is retained
         prepared = [output.prepare_write(state, files) for output, state, files in outputs]
         mark = self._savepoints.take()
         self._pending = [each(mark) for each in prepared if each is not None]
@@ -206,29 +206,29 @@ class PositionWriter:
 
 
 def is_empty(files: Iterable[Path]) -> bool:
-    """Whether none of them has anything in it.
+    """Whether all of the files are empty or missing.
 
     Raises:
-        RetryLaterError: That cannot be learnt now.
+        RetryLaterError: The disk cannot be read now.
     """
     try:
         return not any(_size(str(file)) for file in files)
     except OSError as error:
-        raise RetryLaterError(f"the output cannot be looked at: {error}") from error
+        raise RetryLaterError(f"the output cannot be read: {error}") from error
 
 
 def position_file_of(file: Path) -> Path:
-    """Where the note of an output lies that is a file."""
+    """Return the path of the note of an output that is a file."""
     return file.with_name(f".{file.name}.at")
 
 
 def position_file_in(folder: Path) -> Path:
-    """Where the note of an output lies that is a folder."""
+    """Return the path of the note of an output that is a folder."""
     return folder / ".at"
 
 
 def without_newer(mark: Mark, positions: Iterable[Position], position_file_for: Callable[[Path], Path]) -> Mark:
-    """Return the mark without the files of outputs whose note is newer; `TrackedOutput.restore` restores those.
+    """Drop the files of outputs whose note is newer from the mark; `TrackedOutput.restore` restores those.
 
     Raises:
         OSError: A note cannot be read now.
@@ -245,15 +245,15 @@ def without_newer(mark: Mark, positions: Iterable[Position], position_file_for: 
             and _is_whole(record, position_file, Savepoints())
         ):
             newer.update(_mark_from(record, position_file).files)
-            folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # as the marks call it
-            newer.update(file for file in mark.files if folder in Path(file).parents)
+            folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
+            newer.update(file for file in mark.files if Path(file).parent == folder)  # renamed since
     if newer.isdisjoint(mark.files):
         return mark
     return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})
 
 
 def assign(struct: _StructT, other: _StructT) -> None:
-    """Have a struct, which others hold on to, hold what another one holds."""
+    """Copy all fields of ``other`` to a struct that is referenced elsewhere."""
     for name in struct.__struct_fields__:
         setattr(struct, name, getattr(other, name))
 
@@ -268,18 +268,18 @@ def _mark_from(record: _PositionRecord, position_file: Path) -> Mark:
 
 
 def _is_whole(record: _PositionRecord, position_file: Path, savepoints: Savepoints) -> bool:
-    """Whether the files are as the note says, or can be made so.
+    """Whether the files match the note, or can be restored to it.
 
-    Of several, some may be gone: what was in a file that a person removes does not come again by itself.
+    If there are several, some may be missing: the rows of a file that a person removed are not written again.
     """
     mark = _mark_from(record, position_file)
     missing = 0
     for name, (size, digest) in record.files.items():
         path = savepoints.path_at_mark(os.path.abspath(position_file.parent / name), mark)  # noqa: PTH100
-        there = _size(path)
-        if size and not there:
+        actual_size = _size(path)
+        if size and not actual_size:
             missing += 1
-        elif there < size or _tail(path, size) != digest:
+        elif actual_size < size or _tail(path, size) != digest:
             return False
     return not missing or missing < sum(size > 0 for size, _ in record.files.values())
 
@@ -292,7 +292,7 @@ def _size(path: str) -> int:
 
 
 def _tail(path: str, size: int) -> str:
-    """A digest of the last bytes of the first ``size`` ones."""
+    """Return a digest of the end of the first ``size`` bytes."""
     if not size:
         return ""
     start = max(0, size - _TAIL_BYTES)
@@ -302,7 +302,7 @@ def _tail(path: str, size: int) -> str:
 
 
 def _is_older(stream: str, since: str) -> bool:
-    """Whether a stream was begun before another, in the same journal: in a new one counters begin anew."""
+    """Whether a stream is older than another of the same journal; a new journal counts from the start."""
     if since in {"", NEXT_STREAM}:
         return False
     start, start_since = (each.rsplit("-", 2)[-2:-1] for each in (stream, since))

@@ -1,9 +1,9 @@
-"""TensorBoard's event files: how a record looks, and the events that a logger writes into them.
+"""Encoding of TensorBoard's event files, and the events that `tensorboard_logger` writes.
 
     length · checksum of it · an ``Event`` message · checksum of it        (TFRecord, all little-endian)
 
-The messages are tensorboardX's, which needs neither torch nor TensorFlow; its writer is not used, because its thread
-holds rows that nobody can wait for.
+The messages are those of tensorboardX, which needs neither torch nor TensorFlow. Its writer is not used, because it
+buffers rows in a thread, and there is no way to wait for them.
 """
 
 import struct
@@ -19,15 +19,15 @@ _LENGTHS: Final = struct.Struct("<QI")
 _TIME: Final = struct.Struct("<d")
 _CHECKSUM: Final = struct.Struct("<I")
 _WALL_TIME, _STEP, _SUMMARY = 0x09, 0x10, b"\x2a"
-"""The bytes before these fields of an event, which stand in this order."""
+"""The bytes before these fields of an event, in the order in which they are encoded."""
 _WALL_TIME_END: Final = 9
 _MAX_STEP_BYTES: Final = 9
-"""Of a step that is not negative."""
+"""Maximum length of an encoded step that is not negative."""
 _EVAL: Final = EVAL.encode()
 
 
 def needs_tensorboardx() -> None:
-    """Check that tensorboardX is there, without importing it.
+    """Check that tensorboardX is installed, without importing it.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -39,18 +39,18 @@ def needs_tensorboardx() -> None:
 
 
 class Events:
-    """Makes and reads the events of one file; an instance holds the imported messages, and dates the events.
+    """Encodes and decodes the events of one file; an instance holds the imported message classes.
 
     Args:
-        clock: Dates them, if given; else they have the time in `offset`.
+        clock: The wall time of events. Default: `event_time`.
     """
 
     def __init__(self, clock: Callable[[], float] | None = None) -> None:
         self.event_time = 0.0
-        """When what is logged happened; seconds since the epoch."""
+        """Wall time of the events to be encoded; seconds since the epoch."""
         self._clock = clock
         self._start_time: float | None = None
-        # Any: protobuf makes its classes when it is imported, and tensorboardX need not be there when this is checked.
+        # protobuf generates its classes at import, and tensorboardX need not be installed for type checking
         event_pb2: Any = import_module("tensorboardX.proto.event_pb2")
         summary_pb2: Any = import_module("tensorboardX.proto.summary_pb2")
         self._crc: Any = import_module("tensorboardX.crc32c").crc32c
@@ -65,12 +65,12 @@ class Events:
     # -- the format ---------------------------------------------------------------------------------------------------
 
     def header(self) -> bytes:
-        """The event that says which rules the file follows: those in which a restart is told, not guessed."""
+        """Return the file's version event, for the version in which restarts are explicit events."""
         time = self._now() if self._start_time is None else self._start_time
         return self.frame(self._event(wall_time=time, file_version="brain.Event:2").SerializeToString(), 0)
 
     def frame(self, payload: bytes, offset: int) -> bytes:
-        """A record."""
+        """Encode a record."""
         del offset
         length = struct.pack("<Q", len(payload))
         return b"".join(
@@ -83,7 +83,7 @@ class Events:
         )
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-        """Every whole record but the first."""
+        """Yield every complete record except for the first, with its end offset."""
         frames = _frames(file)
         next(frames, None)
         end = file.tell()
@@ -94,13 +94,13 @@ class Events:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def scalars(self, step: int, values: Mapping[str, float]) -> bytes:
-        """One point for each tag."""
+        """Encode an event with one point per tag."""
         value = self._summary.Value
         points = [value(tag=tag, simple_value=number) for tag, number in values.items()]
         return self._encode_event(step, summary=self._summary(value=points))
 
     def text(self, step: int, tag: str, text: str) -> bytes:
-        """A text, Markdown."""
+        """Encode an event with a Markdown text."""
         plugin = self._metadata.PluginData(plugin_name="text")
         tensor = self._tensor(
             dtype="DT_STRING",
@@ -111,12 +111,12 @@ class Events:
         return self._encode_event(step, summary=self._summary(value=[value]))
 
     def time_of(self, payload: bytes) -> float:
-        """When what an event says happened; 0 where it does not say."""
+        """Return the wall time of an event; 0 if it has none."""
         is_dated = len(payload) >= _WALL_TIME_END and payload[0] == _WALL_TIME
         return float(_TIME.unpack_from(payload, 1)[0]) if is_dated else 0.0
 
     def step_of(self, payload: bytes) -> tuple[int, bool]:
-        """The step of an event, and whether it makes that step and later ones void; step 0 where it is damaged."""
+        """Return the step of an event, and whether it voids that step and later ones; step 0 if it is damaged."""
         step = _step_of_scalars(payload)
         if step is not None:
             return step, False
@@ -124,11 +124,11 @@ class Events:
         return (0, False) if event is None else (event.step, event.HasField("session_log"))
 
     def restart(self, step: int) -> bytes:
-        """What was told of this step and later ones is void."""
+        """Encode an event that voids this step and later ones."""
         return self._encode_event(step, session_log=self._session(status=self._session.START))
 
     def sorted_frames(self, file: BinaryIO) -> Iterator[bytes]:
-        """The file again, in order of steps, without what is void and without evals that were replaced.
+        """Yield the file's records in order of steps, without void ones and without evals that were replaced.
 
         TensorBoard's fast loader takes a step that is smaller than the one before for a restart, and drops points.
         """
@@ -137,14 +137,14 @@ class Events:
         starts, steps, sizes = array("Q"), array("q"), array("Q")
         offset, is_valid = file.tell(), bytearray()
         newest: dict[tuple[str, int], int] = {}
-        """The event that holds the newest value of an eval."""
+        """Number of the event with the newest value of an eval."""
         evals: dict[int, list[str]] = {}
-        """Events of evals, and their tags."""
+        """Tags of the events of evals, by number."""
         for frame in frames:
             payload = frame[_LENGTHS.size : -_CHECKSUM.size]
             step, event = _step_of_scalars(payload), None
             if step is None:
-                event = self._parsed(payload)  # a damaged one stays where it is, and is the readers' business
+                event = self._parsed(payload)  # a damaged one stays where it is
                 step = event.step if event is not None else steps[-1] if steps else 0
             if event is not None:
                 if event.HasField("session_log"):
@@ -175,7 +175,7 @@ class Events:
                 yield self.frame(event.SerializeToString(), 0)
 
     def _parsed(self, payload: bytes) -> Any:
-        """The event; None if it is none."""
+        """Decode an event; None if it is damaged."""
         try:
             return self._event.FromString(payload)
         except self._damaged:
@@ -190,13 +190,13 @@ class Events:
         return self.event_time if self._clock is None else self._clock()
 
     def _masked_checksum(self, data: bytes) -> int:
-        """TensorBoard's checksum: rotated, so that one of data with checksums inside does not cancel out."""
+        """Return TensorBoard's checksum: rotated, so that checksums inside the data do not cancel out."""
         crc = self._crc(data)
         return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _frames(file: BinaryIO) -> Iterator[bytes]:
-    """Every whole record with its length and checksums; a torn one ends the file."""
+    """Yield every complete record with its length and checksums; a torn one ends the iteration."""
     while len(header := file.read(_LENGTHS.size)) == _LENGTHS.size:
         length, _ = _LENGTHS.unpack(header)
         body = file.read(length + _CHECKSUM.size)
@@ -206,14 +206,14 @@ def _frames(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _step_of_scalars(payload: bytes) -> int | None:
-    """The step of an event that holds values and none of an eval, read without its values; None for any other event."""
+    """Decode only the step of an event with values that are not of an eval; None for any other event."""
     if len(payload) <= _WALL_TIME_END or payload[0] != _WALL_TIME or _EVAL in payload:
         return None
     at, step = _WALL_TIME_END, 0
     if payload[at] == _STEP:
-        for place, byte in enumerate(payload[at + 1 : at + 1 + _MAX_STEP_BYTES]):
-            step |= (byte & 0x7F) << 7 * place
+        for position, byte in enumerate(payload[at + 1 : at + 1 + _MAX_STEP_BYTES]):
+            step |= (byte & 0x7F) << 7 * position
             if byte == byte & 0x7F:  # the last one
-                at += 2 + place
+                at += 2 + position
                 break
     return step if payload[at : at + 1] == _SUMMARY else None

@@ -1,9 +1,9 @@
-"""W&B's run files: how a record looks, and the records that a logger writes into them.
+"""Encoding of W&B's run files, and the records that `wandb_logger` writes.
 
-    :W&B magic version · blocks of 32 KiB, in them pieces: checksum · length · kind · part of a ``Record`` message
+    :W&B magic version · blocks of 32 KiB with chunks: checksum · length · kind · part of a ``Record`` message
 
-That is the file that W&B's own service writes and `wandb sync` uploads. Writing it here, in this process, is what makes
-it exact: the service keeps rows in memory and says nothing about when they are on disk. The messages are W&B's.
+This is the file that W&B's own service writes and `wandb sync` uploads. It is written in this process to be exact after
+a crash: the service buffers rows and does not report when they are on disk. The message classes are W&B's.
 """
 
 import struct
@@ -11,20 +11,22 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
 from evsys_adapters._logged_values import json_of
+from evsys_adapters._run_logger import stable_key
 
 _FILE_HEADER: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK_BYTES: Final = 1 << 15
 _CHUNK_HEADER: Final = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _OLDEST_READER: Final = "0.40.0"
-"""The oldest W&B that reads such records; what W&B writes itself says so too."""
+"""The oldest version of W&B that reads such records, as in files that W&B writes."""
 
 
 def needs_wandb() -> None:
-    """Check that wandb is there, without importing it.
+    """Check that wandb is installed, without importing it.
 
     Raises:
         ModuleNotFoundError: It is not installed.
@@ -34,41 +36,42 @@ def needs_wandb() -> None:
 
 
 _IGNORED_KEYS: Final = frozenset({"_step", "_runtime"})
-"""What a row has besides what it says: it depends on where the file began."""
+"""Items of a row that depend on the start of the file."""
 
 
 class RecordInfo(NamedTuple):
-    """What a record is."""
+    """Properties of a record."""
 
     row: int
-    """The number of a row of the history; -1 for any other record."""
+    """Number of a history row; -1 for any other record."""
     is_exit: bool
-    """Whether it says that the run has ended."""
+    """Whether it ends the run."""
     start_time: float | None
-    """When the run began, if it says that; seconds since the epoch."""
+    """Start of the run, in seconds since the epoch; None for other records."""
 
 
 def row_key(items: Mapping[str, str]) -> int:
-    """The same for two rows of the history that say the same at the same time, by their values as JSON."""
-    return hash(frozenset((name, value) for name, value in items.items() if name not in _IGNORED_KEYS))
+    """Return a key that is equal for history rows with the same values and time; values are given as JSON."""
+    pairs = sorted((name, value) for name, value in items.items() if name not in _IGNORED_KEYS)
+    return stable_key("\0".join(chain.from_iterable(pairs)).encode(errors="surrogatepass"))
 
 
 class Records:
-    """Makes and reads the records; an instance holds the imported messages."""
+    """Encodes and decodes records; an instance holds the imported message classes."""
 
     def __init__(self) -> None:
-        # Any: protobuf makes its classes when it is imported, and W&B need not be there when this is checked.
+        # protobuf generates its classes at import, and wandb need not be installed for type checking
         self._messages: Any = import_module("wandb.proto.wandb_internal_pb2")
         self._producer: str = import_module("wandb").__version__
 
     # -- the format ---------------------------------------------------------------------------------------------------
 
     def header(self) -> bytes:
-        """What says that it is a file of W&B."""
+        """Return the file's header."""
         return _FILE_HEADER
 
     def frame(self, payload: bytes, offset: int) -> bytes:
-        """A record, in as many pieces as blocks ask for."""
+        """Encode a record, in as many chunks as the blocks require."""
         out = bytearray()
         rest = memoryview(payload)
         first = True
@@ -84,7 +87,7 @@ class Records:
         return bytes(out)
 
     def scan(self, file: BinaryIO) -> Iterator[tuple[bytes, int]]:
-        """Every whole record."""
+        """Yield every complete record with its end offset."""
         offset = len(file.read(len(_FILE_HEADER)))
         chunks: list[bytes] = []
         while True:
@@ -108,12 +111,12 @@ class Records:
     # -- records ------------------------------------------------------------------------------------------------------
 
     def version(self, run_id: str) -> bytes:
-        """The first record."""
+        """Encode the first record of a file."""
         versions = self._messages.VersionInfo(producer=self._producer, min_consumer=_OLDEST_READER)
         return self._record(run_id, header=self._messages.HeaderRecord(version_info=versions))
 
     def run(self, run_id: str, config: Mapping[str, Any], start_time: float, **names: str | None) -> bytes:
-        """What the run is. Any: plain values. Names: project, entity, run_group, job_type, display_name, notes."""
+        """Encode the run's description. Names: project, entity, run_group, job_type, display_name, notes."""
         set_names = {key: value for key, value in names.items() if value}
         run = self._messages.RunRecord(run_id=run_id, **set_names)
         for key, value in config.items():
@@ -122,14 +125,14 @@ class Records:
         return self._record(run_id, run=run)
 
     def metric(self, run_id: str, name: str, step_metric: str | None) -> bytes:
-        """That a metric is drawn over its own steps; without one, that it is such a step."""
+        """Encode the definition of a metric with its step metric, or without one the definition of a step metric."""
         metric = self._messages.MetricRecord(name=_escaped(name), step_metric=_escaped(step_metric or ""))
         metric.options.defined = True
         metric.options.hidden = step_metric is None
         return self._record(run_id, metric=metric)
 
     def row(self, run_id: str, number: int, values: Mapping[str, Any]) -> bytes:
-        """One row of the history; the first value is its step. Any: plain values."""
+        """Encode a history row; its first value is the step."""
         history = self._messages.HistoryRecord()
         for key, value in values.items():
             history.item.add(nested_key=[key], value_json=json_of(value))
@@ -138,24 +141,24 @@ class Records:
         return self._record(run_id, history=history)
 
     def summary(self, run_id: str, values: Mapping[str, Any]) -> bytes:
-        """What stands for the run in lists of runs. Any: plain values."""
+        """Encode the run's summary, which lists of runs show."""
         summary = self._messages.SummaryRecord()
         for key, value in values.items():
             summary.update.add(nested_key=[key], value_json=json_of(value))
         return self._record(run_id, summary=summary)
 
     def file(self, run_id: str, path: str) -> bytes:
-        """That a file in the run's ``files`` folder belongs to it."""
+        """Encode that a file in the run's ``files`` folder belongs to the run."""
         files = self._messages.FilesRecord()
         files.files.add(path=path)
         return self._record(run_id, files=files)
 
     def exit(self, run_id: str, *, failed: bool) -> bytes:
-        """The run has ended."""
+        """Encode the end of the run."""
         return self._record(run_id, exit=self._messages.RunExitRecord(exit_code=int(failed)))
 
     def info(self, payload: bytes) -> RecordInfo:
-        """What a logger that comes to a file of an earlier day has to know of a record."""
+        """Decode the properties of a record that continuing an existing file requires."""
         record = self._messages.Record.FromString(payload)
         kind = record.WhichOneof("record_type")
         row = int(record.history.step.num) if kind == "history" else -1
@@ -163,17 +166,17 @@ class Records:
         return RecordInfo(row, kind == "exit", None if start is None else start.seconds + start.nanos / 1e9)
 
     def key_and_time(self, payload: bytes) -> tuple[int, float] | None:
-        """A key for what a row says and when, and its time; None for any other record."""
+        """Return the key and the time of a history row; None for any other record."""
         record = self._messages.Record.FromString(payload)
         if record.WhichOneof("record_type") != "history":
             return None
         items = {item.nested_key[0]: item.value_json for item in record.history.item}
         return row_key(items), float(items.get("_timestamp") or 0.0)
 
-    # -- changing what was written ------------------------------------------------------------------------------------
+    # -- changing existing records ------------------------------------------------------------------------------------
 
     def without_steps_from(self, first_step: float, payloads: Iterable[bytes]) -> Iterator[bytes]:
-        """The records without rows of that step and later ones, and without the end of the run."""
+        """Yield the records except for rows from this step on and the end of the run."""
         for payload in payloads:
             record = self._messages.Record.FromString(payload)
             kind = record.WhichOneof("record_type")
@@ -182,7 +185,7 @@ class Records:
             yield payload
 
     def without_replaced_evals(self, payloads: Iterable[bytes]) -> Iterator[bytes]:
-        """The records without values of evals that were replaced."""
+        """Yield the records without values of evals that were replaced."""
         records = [self._messages.Record.FromString(payload) for payload in payloads]
         newest: dict[tuple[str, float, str], int] = {}
         for index, record in enumerate(records):
@@ -199,18 +202,18 @@ class Records:
 
     def _record(self, run_id: str, **what: Any) -> bytes:
         record = self._messages.Record(**what)
-        record._info.stream_id = run_id  # noqa: SLF001 # what W&B calls it
+        record._info.stream_id = run_id  # noqa: SLF001 # a field of W&B's message
         return record.SerializeToString()
 
 
 def _step(history: Any) -> float:
-    """The step of a row; a row without one belongs to no step. Any: a message."""
+    """Return the step of a row; -1 if it has none."""
     items = history.item
     return float(items[0].value_json) if items and items[0].nested_key[0].endswith("/step") else -1.0
 
 
 def _evals_of(record: Any) -> Sequence[tuple[str, float, str]]:
-    """The values of evals in a record, by name, step and metric. Any: a message."""
+    """Return eval name, step and metric of the eval values in a record."""
     items = record.history.item
     if not items or not items[0].nested_key[0].startswith("eval/"):
         return ()
@@ -219,5 +222,5 @@ def _evals_of(record: Any) -> Sequence[tuple[str, float, str]]:
 
 
 def _escaped(name: str) -> str:
-    """A dot in the name of a defined metric means a part of it, unless it is escaped."""
+    """Escape dots in the name of a defined metric, which would separate its parts."""
     return name.replace("\\", "\\\\").replace(".", "\\.")

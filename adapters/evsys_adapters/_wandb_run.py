@@ -1,4 +1,4 @@
-"""`WandbRun`: one run of W&B in its file, and the rows on their way there."""
+"""`WandbRun`: one W&B run and the rows on their way to its file."""
 
 import hashlib
 import math
@@ -13,11 +13,10 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_run_state import UNKNOWN_STEP, LoggedRunState
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, values_of
 from evsys_adapters._output_positions import TrackedOutput
 from evsys_adapters._record_file import RecordLog
-from evsys_adapters._run_logger import LoggedRun
+from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
 from evsys_adapters._runs import digest, safe_name
 from evsys_adapters._wandb_records import Records, row_key
 from evsys_adapters._wandb_upload_process import Upload
@@ -28,7 +27,7 @@ _ID_LETTERS: Final = string.ascii_lowercase + string.digits
 
 
 def random_id() -> str:
-    """As W&B makes them."""
+    """Return a random run ID in W&B's format."""
     return "".join(secrets.choice(_ID_LETTERS) for _ in range(8))
 
 
@@ -43,42 +42,42 @@ class WandbRunState(
         "path": "file",
     },
 ):
-    """What is known of a run besides what is in its file."""
+    """State of a run that is not in its file."""
 
     next_row: int = 0
-    """The next row of the history."""
+    """Number of the next history row."""
     start_time: float = 0.0
     """Seconds since the epoch."""
     defined_metrics: set[str] = msgspec.field(default_factory=set[str])
-    """Those that were defined."""
+    """Metrics that are defined in the file."""
     summary: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    """The newest values. Any: plain values."""
+    """The newest values."""
     ended: bool = False
-    """Whether the file says that the run has ended."""
+    """Whether the file contains the end of the run."""
     failed: bool | None = None
-    """How the run ended, by the last event that said so; None while none has."""
+    """Whether the run failed, from the last event that ended it; None before one did."""
     deferred_evals: tuple[int, dict[str, Any], float] | None = None
-    """The newest step that was not due: its values and its time. It is logged if it stays the last one."""
+    """The newest step that was not due, with its values and time; logged if no later one follows."""
     row_count: int = -1
-    """Rows in the file; -1 where the file has to be asked."""
+    """Rows in the file; -1 if they have to be counted."""
     path: str = ""
-    """Where it is."""
+    """Path of the file."""
 
 
 class WandbRun(LoggedRun[WandbRunState]):
-    """The run whose file lies in this folder, or is to lie there.
+    """A run whose file is in this folder, or will be created there.
 
     Args:
         folder: ``…/wandb`` in the run's folder.
-        savepoints: Of the callback.
-        records: Makes the records.
-        flush_seconds: How long a row may wait in memory.
-        state: What was known of the run at the mark.
+        savepoints: The callback's savepoints.
+        records: Encodes the records.
+        flush_seconds: How long a row may stay in memory.
+        state: The run's state from the mark.
         output: Which events the file has the rows of.
-        look: Gives what the note beside the file says, if it is newer than the mark.
-        clock: What time it is, instead of the times of the events.
-        new_id: Names a run of W&B.
-        event_time: When the event was published that made the run known.
+        load_state: Returns the state from the note beside the file if it is newer than the mark.
+        clock: The wall time of rows. Default: the times of the events.
+        new_id: Returns an ID for a new run.
+        event_time: Publication time of the run's first event.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class WandbRun(LoggedRun[WandbRunState]):
         flush_seconds: float,
         state: WandbRunState | None,
         output: TrackedOutput,
-        look: Callable[[TrackedOutput, Path], WandbRunState | None],
+        load_state: Callable[[TrackedOutput, Path], WandbRunState | None],
         clock: Callable[[], float] | None,
         new_id: Callable[[], str],
         event_time: float,
@@ -104,7 +103,7 @@ class WandbRun(LoggedRun[WandbRunState]):
             start = time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
             path = folder / f"offline-run-{start}-{self.id}" / f"run-{self.id}.wandb"
         log = RecordLog(path, savepoints, records, flush_seconds)
-        super().__init__(log, look(output, path) or state or _state_from_file(log, records, now), output)
+        super().__init__(log, load_state(output, path) or state or _state_from_file(log, records, now), output)
         self.event_time = event_time
         if self.notes.row_count < 0:
             self.notes.row_count = sum(records.info(each).row >= 0 for each in log.records())
@@ -114,7 +113,7 @@ class WandbRun(LoggedRun[WandbRunState]):
         self._clock = clock
 
     def describe(self, config: object, plain: Mapping[str, Any], **names: str | None) -> None:
-        """Say what the run is, once. Any: plain values."""
+        """Log the run's description, once."""
         if self.notes.described:
             return
         self.notes.described = True
@@ -131,20 +130,20 @@ class WandbRun(LoggedRun[WandbRunState]):
         self._add(self._records.run(self.id, flat, self.notes.start_time, **names))
 
     def begin(self, first_step: int) -> None:
-        """As for every run; and it has not ended any more."""
+        """See `LoggedRun.begin`; a run that had ended continues."""
         self.notes.failed = None
         super().begin(first_step)
         if self.notes.ended and self.notes.tracker.pending_start is None:
             self._reopen()
 
     def defer_step(self, step: int, metrics: object) -> None:
-        """A step that is not due; logged by `log_deferred_step` if no later one comes."""
+        """Record a step that is not due; `log_deferred_step` logs it if no later one follows."""
         self.add_step(step, None)
         if self.notes.deferred_evals is None or step >= self.notes.deferred_evals[0]:
             self.notes.deferred_evals = (step, values_of(metrics), self.event_time)
 
     def log_deferred_step(self) -> None:
-        """Log the last step, if it was not."""
+        """Log the last step if it was not due."""
         if self.notes.deferred_evals is not None:
             (step, values, event_time), now = self.notes.deferred_evals, self.event_time
             self.event_time = event_time
@@ -152,12 +151,12 @@ class WandbRun(LoggedRun[WandbRunState]):
             self.event_time = now
 
     def summarize(self, values: Mapping[str, Any]) -> None:
-        """Have the newest values stand for the run. Any: plain values."""
+        """Add values to the run's summary."""
         self.notes.summary |= values
         self._add(self._records.summary(self.id, self.notes.summary))
 
     def finish(self) -> None:
-        """Nothing more is expected: log the last step, and that the run has ended, where an event has said how."""
+        """Log the last step, and the end of the run if an event has announced it."""
         self.log_deferred_step()
         if self.notes.failed is not None and not self.notes.ended:
             self.summarize({})
@@ -165,12 +164,12 @@ class WandbRun(LoggedRun[WandbRunState]):
             self._set_ended(ended=True)
 
     def attach_upload(self, upload: Upload) -> None:
-        """Have the upload know what is in the file."""
+        """Attach the file's upload, which needs the number of rows."""
         self.upload = upload
         upload.is_tracked, upload.row_count, upload.ended = True, self.notes.row_count, self.notes.ended
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
-        """A row: the values of one stream over its own step."""
+        """See `LoggedRun._write`; a row has the values of one stream and its own step."""
         step_name = f"{stream}/step"
         row = _row(stream, step, values)
         for name in row.keys() - self.notes.defined_metrics:
@@ -178,7 +177,7 @@ class WandbRun(LoggedRun[WandbRunState]):
             self.notes.defined_metrics.add(name)
         now = self._now()
         times = {"_timestamp": now, "_runtime": max(0.0, now - self.notes.start_time)}
-        if not self._is_repeated(self._key(row, now)):
+        if not (self.notes.tracker.position_unknown and self._is_repeated(self._key(row, now))):
             self._add(self._records.row(self.id, self.notes.next_row, row | times))
             self.notes.next_row += 1
             self._set_row_count(self.notes.row_count + 1)
@@ -218,7 +217,7 @@ class WandbRun(LoggedRun[WandbRunState]):
             self.add_eval(step, head.removeprefix(EVAL), {kind: value})
 
     def _table(self, head: str, step: int | None, table: Table) -> dict[str, Any]:
-        """Put the predictions into a file of the run; what names it in a row. Any: plain values."""
+        """Write the predictions to a file of the run; returns the row value that refers to it."""
         data = json_of({"columns": table.columns, "data": table.rows, "caption": table.caption}).encode()
         name = f"{safe_name(head)}-{digest(head)}_{'final' if step is None else step}.table.json"
         path = f"media/table/{name}"
@@ -245,7 +244,7 @@ class WandbRun(LoggedRun[WandbRunState]):
         self._rewrite(self._records.without_replaced_evals)
 
     def _reopen(self) -> None:
-        """The run has not ended after all: W&B reads no further than its end."""
+        """Remove the end of the run, because W&B reads no further."""
         self._rewrite(lambda payloads: self._records.without_steps_from(math.inf, payloads))
         self._set_ended(ended=False)
 
@@ -255,7 +254,7 @@ class WandbRun(LoggedRun[WandbRunState]):
         self.log.add(payload)
 
     def _rewrite(self, change: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
-        """As `RecordLog.rewrite`; what the server has is another file then."""
+        """See `RecordLog.rewrite`; the server then has an outdated file."""
 
         def counted(payloads: Iterable[bytes]) -> Iterator[bytes]:
             row_count = 0
@@ -282,7 +281,7 @@ class WandbRun(LoggedRun[WandbRunState]):
 
 
 def _row(stream: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of one stream over its own step, by their names at W&B. Any: plain values."""
+    """Return the values of one stream and its step, by their names at W&B."""
     row: dict[str, Any] = {f"{stream}/step": step}
     for key, value in values.items():
         name = _metric_name(stream, key)
@@ -291,17 +290,14 @@ def _row(stream: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _metric_name(stream: str, key: str) -> str:
-    """What W&B calls a metric: the stream goes before its name, but not twice, and not before another prefix.
-
-    Two metrics of one name, and one called as the step, get ``defined_metrics.`` besides.
-    """
+    """Return the name of a metric at W&B: prefixed with the stream unless it has that or another prefix already."""
     if key.startswith(f"{stream}/") or (stream == TRAIN and "/" in key):
         return key
     return f"{stream}/{key}"
 
 
 def _state_from_file(log: RecordLog, records: Records, now: float) -> WandbRunState:
-    """What the file of an earlier day says."""
+    """Determine the state of a run from its existing file."""
     last_row, row_count, ended, start_time, any_record = -1, 0, False, None, False
     for payload in log.records():
         any_record = True

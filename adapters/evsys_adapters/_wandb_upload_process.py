@@ -1,14 +1,14 @@
-"""The upload of one W&B run file: W&B's own ``wandb beta sync --live``, in a process of its own, and what it says.
+"""The upload of one W&B run file by W&B's own tool, ``wandb beta sync --live``, in a separate process.
 
-The file is the delivery; the upload only reads it. So whatever keeps the upload (no login, no network, a server that
-refuses) loses nothing: it is tried again (`Uploader`), and ``wandb sync`` finishes it on any other day.
+Events are delivered once their rows are in the file; the upload only reads it. So nothing is lost if the upload fails
+(no login, no network, a server that rejects it): it is retried (`Uploader`), and ``wandb sync`` can finish it later.
 
-What the server has, W&B's marker ``.synced`` alone does not say: its tool makes one too after a fatal error in the
-middle. So the tool's log is read while it works: how many rows the server has confirmed, and what it refused. Once the
-server has all of a file, ``.uploaded`` beside it holds the file's size.
+W&B's marker ``.synced`` does not prove that the server has the file: the tool creates it even after a fatal error. So
+the tool's log is read while it runs, for the rows that the server has confirmed and the requests that it rejected. Once
+the server has all of a file, ``.uploaded`` beside it contains the file's size.
 
-As a module this is the process: ``python -m evsys_adapters._wandb_upload_process FILE…``. It ends when its stdin does,
-however its parent ended, and W&B's service ends with it.
+Run as a module, this is the process: ``python -m evsys_adapters._wandb_upload_process FILE…``. It ends when its stdin
+is closed, however its parent ended, and W&B's service ends with it.
 """
 
 import contextlib
@@ -56,31 +56,31 @@ _REFUSALS: Final = {
     ),
 }
 _TRANSIENT_STATUSES: Final = frozenset({408, 409, 425, 429})
-"""Answers below 500 that may pass."""
+"""Temporary errors with a status below 500."""
 _SETTINGS: Final = {
     "WANDB_X_GRAPHQL_RETRY_WAIT_MAX_SECONDS": "5",
     "WANDB_X_FILE_STREAM_RETRY_WAIT_MAX_SECONDS": "5",
     "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "2",
 }
-"""W&B's own defaults, of a minute and of 15 s, would keep a server that is back waiting. The environment overrules."""
+"""Shorter than W&B's defaults of 15 s and a minute, to resume soon after an outage. The environment has precedence."""
 
 
 class Problem(NamedTuple):
-    """What keeps the server from having all."""
+    """Why the server does not have the whole file."""
 
     why: str
     fix: str | None = None
-    """What a person has to do; None where it may pass by itself."""
+    """What the user has to do; None if the problem may be temporary."""
 
 
 class Upload:
-    """One run file on its way to the server.
+    """The upload of one run file.
 
     Args:
         file: The run file, in its folder.
-        run: How the run is called.
+        run: Name of the run.
         events: Events in the file that the server has not confirmed.
-        on_url: Called with the URL of the run's page, once the server has named it; None where that is known.
+        on_url: Receives the URL of the run's page once the server has assigned it; None if it is known.
     """
 
     def __init__(self, file: Path, run: str, events: int = 0, on_url: Callable[[str], None] | None = None) -> None:
@@ -90,29 +90,29 @@ class Upload:
         self.url = ""
         self.events = events
         self.events_at_mark = events
-        """As many of the events as were counted at the last mark."""
+        """Number of events at the last mark."""
         self.row_count = 0
         """Rows in the file."""
         self.ended = False
-        """Whether the file says that the run has ended: the tool ends then, else it waits for more."""
+        """Whether the file contains the end of the run: the tool ends there, else it waits for more."""
         self.problem: Problem | None = None
         self.finished = False
-        """Whether the server has all, as far as is known here; `done` looks at the disk."""
+        """Whether the server has the whole file, as of the last check; `done` checks the disk."""
         self.has_task = False
-        """Whether a task has it uploaded now."""
+        """Whether a task is uploading it."""
         self.fatal = False
-        """Whether the tool gave up in the middle."""
+        """Whether the tool ended with a fatal error."""
         self.status = ""
-        """What the tool printed last of this file."""
+        """The last line that the tool printed for this file."""
         self.confirmed_rows = -1
         """Rows that the server has confirmed in this attempt."""
         self.is_tracked = False
-        """Whether `row_count` and `ended` are kept by whoever writes the file; else `scan_file` finds them out."""
+        """Whether the writer of the file updates `row_count` and `ended`; else `scan_file` determines them."""
         self.task_requested_at = 0.0
-        """When a task was asked for that drives it, on the clock of ``time.monotonic``; 0 for none."""
+        """Time of the last request for a task to upload it, from ``time.monotonic``; 0 for none."""
         self.attempts = 0
         self.temporary_problem: Problem | None = None
-        """What the tool waits for in this attempt."""
+        """The problem that the tool is retrying in this attempt."""
         self._refused_status: int | None = None
         self._rows_in_request = 0
         self._count_points: deque[tuple[int, int]] = deque()
@@ -121,7 +121,7 @@ class Upload:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def count_event(self) -> None:
-        """One more event; to be called before its rows are added."""
+        """Count one more event; call it before its rows are added."""
         point = (self.row_count, self.events)
         if len(self._count_points) >= _MAX_COUNT_POINTS or (
             self._count_points and self._count_points[-1][0] == self.row_count
@@ -134,11 +134,11 @@ class Upload:
         self._confirm_rows()
 
     def pending_events(self, *, at_mark: bool, at_end: bool) -> int:
-        """Events that the server has not confirmed.
+        """Return the number of events that the server has not confirmed.
 
         Args:
-            at_mark: Of those alone that were counted at the last mark.
-            at_end: Nothing follows: a file that the server does not have whole counts.
+            at_mark: Count only those from before the last mark.
+            at_end: No event follows: a file that is not completely uploaded counts as at least one.
         """
         if self.finished:
             return 0
@@ -151,11 +151,11 @@ class Upload:
 
     @property
     def done(self) -> bool:
-        """Whether the server has all that is in the file."""
+        """Whether the server has all of the file."""
         try:
             at = self.file.stat()
         except OSError:
-            return True  # nothing is there that could be uploaded
+            return True  # there is nothing to upload
         with contextlib.suppress(OSError):
             sent = load_file(self._marker, int, quarantine=True)
             if sent is not None:
@@ -165,17 +165,17 @@ class Upload:
         return False
 
     def mark_done(self) -> None:
-        """Write down that the server has all that is in the file now."""
+        """Record that the server has all of the file as it is now."""
         with contextlib.suppress(OSError):
             replace_file(self._marker, str(self.file.stat().st_size).encode(), mode=0o666)
 
     def clear_markers(self) -> None:
-        """The file is another one than what the server has."""
+        """Remove the markers: the file was replaced."""
         for marker in (self._marker, self.file.with_suffix(".wandb.synced")):
             marker.unlink(missing_ok=True)
 
     def scan_file(self, records: Records) -> None:
-        """Read in the file what is not known of it: its rows, and whether the run has ended."""
+        """Determine from the file its number of rows, and whether the run has ended."""
         row_count, ended = 0, False
         try:
             with self.file.open("rb") as file:
@@ -190,17 +190,17 @@ class Upload:
     def _marker(self) -> Path:
         return self.file.with_suffix(".wandb.uploaded")
 
-    # -- what the tool says -------------------------------------------------------------------------------------------
+    # -- output of the tool -------------------------------------------------------------------------------------------
 
     def start_attempt(self) -> None:
-        """A process begins with the file."""
+        """Reset the state for a new process."""
         self.file.with_suffix(".wandb.syncstate").unlink(missing_ok=True)
         self.fatal, self.confirmed_rows, self._rows_in_request, self._refused_status = False, -1, 0, None
         self.status, self.temporary_problem = "", None
         self.attempts += 1
 
     def handle_output(self, line: str) -> None:
-        """A line that the tool printed of this file."""
+        """Handle a line that the tool printed for this file."""
         if _FATAL_MESSAGE in line:
             self.fatal = True
         found = _URL.search(line)
@@ -218,7 +218,7 @@ class Upload:
         self.status = line
 
     def handle_log_entry(self, entry: Mapping[str, Any]) -> None:
-        """An entry of the tool's log of this file."""
+        """Handle an entry of the tool's log for this file."""
         match entry.get("msg"):
             case "filestream: sending request":
                 if "history_lines" in entry:
@@ -241,16 +241,16 @@ class Upload:
                 pass
 
     def set_temporary_problem(self, problem: Problem) -> None:
-        """The tool waits for this to pass."""
+        """Record a problem that the tool is retrying."""
         self.problem = self.temporary_problem = problem
 
     @property
     def is_idle(self) -> bool:
-        """Whether the server has all rows, and the tool nothing more to do until there are more."""
+        """Whether the server has all rows, and the tool waits for more."""
         return not self.fatal and self.confirmed_rows >= self.row_count and self.status.endswith(f"] {_IDLE_STATUS}")
 
     def diagnose(self, output: str) -> Problem:
-        """What kept a process that ended without having all sent."""
+        """Return why a process ended before everything was sent, from its output."""
         if "No API key" in output or "Not authenticated" in output:
             return Problem("no login", LOGIN_FIX)
         if self._refused_status in _REFUSALS:
@@ -283,21 +283,21 @@ class Upload:
 
 
 class UploadProcess:
-    """One process of W&B's tool at work on some files, and what it prints and logs of each.
+    """A process of W&B's tool that uploads some files; its output and log are passed to their `Upload`.
 
     Args:
-        uploads: Of the files.
-        output_path: Where what it prints goes; None for the file in its own folder, for it is of several runs.
-        environment: What it is told besides.
+        uploads: The uploads of the files.
+        output_path: File for its output; None for one in its temporary folder, if there are several runs.
+        environment: Additional environment variables.
     """
 
     def __init__(self, uploads: Sequence[Upload], output_path: Path | None, environment: Mapping[str, str]) -> None:
         for each in uploads:
             each.start_attempt()
         self.output = ""
-        """What it has printed."""
+        """The end of its output."""
         beside = uploads[0].file.parent
-        for leftover in beside.glob(f"{_LOG_FOLDER_PREFIX}*"):  # by a process that was killed
+        for leftover in beside.glob(f"{_LOG_FOLDER_PREFIX}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         self._folder = Path(tempfile.mkdtemp(prefix=_LOG_FOLDER_PREFIX, dir=beside))
         self._uploads = {each.file.stem.removeprefix("run-"): each for each in uploads}
@@ -320,11 +320,11 @@ class UploadProcess:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has not ended by itself."""
+        """Whether it has not ended."""
         return self._process.poll() is None
 
     def poll(self) -> None:
-        """Hand on what is new: first what the server refused, then what the tool makes of it."""
+        """Pass on new log entries and then new output, which refers to them."""
         for line in self._log_lines():
             with contextlib.suppress(ValueError, TypeError):
                 entry = json.loads(line)
@@ -339,7 +339,7 @@ class UploadProcess:
                 upload.handle_output(line)
 
     def stop(self) -> None:
-        """End it, and W&B's service, and leave what it printed beside the files that are not done."""
+        """Kill it and W&B's service, and save its output beside the files that are not done."""
         _kill(self._process)
         self.poll()
         for file in (self._output_file, self._log):
@@ -365,7 +365,7 @@ class UploadProcess:
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """The process and W&B's service, which is in its session."""
+    """Kill the process and W&B's service, which is in its session."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
@@ -381,7 +381,7 @@ def _main(files: list[str]) -> None:
         os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # Any: W&B need not be there when this is checked.
+    # wandb need not be installed for type checking
     cli: Any = import_module("wandb.cli.cli").cli
     cli(["beta", "sync", "--live", "--no-skip-synced", "--no-skip-online", "--yes", "-n", str(len(files)), *files])
 

@@ -1,4 +1,4 @@
-"""`Uploader`: has the run files of one callback uploaded, now and at the end, and reports what the server lacks."""
+"""`Uploader`: uploads the run files of one callback, live and at the end, and reports what the server lacks."""
 
 import asyncio
 import configparser
@@ -17,26 +17,26 @@ from evsys_bus.diagnostics import FaultLog
 _PAUSES: Final = (1.0, 5.0, 15.0, 60.0)
 _SETTLE_PAUSES: Final = (0.5, 1.0, 2.0, 5.0)
 _LOGIN_SECONDS: Final = 2.0
-"""Between two looks whether somebody has logged in."""
+"""Interval of checks for a login."""
 _END_SECONDS: Final = 0.3
-"""What ending a process and reporting may take."""
+"""Time reserved for ending a process and reporting."""
 _POLL_SECONDS: Final = 0.1
 _CONNECTING_STATUS: Final = "setting up run"
-"""What the tool prints until the server has answered for the first time."""
+"""What the tool prints until the first response of the server."""
 _MAX_FILES_PER_PROCESS: Final = 16
-"""Files that one process of `Uploader.upload_all` is given."""
+"""Maximum number of files for one process of `Uploader.upload_all`."""
 _DEFAULT_HOST: Final = "https://api.wandb.ai"
 
 
 class Uploader:
-    """Uploads the run files of one callback, and knows how many of their events the server has not confirmed.
+    """Uploads the run files of one callback, and tracks how many of their events the server has not confirmed.
 
     Args:
-        base_url: Of the server; None for that of the login.
-        report: Called with these events, and what keeps the upload.
-        faults: Where troubles are logged.
-        patience_seconds: How long the server may take to answer for the first time before that is one.
-        pauses: Seconds before it is tried again; the last one from then on.
+        base_url: URL of the server; None for that of the login.
+        report: Receives the number of these events, and the problem with its fix, if any.
+        faults: Where problems are logged.
+        patience_seconds: How long the first response of the server may take before that is a problem.
+        pauses: Seconds between attempts; the last one repeats.
     """
 
     def __init__(
@@ -48,9 +48,9 @@ class Uploader:
         pauses: tuple[float, ...] = _PAUSES,
     ) -> None:
         self.uploads: dict[str, Upload] = {}
-        """By the path of the file."""
+        """By path of the file."""
         self.takes_marks = False
-        """Whether marks are taken: what was counted since the last one is not delivered yet."""
+        """Whether marks are taken: events since the last one are not delivered yet."""
         self._base_url = base_url
         self._report = report
         self._last_report: tuple[int, str | None, str | None] | None = None
@@ -59,10 +59,10 @@ class Uploader:
         self._pauses = pauses
         self._is_settling = False
         self.is_finished = False
-        """Whether all was settled: tasks that upload end, until one is asked for again."""
+        """Whether `upload_all` has ended: tasks that upload end, until one is requested again."""
 
     def snapshot(self) -> dict[str, tuple[str, int, str]]:
-        """For a mark: the files that the server does not have whole; of each the run, the events and the URL."""
+        """Return run, pending events and URL of every file that is not completely uploaded, for a mark."""
         self.takes_marks = True
         for each in self.uploads.values():
             each.events_at_mark = each.events
@@ -73,7 +73,7 @@ class Uploader:
         }
 
     def report_pending(self) -> None:
-        """Report what is owed, if that has changed."""
+        """Report the pending events if they have changed."""
         pending, worst = 0, None
         for each in list(self.uploads.values()):
             remaining = each.pending_events(
@@ -88,7 +88,7 @@ class Uploader:
             self._report(*report)
 
     async def upload_live(self, upload: Upload) -> None:
-        """Upload one file while it is written, until its run has ended; try again without end."""
+        """Upload one file while it is written, until its run has ended; retries without limit."""
         upload.task_requested_at = 0.0
         if self._is_settling or upload.has_task:
             return
@@ -96,7 +96,7 @@ class Uploader:
         try:
             while not (upload.done and upload.ended):
                 if self.is_finished or (self._is_settling and (upload.done or upload.problem is not None)):
-                    return  # `upload_all` goes on with it, or has
+                    return  # `upload_all` continues with it, or has done so
                 if upload.done:
                     await self._sleep(_POLL_SECONDS)
                 elif self._lacks_login(upload):
@@ -131,7 +131,7 @@ class Uploader:
 
         Args:
             deadline: On the clock of ``time.monotonic``.
-            scan_file: Finds out what is not known of a file.
+            scan_file: Determines the number of rows of a file, and whether its run has ended.
         """
         self._is_settling, self.is_finished = True, False
         attempt = 0
@@ -148,7 +148,7 @@ class Uploader:
                         await asyncio.sleep(_SETTLE_PAUSES[min(attempt, len(_SETTLE_PAUSES) - 1)])
                         attempt += 1
         except TimeoutError:
-            pass  # what is left is reported
+            pass  # the rest is reported
         finally:
             for each in self._unfinished():
                 problem = each.problem or Problem("the program ended before all was uploaded")
@@ -159,7 +159,7 @@ class Uploader:
             await asyncio.sleep(_POLL_SECONDS / 5)
 
     async def _upload_some(self, waiting: list[Upload], scan_file: Callable[[Upload], None]) -> bool:
-        """Have one process upload some of these files; whether the server has all of one more of them."""
+        """Upload some of these files with one process; returns whether one of them was completed."""
         problem = self.login_problem()
         if problem is not None:
             for each in waiting:
@@ -168,20 +168,20 @@ class Uploader:
         for each in waiting:
             if not each.is_tracked:
                 scan_file(each)
-        waiting.sort(key=lambda each: (each.attempts, not each.ended))  # what ends by itself first
+        waiting.sort(key=lambda each: (each.attempts, not each.ended))  # files whose upload ends by itself first
         group = [each for each in waiting if each.ended == waiting[0].ended][:_MAX_FILES_PER_PROCESS]
         return await self._attempt(group, several=True) or any(each.done for each in group)
 
     def warn(self, upload: Upload, why: str, action: str | None = None) -> None:
-        """Log what keeps the upload, and what finishes it."""
+        """Log why a file is not uploaded, and the fix."""
         retry_hint = f"{action}; it is tried again; then: " if action else ""
         fix = f'{retry_hint}wandb sync "{upload.file.parent}"'
         self._faults.warn("wandb.not_uploaded", why, why=why, fix=fix, file=str(upload.file))
 
     def login_problem(self) -> Problem | None:
-        """What is wrong with the login before the server is asked; None also where W&B alone can tell.
+        """Return a problem with the login that is known without a request; None also if only W&B can check it.
 
-        W&B's own ``authenticate_session`` would load its settings for good, into a process that may use wandb itself.
+        W&B's own ``authenticate_session`` would load its settings permanently, in a process that may itself use wandb.
         """
         settings = _settings()
         host = self._base_url or os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or _DEFAULT_HOST
@@ -191,7 +191,7 @@ class Uploader:
         try:
             auth = import_module("wandb.sdk.lib.wbauth")
             invalid: type[Exception] = import_module("wandb.errors").AuthenticationError
-        except (ImportError, AttributeError):  # another version of W&B, whose process finds it out
+        except (ImportError, AttributeError):  # another version of W&B; its process will check
             return None
         try:
             if key:
@@ -201,7 +201,7 @@ class Uploader:
         except invalid as error:
             where = "WANDB_API_KEY" if key else "the key in the netrc file"
             return Problem(f"{where} is invalid: {error}", LOGIN_FIX)
-        except (AttributeError, TypeError, ValueError):  # likewise
+        except (AttributeError, TypeError, ValueError):  # as above
             pass
         return None
 
@@ -216,13 +216,13 @@ class Uploader:
         return any(each.has_task for each in self.uploads.values())
 
     async def _sleep(self, seconds: float) -> None:
-        """Sleep, but not while all is to be settled."""
+        """Sleep; ends early when `upload_all` is called."""
         end = time.monotonic() + seconds
-        while not self._is_settling and time.monotonic() < end:  # noqa: ASYNC110 # from another loop, by polling
+        while not self._is_settling and time.monotonic() < end:  # noqa: ASYNC110 # set from another loop, so it is polled
             await asyncio.sleep(min(_POLL_SECONDS, seconds))
 
     async def _attempt(self, uploads: Sequence[Upload], *, several: bool = False) -> bool:
-        """One process; True if it was ended because another file took the place of one that it reads."""
+        """Run one process; returns True if it was stopped because one of the files was replaced."""
         known = {each: _identity(each.file) for each in uploads}
         output_path = None if several else uploads[0].file.parent / LOG
         environment = {"WANDB_BASE_URL": self._base_url} if self._base_url else {}
@@ -266,7 +266,7 @@ class Uploader:
         self.warn(upload, why, "check network and base_url")
 
     def _is_complete(self, uploads: Iterable[Upload]) -> bool:
-        """Whether the process has nothing more to do that it could."""
+        """Whether the process cannot do any more."""
         is_complete = True
         for each in uploads:
             if self._is_settling and not each.ended and each.is_idle and not each.done:
@@ -275,9 +275,9 @@ class Uploader:
         return is_complete
 
     def _finish_attempt(self, upload: Upload, output: str | None, *, renewed: bool) -> None:
-        """The process has ended, having printed that, or was ended."""
+        """Evaluate an attempt; ``output`` is None if the process was stopped."""
         if upload.fatal:
-            upload.clear_markers()  # the tool's marker says that all was sent, and it was not
+            upload.clear_markers()  # the tool's marker is wrong
         elif upload.file.with_suffix(".wandb.synced").exists() and not renewed and upload.ended:
             upload.mark_done()
         if upload.done:
@@ -287,7 +287,7 @@ class Uploader:
 
 
 def _settings() -> dict[str, str]:
-    """What W&B's settings files say, those of the current folder before those of the user."""
+    """Return the settings of W&B's files; those of the current folder override those of the user."""
     home = os.environ.get("WANDB_CONFIG_DIR") or Path("~/.config/wandb").expanduser()
     found: dict[str, str] = {}
     for file in (Path(home) / "settings", Path(os.environ.get("WANDB_DIR", ".")) / "wandb" / "settings"):

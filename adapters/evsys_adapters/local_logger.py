@@ -22,13 +22,15 @@ from evsys_adapters._output_positions import (
     without_newer,
 )
 from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._result_fields import field, fields, items
 from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
 from evsys_adapters._runs import (
     experiment_folder,
+    field,
+    fields,
     first_step_of,
     is_repeated_start,
     is_run_of,
+    items,
     num_steps_of,
     rank_of_event,
     ranked_folder,
@@ -231,9 +233,9 @@ class LocalLoggerCallback(Callback):
             OSError: Rows could not be written because the disk refuses them, or were dropped.
         """
         self._pages.drain()
-        for run in self._runs.values():
-            run.logs.settle()
         written = [*self._ended_runs.values(), *self._runs.values()]
+        for run in written:
+            run.logs.settle()
         files = self._position_writer.take((run.logs.output, run.encode_state(), run.logs.paths()) for run in written)
         self._ended_runs = {}
         return msgspec.to_builtins(_LoggerMark(files, {key: run.to_mark() for key, run in self._runs.items()}))

@@ -1,9 +1,10 @@
-"""`WandbLoggerCallback`: a run of W&B for each run, in W&B's own file on disk, uploaded while it is written.
+"""`WandbLoggerCallback`: logs each run to a local file in W&B's format, which is uploaded while it is written.
 
-<output_dir>/<run_key>/wandb/offline-run-<time>-<id>/run-<id>.wandb     what `wandb sync` takes
+<output_dir>/<run_key>/wandb/offline-run-<time>-<id>/run-<id>.wandb     the file that `wandb sync` uploads
                                                      files/media/table/…  predictions
-                                                     upload.log         what the upload said
-                                                     run-<id>.wandb.uploaded     how much of it the server has
+                                                     upload.log         output of the upload
+                                                     run-<id>.wandb.uploaded     size that the server has
+                                                     .run-<id>.wandb.at     which events it has the rows of
 """
 
 import contextlib
@@ -21,9 +22,8 @@ import msgspec
 from evsys_adapters._logged_values import config_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_of
 from evsys_adapters._params import validate_params
-from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._runs import num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
+from evsys_adapters._runs import field, num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
 from evsys_adapters._wandb_records import Records, needs_wandb
 from evsys_adapters._wandb_run import WandbRun, WandbRunState, random_id
 from evsys_adapters._wandb_upload_process import Upload
@@ -36,50 +36,50 @@ from evsys_bus.errors import EvsysBusError, NotAttachedError
 
 _URL: Final = "wandb_url"
 _TASK_RETRY_SECONDS: Final = 30.0
-"""Before a task for an upload is asked for again that never began."""
+"""Delay before a task for an upload that never started is requested again."""
 
 Mode = Literal["online", "offline", "disabled"]
 
 
 class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `WandbLoggerCallback` can be told."""
+    """Parameters of `WandbLoggerCallback`."""
 
     project: Annotated[str, msgspec.Meta(min_length=1)]
     entity: str | None = None
     """Default: that of the login, or ``WANDB_ENTITY``."""
     name: str | None = None
-    """How the run is called; its key is put behind it. Default: the key alone."""
+    """Prefix of the run's display name, before its key. Default: the key alone."""
     mode: Mode = "online"
-    """``offline`` needs no account and no network; ``wandb sync`` uploads it one day. ``WANDB_MODE`` may say less."""
+    """``offline`` needs no account and no network; ``wandb sync`` uploads it later. ``WANDB_MODE`` may restrict it."""
     log_every: Annotated[int, msgspec.Meta(ge=1)] = 1
-    """Log every so many steps, and the last."""
+    """Log one step in this many, and the last."""
     max_pred_rows: Annotated[int, msgspec.Meta(ge=0)] = 100
-    """Predictions in the table of one eval."""
+    """Maximum number of predictions in the table of one eval."""
     job_type: str = "train"
     base_url: str | None = None
-    """Of a server of your own. Default: that of the login, or ``WANDB_BASE_URL``."""
+    """URL of a self-hosted server. Default: that of the login, or ``WANDB_BASE_URL``."""
     flush_secs: Annotated[float, msgspec.Meta(ge=0)] = 5
-    """How long a row may wait in memory. Where a courier delivers it does not: a row is on disk before it counts."""
+    """How long a row may stay in memory. Behind a courier, rows are synced before they count as delivered."""
 
 
 class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
-    """Logs to W&B: training over ``train/step``, each eval over a step of its own, so nothing that is late is lost.
+    """Logs runs to W&B: training over ``train/step``, each eval over its own step, so late rows are not lost.
 
     W&B's own step only counts rows; a row's time is that of its event, however late it is delivered. A benchmark scored
-    after training goes to the run's summary, as ``final/<name>/…``. The run's group is the run's, or else the
-    experiment; its notes are the hypothesis. A resumed run is the same run of W&B, and what is run again replaces what
-    was. Ranks above 0 are runs of their own, called ``<name>-rank<rank>``.
+    after training goes to the run's summary, as ``final/<name>/…``. The W&B group is the run's group, or else the
+    experiment; the notes are the hypothesis. A resumed run is the same W&B run; steps that are run again replace the
+    earlier ones. Ranks above 0 are separate runs named ``<name>-rank<rank>``.
 
-    A run has finished, or failed, at W&B as its RunEnd says, or else its TrainEnd, once nothing more is expected of it.
-    Where neither came, nobody knows how the run ended, and nothing is made up: all rows are uploaded, and W&B shows the
-    run as running, then as crashed, its word for one that stopped reporting. (``wandb sync`` would call it failed.)
+    The run's state at W&B, finished or failed, comes from its RunEnd, or else its TrainEnd, once no more events are
+    expected. Without either the state is unknown: all rows are uploaded, and W&B shows the run as running, then as
+    crashed, its state for a run that stopped reporting. (``wandb sync`` would mark it as failed.)
 
-    Delivered means: in the run's file, on disk. That file is whole without an account, and where a courier delivers, a
-    crash doubles no row in it and loses none: it is rewound to the last `mark`. In mode ``online`` W&B's own tool
-    uploads it meanwhile, and events are owed until the server has confirmed them: see `report_owed`. What keeps the
-    upload (no login, no network, a server that refuses) is besides a WARNING with the fix; it is tried again, and
-    ``evsys-bus sync``, or ``wandb sync <folder>``, finishes it on any day. Once the server has told the run's URL, it
-    is printed as ``View run at …``, is in ``ctx.extras["wandb_url"]``, and on record as `RunAnnotated`.
+    An event is delivered once its rows are in the run's file, synced to disk. The file is complete without an account;
+    behind a courier, a crash neither duplicates nor loses a row: it is rewound to the last `mark`. In mode ``online``
+    W&B's own tool uploads it meanwhile, and events are pending until the server has confirmed them: see `report_owed`.
+    A failing upload (no login, no network, a server that rejects it) is logged as a WARNING with the fix, and retried;
+    ``evsys-bus sync`` or ``wandb sync <folder>`` can finish it later. Once the server has assigned the run's URL, it is
+    printed as ``View run at …``, set as ``ctx.extras["wandb_url"]``, and recorded as `RunAnnotated`.
 
     Raises:
         ModuleNotFoundError: wandb is not installed; `build_callbacks` makes a BrokenAdapterError of it.
@@ -113,7 +113,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         self._faults = FaultLog()
         self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
         self._last_counted: dict[str, int] = {}
-        """Of each stream, the last event that was counted: starts of runs are given again after a crash."""
+        """The last counted event of each stream: starts of runs are repeated after a crash."""
         super().__init__(WandbRunState, self._config.max_pred_rows)
         if self._mode == "disabled":
             _disable(self)
@@ -141,12 +141,12 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run.close()
 
     def close(self) -> None:
-        """Have every file complete; a run that has trained to its end has ended, though nobody announced that."""
+        """Complete every file; a run whose training has ended counts as ended even without a RunEnd."""
         for run in self._runs.values():
             run.finish()
             run.close()
         for key, (state, position) in list(self._rewound.items()):
-            # What was written behind the mark, when an earlier courier closed.
+            # Written after the mark, when an earlier courier closed.
             if state.path and (
                 state.deferred_evals or state.needs_reorder or (state.failed is not None and not state.ended)
             ):
@@ -158,27 +158,27 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
                 self._rewound[key] = (run.notes, run.output.position)
 
     async def settle_owed(self, deadline: float) -> None:
-        """Upload what the server does not have, also of runs of an earlier day that are in the mark."""
+        """Upload what the server does not have, including earlier runs that are in the mark."""
         if self._mode == "online":
             self.close()
             await self._uploader.upload_all(deadline, lambda upload: upload.scan_file(self._records))
 
     def mark(self) -> Any:
-        """As for every logger; and what the server does not have."""
+        """See `RunLogger.mark`; includes what the server does not have."""
         mark = super().mark()
         if self._mode != "disabled":
             mark |= {"uploads": self._uploader.snapshot(), "counted": dict(self._last_counted)}
         return mark
 
     def rewind(self, mark: Any) -> None:
-        """As for every logger; and what the server does not have is owed again."""
+        """See `RunLogger.rewind`; what the server does not have is pending again."""
         super().rewind(mark)
         if self._mode != "online":
             self.report_owed(0)
             return
         self._last_counted = dict(mark.get("counted", {}))
         uploads = mark.get("uploads")
-        if uploads is None:  # version 0.1.0 wrote it
+        if uploads is None:  # written by 0.1.0
             uploads = {path: (Path(path).parents[2].name, 0, "") for path in mark["files"]["files"]}
         for path, (run, events, url) in uploads.items():
             upload = Upload(Path(path), run, events, None if url else self._url_handler(run, {}))
@@ -213,7 +213,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
             yield run
 
     def _train_ends(self, run: WandbRun, state: LoopState) -> None:
-        """Put the file in order; a run that nobody announced ends here."""
+        """Close the file; a run without RunStart ends here."""
         super()._train_ends(run, state)
         run.close()
         run.log_deferred_step()
@@ -245,7 +245,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         )
 
     def _describe_run(self, run: WandbRun, handle: LoopState | LogContext) -> None:
-        """Say what the run is, where that is not said, and have it uploaded."""
+        """Log the run's description if it is missing, and start its upload."""
         config, ctx, name = self._config, run_context(handle), run_name(handle)
         name += f"-rank{self._rank()}" if self._rank() else ""
         run.describe(
@@ -261,11 +261,11 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
             self._upload(run, handle)
 
     def _upload(self, run: WandbRun, handle: LoopState | LogContext) -> None:
-        """Have the file uploaded while it is written, and its page made known."""
+        """Start the upload of the file, and publish its URL once it is known."""
         ctx = run_context(handle)
         key = field(ctx, "run_key") or run_name(handle)
         extras: dict[str, Any] = field(ctx, "extras", {})
-        path = os.path.abspath(run.log.path)  # noqa: PTH100 # as the marks call it
+        path = os.path.abspath(run.log.path)  # noqa: PTH100 # the form that marks use
         upload = self._uploader.uploads.setdefault(path, Upload(run.log.path, key))
         if upload.url:
             extras.setdefault(_URL, upload.url)
@@ -276,7 +276,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         self._start_upload_task(upload)
 
     def _start_upload_task(self, upload: Upload) -> None:
-        """See to it that a task uploads the file, unless it is known that the server has all."""
+        """Ensure that a task uploads the file, unless the server has all of it."""
         now = time.monotonic()
         is_requested = upload.task_requested_at and now < upload.task_requested_at + _TASK_RETRY_SECONDS
         if upload.has_task or upload.finished or is_requested:
@@ -285,16 +285,16 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         try:
             self.spawn(self._uploader.upload_live, upload, name=f"upload of {upload.file.stem}", background=True)
         except NotAttachedError:
-            self._uploader.warn(upload, "nobody runs the upload: the callback is on no bus")
+            self._uploader.warn(upload, "nothing runs the upload: the callback is on no bus")
 
     def _url_handler(self, key: str, extras: dict[str, Any]) -> Callable[[str], None]:
-        """What makes the page of a run known."""
+        """Return the function that publishes the URL of a run."""
 
         def on_url(url: str) -> None:
-            if extras.get(_URL) == url:  # a courier that begins anew has it there, from its journal
+            if extras.get(_URL) == url:  # a restarted courier has it from its journal
                 return
-            with contextlib.suppress(OSError, ValueError):  # a stdout that is closed
-                print(f"View run at {url}", flush=True)  # noqa: T201 # for people
+            with contextlib.suppress(OSError, ValueError):  # stdout is closed
+                print(f"View run at {url}", flush=True)  # noqa: T201 # for the user
             try:
                 self.publish(RunAnnotated(key, {_URL: url}))
             except EvsysBusError as error:  # the upload goes on
@@ -305,14 +305,14 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
 
 
 def _disable(callback: Callback) -> None:
-    """Give it the hooks that do nothing, in the place of those of a subclass too; no bus calls them."""
+    """Replace all hooks, including those of a subclass, by empty ones, which no bus calls."""
     for hook in vars(Callback):
         if hook.startswith("on_"):
             setattr(callback, hook, MethodType(vars(Callback)[hook], callback))
 
 
 def _mode(mode: Mode) -> Mode:
-    """The environment may ask for less than the config, as everywhere with W&B."""
+    """Return the mode; the environment may restrict the configured one, as usual with W&B."""
     requested = os.environ.get("WANDB_MODE", "").lower()
     if mode == "disabled" or requested == "disabled":
         return "disabled"
@@ -320,7 +320,7 @@ def _mode(mode: Mode) -> Mode:
 
 
 def _as_int(step: Any) -> int:
-    """A step as an int; a float that is whole is one. Any: what a program counts with."""
+    """Return a step as an int; whole floats are accepted."""
     try:
         return operator.index(step)
     except TypeError:

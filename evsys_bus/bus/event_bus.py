@@ -9,17 +9,15 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 
 from evsys_bus.adapter import Adapter, EventInfo
-from evsys_bus.bus.callback_closer import CallbackCloser, close_callback, has_cleanup
 from evsys_bus.bus.callback_marks import add_mark_callbacks
 from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
-from evsys_bus.bus.health import Health, collect_health
-from evsys_bus.bus.lifecycle import BusLifecycle
-from evsys_bus.bus.limits import validate_seconds
+from evsys_bus.bus.health import Health
+from evsys_bus.bus.lifecycle import BusLifecycle, CallbackCloser, close_callback, has_cleanup
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
@@ -50,6 +48,8 @@ from evsys_bus.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_MAX_SECONDS: Final = 1e8
+"""Three years; system calls accept no longer timeouts."""
 _EXIT_THREAD_NAME: Final = "evsys-bus-exit"
 _POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
@@ -100,38 +100,11 @@ class EventBus:
         val {'acc': 0.9}
     """
 
-    if TYPE_CHECKING:
-
-        def publish(self, event: Event) -> None:
-            """Call the event's hook on every callback that has it, in order, and return when all have returned.
-
-            Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
-            remaining hooks ran. An event published from inside a hook is dispatched after the current one, before
-            the outermost publish returns.
-
-            Raises:
-                BusNotOpenError: The bus was not entered yet, or is closed.
-                ForkedBusError: In a child process forked from the one that entered the bus.
-                EventError: The argument is not an event.
-                PublishLoopError: Hooks publish inside hooks without end.
-            """
-
-    else:
-        # Slots make the attribute lookup of `publish` fastest.
-        __slots__ = (  # sorted by what they are
-            *(
-                "__weakref__",
-                "publish",
-                "receipt",
-                "_bare_tasks",
-                "_drain_timeout",
-                "_shutdown",
-                "_lifecycle",
-                "_faults",
-                "_delivery_manager",
-            ),
-            *("_journal", "_task_manager", "_publisher", "_rank", "_recorder", "_redact", "_loop_thread", "_watchdog"),
-        )
+    __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
+        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_compiled_publish", "_delivery_manager"),
+        *("_drain_timeout", "_faults", "_journal", "_lifecycle", "_loop_thread", "_publisher", "_rank", "_recorder"),
+        *("_redact", "_shutdown", "_task_manager", "_watchdog"),
+    )
 
     def __init__(
         self,
@@ -152,7 +125,7 @@ class EventBus:
     ) -> None:
         self.receipt: Receipt | None = None
         self._shutdown: UninterruptibleCall[None] | None = None
-        self._drain_timeout = validate_seconds("drain_timeout", drain_timeout)
+        self._drain_timeout = _validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
         self._rank = rank_from_environment() if rank is None else rank
         if journal is not None and not isinstance(journal, JournalWriter):
@@ -161,12 +134,12 @@ class EventBus:
         self._recorder: EventRecorder | None = None
         self._redact = frozenset(key.lower() for key in redact)
         self._delivery_manager = DeliveryManager(
-            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
+            callbacks, sinks, couriers, _validate_seconds("linger_seconds", linger_seconds), self._rank
         )
         self._publisher = Publisher(
             add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,
-            patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
+            patience_seconds=_validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
             before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
         )
@@ -182,12 +155,27 @@ class EventBus:
                 self._bare_tasks.check_task_factories,
                 self._delivery_manager.run_checks,
             ),
-            blocked_seconds=validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
+            blocked_seconds=_validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
         )
         self._loop_thread = LoopThread()
         self._lifecycle = BusLifecycle(handles_signals=handle_signals)
 
     # -- what hooks and programs call ---------------------------------------------------------------------------------
+
+    def publish(self, event: Event) -> None:
+        """Call the event's hook on every callback that has it, in order, and return when all have returned.
+
+        Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
+        remaining hooks ran. An event published from inside a hook is dispatched after the current one, before the
+        outermost publish returns. A subclass may override it; what hooks publish goes through the override too.
+
+        Raises:
+            BusNotOpenError: The bus was not entered yet, or is closed.
+            ForkedBusError: In a child process forked from the one that entered the bus.
+            EventError: The argument is not an event.
+            PublishLoopError: Hooks publish inside hooks without end.
+        """
+        self._compiled_publish(event)
 
     @property
     def callbacks(self) -> tuple[object, ...]:
@@ -263,8 +251,23 @@ class EventBus:
 
     def health(self) -> Health:
         """Return all current counts."""
-        return collect_health(
-            self._publisher, self._task_manager, self._bare_tasks.state, self._recorder, self._delivery_manager
+        tasks, by_owner = self._task_manager.counts()
+        running, waiting = self._task_manager.count_running_and_waiting()
+        return Health(
+            state=self._publisher.state,
+            published=self._publisher.dispatches.published_counts(),
+            hooks=self._publisher.dispatches.hook_health(),
+            tasks=tasks,
+            tasks_by_owner=by_owner,
+            tasks_running=running,
+            tasks_waiting=waiting,
+            deferred=self._publisher.deferred,
+            dropped=self._publisher.dropped,
+            adoption=self._bare_tasks.state,
+            journal=None if self._recorder is None else self._recorder.health(),
+            deliveries=self._delivery_manager.deliveries(),
+            couriers=self._delivery_manager.courier_locations(),
+            without_hooks=self._publisher.without_hooks,
         )
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
@@ -485,7 +488,9 @@ class EventBus:
     # -- what the components need -------------------------------------------------------------------------------------
 
     def _set_publish(self, publish: Callable[[Event], None]) -> None:
-        self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # declared as a method for readers
+        self._compiled_publish = publish
+        if type(self).publish is EventBus.publish:  # not overridden: spare each event the frame of the method
+            self.publish = publish  # pyright: ignore[reportAttributeAccessIssue] # a function where a method was
 
     def _get_loop(self) -> asyncio.AbstractEventLoop:
         return self._lifecycle.loop or self._loop_thread.loop()
@@ -508,3 +513,14 @@ def _check_threads_are_real() -> None:
             why="its event loop and its deadlines run on threads beside the program's",
             fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
         )
+
+
+def _validate_seconds(name: str, value: float, minimum: float = 0.0) -> float:
+    """Return a valid duration; infinity becomes three years.
+
+    Raises:
+        SettingError: It is less than ``minimum``, or not a number.
+    """
+    if not value >= minimum:  # NaN too
+        raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {minimum:g}")
+    return min(float(value), _MAX_SECONDS)

@@ -6,8 +6,7 @@ from typing import Final
 
 import click
 
-from evsys_bus.cli.options import json_option
-from evsys_bus.cli.screen import Screen, color_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option
 
 VARIABLES: Final = (
     "PYTHONPATH",
@@ -41,7 +40,7 @@ def command(screen: Screen, as_json: bool) -> int:
 
     Exits with 3 if something that evsys-bus needs does not work here.
     """
-    from evsys_bus.cli.tables import format_columns
+    from evsys_bus.cli.output.formatting import format_columns
 
     required, extras = _requirements()
     sections = {
@@ -104,7 +103,7 @@ def _requirements() -> tuple[list[str], dict[str, list[str]]]:
     import re
     from importlib.metadata import PackageNotFoundError, requires
 
-    from evsys_bus.config.extras import packages_by_extra
+    from evsys_bus.config.registry import packages_by_extra
 
     try:
         lines = requires("evsys-bus") or []

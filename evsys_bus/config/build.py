@@ -11,10 +11,15 @@ from typing import Any, cast
 import msgspec
 
 from evsys_bus.callback import Callback
-from evsys_bus.config.construct import check_arguments, construct
 from evsys_bus.config.registry import REGISTRY, Registry
 from evsys_bus.config.spec import AdapterClass, CallbackSpec, combine_errors, individual_errors, join_path, read_spec
-from evsys_bus.config.subscription_builder import check_placement, delivery_half, to_subscription
+from evsys_bus.config.subscription_builder import (
+    check_arguments,
+    check_placement,
+    construct,
+    delivery_half,
+    to_subscription,
+)
 from evsys_bus.delivery.subscription import SinkCallback, Subscription
 from evsys_bus.errors import BadSpecError, ConfigError, Location
 from evsys_bus.sink import Sink, check_sink

@@ -1,9 +1,11 @@
 """The registry of kinds: classes registered in this process, and entry points of installed packages.
 
 Kinds of callbacks and sinks share one namespace, so that a kind alone identifies the class. An entry point is loaded
-only when its kind is looked up, so a broken one does not affect others.
+only when its kind is looked up, so a broken one does not affect others. An entry point may name extras,
+``module:Class [extra]``: their packages are the optional dependencies of the adapter.
 """
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
@@ -11,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import msgspec
 
 from evsys_bus.callback import Callback
-from evsys_bus.config.config_fields import is_config
-from evsys_bus.config.extras import install_requirement, missing_packages
-from evsys_bus.config.spec import AdapterClass
+from evsys_bus.config.schema import Schema, adapter_schema, is_config, sample_value
+from evsys_bus.config.spec import AdapterClass, CallbackSpec
 from evsys_bus.errors import (
     BadSpecError,
     BrokenAdapterError,
@@ -98,7 +99,10 @@ class Registry:
     def kinds(self) -> dict[str, Origin]:
         """Return all kinds, sorted, and their origins, without loading any."""
         with self._lock:
-            found = {kind: _origin(points) for kind, points in self._read_entry_points().items()}
+            found = {
+                kind: Origin(points[0].value, tuple(map(_package_version, points)))
+                for kind, points in self._read_entry_points().items()
+            }
             found |= {kind: Origin(_import_path(cls)) for kind, cls in self._registered.items()}
         return dict(sorted(found.items()))
 
@@ -234,10 +238,6 @@ def _describe_entry_point(point: "EntryPoint") -> str:
     return f"{_package_version(point)} ({point.value})"
 
 
-def _origin(points: "list[EntryPoint]") -> Origin:
-    return Origin(points[0].value, tuple(_package_version(point) for point in points))
-
-
 REGISTRY: Final = Registry()
 """The registry of this process."""
 
@@ -302,3 +302,70 @@ def register_sink(kind: str, *, replace: bool = False) -> Callable[[type[_S]], t
 def callback_kinds() -> dict[str, Origin]:
     """Return all kinds of callbacks and sinks, sorted, and their origins, without loading any."""
     return REGISTRY.kinds()
+
+
+def json_schema(kind: str, *, registry: Registry = REGISTRY) -> Schema:
+    """Return the JSON schema of a kind's params. It forbids unknown keys, as `build_callbacks` always does.
+
+    Raises:
+        ConfigError: The kind is unknown, or cannot be loaded.
+    """
+    return adapter_schema(registry.find(kind))
+
+
+def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
+    """Return a spec of a kind with the defaults of its params, and sample values for the required ones.
+
+    Raises:
+        ConfigError: The kind is unknown, or cannot be loaded.
+    """
+    schema = adapter_schema(registry.find(kind))
+    parts: Schema = schema["properties"]
+    shown_keys = [key for key, part in parts.items() if key in schema["required"] or part.get("default") is not None]
+    return CallbackSpec(kind, {key: sample_value(parts[key], schema) for key in shown_keys})
+
+
+def missing_packages(point: "EntryPoint") -> list[str]:
+    """Return the packages of the entry point's extras that are not installed, without platform-specific ones."""
+    import importlib.metadata
+
+    if not point.extras or point.dist is None:
+        return []
+    requested = set(map(normalized_name, point.extras))
+    missing: list[str] = []
+    for extra, packages in packages_by_extra(point.dist.requires or ()).items():
+        for package in packages if normalized_name(extra) in requested else ():
+            try:
+                importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                missing.append(package)
+    return missing
+
+
+def install_requirement(module: str, point: "EntryPoint | None") -> str:
+    """Return what to install for a missing module: the smallest extra that includes it, else the module's own name."""
+    if point is None or point.dist is None:
+        return module
+    if point.extras:
+        return f"{point.dist.name}[{','.join(point.extras)}]"
+    extras = packages_by_extra(point.dist.requires or ())
+    providing = [
+        extra for extra, packages in extras.items() if normalized_name(module) in map(normalized_name, packages)
+    ]
+    smallest = min(providing, key=lambda extra: len(extras[extra]), default=None)
+    return module if smallest is None else f"{point.dist.name}[{smallest}]"
+
+
+def packages_by_extra(requires: Iterable[str]) -> dict[str, list[str]]:
+    """Parse the requirements in a package's metadata: extra -> its packages, without platform-specific ones."""
+    extras: dict[str, list[str]] = {}
+    for line in requires:
+        match = re.match(r"""([\w.-]+)[^;]*;\s*extra\s*==\s*['"]([^'"]+)['"]\s*$""", line)
+        if match:
+            extras.setdefault(match[2], []).append(match[1])
+    return extras
+
+
+def normalized_name(name: str) -> str:
+    """Normalize a package name as package indexes do."""
+    return re.sub(r"[-_.]+", "-", name).lower()

@@ -1,9 +1,13 @@
-"""Describe a callback's params: as JSON schema, as an example, and in words.
+"""The keys of a Config and their JSON schema, as an example and in words.
 
-The schema has one form for msgspec, dataclasses, pydantic and plain constructors, so that errors and the command line
-treat them alike. It is only a description; `evsys_bus.config.validate` validates.
+A Config is a msgspec Struct, a dataclass or a pydantic model; without one, the signature of the constructor counts. The
+schema has one form for all of these, so that errors and the command line treat them alike. It is only a description;
+`evsys_bus.config.validate` validates. pydantic is never imported for a Config that is not a pydantic model.
 """
 
+import dataclasses
+import inspect
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from types import UnionType
@@ -11,9 +15,85 @@ from typing import Any, Final, Union, cast, get_args, get_origin
 
 import msgspec
 
-from evsys_bus.config.config_fields import Field, config_fields, is_pydantic, signature_fields
-from evsys_bus.config.registry import REGISTRY, Registry
-from evsys_bus.config.spec import AdapterClass, CallbackSpec, PathPart
+from evsys_bus.config.spec import AdapterClass, PathPart
+
+
+class Field(msgspec.Struct, frozen=True):
+    """One key of a Config."""
+
+    attribute: str | None
+    """The attribute of the built Config, and the constructor's argument; None for the tag of a Struct."""
+    required: bool = False
+    type: Any = Any
+    """The annotation; always Any for pydantic models and constructors."""
+    default: Any = msgspec.UNSET
+    """The default; UNSET if there is none, or a factory."""
+
+
+def is_pydantic(cls: type) -> bool:
+    """Whether a class is a pydantic model or a pydantic dataclass."""
+    return hasattr(cls, "__pydantic_validator__")
+
+
+def is_config(cls: type) -> bool:
+    """Whether params can be validated against a class."""
+    return is_pydantic(cls) or hasattr(cls, "__struct_config__") or hasattr(cls, "__dataclass_fields__")
+
+
+def config_fields(config: type[Any]) -> dict[str, Field]:
+    """Return the keys that a Config accepts, in order."""
+    if is_pydantic(config):
+        return _pydantic_fields(config)
+    if issubclass(config, msgspec.Struct):
+        tag = config.__struct_config__.tag_field
+        fields = {tag: Field(None)} if tag else {}
+        for each in msgspec.structs.fields(config):
+            default = msgspec.UNSET if each.default is msgspec.NODEFAULT else each.default
+            fields[each.encode_name] = Field(each.name, each.required, each.type, default)
+        return fields
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {each.name: _dataclass_field(each, hints[each.name]) for each in dataclasses.fields(config) if each.init}
+
+
+def signature_fields(cls: type) -> dict[str, Field] | None:
+    """Return the keyword arguments of a constructor; None if it accepts any (``**kwargs``) or has no signature."""
+    try:
+        parameters = inspect.signature(cls).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return None
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        each.name: Field(each.name, required=True)
+        if each.default is each.empty
+        else Field(each.name, default=each.default)
+        for each in parameters
+        if each.kind in by_name
+    }
+
+
+def _dataclass_field(field: dataclasses.Field[Any], hint: Any) -> Field:
+    default = msgspec.UNSET if field.default is dataclasses.MISSING else field.default
+    required = default is msgspec.UNSET and field.default_factory is dataclasses.MISSING
+    return Field(field.name, required, hint, default)
+
+
+def _pydantic_fields(config: Any) -> dict[str, Field]:
+    settings: Any = getattr(config, "model_config", None) or getattr(config, "__pydantic_config__", None) or {}
+    by_name = settings.get("populate_by_name") or settings.get("validate_by_name")
+    infos = getattr(config, "__pydantic_fields__", None) or config.model_fields
+    fields: dict[str, Field] = {}
+    for name, info in infos.items():
+        if getattr(info, "init", None) is False:
+            continue
+        alias = info.validation_alias
+        choices = getattr(alias, "choices", [alias])
+        keys = [getattr(choice, "path", [choice])[0] for choice in choices]
+        for key in [name] if alias is None else [*keys, name] if by_name else keys:
+            fields[key] = Field(name, info.is_required())
+    return fields
+
 
 Schema = dict[str, Any]
 """A JSON schema, or a part of one."""
@@ -29,27 +109,6 @@ _NOUNS: Final = {
     "array": "a list",
     "object": "a mapping",
 }
-
-
-def json_schema(kind: str, *, registry: Registry = REGISTRY) -> Schema:
-    """Return the JSON schema of a kind's params. It forbids unknown keys, as `build_callbacks` always does.
-
-    Raises:
-        ConfigError: The kind is unknown, or cannot be loaded.
-    """
-    return adapter_schema(registry.find(kind))
-
-
-def example(kind: str, *, registry: Registry = REGISTRY) -> CallbackSpec:
-    """Return a spec of a kind with the defaults of its params, and sample values for the required ones.
-
-    Raises:
-        ConfigError: The kind is unknown, or cannot be loaded.
-    """
-    schema = adapter_schema(registry.find(kind))
-    parts: Schema = schema["properties"]
-    shown_keys = [key for key, part in parts.items() if key in schema["required"] or part.get("default") is not None]
-    return CallbackSpec(kind, {key: sample_value(parts[key], schema) for key in shown_keys})
 
 
 def adapter_schema(cls: AdapterClass) -> Schema:

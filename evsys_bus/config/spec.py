@@ -4,7 +4,7 @@ This module does not check whether the kind exists and the params are valid.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
@@ -85,6 +85,11 @@ def join_path(path: str, *parts: PathPart) -> str:
         else:
             path = f"{path}[{msgspec.json.encode(part).decode()}]"
     return path
+
+
+def display_path(path: Iterable[PathPart]) -> str:
+    """Return a path as errors show it: ``callbacks[1].kind``, without the leading ``$.``."""
+    return join_path("$", *path).removeprefix("$").removeprefix(".")
 
 
 def split_path(path: str) -> tuple[PathPart, ...]:

@@ -1,8 +1,8 @@
-"""Build subscriptions, and describe adapters so that another process can build them.
+"""Construct adapters, and describe them so that another process can construct them: their subscriptions.
 
-A `AdapterRef` of an adapter names its kind. If the kind was registered in this process instead of by an installed
+The `AdapterRef` of an adapter names its kind. If the kind was registered in this process instead of by an installed
 package, it also names the class (``module:Class``). An adapter that another process cannot import or construct stays a
-live object.
+live object. Errors of an adapter's own code are wrapped.
 """
 
 import importlib
@@ -19,10 +19,9 @@ import msgspec
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback, callback_name, check_hooks
 from evsys_bus.codec.redact import has_credential
-from evsys_bus.config.construct import check_arguments, construct
 from evsys_bus.config.registry import REGISTRY, Registry
 from evsys_bus.config.spec import AdapterClass, CallbackSpec, Placement, combine_errors, join_path
-from evsys_bus.config.validate import check_params
+from evsys_bus.config.validate import callback_context, check_params, param_errors
 from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy, OnFailure, Subscription, normalize_ranks
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BadSpecError, BrokenAdapterError, ConfigError, Location, SinkMethodError
@@ -388,3 +387,53 @@ _DEFAULT_SPEC: Final = CallbackSpec("")
 BUILD_SECONDS: Final = 10.0
 """Time that an adapter may take to be built before the next one is built concurrently."""
 _build_lock: Final = threading.Lock()
+
+
+def check_arguments(
+    cls: AdapterClass, spec: CallbackSpec, path: str, registry: Registry
+) -> tuple[dict[str, Any], list[ConfigError]]:
+    """Convert the params of a spec to keyword arguments; return them, and errors of params and missing packages.
+
+    Raises:
+        BrokenAdapterError: The adapter's Config raised (chained).
+    """
+    params_path = join_path(path, "params")
+    try:
+        arguments, issues = check_params(cls, spec.params)
+        issue_errors: list[ConfigError] = []
+        if issues:
+            context = callback_context(spec.kind, cls)
+            issue_errors = param_errors(context, spec.params, issues, lambda path: join_path(params_path, *path))
+    except Exception as error:  # isolation: a Config may run its author's code, which may raise anything
+        raise registry.broken_adapter_error(spec.kind, error, Location(params_path)) from error
+    return arguments, [*_missing_package_errors(spec.kind, path, registry), *issue_errors]
+
+
+def _missing_package_errors(kind: str, path: str, registry: Registry) -> list[ConfigError]:
+    """Report missing packages of the kind now, before its constructor fails, perhaps in another process."""
+    missing = registry.uninstalled_packages(kind)
+    if not missing:
+        return []
+    cause = ModuleNotFoundError(f"{' and '.join(missing)} not installed", name=missing[0])
+    error = registry.broken_adapter_error(kind, cause, Location(join_path(path, "kind")))
+    error.__cause__ = cause
+    return [error]
+
+
+def construct(
+    kind: str, cls: AdapterClass, arguments: dict[str, Any], label: str, path: str, registry: Registry
+) -> Callback | Sink:
+    """Construct an adapter and set its name to the label.
+
+    Raises:
+        BrokenAdapterError: Its constructor raised (chained).
+    """
+    try:
+        adapter = cls(**arguments)
+    except Exception as error:  # isolation: a constructor may raise anything
+        raise registry.broken_adapter_error(kind, error, Location(path)) from error
+    try:
+        adapter.spec_name = label
+    except AttributeError:
+        pass  # slots or frozen: the name of its class is used
+    return adapter

@@ -12,8 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from evsys_bus.config.arms import expand_arms, expand_seeds
-from evsys_bus.config.experiment import ExperimentConfig, Params
+from evsys_bus.config.experiment import ExperimentConfig, Params, expand_arms, expand_seeds
 from evsys_bus.errors import ConfigError, Location, did_you_mean
 from evsys_bus.training.protocols import Backend, Evaluator, Scorer, StepBuilder
 

@@ -26,6 +26,7 @@ from evsys_adapters.local_logger import LocalLoggerCallback
 from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
 from evsys_adapters.wandb_logger import WandbLoggerCallback
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainEnd, TrainingBatch, TrainStart
+from evsys_bus.adapter import EventInfo
 from evsys_bus.codec import encode
 from evsys_bus.context import ExperimentResult, LoopArtifacts
 from evsys_bus.delivery.courier import Courier
@@ -288,7 +289,8 @@ def test_a_sink_gets_the_starts_before_what_follows_and_they_are_not_counted_eit
     assert [each.seq for each in sink.envelopes] == [1, 2, *range(first, 103)]
     assert isinstance(sink.envelopes[1].event, TrainStart)
     assert sink.envelopes[1].event.state.step == first - 3
-    assert courier.counts == (103 - first, 0, 0)
+    counts = courier.counts
+    assert (counts.delivered, counts.dead, counts.pending) == (103 - first, 0, 0)
 
 
 class Interrupted(CsvMetricsCallback):
@@ -674,6 +676,86 @@ def test_rows_that_are_alike_are_no_reason_to_leave_out_new_ones(tmp_path, twice
     after = deliver_both(life)
     for name, rows in after.items():
         assert rows == before[name] + [(step, 7) for step in range(100, 110)]
+
+
+class Delivering:
+    """What an adapter is attached to while a courier delivers."""
+
+    has_courier = True
+
+    def __init__(self) -> None:
+        self.sequence = 0
+
+    def has_subscription(self, name: str) -> bool:
+        return False
+
+    def current_event(self) -> EventInfo:
+        return EventInfo(1_700_000_000.0 + self.sequence, "r0-000001-20260101T000000-aaaaaaaa", self.sequence)
+
+
+def test_a_file_that_was_put_in_order_behind_the_cursor_but_before_the_note_is_there_once(tmp_path):
+    life, events = Life(tmp_path), Delivering()
+    steps = [0, 1, 2, 5, 6, 3]
+
+    def logger() -> Any:
+        adapter = TensorBoardLoggerCallback()
+        adapter.evsys_attached = (events,)
+        return adapter
+
+    def deliver(adapter: Any, first: int) -> None:
+        for events.sequence in range(first, len(steps) + 1):
+            step = steps[events.sequence - 1]
+            adapter.on_step_end(life.state(step), step, TrainingBatch(), {"row": step})
+
+    first = logger()
+    steps, late = steps[:-1], steps[-1:]
+    deliver(first, 1)
+    cursor = first.mark()
+    first.mark()
+    steps += late
+    deliver(first, 6)
+    first.close()  # which puts it in order, under another name
+    first.mark()  # the process is killed before this one is on record
+    second = logger()
+    second.rewind(cursor)
+    deliver(second, 6)
+    second.mark()
+    second.close()
+    found = [each.name for each in (tmp_path / "out/tensorboard/digits").glob("events*") if each.stat().st_size]
+    assert len(found) == 1
+    assert points(tmp_path) == {"train/row": [(step, float(step)) for step in (0, 1, 2, 3, 5, 6)]}
+
+
+@pytest.mark.parametrize("name", RECORD_FILES)
+def test_a_follower_of_records_of_0_1_0_that_is_stopped_behind_each_row_remembers_which_ones_are_doubtful(
+    tmp_path, name, monkeypatch
+):
+    make, read = ADAPTERS[name][0], RECORD_FILES[name]
+    life = Life(tmp_path)
+    life.publish([*life.starts(), *life.steps(range(100))])
+    reboot(life)
+    life.publish([TrainStart(life.state(60)), *life.steps(range(60, 130))])
+    life.deliver(make(tmp_path))
+    before = read(tmp_path)
+    lose_cursors(life)
+    keep_newest(life, (2, 99))  # in front are rows that the second start made void
+    adapter: Any = make(tmp_path)
+    add_step, couriers = adapter.on_step_end, list[Courier]()
+
+    def add_and_stop(self: Callback, *args: Any) -> None:
+        add_step.__func__(self, *args)
+        couriers[-1].stop()
+
+    monkeypatch.setattr(type(adapter), "on_step_end", add_and_stop)
+    for _ in range(20):
+        adapter = make(tmp_path)
+        adapter.spec_name = "rows"
+        couriers.append(Courier(life.journal, "rows", adapter, DeliveryPolicy(), slice_seconds=0.0))
+        couriers[-1].finish()
+        run_in_new_loop(couriers[-1].run)
+    monkeypatch.undo()
+    life.deliver(make(tmp_path))
+    assert read(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

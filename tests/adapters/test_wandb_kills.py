@@ -62,4 +62,4 @@ def test_the_python_reader_that_wandb_had_finds_them_too(killed):
     if done.returncode and "wandb_datastore" not in done.stderr and not os.environ.get("CI"):
         pytest.skip(f"that reader cannot be had here: {done.stderr.splitlines()[-1]}")
     assert f"{STEPS} rows; of the journal {2 * STEPS} values, {len(range(0, STEPS, 7))} of them NaN" in done.stdout
-    assert done.stdout.endswith("every one is there, and there once\n"), done.stdout + done.stderr
+    assert done.stdout.endswith("every value is there exactly once\n"), done.stdout + done.stderr

@@ -1,4 +1,5 @@
 import gc
+import inspect
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ from evsys_bus import (
 )
 from evsys_bus.bus.publisher import NESTED_LIMIT
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, NotACallbackError, SettingError
+from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 from support.journals import read_envelopes
 
 
@@ -239,6 +241,69 @@ def test_callbacks_added_and_removed_inside_a_hook_count_from_the_next_publish(s
         assert hook_of(bus, "Changes").calls == 1
         assert bus.health().published == {"step_end": 3}
     assert late.steps == [1, 2]
+
+
+def test_publish_is_a_documented_method_with_a_signature():
+    signature = inspect.signature(EventBus.publish)
+    assert list(signature.parameters) == ["self", "event"]
+    assert "PublishLoopError" in inspect.getdoc(EventBus.publish)
+
+
+class Doubles(EventBus):
+    def publish(self, event):
+        super().publish(event)
+        if isinstance(event, StepEnd) and event.step_idx < 100:
+            super().publish(StepEnd(event.state, event.step_idx + 100, event.batch, event.metrics))
+
+
+class Listed:
+    """A mixin that overrides what it does not inherit."""
+
+    def publish(self, event):
+        self.listed = [*getattr(self, "listed", ()), event.hook]
+        super().publish(event)
+
+
+class ListedBus(Listed, EventBus):
+    pass
+
+
+def test_a_subclass_may_override_publish(step_end):
+    notes, late = Notes(), Notes()
+    with Doubles([notes]) as bus:
+        kept = bus.publish
+        bus.publish(step_end(0))
+        bus.add(late)
+        kept(step_end(1))
+        bus.remove(notes)
+        kept(step_end(2))
+        assert bus.health().published == {"step_end": 6}
+    assert notes.steps == [0, 100, 1, 101]
+    assert late.steps == [1, 101, 2, 102]
+    with pytest.raises(BusNotOpenError, match="after the bus was closed"):
+        kept(step_end())
+
+
+def test_a_mixin_may_override_publish_and_hooks_that_publish_go_through_it(step_end):
+    class Evaluates(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            self.publish(Eval(state, step_idx, "val", {}))
+
+    with ListedBus([Evaluates()]) as bus:
+        bus.publish(step_end(0))
+    assert bus.listed == ["on_step_end", "on_eval"]
+
+
+def test_a_subclass_that_does_not_override_publish_has_the_compiled_one(step_end):
+    class Named(EventBus):
+        """Adds nothing to publish."""
+
+    notes = Notes()
+    with Named([notes]) as bus:
+        assert bus.publish.__code__.co_filename.startswith(HOOK_FILENAME_PREFIX)
+        bus.publish(step_end(3))
+        EventBus.publish(bus, step_end(4))
+    assert notes.steps == [3, 4]
 
 
 def test_publishing_before_and_after_the_block_is_an_error_that_says_so(step_end):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.cli import COMMANDS, run
-from evsys_bus.cli.explain import list_codes, read_page
+from evsys_bus.cli.explain import read_pages
 from evsys_bus.errors import EvsysBusError
 from evsys_bus.training.experiment_store import ExperimentStore, read_result
 from support.files import parse_json_lines
@@ -114,7 +114,7 @@ def test_a_missing_package_of_the_demo_names_the_install_command_and_exits_3(tmp
 
 def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
     done = in_a_process(
-        "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.codes = no"
+        "explain", before="import evsys_bus.cli.explain as e\ndef no(): raise ZeroDivisionError\ne.read_pages = no"
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr
@@ -123,7 +123,9 @@ def test_what_the_command_line_itself_raises_exits_1_with_its_traceback():
 
 def test_an_os_error_is_the_machine_s_fault_and_exits_3():
     before = (
-        "import evsys_bus.cli.explain as e\ndef no(): raise OSError(28, 'No space left on device', 'x')\ne.codes = no"
+        "import evsys_bus.cli.explain as e\n"
+        "def no(): raise OSError(28, 'No space left on device', 'x')\n"
+        "e.read_pages = no"
     )
     done = in_a_process("explain", before=before)
     assert (done.returncode, done.stderr) == (3, "error: No space left on device: x\n")
@@ -144,9 +146,9 @@ def test_every_error_code_has_a_page_of_help_and_every_page_a_code():
 
     ours = ("evsys_bus.errors", "evsys_adapters.")
     raised = {each.code for each in subclasses(EvsysBusError) if each.__module__.startswith(ours)}
-    assert set(list_codes()) == raised
-    for code in list_codes():
-        head, blank, *body = read_page(code).splitlines()
+    assert set(read_pages()) == raised
+    for code, page in read_pages().items():
+        head, blank, *body = page.splitlines()
         assert head.startswith(f"{code}  ")
         assert (blank, body[0]) == ("", "What happened")
         assert "What to do" in body
@@ -156,11 +158,11 @@ def test_every_error_code_has_a_page_of_help_and_every_page_a_code():
 @pytest.mark.parametrize("code", ["EB101", "eb101", "101", "error[EB101]"])
 def test_a_page_is_found_however_its_code_is_written(evsys_bus, code):
     done = evsys_bus("explain", code)
-    assert (done.returncode, done.stdout) == (0, read_page("EB101"))
+    assert (done.returncode, done.stdout) == (0, f"{read_pages()['EB101']}\n")
 
 
 def test_explain_without_a_code_lists_them_and_with_an_unknown_one_names_the_nearest(evsys_bus):
-    assert [line[:5] for line in evsys_bus("explain").stdout.splitlines()] == list_codes()
+    assert [line[:5] for line in evsys_bus("explain").stdout.splitlines()] == [*read_pages()]
     done = evsys_bus("explain", "EB110")
     assert done.returncode == 2
     assert 'did you mean "EB10' in done.stderr

@@ -935,12 +935,12 @@ def test_what_fails_when_the_bus_is_left_counts_for_strict_wherever_it_runs(comm
 
 def test_the_page_of_a_run_is_named_at_its_end_whoever_published_it(command, tmp_path):
     plugin = """
-from evsys_bus import Callback, Learnt, register_callback
+from evsys_bus import Callback, RunAnnotated, register_callback
 
 @register_callback("page")
 class Page(Callback):
     def on_run_start(self, ctx):
-        self.publish(Learnt(ctx.run_key, {"wandb_url": f"https://board.example/{ctx.run_key}"}))
+        self.publish(RunAnnotated(ctx.run_key, {"wandb_url": f"https://board.example/{ctx.run_key}"}))
 """
     (tmp_path / "paged.py").write_text(plugin)
     (tmp_path / "toy_recipe.py").write_text(RECIPE)

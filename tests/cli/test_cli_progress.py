@@ -12,23 +12,14 @@ import pytest
 from rich.console import Console
 
 from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
-from evsys_bus.cli.deliveries import ProblemMonitor
-from evsys_bus.cli.formatting import format_duration
-from evsys_bus.cli.progress import DrainStatus, PlannedRun, RunStateTracker
-from evsys_bus.cli.progress.arm_table import (
-    MetricSpread,
-    arm_rows,
-    choose_metrics,
-    compute_spread,
-    format_mean_sd,
-    format_number,
-)
-from evsys_bus.cli.progress.capture import MAX_LINES, CapturedStream, LineBuffer
-from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
-from evsys_bus.cli.progress.live import render
-from evsys_bus.cli.progress.run_state import MAX_PENDING_UPDATES
-from evsys_bus.cli.screen import Screen
-from evsys_bus.cli.warnings_log import show_warnings
+from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
+from evsys_bus.cli.output.deliveries import ProblemMonitor
+from evsys_bus.cli.output.errors import show_warnings
+from evsys_bus.cli.output.formatting import MetricSpread, format_duration, format_mean_sd, format_number
+from evsys_bus.cli.output.live import arm_rows, choose_metrics, compute_spread, render
+from evsys_bus.cli.output.progress import LineView, format_json, format_plain
+from evsys_bus.cli.output.run_state import MAX_PENDING_UPDATES, DrainStatus, PlannedRun, RunStateTracker
+from evsys_bus.cli.output.screen import Screen
 from evsys_bus.delivery.status_files import write_status
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import OsDisk
@@ -93,17 +84,17 @@ def test_late_and_repeated_steps_do_not_set_a_run_back(board, tmp_path):
 
 def test_a_step_leaves_nothing_behind_however_many_there_are(board, tmp_path):
     state = begin(board, tmp_path, "calm-s0", num_steps=10**6)
-    before = len(board.news)
+    before = len(board.updates)
     for step_idx in range(1000):
         board.on_step_end(state, step_idx, TrainingBatch(), {"loss": 0.1})
-    assert len(board.news) == before
+    assert len(board.updates) == before
 
 
 def test_news_that_nobody_takes_are_bounded_and_counted(board, clock, tmp_path):
     state = begin(board, tmp_path, "calm-s0")
     for _ in range(MAX_PENDING_UPDATES + 5):
         board.on_eval(state, 1, "val", {"acc": 0.5})
-    assert len(board.news) == MAX_PENDING_UPDATES
+    assert len(board.updates) == MAX_PENDING_UPDATES
     written = io.StringIO()
     LineView(board, written, format_plain).tick()
     assert f"event=lines_dropped count={board.updates_dropped}" in written.getvalue()
@@ -280,8 +271,13 @@ def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
     board.on_checkpoint(state, ManifestRow("final", 9))
     state.request_stop("val/acc has not improved")
     board.on_train_end(state, LoopArtifacts())
-    assert [(news.event, news.step) for news in board.news] == [("run_started", 0), ("checkpoint", 10), ("stopped", 0)]
-    assert board.news[-1].facts == {"reason": "val/acc has not improved"}
+    updates = [(each.event, each.step) for each in board.updates]
+    assert updates == [
+        ("run_started", 0),
+        ("checkpoint", 10),
+        ("stopped", 0),
+    ]
+    assert board.updates[-1].facts == {"reason": "val/acc has not improved"}
 
 
 @pytest.mark.parametrize(("width", "height"), [(120, 24), (60, 14), (40, 12)])

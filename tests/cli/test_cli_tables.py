@@ -2,7 +2,7 @@
 
 import pytest
 
-from evsys_bus.cli.tables import format_columns, format_facts, format_table, wrap
+from evsys_bus.cli.output.formatting import format_columns, format_facts, format_table, wrap
 
 ROWS = [
     ["metric", "rows", "first", "last", "least", "at step", "greatest", "at step"],

@@ -10,12 +10,11 @@ from rich.console import Console
 
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_bus.cli import run
-from evsys_bus.cli.formatting import format_rate, format_size_progress
-from evsys_bus.cli.progress import PlannedRun, RunStateTracker
-from evsys_bus.cli.progress.lines import LineView, format_json, format_plain
-from evsys_bus.cli.progress.live import render
-from evsys_bus.cli.progress.transfer_bar import format_transfer_bar
-from evsys_bus.cli.progress.transfers import SILENT_SECONDS, Transfer, make_byte_counter
+from evsys_bus.cli.output.formatting import format_rate, format_size_progress
+from evsys_bus.cli.output.live import format_transfer_bar, render
+from evsys_bus.cli.output.progress import LineView, format_json, format_plain
+from evsys_bus.cli.output.run_state import PlannedRun, RunStateTracker
+from evsys_bus.cli.output.transfers import SILENT_SECONDS, Transfer, make_byte_counter
 from evsys_bus.cli.uploads import MAX_SILENT_SECONDS, UploadMonitor, read_active_uploads
 from evsys_bus.codec import encode
 from evsys_bus.events import Envelope
@@ -66,9 +65,9 @@ def look(journal, clock):
     watch = UploadMonitor(journal, clock=clock, wall_clock=lambda: NOW + clock.seconds)
     watch.poll()
 
-    def look(*, at_once=False):
+    def look(*, force=False):
         clock.seconds += 1
-        return watch.poll(force=at_once)
+        return watch.poll(force=force)
 
     return look
 
@@ -94,15 +93,15 @@ def test_an_upload_is_under_way_from_its_first_word_to_its_manifest(look, courie
     courier.tell(uploaded())
     found = look()
     assert told(found) == []
-    assert [each.checkpoint for each in found.ended] == ["step-000199"]
-    assert look().ended == []
+    assert [each.checkpoint for each in found.finished] == ["step-000199"]
+    assert look().finished == []
 
 
 def test_a_conflict_ends_one_too(look, courier):
     courier.tell(progress(1))
     courier.tell(CheckpointConflict("low", "step-000199", 199, "s3://bucket/sweep/low/step-000199", "other content"))
     found = look()
-    assert (told(found), len(found.ended)) == ([], 1)
+    assert (told(found), len(found.finished)) == ([], 1)
 
 
 def test_what_the_same_courier_sends_next_takes_its_place_and_another_destination_stands_beside_it(look, courier):
@@ -172,7 +171,7 @@ def test_a_journal_that_goes_away_is_nothing_under_way(look, courier, journal):
 
 def transfer(**more):
     fields = {"run": "low", "checkpoint": "step-000199", "done_bytes": 212_000_000, "total_bytes": 400_000_000}
-    return Transfer(**fields | {"bytes_per_second": 53e6, "eta_seconds": 4.0, "told": NOW} | more)
+    return Transfer(**fields | {"bytes_per_second": 53e6, "eta_seconds": 4.0, "reported_at": NOW} | more)
 
 
 def test_the_line_has_name_bytes_rate_and_eta_and_a_bar_where_there_is_room():
@@ -209,14 +208,14 @@ def test_a_fetch_is_told_of_with_the_rate_since_it_began():
     see(400_000_000, 400_000_000)
     half, whole = told
     assert half.eta_seconds == pytest.approx(188_000_000 / half.bytes_per_second)
-    assert (whole.share, whole.eta_seconds) == (1.0, 0.0)
+    assert (whole.fraction, whole.eta_seconds) == (1.0, 0.0)
 
 
 def test_a_fetch_of_nothing_has_no_rate_and_divides_by_nothing():
     told = []
     make_byte_counter("low", "step-000199", told.append)(0, 0)
-    assert (told[0].share, told[0].bytes_per_second, told[0].eta_seconds) == (1.0, 0.0, None)
-    assert format_transfer_bar("", "", told[0], width=80, now=told[0].told).plain.endswith("0/0 B  0 B/s  eta -")
+    assert (told[0].fraction, told[0].bytes_per_second, told[0].eta_seconds) == (1.0, 0.0, None)
+    assert format_transfer_bar("", "", told[0], width=80, now=told[0].reported_at).plain.endswith("0/0 B  0 B/s  eta -")
 
 
 @pytest.mark.parametrize(

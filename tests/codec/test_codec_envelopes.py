@@ -1,7 +1,8 @@
 import datetime as dt
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -32,8 +33,9 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.codec import decode, encode, to_json
+from evsys_bus.codec import decode, encode, event_encoder, to_json
 from evsys_bus.codec.redact import is_secret_key
+from evsys_bus.codec.wire_types import run_and_root
 from evsys_bus.errors import DetachedError
 from evsys_bus.events import Event, declared_events
 
@@ -134,7 +136,7 @@ EVENTS = {
         CodecRolloutEnd,
         reward=st.floats(allow_nan=False),
         state=st.none() | STATES,
-        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(flush_samples=0)),
+        when=st.datetimes(timezones=st.none() | st.just(dt.UTC)).map(lambda when: when.replace(fold=0)),
         rollouts=st.lists(st.builds(Rollout, st.floats(allow_nan=False), st.tuples(NAMES)), max_size=3),
         folder=PATHS,
         by_epoch=st.dictionaries(st.integers(), st.floats(allow_nan=False), max_size=3),
@@ -312,3 +314,11 @@ def test_an_envelope_with_nothing_replaced_does_not_mention_it(envelope):
 
 def test_a_memoryview_is_read_as_bytes_are(envelope):
     assert decode(memoryview(encode(envelope))).event.metrics == envelope.event.metrics
+
+
+@pytest.mark.parametrize("keys", ["aaaabbbb", "abababab", (1, 1, 1, 2, 2, 2), (None, None, None, "a", "a", "a")])
+def test_a_state_without_a_directory_names_its_run_in_every_step(keys):
+    encode_step = event_encoder(StepEnd, "s", 0, lambda event: run_and_root(cast("Any", event).state)[0])
+    steps = [StepEnd(cast("Any", SimpleNamespace(step=i, run_key=key)), i, None, {}) for i, key in enumerate(keys)]
+    runs = [decode(encode_step(step, seq, 1.0)).run for seq, step in enumerate(steps)]
+    assert runs == [None if key is None else str(key) for key in keys]

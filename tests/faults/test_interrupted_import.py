@@ -1,7 +1,10 @@
 """Ctrl-C in the middle of ``import evsys_bus``, as it comes to programs that are stopped right after their start."""
 
+import os
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import sys
@@ -19,16 +22,16 @@ class Interrupt:
 assert "datetime" not in sys.modules
 sys.meta_path.insert(0, Interrupt())
 try:
-    import evsys_bus
-    from evsys_bus import EventBus
+    exec(sys.argv[1])
 except KeyboardInterrupt:
     sys.exit(130)
 """
 
 
-def test_an_interrupt_while_datetime_is_imported_ends_the_program_as_a_ctrl_c():
+@pytest.mark.parametrize("imports", ["from evsys_bus import EventBus", "from evsys_adapters import CsvMetricsCallback"])
+def test_an_interrupt_while_datetime_is_imported_ends_the_program_as_a_ctrl_c(imports):
     """msgspec's C code imports it unchecked: it lost the interrupt, and crashed later where it made a decoder."""
-    done = subprocess.run([sys.executable, "-S", "-c", PROGRAM], check=False, capture_output=True, env={
-        "PYTHONPATH": ":".join(filter(None, sys.path))
-    })  # fmt: skip
+    command = [sys.executable, "-S", "-c", PROGRAM, imports]
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, check=False, capture_output=True, env=path)
     assert done.returncode == 130, done.stderr.decode()

@@ -1,50 +1,14 @@
 """The examples and the pages of the docs, run as their readers would run them."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
-from itertools import zip_longest
 
 import pytest
 
 from evsys_bus import Callback, EventBus, LoopState
 from evsys_bus.events import declared_events
 from support import ROOT
-
-FENCE = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-RUN_PAGE = """
-import ast, asyncio, contextlib, io, json, sys
-import stamina.instrumentation
-stamina.instrumentation.set_on_retry_hooks([])  # what it prints of itself has the time in it
-space = {"__name__": "__main__"}
-for name, source, expected in json.load(sys.stdin):
-    code = compile(source, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)  # as a notebook does
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        awaitable = eval(code, space)
-        if awaitable is not None:
-            asyncio.run(awaitable)
-    assert printed.getvalue() == expected, f"{name} printed:\\n{printed.getvalue()}"
-"""
-
-
-def run(cwd, *arguments, **options):
-    finished = subprocess.run(
-        [sys.executable, "-W", "error", *map(str, arguments)],
-        capture_output=True,
-        check=False,
-        cwd=cwd,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        encoding="utf-8",
-        timeout=18,
-        **options,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stderr == ""
-    return finished.stdout
+from support.pages import run_blocks, run_without_warnings, snippets
 
 
 def numbers(pattern, text):
@@ -52,7 +16,7 @@ def numbers(pattern, text):
 
 
 def test_the_async_rl_example_learns_stops_early_and_leaves_nothing_undone(tmp_path):
-    out = run(tmp_path, ROOT / "examples/async_rl.py", tmp_path / "rl")
+    out = run_without_warnings(tmp_path, ROOT / "examples/async_rl.py", tmp_path / "rl")
     evals = numbers(r"eval of step (\d+) landed at step (\d+): prize ([\d.]+)", out)
     assert evals[0][2] < 0.7
     assert evals[-1][2] >= 0.84
@@ -102,7 +66,7 @@ async def test_the_async_rl_example_publishes_rows_late_repeated_and_at_their_ow
 
 
 def test_the_sync_example_finds_the_line_and_ships_its_checkpoints_in_order(tmp_path):
-    out = run(tmp_path, ROOT / "examples/sync_loop.py", tmp_path / "sync")
+    out = run_without_warnings(tmp_path, ROOT / "examples/sync_loop.py", tmp_path / "sync")
     names = [f"step-000{step}99.json" for step in range(3)]
     assert re.findall(r"shipped (\S+)", out) == names
     assert sorted(path.name for path in (tmp_path / "sync/shipped").iterdir()) == names
@@ -113,23 +77,12 @@ def test_the_sync_example_finds_the_line_and_ships_its_checkpoints_in_order(tmp_
 
 
 def test_R13_a_side_eval_comes_back_as_an_eval_of_its_own_step(tmp_path):
-    out = run(tmp_path, ROOT / "examples/side_eval.py", tmp_path / "side")
+    out = run_without_warnings(tmp_path, ROOT / "examples/side_eval.py", tmp_path / "side")
     evals = numbers(r"held-out of step (\d+), at step (\d+): ([\d.]+)", out)
     assert [step for step, _, _ in evals] == [9, 19, 29, 39, 49, 59]
     assert all(now >= step for step, now, _ in evals)
     assert any(now > step for step, now, _ in evals)
     assert evals[0][2] < evals[-1][2]
-
-
-def blocks(page):
-    """Each Python block of a page, with the text block right below it, which is what it prints."""
-    text = page.read_text(encoding="utf-8")
-    found = list(FENCE.finditer(text))
-    for fence, below in zip_longest(found, found[1:]):
-        if fence[1] == "python":
-            line = text.count("\n", 0, fence.start()) + 1
-            prints = below is not None and below[1] == "text" and below.start() == fence.end() + 1
-            yield f"{page.name}:{line}", "\n" * line + fence[2], below[2] if prints else ""
 
 
 @pytest.mark.parametrize(
@@ -145,9 +98,9 @@ def blocks(page):
     ],
 )
 def test_every_snippet_of_a_page_runs_and_prints_what_the_page_says(tmp_path, page, at_least):
-    found = list(blocks(ROOT / page))
+    found = list(snippets(ROOT / page))
     assert len(found) >= at_least
-    run(tmp_path, "-c", RUN_PAGE, input=json.dumps(found))
+    assert run_blocks(tmp_path, found) == []
 
 
 def test_the_table_of_hooks_has_every_hook_with_its_arguments():

@@ -34,7 +34,7 @@ KEY = "a" * 40
 class WandbServer(ThreadingHTTPServer):
     """The part of W&B that its own client needs; responds with ``status`` while that is an error.
 
-    While ``accepting`` is not set it accepts connections and does not respond.
+    While ``listens`` is not set it accepts connections and does not respond.
     """
 
     daemon_threads = True
@@ -115,7 +115,7 @@ class RequestHandler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.request_count += 1
             status = self.server.status
-            reply = self.server.answer(self.path, body) if status == 200 else {"error": "not today"}
+            reply = self.server.respond(self.path, body) if status == 200 else {"error": "not today"}
         data = json.dumps(reply).encode()
         with contextlib.suppress(OSError):  # a client that was killed
             self._send(status, data)

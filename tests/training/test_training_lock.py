@@ -7,14 +7,14 @@ import signal
 import pytest
 
 from evsys_bus.errors import TrainingError
-from evsys_bus.training.folder_lock import LOCK_FILE, lock_folder
+from evsys_bus.training.run_files import LOCK_FILE, lock_folder
 
 HOLDS = """
     import os, signal, sys
     from pathlib import Path
-    from evsys_bus.training.folder_lock import locked
+    from evsys_bus.training.run_files import lock_folder
 
-    with locked(Path(sys.argv[1]), "the run's directory"):
+    with lock_folder(Path(sys.argv[1]), "the run's directory"):
         if "fork" not in sys.argv:
             print("held", flush=True)
         elif os.fork() == 0:

@@ -83,10 +83,10 @@ def test_a_full_disk_costs_no_row_and_joins_none(tmp_path):
         assert whole == list(range(len(whole))), whole
         assert 0 < len(whole) < 50
         assert file.path.read_bytes().endswith(b"}\\n"), "half a row was left in the file"
-        assert file.waiting == 50 - len(whole)
+        assert file.pending == 50 - len(whole)
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         file.append({"step": 50})
-        assert file.waiting == 0
+        assert file.pending == 0
         assert [row["step"] for row in file.rows()] == list(range(51))
         """
     )

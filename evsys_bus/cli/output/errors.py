@@ -1,0 +1,196 @@
+"""Errors and warnings on stderr, and exit codes.
+
+Errors of evsys-bus are shown as message, reason and fix; others, raised by training code, with their traceback.
+The first log record of a kind has its traceback, repeats are one line: a hook that fails every step must not hide the
+rest.
+"""
+
+import logging
+import sys
+import traceback
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+
+import evsys_bus
+from evsys_bus.cli.output.screen import Screen, printable
+from evsys_bus.codec import json_line
+from evsys_bus.errors import (
+    ConfigError,
+    ConfigErrors,
+    CourierBusyError,
+    DeliveryError,
+    DocumentError,
+    EvsysBusError,
+    HookError,
+    JournalError,
+    TrainingError,
+)
+
+OK: Final = 0
+RAISED: Final = 1
+USAGE: Final = 2
+ENVIRONMENT: Final = 3
+REMOTE: Final = 4
+PENDING: Final = 5
+INTERRUPTED: Final = 130
+_KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
+_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
+_MAX_KINDS: Final = 1000
+_PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
+
+
+def report(error: BaseException, screen: Screen) -> int:
+    """Report an error on stderr, and return the exit code."""
+    errors = sorted(_own_errors(error), key=_sort_key)
+    if errors:
+        screen.note("\n\n".join(_colorize(each, screen) for each in errors))
+        if len(errors) > 1:
+            screen.note(f"\n{len(errors)} errors")
+        return max(_exit_code(each) for each in errors)
+    if isinstance(error, OSError):
+        place = f": {error.filename}" if error.filename is not None else ""
+        screen.note(f"{_head('error', screen)}: {printable(f'{error.strerror or error}{place}')}")
+        return ENVIRONMENT
+    screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
+    return RAISED
+
+
+def _own_errors(error: BaseException) -> Iterator[EvsysBusError]:
+    """Yield the evsys-bus errors of an exception or a group; nothing if a group has others, which need a traceback."""
+    if isinstance(error, ConfigErrors):
+        yield from error.errors
+    elif isinstance(error, EvsysBusError):
+        yield error
+    elif isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        parts = [list(_own_errors(each)) for each in group.exceptions]
+        if all(parts):
+            yield from (each for part in parts for each in part)
+
+
+def _sort_key(error: EvsysBusError) -> tuple[str, int, int]:
+    """Return the sort key by position in the file; errors without a line keep their order."""
+    where = error.where
+    return ("", 0, 0) if where is None else (where.file or "", where.line or 0, where.column or 0)
+
+
+def _exit_code(error: EvsysBusError) -> int:
+    if isinstance(error, JournalError | CourierBusyError):
+        return ENVIRONMENT
+    if isinstance(error, DeliveryError):
+        return REMOTE
+    if isinstance(error.__cause__, OSError | ImportError) and not isinstance(error, DocumentError):
+        return ENVIRONMENT
+    return USAGE if isinstance(error, ConfigError | HookError | TrainingError) else RAISED
+
+
+def _colorize(error: EvsysBusError, screen: Screen) -> str:
+    text = printable(str(error))
+    if not screen.uses_color(sys.stderr):
+        return text
+    return "\n".join(map(_colorize_line, text.split("\n")))
+
+
+def _colorize_line(line: str) -> str:
+    start, mark, rest = line.partition(" ")
+    if line.startswith("error["):
+        head, _, what = line.partition(": ")
+        return f"{click.style(head, fg='red', bold=True)}: {click.style(what, bold=True)}"
+    if line.startswith(("fix:", "why:")):
+        return f"{click.style(start, fg='green' if start == 'fix:' else 'yellow', bold=True)}{mark}{rest}"
+    if line.strip().startswith("-->"):
+        before, arrow, place = line.partition("-->")
+        return f"{before}{click.style(arrow, fg='blue')}{place}"
+    gutter, bar, under = line.partition("|")
+    if bar and under.strip(" ^") == "" and not gutter.strip():
+        return f"{gutter}{click.style(bar, fg='blue')}{click.style(under, fg='red', bold=True)}"
+    return line
+
+
+def _head(text: str, screen: Screen) -> str:
+    return screen.style(text, sys.stderr, fg="red", bold=True)
+
+
+class _WarningHandler(logging.Handler):
+    """Writes to the current ``sys.stderr``, which is redirected while a table is shown."""
+
+    def __init__(self, screen: Screen, *, as_json: bool) -> None:
+        super().__init__(logging.WARNING)
+        self._screen = screen
+        self._as_json = as_json
+        self._shown_kinds: set[tuple[object, ...]] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record."""
+        try:
+            message, trace = self._parts(record)
+            sys.stderr.write(
+                self._json(record, message, trace) if self._as_json else self._text(record, message, trace)
+            )
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass  # stderr is closed or full
+
+    def _parts(self, record: logging.LogRecord) -> tuple[str, str]:
+        """Return the message and the traceback, which is the record's own or part of a courier's log line."""
+        message = record.getMessage()
+        error = record.exc_info[1] if record.exc_info else None
+        trace = getattr(record, "traceback", None)
+        if error is not None:
+            repeated = self._is_repeated(record, type(error))
+            lines = traceback.format_exception_only(error) if repeated else _outside_traceback(error).format()
+            return message, "".join(lines).rstrip()
+        if isinstance(trace, str):
+            message = message.replace(f" traceback={trace}", "").rstrip()
+        else:
+            message, head, below = message.partition(f"\n{_TRACEBACK_HEAD}")
+            trace = f"{head}{below}"
+        trace = trace.strip("\n")
+        if trace and self._is_repeated(record, trace.rpartition("\n")[2].partition(":")[0]):
+            trace = trace.rpartition("\n")[2]
+        return message, trace
+
+    def _is_repeated(self, record: logging.LogRecord, error: object) -> bool:
+        """Return whether a record of this kind was shown with its traceback before."""
+        phrase = record.getMessage().partition(" ")[0]
+        kind = (record.name, phrase, error, *(getattr(record, each, None) for each in _KINDS))
+        repeated = kind in self._shown_kinds
+        if len(self._shown_kinds) < _MAX_KINDS:
+            self._shown_kinds.add(kind)
+        return repeated
+
+    def _text(self, record: logging.LogRecord, message: str, trace: str) -> str:
+        level = record.levelname.lower()
+        head = self._screen.style(f"{level}:", sys.stderr, fg="yellow" if level == "warning" else "red", bold=True)
+        first, *more = message.splitlines() or [""]
+        below = "".join(f"\n  {line}" for line in [*more, *trace.splitlines()])
+        return f"{head} {printable(first + below)}\n"
+
+    def _json(self, record: logging.LogRecord, message: str, trace: str) -> str:
+        facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": message}
+        return json_line(facts | ({"traceback": trace} if trace else {})).decode() + "\n"
+
+
+def _outside_traceback(error: BaseException) -> traceback.TracebackException:
+    """Return the traceback without frames of evsys-bus, unless there are no others."""
+    trace = traceback.TracebackException.from_exception(error)
+    foreign = [frame for frame in trace.stack if not Path(frame.filename).is_relative_to(_PACKAGE_DIR)]
+    if foreign:
+        trace.stack = traceback.StackSummary.from_list(foreign)
+    return trace
+
+
+@contextmanager
+def show_warnings(screen: Screen, *, as_json: bool = False) -> Generator[None]:
+    """Print WARNING and higher log records to stderr within the block."""
+    lines = _WarningHandler(screen, as_json=as_json)
+    root = logging.getLogger()
+    root.addHandler(lines)
+    try:
+        yield
+    finally:
+        root.removeHandler(lines)

@@ -1,0 +1,208 @@
+"""Text for people: numbers, sizes and durations, and rows in columns.
+
+Tables are without boxes and colours, so that ``cut`` can read them. On a terminal that is too narrow they are laid out
+differently, so that no word is broken.
+"""
+
+import math
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from evsys_bus.cli.output.screen import printable
+
+NO_VALUE: Final = "-"
+"""Shown where there is no value yet."""
+_UNIT_FACTOR: Final = 1000
+_MINUTE: Final = 60
+_UNITS: Final = ("B", "kB", "MB", "GB", "TB")
+_MIN_WHOLE_RATE: Final = 10
+GAP: Final = "   "
+_INNER: Final = "  "
+_MIN_WHOLE: Final = 1000
+_TINY: Final = 1e-3
+_MIN_WRAP_COLUMNS: Final = 20
+"""Text is not wrapped into fewer columns than this."""
+
+
+def format_size(count: int) -> str:
+    """Return a number of bytes as ``312 B`` or ``3.2 MB``."""
+    if count < _UNIT_FACTOR:
+        return f"{count} B"
+    amount = float(count)
+    for unit in ("kB", "MB", "GB"):
+        amount /= _UNIT_FACTOR
+        if amount < _UNIT_FACTOR:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / _UNIT_FACTOR:,.1f} TB"
+
+
+def format_size_progress(done: int, total: int) -> str:
+    """Return ``212/400 MB`` or ``0.21/3.10 GB``: both numbers in the unit of the total, with three digits."""
+    unit = format_size(total).rpartition(" ")[2]
+    scale = _UNIT_FACTOR ** _UNITS.index(unit)
+    digits = 0 if unit == "B" else 2 if total < 10 * scale else 1 if total < 100 * scale else 0
+    return f"{done / scale:,.{digits}f}/{total / scale:,.{digits}f} {unit}"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """Return a rate as ``53 MB/s`` or ``5.3 MB/s``."""
+    amount, _, unit = format_size(round(bytes_per_second)).partition(" ")
+    whole = float(amount.replace(",", "")) >= _MIN_WHOLE_RATE
+    return f"{amount.partition('.')[0] if whole else amount} {unit}/s"
+
+
+def format_duration(seconds: float | None) -> str:
+    """Return a duration as ``0:42``, ``1:02:03`` or ``3d 04:05``."""
+    if seconds is None or not math.isfinite(seconds):
+        return NO_VALUE
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}"
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def format_age(seconds: float) -> str:
+    """Return an age as ``4 s ago`` or ``1:02:03 ago``."""
+    whole = max(0, round(seconds))
+    return f"{whole} s ago" if whole < _MINUTE else f"{format_duration(whole)} ago"
+
+
+def format_range(first: int, last: int) -> str:
+    """Return an inclusive range as ``81`` or ``81 to 83``."""
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
+
+
+def format_ranges(ranges: Sequence[tuple[int, int]], limit: int = 10) -> str:
+    """Return inclusive ranges as ``81 to 83, 90``."""
+    parts = [format_range(first, last) for first, last in ranges[:limit]]
+    return ", ".join([*parts, *([f"and {len(ranges) - limit:,} more ranges"] if len(ranges) > limit else [])])
+
+
+def count_in_ranges(ranges: Sequence[tuple[int, int]]) -> int:
+    """Return how many numbers these inclusive ranges hold."""
+    return sum(last - first + 1 for first, last in ranges)
+
+
+class MetricSpread(NamedTuple):
+    """Mean and standard deviation of a metric over the runs of an arm."""
+
+    mean: float
+    sd: float | None
+    """None for a single run."""
+    runs: int
+
+
+def format_number(value: float) -> str:
+    """Format a number with about four digits; the width depends on its magnitude only, so that columns do not move."""
+    magnitude = abs(value)
+    if magnitude == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if magnitude >= 1e6 or 0 < magnitude < _TINY:  # noqa: PLR2004 # plain digits are hard to read beyond
+        return f"{value:.2e}"
+    if magnitude >= _MIN_WHOLE:
+        return f"{value:,.0f}"
+    return f"{value:.{_decimals(magnitude)}f}"
+
+
+def format_mean_sd(spread: MetricSpread | None, *, sd: bool = True) -> str:
+    """Format mean ± standard deviation."""
+    if spread is None:
+        return NO_VALUE
+    if spread.sd is None or not sd:
+        return format_number(spread.mean)
+    magnitude = abs(spread.mean)
+    if magnitude >= _MIN_WHOLE or 0 < magnitude < _TINY:
+        return f"{format_number(spread.mean)} ± {format_number(spread.sd)}"
+    return f"{format_number(spread.mean)} ± {spread.sd:.{_decimals(magnitude)}f}"
+
+
+def _decimals(magnitude: float) -> int:
+    return 4 if magnitude < 0.1 else 3 if magnitude < 10 else 2 if magnitude < 100 else 1  # noqa: PLR2004 # four digits in all
+
+
+def summarize_error(error: str | None) -> str:
+    """Return the most informative line of an error: the last one of a traceback, else the first."""
+    lines = [line.strip() for line in (error or "no reason given").strip().splitlines()] or [""]
+    return printable(lines[-1] if lines[0].startswith("Traceback") else lines[0])
+
+
+def format_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
+    """Return one line per row; every column but the last is as wide as its widest cell."""
+    widths = [max(map(_cell_width, column)) for column in zip(*rows, strict=True)] if rows else []
+    lines: list[str] = []
+    for row in rows:
+        cells = [cell + " " * (width - _cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        lines.append((indent + GAP.join(cells)).rstrip())
+    return lines
+
+
+def format_table(rows: Sequence[Sequence[str]], width: int | None = None, *, indent: str = "") -> list[str]:
+    """Return `format_columns` with a head row; if the width is too small, return each row as ``head cell`` pairs."""
+    lines = format_columns(rows, indent=indent)
+    if width is None or all(_cell_width(line) <= width for line in lines) or not rows:
+        return lines
+    heads, *rest = rows
+    stacked: list[str] = []
+    for row in rest:
+        pairs = [f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell]
+        stacked += [f"{indent}{heads[0]} {row[0]}", *_pack(pairs, width, indent + _INNER)]
+    return stacked
+
+
+def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """Return `format_columns` of names and texts; long texts are wrapped in their column."""
+    available = 0 if width is None or not rows else width - max(_cell_width(name) for name, _ in rows) - len(GAP)
+    if available < _MIN_WRAP_COLUMNS:
+        return format_columns(rows)
+    return format_columns(
+        [[name if at == 0 else "", line] for name, text in rows for at, line in _wrap_numbered(text, available)]
+    )
+
+
+def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
+    """Return the text wrapped to the width, with further lines indented.
+
+    A command stays in one line, because a line that the terminal wraps can be copied as one.
+    """
+    if width is None or _cell_width(text) + len(indent) <= width or "evsys-bus " in text or width < _MIN_WRAP_COLUMNS:
+        return [f"{indent}{text}"]
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=indent + _INNER,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def pluralize(count: int, noun: str) -> str:
+    """Return ``1 arm`` or ``5 arms``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _wrap_numbered(text: str, available: int) -> list[tuple[int, str]]:
+    lines = wrap(text, available)
+    return list(enumerate([lines[0], *(line.removeprefix(_INNER) for line in lines[1:])]))
+
+
+def _pack(pairs: Sequence[str], width: int, indent: str) -> list[str]:
+    """Put as many pairs on each line as fit, at least one."""
+    lines: list[str] = []
+    for pair in pairs:
+        longer = f"{lines[-1]}{GAP}{pair}" if lines else ""
+        if lines and _cell_width(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines += wrap(pair, width, indent=indent)
+    return lines
+
+
+def _cell_width(text: str) -> int:
+    """Return the width in cells of a terminal."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)
