@@ -30,8 +30,13 @@ MAX_IDLE_SECONDS: Final = 60.0
 """The longest such pause for a stream that no writer will continue, since its rank has newer ones; each pause is four
 times as long as the last."""
 
-_READS_PER_LISTING: Final = 64
-"""Reads between two listings of the streams; with more streams than this, the number of streams."""
+MAX_REST_SECONDS: Final = 0.5
+"""How long a quiet stream with a writer is not polled, at most; the pause grows with the time without new events."""
+MAX_LISTING_SECONDS: Final = 1.0
+"""The time between two listings of the streams, at most. It grows in the same way."""
+MAX_CHECK_SECONDS: Final = 10.0
+"""The time between two checks of a quiet stream for its next segment and its writer, at most; grows likewise."""
+
 _EVENTS_PER_CLOCK_CHECK: Final = 4
 ReadResult: TypeAlias = Literal["full", "slice", "dry"]
 
@@ -117,7 +122,8 @@ class EventSource:
         self._idle: list[tuple[float, int, _StreamSource]] = []
         """The streams that are not polled until a time: a heap of (time, tie breaker, stream)."""
         self._tie_breaker: Final = count()
-        self._reads = 0
+        self._listed_at = self._listing_due = -math.inf
+        self._last_found = clock.monotonic()
         self._annotations: Final = RunAnnotations(self._reader, clock, faults)
 
     def open_run_starts(self, steps: Mapping[str, int] | None) -> list[Envelope]:
@@ -172,22 +178,29 @@ class EventSource:
         if batch.is_closed or len(batch.envelopes) >= max_events:
             return "full"
         self._apply_annotations()
-        if self._reads % max(_READS_PER_LISTING, len(self._sources)) == 0:
+        now = self._clock.monotonic()
+        if now >= self._listing_due:
             self._discover_streams()
-        self._reads += 1
-        self._wake_idle(self._clock.monotonic())
+        self._wake_idle(now)
         deadline = None if slice_seconds is None else time.monotonic() + slice_seconds
-        read_result = self._read_round_robin(batch, max_events, max_bytes, deadline)
+        read_result = self._read_round_robin(batch, max_events, max_bytes, deadline, thorough=False)
         if read_result == "dry" and include_idle:
             self._discover_streams()
             self._wake_idle(math.inf)
-            read_result = self._read_round_robin(batch, max_events, max_bytes, deadline)
-        if read_result == "dry":
-            self._reads = 0
+            read_result = self._read_round_robin(batch, max_events, max_bytes, deadline, thorough=True)
+        if read_result != "dry":
+            self._last_found = now
+        else:
+            self._listing_due = self._listed_at + min(MAX_LISTING_SECONDS, _pause_seconds(now - self._last_found))
         return read_result
 
-    def _read_round_robin(self, batch: Batch, max_events: int, max_bytes: int, deadline: float | None) -> ReadResult:
-        """Read one stream after another until the batch is full or all streams are at their end."""
+    def _read_round_robin(
+        self, batch: Batch, max_events: int, max_bytes: int, deadline: float | None, *, thorough: bool
+    ) -> ReadResult:
+        """Read one stream after another until the batch is full or all streams are at their end.
+
+        With ``thorough`` also check those for a next segment and a writer that were checked a moment ago.
+        """
         again = True
         while again:
             again = False
@@ -199,8 +212,10 @@ class EventSource:
                     self._active.rotate(-1)
                     continue
                 again = again or not source.is_exhausted  # streams that waited for this one may be readable now
+                now = self._clock.monotonic()
+                source.is_check_due = thorough or source.check_due <= now
                 read_result = self._read_stream(source, batch, max_events, max_bytes, deadline)
-                if source.idle_until > self._clock.monotonic():
+                if source.idle_until > now:
                     heapq.heappush(self._idle, (source.idle_until, next(self._tie_breaker), self._active.popleft()))
                 else:
                     self._active.rotate(-1)
@@ -212,9 +227,15 @@ class EventSource:
         return "dry"
 
     def _wake_idle(self, now: float) -> None:
-        """Poll the streams again whose pause is over."""
-        while self._idle and self._idle[0][0] <= now:
-            self._active.append(heapq.heappop(self._idle)[2])
+        """Poll the streams again whose pause is over, except those that can be seen to have nothing new."""
+        idle = self._idle
+        while idle and idle[0][0] <= now:
+            source = idle[0][2]
+            if now < source.check_due and not source.may_have_more():
+                source.set_exhausted(now, found=False)
+                heapq.heapreplace(idle, (source.idle_until, next(self._tie_breaker), source))
+            else:
+                self._active.append(heapq.heappop(idle)[2])
 
     def _apply_annotations(self) -> None:
         """Add new run annotations to the contexts of open runs."""
@@ -224,21 +245,28 @@ class EventSource:
 
     def _discover_streams(self) -> None:
         """Add the streams that are new."""
+        self._listed_at = self._clock.monotonic()
+        self._listing_due = self._listed_at + MAX_LISTING_SECONDS
+        before = len(self._sources)
         try:
             for name in self._reader.streams():
+                if name in self._sources:
+                    continue
                 rank_number = layout.rank_of(name)
-                if name in self._sources or (self._ranks is not None and rank_number not in self._ranks):
+                if self._ranks is not None and rank_number not in self._ranks:
                     continue
                 rank = self._by_rank.setdefault(rank_number, _RankStreams())
                 contexts = StreamContexts(self._annotations.extras)
                 source = _StreamSource(self._reader, name, self._cursor.position(name).sequence, rank, contexts)
                 self._sources[name] = source
-                rank.add(source)
+                if rank.add(source):
+                    self._wake_idle(math.inf)  # what the older stream still has comes first
                 self._warn_of_removed(name)
         except OSError as error:
             self._faults.warn("courier.unreadable", self._reader.directory, error=error)
-        for rank in self._by_rank.values():
-            self._active.extend(rank.release())
+        if len(self._sources) > before:
+            for rank in self._by_rank.values():
+                self._active.extend(rank.release())
 
     def _warn_of_removed(self, stream: str) -> None:
         """Log how many events of a stream were removed before this adapter could get them."""
@@ -307,6 +335,11 @@ class EventSource:
         return read_result
 
 
+def _pause_seconds(quiet_seconds: float) -> float:
+    """How long to pause after so much time without new events, so that a pause adds little to it."""
+    return quiet_seconds / 8
+
+
 def _advance_training(envelope: Envelope, steps: Mapping[str, int]) -> bool:
     """Set the first step of a training to the one after ``steps``; False if it has ended in an earlier segment."""
     if not isinstance(envelope.event, TrainStart):
@@ -329,11 +362,23 @@ class _RankStreams:
         self._blocking: set[_StreamSource] = set()
         """Streams before that index that newer ones wait for; rarely more than one."""
 
-    def add(self, source: "_StreamSource") -> None:
-        """Add a stream, nearly always the newest."""
+    def add(self, source: "_StreamSource") -> bool:
+        """Add a stream, nearly always the newest. Returns whether the stream before it must be read again first.
+
+        What is known of that stream is from its last read, and its writer may have ended since.
+        """
         insort(self._sources, source, key=lambda each: each.order)
         if not self.is_newest(source):
             self._next = 0
+            return False
+        previous = self._sources[-2] if len(self._sources) > 1 else None
+        if previous is None or not previous.is_released:
+            return False
+        previous.is_exhausted = False
+        previous.check_due = -math.inf
+        previous.check_writer()
+        self._next = min(self._next, len(self._sources) - 2)
+        return True
 
     def is_newest(self, source: "_StreamSource") -> bool:
         """Whether no newer stream exists. Only the newest one can be continued by another writer."""
@@ -374,12 +419,17 @@ class _StreamSource:
         self.contexts: Final = contexts
         self.rank: Final = rank
         self._reader: Final = reader
-        self._tail: Final = reader.tail(stream, after, patience=MAX_READ_ATTEMPTS)
+        self._tail: Final = reader.tail(stream, after, patience=MAX_READ_ATTEMPTS, keep_open=True)
         self.starts: Final[dict[int, Envelope]] = {}
         """Start events that the segment repeats, by sequence, for the runs that are open at the next event."""
         self._records: Iterator[tuple[int, bytes]] | None = None
         self._idle_seconds = IDLE_SECONDS
         self.idle_until = 0.0
+        self.is_check_due = True
+        """Whether this read also looks for the next segment and the writer."""
+        self.check_due = -math.inf
+        self._last_found = -math.inf
+        """When the stream last had new events; at first when it was first read."""
         self.is_exhausted = False
         self._is_finished = False
         """Whether it was read to its end after its writer had ended."""
@@ -396,10 +446,19 @@ class _StreamSource:
     def records(self) -> Iterator[tuple[int, bytes]]:
         """The records that were not read yet: sequence and payload."""
         if self._records is None:
-            # Checked before reading: if the writer had ended by then, nothing follows the end that is found.
-            self.is_live = self._reader.is_live(self.stream)
-            self._records = chain.from_iterable(map(self._number_events, self._tail.poll_runs()))
+            if self.is_check_due:
+                self.check_writer()
+            runs = self._tail.poll_runs(find_next=self.is_check_due)
+            self._records = chain.from_iterable(map(self._number_events, runs))
         return self._records
+
+    def check_writer(self) -> None:
+        """Check whether the stream has a writer, before reading: if it has none, nothing follows the end then found."""
+        self.is_live = self._reader.is_live(self.stream)
+
+    def may_have_more(self) -> bool:
+        """Whether there may be something to read in the segment that was read last."""
+        return self._records is not None or self._tail.has_grown()
 
     def _number_events(self, run: FrameRun) -> Iterable[tuple[int, bytes]]:
         """The numbered events of a frame run; repeated starts are stored in `starts` instead."""
@@ -431,9 +490,19 @@ class _StreamSource:
         self.is_exhausted = True
         self._is_finished = not self.is_live
         self._read_failures = 0
+        if found or self._last_found < 0:
+            self._last_found = now
         if found:
             self._idle_seconds = IDLE_SECONDS
-        elif not self.is_live:
+        pause = _pause_seconds(now - self._last_found)
+        if self.is_check_due:
+            # Only a stream that a writer may continue: what is known of others decides when newer ones are read.
+            is_growing = self.is_live and self.rank.is_newest(self)
+            self.check_due = now + min(MAX_CHECK_SECONDS, pause) if is_growing else -math.inf
+            self.is_check_due = False
+        if self.is_live:
+            self.idle_until = now + min(MAX_REST_SECONDS, pause)
+        elif not found:
             self.idle_until = now + self._idle_seconds
             if not self.rank.is_newest(self):
                 self._idle_seconds = min(4 * self._idle_seconds, MAX_IDLE_SECONDS)

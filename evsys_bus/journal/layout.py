@@ -128,8 +128,12 @@ def list_streams(disk: Disk, directory: str, rank: int | None = None, family: Fa
     except (FileNotFoundError, NotADirectoryError):
         return []
     found = [each for each in map(_STREAM_NAME.fullmatch, names) if each is not None]
-    selected = (each[0] for each in found if family in {None, each[1]} and rank in {None, int(each[2])})
-    return sorted(selected, key=stream_sort_key)
+    selected = (
+        (int(each[3] or 0), each[0])  # as `stream_sort_key`
+        for each in found
+        if (family is None or family == each[1]) and (rank is None or rank == int(each[2]))
+    )
+    return [stream for _, stream in sorted(selected)]
 
 
 def list_segments(disk: Disk, folder: str) -> list[SegmentName]:

@@ -6,19 +6,33 @@ incomplete record at the end of a live stream is not damage.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
+from contextlib import suppress
+from functools import cache
 from typing import Final, NamedTuple
 
 import msgspec
 
-from evsys_bus.disk import Disk, OsDisk
+from evsys_bus.disk import Disk, OsDisk, read_fully
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.frame import CorruptRange, Frame, FrameRun, IncompleteTail
 from evsys_bus.journal.layout import Family, SegmentName
 
 _CHUNK_BYTES: Final = 1 << 20
+MAX_KEPT_FILES: Final = 1024
+"""How many segments the readers of this process keep open between two polls, at most; a quarter of what the process may
+open if that is less. Others are opened for each read."""
+
+
+@cache
+def _kept_files() -> threading.BoundedSemaphore:
+    import resource  # POSIX only
+
+    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return threading.BoundedSemaphore(min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES)
 
 
 class Record(NamedTuple):
@@ -59,7 +73,7 @@ class JournalReader:
         """
         return self.tail(stream, after).poll()
 
-    def tail(self, stream: str, after: int = 0, *, patience: int = 0) -> "TailReader":
+    def tail(self, stream: str, after: int = 0, *, patience: int = 0, keep_open: bool = False) -> "TailReader":
         """A reader of the stream to be polled for new events.
 
         Args:
@@ -67,18 +81,21 @@ class JournalReader:
             after: Start after this sequence.
             patience: After how many failures in a row to read an existing segment it is skipped or, if it is the last
                 one, treated as read. Earlier failures raise OSError.
+            keep_open: Whether to keep the segment open between two polls, which makes a poll without new events cheap.
         """
-        return TailReader(self._disk, f"{self.directory}/{stream}", after, patience)
+        return TailReader(self._disk, f"{self.directory}/{stream}", after, patience, keep_open=keep_open)
 
 
 class SegmentScan:
     """A position in a segment. It is read in chunks, with memory use independent of the file size."""
 
-    def __init__(self, disk: Disk, path: str) -> None:
+    def __init__(self, disk: Disk, path: str, *, keep_open: bool = False) -> None:
         self.path = path
         self.offset = 0
         """The offset after the last item returned. What follows was not read or is incomplete."""
         self._disk = disk
+        self._keep_open = keep_open
+        self._file: int | None = None
 
     def frames(self) -> Iterator[Frame | CorruptRange | IncompleteTail]:
         """Yield what follows, up to the current end of the file.
@@ -124,12 +141,45 @@ class SegmentScan:
                     expected_sequence = max(expected_sequence, item.sequence + 1)
                 yield item
 
+    def has_grown(self) -> bool:
+        """Whether there is something after the offset. Raises OSError."""
+        if self._file is not None:
+            return bool(self._disk.pread(self._file, 1, self.offset))
+        return self._disk.size(self.path) > self.offset
+
+    def close(self) -> None:
+        """Close the file if it was kept open. The next read opens it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            _kept_files().release()
+            self._disk.close(file)
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            self.close()
+
+    def _read(self, size: int) -> bytes:
+        file = self._file
+        if file is None:
+            if not self._keep_open or not _kept_files().acquire(blocking=False):
+                return self._disk.read(self.path, self.offset, size)
+            try:
+                self._file = file = self._disk.open_read(self.path)
+            finally:
+                if self._file is None:
+                    _kept_files().release()
+        try:
+            return read_fully(self._disk, file, size, self.offset)
+        except OSError:
+            self.close()  # for example a network file system that lost the file: open it by its path next time
+            raise
+
     def _chunks(self) -> Iterator[tuple[bytes, int, bool]]:
         """Yield buffers from the offset on, the start position in each, and whether it reaches the end of the file."""
         size = _CHUNK_BYTES
         while True:
             start_offset = self.offset
-            buffer = self._disk.read(self.path, start_offset, size)
+            buffer = self._read(size)
             at_end = len(buffer) < size
             start = self._offset_after_header(buffer) if start_offset == 0 else 0
             self.offset = start_offset + start
@@ -161,6 +211,7 @@ class TailReader:
         patience: See `JournalReader.tail`.
         count_only: Whether the runs have no payloads, which is faster.
         skip_newer_formats: Whether segments of a newer format count as unreadable instead of raising.
+        keep_open: Whether to keep the segment open between two polls.
     """
 
     def __init__(
@@ -172,6 +223,7 @@ class TailReader:
         *,
         count_only: bool = False,
         skip_newer_formats: bool = False,
+        keep_open: bool = False,
     ) -> None:
         self.last_sequence = after
         """The sequence of the last event returned."""
@@ -205,6 +257,7 @@ class TailReader:
         self._read_failures = 0
         self._count_only = count_only
         self._skip_newer_formats = skip_newer_formats
+        self._keep_open = keep_open
         self._current_run: FrameRun | None = None
         """The last run returned, which the caller may not have consumed completely."""
 
@@ -234,7 +287,7 @@ class TailReader:
                 self.last_sequence = sequence
                 yield Record(sequence, payload)
 
-    def poll_runs(self, *, is_complete: bool = False) -> Iterator[FrameRun]:
+    def poll_runs(self, *, is_complete: bool = False, find_next: bool = True) -> Iterator[FrameRun]:
         """Yield the events since the last poll in runs of consecutive sequences, which is faster than `poll`.
 
         A run counts as returned when the next one is requested.
@@ -242,6 +295,7 @@ class TailReader:
         Args:
             is_complete: Whether nothing will be appended to the stream any more. Its last segment is then treated like
                 those that have a successor.
+            find_next: Whether to list the folder if no later segment is known.
         """
         if self._current_run is not None:  # the caller stopped in the middle of it
             first_sequence, length, payloads, is_carried = self._current_run
@@ -261,13 +315,22 @@ class TailReader:
                 self._upcoming.extend(names[index + 1 :])
                 self._open_segment(names[index])
             yield from self._read_segment(is_final=False)
-            next_segment = self._find_next_segment()
+            next_segment = self._find_next_segment() if find_next or self._upcoming else None
             if next_segment is not None or is_complete:
                 # The segment may have grown between the read and the listing. Now it is final.
                 yield from self._read_segment(is_final=True)
             if next_segment is None:
                 return
             self._open_segment(next_segment)
+
+    def has_grown(self) -> bool:
+        """Whether the segment that was read last has new bytes, or anything else may be there to be read."""
+        if self._scan is None or self._current_run is not None or self._upcoming:
+            return True
+        try:
+            return self._scan.has_grown()
+        except OSError:
+            return True  # the next poll handles it
 
     def is_segment_removed(self) -> bool:
         """Whether the segment that was read last is gone."""
@@ -293,10 +356,12 @@ class TailReader:
         while self._upcoming and self._upcoming[0] <= name:
             self._upcoming.popleft()
         self._previous_bytes = self.bytes
+        if self._scan is not None:
+            self._scan.close()
         self._advance_to(name.first_sequence)
         self._segment = name
         self._unconfirmed_end = -1
-        self._scan = SegmentScan(self._disk, f"{self._folder}/{name}")
+        self._scan = SegmentScan(self._disk, f"{self._folder}/{name}", keep_open=self._keep_open)
         self.segments += 1
         self.is_closed = False
 
