@@ -318,12 +318,17 @@ class TrainingError(EvsysBusError, RuntimeError):
     code = "EB701"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``did you mean "x"?``, the known words if none is close, or an empty string if there are none."""
+def closest_word(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word of which this one may be a misspelling, or None."""
     import difflib  # only when something went wrong
 
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``did you mean "x"?``, the known words if none is close, or an empty string if there are none."""
     words = sorted(known)
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    if matches:
-        return f'did you mean "{matches[0]}"?'
+    near = closest_word(word, words)
+    if near is not None:
+        return f'did you mean "{near}"?'
     return f"known: {', '.join(words)}" if words else ""

@@ -72,6 +72,13 @@ def local_path(text: str | os.PathLike[str], setting: str) -> Path:
         raise SettingError(f"{setting} is {str(text)!r}", fix=fix, why=str(error)) from error
 
 
+def short_digest(text: str) -> str:
+    """Return eight characters that differ for different texts, to keep a name unique that was cut or made safe."""
+    import hashlib  # takes 3 ms, and most programs need no digest
+
+    return hashlib.blake2s(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
+
+
 def encode_json(value: object) -> bytes:
     """Encode like `msgspec.json.encode`, with escapes for text that is not valid UTF-8.
 

@@ -344,7 +344,8 @@ def read_experiment(
     for check in (_check_names, _check_arms, _check_seeds, _check_stages, _check_plugins):
         errors += check(config)
     if "n_repeats" not in value and config.seeds is not None and len(config.seeds) > 1:
-        errors.append(_missing_repeats_error(len(config.seeds)))
+        what = f"{len(config.seeds)} seeds, but n_repeats is not given, so only the first would be used"
+        errors.append(DocumentError(what, where=Location("$.seeds"), fix=f"add n_repeats: {len(config.seeds)}"))
     try:
         check_callbacks(config.callbacks, registry=registry)
     except ConfigError as error:
@@ -429,11 +430,6 @@ def _check_seeds(config: ExperimentConfig) -> Iterator[ConfigError]:
         what = f"seed {duplicate} is there twice"
         why = "two runs of an arm would be the same run"
         yield DocumentError(what, where=Location(join_path("$.seeds", index)), why=why, fix="choose another")
-
-
-def _missing_repeats_error(count: int) -> ConfigError:
-    what = f"{count} seeds, but n_repeats is not given, so only the first would be used"
-    return DocumentError(what, where=Location("$.seeds"), fix=f"add n_repeats: {count}")
 
 
 def _check_stages(config: ExperimentConfig) -> Iterator[ConfigError]:

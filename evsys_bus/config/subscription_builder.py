@@ -358,8 +358,8 @@ def _import_plugin(kind: str, plugin: str, registry: Registry) -> None:
     path = plugin.partition(":")[2]
     found = _import_object(kind, plugin)
     if path and not registry.is_registered(kind):
-        register: Literal["register", "register_sink"] = "register_sink" if _is_sink(found) else "register"
-        getattr(registry, register)(kind, replace=True)(found)
+        is_sink = isinstance(found, type) and issubclass(found, Sink)
+        getattr(registry, "register_sink" if is_sink else "register")(kind, replace=True)(found)
 
 
 def _import_object(kind: str, target: str) -> Any:
@@ -376,10 +376,6 @@ def _import_object(kind: str, target: str) -> Any:
             fix=f'see the cause: python -c "import {module}"',
         ) from error
     return found
-
-
-def _is_sink(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Sink)
 
 
 _DEFAULT_SPEC: Final = CallbackSpec("")

@@ -6,7 +6,6 @@ paths, live objects, and unions such as ``str | Path``, whose members are tried 
 An error names the path, what was expected, what was given, and an example.
 """
 
-import difflib
 import re
 import types
 import typing
@@ -32,7 +31,7 @@ from evsys_bus.config.schema import (
     signature_fields,
 )
 from evsys_bus.config.spec import AdapterClass, PathPart, display_path
-from evsys_bus.errors import ConfigError, Location, UnknownParamError, WrongParamError, did_you_mean
+from evsys_bus.errors import ConfigError, Location, UnknownParamError, WrongParamError, closest_word, did_you_mean
 from evsys_bus.sink import Sink
 
 Params = Mapping[str, Any]
@@ -230,11 +229,8 @@ class _OneOf(metaclass=_AnyInstance):
         return types.GenericAlias(cls, inner)
 
 
-class _ByConstructor(metaclass=_AnyInstance):
-    """Placeholder for a Struct or dataclass with a field that msgspec does not support: ``_Made[Config]``."""
-
-    def __class_getitem__(cls, inner: Any) -> types.GenericAlias:
-        return types.GenericAlias(cls, inner)
+class _ByConstructor(_OneOf):
+    """Placeholder for a Struct or dataclass with a field that msgspec does not support: ``_ByConstructor[Config]``."""
 
 
 def _msgspec_type(target: Any) -> Any:
@@ -355,7 +351,8 @@ def param_errors(
         (*each.path[:-1], near)
         for each in issues
         if each.kind == "unknown"
-        for near in difflib.get_close_matches(str(each.path[-1]), keys_at(context.schema, each.path[:-1]), n=1)
+        for near in [closest_word(str(each.path[-1]), keys_at(context.schema, each.path[:-1]))]
+        if near is not None
     }
     builders = {"unknown": _unknown_error, "missing": _missing_error, "wrong": _invalid_error}
     return [
@@ -368,9 +365,10 @@ def param_errors(
 def _unknown_error(context: ErrorContext, issue: Issue, _params: Mapping[str, Any], path_of: _PathOf) -> ConfigError:
     *outer, key = issue.path
     known = keys_at(context.schema, outer)
-    near = difflib.get_close_matches(str(key), known, n=1)
+    near = closest_word(str(key), known)
     hint = did_you_mean(str(key), known) if known or outer else f"it takes no {context.noun}s"
-    parts = [hint or "leave it out", *(_usage_hint((*outer, each), context.schema) for each in near), context.help]
+    usage = "" if near is None else _usage_hint((*outer, near), context.schema)
+    parts = [hint or "leave it out", usage, context.help]
     owner = f'"{display_path(outer)}" of {context.label}' if outer else context.label
     what = f'{owner} has no {"key" if outer else context.noun} "{key}"'
     return UnknownParamError(what, where=Location(path_of(issue.path)), fix=_join_hints(*parts))
@@ -383,8 +381,8 @@ def _missing_error(context: ErrorContext, issue: Issue, params: Mapping[str, Any
     given = _value_at(params, outer)
     siblings = [str(each) for each in cast("Mapping[Any, Any]", given)] if isinstance(given, Mapping) else []
     unknown_keys = set(siblings).difference(keys_at(context.schema, outer))
-    near = difflib.get_close_matches(str(key), unknown_keys, n=1)
-    hint = f'rename "{near[0]}" to "{key}"' if near else f"add {_example_line(issue.path, context.schema)}"
+    near = closest_word(str(key), unknown_keys)
+    hint = f'rename "{near}" to "{key}"' if near is not None else f"add {_example_line(issue.path, context.schema)}"
     return WrongParamError(what, where=Location(path_of(outer)), fix=_join_hints(hint, context.help))
 
 

@@ -3,7 +3,6 @@
 Names and directories of runs are determined here, before anything starts; nothing is executed.
 """
 
-import hashlib
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import msgspec
 
 from evsys_bus.config.experiment import ExperimentConfig, Params, expand_arms, expand_seeds
 from evsys_bus.errors import ConfigError, Location, did_you_mean
+from evsys_bus.location import short_digest
 from evsys_bus.training.protocols import Backend, Evaluator, Scorer, StepBuilder
 
 _MAX_NAME_CHARS: Final = 60
@@ -102,13 +102,13 @@ def run_sequences(
 def safe_folder_name(text: str) -> str:
     """Convert text to a safe name of one directory; a changed name gets a hash, so that different texts differ."""
     plain = _UNSAFE.sub("-", text).strip(".-")[:_MAX_NAME_CHARS].rstrip(".-")
-    return plain if plain and plain == text else f"{plain}-{_digest(text)}".lstrip("-")
+    return plain if plain and plain == text else f"{plain}-{short_digest(text)}".lstrip("-")
 
 
 def _run_key(arm: str, seed: int, stage: str | None, taken: set[str]) -> str:
     parts = [safe_folder_name(arm), f"s{seed}", *([] if stage is None else [safe_folder_name(stage)])]
     key = "-".join(parts)
-    digest = _digest(f"{arm}/{seed}/{stage}")
+    digest = short_digest(f"{arm}/{seed}/{stage}")
     if key.casefold() in taken:  # some file systems are case-insensitive
         key = f"{key}-{digest}"
     if len(key.encode()) > _MAX_KEY_BYTES:
@@ -116,10 +116,6 @@ def _run_key(arm: str, seed: int, stage: str | None, taken: set[str]) -> str:
         key = f"{key.encode()[:room].decode(errors='ignore').rstrip('.-')}-{digest}"
     taken.add(key.casefold())
     return key
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2s(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
 def _check_known(what: str, requested: Collection[object] | None, known: Sequence[object]) -> None:

@@ -122,7 +122,11 @@ def _summary(name: str, runs: list[ArmResult], last_stage: object, success: Succ
 
 
 def _spread(metric: str, runs: Iterable[ArmResult]) -> Spread:
-    values = [run.eval_metrics.get(metric, run.metrics.get(metric)) for run in runs]
+    return spread_of(run.eval_metrics.get(metric, run.metrics.get(metric)) for run in runs)
+
+
+def spread_of(values: Iterable[float | None]) -> Spread:
+    """Return the statistics of a metric over runs; None for a run that does not have it."""
     known = [float(value) for value in values if value is not None]
     finite = [value for value in known if math.isfinite(value)]
     return Spread(
