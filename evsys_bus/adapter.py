@@ -30,8 +30,6 @@ class RunAnnotated(Event, frozen=True):
     callbacks share the live context; an inline callback should also write such facts to its ``ctx.extras``.
     """
 
-    tag: ClassVar[str] = "learnt"
-    """What it is called in journals; 0.1 called the class `Learnt`."""
     run: str
     """The run key."""
     extras: dict[str, Any]

@@ -212,12 +212,12 @@ class Scenario:
             require(not life.alive, f"life {self.life_number} has not entered its bus after {START_SECONDS:g} s")
             return
         for fault in during:
-            life.pause(self.rng.uniform(0.0, 0.4))
+            life.run_for(self.rng.uniform(0.0, 0.4))
             if not life.alive:
                 break
             fault(self, life)
         if self.rng.random() < 0.8:
-            life.pause(self.rng.uniform(0.0, 0.6))
+            life.run_for(self.rng.uniform(0.0, 0.6))
 
     def _end_life(self, life, end):
         started = time.monotonic()
@@ -251,10 +251,10 @@ class Scenario:
         started = time.monotonic()
         life.send(signal.SIGINT)
         for _ in range({"int_twice": 1, "int_thrice": 2}.get(end, 0)):
-            life.pause(self.rng.choice((0.0, 0.001, 0.02, 0.2)))
+            life.run_for(self.rng.choice((0.0, 0.001, 0.02, 0.2)))
             life.send(signal.SIGINT)
         if end == "int_early":  # Python drops one that arrives in the callback of an import lock, for example
-            life.pause(DRAIN_SECONDS + SLACK_SECONDS / 2)
+            life.run_for(DRAIN_SECONDS + SLACK_SECONDS / 2)
             if life.alive and "Exception ignored in" in life.log.read_text(errors="replace"):
                 started = time.monotonic()
                 life.send(signal.SIGINT)
@@ -263,7 +263,7 @@ class Scenario:
     def _check_exit(self, life, end):
         """Check that the process ended as expected and raised nothing by itself."""
         code, stderr = life.process.returncode, life.log.read_text(errors="replace")
-        raised = life.raised
+        raised = life.raised_report
         if raised is not None and end.startswith("int") and "KeyboardInterrupt" in raised["trace"]:
             return  # e.g. in the middle of an import, where Python turns it into another error
         if raised is not None and "/evsys_bus/" not in raised["trace"]:

@@ -20,7 +20,7 @@ import msgspec
 
 from evsys_bus.callback import Callback, callback_name, get_attribute, isolate
 from evsys_bus.codec import decode, to_builtins
-from evsys_bus.codec.inspection import escape_surrogates
+from evsys_bus.codec.normalize import escape_surrogates
 from evsys_bus.context import EvalResult, LogContext, LoopArtifacts, LoopState, ManifestRow, Prediction
 from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.diagnostics import log

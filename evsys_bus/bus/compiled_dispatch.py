@@ -208,7 +208,7 @@ class _SourceLoader:
 def _generate_source(
     event_type: type[Event], checks_return: Sequence[bool], *, recorded: bool, record_first: bool
 ) -> str:
-    """Return the source code; ``checks_return`` says for each hook whether its return value must be checked."""
+    """Return the source code; ``checks_return`` has for each hook whether its return value must be checked."""
     fields = event_type.__struct_fields__
     local_names = {name: f"a{index}" for index, name in enumerate(fields)}
     unpack_lines = (

@@ -44,7 +44,7 @@ from evsys_bus.training.experiment_store import (
     StoredExperiment,
     read_result,
 )
-from evsys_bus.training.row_file import RowFile
+from evsys_bus.training.run_files import RowFile
 
 RUNS: Final = Path("runs")
 JOURNAL: Final = "journal"

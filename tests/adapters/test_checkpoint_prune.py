@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evsys_adapters.checkpoint_prune import CheckpointPrune
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoint_prune import BestCheckpoints, CheckpointPrune, RetentionRules, prunable
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
 from evsys_adapters.checkpoints.events import CheckpointPruned
-from evsys_adapters.checkpoints.retention import BestCheckpoints, RetentionRules, prunable
-from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
     Envelope,

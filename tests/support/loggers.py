@@ -16,7 +16,7 @@ PROGRAM = """
     import importlib, os, sys
     import evsys_adapters
     from evsys_bus.delivery.courier import Courier
-    from evsys_bus.delivery.subscription import Terms
+    from evsys_bus.delivery.subscription import DeliveryPolicy
     from evsys_bus.tasks import run_in_new_loop
 
     journal, package, adapter = sys.argv[1:]
@@ -25,7 +25,8 @@ PROGRAM = """
     for _ in sys.stdin:
         child = os.fork()
         if not child:
-            courier = Courier(journal, "logger", eval(f"evsys_adapters.{adapter}"), Terms(), slice_seconds=0.002)
+            logger, policy = eval(f"evsys_adapters.{adapter}"), DeliveryPolicy()
+            courier = Courier(journal, "logger", logger, policy, slice_seconds=0.002)
             courier.finish()
             run_in_new_loop(courier.run)
             os._exit(0)

@@ -31,7 +31,7 @@ FOLDERS = ("journal", "journal/cursors", "journal/couriers", "out", "out/run", "
 def choose_faults(scenario, kinds, numbers):
     """Choose some of these at random; only those that ``--only`` and ``--but`` allow."""
     allowed = [each for each in kinds if scenario.is_allowed(each.__name__)]
-    return [scenario.chance.choice(allowed) for _ in range(scenario.chance.choice(numbers))] if allowed else []
+    return [scenario.rng.choice(allowed) for _ in range(scenario.rng.choice(numbers))] if allowed else []
 
 
 def exchange_names(one, other):
@@ -49,7 +49,7 @@ def exchange_names(one, other):
 
 
 def stop_trainer(scenario, life):
-    seconds = scenario.chance.uniform(0.2, 3.0)
+    seconds = scenario.rng.uniform(0.2, 3.0)
     scenario.note("stop_trainer")
     life.send(signal.SIGSTOP)
     time.sleep(seconds)
@@ -63,7 +63,7 @@ def stop_courier(scenario, life):
         return
     scenario.note("stop_courier")
     _signal(pids, signal.SIGSTOP)
-    life.pause(scenario.chance.uniform(0.2, 3.0))
+    life.run_for(scenario.rng.uniform(0.2, 3.0))
     _signal(pids, signal.SIGCONT)
 
 
@@ -81,22 +81,22 @@ def _signal(pids, number):
 def limit_size(scenario, life):
     """Limit the size of files for a while."""
     scenario.note("limit_size")
-    _limit_for_a_while(scenario, life, resource.RLIMIT_FSIZE, scenario.chance.choice((0, 500, 5_000, 50_000)))
+    _limit_for_a_while(scenario, life, resource.RLIMIT_FSIZE, scenario.rng.choice((0, 500, 5_000, 50_000)))
 
 
 def limit_files(scenario, life):
     """Limit the number of open files for a while."""
     scenario.note("limit_files")
-    _limit_for_a_while(scenario, life, resource.RLIMIT_NOFILE, scenario.chance.choice((3, 8, 12, 20)))
+    _limit_for_a_while(scenario, life, resource.RLIMIT_NOFILE, scenario.rng.choice((3, 8, 12, 20)))
 
 
 def _limit_for_a_while(scenario, life, what, soft):
-    pids = [life.process.pid] if scenario.chance.random() < 0.5 else scenario.courier_pids() or [life.process.pid]
+    pids = [life.process.pid] if scenario.rng.random() < 0.5 else scenario.courier_pids() or [life.process.pid]
     before = resource.getrlimit(what)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, (soft, before[1]))
-    life.pause(scenario.chance.uniform(0.1, 1.5))
+    life.run_for(scenario.rng.uniform(0.1, 1.5))
     for pid in {*pids, life.process.pid, *scenario.courier_pids()}:  # a courier may have been started meanwhile
         with contextlib.suppress(ProcessLookupError):
             resource.prlimit(pid, what, before)
@@ -106,14 +106,14 @@ def disk_full(scenario, life):
     """Fill the disk, then free it."""
     if not scenario.disk:
         if not scenario.tools.mounts:
-            scenario.skip("disk_full")
+            scenario.count_skipped("disk_full")
         return
     scenario.note("disk_full")
     ballast = scenario.work / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    life.pause(scenario.chance.uniform(0.1, 1.5))
+    life.run_for(scenario.rng.uniform(0.1, 1.5))
     ballast.unlink(missing_ok=True)
 
 
@@ -136,14 +136,14 @@ def link_elsewhere(scenario, life):
 
 def empty_elsewhere(scenario, life):
     """Replace a folder by an empty one for a while."""
-    path = scenario.journal / scenario.chance.choice(("cursors", "couriers"))
+    path = scenario.journal / scenario.rng.choice(("cursors", "couriers"))
     if path.is_dir() and not path.is_symlink():
         scenario.note("empty_elsewhere", str(path))
         _swap_for_a_while(scenario, life, path, Path.mkdir)
 
 
 def _choose_folder(scenario):
-    path = scenario.work / scenario.chance.choice(FOLDERS)
+    path = scenario.work / scenario.rng.choice(FOLDERS)
     return path if path.is_dir() and not path.is_symlink() else None
 
 
@@ -152,7 +152,7 @@ def _swap_for_a_while(scenario, life, path, make):
     make(other)
     exchange_names(path, other)
     try:
-        life.pause(scenario.chance.uniform(0.1, 1.0))
+        life.run_for(scenario.rng.uniform(0.1, 1.0))
     finally:
         exchange_names(path, other)
         if other.is_symlink():
@@ -167,13 +167,13 @@ def unreadable(scenario, life):
     if path is None:
         return
     if scenario.tools.unprivileged is None:
-        scenario.skip("unreadable")
+        scenario.count_skipped("unreadable")
         return
     scenario.note("unreadable", str(path))
     mode = path.stat().st_mode & 0o777
-    path.chmod(scenario.chance.choice((0, 0o500, 0o300)))
+    path.chmod(scenario.rng.choice((0, 0o500, 0o300)))
     try:
-        life.pause(scenario.chance.uniform(0.1, 1.0))
+        life.run_for(scenario.rng.uniform(0.1, 1.0))
     finally:
         path.chmod(mode)
 
@@ -181,14 +181,14 @@ def unreadable(scenario, life):
 def failing_calls(scenario, life):
     """Make system calls of the trainer or of a courier fail for a while."""
     if scenario.tools.strace is None:
-        scenario.skip("failing_calls")
+        scenario.count_skipped("failing_calls")
         return
-    calls, errors = scenario.chance.choice(INJECTED)
+    calls, errors = scenario.rng.choice(INJECTED)
     if "write" in calls and (life.plan["entry"] == "uvloop" or life.plan["couriers"] == "thread"):
         calls, errors = INJECTED[0]  # libuv aborts if it cannot write to its wake-up pipe; courier threads use it too
     pids = scenario.courier_pids()
-    pid = scenario.chance.choice(pids) if pids and scenario.chance.random() < 0.6 else life.process.pid
-    error, when = scenario.chance.choice(errors), scenario.chance.choice(("1+", "3+", "1+2", "2+7"))
+    pid = scenario.rng.choice(pids) if pids and scenario.rng.random() < 0.6 else life.process.pid
+    error, when = scenario.rng.choice(errors), scenario.rng.choice(("1+", "3+", "1+2", "2+7"))
     target = "trainer" if pid == life.process.pid else "courier"
     scenario.note("failing_calls", f"{target} {calls} {error} {when}")
     scenario.counts[f"failing_calls: {calls.partition(',')[0]} of the {target}"] += 1
@@ -198,7 +198,7 @@ def failing_calls(scenario, life):
         [*command, "-o", "/dev/null", "-p", str(pid)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as tracer:  # fmt: skip
-        life.pause(scenario.chance.uniform(0.2, 1.2))
+        life.run_for(scenario.rng.uniform(0.2, 1.2))
         tracer.terminate()
         try:
             tracer.wait(10)
@@ -209,11 +209,11 @@ def failing_calls(scenario, life):
 def clock_jumps(scenario, life):
     """Set the clock while processes run."""
     if scenario.tools.clock is None:
-        scenario.skip("clock_jumps")
+        scenario.count_skipped("clock_jumps")
         return
     scenario.note("clock_jumps")
     scenario.set_clock(_choose_offset(scenario))
-    life.pause(scenario.chance.uniform(0.0, 0.5))
+    life.run_for(scenario.rng.uniform(0.0, 0.5))
 
 
 def sink_away(scenario, life):
@@ -229,14 +229,14 @@ def sink_slow(scenario, life):
 def _with_file_for_a_while(scenario, life, path):
     with contextlib.suppress(OSError):
         path.touch()
-    life.pause(scenario.chance.uniform(0.2, 1.5))
+    life.run_for(scenario.rng.uniform(0.2, 1.5))
     path.unlink(missing_ok=True)
 
 
 def sync_beside(scenario, life):
     """Run `evsys-bus sync` while the program runs; it may be killed."""
     scenario.note("sync_beside")
-    _run_sync(scenario, scenario.chance.choice((None, 0.3, 0.8, 1.5)), "--timeout", "1")
+    _run_sync(scenario, scenario.rng.choice((None, 0.3, 0.8, 1.5)), "--timeout", "1")
 
 
 DURING = (
@@ -270,7 +270,7 @@ def _run_sync(scenario, seconds, *arguments):
 
 def sync_killed(scenario):
     scenario.note("sync_killed")
-    _run_sync(scenario, scenario.chance.uniform(0.2, 2.0))
+    _run_sync(scenario, scenario.rng.uniform(0.2, 2.0))
 
 
 def two_syncs(scenario):
@@ -300,10 +300,10 @@ def cursor_damaged(scenario):
 
 def spec_damaged(scenario):
     """Damage the file that describes how to build an adapter; only the next life can write it again, so require one."""
-    names = {*scenario.followers.values(), "checkpoint_upload"}
+    names = {*scenario.subscriptions.values(), "checkpoint_upload"}
     paths = [path for name in names for path in scenario.journal.glob(f"couriers/{name}.spec.json")]
     scenario.note("spec_damaged", _damage_one(scenario, paths))
-    scenario.away.clear()
+    scenario.unsubscribed.clear()
     scenario.needs_life = True
 
 
@@ -341,12 +341,12 @@ def _damage_one(scenario, paths, ways=("cut", "empty", "remove", "folder", "link
     paths = sorted(path for path in paths if path.is_file())
     if not paths:
         return "nothing there"
-    path, way = scenario.chance.choice(paths), scenario.chance.choice(ways)
+    path, way = scenario.rng.choice(paths), scenario.rng.choice(ways)
     content = path.read_bytes()
     if way in {"remove", "folder", "link"}:
         path.unlink()
     if way == "cut":
-        path.write_bytes(content[: scenario.chance.randrange(len(content) + 1)])
+        path.write_bytes(content[: scenario.rng.randrange(len(content) + 1)])
     elif way == "empty":
         path.write_bytes(b"")
     elif way == "zeros":
@@ -363,34 +363,34 @@ def _damage_one(scenario, paths, ways=("cut", "empty", "remove", "folder", "link
 def subscription_renamed(scenario):
     if scenario.needs_life:
         return  # a damaged spec under a name that is not used any more would stay damaged
-    what = scenario.chance.choice(sorted(scenario.followers))
-    scenario.old_names.setdefault(what, []).append(scenario.followers[what])
-    scenario.followers[what] = f"{what}-{scenario.life_number}"
-    scenario.note("subscription_renamed", scenario.followers[what])
+    what = scenario.rng.choice(sorted(scenario.subscriptions))
+    scenario.old_names.setdefault(what, []).append(scenario.subscriptions[what])
+    scenario.subscriptions[what] = f"{what}-{scenario.life_number}"
+    scenario.note("subscription_renamed", scenario.subscriptions[what])
 
 
 def subscription_added(scenario):
     what = f"added{scenario.life_number}"
-    if what not in scenario.followers:
-        scenario.followers[what] = what
+    if what not in scenario.subscriptions:
+        scenario.subscriptions[what] = what
         scenario.note("subscription_added", what)
 
 
 def subscription_removed(scenario):
     if scenario.needs_life:
         return  # for the same reason
-    what = scenario.chance.choice(sorted(scenario.followers))
-    if what in scenario.away:
-        scenario.away.discard(what)
+    what = scenario.rng.choice(sorted(scenario.subscriptions))
+    if what in scenario.unsubscribed:
+        scenario.unsubscribed.discard(what)
         scenario.note("subscription_restored", what)
     else:
-        scenario.away.add(what)
+        scenario.unsubscribed.add(what)
         scenario.note("subscription_removed", what)
 
 
 def output_removed(scenario):
     """Remove the output of an adapter, as a person might."""
-    what = scenario.chance.choice(("table", "logs", "board"))
+    what = scenario.rng.choice(("table", "logs", "board"))
     out = scenario.work / "out"
     path = {"table": out / "metrics.csv", "logs": out / "run" / "logs", "board": out / "tensorboard"}[what]
     scenario.note("output_removed", what)
@@ -421,14 +421,14 @@ def machine_restarted(scenario):
 def clock_set(scenario):
     """Set the clock between two lives."""
     if scenario.tools.clock is None:
-        scenario.skip("clock_set")
+        scenario.count_skipped("clock_set")
         return
     scenario.note("clock_set")
     scenario.set_clock(_choose_offset(scenario))
 
 
 def _choose_offset(scenario):
-    return scenario.chance.choice((-7 * DAY, -DAY, -60, 0, 60, DAY, 7 * DAY))
+    return scenario.rng.choice((-7 * DAY, -DAY, -60, 0, 60, DAY, 7 * DAY))
 
 
 BETWEEN = (

@@ -189,20 +189,20 @@ def read_sink(path):
 
 def check_sink(name, expected, path, is_excused):
     delivered = list(dict.fromkeys(read_sink(path)))
-    lives = {position: key[0] for key, position in expected.places.items()}
+    lives = {position: key[0] for key, position in expected.positions.items()}
     order = [(lives[position], position[1]) for position in delivered if position in lives]
     misordered = next((each for each in pairwise(order) if each[0] > each[1]), None)
     require(misordered is None, f"sink {name}: out of order, (life, sequence) {misordered}")
     missing = (
         [
             key
-            for key, position in expected.places.items()
-            if position not in set(delivered) and key not in expected.doubtful and not is_excused(key[0], position)
+            for key, position in expected.positions.items()
+            if position not in set(delivered) and key not in expected.uncertain and not is_excused(key[0], position)
         ]
-        if len(set(delivered)) < len(expected.places)
+        if len(set(delivered)) < len(expected.positions)
         else []
     )
-    require(not missing, f"sink {name} lacks {len(missing)} of {len(expected.places)} events: {sorted(missing)[:3]}")
+    require(not missing, f"sink {name} lacks {len(missing)} of {len(expected.positions)} events: {sorted(missing)[:3]}")
 
 
 def check_checkpoints(expected, store, run_dir, dead_letters, *, latest_since):
@@ -215,9 +215,9 @@ def check_checkpoints(expected, store, run_dir, dead_letters, *, latest_since):
             content = (path.parent / file["name"]).read_bytes()
             is_intact = (len(content), hashlib.sha256(content).hexdigest()) == (file["size"], file["sha256"])
             require(is_intact, f"{path.parent / file['name']} does not match its manifest")
-    certain = expected.places.keys() - expected.doubtful
+    certain = expected.positions.keys() - expected.uncertain
     required = {key: name for key, name in expected.names.items() if key in certain}
-    excused = {key for key in required if expected.places[key][1] <= dead_letters.get(expected.places[key][0], 0)}
+    excused = {key for key in required if expected.positions[key][1] <= dead_letters.get(expected.positions[key][0], 0)}
     missing = [name for key, name in required.items() if name not in manifests and key not in excused]
     require(not missing, f"{len(missing)} of {len(required)} checkpoints are not in the store: {sorted(missing)[:3]}")
     newest = max(required.keys() - excused, default=None)
