@@ -67,13 +67,11 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, and suggest the nearest name for an unknown one, which click cannot do here."""
         name = args[0]
-        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
-            known = self.list_commands(ctx)
-            if name in known:
-                return super().resolve_command(ctx, args)
+        is_known = name in COMMANDS or name.startswith("-") or name in self.list_commands(ctx)
+        if not is_known and not ctx.resilient_parsing:
             import difflib
 
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             ctx.fail(f'there is no command "{name}"{f"; did you mean {near[0]}?" if near else ""}')
         return super().resolve_command(ctx, args)
 
@@ -89,7 +87,9 @@ class LazyGroup(click.Group):
         del ctx
         others = {name: f"a command of {target.partition('.')[0]}" for name, target in _installed_commands().items()}
         with formatter.section("Commands"):
-            formatter.write_dl(list({**COMMANDS, **others, **COMMANDS}.items()))
+            formatter.write_dl(
+                [*COMMANDS.items(), *((name, text) for name, text in others.items() if name not in COMMANDS)]
+            )
 
 
 def _installed_commands() -> dict[str, str]:
@@ -107,7 +107,7 @@ def _installed_commands() -> dict[str, str]:
             continue
         for package in packages:
             try:
-                with open(f"{package}/entry_points.txt", encoding="utf-8") as file:  # noqa: PTH123 # faster than pathlib
+                with open(f"{package}/entry_points.txt", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 # faster than pathlib
                     text = file.read()
             except OSError:  # most packages have none
                 continue

@@ -45,6 +45,7 @@ HEAVY = [
     "msgspec",
     "numpy",
     "structlog",
+    "evsys_adapters",
     "evsys_bus.bus",
     "evsys_bus.config",
 ]
@@ -325,3 +326,38 @@ def test_a_closed_stdout_changes_no_exit_code(tmp_path):
     command = f"{sys.executable} -c 'from evsys_bus.cli import main; main()' explain EB101 >&-"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def other_package(tmp_path):
+    """A folder of installed packages, one of which brings a command."""
+    (tmp_path / "guests-1.0.dist-info").mkdir()
+    points = "[console_scripts]\nguests = guests:main\n\n[evsys_bus.commands]\ngreet = guests.hello:command [extra]\n"
+    points += "\n[x]\ny = z:z\n"
+    (tmp_path / "guests-1.0.dist-info" / "entry_points.txt").write_text(points)
+    (tmp_path / "guests").mkdir()
+    (tmp_path / "guests" / "__init__.py").touch()
+    (tmp_path / "guests" / "hello.py").write_text(
+        "import click\n\n@click.command()\ndef command():\n    click.echo('hello')\n"
+    )
+    return f"sys.path.append({str(tmp_path)!r})"
+
+
+def test_a_command_of_another_package_is_listed_without_importing_it(other_package):
+    done = in_a_process(
+        "--help", before=f"{other_package}; import atexit; atexit.register(lambda: print('guests' in sys.modules))"
+    )
+    assert "\n  greet        a command of guests\n" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_command_of_another_package_runs_and_is_suggested(other_package):
+    assert in_a_process("greet", before=other_package).stdout == "hello\n"
+    assert "did you mean greet?" in in_a_process("gret", before=other_package).stderr
+
+
+def test_a_command_of_ours_cannot_be_replaced_by_another_package(tmp_path):
+    (tmp_path / "a-1.dist-info").mkdir()
+    (tmp_path / "a-1.dist-info" / "entry_points.txt").write_text("[evsys_bus.commands]\nexplain = no.such:command\n")
+    done = in_a_process("explain", "EB101", before=f"sys.path.insert(0, {str(tmp_path)!r})")
+    assert (done.returncode, done.stdout[:5]) == (0, "EB101")
