@@ -57,11 +57,13 @@ _STEP_BITS: Final = 63
 _declared: dict[str, type["Event"]] = {}
 
 
-def _snake(name: str) -> str:
+def _tag_of(name: str) -> str:
+    if name == "RunAnnotated":
+        return "learnt"  # its tag in journals since 0.1, where the class had this name
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
 
 
-class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
+class Event(msgspec.Struct, frozen=True, gc=False, tag=_tag_of):
     """What happened. Subclass it to declare an event of your own.
 
     Events are not tracked by the garbage collector (that would slow down every step), so one that refers to itself is
@@ -85,7 +87,7 @@ class Event(msgspec.Struct, frozen=True, gc=False, tag=_snake):
                     f"event {cls.__qualname__} has a field called {field!r}, which no hook could be given",
                     fix="give the field another name",
                 )
-        tag = vars(cls).get("tag") or _snake(cls.__name__)
+        tag = _tag_of(cls.__name__)
         previous = _declared.get(tag)
         is_taken = _SHIPPED_MODULES.get(tag, cls.__module__) != cls.__module__
         if is_taken or (previous is not None and previous.__module__ == __name__):

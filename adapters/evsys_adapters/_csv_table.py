@@ -4,22 +4,92 @@ A row costs one append. A new column changes the header, so the file is rewritte
 enough since the last rewrite. Until then, new metrics are stored as a JSON object in a last column ``more_metrics``,
 which is created on demand; they move to columns of their own at the next rewrite or on close. So every byte is copied a
 bounded number of times, and every metric is in the file after every row.
+
+A cell is always one line and never a formula: a text that begins with one of ``= + - @`` or a tab would run as one when
+the file is opened in a spreadsheet, so it gets a leading apostrophe, which spreadsheets hide. Numbers are unchanged.
 """
 
 import csv
+import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import compress, islice
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
-from evsys_adapters._csv_cells import MORE_COLUMN, STEP_COLUMN
+from evsys_adapters._runs import digest
+from evsys_bus.codec import to_builtins
 from evsys_bus.diagnostics import log
 from evsys_bus.files import AppendFile
 from evsys_bus.savepoints import Savepoints
+
+STEP_COLUMN: Final = "step"
+"""The first column."""
+MORE_COLUMN: Final = "more_metrics"
+"""The last column, if present: a JSON object of metrics that have no column of their own."""
+
+_MAX_CELL: Final = 8_192
+"""Characters per cell; spreadsheets accept 32,767 and Python's csv module 131,072."""
+_MAX_COLUMN: Final = 256
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""The last four are the full-width forms, which some spreadsheets treat alike."""
+_CONTROLS: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(10, 32), 127)}
+"""Control characters that would end the line or confuse a reader, as escapes: a line break becomes ``\\n``."""
+
+
+def cells_of(metrics: object) -> dict[str, str]:
+    """Return the columns and cells of one row of metrics, copied by value; empty if ``metrics`` is not a mapping."""
+    plain = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else to_builtins(metrics)[0]
+    if not isinstance(plain, dict):
+        return {}
+    entries = cast("dict[object, object]", plain).items()
+    return {_column(name if type(name) is str else _key(name)): _cell(value) for name, value in entries}
+
+
+def _cell(value: object) -> str:
+    """Format a value: ``nan`` and ``inf`` for those floats, empty for None, JSON for lists and mappings."""
+    kind: type = type(value)
+    if kind is float:
+        return repr(value)
+    plain = to_builtins(value)[0]  # also catches types that only pretend to be numbers
+    if plain is None:
+        return ""
+    if isinstance(plain, bool | int | float):
+        return repr(plain)
+    if isinstance(plain, bytes):
+        plain = plain.decode(errors="backslashreplace")
+    return _text(plain if isinstance(plain, str) else msgspec.json.encode(plain).decode(), _MAX_CELL)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _column(name: str) -> str:
+    """Return the column for a metric: long names are cut and get a digest, reserved ones the prefix ``metrics.``."""
+    if len(name) > _MAX_COLUMN:
+        name = f"{name[:_MAX_COLUMN]}…{digest(name)}"
+    return f"metrics.{name}" if name in {"", STEP_COLUMN, MORE_COLUMN} else _text(name, 2 * _MAX_COLUMN)
+
+
+def _key(name: object) -> str:
+    return next(iter(to_builtins({name: None})[0]))
+
+
+def _text(text: str, limit: int) -> str:
+    if text.startswith(_FORMULA) and not _is_number(text):
+        text = f"'{text}"
+    text = text.translate(_CONTROLS).encode(errors="backslashreplace").decode()
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
 
 MAX_COLUMNS: Final = 4_096
 """Every row pays for every column; further metrics stay in ``more_metrics``."""
@@ -100,14 +170,14 @@ class CsvTable:
         self._measure()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._row_matcher.RowFile.rows`."""
+        """See `evsys_adapters._step_tracker.RowFile.rows`."""
         self._load()
         for line in islice(self._file.lines(), 1, None):
             row = self._parse_row(line)
             yield hash(frozenset(row.items())), self._step_of(line)
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._row_matcher.RowFile.keep_rows`."""
+        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
         self._load()
         retained = [
             not number or should_keep(number - 1, self._step_of(line)) for number, line in enumerate(self._file.lines())
@@ -118,7 +188,7 @@ class CsvTable:
         return max(0, sum(retained) - 1)
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._row_matcher.RowFile.drop_from_step`."""
+        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
         self.cut(first_step)
 
     def close(self) -> None:

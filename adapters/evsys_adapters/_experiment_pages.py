@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from evsys_adapters._result_fields import field, fields, items
+from evsys_adapters._runs import field, fields, items
 
 _MAX_COLUMNS: Final = 6
 """Metric columns in the table of arms; the table of runs has twice as many."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._result_fields import field, fields, items
+from evsys_adapters._runs import field, fields, items
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import redact_configs
 

@@ -7,7 +7,7 @@ An output with a note shows for each event whether it was handled, even if the a
 name. The note contains the last event of each stream, the sizes of the files, and the writer's state of the run. It is
 written with every mark, and synced before the cursor of that mark is saved: if the two differ, the note is the newer
 one and is used. It is invalid if anything but its writer has changed or removed the files. Outputs of 0.1.0 have none.
-Without a valid note, delivered rows are compared with existing ones (`evsys_adapters._row_matcher`).
+Without a valid note, delivered rows are compared with existing ones (`evsys_adapters._step_tracker`).
 """
 
 import os

@@ -19,8 +19,7 @@ import msgspec
 
 from evsys_adapters._output_lease import OutputCandidates, OutputLease
 from evsys_adapters._output_positions import TrackedOutput, assign, is_empty, position_file_in
-from evsys_adapters._row_matcher import RowMatcher
-from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters._step_tracker import RowMatcher, StepTracker
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
@@ -152,13 +151,13 @@ class TrainingRows(StepRows):
         self._backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._row_matcher.RowFile.rows`."""
+        """See `evsys_adapters._step_tracker.RowFile.rows`."""
         for line in self._file.lines():
             key = _key_of(line)
             yield hash(line), None if key is None else key.step
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._row_matcher.RowFile.keep_rows`."""
+        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
         retained = [should_keep(number, step) for number, (_, step) in enumerate(self.rows())]
         if not all(retained):
             self._file.rewrite(compress(self._file.lines(), retained))
@@ -174,7 +173,7 @@ class TrainingRows(StepRows):
         self._matcher.invalidate()
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._row_matcher.RowFile.drop_from_step`."""
+        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
         self._cut(first_step, frozenset(), None)
 
     def _add_unless_present(

@@ -1,8 +1,8 @@
-"""The run, step and folder that a hook call refers to.
+"""The run, step and folder that a hook call refers to, and tolerant access to what hooks receive.
 
-State of a callback that belongs to a run is keyed by `run_id`; files of a run go to `run_folder`. Handles may be of any
-class: an object with a ``ctx`` or a ``step`` is the state of a loop, anything else is a context, and each may lack
-attributes.
+State of a callback that belongs to a run is keyed by `run_id`; files of a run go to `run_folder`. Handles and results
+may be of any class: ours, those of other versions, a host's own objects, plain dicts, or None. An object with a ``ctx``
+or a ``step`` is the state of a loop, anything else is a context, and each may lack attributes.
 """
 
 import functools
@@ -10,15 +10,40 @@ import hashlib
 import operator
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
-from evsys_adapters._result_fields import field
 from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.recorder import rank_from_environment
+from evsys_bus.codec import to_builtins
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import log
 from evsys_bus.location import local_path
+
+
+def field(obj: object, name: str, default: object = None) -> Any:
+    """Return an attribute of an object or an entry of a mapping; the default if it is missing or reading it raises."""
+    try:
+        if isinstance(obj, Mapping):
+            return cast("Mapping[str, Any]", obj).get(name, default)
+        return getattr(obj, name, default)
+    except Exception:  # a property or __getattr__ of the host
+        return default
+
+
+def fields(obj: object) -> dict[str, Any]:
+    """Return all entries of a mapping or fields of an object as a new dict; empty if it has none."""
+    if isinstance(obj, Mapping):
+        return dict(cast("Mapping[str, Any]", obj))
+    plain, _ = to_builtins(vars(obj) if hasattr(obj, "__dict__") else obj)
+    return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
+
+
+def items(obj: object) -> list[Any]:
+    """Return the items of a list, a tuple or a set as a new list; empty for anything else."""
+    return list(cast("list[Any]", obj)) if isinstance(obj, list | tuple | set | frozenset) else []
+
 
 _MAX_FOLDER_BYTES: Final = 255
 """Limit of common file systems."""

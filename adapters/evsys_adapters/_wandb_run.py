@@ -13,11 +13,10 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_run_state import UNKNOWN_STEP, LoggedRunState
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, values_of
 from evsys_adapters._output_positions import TrackedOutput
 from evsys_adapters._record_file import RecordLog
-from evsys_adapters._run_logger import LoggedRun
+from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
 from evsys_adapters._runs import digest, safe_name
 from evsys_adapters._wandb_records import Records, row_key
 from evsys_adapters._wandb_upload_process import Upload

@@ -1,14 +1,14 @@
 """`CheckpointPrune`: removes checkpoints that the rules no longer retain, locally and at the destination.
 
-It is a sink because it waits for uploads and calls the destination. It decides when to remove; `checkpoints.retention`
-decides what. Nothing is removed before a newer checkpoint is verified: at the destination if there is a ``url``, else
-on this machine.
+It is a sink because it waits for uploads and calls the destination. `prunable` applies the rules, independent of files
+and buckets. Nothing is removed before a newer checkpoint is verified: at the destination if there is a ``url``, else on
+this machine.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, TypeGuard
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
@@ -25,11 +25,9 @@ from evsys_adapters.checkpoints.removal import (
     plan_removal,
     remove_path,
 )
-from evsys_adapters.checkpoints.retention import BestCheckpoints, LocalRetentionRules, RetentionRules, prunable
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.store import StoreError
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, has_placeholders, url_for
-from evsys_adapters.checkpoints.upload_config import StoreUrl, check_url
+from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, StoreUrl, check_url, has_placeholders, url_for
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
@@ -37,6 +35,81 @@ from evsys_bus.events import Checkpoint, Envelope, Eval, RunStart, TrainEnd
 from evsys_bus.journal.layout import stream_sort_key
 from evsys_bus.location import local_path
 from evsys_bus.sink import Sink
+
+Scores = Mapping[int, float]
+"""The metric's value by 0-based step."""
+
+
+class BestCheckpoints(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Selection by evals at the step after which a checkpoint was saved, even if they arrive late."""
+
+    metric: Annotated[str, msgspec.Meta(min_length=1)]
+    eval_name: str | None = None
+    """Default: any eval with the metric; the last one counts."""
+    mode: Literal["max", "min"] = "max"
+    count: Annotated[int, msgspec.Meta(ge=1)] = 1
+
+
+class RetentionRules(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rules for which checkpoints are retained: those that match any rule. Without rules all are."""
+
+    keep_last: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """The newest ones."""
+    keep_every: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    """Those saved after every this many steps."""
+    keep_best: BestCheckpoints | None = None
+    """The best ones, and those newer than the last eval, whose evals may be pending."""
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether any checkpoint is ever removed."""
+        return (self.keep_last, self.keep_every, self.keep_best) != (None, None, None)
+
+
+class LocalRetentionRules(RetentionRules, frozen=True, forbid_unknown_fields=True):
+    """Rules for checkpoints on this machine."""
+
+    outside: list[str] = []
+    """Folders besides those of the run and its experiment from which checkpoints may be removed."""
+
+    def __post_init__(self) -> None:
+        for folder in self.outside:
+            local_path(folder, "local.outside")
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders in ``outside`` as paths."""
+        return [local_path(folder, "local.outside") for folder in self.outside]
+
+
+def prunable(rows: Sequence[ManifestRow], rules: RetentionRules, scores: Scores, verified: int) -> list[ManifestRow]:
+    """Return the checkpoints that may be removed.
+
+    Args:
+        rows: All checkpoints, oldest first.
+        rules: The rules.
+        scores: For `RetentionRules.keep_best`.
+        verified: Index of the newest verified checkpoint, -1 for none. It and everything newer are retained.
+    """
+    if not rules.has_rules:
+        return []
+    retained = set(range(max(verified, 0), len(rows)))
+    if rules.keep_last is not None:
+        retained.update(range(max(0, len(rows) - rules.keep_last), len(rows)))
+    if rules.keep_every is not None:
+        retained.update(index for index, row in enumerate(rows) if (row.batch + 1) % rules.keep_every == 0)
+    if rules.keep_best is not None:
+        retained.update(_best_indexes(rows, rules.keep_best, scores))
+    return [row for index, row in enumerate(rows) if index not in retained]
+
+
+def _best_indexes(rows: Sequence[ManifestRow], best: BestCheckpoints, scores: Scores) -> list[int]:
+    last = max(scores, default=-1)
+    scored = [index for index, row in enumerate(rows) if row.batch in scores]
+    sign = -1 if best.mode == "max" else 1
+    ranked = sorted(scored, key=lambda index: (sign * scores[rows[index].batch], index))
+    return [*ranked[: best.count], *(index for index, row in enumerate(rows) if row.batch > last)]
+
 
 MAX_SCORES: Final = 1_000
 RETRY_SECONDS: Final = 0.2
@@ -136,7 +209,8 @@ class CheckpointPrune(Sink):
             await self._prune_remote(run)
         if awaited:
             # The end of a training stays pending until its last upload is done: it may allow further removals.
-            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=RETRY_SECONDS)
+            what = f"{awaited[-1]} is waiting to be uploaded"
+            raise RetryLaterError(what, after_seconds=RETRY_SECONDS, waiting=True)
 
     async def close(self) -> None:
         """Close the destinations, and log how many files were not removed."""

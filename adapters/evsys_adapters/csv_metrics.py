@@ -14,8 +14,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._csv_cells import cells_of
-from evsys_adapters._csv_table import CsvTable, row_key
+from evsys_adapters._csv_table import CsvTable, cells_of, row_key
 from evsys_adapters._output_lease import (
     OutputCandidates,
     OutputLease,
@@ -35,7 +34,6 @@ from evsys_adapters._output_positions import (
     without_newer,
 )
 from evsys_adapters._params import check_local_path, validate_params
-from evsys_adapters._row_matcher import RowMatcher
 from evsys_adapters._runs import (
     digest,
     first_step_of,
@@ -48,7 +46,7 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters._step_tracker import RowMatcher, StepTracker
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 
 from evsys_adapters._params import validate_params
-from evsys_adapters._result_fields import field, items
-from evsys_adapters._runs import run_id
+from evsys_adapters._runs import field, items, run_id
 from evsys_adapters._terminal import printable
 from evsys_bus.callback import Callback
 from evsys_bus.context import (

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, cast
 
 from evsys_adapters._params import validate_params
 from evsys_adapters._runs import digest, is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
+from evsys_adapters.evsys_api.creation import persistent_id
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
-from evsys_adapters.evsys_api.ids import persistent_id
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult

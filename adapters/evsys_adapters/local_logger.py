@@ -22,13 +22,15 @@ from evsys_adapters._output_positions import (
     without_newer,
 )
 from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._result_fields import field, fields, items
 from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
 from evsys_adapters._runs import (
     experiment_folder,
+    field,
+    fields,
     first_step_of,
     is_repeated_start,
     is_run_of,
+    items,
     num_steps_of,
     rank_of_event,
     ranked_folder,

@@ -13,8 +13,8 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, SupportsFloat, T
 import msgspec
 
 from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._result_fields import fields
 from evsys_adapters._runs import (
+    fields,
     first_step_of,
     num_steps_of,
     rank_of_event,

@@ -22,9 +22,8 @@ import msgspec
 from evsys_adapters._logged_values import config_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_of
 from evsys_adapters._params import validate_params
-from evsys_adapters._result_fields import field
 from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._runs import num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
+from evsys_adapters._runs import field, num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
 from evsys_adapters._wandb_records import Records, needs_wandb
 from evsys_adapters._wandb_run import WandbRun, WandbRunState, random_id
 from evsys_adapters._wandb_upload_process import Upload

@@ -22,11 +22,12 @@ from evsys_bus.bus import EventBus
 from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import LoopState
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.receiver import BatchResult, ProblemHandler
+from evsys_bus.delivery.receiver import ProblemHandler
 from evsys_bus.delivery.status_files import read_status
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import OsDisk, layout
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import run_in_new_loop
 
 _STATE_SUFFIX: Final = ".state.json"

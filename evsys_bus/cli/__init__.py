@@ -36,6 +36,10 @@ COMMANDS: Final[Mapping[str, str]] = {
     "explain": "shows the help page of an error code",
 }
 """What each command does, by name. The click command is ``command`` in ``evsys_bus.cli.<name>``."""
+COMMANDS_GROUP: Final = "evsys_bus.commands"
+"""The entry-point group of commands in other packages: ``name = "module:command"``."""
+_IN_ADAPTERS: Final = frozenset({"checkpoints", "fetch"})
+"""Commands of the table that come from the package ``evsys_adapters``, by the entry-point group."""
 
 
 class _StdoutClosed(Exception):  # noqa: N818 # it is no error
@@ -48,14 +52,15 @@ class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the command names in display order."""
         del ctx
-        return list(COMMANDS)
+        return list({**COMMANDS, **_installed_commands()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return the command, or None where there is none of this name."""
         del ctx
-        if cmd_name not in COMMANDS:
-            return None
-        return importlib.import_module(f"evsys_bus.cli.{cmd_name}").command
+        if cmd_name in COMMANDS and cmd_name not in _IN_ADAPTERS:
+            return importlib.import_module(f"evsys_bus.cli.{cmd_name}").command
+        module, _, attribute = _installed_commands().get(cmd_name, "").partition(":")
+        return getattr(importlib.import_module(module), attribute) if module else None
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -63,9 +68,12 @@ class LazyGroup(click.Group):
         """Find the command, and suggest the nearest name for an unknown one, which click cannot do here."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            if name in known:
+                return super().resolve_command(ctx, args)
             import difflib
 
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            near = difflib.get_close_matches(name, known, n=1)
             ctx.fail(f'there is no command "{name}"{f"; did you mean {near[0]}?" if near else ""}')
         return super().resolve_command(ctx, args)
 
@@ -79,8 +87,36 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list in ``--help``; click's own version would import every command for its help text."""
         del ctx
+        others = {name: f"a command of {target.partition('.')[0]}" for name, target in _installed_commands().items()}
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list({**COMMANDS, **others, **COMMANDS}.items()))
+
+
+def _installed_commands() -> dict[str, str]:
+    """Return the commands of installed packages, from name to ``module:command``, without importing any.
+
+    The files are read directly: importlib.metadata takes longer to import than all of ``--help``.
+    """
+    commands: dict[str, str] = {}
+    for folder in sys.path:
+        try:
+            packages = [
+                each.path for each in os.scandir(folder or ".") if each.name.endswith((".dist-info", ".egg-info"))
+            ]
+        except OSError:  # an archive, or a folder that is missing
+            continue
+        for package in packages:
+            try:
+                with open(f"{package}/entry_points.txt", encoding="utf-8") as file:  # noqa: PTH123 # faster than pathlib
+                    text = file.read()
+            except OSError:  # most packages have none
+                continue
+            _, group, rest = text.partition(f"[{COMMANDS_GROUP}]\n")
+            for line in rest.partition("\n[")[0].splitlines() if group else ():
+                name, equals, target = line.partition("=")
+                if equals:
+                    commands.setdefault(name.strip(), target.partition("[")[0].strip())
+    return commands
 
 
 def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> None:

@@ -1,5 +1,7 @@
 """``evsys-bus adapters``: lists the kinds of callbacks and their params."""
 
+from typing import Any
+
 import click
 
 from evsys_bus.cli.output.screen import color_option
@@ -11,16 +13,101 @@ from evsys_bus.cli.output.screen import color_option
 @color_option
 def command(kind: str | None, as_json: bool) -> None:
     """List the kinds of callbacks; with KIND, show its schema, its defaults and an example."""
-    from evsys_bus.cli.kinds import entry_lines, format_details, list_kinds, load_details
-
     if kind is not None:
-        details = load_details(kind)
-        lines = [_json(details)] if as_json else [format_details(details)]
+        details = _load_details(kind)
+        lines = [_json(details)] if as_json else _details_lines(details)
     else:
-        found = list_kinds()
-        lines = [_json(each) for each in found] if as_json else entry_lines(found)
-    for line in lines:
-        click.echo(line)
+        entries = _list_kinds()
+        lines = [_json(each) for each in entries] if as_json else _entry_lines(entries)
+    click.echo("\n".join(lines), nl=bool(lines))
+
+
+def _list_kinds() -> list[dict[str, Any]]:
+    """Return an entry for every kind, with why it cannot be loaded, or what it lacks."""
+    from evsys_bus.config import callback_kinds
+    from evsys_bus.config.registry import REGISTRY
+    from evsys_bus.errors import EvsysBusError
+
+    entries: list[dict[str, Any]] = []
+    for kind, origin in callback_kinds().items():
+        entry: dict[str, Any] = {"kind": kind, "target": origin.target, "packages": origin.packages}
+        try:
+            entry["summary"] = _summary(kind)
+        except EvsysBusError as error:
+            entry["error"] = error.why or error.what
+        missing = REGISTRY.uninstalled_packages(kind)
+        if missing:
+            entry["missing"] = ", ".join(missing)
+            entry["fix"] = REGISTRY.broken_adapter_error(kind, ModuleNotFoundError(name=missing[0]), None).fix or ""
+        entries.append({key: value for key, value in entry.items() if value != ""})
+    return entries
+
+
+def _entry_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """Return the list as text, with missing packages below each kind."""
+    width = max((len(entry["kind"]) for entry in entries), default=0)
+    lines: list[str] = []
+    for entry in entries:
+        summary = entry.get("summary") or f"cannot be loaded: {entry.get('error', '')}"
+        lines.append(f"{entry['kind']:<{width}}  {summary}")
+        if "missing" in entry:
+            lines.append(f"{'':<{width}}  ! not installed: {entry['missing']}   {entry.get('fix', '')}")
+    return lines
+
+
+def _load_details(kind: str) -> dict[str, Any]:
+    """Return the details of a kind.
+
+    Raises:
+        UnknownKindError, BrokenAdapterError: There is no such kind, or it cannot be loaded.
+    """
+    from evsys_bus.config import callback_kinds, example, json_schema
+
+    schema = json_schema(kind)
+    origin = callback_kinds()[kind]
+    spec = example(kind)
+    return {
+        "kind": kind,
+        "target": origin.target,
+        "packages": origin.packages,
+        "summary": _summary(kind),
+        "schema": schema,
+        "defaults": {key: part["default"] for key, part in schema["properties"].items() if "default" in part},
+        "example": {"kind": spec.kind, "params": spec.params},
+    }
+
+
+def _details_lines(details: dict[str, Any]) -> list[str]:
+    """Return the details as text."""
+    import msgspec
+
+    schema = msgspec.json.format(_json(details["schema"]), indent=2)
+    defaults, params = details["defaults"], details["example"]["params"]
+    width = max(map(len, defaults), default=0)
+    return [
+        f"{details['kind']}   {details['summary']}",
+        f"from {details['target']}   {', '.join(details['packages'])}".rstrip(),
+        "\nschema of its params",
+        schema,
+        *(
+            ["\ndefaults", *(f"  {key:<{width}}  {_json(value)}" for key, value in defaults.items())]
+            if defaults
+            else []
+        ),
+        "\nexample",
+        f"  - kind: {details['kind']}",
+        *([f"    params: {_json(params)}"] if params else []),
+    ]
+
+
+def _summary(kind: str) -> str:
+    """Return the first line of the class's own docstring, not of an inherited one."""
+    import inspect
+
+    from evsys_bus.config.registry import REGISTRY
+
+    cls = REGISTRY.find(kind)
+    return inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__).partition("\n")[0]
 
 
 def _json(value: object) -> str:

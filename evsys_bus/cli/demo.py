@@ -2,15 +2,15 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from evsys_bus.cli.check import load_plan
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
+from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen
-
-if TYPE_CHECKING:
-    from evsys_bus.cli.output.progress import ProgressMode
+from evsys_bus.cli.run import RunOptions, train
+from evsys_bus.demo import DEMO_FILE
 
 
 @click.command("demo")
@@ -25,7 +25,7 @@ def command(
     sets: tuple[str, ...],
     resume: bool,
     strict: bool,
-    progress: "ProgressMode",
+    progress: ProgressMode,
     as_json: bool,
 ) -> int:
     """Train small networks on scikit-learn's handwritten digits: several arms, two seeds each, in seconds.
@@ -34,9 +34,6 @@ def command(
     """
     if resume and output_dir is None:
         raise click.UsageError("--resume needs --output-dir, the experiment to continue")
-    from evsys_bus.cli.experiment_plan import load_plan
-    from evsys_bus.cli.session import RunOptions, train
-    from evsys_bus.demo import DEMO_FILE
     from evsys_bus.demo.digits_run import require_demo_extra
 
     require_demo_extra()

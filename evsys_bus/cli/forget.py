@@ -4,7 +4,12 @@ from pathlib import Path
 
 import click
 
-from evsys_bus.cli.output.screen import Screen, color_option
+from evsys_bus.cli.output.formatting import pluralize
+from evsys_bus.cli.output.screen import Screen, color_option, printable
+from evsys_bus.cli.records import find_journal
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.subscriptions import forget
+from evsys_bus.errors import did_you_mean
 
 
 @click.command("forget")
@@ -22,13 +27,6 @@ def command(screen: Screen, name: str, folder: Path | None, sure: bool) -> None:
     Fails while a process delivers to the adapter. If the adapter is added again later, it begins with the oldest event
     that the journal has then. To deliver pending events instead: evsys-bus sync RUN --adapter NAME.
     """
-    from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.output.formatting import pluralize
-    from evsys_bus.cli.output.screen import printable
-    from evsys_bus.delivery.progress import read_progress
-    from evsys_bus.delivery.subscriptions import forget
-    from evsys_bus.errors import did_you_mean
-
     directory = find_journal(folder).directory
     known = {each.name: each for each in read_progress(directory)}
     status = known.get(name)

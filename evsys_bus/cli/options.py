@@ -1,12 +1,24 @@
-"""Options shared by several commands, and reconstruction of a command line."""
+"""Options shared by several commands, and what they select: events, an adapter, a way to show progress."""
 
-from collections.abc import Callable
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import click
+import msgspec
 
 from evsys_bus.cli.output.screen import color_option, json_option
+
+if TYPE_CHECKING:
+    from evsys_bus.callback import Callback
+    from evsys_bus.config.yaml_nodes import Document
+    from evsys_bus.delivery.subscription import Subscription
+    from evsys_bus.sink import Sink
+
 
 _CommandT = TypeVar("_CommandT", bound=Callable[..., Any])
 PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
@@ -32,6 +44,8 @@ timeout_option: Final = click.option(
     metavar="SECONDS",
     help="Give up on an adapter once it has accepted no events for this long.",
 )
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_SPEC_PATH: Final = "$.callbacks[0]"
 
 
 def running_options(command: _CommandT) -> _CommandT:
@@ -72,3 +86,153 @@ def build_command_line(*words: object, **options: Any) -> list[str]:
             if each is not None:
                 line += [f"--{name.replace('_', '-')}", str(each)]
     return line
+
+
+def _parse_time(ctx: click.Context, param: click.Parameter, text: str | None) -> float | None:
+    """Parse a duration before now, or a time, as seconds since the epoch."""
+    before = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text or "")
+    if text is None or before:
+        return time.time() - float(before[1]) * _UNITS[before[2]] if before else None
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError):
+        what = f"{text!r} is neither a duration (90s, 10m, 2h, 1d) nor a time (2026-01-31T12:00)"
+        raise click.BadParameter(what, ctx, param) from None
+
+
+def _compile_pattern(ctx: click.Context, param: click.Parameter, text: str | None) -> re.Pattern[str] | None:
+    """Compile a regular expression."""
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise click.BadParameter(f"{text!r} is not a regular expression: {error}", ctx, param) from None
+
+
+def _split_words(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    """Split comma-separated words, without duplicates, in order."""
+    del ctx, param
+    return tuple(dict.fromkeys(word.strip() for each in values for word in each.split(",") if word.strip()))
+
+
+def event_options(command: _CommandT) -> _CommandT:
+    """Add ``--type`` (argument ``types``) and ``--run`` (``run_key``) to a command."""
+    for option in (
+        click.option("--run", "run_key", metavar="KEY", help="Only events of this run."),
+        click.option(
+            "--type",
+            "types",
+            multiple=True,
+            metavar="A,B",
+            callback=_split_words,
+            help="Only events of these types: --type eval,checkpoint.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+since_option: Final = click.option(
+    "--since", metavar="TIME", callback=_parse_time, help="Only events since this time: 10m, 2h, 2026-01-31T12:00."
+)
+metric_option: Final = click.option(
+    "--metric",
+    metavar="REGEX",
+    callback=_compile_pattern,
+    help="Only events with a matching metric, and only those metrics.",
+)
+
+
+def no_match_message(types: tuple[str, ...]) -> str:
+    """Return the message for an empty result, with suggestions for unknown types."""
+    from evsys_bus.errors import did_you_mean
+    from evsys_bus.events import declared_events
+
+    known = declared_events()
+    unknown = [each for each in types if each not in known]
+    hints = [f'"{each}" is not a known type of event; {did_you_mean(each, known)}' for each in unknown]
+    return "; ".join(["no event matches", *hints])
+
+
+def adapter_options(command: _CommandT) -> _CommandT:
+    """Add ``--to`` (argument ``kind``), ``--set`` (``sets``) and ``--plugin`` (``plugins``) to a command."""
+    for option in (
+        click.option(
+            "--plugin", "plugins", multiple=True, metavar="MODULE", help="Import this module first; it registers KIND."
+        ),
+        click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="A param of the adapter, as YAML or text; repeatable.",
+        ),
+        click.option("--to", "kind", required=True, metavar="KIND", help="The adapter; all kinds: evsys-bus adapters."),
+    ):
+        command = option(command)
+    return command
+
+
+def resolve_subscription(
+    kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None
+) -> "Subscription":
+    """Return the subscription that the options describe, validated without building the adapter.
+
+    Raises:
+        ConfigError: The kind is unknown, its params are invalid, or it does not support delivery by a courier.
+    """
+    from evsys_bus.config import CallbackSpec, build_callbacks, with_overrides
+    from evsys_bus.config.experiment import import_module
+    from evsys_bus.config.yaml_nodes import Document, compose
+    from evsys_bus.errors import ConfigError, Location
+
+    for plugin in plugins:
+        if str(Path.cwd()) not in sys.path:
+            sys.path.insert(0, str(Path.cwd()))
+        import_module(plugin, Location("$", f"--plugin {plugin}"), "plugin")
+    params = with_overrides(Document(compose("{}", "--set")), map(_quote_non_yaml, sets))
+    try:
+        [callback] = build_callbacks([CallbackSpec(kind, params.value, name, placement="follow")], at="$.callbacks")
+    except ConfigError as error:
+        for each in getattr(error, "errors", (error,)):
+            _point_to_option(each, params)
+        raise
+    return cast("Callback", callback).evsys_subscription  # an inline half works in a live run only
+
+
+def load_adapter(subscription: "Subscription") -> "Callback | Sink":
+    """Return the adapter of a subscription, built if it is not a live object.
+
+    Raises:
+        ConfigError: The adapter cannot be built.
+    """
+    from evsys_bus.config import build_adapter
+
+    if subscription.instance is not None:
+        return subscription.instance
+    assert subscription.adapter_ref is not None
+    return build_adapter(subscription.adapter_ref)
+
+
+def _quote_non_yaml(text: str) -> str:
+    """Quote a value that is not valid YAML, such as ``out_path={run_dir}/metrics.csv``."""
+    from evsys_bus.config.yaml_nodes import compose
+    from evsys_bus.errors import DocumentError
+
+    key, _, value = text.partition("=")
+    try:
+        compose(value, "--set", single_value=True)
+    except DocumentError:
+        return f"{key}={msgspec.json.encode(value).decode()}"
+    return text
+
+
+def _point_to_option(error: Any, params: "Document") -> None:
+    """Make a config error point to the command line option instead of a position in the generated spec."""
+    from evsys_bus.errors import Location
+
+    path = "" if error.where is None else error.where.path
+    inside = path.startswith(f"{_SPEC_PATH}.params.")
+    error.where = params.where(f"${path.removeprefix(f'{_SPEC_PATH}.params')}") if inside else None
+    if isinstance(error.where, Location) and error.where.line is not None:
+        error.where = None  # the param was not given, so there is no text to point to
+    error.fix = re.sub(r"^add (\w+): ", r"add --set \1=", error.fix)

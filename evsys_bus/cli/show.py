@@ -5,14 +5,40 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import click
 
-from evsys_bus.cli.output.screen import color_option, json_option
-
-if TYPE_CHECKING:
-    from evsys_bus.cli.records import ExperimentRecord, MetricRecord, RunRecord
+from evsys_bus.cli.check import format_params
+from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
+from evsys_bus.cli.output.formatting import (
+    NO_VALUE,
+    format_duration,
+    format_facts,
+    format_number,
+    format_table,
+    pluralize,
+    summarize_error,
+)
+from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
+from evsys_bus.cli.records import (
+    METRICS,
+    ExperimentRecord,
+    MetricRecord,
+    RunRecord,
+    find_journal,
+    find_runs,
+    is_abandoned,
+    read_evals,
+    read_experiment,
+    read_run,
+    read_runs,
+    read_status,
+)
+from evsys_bus.codec import json_line, to_builtins
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.files import DECODE_ERRORS
+from evsys_bus.training.experiment_store import read_result
 
 _MAX_CHECKPOINTS = 10
 _MAX_METRICS = 3
@@ -28,9 +54,6 @@ def command(folder: Path, as_json: bool) -> None:
     Every metric is shown with its first and last value, and the least and greatest with their steps. A run of your own
     training loop, which has only a journal, is shown from that.
     """
-    from evsys_bus.cli.records import read_experiment, read_run
-    from evsys_bus.files import DECODE_ERRORS
-
     requested, folder = folder, _find_folder(folder)
     try:
         record = read_experiment(folder) or read_run(folder)
@@ -41,8 +64,6 @@ def command(folder: Path, as_json: bool) -> None:
         return
     _add_journal_facts(record)
     if as_json:
-        from evsys_bus.codec import json_line, to_builtins
-
         kind = "run" if hasattr(record, "metrics") else "experiment"
         click.echo(json_line({"type": kind, **to_builtins(record)[0]}))
         return
@@ -52,13 +73,6 @@ def command(folder: Path, as_json: bool) -> None:
 
 def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
     """Show the runs of a journal and their deliveries."""
-    from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
-    from evsys_bus.cli.output.formatting import format_facts
-    from evsys_bus.cli.output.screen import printable, terminal_width
-    from evsys_bus.cli.run_journal import read_runs
-    from evsys_bus.delivery.progress import read_progress
-
     try:
         journal = find_journal(requested)
     except click.UsageError:
@@ -67,8 +81,6 @@ def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
     if journal.run is not None and not runs:
         raise click.UsageError(f"{folder} holds no run, and {journal.directory} has none of this name")
     if as_json:
-        from evsys_bus.codec import json_line, to_builtins
-
         rows = [{"type": "run", **to_builtins(each)[0]} for each in runs]
         click.echo("\n".join(json_line(row).decode() for row in [*rows, *adapter_rows(journal.directory, deliveries)]))
         return
@@ -90,9 +102,7 @@ def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
     click.echo("\n".join(lines))
 
 
-def _runs_lines(directory: Path, runs: "list[RunRecord]") -> list[str]:
-    from evsys_bus.cli.output.formatting import NO_VALUE, format_table, pluralize
-    from evsys_bus.cli.output.screen import printable, terminal_width
+def _runs_lines(directory: Path, runs: list[RunRecord]) -> list[str]:
 
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
@@ -104,13 +114,12 @@ def _runs_lines(directory: Path, runs: "list[RunRecord]") -> list[str]:
     return [printable(head), *(["", *format_table(rows, terminal_width(sys.stdout))] if runs else [])]
 
 
-def _format_steps(record: "RunRecord") -> str:
+def _format_steps(record: RunRecord) -> str:
     done = 0 if record.last_step is None else record.last_step + 1
     return f"{done:,}" if record.num_steps is None else f"{done:,} of {record.num_steps:,}"
 
 
-def _add_journal_facts(record: "ExperimentRecord | RunRecord") -> None:
-    from evsys_bus.cli.run_journal import is_abandoned, read_evals, read_status
+def _add_journal_facts(record: ExperimentRecord | RunRecord) -> None:
 
     if hasattr(record, "metrics"):
         run = cast("RunRecord", record)
@@ -138,14 +147,12 @@ def _find_folder(folder: Path) -> Path:
     """Return the folder itself, or the one of this name below ``./runs``."""
     if folder.is_dir():
         return folder
-    from evsys_bus.cli.records import find_runs
 
     named = [each for each in find_runs(Path("runs")) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
     if len(named) == 1:
         return named[0]
     if named:
         raise click.UsageError(f"several runs are called {folder}: {', '.join(map(str, named))}")
-    from evsys_bus.cli.journals import find_journal
 
     with suppress(click.UsageError):
         journal = find_journal(folder)
@@ -154,7 +161,6 @@ def _find_folder(folder: Path) -> Path:
 
 
 def _suggest(folder: Path) -> str:
-    from evsys_bus.cli.records import find_runs
 
     known = {str(each) for each in find_runs(Path("runs"))}
     near = difflib.get_close_matches(str(folder), [*known, *(Path(each).name for each in known)], n=1)
@@ -163,11 +169,7 @@ def _suggest(folder: Path) -> str:
     return f"; known: {', '.join(sorted(known)[:5])}" if known else ""
 
 
-def _experiment_lines(record: "ExperimentRecord") -> list[str]:
-    from evsys_bus.cli.output.formatting import NO_VALUE, format_facts, format_number, format_table, summarize_error
-    from evsys_bus.cli.output.screen import printable, terminal_width
-    from evsys_bus.cli.records import METRICS
-    from evsys_bus.training.experiment_store import read_result
+def _experiment_lines(record: ExperimentRecord) -> list[str]:
 
     experiment, width = record.experiment, terminal_width(sys.stdout)
     best = NO_VALUE if experiment.best_arm is None else experiment.best_arm
@@ -200,10 +202,7 @@ def _experiment_lines(record: "ExperimentRecord") -> list[str]:
     ]
 
 
-def _run_lines(record: "RunRecord") -> list[str]:
-    from evsys_bus.cli.experiment_plan import format_params
-    from evsys_bus.cli.output.formatting import NO_VALUE, format_duration, format_facts, format_number, format_table
-    from evsys_bus.cli.output.screen import printable, terminal_width
+def _run_lines(record: RunRecord) -> list[str]:
 
     result, entry, width = record.result, record.entry, terminal_width(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
@@ -250,8 +249,7 @@ def _run_lines(record: "RunRecord") -> list[str]:
     return lines
 
 
-def _metric_row(each: "MetricRecord") -> list[str]:
-    from evsys_bus.cli.output.screen import printable
+def _metric_row(each: MetricRecord) -> list[str]:
 
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
     return [printable(each.name), f"{each.rows:,}{_format_nan_count(each.nonfinite)}", *map(_format_value, values)]
@@ -265,7 +263,6 @@ def _relative_path(path: str | None, folder: Path) -> str:
 
 
 def _format_value(value: float | None) -> str:
-    from evsys_bus.cli.output.formatting import NO_VALUE, format_number
 
     if value is None:
         return NO_VALUE

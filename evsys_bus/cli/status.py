@@ -3,18 +3,23 @@
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
+import msgspec
 
-from evsys_bus.cli.output.screen import Screen, color_option, json_option
+from evsys_bus.cli.events import StreamState, read_stream_states
+from evsys_bus.cli.journal import summary, verify_with_progress
+from evsys_bus.cli.output.deliveries import adapter_lines, adapter_rows
+from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
+from evsys_bus.cli.output.transfers import Transfer, format_transfer
+from evsys_bus.cli.records import find_journal
+from evsys_bus.cli.uploads import read_active_uploads
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.journal import JournalReport
 from evsys_bus.location import encode_json
-
-if TYPE_CHECKING:
-    from evsys_bus.cli.output.transfers import Transfer
-    from evsys_bus.cli.streams import StreamState
-    from evsys_bus.journal import JournalReport
-    from evsys_bus.tasks import DeliveryStatus
+from evsys_bus.tasks import DeliveryStatus
 
 
 @click.command("status")
@@ -28,19 +33,12 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
     A stream is live while a process writes it, closed if its last writer closed it, dead if that was killed.
     """
-    from evsys_bus.cli.journals import find_journal
-    from evsys_bus.cli.streams import read_stream_states
-    from evsys_bus.cli.uploads import read_active_uploads
-    from evsys_bus.delivery.progress import read_progress
-
     directory = find_journal(folder).directory
     states = read_stream_states(directory)
     adapters = read_progress(directory)
     uploads = read_active_uploads(directory)
     report = None
     if thoroughly:
-        from evsys_bus.cli.verification import verify_with_progress
-
         report = verify_with_progress(directory, screen)
     if as_json:
         lines = _json_lines(directory, states, adapters, uploads, report)
@@ -50,10 +48,8 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
 
 
 def _lines(
-    directory: Path, states: "list[StreamState]", adapters: "list[DeliveryStatus]", report: "JournalReport | None"
+    directory: Path, states: list[StreamState], adapters: list[DeliveryStatus], report: JournalReport | None
 ) -> list[str]:
-    from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
-    from evsys_bus.cli.output.screen import printable, terminal_width
 
     width = terminal_width(sys.stdout)
     head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
@@ -68,19 +64,13 @@ def _lines(
     total = sum(each.bytes for each in states)
     lines = [f"{directory}   {pluralize(len(states), 'stream')}   {format_size(total)}", "", *format_table(rows, width)]
     if report is not None:
-        from evsys_bus.cli.verification import summary
-
         lines += ["", summary(report)]
     if adapters:
-        from evsys_bus.cli.output.deliveries import adapter_lines
-
         lines += ["", *adapter_lines(directory, adapters, width)]
     return lines
 
 
-def _upload_lines(uploads: "list[Transfer]") -> list[str]:
-    from evsys_bus.cli.output.screen import printable
-    from evsys_bus.cli.output.transfers import format_transfer
+def _upload_lines(uploads: list[Transfer]) -> list[str]:
 
     lines = [f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}" for each in uploads]
     return ["", *lines] if lines else []
@@ -88,14 +78,11 @@ def _upload_lines(uploads: "list[Transfer]") -> list[str]:
 
 def _json_lines(
     directory: Path,
-    states: "list[StreamState]",
-    adapters: "list[DeliveryStatus]",
-    uploads: "list[Transfer]",
-    report: "JournalReport | None",
+    states: list[StreamState],
+    adapters: list[DeliveryStatus],
+    uploads: list[Transfer],
+    report: JournalReport | None,
 ) -> list[str]:
-    import msgspec
-
-    from evsys_bus.cli.output.deliveries import adapter_rows
 
     checked = {} if report is None else {each.stream: each for each in report.streams}
     rows: list[dict[str, Any]] = []

@@ -1,22 +1,93 @@
-"""``evsys-bus sync``: delivers pending events."""
+"""``evsys-bus sync``: delivers pending events, in one process per original working directory of the adapters.
 
+So relative paths in their params, and their modules, are resolved as in the original program.
+
+If the courier process of a program that has ended still delivers, `deliver` waits for it, ends it if it is stuck, and
+delivers the rest itself. The courier process of a live program is left alone.
+"""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Final, NamedTuple
 
 import click
 import msgspec
 
+from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.options import progress_option, timeout_option
-from evsys_bus.cli.output.delivery_progress import show_deliveries
+from evsys_bus.cli.output.deliveries import (
+    POLL_SECONDS,
+    DeliveryMonitor,
+    DeliveryOutcome,
+    RanksByAdapter,
+    broken_adapter_error,
+    courier_busy_error,
+    load_ranks_by_adapter,
+    outcome_json,
+    outcome_lines,
+    problem_lines,
+    undelivered_error,
+    unreadable_status_error,
+)
+from evsys_bus.cli.output.delivery_progress import OnProgress, show_deliveries
+from evsys_bus.cli.output.errors import INTERRUPTED, report
+from evsys_bus.cli.output.formatting import format_columns, pluralize
+from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
+from evsys_bus.cli.records import find_journal, list_journals_newest_first
+from evsys_bus.delivery.process_log import LOG_NAME
+from evsys_bus.delivery.progress import ProgressReader, read_progress
+from evsys_bus.delivery.subscriptions import SubscriptionRecord, import_path, load_subscriptions
+from evsys_bus.delivery.supervisor import COURIER_MAIN, EXIT_DELIVERED, SYNC_MAIN, CourierConfig, CourierProcess
+from evsys_bus.errors import CourierBusyError, EvsysBusError, did_you_mean
+from evsys_bus.journal import JournalReader, OsDisk, layout
+from evsys_bus.journal.layout import LockOwner
+from evsys_bus.journal.lock_owner import read_owner
+from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.location import encode_json
+from evsys_bus.tasks import DeliveryStatus
 
-if TYPE_CHECKING:
-    from evsys_bus.cli.output.deliveries import DeliveryOutcome
-    from evsys_bus.cli.output.progress import ProgressMode
-    from evsys_bus.cli.sync_delivery import PendingWork
-    from evsys_bus.errors import EvsysBusError
-    from evsys_bus.tasks import DeliveryStatus
+_END_SECONDS: Final = 5.0
+STUCK_SECONDS: Final = 10.0
+"""A courier process of an ended program is terminated after this long without progress."""
+_LOCK_SIGNED_SECONDS: Final = 1.0
+"""The owner of a lock is written a moment after the lock was taken."""
+_OVERTAKEN_SECONDS: Final = 5.0
+"""How long to continue past what was pending at first, where programs record more than adapters take."""
+_SIGNAL_SECONDS: Final = 1.0
+"""Interval between two signals to the same process."""
+
+
+class PendingWork(NamedTuple):
+    """The pending deliveries of a journal."""
+
+    directory: Path
+    deliverable: list[tuple[SubscriptionRecord, DeliveryStatus]]
+    """These can be delivered now."""
+    busy: list[DeliveryStatus]
+    """Another process delivers to these."""
+    program_only: list[DeliveryStatus]
+    """Only the original program has the adapter."""
+    unreadable: list[DeliveryStatus]
+    """The files of these cannot be read now."""
+
+
+class SyncResult(NamedTuple):
+    """The result of a sync."""
+
+    outcomes: list[DeliveryOutcome]
+    busy: list[CourierBusyError]
+    """Errors of adapters that another process still delivers to."""
+    interrupted: bool = False
+    overtaken: frozenset[str] = frozenset()
+    """Adapters that have all that was pending at first, where a program goes on to record more."""
 
 
 @click.command("sync")
@@ -36,7 +107,7 @@ def command(
     everywhere: bool,
     dry_run: bool,
     timeout_seconds: float,
-    progress: "ProgressMode",
+    progress: ProgressMode,
     as_json: bool,
 ) -> int:
     """Deliver the pending events of RUN; without RUN, of the newest journal below ./runs that has any.
@@ -46,10 +117,6 @@ def command(
     events stay pending or owed because a destination rejects them or is unavailable, with 3 if another process keeps
     delivering, such as a program that still runs. What a program records meanwhile need not be delivered.
     """
-    from evsys_bus.cli.output.deliveries import outcome_json, outcome_lines, undelivered_error
-    from evsys_bus.cli.output.errors import INTERRUPTED
-    from evsys_bus.cli.sync_delivery import deliver, find_work
-
     if everywhere and folder is not None:
         raise click.UsageError("--all means every journal below ./runs; leave RUN or --all out")
     works = [find_work(each, adapters) for each in _journals(folder, adapters, everywhere=everywhere)]
@@ -87,13 +154,8 @@ def command(
 
 
 def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: bool) -> list[Path]:
-    from evsys_bus.cli.journals import find_journal, list_journals_newest_first
-    from evsys_bus.cli.sync_delivery import unfinished_deliveries
-    from evsys_bus.errors import did_you_mean
 
     if folder is not None:
-        from evsys_bus.delivery.progress import read_progress
-
         directory = find_journal(folder).directory
         known = [each.name for each in read_progress(directory)]
         for name in adapters:
@@ -106,8 +168,7 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
     return list(pending) if everywhere else [each for each in [next(pending, None)] if each is not None]
 
 
-def _plan_lines(work: "PendingWork", *, as_json: bool) -> list[str]:
-    from evsys_bus.cli.output.formatting import format_columns, pluralize
+def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
 
     rows = [status for _, status in work.deliverable]
     if as_json:
@@ -130,9 +191,7 @@ def _plan_lines(work: "PendingWork", *, as_json: bool) -> list[str]:
     )
 
 
-def _program_only_errors(work: "PendingWork") -> "list[EvsysBusError]":
-    from evsys_bus.cli.output.deliveries import broken_adapter_error
-    from evsys_bus.cli.output.formatting import pluralize
+def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
 
     why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
     fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
@@ -146,13 +205,12 @@ def _program_only_errors(work: "PendingWork") -> "list[EvsysBusError]":
     ]
 
 
-def _unreadable_errors(work: "PendingWork") -> "list[EvsysBusError]":
-    from evsys_bus.cli.output.deliveries import unreadable_status_error
+def _unreadable_errors(work: PendingWork) -> list[EvsysBusError]:
 
     return [unreadable_status_error(work.directory, each) for each in work.unreadable]
 
 
-def _report_moved(work: "PendingWork", screen: Screen) -> None:
+def _report_moved(work: PendingWork, screen: Screen) -> None:
     for each, _ in work.deliverable:
         if each.working_directory and not Path(each.working_directory).is_dir():
             screen.note(
@@ -161,10 +219,8 @@ def _report_moved(work: "PendingWork", screen: Screen) -> None:
             )
 
 
-def _report_known_problems(work: "PendingWork", screen: Screen) -> "list[DeliveryStatus]":
+def _report_known_problems(work: PendingWork, screen: Screen) -> list[DeliveryStatus]:
     """Report the last known errors before the delivery starts, because they may still apply."""
-    from evsys_bus.cli.output.deliveries import problem_lines
-
     known = [each for each in [*(status for _, status in work.deliverable), *work.busy] if each.error is not None]
     for each in known:
         alone = msgspec.structs.replace(each, hook_failures=0, task_failures=0, dead=0)
@@ -172,8 +228,7 @@ def _report_known_problems(work: "PendingWork", screen: Screen) -> "list[Deliver
     return known
 
 
-def _report_failures(outcomes: "list[DeliveryOutcome]", screen: Screen) -> None:
-    from evsys_bus.cli.output.deliveries import problem_lines
+def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
 
     for each in outcomes:
         if each.dead:
@@ -183,9 +238,288 @@ def _report_failures(outcomes: "list[DeliveryOutcome]", screen: Screen) -> None:
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
 
 
-def _report_errors(errors: "list[EvsysBusError]", screen: Screen) -> int:
+def _report_errors(errors: list[EvsysBusError], screen: Screen) -> int:
     if not errors:
         return 0
-    from evsys_bus.cli.output.errors import report
 
     return report(ExceptionGroup("some events stay pending", errors), screen)
+
+
+def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+    """Return the adapters of a journal that have pending or unconfirmed events."""
+    found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
+    return [each for each in found if not only or each.name in only or not each.is_known]
+
+
+def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
+    """Return the pending deliveries of a journal."""
+    try:
+        known = {each.name: each for each in load_subscriptions(str(directory))}
+    except OSError:  # every adapter is then reported as unreadable
+        known = {}
+    work = PendingWork(directory.absolute(), [], [], [], [])
+    for status in unfinished_deliveries(directory, only):
+        stored = known.get(status.name)
+        if not status.is_known:
+            work.unreadable.append(status)
+        elif status.busy:
+            work.busy.append(status)
+        elif stored is not None and stored.adapter_ref is not None:
+            work.deliverable.append((stored, status))
+        elif status.pending:
+            work.program_only.append(status)
+    return work
+
+
+def deliver(
+    work: PendingWork, timeout_seconds: float, on_progress: OnProgress, note: Callable[[str], object]
+) -> SyncResult:
+    """Deliver until nothing is pending or unconfirmed, or no more progress is to be expected.
+
+    Args:
+        work: The pending deliveries.
+        timeout_seconds: An adapter that accepts nothing for this long is given up.
+        on_progress: Shows the progress.
+        note: Prints a line for the user.
+    """
+    done = _deliver_in_processes(work, timeout_seconds, on_progress)
+    if done.interrupted:
+        return done
+    names = {each.name for each in [*(status for _, status in work.deliverable), *work.busy]} - done.overtaken
+    if not names:
+        return done
+    held = {each.name for each in find_work(work.directory, names).busy}  # includes couriers that started since
+    held |= {each.name for each in work.busy}  # couriers that have ended since may have left events
+    if not held:
+        return done
+    joined = _wait_for_couriers(work.directory, held, timeout_seconds, on_progress, note)
+    active = [each for each in joined.outcomes if each.before.pending or each.before.owed]
+    outcomes = _combine_outcomes(done.outcomes, active)
+    if joined.interrupted:
+        return SyncResult(outcomes, [], True, done.overtaken)
+    left = find_work(work.directory, held)
+    rest = _deliver_in_processes(left, timeout_seconds, on_progress)
+    outcomes = _combine_outcomes(outcomes, rest.outcomes)
+    still_busy = {each.name: each for each in left.busy}
+    refused = [courier_busy_error(work.directory, name, _describe_problem(each)) for name, each in still_busy.items()]
+    outcomes = [each for each in outcomes if each.adapter not in still_busy]
+    return SyncResult(outcomes, refused, rest.interrupted, done.overtaken | rest.overtaken)
+
+
+def _combine_outcomes(first: Sequence[DeliveryOutcome], then: Sequence[DeliveryOutcome]) -> list[DeliveryOutcome]:
+    """Combine two successive outcomes of each adapter into one."""
+    found = {each.adapter: each for each in first}
+    for each in then:
+        previous = found.get(each.adapter, each)
+        seconds = each.seconds + (previous.seconds if previous is not each else 0.0)
+        found[each.adapter] = DeliveryOutcome(each.journal, previous.before, each.after, round(seconds, 1))
+    return list(found.values())
+
+
+def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress: OnProgress) -> SyncResult:
+    """Deliver in child processes."""
+    outcomes: list[DeliveryOutcome] = []
+    overtaken: set[str] = set()
+    origins = dict.fromkeys((each.working_directory, each.sys_path) for each, _ in work.deliverable)
+    groups = [
+        [each for each, _ in work.deliverable if (each.working_directory, each.sys_path) == origin]
+        for origin in origins
+    ]
+    overtaken_seconds = min(_OVERTAKEN_SECONDS, timeout_seconds)
+    while groups:
+        group = groups.pop(0)
+        monitor = DeliveryMonitor(work.directory, {each.name for each in group})
+        on_progress(monitor.poll(0))
+        interrupted = False
+        with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
+            try:
+                elsewhere_since = math.inf
+                while process.exit_code is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
+                    statuses = monitor.poll(process.pid)
+                    on_progress(statuses)
+                    if not _are_all_held_elsewhere(work.directory, statuses, process.pid):
+                        elsewhere_since = math.inf
+                    elif (
+                        time.monotonic() - (elsewhere_since := min(elsewhere_since, time.monotonic()))
+                        > _LOCK_SIGNED_SECONDS
+                    ):
+                        break  # the couriers of a program that has just ended took the locks first
+                    time.sleep(POLL_SECONDS)
+            except KeyboardInterrupt:
+                interrupted = True
+            exit_code = process.exit_code
+        on_progress(monitor.poll(process.pid))
+        if len(group) > 1 and not interrupted and process.exit_code != EXIT_DELIVERED:
+            groups[:0] = [[each] for each in group]  # one adapter ended the process; deliver to each one separately
+            continue
+        overtaken.update(monitor.overtaken(0.0))
+        outcomes += [_with_exit_reason(each, exit_code, work.directory) for each in monitor.outcomes()]
+        if interrupted:
+            return SyncResult(outcomes, [], interrupted=True)
+    return SyncResult(outcomes, [], overtaken=frozenset(overtaken))
+
+
+def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
+    """Return whether other processes deliver to all adapters that have events left."""
+    left = [each for each in statuses if each.pending or each.owed]
+    return bool(left) and all(each.busy and _is_held_elsewhere(directory, each.name, pid) for each in left)
+
+
+def _is_held_elsewhere(directory: Path, name: str, pid: int) -> bool:
+    found = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
+    return found is not None and (found.pid, found.host) != (pid, os.uname().nodename)
+
+
+def _with_exit_reason(outcome: DeliveryOutcome, code: int | None, directory: Path) -> DeliveryOutcome:
+    """Add the exit status of a process that ended without reporting an error."""
+    after = outcome.after
+    if code in {None, EXIT_DELIVERED} or not (after.pending or after.owed) or after.error is not None:
+        return outcome
+    assert code is not None
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    fix = f"read {directory / layout.COURIERS / LOG_NAME}"
+    after = msgspec.structs.replace(after, error=f"its process has ended by {how}", fix=fix)
+    return msgspec.structs.replace(outcome, after=after)
+
+
+def _wait_for_couriers(
+    directory: Path, names: set[str], timeout_seconds: float, on_progress: OnProgress, note: Callable[[str], object]
+) -> SyncResult:
+    """Wait for the processes that deliver to these adapters while they make progress; end those that are stuck."""
+    monitor = DeliveryMonitor(directory, names)
+    wait = _CourierWait(directory, timeout_seconds, note)
+    interrupted = False
+    with Interrupts(lambda _: None):
+        try:
+            while True:
+                statuses = monitor.poll(None)
+                on_progress(statuses)
+                if not wait.should_continue([each for each in statuses if each.busy and (each.pending or each.owed)]):
+                    break
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            interrupted = True
+    return SyncResult(monitor.outcomes(), [], interrupted=interrupted)
+
+
+class _CourierWait:
+    """Decides how long to wait for other processes that deliver to a journal."""
+
+    def __init__(self, directory: Path, timeout_seconds: float, note: Callable[[str], object]) -> None:
+        self._directory = directory
+        self._timeout_seconds = timeout_seconds
+        self._note = note
+        self._progress = ProgressReader(directory)
+        self._ranks = load_ranks_by_adapter(directory)
+        self._started_at = time.monotonic()
+        self._statuses: list[DeliveryStatus] = []
+        self._last_progress: dict[str, tuple[tuple[int, ...], float]] = {}
+        self._noted: set[str] = set()
+        self._signalled: dict[int, float] = {}
+
+    def should_continue(self, held: Sequence[DeliveryStatus]) -> bool:
+        """Return whether to keep waiting for these adapters; ends stuck processes."""
+        self._statuses = self._progress.read()
+        for each in self._statuses:
+            counts = (each.delivered, each.dead, each.owed)
+            if each.name not in self._last_progress or self._last_progress[each.name][0] != counts:
+                self._last_progress[each.name] = counts, time.monotonic()
+        orphaned: list[DeliveryStatus] = []
+        for each in held:
+            program = _live_program(self._directory, each.name, self._ranks)
+            if program is None:
+                orphaned.append(each)
+            elif each.name not in self._noted:
+                self._noted.add(each.name)
+                who = f"its program, process {program.pid} on {program.host}, still runs and delivers by itself"
+                self._note(f"{each.name}: {who}; waiting for it, {self._timeout_seconds:g} s at most")
+        for each in orphaned:
+            self._end_if_stuck(each.name)
+        if len(held) > len(orphaned) and time.monotonic() - self._started_at < self._timeout_seconds:
+            return True
+        return any(self._idle_seconds(each.name) < self._allowed_idle_seconds(each.name) for each in orphaned)
+
+    def _allowed_idle_seconds(self, name: str) -> float:
+        """Return the allowed time without progress: shorter if the process is on another machine, out of reach."""
+        is_local = _lock_owner_pid(self._directory, name) is not None
+        return self._timeout_seconds if is_local else min(STUCK_SECONDS, self._timeout_seconds)
+
+    def _idle_seconds(self, name: str) -> float:
+        return time.monotonic() - self._last_progress[name][1] if name in self._last_progress else 0.0
+
+    def _end_if_stuck(self, name: str) -> None:
+        """End the process that delivers to this adapter if its program has ended and no adapter of it progresses."""
+        pid = _orphaned_courier(self._directory, name)
+        if pid is None or time.monotonic() - self._signalled.get(pid, 0.0) < _SIGNAL_SECONDS:
+            return
+        allowed_seconds = min(STUCK_SECONDS, self._timeout_seconds / 2)
+        for each in self._statuses:
+            if each.busy and (each.pending or each.owed) and _lock_owner_pid(self._directory, each.name) == pid:
+                waits_for_a_person = each.state in {"parked", "failed"} or (not each.pending and bool(each.owed_fix))
+                if not waits_for_a_person and self._idle_seconds(each.name) < allowed_seconds:
+                    return
+        if pid not in self._signalled:
+            self._note(f"{name}: the courier process {pid} of a program that has ended is stuck; taking over from it")
+        self._signalled[pid] = time.monotonic()
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGTERM)
+
+
+def _live_program(directory: Path, name: str, ranks: RanksByAdapter) -> LockOwner | None:
+    """Return a live program that writes events for this adapter; None if there is none."""
+    reader, served = JournalReader(directory), ranks.get(name)
+    for stream in reader.streams():
+        if (served is None or layout.rank_of(stream) in served) and reader.is_live(stream):
+            return read_stream_owner(OsDisk(), str(directory), stream) or LockOwner(0, "an unknown host", "")
+    return None
+
+
+def _lock_owner_pid(directory: Path, name: str) -> int | None:
+    """Return the PID of the process on this machine that delivers to the adapter; None if there is none."""
+    found = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
+    if found is None or (found.boot, found.host) != (OsDisk().boot(), os.uname().nodename):
+        return None
+    return found.pid
+
+
+def _orphaned_courier(directory: Path, name: str) -> int | None:
+    """Return the PID of that process if it is a courier process whose program has ended."""
+    pid = _lock_owner_pid(directory, name)
+    found = None if pid is None else _parent_and_command(pid)
+    if found is None or COURIER_MAIN not in found[1]:
+        return None
+    writers = {read_stream_owner(OsDisk(), str(directory), stream) for stream in JournalReader(directory).streams()}
+    return None if found[0] in {each.pid for each in writers if each is not None} else pid
+
+
+def _parent_and_command(pid: int) -> tuple[int, str] | None:
+    """Return the parent's PID and the command line of a process; None if it is unknown."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        command = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8", errors="replace").replace("\0", " ")
+        return int(stat.rpartition(")")[2].split()[1]), command
+    except (OSError, ValueError, IndexError):
+        pass
+    ps = shutil.which("ps")
+    if ps is None:
+        return None
+    line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # from the user's PATH
+    parent, _, command = line.stdout.strip().partition(" ")
+    return (int(parent), command) if parent.isdecimal() else None
+
+
+def _describe_problem(status: DeliveryStatus) -> str | None:
+    return None if status.last_error is None else f"{status.name}: {status.last_error}"
+
+
+@contextmanager
+def _sync_process(directory: Path, subscriptions: Sequence[SubscriptionRecord]) -> Generator[CourierProcess]:
+    """Run a process that delivers within the block, and stop it with saved cursors. All share one working directory."""
+    own_path = import_path()
+    path = (*own_path, *(each for each in subscriptions[0].sys_path if each not in own_path))
+    process = CourierProcess(CourierConfig(str(directory), list(subscriptions), path, 0.0, os.getpid()), SYNC_MAIN)
+    try:
+        process.send_config()
+        yield process
+    finally:
+        process.end(_END_SECONDS)

@@ -5,20 +5,72 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import click
+from rich.cells import cell_len, set_cell_size
 
-from evsys_bus.cli.event_options import event_options, metric_option, no_match_message, since_option
-from evsys_bus.cli.output.screen import Screen, color_option, json_option, terminal_width
-
-if TYPE_CHECKING:
-    from evsys_bus.cli.event_lines import EventFormatter
-    from evsys_bus.cli.event_reader import EventReader
-    from evsys_bus.events import Envelope
+from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
+from evsys_bus.cli.options import event_options, metric_option, no_match_message, since_option
+from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
+from evsys_bus.cli.records import find_journal
+from evsys_bus.codec import to_json
+from evsys_bus.events import Envelope
 
 _DEFAULT_COUNT: Final = 20
 _POLL_SECONDS: Final = 0.2
+_MAX_METRICS: Final = 6
+_HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
+_MAX_CHARS: Final = 160
+
+
+class EventFormatter:
+    """Formats events as lines.
+
+    Args:
+        metric: Show all metrics whose names match; None shows the first few.
+        columns: The width of the terminal, which no line exceeds; None for no limit.
+    """
+
+    def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
+        self._metric = metric
+        self._columns = columns
+        self._widths = [0, 0, 0]
+
+    def widen_for(self, envelopes: Iterable[Envelope]) -> None:
+        """Widen the columns for these events."""
+        for envelope in envelopes:
+            self._widen(_cells(envelope))
+
+    def format_event(self, envelope: Envelope) -> str:
+        """Return the line of one event."""
+        cells = _cells(envelope)
+        self._widen(cells)
+        when = time.strftime("%m-%d %H:%M:%S", time.localtime(envelope.time))
+        padded = [set_cell_size(cell, width) for cell, width in zip(cells, self._widths, strict=True)]
+        line = GAP.join([when, *padded, "  ".join(self._details(envelope))]).rstrip()
+        if self._columns is None or cell_len(line) <= self._columns:
+            return line
+        return f"{set_cell_size(line, self._columns - 1).rstrip()}…"
+
+    def _widen(self, cells: list[str]) -> None:
+        self._widths = [max(width, cell_len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
+
+    def _details(self, envelope: Envelope) -> list[str]:
+        metrics = metrics_of(envelope.event)
+        shown = (
+            [name for name in metrics if name not in _HIDDEN_METRICS][:_MAX_METRICS]
+            if self._metric is None
+            else [name for name in metrics if self._metric.search(name)]
+        )
+        details = [
+            *facts_of(envelope.event, envelope.run),
+            *(f"{name} {_format_value(metrics[name])}" for name in shown),
+        ]
+        left = len(metrics) - len(shown)
+        details += [f"(+{left})"] if left and self._metric is None else []
+        return [printable(each if len(each) <= _MAX_CHARS else f"{each[:_MAX_CHARS]}…") for each in details]
 
 
 @click.command("tail")
@@ -47,10 +99,6 @@ def command(
     One line each: time, run, type, step, metrics. Events of several processes are merged by time; facts that couriers
     have added, such as the URL of a run at W&B, are included.
     """
-    from evsys_bus.cli.event_lines import EventFormatter
-    from evsys_bus.cli.event_reader import EventFilter, EventReader
-    from evsys_bus.cli.journals import find_journal
-
     journal = find_journal(folder)
     if folder is None:
         screen.note(str(journal.directory))
@@ -77,22 +125,32 @@ def command(
 class _EventPrinter:
     """Prints events to stdout."""
 
-    def __init__(self, formatter: "EventFormatter | None") -> None:
+    def __init__(self, formatter: EventFormatter | None) -> None:
         self.printed = 0
         self.formatter = formatter
         """None for JSON."""
 
-    def print_events(self, envelopes: "Iterable[Envelope]") -> None:
+    def print_events(self, envelopes: Iterable[Envelope]) -> None:
         """Print these events."""
-        from evsys_bus.codec import to_json
-
         for envelope in envelopes:
             self.printed += 1
             click.echo(to_json(envelope) if self.formatter is None else self.formatter.format_event(envelope))
 
 
-def _follow(reader: "EventReader", printer: _EventPrinter) -> None:
+def _follow(reader: EventReader, printer: _EventPrinter) -> None:
     """Print new events until Ctrl-C, even without a live writer: a resumed run uses the same journal."""
     while True:
         printer.print_events(reader.poll())
         time.sleep(_POLL_SECONDS)
+
+
+def _cells(envelope: Envelope) -> list[str]:
+    """Return run, type and step."""
+    step = step_of(envelope.event)
+    run = NO_VALUE if envelope.run is None else printable(envelope.run)
+    run = f"{run} rank {envelope.rank}" if envelope.rank else run
+    return [run, printable(type_of(envelope.event)), NO_VALUE if step is None else f"{step:,}"]
+
+
+def _format_value(value: Any) -> str:
+    return format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)

@@ -6,10 +6,13 @@ An upload is active if a live courier has reported it recently and it has not fi
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
+import msgspec
+
+from evsys_bus.cli.events import fields_of, type_of
 from evsys_bus.cli.output.transfers import FinishedUpload, Transfer, UploadSnapshot
 from evsys_bus.codec import decode
 from evsys_bus.errors import CodecError
@@ -21,9 +24,22 @@ MAX_SILENT_SECONDS: Final = 300.0
 """The time that `upload_sink` waits for a byte before it restarts an upload."""
 _MAX_RECORDS: Final = 1000
 """Limit of records that are searched, from the end, for the last report of an upload."""
-_EVENT_TAGS: Final = (b"upload_progress", b"checkpoint_uploaded", b"checkpoint_conflict")
+_EVENT_TYPES: Final = ("upload_progress", "checkpoint_uploaded", "checkpoint_conflict")
 
-_UploadEvent = UploadProgress | CheckpointUploaded | CheckpointConflict
+
+class _UploadEvent(msgspec.Struct, frozen=True):
+    """What is read of an event about an upload; its own class, in the package of the adapter, is not imported here."""
+
+    run: str
+    checkpoint: str
+    url: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    bytes_per_second: float = 0.0
+    eta_seconds: float | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    why: str = ""
 
 
 class _UploadKey(NamedTuple):
@@ -79,13 +95,13 @@ class UploadMonitor:
         for stream in streams:
             if stream not in self._tails:
                 self._tails[stream] = self._reader.tail(stream)
-            for at, event in _upload_events(self._tails[stream].poll()):
+            for at, kind, event in _upload_events(self._tails[stream].poll()):
                 key = _upload_key(stream, event)
-                if isinstance(event, UploadProgress):
+                if kind == "upload_progress":
                     self._transfers[key] = _make_transfer(at, event)
                 else:
                     self._transfers.pop(key, None)
-                    ended.append(_make_finished(at, event))
+                    ended.append(_make_finished(at, kind, event))
         for key in list(self._transfers):
             if key.stream not in streams or not self._reader.is_live(key.stream):
                 del self._transfers[key]
@@ -107,38 +123,36 @@ def read_active_uploads(directory: Path) -> list[Transfer]:
     last: dict[_UploadKey, Transfer | None] = {}
     for stream in filter(reader.is_live, reader.streams("c")):
         records = itertools.islice(read_newest_first(disk, reader.directory, stream), _MAX_RECORDS)
-        for at, event in _upload_events(records):
-            last.setdefault(
-                _upload_key(stream, event), _make_transfer(at, event) if isinstance(event, UploadProgress) else None
-            )
+        for at, kind, event in _upload_events(records):
+            active = _make_transfer(at, event) if kind == "upload_progress" else None
+            last.setdefault(_upload_key(stream, event), active)
     return [each for each in last.values() if each is not None and each.reported_at > cutoff]
 
 
-def _upload_events(records: Iterable[Record]) -> Iterator[tuple[float, _UploadEvent]]:
-    """Yield the events about uploads, with their time."""
+def _upload_events(records: Iterable[Record]) -> Iterator[tuple[float, str, _UploadEvent]]:
+    """Yield the events about uploads, with their time and type."""
     for record in records:
-        if not any(tag in record.payload for tag in _EVENT_TAGS):
+        if not any(each.encode() in record.payload for each in _EVENT_TYPES):
             continue
-        try:
+        with suppress(CodecError, msgspec.ValidationError):
             envelope = decode(record.payload)
-        except CodecError:
-            continue
-        if isinstance(envelope.event, UploadProgress | CheckpointUploaded | CheckpointConflict):
-            yield envelope.time, envelope.event
+            kind = type_of(envelope.event)
+            if kind in _EVENT_TYPES:
+                yield envelope.time, kind, msgspec.convert(fields_of(envelope.event), _UploadEvent)
 
 
 def _upload_key(stream: str, event: _UploadEvent) -> _UploadKey:
     return _UploadKey(stream, event.url.removesuffix(f"/{event.run}/{event.checkpoint}"))
 
 
-def _make_transfer(at: float, event: UploadProgress) -> Transfer:
+def _make_transfer(at: float, event: _UploadEvent) -> Transfer:
     return Transfer(
         event.run, event.checkpoint, event.done_bytes, event.total_bytes, event.bytes_per_second, event.eta_seconds, at
     )
 
 
-def _make_finished(at: float, event: CheckpointUploaded | CheckpointConflict) -> FinishedUpload:
-    if isinstance(event, CheckpointConflict):
+def _make_finished(at: float, kind: str, event: _UploadEvent) -> FinishedUpload:
+    if kind == "checkpoint_conflict":
         return FinishedUpload("conflict", at, event.run, event.checkpoint, {"why": event.why, "url": event.url})
     facts = {"bytes": event.bytes, "seconds": event.seconds, "url": event.url}
     return FinishedUpload("uploaded", at, event.run, event.checkpoint, facts)

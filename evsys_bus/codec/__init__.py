@@ -6,10 +6,9 @@ and `json_line` do the same for single values and rows.
 """
 
 from evsys_bus.codec.decode import RunContexts, decode
-from evsys_bus.codec.encode import encode, event_encoder, to_json
-from evsys_bus.codec.json_line import json_line
-from evsys_bus.codec.limits import MAX_EVENT_BYTES
+from evsys_bus.codec.encode import encode, event_encoder, json_line, to_json
 from evsys_bus.codec.normalize import Builtins, to_builtins
+from evsys_bus.codec.scalars import MAX_EVENT_BYTES
 from evsys_bus.codec.step_template import RunContextNeeded
 from evsys_bus.codec.wire_types import error_text
 

@@ -11,9 +11,8 @@ from typing import Any, Final, Literal, TypeAlias, cast, get_args, get_origin
 
 import msgspec
 
-from evsys_bus.codec.annotations import field_annotations, handle_class, is_builtin
 from evsys_bus.codec.normalize import Builtins, dict_or_empty
-from evsys_bus.codec.wire_types import ancestor, decode_paths
+from evsys_bus.codec.wire_types import ancestor, decode_paths, field_annotations, handle_class, is_builtin
 from evsys_bus.context import (
     DetachedLogContext,
     DetachedLoopState,

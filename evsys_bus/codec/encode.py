@@ -7,21 +7,20 @@ processes without the class which fields are handles, and which ones the hook ta
 """
 
 import functools
+import itertools
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.codec.annotations import field_annotations, handle_class
 from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds
-from evsys_bus.codec.inspection import escape_surrogates
-from evsys_bus.codec.json_line import find_nonfinite
-from evsys_bus.codec.limits import MAX_EVENT_BYTES, MAX_TEXT_CHARS
-from evsys_bus.codec.normalize import Builtins, dict_or_empty, to_builtins
+from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
 from evsys_bus.codec.redact import redact_configs
+from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
 from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
-from evsys_bus.codec.wire_types import HANDLES, wire_parts
+from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, is_shipped
 
 # Never use enc_hook: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
@@ -251,3 +250,53 @@ def _open_event(
 
 
 _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
+
+
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """Encode one row as a JSON object, without the newline. Never raises.
+
+    A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
+    a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
+
+    Example:
+        >>> json_line({"step": 3, "loss": float("nan")})
+        b'{"step":3,"loss":null,"nonfinite":{"loss":"nan"}}'
+    """
+    try:
+        scalars = scalar_dict(row)
+        line = _to_json(scalars)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # not scalars, refused by msgspec, or a value's own code raised
+        return _normalized_line(row)
+    if len(line) > MAX_TEXT_CHARS:  # a text in it may be too long
+        return _normalized_line(row)
+    return _encode_with_nonfinite(scalars) if b"null" in line else line
+
+
+def _normalized_line(row: object) -> bytes:
+    plain, replaced = to_builtins(row)
+    fields = dict_or_empty(plain) if type(plain) is dict else {"row": plain}
+    if replaced:
+        fields.setdefault("replaced", replaced)
+    return _encode_with_nonfinite(fields)
+
+
+def _encode_with_nonfinite(row: dict[str, Builtins]) -> bytes:
+    flags = find_nonfinite(row)
+    if flags:
+        row.setdefault("nonfinite", flags)
+    return _to_json(row)
+
+
+def find_nonfinite(value: Builtins, path: str = "") -> dict[str, str]:
+    """Find NaN and infinities in built-in data, which JSON cannot represent: path -> ``nan``, ``inf`` or ``-inf``."""
+    found: dict[str, str] = {}
+    items = cast("list[Builtins]", value) if type(value) is list else []
+    for key, item in itertools.chain(dict_or_empty(value).items(), enumerate(items)):
+        if isinstance(item, float):
+            if not math.isfinite(item):
+                found[format_path(path, (key,))] = str(item)
+        elif isinstance(item, dict | list):
+            found |= find_nonfinite(item, format_path(path, (key,)))
+    return found

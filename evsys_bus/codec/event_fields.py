@@ -8,7 +8,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
-from evsys_bus.codec.annotations import field_annotations, handle_class, is_builtin
 from evsys_bus.codec.normalize import Builtins, to_builtins_at
 from evsys_bus.codec.redact import CONFIG_KEYS, has_config
 from evsys_bus.codec.scalars import (
@@ -22,7 +21,15 @@ from evsys_bus.codec.scalars import (
     shallow_copy,
     with_text_keys,
 )
-from evsys_bus.codec.wire_types import ALREADY_COPIED, HANDLES, batch_wire_parts, wire_parts
+from evsys_bus.codec.wire_types import (
+    ALREADY_COPIED,
+    HANDLES,
+    batch_wire_parts,
+    field_annotations,
+    handle_class,
+    is_builtin,
+    wire_parts,
+)
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.events import Event
 
@@ -94,7 +101,7 @@ def copy_handle(handle: object, kind: type, name: str, reasons: Reasons) -> Buil
     """Copy the parts of a handle that are encoded."""
     if handle is None:
         return None
-    if type(handle) is TrainingBatch and is_empty_batch(handle):
+    if type(handle) is TrainingBatch and handle.loss_fn is handle.loss_fn_config is None and not handle.metrics:
         return {}
     fields = (
         batch_wire_parts(handle, (reasons, name))
@@ -105,11 +112,6 @@ def copy_handle(handle: object, kind: type, name: str, reasons: Reasons) -> Buil
         if type(value) not in SCALARS and key not in ALREADY_COPIED:
             fields[key] = copy_row(value, reasons, name, key)
     return fields
-
-
-def is_empty_batch(batch: TrainingBatch) -> bool:
-    """Whether a batch has nothing to encode."""
-    return batch.loss_fn is batch.loss_fn_config is None and not batch.metrics
 
 
 def copy_row(value: Any, reasons: Reasons, *trail: str) -> Builtins:

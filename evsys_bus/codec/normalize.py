@@ -15,13 +15,13 @@ from enum import Enum
 from functools import lru_cache
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, Final, TypeAlias
+from types import SimpleNamespace
+from typing import Any, Final, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 
-from evsys_bus.codec.inspection import escape_surrogates, has_fields, object_fields, short_repr, snapshot
-from evsys_bus.codec.limits import (
+from evsys_bus.codec.scalars import (
     INT_MAX,
     INT_MIN,
     MAX_DEPTH,
@@ -31,8 +31,77 @@ from evsys_bus.codec.limits import (
     MAX_REASONS,
     MAX_REPR_CHARS,
     MAX_TEXT_CHARS,
+    TooLarge,
 )
-from evsys_bus.codec.scalars import TooLarge
+from evsys_bus.codec.wire_types import HANDLES, read_attributes, wire_parts
+
+T = TypeVar("T")
+
+_MAX_ATTEMPTS: Final = 5
+
+
+def object_fields(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 - one line for each kind of class
+    """Return the named fields of a value, one level deep; None if its class has none."""
+    if issubclass(kind, HANDLES):
+        return wire_parts(value, kind)
+    if issubclass(kind, msgspec.Struct):
+        return struct_fields(value)
+    if hasattr(kind, "_asdict"):
+        return value._asdict()
+    if hasattr(kind, "__dataclass_fields__"):
+        return read_attributes(value, kind.__dataclass_fields__)
+    if hasattr(kind, "__attrs_attrs__"):
+        return read_attributes(value, (each.name for each in kind.__attrs_attrs__))
+    if hasattr(kind, "model_fields"):
+        return dict(value)  # pydantic: iterating a model gives its fields and extras
+    if issubclass(kind, SimpleNamespace) or (kind.__module__, kind.__name__) == ("argparse", "Namespace"):
+        return value.__dict__.copy()
+    return None
+
+
+def has_fields(kind: Any) -> bool:
+    """Whether values of this type have named fields."""
+    return (
+        issubclass(kind, (*HANDLES, msgspec.Struct, SimpleNamespace))
+        or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__", "model_fields"))
+        or (kind.__module__, kind.__name__) == ("argparse", "Namespace")
+    )
+
+
+def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
+    """Return the fields of a Struct with the names and the tag that msgspec would encode."""
+    config = value.__struct_config__
+    fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
+    tag = {} if config.tag is None else {cast("str", config.tag_field): config.tag}
+    return tag | {encoded: getattr(value, name) for encoded, name in fields}
+
+
+def snapshot(copy: Callable[[], T]) -> T:
+    """Call ``copy`` and return its result, with retries when another thread changed the original meanwhile."""
+    for _ in range(_MAX_ATTEMPTS - 1):
+        try:
+            return copy()
+        except RuntimeError:
+            continue
+    return copy()
+
+
+def short_repr(value: object) -> str:
+    """Return a value's qualified name if it has one, else its repr, on one line. Never raises."""
+    try:
+        name = getattr(value, "__qualname__", None)
+        line = f"{cast('Any', value).__module__}.{name}" if type(name) is str else repr(value)
+        return escape_surrogates(line[:MAX_REPR_CHARS])
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # raised by the value's own code
+        return f"<{type(value).__name__}>"
+
+
+def escape_surrogates(text: str) -> str:
+    r"""Return the text with lone surrogates escaped (``\udc80``), so that it is valid UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
 
 Builtins: TypeAlias = Any
 """None, bool, int, float, str, bytes, datetimes with a time zone, and dicts (with text keys) and lists of these."""
@@ -166,7 +235,7 @@ class _Normalizer:
         return value if type(value.tzinfo) is timezone else value.astimezone(UTC)
 
     def copy_mapping(self, source: object, entries: Mapping[Any, Any]) -> Builtins:
-        """Copy ``dict_or_empty``, a private dict that was taken from ``source``."""
+        """Copy ``entries``, a private dict that was taken from ``source``."""
         if self._must_omit(source):
             return self._omit(source)
         self._ancestors.add(id(source))
@@ -196,7 +265,7 @@ class _Normalizer:
         return result
 
     def copy_sequence(self, source: object, items: Sequence[object]) -> Builtins:
-        """Copy ``copy_iterable``, which were taken from ``source`` and may change meanwhile."""
+        """Copy ``items``, which were taken from ``source`` and may change meanwhile."""
         if self._must_omit(source):
             return self._omit(source)
         self._ancestors.add(id(source))

@@ -1,14 +1,32 @@
-"""Fast path for common values: scalars of Python, numpy and torch, and small lists and dicts of them.
+"""Fast path for common values: scalars of Python, numpy and torch, and small lists and dicts of them; and size limits.
 
 Any other value raises `NeedsNormalizing`. The caller then copies it with `evsys_bus.codec.normalize`, which handles
-every kind of value and records what it had to replace.
+every kind of value and records what it had to replace. A value beyond the limits is cut or replaced, and the envelope
+records why.
 """
 
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, Final
 
-from evsys_bus.codec.limits import MAX_KEY_CHARS
+MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+"""Of an event encoded as msgpack."""
+MAX_DEPTH: Final = 32
+"""Of nested containers; far below the depth at which any decoder gives up."""
+MAX_KEY_CHARS: Final = 4096
+"""Of a key of a mapping. A longer key is cut and gets a checksum, so keys stay distinct and the same in every row."""
+MAX_TEXT_CHARS: Final = 256 * 1024
+"""Of a text or bytes value."""
+MAX_REASONS: Final = 100
+"""Number of replaced values listed for one event; further ones are only counted."""
+MAX_PATH_CHARS: Final = 256
+"""Of the path of a replaced value."""
+MAX_REPR_CHARS: Final = 200
+"""Of the repr that replaces an object."""
+INT_MIN: Final = -(2**63)
+INT_MAX: Final = 2**64 - 1
+"""The range of msgpack integers is `INT_MIN` to `INT_MAX`."""
+
 
 SCALARS: Final = frozenset({float, int, str, bool, NoneType})
 """Exact types without contained objects; encoding their values cannot run foreign code."""
@@ -32,7 +50,7 @@ def scalar_dict(mapping: Any) -> dict[str, Any]:
     """Copy a mapping of text keys to scalars; scalars of numpy and torch become Python numbers.
 
     Raises:
-        NotFlat, AttributeError: The mapping holds other values, or keys that are too long.
+        NeedsNormalizing, AttributeError: The mapping holds other values, or keys that are too long.
         TypeError, RuntimeError: It is not a mapping, or another thread changed it meanwhile.
         Exception: Raised by the code of a value.
     """
@@ -67,7 +85,7 @@ def copy_small(value: Any, depth: int = _MAX_DEPTH) -> Any:
     """Copy a scalar, or a small list, tuple or dict of scalars.
 
     Raises:
-        NotFlat: The value is something else, or too large.
+        NeedsNormalizing: The value is something else, or too large.
         Exception: Raised by the value's own code, or because another thread changed the value meanwhile.
     """
     kind = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
@@ -110,7 +128,7 @@ def with_text_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
     """Return the dict itself if its keys are text of limited length, else a copy with such keys.
 
     Raises:
-        NotFlat: A key is too long or not a scalar, or two keys become the same text.
+        NeedsNormalizing: A key is too long or not a scalar, or two keys become the same text.
     """
     if not all(type(key) is str for key in mapping):
         if not SCALARS.issuperset(map(type, mapping)):

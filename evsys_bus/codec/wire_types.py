@@ -1,9 +1,11 @@
-"""The parts of handles that are encoded: the scalars of `LoopState`, and the data of `LogContext` and `TrainingBatch`.
+"""What is encoded of an event: its fields, by their annotations, and the parts of the handles in them.
+
+The parts of a handle are the scalars of a `LoopState`, and the data of a `LogContext` or a `TrainingBatch`.
 
 Attributes decide, not the class: of a host's own state, context or batch, the attributes with our names are encoded,
 and of a state its custom fields too. An encoder never receives the handle itself, and live parts (``backend``,
 ``store``, ``batch.data``, …) are never encoded. On the wire a state is a map; fields with their usual values are
-omitted (`evsys_bus.whole_context.OmittedDefaults`):
+omitted (`evsys_bus.context.OmittedDefaults`):
 
     step, num_steps, output_dir, stop_requested, stop_reason
     error      the exception that the loop raised, as text
@@ -12,16 +14,30 @@ omitted (`evsys_bus.whole_context.OmittedDefaults`):
     context    the whole context, in the first recorded event of a run
     live       the names of the custom fields that are not encoded
     own        the custom fields, by name
+
+Custom fields are those that a subclass of `LoopState` or a host's own class adds: the fields that the class declares
+and the attributes of the instance. Scalars and small built-in containers are encoded. Live objects, large values,
+credentials and configurations (by their names) are not.
+
+An annotation only chooses what is tried first, because a field may hold a value of any type. Annotations may be
+classes, unions, generic aliases, or whatever a user writes.
 """
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterable
+from enum import Enum
+from keyword import iskeyword
 from operator import attrgetter
 from pathlib import Path, PurePath
-from typing import Any, Final, cast
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from evsys_bus.codec.custom_fields import ABSENT, add_custom_fields
+import msgspec
+
+from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key
+from evsys_bus.codec.scalars import INT_MAX, INT_MIN, SCALARS, copy_small, number_converter
 from evsys_bus.context import (
     DetachedLogContext,
     DetachedLoopState,
@@ -30,6 +46,138 @@ from evsys_bus.context import (
     LoopState,
     TrainingBatch,
 )
+
+_STATE_FIELDS: Final = ("step", "num_steps", "output_dir", "stop_requested", "stop_reason", "error", "ctx")
+_LOOP_STATE_FIELDS: Final = frozenset(LoopState.__dataclass_fields__)
+_MAX_CUSTOM_FIELDS: Final = 100
+_MAX_CUSTOM_CHARS: Final = 4096
+_MAX_CUSTOM_ITEMS: Final = 64
+_MAX_CUSTOM_DEPTH: Final = 2
+CONTAINERS: Final = frozenset({list, tuple, dict, set, frozenset})
+
+
+class _Absent:
+    """Type of the sentinel `ABSENT`, which marks a missing attribute."""
+
+
+ABSENT: Final = _Absent()
+
+
+def add_custom_fields(parts: dict[str, Any], state: object) -> None:
+    """Add the custom fields of a state to ``parts``, and the names of those that are not encoded."""
+    entries = cast("dict[str, Any]", state) if issubclass(type(state), dict) else None
+    custom: dict[str, Any] = {}
+    live_names: list[str] = []
+    for name in custom_field_names(state):
+        try:
+            value = getattr(state, name, ABSENT) if entries is None else entries[name]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:  # raised by the state's own code
+            value = ABSENT
+        kind = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
+        if kind is float or kind is bool or value is None:
+            custom[name] = value
+        elif value is not ABSENT:
+            encoded = custom_field_value(value, name)
+            if encoded is ABSENT:
+                live_names.append(name)
+            else:
+                custom[name] = encoded
+    if live_names:
+        parts["live"] = live_names
+    if custom:
+        parts["own"] = custom
+
+
+def custom_field_names(state: object) -> tuple[str, ...]:
+    """Return the names of a state's custom fields; private names are left out."""
+    kind = type(state)
+    try:
+        instance: Any = state if issubclass(kind, dict) else getattr(state, "__dict__", None)
+    except Exception:  # raised by the state's own code
+        instance = None
+    return _public_names(kind, tuple(cast("dict[Any, Any]", instance)) if isinstance(instance, dict) else ())  # pyright: ignore[reportUnknownArgumentType] - untyped
+
+
+@functools.lru_cache(maxsize=1024)
+def _public_names(kind: type, names: tuple[Any, ...]) -> tuple[str, ...]:
+    excluded = _LOOP_STATE_FIELDS if issubclass(kind, LoopState) else _STATE_FIELDS
+    found = dict.fromkeys((*_declared_names(kind), *names))  # pyright: ignore[reportUnknownArgumentType] - untyped
+    return tuple(name for name in found if _is_public(name) and name not in excluded)[:_MAX_CUSTOM_FIELDS]
+
+
+def custom_field_value(value: Any, name: str) -> Any:
+    """Copy the value of a custom field if it is a scalar or a small built-in container.
+
+    Returns:
+        `ABSENT` for a value that is not encoded: a live object, a large value, or by its name a credential or a
+        configuration.
+    """
+    kind = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
+    if kind is int:
+        return value if INT_MIN <= value <= INT_MAX else ABSENT
+    if kind is str:
+        return value if len(value) <= _MAX_CUSTOM_CHARS and not _is_secret(name) else ABSENT
+    if kind in CONTAINERS:
+        return ABSENT if len(value) > _MAX_CUSTOM_ITEMS or name in CONFIG_KEYS else _container_value(value)
+    number = number_converter(kind)  # not tensors: fetching one may block on a device  # pyright: ignore[reportUnknownArgumentType] - untyped
+    if number is not None:
+        value = number(value)
+    elif issubclass(kind, PurePath):
+        value = str(value)
+    elif issubclass(kind, Enum):
+        value = value.value
+    is_encodable = type(value) in SCALARS and _is_small(value) and not (type(value) is str and _is_secret(name))
+    return value if is_encodable else ABSENT
+
+
+def _container_value(value: Any) -> Any:
+    try:
+        plain = copy_small(list(value) if type(value) in {set, frozenset} else value, _MAX_CUSTOM_DEPTH)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # it holds a live object, or another thread changed it
+        return ABSENT
+    return plain if _is_small(plain) and not has_config(plain) else ABSENT
+
+
+_is_secret: Final = functools.lru_cache(maxsize=1024)(is_secret_key)
+
+
+@functools.lru_cache(maxsize=256)
+def _declared_names(kind: Any) -> tuple[str, ...]:
+    """Return the fields that a class declares: as a dataclass, attrs, msgspec or pydantic class, or in its slots."""
+    names: list[Any] = [*_as_list(getattr(kind, "__dataclass_fields__", ()))]
+    names += [getattr(each, "name", None) for each in _as_list(getattr(kind, "__attrs_attrs__", ()))]
+    for attribute in ("__struct_fields__", "model_fields", "_fields"):
+        names += _as_list(getattr(kind, attribute, ()))
+    for each in kind.__mro__:
+        slots = vars(each).get("__slots__", ())  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - untyped
+        names += [slots] if isinstance(slots, str) else _as_list(slots)
+    return tuple(dict.fromkeys(name for name in names if type(name) is str))
+
+
+def _as_list(names: Any) -> list[Any]:
+    return list(names) if isinstance(names, Iterable) else []  # pyright: ignore[reportUnknownArgumentType] - untyped
+
+
+def _is_public(name: Any) -> bool:
+    return type(name) is str and name.isidentifier() and not name.startswith("_") and not iskeyword(name)
+
+
+def _is_small(plain: Any) -> bool:
+    """Whether built-in data holds only small texts and containers, and no key that names a credential."""
+    if type(plain) is int:
+        return INT_MIN <= plain <= INT_MAX
+    if type(plain) is not dict and type(plain) is not list:
+        return type(plain) is not str or len(plain) <= _MAX_CUSTOM_CHARS
+    entries = cast("dict[Any, Any]", plain) if type(plain) is dict else dict(enumerate(cast("list[Any]", plain)))  # pyright: ignore[reportUnknownArgumentType] - untyped
+    return len(entries) <= _MAX_CUSTOM_ITEMS and all(
+        _is_small(value) and not (type(value) is str and type(key) is str and _is_secret(key))
+        for key, value in entries.items()
+    )
+
 
 HANDLES: Final = (LoopState, LogContext, TrainingBatch)
 
@@ -273,7 +421,6 @@ def _state_wire_parts(state: object, read_errors: ReadErrors | None, *, whole_co
     return parts
 
 
-_STATE_FIELDS: Final = ("step", "num_steps", "output_dir", "stop_requested", "stop_reason", "error", "ctx")
 _CONTEXT_KEYS: Final = ("run_key", "output_dir")
 _get_state_fields: Final = attrgetter(*_STATE_FIELDS)
 _get_context_fields: Final = attrgetter(*_CONTEXT_KEYS)
@@ -307,3 +454,72 @@ def _add_context(parts: dict[str, Any], ctx: object, *, whole_context: bool) -> 
         parts["root"] = root
     if whole_context:
         parts["context"] = wire_parts(ctx, LogContext)
+
+
+_BUILTIN_TYPES: Final = SCALARS | {bytes, Any, object}
+
+
+@functools.cache
+def field_annotations(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the annotation of each field; Any for one that cannot be evaluated.
+
+    An annotation cannot be evaluated if its type is imported for type checkers only, or is local to a function. Names
+    of handle classes are resolved without an import.
+    """
+    try:
+        return {field.name: field.type for field in msgspec.structs.fields(struct)}
+    except Exception:  # evaluating an annotation runs its code
+        declared: dict[str, tuple[Any, type]] = {}
+        for kind in reversed(struct.__mro__):
+            declared |= {name: (annotation, kind) for name, annotation in vars(kind).get("__annotations__", {}).items()}
+        return {name: _evaluate(*declared[name]) if name in declared else Any for name in struct.__struct_fields__}
+
+
+def _evaluate(annotation: Any, kind: type) -> Any:
+    """Evaluate one annotation of a class; Any if that fails."""
+    holder = type(kind.__name__, (), {"__annotations__": {"it": annotation}, "__module__": kind.__module__})
+    module = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+    try:
+        return get_type_hints(holder, {**_HANDLES_BY_NAME, **module}, dict(vars(kind)), include_extras=True)["it"]
+    except Exception:  # evaluating an annotation runs its code
+        return Any
+
+
+_HANDLES_BY_NAME: Final = {each.__name__: each for each in HANDLES}
+
+
+def handle_class(annotation: Any) -> type | None:
+    """Return the handle class of an annotation such as ``LoopState`` or ``LoopState | None``; None for others."""
+    kinds = [each for each in _union_members(annotation) if each is not NoneType]
+    if len(kinds) == 1 and isinstance(kinds[0], type) and issubclass(kinds[0], HANDLES):
+        return kinds[0]
+    return None
+
+
+def is_scalar(annotation: Any) -> bool:
+    """Whether an annotation allows only numbers, text and None."""
+    return all(member in SCALARS for member in _union_members(annotation))
+
+
+def is_scalar_dict(annotation: Any) -> bool:
+    """Whether an annotation is a dict of scalars with text keys."""
+    arguments = get_args(annotation)
+    return get_origin(annotation) is dict and arguments[0] is str and is_scalar(arguments[1])
+
+
+def is_builtin(annotation: Any) -> bool:
+    """Whether values of an annotation are decoded unchanged, without a conversion."""
+    for member in _union_members(annotation):
+        origin, arguments = get_origin(member), get_args(member)
+        if member in _BUILTIN_TYPES or origin is Literal or member is list or member is dict:
+            continue
+        if (origin is dict and arguments[0] is str and is_builtin(arguments[1])) or (
+            origin is list and is_builtin(arguments[0])
+        ):
+            continue
+        return False
+    return True
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

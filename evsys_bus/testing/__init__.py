@@ -4,12 +4,10 @@ A disk that fails on demand, a clock that is set by hand, callbacks and sinks th
 a proxy that breaks connections; `conformance` tests an adapter with everything that a training may give it.
 """
 
-from evsys_bus.testing.clock import ManualClock
 from evsys_bus.testing.conformance import conformance
 from evsys_bus.testing.disk import MachineStopped, SimulatedDisk
-from evsys_bus.testing.failing import FailingCallback, FailingSink
+from evsys_bus.testing.doubles import FailingCallback, FailingSink, ManualClock, RecordingCallback, RecordingSink
 from evsys_bus.testing.fault_proxy import Fault, FaultProxy, fault_proxy, unavailable
-from evsys_bus.testing.recording import RecordingCallback, RecordingSink
 
 __all__ = [
     "FailingCallback",

@@ -1,27 +1,41 @@
-"""`conformance`: checks whether an adapter fulfils its contract, as one test that needs no fixtures and no plugin.
+"""`conformance`: checks whether an adapter fulfils its contract, as one test that needs no plugin of pytest.
 
-This module has the checks of every adapter; `callback_trial` and `sink_trial` have the others, `timeline` the events.
+This module has the checks of every adapter; `evsys_bus.testing.conformance_checks` has those of callbacks and sinks,
+`evsys_bus.testing.timeline` the events.
 """
 
+import asyncio
+import contextvars
+import inspect
 import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, TypeAlias
 
 from evsys_bus.callback import Callback
 from evsys_bus.sink import Sink
-from evsys_bus.testing.conformance_callback import CallbackConformance
-from evsys_bus.testing.conformance_sink import SinkConformance
-from evsys_bus.testing.failures import Failures
-from evsys_bus.testing.folders import Contents, empty_folder, files_in
+from evsys_bus.testing.conformance_checks import (
+    AdapterFactory,
+    CallbackConformance,
+    Contents,
+    Failures,
+    SinkConformance,
+    empty_folder,
+    files_in,
+)
 
-AdapterFactory: TypeAlias = Callable[[Path], Callback | Sink]
-"""Constructs the adapter, which should write into the folder."""
+FactoryWithFixtures: TypeAlias = Callable[..., Callback | Sink]
+"""Constructs the adapter, given a folder that it should write into, and fixtures by name."""
 
 
 def conformance(
-    make: AdapterFactory, *, follow: bool = True, contents: Contents = files_in, delivery: AdapterFactory | None = None
-) -> Callable[[], None]:
+    make: FactoryWithFixtures,
+    *,
+    follow: bool = True,
+    contents: Callable[..., Mapping[str, Any]] = files_in,
+    delivery: FactoryWithFixtures | None = None,
+) -> Callable[..., None]:
     """Return a test of the adapter; assign it to a name that begins with ``test``.
 
     It checks that nothing happens before the first hook or `open`; every hook with full, minimal and detached objects;
@@ -32,6 +46,13 @@ def conformance(
 
     The files of a callback are compared byte by byte, except for hidden files. If equal rows may be stored as different
     bytes, as in a database, ``contents`` returns what to compare.
+
+    Parameters of ``make``, ``contents`` and ``delivery`` after the folder, if they have no default, are fixtures:
+    pytest passes their values to the test, and the test passes them on, the same for every construction.
+
+    Inside a running event loop, as in an async test, the test runs on a thread of its own, and the loop waits for it.
+    If the adapter needs something that runs on that loop, such as a server, leave the loop free:
+    ``await asyncio.to_thread(conformance(make))``.
 
     Args:
         make: Constructs the adapter. Called many times, each time with another empty folder, mostly outside an event
@@ -47,25 +68,77 @@ def conformance(
         AssertionError: From the test; one sentence for each cause, with the number of occurrences.
 
     Example:
-        >>> from evsys_bus.testing import RecordingCallback
-        >>> test_my_adapter = conformance(lambda folder: RecordingCallback())
-        >>> test_my_adapter()
+        >>> from evsys_bus.testing import RecordingCallback, RecordingSink
+        >>> test_my_callback = conformance(lambda folder: RecordingCallback())
+        >>> test_my_callback()
+
+        With a fixture ``server``, of which pytest passes the value, as here by hand:
+
+        >>> class Posts(RecordingSink):
+        ...     def __init__(self, url: str) -> None:
+        ...         super().__init__()
+        ...         self.url = url
+        >>> test_my_sink = conformance(lambda folder, server: Posts(server))
+        >>> test_my_sink(server="http://127.0.0.1:8000")
+
+        In an async test:
+
+        >>> async def test_in_a_loop():
+        ...     conformance(lambda folder: RecordingSink())()
+        ...     await asyncio.to_thread(conformance(lambda folder: RecordingSink()))
+        >>> asyncio.run(test_in_a_loop())
     """
+    functions = [each for each in (make, contents, delivery) if each is not None]
+    names = dict.fromkeys(name for each in functions for name in _fixture_names(each))
+    signature = inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
 
-    def test() -> None:
-        failures = Failures()
-        adapter = _check_construction(make, failures)
-        if isinstance(adapter, Sink):
-            SinkConformance(make, failures).run()
-        elif adapter is not None:
-            CallbackConformance(make, contents, failures).run(follow=follow and not getattr(adapter, "delivery", None))
-            _check_delivery_half(adapter, delivery, failures)
-        sentences = failures.sentences()
-        if sentences:
-            name = "the adapter" if adapter is None else type(adapter).__name__
-            raise AssertionError("\n".join([f"{name} does not conform:", *sentences]))
+    def test(**fixtures: object) -> None:
+        signature.bind(**fixtures)
+        check = partial(
+            _check_adapter,
+            _pass_fixtures(make, fixtures),
+            _pass_fixtures(contents, fixtures),
+            None if delivery is None else _pass_fixtures(delivery, fixtures),
+            follow=follow,
+        )
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            check()
+            return
+        with ThreadPoolExecutor(1, "evsys-bus:conformance") as executor:
+            executor.submit(contextvars.copy_context().run, check).result()
 
+    test.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess] - read by inspect, and so by pytest
     return test
+
+
+def _fixture_names(function: Callable[..., object]) -> list[str]:
+    """Return the parameters after the folder that have no default."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()][1:]
+    except (TypeError, ValueError):  # implemented in C, without a signature
+        return []
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [each.name for each in parameters if each.kind in by_name and each.default is each.empty]
+
+
+def _pass_fixtures(function: Callable[..., Any], fixtures: Mapping[str, object]) -> Callable[..., Any]:
+    return partial(function, **{name: fixtures[name] for name in _fixture_names(function)})
+
+
+def _check_adapter(make: AdapterFactory, contents: Contents, delivery: AdapterFactory | None, *, follow: bool) -> None:
+    failures = Failures()
+    adapter = _check_construction(make, failures)
+    if isinstance(adapter, Sink):
+        SinkConformance(make, failures).run()
+    elif adapter is not None:
+        CallbackConformance(make, contents, failures).run(follow=follow and not getattr(adapter, "delivery", None))
+        _check_delivery_half(adapter, delivery, failures)
+    sentences = failures.sentences()
+    if sentences:
+        name = "the adapter" if adapter is None else type(adapter).__name__
+        raise AssertionError("\n".join([f"{name} does not conform:", *sentences]))
 
 
 def _check_construction(make: AdapterFactory, failures: Failures) -> Callback | Sink | None:

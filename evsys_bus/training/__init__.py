@@ -1,10 +1,7 @@
 """Reference orchestrators: readable code to copy from, built from nothing but the bus and its events.
 
 protocols         the interfaces that a host implements: backend, step builder, evaluator
-row_file          append-only JSON files, such as metrics.jsonl
-checkpoints       checkpoints.jsonl, and the checkpoint to resume from
-isolation         which errors of a run or an evaluator propagate
-folder_lock       a lock on a run's or an experiment's directory
+run_files         the files of a run: rows of metrics, checkpoints, the last error, the lock on its directory
 loop              one training
 plan              the runs of an experiment, and the parts of one run
 experiment_store  the progress of an experiment on disk
@@ -16,12 +13,11 @@ experiment        the whole experiment
 from typing import Any
 
 from evsys_bus.deprecated import warn
-from evsys_bus.training.checkpoints import FINAL, Checkpoints
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.loop import TrainingLoop
 from evsys_bus.training.plan import RunComponents, RunPlan
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, Scorer, SnapshotBackend, StepBuilder
-from evsys_bus.training.row_file import RowFile
+from evsys_bus.training.run_files import FINAL, Checkpoints, RowFile
 from evsys_bus.training.summary import ArmSummary, Spread, conclude, summarise
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`Experiment`: arms, seeds and stages, each run isolated, several at a time, and a conclusion at the end.
 
-This module owns the order of runs; `arm_run` executes a single one.
+This module owns the order of runs; `RunExecutor` executes a single one.
 
     ExperimentStart
     GroupStart            before the first run of a group
@@ -26,11 +26,10 @@ from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.location import local_path
 from evsys_bus.tasks import run_to_completion
 from evsys_bus.training.experiment_store import ExperimentStore
-from evsys_bus.training.folder_lock import lock_folder
-from evsys_bus.training.isolation import EXIT
-from evsys_bus.training.loop import JOURNAL_DIR
+from evsys_bus.training.loop import EXIT, JOURNAL_DIR
 from evsys_bus.training.plan import RecipeFunction, RunPlan, run_sequences, safe_folder_name
 from evsys_bus.training.run_executor import RunExecutor, final_state_path, id_text, skipped_result
+from evsys_bus.training.run_files import lock_folder
 from evsys_bus.training.summary import conclude, summarise
 
 
@@ -59,7 +58,7 @@ class Experiment:
 
     Example:
         >>> def recipe(params, run):
-        ...     return RunParts(backend=Model(params, run.seed), step_builder=Batches(), num_steps=params["steps"])
+        ...     return RunComponents(backend=Model(params, run.seed), step_builder=Batches(), num_steps=params["steps"])
         >>> config = ExperimentConfig(name="lr", recipe="", run={"steps": 10}, matrix={"lr": [0.1, 0.2]}, n_repeats=2)
         >>> Experiment(config, recipe=recipe).plans[-1].run_key
         'lr=0.2-s1'

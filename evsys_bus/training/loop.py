@@ -29,12 +29,16 @@ from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 from evsys_bus.location import local_path
 from evsys_bus.tasks import run_to_completion
-from evsys_bus.training.checkpoints import FINAL, Checkpoints
-from evsys_bus.training.error_file import remove_error_file, write_error_file
-from evsys_bus.training.folder_lock import lock_folder, unwritable_error
-from evsys_bus.training.isolation import should_propagate
 from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
-from evsys_bus.training.row_file import RowFile
+from evsys_bus.training.run_files import (
+    FINAL,
+    Checkpoints,
+    RowFile,
+    lock_folder,
+    remove_error_file,
+    unwritable_error,
+    write_error_file,
+)
 
 JOURNAL_DIR: Final = "journal"
 """Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
@@ -289,3 +293,20 @@ def _run_dir(ctx: LogContext | None) -> Path:
             fix="give the ctx a run_key that is the name of one folder, or the loop an output_dir",
         )
     return run_dir
+
+
+EXIT: Final = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""Requests to exit the program or the coroutine; they always propagate."""
+
+
+def should_propagate(error: BaseException, *, cancelled: bool) -> bool:
+    """Whether an error must propagate: a request to exit, or a cancellation of the work itself.
+
+    All other errors are isolated, whatever they inherit from: a panic in Rust code (tokenizers, polars) is not an
+    Exception.
+
+    Args:
+        error: The error that the isolated code raised.
+        cancelled: Whether the work is being cancelled; if not, the isolated code raised a CancelledError by itself.
+    """
+    return isinstance(error, EXIT) or (cancelled and isinstance(error, asyncio.CancelledError))

@@ -4,7 +4,7 @@
     the recipe          builds the parts of the run
     TrainingLoop        TrainStart … TrainEnd
     each benchmark      BenchmarkEval(step=None)
-    RunParts.close
+    RunComponents.close
     RunEnd              always, also after an error
 
 Errors of a run are isolated here: what the recipe, the backend or the disk raises ends this run and no other.
@@ -22,17 +22,16 @@ import msgspec
 
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.normalize import dict_or_empty
 from evsys_bus.config.experiment import Recipe
 from evsys_bus.context import ArmResult, EvalResult, LogContext, RunResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import BenchmarkEval, RunEnd, RunStart
-from evsys_bus.training.checkpoints import FINAL
-from evsys_bus.training.error_file import write_error_file
-from evsys_bus.training.isolation import EXIT, should_propagate
-from evsys_bus.training.loop import TrainingLoop
+from evsys_bus.training.loop import EXIT, TrainingLoop, should_propagate
 from evsys_bus.training.plan import RunComponents, RunPlan
 from evsys_bus.training.protocols import Benchmark, Scorer
+from evsys_bus.training.run_files import FINAL, write_error_file
 
 CLOSE_SECONDS: Final = 10.0
 """Time limit of ``RunComponents.close``."""
@@ -133,8 +132,8 @@ class RunExecutor:
             components = await components
         if not isinstance(components, RunComponents):
             raise TrainingError(
-                f"the recipe returned {type(components).__name__}, not RunParts",
-                fix="return RunParts(backend=…, step_builder=…, num_steps=…)",
+                f"the recipe returned {type(components).__name__}, not RunComponents",
+                fix="return RunComponents(backend=…, step_builder=…, num_steps=…)",
             )
         return components
 
@@ -232,7 +231,7 @@ def _error_message(error: BaseException) -> str:
 
 def _normalized_result(result: EvalResult, name: str) -> EvalResult:
     """Return a copy of an evaluation with only numeric metrics, and without fields of a wrong type."""
-    plain = _dict_or_empty(to_builtins(result)[0])
+    plain = dict_or_empty(to_builtins(result)[0])
     fields: dict[str, Any] = {"name": name}
     for field in msgspec.structs.fields(EvalResult):
         with suppress(msgspec.ValidationError):
@@ -243,8 +242,8 @@ def _normalized_result(result: EvalResult, name: str) -> EvalResult:
 
 def _measured_metrics(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the numeric metrics of a training row; in a row read from disk, ``nonfinite`` restores the nulls."""
-    plain = _dict_or_empty(to_builtins(row)[0])
-    nonfinite = _dict_or_empty(plain.get("nonfinite"))
+    plain = dict_or_empty(to_builtins(row)[0])
+    nonfinite = dict_or_empty(plain.get("nonfinite"))
     plain |= {key: float(nonfinite[key]) for key in plain if plain[key] is None and nonfinite.get(key) in _NONFINITE}
     return _numeric_items({key: value for key, value in plain.items() if key not in _NON_METRIC_KEYS})
 
@@ -253,11 +252,6 @@ def _numeric_items(metrics: object) -> dict[str, float]:
     """Return the entries whose values are numbers, without booleans."""
     return {
         key: value
-        for key, value in _dict_or_empty(to_builtins(metrics)[0]).items()
+        for key, value in dict_or_empty(to_builtins(metrics)[0]).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-
-
-def _dict_or_empty(plain: object) -> dict[str, Any]:
-    """Return the value if it is a dict, else an empty dict."""
-    return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}

@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evsys_adapters.checkpoint_prune import CheckpointPrune
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoint_prune import BestCheckpoints, CheckpointPrune, RetentionRules, prunable
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
 from evsys_adapters.checkpoints.events import CheckpointPruned
-from evsys_adapters.checkpoints.retention import BestCheckpoints, RetentionRules, prunable
-from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
     Envelope,
@@ -24,9 +22,9 @@ from evsys_bus import (
     ManifestRow,
     TrainEnd,
 )
+from evsys_bus.adapter import Rewindable
 from evsys_bus.codec import decode, encode
 from evsys_bus.config import Registry, build_callbacks
-from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.errors import RetryLaterError, WrongParamError
 from evsys_bus.testing import conformance
 from support.journals import read_events

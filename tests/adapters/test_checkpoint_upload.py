@@ -11,13 +11,12 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component, safe_relative_path
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.stores import StorePool, url_for
-from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
     Envelope,

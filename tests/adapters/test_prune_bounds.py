@@ -8,9 +8,8 @@ import msgspec
 import pytest
 
 from evsys_adapters.checkpoint_prune import CheckpointPrune
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
 from evsys_adapters.checkpoints.removal import RemovalBounds, plan_removal, remove_path
-from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import LogContext, LoopState, ManifestRow
 from evsys_bus.errors import WrongParamError
 from tests.adapters.test_checkpoint_prune import Trainer

@@ -75,11 +75,13 @@ async def test_an_entry_is_made_anew_wherever_it_was_torn(upload):
     whole = path.read_bytes()
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        [waiting] = upload.spool.waiting(row)
-        assert waiting.entry is None
-        mended = upload.spool.mend(waiting, row, ("state", "sampler"))
-        assert msgspec.structs.replace(mended.entry, number=1) == msgspec.json.decode(whole, type=type(mended.entry))
-        assert upload.spool.waiting(row)[0].entry == mended.entry
+        [pending] = upload.spool.pending(row)
+        assert pending.entry is None
+        repaired = upload.spool.repair(pending, row, ("state", "sampler"))
+        assert msgspec.structs.replace(repaired.entry, number=1) == msgspec.json.decode(
+            whole, type=type(repaired.entry)
+        )
+        assert upload.spool.pending(row)[0].entry == repaired.entry
 
 
 async def test_files_that_are_missing_in_an_entry_are_linked_again(upload):

@@ -16,11 +16,10 @@ import anyio
 import msgspec
 import pytest
 
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
+from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
 from evsys_adapters.checkpoints import UploadLedger, open_store
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded
 from evsys_adapters.checkpoints.spool import Spool
-from evsys_adapters.checkpoints.upload_sink import UploadSink
 from evsys_bus import (
     Checkpoint,
     Envelope,

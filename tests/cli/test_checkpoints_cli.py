@@ -200,7 +200,7 @@ def test_a_link_in_the_folder_does_not_lead_a_fetch_out_of_it(evsys_bus, tmp_pat
     (low / "fetched/step-000029/state").symlink_to(tmp_path / "out")
     code, _, err = evsys_bus("fetch", low)
     assert code == 4
-    assert "leads out" in err
+    assert "is a link that leaves" in err
     assert not [each for each in (tmp_path / "out").rglob("*") if each.is_file()]
 
 

@@ -27,7 +27,7 @@ from evsys_bus import (
     StepEnd,
     TrainingBatch,
 )
-from evsys_bus.cli.event_reader import EventFilter, EventReader
+from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.codec import encode, to_json
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, Position, frame, verify
 from support import GOLDEN
@@ -68,7 +68,7 @@ def same_as_golden(name, text, tmp_path):
     text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "<time>", text)
     text = re.sub(r"^\d\d-\d\d \d\d:\d\d:\d\d", "<time>", text, flags=re.MULTILINE)
     text = re.sub(r"\d+ s( ago)?$", "<age>", text, flags=re.MULTILINE)
-    text = re.sub(r"\b[\d,.]+ (B|kB|bytes set)\b", r"<size> \1", text)  # which paths are in the events decides
+    text = re.sub(r"\b[\d,.]+ (B|kB|bytes damaged)\b", r"<size> \1", text)  # which paths are in the events decides
     text = re.sub(r"at byte [\d,]+", "at byte <place>", text)
     text = re.sub(r" {3,}", "   ", text)  # how wide a column is depends on the process and the host
     path = GOLDEN / f"{name}.txt"

@@ -271,7 +271,8 @@ def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
     board.on_checkpoint(state, ManifestRow("final", 9))
     state.request_stop("val/acc has not improved")
     board.on_train_end(state, LoopArtifacts())
-    assert [(each.event, each.step) for each in board.updates] == [
+    updates = [(each.event, each.step) for each in board.updates]
+    assert updates == [
         ("run_started", 0),
         ("checkpoint", 10),
         ("stopped", 0),

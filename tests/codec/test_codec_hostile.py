@@ -8,7 +8,7 @@ import pytest
 
 from evsys_bus import Checkpoint, Envelope, Eval, LogContext, LoopState, ManifestRow, RunStart, StepEnd, TrainingBatch
 from evsys_bus.codec import MAX_EVENT_BYTES, decode, encode, event_encoder, to_json
-from evsys_bus.codec.limits import MAX_DEPTH, MAX_KEY_CHARS, MAX_TEXT_CHARS
+from evsys_bus.codec.scalars import MAX_DEPTH, MAX_KEY_CHARS, MAX_TEXT_CHARS
 from evsys_bus.events import BenchmarkEval, UnknownEvent
 
 GOOD = {"loss": 0.5, "acc": 0.25}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evsys_bus.codec import json_line
-from evsys_bus.codec.limits import MAX_KEY_CHARS
+from evsys_bus.codec.scalars import MAX_KEY_CHARS
 
 SCALARS = st.none() | st.booleans() | st.floats() | st.integers(-(2**53), 2**53) | st.text()
 NAMES = st.text().filter(lambda name: name not in ("replaced", "nonfinite"))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from evsys_bus import LogContext, LoopState
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.limits import MAX_DEPTH, MAX_KEY_CHARS, MAX_REASONS, MAX_TEXT_CHARS
+from evsys_bus.codec.scalars import MAX_DEPTH, MAX_KEY_CHARS, MAX_REASONS, MAX_TEXT_CHARS
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from evsys_bus.bus.callback_marks import BusCallbackMarks, recorded_marks
-from evsys_bus.cli.event_reader import EventFilter, EventReader
-from evsys_bus.cli.journals import find_journal, list_journals_newest_first
+from evsys_bus.cli.events import EventFilter, EventReader
+from evsys_bus.cli.records import find_journal, list_journals_newest_first
 from evsys_bus.codec import encode
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.diagnostics import FaultLog

@@ -15,10 +15,11 @@ from support import ROOT
 SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
 
 PUBLIC = """
-    ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts
-    LoopState ManifestRow Receipt RunAnnotated RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
-    TrainingLoop build_callbacks dispatch follow register_callback register_sink
+    ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint DeliveryError Envelope
+    Eval EvalResult Event EventBus EvsysBusError Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart
+    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError Receipt RejectedError RetryLaterError Rewindable
+    RunAnnotated RunEnd RunResult RunResumer RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks dispatch follow register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
@@ -32,7 +33,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
     "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go, raised again; close and settle_owed of callbacks",
     "evsys_bus/watchdog.py": "its looks; the next ones follow",
-    "evsys_bus/tasks/uninterruptible.py": "Ctrl-C while one waits; raised once the work is done",
+    "evsys_bus/tasks/calls.py": "a sink's calls, as a value; the training, and Ctrl-C while one waits, raised again",
     "evsys_bus/tasks/loops.py": "Ctrl-C while a loop is begun; raised again",
     "evsys_bus/tasks/manager.py": "who is told of a task's end",
     "evsys_bus/journal/writer.py": "opening; raised again",
@@ -43,31 +44,24 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/delivery/courier.py": "a receiver: opening it is raised again; taking and marking are tried again",
     "evsys_bus/delivery/callback_receiver.py": "followed hooks",
     "evsys_bus/delivery/process_log.py": "code of what is logged",
-    "evsys_bus/testing/failures.py": "the adapter under test",
-    "evsys_bus/testing/conformance_callback.py": "its tasks",
-    "evsys_bus/tasks/call_with_timeout.py": "a sink's calls; handed back as a value",
+    "evsys_bus/testing/conformance_checks.py": "the adapter under test; its tasks",
     "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
     "evsys_bus/codec/event_fields.py": "code of values",
-    "evsys_bus/codec/inspection.py": "code of values",
-    "evsys_bus/codec/json_line.py": "code of values",
-    "evsys_bus/codec/custom_fields.py": "code of a host's state, and of what is in it",
     "evsys_bus/codec/normalize.py": "code of values",
-    "evsys_bus/codec/decode.py": "code of the types that values are decoded to",
-    "evsys_bus/codec/wire_types.py": "code of a host's handles; the str of a stranger's exception",
-    "evsys_bus/codec/annotations.py": "code in annotations",
-    "evsys_bus/codec/step_template.py": "code of values",
     "evsys_bus/codec/encode.py": "code of values",
-    "evsys_bus/tasks/run_to_completion.py": "the training; raised again where it is awaited",
-    "evsys_bus/training/error_file.py": "the text of a stranger's exception",
+    "evsys_bus/codec/wire_types.py": "code of a host's handles and state, and in annotations; a stranger's str",
+    "evsys_bus/codec/decode.py": "code of the types that values are decoded to",
+    "evsys_bus/codec/step_template.py": "code of values",
+    "evsys_bus/training/run_files.py": "the text of a stranger's exception",
     "evsys_bus/training/run_executor.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
     "evsys_bus/delivery/courier_pool.py": "building an adapter; a delivery that broke down; writing that down",
     "evsys_bus/config/subscription_builder.py": "a plugin's import, Config and constructor; a stranger's equality",
     "evsys_bus/config/experiment.py": "a recipe's module, its Config and its annotation",
     "evsys_bus/config/registry.py": "a plugin's import",
-    "adapters/evsys_adapters/_result_fields.py": "the look-up of a stranger",
+    "adapters/evsys_adapters/_runs.py": "the look-up of a stranger",
     "adapters/evsys_adapters/debug_logger.py": "the repr of a stranger",
     "adapters/evsys_adapters/print_progress.py": "the number of a stranger",
     "adapters/evsys_adapters/_terminal.py": "the str of a stranger",

@@ -25,8 +25,8 @@ PROGRAM = """
     for _ in sys.stdin:
         child = os.fork()
         if not child:
-            logger = eval(f"evsys_adapters.{adapter}")
-            courier = Courier(journal, "logger", logger, DeliveryPolicy(), slice_seconds=0.002)
+            logger, policy = eval(f"evsys_adapters.{adapter}"), DeliveryPolicy()
+            courier = Courier(journal, "logger", logger, policy, slice_seconds=0.002)
             courier.finish()
             run_in_new_loop(courier.run)
             os._exit(0)

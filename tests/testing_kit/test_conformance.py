@@ -1,6 +1,7 @@
 """Every adapter that ships keeps its side of the contract; and the suite notices one that does not."""
 
 import asyncio
+import inspect
 import json
 import re
 import sqlite3
@@ -355,3 +356,70 @@ def test_a_sink_that_cannot_be_called_is_told_so_and_nothing_else():
     with pytest.raises(AssertionError, match=r"as they are declared: .*Sync.write is not async") as caught:
         conformance(lambda _: Sync())()
     assert len(str(caught.value).split("\n- ")) == 2
+
+
+# -- with fixtures, and inside a loop ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["a", "b"])
+def prefix(request):
+    return request.param
+
+
+class Prefixed(Callback):
+    def __init__(self, folder, prefix, wrong=""):
+        self.folder, self.prefix, self.wrong = folder, prefix, wrong
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        with (self.folder / f"{self.prefix}-{state.run_key}").open("a") as file:
+            file.write(f"{step_idx}\n")
+
+
+def prefixed_files(folder, prefix):
+    return {path.name: path.read_text() for path in folder.glob(f"{prefix}-*")}
+
+
+test_an_adapter_is_constructed_with_a_fixture = conformance(Prefixed)
+test_what_it_wrote_is_read_with_a_fixture = conformance(Prefixed, contents=prefixed_files)
+test_a_delivery_half_has_fixtures_too = conformance(
+    lambda _: Halved(), delivery=lambda _, prefix: Wrong(f"no {prefix}")
+)
+
+
+def test_fixtures_are_the_parameters_without_a_default():
+    test = conformance(Prefixed, delivery=lambda folder, *, tmp_path: None)
+    assert [*inspect.signature(test).parameters] == ["prefix", "tmp_path"]
+    assert [*inspect.signature(conformance(lambda folder, wrong="", **_: None)).parameters] == []
+    with pytest.raises(TypeError, match="prefix"):
+        test(tmp_path=1)
+
+
+async def test_an_adapter_is_tried_inside_a_loop_as_it_is_outside():
+    conformance(Lines)()
+    conformance(lambda _: RecordingSink())()
+    with pytest.raises(AssertionError, match="take a whole experiment; it raised RejectedError"):
+        conformance(lambda _: Wrong("rejects"))()
+    with pytest.raises(AssertionError, match="its task Lines.task takes a whole experiment"):
+        conformance(lambda folder: Lines(folder, "makes a bare task that raises"))()
+
+
+async def test_a_sink_may_need_a_server_on_the_loop_of_the_test():
+    async def count(reader, writer):
+        writer.write(b"%d\n" % len(await reader.readline()))
+        writer.close()
+        await writer.wait_closed()
+
+    class Posts(Sink):
+        def __init__(self, port):
+            self.port = port
+
+        async def write(self, batch):
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            writer.write(b"x" * len(batch) + b"\n")
+            assert int(await reader.readline()) == len(batch) + 1
+            writer.close()
+            await writer.wait_closed()
+
+    async with await asyncio.start_server(count, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        await asyncio.to_thread(conformance(lambda _: Posts(port)))

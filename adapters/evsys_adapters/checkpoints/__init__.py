@@ -14,8 +14,8 @@ from evsys_adapters.checkpoints.store import (
     RefusedError,
     Stored,
     StoreError,
-    open_store,
 )
+from evsys_adapters.checkpoints.stores import open_store
 
 __all__ = [
     "ConflictError",

@@ -6,6 +6,7 @@ A process holds the lock of the copy that it writes. If another process holds it
 copy is started.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -18,8 +19,9 @@ from typing import Final
 
 from anyio import to_thread
 
-from evsys_adapters.checkpoints import durable
 from evsys_adapters.checkpoints.store import DamagedError, ProgressCallback, Stored, check_content
+from evsys_bus.disk import OsDisk
+from evsys_bus.errors import RetryLaterError
 
 MAX_BLOCKING_BYTES: Final = 4 << 20
 """Bytes read or hashed in one thread call; a cancellation waits for at most that."""
@@ -59,7 +61,7 @@ class HashingWriter:
             )
         if self._file is not None:
             written = 0
-            with durable.full_disk_as_retry(self._where), memoryview(chunk) as view:
+            with full_disk_as_retry(self._where), memoryview(chunk) as view:
                 while written < len(chunk):
                     written += os.pwrite(self._file, view[written:], self.size + written)
         self._digest.update(chunk)
@@ -76,7 +78,7 @@ class HashingWriter:
     def finish(self) -> None:
         """Truncate the file to the written size and sync it."""
         assert self._file is not None
-        with durable.full_disk_as_retry(self._where):
+        with full_disk_as_retry(self._where):
             os.ftruncate(self._file, self.size)
             os.fsync(self._file)
 
@@ -130,14 +132,14 @@ async def copy_into(
                 if not resumed_size:
                     raise
                 continue  # the resumed part may have been torn
-            await to_thread.run_sync(durable.move_into_place, partial, path)
+            await to_thread.run_sync(move_into_place, partial, path)
             return actual
 
 
 def partial_of(path: Path, sha256: str) -> Path:
     """Return the path of the partial copy to this path of the content with this digest."""
     digits = hashlib.sha256(os.fsencode(path.name) + b"\0" + sha256.encode()).hexdigest()[:32]
-    return _partial_path(path, digits)
+    return partial_path(path, digits)
 
 
 def is_partial(path: Path) -> bool:
@@ -160,10 +162,10 @@ def remove_partials(folder: Path, exclude: Collection[Path] = ()) -> None:
 def _open_partial(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]:
     """Open a partial copy for the path; it is removed on exit unless it can be resumed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_path(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
+    partial = partial_path(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
     file, is_resumable = _open_locked(partial, os.O_CREAT), sha256 is not None
     if file is None:
-        partial, is_resumable = _partial_path(path, token_hex(16)), False
+        partial, is_resumable = partial_path(path, token_hex(16)), False
         file = _open_locked(partial, os.O_CREAT)
     if file is None:  # locks are not supported here
         file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -175,7 +177,8 @@ def _open_partial(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]
             partial.unlink(missing_ok=True)  # it was moved into place, unless the copy failed
 
 
-def _partial_path(path: Path, digits: str) -> Path:
+def partial_path(path: Path, digits: str) -> Path:
+    """Return the temporary name with these digits beside the path."""
     shown = path.name.encode(errors="ignore")[:_SHOWN_BYTES].decode(errors="ignore")
     return path.with_name(f".{shown}.{digits}.partial")
 
@@ -197,3 +200,34 @@ def _open_locked(partial: Path, extra_flags: int = 0) -> int | None:
     if file is not None:
         os.close(file)
     return None
+
+
+CHUNK_BYTES: Final = 1 << 20
+_DISK_FULL_ERRORS: Final = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def full_disk_as_retry(where: object) -> Generator[None]:
+    """Convert a full disk in the block to an error that names the place.
+
+    Raises:
+        RetryLaterError: The disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FULL_ERRORS:
+            raise
+        raise RetryLaterError(f"no room in {where}: {error.strerror}; it resumes once there is space") from error
+
+
+def move_into_place(partial: Path, path: Path) -> None:
+    """Rename a synced file to its final path, and fsync the directory."""
+    partial.replace(path)
+    OsDisk().sync_path(str(path.parent))
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 digest of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,12 +8,21 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import BinaryIO, Final
 
 from anyio import to_thread
 
-from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.copying import MAX_BLOCKING_BYTES, HashingWriter, copy_into
+from evsys_adapters.checkpoints.copying import (
+    CHUNK_BYTES,
+    MAX_BLOCKING_BYTES,
+    HashingWriter,
+    copy_into,
+    full_disk_as_retry,
+    move_into_place,
+    partial_path,
+    sha256_of,
+)
 from evsys_adapters.checkpoints.ledger import FileIdentity, UploadLedger, UploadPlan
 from evsys_adapters.checkpoints.store import (
     MAX_SMALL_BYTES,
@@ -74,19 +83,20 @@ class FolderStore:
         with file:
             source = FileIdentity.of(os.fstat(file.fileno()))
             if target.exists():
-                sha256 = await to_thread.run_sync(durable.sha256_of, path)
+                sha256 = await to_thread.run_sync(sha256_of, path)
                 stored = await to_thread.run_sync(self._require_same, key, source.size, sha256)
             else:
-                partial_file = durable.partial_path(target)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                partial_file = partial_path(target, token_hex(6))
                 ledger.begin(UploadPlan(self.where, key, str(path), source, upload_id=str(partial_file)))
-                with durable.full_disk_as_retry(self.where), partial_file.open("wb") as out:
+                with full_disk_as_retry(self.where), partial_file.open("wb") as out:
                     writer = HashingWriter(out.fileno(), self.where)
                     await _read(file, source.size, on_progress, writer)
                     await to_thread.run_sync(writer.finish)
                     stored = writer.as_stored(key)
                     if FileIdentity.of(os.fstat(file.fileno())) != source:
                         raise RetryLaterError(f"{path} changed while it was copied")
-                    await to_thread.run_sync(durable.move_into_place, partial_file, target)
+                    await to_thread.run_sync(move_into_place, partial_file, target)
         ledger.remove(self.where, key)
         if on_progress is not None:
             on_progress(stored.size, stored.size)
@@ -147,14 +157,14 @@ class FolderStore:
         path, sha256 = self._path(key), hashlib.sha256(data).hexdigest()
         if path.exists() and not replace:
             return self._require_same(key, len(data), sha256)
-        with durable.full_disk_as_retry(self.where):
+        with full_disk_as_retry(self.where):
             replace_file(path, data, mode=0o666)
         return Stored(key, len(data), sha256)
 
     def _change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _folder_lock(path.parent) as locked, durable.full_disk_as_retry(self.where):
+        with _folder_lock(path.parent) as locked, full_disk_as_retry(self.where):
             changed = change(load_file(path, bytes, quarantine=True))
             if changed is not None:
                 replace_file(path, changed, mode=0o666)
@@ -185,7 +195,7 @@ class FolderStore:
     def _require_same(self, key: str, size: int, sha256: str) -> Stored:
         """Return the object if it has this content; raises ConflictError otherwise."""
         path = self._path(key)
-        if path.stat().st_size != size or durable.sha256_of(path) != sha256:
+        if path.stat().st_size != size or sha256_of(path) != sha256:
             raise ConflictError(f"{path} has other content", fix="store this run under another prefix, or move it away")
         return Stored(key, size, sha256)
 
@@ -245,6 +255,6 @@ def _read_chunk(file: BinaryIO, writer: HashingWriter) -> bool:
     """Add a bounded amount, so that a cancellation does not wait long; returns whether there was any."""
     file.seek(writer.size)
     before = writer.size
-    while writer.size - before < MAX_BLOCKING_BYTES and (chunk := file.read(durable.CHUNK_BYTES)):
+    while writer.size - before < MAX_BLOCKING_BYTES and (chunk := file.read(CHUNK_BYTES)):
         writer.add(chunk)
     return writer.size > before

@@ -12,7 +12,6 @@ from typing import Final, Self
 
 import msgspec
 
-from evsys_adapters.checkpoints import durable
 from evsys_bus.files import load_file, replace_file
 
 
@@ -83,7 +82,8 @@ class UploadLedger:
         fd = os.open(self._file(plan.where, plan.key), os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         with os.fdopen(fd, "ab") as file:  # buffered: it is written completely, or raises
             file.write(b"\n" + _encode(part))  # ends a torn line before it
-            durable.sync_file(file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def find(self, where: str, key: str) -> tuple[UploadPlan, dict[int, UploadedPart]] | None:
         """Return the upload to the key, and the parts that the store has, by number."""

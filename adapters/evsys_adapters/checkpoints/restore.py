@@ -13,8 +13,7 @@ from typing import Final
 import anyio
 import msgspec
 
-from evsys_adapters.checkpoints import durable
-from evsys_adapters.checkpoints.copying import is_partial, partial_of, remove_partials
+from evsys_adapters.checkpoints.copying import is_partial, partial_of, remove_partials, sha256_of
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import MANIFEST, Manifest, checkpoint_folder, is_remote_uri, safe_relative_path
 from evsys_adapters.checkpoints.store import (
@@ -302,9 +301,7 @@ def _is_present(root: Path, path: Path, size: int, sha256: str) -> bool:
 
 
 def _has_content(path: Path, size: int, sha256: str) -> bool:
-    return (
-        path.is_file() and not path.is_symlink() and path.stat().st_size == size and durable.sha256_of(path) == sha256
-    )
+    return path.is_file() and not path.is_symlink() and path.stat().st_size == size and sha256_of(path) == sha256
 
 
 _decode: Final = msgspec.json.Decoder(Manifest).decode

@@ -19,8 +19,7 @@ from anyio import to_thread
 
 from evsys_adapters.checkpoints.copying import HashingWriter, copy_into
 from evsys_adapters.checkpoints.ledger import UploadLedger, identity_of
-from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection
-from evsys_adapters.checkpoints.s3_errors import S3ResponseError
+from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection, S3ResponseError
 from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, base64_of, retrying
 from evsys_adapters.checkpoints.store import (
     MAX_SMALL_BYTES,

@@ -1,4 +1,4 @@
-"""`ObjectStore`: storage of checkpoints by key, its errors, and `open_store`, which creates a store for a URL.
+"""`ObjectStore`: storage of checkpoints by key, and its errors. `stores.open_store` creates one for a URL.
 
     error                        meaning
     ---------------------------  ---------------------------------------------------------------------
@@ -13,15 +13,13 @@ All of them are `DeliveryError`s; retrying does not help with the last four. OSE
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Protocol
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
 from evsys_adapters.checkpoints.ledger import UploadLedger
-from evsys_bus.errors import ConfigError, DeliveryError
+from evsys_bus.errors import DeliveryError
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the bytes done and the total bytes."""
@@ -220,60 +218,3 @@ class ObjectStore(Protocol):
     async def close(self) -> None:
         """Close connections."""
         ...
-
-
-def open_store(
-    url: str,
-    *,
-    endpoint: str | None = None,
-    region: str | None = None,
-    path_style: bool | None = None,
-    profile: str | None = None,
-    concurrency: int = 4,
-    part_bytes: int = PART_BYTES,
-) -> tuple[ObjectStore, str]:
-    """Return the store for a URL, not yet open, and the prefix of all keys in it.
-
-    The prefix is empty or ends with a slash: the key of ``name`` is ``prefix + name``.
-
-    Args:
-        url: ``s3://bucket/prefix``, or ``file:///directory``.
-        endpoint: URL of a server other than Amazon's, such as ``https://minio.example:9000``.
-        path_style: Whether the bucket is part of the path instead of the host name; by default if there is an endpoint.
-        profile: Profile of the user's AWS configuration.
-        concurrency: How many parts of a file are sent concurrently.
-        part_bytes: Size of the parts of a larger file; at least 5 MiB, as required by S3.
-
-    Raises:
-        ConfigError: The URL names no store.
-        ModuleNotFoundError: aiobotocore is not installed; `build_callbacks` converts it to a BrokenAdapterError.
-
-    Example:
-        >>> store, prefix = open_store("file:///tmp/checkpoints")
-        >>> prefix + "run-1/step-100.pt"
-        'run-1/step-100.pt'
-    """
-    parts = urlsplit(url)
-    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
-        from evsys_adapters.checkpoints.folder_store import FolderStore
-
-        return FolderStore(Path(unquote(parts.path))), ""
-    if parts.scheme == "s3" and parts.netloc:
-        if find_spec("aiobotocore") is None:
-            raise ModuleNotFoundError('S3 needs aiobotocore; pip install "evsys-bus[s3]"', name="aiobotocore")
-        from evsys_adapters.checkpoints.s3_store import S3Store
-
-        prefix = url.removeprefix("s3://").partition("/")[2].strip("/")
-        prefix = prefix and f"{prefix}/"
-        store = S3Store(
-            parts.netloc,
-            prefix=prefix,
-            endpoint=endpoint,
-            region=region,
-            path_style=endpoint is not None if path_style is None else path_style,
-            profile=profile,
-            concurrency=concurrency,
-            part_bytes=part_bytes,
-        )
-        return store, prefix
-    raise ConfigError(f"{url!r} names no object store", fix="write s3://bucket/prefix or file:///directory")

@@ -9,24 +9,233 @@ server is queried first:
 
 That is needed if an earlier process may have created it: our IDs contain their creation time, and objects with IDs
 younger than this process need no query. And it is needed if this process has lost a response.
+
+Our own IDs are UUIDv7. An ID is stored in a small file beside the object that it identifies, so that resumed runs and
+experiments have the same IDs:
+
+    <output_dir>/.evsys_ids/experiment
+                            group-<name>-<digest>
+    <output_dir>/<run_key>/.evsys_ids/run
 """
 
+import dataclasses
+import hashlib
+import os
 import time
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._result_fields import field, items
-from evsys_adapters._runs import output_dir_of, run_context, run_id
+from evsys_adapters._runs import field, items, output_dir_of, run_context, run_id
 from evsys_adapters.evsys_api.gateway import OperationRefusedError
-from evsys_adapters.evsys_api.ids import derived_id, id_time
-from evsys_adapters.evsys_api.known_objects import MAX_ENDED, Experiment, KnownObjects, Run, ServerId
 from evsys_adapters.evsys_api.records import INDEX, RUN_ID, TAG, Args, experiment_args, run_args
-from evsys_bus.diagnostics import FaultLog
+from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
 from evsys_bus.events import Envelope
+from evsys_bus.files import create_file, load_file
+
+IDS_FOLDER: Final = ".evsys_ids"
+_VERSION: Final = 7 << 76
+_VARIANT: Final = 2 << 62
+_RANDOM: Final = ~(0xF << 76 | 3 << 62) & ((1 << 80) - 1)
+
+
+def new_id() -> str:
+    """Return a new UUIDv7."""
+    return _uuid7(time.time(), os.urandom(10))
+
+
+def derived_id(seconds: float, *parts: str) -> str:
+    """Return a deterministic UUIDv7 of a time and some texts.
+
+    Args:
+        seconds: Seconds since the epoch; the ID's creation time.
+        parts: Texts that distinguish it from other IDs of that time.
+    """
+    return _uuid7(seconds, hashlib.blake2b("\0".join(parts).encode(errors="surrogatepass"), digest_size=10).digest())
+
+
+def id_time(text: str) -> float | None:
+    """Return the creation time in the ID, in seconds since the epoch; None if it is not a UUIDv7."""
+    try:
+        found = uuid.UUID(text)
+    except ValueError:
+        return None
+    return (found.int >> 80) / 1000 if found.version == 7 else None  # noqa: PLR2004
+
+
+def persistent_id(folder: Path | None, name: str) -> str:
+    """Return the ID stored in a folder under a name, or create and store a new one.
+
+    If the disk refuses it, logs a WARNING; the ID is then valid for this process only.
+
+    Args:
+        folder: The folder of the experiment or the run; None if there is none.
+        name: One path component.
+    """
+    fresh_id = new_id()
+    if folder is None:
+        return fresh_id
+    path = folder / IDS_FOLDER / name
+    try:
+        stored_id = load_file(path, _id_of, quarantine=True)
+        if stored_id is None and not create_file(path, f"{fresh_id}\n".encode(), mode=0o666):
+            stored_id = load_file(path, _id_of, quarantine=False)  # created by another process meanwhile
+    except OSError as error:
+        fix = "make the folder writable; without the stored id, a resumed run is another run for EvSys"
+        log().warning("evsys.id_not_kept", path=str(path), error=str(error), fix=fix)
+        stored_id = None
+    return stored_id or fresh_id
+
+
+def _uuid7(seconds: float, random: bytes) -> str:
+    milliseconds = max(0, int(seconds * 1000)) & ((1 << 48) - 1)
+    low = int.from_bytes(random, "big") & _RANDOM
+    return str(uuid.UUID(int=milliseconds << 80 | _VERSION | _VARIANT | low))
+
+
+def _id_of(data: bytes) -> str:
+    text = data.decode("ascii").strip()
+    if id_time(text) is None:
+        raise ValueError("it holds no id")
+    return text
+
+
+MAX_ENDED: Final = 500
+"""Ended runs and experiments that are remembered; an older one is looked up when it continues."""
+MAX_EVAL_IDS: Final = 64
+"""Maximum number of remembered eval IDs of a run, the newest."""
+MAX_NAMES: Final = 50
+
+ServerId = str | int
+
+
+@dataclasses.dataclass(slots=True)
+class Experiment:
+    """One experiment."""
+
+    our_id: str
+    path: str
+    """Its folder; identifies the experiment of events without IDs."""
+    id: ServerId | None = None
+    """The server's ID; None before it is created, and if that was rejected."""
+    ended: bool = False
+    groups: dict[str, ServerId | None] = dataclasses.field(default_factory=dict[str, ServerId | None])
+    """Group IDs by name; None for a group without an ID."""
+    refused: str | None = None
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """One run."""
+
+    our_id: str
+    path: str
+    experiment: str
+    """Our ID of its experiment."""
+    id: ServerId | None = None
+    announced: bool = False
+    """Whether it has a RunStart, and so will have a RunEnd."""
+    ended: bool = False
+    last_step: int = -1
+    evals: dict[str, list[int]] = dataclasses.field(default_factory=dict[str, list[int]])
+    """Steps of the stored evals, by name; for evals after training, -2 minus the last step."""
+    claimed: list[ServerId] = dataclasses.field(default_factory=list[ServerId])
+    """The server's IDs of the newest evals."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict[str, int])
+    """Number of values of each metric that JSON cannot represent."""
+    refused: str | None = None
+    made_here: bool = False
+    """Whether this process has created it, and so knows all its objects."""
+    checkpoints: set[tuple[Any, Any, Any]] | None = None
+    """Stored checkpoints by label, step and URI; None if unknown."""
+
+    def record_eval(self, name: str, slot: int, eval_id: ServerId | None) -> None:
+        """Record an eval once all its predictions are stored; earlier, it would be duplicated after a crash."""
+        self.evals.setdefault(name, []).append(slot)
+        if eval_id is not None:
+            self.claimed = [*self.claimed, eval_id][-MAX_EVAL_IDS:]
+
+    def count_left_out(self, names: list[str]) -> None:
+        """Count omitted values."""
+        for name in names:
+            if name in self.left_out or len(self.left_out) < MAX_NAMES:
+                self.left_out[name] = self.left_out.get(name, 0) + 1
+
+
+_NOT_STORED: Final = frozenset({"refused", "made_here", "checkpoints"})
+
+
+class KnownObjects:
+    """The known experiments and runs.
+
+    Args:
+        max_ended: How many ended runs and experiments are remembered.
+    """
+
+    def __init__(self, max_ended: int = MAX_ENDED) -> None:
+        self._max_ended: Final = max_ended
+        self.experiments: dict[str, Experiment] = {}
+        self.runs: dict[str, Run] = {}
+        self.experiment_at: dict[str, Experiment] = {}
+        """The newest experiment in each folder."""
+        self.run_at: dict[str, Run] = {}
+
+    def add_experiment(self, experiment: Experiment) -> Experiment:
+        """Add an experiment."""
+        self.experiments[experiment.our_id] = self.experiment_at[experiment.path] = experiment
+        return experiment
+
+    def add_run(self, run: Run) -> Run:
+        """Add a run."""
+        self.runs[run.our_id] = self.run_at[run.path] = run
+        return run
+
+    def prune(self) -> list[str]:
+        """Forget the oldest ended objects once there are twice as many as the limit; returns our IDs of them."""
+        runs = [run for run in self.runs.values() if run.ended]
+        runs = [] if len(runs) < 2 * self._max_ended else runs[: -self._max_ended]
+        for run in runs:
+            del self.runs[run.our_id]
+            if self.run_at.get(run.path) is run:
+                del self.run_at[run.path]
+        used = {run.experiment for run in self.runs.values()}
+        idle = [each for each in self.experiments.values() if each.ended and each.our_id not in used]
+        idle = [] if len(idle) < 2 * self._max_ended else idle[: -self._max_ended]
+        for each in idle:
+            del self.experiments[each.our_id]
+            if self.experiment_at.get(each.path) is each:
+                del self.experiment_at[each.path]
+        return [each.our_id for each in (*runs, *idle)]
+
+    def to_builtins(self) -> dict[str, Any]:
+        """Return the objects with server IDs as plain data."""
+        return {
+            "experiments": [_to_builtins(each) for each in self.experiments.values() if each.id is not None],
+            "runs": [_to_builtins(each) for each in self.runs.values() if each.id is not None],
+        }
+
+    def load(self, stored: dict[str, Any]) -> None:
+        """Add the objects returned by `stored`; unknown keys of newer versions are ignored."""
+        for each in stored.get("experiments", ()):
+            self.add_experiment(msgspec.convert(each, Experiment))
+        for each in stored.get("runs", ()):
+            self.add_run(msgspec.convert(each, Run))
+
+
+def _to_builtins(entry: Experiment | Run) -> dict[str, Any]:
+    return {name: _copy_containers(getattr(entry, name)) for name in entry.__slots__ if name not in _NOT_STORED}
+
+
+def _copy_containers(value: Any) -> Any:
+    """Copy containers, which may be modified later."""
+    if isinstance(value, dict):
+        return {key: _copy_containers(each) for key, each in cast("dict[str, Any]", value).items()}
+    return list(cast("list[Any]", value)) if isinstance(value, list) else value
+
 
 Call = Callable[[str, Args], Awaitable[Any]]
 """Executes an operation and returns its result."""

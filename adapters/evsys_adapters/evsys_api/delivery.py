@@ -22,10 +22,9 @@ from typing import Any, ClassVar, Final, NamedTuple
 import anyio
 
 from evsys_adapters._params import validate_params
-from evsys_adapters._result_fields import field as field_of
-from evsys_adapters._result_fields import items
-from evsys_adapters._runs import run_id, step_of
-from evsys_adapters.evsys_api.creation import PendingEval, ServerObjectCreator
+from evsys_adapters._runs import field as field_of
+from evsys_adapters._runs import items, run_id, step_of
+from evsys_adapters.evsys_api.creation import PendingEval, Run, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,
     EvsysLoggerConfig,
@@ -36,7 +35,6 @@ from evsys_adapters.evsys_api.gateway import (
     is_offline,
     server_url,
 )
-from evsys_adapters.evsys_api.known_objects import Run
 from evsys_adapters.evsys_api.records import (
     LEFT_OUT,
     Args,

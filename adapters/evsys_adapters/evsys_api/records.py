@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._logged_values import config_of
-from evsys_adapters._result_fields import field, fields, items
-from evsys_adapters._runs import run_name
+from evsys_adapters._runs import field, fields, items, run_name
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import ManifestRow
 

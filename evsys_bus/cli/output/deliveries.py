@@ -23,7 +23,7 @@ from evsys_bus.cli.output.formatting import (
 )
 from evsys_bus.cli.output.screen import printable
 from evsys_bus.codec import decode
-from evsys_bus.delivery.courier_process import LOG_NAME
+from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.status_files import read_status
 from evsys_bus.delivery.subscriptions import load_subscriptions
@@ -46,6 +46,11 @@ POLL_SECONDS: Final = 0.2
 PROBLEM_POLL_SECONDS: Final = 1.0
 PERSISTENT_PROBLEM_SECONDS: Final = 10.0
 """A retried error is reported only after this long, because most pass by themselves."""
+_MINUTE: Final = 60
+UNKNOWN: Final = "?"
+"""Shown instead of the counts of a delivery whose files cannot be read."""
+RanksByAdapter = Mapping[str, tuple[int, ...] | None]
+"""The ranks that each adapter serves; None for all."""
 
 
 class DeliveryOutcome(msgspec.Struct, frozen=True):
@@ -406,14 +411,6 @@ def undelivered_error(outcome: DeliveryOutcome) -> EvsysBusError | None:
     error.why = why or default_why
     error.fix = f"{fix}   then: {command}" if fix else f"try again later: {command}"
     return error
-
-
-_MINUTE: Final = 60
-UNKNOWN: Final = "?"
-"""Shown instead of the counts of a delivery whose files cannot be read."""
-
-RanksByAdapter = Mapping[str, tuple[int, ...] | None]
-"""The ranks that each adapter serves; None for all."""
 
 
 def load_ranks_by_adapter(directory: str | Path) -> RanksByAdapter:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 OnProgress = Callable[[Sequence["DeliveryStatus"]], object]
+_MIN_WIDE_COLUMNS: Final = 80
 
 
 class DeliveryView(NamedTuple):
@@ -169,6 +170,3 @@ def _describe_state(status: "DeliveryStatus") -> str:
     unconfirmed = f"{status.owed:,} owed" if status.owed else ""
     state = "" if status.state in {None, "delivering"} else str(status.state)
     return " ".join(filter(None, (state, unconfirmed)))
-
-
-_MIN_WIDE_COLUMNS: Final = 80

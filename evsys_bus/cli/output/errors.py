@@ -37,6 +37,10 @@ ENVIRONMENT: Final = 3
 REMOTE: Final = 4
 PENDING: Final = 5
 INTERRUPTED: Final = 130
+_KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
+_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
+_MAX_KINDS: Final = 1000
+_PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
 def report(error: BaseException, screen: Screen) -> int:
@@ -109,12 +113,6 @@ def _colorize_line(line: str) -> str:
 
 def _head(text: str, screen: Screen) -> str:
     return screen.style(text, sys.stderr, fg="red", bold=True)
-
-
-_KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
-_TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
-_MAX_KINDS: Final = 1000
-_PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
 class _WarningHandler(logging.Handler):

@@ -18,6 +18,12 @@ _UNIT_FACTOR: Final = 1000
 _MINUTE: Final = 60
 _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _MIN_WHOLE_RATE: Final = 10
+GAP: Final = "   "
+_INNER: Final = "  "
+_MIN_WHOLE: Final = 1000
+_TINY: Final = 1e-3
+_MIN_WRAP_COLUMNS: Final = 20
+"""Text is not wrapped into fewer columns than this."""
 
 
 def format_size(count: int) -> str:
@@ -79,14 +85,6 @@ def format_ranges(ranges: Sequence[tuple[int, int]], limit: int = 10) -> str:
 def count_in_ranges(ranges: Sequence[tuple[int, int]]) -> int:
     """Return how many numbers these inclusive ranges hold."""
     return sum(last - first + 1 for first, last in ranges)
-
-
-GAP: Final = "   "
-_INNER: Final = "  "
-_MIN_WHOLE: Final = 1000
-_TINY: Final = 1e-3
-_MIN_WRAP_COLUMNS: Final = 20
-"""Text is not wrapped into fewer columns than this."""
 
 
 class MetricSpread(NamedTuple):

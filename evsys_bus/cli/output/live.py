@@ -32,6 +32,19 @@ from evsys_bus.codec import to_builtins
 from evsys_bus.tasks import DeliveryStatus
 
 _HIDDEN_METRICS: Final = frozenset({"step", "epoch", "step_seconds"})
+_MAX_FAILURES: Final = 4
+_MAX_UPLOADS: Final = 2
+_OVERHEAD: Final = 9
+"""Lines besides the arms: title, headings, footer, notice, and the blank lines between them."""
+_MIN_WIDE_COLUMNS: Final = 90
+_MIN_FULL_COLUMNS: Final = 70
+_ARM_WIDTH: Final = 32
+_NARROW_ARM_WIDTH: Final = 16
+_GAP: Final = "  "
+_MAX_BAR: Final = 20
+_MIN_BAR: Final = 10
+_MIN_NAME: Final = 12
+_MIN_RUN: Final = 4
 
 
 class ArmRow(NamedTuple):
@@ -153,16 +166,6 @@ def _is_number(value: object) -> bool:
 def _to_builtin(value: object) -> object:
     """Convert a number of numpy or a similar library to Python's type."""
     return value if isinstance(value, int | float) else to_builtins(value)[0]
-
-
-_MAX_FAILURES: Final = 4
-_MAX_UPLOADS: Final = 2
-_OVERHEAD: Final = 9
-"""Lines besides the arms: title, headings, footer, notice, and the blank lines between them."""
-_MIN_WIDE_COLUMNS: Final = 90
-_MIN_FULL_COLUMNS: Final = 70
-_ARM_WIDTH: Final = 32
-_NARROW_ARM_WIDTH: Final = 16
 
 
 class LiveView:
@@ -366,13 +369,6 @@ def _footer(tracker: RunStateTracker, now: float, *, hint: bool) -> str:
     ]
     parts += [f"eta {format_duration(left)}"] if left is not None else []
     return "   ".join([*parts, *(["Ctrl-C stops"] if hint else [])])
-
-
-_GAP: Final = "  "
-_MAX_BAR: Final = 20
-_MIN_BAR: Final = 10
-_MIN_NAME: Final = 12
-_MIN_RUN: Final = 4
 
 
 def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, width: int, now: float) -> Text:

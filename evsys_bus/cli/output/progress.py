@@ -31,6 +31,15 @@ ProgressMode = Literal["auto", "live", "plain", "json", "off"]
 
 REDRAW_SECONDS: Final = 0.2
 """Interval of redraws: each takes a few milliseconds, during which the event loop waits for the interpreter lock."""
+PULSE_SECONDS: Final = 30.0
+DRAIN_PULSE_SECONDS: Final = 10.0
+"""Interval of lines during the drain at the end."""
+SHORT_DRAIN_SECONDS: Final = 1.0
+"""A shorter drain is not reported."""
+_UNQUOTED: Final = re.compile(r"[^\s\"'=\\]+")
+LINE_SECONDS: Final = 5.0
+_BAR_AFTER_SECONDS: Final = 0.3
+OnTransfer = Callable[[Transfer], None]
 
 
 class View(Protocol):
@@ -144,14 +153,6 @@ def _run_view(view: View, stopped: threading.Event) -> None:
             view.close()
     except (OSError, ValueError) as error:  # a closed terminal, or a log on a full disk
         log().warning("progress.closed", error=str(error))
-
-
-PULSE_SECONDS: Final = 30.0
-DRAIN_PULSE_SECONDS: Final = 10.0
-"""Interval of lines during the drain at the end."""
-SHORT_DRAIN_SECONDS: Final = 1.0
-"""A shorter drain is not reported."""
-_UNQUOTED: Final = re.compile(r"[^\s\"'=\\]+")
 
 
 class LineView:
@@ -278,12 +279,6 @@ def _quote(text: str) -> str:
     if _UNQUOTED.fullmatch(text):
         return printable(text)
     return msgspec.json.encode(text).decode()
-
-
-LINE_SECONDS: Final = 5.0
-_BAR_AFTER_SECONDS: Final = 0.3
-
-OnTransfer = Callable[[Transfer], None]
 
 
 @contextmanager

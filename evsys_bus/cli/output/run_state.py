@@ -36,6 +36,8 @@ POLL_SECONDS: Final = 0.5
 
 RemainingWork = tuple[int, Iterable[DeliveryStatus]]
 """The number of unfinished tasks of callbacks, and the deliveries."""
+MAX_PENDING_UPDATES: Final = 10_000
+"""Limit of updates that no view has read yet; beyond it the oldest are dropped and counted."""
 
 
 class DrainStatus:
@@ -121,10 +123,6 @@ def _format_delivery(status: DeliveryStatus) -> str:
     fix = status.owed_fix or status.fix
     why = "" if status.last_error is None else f" ({status.last_error}{f'; fix: {fix}' if fix else ''})"
     return printable(f"{status.name}: {', '.join(words)}{why}")
-
-
-MAX_PENDING_UPDATES: Final = 10_000
-"""Limit of updates that no view has read yet; beyond it the oldest are dropped and counted."""
 
 
 class PlannedRun(NamedTuple):

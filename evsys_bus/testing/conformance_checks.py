@@ -1,23 +1,230 @@
-"""`CallbackConformance`: runs a callback's hooks inline and as its courier does, and compares what it wrote."""
+"""The checks of `conformance`: a callback inline and followed, a sink as its courier delivers to it.
+
+`CallbackConformance` compares what a callback writes inline, followed, and after a crash; `SinkConformance` opens,
+writes to and closes a sink. `Failures` collects one sentence for each cause, however often it occurs.
+"""
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+import re
+import tempfile
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
-from evsys_bus.adapter import EventInfo
+from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.callback import Callback, attach, check_hooks, detach, find_hook
-from evsys_bus.errors import HookError
-from evsys_bus.events import Event, StepEnd
-from evsys_bus.sink import Sink, check_marks
+from evsys_bus.errors import HookError, RejectedError
+from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
+from evsys_bus.sink import BatchResult, Sink, check_marks, check_sink
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX, HookTaskAdopter, find_hook_frame, task_name
-from evsys_bus.testing.conformance_sink import NullPublisher, with_deadline
-from evsys_bus.testing.failures import Failures
-from evsys_bus.testing.folders import Contents, difference, empty_folder
 from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, as_envelopes, hostile_metrics, minimal_events
+
+_VARIABLE_PARTS: Final = re.compile(r"conformance-\w+|\d+")
+"""What differs between errors of the same cause: temporary folders and numbers."""
+
+
+class Failures:
+    """Sentences, in the order in which their causes occurred first."""
+
+    def __init__(self) -> None:
+        self._sentences: dict[tuple[str, str], str] = {}  # by expectation and error
+        self._tried_with: dict[tuple[str, str], list[str]] = {}
+
+    def add(self, sentence: str) -> None:
+        """Add something that is wrong."""
+        self._sentences[sentence, ""] = f"- {sentence}"
+
+    def check(self, expectation: str, call: Callable[[], object], tried_with: str = "") -> bool:
+        """Call the adapter under test; return whether it raises nothing.
+
+        Args:
+            expectation: What should be true then, such as "on_eval takes".
+            call: The call.
+            tried_with: What it is tried with; calls that fail alike and differ only in this have the same cause.
+        """
+        try:
+            call()
+        except Exception as error:  # the adapter's
+            error_text = f"{type(error).__name__}: {str(error)[:300]}"
+            cause = expectation, _VARIABLE_PARTS.sub("#", error_text)
+            self._sentences.setdefault(cause, f"- {f'{expectation} {tried_with}'.strip()}; it raised {error_text}")
+            self._tried_with.setdefault(cause, []).append(tried_with)
+            return False
+        return True
+
+    def sentences(self) -> list[str]:
+        """Return all sentences as list items."""
+        return [
+            sentence + _repeat_suffix(self._tried_with.get(cause, [])) for cause, sentence in self._sentences.items()
+        ]
+
+
+def _repeat_suffix(tried_with: list[str]) -> str:
+    """Return how often it occurred, and with what else than the first one."""
+    if len(tried_with) < 2:  # noqa: PLR2004 # the sentence covers a single occurrence
+        return ""
+    others = [*dict.fromkeys(tried_with)][1:]
+    also = f", also with {others[0]}" if others else ""
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return f" ({len(tried_with)} times{also}{more})"
+
+
+Contents: TypeAlias = Callable[[Path], Mapping[str, Any]]
+"""Returns what an adapter wrote into a folder, as comparable values by name."""
+
+AdapterFactory: TypeAlias = Callable[[Path], Callback | Sink]
+"""Constructs the adapter, which should write into the folder."""
+
+
+@contextmanager
+def empty_folder() -> Generator[Path, None, None]:
+    """Yield a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="conformance-", ignore_cleanup_errors=True) as name:
+        yield Path(name).resolve()
+
+
+def files_in(folder: Path) -> dict[str, str]:
+    """Return the contents of all files except hidden ones, without the folder's own name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes().decode(errors="replace").replace(str(folder), "")
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith(".")
+    }
+
+
+def difference(expected: Mapping[str, object], found: Mapping[str, object]) -> str:
+    """Describe the first difference."""
+    for name in sorted({*expected, *found}):
+        if name not in found or name not in expected:
+            return f"{name} is {'missing' if name in expected else 'too many'}"
+        lines = _lines(expected[name]), _lines(found[name])
+        for number, (one, other) in enumerate(zip(*lines, strict=False), 1):
+            if one != other:
+                return f"line {number} of {name} is {other[:200]!r} and not {one[:200]!r}"
+        if expected[name] != found[name]:
+            same = len(lines[0]) == len(lines[1])
+            return f"{name} differs" if same else f"{name} has {len(lines[1])} lines and not {len(lines[0])}"
+    return "nothing differs"
+
+
+def _lines(content: object) -> list[str]:
+    """Return the lines of a text, the items of a list, or the repr of anything else."""
+    if isinstance(content, str):
+        return content.splitlines()
+    if isinstance(content, list | tuple):
+        return [str(each) for each in cast("Sequence[object]", content)]
+    return [repr(content)]
+
+
+DEADLINE_SECONDS: Final = 30.0
+"""Timeout of one call of a sink, and of each task of a callback."""
+
+
+class SinkConformance:
+    """Conformance checks of a sink, constructed anew for each check.
+
+    Args:
+        make: Constructs it, given a folder.
+        failures: Collects what is wrong.
+        prefix: Prefix of the findings, for a sink that is a delivery half.
+    """
+
+    def __init__(self, make: AdapterFactory, failures: Failures, prefix: str = "") -> None:
+        self._make = make
+        self._failures = failures
+        self._prefix = prefix
+
+    def run(self) -> None:
+        """Check every expectation of a sink."""
+        with empty_folder() as folder:
+            try:
+                sink = self._make(folder)
+                assert isinstance(sink, Sink), f"a sink is needed here, not a {type(sink).__name__}"
+                check_sink(sink)
+            except (HookError, AssertionError) as error:
+                self._failures.add(f"{self._prefix}its methods can be called as they are declared: {error}")
+                return
+            for run in RUNS:  # the files that checkpoints name
+                (folder / run).mkdir()
+                (folder / run / "state").write_text("weights")
+            all_envelopes = [*as_envelopes(Timeline(folder).all_events())]
+            unknown = Envelope(
+                "conformance", len(all_envelopes) + 1, 1.7e9, UnknownEvent("of_tomorrow", {"x": [1, None]})
+            )
+            self._check_delivery(
+                folder, "a whole experiment", [[each] for each in all_envelopes[:3]] + [all_envelopes[3:]]
+            )
+            self._check_delivery(folder, "the same events again, opened anew", [all_envelopes])
+            self._check_delivery(folder, "events of a type that is not known here", [[unknown]])
+            self._check_delivery(folder, "objects that hold the least", [[*as_envelopes(minimal_events(folder))]])
+            for label, metrics in hostile_metrics():
+                timeline = Timeline(folder)
+                batch = [*as_envelopes([*timeline.start_events(), *timeline.step_events(0, metrics)])]
+                self._check_delivery(folder, f"metrics with {label}", [batch], may_reject=True)
+            self._check_delivery(folder, "no batch at all", [])
+
+    def _check_delivery(
+        self, folder: Path, label: str, batches: Sequence[Sequence[Envelope]], *, may_reject: bool = False
+    ) -> None:
+        async def deliver() -> None:
+            sink: Any = self._make(folder)  # may have `mark`, which is not part of Sink
+            sink.evsys_attached = NullPublisher()
+            await with_deadline(sink.open())
+            try:
+                for batch in batches:
+                    await self._write(sink, batch, may_reject=may_reject)
+                    if hasattr(sink, "mark"):
+                        self._failures.check(
+                            f"{self._prefix}its mark is plain data", partial(_check_json_round_trip, sink.mark())
+                        )
+            finally:
+                await with_deadline(sink.close())
+
+        self._failures.check(f"{self._prefix}open, write and close take", lambda: asyncio.run(deliver()), label)
+
+    async def _write(self, sink: Sink, batch: Sequence[Envelope], *, may_reject: bool) -> None:
+        remaining = batch
+        while remaining:
+            try:
+                result: object = await with_deadline(sink.write(remaining))
+            except RejectedError:
+                if may_reject:
+                    return
+                raise
+            if result is None:
+                return
+            handled: object = result.handled if isinstance(result, BatchResult) else result
+            if type(handled) is not int or not 0 < handled <= len(remaining):
+                message = f"write returns None or how many it took, 1 to {len(remaining)}; it returned {result!r}"
+                self._failures.add(f"{self._prefix}{message}")
+                return
+            remaining = remaining[handled:]
+
+
+def _check_json_round_trip(mark: object) -> None:
+    decoded = json.loads(json.dumps(mark))
+    assert decoded == mark, f"{mark!r} comes back as {decoded!r}"
+
+
+async def with_deadline(work: Awaitable[object]) -> object:
+    """Await the work with the timeout of the checks."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        return await work
+
+
+class NullPublisher:
+    """Discards what an adapter under test publishes or reports."""
+
+    def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
+        """Do nothing."""
+
+    def publish(self, event: Event) -> None:
+        """Do nothing."""
+
 
 _Events: TypeAlias = Callable[[Path], Iterable[Iterable[Event]]]
 """The events of a trial, given its folder, in groups: tasks started by a group run at its end."""
@@ -32,7 +239,7 @@ class CallbackConformance:
         failures: Collects what is wrong.
     """
 
-    def __init__(self, make: Callable[[Path], Callback | Sink], contents: Contents, failures: Failures) -> None:
+    def __init__(self, make: AdapterFactory, contents: Contents, failures: Failures) -> None:
         self._make = make
         self._contents = contents
         self._failures = failures

@@ -1,7 +1,9 @@
-"""`EventReader`: the events of all streams of a journal in one order, filtered.
+"""The events and streams of a journal, for commands: in one order and filtered, newest first, and as facts for people.
 
 Streams of different ranks are merged by time. Of one rank, a stream without a live writer comes before all streams that
 were started after it, even if clocks disagree: a resumed run follows the run that it resumes.
+
+Events may come from journals of other programs and versions, so the types of their fields are not trusted.
 """
 
 import heapq
@@ -10,20 +12,34 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from evsys_bus.cli.event_facts import metrics_of, type_of
-from evsys_bus.cli.output.formatting import pluralize
+from evsys_bus.adapter import RunAnnotated
+from evsys_bus.cli.output.formatting import format_duration, pluralize
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
-from evsys_bus.events import Envelope
+from evsys_bus.events import (
+    BenchmarkEval,
+    Checkpoint,
+    Envelope,
+    Eval,
+    Event,
+    ExperimentEnd,
+    GroupStart,
+    RunEnd,
+    StepEnd,
+    TrainEnd,
+    TrainStart,
+    UnknownEvent,
+)
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.layout import Family
-from evsys_bus.journal.reader import SegmentScan, read_newest_first
+from evsys_bus.journal.layout import Family, LockOwner
+from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first, read_newest_first
+from evsys_bus.journal.stream_lock import read_stream_owner
 
 
 class EventFilter(msgspec.Struct, frozen=True):
@@ -211,3 +227,163 @@ def _with_times(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope
     for envelope in envelopes:
         latest = max(latest, envelope.time)
         yield latest, envelope
+
+
+def type_of(event: Event | UnknownEvent) -> str:
+    """Return the type of an event as journals record it: ``step_end``."""
+    return event.type if isinstance(event, UnknownEvent) else event.hook.removeprefix("on_")
+
+
+def step_of(event: Event | UnknownEvent) -> int | None:
+    """Return the 0-based train step of an event; None if it has none."""
+    if isinstance(event, Checkpoint):
+        step = _get(event.row, "batch")
+    else:
+        fields = fields_of(event)
+        step = fields.get("step_idx", fields.get("step", fields.get("batch") if "checkpoint" in fields else None))
+    return step if isinstance(step, int) else None
+
+
+def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
+    """Return the metrics of an event; those of an eval or a benchmark have its name as prefix: ``val/acc``."""
+    if isinstance(event, Eval):
+        return _prefix_names(event.eval_name, event.metrics)
+    if isinstance(event, BenchmarkEval):
+        return _prefix_names(_get(event.eval_result, "name"), _get(event.eval_result, "metrics"))
+    if isinstance(event, RunEnd):
+        return _entries(_get(event.run_result, "metrics"))
+    if isinstance(event, UnknownEvent):
+        return _entries(event.fields.get("metrics"))
+    return _entries(_get(event, "metrics"))
+
+
+def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]:  # noqa: PLR0911 # one for each type
+    """Return further facts of an event as short texts; ``run`` is left out, because it is shown elsewhere."""
+    match event:
+        case StepEnd() | Eval():
+            return []
+        case GroupStart():
+            return [str(event.group_name)]
+        case TrainStart():
+            steps = _get(event.state, "num_steps")
+            return [f"of {pluralize(steps, 'step')}"] if isinstance(steps, int) else []
+        case Checkpoint():
+            return _to_lines(_get(event.row, "name"), _get(event.row, "state_path") or _get(event.row, "sampler_path"))
+        case BenchmarkEval():
+            rows = len(event.predictions) if isinstance(event.predictions, list) else 0  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
+            return [pluralize(rows, "prediction")] if rows else []
+        case TrainEnd():
+            seconds = _get(event.artifacts, "train_seconds")
+            took_text = f"after {format_duration(seconds)}" if isinstance(seconds, int | float) else None
+            error = _get(event.state, "error")
+            return _to_lines(took_text, None if error is None else f"failed: {error}")
+        case RunEnd():
+            return _to_lines(_get(event.run_result, "status"), _get(event.run_result, "error"))
+        case ExperimentEnd():
+            best = _get(event.result, "best_arm")
+            return _to_lines(_get(event.result, "status"), f"best arm {best}" if best else None)
+        case RunAnnotated():
+            return _scalars(event.extras)
+        case _:
+            fields = fields_of(event)
+            shown_elsewhere = {"run": run, "batch": step_of(event)}
+            return _scalars(
+                {name: value for name, value in fields.items() if shown_elsewhere.get(name) != value or value is None}
+            )
+
+
+def fields_of(event: Event | UnknownEvent) -> Mapping[str, Any]:
+    """Return the fields of an event by name, also of a type that this process does not know."""
+    if isinstance(event, UnknownEvent):
+        return event.fields
+    return {name: _get(event, name) for name in event.__struct_fields__}
+
+
+def _scalars(fields: Mapping[str, object]) -> list[str]:
+    return [
+        f"{name} {value}"
+        for name, value in fields.items()
+        if isinstance(value, str | int | float) and name not in {"step", "step_idx"}
+    ]
+
+
+def _to_lines(*facts: object) -> list[str]:
+    return [" ".join(str(fact).split()) for fact in facts if fact is not None]
+
+
+def _prefix_names(name: object, metrics: object) -> dict[str, Any]:
+    return {f"{name}/{metric}": value for metric, value in _entries(metrics).items()}
+
+
+def _entries(metrics: object) -> dict[str, Any]:
+    return (
+        {str(name): value for name, value in cast("dict[object, Any]", metrics).items()}
+        if isinstance(metrics, dict)
+        else {}
+    )
+
+
+def _get(thing: object, name: str, default: object = None) -> Any:
+    return getattr(thing, name, default)
+
+
+class StreamState(msgspec.Struct):
+    """The state of one stream."""
+
+    stream: str
+    state: Literal["live", "closed", "dead"]
+    owner: LockOwner | None
+    """The current or last writer."""
+    segments: int
+    bytes: int
+    first: int | None
+    """The sequence of the oldest retained event; None if there is no event."""
+    last: int | None
+    last_time: float | None
+    """When the last event was published."""
+
+
+def read_stream_states(directory: Path) -> list[StreamState]:
+    """Read the state of every stream.
+
+    Raises:
+        JournalVersionError: A newer version of evsys-bus wrote it.
+    """
+    reader = JournalReader(directory)
+    return [_read_stream_state(reader, stream) for stream in reader.streams()]
+
+
+def _read_stream_state(reader: JournalReader, stream: str) -> StreamState:
+    disk = OsDisk()
+    folder = f"{reader.directory}/{stream}"
+    live = reader.is_live(stream)
+    names = layout.list_segments(disk, folder)
+    # A writer that closes a stream without events only removes its reserve file, which a kill leaves behind.
+    closed = not names and _has_no_reserve(disk, folder)
+    for name in names[-1:]:
+        newest = next(read_frames_newest_first(disk, f"{folder}/{name}"), None)
+        closed = newest is not None and newest.kind == frame.CLOSED
+    last = next(read_newest_first(disk, reader.directory, stream), None)
+    last_time = None
+    if last is not None:
+        try:
+            last_time = decode(last.payload).time
+        except CodecError:
+            pass  # intact but not decodable: its sequence is still known
+    return StreamState(
+        stream=stream,
+        state="live" if live else "closed" if closed else "dead",
+        owner=read_stream_owner(disk, reader.directory, stream),
+        segments=len(names),
+        bytes=sum(disk.size(f"{folder}/{name}") for name in names),
+        first=None if last is None else names[0].first_sequence,
+        last=None if last is None else last.sequence,
+        last_time=last_time,
+    )
+
+
+def _has_no_reserve(disk: OsDisk, folder: str) -> bool:
+    try:
+        return layout.RESERVE not in disk.names(folder)
+    except FileNotFoundError:  # the stream's directory is missing
+        return False

@@ -4,6 +4,7 @@ A run continues from the checkpoint of the latest step; if a local and a remote 
 one. Fetched checkpoints are added to the run's record, where the loop finds them. Nothing is written to a destination.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
@@ -20,46 +21,26 @@ from evsys_adapters.checkpoints.restore import fetch_checkpoint, newest_state
 from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
 from evsys_adapters.checkpoints.stores import StoreOptions, url_for
-from evsys_bus.cli.experiment_plan import ExperimentPlan, load_previous_experiment
-from evsys_bus.cli.fetched_checkpoints import record_checkpoint
+from evsys_adapters.commands.checkpoints import open_store
+from evsys_adapters.commands.fetch import describe_contents, record_checkpoint, total_bytes
 from evsys_bus.cli.output.errors import show_warnings
-from evsys_bus.cli.output.progress import OnTransfer, ProgressMode, show_fetches
-from evsys_bus.cli.output.screen import Screen
+from evsys_bus.cli.output.formatting import pluralize
+from evsys_bus.cli.output.progress import Facts, OnTransfer, ProgressMode, format_json, format_plain, show_fetches
+from evsys_bus.cli.output.screen import Screen, printable
 from evsys_bus.cli.output.transfers import make_byte_counter
-from evsys_bus.cli.records import read_checkpoints
-from evsys_bus.cli.resume_reporter import ResumeReporter, join_names
-from evsys_bus.cli.store_options import open_store
-from evsys_bus.config.spec import read_spec
+from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
+from evsys_bus.config import CallbackSpec
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
-from evsys_bus.training.folder_lock import lock_folder
 from evsys_bus.training.plan import RunPlan
+from evsys_bus.training.run_files import lock_folder
 
 ATTEMPTS: Final = 3
 """Attempts to query a destination: a short outage should not end a job that a scheduler has restarted."""
 
 _ShowFetches = Callable[[], AbstractContextManager[OnTransfer]]
-
-
-def fetch_newest(plan: ExperimentPlan, mode: ProgressMode, screen: Screen) -> None:
-    """Fetch the newest checkpoint of each run that was uploaded and is not local.
-
-    Raises:
-        DeliveryError: A destination cannot be reached, and a started run has no local checkpoint; or the remote one is
-            damaged. Fetched files stay, and are not fetched again.
-        TrainingError: Another process trains in the experiment's directory.
-        OSError: The local disk failed.
-    """
-    sources = _upload_sources(plan)
-    runs = _unfinished_runs(plan)
-    if not sources or not runs:
-        return
-    with (
-        lock_folder(plan.folder.absolute(), "the experiment's directory"),
-        show_warnings(screen, as_json=mode == "json"),
-    ):
-        anyio.run(_fetch_missing, sources, runs, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
+_MAX_NAMED: Final = 4
 
 
 class _Source(NamedTuple):
@@ -89,19 +70,78 @@ class _RemoteCheckpoint(NamedTuple):
     manifest: Manifest
 
 
-def _upload_sources(plan: ExperimentPlan) -> list[_Source]:
-    specs = [read_spec(item, "$.callbacks") for item in plan.config.callbacks]
+class ResumeReporter:
+    """Reports on stderr, even with ``--progress off``: the starting point of a run is not progress."""
+
+    def __init__(self, mode: ProgressMode, screen: Screen) -> None:
+        self._format_line = {"json": format_json, "plain": format_plain}.get(mode)
+        self._screen = screen
+
+    def report_fetched(self, run: str, url: str, manifest: Manifest) -> None:
+        """Report that the run continues from this checkpoint."""
+        row, name = manifest.row, checkpoint_folder(manifest.row)
+        contents = describe_contents(manifest)
+        text = f"{run} goes on after step {row.batch:,}, from {name}: {contents}, fetched from {url}, verified"
+        facts = {"run": run, "checkpoint": name, "batch": row.batch, "files": len(manifest.files)}
+        self._report(text, "fetched", facts | {"bytes": total_bytes(manifest), "url": url})
+
+    def report_from_start(self, runs: Sequence[str], urls: Sequence[str]) -> None:
+        """Report that these runs start from scratch, because there is no checkpoint to continue from."""
+        begin, their = ("begins", "its") if len(runs) == 1 else ("begin", "their")
+        where = " or ".join(urls)
+        text = (
+            f"{join_names(runs)} {begin} from the start: no checkpoint with {their} full state is here, or at {where}"
+        )
+        self._report(text, "from_the_start", {"runs": ",".join(runs), "url": where})
+
+    def _report(self, text: str, event: str, facts: Facts) -> None:
+        if self._format_line is None:
+            self._screen.note(printable(text))
+        else:
+            self._screen.note(self._format_line({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": event} | facts))
+
+
+def fetch_newest(
+    specs: Sequence[CallbackSpec], folder: Path, runs: Sequence[RunPlan], mode: ProgressMode, screen: Screen
+) -> None:
+    """Fetch the newest checkpoint of each run that was uploaded and is not local.
+
+    Args:
+        specs: The callbacks of the experiment.
+        folder: The experiment's directory.
+        runs: Its runs.
+        mode: How progress is shown.
+        screen: The terminal.
+
+    Raises:
+        DeliveryError: A destination cannot be reached, and a started run has no local checkpoint; or the remote one is
+            damaged. Fetched files stay, and are not fetched again.
+        TrainingError: Another process trains in the experiment's directory.
+        OSError: The local disk failed.
+    """
+    sources = _upload_sources(specs, folder)
+    unfinished = _unfinished_runs(runs, folder)
+    if not sources or not unfinished:
+        return
+    with (
+        lock_folder(folder.absolute(), "the experiment's directory"),
+        show_warnings(screen, as_json=mode == "json"),
+    ):
+        anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
+
+
+def _upload_sources(specs: Sequence[CallbackSpec], folder: Path) -> list[_Source]:
     uploads = [spec for spec in specs if spec.kind == CheckpointUploadCallback.name]
     configs = [CheckpointUploadCallback(**spec.params).config for spec in uploads]
-    experiment = LogContext(plan.folder)
+    experiment = LogContext(folder)
     return [_Source(url_for(config.url, experiment), config.store_options) for config in configs]
 
 
-def _unfinished_runs(plan: ExperimentPlan) -> list[_UnfinishedRun]:
-    previous = load_previous_experiment(plan.folder)
+def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedRun]:
+    previous = load_previous_experiment(folder)
     entries = {} if previous is None else previous.runs
     found: list[_UnfinishedRun] = []
-    for run in plan.runs:
+    for run in runs:
         entry = entries.get(run.run_key)
         if entry is None or entry.status != "completed":
             found.append(_UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending"))
@@ -201,3 +241,8 @@ def _describe_error(error: DeliveryError | OSError) -> str:
     if isinstance(error, DeliveryError):
         return error.what
     return f"{error.strerror or error}{'' if error.filename is None else f': {error.filename}'}"
+
+
+def join_names(runs: Sequence[str]) -> str:
+    """Return ``low-s0, low-s1``, or the number of runs if there are many."""
+    return ", ".join(runs) if len(runs) <= _MAX_NAMED else pluralize(len(runs), "run")

@@ -1,17 +1,25 @@
 """``evsys-bus fetch``: downloads and verifies one checkpoint."""
 
+import errno
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+import anyio
 import click
+import msgspec
 
-from evsys_bus.cli.journals import RUNS
+from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder
+from evsys_adapters.checkpoints.restore import choose_checkpoint, fetch_checkpoint
+from evsys_adapters.checkpoints.stores import StoreOptions
+from evsys_adapters.commands.checkpoints import checkpoint_states, open_destination, store_options
+from evsys_bus.cli.output.formatting import format_size, pluralize
+from evsys_bus.cli.output.progress import show_fetches
 from evsys_bus.cli.output.screen import Screen, color_option, json_option
-from evsys_bus.cli.store_options import store_options
-
-if TYPE_CHECKING:
-    from evsys_adapters.checkpoints.stores import StoreOptions
-    from evsys_bus.context import ManifestRow
+from evsys_bus.cli.output.transfers import make_byte_counter
+from evsys_bus.cli.records import CHECKPOINTS, RUNS, load_previous_experiment
+from evsys_bus.context import ManifestRow
+from evsys_bus.errors import did_you_mean
+from evsys_bus.training.run_files import Row, RowFile
 
 _MAX_NAMED: Final = 3
 
@@ -27,7 +35,7 @@ _MAX_NAMED: Final = 3
 @color_option
 @click.pass_obj
 def command(
-    screen: Screen, asked: str, url: str | None, reach: "StoreOptions", target: Path | None, record: bool, as_json: bool
+    screen: Screen, asked: str, url: str | None, reach: StoreOptions, target: Path | None, record: bool, as_json: bool
 ) -> None:
     """Fetch a checkpoint of RUN into fetched/ in its folder; NAME as `checkpoints` shows it, by default the newest.
 
@@ -44,12 +52,8 @@ def command(
     folder = target or folder
     fetched = _fetch_checkpoint(url, reach, key, name, folder, screen)
     if record:
-        from evsys_bus.cli.fetched_checkpoints import record_checkpoint
-
         record_checkpoint(folder, fetched)
     if as_json:
-        import msgspec
-
         click.echo(msgspec.json.encode({"type": "fetched", **msgspec.structs.asdict(fetched)}).decode())
         return
     click.echo("\n".join(filter(None, (fetched.state_path, fetched.sampler_path))))
@@ -65,7 +69,6 @@ def _split_name(argument: str) -> tuple[Path, str | None]:
 
 
 def _refuse_experiment(requested: Path, folder: Path) -> None:
-    from evsys_bus.cli.experiment_plan import load_previous_experiment
 
     previous = load_previous_experiment(folder)
     if previous is not None:
@@ -74,10 +77,8 @@ def _refuse_experiment(requested: Path, folder: Path) -> None:
         raise click.UsageError(f"{requested} is an experiment{named}{', ...' if len(known) > _MAX_NAMED else ''}")
 
 
-def _find_upload(run: Path, name: str | None) -> "tuple[str, StoreOptions, Path]":
+def _find_upload(run: Path, name: str | None) -> tuple[str, StoreOptions, Path]:
     """Return the destination that the run's folder records, its options, and that folder."""
-    from evsys_bus.cli.checkpoint_states import checkpoint_states
-
     all_states = checkpoint_states(run)
     states = [each for each in all_states if each.folder.name == run.absolute().name]
     if not states and len({each.folder for each in all_states}) == 1:  # a journal or a folder with a single run
@@ -91,7 +92,6 @@ def _find_upload(run: Path, name: str | None) -> "tuple[str, StoreOptions, Path]
     named = [location for state, location in uploads if name in {None, state.name, state.row.name}]
     if named:
         return named[-1]
-    from evsys_bus.errors import did_you_mean
 
     known = [state.name for state, _ in uploads]
     if name is not None and known:
@@ -100,18 +100,10 @@ def _find_upload(run: Path, name: str | None) -> "tuple[str, StoreOptions, Path]
 
 
 def _fetch_checkpoint(
-    url: str, options: "StoreOptions", run: str, name: str | None, folder: Path, screen: Screen
-) -> "ManifestRow":
-    import anyio
+    url: str, options: StoreOptions, run: str, name: str | None, folder: Path, screen: Screen
+) -> ManifestRow:
 
-    from evsys_adapters.checkpoints.manifest import FETCHED, checkpoint_folder
-    from evsys_adapters.checkpoints.restore import choose_checkpoint, fetch_checkpoint
-    from evsys_bus.cli.fetched_checkpoints import describe_contents
-    from evsys_bus.cli.output.progress import show_fetches
-    from evsys_bus.cli.output.transfers import make_byte_counter
-    from evsys_bus.cli.store_options import open_destination
-
-    async def download() -> "ManifestRow":
+    async def download() -> ManifestRow:
         async with open_destination(url, options, run) as destination:
             manifest = await choose_checkpoint(destination, name)
             with show_fetches("auto", screen) as on_transfer:
@@ -121,3 +113,39 @@ def _fetch_checkpoint(
             return row
 
     return anyio.run(download)
+
+
+def record_checkpoint(folder: Path, row: ManifestRow, *, replace_later: bool = False) -> None:
+    """Add a checkpoint to the run's record as if it had been saved here, replacing the one of the same name and step.
+
+    Args:
+        folder: The folder of the run.
+        row: The checkpoint, with local paths.
+        replace_later: Remove checkpoints of later steps from the record too.
+
+    Raises:
+        OSError: The record cannot be written.
+    """
+
+    def is_retained(each: Row) -> bool:
+        batch = each.get("batch")
+        later = isinstance(batch, int) and batch > row.batch
+        return (each.get("name"), batch) != (row.name, row.batch) and not (replace_later and later)
+
+    file = RowFile(folder / CHECKPOINTS)
+    if file.path.exists():
+        file.retain(is_retained)
+    file.append(msgspec.structs.asdict(row))
+    file.flush()
+    if file.pending:  # a trainer continues without the row, but a run that is to resume from it must not
+        raise OSError(errno.ENOSPC, "the record of checkpoints cannot be written", str(file.path))
+
+
+def describe_contents(manifest: Manifest) -> str:
+    """Return the contents as ``4 files, 312.4 MB``."""
+    return f"{pluralize(len(manifest.files), 'file')}, {format_size(total_bytes(manifest))}"
+
+
+def total_bytes(manifest: Manifest) -> int:
+    """Return the size of all files."""
+    return sum(file.size for file in manifest.files)

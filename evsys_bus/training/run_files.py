@@ -1,0 +1,359 @@
+"""The files of a run: rows of metrics, its checkpoints, its last error, and the lock on its directory.
+
+None of them raises into the training once it runs: a row that cannot be written waits in memory, and a failed write is
+logged.
+"""
+
+import os
+import platform
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from evsys_bus.codec import json_line
+from evsys_bus.context import ManifestRow
+from evsys_bus.diagnostics import log
+from evsys_bus.disk import open_regular
+from evsys_bus.errors import TrainingError
+from evsys_bus.files import DECODE_ERRORS, open_binary, replace_file
+from evsys_bus.training.protocols import Backend
+
+MAX_PENDING: Final = 10_000
+"""Rows kept in memory while they cannot be written; beyond this the oldest are dropped and counted."""
+
+Row = dict[str, Any]
+"""One row."""
+
+_decode = msgspec.json.Decoder(Row).decode
+
+
+class RowFile:
+    """An append-only file of JSON objects, one per line.
+
+    The file is opened for every row (about 10 microseconds), so that a removed directory or a full disk is noticed, and
+    writing works again as soon as the cause is gone. A row that cannot be written stays in memory and is written, in
+    order, before the next one.
+    """
+
+    def __init__(self, path: Path, *, max_pending: int = MAX_PENDING) -> None:
+        self.path = path
+        self.lost = 0
+        """Number of rows dropped because too many were pending."""
+        self._pending: deque[bytes] = deque()
+        self._max_pending = max_pending
+
+    @property
+    def pending(self) -> int:
+        """Number of rows in memory that could not be written yet."""
+        return len(self._pending)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row, with values of any type (see `evsys_bus.codec.encode`); never raises."""
+        is_retry = bool(self._pending)
+        if len(self._pending) >= self._max_pending:
+            self._pending.popleft()
+            self.lost += 1
+        self._pending.append(json_line(row) + b"\n")
+        self._write_pending(is_retry=is_retry)
+
+    def flush(self) -> None:
+        """Try to write the pending rows, and log a warning if rows remain or were dropped."""
+        if self._pending:
+            self._write_pending(is_retry=True)
+        if self._pending or self.lost:
+            log().warning("rows.unwritten", file=str(self.path), waiting=self.pending, lost=self.lost)
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate over the rows, in order, skipping torn and damaged lines. A missing file has no rows."""
+        for line in self._lines():
+            row = _parse(line)
+            if row is not None:
+                yield row
+
+    def retain(self, predicate: Callable[[Row], bool]) -> int:
+        """Remove the rows for which ``predicate`` is false, and torn or damaged lines; return how many were removed.
+
+        The file is replaced atomically, and not touched if there is nothing to remove.
+
+        Raises:
+            OSError: The new file could not be written; the old one is unchanged.
+        """
+        lines = list(self._lines())
+        retained = [line for line in lines if (row := _parse(line)) is not None and predicate(row)]
+        if len(retained) < len(lines):
+            replace_file(self.path, b"".join(retained), mode=0o666, follow_link=True)
+        return len(lines) - len(retained)
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            file = open_binary(self.path)
+        except FileNotFoundError:
+            return
+        with file:
+            yield from file
+
+    def _write_pending(self, *, is_retry: bool) -> None:
+        try:
+            file = open_regular(str(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                while self._pending:
+                    _write_line(file, self._pending[0])
+                    self._pending.popleft()
+            finally:
+                os.close(file)
+        except OSError as error:
+            if not is_retry:
+                log().warning("rows.waiting", file=str(self.path), error=str(error), max_waiting=self._max_pending)
+        else:
+            if is_retry:
+                log().info("rows.written_again", file=str(self.path), lost=self.lost)
+
+
+def _write_line(file: int, line: bytes) -> None:
+    """Write one line with one call; on a full disk, remove a partial line so that the next one is not joined to it."""
+    written = os.write(file, line)
+    if written < len(line):
+        os.ftruncate(file, os.fstat(file).st_size - written)
+        raise OSError(f"the disk took {written} of {len(line)} bytes")
+
+
+def _parse(line: bytes) -> Row | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        return _decode(line)
+    except DECODE_ERRORS:
+        return None
+
+
+FINAL: Final = "final"
+"""Name of the checkpoint that every run ends with, unless it raised."""
+
+
+class Checkpoints:
+    """Saves and lists the checkpoints of one run."""
+
+    def __init__(self, backend: Backend, manifest: Path) -> None:
+        self.rows: list[ManifestRow] = []
+        """The rows of the manifest, in the order in which the checkpoints were saved."""
+        self._backend = backend
+        self._file = RowFile(manifest)
+        self._resumed_from: ManifestRow | None = None
+
+    @property
+    def manifest(self) -> Path:
+        """The file that lists the checkpoints."""
+        return self._file.path
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the run that was resumed had ended before its horizon, if it was stopped for good."""
+        return None if self._resumed_from is None else self._resumed_from.stopped
+
+    async def save(self, name: str, *, step_idx: int, epoch: int, stopped: str | None = None) -> ManifestRow:
+        """Save the full state and the weights, and add a row to the manifest; for ``stopped`` see `ManifestRow`.
+
+        Files of a listed checkpoint are never overwritten: a second ``final`` gets files of its own, and replaces the
+        row of the first one once it is complete. The checkpoint that was resumed from is not saved again if no step
+        has followed it.
+        """
+        resumed_from = self._resumed_from
+        if resumed_from is not None and (resumed_from.name, resumed_from.batch) == (name, step_idx):
+            return resumed_from if stopped is None else self._mark_stopped(resumed_from, stopped)
+        is_recorded = any(row.name == name for row in self.rows)
+        saved_as = f"{name}-{step_idx:06d}" if is_recorded else name
+        row = ManifestRow(
+            name=name,
+            batch=step_idx,
+            epoch=epoch,
+            state_path=await self._backend.save_state(saved_as),
+            sampler_path=await self._backend.save_weights_for_sampler(saved_as),
+            stopped=stopped,
+        )
+        if is_recorded:
+            self._remove(name)
+        self._append_row(row)
+        return row
+
+    async def resume(self) -> int:
+        """Load the last full state in the manifest, remove later rows, and return the first step to run.
+
+        The ``final`` of a stopped run stays in the manifest until the next ``final`` replaces it: until then it may be
+        the only checkpoint to resume from.
+
+        Raises:
+            Exception: Raised by the backend when it cannot load that state.
+        """
+        recorded = [row for row in map(_manifest_row, self._file.rows()) if row is not None]
+        resumable = [row for row in recorded if row.state_path is not None]
+        # Of two checkpoints of the same step take the later one: older ones may have been pruned.
+        last = max(reversed(resumable), key=lambda row: row.batch, default=None)
+        if last is not None and last.state_path is not None:
+            await self._backend.load_state(last.state_path)
+        first_step = 0 if last is None else last.batch + 1
+        self._file.retain(lambda row: (checkpoint := _manifest_row(row)) is not None and checkpoint.batch < first_step)
+        self.rows = [row for row in recorded if row.batch < first_step]
+        self._resumed_from = last
+        return first_step
+
+    def flush(self) -> None:
+        """Try once more to write the rows that the disk refused."""
+        self._file.flush()
+
+    def _append_row(self, row: ManifestRow) -> None:
+        self.rows.append(row)
+        fields = msgspec.structs.asdict(row)
+        if row.stopped is None:
+            del fields["stopped"]
+        self._file.append(fields)
+
+    def _mark_stopped(self, row: ManifestRow, stopped: str) -> ManifestRow:
+        """Record that the run ends with this checkpoint, which was saved before the run was stopped."""
+        if row.stopped is None:
+            row = msgspec.structs.replace(row, stopped=stopped)
+            self.rows = [each for each in self.rows if each.name != row.name]
+            self._append_row(row)
+            if not self._file.pending:  # else the file holds only the old row
+                self._drop_rows(row.name, lambda each: each.get("name") != row.name or "stopped" in each)
+        return row
+
+    def _remove(self, name: str) -> None:
+        self.rows = [row for row in self.rows if row.name != name]
+        self._drop_rows(name, lambda row: row.get("name") != name)
+
+    def _drop_rows(self, name: str, predicate: Callable[[Row], bool]) -> None:
+        try:
+            self._file.retain(predicate)
+        except OSError as error:
+            log().warning("checkpoints.stale_row", file=str(self.manifest), name=name, error=str(error))
+
+
+def _manifest_row(row: Row) -> ManifestRow | None:
+    try:
+        return msgspec.convert(row, ManifestRow)
+    except msgspec.ValidationError:
+        return None
+
+
+ERROR_FILE: Final = "error.txt"
+MAX_CHARS: Final = 64_000
+"""A longer traceback is cut in the middle; the end gets twice as many characters as the beginning."""
+
+
+def write_error_file(run_dir: Path, error: BaseException) -> Path | None:
+    """Write the traceback atomically and return the path; if that fails, log a warning and return None."""
+    path = run_dir / ERROR_FILE
+    try:
+        replace_file(path, _truncate(_format_traceback(error)).encode(errors="backslashreplace"), mode=0o666)
+    except (OSError, MemoryError) as write_error:
+        log().warning("run.error_unwritten", file=str(path), error=str(write_error))
+        return None
+    return path
+
+
+def remove_error_file(run_dir: Path) -> None:
+    """Remove the error file of an earlier attempt, after the run completed."""
+    try:
+        (run_dir / ERROR_FILE).unlink(missing_ok=True)
+    except OSError as error:
+        log().warning("run.error_stale", file=str(run_dir / ERROR_FILE), error=str(error))
+
+
+def _format_traceback(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as failure:  # raised by the error's own code
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        return f"{frames}{type(error).__name__}: <no message: {type(failure).__name__} while formatting it>\n"
+
+
+def _truncate(text: str) -> str:
+    if len(text) <= MAX_CHARS:
+        return text
+    head = MAX_CHARS // 3
+    tail = MAX_CHARS - head
+    return f"{text[:head]}\n... {len(text) - MAX_CHARS} characters are left out here ...\n{text[-tail:]}"
+
+
+LOCK_FILE: Final = ".lock"
+
+_open_locks: set[int] = set()
+
+
+@contextmanager
+def lock_folder(folder: Path, description: str) -> Generator[None]:
+    """Create the directory if necessary, and lock it until the block ends.
+
+    On a file system without locks, a warning is logged and nothing is locked.
+
+    Args:
+        folder: The directory.
+        description: Name of the directory in error messages: ``the run's directory``.
+
+    Raises:
+        TrainingError: From an OSError: the directory is locked by another process, or cannot be written.
+    """
+    file = _open_lock_file(folder, description)
+    try:
+        _acquire(file, folder, description)
+        try:
+            yield
+        finally:
+            if file in _open_locks:  # not in a forked child
+                with suppress(OSError):
+                    os.ftruncate(file, 0)
+    finally:
+        if file in _open_locks:
+            _open_locks.discard(file)
+            os.close(file)
+
+
+def unwritable_error(folder: Path, description: str, error: OSError | ValueError) -> TrainingError:
+    """Return the error for a directory that cannot be written; raise it from ``error``."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return TrainingError(f"{description} {folder} cannot be written: {reason}", fix="choose another output_dir")
+
+
+def _open_lock_file(folder: Path, description: str) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
+        raise unwritable_error(folder, description, error) from error
+    _open_locks.add(file)
+    return file
+
+
+def _acquire(file: int, folder: Path, description: str) -> None:
+    import fcntl  # POSIX only
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
+        raise TrainingError(
+            f"{description} {folder} is in use by {owner}",
+            fix="wait until that has ended, or choose another output_dir",
+        ) from error
+    except OSError as error:
+        log().warning("folder.not_locked", folder=str(folder), error=str(error))
+        return
+    with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+
+
+def _close_in_child() -> None:
+    """Release the locks in a forked child: one that outlives its parent would keep the directory locked."""
+    for file in _open_locks:
+        os.close(file)
+    _open_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
