@@ -14,17 +14,15 @@ from benchmarks.survival import TaskSurvival
 from benchmarks.upload_steps import UploadSteps
 from benchmarks.uploads import Uploads
 from evsys_bus.bench.all_loggers import ALL_LOGGERS
-from evsys_bus.bench.backlog_memory import BACKLOG_MEMORY
 from evsys_bus.bench.costs import COSTS
+from evsys_bus.bench.couriers import EXIT_LATENCY, THROUGHPUT
 from evsys_bus.bench.dispatch import LIGHT_PEERS, dispatch_suite
-from evsys_bus.bench.exit_latency import EXIT_LATENCY
 from evsys_bus.bench.imports import IMPORTS
 from evsys_bus.bench.journal import JOURNAL, MIN_RATIOS, JournalSuite
 from evsys_bus.bench.kills import KILLS, KillsSuite
-from evsys_bus.bench.memory_growth import MEMORY_GROWTH
+from evsys_bus.bench.memory_growth import BACKLOG_MEMORY, MEMORY_GROWTH
 from evsys_bus.bench.shapes import SHAPES
 from evsys_bus.bench.suite import Suite
-from evsys_bus.bench.throughput import THROUGHPUT
 from evsys_bus.bench.wakeup_latency import WAKEUP_LATENCY
 from evsys_bus.cli.bench import bench_command
 

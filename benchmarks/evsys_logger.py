@@ -23,8 +23,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainingBatch, build_callbacks
-from evsys_bus.bench.harness import spread_of
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Table, TargetResult, spread_of
 from evsys_bus.bench.wakeup_latency import other_cores, pin
 
 STEPS: Final = 200

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, Peer
-from evsys_bus.bench.harness import TimedLoop
+from evsys_bus.bench.suite import TimedLoop
 
 # Types of the frameworks are Any, because pyright runs where they are not installed.
 

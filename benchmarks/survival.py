@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from evsys_bus import Callback, EventBus, ExperimentEnd, ExperimentResult, LogContext
-from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult
 
 UPLOADS: Final = 200
 UPLOAD_SECONDS: Final = 0.05

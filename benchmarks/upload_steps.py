@@ -27,8 +27,7 @@ from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus import Checkpoint, EventBus, LogContext, LoopState, ManifestRow, build_callbacks
 from evsys_bus.bench.couriers import wait_for_courier_exit
-from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult
 from evsys_bus.bench.wakeup_latency import (
     MAX_WAKEUP_DELAY_NS,
     NO_ADAPTERS,

@@ -18,9 +18,7 @@ from typing import Any, Final, Self
 import anyio
 
 from evsys_adapters.checkpoints import UploadLedger, open_store
-from evsys_bus.bench.harness import spread_of
-from evsys_bus.bench.memory_growth import resident_megabytes
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Table, TargetResult, resident_megabytes, spread_of
 from evsys_bus.tasks import run_in_new_loop
 
 BYTES: Final = 200_000_000

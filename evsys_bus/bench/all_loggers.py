@@ -16,8 +16,7 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS
-from evsys_bus.bench.harness import TimedLoop
-from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.config.spec import Placement

@@ -11,8 +11,7 @@ from typing import Final
 import anyio
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.harness import TimedLoop
-from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, LogContext, LoopState, RunResult, TrainingBatch

@@ -12,8 +12,7 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, Final
 
-from evsys_bus.bench.harness import TimedLoop
-from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback, dispatch
 from evsys_bus.context import LogContext, LoopState, TrainingBatch

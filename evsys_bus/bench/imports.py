@@ -14,8 +14,7 @@ from functools import partial
 from time import perf_counter_ns
 from typing import Final
 
-from evsys_bus.bench.harness import TimedLoop
-from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 
 BASELINE: Final = "import anyio, msgspec"
 BASELINE_WITH_ASYNCIO: Final = "import asyncio, anyio, msgspec"

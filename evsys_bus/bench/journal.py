@@ -25,10 +25,20 @@ import msgspec
 
 from evsys_bus.bench import loggers
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, NoOp
-from evsys_bus.bench.harness import Samples, TimedLoop
-from evsys_bus.bench.log_process import LogProcess, loggers_in
-from evsys_bus.bench.loggers import JSON_FLUSH, OURS, PACED, PACED_BASELINE, K, RawBatch, RawRecord, RawState, RawStep
-from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Table, Target, measure
+from evsys_bus.bench.loggers import (
+    JSON_FLUSH,
+    OURS,
+    PACED,
+    PACED_BASELINE,
+    K,
+    LogProcess,
+    RawBatch,
+    RawRecord,
+    RawState,
+    RawStep,
+    loggers_in,
+)
+from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Samples, Table, Target, TimedLoop, measure
 from evsys_bus.bus import EventBus
 from evsys_bus.events import StepEnd
 from evsys_bus.journal import frame

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Final
 
 from evsys_bus.bench import loggers
-from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.log_process import LogProcess, loggers_in
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.loggers import LogProcess, loggers_in
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult
 
 STEPS: Final = {1: 8, 5: 40, 1_000: 5_000}
 """How many steps are logged, by steps per second."""

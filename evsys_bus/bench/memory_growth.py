@@ -1,24 +1,46 @@
-"""P7: what a publish costs late in a long run, and how much memory the process holds by then.
+"""P7: the cost of a publish and the memory of the process late in a long run, and the cost of a large backlog.
 
 A bus that has published ``STEPS_PER_ROUND`` steps per round of samples (300,000 by default) is timed against a bus that
 was just opened, in interleaved samples. ``--rounds 5000`` makes the run 10,000,000 steps long, which takes two minutes
 and 4 GB of the temporary directory. Nothing reads the journal, so all these events are pending.
+
+For couriers, a bus publishes as many steps to a sink that accepts none of them: memory of the program and of the
+courier process, and the time to read the backlog. With ``--rounds 5000`` that takes five minutes.
 """
 
 import tempfile
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
-from typing import Final, Literal
+from typing import Final
 
+from evsys_bus.bench.couriers import wait_for_courier_exit
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.harness import Spread, TimedLoop
-from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Table, Target, TargetResult, measure
+from evsys_bus.bench.suite import (
+    Budget,
+    Candidate,
+    Case,
+    Row,
+    Spread,
+    Table,
+    Target,
+    TargetResult,
+    TimedLoop,
+    measure,
+    resident_megabytes,
+    spread_of,
+)
 from evsys_bus.bus import EventBus
-from evsys_bus.events import StepEnd
+from evsys_bus.delivery.progress import read_progress
+from evsys_bus.delivery.subscription import AdapterRef, Subscription
+from evsys_bus.errors import RetryLaterError
+from evsys_bus.events import Envelope, StepEnd
+from evsys_bus.sink import Sink
+from evsys_bus.tasks import DeliveryStatus
 
 STEPS_PER_ROUND: Final = 2_000
 MAX_ROUNDS: Final = 150
@@ -105,14 +127,121 @@ def _publish(bus: EventBus, first: int, steps: int) -> int:
     return perf_counter_ns() - started
 
 
-def resident_megabytes(pid: int | Literal["self"] = "self") -> float | None:
-    """Resident memory of this or another process; None where the system does not report it."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except FileNotFoundError:
-        return None
-    [kilobytes] = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(kilobytes) / 1024
-
-
 MEMORY_GROWTH: Final = MemoryGrowth()
+
+
+MAX_HEALTH_MS: Final = 50.0
+MIN_STATUS_MB_PER_SECOND: Final = 200
+"""Megabytes of journal per second: counting what is pending from disk alone reads all of it."""
+_HEALTH_CALLS: Final = 20
+_STATUS_CALLS: Final = 3
+_TIMEOUT_SECONDS: Final = 20.0
+
+
+class UnavailableSink(Sink):
+    """A sink whose destination is never available."""
+
+    name = "takes_nothing"
+
+    async def write(self, batch: Sequence[Envelope]) -> None:
+        """Raise `RetryLaterError`."""
+        del batch
+        raise RetryLaterError("the destination is not available")
+
+
+_SUBSCRIPTION: Final = Subscription(
+    "behind", AdapterRef("takes_nothing", {}, (f"{__name__}:{UnavailableSink.__qualname__}",))
+)
+
+
+class BacklogMemory:
+    """The suite ``lag``."""
+
+    name = "lag"
+    promise = "P7: a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
+
+    def measure_tables(self, budget: Budget) -> Iterator[Table]:
+        """Measure the memory, then the times."""
+        steps = budget.rounds * STEPS_PER_ROUND
+        with tempfile.TemporaryDirectory() as directory:
+            journal = Path(directory, "journal")
+            with EventBus([_SUBSCRIPTION], journal=journal, linger_seconds=0.0, drain_timeout=0.0) as bus:
+                _publish_steps(bus, 0, STEPS_PER_ROUND)
+                courier = _courier_pid(journal)
+                before = resident_megabytes(), resident_megabytes(courier)
+                started = time.perf_counter()
+                for first in range(STEPS_PER_ROUND, steps, STEPS_PER_ROUND):
+                    _publish_steps(bus, first, STEPS_PER_ROUND)
+                rate = (steps - STEPS_PER_ROUND) / (time.perf_counter() - started)
+                after = resident_megabytes(), resident_megabytes(courier)
+                health = [_time_ms(bus.health) for _ in range(_HEALTH_CALLS)]
+                status = [_time_ms(lambda: _read_pending(journal, steps)) for _ in range(_STATUS_CALLS)]
+                after_status = resident_megabytes()
+                megabytes = sum(path.stat().st_size for path in journal.glob("*/*.seg")) / 1e6
+            wait_for_courier_exit(journal)
+        yield _memory_table(steps, rate, {"program": (before[0], after[0]), "courier process": (before[1], after[1])})
+        yield _memory_table(steps, rate, {"who asks for the status": (after[0], after_status)}, activity="asking")
+        yield _latency_table(steps, megabytes, spread_of(health), spread_of(status))
+
+
+def _memory_table(
+    steps: int, rate: float, resident: dict[str, tuple[float | None, float | None]], activity: str = "publishing"
+) -> Table:
+    rows: list[Row] = []
+    target_results: list[TargetResult] = []
+    for name, (before, after) in resident.items():
+        if before is None or after is None:
+            continue
+        growth = round(after - before, 1)
+        rows.append(Row(name, Spread(growth, growth, growth), ours=True))
+        promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of the {name}"
+        target_results.append(TargetResult(promise, growth, growth <= MAX_GROWTH_MB, "MB"))
+    title = f"memory that they have grown by, {activity} ({rate:,.0f} events/s)"
+    return Table(title=title, unit="MB", rows=rows, target_results=target_results)
+
+
+def _latency_table(steps: int, megabytes: float, health: Spread, status: Spread) -> Table:
+    rate = megabytes / status.median * 1e3
+    return Table(
+        title=f"how long it takes to read that {steps:,} events ({megabytes:,.0f} MB) are pending",
+        unit="ms",
+        rows=[Row("health()", health, ours=True), Row("status, from disk alone", status, ours=True)],
+        target_results=[
+            TargetResult(f"health() within {MAX_HEALTH_MS:g} ms", health.median, health.median <= MAX_HEALTH_MS, "ms"),
+            TargetResult(
+                f"status reads {MIN_STATUS_MB_PER_SECOND} MB/s at least", rate, rate >= MIN_STATUS_MB_PER_SECOND, "MB/s"
+            ),
+        ],
+    )
+
+
+def _publish_steps(bus: EventBus, first: int, steps: int) -> None:
+    for step in range(first, first + steps):
+        bus.publish(StepEnd(STATE, step, BATCH, METRICS))
+
+
+def _courier_pid(journal: Path) -> int:
+    """Return the pid of the courier process, once it has tried to deliver."""
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        for each in read_progress(journal):
+            if each.state == "retrying":
+                return each.pid
+        time.sleep(0.05)
+    raise RuntimeError("the courier process has not started to deliver")
+
+
+def _read_pending(journal: Path, steps: int) -> list[DeliveryStatus]:
+    found = read_progress(journal)
+    if [each.pending for each in found] != [steps]:
+        raise RuntimeError(f"{found} of {steps:,} events")
+    return found
+
+
+def _time_ms(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return (time.perf_counter() - started) * 1e3
+
+
+BACKLOG_MEMORY: Final = BacklogMemory()

@@ -17,8 +17,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 from evsys_bus.bench.dispatch import BATCH, METRICS
-from evsys_bus.bench.harness import TimedLoop
-from evsys_bus.bench.suite import Candidate, Case, Target, TimedSuite
+from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
 from evsys_bus.events import StepEnd

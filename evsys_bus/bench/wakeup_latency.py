@@ -22,8 +22,7 @@ from typing import Final, Literal, NamedTuple
 
 from evsys_bus.bench.couriers import wait_for_courier_exit
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.harness import Spread
-from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
 from evsys_bus.config import CallbackSpec, build_callbacks

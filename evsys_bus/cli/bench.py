@@ -32,8 +32,7 @@ def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str)
     ) -> None:
         import msgspec
 
-        from evsys_bus.bench.plot import as_svg
-        from evsys_bus.bench.report import Report, as_text, describe_machine
+        from evsys_bus.bench.report import Report, as_svg, as_text, describe_machine
         from evsys_bus.bench.suite import run_suite
 
         suites = _select_suites(load_suites(), names)
@@ -86,16 +85,14 @@ def _make_budget(rounds: int | None, quick: bool) -> "Budget":
 
 def _load_suites() -> "Mapping[str, Suite]":
     from evsys_bus.bench.all_loggers import ALL_LOGGERS
-    from evsys_bus.bench.backlog_memory import BACKLOG_MEMORY
     from evsys_bus.bench.costs import COSTS
+    from evsys_bus.bench.couriers import EXIT_LATENCY, THROUGHPUT
     from evsys_bus.bench.dispatch import DISPATCH
-    from evsys_bus.bench.exit_latency import EXIT_LATENCY
     from evsys_bus.bench.imports import IMPORTS
     from evsys_bus.bench.journal import JOURNAL
     from evsys_bus.bench.kills import KILLS
-    from evsys_bus.bench.memory_growth import MEMORY_GROWTH
+    from evsys_bus.bench.memory_growth import BACKLOG_MEMORY, MEMORY_GROWTH
     from evsys_bus.bench.shapes import SHAPES
-    from evsys_bus.bench.throughput import THROUGHPUT
     from evsys_bus.bench.wakeup_latency import WAKEUP_LATENCY
 
     suites: list[Suite] = [

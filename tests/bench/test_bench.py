@@ -11,19 +11,22 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from evsys_bus.bench.harness import Samples, Spread, TimedLoop, calibrate, interleave
-from evsys_bus.bench.plot import as_svg
-from evsys_bus.bench.report import Machine, Report, as_text, format_value
+from evsys_bus.bench.report import Machine, Report, as_svg, as_text, format_value
 from evsys_bus.bench.suite import (
     Budget,
     Candidate,
     Case,
     Result,
     Row,
+    Samples,
+    Spread,
     Table,
     Target,
     TargetResult,
+    TimedLoop,
     TimedSuite,
+    calibrate,
+    interleave,
     measure,
     run_suite,
 )

@@ -3,7 +3,7 @@
 import pytest
 
 from evsys_bus.bench import loggers
-from evsys_bus.bench.log_process import LogProcess, loggers_in
+from evsys_bus.bench.loggers import LogProcess, loggers_in
 from evsys_bus.bench.memory_growth import MemoryGrowth
 from evsys_bus.bench.suite import Budget
 
