@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import msgspec
 
 from evsys_bus.adapter import Adapter
-from evsys_bus.bus.callback_closer import CallbackCloser
 from evsys_bus.bus.delivery_log import DeliveryLog
 from evsys_bus.bus.failure_policy import FailurePolicy
+from evsys_bus.bus.health import CourierLocation
+from evsys_bus.bus.lifecycle import CallbackCloser
 from evsys_bus.callback import Callback, callback_name
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.subscription import AdapterRef, SinkCallback, Subscription, normalize_ranks
@@ -38,8 +39,6 @@ if TYPE_CHECKING:  # at run time they are imported where something is followed
 
 Couriers = Literal["process", "thread"]
 """Where couriers run: in a separate process, or on threads of this one."""
-CourierLocation = Literal["process", "thread", "loop"]
-"""Where the courier of one adapter runs; ``loop``: as a task on the program's own event loop."""
 Placement = Literal["inline", "follow"]
 """Inside publish, or off the loop."""
 
