@@ -36,9 +36,8 @@ from evsys_bus.events import Envelope, Eval, StepEnd
 from evsys_bus.files import write_into_place
 from evsys_bus.journal import Disk, JournalReport, OsDisk, TailReader, frame, layout, verify
 from evsys_bus.journal.frame import Frame
-from evsys_bus.journal.reader import SegmentScan
+from evsys_bus.journal.reader import CorruptSegmentRange, SegmentScan, StreamReport
 from evsys_bus.journal.stream_lock import read_stream_owner
-from evsys_bus.journal.verify import CorruptSegmentRange, StreamReport
 from evsys_bus.location import encode_json
 
 _EXIT_DAMAGED: Final = 3

@@ -49,8 +49,7 @@ from evsys_bus.delivery.supervisor import COURIER_MAIN, EXIT_DELIVERED, SYNC_MAI
 from evsys_bus.errors import CourierBusyError, EvsysBusError, did_you_mean
 from evsys_bus.journal import JournalReader, OsDisk, layout
 from evsys_bus.journal.layout import LockOwner
-from evsys_bus.journal.lock_owner import read_owner
-from evsys_bus.journal.stream_lock import read_stream_owner
+from evsys_bus.journal.stream_lock import read_owner, read_stream_owner
 from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 

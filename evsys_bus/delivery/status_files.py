@@ -9,7 +9,7 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.files import load_file, lock_file
 from evsys_bus.journal import Clock, Disk, layout
-from evsys_bus.journal.lock_owner import read_owner, write_owner
+from evsys_bus.journal.stream_lock import read_owner, write_owner
 from evsys_bus.location import decode_json, encode_json
 from evsys_bus.tasks import DeliveryStatus
 

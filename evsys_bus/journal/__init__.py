@@ -7,9 +7,8 @@ format is described in docs/journal-format.md.
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.cursor import Cursor, CursorStore, Position
-from evsys_bus.journal.reader import JournalReader, Record, TailReader
+from evsys_bus.journal.reader import JournalReader, JournalReport, Record, TailReader, verify
 from evsys_bus.journal.retention import RetentionPolicy
-from evsys_bus.journal.verify import JournalReport, verify
 from evsys_bus.journal.writer import JournalWriter
 
 __all__ = [

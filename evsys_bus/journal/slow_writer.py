@@ -1,28 +1,138 @@
 """`SlowWriter`: everything about writing a record beyond the plain append.
 
 It handles the start of a segment, errors of the disk and a removed directory. The record is put into the backlog, and
-the backlog is written in order to whichever segment accepts it. All of this is under one lock. The plain append
+the `Backlog` is written in order to whichever segment accepts it. All of this is under one lock. The plain append
 (`JournalWriter.append`) takes no lock and is allowed while ``is_ready`` is true.
 """
 
 import errno
 import math
 import threading
-from collections.abc import Callable
-from typing import Any, Final, Literal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Literal, NamedTuple
 
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.disk import Disk
 from evsys_bus.errors import ForkedBusError, JournalClosedError
 from evsys_bus.journal import frame, layout
-from evsys_bus.journal.backlog import Backlog, PendingRecord
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.frame import pack
 from evsys_bus.journal.layout import SegmentName
-from evsys_bus.journal.reserve import DiskReserve
-from evsys_bus.journal.segment import OpenSegment
+from evsys_bus.journal.segment import OpenSegment, WrittenSegments
 from evsys_bus.journal.stream_lock import StreamLease, lock_stream
-from evsys_bus.journal.written_segments import WrittenSegments
+
+
+class PendingRecord(NamedTuple):
+    """A record that is not on disk yet."""
+
+    sequence: int
+    data: bytes
+    essential: bool
+    """Whether it is among the last to be dropped: starts, ends and checkpoints."""
+
+
+class Backlog:
+    """Pending records in sequence order. Records beyond the limits are dropped by `trim` and counted in ``lost``."""
+
+    def __init__(self, max_records: int, max_bytes: int) -> None:
+        self.lost = 0
+        self.bytes = 0
+        self._max_records = max_records
+        self._max_bytes = max_bytes
+        self._pending: deque[PendingRecord] = deque()
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __iter__(self) -> Iterator[PendingRecord]:
+        return iter(tuple(self._pending))
+
+    def append(self, pending: PendingRecord) -> None:
+        """Add the newest record."""
+        self._pending.append(pending)
+        self.bytes += len(pending.data)
+
+    def trim(self) -> None:
+        """Drop records until the limits hold: oldest first, those with `essential` last, never the newest one."""
+        while len(self._pending) > 1 and (len(self._pending) > self._max_records or self.bytes > self._max_bytes):
+            self._drop(self._index_to_drop())
+
+    def peek(self) -> PendingRecord | None:
+        """The oldest record, or None. It stays in the queue."""
+        return self._pending[0] if self._pending else None
+
+    def pop_oldest(self) -> None:
+        """Remove the oldest record, because it is on disk now."""
+        self.bytes -= len(self._pending.popleft().data)
+
+    def pop(self) -> None:
+        """Remove the newest record, because its publisher gets an error instead."""
+        self.bytes -= len(self._pending.pop().data)
+
+    def shrink_to(self, max_bytes: int) -> None:
+        """Keep only what fits into this many bytes: records with `essential` first, then the newest of the others."""
+        retained: set[int] = set()
+        remaining_bytes = max_bytes
+        for essential in (True, False):
+            for each in reversed(self._pending):
+                if each.essential is essential and len(each.data) <= remaining_bytes:
+                    retained.add(each.sequence)
+                    remaining_bytes -= len(each.data)
+        self.lost += len(self._pending) - len(retained)
+        self._pending = deque(each for each in self._pending if each.sequence in retained)
+        self.bytes = sum(len(each.data) for each in self._pending)
+
+    def _index_to_drop(self) -> int:
+        newest = len(self._pending) - 1
+        return next((index for index, each in enumerate(self._pending) if not each.essential and index < newest), 0)
+
+    def _drop(self, index: int) -> None:
+        self.bytes -= len(self._pending[index].data)
+        del self._pending[index]
+        self.lost += 1
+
+
+class DiskReserve:
+    """Disk space that is reserved or not."""
+
+    def __init__(self, disk: Disk, path: str, size: int) -> None:
+        self.size: Final = size
+        self.is_allocated = False
+        self._disk = disk
+        self._path = path
+
+    def allocate(self) -> None:
+        """Reserve the space if it is available. A full disk is not an error here."""
+        if self.is_allocated or not self.size:
+            return
+        try:
+            self._remove_file()
+            file = self._disk.open_append(self._path)
+            try:
+                self.is_allocated = self._disk.write(file, bytes(self.size)) == self.size
+            finally:
+                self._disk.close(file)
+            if not self.is_allocated:
+                self._remove_file()
+        except OSError:
+            self.is_allocated = False
+
+    def release(self) -> bool:
+        """Release the space. Returns whether there was any."""
+        was_allocated, self.is_allocated = self.is_allocated, False
+        try:
+            self._remove_file()
+        except OSError:
+            return False
+        return was_allocated
+
+    def _remove_file(self) -> None:
+        try:
+            self._disk.remove(self._path)
+        except FileNotFoundError:
+            pass
+
 
 _DISK_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM})
 _OVERDUE_DIVISOR: Final = 8

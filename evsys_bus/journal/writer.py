@@ -15,13 +15,12 @@ from zlib import crc32
 
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.errors import JournalOpenError, UnrecordedError
-from evsys_bus.journal.backlog import Backlog, PendingRecord
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.frame import EVENT, MARKER, pack, pack_checked_header, pack_checksum
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.maintenance import Maintenance
 from evsys_bus.journal.retention import RemovedCounts, RetentionPolicy
-from evsys_bus.journal.slow_writer import SlowWriter
+from evsys_bus.journal.slow_writer import Backlog, PendingRecord, SlowWriter
 from evsys_bus.journal.stream_lock import acquire_stream
 
 _MIN_SYNC_SECONDS: Final = 1.0

@@ -21,7 +21,7 @@ from evsys_bus.delivery.status_files import write_status
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.journal import JournalWriter, OsClock, OsDisk, layout
-from evsys_bus.journal.lock_owner import read_owner, write_owner
+from evsys_bus.journal.stream_lock import read_owner, write_owner
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.testing import RecordingSink
 from support import GOLDEN

@@ -37,7 +37,7 @@ from evsys_bus.errors import (
     RetryLaterError,
 )
 from evsys_bus.journal import CursorStore, JournalReader, OsDisk, layout
-from evsys_bus.journal.lock_owner import read_owner
+from evsys_bus.journal.stream_lock import read_owner
 from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 
