@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from evsys_bus.deprecated import RENAMED_CLASSES, warn
 
 if TYPE_CHECKING:
-    from evsys_bus.adapter import RunAnnotated
+    from evsys_bus.adapter import Rewindable, RunAnnotated, RunResumer
     from evsys_bus.bus import EventBus, Health, Receipt
     from evsys_bus.callback import Callback, dispatch
     from evsys_bus.config import CallbackSpec, build_callbacks, follow, register_callback, register_sink
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
         RunResult,
         TrainingBatch,
     )
-    from evsys_bus.errors import EvsysBusError
+    from evsys_bus.errors import (
+        BatchTooLargeError,
+        DeliveryError,
+        EvsysBusError,
+        ParkedError,
+        RejectedError,
+        RetryLaterError,
+    )
     from evsys_bus.events import (
         BenchmarkEval,
         Checkpoint,
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
         TrainEnd,
         TrainStart,
     )
-    from evsys_bus.sink import Sink
+    from evsys_bus.sink import BatchResult, Sink
     from evsys_bus.training import Experiment, TrainingLoop
 
 __version__: Final = "0.1.0"
@@ -49,7 +56,7 @@ importlib.import_module("datetime")
 """Before msgspec, whose C code imports it unchecked: a Ctrl-C in there would be lost, and crash the process later."""
 
 _NAMES_BY_MODULE: Final = {
-    "adapter": ("RunAnnotated",),
+    "adapter": ("Rewindable", "RunAnnotated", "RunResumer"),
     "bus": ("EventBus", "Health", "Receipt"),
     "callback": ("Callback", "dispatch"),
     "context": (
@@ -63,7 +70,14 @@ _NAMES_BY_MODULE: Final = {
         "RunResult",
         "TrainingBatch",
     ),
-    "errors": ("EvsysBusError",),
+    "errors": (
+        "BatchTooLargeError",
+        "DeliveryError",
+        "EvsysBusError",
+        "ParkedError",
+        "RejectedError",
+        "RetryLaterError",
+    ),
     "events": (
         "BenchmarkEval",
         "Checkpoint",
@@ -79,7 +93,7 @@ _NAMES_BY_MODULE: Final = {
         "TrainEnd",
         "TrainStart",
     ),
-    "sink": ("Sink",),
+    "sink": ("BatchResult", "Sink"),
     "training": ("Experiment", "TrainingLoop"),
     "config": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
 }
@@ -87,10 +101,13 @@ _MODULE_BY_NAME: Final = {name: module for module, names in _NAMES_BY_MODULE.ite
 
 __all__ = [  # spelt out: type checkers do not follow the table
     "ArmResult",
+    "BatchResult",
+    "BatchTooLargeError",
     "BenchmarkEval",
     "Callback",
     "CallbackSpec",
     "Checkpoint",
+    "DeliveryError",
     "Envelope",
     "Eval",
     "EvalResult",
@@ -107,10 +124,15 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "LoopArtifacts",
     "LoopState",
     "ManifestRow",
+    "ParkedError",
     "Receipt",
+    "RejectedError",
+    "RetryLaterError",
+    "Rewindable",
     "RunAnnotated",
     "RunEnd",
     "RunResult",
+    "RunResumer",
     "RunStart",
     "Sink",
     "StepEnd",

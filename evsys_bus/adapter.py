@@ -10,10 +10,10 @@ otherwise cause the next one without end. The exception is `RunAnnotated`, which
 
 import copy
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
-from evsys_bus.events import Event
+from evsys_bus.events import Envelope, Event
 
 Ranks = Literal["rank0", "all"] | tuple[int, ...]
 """In a job of several processes: the ranks whose events an adapter is given."""
@@ -126,6 +126,41 @@ def _copy_containers(value: Any) -> Any:
         return copy.deepcopy(value) if type(value) in {list, dict, set} else value
     except Exception:  # it contains a live object, which no other process could be given anyway
         return value
+
+
+@runtime_checkable
+class Rewindable(Protocol):
+    """Optional methods of a followed callback or sink that writes files, so that no row is written twice after a crash.
+
+    The courier stores the mark with the cursor, in one file. A new courier builds the adapter, rewinds it to the mark,
+    repeats the start events of open runs (with ``state.step`` after the largest delivered step), and continues at the
+    cursor. Both methods are sync.
+    """
+
+    def mark(self) -> Any:
+        """Flush written data to disk and return its position, as plain data that JSON can represent exactly.
+
+        Called between two batches, and before the first one; never during a batch. A mark is valid until two more
+        were taken.
+        """
+        ...
+
+    def rewind(self, mark: Any) -> None:
+        """Undo what was written after the mark, at the latest before the files are used again."""
+        ...
+
+
+@runtime_checkable
+class RunResumer(Protocol):
+    """Optional method of a sink: gets repeated start events of open runs; without it, `Sink.write` gets them."""
+
+    def resume_runs(self, starts: Sequence[Envelope]) -> None:
+        """Reopen the runs of these start events; nothing starts now, and the events are not counted.
+
+        Called after `open`, for a sink that was built again, and later where the original start events were removed
+        from the journal. ``state.step`` of a training is the first step that may follow.
+        """
+        ...
 
 
 class EventPublisher(Protocol):

@@ -269,13 +269,18 @@ class DeliveryError(EvsysBusError):
 
 
 class RetryLaterError(DeliveryError):
-    """Not now: the destination is busy or away. Retried without end, after ``after_seconds`` if given."""
+    """Not now: the destination is busy or away. Retried without end, after ``after_seconds`` if given.
+
+    With ``waiting``, nothing is wrong: the sink waits for other work, such as an upload. The state of the delivery is
+    then ``waiting`` instead of ``retrying``, and nothing is logged.
+    """
 
     code = "EB901"
 
-    def __init__(self, what: str, *, after_seconds: float | None = None) -> None:
+    def __init__(self, what: str, *, after_seconds: float | None = None, waiting: bool = False) -> None:
         super().__init__(what)
         self.after_seconds = after_seconds
+        self.waiting = waiting
 
 
 class ParkedError(DeliveryError):

@@ -10,8 +10,9 @@ event should change nothing. What `write` returns or raises decides what happens
 
     nothing, or None returned     delivered
     a number n returned           the first n are delivered, the others are delivered again
-    RetryLaterError, OSError,     retried without end, with growing pauses; ``after_seconds`` is honoured
-      TimeoutError
+    a BatchResult returned        the same, where some of the first were rejected: those become dead letters
+    RetryLaterError, OSError,     retried without end, with growing pauses; ``after_seconds`` is honoured, and with
+      TimeoutError                  ``waiting`` it is shown as a healthy wait
     ParkedError                   the adapter is parked: retried once a minute, and shown
     RejectedError({index: why})   those become dead letters, the others are delivered
     BatchTooLargeError            halved; a single event becomes a dead letter
@@ -20,13 +21,34 @@ event should change nothing. What `write` returns or raises decides what happens
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
-from typing import Final
+from typing import Final, NamedTuple
 
 from evsys_bus.adapter import Adapter, EventPublisher
 from evsys_bus.errors import NotAttachedError, SinkMethodError
 from evsys_bus.events import Envelope, Event
+
+
+class BatchResult(NamedTuple):
+    """What became of the events at the front of a batch; the events after these are delivered again.
+
+    Example:
+        >>> BatchResult(delivered=3, rejected={1: "no such column"}).handled  # of these 4, the second was rejected
+        4
+    """
+
+    delivered: int
+    """How many of them were delivered."""
+    rejected: Mapping[int, str] = {}
+    """Index and reason of each that was rejected for good, and becomes a dead letter."""
+    errors: Mapping[int, Exception] = {}
+    """Exceptions of rejected events, by index, to be logged with them."""
+
+    @property
+    def handled(self) -> int:
+        """How many they are: delivered and rejected ones."""
+        return self.delivered + len(self.rejected)
 
 
 class Sink(Adapter):
@@ -56,7 +78,7 @@ class Sink(Adapter):
     async def open(self) -> None:
         """Connect. It may raise the same errors as `write`, with the same meaning, and is then called again."""
 
-    async def write(self, batch: Sequence[Envelope]) -> int | None:
+    async def write(self, batch: Sequence[Envelope]) -> int | BatchResult | None:
         """Deliver the batch: at least one event, in the order of their streams."""
         raise NotImplementedError(f"{type(self).__name__}.write")
 

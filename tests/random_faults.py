@@ -44,7 +44,7 @@ from evsys_bus import (
 )
 from evsys_bus.codec import decode, encode
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.dead_letters import DeadLetter
+from evsys_bus.delivery.delivery_store import DeadLetter
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.sink_receiver import SinkReceiver
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription

@@ -209,7 +209,8 @@ class CheckpointPrune(Sink):
             await self._prune_remote(run)
         if awaited:
             # The end of a training stays pending until its last upload is done: it may allow further removals.
-            raise RetryLaterError(f"{awaited[-1]} is waiting to be uploaded", after_seconds=RETRY_SECONDS)
+            what = f"{awaited[-1]} is waiting to be uploaded"
+            raise RetryLaterError(what, after_seconds=RETRY_SECONDS, waiting=True)
 
     async def close(self) -> None:
         """Close the destinations, and log how many files were not removed."""

@@ -6,7 +6,7 @@ The inline half creates hard links; the delivery half, `UploadSink`, uploads the
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, NamedTuple
 
 import anyio
 import msgspec
@@ -29,12 +29,15 @@ from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, 
 from evsys_adapters.checkpoints.store import MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
 from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, StoreUrl, check_url, has_placeholders, url_for
 from evsys_bus.callback import Callback
-from evsys_bus.context import LoopState, ManifestRow
+from evsys_bus.context import LogContext, LoopState, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import BatchTooLargeError, DeliveryError, RejectedError, RetryLaterError
 from evsys_bus.events import Checkpoint, Envelope, ExperimentStart, RunStart
 from evsys_bus.files import load_file
 from evsys_bus.sink import Sink
+
+if TYPE_CHECKING:
+    from evsys_bus.config import CallbackSpec
 
 FINAL: Final = "final"
 
@@ -393,8 +396,11 @@ class CheckpointUploadCallback(Callback):
             log().warning("checkpoint.not_linked", checkpoint=row.name, error=str(error))
 
     @staticmethod
-    def fetch_before_resume(*args: Any) -> None:
-        """Fetch what runs continue from; ``evsys-bus run --resume`` calls it once with all specs and runs."""
+    def fetch_before_resume(specs: "Sequence[CallbackSpec]", folder: Path, *args: Any) -> None:
+        """Fetch what runs continue from; ``evsys-bus run --resume`` calls it once with the specs of all callbacks."""
         from evsys_adapters.commands.resume import fetch_newest
 
-        fetch_newest(*args)
+        uploads = [each for each in specs if each.kind == CheckpointUploadCallback.name]
+        configs = [CheckpointUploadCallback(**each.params).config for each in uploads]
+        sources = [(url_for(each.url, LogContext(folder)), each.store_options) for each in configs]
+        fetch_newest(sources, folder, *args)

@@ -17,9 +17,10 @@ from evsys_bus.bench.memory_growth import resident_megabytes
 from evsys_bus.bench.suite import Budget, Row, Table, TargetResult
 from evsys_bus.bus import EventBus
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.receiver import BatchResult, ProblemHandler
+from evsys_bus.delivery.receiver import ProblemHandler
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.events import Envelope, StepEnd
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import run_in_new_loop
 
 STEPS_PER_ROUND: Final = 1_000

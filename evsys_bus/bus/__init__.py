@@ -1,8 +1,7 @@
 """The bus: publish, spawn, drain, health."""
 
 from evsys_bus.bus.event_bus import EventBus
-from evsys_bus.bus.health import Health
-from evsys_bus.bus.hook_stats import HookHealth
+from evsys_bus.bus.health import Health, HookHealth
 from evsys_bus.tasks import Receipt, TaskCounts
 
 __all__ = ["EventBus", "Health", "HookHealth", "Receipt", "TaskCounts"]

@@ -18,11 +18,11 @@ from typing import Any, Final, Protocol, SupportsFloat, SupportsIndex, TypeGuard
 
 import msgspec
 
+from evsys_bus.adapter import Rewindable
 from evsys_bus.callback import Callback, callback_name, get_attribute, isolate
 from evsys_bus.codec import decode, to_builtins
 from evsys_bus.codec.normalize import escape_surrogates
 from evsys_bus.context import EvalResult, LogContext, LoopArtifacts, LoopState, ManifestRow, Prediction
-from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Event

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import msgspec
 
 from evsys_bus.adapter import Adapter
-from evsys_bus.bus.callback_closer import CallbackCloser
 from evsys_bus.bus.delivery_log import DeliveryLog
 from evsys_bus.bus.failure_policy import FailurePolicy
+from evsys_bus.bus.health import CourierLocation
+from evsys_bus.bus.lifecycle import CallbackCloser
 from evsys_bus.callback import Callback, callback_name
 from evsys_bus.codec import error_text
 from evsys_bus.delivery.subscription import AdapterRef, SinkCallback, Subscription, normalize_ranks
@@ -32,14 +33,12 @@ from evsys_bus.tasks import Deadline, DeliveryStatus, Receipt, TaskManager
 
 if TYPE_CHECKING:  # at run time they are imported where something is followed
     from evsys_bus.delivery.courier_pool import CourierPool
-    from evsys_bus.delivery.courier_process import CourierProcess
     from evsys_bus.delivery.progress import ProgressReader
     from evsys_bus.delivery.subscriptions import SubscriptionRecord
+    from evsys_bus.delivery.supervisor import Supervisor
 
 Couriers = Literal["process", "thread"]
 """Where couriers run: in a separate process, or on threads of this one."""
-CourierLocation = Literal["process", "thread", "loop"]
-"""Where the courier of one adapter runs; ``loop``: as a task on the program's own event loop."""
 Placement = Literal["inline", "follow"]
 """Inside publish, or off the loop."""
 
@@ -107,7 +106,7 @@ class DeliveryManager:
         """Status of inline callbacks with unconfirmed events."""
         self._previous_statuses: dict[str, DeliveryStatus] = {}
         """Statuses found at the start: their failures are not counted for this bus."""
-        self._process: CourierProcess | None = None
+        self._supervisor: Supervisor | None = None
         self._courier_pools: list[CourierPool] = []
         self._delivery_log: DeliveryLog | None = None
         self._failure_policy = FailurePolicy([each for each in self._subscriptions if each.policy.can_stop_run])
@@ -241,11 +240,12 @@ class DeliveryManager:
             for location in get_args(CourierLocation)
         }
         if by_location["process"]:
-            from evsys_bus.delivery.courier_process import CourierProcess
+            from evsys_bus.delivery.supervisor import Supervisor, courier_config
 
             self._delivery_log = DeliveryLog(directory, [each.name for each in by_location["process"]])
-            self._process = CourierProcess(directory, by_location["process"], grace_seconds=self._grace_seconds)
-            self._process.start(subscribe=False)
+            config = courier_config(directory, by_location["process"], grace_seconds=self._grace_seconds)
+            self._supervisor = Supervisor(config)
+            self._supervisor.start()
         if by_location["thread"] or by_location["loop"]:
             from evsys_bus.delivery.courier_pool import CourierPool
 
@@ -268,13 +268,13 @@ class DeliveryManager:
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Record how many events an inline callback has unconfirmed; 0 clears the entry."""
-        from evsys_bus.delivery.retry import normalize_unconfirmed
+        from evsys_bus.delivery.receiver import unconfirmed_status
 
         name = callback_name(adapter)
-        events, why, fix = normalize_unconfirmed(events, why, fix)
-        if events:
-            status = DeliveryStatus(name, recorded=events, delivered=events, owed=events)
-            self._unconfirmed[name] = msgspec.structs.replace(status, error=why, fix=fix, owed_fix=fix)
+        status = unconfirmed_status(events, why, fix)
+        if status.owed:
+            owed = status.owed
+            self._unconfirmed[name] = msgspec.structs.replace(status, name=name, recorded=owed, delivered=owed)
         else:
             self._unconfirmed.pop(name, None)
 
@@ -294,7 +294,7 @@ class DeliveryManager:
     def _check_failure_policy(self) -> None:
         if self._failure_policy.is_due() and self._progress is not None:
             self._failure_policy.check(
-                self._read_statuses(), gave_up=self._process is not None and self._process.has_given_up
+                self._read_statuses(), gave_up=self._supervisor is not None and self._supervisor.has_given_up
             )
 
     def courier_locations(self) -> dict[str, CourierLocation]:
@@ -366,8 +366,8 @@ class DeliveryManager:
             closer: Closes the inline callbacks.
             is_loop_running: Whether the loop of the bus is running; otherwise no courier on it can finish.
         """
-        if self._process is not None:
-            self._process.finish(deadline.remaining())
+        if self._supervisor is not None:
+            self._supervisor.finish(time.monotonic() + deadline.remaining())
         for pool in self._courier_pools:
             pool.finish(deadline.at)
         closer.start(deadline)
@@ -420,7 +420,7 @@ class DeliveryManager:
     def _join_couriers(self, pools: "Sequence[CourierPool]", wait_seconds: float) -> bool:
         """Wait briefly for the couriers; return whether all have ended."""
         end = time.monotonic() + wait_seconds
-        process = self._process is None or self._process.wait(wait_seconds)
+        process = self._supervisor is None or self._supervisor.wait(wait_seconds)
         return all([pool.join(max(0.0, end - time.monotonic())) for pool in pools]) and process  # noqa: C419 # each
 
     def _can_make_progress(self) -> bool:
@@ -432,7 +432,7 @@ class DeliveryManager:
         pending: dict[str, int | str] = {each.name: each.pending for each in deliveries if each.pending}
         pending |= {each.name: "unknown" for each in deliveries if not each.is_known}
         unconfirmed = {f"{each.name}_owed": each.owed for each in deliveries if each.owed}
-        grace_seconds = self._grace_seconds if self._process is not None and self._process.is_alive else 0
+        grace_seconds = self._grace_seconds if self._supervisor is not None and self._supervisor.is_alive else 0
         log().warning("delivery.pending", **pending, **unconfirmed, lingers_seconds=grace_seconds, fix=command)
 
     def _build_adapter(self, adapter_ref: AdapterRef) -> Callback | Sink:

@@ -1,17 +1,317 @@
-"""The compiled code of a bus and the counters of its hooks: what runs for an event, and how often it did."""
+"""The compiled `publish` of a bus, the code of each event type, and the counters of its hooks.
+
+There is one compiled unit per event type. It calls the hooks of that type one after another, each in a ``try`` that
+costs nothing unless it catches. Callbacks that do not override the hook are not part of it. For the hot event type the
+calls are inlined in `publish` itself, so that one publish is one Python frame around the hooks:
+
+    take the token · count · call, call, call · record · run what hooks published meanwhile · return the token
+
+The token serializes publishes (a lock costs five times as much). Counts are exact: `ticks` is an iterator that lasts
+until the next call to be timed, and its remaining length gives the count. Times are sampled: the first call of a unit
+and then every 64th goes through `timed`, which reads the clock between the hooks; every call once a hook was slow. The
+names that the code uses are its globals, because a closure would copy each of them into every call's frame. The
+watchdog and the adoption of tasks need no marker: the line number of the frame identifies the hook.
+"""
 
 import itertools
+import linecache
+import re
 import threading
+import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import length_hint
 from typing import Any, Final
 
-from evsys_bus.bus.compiled_dispatch import FILENAME_PREFIX, CompiledDispatch, DispatchFunction
-from evsys_bus.bus.hook_stats import HookHealth, HookStats
-from evsys_bus.callback import callback_name, find_hook
-from evsys_bus.events import Event
+from evsys_bus.bus.health import HookHealth
+from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
+from evsys_bus.events import Event, step_field, with_int_step
+from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
+SLOW_NANOSECONDS: Final = 1_000_000
+"""A hook that was seen to take this long is timed on every later call."""
+
+
+class HookStats:
+    """Live counters of one hook, held while its callback is attached."""
+
+    __slots__ = (
+        "blocked",
+        "callback",
+        "calls",
+        "failures",
+        "hook",
+        "max_ns",
+        "method",
+        "owner",
+        "sampled",
+        "sampled_ns",
+    )
+
+    def __init__(self, callback: object, owner: str, hook: str, method: Callable[..., object]) -> None:
+        self.callback = callback
+        self.owner = owner
+        self.hook = hook
+        self.method = method
+        self.calls = 0  # of retired compiled code only; the code in use has its own counter
+        self.failures = 0
+        self.blocked = 0
+        self.sampled = 0
+        self.sampled_ns = 0
+        self.max_ns = 0
+
+    def add_sample(self, nanoseconds: int) -> None:
+        """Add one sampled call."""
+        self.sampled += 1
+        self.sampled_ns += nanoseconds
+        self.max_ns = max(self.max_ns, nanoseconds)
+
+    def health(self, current_calls: int) -> HookHealth:
+        """Return the current values.
+
+        Args:
+            current_calls: Calls counted by the compiled code in use, which are not yet part of `calls`.
+        """
+        return HookHealth(
+            callback=self.owner,
+            hook=self.hook,
+            calls=self.calls + current_calls,
+            failures=self.failures,
+            blocked=self.blocked,
+            mean_seconds=self.sampled_ns / max(self.sampled, 1) / 1e9,
+            max_seconds=self.max_ns / 1e9,
+        )
+
+
+SAMPLE_EVERY: Final = 64
+
+FILENAME_PREFIX: Final = HOOK_FILENAME_PREFIX
+"""Prefix of the filename of compiled code."""
+
+_TEMPLATE: Final = """\
+def publish(event):
+    global now
+    try:
+        tokens.pop()
+    except IndexError:
+        return contended(event)
+    try:
+        if type(event) is hot:
+            {prepare}
+            {enter}
+            for _ in ticks:
+                {calls}
+                break
+            else:
+                before(event)
+                timed(event)
+            {leave}
+        else:
+            dispatch_of[type(event)](event)
+        if queue:
+            settle()
+    except BaseException as error:
+        settle(error)
+    finally:
+        tokens.append(None)
+
+def dispatch(event, at=None):
+    global now
+    {prepare_in_dispatch}
+    {enter_in_dispatch}
+    before(event)
+    for _ in ticks:
+        {calls_in_dispatch}
+        break
+    else:
+        timed(event)
+    {leave}
+
+def timed(event):
+    global ticks
+    ticks = renewed()
+    t0 = clock()
+    {timed_calls}
+    sample(({times},))
+"""
+
+DispatchFunction = Callable[..., None]
+"""Takes an event and optionally the time at which it was published; default: now."""
+
+_HOOK_CALL: Final = re.compile(r"\s+try: (?:check\d+\()?h(\d+)\(")
 _serial_numbers: Final = itertools.count(1)
+"""Of buses and of compiled code."""
+
+
+class CompiledDispatch:
+    """The compiled code of one event type, and the counters of the hooks that it calls."""
+
+    publish: Callable[[Event], None]
+    """Used for the hot event type only."""
+    dispatch: DispatchFunction
+    """Calls the hooks. The caller holds the token, and passes the publish time if that was earlier."""
+
+    def __init__(
+        self,
+        event_type: type[Event],
+        hook_stats: Sequence[HookStats],
+        *,
+        hot: bool,
+        prefix: str,
+        record: Callable[[Event, float], None] | None = None,
+        record_first: bool = False,
+        failed: Callable[[HookStats, BaseException], None],
+        **template_globals: Any,
+    ) -> None:
+        """Compile. ``template_globals`` are further globals of the template, given by the publisher."""
+        self.tag = event_type.hook.removeprefix("on_")
+        self.record_first = record_first
+        self.hook_stats = tuple(hook_stats)
+        self.filename = f"{prefix}{next(_serial_numbers)}>: {event_type.__name__}"
+        self._sample_interval = SAMPLE_EVERY
+        # The event count when the ticks run out, and the ticks; one tuple, so that other threads read them together.
+        self._ticks_state: tuple[int, itertools.repeat[None]] = (0, itertools.repeat(None, 0))
+        # Folded into the counters a few times a second, off the publishing thread. At a million publishes a second
+        # some are overwritten before that, which is fine for samples.
+        self._samples: deque[tuple[int, ...]] = deque(maxlen=1024)
+        checks_return = [can_return_value(stats.method) for stats in self.hook_stats]
+        source = _generate_source(event_type, checks_return, recorded=record is not None, record_first=record_first)
+        self.hooks_by_line = {
+            number: self.hook_stats[int(call[1])]
+            for number, line in enumerate(source.splitlines(), start=1)
+            if (call := _HOOK_CALL.match(line))
+        }
+        self._namespace: dict[str, Any] = {
+            "__name__": __name__,
+            "__loader__": _SourceLoader(source),
+            "hot": event_type if hot else None,
+            "ticks": self._ticks_state[1],
+            "renewed": self._restart_ticks,
+            "failed": self._failure_handler(failed),
+            "sample": self._samples.append,
+            "clock": time.perf_counter_ns,
+            "wall": time.time,
+            "record": record,
+            "with_whole_step": with_int_step,
+            **{f"h{index}": stats.method for index, stats in enumerate(self.hook_stats)},
+            **{
+                f"check{index}": partial(check_return_value, stats.callback, stats.hook)
+                for index, stats in enumerate(self.hook_stats)
+            },
+            **template_globals,
+        }
+        exec(compile(source, self.filename, "exec"), self._namespace)  # noqa: S102 # our own template, without outside input
+        self.publish, self.dispatch = self._namespace["publish"], self._namespace["dispatch"]
+
+    def event_time(self) -> float:
+        """Return when the last dispatched event was published, in seconds since the epoch."""
+        return self._namespace.get("now", 0.0)
+
+    def count(self) -> int:
+        """Return the exact number of dispatched events."""
+        at_end, ticks = self._ticks_state
+        return at_end - length_hint(ticks)
+
+    def _failure_handler(
+        self, on_failure: Callable[[HookStats, BaseException], None]
+    ) -> Callable[[int, BaseException], None]:
+        hook_stats = self.hook_stats
+        return lambda index, error: on_failure(hook_stats[index], error)
+
+    def _restart_ticks(self) -> "itertools.repeat[None]":
+        """Start a new sampling interval, because a call is being timed; return its ticks."""
+        ticks = itertools.repeat(None, self._sample_interval - 1)
+        self._ticks_state = (self._ticks_state[0] + self._sample_interval, ticks)
+        return ticks
+
+    def flush_samples(self) -> None:
+        """Move the samples into the counters."""
+        while True:
+            try:
+                times = self._samples.popleft()
+            except IndexError:
+                return
+            for stats, start_ns, end_ns in zip(self.hook_stats, times, times[1:], strict=False):
+                stats.add_sample(end_ns - start_ns)
+                if end_ns - start_ns >= SLOW_NANOSECONDS:
+                    self._sample_interval = 1
+
+    def set_recorder(self, record: Callable[[Event, float], None]) -> None:
+        """Replace the function that records events, if events are recorded at all."""
+        if self._namespace["record"] is not None:
+            self._namespace["record"] = record
+
+    def retire(self) -> None:
+        """Retire this code: move its counts into the counters; a `publish` that a caller stored uses the new code."""
+        self._namespace["hot"] = None
+        self.flush_samples()
+        for stats in self.hook_stats:
+            stats.calls += self.count()
+        linecache.cache.pop(self.filename, None)  # a traceback may have added it
+
+
+class _SourceLoader:
+    """Shows the compiled code in tracebacks for as long as the code itself lives."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+
+    def get_source(self, _: str) -> str:
+        """Return the source; `linecache` calls this on a module's loader."""
+        return self._source
+
+
+def _generate_source(
+    event_type: type[Event], checks_return: Sequence[bool], *, recorded: bool, record_first: bool
+) -> str:
+    """Return the source code; ``checks_return``: for each hook, whether its return value must be checked."""
+    fields = event_type.__struct_fields__
+    local_names = {name: f"a{index}" for index, name in enumerate(fields)}
+    unpack_lines = (
+        ["; ".join(f"{local} = event.{name}" for name, local in local_names.items())]
+        if checks_return and fields
+        else []
+    )
+    positional = [a for name, a in local_names.items() if name not in event_type.keywords]
+    keyword_arguments = [f"{name}={a}" for name, a in local_names.items() if name in event_type.keywords]
+    arguments = ", ".join(positional + keyword_arguments)
+    calls: list[str] = []
+    timed_calls = list(unpack_lines)
+    for index, checks in enumerate(checks_return):
+        call = f"check{index}(h{index}({arguments}))" if checks else f"h{index}({arguments})"
+        lines = [f"try: {call}", f"except BaseException as error: failed({index}, error)"]
+        calls += lines
+        timed_calls += [*lines, f"t{index + 1} = clock()"]
+    prepare = list(unpack_lines)
+    step = step_field(event_type)
+    if step is not None:  # the one user value that must be exact, because files are keyed by it
+        step_expression = local_names[step] if unpack_lines else f"event.{step}"
+        # A recorded step must fit in 63 bits too; the shift catches every value that needs a check, also negative ones.
+        range_check = f" or {step_expression} >> 62" if recorded else ""
+        prepare += [
+            f"if type({step_expression}) is not int{range_check}:",
+            "    event = with_whole_step(event)" + (f"; {local_names[step]} = event.{step}" if unpack_lines else ""),
+        ]
+    enter_code = "now = {}wall(); record(event, now)" if record_first else "now = {}wall()"
+    enter_code = enter_code if recorded else "pass"
+    leave_code = "pass" if record_first else "record(event, now)"
+    return _TEMPLATE.format(
+        prepare=_indent(prepare, 12),
+        prepare_in_dispatch=_indent(prepare, 4),
+        enter=enter_code.format(""),
+        enter_in_dispatch=enter_code.format("at or "),
+        leave=leave_code if recorded else "pass",
+        calls=_indent(calls, 16),
+        calls_in_dispatch=_indent(calls, 8),
+        timed_calls=_indent(timed_calls, 4),
+        times=", ".join(f"t{index}" for index in range(len(checks_return) + 1)),
+    )
+
+
+def _indent(lines: Sequence[str], spaces: int) -> str:
+    return ("\n" + " " * spaces).join(lines) if lines else "pass"
 
 
 class DispatchTable(dict[type[Event], DispatchFunction]):

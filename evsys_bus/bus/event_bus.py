@@ -14,12 +14,10 @@ from typing import Any, Final, Self, TypeVar
 import msgspec
 
 from evsys_bus.adapter import Adapter, EventInfo
-from evsys_bus.bus.callback_closer import CallbackCloser, close_callback, has_cleanup
 from evsys_bus.bus.callback_marks import add_mark_callbacks
 from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
-from evsys_bus.bus.health import Health, collect_health
-from evsys_bus.bus.lifecycle import BusLifecycle
-from evsys_bus.bus.limits import validate_seconds
+from evsys_bus.bus.health import Health
+from evsys_bus.bus.lifecycle import BusLifecycle, CallbackCloser, close_callback, has_cleanup
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
@@ -50,6 +48,8 @@ from evsys_bus.watchdog import Watchdog
 
 T = TypeVar("T")
 
+_MAX_SECONDS: Final = 1e8
+"""Three years; system calls accept no longer timeouts."""
 _EXIT_THREAD_NAME: Final = "evsys-bus-exit"
 _POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
@@ -125,7 +125,7 @@ class EventBus:
     ) -> None:
         self.receipt: Receipt | None = None
         self._shutdown: UninterruptibleCall[None] | None = None
-        self._drain_timeout = validate_seconds("drain_timeout", drain_timeout)
+        self._drain_timeout = _validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
         self._rank = rank_from_environment() if rank is None else rank
         if journal is not None and not isinstance(journal, JournalWriter):
@@ -134,12 +134,12 @@ class EventBus:
         self._recorder: EventRecorder | None = None
         self._redact = frozenset(key.lower() for key in redact)
         self._delivery_manager = DeliveryManager(
-            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
+            callbacks, sinks, couriers, _validate_seconds("linger_seconds", linger_seconds), self._rank
         )
         self._publisher = Publisher(
             add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,
-            patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
+            patience_seconds=_validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
             before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
         )
@@ -155,7 +155,7 @@ class EventBus:
                 self._bare_tasks.check_task_factories,
                 self._delivery_manager.run_checks,
             ),
-            blocked_seconds=validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
+            blocked_seconds=_validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
         )
         self._loop_thread = LoopThread()
         self._lifecycle = BusLifecycle(handles_signals=handle_signals)
@@ -251,8 +251,23 @@ class EventBus:
 
     def health(self) -> Health:
         """Return all current counts."""
-        return collect_health(
-            self._publisher, self._task_manager, self._bare_tasks.state, self._recorder, self._delivery_manager
+        tasks, by_owner = self._task_manager.counts()
+        running, waiting = self._task_manager.count_running_and_waiting()
+        return Health(
+            state=self._publisher.state,
+            published=self._publisher.dispatches.published_counts(),
+            hooks=self._publisher.dispatches.hook_health(),
+            tasks=tasks,
+            tasks_by_owner=by_owner,
+            tasks_running=running,
+            tasks_waiting=waiting,
+            deferred=self._publisher.deferred,
+            dropped=self._publisher.dropped,
+            adoption=self._bare_tasks.state,
+            journal=None if self._recorder is None else self._recorder.health(),
+            deliveries=self._delivery_manager.deliveries(),
+            couriers=self._delivery_manager.courier_locations(),
+            without_hooks=self._publisher.without_hooks,
         )
 
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
@@ -498,3 +513,14 @@ def _check_threads_are_real() -> None:
             why="its event loop and its deadlines run on threads beside the program's",
             fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
         )
+
+
+def _validate_seconds(name: str, value: float, minimum: float = 0.0) -> float:
+    """Return a valid duration; infinity becomes three years.
+
+    Raises:
+        SettingError: It is less than ``minimum``, or not a number.
+    """
+    if not value >= minimum:  # NaN too
+        raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {minimum:g}")
+    return min(float(value), _MAX_SECONDS)

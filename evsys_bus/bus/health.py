@@ -4,12 +4,65 @@ from typing import ClassVar, Literal
 
 import msgspec
 
-from evsys_bus.bus.delivery_manager import CourierLocation, DeliveryManager
-from evsys_bus.bus.hook_stats import HookHealth
-from evsys_bus.bus.publisher import Publisher
-from evsys_bus.bus.recorder import EventRecorder, JournalHealth
 from evsys_bus.deprecated import Renamed
-from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts, TaskManager
+from evsys_bus.tasks import AdoptionState, DeliveryStatus, TaskCounts
+
+CourierLocation = Literal["process", "thread", "loop"]
+"""Where the courier of one adapter runs; ``loop``: as a task on the program's own event loop."""
+
+
+class HookHealth(msgspec.Struct, frozen=True):
+    """Counts and times of one hook of one callback."""
+
+    callback: str
+    hook: str
+    calls: int
+    """Exact."""
+    failures: int
+    """Exact: calls that raised."""
+    blocked: int
+    """Calls that the watchdog reported as blocking."""
+    mean_seconds: float
+    """Mean of the sampled calls: the first, then 1 in 64; every call once the hook was seen to take 1 ms."""
+    max_seconds: float
+    """The longest of the sampled calls."""
+
+    def merge(self, other: "HookHealth | None") -> "HookHealth":
+        """Return the combined counts and times of both."""
+        if other is None:
+            return self
+        calls = self.calls + other.calls
+        seconds = self.mean_seconds * self.calls + other.mean_seconds * other.calls
+        return HookHealth(
+            callback=self.callback,
+            hook=self.hook,
+            calls=calls,
+            failures=self.failures + other.failures,
+            blocked=self.blocked + other.blocked,
+            mean_seconds=seconds / max(calls, 1),
+            max_seconds=max(self.max_seconds, other.max_seconds),
+        )
+
+
+class JournalHealth(msgspec.Struct, frozen=True):
+    """Counts of the journal of a bus."""
+
+    directory: str
+    stream: str
+    recorded: int
+    """Events written to the operating system."""
+    unrecorded: int
+    """Events that wait in memory because the disk refuses them."""
+    lost: int
+    """Events dropped because too many waited."""
+    failures: int
+    """How often the disk refused an operation."""
+    removed_segments: int = 0
+    """Segments removed by `retain`."""
+    removed_events: int = 0
+    """Events in the removed segments."""
+    removed_bytes: int = 0
+    """Size of the removed segments."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -42,31 +95,3 @@ class Health(msgspec.Struct, frozen=True):
     refused: ClassVar[Renamed] = Renamed("dropped")
     without_hooks: int = 0
     """Events that are in the journal but whose hooks were not called: another thread's hook held the bus to the end."""
-
-
-def collect_health(
-    publisher: Publisher,
-    task_manager: TaskManager,
-    adoption: AdoptionState,
-    recorder: EventRecorder | None,
-    delivery_manager: DeliveryManager,
-) -> Health:
-    """Collect the counts of all components of a bus."""
-    tasks, by_owner = task_manager.counts()
-    running, waiting = task_manager.count_running_and_waiting()
-    return Health(
-        state=publisher.state,
-        published=publisher.dispatches.published_counts(),
-        hooks=publisher.dispatches.hook_health(),
-        tasks=tasks,
-        tasks_by_owner=by_owner,
-        tasks_running=running,
-        tasks_waiting=waiting,
-        deferred=publisher.deferred,
-        dropped=publisher.dropped,
-        adoption=adoption,
-        journal=None if recorder is None else recorder.health(),
-        deliveries=delivery_manager.deliveries(),
-        couriers=delivery_manager.courier_locations(),
-        without_hooks=publisher.without_hooks,
-    )

@@ -1,4 +1,10 @@
-"""Entering and leaving a bus: by a task or a thread, by SIGTERM, or at the end of the program."""
+"""Entering and leaving a bus: by a task or a thread, by SIGTERM, or at the end of the program; closing its callbacks.
+
+With the default disposition of SIGTERM, our handler stops the code of every open bus once. When the last bus has
+closed, the signal is raised again with the default in place, so that the process ends as its sender expects. If the
+host has a handler, that one runs, and ours only forwards to it. SIGINT is left to the asyncio runner, which cancels the
+main task.
+"""
 
 import asyncio
 import atexit
@@ -6,12 +12,108 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Final
 
-from evsys_bus.bus.sigterm import SigtermHandler
+from evsys_bus.adapter import Adapter
+from evsys_bus.callback import Callback, callback_name, check_return_value
 from evsys_bus.diagnostics import log
-from evsys_bus.tasks import Gate
+from evsys_bus.tasks import Deadline, Gate, run_on_loop
+
+
+class SigtermHandler:
+    """The SIGTERM handler of one bus, from its entry to its exit. Nothing is installed off the main thread.
+
+    ``on_sigterm`` is called once in the signal handler, on the main thread.
+    """
+
+    def __init__(self, on_sigterm: Callable[[], None]) -> None:
+        self.on_sigterm = on_sigterm
+        self._was_last = False
+
+    def install(self) -> bool:
+        """Install the handler; return True if the signal has arrived already and another bus is still closing."""
+        if threading.current_thread() is not threading.main_thread() or sys.platform == "win32":
+            return False
+        current = signal.getsignal(signal.SIGTERM)
+        if current is None or current is signal.SIG_IGN:
+            return False  # set outside Python, or meant to be ignored
+        _process_state.handlers.append(self)  # first, so that `remove` undoes it after an interrupt
+        if current is not _on_signal:
+            _process_state.previous_handler = current
+            _process_state.received = False
+            signal.signal(signal.SIGTERM, _on_signal)
+        return _process_state.received and _process_state.previous_handler is signal.SIG_DFL
+
+    def remove(self) -> None:
+        """Remove the handler; the last one restores the host's handler, unless it has set another one since."""
+        # An interrupt may come between any two statements; calling this again has the same result.
+        self._was_last = self._was_last or _process_state.handlers == [self]
+        if self in _process_state.handlers:
+            _process_state.handlers.remove(self)
+        if not _process_state.handlers:
+            _restore_previous_handler()
+
+    def raise_again(self) -> None:
+        """End the process as the signal would have, after the last `remove`."""
+        if self._was_last and _process_state.received and _process_state.previous_handler is signal.SIG_DFL:
+            for stream in (sys.stdout, sys.stderr):  # the default disposition flushes nothing
+                try:
+                    stream.flush()
+                except (AttributeError, OSError, ValueError):
+                    pass  # no stream, or a broken one
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _ProcessState:
+    """State shared by all buses of the process, because a signal has only one handler."""
+
+    def __init__(self) -> None:
+        self.handlers: list[SigtermHandler] = []
+        self.previous_handler: Any = None  # a handler, or SIG_DFL or SIG_IGN
+        self.received = False
+        self.pid = os.getpid()
+
+
+_process_state = _ProcessState()
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    if os.getpid() != _process_state.pid:  # it arrived in a forked child before the after-fork hook ran
+        _reset_after_fork()
+        os.kill(os.getpid(), number)
+    elif not _process_state.handlers:  # the last bus was left by a thread that may not restore the handler
+        _restore_previous_handler()
+        os.kill(os.getpid(), number)
+    elif _process_state.previous_handler is not signal.SIG_DFL:
+        _process_state.previous_handler(number, frame)
+    elif not _process_state.received:
+        _process_state.received = True
+        try:
+            for each in reversed(_process_state.handlers):  # the innermost first
+                each.on_sigterm()
+        except RuntimeError:  # its loop was just closed
+            _process_state.received = False  # possibly nothing was stopped: handle the next signal
+            raise
+
+
+def _restore_previous_handler() -> None:
+    """Restore the host's handler; Python allows this on the main thread only."""
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if on_main_thread and signal.getsignal(signal.SIGTERM) is _on_signal:
+        signal.signal(signal.SIGTERM, _process_state.previous_handler)
+
+
+def _reset_after_fork() -> None:
+    """Remove the handlers in a forked child, which has no bus to drain."""
+    _restore_previous_handler()
+    _process_state.handlers.clear()
+    _process_state.pid = os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 class BusLifecycle:
@@ -100,3 +202,89 @@ class BusLifecycle:
             self._exiting_thread is None
         ):  # also if that task or its loop has ended: a cancellation would have no effect
             sys.exit(128 + signal.SIGTERM)
+
+
+_POLL_SECONDS: Final = 0.1
+
+
+def has_cleanup(callback: object) -> bool:
+    """Whether its class overrides `close` or `settle_owed`."""
+    if not isinstance(callback, Callback):
+        return False
+    callback_class = type(callback)
+    return callback_class.close is not Callback.close or callback_class.settle_owed is not Adapter.settle_owed
+
+
+def close_callback(callback: object, on_failure: Callable[[object], None]) -> None:
+    """Call the callback's `close`; an exception is logged and counted."""
+    if isinstance(callback, Callback) and type(callback).close is not Callback.close:
+        try:
+            check_return_value(callback, "close", callback.close())
+        except BaseException as error:  # isolated, like hooks
+            log().warning("callback.close_failed", callback=callback_name(callback), exc_info=error)
+            on_failure(callback)
+
+
+class CallbackCloser:
+    """Closes callbacks in order, on its own thread.
+
+    Args:
+        callbacks: Those whose hooks were called.
+        loop: Runs `settle_owed`; None if no event loop is running.
+        on_failure: Called with a callback whose `close` raised or did not return.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[object],
+        loop: asyncio.AbstractEventLoop | None,
+        on_failure: Callable[[object], None],
+    ) -> None:
+        self._callbacks = callbacks
+        self._loop = loop
+        self._on_failure = on_failure
+        self._deadline = Deadline(0.0)
+        self._current: object = None
+        self._is_settling = False
+        self._thread = threading.Thread(target=self._run, name="evsys-bus-close", daemon=True)
+
+    def start(self, deadline: Deadline) -> None:
+        """Start closing; the work should be done by the deadline."""
+        self._deadline = deadline
+        if self._callbacks:
+            try:
+                self._thread.start()
+            except RuntimeError:  # the interpreter is shutting down and starts no more threads
+                self._run()
+
+    def join(self) -> None:
+        """Wait for the thread, at most until the deadline."""
+        if not self._thread.ident:
+            return
+        while self._thread.is_alive() and self._deadline.remaining():
+            self._thread.join(min(_POLL_SECONDS, self._deadline.remaining()))
+        if self._thread.is_alive():
+            method = "settle_owed" if self._is_settling else "close"
+            name = callback_name(self._current)
+            log().warning("callback.close_hangs", callback=name, method=method, meaning="it is left behind")
+            if not self._is_settling:
+                self._on_failure(self._current)
+
+    def _run(self) -> None:
+        for callback in self._callbacks:
+            self._current, self._is_settling = callback, False
+            close_callback(callback, self._on_failure)
+            self._is_settling = True
+            if isinstance(callback, Callback) and type(callback).settle_owed is not Adapter.settle_owed:
+                self._settle_callback(callback)
+
+    def _settle_callback(self, callback: Callback) -> None:
+        left = self._deadline.remaining()
+        if self._loop is None or left <= 0:
+            return
+        try:
+            run_on_loop(self._loop, callback.settle_owed(self._deadline.at), left)
+        except TimeoutError:
+            pass  # the receipt shows what is still unconfirmed
+        except BaseException as error:  # isolated, like hooks
+            log().warning("callback.settle_failed", callback=callback_name(callback), exc_info=error)

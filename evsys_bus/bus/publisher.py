@@ -17,9 +17,7 @@ from types import FrameType
 from typing import Any, Final, Literal
 
 from evsys_bus.adapter import EventInfo
-from evsys_bus.bus.compiled_dispatch import FILENAME_PREFIX, DispatchFunction
-from evsys_bus.bus.dispatch import DispatchRegistry
-from evsys_bus.bus.hook_stats import HookStats
+from evsys_bus.bus.dispatch import FILENAME_PREFIX, DispatchFunction, DispatchRegistry, HookStats
 from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder
 from evsys_bus.bus.token_recovery import StackReader, TokenRecovery
 from evsys_bus.callback import check_hooks, isolate

@@ -13,6 +13,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from evsys_bus.adapter import EventInfo
+from evsys_bus.bus.health import JournalHealth
 from evsys_bus.codec import MAX_EVENT_BYTES, RunContextNeeded, encode, event_encoder
 from evsys_bus.codec.wire_types import (
     ABSENT,
@@ -60,27 +61,6 @@ _RunKeyFunction = Callable[[Event], str | None]
 """Returns the run key of an event."""
 _AppendFunction = Callable[[Event, str | None, bytes], None]
 """Appends an event, given its run and the encoded envelope."""
-
-
-class JournalHealth(msgspec.Struct, frozen=True):
-    """Counts of the journal of a bus."""
-
-    directory: str
-    stream: str
-    recorded: int
-    """Events written to the operating system."""
-    unrecorded: int
-    """Events that wait in memory because the disk refuses them."""
-    lost: int
-    """Events dropped because too many waited."""
-    failures: int
-    """How often the disk refused an operation."""
-    removed_segments: int = 0
-    """Segments removed by `retain`."""
-    removed_events: int = 0
-    """Events in the removed segments."""
-    removed_bytes: int = 0
-    """Size of the removed segments."""
 
 
 class EventRecorder:

@@ -12,8 +12,7 @@ from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Final
 
-from evsys_bus.bus.compiled_dispatch import CompiledDispatch
-from evsys_bus.bus.hook_stats import HookStats
+from evsys_bus.bus.dispatch import CompiledDispatch, HookStats
 from evsys_bus.diagnostics import collector_paused, log
 
 TOKEN_LOST_SECONDS: Final = 0.02

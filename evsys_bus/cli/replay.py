@@ -41,7 +41,7 @@ from evsys_bus.cli.records import find_journal, find_run_key
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import PendingCounter
-from evsys_bus.delivery.receiver import BatchResult, Problem, ProblemHandler, Receiver
+from evsys_bus.delivery.receiver import ProblemHandler, Receiver
 from evsys_bus.delivery.sink_receiver import SinkReceiver
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.diagnostics import FaultLog
@@ -49,7 +49,7 @@ from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import JournalReader, OsDisk, Position, layout
 from evsys_bus.location import encode_json
-from evsys_bus.sink import Sink
+from evsys_bus.sink import BatchResult, Sink
 from evsys_bus.tasks import DeliveryStatus, run_in_new_loop
 
 _MAX_REASONS: Final = 5
@@ -104,7 +104,7 @@ class FilteredReceiver:
         self.reasons: Final[list[str]] = []
         self.skipped = 0
         self.last_sequences: Final[dict[str, int]] = {}
-        self.problem: Problem | None = None
+        self.problem: DeliveryStatus | None = None
         self.is_waiting = False
         self._sink: Final = adapter if isinstance(adapter, Sink) else None
         self._hooks: Final = CallbackReceiver(adapter, faults=FaultLog()) if isinstance(adapter, Callback) else None
@@ -133,7 +133,7 @@ class FilteredReceiver:
     async def open(self, on_problem: ProblemHandler) -> None:
         """Open the adapter's receiver, and remember the problems it reports."""
 
-        def store_problem(problem: Problem | None) -> None:
+        def store_problem(problem: DeliveryStatus | None) -> None:
             self.problem = problem
             on_problem(problem)
 
@@ -202,7 +202,8 @@ class FilteredReceiver:
         selected = self._selected
         done = len(self._batch) if result.handled >= len(selected) else selected[result.handled]
         self._count(self._batch, selected[: result.handled], result, done)
-        return BatchResult(done, {selected[index]: why for index, why in result.rejected.items()})
+        rejected = {selected[index]: why for index, why in result.rejected.items()}
+        return BatchResult(done - len(rejected), rejected)
 
     def _count(self, batch: Sequence[Envelope], selected: Sequence[int], result: BatchResult, done: int) -> None:
         dead = {selected[index] for index in result.rejected}

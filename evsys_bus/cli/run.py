@@ -57,9 +57,9 @@ from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE
-from evsys_bus.training.folder_lock import unwritable_error
 from evsys_bus.training.loop import JOURNAL_DIR
 from evsys_bus.training.plan import RunPlan
+from evsys_bus.training.run_files import unwritable_error
 from evsys_bus.training.summary import ArmSummary, Spread, summarise
 
 _MAX_STOPPED: Final = 4

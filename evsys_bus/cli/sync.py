@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -43,11 +42,10 @@ from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
 from evsys_bus.cli.records import find_journal, list_journals_newest_first
-from evsys_bus.delivery.courier_process import LOG_NAME
-from evsys_bus.delivery.process_log import open_log
+from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader, read_progress
 from evsys_bus.delivery.subscriptions import SubscriptionRecord, import_path, load_subscriptions
-from evsys_bus.delivery.supervisor import EXIT_DELIVERED, CourierConfig
+from evsys_bus.delivery.supervisor import COURIER_MAIN, EXIT_DELIVERED, SYNC_MAIN, CourierConfig, CourierProcess
 from evsys_bus.errors import CourierBusyError, EvsysBusError, did_you_mean
 from evsys_bus.journal import JournalReader, OsDisk, layout
 from evsys_bus.journal.layout import LockOwner
@@ -56,11 +54,6 @@ from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 
-# sys.path must be set before anything of evsys_bus is imported.
-_BOOT: Final = (
-    "import sys, json; line = sys.stdin.buffer.raw.readline() or sys.exit(); "
-    'sys.path[:] = json.loads(line)["sys_path"]; from evsys_bus.cli.sync_main import main; main(line)'
-)
 _END_SECONDS: Final = 5.0
 STUCK_SECONDS: Final = 10.0
 """A courier process of an ended program is terminated after this long without progress."""
@@ -70,7 +63,6 @@ _OVERTAKEN_SECONDS: Final = 5.0
 """How long to continue past what was pending at first, where programs record more than adapters take."""
 _SIGNAL_SECONDS: Final = 1.0
 """Interval between two signals to the same process."""
-_COURIER_MAIN: Final = "evsys_bus.config.courier_main"
 
 
 class PendingWork(NamedTuple):
@@ -342,7 +334,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
-                while process.poll() is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
+                while process.exit_code is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
                     statuses = monitor.poll(process.pid)
                     on_progress(statuses)
                     if not _are_all_held_elsewhere(work.directory, statuses, process.pid):
@@ -355,9 +347,9 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
                     time.sleep(POLL_SECONDS)
             except KeyboardInterrupt:
                 interrupted = True
-            exit_code = process.poll()
+            exit_code = process.exit_code
         on_progress(monitor.poll(process.pid))
-        if len(group) > 1 and not interrupted and process.returncode != EXIT_DELIVERED:
+        if len(group) > 1 and not interrupted and process.exit_code != EXIT_DELIVERED:
             groups[:0] = [[each] for each in group]  # one adapter ended the process; deliver to each one separately
             continue
         overtaken.update(monitor.overtaken(0.0))
@@ -494,7 +486,7 @@ def _orphaned_courier(directory: Path, name: str) -> int | None:
     """Return the PID of that process if it is a courier process whose program has ended."""
     pid = _lock_owner_pid(directory, name)
     found = None if pid is None else _parent_and_command(pid)
-    if found is None or _COURIER_MAIN not in found[1]:
+    if found is None or COURIER_MAIN not in found[1]:
         return None
     writers = {read_stream_owner(OsDisk(), str(directory), stream) for stream in JournalReader(directory).streams()}
     return None if found[0] in {each.pid for each in writers if each is not None} else pid
@@ -521,34 +513,13 @@ def _describe_problem(status: DeliveryStatus) -> str | None:
 
 
 @contextmanager
-def _sync_process(directory: Path, subscriptions: Sequence[SubscriptionRecord]) -> Generator[subprocess.Popen[bytes]]:
+def _sync_process(directory: Path, subscriptions: Sequence[SubscriptionRecord]) -> Generator[CourierProcess]:
     """Run a process that delivers within the block, and stop it with saved cursors. All share one working directory."""
-    folder, sys_path, own_path = subscriptions[0].working_directory, subscriptions[0].sys_path, import_path()
-    path = (*own_path, *(each for each in sys_path if each not in own_path))
-    config = CourierConfig(str(directory), list(subscriptions), path, 0.0, os.getpid())
-    log = directory / layout.COURIERS / LOG_NAME
-    with os.fdopen(open_log(str(log)), "wb") as output:
-        process = subprocess.Popen(  # noqa: S603  # our own interpreter with fixed arguments
-            [sys.executable, "-P", "-c", _BOOT, str(directory)],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=output,
-            cwd=folder if Path(folder).is_dir() else None,
-            start_new_session=True,  # Ctrl-C is handled here, and stops the process with saved cursors
-        )
-    assert process.stdin is not None
+    own_path = import_path()
+    path = (*own_path, *(each for each in subscriptions[0].sys_path if each not in own_path))
+    process = CourierProcess(CourierConfig(str(directory), list(subscriptions), path, 0.0, os.getpid()), SYNC_MAIN)
     try:
-        with suppress(BrokenPipeError):  # the process has died; its events stay pending
-            rest = memoryview(encode_json(config) + b"\n")
-            while rest:
-                rest = rest[process.stdin.write(rest) :]
+        process.send_config()
         yield process
     finally:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.end(_END_SECONDS)

@@ -1,4 +1,6 @@
-"""The courier process: builds the adapters in its configuration and delivers until the program has ended.
+"""The courier process: builds the adapters in its configuration and delivers, beside a program or for ``sync``.
+
+`main` delivers until the program has ended; `deliver_pending` delivers what is pending.
 
 The program has ended when stdin delivers data or is closed, or when the parent process changes (a forked child of the
 program may keep the pipe open). The process then continues for at most the grace period. SIGTERM has the same effect;
@@ -35,7 +37,7 @@ _POLL_SECONDS: Final = 0.2
 """Interval of checking the parent process."""
 
 
-def prepare(line: bytes) -> tuple[CourierConfig, CourierPool]:
+def _prepare(line: bytes) -> tuple[CourierConfig, CourierPool]:
     """Decode the configuration, open the log, and create the couriers without starting them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = decode_json(line, CourierConfig)
@@ -51,7 +53,7 @@ def main(line: bytes) -> None:
     """Run the courier process with an encoded `CourierConfig`, and exit."""
     sigterms: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: sigterms.append(number))
-    config, pool = prepare(line)
+    config, pool = _prepare(line)
     # An adapter may block the interpreter for ever (a regular expression can), and then no Python code runs.
     hang_seconds = config.grace_seconds + GRACE_SECONDS
     faulthandler.dump_traceback_later(hang_seconds, exit=True, file=2)
@@ -77,6 +79,19 @@ def main(line: bytes) -> None:
     if unfinished:
         log().warning("couriers.left", adapters=", ".join(sorted(unfinished)), fix=f"evsys-bus sync {config.directory}")
     _exit(EXIT_PENDING if unfinished else EXIT_DELIVERED, min(deadline - time.monotonic(), THREADS_SECONDS))
+
+
+def deliver_pending(line: bytes) -> None:
+    """Deliver what is pending with an encoded `CourierConfig`, and exit; input or end of file on stdin ends it."""
+    _, pool = _prepare(line)
+    pool.start(subscribe=False)
+    pool.finish()
+    while not pool.join(_POLL_SECONDS):
+        if select.select([0], [], [], 0)[0]:
+            pool.stop()
+            pool.join(STOP_SECONDS)
+            break
+    _exit(EXIT_DELIVERED, 0.0)
 
 
 def _exit(code: int, wait_seconds: float) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from types import FrameType
 from typing import Any, Final
 
-from evsys_bus.adapter import Adapter, EventInfo, EventPublisher, RetryPolicy
+from evsys_bus.adapter import Adapter, EventInfo, EventPublisher, RetryPolicy, Rewindable
 from evsys_bus.callback import (
     Callback,
     attach,
@@ -19,15 +19,16 @@ from evsys_bus.callback import (
     isolate,
 )
 from evsys_bus.codec import error_text
-from evsys_bus.delivery.receiver import BatchResult, Problem, ProblemHandler, Rewindable, confirm_deliveries
-from evsys_bus.delivery.retry import bounded_text
+from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
 from evsys_bus.delivery.subscription import OnFailure
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.events import Envelope, Event, UnknownEvent
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import (
     CANCEL_GRACE_SECONDS,
     HOOK_FILENAME_PREFIX,
+    DeliveryStatus,
     FinishedTask,
     HookTaskAdopter,
     Job,
@@ -142,7 +143,7 @@ class CallbackReceiver:
                 error = await self._retry_hook(envelope.event, error)
                 if error is not None:
                     rejected[index] = error_text(error)
-            self._result = BatchResult(index + 1, rejected)
+            self._result = BatchResult(index + 1 - len(rejected), rejected)
             if self._slice_seconds is None:
                 if not index % _EVENTS_PER_YIELD:
                     await self._yield_to_others(0.0)
@@ -164,7 +165,8 @@ class CallbackReceiver:
             return self._result
         if self._rewindable is not None:
             return None
-        return BatchResult(handled, {index: why for index, why in self._result.rejected.items() if index < handled})
+        rejected = {index: why for index, why in self._result.rejected.items() if index < handled}
+        return BatchResult(handled - len(rejected), rejected)
 
     def resume_runs(self, starts: Sequence[Envelope]) -> None:
         """Call the hooks of the start events; raises RetryLaterError like `deliver`."""
@@ -391,7 +393,7 @@ class CallbackReceiver:
             if count != self.task_failures - failures:  # counted as failed until they end, in case a kill comes first
                 self.task_failures = failures + count
                 self._set_last_failure(f"{count} calls in the executor have not ended")
-                self._report_problem(Problem("retrying", f"{count} calls in the executor have not ended"))
+                self._report_problem(f"{count} calls in the executor have not ended")
             await asyncio.sleep(0.01)
         self.task_failures = failures + count
         self._report_problem(None)
@@ -409,7 +411,7 @@ class CallbackReceiver:
         previous = self.last_failure
         self.failures += 1  # until it returns: a close that hangs or ends the process has failed
         self._set_last_failure("close: it has not returned")
-        self._report_problem(Problem("retrying", "close() has not returned"))
+        self._report_problem("close() has not returned")
         try:
             check_return_value(callback, "close", callback.close())
         except BaseException as error:
@@ -424,7 +426,7 @@ class CallbackReceiver:
         """Retry a hook that raised; return what it raised last, None if it succeeded."""
         last: BaseException | None = error
         for attempt, pause in enumerate(self._retry_pauses, start=1):
-            self._report_problem(Problem("retrying", error_text(last), attempts=attempt))
+            self._report_problem(error_text(last), attempt)
             await asyncio.sleep(pause)
             last = self._call_hook(event)
             if last is None:
@@ -433,9 +435,10 @@ class CallbackReceiver:
             self._report_problem(None)
         return last
 
-    def _report_problem(self, problem: Problem | None) -> None:
+    def _report_problem(self, error: str | None, attempts: int = 1) -> None:
         if self._on_problem is not None:
-            self._on_problem(problem)
+            status = DeliveryStatus(state="retrying", error=error, attempts=attempts)
+            self._on_problem(None if error is None else status)
 
     async def _yield_to_others(self, seconds: float) -> None:
         """Let other tasks and threads run, and wait while too many spawned tasks are queued."""

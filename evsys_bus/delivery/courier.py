@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Final, Literal, NamedTuple, cast
+from typing import Final, Literal, cast
 
 from evsys_bus.adapter import Adapter
 from evsys_bus.callback import Callback
@@ -20,8 +20,7 @@ from evsys_bus.codec import error_text
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.delivery.delivery_store import DeliveryStore
 from evsys_bus.delivery.progress import PendingCounter
-from evsys_bus.delivery.receiver import HasFailureCounts, Problem, Receiver
-from evsys_bus.delivery.retry import normalize_unconfirmed
+from evsys_bus.delivery.receiver import HasFailureCounts, Receiver, unconfirmed_status
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import DeliveryPolicy, adapter_kind
 from evsys_bus.delivery.subscriptions import is_subscribed
@@ -39,14 +38,6 @@ MAX_FAILED_MARKS: Final = 10
 RETRY_SECONDS: Final = 1.0
 NO_DEADLINE_SECONDS: Final = 86_400.0
 """A deadline that is as good as none."""
-
-
-class DeliveryCounts(NamedTuple):
-    """The event counts of one courier."""
-
-    delivered: int
-    dead: int
-    pending: int
 
 
 class Courier:
@@ -123,9 +114,10 @@ class Courier:
         self._failed_marks = 0
         self._is_delivering = False
         self._fatal_error: Exception | None = None
-        self._problem: Problem | None = None
+        self._problem: DeliveryStatus | None = None
         self._failing_since: float | None = None
-        self._unconfirmed: tuple[int, str | None, str | None] = (0, None, None)
+        self._unconfirmed = DeliveryStatus()
+        """Unconfirmed events: the fields ``owed``, ``owed_fix`` and ``error``."""
         self._saved_failures = (0, 0)
         """Failure counts of hooks and tasks, as last written before a commit."""
         self._pending_counter = PendingCounter(self._directory, policy.ranks, self._disk)
@@ -140,7 +132,7 @@ class Courier:
         self._loop = asyncio.get_running_loop()
         has_cursor = self._store.open()
         previous = self._previous_status = self._store.previous_status()
-        self._unconfirmed = (previous.owed, previous.error, previous.owed_fix) if previous.owed else (0, None, None)
+        self._unconfirmed = unconfirmed_status(previous.owed, previous.error, previous.owed_fix)
         if not has_cursor and self._start_after is not None:
             self._store.start_after(self._start_after)
         try:
@@ -186,26 +178,27 @@ class Courier:
     def report_owed(self, adapter: Adapter, events: int, why: str | None, fix: str | None) -> None:
         """Store the report in the state file, from any thread; see `Adapter.report_owed`."""
         del adapter  # a courier has only one
-        unconfirmed = normalize_unconfirmed(events, why, fix)
+        unconfirmed = unconfirmed_status(events, why, fix)
         if self._loop is not None and running_loop() is not self._loop:
             with suppress(RuntimeError):  # the loop is closed; the last state file is final
                 self._loop.call_soon_threadsafe(self._set_unconfirmed, unconfirmed)
         else:
             self._set_unconfirmed(unconfirmed)
 
-    def _set_unconfirmed(self, unconfirmed: tuple[int, str | None, str | None]) -> None:
+    def _set_unconfirmed(self, unconfirmed: DeliveryStatus) -> None:
         previous, self._unconfirmed = self._unconfirmed, unconfirmed
         if unconfirmed != previous:
-            self._write_status(
-                "delivering", urgent=previous[1:] != unconfirmed[1:] or not (unconfirmed[0] and previous[0])
-            )
+            same_texts = (previous.error, previous.owed_fix) == (unconfirmed.error, unconfirmed.owed_fix)
+            self._write_status("delivering", urgent=not (same_texts and unconfirmed.owed and previous.owed))
 
     @property
-    def counts(self) -> DeliveryCounts:
+    def counts(self) -> DeliveryStatus:
         """Current counts, from any thread. Pending events are counted in the journal, on the caller's thread."""
         positions = dict(self._store.cursor.streams)
         delivered, dead = (sum(getattr(each, field) for each in positions.values()) for field in ("delivered", "dead"))
-        return DeliveryCounts(delivered, dead, self._pending_counter.count(positions))
+        pending = self._pending_counter.count(positions)
+        recorded = delivered + dead + pending
+        return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
 
     # -- on the courier's loop ----------------------------------------------------------------------------------------
 
@@ -362,7 +355,7 @@ class Courier:
         except Exception as error:  # isolation: receivers retry by themselves, so this is a bug in the receiver
             self._is_delivering = False
             self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
-            self._set_problem(Problem("retrying", error_text(error)))
+            self._set_problem(_retrying(error))
             await asyncio.sleep(self._retry_seconds)
             self._set_problem(None)
             return
@@ -386,7 +379,7 @@ class Courier:
             self._failed_marks = 0
         except Exception as error:  # isolation: without the adapter's mark the cursor must not move
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)
-            self._set_problem(Problem("retrying", error_text(error)))
+            self._set_problem(_retrying(error))
             committed = False
             self._failed_marks += 1
             if self._failed_marks >= MAX_FAILED_MARKS and not last:
@@ -403,10 +396,10 @@ class Courier:
                 self._saved_failures = failures
                 self._write_status("delivering", urgent=True)
 
-    def _set_problem(self, problem: Problem | None) -> None:
+    def _set_problem(self, problem: DeliveryStatus | None) -> None:
         """Store and write the problem that the receiver reports; None when it has ended."""
         previous, self._problem = self._problem, problem
-        if problem is None:
+        if problem is None or problem.state == "waiting":
             self._failing_since = None
         elif self._failing_since is None:
             self._failing_since = self._clock.wall()
@@ -415,35 +408,31 @@ class Courier:
 
     def _write_status(self, state: Literal["delivering", "idle", "ended", "failed"], *, urgent: bool = False) -> None:
         """Write the state file."""
-        problem = (
-            self._problem
-            if self._fatal_error is None
-            else Problem("retrying", error_text(self._fatal_error), attempts=0)
+        problem = self._problem if self._fatal_error is None else _retrying(self._fatal_error, attempts=0)
+        unconfirmed, previous = self._unconfirmed, self._previous_status
+        # A problem of the delivery comes before the reason for unconfirmed events.
+        shown = unconfirmed if problem is None else problem
+        receiver = self._receiver
+        failures, task_failures, last_failure = (
+            (receiver.failures, receiver.task_failures, receiver.last_failure)
+            if isinstance(receiver, HasFailureCounts)
+            else (0, 0, None)
         )
-        unconfirmed, unconfirmed_reason, unconfirmed_fix = self._unconfirmed
-        previous, failure_counts = (
-            self._previous_status,
-            self._receiver if isinstance(self._receiver, HasFailureCounts) else None,
+        status = DeliveryStatus(
+            state=state if problem is None or state in {"ended", "failed"} else problem.state,
+            pid=os.getpid(),
+            owed=unconfirmed.owed,
+            owed_fix=unconfirmed.owed_fix,
+            error=shown.error,
+            fix=shown.fix,
+            failing_since=self._failing_since,
+            attempts=shown.attempts,
+            hook_failures=previous.hook_failures + failures,
+            task_failures=previous.task_failures + task_failures,
+            last_failure=last_failure or previous.last_failure,
+            log=self._log_path,
         )
-        self._store.write_status(
-            DeliveryStatus(
-                state=state if problem is None or state in {"ended", "failed"} else problem.state,
-                pid=os.getpid(),
-                owed=unconfirmed,
-                owed_fix=unconfirmed_fix,
-                error=unconfirmed_reason if problem is None else problem.error,
-                fix=unconfirmed_fix if problem is None else problem.fix,
-                failing_since=self._failing_since,
-                attempts=0 if problem is None else problem.attempts,
-                hook_failures=previous.hook_failures + (0 if failure_counts is None else failure_counts.failures),
-                task_failures=previous.task_failures + (0 if failure_counts is None else failure_counts.task_failures),
-                last_failure=previous.last_failure
-                if failure_counts is None
-                else failure_counts.last_failure or previous.last_failure,
-                log=self._log_path,
-            ),
-            urgent=urgent,
-        )
+        self._store.write_status(status, urgent=urgent)
 
     def _cancel_run(self) -> None:
         try:
@@ -451,3 +440,7 @@ class Courier:
                 self._scope.reschedule(asyncio.get_running_loop().time())
         except RuntimeError:
             pass  # the scope is already exiting
+
+
+def _retrying(error: Exception, attempts: int = 1) -> DeliveryStatus:
+    return DeliveryStatus(state="retrying", error=error_text(error), attempts=attempts)

@@ -1,12 +1,23 @@
-"""`CourierPool`: the couriers of one process, each on an event loop of its own, so that none can block another."""
+"""`CourierPool`: the couriers of one process, each on an event loop of its own, so that none can block another.
+
+While they run on threads of a program, the interpreter's switch interval is shorter (`SWITCH_INTERVAL`): a thread that
+wakes up has to wait for the running thread to release the GIL, by default up to 5 ms (``sys.setswitchinterval``).
+System calls release the GIL too, but after a short one the running thread reacquires it before the waiting thread has
+woken up (measured; "convoy effect"). The interval is restored when the last courier thread has ended.
+
+In a process of their own, each has a working directory of its own, so an adapter's ``chdir`` affects no other: POSIX
+has one per process; on Linux a thread can have one that is shared with the threads it starts.
+"""
 
 import asyncio
 import os
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Final, Literal
 
 import anyio
@@ -18,14 +29,72 @@ from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.status_files import is_delivering, write_status_if_idle
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
 from evsys_bus.delivery.subscriptions import register
-from evsys_bus.delivery.switch_interval import SWITCH_INTERVAL
-from evsys_bus.delivery.working_directory import unshare_working_directory
-from evsys_bus.diagnostics import FaultLog, current_adapter
+from evsys_bus.diagnostics import FaultLog, current_adapter, log
 from evsys_bus.errors import CourierBusyError, EvsysBusError
 from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import Clock, Disk, JournalWriter, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, Job, LoopThread, TaskManager
+
+
+class SwitchInterval:
+    """Reference-counted override of ``sys.setswitchinterval``; one object for the whole process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._previous = 0.0
+        self._applied = 0.0
+
+    @contextmanager
+    def at_most(self, seconds: float) -> Generator[None, None, None]:
+        """Limit the switch interval inside the block; safe from any thread.
+
+        The first of several nested or concurrent blocks sets the value. A shorter interval that the program has set is
+        kept, and so is one that it sets meanwhile.
+        """
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._previous = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._previous, seconds))
+                self._applied = sys.getswitchinterval()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users and sys.getswitchinterval() == self._applied:
+                    sys.setswitchinterval(self._previous)
+
+
+SWITCH_INTERVAL: Final = SwitchInterval()
+
+
+_CLONE_FS: Final = 0x200
+
+
+def unshare_working_directory(adapter: str) -> None:
+    """Give this thread a working directory of its own; where that is not possible, log it and continue."""
+    try:
+        _unshare()(_CLONE_FS)
+    except (AttributeError, OSError) as error:  # not Linux, or a container that forbids the call, such as Docker's
+        log().info("courier.shares_folder", adapter=adapter, why=str(error), meaning="a chdir moves all couriers")
+
+
+def _unshare() -> Callable[[int], object]:
+    if sys.version_info >= (3, 12):
+        return os.unshare
+    import ctypes
+
+    library = ctypes.CDLL(None, use_errno=True)
+
+    def unshare(flags: int) -> None:
+        if library.unshare(flags):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    return unshare
+
 
 LOCK_RETRY_SECONDS: Final = 0.5
 """Pause before retrying to acquire a lock that another process holds."""
@@ -78,7 +147,8 @@ class CourierPool:
         self._faults = FaultLog(every_seconds=60.0)
         self._owner_pid = os.getpid()
         self.on_program_loop: Final = task_manager is not None
-        self._workers = [_CourierWorker(each, self._faults, task_manager) for each in subscriptions]
+        self._task_manager = task_manager
+        self._workers = [_CourierWorker(each) for each in subscriptions]
         self._annotations = _AnnotationWriter(directory, self._clock, self._disk)
 
     def start(self, *, subscribe: bool = True) -> None:
@@ -90,18 +160,20 @@ class CourierPool:
         if subscribe:
             register(self._directory, [worker.subscription for worker in self._workers], self._disk)
         for worker in self._workers:
-            owner, name = (worker.name, "delivery") if self.on_program_loop else ("courier", worker.name)
+            if self._task_manager is None:
+                worker.future = worker.thread.submit(self._run_worker(worker))
+                continue
             job = Job(
                 self._run_worker,
                 (worker,),
-                owner=owner,
-                name=name,
+                owner=worker.name,
+                name="delivery",
                 timeout=None,
                 retry=None,
                 lane=None,
-                background=self.on_program_loop,  # ends by `finish` or `stop`, so no drain waits for it
+                background=True,  # ends by `finish` or `stop`, so no drain waits for it
             )
-            worker.task_manager.spawn(job)
+            self._task_manager.spawn(job)
 
     def finish(self, deadline: float | None = None) -> None:
         """Ask each courier to end once it has delivered all events; from any thread.
@@ -269,11 +341,12 @@ def _describe(error: EvsysBusError) -> str:
 class _CourierWorker:
     """One adapter, its thread, and its current courier."""
 
-    def __init__(self, subscription: Subscription, faults: FaultLog, task_manager: TaskManager | None) -> None:
+    def __init__(self, subscription: Subscription) -> None:
         self.name = subscription.name
         self.subscription = subscription
         self.thread = LoopThread()
-        self.task_manager = TaskManager(self.thread.loop, faults) if task_manager is None else task_manager
+        self.future: Future[None] | None = None
+        """The result of its courier on that thread; keeps the task alive."""
         self.ended = threading.Event()
         self.failed = False
         self.was_locked = False

@@ -1,56 +1,24 @@
-"""`Receiver`: what a courier delivers to; `hooks` implements it for callbacks, `batches` for sinks."""
+"""`Receiver`: what a courier delivers to. `CallbackReceiver` implements it for callbacks, `SinkReceiver` for sinks."""
 
 import asyncio
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol, SupportsFloat, runtime_checkable
 
 from evsys_bus.adapter import Adapter
+from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import log
 from evsys_bus.events import Envelope
-from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Outcome, call_with_timeout
+from evsys_bus.sink import BatchResult
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, DeliveryStatus, Outcome, call_with_timeout
 
+ProblemHandler = Callable[[DeliveryStatus | None], None]
+"""Called when a problem starts, changes, or ends (None). The status has ``state``, ``error``, ``fix`` and ``attempts``:
+what prevents the receiver from delivering a batch. It keeps retrying."""
 
-@runtime_checkable
-class Rewindable(Protocol):
-    """Optional methods of an adapter that writes files, so that no row is written twice after a crash.
-
-    The courier stores the mark with the cursor, in one file. A new courier builds the adapter, rewinds it to the mark,
-    repeats the start events of open runs (with ``state.step`` after the largest delivered step), and continues at the
-    cursor.
-    """
-
-    def mark(self) -> Any:
-        """Flush written data to disk and return its position, as plain data that can be stored."""
-        ...
-
-    def rewind(self, mark: Any) -> None:
-        """Undo what was written after the mark, at the latest before the files are used again."""
-        ...
-
-
-class Problem(NamedTuple):
-    """A problem that prevents a receiver from delivering a batch; it keeps retrying."""
-
-    state: Literal["retrying", "parked"]
-    error: str
-    fix: str | None = None
-    attempts: int = 1
-
-
-ProblemHandler = Callable[[Problem | None], None]
-"""Called when a problem starts, changes, or ends (None)."""
-
-
-class BatchResult(NamedTuple):
-    """The result of delivering a batch."""
-
-    handled: int
-    """How many events were handled, from the front; at least one."""
-    rejected: Mapping[int, str] = {}
-    """Index and reason of each handled event that was rejected for good."""
-    errors: Mapping[int, Exception] = {}
-    """Exceptions of rejected events, by index, if not logged yet."""
+MAX_TEXT_CHARS: Final = 2_000
+"""Maximum length of an error text in characters."""
 
 
 class Receiver(Protocol):
@@ -148,3 +116,21 @@ async def confirm_deliveries(adapter: object, name: str, deadline: float | None)
 
 
 CONFIRM_SECONDS: Final = 5.0
+
+
+def bounded_text(text: str) -> str:
+    """Shorten the text and replace characters that cannot be encoded as UTF-8."""
+    return text[:MAX_TEXT_CHARS].encode("utf-8", "replace").decode()
+
+
+def unconfirmed_status(events: SupportsFloat, why: object, fix: object) -> DeliveryStatus:
+    """An adapter's report of unconfirmed events as a status: a count, and bounded texts that are None if it is 0.
+
+    Raises:
+        TypeError: ``events`` is not a number.
+        ValueError: ``events`` is NaN.
+        OverflowError: ``events`` is infinite.
+    """
+    owed = max(0, math.ceil(events))
+    error, fix = (None if text is None or not owed else bounded_text(error_text(text)) for text in (why, fix))
+    return DeliveryStatus(owed=owed, error=error, fix=fix, owed_fix=fix)

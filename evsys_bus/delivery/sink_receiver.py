@@ -1,6 +1,15 @@
 """`SinkReceiver`: delivers batches to a `Sink`.
 
-It decides what becomes of a batch; `retry` decides when a call is repeated. A batch that is too large, or on which the
+`SinkRetrier` decides when a call of the sink is repeated, with tenacity's ``AsyncRetrying``:
+
+    RetryLaterError, OSError     retried without limit; pauses double from 0.1 to 30 s, with jitter, and are at least
+                                 ``after_seconds`` (TimeoutError and ConnectionError are OSErrors)
+    ParkedError                  retried without limit, every 60 s
+    RejectedError,
+      BatchTooLargeError         not retried
+    anything else                five attempts; then not retried or, if the sink itself seems to be broken, parked
+
+`SinkReceiver` decides what finally becomes of a batch. A batch that is too large, or on which the
 sink fails with an unknown error, is split in halves until the failing event is found; that event is dead-lettered.
 
 Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
@@ -12,20 +21,149 @@ import asyncio
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from random import Random
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
+from evsys_bus.adapter import Rewindable, RunResumer
 from evsys_bus.codec.wire_types import error_text
-from evsys_bus.delivery.receiver import BatchResult, Problem, ProblemHandler, Rewindable, confirm_deliveries
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS, SinkRetrier, Sleep, bounded_text, describe_error
+from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BatchTooLargeError, RejectedError, RetryLaterError
+from evsys_bus.errors import BatchTooLargeError, EvsysBusError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope
-from evsys_bus.sink import Sink, sink_name
-from evsys_bus.tasks import CANCEL_GRACE_SECONDS, Outcome, call_with_timeout, other_tasks, task_name
+from evsys_bus.sink import BatchResult, Sink, sink_name
+from evsys_bus.tasks import CANCEL_GRACE_SECONDS, DeliveryStatus, Outcome, call_with_timeout, other_tasks, task_name
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
+
+
+FIRST_PAUSE_SECONDS: Final = 0.1
+MAX_PAUSE_SECONDS: Final = 30.0
+PARKED_PAUSE_SECONDS: Final = 60.0
+MAX_RETRY_AFTER_SECONDS: Final = 86_400.0
+"""The longest pause that a destination can request: a day."""
+UNKNOWN_ERROR_ATTEMPTS: Final = 5
+"""Attempts for an unknown exception."""
+
+Sleep = Callable[[float], Awaitable[None]]
+RetriedCall = Callable[[], Awaitable[Outcome]]
+RetryHandler = Callable[[DeliveryStatus, Exception], None]
+"""Called before each pause."""
+
+
+class SinkRetrier:
+    """Retries a call depending on its error.
+
+    Args:
+        on_retry: Called before each pause.
+        sleep: Sleeps for a number of seconds.
+        random: Source of the jitter.
+    """
+
+    def __init__(self, on_retry: RetryHandler, *, sleep: Sleep, random: Random) -> None:
+        self._on_retry = on_retry
+        self._sleep = sleep
+        self._random = random
+
+    async def __call__(
+        self, call: RetriedCall, *, attempts: int = UNKNOWN_ERROR_ATTEMPTS, park: bool = False
+    ) -> Outcome:
+        """Call until it succeeds or fails with an error that is not retried, and return the last result.
+
+        Args:
+            call: Returns an `Outcome` and never raises.
+            attempts: Attempts for unknown exceptions.
+            park: Whether to continue as parked after those.
+        """
+        from tenacity import AsyncRetrying, wait_exponential
+
+        tracker = _AttemptTracker(attempts, park=park)
+        backoff = wait_exponential(multiplier=FIRST_PAUSE_SECONDS, max=MAX_PAUSE_SECONDS)
+
+        def pause(retry_state: "RetryCallState") -> float:
+            if tracker.problem.state == "parked":
+                return PARKED_PAUSE_SECONDS
+            return max(backoff(retry_state) * self._random.uniform(0.5, 1.0), _requested_pause(tracker.error))
+
+        retrying = AsyncRetrying(
+            retry=lambda retry_state: tracker.should_retry(_outcome(retry_state).error),
+            wait=pause,
+            before_sleep=lambda _: self._on_retry(tracker.problem, tracker.error),
+            sleep=self._sleep,
+        )
+        return await retrying(call)
+
+
+class _AttemptTracker:
+    """The attempts of one call."""
+
+    def __init__(self, attempts: int, *, park: bool) -> None:
+        self._remaining = attempts
+        self._park = park
+        self._attempts_made = 0
+        self.error: Exception
+        self.problem: DeliveryStatus
+
+    def should_retry(self, error: Exception | None) -> bool:
+        """Record an attempt; return whether to make another one."""
+        self._attempts_made += 1
+        if error is None or isinstance(error, RejectedError | BatchTooLargeError):
+            return False
+        is_parked, fix = isinstance(error, ParkedError), text_attribute(error, "fix")
+        if not _is_transient(error):
+            self._remaining -= 1
+            if self._remaining <= 0:
+                if not self._park:
+                    return False
+                is_parked, fix = (
+                    True,
+                    "it fails on every event: fix the sink; no more events are rejected until it accepts one",
+                )
+        self.error = error
+        is_waiting = isinstance(error, RetryLaterError) and error.waiting
+        self.problem = DeliveryStatus(
+            state="parked" if is_parked else "waiting" if is_waiting else "retrying",
+            error=describe_error(error),
+            fix=fix if is_parked else None,
+            attempts=self._attempts_made,
+        )
+        return True
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Whether a retry may help; for an exception group, whether it may for each of its exceptions."""
+    if isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        return all(map(_is_transient, group.exceptions))
+    return isinstance(error, RetryLaterError | ParkedError | OSError)
+
+
+def describe_error(error: Exception) -> str:
+    """The type and message of an error, shortened and safe to encode; for an EvsysBusError on one line."""
+    message = text_attribute(error, "what")
+    text = error_text(error) if message is None else f"{type(error).__name__}: {message}"
+    return bounded_text(text)
+
+
+def text_attribute(error: Exception, name: str) -> str | None:
+    """The named attribute of an EvsysBusError if it is a string, else None."""
+    value = getattr(error, name, None) if isinstance(error, EvsysBusError) else None
+    return value if isinstance(value, str) else None
+
+
+def _requested_pause(error: Exception) -> float:
+    after = error.after_seconds if isinstance(error, RetryLaterError) else None
+    # An adapter may pass anything; `after > 0` is False for NaN.
+    return min(after, MAX_RETRY_AFTER_SECONDS) if isinstance(after, int | float) and after > 0 else 0.0
+
+
+def _outcome(retry_state: "RetryCallState") -> Outcome:
+    assert retry_state.outcome is not None
+    return retry_state.outcome.result()
+
 
 MAX_CONSECUTIVE_DEAD: Final = 3
 MAX_ABANDONED_CALLS: Final = 3
@@ -111,17 +249,16 @@ class SinkReceiver:
     @property
     def needs_starts_as_events(self) -> bool:
         """Whether repeated start events must be delivered by `deliver`, because the sink has no method for them."""
-        return not callable(getattr(self._sink, "resume_runs", None))
+        return not isinstance(self._sink, RunResumer)
 
     def resume_runs(self, starts: Sequence[Envelope]) -> None:
-        """Pass the start events to the sink's method `resume_runs`, if it has one.
+        """Pass the start events to the sink, if it is a `RunResumer`.
 
         Raises:
             Exception: What that method raised.
         """
-        resume_runs = getattr(self._sink, "resume_runs", None)
-        if callable(resume_runs):
-            resume_runs(tuple(starts))
+        if isinstance(self._sink, RunResumer):
+            self._sink.resume_runs(tuple(starts))
 
     def mark(self) -> Any:
         """The sink's mark; None unless the sink is `Rewindable`."""
@@ -199,9 +336,14 @@ class SinkReceiver:
 
     @staticmethod
     def _validate(part: tuple[Envelope, ...], outcome: Outcome) -> Outcome:
-        value = outcome.value
-        if outcome.error is not None or value is None or (type(value) is int and 0 < value <= len(part)):
+        """Replace the value by a valid `BatchResult`, or by an error that is retried."""
+        if outcome.error is not None:
             return outcome
+        value = BatchResult(len(part)) if outcome.value is None else outcome.value
+        result = BatchResult(value) if type(value) is int else value
+        if _is_valid_result(result, len(part)):
+            rejected = {index: bounded_text(error_text(why)) for index, why in result.rejected.items()}
+            return Outcome(result._replace(rejected=rejected))
         if type(value) is int and value == 0:
             return Outcome(error=RetryLaterError("write returned 0: it accepted no events"))
         description = f"a {type(value).__name__} that is not a count of the {len(part)} events it was given"
@@ -212,7 +354,8 @@ class SinkReceiver:
             error = TimeoutError(
                 f"{len(self._unfinished_calls)} calls ignore their cancellation; waiting for one to end"
             )
-            self._report_problem(Problem("retrying", describe_error(error)), error)
+            problem = DeliveryStatus(state="retrying", error=describe_error(error), attempts=1)
+            self._report_problem(problem, error)
             await asyncio.wait(self._unfinished_calls, return_when=asyncio.FIRST_COMPLETED)
         return await self._call_with_timeout(fn, self._sink.write_timeout_seconds, *args)
 
@@ -233,17 +376,17 @@ class SinkReceiver:
         """The result for these events; None if a smaller part must be tried."""
         error = outcome.error
         if error is None:
-            handled = len(part) if outcome.value is None else int(outcome.value)
-            return self._finish_batch(BatchResult(handled))
+            return self._finish_batch(outcome.value)
         if isinstance(error, RejectedError):
-            return self._finish_batch(BatchResult(len(part), self._rejected_events(error, len(part))))
+            rejected = self._rejected_events(error, len(part))
+            return self._finish_batch(BatchResult(len(part) - len(rejected), rejected))
         if len(part) > 1:
             self._batch_limit = len(part) // 2
             self._bisect_remaining = max(self._bisect_remaining, len(part))
             return None
         consecutive_dead = 0 if isinstance(error, BatchTooLargeError) else self._consecutive_dead + 1
         self._bisect_remaining = 0  # the failing event is found
-        return self._finish_batch(BatchResult(1, {0: describe_error(error)}, {0: error}), consecutive_dead)
+        return self._finish_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
 
     def _finish_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
         self._consecutive_dead = consecutive_dead
@@ -259,9 +402,11 @@ class SinkReceiver:
             self._faults.warn("sink.rejected_unknown", None, sink=self._name, events=count, outside=invalid_count)
         return {index: bounded_text(error_text(why)) for index, why in valid.items()}
 
-    def _report_problem(self, problem: Problem, error: Exception) -> None:
+    def _report_problem(self, problem: DeliveryStatus, error: Exception) -> None:
         self._has_problem = True
         self._on_problem(problem)
+        if problem.state == "waiting":
+            return
         is_expected = isinstance(error, RetryLaterError | OSError) or problem.state == "parked"
         self._faults.warn(
             "sink.parked" if problem.state == "parked" else "sink.retrying",
@@ -278,5 +423,19 @@ class SinkReceiver:
             self._on_problem(None)
 
 
-def _ignore_problem(problem: Problem | None) -> None:
+def _is_valid_result(result: object, count: int) -> bool:
+    """Return whether a sink may return this for so many events."""
+    if not isinstance(result, BatchResult):
+        return False
+    # A sink may put anything into it.
+    delivered, rejected, errors = cast("tuple[object, object, object]", result)
+    if type(delivered) is not int or delivered < 0 or not isinstance(rejected, Mapping):
+        return False
+    indices = cast("Mapping[object, object]", rejected)
+    handled = delivered + len(indices)
+    is_valid = all(type(each) is int and 0 <= each < handled for each in indices)
+    return is_valid and 0 < handled <= count and isinstance(errors, Mapping)
+
+
+def _ignore_problem(problem: DeliveryStatus | None) -> None:
     """Does nothing: the report function before `open`."""

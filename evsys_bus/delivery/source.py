@@ -15,8 +15,7 @@ from itertools import chain, count
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from evsys_bus.codec import decode
-from evsys_bus.delivery.open_runs import OpenRunKey, StreamContexts, open_runs_at, set_first_steps
-from evsys_bus.delivery.run_annotations import RunAnnotations
+from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, StepEnd, TrainStart

@@ -1,11 +1,15 @@
-"""The state files: the status of each delivery, as last written by its courier or by the courier's supervisor."""
+"""The state file of each delivery, as last written by its courier or its supervisor, and the lock of its courier."""
 
+import contextlib
 from typing import Final
 
 import msgspec
 
-from evsys_bus.files import load_file
-from evsys_bus.journal import Disk, layout
+from evsys_bus.diagnostics import log
+from evsys_bus.errors import CourierBusyError
+from evsys_bus.files import load_file, lock_file
+from evsys_bus.journal import Clock, Disk, layout
+from evsys_bus.journal.lock_owner import read_owner, write_owner
 from evsys_bus.location import decode_json, encode_json
 from evsys_bus.tasks import DeliveryStatus
 
@@ -65,7 +69,7 @@ def carried_over(status: DeliveryStatus | None) -> DeliveryStatus:
     """The part of a state that is still valid for the next courier: failure counts and unconfirmed events."""
     if status is None:
         return DeliveryStatus()
-    has_problem = status.state in {"retrying", "parked", "failed"}  # in these, `error` is about the delivery
+    has_problem = status.state in {"waiting", "retrying", "parked", "failed"}  # in these, `error` is about the delivery
     return DeliveryStatus(
         owed=status.owed,
         owed_fix=status.owed_fix,
@@ -91,3 +95,64 @@ def _decode(data: bytes) -> DeliveryStatus:
 
 _MAX_STATUS_BYTES: Final = 1 << 20
 _DEFAULTS: Final = DeliveryStatus()
+
+
+class CourierLock:
+    """The lock of one adapter; the operating system releases it when the process ends.
+
+    Args:
+        directory: The journal.
+        name: Name of the adapter.
+        disk: The file system.
+        clock: The clocks.
+    """
+
+    def __init__(self, directory: str, name: str, disk: Disk, clock: Clock) -> None:
+        self._directory: Final = directory
+        self._name: Final = name
+        self._path: Final = layout.courier_path(directory, name, "lock")
+        self._disk: Final = disk
+        self._clock: Final = clock
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        """Acquire the lock and write this process into its file; logs a warning where locking is not possible.
+
+        Raises:
+            CourierBusyError: Another courier holds the lock.
+        """
+        try:
+            self._disk.make_directory(f"{self._directory}/{layout.COURIERS}")
+            self._file = lock_file(self._path, disk=self._disk)
+            if self._file is not None:
+                write_owner(self._disk, self._clock, self._file)
+                return
+        except OSError as error:
+            event_name = "courier.not_lockable" if self._file is None else "courier.not_signed"
+            log().warning(event_name, path=self._path, exc_info=error)
+            return
+        owner = read_owner(self._disk, self._path)
+        owner_text = (
+            "another process" if owner is None else f"process {owner.pid} on {owner.host}, since {owner.since},"
+        )
+        raise CourierBusyError(
+            f"{owner_text} delivers {self._directory} to {self._name}",
+            fix="let it finish, or end it; evsys-bus status shows its progress",
+        )
+
+    def is_removed(self) -> bool:
+        """Whether the lock file is gone while the journal exists; False if the whole journal was removed."""
+        try:
+            if self._file is None or self._disk.is_at(self._path, self._file):
+                return False
+            self._disk.names(self._directory)
+        except OSError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Release the lock."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):  # the lock is released even if close fails
+                self._disk.close(file)

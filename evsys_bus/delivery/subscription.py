@@ -5,9 +5,8 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from evsys_bus.adapter import Ranks
+from evsys_bus.adapter import Ranks, Rewindable
 from evsys_bus.callback import Callback
-from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.errors import SettingError
 from evsys_bus.sink import Sink
 

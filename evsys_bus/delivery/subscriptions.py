@@ -10,8 +10,8 @@ from typing import Final
 
 import msgspec
 
-from evsys_bus.delivery.courier_lock import CourierLock
 from evsys_bus.delivery.status_files import (
+    CourierLock,
     carried_over,
     is_delivering,
     read_status,

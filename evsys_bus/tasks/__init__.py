@@ -5,8 +5,15 @@ the ``owner`` of a task.
 """
 
 from evsys_bus.tasks.adoption import HOOK_FILENAME_PREFIX, AdoptionState, HookTaskAdopter, find_hook_frame, task_name
-from evsys_bus.tasks.call_with_timeout import Outcome, call_with_timeout
-from evsys_bus.tasks.job import Job
+from evsys_bus.tasks.calls import (
+    Deadline,
+    Gate,
+    Outcome,
+    UninterruptibleCall,
+    call_with_timeout,
+    run_to_completion,
+    start_thread,
+)
 from evsys_bus.tasks.loops import (
     STOP_SECONDS,
     LoopThread,
@@ -16,7 +23,7 @@ from evsys_bus.tasks.loops import (
     run_on_loop,
     running_loop,
 )
-from evsys_bus.tasks.manager import CANCEL_GRACE_SECONDS, FinishedTask, TaskManager
+from evsys_bus.tasks.manager import CANCEL_GRACE_SECONDS, FinishedTask, Job, TaskManager
 from evsys_bus.tasks.receipt import (
     DeliveryState,
     DeliveryStatus,
@@ -26,8 +33,6 @@ from evsys_bus.tasks.receipt import (
     preload_wait_imports,
     wait_shielded,
 )
-from evsys_bus.tasks.run_to_completion import run_to_completion
-from evsys_bus.tasks.uninterruptible import Deadline, Gate, UninterruptibleCall, start_thread
 
 __all__ = [
     "CANCEL_GRACE_SECONDS",

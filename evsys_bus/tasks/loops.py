@@ -1,6 +1,7 @@
 """Event loops: the loop that is running on this thread, and `LoopThread`, a loop on a thread of its own."""
 
 import asyncio
+import concurrent.futures
 import contextlib
 import threading
 import weakref
@@ -9,7 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from evsys_bus.diagnostics import log
-from evsys_bus.tasks.uninterruptible import Gate, start_thread
+from evsys_bus.tasks.calls import Gate, start_thread
 
 if TYPE_CHECKING:
     from evsys_bus.tasks.daemon_executor import DaemonExecutor
@@ -82,6 +83,10 @@ class LoopThread:
             return runner.loop
         with self._lock:
             return (self._runner or self._start_runner()).loop
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        """Run a coroutine as a task of the loop, from any other thread; starts the loop if needed."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop())
 
     def _start_runner(self) -> "_LoopRunner":
         new = _LoopRunner()

@@ -35,10 +35,13 @@ class TaskCounts(msgspec.Struct):
     """Never accepted: too many tasks were queued, or the bus was closed."""
 
 
-DeliveryState = Literal["delivering", "idle", "retrying", "parked", "ended", "failed", "other_rank", "unknown"]
-"""``idle``: every event was delivered. ``parked``: a person has to act; retried once a minute. ``failed``: the adapter
-cannot be built or opened. ``other_rank``: another rank of the job delivers to it. ``unknown``: its files cannot be read
-now, for the reason in ``error``, and the counts are not valid."""
+DeliveryState = Literal[
+    "delivering", "idle", "waiting", "retrying", "parked", "ended", "failed", "other_rank", "unknown"
+]
+"""``idle``: every event was delivered. ``waiting``: the adapter waits for other work, for the reason in ``error``;
+nothing is wrong. ``retrying``: an error that may pass. ``parked``: a person has to act; retried once a minute.
+``failed``: the adapter cannot be built or opened. ``other_rank``: another rank of the job delivers to it. ``unknown``:
+its files cannot be read now, for the reason in ``error``, and the counts are not valid."""
 
 
 class DeliveryStatus(msgspec.Struct, frozen=True):
@@ -70,7 +73,7 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
     state: DeliveryState | None = None
     """The state that its courier last wrote; None before the first time."""
     error: str | None = None
-    """The last error of the adapter or its destination, or why events are unconfirmed."""
+    """The last error of the adapter or its destination, what it waits for, or why events are unconfirmed."""
     fix: str | None = None
     """What to do about the error."""
     failing_since: float | None = None
@@ -95,7 +98,7 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         """The error that prevents events from being delivered or confirmed; None if there is none."""
         if self.owed and self.error is not None:
             return self.error
-        return None if self.state in {None, "delivering", "idle", "other_rank"} else self.error
+        return None if self.state in {None, "delivering", "idle", "waiting", "other_rank"} else self.error
 
     @property
     def is_known(self) -> bool:

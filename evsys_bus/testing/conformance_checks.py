@@ -19,7 +19,7 @@ from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.callback import Callback, attach, check_hooks, detach, find_hook
 from evsys_bus.errors import HookError, RejectedError
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
-from evsys_bus.sink import Sink, check_marks, check_sink
+from evsys_bus.sink import BatchResult, Sink, check_marks, check_sink
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX, HookTaskAdopter, find_hook_frame, task_name
 from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, as_envelopes, hostile_metrics, minimal_events
 
@@ -197,11 +197,12 @@ class SinkConformance:
                 raise
             if result is None:
                 return
-            if type(result) is not int or not 0 < result <= len(remaining):
+            handled: object = result.handled if isinstance(result, BatchResult) else result
+            if type(handled) is not int or not 0 < handled <= len(remaining):
                 message = f"write returns None or how many it took, 1 to {len(remaining)}; it returned {result!r}"
                 self._failures.add(f"{self._prefix}{message}")
                 return
-            remaining = remaining[result:]
+            remaining = remaining[handled:]
 
 
 def _check_json_round_trip(mark: object) -> None:

@@ -22,9 +22,9 @@ from evsys_bus import (
     ManifestRow,
     TrainEnd,
 )
+from evsys_bus.adapter import Rewindable
 from evsys_bus.codec import decode, encode
 from evsys_bus.config import Registry, build_callbacks
-from evsys_bus.delivery.receiver import Rewindable
 from evsys_bus.errors import RetryLaterError, WrongParamError
 from evsys_bus.testing import conformance
 from support.journals import read_events

@@ -4,8 +4,7 @@ import asyncio
 
 from evsys_bus import Callback, Envelope, Eval, LoopState, StepEnd, TrainingBatch
 from evsys_bus.cli.replay import FilteredReceiver
-from evsys_bus.delivery.receiver import BatchResult
-from evsys_bus.sink import Sink
+from evsys_bus.sink import BatchResult, Sink
 
 
 def batch(*kinds: type) -> list[Envelope]:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
-from evsys_bus.adapter import EventInfo
+from evsys_bus.adapter import EventInfo, Rewindable
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -33,7 +33,6 @@ from evsys_bus.context import (
     RunResult,
     TrainingBatch,
 )
-from evsys_bus.delivery.receiver import Rewindable
 from support.files import parse_json_lines
 
 

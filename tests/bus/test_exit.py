@@ -372,7 +372,7 @@ def test_sigterm_ends_a_program_whose_bus_was_entered_by_a_task_that_is_over(pro
 def test_a_signal_that_meets_a_loop_that_was_just_closed_leaves_the_program_mortal(program):
     process = program("""
         import os, signal
-        from evsys_bus.bus.sigterm import SigtermHandler
+        from evsys_bus.bus.lifecycle import SigtermHandler
 
         def closed():
             raise RuntimeError("Event loop is closed")

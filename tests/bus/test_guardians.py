@@ -97,7 +97,7 @@ def test_the_receipt_status_and_sync_say_unknown_and_not_0(tmp_path, followed, s
     assert (adapter["state"], adapter["pending"], adapter["delivered"]) == ("unknown", None, None)
     code, _, err = evsys_bus("sync", str(journal))
     assert code != 0
-    assert "not known what is pending for csv_metrics" in err
+    assert "the pending events for csv_metrics are unknown" in err
     readable()
     code, *_ = evsys_bus("sync", str(journal))
     assert code == 0

@@ -72,7 +72,7 @@ PROGRAM = """
                 time.sleep(0.05)
             bus.publish(Tick(100))
     for each in bus.receipt.deliveries:
-        print(each.name, each.recorded, each.delivered, each.dead, each.pending, each.trouble, sep="|")
+        print(each.name, each.recorded, each.delivered, each.dead, each.pending, each.last_error, sep="|")
 """
 
 
@@ -133,10 +133,10 @@ def test_evsys_bus_sync_delivers_to_the_others_as_well(tmp_path, program):
     recorded = program("""
         from plugin import Tick
         from evsys_bus import EventBus, build_callbacks
-        from evsys_bus.delivery.subscriptions import enlist
+        from evsys_bus.delivery.subscriptions import register
 
         built = build_callbacks([{"kind": "counts"}, {"kind": "ends", "params": {"how": "exits_well"}}])
-        enlist("journal", [each.evsys_subscription for each in built])
+        register("journal", [each.evsys_subscription for each in built])
         with EventBus([], journal="journal") as bus:
             for number in range(100):
                 bus.publish(Tick(number))

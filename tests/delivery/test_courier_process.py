@@ -15,8 +15,9 @@ import pytest
 
 from evsys_bus import Envelope, LoopState, StepEnd, TrainEnd, TrainingBatch, TrainStart, build_callbacks
 from evsys_bus.codec import encode
-from evsys_bus.delivery.courier_process import CourierProcess
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
+from evsys_bus.delivery.subscriptions import register
+from evsys_bus.delivery.supervisor import Supervisor, courier_config
 from evsys_bus.journal import CursorStore, JournalWriter
 from support.couriers import courier_processes
 from support.waiting import wait_until
@@ -62,20 +63,22 @@ TRAINER = '''
     import os, sys
     from evsys_bus import Envelope, LoopState, StepEnd, TrainingBatch
     from evsys_bus.codec import encode
-    from evsys_bus.delivery.subscription import Subscription, AdapterRef
-    from evsys_bus.delivery.courier_process import CourierProcess
+    from evsys_bus.delivery.subscription import AdapterRef, Subscription
+    from evsys_bus.delivery.subscriptions import register
+    from evsys_bus.delivery.supervisor import Supervisor, courier_config
     from evsys_bus.journal import JournalWriter
 
     class Trainer:
-        def __init__(self, *kinds, linger_seconds=10.0):
+        def __init__(self, *kinds, grace_seconds=10.0):
             self.writer = JournalWriter("journal").open()
             followed = [
-                Subscription(
-                    kind, AdapterRef(kind, {"out_path" if kind == "csv_metrics" else "path": kind}, ("plugin",))
-                )
+                Subscription(kind, AdapterRef(kind, {name: kind}, ("plugin",)))
                 for kind in kinds or ("seqs",)
+                for name in ["out_path" if kind == "csv_metrics" else "path"]
             ]
-            self.couriers = CourierProcess("journal", followed, linger_seconds=linger_seconds, pause_seconds=0.02)
+            register("journal", followed)
+            config = courier_config("journal", followed, grace_seconds=grace_seconds)
+            self.couriers = Supervisor(config, restart_seconds=0.02)
             self.couriers.start()
 
         def publish(self, count):
@@ -159,7 +162,7 @@ def test_it_delivers_beside_the_program_and_ends_with_it(folder, program):
         say(trainer.couriers.pid)
         input()
         trainer.publish(100)
-        say(trainer.close(), trainer.couriers.alive)
+        say(trainer.close(), trainer.couriers.is_alive)
     """)
     pid = int(trainer.stdout.readline())
     wait_until(lambda: delivered(folder) == once(100))
@@ -330,7 +333,7 @@ FORKS = """
     if not child:
         trainer.couriers.finish()  # it is not the child's to end
         assert trainer.couriers.wait(0.0)
-        assert not trainer.couriers.alive
+        assert not trainer.couriers.is_alive
         open("asked", "w").close()
         time.sleep(60)
         os._exit(0)
@@ -367,7 +370,7 @@ def test_a_child_that_the_program_forked_does_not_keep_it(folder, program, end):
 def test_an_adapter_that_never_delivers_holds_it_for_the_linger_and_no_longer(folder, program, kind):
     trainer = program(f"""
         from trainer import *
-        trainer = Trainer("seqs", {kind!r}, linger_seconds=0.5)
+        trainer = Trainer("seqs", {kind!r}, grace_seconds=0.5)
         trainer.publish(10)
         say(trainer.couriers.pid)
         input()
@@ -385,10 +388,10 @@ def test_an_adapter_that_never_delivers_holds_it_for_the_linger_and_no_longer(fo
 def test_closing_returns_at_its_deadline_and_the_process_goes_on_for_the_linger(folder, program):
     trainer = program("""
         from trainer import *
-        trainer = Trainer("away", linger_seconds=1.5)
+        trainer = Trainer("away", grace_seconds=1.5)
         trainer.publish(10)
         say(trainer.couriers.pid)
-        say(trainer.close(0.2), trainer.couriers.alive)
+        say(trainer.close(0.2), trainer.couriers.is_alive)
     """)
     out, errors = trainer.communicate(timeout=15)
     pid, *said = out.split()
@@ -398,7 +401,7 @@ def test_closing_returns_at_its_deadline_and_the_process_goes_on_for_the_linger(
 
 
 def test_one_that_lingers_and_the_one_of_the_next_run_share_the_work(folder, program):
-    source = "from trainer import *; trainer = Trainer('seqs', 'away', linger_seconds={}); trainer.publish(100); "
+    source = "from trainer import *; trainer = Trainer('seqs', 'away', grace_seconds={}); trainer.publish(100); "
     first = program(source.format(2.0) + "say(trainer.couriers.pid); input()")
     pid = int(first.stdout.readline())
     wait_until(lambda: (folder / "away").exists() and delivered(folder) == once(100))
@@ -433,7 +436,8 @@ def test_it_needs_no_main_guard_and_no_file(folder, command, given):
 def test_from_a_spec_to_a_file_beside_any_program_pytest_included(tmp_path):
     params = {"out_path": str(tmp_path / "metrics.csv")}
     [callback] = build_callbacks([{"kind": "csv_metrics", "placement": "follow", "params": params}])
-    couriers = CourierProcess(str(tmp_path / "journal"), [callback.evsys_subscription])
+    register(str(tmp_path / "journal"), [callback.evsys_subscription])
+    couriers = Supervisor(courier_config(str(tmp_path / "journal"), [callback.evsys_subscription]))
     couriers.start()
     writer = JournalWriter(tmp_path / "journal").open()
     state = LoopState(step=0, num_steps=2, output_dir="run")
@@ -462,7 +466,9 @@ def test_a_program_whose_folder_was_removed_has_one_all_the_same(folder, program
         os.chdir("gone")
         os.rmdir("../gone")
         journal, seqs = (os.path.join(sys.path[0], each) for each in ("journal", "seqs"))
-        couriers = CourierProcess(journal, [Followed("seqs", Recipe("seqs", {"path": seqs}, ("plugin",)))])
+        seqs = Subscription("seqs", AdapterRef("seqs", {"path": seqs}, ("plugin",)))
+        register(journal, [seqs])
+        couriers = Supervisor(courier_config(journal, [seqs]))
         JournalWriter(journal).open().append(encode(Envelope("r", 1, 0.0, StepEnd(None, 0, TrainingBatch(), {}))))
         couriers.start()
         couriers.finish()
@@ -473,9 +479,9 @@ def test_a_program_whose_folder_was_removed_has_one_all_the_same(folder, program
     assert delivered(folder) == once(1)
 
 
-@pytest.mark.parametrize("wrong", [{"main": "evsys_no_such_module"}, {"python": "/nowhere/python"}])
+@pytest.mark.parametrize("wrong", [{"main": "evsys_no_such_module:main"}, {"python": "/nowhere/python"}])
 def test_one_that_dies_again_and_again_is_given_up_and_said_so(tmp_path, caplog, wrong):
-    couriers = CourierProcess(str(tmp_path), [], restart_seconds=0.001, **wrong)
+    couriers = Supervisor(courier_config(str(tmp_path), []), restart_seconds=0.001, **wrong)
     couriers.start()
     assert couriers.wait(15)
     assert couriers.has_given_up
@@ -487,7 +493,7 @@ def test_one_that_dies_again_and_again_is_given_up_and_said_so(tmp_path, caplog,
 
 
 def test_one_that_cannot_be_told_what_to_do_is_given_up_and_said_so(tmp_path, caplog):
-    couriers = CourierProcess(str(tmp_path), [Subscription("prints", AdapterRef("prints", {"to": print}))])
+    couriers = Supervisor(courier_config(str(tmp_path), [Subscription("prints", AdapterRef("prints", {"to": print}))]))
     couriers.start()
     assert couriers.has_given_up
     assert "couriers.not_started" in caplog.text
@@ -497,9 +503,10 @@ def test_one_that_cannot_be_told_what_to_do_is_given_up_and_said_so(tmp_path, ca
 
 
 def test_the_log_keeps_a_bound(tmp_path):
-    couriers = CourierProcess(str(tmp_path), [], main="evsys_no_such_module", restart_seconds=0.001)
-    Path(couriers.log_path).parent.mkdir()
-    Path(couriers.log_path).write_text("x" * (5 << 20))
+    config = courier_config(str(tmp_path), [])
+    couriers = Supervisor(config, main="evsys_no_such_module:main", restart_seconds=0.001)
+    Path(config.log_path).parent.mkdir()
+    Path(config.log_path).write_text("x" * (5 << 20))
     couriers.start()
     assert couriers.wait(15)
-    assert Path(couriers.log_path).stat().st_size < 100_000
+    assert Path(config.log_path).stat().st_size < 100_000

@@ -186,7 +186,7 @@ async def test_a_pump_that_ends_with_a_later_event_holds_no_delivery_up(caplog, 
             self.over.set()
 
     pumps = Pumps()
-    receiver = await receiver_of(pumps, hold_seconds=0.05)
+    receiver = await receiver_of(pumps, task_wait_seconds=0.05)
     assert (await receiver.deliver([envelope(TrainStart(STATE))], [1])).handled == 1
     for number in range(3):
         assert (await receiver.deliver([step(number)], [1])).handled == 1
@@ -218,7 +218,7 @@ async def test_a_background_task_holds_nothing_up_and_is_cancelled_at_the_very_e
         async def settle_owed(self, deadline):
             order.append("settle")
 
-    receiver = await receiver_of(Watches(), hold_seconds=60)
+    receiver = await receiver_of(Watches(), task_wait_seconds=60)
     await asyncio.wait_for(receiver.deliver([envelope(TrainStart(STATE))], [1]), 5)
     await asyncio.sleep(0)
     await asyncio.wait_for(receiver.close(time.monotonic() + 60, confirm=True), 5)
@@ -248,7 +248,7 @@ async def test_tasks_that_are_late_at_the_close_are_counted_and_named(caplog):
     async def work(number):
         await asyncio.Event().wait()
 
-    receiver = await receiver_of(Starts(work, "bare"), hold_seconds=0.01)
+    receiver = await receiver_of(Starts(work, "bare"), task_wait_seconds=0.01)
     await receiver.deliver([step(0), step(1)], [1, 1])
     await asyncio.wait_for(receiver.close(time.monotonic() + 0.05), 3)
     assert receiver.task_failures == 2
@@ -290,7 +290,7 @@ async def test_close_is_called_once_after_the_tasks_and_not_where_no_hook_was_ca
 
     used, unused = Closes(), Closes()
     for callback, batch in ((used, [step(0)]), (unused, [])):
-        receiver = await receiver_of(callback, hold_seconds=0.001)
+        receiver = await receiver_of(callback, task_wait_seconds=0.001)
         if batch:
             await receiver.deliver(batch, [1])
         await receiver.close(time.monotonic() + 5)
@@ -722,7 +722,7 @@ def uploads(tmp_path, monkeypatch, how):
     name = f"uploads_of_{tmp_path.name}"  # one that was imported before is found where it was
     (tmp_path / f"{name}.py").write_text(textwrap.dedent(UPLOADS))
     monkeypatch.syspath_prepend(tmp_path)
-    return importlib.import_module(name).UploadSnapshot(str(tmp_path), how)
+    return importlib.import_module(name).Uploads(str(tmp_path), how)
 
 
 @pytest.mark.parametrize(("how", "couriers"), [("pool", "process"), ("executor", "process"), ("executor", "thread")])

@@ -191,11 +191,11 @@ def test_one_that_changes_the_current_directory_changes_only_its_own(tmp_path, p
 RACE = """
     import threading
     from evsys_bus.delivery.subscription import AdapterRef
-    from evsys_bus.config.subscription_builder import build_followed
+    from evsys_bus.config.subscription_builder import build_adapter
 
     def build(kind):
         try:
-            build_followed(AdapterRef(kind, {}, (f"adapter_{kind}",)))
+            build_adapter(AdapterRef(kind, {}, (f"adapter_{kind}",)))
         except Exception as error:
             print(kind, error, flush=True)
 

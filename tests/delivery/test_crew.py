@@ -14,10 +14,9 @@ import pytest
 
 from evsys_bus import Callback, Envelope, Eval, LoopState, Sink, StepEnd, TrainingBatch
 from evsys_bus.codec import decode, encode
-from evsys_bus.delivery.courier_pool import CourierPool
+from evsys_bus.delivery.courier_pool import CourierPool, SwitchInterval
 from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import load_subscriptions, register
-from evsys_bus.delivery.switch_interval import SwitchInterval
 from evsys_bus.errors import BrokenAdapterError, RetryLaterError
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, Position, layout
 from evsys_bus.tasks import DeliveryStatus
@@ -177,7 +176,7 @@ def test_a_delivery_that_broke_down_is_begun_again_with_a_new_adapter(journal, c
         return made[-1]
 
     publish(journal, 5)
-    running = crew(Subscription("late", AdapterRef("late")), build=build, again_seconds=0.05)
+    running = crew(Subscription("late", AdapterRef("late")), build=build, restart_seconds=0.05)
     wait_until(lambda: made and made[-1].seen)
     running.finish()
     assert running.join(10)
@@ -198,7 +197,9 @@ def test_one_that_is_asked_to_finish_while_it_pauses_after_a_failure_tries_once_
 
     publish(journal, 5)
     running = crew(
-        Subscription("late", AdapterRef("late")), build=lambda _: made.append(Fails()) or made[-1], again_seconds=600.0
+        Subscription("late", AdapterRef("late")),
+        build=lambda _: made.append(Fails()) or made[-1],
+        restart_seconds=600.0,
     )
     wait_until(lambda: running.failed, 15.0)
     running.finish()

@@ -28,14 +28,15 @@ from evsys_bus import (
 from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
-from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import AdapterRef, DeliveryPolicy
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import CourierBusyError
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsClock, OsDisk, Position
-from support.couriers import deliver, read_dead_letters, read_status
+from evsys_bus.sink import BatchResult
+from evsys_bus.tasks import DeliveryStatus
+from support.couriers import counted, deliver, read_dead_letters, read_status
 from support.journals import read_records
 
 TERMS = DeliveryPolicy(ranks=None)
@@ -68,18 +69,19 @@ class Kept:
     async def open(self, report):
         pass
 
-    async def take(self, batch, sizes):
+    async def deliver(self, batch, sizes):
         assert len(batch) == len(sizes) <= self.max_events
         done = len(batch) if self._takes is None else min(self._takes, len(batch))
         self.batches.append(list(batch[:done]))
         if len(self.envelopes) >= self.wanted:
             self.seen.set()
-        return BatchResult(done, {i: "refused" for i, each in enumerate(batch[:done]) if each.seq in self._refuses})
+        rejected = {i: "refused" for i, each in enumerate(batch[:done]) if each.seq in self._refuses}
+        return BatchResult(done - len(rejected), rejected)
 
-    def interrupted(self):
+    def interrupted_result(self):
         return None
 
-    def introduce(self, starts):
+    def resume_runs(self, starts):
         self.introduced += starts
 
     def mark(self):
@@ -88,7 +90,7 @@ class Kept:
     def rewind(self, mark):
         self.marks.append(mark)
 
-    async def close(self, deadline=None, *, settles=False):
+    async def close(self, deadline=None, *, confirm=False):
         self.closed = True
 
 
@@ -211,9 +213,9 @@ async def test_a_batch_ends_with_a_start_or_an_end_and_the_cursor_stands_behind_
     places = []
 
     class Looks(Kept):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             places.append(CursorStore(journal).load("it").position(stream.name).sequence)
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     kept = Looks()
     await deliver(journal, kept)
@@ -269,11 +271,11 @@ async def test_the_cursor_never_stands_behind_an_event_that_was_not_acknowledged
     hangs = asyncio.Event()
 
     class Hangs(Kept):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             if self.batches:
                 hangs.set()
                 await asyncio.Event().wait()
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     kept = Hangs()
     courier = Courier(journal, "it", kept, TERMS)
@@ -412,7 +414,7 @@ async def test_only_the_ranks_of_its_terms_are_delivered_and_counted(journal):
     register(journal, ())
     courier = await deliver(journal, kept, DeliveryPolicy(ranks=(1,)))
     assert {each.rank for each in kept.envelopes} == {1}
-    assert courier.counts == (4, 0, 0)
+    assert counted(courier) == (4, 0, 0)
     for each in streams:
         each.writer.close()
 
@@ -455,7 +457,7 @@ async def test_with_keep_off_nothing_is_written_and_everything_comes_again(journ
     stream.steps(*range(3))
     for _ in range(2):
         kept = Kept(refuses={2})
-        await deliver(journal, kept, keep=False)
+        await deliver(journal, kept, persistent=False)
         assert kept.numbers == [1, 2, 3]
     assert names_in(journal) == ["journal.json", stream.name]
 
@@ -463,10 +465,10 @@ async def test_with_keep_off_nothing_is_written_and_everything_comes_again(journ
 async def test_it_begins_behind_the_sequences_it_is_given(journal, stream):
     stream.steps(*range(6))
     kept = Kept()
-    await deliver(journal, kept, after={stream.name: 4})
+    await deliver(journal, kept, start_after={stream.name: 4})
     assert kept.numbers == [5, 6]
     kept = Kept()
-    await deliver(journal, kept, after={stream.name: 1})
+    await deliver(journal, kept, start_after={stream.name: 1})
     assert kept.numbers == []  # there is a cursor by now
 
 
@@ -599,20 +601,18 @@ async def test_its_state_is_written_down(journal, stream):
 
 
 async def test_trouble_is_written_down_at_once_and_its_end_too(journal, stream):
-    from evsys_bus.delivery.receiver import Problem
-
     states = []
 
     class Troubled(Kept):
         async def open(self, report):
             self.report = report
 
-        async def take(self, batch, sizes):
-            self.report(Problem("parked", "401", "give it a key", 7))
+        async def deliver(self, batch, sizes):
+            self.report(DeliveryStatus(state="parked", error="401", fix="give it a key", attempts=7))
             states.append(read_status(journal))
             self.report(None)
             states.append(read_status(journal))
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     stream.steps(0)
     await deliver(journal, Troubled())
@@ -627,13 +627,13 @@ async def test_a_receiver_that_fails_where_it_never_should_is_asked_again(journa
     failed = []
 
     class Fails(Kept):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             if len(failed) < 3:
                 failed.append(BatchResult(0))
                 if len(failed) == 2:
                     return failed[-1]
                 raise ValueError("a fault")
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     stream.steps(0, 1)
     kept = Fails()
@@ -686,13 +686,13 @@ async def test_recorded_is_delivered_and_dead_and_pending_at_any_time(journal):
     checked = []
 
     class Checks(Kept):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             one, counts = read_status(journal), courier.counts
             checked.append((len(read_records(journal)), one, counts, len(self.envelopes)))
             if len(checked) <= 30:
                 streams[len(checked) % 3].steps(99)
                 courier.finish()
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     kept = Checks()
     CursorStore(journal).save("it", Cursor({each.name: Position() for each in streams}))
@@ -701,7 +701,7 @@ async def test_recorded_is_delivered_and_dead_and_pending_at_any_time(journal):
     assert len(checked) > 20
     for there, one, counts, given in checked:
         assert one.recorded == one.delivered + one.dead + one.pending == there
-        assert sum(counts) == there
+        assert counts.recorded == there
         assert counts.delivered == given
     one = read_status(journal)
     assert (one.pending, one.dead) == (0, 3)
@@ -783,10 +783,10 @@ async def test_finish_ends_although_a_writer_is_alive_and_writing(journal, strea
     stream.steps(*range(10))
 
     class Slow(Kept):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             if len(self.batches) < 3:
                 stream.steps(50)
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     kept = Slow()
     await deliver(journal, kept)

@@ -15,12 +15,11 @@ from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
 from evsys_bus.bus.failure_policy import FailurePolicy
 from evsys_bus.delivery.courier_pool import CourierPool
 from evsys_bus.delivery.progress import read_progress
-from evsys_bus.delivery.receiver import BatchResult
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
-from evsys_bus.delivery.sink_receiver import SinkReceiver
+from evsys_bus.delivery.sink_receiver import UNKNOWN_ERROR_ATTEMPTS, SinkReceiver
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import register
 from evsys_bus.journal import JournalWriter, RetentionPolicy, layout
+from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import DeliveryStatus, LoopThread
 from evsys_bus.testing import FailingSink, RecordingSink
 
@@ -193,7 +192,7 @@ HOLDS = """
         bus.publish(Tick(1))
         while not Path(folder, "inside").exists():
             time.sleep(0.01)
-        print(bus._following._process.pid, flush=True)
+        print(bus.health().deliveries[0].pid, flush=True)
 """
 HOLDER = """
 import re

@@ -23,6 +23,7 @@ import random_faults
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.journal import JournalReader, layout
 from evsys_bus.tasks import DeliveryStatus
+from support.couriers import counted
 from support.programs import EVSYS_BUS
 from support.waiting import wait_until
 
@@ -127,7 +128,7 @@ TRAINER = """
     finally:
         receipt = bus.receipt
         say(
-            seconds=time.monotonic() - began, alone=alone, followed=followed, finish=receipt.finish,
+            seconds=time.monotonic() - began, alone=alone, followed=followed, finish=receipt.resume_command,
             deliveries={each.name: [each.recorded, each.delivered, each.dead, each.pending]
                         for each in receipt.deliveries},
         )
@@ -393,7 +394,7 @@ def test_all_destinations_are_away_for_ten_minutes_and_then_have_everything_in_o
             assert 20 < post.adapter.calls < 1000
             letters = 700 - len(post.deliveries) + 2
             assert [each[2] for each in post.deliveries] == sorted(each[2] for each in post.deliveries)
-            assert post.courier.counts == (len(post.deliveries), letters, 0)
+            assert counted(post.courier) == (len(post.deliveries), letters, 0)
             assert len(post.deliveries) + letters == len(scene.recorded)
 
     with asyncio.Runner(loop_factory=lambda: random_faults.VirtualLoop(scene.clock)) as runner:

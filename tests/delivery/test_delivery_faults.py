@@ -23,12 +23,12 @@ from evsys_bus import (
 )
 from evsys_bus.codec import encode
 from evsys_bus.delivery.courier import Courier
-from evsys_bus.delivery.dead_letters import MAX_PENDING
+from evsys_bus.delivery.delivery_store import MAX_PENDING
 from evsys_bus.delivery.progress import read_progress
-from evsys_bus.delivery.receiver import BatchResult
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import CourierBusyError, RetryLaterError
 from evsys_bus.journal import CursorStore, JournalWriter
+from evsys_bus.sink import BatchResult
 from evsys_bus.testing import MachineStopped, ManualClock, SimulatedDisk
 
 JOURNAL = "/journal"
@@ -85,10 +85,10 @@ class Rows:
         self.disk.truncate(self.file, mark)
         self.fresh = False
 
-    def introduce(self, starts):
+    def resume_runs(self, starts):
         self.introduced += [type(each.event).__name__ for each in starts]
 
-    async def take(self, batch, sizes):
+    async def deliver(self, batch, sizes):
         if self.fresh:
             self.disk.truncate(self.file, 0)  # nothing of an earlier life counts where there is no mark
             self.fresh = False
@@ -97,9 +97,9 @@ class Rows:
             if index not in dead:
                 self.disk.write(self.file, b"%d\n" % each.seq)
         self.taken += len(batch)
-        return BatchResult(len(batch), dead)
+        return BatchResult(len(batch) - len(dead), dead)
 
-    def interrupted(self):
+    def interrupted_result(self):
         return None
 
     def mark(self):
@@ -107,7 +107,7 @@ class Rows:
         self.disk.sync_path("/rows")
         return self.disk.length(self.file)
 
-    async def close(self, deadline=None, *, settles=False):
+    async def close(self, deadline=None, *, confirm=False):
         try:
             if self.file is not None:
                 self.disk.close(self.file)
@@ -268,9 +268,9 @@ def test_a_stream_that_cannot_be_read_for_a_moment_is_not_overtaken_by_the_next_
             return super().names(path)
 
     class Order(Rows):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             order.extend((each.stream, each.seq) for each in batch)
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     order = []
     disk = Unreadable()
@@ -427,9 +427,9 @@ def test_at_most_five_commits_a_second_while_events_come():
     marks = []
 
     class Slow(Rows):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             clock.advance(0.05)
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
         def mark(self):
             marks.append(clock.monotonic())
@@ -455,9 +455,9 @@ def test_a_second_courier_on_the_same_disk_is_refused():
 
 def test_a_mark_is_on_disk_before_the_first_event():
     class Asks(Rows):
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             assert CursorStore(JOURNAL, self.disk).load("rows").mark is not None
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     disk = SimulatedDisk()
     written(disk)
@@ -514,12 +514,12 @@ def test_no_other_mark_is_asked_for_at_an_end_in_a_batch_while_the_last_one_is_n
         def rewind(self, mark):
             pass
 
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             if self.taken >= 4:
                 raise RetryLaterError("not now")
             disk.refused = ("rows.json",)
             clock.advance(1)  # so that a commit is due
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     disk = Refusing()
     written(disk)
@@ -535,12 +535,12 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
     class Appends(Rows):
         max_events = 4
 
-        async def take(self, batch, sizes):
+        async def deliver(self, batch, sizes):
             if not self.taken and len(batch) == self.max_events:
                 event = StepEnd(STATE, 8, TrainingBatch(), {"loss": 0.5})
                 writer.append(encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a")))
                 courier.finish()
-            return await super().take(batch, sizes)
+            return await super().deliver(batch, sizes)
 
     disk = SimulatedDisk()
     writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()

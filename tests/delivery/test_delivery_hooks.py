@@ -287,7 +287,7 @@ async def test_a_task_that_never_ends_does_not_hold_the_close(caplog):
         async def hang(self):
             await asyncio.Event().wait()
 
-    receiver = await hooks_of(Hangs(), drain_seconds=0.02, hold_seconds=0.05)
+    receiver = await hooks_of(Hangs(), drain_seconds=0.02, task_wait_seconds=0.05)
     await receiver.deliver([step(0)], [1])
     await asyncio.wait_for(receiver.close(), 3)
 

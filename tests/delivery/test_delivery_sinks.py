@@ -12,11 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evsys_bus import Eval, EventBus
-from evsys_bus.delivery.retry import UNKNOWN_ERROR_ATTEMPTS
-from evsys_bus.delivery.sink_receiver import MAX_ABANDONED_CALLS, MAX_CONSECUTIVE_DEAD, SinkReceiver
+from evsys_bus.delivery.sink_receiver import (
+    MAX_ABANDONED_CALLS,
+    MAX_CONSECUTIVE_DEAD,
+    UNKNOWN_ERROR_ATTEMPTS,
+    SinkReceiver,
+)
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RejectedError, RetryLaterError
 from evsys_bus.events import Envelope, Event
-from evsys_bus.sink import Sink
+from evsys_bus.sink import BatchResult, Sink
 from support.waiting import wait_until_async
 
 
@@ -158,7 +162,9 @@ async def test_a_parked_sink_is_tried_every_minute_and_says_what_mends_it():
     sink = Model(first_then([ParkedError("the key is wrong", fix="set KEY")] * 7))
     followed = await delivered(sink, 2)
     assert followed.time.pauses == [60.0] * 7
-    assert followed.reports[6][:] == ("parked", "ParkedError: the key is wrong", "set KEY", 7)
+    report = followed.reports[6]
+    assert (report.state, report.error, report.fix) == ("parked", "ParkedError: the key is wrong", "set KEY")
+    assert report.attempts == 7
     assert followed.reports[-1] is None
     assert sink.held == [0, 1]
 
@@ -253,7 +259,36 @@ async def test_what_a_sink_took_in_part_is_done_and_the_rest_comes_again():
     assert not followed.time.pauses
 
 
-@pytest.mark.parametrize("value", [0, -1, 11, True, False, "10", 10.0, 10**50, object()])
+WRONG_RESULTS = [BatchResult(0), BatchResult(11), BatchResult(True), BatchResult(1, {3: "x"}), BatchResult(2, ["x"])]
+
+
+async def test_a_sink_says_in_what_it_returns_which_events_it_rejects():
+    class Table(Sink):
+        async def write(self, batch):
+            return BatchResult(delivered=2, rejected={1: "no such column"})
+
+    followed = await Followed(Table()).open()
+    events = [Envelope("s", number, 0.0, SinkTested(number)) for number in range(1, 5)]
+    result = await followed.receiver.deliver(events, [9] * 4)
+    assert (result.delivered, result.handled, result.rejected) == (2, 3, {1: "no such column"})
+    assert followed.reports == []
+
+
+async def test_a_healthy_wait_is_a_state_of_its_own_and_no_warning(caplog):
+    def act(numbers):
+        if answers:
+            raise answers.pop()
+
+    answers = [RetryLaterError("cp-9 is waiting to be uploaded", after_seconds=3, waiting=True)]
+    followed = await delivered(Model(act), 1)
+    report, end = followed.reports
+    assert (report.state, report.error, end) == ("waiting", "RetryLaterError: cp-9 is waiting to be uploaded", None)
+    assert report.last_error is None
+    assert followed.time.pauses == [3]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("value", [0, -1, 11, True, False, "10", 10.0, 10**50, object(), *WRONG_RESULTS])
 async def test_a_number_that_cannot_be_is_a_failure_that_is_tried_again(value):
     class Odd(Sink):
         async def write(self, batch):
@@ -524,7 +559,7 @@ def test_a_sink_keeps_a_mark_and_is_introduced_only_if_it_asks_for_that():
         def rewind(self, mark):
             self.seen += (mark,)
 
-        def introduce(self, starts):
+        def resume_runs(self, starts):
             self.seen += (len(starts),)
 
     plain = SinkReceiver(Model())

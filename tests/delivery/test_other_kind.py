@@ -19,11 +19,11 @@ def trained(folder: Path, kind: str, params: dict[str, object], steps: range) ->
             bus.publish(StepEnd(state, state.step, TrainingBatch(), {"loss": 0.5}))
         bus.publish(TrainEnd(state, None))
     [delivery] = bus.receipt.deliveries
-    return {key: getattr(delivery, key) for key in ("recorded", "delivered", "dead", "pending", "trouble")}
+    return {key: getattr(delivery, key) for key in ("recorded", "delivered", "dead", "pending", "last_error")}
 
 
 def told(count: int) -> dict[str, object]:
-    return {"recorded": count, "delivered": count, "dead": 0, "pending": 0, "trouble": None}
+    return {"recorded": count, "delivered": count, "dead": 0, "pending": 0, "last_error": None}
 
 
 def test_another_kind_under_the_same_name_begins_anew_and_no_file_has_to_be_removed_by_hand(tmp_path):

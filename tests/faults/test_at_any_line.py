@@ -257,7 +257,7 @@ def test_an_interrupt_at_any_line_of_the_entry_leaves_nothing_behind(tmp_path, s
     while True:
         number += 1
         bus = EventBus([Looks()], journal=tmp_path / "journal")
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/lifecycle.py", "bus/sigterm.py", "watchdog.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/lifecycle.py", "watchdog.py"))
         try:
             with at:
                 bus.__enter__()
@@ -332,7 +332,7 @@ def test_an_interrupt_at_any_instruction_of_letting_go_of_sigterm_leaves_that_to
         entrance = BusLifecycle(handles_signals=True)
         entrance.install_exit_handlers(lambda: None)
         assert signal.getsignal(signal.SIGTERM) is not handler
-        at = AtLine(number, interrupted, ("bus/lifecycle.py", "bus/sigterm.py", "tasks/uninterruptible.py"), "opcode")
+        at = AtLine(number, interrupted, ("bus/lifecycle.py", "tasks/uninterruptible.py"), "opcode")
         try:
             with at:
                 entrance.complete_exit()
@@ -420,7 +420,7 @@ def test_an_interrupt_at_any_line_of_an_exit_on_a_loop_closes_the_journal_all_th
     while True:
         number += 1
         bus = EventBus([], journal=tmp_path / str(number))
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/", "bus/lifecycle.py", "bus/sigterm.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/", "bus/lifecycle.py"))
         raised = True
         with contextlib.suppress(KeyboardInterrupt), asyncio.Runner(loop_factory=loop_factory) as runner:
             raised = runner.run(program(bus, at))

@@ -8,8 +8,8 @@ from evsys_bus.bus.callback_marks import recorded_marks
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.codec import encode
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
+from evsys_bus.delivery.open_runs import RunAnnotations
 from evsys_bus.delivery.progress import ProgressReader
-from evsys_bus.delivery.run_annotations import RunAnnotations
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
 from evsys_bus.delivery.subscriptions import deregister, load_subscriptions, register, restore

@@ -15,10 +15,11 @@ from support import ROOT
 SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
 
 PUBLIC = """
-    ArmResult BenchmarkEval Callback CallbackSpec Checkpoint Envelope Eval EvalResult Event EventBus EvsysBusError
-    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts
-    LoopState ManifestRow Receipt RunAnnotated RunEnd RunResult RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
-    TrainingLoop build_callbacks dispatch follow register_callback register_sink
+    ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint DeliveryError Envelope
+    Eval EvalResult Event EventBus EvsysBusError Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart
+    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError Receipt RejectedError RetryLaterError Rewindable
+    RunAnnotated RunEnd RunResult RunResumer RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks dispatch follow register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
@@ -27,13 +28,12 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/bus/recorder.py": "code of what stands in a state",
     "evsys_bus/journal/maintenance.py": "a round of upkeep; the next one tries again",
     "evsys_bus/adapter.py": "copying what an adapter was constructed with",
-    "evsys_bus/bus/callback_closer.py": "close and settle_owed of callbacks",
     "evsys_bus/events.py": "the code of a step that is no int",
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
-    "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go; raised again",
+    "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go, raised again; close and settle_owed of callbacks",
     "evsys_bus/watchdog.py": "its looks; the next ones follow",
-    "evsys_bus/tasks/uninterruptible.py": "Ctrl-C while one waits; raised once the work is done",
+    "evsys_bus/tasks/calls.py": "a sink's calls, as a value; the training, and Ctrl-C while one waits, raised again",
     "evsys_bus/tasks/loops.py": "Ctrl-C while a loop is begun; raised again",
     "evsys_bus/tasks/manager.py": "who is told of a task's end",
     "evsys_bus/journal/writer.py": "opening; raised again",
@@ -45,7 +45,6 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/delivery/callback_receiver.py": "followed hooks",
     "evsys_bus/delivery/process_log.py": "code of what is logged",
     "evsys_bus/testing/conformance_checks.py": "the adapter under test; its tasks",
-    "evsys_bus/tasks/call_with_timeout.py": "a sink's calls; handed back as a value",
     "evsys_bus/tasks/daemon_executor.py": "a call on another thread; raised where it is awaited",
     "evsys_bus/diagnostics.py": "handlers and filters of the host's logging",
     "evsys_bus/cli/__init__.py": "the outermost: errors become exit codes",
@@ -55,7 +54,6 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/codec/wire_types.py": "code of a host's handles and state, and in annotations; a stranger's str",
     "evsys_bus/codec/decode.py": "code of the types that values are decoded to",
     "evsys_bus/codec/step_template.py": "code of values",
-    "evsys_bus/tasks/run_to_completion.py": "the training; raised again where it is awaited",
     "evsys_bus/training/run_files.py": "the text of a stranger's exception",
     "evsys_bus/training/run_executor.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",

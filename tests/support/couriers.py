@@ -20,6 +20,13 @@ async def deliver(journal: str | Path, adapter: Any, policy: DeliveryPolicy | No
     return courier
 
 
+def counted(courier: Courier) -> tuple[int, int, int]:
+    """Return how many events a courier has delivered, rejected and left pending."""
+    counts = courier.counts
+    assert counts.recorded == counts.delivered + counts.dead + counts.pending
+    return counts.delivered, counts.dead, counts.pending
+
+
 def read_status(journal: str | Path, name: str = "it") -> DeliveryStatus:
     """Return the delivery status of the adapter with this name."""
     [status] = [each for each in read_progress(journal) if each.name == name]

@@ -13,14 +13,13 @@ from typing import Final, NamedTuple
 import anyio
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from evsys_adapters.checkpoint_upload import CheckpointUploadCallback
 from evsys_adapters.checkpoints.copying import remove_partials
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder, is_remote_uri
 from evsys_adapters.checkpoints.restore import fetch_checkpoint, newest_state
 from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
-from evsys_adapters.checkpoints.stores import StoreOptions, url_for
+from evsys_adapters.checkpoints.stores import StoreOptions
 from evsys_adapters.commands.checkpoints import open_store
 from evsys_adapters.commands.fetch import describe_contents, record_checkpoint, total_bytes
 from evsys_bus.cli.output.errors import show_warnings
@@ -29,8 +28,7 @@ from evsys_bus.cli.output.progress import Facts, OnTransfer, ProgressMode, forma
 from evsys_bus.cli.output.screen import Screen, printable
 from evsys_bus.cli.output.transfers import make_byte_counter
 from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
-from evsys_bus.config import CallbackSpec
-from evsys_bus.context import LogContext, ManifestRow
+from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
 from evsys_bus.training.plan import RunPlan
@@ -41,13 +39,6 @@ ATTEMPTS: Final = 3
 
 _ShowFetches = Callable[[], AbstractContextManager[OnTransfer]]
 _MAX_NAMED: Final = 4
-
-
-class _Source(NamedTuple):
-    """A destination of uploads."""
-
-    url: str
-    options: StoreOptions
 
 
 class _UnfinishedRun(NamedTuple):
@@ -102,12 +93,16 @@ class ResumeReporter:
 
 
 def fetch_newest(
-    specs: Sequence[CallbackSpec], folder: Path, runs: Sequence[RunPlan], mode: ProgressMode, screen: Screen
+    sources: Sequence[tuple[str, StoreOptions]],
+    folder: Path,
+    runs: Sequence[RunPlan],
+    mode: ProgressMode,
+    screen: Screen,
 ) -> None:
     """Fetch the newest checkpoint of each run that was uploaded and is not local.
 
     Args:
-        specs: The callbacks of the experiment.
+        sources: The URL of each destination of uploads, and how to reach it.
         folder: The experiment's directory.
         runs: Its runs.
         mode: How progress is shown.
@@ -119,7 +114,6 @@ def fetch_newest(
         TrainingError: Another process trains in the experiment's directory.
         OSError: The local disk failed.
     """
-    sources = _upload_sources(specs, folder)
     unfinished = _unfinished_runs(runs, folder)
     if not sources or not unfinished:
         return
@@ -128,13 +122,6 @@ def fetch_newest(
         show_warnings(screen, as_json=mode == "json"),
     ):
         anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
-
-
-def _upload_sources(specs: Sequence[CallbackSpec], folder: Path) -> list[_Source]:
-    uploads = [spec for spec in specs if spec.kind == CheckpointUploadCallback.name]
-    configs = [CheckpointUploadCallback(**spec.params).config for spec in uploads]
-    experiment = LogContext(folder)
-    return [_Source(url_for(config.url, experiment), config.store_options) for config in configs]
 
 
 def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedRun]:
@@ -159,7 +146,10 @@ def _newest_local(run_dir: Path) -> ManifestRow | None:
 
 
 async def _fetch_missing(
-    sources: Sequence[_Source], runs: Sequence[_UnfinishedRun], start_display: _ShowFetches, reporter: ResumeReporter
+    sources: Sequence[tuple[str, StoreOptions]],
+    runs: Sequence[_UnfinishedRun],
+    start_display: _ShowFetches,
+    reporter: ResumeReporter,
 ) -> None:
     async with AsyncExitStack() as stores:
         newest, unreachable = await _find_newest_remote(sources, runs, stores)
@@ -177,25 +167,25 @@ async def _fetch_missing(
                     await _fetch_checkpoint(run, remote, on_transfer)
                 reporter.report_fetched(run.key, remote.url, remote.manifest)
     if without_checkpoint:
-        reporter.report_from_start(without_checkpoint, [source.url for source in sources])
+        reporter.report_from_start(without_checkpoint, [url for url, _ in sources])
 
 
 async def _find_newest_remote(
-    sources: Sequence[_Source], runs: Sequence[_UnfinishedRun], stores: AsyncExitStack
+    sources: Sequence[tuple[str, StoreOptions]], runs: Sequence[_UnfinishedRun], stores: AsyncExitStack
 ) -> tuple[dict[str, _RemoteCheckpoint], dict[str, DeliveryError | OSError]]:
     """Return the newest uploaded checkpoint by run, and the errors of unreachable destinations by URL."""
     newest: dict[str, _RemoteCheckpoint] = {}
     unreachable: dict[str, DeliveryError | OSError] = {}
-    for source in sources:
+    for url, options in sources:
         try:
-            destination_of = await stores.enter_async_context(open_store(source.url, source.options))
+            destination_of = await stores.enter_async_context(open_store(url, options))
             for run in runs:
                 manifest = await _newest_remote(destination_of(run.key))
                 known = newest.get(run.key)
                 if manifest is not None and (known is None or known.manifest.row.batch < manifest.row.batch):
-                    newest[run.key] = _RemoteCheckpoint(source.url, destination_of(run.key), manifest)
+                    newest[run.key] = _RemoteCheckpoint(url, destination_of(run.key), manifest)
         except (DeliveryError, OSError) as error:
-            unreachable[source.url] = error
+            unreachable[url] = error
     return newest, unreachable
 
 

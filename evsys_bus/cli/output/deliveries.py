@@ -23,7 +23,7 @@ from evsys_bus.cli.output.formatting import (
 )
 from evsys_bus.cli.output.screen import printable
 from evsys_bus.codec import decode
-from evsys_bus.delivery.courier_process import LOG_NAME
+from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.status_files import read_status
 from evsys_bus.delivery.subscriptions import load_subscriptions

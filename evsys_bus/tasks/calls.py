@@ -1,20 +1,28 @@
-"""Work that an interrupt must not break off, and a deadline that an interrupt may bring forward.
+"""Calls that end as their caller needs: with a timeout, to completion, or without being broken off by an interrupt.
 
-Python runs signal handlers on the main thread, between any two instructions, so Ctrl-C can leave the code that runs
-there half done. Work that must be completed runs on a thread of its own, and the main thread only waits for it.
+`call_with_timeout` awaits an adapter's coroutine function with a timeout that it cannot overrun. ``asyncio.timeout``
+waits for the task that it cancels; here, a call that ignores its cancellation is abandoned and the caller continues.
+`run_to_completion` lets the task of a training loop end in an orderly way when its caller is cancelled.
+
+`UninterruptibleCall` is work that an interrupt must not break off, and `Deadline` one that an interrupt may bring
+forward. Python runs signal handlers on the main thread, between any two instructions, so Ctrl-C can leave the code that
+runs there half done. Work that must be completed runs on a thread of its own, and the main thread only waits for it.
 
 ``threading.Event`` and ``Condition``, and with them ``Thread.start``, are written in Python: an interrupt inside them
 can leave their lock held forever. Code that the main thread may call uses `Gate` and `start_thread` instead.
 """
 
 import _thread
+import asyncio
 import contextvars
 import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Final, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final, Generic, NamedTuple, TypeVar
+
+import anyio
 
 T = TypeVar("T")
 
@@ -205,3 +213,114 @@ def _in_this_context(work: Callable[[], T]) -> Callable[[], T]:
     """Bind the function to a copy of the current context variables."""
     context = contextvars.copy_context()
     return lambda: context.run(work)
+
+
+class Outcome(NamedTuple):
+    """The result of a call: the value that it returned, or its error."""
+
+    value: Any = None
+    error: Exception | None = None
+
+
+async def call_with_timeout(
+    fn: Callable[..., Awaitable[object]],
+    *args: object,
+    seconds: float,
+    grace_seconds: float,
+    name: str,
+    unfinished: "set[asyncio.Task[Outcome]]",
+) -> Outcome:
+    """Await ``fn(*args)`` in its own task for at most ``seconds``, then cancel it and wait ``grace_seconds``.
+
+    Cancelling the caller cancels the call; the caller continues after at most ``grace_seconds``.
+
+    Args:
+        unfinished: Holds the task as long as it runs, also after it was abandoned.
+
+    Returns:
+        The returned value or the raised exception. The error is a TimeoutError for a late call, whatever the call did
+        in the end, and a RuntimeError for anything that is not an Exception (KeyboardInterrupt, SystemExit,
+        CancelledError).
+    """
+    task = asyncio.get_running_loop().create_task(_capture_outcome(fn, args), name=name)
+    unfinished.add(task)
+    task.add_done_callback(unfinished.discard)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    except asyncio.CancelledError:
+        task.cancel()
+        with anyio.CancelScope(shield=True):  # anyio repeats a cancellation until the scope exits
+            await asyncio.wait([task], timeout=grace_seconds)
+        raise
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=grace_seconds)
+        note = "" if task.done() else "; it ignored its cancellation and was abandoned"
+        return Outcome(error=TimeoutError(f"it took longer than {seconds:g} s{note}"))
+    # A task that cancels itself has no result, even if it returns.
+    return Outcome(error=RuntimeError("it cancelled its own task")) if task.cancelled() else task.result()
+
+
+async def _capture_outcome(fn: Callable[..., Awaitable[object]], args: tuple[object, ...]) -> Outcome:
+    try:
+        return Outcome(await fn(*args))
+    except Exception as error:
+        return Outcome(error=error)
+    except BaseException as error:  # a task that raises KeyboardInterrupt raises it in the event loop as well
+        wrapper = RuntimeError(f"it raised {type(error).__name__}")
+        wrapper.__cause__ = error
+        return Outcome(error=wrapper)
+
+
+GIVE_UP_SECONDS: Final = 1.0
+"""How long the work may take to end once it was cancelled."""
+
+
+async def run_to_completion(work: Coroutine[Any, Any, T], *, on_cancel: Callable[[], object]) -> T:
+    """Await ``work`` in a task of its own.
+
+    The first cancellation of the caller calls ``on_cancel``, which should make the work end soon; it is raised once the
+    work has ended. A second cancellation cancels the work and is raised after at most `GIVE_UP_SECONDS`.
+
+    Raises:
+        BaseException: What the work raised, including KeyboardInterrupt and SystemExit.
+    """
+    task = asyncio.get_running_loop().create_task(_capture_error(work), name="evsys-bus:training")
+    try:
+        await asyncio.wait([task])
+    except asyncio.CancelledError:
+        on_cancel()
+        await _wait_or_give_up(task)
+        result = task.result() if task.done() and not task.cancelled() else None
+        if isinstance(result, _Raised) and not isinstance(result.error, asyncio.CancelledError):
+            raise result.error from None
+        raise
+    outcome = task.result()
+    if isinstance(outcome, _Raised):
+        raise outcome.error
+    return outcome
+
+
+class _Raised:
+    """An exception as a result: a task that raises KeyboardInterrupt would raise it in the event loop as well."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+async def _capture_error(work: Coroutine[Any, Any, T]) -> T | _Raised:
+    try:
+        return await work
+    except BaseException as error:
+        return _Raised(error)
+
+
+async def _wait_or_give_up(task: "asyncio.Task[Any]") -> None:
+    # anyio repeats the cancellation of a cancelled scope until it exits; the shield reduces that to one.
+    # A bare task.cancel() passes the shield, so a second one is noticed.
+    with anyio.CancelScope(shield=True):
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait([task], timeout=GIVE_UP_SECONDS)
