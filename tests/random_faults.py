@@ -186,7 +186,7 @@ class Destination(FailingSink):
     write_timeout_seconds = 5.0
 
     def __init__(self, scenario, subscription, process, share):
-        rng = subscription.chance
+        rng = subscription.rng
         opening = (each for each in outcomes(rng, share / 2) if not isinstance(each, int | RejectedError))
         super().__init__(outcomes(rng, share), opening=opening)
         self.max_batch_events = rng.choice((1, 7, 500))
@@ -211,7 +211,7 @@ class Destination(FailingSink):
 
     def keep(self, batch):
         if self.process.alive:
-            self.subscription.got += [(self.subscription.generations, each.stream, each.seq) for each in batch]
+            self.subscription.deliveries += [(self.subscription.generations, each.stream, each.seq) for each in batch]
 
 
 class RewindableSink(Destination):
@@ -219,7 +219,7 @@ class RewindableSink(Destination):
 
     def __init__(self, scenario, subscription, process, share):
         super().__init__(scenario, subscription, process, share)
-        self._plan = (each for each in outcomes(subscription.chance, share) if not isinstance(each, LostReplyError))
+        self._plan = (each for each in outcomes(subscription.rng, share) if not isinstance(each, LostReplyError))
         # A write that continues after its cancellation cannot be rewound.
         self._plan = (None if each == "deaf" else each for each in self._plan)
         self.file = RowFile(process, f"{ROWS}/{subscription.name}")
@@ -243,7 +243,7 @@ class CountingCallback(FailingCallback):
 
     def __init__(self, scenario, subscription, process, share):
         errors = (KeyError("no"), OSError("no"), RuntimeError("no"))
-        rng = subscription.chance
+        rng = subscription.rng
         super().__init__(rng.choice(errors) if rng.random() < share / 2 else None for _ in iter(int, 1))
         self.scenario, self.subscription, self.process = scenario, subscription, process
 
@@ -257,7 +257,7 @@ class CountingCallback(FailingCallback):
             self.record_delivery(event)
 
     def record_delivery(self, event):
-        self.subscription.got.append((self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])]))
+        self.subscription.deliveries.append((self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])]))
 
 
 class RewindableCallback(CountingCallback):
@@ -326,7 +326,7 @@ class Publisher:
         scenario, rng = self.scenario, self.rng
         death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002))
         self.process = Process(
-            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failing(rng), death_rate=death_rate
+            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failure_rate(rng), death_rate=death_rate
         )
         self.writer = JournalWriter(
             JOURNAL,
@@ -405,7 +405,7 @@ class SimulatedSubscription:
         self.generations += 1
         death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002, 0.02))
         self.process = Process(
-            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failing(rng), death_rate=death_rate
+            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failure_rate(rng), death_rate=death_rate
         )
         self.adapter = self.kind(scenario, self, self.process, 0.0 if without_faults else rng.choice((0.0, 0.1, 0.5)))
         self.courier = self._make_courier(self.adapter, self.process)
@@ -653,7 +653,7 @@ class Scenario:
                 f"{subscription.name} has {len(deliveries) - len(set(deliveries))} rows twice",
             )
         else:
-            deliveries = subscription.got
+            deliveries = subscription.deliveries
         reached = {each[1:] for each in deliveries}
         required = expected - self.lost
         _require(

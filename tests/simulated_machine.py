@@ -186,7 +186,7 @@ class Process:
                 raise KeyboardInterrupt
             self._perform(name, args, kwargs)
             raise KeyboardInterrupt
-        if machine.failing and not self._without_faults and self._rng.random() < machine.failing:
+        if machine.failure_rate and not self._without_faults and self._rng.random() < machine.failure_rate:
             self._fail(name, args)
         return self._perform(name, args, kwargs)
 

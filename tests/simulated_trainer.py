@@ -137,17 +137,17 @@ class Trainer:
             del self.next_steps[run], self.states[run]
 
     def flush(self):
-        self.simulation.look()  # before anything is pruned
+        self.simulation.update_recorded()  # before anything is pruned
         published_before, failures = len(self.simulation.published), self.writer.failures
         self.writer.flush()
-        self.simulation.pruned()
+        self.simulation.note_pruned()
         self._mark_safe(published_before, failures)
 
     def close(self):
-        self.simulation.look()
+        self.simulation.update_recorded()
         published_before, failures = len(self.simulation.published), self.writer.failures
         closed = self.writer.close()
-        self.simulation.pruned()
+        self.simulation.note_pruned()
         if closed:
             self._mark_acknowledged()
             self._mark_safe(published_before, failures)
@@ -215,13 +215,13 @@ class Trainer:
         if self.writer.failures != failures:
             self.uncertain_until = published_before
         else:
-            self.simulation.look()
+            self.simulation.update_recorded()
             for each in self.simulation.published[self.uncertain_until :]:
                 if (
                     each.acknowledged
                     and not each.lost
                     and each.stream == self.writer.stream
-                    and each.number in self.simulation.there
+                    and each.number in self.simulation.recorded
                 ):
                     each.safe = True
 

@@ -133,7 +133,7 @@ class Simulation:
                         trainer.kill()
             for subscription in self.active_subscriptions():
                 if subscription.task is not None and self.rng.random() < 0.7:
-                    subscription.finish()
+                    subscription.finish_courier()
             await asyncio.sleep(self.rng.choice((0.0, 0.2, 5.0)))
             await self._stop_all()
         self.update_recorded()
@@ -142,9 +142,9 @@ class Simulation:
         for trainer in self.trainers:
             trainer.kill()
         for subscription in self.subscriptions:
-            subscription.kill()
+            subscription.kill_courier()
         for subscription in self.subscriptions:
-            await subscription.end()
+            await subscription.wait_for_courier()
         if self.courier_process is not None:
             self.courier_process.kill()
 
@@ -164,7 +164,7 @@ class Simulation:
         """Let an interrupted trainer continue, or close it, in which it may be interrupted again and killed."""
         rng = self.rng
         trainer.process.interrupt_at = None
-        trainer.waiting = []  # an interrupted publish does not acknowledge
+        trainer.unacknowledged = []  # an interrupted publish does not acknowledge
         if rng.random() < 0.3:
             return
         if rng.random() < 0.5:
@@ -197,18 +197,18 @@ class Simulation:
         rng, before = self.rng, self.courier_process
         if before is None or not before.alive:
             max_calls = rng.choice((None, None, rng.randint(1, 300)))
-            self.courier_process = Process(self.machine, subscription.chance, max_calls=max_calls)
-        subscription.start(self.courier_process)
+            self.courier_process = Process(self.machine, subscription.rng, max_calls=max_calls)
+        subscription.start_courier(self.courier_process)
 
     async def _start_or_stop(self):
         subscription = self.rng.choice(self.active_subscriptions())
         if subscription.task is None:
             self._start_courier(subscription)
         elif subscription.task.done():
-            await subscription.end()
+            await subscription.wait_for_courier()
         elif self.rng.random() < 0.4:
-            subscription.stop()
-            await subscription.end()
+            subscription.stop_courier()
+            await subscription.wait_for_courier()
 
     async def _start_twice(self):
         subscription = self.rng.choice(self.active_subscriptions())
@@ -235,8 +235,8 @@ class Simulation:
         self.machine.count_fault("killed couriers")
         for subscription in self.subscriptions:
             if subscription.task is not None and self.rng.random() < 0.7:
-                subscription.kill()
-                await subscription.end()
+                subscription.kill_courier()
+                await subscription.wait_for_courier()
 
     async def _change_faults(self):
         machine, rng = self.machine, self.rng
@@ -283,7 +283,7 @@ class Simulation:
     # -- between lives ------------------------------------------------------------------------------------------------
 
     def active_subscriptions(self):
-        return [each for each in self.subscriptions if not each.left]
+        return [each for each in self.subscriptions if not each.is_removed]
 
     def register_subscriptions(self, process):
         """Register the subscriptions, as a program does at its start."""
@@ -336,19 +336,19 @@ class Simulation:
 
     def _remove_or_restore(self):
         subscription = self.rng.choice(self.subscriptions)
-        if subscription.left:
+        if subscription.is_removed:
             self.machine.count_fault("follower back", subscription.name)
-            subscription.left = False
-            subscription.group.beside = True
-        elif not subscription.left and len(self.active_subscriptions()) > 1:
+            subscription.is_removed = False
+            subscription.group.may_split_files = True
+        elif not subscription.is_removed and len(self.active_subscriptions()) > 1:
             self.machine.count_fault("follower removed", subscription.name)
-            subscription.left = True
+            subscription.is_removed = True
 
     def _rename(self):
         subscription = self.rng.choice(self.active_subscriptions())
         name = f"{subscription.group.label}-{len(self.subscriptions)}"
         self.machine.count_fault("follower renamed", subscription.name, name)
-        subscription.left = subscription.group.beside = True
+        subscription.is_removed = subscription.group.may_split_files = True
         self.subscriptions.append(SimulatedSubscription(self, name, subscription.group))
 
     def _duplicate(self):
@@ -357,7 +357,7 @@ class Simulation:
         if sum(each.group is group for each in self.active_subscriptions()) < 3:
             name = f"{group.label}-{len(self.subscriptions)}"
             self.machine.count_fault("second follower", name)
-            group.beside = True
+            group.may_split_files = True
             self.subscriptions.append(SimulatedSubscription(self, name, group))
 
     def _remove_output(self):
@@ -365,7 +365,7 @@ class Simulation:
         group, record = self.rng.choice(self.groups), self.rng.choice(self.published or [None])
         if record is None:
             return
-        files = group.kind.files(self.machine.disk, record.run, record.rank)[self.rng.choice(group.kind.rows)]
+        files = group.kind.read_files(self.machine.disk, record.run, record.rank)[self.rng.choice(group.kind.rows)]
         if files:
             path = self.rng.choice(sorted(files))
             self.machine.count_fault("output removed", path)
@@ -378,7 +378,7 @@ class Simulation:
         self.machine.count_fault("cursors removed")
         self.machine.disk.take_away(f"{JOURNAL}/cursors")
         for group in self.groups:
-            group.beside = True
+            group.may_split_files = True
 
     def _damage(self):
         rng, disk = self.rng, self.machine.disk
@@ -393,7 +393,7 @@ class Simulation:
         if kind == "cursor":
             for subscription in self.subscriptions:
                 if path.endswith(f"/{subscription.name}.json"):
-                    subscription.group.beside = True
+                    subscription.group.may_split_files = True
         data = disk.contents(path)
         if how in {"removed", "directory"}:
             del disk._files[path]
@@ -462,13 +462,13 @@ class Simulation:
         if include_removed:
             for group in self.groups:
                 members = [each for each in self.subscriptions if each.group is group]
-                if all(each.left for each in members):
-                    members[-1].left = False
+                if all(each.is_removed for each in members):
+                    members[-1].is_removed = False
         process = Process(machine, self.rng, without_faults=True)
         self.register_subscriptions(process)
         for subscription in self.active_subscriptions():
-            subscription.start(Process(machine, self.rng, without_faults=True))
-            subscription.finish()
+            subscription.start_courier(Process(machine, self.rng, without_faults=True))
+            subscription.finish_courier()
         for subscription in self.active_subscriptions():
             try:
                 await asyncio.wait_for(asyncio.shield(subscription.task), SETTLE_SECONDS)
@@ -476,7 +476,7 @@ class Simulation:
                 raise Violation(f"{subscription.name} makes no progress at {subscription.courier.counts}") from None
             except (OSError, RetryLaterError) as error:
                 raise Violation(f"{subscription.name} cannot continue: {error!r}") from error
-            await subscription.end()
+            await subscription.wait_for_courier()
             subscription.process.kill()
         self.check()
 
@@ -500,12 +500,12 @@ class Simulation:
             if group.serves(record) and record.seen:
                 required = not record.lost and record.number not in group.excused
                 for row_kind in group.kind.rows:
-                    expected.setdefault((record.rank, record.run, row_kind), ExpectedRows(row_kind)).take(
+                    expected.setdefault((record.rank, record.run, row_kind), ExpectedRows(row_kind)).add(
                         record, required
                     )
         for (rank, run, row_kind), of_run in expected.items():
-            files = group.kind.files(self.machine.disk, run, rank)[row_kind]
-            self._check_rows(f"{group.label}, {run}, {row_kind}s", of_run.rows, files, may_split_files=group.beside)
+            files = group.kind.read_files(self.machine.disk, run, rank)[row_kind]
+            self._check_rows(f"{group.label}, {run}, {row_kind}s", of_run.rows, files, may_split_files=group.may_split_files)
 
     def _check_rows(self, label, expected, files, *, may_split_files):
         found = set()
@@ -569,7 +569,7 @@ def run_seed(seed, *, traced=False, without=()):
 
 def _on_thread_exception(simulation, args):
     if not issubclass(args.exc_type, MachineStopped):
-        simulation.troubles.append(args.exc_value)
+        simulation.uncaught_errors.append(args.exc_value)
 
 
 def _run_seeds(seeds, without=()):

@@ -166,7 +166,7 @@ class CompiledDispatch:
         **template_globals: Any,
     ) -> None:
         """Compile. ``template_globals`` are further globals of the template, given by the publisher."""
-        self.tag = str(event_type.__struct_config__.tag)
+        self.tag = event_type.hook.removeprefix("on_")
         self.record_first = record_first
         self.hook_stats = tuple(hook_stats)
         self.filename = f"{prefix}{next(_serial_numbers)}>: {event_type.__name__}"

@@ -34,21 +34,21 @@ def scene():
 
 
 def test_the_inspection_notices_an_event_that_is_missing(scene):
-    post = scene.posts[0]
-    before = post.got
-    post.got = [each for each in before if each[1:] != before[-1][1:]]
+    post = scene.subscriptions[0]
+    before = post.deliveries
+    post.deliveries = [each for each in before if each[1:] != before[-1][1:]]
     with pytest.raises(random_faults.Violation, match="sink lacks"):
         scene.check()
-    post.got = before
+    post.deliveries = before
 
 
 def test_the_inspection_notices_an_order_that_was_not_kept(scene):
-    post = scene.posts[0]
-    before = post.got
-    post.got = [(1, *each[1:]) for each in reversed(before)]
+    post = scene.subscriptions[0]
+    before = post.deliveries
+    post.deliveries = [(1, *each[1:]) for each in reversed(before)]
     with pytest.raises(random_faults.Violation, match="in this order"):
         scene.check()
-    post.got = before
+    post.deliveries = before
 
 
 def test_the_inspection_notices_a_row_that_came_twice_and_one_that_is_missing(scene):
