@@ -20,6 +20,7 @@ from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import BusLifecycle, CallbackCloser, close_callback, has_cleanup
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
+from evsys_bus.bus.watchdog import Watchdog
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
@@ -44,7 +45,6 @@ from evsys_bus.tasks import (
     running_loop,
     wait_shielded,
 )
-from evsys_bus.watchdog import Watchdog
 
 T = TypeVar("T")
 

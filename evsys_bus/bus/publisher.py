@@ -20,13 +20,13 @@ from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.dispatch import FILENAME_PREFIX, DispatchFunction, DispatchRegistry, HookStats
 from evsys_bus.bus.recorder import RECORDED_BEFORE_HOOKS, EventRecorder
 from evsys_bus.bus.token_recovery import StackReader, TokenRecovery
+from evsys_bus.bus.watchdog import BlockedHook, HookCall
 from evsys_bus.callback import check_hooks, isolate
 from evsys_bus.codec import error_text
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, EventError, ForkedBusError, PublishLoopError
 from evsys_bus.events import Event, StepEnd, with_int_step
 from evsys_bus.tasks import Deadline
-from evsys_bus.watchdog import BlockedHook, HookCall
 
 NESTED_LIMIT: Final = 1_000
 """How many events the hooks of one publish may publish, including those of nested hooks."""

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from evsys_bus import Callback, Checkpoint, Eval, EventBus, StepEnd, build_callbacks
+from evsys_bus.bus.watchdog import Watchdog
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import JournalWriter
-from evsys_bus.watchdog import Watchdog
 from support.journals import read_events
 
 # -- looks -----------------------------------------------------------------------------------------------

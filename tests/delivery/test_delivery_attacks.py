@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from evsys_bus import Callback, Envelope, Event, EventBus, Sink, follow
-from evsys_bus.bus.failure_policy import FailurePolicy
+from evsys_bus.bus.delivery_manager import FailurePolicy
 from evsys_bus.delivery.courier_pool import CourierPool
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.sink_receiver import UNKNOWN_ERROR_ATTEMPTS, SinkReceiver

@@ -257,7 +257,7 @@ def test_an_interrupt_at_any_line_of_the_entry_leaves_nothing_behind(tmp_path, s
     while True:
         number += 1
         bus = EventBus([Looks()], journal=tmp_path / "journal")
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/lifecycle.py", "watchdog.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "bus/lifecycle.py", "bus/watchdog.py"))
         try:
             with at:
                 bus.__enter__()
@@ -290,7 +290,7 @@ def test_an_interrupt_at_any_instruction_while_a_loop_is_begun_leaves_no_thread_
     while True:
         number += 1
         thread = LoopThread()
-        at = AtLine(number, interrupted, ("tasks/loops.py", "tasks/uninterruptible.py", "/threading.py"), "opcode")
+        at = AtLine(number, interrupted, ("tasks/loops.py", "tasks/calls.py", "/threading.py"), "opcode")
         try:
             with at:
                 thread.loop()
@@ -308,7 +308,7 @@ def test_an_interrupt_at_any_instruction_of_cutting_a_deadline_holds_nobody_up()
     while True:
         number += 1
         deadline = Deadline(60.0)
-        at = AtLine(number, interrupted, ("tasks/uninterruptible.py", "/threading.py"), "opcode")
+        at = AtLine(number, interrupted, ("tasks/calls.py", "/threading.py"), "opcode")
         try:
             with at:
                 deadline.cut_short()
@@ -332,7 +332,7 @@ def test_an_interrupt_at_any_instruction_of_letting_go_of_sigterm_leaves_that_to
         entrance = BusLifecycle(handles_signals=True)
         entrance.install_exit_handlers(lambda: None)
         assert signal.getsignal(signal.SIGTERM) is not handler
-        at = AtLine(number, interrupted, ("bus/lifecycle.py", "tasks/uninterruptible.py"), "opcode")
+        at = AtLine(number, interrupted, ("bus/lifecycle.py", "tasks/calls.py"), "opcode")
         try:
             with at:
                 entrance.complete_exit()
@@ -370,7 +370,7 @@ def test_an_interrupt_at_any_line_of_the_exit_closes_the_journal_all_the_same(tm
         bus = EventBus([], journal=journal)
         bus.__enter__()
         bus.publish(step_end(0))
-        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/uninterruptible.py", "bus/lifecycle.py"))
+        at = AtLine(number, interrupted, ("bus/event_bus.py", "tasks/calls.py", "bus/lifecycle.py"))
         raised = False
         try:
             with at:

@@ -32,7 +32,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
     "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go, raised again; close and settle_owed of callbacks",
-    "evsys_bus/watchdog.py": "its looks; the next ones follow",
+    "evsys_bus/bus/watchdog.py": "its looks; the next ones follow",
     "evsys_bus/tasks/calls.py": "a sink's calls, as a value; the training, and Ctrl-C while one waits, raised again",
     "evsys_bus/tasks/loops.py": "Ctrl-C while a loop is begun; raised again",
     "evsys_bus/tasks/manager.py": "who is told of a task's end",
