@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._runs import field, fields, items
@@ -67,6 +68,11 @@ def text_of(value: object) -> str:
 def json_of(value: object) -> str:
     """Encode plain data as JSON, with NaN and infinities as Python and W&B write them."""
     return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def stable_key(data: bytes) -> int:
+    """Return a hash of the data that is the same in every process."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def config_of(ctx: object) -> dict[str, Any]:

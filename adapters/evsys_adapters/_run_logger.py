@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
@@ -113,11 +112,6 @@ StateT = TypeVar("StateT", bound=LoggedRunState)
 def encode_states(states: Mapping[str, LoggedRunState]) -> dict[str, bytes]:
     """Encode states for a mark, which is JSON and so cannot hold NaN."""
     return {key: msgspec.msgpack.encode(each) for key, each in states.items()}
-
-
-def stable_key(data: bytes) -> int:
-    """Return a hash of the data that is the same in every process."""
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def encode_state(state: LoggedRunState) -> bytes:

@@ -14,8 +14,7 @@ from importlib.util import find_spec
 from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from evsys_adapters._logged_values import json_of
-from evsys_adapters._run_logger import stable_key
+from evsys_adapters._logged_values import json_of, stable_key
 
 _FILE_HEADER: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK_BYTES: Final = 1 << 15

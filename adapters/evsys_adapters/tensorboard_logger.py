@@ -22,12 +22,21 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page, hypothesis_of
-from evsys_adapters._logged_values import Table, config_of, json_of, markdown, prefixed, split_numbers, text_of
+from evsys_adapters._logged_values import (
+    Table,
+    config_of,
+    json_of,
+    markdown,
+    prefixed,
+    split_numbers,
+    stable_key,
+    text_of,
+)
 from evsys_adapters._output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_in
 from evsys_adapters._params import check_local_path, validate_params
 from evsys_adapters._record_file import RecordLog
-from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger, stable_key
+from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
 from evsys_adapters._runs import (
     digest,
     experiment_folder,
