@@ -186,7 +186,7 @@ class Destination(FailingSink):
     write_timeout_seconds = 5.0
 
     def __init__(self, scenario, subscription, process, share):
-        rng = subscription.chance
+        rng = subscription.rng
         opening = (each for each in outcomes(rng, share / 2) if not isinstance(each, int | RejectedError))
         super().__init__(outcomes(rng, share), opening=opening)
         self.max_batch_events = rng.choice((1, 7, 500))
@@ -219,7 +219,7 @@ class RewindableSink(Destination):
 
     def __init__(self, scenario, subscription, process, share):
         super().__init__(scenario, subscription, process, share)
-        self._plan = (each for each in outcomes(subscription.chance, share) if not isinstance(each, LostReplyError))
+        self._plan = (each for each in outcomes(subscription.rng, share) if not isinstance(each, LostReplyError))
         # A write that continues after its cancellation cannot be rewound.
         self._plan = (None if each == "deaf" else each for each in self._plan)
         self.file = RowFile(process, f"{ROWS}/{subscription.name}")
@@ -243,7 +243,7 @@ class CountingCallback(FailingCallback):
 
     def __init__(self, scenario, subscription, process, share):
         errors = (KeyError("no"), OSError("no"), RuntimeError("no"))
-        rng = subscription.chance
+        rng = subscription.rng
         super().__init__(rng.choice(errors) if rng.random() < share / 2 else None for _ in iter(int, 1))
         self.scenario, self.subscription, self.process = scenario, subscription, process
 

@@ -197,8 +197,8 @@ class Simulation:
         rng, before = self.rng, self.courier_process
         if before is None or not before.alive:
             max_calls = rng.choice((None, None, rng.randint(1, 300)))
-            self.courier_process = Process(self.machine, subscription.chance, max_calls=max_calls)
-        subscription.start(self.courier_process)
+            self.courier_process = Process(self.machine, subscription.rng, max_calls=max_calls)
+        subscription.start_courier(self.courier_process)
 
     async def _start_or_stop(self):
         subscription = self.rng.choice(self.active_subscriptions())
