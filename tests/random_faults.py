@@ -211,7 +211,7 @@ class Destination(FailingSink):
 
     def keep(self, batch):
         if self.process.alive:
-            self.subscription.got += [(self.subscription.generations, each.stream, each.seq) for each in batch]
+            self.subscription.deliveries += [(self.subscription.generations, each.stream, each.seq) for each in batch]
 
 
 class RewindableSink(Destination):
@@ -257,7 +257,9 @@ class CountingCallback(FailingCallback):
             self.record_delivery(event)
 
     def record_delivery(self, event):
-        self.subscription.got.append((self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])]))
+        self.subscription.deliveries.append(
+            (self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])])
+        )
 
 
 class RewindableCallback(CountingCallback):
@@ -653,7 +655,7 @@ class Scenario:
                 f"{subscription.name} has {len(deliveries) - len(set(deliveries))} rows twice",
             )
         else:
-            deliveries = subscription.got
+            deliveries = subscription.deliveries
         reached = {each[1:] for each in deliveries}
         required = expected - self.lost
         _require(

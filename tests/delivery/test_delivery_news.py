@@ -194,7 +194,7 @@ def test_what_came_just_before_the_end_is_told_at_the_end(scene):
 def test_an_adapter_that_parks_just_before_the_program_ends_is_told(program, tmp_path):
     (tmp_path / "plugin.py").write_text(textwrap.dedent(PLUGIN), encoding="utf-8")
     (tmp_path / "refuses").touch()
-    last_words = """bus._delivery_manager._delivery_log._next_poll_at = float("inf")  # the next look would come too late
+    last_words = """bus._delivery_manager._delivery_log._next_poll_at = float("inf")
         state = pathlib.Path("journal/couriers/keyed.state.json")
         while not state.exists() or b"parked" not in state.read_bytes():
             time.sleep(0.01)
