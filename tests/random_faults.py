@@ -257,7 +257,9 @@ class CountingCallback(FailingCallback):
             self.record_delivery(event)
 
     def record_delivery(self, event):
-        self.subscription.deliveries.append((self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])]))
+        self.subscription.deliveries.append(
+            (self.subscription.generations, *self.scenario.numbers[int(event.metrics["n"])])
+        )
 
 
 class RewindableCallback(CountingCallback):
@@ -326,7 +328,10 @@ class Publisher:
         scenario, rng = self.scenario, self.rng
         death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002))
         self.process = Process(
-            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failure_rate(rng), death_rate=death_rate
+            scenario.disk,
+            rng,
+            failure_rate=0.0 if without_faults else scenario.failure_rate(rng),
+            death_rate=death_rate,
         )
         self.writer = JournalWriter(
             JOURNAL,
@@ -405,7 +410,10 @@ class SimulatedSubscription:
         self.generations += 1
         death_rate = 0.0 if without_faults else rng.choice((0.0, 0.0, 0.002, 0.02))
         self.process = Process(
-            scenario.disk, rng, failure_rate=0.0 if without_faults else scenario.failure_rate(rng), death_rate=death_rate
+            scenario.disk,
+            rng,
+            failure_rate=0.0 if without_faults else scenario.failure_rate(rng),
+            death_rate=death_rate,
         )
         self.adapter = self.kind(scenario, self, self.process, 0.0 if without_faults else rng.choice((0.0, 0.1, 0.5)))
         self.courier = self._make_courier(self.adapter, self.process)

@@ -505,7 +505,9 @@ class Simulation:
                     )
         for (rank, run, row_kind), of_run in expected.items():
             files = group.kind.read_files(self.machine.disk, run, rank)[row_kind]
-            self._check_rows(f"{group.label}, {run}, {row_kind}s", of_run.rows, files, may_split_files=group.may_split_files)
+            self._check_rows(
+                f"{group.label}, {run}, {row_kind}s", of_run.rows, files, may_split_files=group.may_split_files
+            )
 
     def _check_rows(self, label, expected, files, *, may_split_files):
         found = set()

@@ -123,8 +123,8 @@ def tell(scene):
     def tell(state, **facts):
         scene.write(state, **facts)
         scene.now += 0.8
-        scene.news.look()
-        scene.news.look()
+        scene.news.poll()
+        scene.news.poll()
         return scene.said()
 
     return tell
@@ -157,7 +157,7 @@ def test_looks_are_rare_while_nothing_changes_and_frequent_again_when_something_
         scene.until_said()  # a hundred seconds
         for _ in range(turn):
             scene.now += 0.25
-            scene.news.look()
+            scene.news.poll()
         scene.write("parked", error="401")
         rare.append(scene.until_said())
         scene.said()
@@ -174,7 +174,7 @@ def test_a_state_that_cannot_be_read_now_is_read_again(scene, tmp_path):
     path.rename(path.with_name("aside"))
     os.utime(path.parent, ns=(1_000, 1_000))
     scene.now += 1
-    scene.news.look()
+    scene.news.poll()
     path.with_name("aside").rename(path)
     os.utime(path.parent, ns=(1_000, 1_000))
     scene.until_said()
@@ -185,16 +185,16 @@ def test_what_came_just_before_the_end_is_told_at_the_end(scene):
     scene.write("delivering")
     scene.until_said()
     scene.write("parked", error="401")
-    scene.news.look()
+    scene.news.poll()
     assert scene.said() == []
-    scene.news.look(last=True)
+    scene.news.poll(final=True)
     assert scene.said() == [("WARNING", "delivery.parked")]
 
 
 def test_an_adapter_that_parks_just_before_the_program_ends_is_told(program, tmp_path):
     (tmp_path / "plugin.py").write_text(textwrap.dedent(PLUGIN), encoding="utf-8")
     (tmp_path / "refuses").touch()
-    last_words = """bus._following._news._due = float("inf")  # the next look would come too late
+    last_words = """bus._delivery_manager._delivery_log._next_poll_at = float("inf")
         state = pathlib.Path("journal/couriers/keyed.state.json")
         while not state.exists() or b"parked" not in state.read_bytes():
             time.sleep(0.01)
