@@ -88,7 +88,8 @@ def find_journal(requested: Path | None) -> JournalLocation:
     if named:
         raise click.UsageError(f"several runs are called {requested}; name the folder of one")
     what = f"{requested} holds no journal" if requested.exists() else f"there is no run {requested}"
-    raise click.UsageError(f"{what}{_suggest(requested)}")
+    known = {str(each.parent) for each in _find_below(RUNS)} | {str(each) for each in find_runs(RUNS)}
+    raise click.UsageError(f"{what}{suggest_run(requested, known)}")
 
 
 def list_journals_newest_first() -> list[Path]:
@@ -122,9 +123,8 @@ def _last_write_time(directory: Path) -> float:
     return max((each.stat().st_mtime for each in directory.glob("*/*.seg")), default=directory.stat().st_mtime)
 
 
-def _suggest(requested: Path) -> str:
-
-    known = {str(each.parent) for each in _find_below(RUNS)} | {str(each) for each in find_runs(RUNS)}
+def suggest_run(requested: Path, known: set[str]) -> str:
+    """Return the end of an error text: the nearest of the known folders or names of runs, or some of them."""
     near = difflib.get_close_matches(str(requested), [*known, *(Path(each).name for each in known)], n=1)
     if near:
         return f"; did you mean {near[0]}?"

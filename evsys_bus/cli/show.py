@@ -1,6 +1,5 @@
 """``evsys-bus show``: shows the records of a run or an experiment."""
 
-import difflib
 import shlex
 import sys
 from contextlib import suppress
@@ -23,6 +22,7 @@ from evsys_bus.cli.output.formatting import (
 from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import (
     METRICS,
+    RUNS,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
@@ -34,6 +34,7 @@ from evsys_bus.cli.records import (
     read_run,
     read_runs,
     read_status,
+    suggest_run,
 )
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.delivery.progress import read_progress
@@ -148,7 +149,7 @@ def _find_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
 
-    named = [each for each in find_runs(Path("runs")) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
+    named = [each for each in find_runs(RUNS) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
     if len(named) == 1:
         return named[0]
     if named:
@@ -161,12 +162,7 @@ def _find_folder(folder: Path) -> Path:
 
 
 def _suggest(folder: Path) -> str:
-
-    known = {str(each) for each in find_runs(Path("runs"))}
-    near = difflib.get_close_matches(str(folder), [*known, *(Path(each).name for each in known)], n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; known: {', '.join(sorted(known)[:5])}" if known else ""
+    return suggest_run(folder, {str(each) for each in find_runs(RUNS)})
 
 
 def _experiment_lines(record: ExperimentRecord) -> list[str]:
