@@ -153,11 +153,11 @@ class SegmentScan:
         file, self._file = self._file, None
         if file is not None:
             _kept_files().release()
-            self._disk.close(file)
+            with suppress(OSError):  # nothing was written to it
+                self._disk.close(file)
 
     def __del__(self) -> None:
-        with suppress(OSError):
-            self.close()
+        self.close()
 
     def _read(self, size: int) -> bytes:
         file = self._file

@@ -263,6 +263,10 @@ def test_a_stream_that_cannot_be_read_for_a_moment_is_not_overtaken_by_the_next_
             self._refuse(path if call == "read" else "")
             return super().read(path, offset, size)
 
+        def open_read(self, path):
+            self._refuse(path if call == "read" else "")
+            return super().open_read(path)
+
         def names(self, path):
             self._refuse(path if call == "names" else "")
             return super().names(path)
