@@ -230,6 +230,7 @@ class Courier:
             await self._open(source, has_cursor=has_cursor)
             await self._deliver_all(source)
         finally:
+            source.close()
             self._commit(last=True)
             await receiver.close(
                 time.monotonic() if self._stopping else self._deadline,

@@ -126,6 +126,11 @@ class EventSource:
         self._last_found = clock.monotonic()
         self._annotations: Final = RunAnnotations(self._reader, clock, faults)
 
+    def close(self) -> None:
+        """Close the segments that were kept open."""
+        for source in self._sources.values():
+            source.close()
+
     def open_run_starts(self, steps: Mapping[str, int] | None) -> list[Envelope]:
         """The start events of everything that is open at the cursor, the newest of each kind and name, in order.
 
@@ -442,6 +447,10 @@ class _StreamSource:
     def is_blocking(self) -> bool:
         """Whether newer streams of its rank wait for it: it has no writer and was not read to its end."""
         return not (self.is_exhausted or self.is_live)
+
+    def close(self) -> None:
+        """Close the segment that was kept open."""
+        self._tail.close()
 
     def records(self) -> Iterator[tuple[int, bytes]]:
         """The records that were not read yet: sequence and payload."""

@@ -324,6 +324,11 @@ class TailReader:
                 return
             self._open_segment(next_segment)
 
+    def close(self) -> None:
+        """Close the segment if it was kept open. The next poll opens it again."""
+        if self._scan is not None:
+            self._scan.close()
+
     def has_grown(self) -> bool:
         """Whether the segment that was read last has new bytes, or anything else may be there to be read."""
         if self._scan is None or self._current_run is not None or self._upcoming:
