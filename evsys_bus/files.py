@@ -236,7 +236,7 @@ class AppendFile:
         if not self._is_recovered:
             self._savepoints.recover(self._key)
             if self._key not in self._savepoints.files:  # otherwise the mark has its size
-                self._truncate_at_zeros()
+                self._repair_after_power_cut()
             self._is_recovered = True
         if self._fd is not None and self._torn_at is not None:
             self._roll_back(self._fd, self._torn_at)
@@ -381,14 +381,14 @@ class AppendFile:
             self._disk.make_directory(parent_folder(path), 0o777)
             fd = self._disk.open_file(path)
         try:
-            self._truncate_torn_line(fd)
+            self._truncate_torn_end(fd)
         except OSError:
             self._disk.close(fd)
             raise
         self._fd = fd
         return fd
 
-    def _truncate_at_zeros(self) -> None:
+    def _repair_after_power_cut(self) -> None:
         """Cut the file where a power cut left zeros. What is behind them is delivered again; a copy of it is saved."""
         target = self._disk.resolve(str(self.path))
         try:
@@ -405,7 +405,7 @@ class AppendFile:
             self._replace(target, self._read_head(intact_bytes))
             log().warning("file.torn", file=str(self.path), kept_bytes=intact_bytes, aside=quarantine_path)
 
-    def _truncate_torn_line(self, fd: int) -> None:
+    def _truncate_torn_end(self, fd: int) -> None:
         size = start = self._disk.length(fd)
         newline = -1
         while start and newline < 0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from evsys_adapters._runs import field, fields, items
+from evsys_adapters._runs import field, fields, list_or_empty
 
 _MAX_COLUMNS: Final = 6
 """Metric columns in the table of arms; the table of runs has twice as many."""
@@ -48,7 +48,7 @@ def conclusion_page(result: object, run: str, run_result: object, arm: object) -
 
 def experiment_page(result: object, root: Path, ended: EndedRuns, hypothesis: str | None) -> str:
     """Return the page of the experiment: status, hypothesis, arms, runs with links to their folders, conclusion."""
-    runs = items(field(result, "arms")) or [arm for _, arm in ended]
+    runs = list_or_empty(field(result, "arms")) or [arm for _, arm in ended]
     facts = [f"- status: {_cell(field(result, 'status'))}", *_best(result)]
     return _page(
         f"# {_cell(field(result, 'name') or root.name)}",

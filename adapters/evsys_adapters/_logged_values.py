@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._runs import field, fields, items
+from evsys_adapters._runs import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import redact_configs
 
@@ -85,7 +85,7 @@ def config_of(ctx: object) -> dict[str, Any]:
 
 def table_of(predictions: object, cap: int) -> Table:
     """Build a table of the first ``cap`` predictions."""
-    given = items(predictions)
+    given = list_or_empty(predictions)
     shown = [values_of(each) or {"prediction": to_builtins(each)[0]} for each in given[:cap]]
     names: Iterable[str] = dict.fromkeys(name for each in shown for name in each)
     columns = [name for name in _COLUMNS if name in names] + [name for name in names if name not in _COLUMNS]

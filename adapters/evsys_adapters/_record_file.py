@@ -175,10 +175,10 @@ class _RecordFile(AppendFile):
     def size(self) -> int:
         return self._disk.length(self._open())
 
-    def _truncate_at_zeros(self) -> None:
-        """Records contain zeros, and a checksum each: `_truncate_torn_line` finds those that a power cut tore."""
+    def _repair_after_power_cut(self) -> None:
+        """Records contain zeros, and a checksum each: `_truncate_torn_end` finds those that a power cut tore."""
 
-    def _truncate_torn_line(self, fd: int) -> None:
+    def _truncate_torn_end(self, fd: int) -> None:
         size = self._disk.length(fd)
         if not size:
             return

@@ -25,7 +25,7 @@ from evsys_adapters._runs import (
     first_step_of,
     is_repeated_start,
     is_run_of,
-    items,
+    list_or_empty,
     rank_of_event,
     ranked_key,
     run_id,
@@ -215,7 +215,7 @@ class LoggedRun(Generic[StateT]):
             self._write_final_scores(head, values_of(field(result, "metrics")))
         else:
             self.add_eval(step, name, field(result, "metrics"))
-        if items(predictions):
+        if list_or_empty(predictions):
             self._write_attachment(step, head, "predictions", table_of(predictions, max_predictions))
         breakdowns = field(result, "breakdowns")
         if breakdowns:

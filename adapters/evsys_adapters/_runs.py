@@ -40,7 +40,7 @@ def fields(obj: object) -> dict[str, Any]:
     return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
 
 
-def items(obj: object) -> list[Any]:
+def list_or_empty(obj: object) -> list[Any]:
     """Return the items of a list, a tuple or a set as a new list; empty for anything else."""
     return list(cast("list[Any]", obj)) if isinstance(obj, list | tuple | set | frozenset) else []
 

@@ -27,7 +27,14 @@ from evsys_adapters.checkpoints.removal import (
 )
 from evsys_adapters.checkpoints.spool import Spool
 from evsys_adapters.checkpoints.store import StoreError
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, StoreUrl, check_url, has_placeholders, url_for
+from evsys_adapters.checkpoints.store_urls import (
+    StoreOptions,
+    StorePool,
+    StoreUrl,
+    check_url,
+    has_placeholders,
+    url_for,
+)
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError

@@ -27,7 +27,14 @@ from evsys_adapters.checkpoints.manifest import (
 )
 from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord
 from evsys_adapters.checkpoints.store import MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool, StoreUrl, check_url, has_placeholders, url_for
+from evsys_adapters.checkpoints.store_urls import (
+    StoreOptions,
+    StorePool,
+    StoreUrl,
+    check_url,
+    has_placeholders,
+    url_for,
+)
 from evsys_bus.callback import Callback
 from evsys_bus.context import LoopState, ManifestRow
 from evsys_bus.diagnostics import log

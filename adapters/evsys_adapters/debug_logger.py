@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 
 from evsys_adapters._params import validate_params
-from evsys_adapters._runs import field, items, run_id
+from evsys_adapters._runs import field, list_or_empty, run_id
 from evsys_adapters._terminal import printable
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
@@ -99,7 +99,7 @@ class DebugLoggerCallback(Callback):
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
         """Log the call, and the first predictions on separate lines."""
-        rows = items(predictions)
+        rows = list_or_empty(predictions)
         self._log("on_benchmark_eval", ctx=ctx, eval_result=eval_result, predictions=len(rows), step=step)
         for index, row in enumerate(rows[: self._max_pred_rows]):
             self._log("on_benchmark_eval", prediction=index, row=row)

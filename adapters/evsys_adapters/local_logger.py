@@ -30,7 +30,7 @@ from evsys_adapters._runs import (
     first_step_of,
     is_repeated_start,
     is_run_of,
-    items,
+    list_or_empty,
     num_steps_of,
     rank_of_event,
     ranked_folder,
@@ -178,8 +178,8 @@ class LocalLoggerCallback(Callback):
             if value:
                 row[name if name not in row else f"result.{name}"] = value
         head = _eval_head(key)
-        rollouts = [head | _prefix_taken(each, "prediction", head) for each in items(predictions)]
-        split = "validation" if "val" in items(field(eval_result, "tags")) else "test"
+        rollouts = [head | _prefix_taken(each, "prediction", head) for each in list_or_empty(predictions)]
+        split = "validation" if "val" in list_or_empty(field(eval_result, "tags")) else "test"
         logs.put_eval(key, row, rollouts, split)
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:

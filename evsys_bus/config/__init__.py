@@ -1,7 +1,7 @@
 """Configuration: experiment files and callback specs are validated and turned into experiments and callbacks.
 
 spec                  callback specs, and JSON paths for errors
-schema                the keys of a Config: as JSON schema, as an example and in words
+params_schema         the keys of a Config: as JSON schema, as an example and in words
 registry              kinds and their classes; entry points and extras of installed packages
 validate              params to values of a Config, or an error for each invalid key
 subscription_builder  construction of adapters and their subscriptions, here or in another process

@@ -25,8 +25,8 @@ from typing import Annotated, Any, Final, Literal, cast
 import msgspec
 
 from evsys_bus.config.build import check_callbacks
+from evsys_bus.config.params_schema import as_json, config_schema, is_config
 from evsys_bus.config.registry import REGISTRY, Registry
-from evsys_bus.config.schema import as_json, config_schema, is_config
 from evsys_bus.config.spec import CallbackSpec, PathPart, combine_errors, individual_errors, join_path, split_path
 from evsys_bus.config.validate import ErrorContext, check_config, param_errors
 from evsys_bus.config.yaml_nodes import Document

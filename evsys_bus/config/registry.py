@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 import msgspec
 
 from evsys_bus.callback import Callback
-from evsys_bus.config.schema import Schema, adapter_schema, is_config, sample_value
+from evsys_bus.config.params_schema import Schema, adapter_schema, is_config, sample_value
 from evsys_bus.config.spec import AdapterClass, CallbackSpec
 from evsys_bus.errors import (
     BadSpecError,
@@ -103,7 +103,7 @@ class Registry:
                 kind: Origin(points[0].value, tuple(map(_package_version, points)))
                 for kind, points in self._read_entry_points().items()
             }
-            found |= {kind: Origin(_import_path(cls)) for kind, cls in self._registered.items()}
+            found |= {kind: Origin(_class_path(cls)) for kind, cls in self._registered.items()}
         return dict(sorted(found.items()))
 
     def is_registered(self, kind: str) -> bool:
@@ -179,12 +179,12 @@ class Registry:
     def _check_not_taken(self, kind: str, cls: AdapterClass) -> None:
         current = self._registered.get(kind)
         if current is not None:
-            owners = [] if current is cls else [_import_path(current)]
+            owners = [] if current is cls else [_class_path(current)]
         else:
             owners = [
                 _describe_entry_point(point)
                 for point in self._read_entry_points().get(kind, [])
-                if point.value != _import_path(cls)
+                if point.value != _class_path(cls)
             ]
         if owners:
             raise DuplicateKindError(
@@ -226,7 +226,7 @@ def check_class(
         raise BrokenAdapterError(f'sink "{kind}": {error.what}', where=where, why=error.why, fix=error.fix) from error
 
 
-def _import_path(cls: type) -> str:
+def _class_path(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 

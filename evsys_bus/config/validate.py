@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, cast
 import msgspec
 
 from evsys_bus.codec.redact import is_secret_key
-from evsys_bus.config.schema import (
+from evsys_bus.config.params_schema import (
     Field,
     Schema,
     adapter_schema,

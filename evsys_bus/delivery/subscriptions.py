@@ -191,7 +191,7 @@ def load_subscriptions(directory: str, disk: Disk | None = None) -> list[Subscri
             continue
         path = f"{directory}/{layout.COURIERS}/{name}"
         try:
-            each = load_file(path, _decode, quarantine=False, max_bytes=_MAX_SPEC_BYTES, disk=disk)
+            each = load_file(path, _decode_record, quarantine=False, max_bytes=_MAX_SPEC_BYTES, disk=disk)
         except OSError as error:
             _FAULTS.warn("couriers.spec_unreadable", path, error=error, path=path)
         else:
@@ -199,7 +199,7 @@ def load_subscriptions(directory: str, disk: Disk | None = None) -> list[Subscri
     return found
 
 
-def _decode(data: bytes) -> SubscriptionRecord:
+def _decode_record(data: bytes) -> SubscriptionRecord:
     return decode_json(data, SubscriptionRecord)
 
 

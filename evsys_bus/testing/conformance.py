@@ -22,7 +22,7 @@ from evsys_bus.testing.conformance_checks import (
     Failures,
     SinkConformance,
     empty_folder,
-    files_in,
+    read_visible_files,
 )
 
 FactoryWithFixtures: TypeAlias = Callable[..., Callback | Sink]
@@ -33,7 +33,7 @@ def conformance(
     make: FactoryWithFixtures,
     *,
     follow: bool = True,
-    contents: Callable[..., Mapping[str, Any]] = files_in,
+    contents: Callable[..., Mapping[str, Any]] = read_visible_files,
     delivery: FactoryWithFixtures | None = None,
 ) -> Callable[..., None]:
     """Return a test of the adapter; assign it to a name that begins with ``test``.

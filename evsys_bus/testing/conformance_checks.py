@@ -87,7 +87,7 @@ def empty_folder() -> Generator[Path, None, None]:
         yield Path(name).resolve()
 
 
-def files_in(folder: Path) -> dict[str, str]:
+def read_visible_files(folder: Path) -> dict[str, str]:
     """Return the contents of all files except hidden ones, without the folder's own name."""
     return {
         str(path.relative_to(folder)): path.read_bytes().decode(errors="replace").replace(str(folder), "")

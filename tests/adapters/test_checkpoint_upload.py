@@ -16,7 +16,7 @@ from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component, safe_relative_path
 from evsys_adapters.checkpoints.spool import Spool
-from evsys_adapters.checkpoints.stores import StorePool, url_for
+from evsys_adapters.checkpoints.store_urls import StorePool, url_for
 from evsys_bus import (
     Checkpoint,
     Envelope,

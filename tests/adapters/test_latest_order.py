@@ -11,7 +11,7 @@ import pytest
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import Latest, Manifest, StoredFile
 from evsys_adapters.checkpoints.restore import choose_checkpoint, newest_state
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
 from evsys_bus import ManifestRow
 from evsys_bus.errors import ParkedError, RetryLaterError
 from tests.adapters.test_checkpoint_upload import Upload

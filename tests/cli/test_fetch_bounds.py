@@ -13,7 +13,7 @@ from evsys_adapters.checkpoints.folder_store import FolderStore
 from evsys_adapters.checkpoints.manifest import Manifest
 from evsys_adapters.checkpoints.restore import fetch_checkpoint
 from evsys_adapters.checkpoints.store import DamagedError, Stored
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
 from tests.cli.test_checkpoints_cli import bucket, low, train
 
 __all__ = ["bucket", "low", "train"]  # fixtures

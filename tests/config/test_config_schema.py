@@ -11,7 +11,7 @@ import pytest
 
 from evsys_bus.callback import Callback
 from evsys_bus.config import Registry, build_callbacks, example, json_schema
-from evsys_bus.config.schema import describe
+from evsys_bus.config.params_schema import describe
 from evsys_bus.errors import ConfigError
 
 

@@ -15,7 +15,7 @@ from evsys_adapters.checkpoints.store import (
     StoreError,
     UploadLedger,
 )
-from evsys_adapters.checkpoints.stores import open_store
+from evsys_adapters.checkpoints.store_urls import open_store
 
 __all__ = [
     "ConflictError",

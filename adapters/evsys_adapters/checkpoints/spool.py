@@ -31,7 +31,7 @@ import msgspec
 
 from evsys_adapters._runs import digest, safe_name
 from evsys_adapters.checkpoints.manifest import Manifest, PartName, checkpoint_folder, is_remote_uri
-from evsys_adapters.checkpoints.stores import StoreOptions
+from evsys_adapters.checkpoints.store_urls import StoreOptions
 from evsys_bus import location
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import ManifestRow

@@ -20,7 +20,7 @@ from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
 from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool, UploadRecord
-from evsys_adapters.checkpoints.stores import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -177,7 +177,7 @@ def checkpoint_states(requested: Path | None) -> list[CheckpointState]:
         known = rows.setdefault(run_dir, [])
         known[:] = [each for each in known if (each.name, each.batch) != (row.name, row.batch)] + [row]
     pruned = {} if journal is None else dict(_read_pruned(journal.directory))
-    return [_checkpoint_state(run_dir, row, pruned) for run_dir, known in rows.items() for row in known]
+    return [_read_checkpoint_state(run_dir, row, pruned) for run_dir, known in rows.items() for row in known]
 
 
 def _find_sources(requested: Path | None) -> tuple[JournalLocation | None, Path | None]:
@@ -220,7 +220,7 @@ def _read_pruned(directory: Path) -> Iterator[tuple[tuple[str, str], str]]:
                     yield (event.run, event.checkpoint), event.paths[0]
 
 
-def _checkpoint_state(run_dir: Path, row: ManifestRow, pruned: dict[tuple[str, str], str]) -> CheckpointState:
+def _read_checkpoint_state(run_dir: Path, row: ManifestRow, pruned: dict[tuple[str, str], str]) -> CheckpointState:
     present = [_exists(path) for path in local_paths(row)]
     local: LocalState = (
         "elsewhere" if not present else "whole" if all(present) else "partly" if any(present) else "gone"

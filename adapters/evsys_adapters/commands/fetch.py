@@ -10,7 +10,7 @@ import msgspec
 
 from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder
 from evsys_adapters.checkpoints.restore import choose_checkpoint, fetch_checkpoint
-from evsys_adapters.checkpoints.stores import StoreOptions
+from evsys_adapters.checkpoints.store_urls import StoreOptions
 from evsys_adapters.commands.checkpoints import checkpoint_states, open_destination, store_options
 from evsys_bus.cli.output.formatting import format_size, pluralize
 from evsys_bus.cli.output.progress import show_fetches

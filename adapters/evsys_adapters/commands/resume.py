@@ -19,7 +19,7 @@ from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_fo
 from evsys_adapters.checkpoints.restore import fetch_checkpoint, newest_state
 from evsys_adapters.checkpoints.spool import local_path
 from evsys_adapters.checkpoints.store import StoreError
-from evsys_adapters.checkpoints.stores import StoreOptions, url_for
+from evsys_adapters.checkpoints.store_urls import StoreOptions, url_for
 from evsys_adapters.commands.checkpoints import open_store
 from evsys_adapters.commands.fetch import describe_contents, record_checkpoint, total_bytes
 from evsys_bus.cli.output.errors import show_warnings

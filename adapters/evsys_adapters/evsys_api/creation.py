@@ -29,7 +29,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._runs import field, items, output_dir_of, run_context, run_id
+from evsys_adapters._runs import field, list_or_empty, output_dir_of, run_context, run_id
 from evsys_adapters.evsys_api.gateway import OperationRefusedError
 from evsys_adapters.evsys_api.records import INDEX, RUN_ID, TAG, Args, experiment_args, run_args
 from evsys_bus.diagnostics import FaultLog, log
@@ -327,7 +327,7 @@ class ServerObjectCreator:
         async def find() -> Args | None:
             rows = await self._list("list_experiments", {"project_id": project, "valid_only": False})
             one_by_one = ("tags", "get_experiment", "experiment_id")
-            return await self._first(rows, *one_by_one, lambda row: tag in items(row.get("tags")))
+            return await self._first(rows, *one_by_one, lambda row: tag in list_or_empty(row.get("tags")))
 
         try:
             experiment.id, row = await self._find_or_create(experiment.our_id, "create_experiment", args, find)
@@ -475,7 +475,7 @@ class ServerObjectCreator:
             fix = "objects created just before a crash may exist twice"
             self._faults.warn("evsys.cannot_look_up", op, op=op, why=refused.what, fix=fix)
             return []
-        return [cast("Args", row) for row in items(found) if isinstance(row, dict)]
+        return [cast("Args", row) for row in list_or_empty(found) if isinstance(row, dict)]
 
     async def _first(
         self, rows: list[Args], column: str, op: str, name: str, matches: Callable[[Args], bool]

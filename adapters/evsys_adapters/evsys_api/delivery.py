@@ -23,7 +23,7 @@ import anyio
 
 from evsys_adapters._params import validate_params
 from evsys_adapters._runs import field as field_of
-from evsys_adapters._runs import items, run_id, step_of
+from evsys_adapters._runs import list_or_empty, run_id, step_of
 from evsys_adapters.evsys_api.creation import PendingEval, Run, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,
@@ -385,10 +385,10 @@ class EvsysSink(Sink):
         pending = self._pending_evals.setdefault(key, PendingEval())
         args = {"run_id": run.id, **eval_args(result, step)}
         await self._creator.ensure_eval(run, pending, key, args)
-        await self._send_predictions(run, pending, items(event.predictions), step)
+        await self._send_predictions(run, pending, list_or_empty(event.predictions), step)
         del self._pending_evals[key]
         run.record_eval(name, slot, pending.id)
-        left_out = items(field_of(args["breakdowns"], LEFT_OUT))
+        left_out = list_or_empty(field_of(args["breakdowns"], LEFT_OUT))
         self._warn_left_out(run, [f"{name}/{each}" for each in left_out])
         if pending.refused:
             first, why = next(iter(pending.refused.items()))

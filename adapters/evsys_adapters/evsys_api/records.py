@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._logged_values import config_of
-from evsys_adapters._runs import field, fields, items, run_name
+from evsys_adapters._runs import field, fields, list_or_empty, run_name
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import ManifestRow
 
@@ -90,7 +90,7 @@ def experiment_args(ctx: object, name: str, our_id: str, project_id: str | None)
     """
     config = config_of(ctx).get("config")
     metadata = field(config, "metadata")
-    tags = items(field(metadata, "tags")) or items(field(config, "tags"))
+    tags = list_or_empty(field(metadata, "tags")) or list_or_empty(field(config, "tags"))
     hypothesis = field(metadata, "hypothesis")
     return {
         "experiment_name": str(field(config, "name") or name or "experiment"),

@@ -271,7 +271,7 @@ def render(
     table.add_column(glue.join(map(printable, shown_metrics.eval)) if shown_metrics.eval else "eval", no_wrap=True)
     table.add_column("eta", no_wrap=True)
     for arm in shown_arms:
-        table.add_row(*_cells(arm, sd=width >= _MIN_FULL_COLUMNS))
+        table.add_row(*_arm_cells(arm, sd=width >= _MIN_FULL_COLUMNS))
     parts: list[RenderableType] = [Text(title, style="bold", overflow="ellipsis", no_wrap=True), Text(""), table]
     if len(shown_arms) < len(arms):
         parts.append(_dim_line(f"… and {len(arms) - len(shown_arms)} more arms"))
@@ -290,7 +290,7 @@ def _notices(tracker: RunStateTracker, width: int) -> list[Text]:
     return [Text(tracker.notice, style="yellow", overflow="ellipsis", no_wrap=True)] if tracker.notice else []
 
 
-def _cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
+def _arm_cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
     style = "" if arm.running else "red" if arm.failed == arm.runs else "green" if arm.completed == arm.runs else "dim"
     return [
         Text(printable(arm.arm), style="red" if arm.failed else ""),
