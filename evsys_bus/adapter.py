@@ -100,7 +100,7 @@ class Adapter:
         return self
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Report how many delivered events the far side has not confirmed; 0 once it has confirmed all.
+        """Report how many delivered events the destination has not confirmed; 0 once it has confirmed all.
 
         Shown in ``health()``, the receipt, the live view and ``evsys-bus status``; ``--strict`` counts them as
         undelivered, and ``evsys-bus sync`` calls `settle_owed`. Does nothing if the adapter is not attached to a bus.
@@ -113,7 +113,7 @@ class Adapter:
         raise NotImplementedError
 
     async def settle_owed(self, deadline: float) -> None:
-        """Wait for the far side to confirm outstanding events. Called at the end of a run and by ``evsys-bus sync``.
+        """Wait for the destination to confirm outstanding events. Called at the end of a run and by ``evsys-bus sync``.
 
         Args:
             deadline: On the clock of ``time.monotonic``. Return earlier if a person has to act first.

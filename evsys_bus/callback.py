@@ -167,7 +167,7 @@ class Callback(Adapter):
         """
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Report how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        """Report how many delivered events the destination has not confirmed; see `Adapter.report_owed`."""
         for each in self.evsys_attached:
             each.report_owed(self, events, why, fix)
 

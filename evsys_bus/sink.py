@@ -98,7 +98,7 @@ class Sink(Adapter):
         self.evsys_attached.publish(event)
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:
-        """Report how many delivered events the far side has not confirmed; see `Adapter.report_owed`."""
+        """Report how many delivered events the destination has not confirmed; see `Adapter.report_owed`."""
         if self.evsys_attached is not None:
             self.evsys_attached.report_owed(self, events, why, fix)
 

@@ -81,7 +81,7 @@ class EventBus:
             and end by the signal. Only if the bus is entered on the main thread.
         blocked_hook_seconds: A hook that takes longer is logged, with its stack, while it blocks.
         publish_patience_seconds: How long a publish waits for that of another thread. After that its event is left to
-            the other thread, in order, and counted as ``handed_over``.
+            the other thread, in order, and counted as ``deferred``.
         max_running_tasks: How many spawned tasks run at a time.
         max_waiting_tasks: How many may wait for their turn; any more are refused, logged and counted.
 
