@@ -1,7 +1,7 @@
 """The arguments of hooks: the handles of a run in progress, and its results.
 
 `LoopState`, `LogContext` and `TrainingBatch` are *handles*: live, mutable, and shared by all inline callbacks. They are
-never encoded; an envelope carries a reference to them, and the receiving process gets a detached copy with the same attributes
+never encoded; an envelope carries a reference to them, and the receiver gets a detached copy with the same attributes
 (`detached`). Everything else here is a frozen value. In the order of a training:
 
     experiment  LogContext ─┬─ run  LogContext ── LoopState ── TrainingBatch, ManifestRow, EvalResult ── LoopArtifacts
