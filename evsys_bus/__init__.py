@@ -6,7 +6,7 @@ Public names are imported on first access, so that ``evsys-bus --help`` starts q
 import importlib
 from typing import TYPE_CHECKING, Any, Final
 
-from evsys_bus.deprecated import RENAMED_CLASSES, warn
+from evsys_bus.deprecated import former_names
 
 if TYPE_CHECKING:
     from evsys_bus.adapter import Rewindable, RunAnnotated, RunResumer
@@ -148,14 +148,14 @@ __all__ = [  # spelt out: type checkers do not follow the table
 ]
 
 
+_get_former: Final = former_names(__name__, {"Learnt": "RunAnnotated"})
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name on first access."""
-    if name in RENAMED_CLASSES:
-        warn(f"{__name__}.{name}", RENAMED_CLASSES[name])
-        return __getattr__(RENAMED_CLASSES[name])
     module_name = _MODULE_BY_NAME.get(name)
     if module_name is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _get_former(name)
     value = getattr(importlib.import_module(f"{__name__}.{module_name}"), name)
     globals()[name] = value
     return value

@@ -11,6 +11,7 @@ from evsys_bus.codec.normalize import Builtins, to_builtins
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES
 from evsys_bus.codec.step_template import RunContextNeeded
 from evsys_bus.codec.wire_types import error_text
+from evsys_bus.deprecated import former_names
 
 __all__ = [
     "MAX_EVENT_BYTES",
@@ -25,3 +26,5 @@ __all__ = [
     "to_builtins",
     "to_json",
 ]
+
+__getattr__ = former_names(__name__, {"Plain": "Builtins", "encoder": "event_encoder", "to_plain": "to_builtins"})

@@ -4,6 +4,7 @@ This package owns the files, their bytes and the cursors. Events are encoded and
 format is described in docs/journal-format.md.
 """
 
+from evsys_bus.deprecated import former_names
 from evsys_bus.disk import Disk, OsDisk
 from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.cursor import Cursor, CursorStore, Position
@@ -27,3 +28,14 @@ __all__ = [
     "TailReader",
     "verify",
 ]
+
+__getattr__ = former_names(
+    __name__,
+    {
+        "Cursors": "CursorStore",
+        "Place": "Position",
+        "Report": "JournalReport",
+        "Retain": "RetentionPolicy",
+        "Tail": "TailReader",
+    },
+)

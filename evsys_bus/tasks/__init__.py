@@ -4,6 +4,7 @@ All tasks of the project are created in this package. It does not depend on even
 the ``owner`` of a task.
 """
 
+from evsys_bus.deprecated import former_names
 from evsys_bus.tasks.adoption import HOOK_FILENAME_PREFIX, AdoptionState, HookTaskAdopter, find_hook_frame, task_name
 from evsys_bus.tasks.calls import (
     Deadline,
@@ -66,3 +67,16 @@ __all__ = [
     "task_name",
     "wait_shielded",
 ]
+
+__getattr__ = former_names(
+    __name__,
+    {
+        "Delivery": "DeliveryStatus",
+        "Draining": "DrainFuture",
+        "Ending": "Outcome",
+        "TaskOffice": "TaskManager",
+        "call_bounded": "call_with_timeout",
+        "run_alone": "run_in_new_loop",
+        "see_through": "run_to_completion",
+    },
+)

@@ -10,9 +10,7 @@ summary           comparison of the arms, and the conclusion
 experiment        the whole experiment
 """
 
-from typing import Any
-
-from evsys_bus.deprecated import warn
+from evsys_bus.deprecated import former_names
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.loop import TrainingLoop
 from evsys_bus.training.plan import RunComponents, RunPlan
@@ -40,10 +38,4 @@ __all__ = [
     "summarise",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Return a class by its name of 0.1."""
-    if name == "RunParts":
-        warn(f"{__name__}.RunParts", "RunComponents")
-        return RunComponents
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_names(__name__, {"RunParts": "RunComponents"})

@@ -16,7 +16,7 @@ def test_every_snippet_of_a_page_of_0_1_0_runs_and_prints_what_it_did(tmp_path, 
     assert found
     for category, text in run_blocks(tmp_path, found, collect_deprecations=True):
         assert category == "DeprecationWarning"
-        assert re.fullmatch(r"[\w.]+ is called \w+ since 0\.2", text)
+        assert re.fullmatch(r"[\w.]+ is called [\w.]+ since 0\.2", text)
 
 
 def test_the_readme_of_0_1_0_is_told_the_new_names(tmp_path):
