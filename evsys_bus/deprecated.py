@@ -1,4 +1,4 @@
-"""Names that 0.1 had for attributes, classes and modules: each works in 0.2, with a DeprecationWarning, not after it."""
+"""Names that 0.1 had for attributes, classes and modules: each works in 0.2 only, with a DeprecationWarning."""
 
 import importlib
 import warnings
