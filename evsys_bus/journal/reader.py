@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from functools import cache
 from typing import Final, NamedTuple
 
 import msgspec
@@ -28,12 +27,31 @@ MAX_KEPT_FILES: Final = 1024
 open if that is less. Others are opened for each read."""
 
 
-@cache
-def _kept_files() -> threading.BoundedSemaphore:
-    import resource  # POSIX only
+class _KeptFiles:
+    """Counts the segments that the readers of this process keep open."""
 
-    soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return threading.BoundedSemaphore(min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES)
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a signal handler may come in the middle
+        self._count = 0
+
+    def acquire(self) -> bool:
+        """Count one more, unless they are as many as may be."""
+        import resource  # POSIX only
+
+        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        with self._lock:
+            if self._count >= (min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES):
+                return False
+            self._count += 1
+            return True
+
+    def release(self) -> None:
+        """Count one less."""
+        with self._lock:
+            self._count -= 1
+
+
+_kept_files: Final = _KeptFiles()
 
 
 class Record(NamedTuple):
@@ -152,7 +170,7 @@ class SegmentScan:
         """Close the file if it was kept open. The next read opens it again."""
         file, self._file = self._file, None
         if file is not None:
-            _kept_files().release()
+            _kept_files.release()
             with suppress(OSError):  # nothing was written to it
                 self._disk.close(file)
 
@@ -162,13 +180,13 @@ class SegmentScan:
     def _read(self, size: int) -> bytes:
         file = self._file
         if file is None:
-            if not self._keep_open or not _kept_files().acquire(blocking=False):
+            if not self._keep_open or not _kept_files.acquire():
                 return self._disk.read(self.path, self.offset, size)
             try:
                 self._file = file = self._disk.open_read(self.path)
             finally:
                 if self._file is None:
-                    _kept_files().release()
+                    _kept_files.release()
         try:
             return read_fully(self._disk, file, size, self.offset)
         except OSError:

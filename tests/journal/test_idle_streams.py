@@ -1,6 +1,8 @@
 """Streams without new events cost a follower next to nothing, and it still sees soon what comes next."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 
@@ -121,3 +123,39 @@ def test_what_a_resting_stream_has_left_comes_before_the_next_stream_of_its_rank
     publish(second, 4)
     assert first.close()
     assert follower.poll(1.0) == [2, 3, 4]
+
+
+FIRST_READS = """
+import sys, threading
+from evsys_bus.journal import JournalReader
+
+sys.setswitchinterval(1e-6)
+reader, errors, barrier = JournalReader(sys.argv[1]), [], threading.Barrier(8)
+
+
+def read():
+    tail = reader.tail(reader.streams()[0], keep_open=True)
+    barrier.wait()
+    try:
+        assert len(list(tail.poll())) == 1
+        tail.close()
+    except Exception as error:
+        errors.append(error)
+
+
+threads = [threading.Thread(target=read) for _ in range(8)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+print(errors)
+"""
+
+
+def test_the_first_readers_of_a_process_may_come_at_once_from_many_threads(tmp_path):
+    writer = JournalWriter(tmp_path).open()
+    writer.append(b"an event")
+    writer.close()
+    for _ in range(8):
+        done = subprocess.run([sys.executable, "-c", FIRST_READS, tmp_path], capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n"
