@@ -60,6 +60,8 @@ class Savepoints:
         self._open_files: dict[str, None] = {}
         self._changed_files: dict[str, None] = {}
         self._recovered: set[str] = set()
+        self._rewound_sessions: dict[str, int] = {}
+        """Ended sessions, with the number of the mark in each to which this one was rewound."""
         self._previous_versions: list[tuple[int, str]] = []
         """Previous versions, with the numbers of their marks."""
 
@@ -93,7 +95,7 @@ class Savepoints:
 
     def rewind(self, mark: Mark) -> None:
         """Restore the files of the mark now, and others when they are next used."""
-        ended_sessions = {**mark.ended_sessions, mark.session: mark.number}
+        ended_sessions = self._rewound_sessions = {**mark.ended_sessions, mark.session: mark.number}
         self._last_mark = Mark(mark.id, token_hex(4), mark.number, mark.files, ended_sessions, mark.previous_versions)
         for path in mark.previous_versions:
             self._remove(path)
@@ -127,6 +129,7 @@ class Savepoints:
             return False
         ended_sessions = {**last_mark.ended_sessions, **mark.ended_sessions}
         ended_sessions[mark.session] = max(mark.number, ended_sessions.get(mark.session, 0))
+        ended_sessions |= self._rewound_sessions  # other files are still to be restored to that mark
         sizes = {**last_mark.files, **mark.files}
         self._last_mark = Mark(
             mark.id,
