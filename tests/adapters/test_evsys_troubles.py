@@ -176,7 +176,7 @@ def test_every_reply_is_lost_once_after_the_server_acted_and_nothing_is_there_tw
         key = json.dumps([op, args], sort_keys=True)
         return op not in evsys.READS and not (key in seen or seen.add(key))
 
-    server.lose = lose
+    server.should_drop_reply = lose
     counts = Delivery(journal).run()
     assert (counts.dead, counts.pending) == (0, 0)
     all_there(server, 20)
@@ -197,9 +197,9 @@ async def test_what_is_published_while_it_delivers_is_there_once_too(tmp_path, s
         bus.publish(StepEnd(LoopState(0, 1, tmp_path / "other" / "run"), 0, TrainingBatch(), {"loss": 1.0}))
         while not server.metrics:
             await asyncio.sleep(0.001)
-        server.forget()
+        server.reset()
         if fault == "lost":
-            server.lose = first
+            server.should_drop_reply = first
         else:
             server.fault = lambda op, args: FAULTS[fault]() if first(op, args) else None
         await asyncio.sleep(0.005)  # an id holds milliseconds
@@ -424,14 +424,14 @@ def test_lists_that_say_little_are_completed_one_by_one(tmp_path, server):
     journal = record(tmp_path)
     Delivery(journal).run()
     Path(layout.cursor_path(str(journal), "evsys_logger")).unlink()
-    real = server.carry_out
+    real = server.execute
 
     def short(op, args):
         rows = real(op, args)
         hidden = {"list_experiments": "tags", "list_runs": "run_config"}.get(op)
         return rows if hidden is None else [{k: v for k, v in row.items() if k != hidden} for row in rows]
 
-    server.carry_out = short
+    server.execute = short
     Delivery(journal).run()
     all_there(server)
 
@@ -543,7 +543,7 @@ def test_a_delivery_that_is_cut_off_after_every_request_and_begun_anew_makes_not
                 return True
             return False
 
-        server.lose = lose
+        server.should_drop_reply = lose
         counts = delivery.run()
         if not counts.pending:
             break

@@ -143,19 +143,19 @@ async def test_a_part_that_fails_in_passing_is_sent_again_at_once_and_one_that_m
         async def slow_down(request, body):
             if is_part(request, 2) and not failed:
                 failed.append(request)
-                return middle.says(503, "SlowDown")
+                return middle.make_response(503, "SlowDown")
             if is_part(request, 7) and len(failed) < 2:
                 failed.append(request)
-                return middle.says(503, "SlowDown", **{"Retry-After": "9"})
+                return middle.make_response(503, "SlowDown", **{"Retry-After": "9"})
             return None
 
-        middle.on = slow_down
+        middle.on_request = slow_down
         with pytest.raises(RetryLaterError, match="SlowDown") as caught:
             await store.put_file("k", file, ledger=ledger)
         assert caught.value.after_seconds == 9
-        middle.seen.clear()
+        middle.requests.clear()
         await store.put_file("k", file, ledger=ledger)
-        again = [path for method, path, _ in middle.seen if "partNumber" in path]
+        again = [path for method, path, _ in middle.requests if "partNumber" in path]
         assert 1 <= len(again) <= 2  # the one that failed, and the one that was not begun after it
     await is_whole(bucket, "k", file)
 
@@ -218,12 +218,12 @@ async def test_a_full_bucket_parks_and_goes_on_when_there_is_room(s3, bucket, le
     async with through_middle(s3, bucket) as (store, middle):
 
         async def full(request, body):
-            return middle.says(403, "QuotaExceeded", "1 GB is used") if is_part(request, 4) else None
+            return middle.make_response(403, "QuotaExceeded", "1 GB is used") if is_part(request, 4) else None
 
-        middle.on = full
+        middle.on_request = full
         with pytest.raises(ParkedError, match="is full: QuotaExceeded, 1 GB is used"):
             await store.put_file("k", file, ledger=ledger)
-        middle.on = None
+        middle.on_request = None
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -287,15 +287,15 @@ async def test_a_completion_whose_reply_is_lost_is_found_done_and_nothing_is_sen
             return completes(request)
 
         async def forget(request, body):
-            return middle.says(404, "NoSuchUpload") if forgets and "uploadId" in request.query else None
+            return middle.make_response(404, "NoSuchUpload") if forgets and "uploadId" in request.query else None
 
-        middle.after = lose
+        middle.should_drop_reply = lose
         with pytest.raises(RetryLaterError, match="cannot be reached"):
             await store.put_file("k", file, ledger=ledger)
-        middle.on, middle.after = forget, None
-        middle.seen.clear()
+        middle.on_request, middle.should_drop_reply = forget, None
+        middle.requests.clear()
         await store.put_file("k", file, ledger=ledger)
-        assert not [path for _, path, _ in middle.seen if "partNumber" in path]
+        assert not [path for _, path, _ in middle.requests if "partNumber" in path]
     assert await bucket.get_bytes("k") == file.read_bytes()
 
 
@@ -303,13 +303,13 @@ async def test_a_completion_that_says_200_and_means_an_error_is_made_again(s3, b
     async with through_middle(s3, bucket) as (store, middle):
 
         async def fail(request, body):
-            return middle.says(200, "InternalError", "We failed") if completes(request) else None
+            return middle.make_response(200, "InternalError", "We failed") if completes(request) else None
 
-        middle.on = fail
+        middle.on_request = fail
         with pytest.raises(RetryLaterError, match="InternalError"):
             await store.put_file("k", file, ledger=ledger)
         assert await bucket.names("") == []
-        middle.on = None
+        middle.on_request = None
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -332,8 +332,8 @@ async def test_an_upload_that_the_server_forgot_is_begun_again(s3, bucket, ledge
 async def test_a_part_that_only_the_ledger_knows_of_is_sent(s3, bucket, ledger, file):
     with anyio.CancelScope() as scope:
         await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
-    [plan] = ledger.under(bucket.where, "")
-    ledger.finished(plan, UploadedPart(PARTS, '"of something else"'))
+    [plan] = ledger.uploads_under(bucket.where, "")
+    ledger.add_part(plan, UploadedPart(PARTS, '"of something else"'))
     await bucket.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -343,11 +343,11 @@ async def test_an_upload_that_is_forgotten_while_it_is_sent_is_begun_again(s3, b
 
         async def forget(request, body):
             if is_part(request, 5):
-                middle.on = None
+                middle.on_request = None
                 upload = request.query["uploadId"]
                 await bucket._connection.call("abort_multipart_upload", Key="k", UploadId=upload)
 
-        middle.on = forget
+        middle.on_request = forget
         with pytest.raises(RetryLaterError, match="restarted"):
             await store.put_file("k", file, ledger=ledger)
         await store.put_file("k", file, ledger=ledger)
@@ -360,11 +360,11 @@ async def test_a_beginning_whose_reply_is_lost_leaves_no_upload_behind(s3, bucke
         async def lose(request):
             return request.method == "POST" and "uploads" in request.query
 
-        middle.after = lose
+        middle.should_drop_reply = lose
         with pytest.raises(RetryLaterError, match="cannot be reached"):
             await store.put_file("k", file, ledger=ledger)
         assert len(await uploads_left(bucket)) == 1
-        middle.after = None
+        middle.should_drop_reply = None
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -383,9 +383,9 @@ async def test_who_may_not_list_uploads_may_send_files(s3, bucket, ledger, file)
 
         async def forbid(request, body):
             listing = request.method == "GET" and "uploads" in request.query
-            return middle.says(403, "AccessDenied", "no") if listing else None
+            return middle.make_response(403, "AccessDenied", "no") if listing else None
 
-        middle.on = forbid
+        middle.on_request = forbid
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
 
@@ -404,7 +404,7 @@ async def test_bytes_that_change_on_the_way_are_not_taken_and_sent_again(s3, buc
                 return bytes([body[0] ^ 1]) + body[1:]
             return None
 
-        middle.on = alter
+        middle.on_request = alter
         await store.put_file("k", file, ledger=ledger)
         assert len(altered) == 2
     await is_whole(bucket, "k", file)
@@ -428,12 +428,12 @@ async def test_a_server_that_checks_no_digests_gets_signed_payloads(s3, bucket, 
         async def take_anything(request, body):
             if "probe" in request.path and request.method == "PUT" and not taken:
                 taken.append(request)
-                return middle.says(200)
+                return middle.make_response(200)
             return None
 
-        middle.on = take_anything
+        middle.on_request = take_anything
         await store.put_file("k", file, ledger=ledger)
-        signed = [head["X-Amz-Content-Sha256"] for _, path, head in middle.seen if "partNumber" in path]
+        signed = [head["X-Amz-Content-Sha256"] for _, path, head in middle.requests if "partNumber" in path]
         assert len(set(signed)) == PARTS
         assert "UNSIGNED-PAYLOAD" not in signed
     await is_whole(bucket, "k", file)
@@ -495,7 +495,7 @@ async def test_a_key_that_is_taken_while_its_object_is_sent(s3, bucket, ledger, 
             if completes(request):
                 await bucket.put_bytes(request.path.rpartition("/")[2], content.pop(0))
 
-        middle.on = take
+        middle.on_request = take
         with pytest.raises(ConflictError, match=f"has other content: 14 bytes, and not the {PARTS * PART - 5}"):
             await store.put_file("k", file, ledger=ledger)
         assert await bucket.get_bytes("k") == b"someone else's"

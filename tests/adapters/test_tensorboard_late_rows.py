@@ -167,7 +167,7 @@ def test_every_point_is_shown_while_the_run_goes_on_and_when_it_has_ended(order,
     assert slow(folder) == expected
     assert running.shows("tensorboard/late", expected) == expected
     assert not restarts(folder)
-    assert len([each for each in folder.iterdir() if each.name != ".run"]) == 1
+    assert len([each for each in folder.iterdir() if each.name not in {".run", ".at"}]) == 1
     assert not [each for each in caplog.records if each.levelno >= logging.WARNING and "restart" in each.getMessage()]
 
 
@@ -262,7 +262,7 @@ def test_a_program_killed_while_it_puts_the_file_in_order_leaves_one_file_with_e
     again.close()
     expected = {"train/p": points_of(range(7))}
     assert in_order(slow(tmp_path / "tb" / "a")) == expected
-    assert len([each for each in (tmp_path / "tb" / "a").iterdir() if each.name != ".run"]) == 1
+    assert len([each for each in (tmp_path / "tb" / "a").iterdir() if each.name not in {".run", ".at"}]) == 1
 
 
 def test_three_kills_of_a_courier_that_is_given_late_rows_lose_no_point_and_double_none(tmp_path):
@@ -290,7 +290,7 @@ def test_three_kills_of_a_courier_that_is_given_late_rows_lose_no_point_and_doub
     shown = slow(folder)
     assert shown["train/reward"] == points_of(steps)
     assert len(shown["train/n"]) == 2000
-    assert len([each for each in folder.iterdir() if each.name != ".run"]) == 1
+    assert len([each for each in folder.iterdir() if each.name not in {".run", ".at"}]) == 1
     assert not restarts(folder)
 
 

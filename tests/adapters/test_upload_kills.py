@@ -203,7 +203,7 @@ async def test_what_a_killed_courier_left_half_sent_is_finished_and_only_unfinis
             process = scene.program(EVSYS_BUS, "sync", str(scene.journal))
         await wait_until_async(lambda: scene.proxy.connections > seen, PATIENCE_SECONDS)
         await scene.proxy.apply(Fault())
-        await wait_until_async(scene.spool.done, PATIENCE_SECONDS)
+        await wait_until_async(scene.spool.uploaded, PATIENCE_SECONDS)
         assert (unfinished - 1) * PART < sent() <= unfinished * PART + SLACK
         if by == "sync":
             _, err = await asyncio.to_thread(process.communicate, timeout=PATIENCE_SECONDS)
@@ -224,7 +224,7 @@ async def test_a_server_that_is_killed_gets_only_what_it_does_not_have_once_it_i
             assert 0 < unfinished < PARTS
         finally:
             await asyncio.to_thread(s3.start)
-        await wait_until_async(scene.spool.done, PATIENCE_SECONDS)
+        await wait_until_async(scene.spool.uploaded, PATIENCE_SECONDS)
         assert sent() <= unfinished * PART + SLACK
         assert (await scene.end(trainer))["steps"] > 50
 
@@ -302,7 +302,7 @@ async def test_a_checkpoint_that_has_no_room_in_the_spool_is_uploaded_once_there
         await scene.trouble(f"no room in {scene.spool.folder}: No space left on device")
         assert scene.spool.pending() == []
         filler.unlink()
-        await wait_until_async(scene.spool.done, PATIENCE_SECONDS)
+        await wait_until_async(scene.spool.uploaded, PATIENCE_SECONDS)
         assert (await scene.end(trainer))["steps"] > 50
 
 
@@ -311,11 +311,11 @@ async def test_an_upload_that_cannot_be_accounted_for_waits_for_room(staged, sma
     async with staged(small_disk, tmp_path / "journal") as scene:
         await scene.proxy.apply(Fault(refuse=True))
         trainer = scene.train(scene.save(scene.folder / "saved", 2 * PART + 5))
-        await wait_until_async(scene.spool.waiting, PATIENCE_SECONDS)
+        await wait_until_async(scene.spool.pending, PATIENCE_SECONDS)
         filler = fill(scene.folder)
         await scene.proxy.apply(Fault())
         await scene.trouble(f"no room in {scene.spool.folder}: No space left on device")
         assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
         filler.unlink()
-        await wait_until_async(scene.spool.done, PATIENCE_SECONDS)
+        await wait_until_async(scene.spool.uploaded, PATIENCE_SECONDS)
         assert (await scene.end(trainer))["steps"] > 50

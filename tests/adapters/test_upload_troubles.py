@@ -150,9 +150,9 @@ def answers(when, *words, **head):
 
     def plant(middle):
         async def on(request, body):
-            return middle.says(*words, **head) if when(request) else None
+            return middle.make_response(*words, **head) if when(request) else None
 
-        middle.on = on
+        middle.on_request = on
 
     return plant
 
@@ -164,7 +164,7 @@ def loses(when):
         async def after(request):
             return when(request)
 
-        middle.after = after
+        middle.should_drop_reply = after
 
     return plant
 
@@ -176,7 +176,7 @@ def alters(when):
         async def on(request, body):
             return bytes([body[0] ^ 1]) + body[1:] if when(request) else None
 
-        middle.on = on
+        middle.on_request = on
 
     return plant
 
@@ -210,7 +210,7 @@ async def test_what_passes_is_waited_for(staged, what):
             assert scene.account().state == "retrying"
             assert await scene.store.names("runs/low/latest") == []
             scene.saved.unlink()  # the trainer rotates its own while it is sent
-            scene.middle.on = scene.middle.after = None
+            scene.middle.on_request = scene.middle.should_drop_reply = None
         await scene.is_whole()
 
 
@@ -221,13 +221,13 @@ async def test_a_completion_whose_reply_is_lost_is_told_of_and_found_done(staged
         async def lose(request):
             return completes(request) and not lost and not lost.append(request)
 
-        scene.middle.after = lose
+        scene.middle.should_drop_reply = lose
         async with scene.bus() as bus:
             await scene.train(bus, lambda: scene.learnt(CheckpointUploaded))
         await scene.is_whole()
         assert "sink.retrying" in caplog.text
         assert "cannot be reached" in caplog.text
-        assert len([path for _, path, _ in scene.middle.seen if "partNumber" in path]) == PARTS
+        assert len([path for _, path, _ in scene.middle.requests if "partNumber" in path]) == PARTS
 
 
 REFUSALS = {
@@ -258,9 +258,9 @@ async def test_what_a_person_must_mend_parks_the_upload_and_the_next_run_finishe
             await scene.train(bus, scene.states(says.replace("BUCKET", scene.bucket)))
             state = scene.account()
             assert (state.state, state.fix) == ("parked", fix)
-        assert bus.receipt.finish == f"evsys-bus sync {scene.journal}"
+        assert bus.receipt.resume_command == f"evsys-bus sync {scene.journal}"
         assert bus.receipt.seconds < 5  # waiting would not help
-        scene.middle.on = None
+        scene.middle.on_request = None
         async with scene.bus():
             pass
         await scene.is_whole()
@@ -318,7 +318,7 @@ async def test_a_checkpoint_that_changes_while_it_is_sent(staged, what):
                 with scene.saved.open("r+b" if what == "rewritten" else "ab") as file:
                     file.write(b"more")
 
-        scene.middle.on = change
+        scene.middle.on_request = change
         async with scene.bus() as bus:
             await scene.train(bus, lambda: scene.account().dead or scene.learnt(CheckpointUploaded))
         if what == "deleted":
@@ -386,9 +386,9 @@ async def test_a_server_that_says_slow_down_for_a_minute_is_asked_a_few_times_an
                 return None
             asked.append(now[0])
             head = {"Retry-After": "20"} if now[0] > 10 else {}
-            return scene.middle.says(503, "SlowDown", **head)
+            return scene.middle.make_response(503, "SlowDown", **head)
 
-        scene.middle.on = busy
+        scene.middle.on_request = busy
         scene.saved.write_bytes(b"small")
         sink = UploadSink(**scene.spec()["params"])
         sink.evsys_attached = Learns()

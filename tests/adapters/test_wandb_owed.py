@@ -161,7 +161,7 @@ def test_an_outage_in_the_middle_is_owed_without_a_fix_and_passes_by_itself(tmp_
     asyncio.run(day())
     [file] = wandb.wandb_files_of(tmp_path)
     assert sent(server, file) == points()
-    assert server.sent[wandb.run_id_of(file)] == STEPS
+    assert server.line_counts[wandb.run_id_of(file)] == STEPS
 
 
 def nowhere():
@@ -405,10 +405,10 @@ spec.loader.exec_module(owed)
 
 async def day():
     run = owed.Trained(Path(sys.argv[2]))
-    async with owed.wandb.Delivery(owed.WandbLoggerCallback("p")) as delivery:
-        mark = await delivery.take(*run.starts(), *run.steps(0, 3))
+    async with owed.wandb.LoggerDelivery(owed.WandbLoggerCallback("p")) as delivery:
+        mark = await delivery.deliver(*run.starts(), *run.steps(0, 3))
         Path(sys.argv[2], "mark.json").write_text(owed.json.dumps(mark))
-        await delivery.take(*run.steps(3))
+        await delivery.deliver(*run.steps(3))
         print("taken", flush=True)
         await asyncio.sleep(600)
 

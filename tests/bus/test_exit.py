@@ -36,7 +36,7 @@ PROGRAM = """
                     raise ValueError("training failed")
                 await asyncio.sleep(30)
         finally:
-            os.write(2, str(bus.receipt.total).encode())
+            os.write(2, str(bus.receipt.tasks).encode())
 
     if how == "sync":
         with bus:
@@ -159,7 +159,7 @@ def test_a_forked_child_ends_by_sigterm_and_the_parents_tasks_complete(program, 
             async with EventBus([]) as bus:
                 bus.spawn(asyncio.sleep, 0.05)
                 print(fork() == -signal.SIGTERM)
-            print(bus.receipt.total.completed)
+            print(bus.receipt.tasks.completed)
 
         if sys.argv[1] == "async with":
             asyncio.run(main())
@@ -167,7 +167,7 @@ def test_a_forked_child_ends_by_sigterm_and_the_parents_tasks_complete(program, 
             with EventBus([]) as bus:
                 bus.spawn(asyncio.sleep, 0.05)
                 print(fork() == -signal.SIGTERM)
-            print(bus.receipt.total.completed)
+            print(bus.receipt.tasks.completed)
         """,
         entered,
     )
@@ -204,7 +204,7 @@ def test_a_bus_in_a_thread_and_a_bus_in_a_running_notebook_loop_work_too(program
         def plain():
             with EventBus([Hook()]) as bus:
                 bus.publish(StepEnd(None, 0, None, {}))
-            print(bus.receipt.total.completed, bus.receipt.left)
+            print(bus.receipt.tasks.completed, bus.receipt.unfinished)
 
         thread = threading.Thread(target=plain)
         thread.start()
@@ -213,7 +213,7 @@ def test_a_bus_in_a_thread_and_a_bus_in_a_running_notebook_loop_work_too(program
         async def notebook():
             with EventBus([Hook()]) as bus:
                 bus.publish(StepEnd(None, 1, None, {}))
-            print(bus.receipt.total.completed, bus.receipt.left)
+            print(bus.receipt.tasks.completed, bus.receipt.unfinished)
 
         asyncio.run(notebook())
         """
@@ -233,7 +233,7 @@ TWO = """
                 await asyncio.sleep(seconds)
             finally:
                 print(name, "leaves", flush=True)
-        print(name, bus.receipt.total.completed, flush=True)
+        print(name, bus.receipt.tasks.completed, flush=True)
 
     async def main():
         first = asyncio.create_task(run("first", 0.1))
@@ -473,7 +473,7 @@ def test_a_bus_that_is_opened_while_the_program_ends_does_its_tasks(program):
         def last():
             with EventBus([]) as bus:
                 bus.spawn(asyncio.sleep, 0.01)
-            print(bus.receipt.total.completed, flush=True)
+            print(bus.receipt.tasks.completed, flush=True)
 
         atexit.register(last)
     """)

@@ -87,7 +87,7 @@ def test_the_inspection_notices_an_acknowledged_event_that_is_not_on_record(scen
 
     acks = [
         {"what": kind, "step": step, "stream": place[0], "seq": place[1], "unrecorded": 0, "lost": 0, "name": ""}
-        for (life, kind, step), place in scene.expected.places.items()
+        for (life, kind, step), place in scene.expected.positions.items()
         if life == scene.life_number
     ]
     life = SimpleNamespace(acks=acks, plan={"retain_bytes": None}, unrecorded_at_end=None)
