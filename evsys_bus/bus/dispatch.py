@@ -8,7 +8,7 @@ calls are inlined in `publish` itself, so that one publish is one Python frame a
 
 The token serializes publishes (a lock costs five times as much). Counts are exact: `ticks` is an iterator that lasts
 until the next call to be timed, and its remaining length gives the count. Times are sampled: the first call of a unit
-and then every 64th goes through `timed`, which reads the clock between the hooks; every call once a hook was slow. The
+and then every 64th goes through `timed`, which reads the clock between the hooks; every call while a hook is slow. The
 names that the code uses are its globals, because a closure would copy each of them into every call's frame. The
 watchdog and the adoption of tasks need no marker: the line number of the frame identifies the hook.
 """
@@ -31,7 +31,9 @@ from evsys_bus.events import Event, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 SLOW_NANOSECONDS: Final = 1_000_000
-"""A hook that was seen to take this long is timed on every later call."""
+"""After a hook took this long, every call is timed, until `FAST_CALLS` calls in a row were faster."""
+FAST_CALLS: Final = 256
+"""One slow call may be the machine's fault, and timing every call makes a publish to many hooks several times dearer."""
 
 
 class HookStats:
@@ -171,6 +173,7 @@ class CompiledDispatch:
         self.hook_stats = tuple(hook_stats)
         self.filename = f"{prefix}{next(_serial_numbers)}>: {event_type.__name__}"
         self._sample_interval = SAMPLE_EVERY
+        self._fast_calls = 0  # timed calls since the last slow one
         # The event count when the ticks run out, and the ticks; one tuple, so that other threads read them together.
         self._ticks_state: tuple[int, itertools.repeat[None]] = (0, itertools.repeat(None, 0))
         # Folded into the counters a few times a second, off the publishing thread. At a million publishes a second
@@ -233,10 +236,14 @@ class CompiledDispatch:
                 times = self._samples.popleft()
             except IndexError:
                 return
+            self._fast_calls += 1
             for stats, start_ns, end_ns in zip(self.hook_stats, times, times[1:], strict=False):
                 stats.add_sample(end_ns - start_ns)
                 if end_ns - start_ns >= SLOW_NANOSECONDS:
+                    self._fast_calls = 0
                     self._sample_interval = 1
+            if self._fast_calls >= FAST_CALLS:
+                self._sample_interval = SAMPLE_EVERY
 
     def set_recorder(self, record: Callable[[Event, float], None]) -> None:
         """Replace the function that records events, if events are recorded at all."""

@@ -23,7 +23,7 @@ class HookHealth(msgspec.Struct, frozen=True):
     blocked: int
     """Calls that the watchdog reported as blocking."""
     mean_seconds: float
-    """Mean of the sampled calls: the first, then 1 in 64; every call once the hook was seen to take 1 ms."""
+    """Mean of the sampled calls: the first, then 1 in 64; every call while calls take 1 ms."""
     max_seconds: float
     """The longest of the sampled calls."""
 
