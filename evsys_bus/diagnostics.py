@@ -56,7 +56,9 @@ def log() -> "BoundLogger":
             try:
                 if logger.disabled:  # the default of dictConfig and fileConfig, and seldom what a program wants
                     logger.disabled = False
-                    fix = f'disable_existing_loggers=False; or logging.getLogger("{LOGGER_NAME}").setLevel(...) to silence it'
+                    fix = (
+                        f'disable_existing_loggers=False; to silence it, logging.getLogger("{LOGGER_NAME}").setLevel()'
+                    )
                     super()._proxy_to_logger("warning", "logging.enabled", why="a logging config disabled it", fix=fix)
                 return super()._proxy_to_logger(method_name, event, *args, **facts)
             except Exception:  # a handler or filter of the host failed, which must not affect the loop

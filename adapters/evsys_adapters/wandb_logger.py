@@ -44,7 +44,10 @@ Mode = Literal["online", "offline", "disabled"]
 class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `WandbLoggerCallback`."""
 
-    project: Annotated[str, msgspec.Meta(min_length=1)]
+    project: Annotated[
+        str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])
+    ]
+    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``."""
     entity: str | None = None
     """Default: that of the login, or ``WANDB_ENTITY``."""
     name: str | None = None

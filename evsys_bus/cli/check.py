@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from evsys_bus.cli.options import set_option
+from evsys_bus.cli.options import add_current_folder_to_path, set_option
 from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import color_option, json_option
 from evsys_bus.cli.records import load_previous_experiment
@@ -79,12 +79,13 @@ def load_plan(
 ) -> ExperimentPlan:
     """Load and validate an experiment file.
 
-    Modules next to the file can be imported, as for a script, but installed modules take precedence.
+    Modules in the current folder can be imported, as with ``python -m``, and those next to the file, after all others.
 
     Raises:
         ConfigError: The file, an override, or a requested arm or seed is invalid; several errors as `ConfigErrors`.
     """
     document = with_overrides(read_document(file), list(sets))
+    add_current_folder_to_path()
     file_folder = str(file.absolute().parent)
     if file_folder not in sys.path:
         sys.path.append(file_folder)

@@ -101,7 +101,8 @@ def test_a_program_that_has_closed_its_standard_output_can_enter_a_bus(tmp_path,
 
 
 def _run_program(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True).stderr
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 PROGRAM = """
@@ -117,7 +118,10 @@ PROGRAM = """
         {within}
         bus.publish(StepEnd(LoopState(1, 1, "r"), 1, TrainingBatch(), {{}}))
 """
-CONFIG = 'logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler"}}, "root": {"handlers": ["h"]}})'
+CONFIG = (
+    'logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler"}}, '
+    '"root": {"handlers": ["h"]}})'
+)
 
 
 @pytest.mark.parametrize("where", ["before", "within"])
