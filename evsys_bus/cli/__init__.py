@@ -20,6 +20,8 @@ COMMANDS: Final[Mapping[str, str]] = {
     "demo": "trains three small networks on handwritten digits, in seconds",
     "run": "runs an experiment file",
     "check": "checks an experiment file and shows what it would run; starts nothing",
+    "init": "writes the files of a new experiment, or of a package with an adapter",
+    "schema": "prints a JSON schema of experiment files, for editors",
     "tail": "shows the events of a live or finished journal",
     "follow": "runs an adapter beside a live run, in this process",
     "replay": "delivers a recorded run to any adapter",
