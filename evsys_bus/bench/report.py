@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-from evsys_bus.bench.suite import Result, Row, Spread, Table, TargetResult
+from evsys_bus.bench.suite import Result, Row, Table, TargetResult
 
 _PACKAGES: Final = ("evsys-bus", "msgspec", "anyio", "uvloop", "pluggy", "blinker", "pyee")
 
@@ -90,22 +90,19 @@ def as_text(report: Report) -> str:
 
 
 def _table_lines(table: Table) -> list[str]:
-    rows = [
-        (row.candidate, format_value(row.value.median, table.unit), *_ratio_columns(row.ratio)) for row in table.rows
-    ]
-    name, value, ratio = (max((len(row[column]) for row in rows), default=0) for column in range(3))
+    rows: list[tuple[str, str, str, str]] = []
+    for row in table.rows:
+        ratio = row.ratio
+        median = "" if ratio is None else f"{ratio.median:.2f} x"
+        quartiles = "" if ratio is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+        rows.append((row.candidate, format_value(row.value.median, table.unit), median, quartiles))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     return [
         f"  {table.title}" + (f", in multiples of {table.baseline}" if table.baseline else ""),
-        *(f"    {a:{name}}  {b:>{value}}  {c:>{ratio}}  {d}".rstrip() for a, b, c, d in rows),
+        *(f"    {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows),
         *(f"    {absent}: not measured, {reason}" for absent, reason in table.absent.items()),
         *(_target_line(target_result) for target_result in table.target_results),
     ]
-
-
-def _ratio_columns(ratio: Spread | None) -> tuple[str, str]:
-    if ratio is None:
-        return "", ""
-    return f"{ratio.median:.2f} x", f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
 def _target_line(target_result: TargetResult) -> str:

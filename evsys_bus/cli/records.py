@@ -347,11 +347,13 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     """
     directory = journal.directory
     reader = EventReader(directory, EventFilter())
+    whole = directory.absolute()
+    default_key = (whole.parent if whole.name == JOURNAL else whole).name
     runs: dict[str, _RunBuilder] = {}
     for envelope in reader.poll():
         if isinstance(envelope.event, _RUN_EVENTS):
             run_dir = _output_dir(envelope.event)
-            key = envelope.run or (run_dir and run_dir.name) or _name_from_path(directory)
+            key = envelope.run or (run_dir and run_dir.name) or default_key
             runs.setdefault(key, _RunBuilder(key)).add(envelope)
     page_urls = read_page_urls(directory)
     states = {each.stream: each.state for each in read_stream_states(directory)}
@@ -451,12 +453,6 @@ def _output_dir(event: Event | UnknownEvent) -> Path | None:
     """Return the directory of the run that an event's state names; None if it has none."""
     folder = getattr(getattr(event, "state", None), "output_dir", None)
     return Path(folder) if isinstance(folder, str | Path) and str(folder) else None
-
-
-def _name_from_path(directory: Path) -> str:
-    """Return the name of a run whose events carry none, from the journal's path."""
-    whole = directory.absolute()
-    return (whole.parent if whole.name == JOURNAL else whole).name
 
 
 def _find_journal(folder: Path) -> JournalLocation | None:

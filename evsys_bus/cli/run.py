@@ -350,8 +350,10 @@ def result_lines(
         *([["delivery", _format_deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.display_folder],
         ["a run", f"evsys-bus show {plan.display_folder}/{plan.runs[0].run_key}"],
-        *_page_lines(page_urls),
+        *([run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]),
     ]
+    if len(page_urls) > _MAX_PAGE_URLS:
+        details.append(["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"])
     return [*lines, "", *format_facts([[name, printable(text)] for name, text in details], width)]
 
 
@@ -419,13 +421,6 @@ def _format_deliveries(receipt: Receipt) -> str:
         complete = describe_state(each, ranks) if each.state == "other_rank" else "ok"
         parts.append(f"{each.name} {', '.join(describe_counts(each)) or complete}")
     return GAP.join(parts)
-
-
-def _page_lines(page_urls: Mapping[str, str]) -> list[list[str]]:
-    lines = [[run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]]
-    return (
-        [*lines, ["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"]] if len(page_urls) > _MAX_PAGE_URLS else lines
-    )
 
 
 def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:

@@ -320,7 +320,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         monitor = DeliveryMonitor(work.directory, {each.name for each in group})
         on_progress(monitor.poll(0))
         interrupted = False
-        with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
+        with Interrupts(), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
                 while process.exit_code is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
@@ -377,7 +377,7 @@ def _wait_for_couriers(
     monitor = DeliveryMonitor(directory, names)
     wait = _CourierWait(directory, timeout_seconds, note)
     interrupted = False
-    with Interrupts(lambda _: None):
+    with Interrupts():
         try:
             while True:
                 statuses = monitor.poll(None)
