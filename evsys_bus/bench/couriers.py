@@ -14,10 +14,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import unquote
 
-from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, resident_megabytes, spread_of
+from evsys_bus.bench.dispatch import BATCH, METRICS, publish_steps
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, growth_table, resident_megabytes, spread_of
 from evsys_bus.bus import EventBus
 from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import LoopState
@@ -30,7 +29,6 @@ from evsys_bus.journal import OsDisk, layout
 from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import run_in_new_loop
 
-_STATE_SUFFIX: Final = ".state.json"
 _EXIT_TIMEOUT_SECONDS: Final = 20.0
 
 
@@ -42,8 +40,9 @@ def wait_for_courier_exit(journal: Path) -> None:
 
 
 def _courier_pids(journal: Path) -> set[int]:
-    files = (journal / layout.COURIERS).glob(f"*{_STATE_SUFFIX}")
-    states = [read_status(OsDisk(), str(journal), unquote(file.name.removesuffix(_STATE_SUFFIX))) for file in files]
+    files = (journal / layout.COURIERS).glob("*.state.json")
+    names = [layout.decode_adapter_name(file.name.removesuffix(".state.json")) for file in files]
+    states = [read_status(OsDisk(), str(journal), name) for name in names]
     return {state.pid for state in states if state is not None} - {os.getpid()}
 
 
@@ -58,7 +57,6 @@ def _is_running(pid: int) -> bool:
 STEPS_PER_ROUND: Final = 1_000
 MIN_EVENTS_PER_SECOND: Final = 200_000
 """Events per second."""
-MAX_GROWTH_MB: Final = 20
 _MAX_ROUNDS: Final = 7
 _MIN_STEPS: Final = 50_000
 
@@ -109,8 +107,7 @@ class Throughput:
         with tempfile.TemporaryDirectory() as directory:
             journal = Path(directory, "journal")
             with EventBus([], journal=journal) as bus:
-                for step in range(steps):
-                    bus.publish(StepEnd(STATE, step, BATCH, METRICS))
+                publish_steps(bus, steps)
             before = resident_megabytes()
             rates = [_measure_rate(journal, steps) for _ in range(min(max(budget.process_rounds, 2), _MAX_ROUNDS))]
             after = resident_megabytes()
@@ -131,14 +128,8 @@ class Throughput:
             ],
         )
         if before is not None and after is not None:
-            growth = after - before
-            promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of the courier's memory"
-            yield Table(
-                title="memory that the courier's process has grown by",
-                unit="MB",
-                rows=[Row("courier", Spread(growth, growth, growth), ours=True)],
-                target_results=[TargetResult(promise, growth, growth <= MAX_GROWTH_MB, "MB")],
-            )
+            growths = {"courier": ("the courier's memory", after - before)}
+            yield growth_table("memory that the courier's process has grown by", steps, growths)
 
 
 def _measure_rate(journal: Path, steps: int) -> float:

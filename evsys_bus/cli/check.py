@@ -138,7 +138,11 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
     lines += format_columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
         "  none"
     ]
-    shown = [[run.run_key, _previous_status(run, plan.folder)] for run in plan.runs]
+    previous = load_previous_experiment(plan.folder)
+    entries = {} if previous is None else previous.runs
+    shown = [
+        [key, f"{entries[key].status} already" if key in entries else ""] for key in (run.run_key for run in plan.runs)
+    ]
     return [*lines, "", "runs", *format_columns(shown, indent="  ")]
 
 
@@ -158,12 +162,6 @@ def plan_json(plan: ExperimentPlan) -> list[str]:
         }
     )
     return [json_line(row).decode() for row in rows]
-
-
-def _previous_status(run: RunPlan, folder: Path) -> str:
-    previous = load_previous_experiment(folder)
-    entry = None if previous is None else previous.runs.get(run.run_key)
-    return "" if entry is None else f"{entry.status} already"
 
 
 def format_params(params: Mapping[str, Any]) -> str:

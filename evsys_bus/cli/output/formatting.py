@@ -158,9 +158,11 @@ def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> lis
     available = 0 if width is None or not rows else width - max(_cell_width(name) for name, _ in rows) - len(GAP)
     if available < _MIN_WRAP_COLUMNS:
         return format_columns(rows)
-    return format_columns(
-        [[name if at == 0 else "", line] for name, text in rows for at, line in _wrap_numbered(text, available)]
-    )
+    wrapped: list[list[str]] = []
+    for name, text in rows:
+        first, *more = wrap(text, available)
+        wrapped += [[name, first], *(["", line.removeprefix(_INNER)] for line in more)]
+    return format_columns(wrapped)
 
 
 def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
@@ -183,11 +185,6 @@ def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
 def pluralize(count: int, noun: str) -> str:
     """Return ``1 arm`` or ``5 arms``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _wrap_numbered(text: str, available: int) -> list[tuple[int, str]]:
-    lines = wrap(text, available)
-    return list(enumerate([lines[0], *(line.removeprefix(_INNER) for line in lines[1:])]))
 
 
 def _pack(pairs: Sequence[str], width: int, indent: str) -> list[str]:
