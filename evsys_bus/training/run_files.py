@@ -4,6 +4,7 @@ None of them raises into the training once it runs: a row that cannot be written
 logged.
 """
 
+import errno
 import os
 import platform
 import traceback
@@ -18,9 +19,9 @@ import msgspec
 from evsys_bus.codec import json_line
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
-from evsys_bus.disk import open_regular
+from evsys_bus.disk import OsDisk, open_regular
 from evsys_bus.errors import TrainingError
-from evsys_bus.files import DECODE_ERRORS, open_binary, replace_file
+from evsys_bus.files import DECODE_ERRORS, FileLock, open_binary, replace_file
 from evsys_bus.training.protocols import Backend
 
 MAX_PENDING: Final = 10_000
@@ -281,8 +282,7 @@ def _truncate(text: str) -> str:
 
 
 LOCK_FILE: Final = ".lock"
-
-_open_locks: set[int] = set()
+_MAX_OWNER_BYTES: Final = 200
 
 
 @contextmanager
@@ -298,62 +298,33 @@ def lock_folder(folder: Path, description: str) -> Generator[None]:
     Raises:
         TrainingError: From an OSError: the directory is locked by another process, or cannot be written.
     """
-    file = _open_lock_file(folder, description)
+    path, disk = folder / LOCK_FILE, OsDisk()
     try:
-        _acquire(file, folder, description)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock.acquire_exclusive(path, disk=disk)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
+        raise unwritable_error(folder, description, error) from error
+    if lock is None:
+        owner = b""
+        with suppress(OSError):  # some file systems do not let a locked file be read
+            owner = disk.read(str(path), 0, _MAX_OWNER_BYTES)
+        raise TrainingError(
+            f"{description} {folder} is in use by {owner.decode(errors='replace').strip() or 'another process'}",
+            fix="wait until that has ended, or choose another output_dir",
+        ) from BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+    if not lock.is_held:
+        log().warning("folder.not_locked", folder=str(folder), error=os.strerror(errno.ENOLCK))
+    with lock:
+        with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode(), sync=False)
         try:
             yield
         finally:
-            if file in _open_locks:  # not in a forked child
-                with suppress(OSError):
-                    os.ftruncate(file, 0)
-    finally:
-        if file in _open_locks:
-            _open_locks.discard(file)
-            os.close(file)
+            with suppress(OSError):  # in a forked child it is not held
+                lock.write(b"", sync=False)
 
 
 def unwritable_error(folder: Path, description: str, error: OSError | ValueError) -> TrainingError:
     """Return the error for a directory that cannot be written; raise it from ``error``."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return TrainingError(f"{description} {folder} cannot be written: {reason}", fix="choose another output_dir")
-
-
-def _open_lock_file(folder: Path, description: str) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
-        raise unwritable_error(folder, description, error) from error
-    _open_locks.add(file)
-    return file
-
-
-def _acquire(file: int, folder: Path, description: str) -> None:
-    import fcntl  # POSIX only
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise TrainingError(
-            f"{description} {folder} is in use by {owner}",
-            fix="wait until that has ended, or choose another output_dir",
-        ) from error
-    except OSError as error:
-        log().warning("folder.not_locked", folder=str(folder), error=str(error))
-        return
-    with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-
-
-def _close_in_child() -> None:
-    """Release the locks in a forked child: one that outlives its parent would keep the directory locked."""
-    for file in _open_locks:
-        os.close(file)
-    _open_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)
