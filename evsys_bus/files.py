@@ -212,20 +212,29 @@ class _RawWriter(io.RawIOBase):
 class AppendFile:
     """A file of complete lines with one writer.
 
-    Nothing is opened before the first call, and the folder is created when needed. The file stays open between
-    writes, because closing costs a round trip on network file systems; a file that was removed meanwhile is created
-    again. An incomplete last line, torn by a kill, is cut off when the file is opened. Where no mark names the file,
-    everything after zeros that a power cut left is cut off as well; if there is data behind the zeros, a copy is saved
-    beside the file. Every method may raise OSError.
+    Nothing is opened before the first call, and by default the folder is created when needed. The file stays open
+    between writes, because closing costs a round trip on network file systems; a file that was removed meanwhile is
+    created again. An incomplete last line, torn by a kill, is cut off when the file is opened. Where no mark names the
+    file, everything after zeros that a power cut left is cut off as well; if there is data behind the zeros, a copy is
+    saved beside the file. Every method may raise OSError.
 
     Args:
         path: The file.
         savepoints: If given, the file is restored to the state at the last mark after a crash.
+        make_folder: Whether a missing folder is created, and not an error.
         disk: The file system; by default the real one (`use_disk`).
     """
 
-    def __init__(self, path: Path, savepoints: Savepoints | None = None, *, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        savepoints: Savepoints | None = None,
+        *,
+        make_folder: bool = True,
+        disk: Disk | None = None,
+    ) -> None:
         self.path = path
+        self._make_folder: Final = make_folder
         self._disk: Final = current_disk() if disk is None else disk
         self._key = os.path.abspath(path)  # noqa: PTH100  # the path that the marks use
         self._savepoints = Savepoints(disk=self._disk) if savepoints is None else savepoints
@@ -381,6 +390,8 @@ class AppendFile:
         try:
             fd = self._disk.open_file(path)
         except FileNotFoundError:
+            if not self._make_folder:
+                raise
             self._disk.make_directory(parent_folder(path), 0o777)
             fd = self._disk.open_file(path)
         try:

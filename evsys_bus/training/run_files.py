@@ -8,9 +8,9 @@ import errno
 import os
 import platform
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +19,10 @@ import msgspec
 from evsys_bus.codec import json_line
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
-from evsys_bus.disk import OsDisk, open_regular
+from evsys_bus.disk import OsDisk
 from evsys_bus.errors import TrainingError
-from evsys_bus.files import DECODE_ERRORS, FileLock, open_binary, replace_file
+from evsys_bus.files import DECODE_ERRORS, AppendFile, Backlog, FileLock, open_binary, replace_file
 from evsys_bus.training.protocols import Backend
-
-MAX_PENDING: Final = 10_000
-"""Rows kept in memory while they cannot be written; beyond this the oldest are dropped and counted."""
 
 Row = dict[str, Any]
 """One row."""
@@ -34,40 +31,41 @@ _decode = msgspec.json.Decoder(Row).decode
 
 
 class RowFile:
-    """An append-only file of JSON objects, one per line.
+    """A file of JSON objects, one per line, with one writer.
 
-    The file is opened for every row (about 10 microseconds), so that a removed directory or a full disk is noticed, and
-    writing works again as soon as the cause is gone. A row that cannot be written stays in memory and is written, in
-    order, before the next one.
+    A row that cannot be written, because the disk is full or the folder was removed, stays in memory and is written, in
+    order, before the next one. `flush` closes the file, and the next row opens it again.
+
+    Args:
+        path: The file. Its folder is not created.
+        max_pending_bytes: Limit of the rows in memory. Further ones are dropped and counted.
     """
 
-    def __init__(self, path: Path, *, max_pending: int = MAX_PENDING) -> None:
+    def __init__(self, path: Path, *, max_pending_bytes: int = 16 << 20) -> None:
         self.path = path
-        self.lost = 0
-        """Number of rows dropped because too many were pending."""
-        self._pending: deque[bytes] = deque()
-        self._max_pending = max_pending
+        self._file = AppendFile(path, make_folder=False, disk=OsDisk())
+        self._backlog = Backlog(str(path), max_bytes=max_pending_bytes)
 
     @property
     def pending(self) -> int:
         """Number of rows in memory that could not be written yet."""
-        return len(self._pending)
+        return self._backlog.pending
+
+    @property
+    def lost(self) -> int:
+        """Number of rows dropped because too many were pending."""
+        return self._backlog.lost
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row, with values of any type (see `evsys_bus.codec.encode`); never raises."""
-        is_retry = bool(self._pending)
-        if len(self._pending) >= self._max_pending:
-            self._pending.popleft()
-            self.lost += 1
-        self._pending.append(json_line(row) + b"\n")
-        self._write_pending(is_retry=is_retry)
+        line = json_line(row) + b"\n"
+        self._backlog.write(partial(self._file.append, line), len(line))
 
     def flush(self) -> None:
-        """Try to write the pending rows, and log a warning if rows remain or were dropped."""
-        if self._pending:
-            self._write_pending(is_retry=True)
-        if self._pending or self.lost:
-            log().warning("rows.unwritten", file=str(self.path), waiting=self.pending, lost=self.lost)
+        """Try to write the pending rows, log how many remain or were dropped, and close the file."""
+        self._backlog.flush()
+        with suppress(OSError):  # every row was written, or is pending
+            self._file.close()
 
     def rows(self) -> Iterator[Row]:
         """Iterate over the rows, in order, skipping torn and damaged lines. A missing file has no rows."""
@@ -87,40 +85,16 @@ class RowFile:
         lines = list(self._lines())
         retained = [line for line in lines if (row := _parse(line)) is not None and predicate(row)]
         if len(retained) < len(lines):
-            replace_file(self.path, b"".join(retained), mode=0o666, follow_link=True)
+            replace_file(self.path, b"".join(retained), mode=0o666, follow_link=True, disk=OsDisk())
         return len(lines) - len(retained)
 
     def _lines(self) -> Iterator[bytes]:
         try:
-            file = open_binary(self.path)
+            file = open_binary(self.path, OsDisk())
         except FileNotFoundError:
             return
         with file:
             yield from file
-
-    def _write_pending(self, *, is_retry: bool) -> None:
-        try:
-            file = open_regular(str(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                while self._pending:
-                    _write_line(file, self._pending[0])
-                    self._pending.popleft()
-            finally:
-                os.close(file)
-        except OSError as error:
-            if not is_retry:
-                log().warning("rows.waiting", file=str(self.path), error=str(error), max_waiting=self._max_pending)
-        else:
-            if is_retry:
-                log().info("rows.written_again", file=str(self.path), lost=self.lost)
-
-
-def _write_line(file: int, line: bytes) -> None:
-    """Write one line with one call; on a full disk, remove a partial line so that the next one is not joined to it."""
-    written = os.write(file, line)
-    if written < len(line):
-        os.ftruncate(file, os.fstat(file).st_size - written)
-        raise OSError(f"the disk took {written} of {len(line)} bytes")
 
 
 def _parse(line: bytes) -> Row | None:
