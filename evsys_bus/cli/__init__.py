@@ -71,10 +71,10 @@ class LazyGroup(click.Group):
         name = args[0]
         is_known = name in COMMANDS or name.startswith("-") or name in self.list_commands(ctx)
         if not is_known and not ctx.resilient_parsing:
-            import difflib
+            from evsys_bus.errors import closest_word
 
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            ctx.fail(f'there is no command "{name}"{f"; did you mean {near[0]}?" if near else ""}')
+            near = closest_word(name, self.list_commands(ctx))
+            ctx.fail(f'there is no command "{name}"{f"; did you mean {near}?" if near else ""}')
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Final, Literal, Protocol
 
-from evsys_bus.disk import replace_file
+from evsys_bus.disk import LOCK_FLAGS, replace_file
 
 _SECTOR: Final = 512
 _MAX_LINKS: Final = 8
@@ -223,7 +223,7 @@ class SimulatedDisk:
         """Open an existing regular file, to overwrite or truncate it."""
         return self.open_read(path)
 
-    def lock(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
+    def lock(self, path: str, mode: int = 0o600, flags: int = LOCK_FLAGS) -> int | None:  # noqa: ARG002  # one user's
         """Open the file, created if needed, and lock it while it stays open. None if another process has it locked."""
         path = self._start_call(path)
         if self._files.get(path) in self._locks.values():
