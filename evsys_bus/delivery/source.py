@@ -70,7 +70,7 @@ class Batch:
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
         self.starts: list[Any] = []
-        """Start events, of the same type, to repeat before the first event: of runs open there whose own starts were removed."""
+        """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
         """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
@@ -351,10 +351,7 @@ class EventSource:
         if len(envelopes) > before:
             batch.parts.append((source.stream, len(envelopes) - before))
             if source.starts:
-                starts = source.pop_starts()
-                if not raw:
-                    set_first_steps(starts, self._reader, source.stream, sequences[before] - 1)
-                batch.starts += starts
+                batch.starts += source.pop_starts(sequences[before] - 1)
         batch.bytes = total_bytes
         return read_result
 
@@ -506,10 +503,12 @@ class _StreamSource:
             self.starts[sequence] = envelope
         return ()
 
-    def pop_starts(self) -> list[Any]:
-        """Return and clear the stored start events; they belong to the next event."""
+    def pop_starts(self, after: int) -> list[Any]:
+        """Return and clear the stored start events; they belong to the event after this sequence."""
         starts = [*self.starts.values()]
         self.starts.clear()
+        if not self._raw:
+            set_first_steps(starts, self._reader, self.stream, after)
         return starts
 
     def push_back(self, record: tuple[int, bytes]) -> None:
