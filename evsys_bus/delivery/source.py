@@ -319,7 +319,7 @@ class EventSource:
                     read_result = "full"
                     break
                 try:
-                    envelope = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
+                    envelope: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
                 except CodecError as error:
                     batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
                     total_bytes -= size
@@ -329,12 +329,9 @@ class EventSource:
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                # Nearly all envelopes are of steps.
                 if (
-                    not isinstance(envelope, RawRecord)
-                    and type(envelope.event) is not StepEnd
-                    and contexts.update(envelope)
-                ):
+                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
+                ):  # nearly all are steps
                     batch.is_closed, read_result = True, "full"
                     break
                 if not room:
