@@ -206,7 +206,7 @@ class Courier:
         if isinstance(adapter, Sink):
             from evsys_bus.delivery.sink_receiver import SinkReceiver
 
-            return SinkReceiver(adapter)
+            return SinkReceiver(adapter, raw=adapter.raw)
         if hasattr(adapter, "deliver"):
             return cast("Receiver", adapter)
         return CallbackReceiver(
@@ -219,6 +219,7 @@ class Courier:
             self._directory,
             store.cursor,
             ranks=self._policy.ranks,
+            raw=self._sink is not None and self._sink.raw,
             disk=self._disk,
             clock=self._clock,
             faults=self._faults,

@@ -19,15 +19,15 @@ from urllib.parse import quote
 
 import msgspec
 
-from evsys_bus.codec import to_json
+from evsys_bus.codec import decode, to_json
 from evsys_bus.delivery.source import Batch, CorruptRecord
 from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
-from evsys_bus.errors import CourierBusyError
+from evsys_bus.errors import CodecError, CourierBusyError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
-from evsys_bus.sink import BatchResult
+from evsys_bus.sink import BatchResult, RawRecord
 from evsys_bus.tasks import DeliveryStatus
 
 MAX_PENDING: Final = 1000
@@ -91,10 +91,15 @@ class DeadLetters:
             if letter.seq > cursor.position(letter.stream).sequence:
                 self._already_written.add((letter.stream, letter.seq))
 
-    def add(self, stream: str, sequence: int, why: str, source: Envelope | CorruptRecord) -> None:
-        """Add a letter; `flush` writes it to the file."""
+    def add(self, stream: str, sequence: int, why: str, source: Envelope | RawRecord | CorruptRecord) -> None:
+        """Add a letter; `flush` writes it to the file. A raw record is decoded for it, if that is possible."""
         if (stream, sequence) in self._already_written:
             return
+        if isinstance(source, RawRecord):
+            try:
+                source = decode(source.payload)
+            except CodecError:
+                source = CorruptRecord(stream, sequence, source.payload, why)
         event = msgspec.Raw(to_json(source)) if isinstance(source, Envelope) else _NO_EVENT
         record = b64encode(source.payload).decode() if isinstance(source, CorruptRecord) else None
         line = _encode(DeadLetter(stream, sequence, self._clock.wall(), why, event, record)) + b"\n"
@@ -245,10 +250,10 @@ class DeliveryStore:
                 stream, envelopes if number == len(envelopes) else envelopes[indices.start : indices.stop]
             )
 
-    def record_open_trainings(self, starts: Iterable[Envelope]) -> None:
+    def record_open_trainings(self, starts: Iterable[Envelope | RawRecord]) -> None:
         """Record the trainings that are open, from start events that were repeated and not delivered."""
         for each in starts:
-            if isinstance(each.event, TrainStart):
+            if isinstance(each, Envelope) and isinstance(each.event, TrainStart):
                 self._track_trainings(each.stream, each.run or "", each.event)
 
     def reject_corrupt(self, record: CorruptRecord) -> None:
@@ -413,10 +418,12 @@ class DeliveryStore:
         self.cursor.streams[stream] = Position(sequence, previous.delivered + delivered, previous.dead + dead)
         self.has_changes = True
 
-    def _track_steps(self, stream: str, envelopes: list[Envelope]) -> None:
-        """Record the largest step of each open training."""
+    def _track_steps(self, stream: str, envelopes: list[Envelope] | list[RawRecord]) -> None:
+        """Record the largest step of each open training; raw records do not show it, and no raw sink resumes one."""
         steps = self.cursor.steps
         for envelope in envelopes:
+            if isinstance(envelope, RawRecord):
+                return
             event = envelope.event
             if type(event) is StepEnd:
                 if steps:
