@@ -324,13 +324,14 @@ class RunLogger(Callback, Generic[RunT, StateT]):
     Args:
         state_type: The type of the run's state.
         max_pred_rows: Maximum number of predictions in the table of one eval.
+        position_file_for: Returns the path of the note of an output.
     """
 
     marks_inline: ClassVar[bool] = False
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
     ranks: ClassVar[Ranks | None] = "rank0"
 
-    def __init__(self, state_type: type[StateT], max_pred_rows: int) -> None:
+    def __init__(self, state_type: type[StateT], max_pred_rows: int, position_file_for: Callable[[Path], Path]) -> None:
         self._savepoints = Savepoints()
         self._has_mark = False
         self._runs: dict[str, RunT] = {}
@@ -341,6 +342,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         self._left: dict[str, RunT] = {}
         """Runs whose experiment has ended since the mark."""
         self._max_pred_rows = max_pred_rows
+        self._position_file_for = position_file_for
 
     def on_run_start(self, ctx: LogContext) -> None:
         """Write the description of the run."""
@@ -417,7 +419,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         """
         saved = msgspec.convert(mark, _LoggerMark)
         files = without_foreign_files(saved.files, self)
-        self._savepoints.rewind(without_newer(files, saved.positions.values(), self._note_of))
+        self._savepoints.rewind(without_newer(files, saved.positions.values(), self._position_file_for))
         self._has_mark = True
         for key, notes in decode_states(saved.run_states, self._state_type).items():
             position = saved.positions.get(key) or Position(since=NEXT_STREAM if notes.tracker.has_started else "")
@@ -473,7 +475,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         Raises:
             OSError: The disk refuses it.
         """
-        known = output.restore(place, self._note_of(place), others)
+        known = output.restore(place, self._position_file_for(place), others)
         return None if known is None else decode_state(known, self._state_type)
 
     def _train_ends(self, run: RunT, state: LoopState) -> None:
@@ -483,11 +485,6 @@ class RunLogger(Callback, Generic[RunT, StateT]):
 
     def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
         """The run's experiment has ended."""
-
-    @staticmethod
-    def _note_of(place: Path) -> Path:
-        """Return the path of the note of an output."""
-        raise NotImplementedError
 
     def _open(self, handle: LoopState | LogContext, state: StateT | None, output: TrackedOutput) -> RunT:
         """Open the run on its first event, or its first event after `rewind`, then with its state."""

@@ -34,7 +34,7 @@ from evsys_adapters._logged_values import (
 )
 from evsys_adapters._output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_in
-from evsys_adapters._params import check_local_path, validate_params
+from evsys_adapters._params import check_local_path, require_package, validate_params
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
 from evsys_adapters._runs import (
@@ -47,7 +47,7 @@ from evsys_adapters._runs import (
     run_key,
     run_name,
 )
-from evsys_adapters._tensorboard_events import Events, needs_tensorboardx
+from evsys_adapters._tensorboard_events import Events
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, RetryLaterError
@@ -322,11 +322,11 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         root = None if log_dir is None else local_path(log_dir, "log_dir")
         self._config = validate_params(TensorBoardLoggerConfig, params | {"max_pred_rows": max_pred_rows})
         self._root = root
-        needs_tensorboardx()
+        require_package(self.name, "tensorboardX", "tensorboard")
         self._clock = clock
         self._lock = threading.RLock()
         self._reorder_scheduled = False
-        super().__init__(LoggedRunState, self._config.max_pred_rows)
+        super().__init__(LoggedRunState, self._config.max_pred_rows, position_file_in)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Remember how the run ended."""
@@ -399,10 +399,6 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
     def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
         """Log the conclusion."""
         run.add_text(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
-
-    @staticmethod
-    def _note_of(place: Path) -> Path:
-        return position_file_in(place)
 
     def _candidates(self, handle: LoopState | LogContext) -> OutputCandidates:
         folder = ranked_folder(self._folder(handle), self._rank())
