@@ -181,14 +181,14 @@ class TrainingRows(StepRows):
     ) -> None:
         first = self._tracker.pending_start
         is_present = self._matcher.is_present(self, hash(line), step)
-        if first is not None and not is_present and not self._matcher.is_active:
+        if first is not None and not is_present and not self._tracker.is_matching:
             on_start_applied(first)
         elif is_present:
             on_row_found()
         if not is_present:
             self._file.append(line)
             self._matcher.count_appended()
-        self._tracker.record_step(step)
+        self._tracker.record_step()
 
 
 class EvalRows(StepRows):
@@ -390,7 +390,7 @@ class RunLogs:
 
         if self.state.tracker.is_matching:
             self._training.start_training(first_step, on_started)
-        elif self.state.tracker.start_training(first_step):
+        elif self.state.tracker.start_training():
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
@@ -399,14 +399,14 @@ class RunLogs:
         if self.state.tracker.is_matching:
             self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
             return
-        if self.state.tracker.record_step(step):
+        if self.state.tracker.record_step():
             self._training.cut(step, row=row)
             for each in self._files()[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
     def end_training(self) -> None:
-        self.state.tracker.end_training()
+        self.state.tracker.rewound = False
         self._put_deferred(keep_existing=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:

@@ -12,14 +12,13 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
-from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of, without_foreign_files
+from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of
 from evsys_adapters._output_positions import (
     NEXT_STREAM,
     Position,
     PositionWriter,
     TrackedOutput,
     position_file_in,
-    without_newer,
 )
 from evsys_adapters._params import as_list, validate_params
 from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
@@ -123,7 +122,6 @@ class LocalLoggerCallback(Callback):
         self._pages = Backlog("pages of local_logger")
         self._savepoints = Savepoints()
         self._position_writer = PositionWriter(self._savepoints)
-        self._has_mark = False
         self._ended_runs: dict[str, _Run] = {}
         """Runs whose experiment has ended since the last mark."""
 
@@ -247,18 +245,14 @@ class LocalLoggerCallback(Callback):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _LoggerMark)
-        files = without_foreign_files(saved.files, self)
-        self._savepoints.rewind(without_newer(files, [each.position for each in saved.runs.values()], position_file_in))
-        self._has_mark = True
+        runs = [(each.logs_state.tracker, each.position) for each in saved.runs.values()]
+        self._position_writer.rewind(self, saved.files, runs, position_file_in)
         for key, run_mark in saved.runs.items():
             if run_mark.logs_state.tracker.has_started and not run_mark.position.handled:
                 run_mark.position.since = NEXT_STREAM
             output = TrackedOutput(self._savepoints, run_mark.position)
             logs = RunLogs(Path(run_mark.folder, run_mark.logs_name), self._savepoints, run_mark.logs_state, output)
             run = self._runs[key] = _Run(logs)
-            run.logs.state.tracker.rewound = True
-            if files is not saved.files and not run_mark.position.handled:
-                run.logs.state.tracker.position_unknown = True
             if run_mark.encoded_result is not None:
                 run.restore_result(run_mark.encoded_result)
 
@@ -277,7 +271,7 @@ class LocalLoggerCallback(Callback):
         key = ranked_key(run_id(handle), rank)
         run = self._runs.get(key)
         if run is None:
-            may_repeat = not self._has_mark and has_courier(self)  # its cursor may be lost
+            may_repeat = not self._position_writer.has_mark and has_courier(self)  # its cursor may be lost
             logs_state, position = RunLogsState(tracker=StepTracker(position_unknown=may_repeat)), Position()
             if key in self._ended_runs:
                 previous_logs = self._ended_runs.pop(key).logs
