@@ -149,9 +149,8 @@ class OutputCandidates:
     def _is_subscribed(self, name: str) -> bool:
         """Whether an adapter of this name is subscribed to the same journal."""
         callback = self._callback()
-        checks = (
-            [] if callback is None else [getattr(each, "has_subscription", None) for each in callback.evsys_attached]
-        )
+        attached = () if callback is None else callback.evsys_attached
+        checks = (getattr(each, "has_subscription", None) for each in attached)
         return any(callable(check) and check(name) for check in checks)
 
     def _previous_path(self) -> Path | None:

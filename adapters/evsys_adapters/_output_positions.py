@@ -254,14 +254,14 @@ class PositionWriter:
             del self._pending[0]
 
 
-def is_empty(files: Iterable[Path]) -> bool:
-    """Whether all of the files are empty or missing.
+def skip_matching_if_empty(tracker: StepTracker, files: Iterable[Path]) -> None:
+    """Skip the matching of rows if all of the files are empty or missing.
 
     Raises:
         RetryLaterError: The disk cannot be read now.
     """
     try:
-        return not any(_size(str(file)) for file in files)
+        tracker.position_unknown = tracker.position_unknown and any(_size(str(file)) for file in files)
     except OSError as error:
         raise RetryLaterError(f"the output cannot be read: {error}") from error
 

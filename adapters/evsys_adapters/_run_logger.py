@@ -417,10 +417,8 @@ class RunLogger(Callback, Generic[RunT, StateT]):
                 raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
             self._left.pop(key, None)
-            if (
-                state is None and not output.is_known and not self._position_writer.has_mark and is_followed
-            ):  # its cursor may be lost
-                run.notes.tracker.position_unknown = True
+            if state is None and not output.is_known and is_followed and not self._position_writer.has_mark:
+                run.notes.tracker.position_unknown = True  # its cursor may be lost
         run.event_time = self.event.time
         return run
 

@@ -28,8 +28,8 @@ from evsys_adapters._output_positions import (
     PositionWriter,
     TrackedOutput,
     assign,
-    is_empty,
     position_file_of,
+    skip_matching_if_empty,
 )
 from evsys_adapters._params import check_local_path, validate_params
 from evsys_adapters._runs import (
@@ -272,7 +272,7 @@ class _RunTable:
         if self.output.behind_courier and not self._has_lease:
             try:
                 self._open()
-                self._skip_matching_if_empty()
+                skip_matching_if_empty(self.tracker, [self.path])
             except OSError as error:
                 raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
@@ -281,7 +281,7 @@ class _RunTable:
             self.backlog.write(self._matcher.resume, 0)
         elif not self.output.is_known:
             self.tracker.resume()
-            self._skip_matching_if_empty()
+            skip_matching_if_empty(self.tracker, [self.path])
 
     def begin(self, first_step: int) -> None:
         if self.tracker.is_matching:
@@ -332,11 +332,6 @@ class _RunTable:
             self._table = CsvTable(self.path, self._delimiter, self._savepoints)
             self._matcher.invalidate()
         return self._table
-
-    def _skip_matching_if_empty(self) -> None:
-        """Skip the matching of rows if the file is empty."""
-        if self.tracker.position_unknown and is_empty([self.path]):
-            self.tracker.position_unknown = False
 
     @property
     def _has_lease(self) -> bool:

@@ -55,7 +55,8 @@ from evsys_bus.location import local_path
 from evsys_bus.savepoints import Savepoints, hidden_name, names_with_versions
 
 _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
-FIRST_NAME: Final = "events.out.tfevents.0.evsys-bus"
+FILE: Final = "events.out.tfevents.0.evsys-bus"
+"""The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
 _MIN_REORDER_SECONDS: Final = 1.0
 _REORDER_TIME_SHARE: Final = 100
 """At most one part in this many of the time is spent on sorting files."""
@@ -75,25 +76,22 @@ class EventFiles:
         for name in known:
             savepoints.recover(os.path.abspath(folder / name))  # noqa: PTH100  # savepoints use this form
             (folder / f"{hidden_name(name)}.new").unlink(missing_ok=True)
-        self._number = max(map(_number, known), default=0)
+        self._number = max(known.values(), default=0)
         full = [name for name in known if _size(folder / name)]
-        self.newest = folder / max(full, key=_number, default=FIRST_NAME)
+        self.newest = folder / max(full, key=known.__getitem__, default=FILE)
         """The file to be continued."""
-        self._empty = [folder / name for name in known if name not in full and name != self.newest.name]
+        self.empty = [folder / name for name in known if name not in full and name != self.newest.name]
+        """Sorted files that were undone; a loader may have read them, and reads no name twice."""
 
     @staticmethod
-    def names_in(folder: Path) -> set[str]:
-        """Return the names of existing event files, and of those with an earlier version."""
+    def names_in(folder: Path) -> dict[str, int]:
+        """Return the names of existing event files, and of those with an earlier version, with their numbers."""
         try:
             names = {each.name for each in folder.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
             names = set[str]()
-        return {name for name in names | names_with_versions(folder) if _NAME.fullmatch(name)}
-
-    @property
-    def has_unfinished_reorder(self) -> bool:
-        """Whether a sorted file was undone; a loader may have read it, and reads no name twice."""
-        return bool(self._empty)
+        found = map(_NAME.fullmatch, names | names_with_versions(folder))
+        return {each[0]: int(each[1]) for each in found if each is not None}
 
     def next_name(self) -> Path:
         """Return a path that no file here has had."""
@@ -102,15 +100,10 @@ class EventFiles:
 
     def clean(self) -> None:
         """Remove the empty files whose names are no longer used."""
-        for path in self._empty:
+        for path in self.empty:
             if not _size(path):
                 path.unlink(missing_ok=True)
-        self._empty = []
-
-
-def _number(name: str) -> int:
-    found = _NAME.fullmatch(name)
-    return int(found[1]) if found else 0
+        self.empty = []
 
 
 def _size(path: Path) -> int:
@@ -145,7 +138,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self._faults = FaultLog()
         self._schedule_reorder = schedule_reorder
         self._reorder_due = 0.0
-        state.needs_reorder = state.needs_reorder or files.has_unfinished_reorder
+        state.needs_reorder = state.needs_reorder or bool(files.empty)
 
     def describe(self, ctx: LogContext | None) -> None:
         """Log configuration and hypothesis, once."""
@@ -265,10 +258,6 @@ def _as_code(value: object) -> str:
     return f"```json\n{json_of(value)}\n```"
 
 
-FILE: Final = FIRST_NAME
-"""The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
-
-
 class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `TensorBoardLoggerCallback`."""
 
@@ -319,9 +308,8 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         clock: Callable[[], float] | None = None,
     ) -> None:
         params = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
-        root = None if log_dir is None else local_path(log_dir, "log_dir")
+        self._root = None if log_dir is None else local_path(log_dir, "log_dir")
         self._config = validate_params(TensorBoardLoggerConfig, params | {"max_pred_rows": max_pred_rows})
-        self._root = root
         require_package(self.name, "tensorboardX", "tensorboard")
         self._clock = clock
         self._lock = threading.RLock()
