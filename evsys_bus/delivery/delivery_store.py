@@ -23,7 +23,6 @@ from evsys_bus.codec import to_json
 from evsys_bus.delivery.source import Batch, CorruptRecord
 from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
-from evsys_bus.errors import CourierBusyError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
@@ -326,7 +325,7 @@ class DeliveryStore:
             self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
 
     def _is_removed(self) -> bool:
-        """Whether somebody removed the journal or its couriers' folder. Then nothing is stored, and one warning says so.
+        """Whether somebody removed the journal or its couriers' folder. Then nothing is stored, and a warning says so.
 
         What was delivered since the last commit is delivered again by the next courier.
         """

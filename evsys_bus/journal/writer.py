@@ -94,7 +94,7 @@ class JournalWriter:
         """Lock a stream and start the maintenance thread.
 
         Raises:
-            JournalOpenError: The directory cannot be written.
+            JournalOpenError: The directory cannot be written, or its file system has no locks or does not append.
         """
         slow_writer = self._slow_writer
         try:
