@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Final
-from urllib.parse import unquote
 
 from evsys_bus.bench.dispatch import BATCH, METRICS, publish_steps
 from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, growth_table, resident_megabytes, spread_of

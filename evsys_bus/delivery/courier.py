@@ -366,7 +366,6 @@ class Courier:
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Save all recorded results, unless the last commit or failed commit was a moment ago."""
         now = self._clock.monotonic()
-        self._store.check_directory(last=last)
         if not self._store.has_changes and (not last or self._fatal_error is not None):
             return
         if now < self._commit_due and not last and (self._commit_failed or not at_once):
