@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._runs import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.redact import redact_configs
+from evsys_bus.codec.redact import redact
 
 TRAIN: Final = "train"
 EVAL: Final = "eval/"
@@ -79,7 +79,7 @@ def config_of(ctx: object) -> dict[str, Any]:
     """Return the configurations of a context with credentials redacted."""
     configs = {name: field(ctx, name) for name in ("config", "run_config")}
     plain, _ = to_builtins({name: value for name, value in configs.items() if value is not None})
-    redact_configs(plain)
+    redact(plain)
     return plain
 
 
