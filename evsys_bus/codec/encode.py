@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds
+from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds, log_replaced
 from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
 from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
@@ -138,6 +138,7 @@ def _general_encoder(
                 wire = _WireEnvelope(stream, seq, time, run, rank, copy(event, reasons))
                 reasons |= redact(wire.event, redaction)
                 if reasons:
+                    log_replaced(wire.event["type"], reasons)
                     wire.replaced = reasons
                 if not is_builtin_event:
                     _describe_event(wire, event)
@@ -191,6 +192,7 @@ def _encode_normalized(
         try:
             plain, reasons = to_builtins(fields, max_bytes=int(max_event_bytes * fraction))
             reasons |= redact(plain, redaction)
+            log_replaced(tag, read_errors | reasons)
             data = _pack_envelope(envelope, head, dict_or_empty(plain), {**envelope.replaced, **read_errors, **reasons})
         except MemoryError:
             why = "there was no memory to encode the event"

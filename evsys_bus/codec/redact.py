@@ -16,6 +16,7 @@ from typing import Any, Final, cast
 import msgspec
 
 REDACTED: Final = "<redacted>"
+REASON: Final = "it looks like a credential"
 
 CONFIG_KEYS: Final = frozenset({"config", "run_config"})
 """Values under these keys are configurations."""
@@ -459,7 +460,7 @@ class _Walk:
     def _replace(self, path: str, shown: str = REDACTED) -> str:
         path = redact_text(path)
         if len(self.replaced) < _MAX_REASONS:
-            self.replaced[path if len(path) <= _MAX_PATH_CHARS else f"{path[:_MAX_PATH_CHARS]}…"] = _WHY
+            self.replaced[path if len(path) <= _MAX_PATH_CHARS else f"{path[:_MAX_PATH_CHARS]}…"] = REASON
         return shown
 
 
@@ -467,7 +468,6 @@ _MAX_REASONS: Final = 100
 _MAX_PATH_CHARS: Final = 256
 _MAX_CACHED_CHARS: Final = 256
 _MAX_HARMLESS_KEYS: Final = 10_000
-_WHY: Final = "it looks like a credential"
 _WITHOUT_TEXT: Final = frozenset({float, int, bool, type(None)})
 _GENERAL_KEYS: Final = frozenset({"key", "value"})
 """The name above or beside them decides."""

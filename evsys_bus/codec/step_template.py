@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row
+from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row, log_replaced
 from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.codec.scalars import MAX_ITEMS, SCALARS, NeedsNormalizing, are_known_keys
 from evsys_bus.codec.wire_types import ABSENT, CONTAINERS, custom_field_names, custom_field_value, is_pinned_path
@@ -304,6 +304,7 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
             else:
                 tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}, redaction), True
             if reasons:
+                log_replaced("step_end", reasons)
                 a = _SEVEN_ENTRIES + a[1:]
                 tail = tail + _REPLACED_KEY
                 _pack_into(reasons, tail, len(tail))

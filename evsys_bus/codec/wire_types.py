@@ -368,12 +368,6 @@ def error_text(error: object) -> str:
         return type(error).__name__
 
 
-def read_attributes(value: object, names: Any) -> dict[str, Any]:
-    """Return the attributes with these names that the value has."""
-    found = ((name, getattr(value, name, ABSENT)) for name in names)
-    return {name: part for name, part in found if part is not ABSENT}
-
-
 def _read_named(read: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: part for name in names if (part := read(name)) is not ABSENT}
 
