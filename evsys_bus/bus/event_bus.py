@@ -21,8 +21,8 @@ from evsys_bus.bus.lifecycle import BusLifecycle, CallbackCloser, close_callback
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.bus.watchdog import Watchdog
-from evsys_bus.codec.redact import Redaction
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, SettingError
@@ -179,6 +179,11 @@ class EventBus:
             PublishLoopError: Hooks publish inside hooks without end.
         """
         self._compiled_publish(event)
+
+    @property
+    def redaction(self) -> Redaction:
+        """Which keys are redacted and revealed; for code that writes files of its own beside the journal."""
+        return self._redaction
 
     @property
     def callbacks(self) -> tuple[object, ...]:

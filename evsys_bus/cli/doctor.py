@@ -186,12 +186,14 @@ def _environment() -> dict[str, str]:
 
 
 def _redacted(name: str, value: str) -> str:
-    """Return the value without secrets: only its length if the name implies one, and URLs without credentials."""
+    """Return the value without secrets: only its length if the name implies one, and texts without credentials."""
     import re
 
-    if any(word in name.upper() for word in _SECRET_WORDS):
+    from evsys_bus.codec.redact import is_secret_key, redact_text
+
+    if is_secret_key(name) or any(word in name.upper() for word in _SECRET_WORDS):
         return f"set ({len(value)} characters, hidden)"
-    return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
+    return redact_text(re.sub(r"//[^/@\s]+@", "//(hidden)@", value))
 
 
 def _install_hint(name: str, facts: dict[str, str]) -> str:

@@ -103,7 +103,9 @@ def event_encoder(
             if needs_context is None or "state" not in event_type.__struct_fields__
             else _require_run_context(encode_any, needs_context)
         )
-    return cast("Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction))
+    return cast(
+        "Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction)
+    )
 
 
 def _require_run_context(
@@ -260,11 +262,15 @@ def _open_event(
 _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
 
 
-def json_line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any], redaction: Redaction | None = None) -> bytes:
     """Encode one row as a JSON object, without the newline. Never raises.
 
     A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
     a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
+
+    Args:
+        row: Text keys and values of any type.
+        redaction: Redact what looks like a credential. None: as it is, for rows that come from a journal.
 
     Example:
         >>> json_line({"step": 3, "loss": float("nan")})
@@ -272,18 +278,22 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     """
     try:
         scalars = scalar_dict(row)
+        if redaction is not None:
+            redact(scalars, redaction)
         line = _to_json(scalars)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # not scalars, refused by msgspec, or a value's own code raised
-        return _normalized_line(row)
+        return _normalized_line(row, redaction)
     if len(line) > MAX_TEXT_CHARS:  # a text in it may be too long
-        return _normalized_line(row)
+        return _normalized_line(row, redaction)
     return _encode_with_nonfinite(scalars) if b"null" in line else line
 
 
-def _normalized_line(row: object) -> bytes:
+def _normalized_line(row: object, redaction: Redaction | None) -> bytes:
     plain, replaced = to_builtins(row)
+    if redaction is not None:
+        replaced |= redact(plain, redaction)
     fields = dict_or_empty(plain) if type(plain) is dict else {"row": plain}
     if replaced:
         fields.setdefault("replaced", replaced)

@@ -60,11 +60,11 @@ def object_fields(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0
     if hasattr(kind, "__attrs_attrs__"):
         return _read_fields(value, [each.name for each in kind.__attrs_attrs__])
     if _is_pydantic(kind):
-        extras = getattr(value, "__pydantic_extra__", None)
+        extras: Any = getattr(value, "__pydantic_extra__", None)
         declared = getattr(kind, "model_fields", None) or getattr(kind, "__fields__", {})
         computed = getattr(kind, "model_computed_fields", {})
-        return _read_fields(value, [*declared, *(extras if isinstance(extras, dict) else ()), *computed])
-    return dict(vars(value)) if _is_namespace(kind) else None
+        return _read_fields(value, [*declared, *dict_or_empty(extras), *computed])
+    return cast("dict[str, Any]", value.__dict__.copy()) if _is_namespace(kind) else None
 
 
 def has_fields(kind: Any) -> bool:
@@ -111,16 +111,23 @@ def _read(get: Callable[..., Any], *args: Any) -> Any:
         return Unreadable(type(error).__name__)
 
 
+def _is_descriptor(item: object) -> bool:
+    return hasattr(type(item), "__get__")
+
+
+def _call_method(value: object, name: str) -> Any:
+    return getattr(value, name)()
+
+
 def _public_attributes(value: Any) -> dict[str, Any]:
-    """Return the public data attributes of any object or class: of the instance, and of its classes below ``object``."""
+    """Return the public data attributes of any object or class, inherited ones included."""
     kinds = value.__mro__ if issubclass(type(value), type) else type(value).__mro__
     names: dict[str, None] = {}
     for kind in reversed(kinds[:-1]):
         slots = kind.__dict__.get("__slots__", ())
         names |= dict.fromkeys((slots,) if isinstance(slots, str) else slots)
-        names |= {name: None for name, item in vars(kind).items() if not hasattr(type(item), "__get__")}
-    instance = _read(getattr, value, "__dict__", ())
-    names |= dict.fromkeys(instance if isinstance(instance, Mapping) else ())
+        names |= {name: None for name, item in vars(kind).items() if not _is_descriptor(item)}
+    names |= dict.fromkeys(dict_or_empty(_read(getattr, value, "__dict__", ())))
     public = [name for name in names if type(name) is str and not name.startswith("_")]
     attributes = _read_fields(value, public[:_MAX_ATTRIBUTES])
     return {name: part for name, part in attributes.items() if not callable(part) and type(part) is not ModuleType}
@@ -254,7 +261,7 @@ class _Normalizer:
         if kind is float or kind is bool or value is None:
             return value
         if kind is Unreadable:
-            return self._replace_value("<unreadable>", f"{cast('Unreadable', value).error} when it was read")
+            return self.replace_value("<unreadable>", f"{cast('Unreadable', value).error} when it was read")
         depth = len(self._trail)
         try:
             copy = _COPY_BY_TYPE.get(kind)
@@ -264,15 +271,15 @@ class _Normalizer:
         except BaseException as error:  # raised by the value's own code
             del self._trail[depth:]
             self._ancestors.discard(id(value))
-            return self._replace_value(short_repr(value), f"{type(error).__name__} when it was read")
+            return self.replace_value(short_repr(value), f"{type(error).__name__} when it was read")
 
     def copy_int(self, value: int) -> Builtins:
         if INT_MIN <= value <= INT_MAX:
             return value
         try:
-            return self._replace_value(float(value), "an integer beyond 64 bits, kept as a float")
+            return self.replace_value(float(value), "an integer beyond 64 bits, kept as a float")
         except OverflowError:
-            return self._replace_value(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
+            return self.replace_value(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
 
     def copy_text(self, value: str) -> str:
         if len(value) > MAX_TEXT_CHARS:
@@ -371,7 +378,7 @@ class _Normalizer:
 
     def copy_lazy_mapping(self, value: Any) -> Builtins:
         """Copy a mapping of any class item by item; one whose look-up raises costs only itself."""
-        limit = MAX_EVENT_BYTES if isinstance(value, dict) else _MAX_LAZY_ENTRIES
+        limit = MAX_EVENT_BYTES if issubclass(type(value), dict) else _MAX_LAZY_ENTRIES  # pyright: ignore[reportUnknownArgumentType] - untyped
         items, total = self._read_lazily(value, lambda key: _read(value.__getitem__, key), limit)
         if total > len(items):
             self._add_reason(f"cut after {len(items)} of {total} entries: reading all of them takes too long")
@@ -407,15 +414,15 @@ class _Normalizer:
         if not CONFIG_KEYS.isdisjoint(self._trail) and (not is_described or self._trail[-1] in CONFIG_KEYS):
             attributes = _public_attributes(value)
             for name in () if attributes else _AS_DICT:
-                found = _read(lambda name=name: getattr(value, name)())
+                found = _read(_call_method, value, name)
                 if isinstance(found, dict):
                     attributes = cast("dict[str, Any]", found)
                     break
             if attributes:
                 return self._within(_MAX_OBJECT_BYTES, lambda: self.copy_mapping(value, attributes))
         if hasattr(kind, "__float__"):
-            return self._replace_value(float.__float__(float(value)), f"a {kind.__name__}, kept as a float")
-        return self._replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+            return self.replace_value(float.__float__(float(cast("Any", value))), f"a {kind.__name__}, kept as a float")
+        return self.replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
 
     def _within(self, max_bytes: int, copy: Callable[[], Builtins]) -> Builtins:
         """Copy with at most this much of the room that is left."""
@@ -437,12 +444,12 @@ class _Normalizer:
                 return self.normalize(scalar)
             if hasattr(scalar, "__float__"):  # np.longdouble.item() returns another np.longdouble
                 return float.__float__(float(scalar))
-            return self._replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+            return self.replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
         if count <= MAX_ARRAY_ITEMS and hasattr(kind, "tolist"):
             return self.normalize(value.tolist())
         dtype = _cached_str(getattr(value, "dtype", "?"))
         description = f"{kind.__name__}(shape={tuple(shape)}, dtype={dtype})"[:MAX_REPR_CHARS]
-        return self._replace_value(description, f"an array of {count} values; record numbers, or a list of a few")
+        return self.replace_value(description, f"an array of {count} values; record numbers, or a list of a few")
 
     def copy_enum(self, value: Enum) -> Builtins:
         """Copy the value of a member; its name if the value is an object."""
@@ -474,7 +481,7 @@ class _Normalizer:
     def _omit(self, container: object) -> Builtins:
         is_circular = id(container) in self._ancestors
         why = "it contains itself" if is_circular else f"nested deeper than {MAX_DEPTH} levels"
-        return self._replace_value(f"<{type(container).__name__}>", why)
+        return self.replace_value(f"<{type(container).__name__}>", why)
 
     def _reserve_items(self, count: int) -> int:
         granted = min(count, max(self.bytes_left, 0) // _ITEM_BYTES)
@@ -483,7 +490,7 @@ class _Normalizer:
         self.bytes_left -= granted * _ITEM_BYTES
         return granted
 
-    def _replace_value(self, replacement: Builtins, why: str) -> Builtins:
+    def replace_value(self, replacement: Builtins, why: str) -> Builtins:
         if type(replacement) is str:
             self.bytes_left -= len(replacement)
         self._add_reason(why)
@@ -522,7 +529,7 @@ _COPY_BY_TYPE: Final[dict[type, Callable[[_Normalizer, Any], Builtins]]] = {
 
 
 @lru_cache(maxsize=256)
-def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C901, PLR0911 - one line for each kind of class
+def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C901, PLR0911, PLR0912 - one line for each kind of class
     """Return how values of a type that is not in `_COPY_BY_TYPE` are copied."""
     if issubclass(kind, float):
         return lambda _, value: float.__float__(value)
@@ -535,11 +542,9 @@ def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C
     if issubclass(kind, PurePath):
         return lambda copying, value: copying.copy_text(str(value))
     if hasattr(kind, "get_secret_value"):  # pydantic's SecretStr and its like
-        return lambda copying, _: copying._replace_value(REDACTED, REASON)  # noqa: SLF001
+        return lambda copying, _: copying.replace_value(REDACTED, REASON)
     if hasattr(kind, "__pydantic_root_model__") and kind.__pydantic_root_model__:
         return lambda copying, value: copying.normalize(value.root)
-    if issubclass(kind, dict) and hasattr(kind, "__dataclass_fields__"):
-        return _Normalizer.copy_lazy_mapping
     if has_fields(kind):
         return lambda copying, value: copying.copy_mapping(value, dict_or_empty(object_fields(value, kind)))
     if hasattr(kind, "item") and not issubclass(kind, Mapping):

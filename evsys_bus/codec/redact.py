@@ -1,8 +1,8 @@
 """Decide what is a credential, and replace it: in records, in logs and in what the command line prints.
 
-A name decides about the value under it. ``apiKeys``, ``AWS_SECRET_ACCESS_KEY`` and ``X-Api-Key`` are split into words.
-Some names are certain and count everywhere (``password``, ``access_token``); others have everyday meanings too and count
-in configurations only (``token``, ``auth``). ``pad_token`` and ``sort_key`` name no credential.
+A name decides about the value under it. ``apiKeys``, ``AWS_SECRET_ACCESS_KEY`` and ``X-Api-Key`` are split into
+words. Some names are certain and count everywhere (``password``, ``access_token``); others have everyday meanings too
+and count in configurations only (``token``, ``auth``). ``pad_token`` and ``sort_key`` name no credential.
 
 A text with the form of a credential counts wherever it stands (``hf_…``, a URL with a password, ``--api-key …``); only
 that part of it is replaced.
@@ -11,6 +11,7 @@ that part of it is replaced.
 import functools
 import re
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any, Final, cast
 
 import msgspec
@@ -21,7 +22,7 @@ REASON: Final = "it looks like a credential"
 CONFIG_KEYS: Final = frozenset({"config", "run_config"})
 """Values under these keys are configurations."""
 _CONFIG_LIKE_KEYS: Final = CONFIG_KEYS | frozenset(
-    "cfg env environ environment extras headers hparams hyperparameters kwargs settings".split()
+    ["cfg", "env", "environ", "environment", "extras", "headers", "hparams", "hyperparameters", "kwargs", "settings"]
 )
 """Values under these keys are searched like configurations."""
 
@@ -63,17 +64,17 @@ def _set(words: str) -> frozenset[str]:
 
 
 _NEUTRAL_WORDS: Final = _set(
-    "pem der hex raw hash base b text plain str value data prod production staging dev live old new current main default "
-    "backup override encrypted encoded json v"
+    "pem der hex raw hash base b text plain str value data prod production staging dev live old new current main "
+    "default backup override encrypted encoded json v"
 )
 """At the end of a name these do not change what it names: ``private_key_pem``, ``api_key_v2``."""
 _DESCRIBING_WORDS: Final = _set(
-    "algorithm alias count created dir directory dim enabled env exists expires expiry field file filename folder format "
-    "header id kind len length lifetime limit max method min minutes mode name number param parameter path pattern "
-    "policy prefix present ref required rotation seconds size source status strength suffix timeout ttl type uri url "
-    "validator valid var variable"
+    "algorithm alias count created dir directory dim enabled env exists expires expiry field file filename folder "
+    "format header id kind len length lifetime limit max method min minutes mode name number param parameter path "
+    "pattern policy prefix present ref required rotation seconds size source status strength suffix timeout ttl "
+    "type uri url validator valid var variable"
 )
-"""A name that ends in one of these is about a credential and does not hold it: ``password_min_length``, ``token_url``."""
+"""A name that ends in one of these is about a credential and does not hold it: ``password_min_length``."""
 _COUNTING_WORDS: Final = _set("has is max min n num number require total use uses with")
 _ALWAYS: Final = re.compile(
     r"_(?:password|passwd|passphrase|passcode"
@@ -87,18 +88,20 @@ _ALWAYS: Final = re.compile(
 """Anywhere in a name, unless it ends in a word of `_DESCRIBING_WORDS`; of the last line at its end."""
 _IN_CONFIG: Final = re.compile(r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature)_$|[a-z]_pwd_$|^_token_")
 _TOKENIZER_WORDS: Final = _set(
-    "pad eos bos unk mask cls sep image img video audio vision special extra additional added start end begin stop think "
-    "thinking reasoning eot eom eoh im fim prefix suffix middle next previous prev prompt input output first last per "
-    "avg mean sum generated generate completion decoder encoder forced suppress bad good target src tgt label class "
-    "box object time timestamp lang language system tool pattern word sub subword vocab vocabulary train training eval "
-    "validation val warmup seen consumed trained budget limit batch sequence seq context answer query doc document soft "
-    "virtual learnable register cache cached draft routed dropped expert max min n num number total new"
+    "pad eos bos unk mask cls sep image img video audio vision special extra additional added start end begin stop "
+    "think thinking reasoning eot eom eoh im fim prefix suffix middle next previous prev prompt input output first "
+    "last per avg mean sum generated generate completion decoder encoder forced suppress bad good target src tgt "
+    "label class box object time timestamp lang language system tool pattern word sub subword vocab vocabulary "
+    "train training eval validation val warmup seen consumed trained budget limit batch sequence seq context answer "
+    "query doc document soft virtual learnable register cache cached draft routed dropped expert max min n num "
+    "number total new"
 )
 _KEY_OWNERS: Final = _set(
-    "api openai anthropic claude aws azure gcp google gemini cohere mistral groq together fireworks replicate openrouter "
-    "deepseek comet neptune mlflow langsmith langfuse pinecone weaviate qdrant stripe twilio sendgrid github gitlab slack "
-    "discord datadog sentry modal runpod kaggle ngc minio clearml tavily serper exa wandb hf huggingface storage "
-    "service subscription consumer client app application admin auth session shared cloudflare nvidia xai perplexity"
+    "api openai anthropic claude aws azure gcp google gemini cohere mistral groq together fireworks replicate "
+    "openrouter deepseek comet neptune mlflow langsmith langfuse pinecone weaviate qdrant stripe twilio sendgrid "
+    "github gitlab slack discord datadog sentry modal runpod kaggle ngc minio clearml tavily serper exa wandb hf "
+    "huggingface storage service subscription consumer client app application admin auth session shared cloudflare "
+    "nvidia xai perplexity"
 )
 
 
@@ -119,7 +122,7 @@ def key_strength(key: object, parent: object = "") -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _strength(name: str) -> int:
+def _strength(name: str) -> int:  # noqa: PLR0911 - one line for each rule
     words = [
         word.removesuffix("s") if len(word) > 3 and not word.endswith("ss") else word  # noqa: PLR2004 - "aws", "pass"
         for part in _WORDS.findall(name[:256])
@@ -170,14 +173,15 @@ _RANDOM_PIECE: Final = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9+]{20,}={0,2}(?![A
 def _looks_random(text: str) -> bool:
     """Whether a text has a long piece in which letters and digits alternate."""
     return any(
-        sum(a.isdigit() != b.isdigit() for a, b in zip(piece, piece[1:], strict=False)) >= 4  # noqa: PLR2004
+        sum(a.isdigit() != b.isdigit() for a, b in pairwise(piece)) >= 4  # noqa: PLR2004
         for piece in _RANDOM_PIECE.findall(text[:4096])
     )
 
 
 def _is_mixed(text: str) -> bool:
     """Whether a text has a digit or a sign that words do not have, or upper case within lower case."""
-    return len(text) >= 32 or any(map(str.isdigit, text)) or "=" in text or (not text.islower() and not text[1:].islower())  # noqa: PLR2004
+    is_long = len(text) >= 32  # noqa: PLR2004
+    return is_long or any(map(str.isdigit, text)) or "=" in text or not (text.islower() or text[1:].islower())
 
 
 def _keep_words(found: re.Match[str]) -> str:
@@ -237,7 +241,10 @@ _OPTION: Final = re.compile(
 _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]] = (
     (
         ("-BEGIN ",),
-        re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,8}-----|\Z)", re.DOTALL),
+        re.compile(
+            r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY.*?(?:-----END [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,8}-----|\Z)",
+            re.DOTALL,
+        ),
         REDACTED,
     ),
     (("://",), re.compile(r"(://[^/\s:@'\"?#<>]{0,256}:)(?!<redacted>@)[^/\s'\"?#<>]{1,512}@"), rf"\1{REDACTED}@"),
@@ -287,7 +294,10 @@ _PROSE: Final = re.compile(
     r"|passw(?:ord|d) is |login\s{1,4}\S{1,200}\s{1,4}password\s{1,4})([^\s\"',;]{6,})"
 )
 _HEADER_PAIR: Final = re.compile(r"(\(b?([\"'])([\w-]{2,60})\2,\s?b?)([\"'])((?:(?!\4).)+)\4")
-_HEADER: Final = re.compile(r"(?i)(?<![\w-])((?:proxy-authorization|authorization|set-cookie|cookie):[ \t]*)([^\"'\r\n}]+)")
+_HEADER: Final = re.compile(
+    r"(?i)(?<![\w-])((?:proxy-authorization|authorization|set-cookie|cookie):[ \t]*)([^\"'\r\n}]+)"
+)
+
 
 def redact_text(text: str) -> str:
     """Return a text with everything in it replaced that has the form of a credential."""
@@ -298,7 +308,7 @@ def redact_text(text: str) -> str:
             if marker in text:
                 text = pattern.sub(replacement, text)
                 break
-    if "=" in text or ":" in text or "-" in text or "login" in text:
+    if "=" in text or ":" in text or "-" in text or " is " in text or "login" in text:
         lower = text.lower()
         if any(stem in lower for stem in _ASSIGNMENT_STEMS):
             if "cookie:" in lower or "authorization:" in lower:
@@ -382,7 +392,7 @@ class _Walk:
             return
         sibling = entries.get("name", entries.get("key"))  # {"name": "HF_TOKEN", "value": …}
         for key, item in entries.items():
-            kind: type = type(item)
+            kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
             if kind is str and not self._has_own_keys and len(item) <= _MAX_CACHED_CHARS and key not in _GENERAL_KEYS:
                 shown = _redact_short_text(key, item, in_config)
                 if shown is not item and shown != item:
@@ -427,11 +437,13 @@ class _Walk:
                     item[1] = self._replace(f"{path}[{index}][1]")
                 items[index] = self._redact_value(item, f"{path}[{index}]", "", parent, in_config=in_config)
 
-    def _redact_value(self, item: Any, path: str, key: str, parent: str, *, in_config: bool) -> Any:
+    def _redact_value(self, item: Any, path: str, key: str, parent: str, *, in_config: bool) -> object:  # noqa: PLR0911 - one line for each kind of value
         if self._has_own_keys and key:
             name = _normalize_key(key)
             if name in self._redaction.reveal:
-                self.redact_container(item, path, "", in_config=in_config) if type(item) is dict else None
+                for each in cast("list[Any]", item) if type(item) is list else (item,):
+                    if type(each) is dict:
+                        self.redact_container(each, path, "", in_config=in_config)
                 return item
             if name in self._redaction.redact:
                 return self._replace(path)

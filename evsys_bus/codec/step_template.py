@@ -240,7 +240,9 @@ _REPLACED_KEY: Final = b"\xa8replaced"
 
 
 def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a single frame, for speed
-    encode_any: EncodeStep, max_bytes: int, needs_context: Callable[[object], bool] | None = None,
+    encode_any: EncodeStep,
+    max_bytes: int,
+    needs_context: Callable[[object], bool] | None = None,
     redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
 ) -> EncodeStep:
     """Return a function that encodes the steps of one stream, one at a time.

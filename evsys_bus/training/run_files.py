@@ -16,6 +16,7 @@ from typing import Any, Final
 import msgspec
 
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import Redaction, redact_text
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import open_regular
@@ -40,8 +41,9 @@ class RowFile:
     order, before the next one.
     """
 
-    def __init__(self, path: Path, *, max_pending: int = MAX_PENDING) -> None:
+    def __init__(self, path: Path, *, max_pending: int = MAX_PENDING, redaction: Redaction | None = None) -> None:
         self.path = path
+        self._redaction = redaction
         self.lost = 0
         """Number of rows dropped because too many were pending."""
         self._pending: deque[bytes] = deque()
@@ -58,7 +60,7 @@ class RowFile:
         if len(self._pending) >= self._max_pending:
             self._pending.popleft()
             self.lost += 1
-        self._pending.append(json_line(row) + b"\n")
+        self._pending.append(json_line(row, self._redaction) + b"\n")
         self._write_pending(is_retry=is_retry)
 
     def flush(self) -> None:
@@ -249,7 +251,9 @@ def write_error_file(run_dir: Path, error: BaseException) -> Path | None:
     """Write the traceback atomically and return the path; if that fails, log a warning and return None."""
     path = run_dir / ERROR_FILE
     try:
-        replace_file(path, _truncate(_format_traceback(error)).encode(errors="backslashreplace"), mode=0o666)
+        replace_file(
+            path, redact_text(_truncate(_format_traceback(error))).encode(errors="backslashreplace"), mode=0o666
+        )
     except (OSError, MemoryError) as write_error:
         log().warning("run.error_unwritten", file=str(path), error=str(write_error))
         return None
