@@ -171,10 +171,12 @@ def _environment() -> dict[str, str]:
 
 
 def _redacted(name: str, value: str) -> str:
-    """Return the value without secrets: only its length if the name implies one, and URLs without credentials."""
-    if any(word in name.upper() for word in _SECRET_WORDS):
+    """Return the value without secrets: only its length if the name implies one, and texts without credentials."""
+    from evsys_bus.codec.redact import is_secret_key, redact_text
+
+    if is_secret_key(name) or any(word in name.upper() for word in _SECRET_WORDS):
         return f"set ({len(value)} characters, hidden)"
-    return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
+    return redact_text(re.sub(r"//[^/@\s]+@", "//(hidden)@", value))
 
 
 def _faults(sections: dict[str, dict[str, str]]) -> list[str]:

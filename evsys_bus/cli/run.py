@@ -188,7 +188,13 @@ async def _train(
     tracker: RunStateTracker,
 ) -> _TrainingOutcome:
     interrupts.cancel_this_task_on_signal()
-    bus = EventBus(callbacks, journal=plan.folder / JOURNAL_DIR, drain_timeout=_DRAIN_SECONDS)
+    bus = EventBus(
+        callbacks,
+        journal=plan.folder / JOURNAL_DIR,
+        redact=plan.config.redact,
+        reveal=plan.config.reveal,
+        drain_timeout=_DRAIN_SECONDS,
+    )
     try:  # otherwise the journal would report it, as an error of its own directory
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -84,6 +84,10 @@ class ExperimentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Callback specs, see `evsys_bus.config.build_callbacks`."""
     plugins: list[str] = []
     """Modules to import first, for the callbacks that they register."""
+    redact: list[str] = []
+    """Keys whose values are not recorded, in addition to those that look like credentials."""
+    reveal: list[str] = []
+    """Keys whose texts are recorded even if they look like credentials."""
 
 
 EXTENSION_PREFIX: Final = "x-"
