@@ -26,8 +26,10 @@ PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
 set_option: Final = click.option(
     "--set", "sets", multiple=True, metavar="A.B=C", help="Override a value of the file: --set run.lr=1e-3; repeatable."
 )
-
-
+run_argument: Final = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+optional_run_argument: Final = click.argument(
+    "folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path)
+)
 progress_option: Final = click.option(
     "--progress",
     type=click.Choice(PROGRESS_MODES),

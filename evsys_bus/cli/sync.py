@@ -21,7 +21,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -90,7 +90,7 @@ class SyncResult(NamedTuple):
 
 
 @click.command("sync")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
 @click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
