@@ -15,6 +15,7 @@ import msgspec
 from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.health import JournalHealth
 from evsys_bus.codec import MAX_EVENT_BYTES, RunContextNeeded, encode, event_encoder
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.codec.wire_types import (
     ABSENT,
     absolute_path,
@@ -67,10 +68,10 @@ class EventRecorder:
     """Records the events of a bus. Called with the bus's token held, so by one thread at a time."""
 
     def __init__(
-        self, writer: JournalWriter, rank: int, raise_later: Callable[[BaseException], None], secrets: frozenset[str]
+        self, writer: JournalWriter, rank: int, raise_later: Callable[[BaseException], None], redaction: Redaction
     ) -> None:
         self.writer = writer
-        self._secrets = secrets
+        self._redaction = redaction
         self._stream = writer.stream
         self._rank = rank
         self._raise_later = raise_later
@@ -87,7 +88,7 @@ class EventRecorder:
         journal: JournalWriter | str | os.PathLike[str],
         rank: int,
         raise_later: Callable[[BaseException], None],
-        secrets: frozenset[str],
+        redaction: Redaction,
     ) -> Self:
         """Open the journal.
 
@@ -95,7 +96,7 @@ class EventRecorder:
             journal: A directory, or a writer that is not open yet.
             rank: Rank of this process.
             raise_later: Called with errors to be raised from the current publish.
-            secrets: See `evsys_bus.codec.encode`.
+            redaction: See `evsys_bus.codec.encode`.
 
         Raises:
             JournalOpenError: The directory cannot be written.
@@ -103,7 +104,7 @@ class EventRecorder:
         writer = journal if isinstance(journal, JournalWriter) else JournalWriter(journal, rank=rank)
         writer.open()
         try:
-            recorder = cls(writer, rank, raise_later, secrets)
+            recorder = cls(writer, rank, raise_later, redaction)
             pin_relative_paths(recorder)
         except BaseException:
             writer.close(MIN_CLOSE_SECONDS)
@@ -146,7 +147,7 @@ class EventRecorder:
         if event_type is Checkpoint:
             return partial(self._record_with, get_run_key, self._append_retained)
         encode_event = event_encoder(
-            event_type, self._stream, self._rank, get_run_key, self._secrets, self._is_context_missing
+            event_type, self._stream, self._rank, get_run_key, self._redaction, self._is_context_missing
         )
         return self._fast_recorder(get_run_key, encode_event)
 
@@ -229,7 +230,7 @@ class EventRecorder:
         whole_context: bool = False,
     ) -> bytes:
         envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
-        return encode(envelope, max_event_bytes=max_event_bytes, secrets=self._secrets, whole_context=whole_context)
+        return encode(envelope, max_event_bytes=max_event_bytes, redaction=self._redaction, whole_context=whole_context)
 
     def _missing_context(self, event: Event) -> tuple[str | None, str] | None:
         """Return the run whose whole context the event must carry because no recorded event has it yet."""

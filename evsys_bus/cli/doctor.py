@@ -150,23 +150,19 @@ def _append_works(path: str) -> str:
 
 def _lock_works(path: str) -> str:
     """Check that a second descriptor cannot take a lock that the first one holds."""
+    from evsys_bus.disk import OsDisk
+
+    disk, locks = OsDisk(), list[int]()
     try:
-        import fcntl
+        locks += [lock for _ in range(2) if (lock := disk.lock(path)) is not None]
     except ImportError:
         return "fails: this platform has no flock"
-    first, second = os.open(path, os.O_RDWR | os.O_CREAT, 0o600), os.open(path, os.O_RDWR, 0o600)
-    try:
-        fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return "works"
     except OSError as error:
         return f"fails: {error.strerror}"
-    else:
-        return "fails: two writers hold one lock"
     finally:
-        os.close(first)
-        os.close(second)
+        for lock in locks:
+            disk.close(lock)
+    return "works" if len(locks) == 1 else "fails: two writers hold one lock"
 
 
 def _environment() -> dict[str, str]:
@@ -175,10 +171,12 @@ def _environment() -> dict[str, str]:
 
 
 def _redacted(name: str, value: str) -> str:
-    """Return the value without secrets: only its length if the name implies one, and URLs without credentials."""
-    if any(word in name.upper() for word in _SECRET_WORDS):
+    """Return the value without secrets: only its length if the name implies one, and texts without credentials."""
+    from evsys_bus.codec.redact import is_secret_key, redact_text
+
+    if is_secret_key(name) or any(word in name.upper() for word in _SECRET_WORDS):
         return f"set ({len(value)} characters, hidden)"
-    return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
+    return redact_text(re.sub(r"//[^/@\s]+@", "//(hidden)@", value))
 
 
 def _faults(sections: dict[str, dict[str, str]]) -> list[str]:

@@ -4,7 +4,6 @@ Records in the folder of a run are read line by line; damaged lines are skipped.
 their journal.
 """
 
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from evsys_bus.adapter import RunAnnotated
 from evsys_bus.cli.events import EventFilter, EventReader, metrics_of, read_stream_states, step_of
 from evsys_bus.codec import decode
 from evsys_bus.context import ArmResult, EvalResult, ManifestRow
-from evsys_bus.errors import CodecError, JournalVersionError
+from evsys_bus.errors import CodecError, JournalVersionError, closest_word
 from evsys_bus.events import (
     BenchmarkEval,
     Checkpoint,
@@ -124,9 +123,9 @@ def _last_write_time(directory: Path) -> float:
 
 def suggest_run(requested: Path, known: set[str]) -> str:
     """Return the end of an error text: the nearest of the known folders or names of runs, or some of them."""
-    near = difflib.get_close_matches(str(requested), [*known, *(Path(each).name for each in known)], n=1)
-    if near:
-        return f"; did you mean {near[0]}?"
+    near = closest_word(str(requested), [*known, *(Path(each).name for each in known)])
+    if near is not None:
+        return f"; did you mean {near}?"
     return f"; known: {', '.join(sorted(known)[:_MAX_NAMED])}" if known else ""
 
 

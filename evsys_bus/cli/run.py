@@ -35,7 +35,6 @@ from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.output.formatting import (
     GAP,
     NO_VALUE,
-    MetricSpread,
     format_duration,
     format_facts,
     format_mean_sd,
@@ -189,7 +188,13 @@ async def _train(
     tracker: RunStateTracker,
 ) -> _TrainingOutcome:
     interrupts.cancel_this_task_on_signal()
-    bus = EventBus(callbacks, journal=plan.folder / JOURNAL_DIR, drain_timeout=_DRAIN_SECONDS)
+    bus = EventBus(
+        callbacks,
+        journal=plan.folder / JOURNAL_DIR,
+        redact=plan.config.redact,
+        reveal=plan.config.reveal,
+        drain_timeout=_DRAIN_SECONDS,
+    )
     try:  # otherwise the journal would report it, as an error of its own directory
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -432,7 +437,7 @@ def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
 def _format_spread(spread: Spread | None) -> str:
     if spread is None or spread.mean is None:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
-    text = format_mean_sd(MetricSpread(spread.mean, spread.sd, spread.n))
+    text = format_mean_sd(spread)
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
 
 

@@ -8,9 +8,12 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from evsys_bus.cli.output.screen import printable
+
+if TYPE_CHECKING:
+    from evsys_bus.context import Spread
 
 NO_VALUE: Final = "-"
 """Shown where there is no value yet."""
@@ -90,15 +93,6 @@ def count_in_ranges(ranges: Sequence[tuple[int, int]]) -> int:
     return sum(last - first + 1 for first, last in ranges)
 
 
-class MetricSpread(NamedTuple):
-    """Mean and standard deviation of a metric over the runs of an arm."""
-
-    mean: float
-    sd: float | None
-    """None for a single run."""
-    runs: int
-
-
 def format_number(value: float) -> str:
     """Format a number with about four digits; the width depends on its magnitude only, so that columns do not move."""
     magnitude = abs(value)
@@ -111,9 +105,9 @@ def format_number(value: float) -> str:
     return f"{value:.{_decimals(magnitude)}f}"
 
 
-def format_mean_sd(spread: MetricSpread | None, *, sd: bool = True) -> str:
-    """Format mean ± standard deviation."""
-    if spread is None:
+def format_mean_sd(spread: "Spread | None", *, sd: bool = True) -> str:
+    """Format mean ± standard deviation of the finite values."""
+    if spread is None or spread.mean is None:
         return NO_VALUE
     if spread.sd is None or not sd:
         return format_number(spread.mean)

@@ -1,8 +1,6 @@
 """Progress as a table that is redrawn in place: title, arms, failures, uploads and problems."""
 
-import math
 import shutil
-import statistics
 import sys
 import textwrap
 import time
@@ -20,7 +18,6 @@ from evsys_bus.cli.output.capture import CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import describe_counts
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
-    MetricSpread,
     format_duration,
     format_mean_sd,
     summarize_error,
@@ -29,6 +26,7 @@ from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import is_terminal, printable
 from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
 from evsys_bus.codec import to_builtins
+from evsys_bus.context import Spread, spread_of
 from evsys_bus.tasks import DeliveryStatus
 
 _HIDDEN_METRICS: Final = frozenset({"step", "epoch", "step_seconds"})
@@ -57,8 +55,8 @@ class ArmRow(NamedTuple):
     failed: int
     step: int
     num_steps: int
-    train: MetricSpread | None
-    eval: MetricSpread | None
+    train: Spread
+    eval: Spread
     eta: float | None
 
 
@@ -105,15 +103,15 @@ def _arm_row(arm: str, runs: Sequence[RunProgress], shown: ShownMetrics, now: fl
     running = [run for run in runs if run.status == "running"]
     started = [run for run in runs if run.started_at is not None and run.status != "failed"]
     measured = running or started or [run for run in runs if run.started_at is not None]
-    train = compute_spread(_numbers(run.metrics.get(shown.train) for run in started) if shown.train else ())
-    scored = compute_spread(_numbers(_eval_value(run, shown.eval) for run in started) if shown.eval else ())
+    train = spread_of(_numbers(run.metrics.get(shown.train) for run in started) if shown.train else ())
+    scored = spread_of(_numbers(_eval_value(run, shown.eval) for run in started) if shown.eval else ())
     return ArmRow(
         arm,
         runs=len(runs),
         completed=sum(run.status == "completed" for run in runs),
         running=len(running),
         failed=sum(run.status == "failed" for run in runs),
-        step=round(statistics.fmean(run.step for run in measured)) if measured else 0,
+        step=round(sum(run.step for run in measured) / len(measured)) if measured else 0,
         num_steps=max((run.num_steps for run in measured), default=0),
         train=train,
         eval=scored,
@@ -136,17 +134,6 @@ def _estimate_seconds_left(runs: Sequence[RunProgress], now: float) -> float | N
 def _eval_value(run: RunProgress, eval_metric: tuple[str, str]) -> object:
     name, metric = eval_metric
     return run.evals[name][1].get(metric) if name in run.evals else None
-
-
-def compute_spread(values: Iterable[float]) -> MetricSpread | None:
-    """Return mean and sample standard deviation; None for no values."""
-    numbers = list(values)
-    if not numbers:
-        return None
-    mean = math.fsum(numbers) / len(numbers)
-    if len(numbers) == 1 or not math.isfinite(mean):
-        return MetricSpread(mean, None, len(numbers))
-    return MetricSpread(mean, statistics.stdev(numbers), len(numbers))
 
 
 def _numbers(values: Iterable[object]) -> list[float]:
@@ -291,10 +278,14 @@ def _arm_cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
         Text(printable(arm.arm), style="red" if arm.failed else ""),
         Text(f"{arm.completed}/{arm.runs}{' !' if arm.failed else ''}", style="red" if arm.failed else ""),
         Text(f"{arm.step:,}/{arm.num_steps:,}" if arm.num_steps else NO_VALUE, style=style),
-        Text(format_mean_sd(arm.train, sd=sd)),
-        Text(format_mean_sd(arm.eval, sd=sd)),
+        Text(_format_metric(arm.train, sd=sd)),
+        Text(_format_metric(arm.eval, sd=sd)),
         Text("done" if arm.completed + arm.failed == arm.runs else format_duration(arm.eta)),
     ]
+
+
+def _format_metric(spread: Spread, *, sd: bool) -> str:
+    return "nan" if spread.nonfinite else format_mean_sd(spread, sd=sd)
 
 
 def _select_arms(arms: list[ArmRow], room: int) -> list[ArmRow]:
