@@ -229,13 +229,13 @@ def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
 
 
-def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+def unfinished_deliveries(directory: Path, only: Collection[str]) -> list[DeliveryStatus]:
     """Return the adapters of a journal that have pending or unconfirmed events."""
     found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
-def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
+def find_work(directory: Path, only: Collection[str]) -> PendingWork:
     """Return the pending deliveries of a journal."""
     try:
         known = {each.name: each for each in load_subscriptions(str(directory))}

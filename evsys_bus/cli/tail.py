@@ -33,7 +33,7 @@ class EventFormatter:
         columns: The width of the terminal, which no line exceeds; None for no limit.
     """
 
-    def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
+    def __init__(self, *, metric: re.Pattern[str] | None, columns: int | None) -> None:
         self._metric = metric
         self._columns = columns
         self._widths = [0, 0, 0]
