@@ -22,7 +22,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -95,7 +95,7 @@ class SyncResult(NamedTuple):
 
 
 @click.command("sync")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
 @click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
@@ -237,13 +237,13 @@ def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
 
 
-def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+def unfinished_deliveries(directory: Path, only: Collection[str]) -> list[DeliveryStatus]:
     """Return the adapters of a journal that have pending or unconfirmed events."""
     found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
-def find_work(directory: Path, only: Collection[str] = (), *, trust: bool = False) -> PendingWork:
+def find_work(directory: Path, only: Collection[str], *, trust: bool = False) -> PendingWork:
     """Return the pending deliveries of a journal.
 
     Args:
