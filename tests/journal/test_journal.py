@@ -161,7 +161,7 @@ def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
     assert read_sequences(tmp_path)[:2] == [
         1,
         2,
-    ]  # a reader that comes too late for the first segment still learns of the runs
+    ]  # so that a late reader knows the runs
 
 
 def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_path):

@@ -14,6 +14,7 @@ from evsys_bus.events import ArmResult, Envelope, ExperimentEnd, ExperimentStart
 from evsys_bus.journal import JournalReader, JournalWriter, OsDisk, frame, verify
 from evsys_bus.testing import MachineStopped, SimulatedDisk
 from support.journals import read_sequences
+from support.pages import run_blocks, snippets
 
 NEVER = math.inf
 STREAM = "r3-000007-20260131T120000-5f3a91c2"
@@ -33,6 +34,16 @@ def carried_by_segment(folder: Path) -> dict[int, list[int]]:
         frames = frame.scan(path.read_bytes(), frame.SEGMENT_HEADER_BYTES)
         found[int(path.stem.partition("-")[2])] = [each.sequence for each in frames if each.kind == frame.CARRIED]
     return found
+
+
+def test_the_page_on_the_format_has_a_mirror_that_works(tmp_path):
+    blocks = list(snippets(Path(__file__).parents[2] / "docs/journal-format.md"))
+    assert len(blocks) == 1
+    assert run_blocks(tmp_path, blocks) == []
+    original, copy = JournalReader(tmp_path / "original"), JournalReader(tmp_path / "copy")
+    [stream] = original.streams()
+    assert list(copy.read(stream)) == list(original.read(stream))
+    assert copy.id != original.id
 
 
 # -- opening a stream by its name -------------------------------------------------------------------------------------
@@ -194,8 +205,7 @@ def test_whichever_call_the_machine_stops_in_an_acknowledged_batch_is_there_once
 
     def live(disk: SimulatedDisk, acknowledged: list[int]) -> None:
         writer = mirror(disk, segment_bytes=150, reserve_bytes=0)
-        for each in batches:
-            acknowledged.append(writer.append_batch(each))
+        acknowledged.extend(map(writer.append_batch, batches))
 
     disk = SimulatedDisk()
     live(disk, [])
