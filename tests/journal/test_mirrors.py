@@ -1,5 +1,6 @@
 """Streams of another journal, written by name in batches under their own sequences: what relays and mirrors do."""
 
+import errno
 import math
 import threading
 from pathlib import Path
@@ -177,27 +178,46 @@ def test_a_disk_that_refuses_a_batch_is_an_error_and_the_batch_can_be_given_agai
 
 
 class FailingSync(SimulatedDisk):
-    fails = False
+    error: BaseException | None = None
 
     def sync(self, file):
-        if self.fails:
-            raise OSError(5, "the disk is broken")
+        if self.error is not None:
+            raise self.error
         super().sync(file)
 
 
-def test_a_batch_whose_sync_failed_is_written_again_and_read_once():
+@pytest.mark.parametrize("has_round_between", [True, False])
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_batch_whose_sync_failed_is_written_again_and_read_once(code, has_round_between):
     disk = FailingSync()
     writer = mirror(disk)
     writer.append_batch(batch(1))
-    disk.fails = True
+    broken = writer.segment
+    disk.error = OSError(code, "the disk is broken")
     with pytest.raises(UnrecordedError):
         writer.append_batch(batch(2, 3))
-    writer.flush()  # a sync that fails in the background must not make the batch look synced either
-    disk.fails = False
-    writer.flush()
+    if has_round_between:  # a sync that fails or succeeds in it must not make the batch look synced
+        writer.flush()
+        disk.error = None
+        writer.flush()
+    disk.error = None
     assert writer.append_batch(batch(2, 3)) == 3
+    assert writer.segment != broken  # what a failed sync left of it is not known
     disk.restart("power")
     assert read_sequences("/mirror", disk=disk) == [1, 2, 3]
+
+
+def test_a_batch_that_was_written_and_not_synced_before_a_kill_is_synced_before_it_is_acknowledged():
+    disk = FailingSync()
+    writer = mirror(disk)
+    disk.error = MachineStopped()
+    with pytest.raises(MachineStopped):
+        writer.append_batch(batch(1, 2))
+    disk.error = None
+    disk.restart("kill")
+    assert mirror(disk).append_batch(batch(1, 2)) == 2
+    disk.restart("power")
+    assert read_sequences("/mirror", disk=disk) == [1, 2]
 
 
 def test_whichever_call_the_machine_stops_in_an_acknowledged_batch_is_there_once_after_it():
