@@ -35,6 +35,7 @@ from evsys_adapters.checkpoints.store_urls import (
     StoreUrl,
     check_url,
     has_placeholders,
+    join_url,
     url_for,
 )
 from evsys_bus.callback import Callback
@@ -57,7 +58,8 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
 
     url: StoreUrl
     """Destination: ``s3://bucket/prefix`` or ``file:///folder``; a run's checkpoints go into a folder named after
-    it. ``{experiment}`` is replaced by the name of the experiment's folder, ``{output_dir}`` by its path."""
+    it. An S3 URL may end with ``?endpoint=https://host``, and ``region``, ``path_style`` or ``profile``, instead of the
+    params below. ``{experiment}`` is replaced by the name of the experiment's folder, ``{output_dir}`` by its path."""
     checkpoints: Literal["all", "final"] | Annotated[int, msgspec.Meta(ge=1)] = "all"
     """Which checkpoints: ``all``, ``final``, or those saved after every this many steps and the final one."""
     what: Literal["state", "sampler", "both"] = "both"
@@ -369,7 +371,7 @@ class UploadSink(Sink):
 
     @staticmethod
     def _url(task: _UploadTask) -> str:
-        return f"{task.url.rstrip('/')}/{task.run}/{task.folder}"
+        return join_url(task.url, task.run, task.folder)
 
 
 async def _put_file(

@@ -327,3 +327,32 @@ async def test_the_bucket_may_be_part_of_the_host_name(server, monkeypatch, ledg
     await store.close()
     assert "team/k" in server.objects
     assert {headers["host"] for headers in server.headers} == {"bucket.s3.example.test"}
+
+
+async def test_a_url_may_name_the_endpoint_and_the_region(server, ledger, tmp_path):
+    url = f"s3://bucket/team?endpoint={server.endpoint}&region=eu-central-1&path_style=true"
+    store, prefix = open_store(url, endpoint="http://127.0.0.1:1")
+    assert prefix == "team/"
+    await store.put_file("team/k", made(tmp_path / "file", 10), ledger=ledger)
+    await store.close()
+    assert "team/k" in server.objects
+    assert {headers["authorization"].split("/")[2] for headers in server.headers} == {"eu-central-1"}
+
+
+async def test_a_part_whose_confirmation_is_not_listed_is_not_sent_again(server, store, ledger, tmp_path):
+    file = made(tmp_path / "file", SIZES["three parts"])
+    server.on_request = lambda operation, key: (500, "InternalError") if operation == "complete_upload" else None
+    with pytest.raises(RetryLaterError):
+        await store.put_file("team/k", file, ledger=ledger)
+    server.on_request = lambda operation, key: (501, "NotImplemented") if operation == "list_parts" else None
+    await store.put_file("team/k", file, ledger=ledger)
+    assert server.count("upload_part") == 3
+    assert server.objects["team/k"][0] == file.read_bytes()
+
+
+async def test_403_is_a_wrong_clock_if_the_servers_time_is_far_away(server, store, monkeypatch):
+    await store.probe()
+    server.denied = {"head_object"}
+    server.date = "Thu, 01 Jan 2026 00:00:00 GMT"
+    with pytest.raises(ParkedError, match="clock is .* ahead"):
+        await store.get_file("team/k", None)

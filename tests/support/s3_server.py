@@ -361,6 +361,7 @@ class DialectServer:
     Attributes:
         denied: Names of operations that the key may not do; they get 403.
         on_request: Called with the operation and the key before each request; returns a status and a code to refuse it.
+        date: The time of its clock, an HTTP date; None for the right one.
         requests: The operation and the key of every request.
         headers: The headers of every request.
     """
@@ -369,6 +370,7 @@ class DialectServer:
         self.dialect = DIALECTS[dialect]
         self.denied: set[str] = set()
         self.on_request = None
+        self.date: str | None = None
         self.requests: list[tuple[str, str]] = []
         self.headers: list[dict[str, str]] = []
         self.objects: dict[str, tuple[bytes, dict[str, str], str]] = {}
@@ -403,6 +405,9 @@ class _DialectHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *args) -> None:
         pass
+
+    def date_time_string(self, timestamp=None) -> str:
+        return self.bucket.date or super().date_time_string(timestamp)
 
     def handle(self) -> None:
         with suppress(ConnectionError):  # the client was killed

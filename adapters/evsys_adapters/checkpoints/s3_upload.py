@@ -178,12 +178,10 @@ class FileUpload:
 
     async def _start_upload(self, plan: UploadPlan) -> UploadPlan:
         await to_thread.run_sync(self._ledger.begin, plan)
-        reply = await self._connection.call(
-            "create_multipart_upload",
-            Key=self._key,
-            Metadata={"sha256": plan.sha256},
-            **({"ChecksumAlgorithm": "SHA256"} if self._connection.features.checks_digests else {}),
-        )
+        params: dict[str, Any] = {"Metadata": {"sha256": plan.sha256}}
+        if self._connection.features.checks_digests:
+            params["ChecksumAlgorithm"] = "SHA256"
+        reply = await self._connection.call("create_multipart_upload", Key=self._key, **params)
         plan = msgspec.structs.replace(plan, upload_id=reply["UploadId"])
         await to_thread.run_sync(self._ledger.begin, plan)
         return plan

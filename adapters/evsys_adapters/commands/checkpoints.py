@@ -20,7 +20,7 @@ from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
 from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool, UploadRecord
-from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool, join_url
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -251,7 +251,7 @@ def _remote_copies(run_dir: Path, row: ManifestRow, pruned: str | None) -> Itera
 
 def _uploaded_copy(record: UploadRecord, pruned: str | None) -> RemoteCopy:
     manifest = record.manifest
-    is_pruned = pruned is not None and pruned.startswith(record.url.rstrip("/"))
+    is_pruned = pruned is not None and pruned.startswith(join_url(record.url))
     state: RemoteState = "pruned" if is_pruned else "uploaded"
     return RemoteCopy(state, record.url, record.store_options, sum(file.size for file in manifest.files))
 
