@@ -103,6 +103,8 @@ ODD = {
     "a device": add_device,
     "a link to nothing": lambda folder: (folder / "odd").symlink_to("/nothing/there"),
     "a link to itself": lambda folder: (folder / "odd").symlink_to("odd"),
+    "a link to everything": lambda folder: (folder / "odd").symlink_to("/"),
+    "a link to the run": lambda folder: (folder / "odd").symlink_to(folder.parent),
     "a link to a device": lambda folder: (folder / "odd").symlink_to("/dev/zero"),
 }
 
@@ -274,6 +276,19 @@ async def test_a_checkpoint_that_changed_is_a_dead_letter_and_the_next_one_arriv
     (run.folder / "next").mkdir()
     (run.folder / "next" / "model.pt").write_bytes(b"weights")
     assert (await run.upload(str(run.folder / "next"), batch=19))[0] == {"model.pt": b"weights"}
+
+
+async def test_directories_that_are_linked_to_each_other_arrive_in_a_bounded_number_of_copies(run):
+    names = [f"d{number}" for number in range(6)]
+    for name in names:
+        (run.saved / name).mkdir(parents=True)
+        (run.saved / name / "weights").write_bytes(name.encode())
+        for other in names:
+            (run.saved / name / other).symlink_to(run.saved / other)
+    found, manifest = await run.upload(str(run.saved))
+    assert {f"{name}/weights" for name in names} <= set(found)
+    assert len(found) < 1000
+    assert manifest.left_out
 
 
 async def test_a_log_that_grows_is_left_out_and_the_rest_arrives(run):

@@ -120,7 +120,7 @@ async def _create_conditions(connection: S3Connection, key: str) -> bool:
 
 
 async def _is_refused(connection: S3Connection, key: str, **condition: Any) -> bool:
-    """Write again on a condition that does not hold; returns whether the server says so."""
+    """Write again on a condition that does not hold; returns whether the server refuses."""
     try:
         await _put(connection, key, **condition)
     except S3ResponseError as error:

@@ -40,12 +40,18 @@ class SourceFile(NamedTuple):
     status: os.stat_result
 
 
+_MAX_NESTED_LINKS: Final = 3
+"""Directories that are linked to each other have a number of paths that grows without bound."""
+
+
 class _Entry(NamedTuple):
     path: str
     """Resolved if it is a link."""
     name: str
     """Below the checkpoint's folder."""
     is_link: bool
+    links: int
+    """Followed links on the way."""
     ancestors: tuple[tuple[int, int], ...]
 
 
@@ -100,15 +106,19 @@ def _is_journal(folder: str, names: AbstractSet[str]) -> bool:
 
 def _files_below(folder: str, run_dir: Path) -> Iterator[tuple[str, SourceFile | str]]:
     """Walk a directory in the order of the names; not recursively, since it may be nested deeply."""
-    run_folder = os.path.realpath(run_dir)
-    pending = [_Entry(folder, "", is_link=False, ancestors=())]
+    run_folder, root = os.path.realpath(run_dir), Path(os.path.realpath(folder))
+    pending = [_Entry(folder, "", is_link=False, links=0, ancestors=())]
     while pending:
-        path, name, is_link, ancestors = entry = pending.pop()
+        path, name, is_link, links, ancestors = entry = pending.pop()
         try:
             status = os.stat(path)  # noqa: PTH116 # as above
             if not stat.S_ISDIR(status.st_mode):
                 yield name, _file_or_reason(path, status)
-            elif (status.st_dev, status.st_ino) not in ancestors:  # else a link leads back up
+            elif (status.st_dev, status.st_ino) in ancestors:  # a link leads back up
+                continue
+            elif is_link and (links > _MAX_NESTED_LINKS or root.is_relative_to(path)):
+                yield name, f"it leads to {path}, around the checkpoint or through too many links"
+            else:
                 pending += reversed(_listed(entry, status, run_folder))
         except OSError as error:
             if isinstance(error, FileNotFoundError) and not is_link:
@@ -139,7 +149,7 @@ def _listed(folder: _Entry, status: os.stat_result, run_folder: str) -> list[_En
             continue
         is_link = entry.is_symlink()
         path = os.path.realpath(entry.path) if is_link else entry.path  # os.link would link the link
-        result.append(_Entry(path, f"{prefix}{safe_file_name(entry.name)}", is_link, ancestors))
+        result.append(_Entry(path, f"{prefix}{safe_file_name(entry.name)}", is_link, folder.links + is_link, ancestors))
     return result
 
 

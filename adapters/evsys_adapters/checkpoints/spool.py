@@ -94,12 +94,8 @@ class PendingUpload(NamedTuple):
     entry: SpoolEntry | None
     """None if its ``entry.json`` is missing or damaged; `Spool.repair` rebuilds it."""
 
-    def changed_file(self) -> str | None:
-        """Return a file that has changed since the event: writing to a file changes all its hard links."""
-        return next((file.name for file in self.changed_files()), None)
-
     def changed_files(self) -> list[SpooledFile]:
-        """Return all files that have changed since the event."""
+        """Return the files that have changed since the event: writing to a file changes all its hard links."""
         files = () if self.entry is None else self.entry.files
         return [file for file in files if not self.is_as_announced(file)]
 
