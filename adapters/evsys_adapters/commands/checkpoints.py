@@ -20,7 +20,7 @@ from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
 from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool
-from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool, join_url
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -237,7 +237,7 @@ def _remote_copies(run_dir: Path, row: ManifestRow, pruned: str | None) -> Itera
     for folder in sorted((run_dir / SPOOL_FOLDER).glob("*/")):
         spool = Spool(folder)
         for done in spool.uploaded(row):
-            is_pruned = pruned is not None and pruned.startswith(done.url.rstrip("/"))
+            is_pruned = pruned is not None and pruned.startswith(join_url(done.url))
             size = sum(file.size for file in done.manifest.files)
             yield RemoteCopy("pruned" if is_pruned else "uploaded", done.url, done.store_options, size)
         pending = spool.pending(row)
