@@ -34,6 +34,7 @@ from evsys_bus.events import Eval
 from evsys_bus.journal import JournalReader
 from evsys_bus.training.plan import RunComponents
 from support.programs import EVSYS_BUS
+from support.violations import Violation
 
 STEPS, STEP_SECONDS, SAVE_EVERY, EVAL_EVERY = 60, 0.005, 15, 10
 TASKS = 5
@@ -46,10 +47,6 @@ CONFIG = {
     "n_repeats": 2,
     "max_concurrent_runs": 1,
 }
-
-
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when the server's data is not as it should be."""
 
 
 class Model:

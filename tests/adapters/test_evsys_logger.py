@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -53,15 +52,7 @@ from support import evsys_server as evsys
 from support.journals import read_envelopes
 from support.programs import EVSYS_BUS
 
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in [each for each in os.environ if each.startswith("EVSYS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
-    with evsys.EvsysServer() as server:
-        monkeypatch.setenv("EVSYS_API_URL", server.url)
-        yield server
+server = evsys.server
 
 
 def writes(server):

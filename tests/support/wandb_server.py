@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -292,6 +293,12 @@ class LoggerDelivery:
         self.logger.close()
         await self.logger.settle_owed(started + seconds)
         return time.monotonic() - started
+
+
+def unused_url():
+    """Return the URL of a server that is gone: connections are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return f"http://127.0.0.1:{gone.getsockname()[1]}"
 
 
 def drain_logger(logger, seconds=30.0):
