@@ -401,7 +401,7 @@ class Simulation:
             del disk._files[path]
             disk._durable.pop(path, None)
             if how == "directory":
-                disk._directories.add(path)
+                disk.make_directory(path)
             return
         damaged = {
             "cut": bytes(data[: rng.randint(0, max(0, len(data) - 1))]),

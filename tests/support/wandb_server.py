@@ -223,9 +223,10 @@ def is_same_series(one, other):
 
 def records_in(file):
     """Return the records of a file with our own reader, which other tests compare with W&B's."""
-    records = Records()
+    from wandb.proto.wandb_internal_pb2 import Record
+
     with file.open("rb") as opened:
-        return [records._messages.Record.FromString(payload) for payload, _ in records.scan(opened)]
+        return [Record.FromString(payload) for payload, _ in Records().scan(opened)]
 
 
 def rows_in(file):
