@@ -51,6 +51,7 @@ from evsys_bus.training.plan import RunComponents
 from support import evsys_server as evsys
 from support.journals import read_envelopes
 from support.programs import EVSYS_BUS
+from support.training_parts import IndexBatches
 
 server = evsys.server
 
@@ -91,11 +92,6 @@ class Model:
         return f"tinker://weights/{name}"
 
     async def load_state(self, path): ...
-
-
-class Batches:
-    async def build_batch(self, step_idx):
-        return TrainingBatch(data=[step_idx])
 
 
 class Val:
@@ -147,7 +143,7 @@ CONFIG = {
 def recipe(params, run):
     return RunComponents(
         backend=Model(params, run.seed, run.run_dir),
-        step_builder=Batches(),
+        step_builder=IndexBatches(),
         num_steps=6,
         evaluators=[Val(), Tasks()],
         benchmarks=[Tasks()],

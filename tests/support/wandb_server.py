@@ -28,6 +28,7 @@ from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader
 from support import loggers
+from support.programs import running_processes
 
 KEY = "a" * 40
 
@@ -315,11 +316,8 @@ def publish_all(bus, *events):
 
 
 def find_wandb_processes(folder):
-    """Return the W&B processes that work on files in the folder or were started for one."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    return [
-        line for line in listing.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line
-    ]
+    """Return the command lines of the W&B processes that work on files in the folder or were started for one."""
+    return [command for _, command in running_processes() if "wandb" in command and str(folder) in command]
 
 
 def find_wandb_services():
