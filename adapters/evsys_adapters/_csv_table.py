@@ -20,10 +20,10 @@ from typing import Final, cast
 
 import msgspec
 
-from evsys_adapters._runs import digest
 from evsys_bus.codec import to_builtins
 from evsys_bus.diagnostics import log
 from evsys_bus.files import AppendFile
+from evsys_bus.location import short_digest
 from evsys_bus.savepoints import Savepoints
 
 STEP_COLUMN: Final = "step"
@@ -71,7 +71,7 @@ def _cell(value: object) -> str:
 def _column(name: str) -> str:
     """Return the column for a metric: long names are cut and get a digest, reserved ones the prefix ``metrics.``."""
     if len(name) > _MAX_COLUMN:
-        name = f"{name[:_MAX_COLUMN]}…{digest(name)}"
+        name = f"{name[:_MAX_COLUMN]}…{short_digest(name)}"
     return f"metrics.{name}" if name in {"", STEP_COLUMN, MORE_COLUMN} else _text(name, 2 * _MAX_COLUMN)
 
 

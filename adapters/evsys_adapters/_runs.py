@@ -6,7 +6,6 @@ or a ``step`` is the state of a loop, anything else is a context, and each may l
 """
 
 import functools
-import hashlib
 import operator
 import os
 import re
@@ -19,7 +18,7 @@ from evsys_bus.bus.recorder import rank_from_environment
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import log
-from evsys_bus.location import local_path
+from evsys_bus.location import local_path, short_digest
 
 
 def field(obj: object, name: str, default: object = None) -> Any:
@@ -117,7 +116,7 @@ def run_folder(handle: object) -> Path:
         # `Path.resolve` raises for a link to itself, which may be another folder a moment later.
         if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
             return folder
-    folder = root / f"{safe_name(key)}-{digest(key)}"
+    folder = root / f"{safe_name(key)}-{short_digest(key)}"
     log().warning("run.folder_renamed", run=ascii(key)[:_MAX_NAME_BYTES], folder=str(folder))
     return folder
 
@@ -212,11 +211,6 @@ def safe_name(text: str) -> str:
     plain = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "-" for letter in text)
     plain = plain.lstrip(".- ")  # no hidden file, no `..`, no command-line option
     return plain.encode()[:_MAX_NAME_BYTES].decode(errors="ignore").rstrip(".- ") or "run"
-
-
-def digest(text: str) -> str:
-    """Return a digest of eight characters."""
-    return hashlib.blake2s(text.encode(errors="surrogatepass"), digest_size=4).hexdigest()
 
 
 def output_dir_of(handle: object) -> str:

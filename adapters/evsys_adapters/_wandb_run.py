@@ -17,10 +17,11 @@ from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, prefixed,
 from evsys_adapters._output_positions import TrackedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
-from evsys_adapters._runs import digest, safe_name
+from evsys_adapters._runs import safe_name
 from evsys_adapters._wandb_records import Records, row_key
 from evsys_adapters._wandb_upload_process import Upload
 from evsys_bus.files import replace_file
+from evsys_bus.location import short_digest
 from evsys_bus.savepoints import Savepoints
 
 _ID_LETTERS: Final = string.ascii_lowercase + string.digits
@@ -219,7 +220,7 @@ class WandbRun(LoggedRun[WandbRunState]):
     def _table(self, head: str, step: int | None, table: Table) -> dict[str, Any]:
         """Write the predictions to a file of the run; returns the row value that refers to it."""
         data = json_of({"columns": table.columns, "data": table.rows, "caption": table.caption}).encode()
-        name = f"{safe_name(head)}-{digest(head)}_{'final' if step is None else step}.table.json"
+        name = f"{safe_name(head)}-{short_digest(head)}_{'final' if step is None else step}.table.json"
         path = f"media/table/{name}"
         file = self.log.path.parent / "files" / path
         replace_file(file, data, mode=0o666)

@@ -33,7 +33,6 @@ from evsys_adapters._output_positions import (
 )
 from evsys_adapters._params import check_local_path, validate_params
 from evsys_adapters._runs import (
-    digest,
     first_step_of,
     is_repeated_start,
     is_run_of,
@@ -50,7 +49,7 @@ from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopS
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import Backlog
-from evsys_bus.location import local_path
+from evsys_bus.location import local_path, short_digest
 from evsys_bus.savepoints import Mark, Savepoints
 
 _RUN: Final = "{run}"
@@ -242,7 +241,7 @@ class CsvMetricsCallback(Callback):
         if _RUN not in self._out_path:
             path = _with_suffix(path, name)
             yield path
-        yield _with_suffix(path, digest(relative_run_path(path, owner_of(state))))
+        yield _with_suffix(path, short_digest(relative_run_path(path, owner_of(state))))
 
 
 class _RunTable:

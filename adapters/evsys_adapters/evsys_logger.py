@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from evsys_adapters._params import validate_params
-from evsys_adapters._runs import digest, is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
+from evsys_adapters._runs import is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
 from evsys_adapters.evsys_api.creation import persistent_id
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline
@@ -18,7 +18,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import EvsysBusError
-from evsys_bus.location import local_path
+from evsys_bus.location import local_path, short_digest
 
 
 class EvsysLoggerCallback(Callback):
@@ -111,7 +111,7 @@ class EvsysLoggerCallback(Callback):
         self._set_id(ctx, "experiment_id", output_dir_of(ctx), "experiment")
 
     def _set_group_id(self, ctx: object, name: str) -> None:
-        self._set_id(ctx, f"group:{name}", output_dir_of(ctx), f"group-{safe_name(name)[:100]}-{digest(name)}")
+        self._set_id(ctx, f"group:{name}", output_dir_of(ctx), f"group-{safe_name(name)[:100]}-{short_digest(name)}")
 
     def _set_run_id(self, ctx: LogContext) -> None:
         self._set_experiment_id(ctx)

@@ -38,7 +38,6 @@ from evsys_adapters._params import check_local_path, require_package, validate_p
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
 from evsys_adapters._runs import (
-    digest,
     experiment_folder,
     field,
     ranked_folder,
@@ -51,7 +50,7 @@ from evsys_adapters._tensorboard_events import Events
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, RetryLaterError
-from evsys_bus.location import local_path
+from evsys_bus.location import local_path, short_digest
 from evsys_bus.savepoints import Savepoints, hidden_name, names_with_versions
 
 _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
@@ -433,4 +432,4 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
             return root / "tensorboard" / own.relative_to(root)
         name, owner = run_name(handle), owner_of(handle)
         folder = self._root / name
-        return folder if is_of_run(folder, owner) else self._root / f"{name}-{digest(owner)}"
+        return folder if is_of_run(folder, owner) else self._root / f"{name}-{short_digest(owner)}"

@@ -74,7 +74,7 @@ def publish_steps(bus: EventBus, steps: int, first: int = 0) -> int:
 @contextmanager
 def dispatch_function(k: int) -> Generator[TimedLoop, None, None]:
     """The function `evsys_bus.dispatch`, for programs without a bus."""
-    yield _call_by_name(dispatch, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch, k)
 
 
 @contextmanager
@@ -91,10 +91,12 @@ def reference_dispatch(k: int) -> Generator[TimedLoop, None, None]:
             except Exception:
                 log().warning("hook.failed", callback=callback, hook=hook, exc_info=True)
 
-    yield _call_by_name(dispatch_by_name, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch_by_name, k)
 
 
-def _call_by_name(call: Callable[..., None], callbacks: list[NoOp]) -> TimedLoop:
+def _call_by_name(call: Callable[..., None], k: int) -> TimedLoop:
+    callbacks = [NoOp() for _ in range(k)]
+
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
         started = perf_counter_ns()

@@ -45,8 +45,10 @@ from evsys_bus.tasks import Deadline, Receipt
 RECORDED_BEFORE_HOOKS: Final = frozenset({Checkpoint, TrainEnd, RunEnd, ExperimentEnd})
 """Event types that are recorded before their hooks run."""
 
-_START_EVENTS: Final = frozenset({ExperimentStart, GroupStart, RunStart, TrainStart})
-_END_EVENTS: Final = frozenset({TrainEnd, RunEnd, ExperimentEnd})
+_ESSENTIAL_EVENTS: Final = frozenset(
+    {ExperimentStart, GroupStart, RunStart, TrainStart, Checkpoint, TrainEnd, RunEnd, ExperimentEnd}
+)
+"""Event types that are among the last to be dropped when too many wait for the disk."""
 MIN_CLOSE_SECONDS: Final = 1.0
 """Minimum time for closing the journal, even if the tasks have used up the deadline."""
 _MIN_PAUSE_SECONDS: Final = 0.02
@@ -76,11 +78,10 @@ class EventRecorder:
         self._rank = rank
         self._raise_later = raise_later
         self._faults = FaultLog()
-        self._started_scopes: set[str | None] = set()  # scopes with a RunStart: closed by RunEnd, not by TrainEnd
-        self._root_by_run: dict[str, str] = {}  # by run key: the directory of the experiment
-        self._recorded_contexts: set[tuple[str | None, str]] = (
-            set()
-        )  # runs whose context is recorded: key and directory
+        self._started_runs: set[tuple[str | None, str]] = set()
+        """Runs with a RunStart: run key and directory of the experiment."""
+        self._recorded_contexts: set[tuple[str | None, str]] = set()
+        """Runs whose context is recorded, likewise."""
 
     @classmethod
     def open(
@@ -140,12 +141,8 @@ class EventRecorder:
         get_run_key = partial(
             _run_key, next((getter for field, getter in _RUN_GETTERS.items() if field in fields), None)
         )
-        if event_type in _START_EVENTS:
-            return partial(self._record_with, get_run_key, self._append_start)
-        if event_type in _END_EVENTS:
-            return partial(self._record_with, get_run_key, self._append_end)
-        if event_type is Checkpoint:
-            return partial(self._record_with, get_run_key, self._append_retained)
+        if event_type in _ESSENTIAL_EVENTS:
+            return partial(self._record_with, get_run_key, self._append_essential)
         encode_event = event_encoder(
             event_type, self._stream, self._rank, get_run_key, self._redaction, self._is_context_missing
         )
@@ -204,7 +201,7 @@ class EventRecorder:
             except MemoryError as error:
                 self._record_truncated(self._append_plain, event, now, get_run_key(event), error)
             except RunContextNeeded:
-                self._record_with(get_run_key, self._append_context, event, now)
+                self._record_with(get_run_key, self._append_essential, event, now)
 
         return record
 
@@ -236,7 +233,7 @@ class EventRecorder:
         """Return the run whose whole context the event must carry because no recorded event has it yet."""
         context_key = _context_key(getattr(event, "state", None))
         if context_key is None or (
-            _scope_name(*context_key) in self._started_scopes
+            context_key in self._started_runs
             if isinstance(event, TrainStart)
             else context_key in self._recorded_contexts
         ):
@@ -266,40 +263,14 @@ class EventRecorder:
     def _append_plain(self, _: Event, __: str | None, payload: bytes) -> None:
         self.writer.append(payload)
 
-    def _append_retained(self, _: Event, __: str | None, payload: bytes) -> None:
+    def _append_essential(self, event: Event, run: str | None, payload: bytes) -> None:
+        if run is not None and isinstance(event, RunStart | RunEnd):
+            key = (run, _root_text(attribute_reader(event.ctx)("output_dir")))
+            for known_runs in (self._started_runs, self._recorded_contexts):
+                known_runs.discard(key)
+                if isinstance(event, RunStart):
+                    known_runs.add(key)
         self.writer.append(payload, essential=True)
-
-    def _append_context(self, event: Event, run: str | None, payload: bytes) -> None:
-        """Append like a start event: each later segment begins with it, and so with the context."""
-        self.writer.append_start(payload, self._event_scope(event, run))
-
-    def _append_start(self, event: Event, run: str | None, payload: bytes) -> None:
-        scope = self._event_scope(event, run)
-        if isinstance(event, RunStart):
-            self._started_scopes.add(scope)
-            if run is not None:
-                self._recorded_contexts.add((run, self._root_by_run.get(run, "")))
-        self.writer.append_start(payload, scope)
-
-    def _append_end(self, event: Event, run: str | None, payload: bytes) -> None:
-        scope = self._event_scope(event, run)
-        if isinstance(event, TrainEnd) and scope in self._started_scopes:
-            self.writer.append(payload, essential=True)  # the run continues: its benchmarks and its RunEnd follow
-            return
-        self._started_scopes.discard(scope)
-        if isinstance(event, RunEnd) and run is not None:
-            self._recorded_contexts.discard((run, self._root_by_run.get(run, "")))
-        self.writer.append_end(payload, scope)
-
-    def _event_scope(self, event: Any, run: str | None) -> str | None:
-        """Return what the event opens or closes: a run of one experiment, or None for the experiment."""
-        if run is None:
-            return None
-        handle = event.ctx if hasattr(event, "ctx") else attribute_reader(event.state)("ctx")
-        root = attribute_reader(handle)("output_dir")
-        if root is not None and root is not ABSENT:
-            self._root_by_run[run] = _root_text(root)
-        return _scope_name(run, self._root_by_run.get(run, ""))
 
 
 class _CachedName:
@@ -353,11 +324,7 @@ def _context_key(state: Any) -> tuple[str | None, str] | None:
 
 def _root_text(folder: object) -> str:
     """Return the directory of an experiment as text; empty if there is none."""
-    return "" if folder is None else str(absolute_path(folder))
-
-
-def _scope_name(run: str | None, root: str) -> str:
-    return f"{root}\0{run}"
+    return "" if folder is None or folder is ABSENT else str(absolute_path(folder))
 
 
 def _run_from_field(event: Any) -> object:

@@ -259,7 +259,7 @@ def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
     return _entries(getattr(event, "metrics", None))
 
 
-def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]:  # noqa: PLR0911 # one for each type
+def facts_of(event: Event | UnknownEvent, run: str | None) -> list[str]:  # noqa: PLR0911 # one for each type
     """Return further facts of an event as short texts; ``run`` is left out, because it is shown elsewhere."""
     match event:
         case StepEnd() | Eval():

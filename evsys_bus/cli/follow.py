@@ -15,7 +15,14 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import adapter_options, load_adapter, progress_option, resolve_subscription, timeout_option
+from evsys_bus.cli.options import (
+    adapter_options,
+    load_adapter,
+    progress_option,
+    resolve_subscription,
+    run_argument,
+    timeout_option,
+)
 from evsys_bus.cli.output.capture import guard_stdout
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
@@ -49,7 +56,7 @@ STOP_SECONDS: Final = 5.0
 
 
 @click.command("follow")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @adapter_options
 @click.option("--name", help="Store a cursor under this name; the next call continues there.")
 @click.option("--from-start", is_flag=True, help="With --name: start again at the first event.")

@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.events import EventFilter, EventReader, metrics_of, step_of, type_of
-from evsys_bus.cli.options import event_options, no_match_message
+from evsys_bus.cli.options import event_options, no_match_message, run_argument
 from evsys_bus.cli.output.formatting import (
     count_in_ranges,
     format_columns,
@@ -41,7 +41,6 @@ from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.location import encode_json
 
 _EXIT_DAMAGED: Final = 3
-_run_argument = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 _QUARANTINE_SUFFIX: Final = ".damaged"
 _COMMON_COLUMNS: Final = ("time", "stream", "seq", "run", "rank")
 _TYPE_COLUMNS: Final = {"step_end": ("step",), "eval": ("step", "eval")}
@@ -57,7 +56,7 @@ def command() -> None:
 
 
 @command.command("verify", short_help="check every record and sequence")
-@_run_argument
+@run_argument
 @json_option
 @color_option
 @click.pass_obj
@@ -81,7 +80,7 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
 
 
 @command.command("repair", short_help="quarantine damaged segments, and rewrite them without the damage")
-@_run_argument
+@run_argument
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @color_option
 @click.pass_obj
@@ -116,7 +115,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
 
 
 @command.command("export", short_help="the events as csv or jsonl")
-@_run_argument
+@run_argument
 @click.option(
     "--format", "kind", type=click.Choice(["csv", "jsonl"]), required=True, help="How the events are written."
 )

@@ -72,7 +72,7 @@ def find_journal(requested: Path | None) -> JournalLocation:
         click.UsageError: There is none, or several match.
     """
     if requested is None:
-        newest = max(_find_below(RUNS), key=_last_write_time, default=None)
+        newest = max(_find_journals(), key=_last_write_time, default=None)
         if newest is None:
             raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
         return JournalLocation(newest)
@@ -81,19 +81,19 @@ def find_journal(requested: Path | None) -> JournalLocation:
         if journal is not None:
             return journal
 
-    named = [journal for each in find_runs(RUNS) if each.name == str(requested) and (journal := _journal_in(each))]
+    named = [journal for each in find_runs() if each.name == str(requested) and (journal := _journal_in(each))]
     if len(named) == 1:
         return named[0]
     if named:
         raise click.UsageError(f"several runs are called {requested}; name the folder of one")
     what = f"{requested} holds no journal" if requested.exists() else f"there is no run {requested}"
-    known = {str(each.parent) for each in _find_below(RUNS)} | {str(each) for each in find_runs(RUNS)}
+    known = {str(each.parent) for each in _find_journals()} | {str(each) for each in find_runs()}
     raise click.UsageError(f"{what}{suggest_run(requested, known)}")
 
 
 def list_journals_newest_first() -> list[Path]:
     """Return the journals below ``./runs``, most recently written first."""
-    return sorted(_find_below(RUNS), key=_last_write_time, reverse=True)
+    return sorted(_find_journals(), key=_last_write_time, reverse=True)
 
 
 def _journal_in(folder: Path) -> JournalLocation | None:
@@ -111,9 +111,9 @@ def _is_journal(directory: Path) -> bool:
     return layout.is_journal(OsDisk(), str(directory))
 
 
-def _find_below(root: Path) -> Iterator[Path]:
+def _find_journals() -> Iterator[Path]:
     for pattern in (JOURNAL, f"*/{JOURNAL}", f"*/*/{JOURNAL}"):
-        yield from filter(_is_journal, root.glob(pattern))
+        yield from filter(_is_journal, RUNS.glob(pattern))
 
 
 def _last_write_time(directory: Path) -> float:
@@ -247,9 +247,9 @@ def read_checkpoints(folder: Path) -> list[ManifestRow]:
     return checkpoints
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Return the folders of runs and experiments up to two levels below ``root``."""
-    below = [*root.glob("*/"), *root.glob("*/*/")] if root.is_dir() else []
+def find_runs() -> list[Path]:
+    """Return the folders of runs and experiments up to two levels below ``./runs``."""
+    below = [*RUNS.glob("*/"), *RUNS.glob("*/*/")] if RUNS.is_dir() else []
     return [each for each in below if any((each / name).is_file() for name in (EXPERIMENT_FILE, METRICS))]
 
 

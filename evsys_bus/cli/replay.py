@@ -28,6 +28,7 @@ from evsys_bus.cli.options import (
     no_match_message,
     progress_option,
     resolve_subscription,
+    run_argument,
     timeout_option,
 )
 from evsys_bus.cli.output.capture import guard_stdout
@@ -226,7 +227,7 @@ class FilteredReceiver:
 
 
 @click.command("replay")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @adapter_options
 @event_options
 @click.option("--from-seq", type=click.IntRange(min=1), default=1, metavar="N", help="Start at this sequence.")

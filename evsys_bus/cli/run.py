@@ -124,10 +124,10 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
     if options.resume:
-        _fetch_before_resume(plan, resolve_mode(options.progress, sys.stderr), screen)
+        _fetch_before_resume(plan, resolve_mode(options.progress), screen)
     tracker = _make_tracker(plan, options)
     as_json = options.progress == "json"
-    if resolve_mode(options.progress, sys.stderr) == "plain":  # the live table shows it itself
+    if resolve_mode(options.progress) == "plain":  # the live table shows it itself
         screen.note(f"{plan.title}\nCtrl-C stops after the current step; go on with: {resume_command}")
 
     def on_signal(received: signal.Signals) -> None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import click
 
 from evsys_bus.cli.check import format_params
+from evsys_bus.cli.options import run_argument
 from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
@@ -22,7 +23,6 @@ from evsys_bus.cli.output.formatting import (
 from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import (
     METRICS,
-    RUNS,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
@@ -46,7 +46,7 @@ _MAX_METRICS = 3
 
 
 @click.command("show")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @json_option
 @color_option
 def command(folder: Path, as_json: bool) -> None:
@@ -145,7 +145,7 @@ def _find_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
 
-    named = [each for each in find_runs(RUNS) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
+    named = [each for each in find_runs() if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
     if len(named) == 1:
         return named[0]
     if named:
@@ -158,7 +158,7 @@ def _find_folder(folder: Path) -> Path:
 
 
 def _suggest(folder: Path) -> str:
-    return suggest_run(folder, {str(each) for each in find_runs(RUNS)})
+    return suggest_run(folder, {str(each) for each in find_runs()})
 
 
 def _experiment_lines(record: ExperimentRecord) -> list[str]:

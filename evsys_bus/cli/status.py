@@ -10,6 +10,7 @@ import msgspec
 
 from evsys_bus.cli.events import StreamState, read_stream_states
 from evsys_bus.cli.journal import summary, verify_with_progress
+from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.deliveries import adapter_lines, adapter_rows
 from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -23,7 +24,7 @@ from evsys_bus.tasks import DeliveryStatus
 
 
 @click.command("status")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--verify", "thoroughly", is_flag=True, help="Read the whole journal; report damaged and missing events.")
 @json_option
 @color_option

@@ -8,6 +8,7 @@ delivers the rest itself. The courier process of a live program is left alone.
 
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -46,7 +47,7 @@ from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader, read_progress
 from evsys_bus.delivery.subscriptions import SubscriptionRecord, import_path, load_subscriptions
 from evsys_bus.delivery.supervisor import COURIER_MAIN, EXIT_DELIVERED, SYNC_MAIN, CourierConfig, CourierProcess
-from evsys_bus.errors import CourierBusyError, EvsysBusError, did_you_mean
+from evsys_bus.errors import EvsysBusError, UntrustedFileError, did_you_mean
 from evsys_bus.journal import JournalReader, OsDisk, layout
 from evsys_bus.journal.layout import LockOwner
 from evsys_bus.journal.stream_lock import read_owner, read_stream_owner
@@ -76,24 +77,29 @@ class PendingWork(NamedTuple):
     """Only the original program has the adapter."""
     unreadable: list[DeliveryStatus]
     """The files of these cannot be read now."""
+    untrusted: list[UntrustedFileError]
+    """Another user wrote, or may write, what names these adapters."""
+    trust: bool
+    """Whether to deliver to such adapters too."""
 
 
 class SyncResult(NamedTuple):
     """The result of a sync."""
 
     outcomes: list[DeliveryOutcome]
-    busy: list[CourierBusyError]
-    """Errors of adapters that another process still delivers to."""
+    refused: list[EvsysBusError]
+    """Errors of adapters that another process still delivers to, or that another user named."""
     interrupted: bool = False
     overtaken: frozenset[str] = frozenset()
     """Adapters that have all that was pending at first, where a program goes on to record more."""
 
 
 @click.command("sync")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
 @click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
+@click.option("--trust", is_flag=True, help="Also import and write what files of other users in the journal name.")
 @timeout_option
 @progress_option
 @json_option
@@ -105,6 +111,7 @@ def command(
     adapters: tuple[str, ...],
     everywhere: bool,
     dry_run: bool,
+    trust: bool,
     timeout_seconds: float,
     progress: ProgressMode,
     as_json: bool,
@@ -118,7 +125,7 @@ def command(
     """
     if everywhere and folder is not None:
         raise click.UsageError("--all means every journal below ./runs; leave RUN or --all out")
-    works = [find_work(each, adapters) for each in _journals(folder, adapters, everywhere=everywhere)]
+    works = [find_work(each, adapters, trust=trust) for each in _journals(folder, adapters, everywhere=everywhere)]
     outcomes: list[DeliveryOutcome] = []
     errors: list[EvsysBusError] = []
     overtaken: list[DeliveryOutcome] = []
@@ -126,6 +133,7 @@ def command(
         if folder is None and not as_json:
             screen.note(str(work.directory))
         errors += _program_only_errors(work)
+        errors += work.untrusted
         errors += [unreadable_status_error(work.directory, each) for each in work.unreadable]
         _report_moved(work, screen)
         if dry_run:
@@ -140,7 +148,7 @@ def command(
         outcomes += result.outcomes
         passed = [each for each in result.outcomes if each.adapter in result.overtaken]
         overtaken += [each for each in passed if each.after.pending and each.after.error is None]
-        errors += result.busy
+        errors += result.refused
         if result.interrupted:
             screen.note("interrupted; the rest stays pending: run the same command again")
             return INTERRUPTED
@@ -229,19 +237,25 @@ def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
 
 
-def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+def unfinished_deliveries(directory: Path, only: Collection[str]) -> list[DeliveryStatus]:
     """Return the adapters of a journal that have pending or unconfirmed events."""
     found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
-def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
-    """Return the pending deliveries of a journal."""
+def find_work(directory: Path, only: Collection[str], *, trust: bool = False) -> PendingWork:
+    """Return the pending deliveries of a journal.
+
+    Args:
+        directory: The journal.
+        only: Names of adapters; empty for all.
+        trust: Whether to deliver to adapters although another user wrote what names them.
+    """
     try:
         known = {each.name: each for each in load_subscriptions(str(directory))}
     except OSError:  # every adapter is then reported as unreadable
         known = {}
-    work = PendingWork(directory.absolute(), [], [], [], [])
+    work = PendingWork(directory.absolute(), [], [], [], [], [], trust)
     for status in unfinished_deliveries(directory, only):
         stored = known.get(status.name)
         if not status.is_known:
@@ -249,10 +263,41 @@ def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
         elif status.busy:
             work.busy.append(status)
         elif stored is not None and stored.adapter_ref is not None:
-            work.deliverable.append((stored, status))
+            error = None if trust else _untrusted_error(work.directory, status.name)
+            if error is None:
+                work.deliverable.append((stored, status))
+            else:
+                work.untrusted.append(error)
         elif status.pending:
             work.program_only.append(status)
     return work
+
+
+def _untrusted_error(directory: Path, name: str) -> UntrustedFileError | None:
+    """Return an error if someone else could have written the file that says how to build the adapter."""
+    path = layout.courier_path(str(directory), name, "spec.json")
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        why = str(error)
+    else:
+        is_own = status.st_uid == os.geteuid()
+        if is_own and not status.st_mode & 0o022:
+            return None
+        why = "other users may write it" if is_own else f"it belongs to {_user_name(status.st_uid)}"
+    fix = shlex.join(["evsys-bus", "sync", str(directory), "--adapter", name, "--trust"])
+    return UntrustedFileError(
+        f"{path} is not yours alone, so {name} gets nothing", why=why, fix=f"read that file; if you trust it: {fix}"
+    )
+
+
+def _user_name(uid: int) -> str:
+    import pwd  # POSIX only
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def deliver(
@@ -281,18 +326,18 @@ def deliver(
     outcomes = _combine_outcomes(done.outcomes, active)
     if joined.interrupted:
         return SyncResult(outcomes, [], True, done.overtaken)
-    left = find_work(work.directory, held)
+    left = find_work(work.directory, held, trust=work.trust)
     rest = _deliver_in_processes(left, timeout_seconds, on_progress)
     outcomes = _combine_outcomes(outcomes, rest.outcomes)
     still_busy = {each.name for each in left.busy}
-    refused = [
+    refused: list[EvsysBusError] = [
         courier_busy_error(
             work.directory, each.name, None if each.last_error is None else f"{each.name}: {each.last_error}"
         )
         for each in left.busy
     ]
     outcomes = [each for each in outcomes if each.adapter not in still_busy]
-    return SyncResult(outcomes, refused, rest.interrupted, done.overtaken | rest.overtaken)
+    return SyncResult(outcomes, [*refused, *left.untrusted], rest.interrupted, done.overtaken | rest.overtaken)
 
 
 def _combine_outcomes(first: Sequence[DeliveryOutcome], then: Sequence[DeliveryOutcome]) -> list[DeliveryOutcome]:

@@ -11,7 +11,7 @@ import click
 from rich.cells import cell_len, set_cell_size
 
 from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.options import event_options, metric_option, no_match_message, since_option
+from evsys_bus.cli.options import event_options, metric_option, no_match_message, optional_run_argument, since_option
 from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import find_journal
@@ -33,7 +33,7 @@ class EventFormatter:
         columns: The width of the terminal, which no line exceeds; None for no limit.
     """
 
-    def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
+    def __init__(self, *, metric: re.Pattern[str] | None, columns: int | None) -> None:
         self._metric = metric
         self._columns = columns
         self._widths = [0, 0, 0]
@@ -74,7 +74,7 @@ class EventFormatter:
 
 
 @click.command("tail")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("-n", "count", type=click.IntRange(min=0), help="Number of events; default: 20, or all with --since.")
 @click.option("-f", "--follow", is_flag=True, help="Keep showing new events, until Ctrl-C.")
 @event_options

@@ -331,7 +331,7 @@ class DeliveryStore:
             self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
 
     def _is_removed(self) -> bool:
-        """Whether somebody removed the journal or its couriers' folder. Then nothing is stored, and a warning says so.
+        """Whether the journal or its couriers' folder was removed. Then nothing is stored, and a warning names the fix.
 
         What was delivered since the last commit is delivered again by the next courier.
         """

@@ -141,7 +141,7 @@ class CourierLock:
         )
 
     def is_removed(self) -> bool:
-        """Whether somebody removed or replaced the lock file while it was held; False if that is not known."""
+        """Whether the lock file was removed or replaced while it was held; False if that is not known."""
         try:
             return self._file is not None and not self._disk.is_at(self._path, self._file)
         except OSError:

@@ -5,6 +5,7 @@ segments and restores the reserve.
 """
 
 import threading
+from contextlib import AbstractContextManager
 from typing import Final
 
 from evsys_bus.journal.retention import RemovedCounts, RetentionManager, RetentionPolicy
@@ -61,6 +62,10 @@ class Maintenance:
         """Request the end of the thread without waiting, because the writer was dropped and not closed."""
         self._is_abandoned = True
         self._stop_gate.open()
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Let no round run inside the block, so that the error of a sync is seen there and not in a round."""
+        return self._run_lock
 
     def run_once(self) -> None:
         """Run one round."""

@@ -9,7 +9,7 @@ import errno
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from evsys_bus.diagnostics import FaultLog, log
@@ -19,6 +19,8 @@ from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.frame import pack
 from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.open_starts import OpenStarts, StartRecord, read_boundary
+from evsys_bus.journal.reader import Record
 from evsys_bus.journal.segment import OpenSegment, WrittenSegments
 from evsys_bus.journal.stream_lock import StreamLease
 
@@ -161,8 +163,8 @@ class SlowWriter:
         """Synced segments that stay open for one more round: a plain append may have started before."""
         self.backlog: Final = backlog
         self.reserve = DiskReserve(disk, "", 0)
-        self.open_starts: list[tuple[str | None, int, bytes]] = []
-        """Scope, sequence and payload of the start events whose scope is still open."""
+        self.open_starts = OpenStarts[StartRecord]()
+        """The start events of what is open. Each segment begins with them."""
         self.segments_created = 0
         """How many segments were created."""
         self.written_segments: Final = WrittenSegments(disk)
@@ -195,6 +197,7 @@ class SlowWriter:
     def open(self, lease: StreamLease, reserve_bytes: int) -> None:
         """Start to accept records."""
         self.lease = lease
+        self.open_starts = lease.open_starts
         self.reserve = DiskReserve(self.disk, f"{self.folder}/{layout.RESERVE}", reserve_bytes)
         self.reserve.allocate()
         self.state = "open"
@@ -269,6 +272,61 @@ class SlowWriter:
             self.file = self.segment.file
             self.is_ready = True
 
+    def write_batch(self, records: Sequence[Record]) -> None:
+        """Write the records, with one write to each segment, and sync them. Nothing may be pending.
+
+        Raises:
+            OSError: The disk returned an error. All of them must be written again; readers skip repeats.
+        """
+        previous_segment, segments_created = self.segment, self.segments_created
+        unsynced_segments: list[OpenSegment] = []
+        is_synced = False
+        try:
+            start = 0
+            while start < len(records):
+                start = self._write_part(records, start)
+                assert self.segment is not None
+                if self.segment not in unsynced_segments:
+                    unsynced_segments.append(self.segment)
+            for segment in unsynced_segments:
+                segment.sync()
+            if self.segments_created > segments_created:
+                self.sync_directories()
+            is_synced = True
+        finally:
+            if not is_synced and (unsynced_segments or self.segment is not previous_segment):
+                self.retire_segment()  # it is not known what of it is on disk
+        self.flush_backlog()  # the disk accepts records again
+
+    def _write_part(self, records: Sequence[Record], start: int) -> int:
+        """Write what fits into the segment, at least one record. Returns the index after it."""
+        first = records[start]
+        begins_segment = self.segment is None or self.remaining_bytes <= 0
+        boundary = read_boundary(first.payload)
+        if begins_segment and boundary is not None and not boundary.is_start:
+            self.open_starts.update(boundary, StartRecord(*first))  # the new segment need not begin with its start
+        room = self.remaining_bytes
+        if begins_segment:
+            room = self._segment_bytes - frame.SEGMENT_HEADER_BYTES - sum(map(len, self._carried_frames()))
+        frames: list[bytes] = []
+        end = start
+        while end < len(records) and (end == start or room > 0):
+            frames.append(pack(*records[end]))
+            room -= len(frames[-1])
+            end += 1
+        data = b"".join(frames)
+        if begins_segment:
+            self._begin_segment(PendingRecord(first.sequence, data, essential=True))
+        else:
+            assert self.segment is not None
+            self.segment.write(data)
+            self.remaining_bytes -= len(data)
+        for record in records[start:end]:
+            boundary = read_boundary(record.payload)
+            if boundary is not None:
+                self.open_starts.update(boundary, StartRecord(*record))
+        return end
+
     def handle_error(self, error: OSError) -> None:
         """Count and log an error of the disk. A segment that may be damaged by it is retired."""
         self.is_ready = False
@@ -281,7 +339,7 @@ class SlowWriter:
             self.log_failure("journal.unrecorded", error, waiting=len(self.backlog))
 
     def handle_removal(self, error: FileNotFoundError) -> None:
-        """Count the events in segments that somebody removed, and log it once.
+        """Count the events in segments that another program removed, and log it once.
 
         A removed directory is not created again. Records stay in the backlog, in case it was only moved and comes back.
         """
@@ -426,7 +484,7 @@ class SlowWriter:
     def _carried_frames(self, before_sequence: float = math.inf) -> list[bytes]:
         return [
             pack(sequence, payload, frame.CARRIED)
-            for _, sequence, payload in self.open_starts
+            for sequence, payload in self.open_starts
             if sequence < before_sequence
         ]
 

@@ -52,10 +52,7 @@ def written(disk):
             writer.append(b"no envelope")
             continue
         payload = encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a"))
-        if isinstance(event, RunStart | TrainStart):
-            writer.append_start(payload, "run-a")
-        else:
-            writer.append(payload)
+        writer.append(payload, essential=isinstance(event, RunStart | TrainStart))
     writer.close()
     return writer.stream
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from evsys_bus.journal import JournalReader, JournalWriter, verify
@@ -201,10 +202,11 @@ def test_a_disk_that_stays_full_takes_the_end_events_into_the_reserve(small_disk
     fill_up(small_disk)
     for number in range(2, 5000):
         writer.append(payload(number))
-    writer.append_end(b"the end", None)
+    end = msgspec.msgpack.encode({"event": {"type": "experiment_end"}})
+    writer.append(end, essential=True)
     assert not writer.close()
     records = list(JournalReader(small_disk / "journal").read(writer.stream))
-    assert records[-1].payload == b"the end"
+    assert records[-1].payload == end
     assert writer.recorded == len(records) > 1000
     assert writer.recorded + writer.lost == 5000
 

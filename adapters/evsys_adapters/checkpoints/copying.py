@@ -215,8 +215,9 @@ def full_disk_as_retry(where: object) -> Generator[None]:
 
 def move_into_place(partial: Path, path: Path) -> None:
     """Rename a synced file to its final path, and fsync the directory."""
-    partial.replace(path)
-    OsDisk().sync_path(str(path.parent))
+    disk = OsDisk()
+    disk.rename(str(partial), str(path))
+    disk.sync_path(str(path.parent))
 
 
 def sha256_of(path: Path) -> str:

@@ -15,9 +15,10 @@ from typing import Final, Literal
 
 import msgspec
 
-from evsys_adapters._runs import digest, safe_name
+from evsys_adapters._runs import safe_name
 from evsys_bus.context import ManifestRow
 from evsys_bus.journal.layout import stream_sort_key
+from evsys_bus.location import short_digest
 
 MANIFEST: Final = "manifest.json"
 LATEST: Final = "latest.json"
@@ -118,7 +119,7 @@ def checkpoint_folder(row: ManifestRow) -> str:
 def component(text: str) -> str:
     """Return ``text`` as one component of a key: unchanged if it is a plain name, else sanitized and with a digest."""
     name = safe_name(text)
-    return name if name == text else f"{name}-{digest(text)}"
+    return name if name == text else f"{name}-{short_digest(text)}"
 
 
 def join_key(*parts: str) -> str:

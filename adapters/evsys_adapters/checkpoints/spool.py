@@ -14,7 +14,6 @@ halves of the adapter create entries: the courier may receive the event before t
 """
 
 import errno
-import hashlib
 import os
 import shutil
 import stat
@@ -29,8 +28,8 @@ from uuid import uuid4
 
 import msgspec
 
-from evsys_adapters._runs import digest, safe_name
-from evsys_adapters.checkpoints.manifest import Manifest, PartName, checkpoint_folder, is_remote_uri
+from evsys_adapters._runs import safe_name
+from evsys_adapters.checkpoints.manifest import Manifest, PartName, checkpoint_folder, component, is_remote_uri
 from evsys_adapters.checkpoints.store_urls import StoreOptions
 from evsys_bus import location
 from evsys_bus.codec import to_builtins
@@ -102,7 +101,7 @@ class Spool:
     @classmethod
     def of(cls, run_dir: str | os.PathLike[str], url: str) -> Self:
         """Return the spool for a run's folder and the URL configured for `checkpoint_upload`."""
-        return cls(location.local_path(run_dir, "output_dir") / SPOOL_FOLDER / digest(url))
+        return cls(location.local_path(run_dir, "output_dir") / SPOOL_FOLDER / location.short_digest(url))
 
     @property
     def origin(self) -> str:
@@ -330,7 +329,7 @@ def _source_file(path: str, status: os.stat_result) -> _SourceFile:
 def _safe_file_name(name: str) -> str:
     """Return a file's name as one component of a key; hidden files keep their name."""
     bare = name.removeprefix(".")
-    return name if safe_name(bare) == bare else f"{safe_name(name)}-{digest(name)}"
+    return name if safe_name(bare) == bare else component(name)
 
 
 def _link_or_copy(source: str, target: str) -> bool:
@@ -408,4 +407,4 @@ def _fingerprint(sources: list[_SourceFile], entry: SpoolEntry) -> str:
         (file.name, file.size, file.mtime_ns, source.status.st_ino)
         for file, source in zip(entry.files, sources, strict=True)
     ]
-    return hashlib.blake2s(repr((known, entry.state, entry.sampler)).encode(), digest_size=4).hexdigest()
+    return location.short_digest(repr((known, entry.state, entry.sampler)))

@@ -449,7 +449,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
     return rows
 
 
-def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None = None) -> list[str]:
+def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None) -> list[str]:
     """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = load_ranks_by_adapter(directory)
     has_unconfirmed = any(each.owed for each in statuses)

@@ -42,7 +42,7 @@ def show_deliveries(
     def note(text: str) -> None:
         screen.note(printable(text))
 
-    mode = resolve_mode(mode, sys.stderr)
+    mode = resolve_mode(mode)
     if mode == "live":
         with _show_bars(screen, {each.name: each.last_error for each in known}) as view:
             yield view

@@ -28,6 +28,7 @@ from evsys_bus.errors import (
     HookError,
     JournalError,
     TrainingError,
+    UntrustedFileError,
 )
 
 OK: Final = 0
@@ -83,7 +84,7 @@ def _sort_key(error: EvsysBusError) -> tuple[str, int, int]:
 
 
 def _exit_code(error: EvsysBusError) -> int:
-    if isinstance(error, JournalError | CourierBusyError):
+    if isinstance(error, JournalError | CourierBusyError | UntrustedFileError):
         return ENVIRONMENT
     if isinstance(error, DeliveryError):
         return REMOTE

@@ -74,7 +74,7 @@ def show_progress(
 
     All of them are read on the view's thread.
     """
-    mode, stream = resolve_mode(mode, sys.stderr), sys.stderr
+    mode, stream = resolve_mode(mode), sys.stderr
     if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
         yield
         return
@@ -103,11 +103,11 @@ def show_progress(
         timer.join()
 
 
-def resolve_mode(mode: ProgressMode, stream: TextIO) -> ProgressMode:
-    """Resolve ``auto`` for this stream."""
+def resolve_mode(mode: ProgressMode) -> ProgressMode:
+    """Resolve ``auto`` for stderr."""
     if mode != "auto":
         return mode
-    return "live" if is_terminal(stream) else "plain"
+    return "live" if is_terminal(sys.stderr) else "plain"
 
 
 def _keep_last_result(poll: Callable[P, T], first: T) -> Callable[P, T]:
@@ -251,7 +251,7 @@ def _quote(text: str) -> str:
 @contextmanager
 def show_fetches(mode: ProgressMode, screen: Screen) -> Generator[OnTransfer]:
     """Yield a function that shows the progress of a download; it may be called often."""
-    mode = resolve_mode(mode, sys.stderr)
+    mode = resolve_mode(mode)
     if mode == "live":
         with _show_bar(screen) as on_transfer:
             yield on_transfer

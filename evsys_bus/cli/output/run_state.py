@@ -7,6 +7,7 @@ replaced as a whole and never changed in place.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -134,36 +135,26 @@ class PlannedRun(NamedTuple):
     """``completed`` for a run that an earlier session of a resumed experiment has completed."""
 
 
+@dataclass(slots=True)
 class RunProgress:
-    """The progress of one run."""
+    """The progress of one run; the first fields are those of its `PlannedRun`."""
 
-    __slots__ = (
-        "arm",
-        "ended_at",
-        "error",
-        "evals",
-        "first_step",
-        "key",
-        "metrics",
-        "num_steps",
-        "seed",
-        "stage",
-        "started_at",
-        "status",
-        "step",
+    key: str
+    arm: str
+    seed: int
+    stage: str | None
+    status: Status
+    step: int = 0
+    """Number of completed steps."""
+    first_step: int = 0
+    num_steps: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    evals: dict[str, tuple[int | None, Mapping[str, Any]]] = field(
+        default_factory=dict[str, tuple[int | None, Mapping[str, Any]]]
     )
-
-    def __init__(self, plan: PlannedRun) -> None:
-        self.key, self.arm, self.seed, self.stage, self.status = plan
-        self.step = 0
-        """Number of completed steps."""
-        self.first_step = 0
-        self.num_steps = 0
-        self.started_at: float | None = None
-        self.ended_at: float | None = None
-        self.metrics: Mapping[str, Any] = {}
-        self.evals: dict[str, tuple[int | None, Mapping[str, Any]]] = {}
-        self.error: str | None = None
+    error: str | None = None
 
     def rate(self, now: float) -> float | None:
         """Return the steps per second since training started; None before the first step."""
@@ -201,7 +192,7 @@ class RunStateTracker(Callback):
         clock: Callable[[], float] = time.monotonic,
         keep_updates: bool = True,
     ) -> None:
-        self.runs: dict[str, RunProgress] = {plan.key: RunProgress(plan) for plan in planned}
+        self.runs: dict[str, RunProgress] = {plan.key: RunProgress(*plan) for plan in planned}
         self.folder = folder
         """The directory of the runs, as it is shown to users."""
         self.started_at = clock()
@@ -306,7 +297,7 @@ class RunStateTracker(Callback):
         if run is None:
             arm = _config_value(run_config, "arm") or key
             seed = _config_value(run_config, "seed")
-            run = RunProgress(PlannedRun(key, str(arm), seed if isinstance(seed, int) else 0))
+            run = RunProgress(*PlannedRun(key, str(arm), seed if isinstance(seed, int) else 0))
             self.runs = {**self.runs, key: run}
         return run
 
