@@ -140,17 +140,6 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self._reorder_due = 0.0
         state.needs_reorder = state.needs_reorder or bool(files.empty)
 
-    def describe(self, ctx: LogContext | None) -> None:
-        """Log configuration and hypothesis, once."""
-        config = config_of(ctx)
-        if self.notes.described or not config:
-            return
-        self.notes.described = True
-        hypothesis = hypothesis_of(field(ctx, "config"))
-        if hypothesis:
-            self.add_text(None, "hypothesis", hypothesis)
-        self.add_text(None, "config", _as_code(config))
-
     def add_text(self, step: int | None, tag: str, text: str) -> None:
         """Log a text; one without a step is logged at the last step."""
         with self.lock:
@@ -421,7 +410,16 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         return min(waits, default=None)
 
     def _describe_run(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
-        run.describe(run_context(handle))
+        """Log configuration and hypothesis, once."""
+        ctx = run_context(handle)
+        config = config_of(ctx)
+        if run.notes.described or not config:
+            return
+        run.notes.described = True
+        hypothesis = hypothesis_of(field(ctx, "config"))
+        if hypothesis:
+            run.add_text(None, "hypothesis", hypothesis)
+        run.add_text(None, "config", _as_code(config))
 
     def _folder(self, handle: LoopState | LogContext) -> Path:
         """Return the run's folder: TensorBoard names a run by the path of its folder."""

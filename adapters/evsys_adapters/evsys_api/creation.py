@@ -148,18 +148,6 @@ class Run:
     checkpoints: set[tuple[Any, Any, Any]] | None = None
     """Stored checkpoints by label, step and URI; None if unknown."""
 
-    def record_eval(self, name: str, slot: int, eval_id: ServerId | None) -> None:
-        """Record an eval once all its predictions are stored; earlier, it would be duplicated after a crash."""
-        self.evals.setdefault(name, []).append(slot)
-        if eval_id is not None:
-            self.claimed = [*self.claimed, eval_id][-MAX_EVAL_IDS:]
-
-    def count_left_out(self, names: list[str]) -> None:
-        """Count omitted values."""
-        for name in names:
-            if name in self.left_out or len(self.left_out) < MAX_NAMES:
-                self.left_out[name] = self.left_out.get(name, 0) + 1
-
 
 _NOT_STORED: Final = frozenset({"refused", "made_here", "checkpoints"})
 
