@@ -201,7 +201,6 @@ class LoggedRun(Generic[StateT]):
         with self.lock:
             if self.notes.needs_reorder:
                 self._reorder()
-                self.notes.needs_reorder = False
             self.log.close(forget_file=forget)
 
     def _is_repeated(self, key: int) -> bool:
@@ -275,7 +274,7 @@ class LoggedRun(Generic[StateT]):
         raise NotImplementedError
 
     def _reorder(self) -> None:
-        """Bring the file into order."""
+        """Bring the file into order, and record that in the state."""
         raise NotImplementedError
 
 

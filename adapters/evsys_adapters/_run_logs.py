@@ -444,7 +444,6 @@ class RunLogs:
             self.state.new_evals = []
 
     def _put_deferred(self, *, keep_existing: bool) -> None:
-        """Write the deferred evals."""
         deferred, self.state.deferred_evals = self.state.deferred_evals, []
         for each in deferred:
             key, row, rollouts, split = _decode_deferred(each)

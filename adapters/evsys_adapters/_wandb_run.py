@@ -247,6 +247,7 @@ class WandbRun(LoggedRun[WandbRunState]):
 
     def _reorder(self) -> None:
         self._rewrite(self._records.without_replaced_evals)
+        self.notes.needs_reorder = False
 
     def _add(self, payload: bytes) -> None:
         if self.notes.ended:

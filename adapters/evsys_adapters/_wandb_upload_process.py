@@ -118,8 +118,6 @@ class Upload:
         self._count_points: deque[tuple[int, int]] = deque()
         self._confirmed_events = 0
 
-    # -- events -------------------------------------------------------------------------------------------------------
-
     def count_event(self) -> None:
         """Count one more event; call it before its rows are added."""
         point = (self.row_count, self.events)
@@ -146,8 +144,6 @@ class Upload:
         counted = self.events_at_mark if at_mark else self.events
         remaining = max(0, counted - confirmed)
         return max(remaining, min(1, counted)) if at_end or self.ended or not self.has_task else remaining
-
-    # -- the disk -----------------------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
@@ -189,8 +185,6 @@ class Upload:
     @property
     def _marker(self) -> Path:
         return self.file.with_suffix(".wandb.uploaded")
-
-    # -- output of the tool -------------------------------------------------------------------------------------------
 
     def start_attempt(self) -> None:
         """Reset the state for a new process."""

@@ -148,10 +148,9 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
             self._add(self._events.text(at_step or 0, tag, text))
 
     def close(self, *, forget: bool = False) -> None:
-        """Sort the file if needed, whenever that was done last, and write buffered rows."""
+        """See `LoggedRun.close`; sorts the file whenever that was done last."""
         with self.lock:
-            self._reorder()
-            self.log.close(forget_file=forget)
+            super().close(forget=forget)
             self._faults.flush()
 
     def reorder_when_due(self) -> float | None:
@@ -222,9 +221,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self.log.add(self._events.restart(first_step))
 
     def _reorder(self) -> None:
-        """Sort the file if needed; if the disk refuses that, it is tried again later."""
-        if not self.notes.needs_reorder:
-            return
+        """Sort the file; if the disk refuses that, it is tried again later."""
         start = time.monotonic()
         try:
             self.log.move(self._files.next_name(), self._events.sorted_frames)

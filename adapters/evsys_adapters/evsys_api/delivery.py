@@ -130,8 +130,6 @@ class EvsysSink(Sink):
             ExperimentEnd: self._on_experiment_end,
         }
 
-    # -- called by the courier ----------------------------------------------------------------------------------------
-
     async def open(self) -> None:
         """Check that there is an API key, or that none is needed.
 
@@ -209,8 +207,6 @@ class EvsysSink(Sink):
         for each in starts:
             if isinstance(each.event, RunStart | EvsysRun):
                 self._contexts[run_id(each.event.ctx)] = each.event.ctx
-
-    # -- batches ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, envelope: Envelope) -> None:
         key = (envelope.stream, envelope.seq)
@@ -311,8 +307,6 @@ class EvsysSink(Sink):
             names = list(metrics)
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 await self._log(row, {name: metrics[name] for name in half})
-
-    # -- hooks --------------------------------------------------------------------------------------------------------
 
     async def _on_experiment_start(self, event: ExperimentStart, envelope: Envelope) -> None:
         experiment = self._creator.experiment_of(event.ctx, envelope)
