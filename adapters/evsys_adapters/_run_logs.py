@@ -26,6 +26,7 @@ from evsys_bus.files import AppendFile, Backlog
 from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
+SPLITS: Final[tuple[Split, ...]] = ("validation", "test")
 Row = Mapping[str, Any]
 
 
@@ -263,25 +264,22 @@ class RunLogs:
         state: RunLogsState | None = None,
         output: TrackedOutput | None = None,
     ) -> None:
+        savepoints = savepoints or Savepoints()
         self.logs = logs
-        self.output = TrackedOutput(savepoints or Savepoints(), behind_courier=False) if output is None else output
+        self.output = TrackedOutput(savepoints, behind_courier=False) if output is None else output
         self.candidates: OutputCandidates | None = None
         """Candidate folders and their owner; None while the run is known from a mark only."""
         self.state = RunLogsState() if state is None else state
         self._lease: OutputLease | None = None
         self._loaded_state: bytes | None = None
-        savepoints = savepoints or Savepoints()
         self._training = TrainingRows(
             self.acquire_folder, logs / "training" / "metrics.jsonl", savepoints, self.state.tracker
         )
-        self._evals: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.acquire_folder, logs / "validation" / "metrics.jsonl", savepoints),
-            "test": EvalRows(self.acquire_folder, logs / "test" / "metrics.jsonl", savepoints),
-        }
-        self._rollouts: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.acquire_folder, logs / "validation" / "rollouts.jsonl", savepoints),
-            "test": EvalRows(self.acquire_folder, logs / "test" / "rollouts.jsonl", savepoints),
-        }
+        self._evals, self._rollouts = (
+            {split: EvalRows(self.acquire_folder, logs / split / name, savepoints) for split in SPLITS}
+            for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
+        self._files: list[StepRows] = [self._training, *self._evals.values(), *self._rollouts.values()]
 
     def acquire_folder(self) -> Path:
         """Return the folder, acquired for this adapter.
@@ -315,12 +313,12 @@ class RunLogs:
         assign(self.state.tracker, state.tracker)
         state.tracker = self.state.tracker
         assign(self.state, state)
-        for each in self._files():
+        for each in self._files:
             each.forget_contents()
 
     def paths(self) -> list[Path]:
         """The current paths of the files."""
-        return [self.logs / each.name for each in self._files()]
+        return [self.logs / each.name for each in self._files]
 
     @property
     def _has_lease(self) -> bool:
@@ -338,7 +336,7 @@ class RunLogs:
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far."""
-        return sum(each.backlog.pending for each in self._files())
+        return sum(each.backlog.pending for each in self._files)
 
     def resume(self) -> None:
         """The run's start event is repeated: rows that follow may be in the files."""
@@ -370,7 +368,7 @@ class RunLogs:
             return
         if self.state.tracker.record_step():
             self._training.cut(step, row=row)
-            for each in self._files()[1:]:
+            for each in self._files[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
@@ -417,7 +415,7 @@ class RunLogs:
 
     def _cut(self, first_step: int) -> None:
         self.state.new_evals = []
-        for each in self._files():
+        for each in self._files:
             each.cut(first_step)
 
     def _mark_unconfirmed(self) -> None:
@@ -428,7 +426,7 @@ class RunLogs:
 
     def _apply_start(self, first_step: int) -> None:
         """Apply a pending start to the eval files; the training rows were cut already."""
-        for each in self._files()[1:]:
+        for each in self._files[1:]:
             each.cut(first_step)
         self._put_deferred(keep_existing=False)
         self.state.new_evals, self.state.unconfirmed_evals = [], []
@@ -437,8 +435,9 @@ class RunLogs:
         """A training row is in the file, so the last start was applied before: evals new since are void."""
         unconfirmed, self.state.unconfirmed_evals = self.state.unconfirmed_evals, []
         for key in unconfirmed:
-            for each in (*self._evals.values(), *self._rollouts.values()):
-                each.put(key, ())
+            for split in SPLITS:
+                self._evals[split].put(key, ())
+                self._rollouts[split].put(key, ())
         self._put_deferred(keep_existing=True)
         if not self.state.tracker.is_matching:
             self.state.new_evals = []
@@ -451,13 +450,10 @@ class RunLogs:
 
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
-        for each in self._files():
+        for each in self._files:
             each.backlog.drain()
 
     def flush(self) -> None:
         """Retry refused writes, and close the files until the next row."""
-        for each in self._files():
+        for each in self._files:
             each.flush()
-
-    def _files(self) -> list[StepRows]:
-        return [self._training, *self._evals.values(), *self._rollouts.values()]

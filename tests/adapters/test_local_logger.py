@@ -502,7 +502,7 @@ def test_after_it_was_closed_a_later_hook_goes_on_without_doubling_and_the_files
         evaluate(logger, ctx, "held out", 0, {"loss": -n})  # a repeat, of a row before what was closed
         logger.close()
         logger.close()
-        assert all(each._file._fd is None for each in logger._runs[str(tmp_path / "run")].logs._files())
+        assert all(each._file._fd is None for each in logger._runs[str(tmp_path / "run")].logs._files)
         assert [row["step"] for row in rows(tmp_path / "run", "training/metrics.jsonl")] == list(range(n + 1))
         assert sorted(row["step"] for row in rows(tmp_path / "run", "validation/metrics.jsonl")) == list(range(n + 1))
     dispatch([logger], "on_run_end", ctx, RunResult(), ArmResult("run"))
