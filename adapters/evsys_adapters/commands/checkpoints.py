@@ -110,8 +110,12 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: StoreOpti
     if not states:
         screen.note("no checkpoint is recorded")
         return
-    lines = [_json(each) for each in states] if as_json else _table(states)
-    click.echo("\n".join(lines))
+    if as_json:
+        for each in states:
+            row = {"type": "checkpoint", "checkpoint": each.name} | msgspec.to_builtins(each, enc_hook=str)
+            click.echo(msgspec.json.encode(row).decode())
+        return
+    click.echo("\n".join(_table(states)))
 
 
 def _table(states: list[CheckpointState]) -> list[str]:
@@ -130,15 +134,6 @@ def _table(states: list[CheckpointState]) -> list[str]:
             ]
         )
     return format_table([[printable(cell) for cell in row] for row in rows], terminal_width(sys.stdout))
-
-
-def _json(state: CheckpointState) -> str:
-    row: dict[str, Any] = {
-        "type": "checkpoint",
-        "checkpoint": state.name,
-        **msgspec.to_builtins(state, enc_hook=str),
-    }
-    return msgspec.json.encode(row).decode()
 
 
 def _show_remote(url: str, options: StoreOptions, run: str, *, as_json: bool) -> None:
