@@ -44,6 +44,19 @@ class Redaction(msgspec.Struct, frozen=True):
         return cls(frozenset(map(_normalize_key, redact)), frozenset(map(_normalize_key, reveal)))
 
 
+_redactions: Final[list[Redaction | None]] = [Redaction()]
+
+
+def current_redaction() -> Redaction | None:
+    """Return the policy of this process; None if all its events come from a journal, which is redacted already."""
+    return _redactions[-1]
+
+
+def set_redaction(redaction: Redaction | None) -> None:
+    """Set what `current_redaction` returns, for code that writes files and has no bus at hand."""
+    _redactions[-1] = redaction
+
+
 # Names
 
 NOT_SECRET: Final = 0
@@ -198,18 +211,23 @@ def _redact_parameter(found: re.Match[str]) -> str:
     return f"{found[1]}{name}={REDACTED}" if is_secret and value != REDACTED else found[0]
 
 
-def _redact_assignment(found: re.Match[str]) -> str:
-    """Redact the value of ``KEY=value``, ``"key": "value"`` or ``--key value``."""
-    head, name, value = found["head"], found["name"], found["value"]
-    bare = value.strip("\\\"'")
-    strength = key_strength(name)
-    if strength == NOT_SECRET or _HARMLESS_VALUE.fullmatch(bare) or bare.startswith(REDACTED):
-        return found[0]
-    is_option = head.startswith("-") or (name.isupper() and "_" in name)
-    if strength == SECRET_IN_CONFIG and not (is_option or _looks_random(bare)):
-        return found[0]
-    quote = value[: len(value) - len(value.lstrip("\\\"'"))]
-    return f"{head}{quote}{REDACTED}{quote}"
+def _redact_assignments(text: str, heads: re.Pattern[str]) -> str:
+    """Redact the values of ``KEY=value``, ``"key": "value"`` or ``--key value``, of which ``heads`` finds the names."""
+    parts: list[str] = []
+    done = 0
+    for found in heads.finditer(text):
+        strength = key_strength(found[1])
+        value = _VALUE.match(text, found.end()) if strength and found.start() >= done else None
+        if value is None:
+            continue
+        bare = value[0].strip("\\\"'")
+        is_option = found[0].startswith("-") or (found[1].isupper() and "_" in found[1])
+        is_sure = strength == ALWAYS_SECRET or is_option or _looks_random(bare)
+        if is_sure and not _HARMLESS_VALUE.fullmatch(bare) and not bare.startswith(REDACTED):
+            quote = value[0][: len(value[0]) - len(value[0].lstrip("\\\"'"))]
+            parts += (text[done : found.end()], quote, REDACTED, quote)
+            done = value.end()
+    return "".join((*parts, text[done:])) if parts else text
 
 
 def _redact_header(found: re.Match[str]) -> str:
@@ -227,15 +245,16 @@ _SIGNATURE_PARAMETERS: Final = _set(
     "awsaccesskeyid sas"
 )
 _ASSIGNMENT: Final = re.compile(
-    r"""(?P<head>(?<![\w.-])-{0,2}(?P<name>[A-Za-z][\w.-]{0,80})
-        (?: \\{0,3}["']\s{0,4}[=:]\s{0,4} | [=:] (?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
-          | (?<=[a-z]):\s{1,2}(?=[^\s"']{4}) ))
-        (?P<value> \\{0,3}"(?:[^"\\\n]|\\[^"])*\\{0,3}" | \\{0,3}'(?:[^'\\\n]|\\[^'])*\\{0,3}'
-          | \[[^\]\n]*\] | \{[^}\n]*\} | [^\s"',;&)}\]]+ )""",
+    r"""(?<![\w.-])-{0,2}([A-Za-z][\w.-]{0,80})
+        (?: \\{0,3}["']\s{0,4}[=:]\s{0,4} | [=:](?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
+          | (?<=[a-z]):\s{1,2}(?=[^\s"']{4}) )""",
     re.VERBOSE,
 )
-_OPTION: Final = re.compile(
-    r"""(?P<head>(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80})\s{1,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s"'-][^\s"']*)"""
+_OPTION: Final = re.compile(r"(?<![\w-])--?([A-Za-z][\w.-]{0,80})\s{1,4}(?=[^\s-])")
+_VALUE: Final = re.compile(
+    r"""\\{0,3}"(?:[^"\\\n]|\\[^"]){0,1000}\\{0,3}" | \\{0,3}'(?:[^'\\\n]|\\[^']){0,1000}\\{0,3}'
+        | \[[^\]\n]{0,500}\] | \{[^}\n]{0,500}\} | (?:\\{0,3}["'])?[^\s"',;&)}\]]{1,4096}""",
+    re.VERBOSE,
 )
 
 _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]] = (
@@ -315,9 +334,9 @@ def redact_text(text: str) -> str:
                 text = _HEADER.sub(_redact_header, text)
             text = _HEADER_PAIR.sub(_redact_pair, text)
             text = _PROSE.sub(_keep_words, text)
-            text = _ASSIGNMENT.sub(_redact_assignment, text)
+            text = _redact_assignments(text, _ASSIGNMENT)
             if "-" in text:
-                text = _OPTION.sub(_redact_assignment, text)
+                text = _redact_assignments(text, _OPTION)
     return text
 
 
@@ -444,7 +463,7 @@ class _Walk:
                 for each in cast("list[Any]", item) if type(item) is list else (item,):
                     if type(each) is dict:
                         self.redact_container(each, path, "", in_config=in_config)
-                return item
+                return item  # pyright: ignore[reportUnknownVariableType] - untyped
             if name in self._redaction.redact:
                 return self._replace(path)
         if type(item) is str:
