@@ -26,7 +26,14 @@ from evsys_bus.context import (
     TrainingBatch,
 )
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import AsyncHookError, HookSignatureError, MisspeltHookError, NotACallbackError, NotAttachedError
+from evsys_bus.errors import (
+    AsyncHookError,
+    HookSignatureError,
+    MisspeltHookError,
+    NotACallbackError,
+    NotAttachedError,
+    closest_word,
+)
 from evsys_bus.events import Event, declared_events
 
 
@@ -426,9 +433,4 @@ def _closest_hook(name: str, hooks: Iterable[str]) -> str | None:
     plain_name = name.lower().replace("_", "").replace("begin", "start")
     if plain_name in hook_by_plain_name:
         return hook_by_plain_name[plain_name]
-    if not name.startswith("on_"):
-        return None
-    import difflib  # only for a method that is no hook
-
-    matches = difflib.get_close_matches(name, list(hook_by_plain_name.values()), n=1, cutoff=0.85)
-    return matches[0] if matches else None
+    return closest_word(name, hook_by_plain_name.values(), min_similarity=0.85) if name.startswith("on_") else None

@@ -11,7 +11,8 @@ never encoded; an envelope carries a reference to them, and the receiver gets a 
 The status words are always: pending, running, completed, failed, cancelled.
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
 from types import FunctionType
@@ -342,3 +343,35 @@ class ExperimentResult(msgspec.Struct, frozen=True):
     conclusion: str | None = None
     experiment_id: str | None = None
     hypothesis: str | None = None
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """Statistics of a metric over the runs of an arm."""
+
+    mean: float | None
+    """Mean of the finite values; None if there are none."""
+    sd: float | None
+    """Sample standard deviation; None for fewer than two finite values."""
+    n: int
+    """Number of runs with a finite value."""
+    nonfinite: int = 0
+    """Number of runs with NaN or an infinity."""
+
+    def __str__(self) -> str:
+        if self.mean is None:
+            return "NaN" if self.nonfinite else "-"
+        return f"{self.mean:.4g}" if self.sd is None else f"{self.mean:.4g} ± {self.sd:.2g}"
+
+
+def spread_of(values: Iterable[float | None]) -> Spread:
+    """Return the statistics of a metric over runs; None for a run that does not have it."""
+    import statistics  # takes some ms, and is needed only when runs are compared
+
+    known = [float(value) for value in values if value is not None]
+    finite = [value for value in known if math.isfinite(value)]
+    return Spread(
+        mean=statistics.fmean(finite) if finite else None,
+        sd=statistics.stdev(finite) if len(finite) > 1 else None,
+        n=len(finite),
+        nonfinite=len(known) - len(finite),
+    )

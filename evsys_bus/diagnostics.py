@@ -1,7 +1,8 @@
 """Logging: structlog over the standard library's logging, with the logger ``evsys_bus``.
 
-The host program's logging configuration applies; nothing here configures output. structlog is imported when the first
-line is logged, because it would add a third to the time of ``import evsys_bus``.
+The host program's logging configuration applies; nothing here configures output. Only ``Logger.disabled`` is undone:
+``dictConfig`` sets it on every existing logger by default, and warnings of lost events would vanish. structlog is
+imported when the first line is logged, because it would add a third to the time of ``import evsys_bus``.
 """
 
 import contextlib
@@ -70,9 +71,17 @@ def log() -> "BoundLogger":
     with _without_closed_stdout():
         import structlog
 
+    logger = logging.getLogger(LOGGER_NAME)
+
     class SafeBoundLogger(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
             try:
+                if logger.disabled:  # the default of dictConfig and fileConfig, and seldom what a program wants
+                    logger.disabled = False
+                    fix = (
+                        f'disable_existing_loggers=False; to silence it, logging.getLogger("{LOGGER_NAME}").setLevel()'
+                    )
+                    super()._proxy_to_logger("warning", "logging.enabled", why="a logging config disabled it", fix=fix)
                 return super()._proxy_to_logger(method_name, event, *args, **facts)
             except Exception:  # a handler or filter of the host failed, which must not affect the loop
                 if logging.raiseExceptions and sys.stderr is not None:  # like the standard library's own handlers

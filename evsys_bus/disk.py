@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES: Final = 1 << 16
 NOT_A_FILE_ERRNOS: Final = frozenset({errno.EISDIR, errno.ELOOP, errno.ENODEV, errno.ENXIO})
-NO_LOCKS_ERRNOS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+NO_LOCKS_ERRNOS: Final = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF})
+"""Errors of a lock where the file system has none; NFS returns EBADF for what is open for reading only."""
+LOCK_FLAGS: Final = os.O_RDWR | os.O_APPEND | os.O_CREAT
+"""How a lock file is opened."""
 
 
 class DamagedFileError(ValueError):
@@ -31,14 +34,6 @@ class Disk(Protocol):
 
     def make_directory(self, path: str, mode: int = 0o700) -> None:
         """Create the directory and its parents, for the owner only. It may exist, or be a link to the path."""
-        ...
-
-    def link(self, path: str, target: str) -> None:
-        """Create a symbolic link to a directory. The path must not exist."""
-        ...
-
-    def local_directories(self) -> Iterable[str]:
-        """Local directories for journals whose own file system is not suitable, the best one first."""
         ...
 
     def open_append(self, path: str) -> int:
@@ -64,8 +59,11 @@ class Disk(Protocol):
         """Open an existing regular file, to overwrite or truncate it."""
         ...
 
-    def lock(self, path: str, mode: int = 0o600) -> int | None:
-        """Open the file, created if needed, and lock it while it stays open. None if another process has it locked."""
+    def lock(self, path: str, mode: int = 0o600, flags: int = LOCK_FLAGS) -> int | None:
+        """Open the file and lock it while it stays open. None if it is locked through another descriptor.
+
+        ``flags`` are those of `os.open`; by default the file is created if needed.
+        """
         ...
 
     def is_locked(self, path: str) -> bool:
@@ -161,21 +159,6 @@ class OsDisk:
         # Not `Path.resolve`: for a link to itself that raises RuntimeError before Python 3.13, and not OSError.
         Path(os.path.realpath(path)).mkdir(mode=mode, parents=True, exist_ok=True)
 
-    def link(self, path: str, target: str) -> None:
-        """Create a symbolic link."""
-        Path(path).symlink_to(target, target_is_directory=True)
-
-    def local_directories(self) -> Iterable[str]:
-        """The user's state directory, which survives a restart of the machine, then the temporary directory."""
-        import tempfile  # seldom needed
-
-        home = os.environ.get("HOME", "")
-        for state in (os.environ.get("XDG_STATE_HOME", ""), f"{home}/.local/state"):
-            if Path(state).is_absolute():
-                yield f"{state}/evsys-bus"
-                break
-        yield tempfile.gettempdir()
-
     def open_append(self, path: str) -> int:
         """Create a file and open it for appending."""
         return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -190,7 +173,7 @@ class OsDisk:
                 if not _remove_abandoned(path):
                     return None
                 continue
-            if _try_lock(file) and self.is_at(path, file):
+            if _try_flock(file) and self.is_at(path, file):
                 return file
             os.close(file)
         return None
@@ -207,25 +190,19 @@ class OsDisk:
         """Open an existing file for reading and writing."""
         return open_regular(path, os.O_RDWR)
 
-    def lock(self, path: str, mode: int = 0o600) -> int | None:
+    def lock(self, path: str, mode: int = 0o600, flags: int = LOCK_FLAGS) -> int | None:
         """Lock a file with ``flock``, so that the lock ends with the process, however it ends."""
-        import fcntl  # POSIX only
-
-        file = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, mode)
+        file = open_regular(path, flags, mode)
+        is_locked = False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            return None
-        except OSError:
-            os.close(file)
-            raise
-        return file
+            is_locked = _flock(file)
+        finally:
+            if not is_locked:
+                os.close(file)
+        return file if is_locked else None
 
     def is_locked(self, path: str) -> bool:
         """Whether the file is locked. Takes a shared lock for an instant."""
-        import fcntl  # POSIX only
-
         try:
             file = open_regular(path, os.O_RDONLY)
         except OSError as error:
@@ -233,14 +210,9 @@ class OsDisk:
                 return False
             raise
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False  # no locks here, as `lock` reports
+            return not _try_flock(file, shared=True)
         finally:
             os.close(file)
-        return False
 
     write = staticmethod(os.write)  # the hot path: no frame of Python around it
 
@@ -336,17 +308,23 @@ class OsDisk:
 _sync = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
 
-def _try_lock(file: int) -> bool:
-    """Lock the file if possible. Returns False only if another process has locked it."""
+def _flock(file: int, *, shared: bool = False) -> bool:
+    """Lock the file. Returns False if it is locked through another descriptor; OSError if there are no locks here."""
     import fcntl  # POSIX only
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    return True
+
+
+def _try_flock(file: int, *, shared: bool = False) -> bool:
+    """Lock the file if there are locks here. Returns False only if it is locked through another descriptor."""
+    try:
+        return _flock(file, shared=shared)
     except OSError:
         return True
-    return True
 
 
 def _remove_abandoned(path: str) -> bool:
@@ -358,7 +336,7 @@ def _remove_abandoned(path: str) -> bool:
     except OSError:  # a link, or nothing that can be opened; a directory cannot be unlinked
         return _try_unlink(path)
     try:
-        if _try_lock(file):  # while this process has the lock, no other one renames or removes it
+        if _try_flock(file):  # while this process has the lock, no other one renames or removes it
             try:
                 is_same = os.path.samestat(os.lstat(path), os.fstat(file))
             except FileNotFoundError:
@@ -607,10 +585,13 @@ def parent_folder(path: str) -> str:
 
 
 def open_regular(path: str, flags: int, mode: int = 0o600) -> int:
-    """Open a regular file of the real file system. Anything else is an immediate OSError; it never blocks."""
+    """Open a regular file of the real file system, or a directory if the flags say so.
+
+    Anything else is an immediate OSError; it never blocks.
+    """
     file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
     kind = os.fstat(file).st_mode
-    if stat.S_ISREG(kind):
+    if stat.S_ISREG(kind) or flags & os.O_DIRECTORY:
         return file
     os.close(file)
     if stat.S_ISDIR(kind):

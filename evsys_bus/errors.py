@@ -318,11 +318,11 @@ class TrainingError(EvsysBusError, RuntimeError):
     code = "EB701"
 
 
-def closest_word(word: str, known: Iterable[str]) -> str | None:
-    """Return the known word of which this one may be a misspelling, or None."""
+def closest_word(word: str, known: Iterable[str], *, min_similarity: float = 0.6) -> str | None:
+    """Return the known word of which this one may be a misspelling, or None; equal words have the similarity 1."""
     import difflib  # only when something went wrong
 
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=min_similarity)), None)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +17,15 @@ from functools import partial
 from itertools import chain, count, takewhile
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, TypeVar, cast
-from weakref import WeakValueDictionary
+from typing import TYPE_CHECKING, BinaryIO, ClassVar, Final, Self, TypeVar, cast
+from weakref import WeakSet, WeakValueDictionary
 
 import msgspec
 
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.disk import (
     BLOCK_BYTES,
+    LOCK_FLAGS,
     NO_LOCKS_ERRNOS,
     NOT_A_FILE_ERRNOS,
     DamagedFileError,
@@ -65,6 +67,7 @@ __all__ = [
 _MAX_PENDING_BYTES: Final = 16 << 20
 _T = TypeVar("_T")
 _MAX_WARNED: Final = 1024
+_LOCK_POLL_SECONDS: Final = 0.01
 
 DECODE_ERRORS: Final = (msgspec.MsgspecError, ValueError, TypeError, LookupError, OverflowError, RecursionError)
 """What decoding a damaged file may raise. Invalid UTF-8 and deep nesting do not raise `DecodeError`."""
@@ -209,20 +212,29 @@ class _RawWriter(io.RawIOBase):
 class AppendFile:
     """A file of complete lines with one writer.
 
-    Nothing is opened before the first call, and the folder is created when needed. The file stays open between
-    writes, because closing costs a round trip on network file systems; a file that was removed meanwhile is created
-    again. An incomplete last line, torn by a kill, is cut off when the file is opened. Where no mark names the file,
-    everything after zeros that a power cut left is cut off as well; if there is data behind the zeros, a copy is saved
-    beside the file. Every method may raise OSError.
+    Nothing is opened before the first call, and by default the folder is created when needed. The file stays open
+    between writes, because closing costs a round trip on network file systems; a file that was removed meanwhile is
+    created again. An incomplete last line, torn by a kill, is cut off when the file is opened. Where no mark names the
+    file, everything after zeros that a power cut left is cut off as well; if there is data behind the zeros, a copy is
+    saved beside the file. Every method may raise OSError.
 
     Args:
         path: The file.
         savepoints: If given, the file is restored to the state at the last mark after a crash.
+        make_folder: Whether a missing folder is created, and not an error.
         disk: The file system; by default the real one (`use_disk`).
     """
 
-    def __init__(self, path: Path, savepoints: Savepoints | None = None, *, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        savepoints: Savepoints | None = None,
+        *,
+        make_folder: bool = True,
+        disk: Disk | None = None,
+    ) -> None:
         self.path = path
+        self._make_folder: Final = make_folder
         self._disk: Final = current_disk() if disk is None else disk
         self._key = os.path.abspath(path)  # noqa: PTH100  # the path that the marks use
         self._savepoints = Savepoints(disk=self._disk) if savepoints is None else savepoints
@@ -378,6 +390,8 @@ class AppendFile:
         try:
             fd = self._disk.open_file(path)
         except FileNotFoundError:
+            if not self._make_folder:
+                raise
             self._disk.make_directory(parent_folder(path), 0o777)
             fd = self._disk.open_file(path)
         try:
@@ -463,65 +477,107 @@ def lock_file(path: str, *, mode: int = 0o600, disk: Disk) -> int | None:
 
 
 class FileLock:
-    """A lock between processes, held for as long as the object exists.
+    """A lock between processes, held until it is released or no longer referenced. It is a context manager.
 
-    It ends with the process, however that ends, and a forked child does not have it. Taking it again in the same
-    process returns the same lock. The locked file may contain a note, which `write` replaces and `read_file` reads.
+    It ends with the process, however that ends, and a forked child does not have it. The locked file may contain a
+    note, such as the name of the owner, which `write` replaces and `read_file` reads.
     """
 
-    _locks: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
+    _shared: ClassVar[WeakValueDictionary[tuple[int, str], "FileLock"]] = WeakValueDictionary()
+    _all: ClassVar[WeakSet["FileLock"]] = WeakSet()
     _guard: ClassVar = threading.RLock()  # reentrant: a signal handler that publishes may interrupt `acquire`
 
-    def __init__(self, fd: int, disk: Disk) -> None:
-        self._fd: int | None = fd
+    def __init__(self, fd: int | None, disk: Disk) -> None:
+        self._fd = fd
         self._disk = disk
+        self._all.add(self)
 
     @classmethod
     def acquire(cls, path: Path, *, disk: Disk | None = None) -> "FileLock | None":
-        """Lock the file, created if needed. Returns None while another process has the lock.
+        """Lock the file, created if needed, for this process. Returns None while another process has the lock.
 
-        What is not a file is quarantined, with a warning. Where the file system has no locks, every process gets one,
-        with a warning. Raises OSError.
+        Acquired again in the same process, it is the same lock. What is not a file is quarantined, with a warning.
+        Where the file system has no locks, every process gets one, with a warning. Raises OSError.
         """
         disk = current_disk() if disk is None else disk
-        target = disk.resolve(str(path))
-        key = (id(disk), target)
+        key = (id(disk), disk.resolve(str(path)))
         with cls._guard:
-            lock = cls._locks.get(key)
+            lock = cls._shared.get(key)
             if lock is not None and lock.is_open:
                 return lock
             try:
-                fd = lock_file(str(path), mode=0o666, disk=disk)
+                fd = _lock_at_path(str(path), partial(lock_file, str(path), mode=0o666, disk=disk), disk)
             except OSError as error:
                 if error.errno not in NO_LOCKS_ERRNOS:
                     raise
                 log().warning("file.not_locked", file=str(path), error=str(error))
                 fd = disk.open_file(str(path))
             if fd is None:
-                return cls._locks.get(key)  # another thread of this process may have it by now
-            lock = cls._locks[key] = cls(fd, disk)
+                return cls._shared.get(key)  # another thread of this process may have it by now
+            lock = cls._shared[key] = cls(fd, disk)
             return lock
+
+    @classmethod
+    def acquire_exclusive(
+        cls, path: Path, *, flags: int = LOCK_FLAGS, timeout_seconds: float = 0.0, disk: Disk | None = None
+    ) -> "FileLock | None":
+        """Lock the file for the caller alone, also within this process.
+
+        Where the file system has no locks, the result is not held (`is_held`).
+
+        Args:
+            path: The file, or with ``O_DIRECTORY`` a directory.
+            flags: How it is opened (see `os.open`); by default it is created if needed.
+            timeout_seconds: How long to wait, by polling, while another holds the lock.
+            disk: The file system.
+
+        Returns:
+            The lock; None if another held it all the time.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        disk = current_disk() if disk is None else disk
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                fd = _lock_at_path(str(path), partial(disk.lock, str(path), 0o666, flags), disk)
+            except OSError as error:
+                if error.errno not in NO_LOCKS_ERRNOS:
+                    raise
+                return cls(None, disk)
+            if fd is not None:
+                return cls(fd, disk)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(_LOCK_POLL_SECONDS)
 
     @property
     def is_held(self) -> bool:
         """Whether this process has the lock. False in a child forked from the one that took it."""
         return self._fd is not None
 
-    def write(self, note: bytes) -> None:
-        """Replace the content of the locked file and sync it. A power cut may leave a part of it."""
+    def fileno(self) -> int:
+        """The descriptor of the locked file. Raises OSError if the lock is not held."""
         if self._fd is None:
-            raise OSError(errno.EBADF, "the lock was released")
-        self._disk.truncate(self._fd, 0)
-        write_all(self._disk, self._fd, note)
-        self._disk.sync(self._fd)
+            raise OSError(errno.EBADF, "the lock is not held")
+        return self._fd
+
+    def write(self, note: bytes, *, sync: bool = True) -> None:
+        """Replace the content of the locked file, and sync it by default. A power cut may leave a part of it."""
+        fd = self.fileno()
+        self._disk.truncate(fd, 0)
+        write_all(self._disk, fd, note)
+        if sync:
+            self._disk.sync(fd)
 
     @classmethod
     def after_fork(cls) -> None:
         """Release all locks in a forked child, so that it does not hold them after its parent has ended."""
         cls._guard = threading.RLock()
-        for lock in list(cls._locks.values()):
+        for lock in list(cls._all):
             lock.release()
-        cls._locks = WeakValueDictionary()
+        cls._shared = WeakValueDictionary()
 
     def release(self) -> None:
         """Release the lock now."""
@@ -537,9 +593,31 @@ class FileLock:
         except OSError:
             return False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def __del__(self) -> None:
         with suppress(OSError):
             self.release()
+
+
+def _lock_at_path(path: str, lock: Callable[[], int | None], disk: Disk) -> int | None:
+    """Lock the file that is at the path once it is locked: another process may replace it after it was opened."""
+    for _ in range(3):
+        fd, is_at_path = lock(), False
+        if fd is None:
+            break
+        try:
+            is_at_path = disk.is_at(path, fd)
+        finally:
+            if not is_at_path:
+                disk.close(fd)
+        if is_at_path:
+            return fd
+    return None
 
 
 if hasattr(os, "register_at_fork"):

@@ -115,7 +115,7 @@ class Process:
         self._disk = disk
         self._rng = rng
         self._failure_rate = failure_rate
-        self._death_rate = death_rate
+        self.death_rate = death_rate
         self._files = set()
 
     def __getattr__(self, name):
@@ -131,7 +131,7 @@ class Process:
             if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
-        if self._rng.random() < self._death_rate:
+        if self._rng.random() < self.death_rate:
             if name == "write":
                 self._call_ignoring_errors("write", args[0], args[1][: self._rng.randrange(len(args[1]) + 1)])
             self.kill()
@@ -373,7 +373,7 @@ class Publisher:
         self._append(RunEnd(self.state.ctx, RunResult(), ArmResult("arm")), "append_end")
 
     def close(self):
-        self.process._death_rate = 0.0  # the last maintenance runs on a thread, which must not be killed
+        self.process.death_rate = 0.0  # the last maintenance runs on a thread, which must not be killed
         self.writer.close()
         self.process.kill()
         self.writer = None

@@ -4,8 +4,6 @@ Pure functions from results, which may lack any field, to Markdown. Names are es
 conclusion are the user's own Markdown and are inserted unchanged.
 """
 
-import math
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from evsys_adapters._runs import field, fields, list_or_empty
+from evsys_bus.context import spread_of
 
 _MAX_COLUMNS: Final = 6
 """Metric columns in the table of arms; the table of runs has twice as many."""
@@ -133,11 +132,8 @@ def _main_metrics(runs: Iterable[object]) -> list[str]:
 
 
 def _mean(values: Iterable[object]) -> str:
-    numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
-    if not numbers:
-        return ""
-    spread = f" ± {statistics.stdev(numbers):.2g}" if len(numbers) > 1 else ""
-    return f"{statistics.fmean(numbers):.5g}{spread}"
+    spread = spread_of(float(value) for value in values if isinstance(value, int | float))
+    return number(spread.mean) + ("" if spread.sd is None else f" ± {spread.sd:.2g}")
 
 
 def _seed(run: object) -> str:

@@ -134,7 +134,7 @@ class ResumableDelivery:
     def run(self, timeout_seconds: float, on_progress: OnProgress) -> tuple[DeliveryOutcome, bool]:
         """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         interrupted = False
-        with Interrupts(lambda _: None):
+        with Interrupts():
             self._pool.start()
             try:
                 self._poll_until_done(timeout_seconds, on_progress)
@@ -201,7 +201,7 @@ class OneOffDelivery:
         """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         before, began = self._status(), time.monotonic()
         interrupted = False
-        with Interrupts(lambda _: None):
+        with Interrupts():
             delivery = self._delivery = DaemonExecutor().submit(self._deliver)
             try:
                 self._poll_until_done(delivery, timeout_seconds, on_progress)

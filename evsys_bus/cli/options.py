@@ -172,6 +172,12 @@ def adapter_options(command: _CommandT) -> _CommandT:
     return command
 
 
+def add_current_folder_to_path() -> None:
+    """Make modules of the current folder importable, before all others, as ``python -m`` does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
 def resolve_subscription(
     kind: str, sets: Iterable[str], plugins: Iterable[str], name: str | None = None
 ) -> "Subscription":
@@ -186,8 +192,7 @@ def resolve_subscription(
     from evsys_bus.errors import ConfigError, Location
 
     for plugin in plugins:
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
+        add_current_folder_to_path()
         import_module(plugin, Location("$", f"--plugin {plugin}"), "plugin")
     params = with_overrides(Document(compose("{}", "--set")), map(_quote_non_yaml, sets))
     try:

@@ -35,7 +35,6 @@ from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.output.formatting import (
     GAP,
     NO_VALUE,
-    MetricSpread,
     format_duration,
     format_facts,
     format_mean_sd,
@@ -107,11 +106,11 @@ def command(
 class RunOptions(NamedTuple):
     """How to run and show the experiment."""
 
-    resume: bool = False
-    strict: bool = False
-    progress: ProgressMode = "auto"
-    as_json: bool = False
-    command: Sequence[str] = ()
+    resume: bool
+    strict: bool
+    progress: ProgressMode
+    as_json: bool
+    command: Sequence[str]
     """The command line without ``--resume``, for hints."""
 
 
@@ -145,7 +144,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             options.progress,
             screen,
             title=plan.title,
-            success_metric=_success_metric_name(plan),
+            success_metric=plan.config.success_metric and plan.config.success_metric.name,
             poll_uploads=UploadMonitor(plan.folder / JOURNAL_DIR).poll,
             poll_problems=ProblemMonitor(plan.folder / JOURNAL_DIR).poll,
         ),
@@ -276,10 +275,6 @@ def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
     return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
 
 
-def _success_metric_name(plan: ExperimentPlan) -> str | None:
-    return plan.config.success_metric and plan.config.success_metric.name
-
-
 def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
     runs = list(tracker.runs.values())
     done = sum(run.status == "completed" for run in runs)
@@ -311,12 +306,11 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
     if receipt.unfinished:
         unfinished = True
         screen.note(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
-    return _report_undelivered(receipt, screen) or unfinished
+    return _report_undelivered(receipt, screen, head) or unfinished
 
 
-def _report_undelivered(receipt: Receipt, screen: Screen) -> bool:
+def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
-    head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known
         status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
@@ -328,9 +322,8 @@ def _report_undelivered(receipt: Receipt, screen: Screen) -> bool:
     if pending or unconfirmed:
         command = delivery_command(receipt)
         suffix = "" if command is None else f"; finish with: {command}"
-        what = (
-            "delivered yet" if not unconfirmed else "confirmed yet" if not pending else "delivered or not confirmed yet"
-        )
+        kinds = [*(["delivered"] if pending else []), *(["confirmed"] if unconfirmed else [])]
+        what = f"{' or not '.join(kinds)} yet"
         screen.note(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
     return not all(each.complete for each in receipt.deliveries)
 
@@ -339,8 +332,8 @@ def result_lines(
     plan: ExperimentPlan,
     result: ExperimentResult,
     seconds: float,
-    receipt: Receipt | None = None,
-    page_urls: Mapping[str, str] = {},
+    receipt: Receipt | None,
+    page_urls: Mapping[str, str],
 ) -> list[str]:
     """Return the result as text; ``page_urls`` are the known URLs of runs."""
     width = terminal_width(sys.stdout)
@@ -362,8 +355,10 @@ def result_lines(
         *([["delivery", _format_deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.display_folder],
         ["a run", f"evsys-bus show {plan.display_folder}/{plan.runs[0].run_key}"],
-        *_page_lines(page_urls),
+        *([run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]),
     ]
+    if len(page_urls) > _MAX_PAGE_URLS:
+        details.append(["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"])
     return [*lines, "", *format_facts([[name, printable(text)] for name, text in details], width)]
 
 
@@ -371,8 +366,8 @@ def result_json(
     plan: ExperimentPlan,
     result: ExperimentResult,
     seconds: float,
-    receipt: Receipt | None = None,
-    page_urls: Mapping[str, str] = {},
+    receipt: Receipt | None,
+    page_urls: Mapping[str, str],
 ) -> list[str]:
     """Return the result as JSON: a line for each run, arm and delivery, and one for the experiment."""
     rows: list[dict[str, Any]] = [
@@ -426,21 +421,11 @@ def delivery_command(receipt: Receipt) -> str | None:
 def _format_deliveries(receipt: Receipt) -> str:
     """Return ``csv_metrics ok   wandb 1,204 pending, 120 owed``."""
     ranks: RanksByAdapter = {} if receipt.journal is None else load_ranks_by_adapter(receipt.journal)
-    return GAP.join(
-        f"{each.name} {', '.join(describe_counts(each)) or _describe_complete(each, ranks)}"
-        for each in receipt.deliveries
-    )
-
-
-def _describe_complete(delivery: DeliveryStatus, ranks: RanksByAdapter) -> str:
-    return describe_state(delivery, ranks) if delivery.state == "other_rank" else "ok"
-
-
-def _page_lines(page_urls: Mapping[str, str]) -> list[list[str]]:
-    lines = [[run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]]
-    return (
-        [*lines, ["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"]] if len(page_urls) > _MAX_PAGE_URLS else lines
-    )
+    parts: list[str] = []
+    for each in receipt.deliveries:
+        complete = describe_state(each, ranks) if each.state == "other_rank" else "ok"
+        parts.append(f"{each.name} {', '.join(describe_counts(each)) or complete}")
+    return GAP.join(parts)
 
 
 def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
@@ -452,7 +437,7 @@ def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
 def _format_spread(spread: Spread | None) -> str:
     if spread is None or spread.mean is None:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
-    text = format_mean_sd(MetricSpread(spread.mean, spread.sd, spread.n))
+    text = format_mean_sd(spread)
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
 
 

@@ -37,23 +37,20 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
     states = read_stream_states(directory)
     adapters = read_progress(directory)
     uploads = read_active_uploads(directory)
-    report = None
-    if thoroughly:
-        report = verify_with_progress(directory, screen)
-    if as_json:
-        lines = _json_lines(directory, states, adapters, uploads, report)
-    else:
-        lines = [*_lines(directory, states, adapters, report), *_upload_lines(uploads)]
-    click.echo("\n".join(lines))
+    report = verify_with_progress(directory, screen) if thoroughly else None
+    format_status = _json_lines if as_json else _lines
+    click.echo("\n".join(format_status(directory, states, adapters, uploads, report)))
 
 
 def _lines(
-    directory: Path, states: list[StreamState], adapters: list[DeliveryStatus], report: JournalReport | None
+    directory: Path,
+    states: list[StreamState],
+    adapters: list[DeliveryStatus],
+    uploads: list[Transfer],
+    report: JournalReport | None,
 ) -> list[str]:
-
     width = terminal_width(sys.stdout)
-    head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
-    rows = [head]
+    rows = [["stream", "state", "writer", "events", "segments", "size", "last event"]]
     for each in states:
         numbers = NO_VALUE if each.first is None or each.last is None else format_range(each.first, each.last)
         age = NO_VALUE if each.last_time is None else format_age(time.time() - each.last_time)
@@ -67,13 +64,11 @@ def _lines(
         lines += ["", summary(report)]
     if adapters:
         lines += ["", *adapter_lines(directory, adapters, width)]
+    if uploads:
+        lines.append("")
+    for each in uploads:
+        lines.append(f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}")
     return lines
-
-
-def _upload_lines(uploads: list[Transfer]) -> list[str]:
-
-    lines = [f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}" for each in uploads]
-    return ["", *lines] if lines else []
 
 
 def _json_lines(
@@ -83,10 +78,9 @@ def _json_lines(
     uploads: list[Transfer],
     report: JournalReport | None,
 ) -> list[str]:
-
     checked = {} if report is None else {each.stream: each for each in report.streams}
-    rows: list[dict[str, Any]] = []
-    rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
+    rows: list[dict[str, Any]]
+    rows = [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
     rows += adapter_rows(directory, adapters)
     rows += [{"type": "upload", **msgspec.to_builtins(each)} for each in uploads]
     return [encode_json(row).decode() for row in rows]

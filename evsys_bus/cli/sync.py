@@ -37,7 +37,7 @@ from evsys_bus.cli.output.deliveries import (
     unreadable_status_error,
 )
 from evsys_bus.cli.output.delivery_progress import OnProgress, show_deliveries
-from evsys_bus.cli.output.errors import INTERRUPTED, report
+from evsys_bus.cli.output.errors import INTERRUPTED, OK, report
 from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
@@ -125,7 +125,8 @@ def command(
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
-        errors += [*_program_only_errors(work), *_unreadable_errors(work)]
+        errors += _program_only_errors(work)
+        errors += [unreadable_status_error(work.directory, each) for each in work.unreadable]
         _report_moved(work, screen)
         if dry_run:
             click.echo("\n".join(_plan_lines(work, as_json=as_json)), nl=bool(work.deliverable))
@@ -149,11 +150,10 @@ def command(
     errors += [error for each in outcomes if each not in overtaken and (error := undelivered_error(each)) is not None]
     if not works or not (outcomes or errors or dry_run):
         screen.note("nothing is pending")
-    return _report_errors(errors, screen)
+    return report(ExceptionGroup("some events stay pending", errors), screen) if errors else OK
 
 
 def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: bool) -> list[Path]:
-
     if folder is not None:
         directory = find_journal(folder).directory
         known = [each.name for each in read_progress(directory)]
@@ -168,7 +168,6 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
 
 
 def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
-
     rows = [status for _, status in work.deliverable]
     if as_json:
         facts = [
@@ -191,7 +190,6 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
 
 
 def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
-
     why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
     fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
     return [
@@ -202,11 +200,6 @@ def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
         )
         for each in work.program_only
     ]
-
-
-def _unreadable_errors(work: PendingWork) -> list[EvsysBusError]:
-
-    return [unreadable_status_error(work.directory, each) for each in work.unreadable]
 
 
 def _report_moved(work: PendingWork, screen: Screen) -> None:
@@ -228,20 +221,12 @@ def _report_known_problems(work: PendingWork, screen: Screen) -> list[DeliverySt
 
 
 def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
-
     for each in outcomes:
         if each.dead:
             screen.note(f"{each.adapter}: {each.dead:,} rejected; events and reasons are in {each.dead_letters}")
         if each.after.hook_failures or each.after.task_failures:
             failures = msgspec.structs.replace(each.after, owed=0, error=None, dead=0)
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
-
-
-def _report_errors(errors: list[EvsysBusError], screen: Screen) -> int:
-    if not errors:
-        return 0
-
-    return report(ExceptionGroup("some events stay pending", errors), screen)
 
 
 def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
@@ -299,8 +284,13 @@ def deliver(
     left = find_work(work.directory, held)
     rest = _deliver_in_processes(left, timeout_seconds, on_progress)
     outcomes = _combine_outcomes(outcomes, rest.outcomes)
-    still_busy = {each.name: each for each in left.busy}
-    refused = [courier_busy_error(work.directory, name, _describe_problem(each)) for name, each in still_busy.items()]
+    still_busy = {each.name for each in left.busy}
+    refused = [
+        courier_busy_error(
+            work.directory, each.name, None if each.last_error is None else f"{each.name}: {each.last_error}"
+        )
+        for each in left.busy
+    ]
     outcomes = [each for each in outcomes if each.adapter not in still_busy]
     return SyncResult(outcomes, refused, rest.interrupted, done.overtaken | rest.overtaken)
 
@@ -330,7 +320,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         monitor = DeliveryMonitor(work.directory, {each.name for each in group})
         on_progress(monitor.poll(0))
         interrupted = False
-        with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
+        with Interrupts(), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
                 while process.exit_code is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
@@ -361,12 +351,11 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
 def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
     """Return whether other processes deliver to all adapters that have events left."""
     left = [each for each in statuses if each.pending or each.owed]
-    return bool(left) and all(each.busy and _is_held_elsewhere(directory, each.name, pid) for each in left)
-
-
-def _is_held_elsewhere(directory: Path, name: str, pid: int) -> bool:
-    found = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
-    return found is not None and (found.pid, found.host) != (pid, os.uname().nodename)
+    for each in left:
+        owner = read_owner(OsDisk(), layout.courier_path(str(directory), each.name, "lock")) if each.busy else None
+        if owner is None or (owner.pid, owner.host) == (pid, os.uname().nodename):
+            return False
+    return bool(left)
 
 
 def _with_exit_reason(outcome: DeliveryOutcome, code: int | None, directory: Path) -> DeliveryOutcome:
@@ -388,7 +377,7 @@ def _wait_for_couriers(
     monitor = DeliveryMonitor(directory, names)
     wait = _CourierWait(directory, timeout_seconds, note)
     interrupted = False
-    with Interrupts(lambda _: None):
+    with Interrupts():
         try:
             while True:
                 statuses = monitor.poll(None)
@@ -505,10 +494,6 @@ def _parent_and_command(pid: int) -> tuple[int, str] | None:
     line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # from the user's PATH
     parent, _, command = line.stdout.strip().partition(" ")
     return (int(parent), command) if parent.isdecimal() else None
-
-
-def _describe_problem(status: DeliveryStatus) -> str | None:
-    return None if status.last_error is None else f"{status.name}: {status.last_error}"
 
 
 @contextmanager

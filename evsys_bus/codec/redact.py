@@ -381,11 +381,41 @@ def redact(plain: Any, redaction: Redaction = Redaction(), path: str = "") -> di
     Returns:
         Path -> reason, in the form that `to_builtins` returns.
     """
-    if type(plain) is dict and _WITHOUT_TEXT.issuperset(map(type, plain.values())) and _harmless_keys.issuperset(plain):  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType] - untyped
+    if type(plain) is dict and not redaction.redact and path not in _CONFIG_LIKE_KEYS and _is_clean(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
         return {}
     walk = _Walk(redaction)
     walk.redact_container(plain, path, path, in_config=path in _CONFIG_LIKE_KEYS)
     return walk.replaced
+
+
+def _is_clean(entries: dict[str, Any]) -> bool:
+    """Whether all keys and texts are known to be harmless; False also for those that are new."""
+    if not _known_keys.issuperset(entries):
+        return False
+    if _WITHOUT_TEXT.issuperset(map(type, entries.values())):
+        return True
+    for key, item in entries.items():
+        kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
+        if kind is not float and kind not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
+            return False
+    return True
+
+
+def _is_clean_item(item: Any) -> bool:
+    kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
+    if kind in _WITHOUT_TEXT:
+        return True
+    if kind is str:
+        return item in _clean_texts
+    if kind is dict:
+        return _is_clean(item)
+    return kind is list and (_WITHOUT_TEXT.issuperset(map(type, item)) or all(map(_is_clean_item, item)))
+
+
+def _remember(known: set[str], texts: Iterable[str]) -> None:
+    if len(known) > _MAX_CLEAN:
+        known.clear()
+    known.update(texts)
 
 
 class _Walk:
@@ -405,19 +435,16 @@ class _Walk:
             self._redact_items(cast("list[Any]", value), path, key, in_config=in_config)
 
     def _redact_entries(self, entries: dict[str, Any], path: str, parent: str, *, in_config: bool) -> None:
-        if not _harmless_keys.issuperset(entries):
+        if not _known_keys.issuperset(entries):
             self._redact_keys(entries)
         if not in_config and _WITHOUT_TEXT.issuperset(map(type, entries.values())):
             return
         sibling = entries.get("name", entries.get("key"))  # {"name": "HF_TOKEN", "value": …}
         for key, item in entries.items():
             kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
-            if kind is str and not self._has_own_keys and len(item) <= _MAX_CACHED_CHARS and key not in _GENERAL_KEYS:
-                shown = _redact_short_text(key, item, in_config)
-                if shown is not item and shown != item:
-                    entries[key] = shown
-                    self._replace(f"{path}.{key}" if path else key)
-            elif kind not in _WITHOUT_TEXT:
+            if kind is str and not self._has_own_keys and item in _clean_texts and key in _clean_keys:
+                continue
+            if kind not in _WITHOUT_TEXT:
                 name = sibling if key == "value" and type(sibling) is str else key
                 item_path = f"{path}.{key}" if path else key
                 entries[key] = self._redact_value(item, item_path, name, parent, in_config=in_config)
@@ -426,10 +453,10 @@ class _Walk:
 
     def _redact_keys(self, entries: dict[str, Any]) -> None:
         """Redact keys that are credentials themselves; remember the others."""
-        renamed = {key: shown for key in entries if (shown := redact_text(key)) != key}
-        if len(_harmless_keys) > _MAX_HARMLESS_KEYS:
-            _harmless_keys.clear()
-        _harmless_keys.update(key for key in entries if len(key) <= _MAX_CACHED_CHARS and key not in renamed)
+        renamed = {key: shown for key in entries if (shown := redact_key(key)) != key}
+        short_keys = [key for key in entries if key not in renamed and len(key) <= _MAX_CACHED_CHARS]
+        _remember(_known_keys, short_keys)
+        _remember(_clean_keys, filter(_is_clean_key, short_keys))
         if not renamed:
             return
         copied = list(entries.items())
@@ -485,7 +512,7 @@ class _Walk:
         return name not in self._redaction.reveal and (is_secret or name in self._redaction.redact)
 
     def _redact_text(self, text: str, path: str) -> str:
-        shown = redact_key(text) if len(text) <= _MAX_CACHED_CHARS else redact_text(text)
+        shown = _redact_form(text)
         return text if shown == text else self._replace(path, shown)
 
     def _replace(self, path: str, shown: str = REDACTED) -> str:
@@ -498,13 +525,22 @@ class _Walk:
 _MAX_REASONS: Final = 100
 _MAX_PATH_CHARS: Final = 256
 _MAX_CACHED_CHARS: Final = 256
-_MAX_HARMLESS_KEYS: Final = 10_000
+_MAX_CLEAN: Final = 10_000
 _WITHOUT_TEXT: Final = frozenset({float, int, bool, type(None)})
 _GENERAL_KEYS: Final = frozenset({"key", "value"})
 """The name above or beside them decides."""
 _FUNCTIONAL_KEYS: Final = frozenset({"output_dir", "root", "run", "run_key", "type"})
 """Of handles and events; readers use the texts under them as they are. Passwords in URLs are redacted nevertheless."""
-_harmless_keys: Final[set[str]] = set()
+_known_keys: Final[set[str]] = set()
+"""Keys that are no credentials themselves."""
+_clean_keys: Final[set[str]] = set()
+"""Keys under which a text is judged by its form alone."""
+_clean_texts: Final[set[str]] = set()
+"""Texts without the form of a credential."""
+
+
+def _is_clean_key(key: str) -> bool:
+    return key not in _GENERAL_KEYS and key not in _CONFIG_LIKE_KEYS and key_strength(key) == NOT_SECRET
 
 
 def _is_secret(key: str, parent: str, in_config: bool) -> bool:
@@ -519,14 +555,18 @@ def _redact_value_text(key: str, parent: str, text: str, in_config: bool) -> str
             return REDACTED
     elif (strength or (in_config and key[-3:].lower() == "key")) and _looks_random(text):
         return REDACTED
-    if key in _FUNCTIONAL_KEYS and not in_config and "://" not in text:
+    shown = _redact_form(text)
+    return text if key in _FUNCTIONAL_KEYS and not in_config and "://" not in text else shown
+
+
+def _redact_form(text: str) -> str:
+    """Like `redact_text`; texts that repeat are searched once."""
+    if text in _clean_texts:
         return text
-    return redact_text(text)
-
-
-@functools.lru_cache(maxsize=8192)
-def _redact_short_text(key: str, text: str, in_config: bool) -> str:
-    return _redact_value_text(key, "", text, in_config)
+    shown = redact_text(text)
+    if shown == text and len(text) <= _MAX_CACHED_CHARS and not text.startswith("-"):
+        _remember(_clean_texts, (text,))
+    return shown
 
 
 def _is_credential(item: Any, strength: int) -> bool:

@@ -36,9 +36,7 @@ class _KeptFiles:
 
     def acquire(self) -> bool:
         """Count one more, unless they are as many as may be."""
-        import resource  # POSIX only
-
-        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft_limit = os.sysconf("SC_OPEN_MAX")  # -1 if unlimited; no import, which could fail while a program runs
         with self._lock:
             if self._count >= (min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES):
                 return False

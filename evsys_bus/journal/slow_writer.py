@@ -1,6 +1,6 @@
 """`SlowWriter`: everything about writing a record beyond the plain append.
 
-It handles the start of a segment, errors of the disk and a removed directory. The record is put into the backlog, and
+It handles the start of a segment and errors of the disk. The record is put into the backlog, and
 the `Backlog` is written in order to whichever segment accepts it. All of this is under one lock. The plain append
 (`JournalWriter.append`) takes no lock and is allowed while ``is_ready`` is true.
 """
@@ -20,7 +20,7 @@ from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.frame import pack
 from evsys_bus.journal.layout import SegmentName
 from evsys_bus.journal.segment import OpenSegment, WrittenSegments
-from evsys_bus.journal.stream_lock import StreamLease, lock_stream
+from evsys_bus.journal.stream_lock import StreamLease
 
 
 class PendingRecord(NamedTuple):
@@ -175,6 +175,7 @@ class SlowWriter:
         self._sync_each_write = sync_each_write
         self.last_error: OSError | None = None
         """The last error, until the disk accepts records again."""
+        self._is_removal_logged = False
         # Used by the plain append.
         self.is_ready = False
         self.file = -1
@@ -259,6 +260,7 @@ class SlowWriter:
             break
         if self.last_error is not None:
             self.last_error = None
+            self._is_removal_logged = False
             self._log_safely(self.faults.flush)
             self._log_safely(
                 lambda: log().info("journal.records_again", directory=self.directory, lost=self.backlog.lost)
@@ -273,7 +275,23 @@ class SlowWriter:
         self.last_error = error
         if self.segment is not None and (not self.segment.is_clean or error.errno not in _DISK_FULL_ERRNOS):
             self.retire_segment()
-        self.log_failure("journal.unrecorded", error, waiting=len(self.backlog))
+        if isinstance(error, FileNotFoundError):
+            self.handle_removal(error)
+        else:
+            self.log_failure("journal.unrecorded", error, waiting=len(self.backlog))
+
+    def handle_removal(self, error: FileNotFoundError) -> None:
+        """Count the events in segments that somebody removed, and log it once.
+
+        A removed directory is not created again. Records stay in the backlog, in case it was only moved and comes back.
+        """
+        self.written_segments.check_removed()
+        if self._is_removal_logged:
+            self.failures += 1
+            return
+        self._is_removal_logged = True
+        fix = "leave a journal in use where it is; restart the program to record into a new one"
+        self.log_failure("journal.removed", error, fix=fix)
 
     def retire_segment(self) -> None:
         """Stop writing to the current segment. The next record starts another one."""
@@ -384,11 +402,7 @@ class SlowWriter:
         self.lease.ordinal += 1
         name = SegmentName(self.lease.ordinal, pending.sequence)
         records = b"".join((*self._carried_frames(name.first_sequence), pending.data))
-        try:
-            segment = OpenSegment.create(self.disk, self.folder, name, records)
-        except FileNotFoundError:
-            self.recreate_directory()
-            segment = OpenSegment.create(self.disk, self.folder, name, records)
+        segment = OpenSegment.create(self.disk, self.folder, name, records)
         self.retire_segment()
         self.segment = segment
         self.remaining_bytes = self._segment_bytes - len(records)
@@ -415,17 +429,6 @@ class SlowWriter:
             for _, sequence, payload in self.open_starts
             if sequence < before_sequence
         ]
-
-    def recreate_directory(self) -> None:
-        """Create and lock the stream's directory again after it was removed."""
-        self.written_segments.check_removed()
-        self.disk.make_directory(self.directory)
-        self.disk.make_directory(self.folder)
-        if self.lease.lock is not None and self.disk.is_at(f"{self.folder}/{layout.LOCK}", self.lease.lock):
-            return  # only segments were removed
-        lock, self.lease.lock = self.lease.lock, lock_stream(self.disk, self.clock, self.directory, self.lease.stream)
-        if lock is not None:
-            self.disk.close(lock)
 
     def _write_and_sync(self, file: int, record: bytes) -> int:
         written = self.disk.write(file, record)

@@ -94,7 +94,7 @@ class JournalWriter:
         """Lock a stream and start the maintenance thread.
 
         Raises:
-            JournalOpenError: The directory cannot be written.
+            JournalOpenError: The directory cannot be written, or its file system has no locks or does not append.
         """
         slow_writer = self._slow_writer
         try:
@@ -244,7 +244,8 @@ class JournalWriter:
         deadline = slow_writer.clock.monotonic() + timeout_seconds
         min_sync_seconds = 0.0
         while slow_writer.state == "open":
-            is_last_attempt = not slow_writer.backlog or not should_retry()
+            is_removed = isinstance(slow_writer.last_error, FileNotFoundError)  # waiting for it would be in vain
+            is_last_attempt = not slow_writer.backlog or is_removed or not should_retry()
             remaining_seconds = deadline - slow_writer.clock.monotonic()
             if not slow_writer.lock.acquire(timeout=max(0.0, min(remaining_seconds, threading.TIMEOUT_MAX))):
                 return False

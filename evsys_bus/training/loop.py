@@ -126,7 +126,7 @@ class TrainingLoop:
         """What the loop produced, also if it raised; None until it has ended."""
         self._bus = used_bus if bus is None else nullcontext(bus)
         self._faults = FaultLog()
-        self._completed_steps = 0  # number of completed steps, and index of the next one
+        self._done = 0  # number of steps done, and so the index of the next one
         self._started_at = 0.0
 
     async def run(self) -> LoopArtifacts:
@@ -157,12 +157,12 @@ class TrainingLoop:
             if self.resume:
                 await self._resume()
             bus.publish(TrainStart(state))
-            while self._completed_steps < state.num_steps and not state.stop_requested:
-                await self._run_step(bus, self._completed_steps)
-                self._completed_steps += 1
+            while self._done < state.num_steps and not state.stop_requested:
+                await self._run_step(bus, self._done)
+                self._done += 1
                 # A backend may never suspend; tasks of hooks and a cancellation get to run here.
                 await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._completed_steps - 1, stopped=_stopped_for_good(state))
+            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
             remove_error_file(state.output_dir)
         except BaseException as error:
             state.error = error
@@ -234,7 +234,7 @@ class TrainingLoop:
 
     async def _resume(self) -> None:
         """Load the last full state, and remove the metrics of later steps, which will run again."""
-        self._completed_steps = self.state.step = first_step = await self.checkpoints.resume()
+        self._done = self.state.step = first_step = await self.checkpoints.resume()
         removed = self.metrics.retain(lambda row: isinstance(row.get("step"), int) and row["step"] < first_step)
         for row in self.metrics.rows():
             self.last_metrics = row

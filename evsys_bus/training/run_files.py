@@ -4,12 +4,13 @@ None of them raises into the training once it runs: a row that cannot be written
 logged.
 """
 
+import errno
 import os
 import platform
 import traceback
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +20,10 @@ from evsys_bus.codec import json_line
 from evsys_bus.codec.redact import Redaction, redact_text
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
-from evsys_bus.disk import open_regular
+from evsys_bus.disk import OsDisk
 from evsys_bus.errors import TrainingError
-from evsys_bus.files import DECODE_ERRORS, open_binary, replace_file
+from evsys_bus.files import DECODE_ERRORS, AppendFile, Backlog, FileLock, open_binary, replace_file
 from evsys_bus.training.protocols import Backend
-
-MAX_PENDING: Final = 10_000
-"""Rows kept in memory while they cannot be written; beyond this the oldest are dropped and counted."""
 
 Row = dict[str, Any]
 """One row."""
@@ -34,41 +32,42 @@ _decode = msgspec.json.Decoder(Row).decode
 
 
 class RowFile:
-    """An append-only file of JSON objects, one per line.
+    """A file of JSON objects, one per line, with one writer.
 
-    The file is opened for every row (about 10 microseconds), so that a removed directory or a full disk is noticed, and
-    writing works again as soon as the cause is gone. A row that cannot be written stays in memory and is written, in
-    order, before the next one.
+    A row that cannot be written, because the disk is full or the folder was removed, stays in memory and is written, in
+    order, before the next one. `flush` closes the file, and the next row opens it again.
+
+    Args:
+        path: The file. Its folder is not created.
+        max_pending_bytes: Limit of the rows in memory. Further ones are dropped and counted.
     """
 
-    def __init__(self, path: Path, *, max_pending: int = MAX_PENDING, redaction: Redaction | None = None) -> None:
+    def __init__(self, path: Path, *, max_pending_bytes: int = 16 << 20, redaction: Redaction | None = None) -> None:
         self.path = path
         self._redaction = redaction
-        self.lost = 0
-        """Number of rows dropped because too many were pending."""
-        self._pending: deque[bytes] = deque()
-        self._max_pending = max_pending
+        self._file = AppendFile(path, make_folder=False, disk=OsDisk())
+        self._backlog = Backlog(str(path), max_bytes=max_pending_bytes)
 
     @property
     def pending(self) -> int:
         """Number of rows in memory that could not be written yet."""
-        return len(self._pending)
+        return self._backlog.pending
+
+    @property
+    def lost(self) -> int:
+        """Number of rows dropped because too many were pending."""
+        return self._backlog.lost
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row, with values of any type (see `evsys_bus.codec.encode`); never raises."""
-        is_retry = bool(self._pending)
-        if len(self._pending) >= self._max_pending:
-            self._pending.popleft()
-            self.lost += 1
-        self._pending.append(json_line(row, self._redaction) + b"\n")
-        self._write_pending(is_retry=is_retry)
+        line = json_line(row, self._redaction) + b"\n"
+        self._backlog.write(partial(self._file.append, line), len(line))
 
     def flush(self) -> None:
-        """Try to write the pending rows, and log a warning if rows remain or were dropped."""
-        if self._pending:
-            self._write_pending(is_retry=True)
-        if self._pending or self.lost:
-            log().warning("rows.unwritten", file=str(self.path), waiting=self.pending, lost=self.lost)
+        """Try to write the pending rows, log how many remain or were dropped, and close the file."""
+        self._backlog.flush()
+        with suppress(OSError):  # every row was written, or is pending
+            self._file.close()
 
     def rows(self) -> Iterator[Row]:
         """Iterate over the rows, in order, skipping torn and damaged lines. A missing file has no rows."""
@@ -88,40 +87,16 @@ class RowFile:
         lines = list(self._lines())
         retained = [line for line in lines if (row := _parse(line)) is not None and predicate(row)]
         if len(retained) < len(lines):
-            replace_file(self.path, b"".join(retained), mode=0o666, follow_link=True)
+            replace_file(self.path, b"".join(retained), mode=0o666, follow_link=True, disk=OsDisk())
         return len(lines) - len(retained)
 
     def _lines(self) -> Iterator[bytes]:
         try:
-            file = open_binary(self.path)
+            file = open_binary(self.path, OsDisk())
         except FileNotFoundError:
             return
         with file:
             yield from file
-
-    def _write_pending(self, *, is_retry: bool) -> None:
-        try:
-            file = open_regular(str(self.path), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                while self._pending:
-                    _write_line(file, self._pending[0])
-                    self._pending.popleft()
-            finally:
-                os.close(file)
-        except OSError as error:
-            if not is_retry:
-                log().warning("rows.waiting", file=str(self.path), error=str(error), max_waiting=self._max_pending)
-        else:
-            if is_retry:
-                log().info("rows.written_again", file=str(self.path), lost=self.lost)
-
-
-def _write_line(file: int, line: bytes) -> None:
-    """Write one line with one call; on a full disk, remove a partial line so that the next one is not joined to it."""
-    written = os.write(file, line)
-    if written < len(line):
-        os.ftruncate(file, os.fstat(file).st_size - written)
-        raise OSError(f"the disk took {written} of {len(line)} bytes")
 
 
 def _parse(line: bytes) -> Row | None:
@@ -285,8 +260,7 @@ def _truncate(text: str) -> str:
 
 
 LOCK_FILE: Final = ".lock"
-
-_open_locks: set[int] = set()
+_MAX_OWNER_BYTES: Final = 200
 
 
 @contextmanager
@@ -302,62 +276,33 @@ def lock_folder(folder: Path, description: str) -> Generator[None]:
     Raises:
         TrainingError: From an OSError: the directory is locked by another process, or cannot be written.
     """
-    file = _open_lock_file(folder, description)
+    path, disk = folder / LOCK_FILE, OsDisk()
     try:
-        _acquire(file, folder, description)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock.acquire_exclusive(path, disk=disk)
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
+        raise unwritable_error(folder, description, error) from error
+    if lock is None:
+        owner = b""
+        with suppress(OSError):  # some file systems do not let a locked file be read
+            owner = disk.read(str(path), 0, _MAX_OWNER_BYTES)
+        raise TrainingError(
+            f"{description} {folder} is in use by {owner.decode(errors='replace').strip() or 'another process'}",
+            fix="wait until that has ended, or choose another output_dir",
+        ) from BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+    if not lock.is_held:
+        log().warning("folder.not_locked", folder=str(folder), error=os.strerror(errno.ENOLCK))
+    with lock:
+        with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
+            lock.write(f"process {os.getpid()} on {platform.node()}\n".encode(), sync=False)
         try:
             yield
         finally:
-            if file in _open_locks:  # not in a forked child
-                with suppress(OSError):
-                    os.ftruncate(file, 0)
-    finally:
-        if file in _open_locks:
-            _open_locks.discard(file)
-            os.close(file)
+            with suppress(OSError):  # in a forked child it is not held
+                lock.write(b"", sync=False)
 
 
 def unwritable_error(folder: Path, description: str, error: OSError | ValueError) -> TrainingError:
     """Return the error for a directory that cannot be written; raise it from ``error``."""
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return TrainingError(f"{description} {folder} cannot be written: {reason}", fix="choose another output_dir")
-
-
-def _open_lock_file(folder: Path, description: str) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the path, or not encodable
-        raise unwritable_error(folder, description, error) from error
-    _open_locks.add(file)
-    return file
-
-
-def _acquire(file: int, folder: Path, description: str) -> None:
-    import fcntl  # POSIX only
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise TrainingError(
-            f"{description} {folder} is in use by {owner}",
-            fix="wait until that has ended, or choose another output_dir",
-        ) from error
-    except OSError as error:
-        log().warning("folder.not_locked", folder=str(folder), error=str(error))
-        return
-    with suppress(OSError):  # a full disk: the lock works, but cannot name its owner
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-
-
-def _close_in_child() -> None:
-    """Release the locks in a forked child: one that outlives its parent would keep the directory locked."""
-    for file in _open_locks:
-        os.close(file)
-    _open_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_in_child)

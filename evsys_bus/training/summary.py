@@ -5,34 +5,14 @@ An arm with non-finite scores or failed runs is best only if no arm is complete,
 happened to survive is biased.
 """
 
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from typing import cast
 
 import msgspec
 
 from evsys_bus.config.experiment import SuccessMetric
-from evsys_bus.context import ArmResult
+from evsys_bus.context import ArmResult, Spread, spread_of
 from evsys_bus.errors import did_you_mean
-
-
-class Spread(msgspec.Struct, frozen=True):
-    """Statistics of a metric over the runs of an arm."""
-
-    mean: float | None
-    """Mean of the finite values; None if there are none."""
-    sd: float | None
-    """Sample standard deviation; None for fewer than two finite values."""
-    n: int
-    """Number of runs with a finite value."""
-    nonfinite: int = 0
-    """Number of runs with NaN or an infinity."""
-
-    def __str__(self) -> str:
-        if self.mean is None:
-            return "NaN" if self.nonfinite else "-"
-        return f"{self.mean:.4g}" if self.sd is None else f"{self.mean:.4g} ± {self.sd:.2g}"
 
 
 class ArmSummary(msgspec.Struct, frozen=True):
@@ -123,18 +103,6 @@ def _summary(name: str, runs: list[ArmResult], last_stage: object, success: Succ
 
 def _spread(metric: str, runs: Iterable[ArmResult]) -> Spread:
     return spread_of(run.eval_metrics.get(metric, run.metrics.get(metric)) for run in runs)
-
-
-def spread_of(values: Iterable[float | None]) -> Spread:
-    """Return the statistics of a metric over runs; None for a run that does not have it."""
-    known = [float(value) for value in values if value is not None]
-    finite = [value for value in known if math.isfinite(value)]
-    return Spread(
-        mean=statistics.fmean(finite) if finite else None,
-        sd=statistics.stdev(finite) if len(finite) > 1 else None,
-        n=len(finite),
-        nonfinite=len(known) - len(finite),
-    )
 
 
 def _stage_name(run: ArmResult) -> object:

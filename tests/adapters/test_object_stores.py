@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import os
 import resource
-from secrets import token_hex
 
 import anyio
 import pytest
@@ -19,7 +18,9 @@ from evsys_adapters.checkpoints import (
     open_store,
 )
 from evsys_adapters.checkpoints.copying import HashingWriter, partial_of, remove_partials
+from evsys_adapters.checkpoints.store import retrying
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
+from support.s3_client import create_bucket, unfinished_uploads
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -44,12 +45,11 @@ async def store(request, tmp_path, monkeypatch):
         server = request.getfixturevalue("s3")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-        bucket = f"bucket-{token_hex(4)}"
+        bucket = create_bucket(server)
         store, prefix = open_store(
             f"s3://{bucket}/team/", endpoint=server.endpoint, region=server.region, part_bytes=PART
         )
         assert prefix == "team/"
-        await store._connection.call("create_bucket")
     await store.open()
     yield store
     await store.close()
@@ -299,7 +299,7 @@ async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, le
     assert await store.abort_abandoned("run/", ledger) == 0
     assert len(list((tmp_path / "uploads").iterdir())) == 1 - folder
     if not folder:
-        left = await store._connection.pages("list_multipart_uploads", "Uploads")
+        left = unfinished_uploads(store.where)
         assert [each["Key"] for each in left] == ["run/here"]
 
 
@@ -370,3 +370,49 @@ async def test_a_folder_with_links_that_lead_to_nothing_names_the_others(tmp_pat
     (tmp_path / "run" / "dangling").symlink_to("nowhere")
     (tmp_path / "run" / "through a file").symlink_to("good/below")
     assert [each.key for each in await store.names("run/")] == ["run/good"]
+
+
+class Busy:
+    """A call of a store that fails with these errors, one after the other, and then succeeds."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    async def __call__(self):
+        if self.errors:
+            raise self.errors.pop(0)
+        return "stored"
+
+
+async def test_a_busy_store_is_called_again_after_random_pauses_up_to_a_limit_that_doubles():
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    outages = [RetryLaterError("busy") for _ in range(200)]
+    policy = retrying(attempts=201, first_pause_seconds=1.0, max_pause_seconds=8.0).copy(sleep=sleep)
+    assert await policy(Busy(*outages)) == "stored"
+    assert all(pause <= min(2.0**number, 8.0) for number, pause in enumerate(pauses))
+    assert min(pauses) < 1.0, "no pause has a fixed part"
+    assert max(pauses) > 7.0, "the whole range is used"
+    with pytest.raises(RetryLaterError, match="busy"):
+        await retrying(attempts=3).copy(sleep=sleep)(Busy(*outages[:3]))
+    with pytest.raises(RefusedError):
+        await retrying().copy(sleep=sleep)(Busy(RefusedError("no")))
+
+
+async def test_a_store_that_asks_for_a_pause_gets_it_or_is_not_called_again():
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    short, long = RetryLaterError("busy", after_seconds=30.0), RetryLaterError("closed", after_seconds=3600.0)
+    policy = retrying(max_requested_seconds=60.0).copy(sleep=sleep)
+    assert await policy(Busy(short)) == "stored"
+    assert pauses == [30.0]
+    with pytest.raises(RetryLaterError, match="closed"):
+        await policy(Busy(long))
+    with pytest.raises(RetryLaterError, match="busy"):
+        await retrying().copy(sleep=sleep)(Busy(short))

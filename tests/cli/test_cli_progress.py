@@ -15,11 +15,12 @@ from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestR
 from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import ProblemMonitor
 from evsys_bus.cli.output.errors import show_warnings
-from evsys_bus.cli.output.formatting import MetricSpread, format_duration, format_mean_sd, format_number
-from evsys_bus.cli.output.live import arm_rows, choose_metrics, compute_spread, render
+from evsys_bus.cli.output.formatting import format_duration, format_mean_sd, format_number
+from evsys_bus.cli.output.live import arm_rows, choose_metrics, render
 from evsys_bus.cli.output.progress import LineView, format_json, format_plain
 from evsys_bus.cli.output.run_state import MAX_PENDING_UPDATES, DrainStatus, PlannedRun, RunStateTracker
 from evsys_bus.cli.output.screen import Screen
+from evsys_bus.context import Spread, spread_of
 from evsys_bus.delivery.status_files import write_status
 from evsys_bus.diagnostics import log
 from evsys_bus.journal import OsDisk
@@ -145,11 +146,18 @@ def test_an_arm_s_figures_are_over_its_runs_without_the_failed_ones(board, clock
     end(board, failed, "failed", "boom")
     clock.seconds = 10.0
     calm, wild = arm_rows(board, choose_metrics(board, None), 10.0)
-    assert calm.train is not None
-    assert (round(calm.train.mean, 3), round(calm.train.sd or 0, 3), calm.train.runs) == (0.3, 0.141, 2)
+    assert (round(calm.train.mean, 3), round(calm.train.sd or 0, 3), calm.train.n) == (0.3, 0.141, 2)
     assert (calm.completed, calm.running, calm.step, calm.num_steps) == (0, 2, 15, 100)
     assert calm.eta == pytest.approx((90 + 80) / 3)
-    assert (wild.failed, wild.train, wild.step) == (1, None, 5)
+    assert (wild.failed, wild.train.mean, wild.step) == (1, None, 5)
+
+
+def test_an_arm_of_which_a_seed_is_not_finite_shows_no_mean(board, tmp_path):
+    for seed, loss in ((0, 0.25), (1, math.nan)):
+        board.on_step_end(begin(board, tmp_path, f"calm-s{seed}"), 9, TrainingBatch(), {"loss": np.float32(loss)})
+    text = drawn(board)
+    assert "nan" in text
+    assert "0.250" not in text
 
 
 def test_the_headline_is_the_success_metric_as_soon_as_it_is_seen(board, tmp_path):
@@ -172,10 +180,10 @@ def test_numbers_are_short_and_never_look_like_zero(value, text):
 
 
 def test_a_spread_of_one_run_has_no_deviation_and_one_of_none_is_a_dash():
-    assert format_mean_sd(compute_spread([0.5])) == "0.500"
-    assert format_mean_sd(compute_spread([])) == "-"
-    assert format_mean_sd(MetricSpread(0.812, 0.0114, 4)) == "0.812 ± 0.011"
-    assert format_mean_sd(MetricSpread(0.812, 0.0114, 4), sd=False) == "0.812"
+    assert format_mean_sd(spread_of([0.5])) == "0.500"
+    assert format_mean_sd(spread_of([])) == "-"
+    assert format_mean_sd(Spread(0.812, 0.0114, 4)) == "0.812 ± 0.011"
+    assert format_mean_sd(Spread(0.812, 0.0114, 4), sd=False) == "0.812"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42, "0:42"), (3723, "1:02:03"), (273900, "3d 04:05"), (None, "-")])
@@ -201,7 +209,7 @@ def test_the_table_fits_the_terminal_with_a_hundred_arms_and_many_failures(clock
 
 def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
     captured = LineBuffer()
-    out, err = CapturedStream(io.StringIO(), captured), CapturedStream(io.StringIO(), captured)
+    out, err = CapturedStream(io.StringIO(), captured.add), CapturedStream(io.StringIO(), captured.add)
     print("one", file=out)
     print("half", end="", file=out, flush=True)
     print("two", file=err)
@@ -215,7 +223,7 @@ def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
 
 def test_lines_of_several_threads_stay_whole_and_none_is_lost_when_the_table_goes():
     captured, terminal = LineBuffer(), io.StringIO()
-    stream = CapturedStream(terminal, captured)
+    stream = CapturedStream(terminal, captured.add)
     stream.write("step 1 of")
     other = threading.Thread(target=lambda: [stream.write("epoch "), stream.write("3\n"), stream.write("acc ")])
     other.start()

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 from evsys_bus.training import RowFile
 
@@ -60,12 +61,37 @@ def test_rows_wait_while_the_directory_is_gone_and_go_out_in_order_with_the_next
 
 
 def test_the_queue_is_bounded_and_what_it_gives_up_is_counted_and_said(tmp_path, caplog):
-    file = RowFile(tmp_path / "nowhere" / "rows.jsonl", max_pending=2)
+    file = RowFile(tmp_path / "nowhere" / "rows.jsonl", max_pending_bytes=2 * len(b'{"step":0}\n'))
     for step in range(5):
         file.append({"step": step})
     assert (file.pending, file.lost) == (2, 3)
     file.flush()
     assert "rows.unwritten" in caplog.text
+
+
+def test_a_row_is_not_joined_to_what_a_kill_left_of_the_one_before(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"step":0}\n{"ste')
+    RowFile(path).append({"step": 1})
+    assert path.read_bytes() == b'{"step":0}\n{"step":1}\n'
+
+
+def test_a_file_that_was_flushed_is_closed_and_takes_further_rows(tmp_path):
+    file, before = RowFile(tmp_path / "rows.jsonl"), set(Path("/dev/fd").iterdir())
+    for step in range(3):
+        file.append({"step": step})
+        file.flush()
+    assert set(Path("/dev/fd").iterdir()) == before
+    assert [row["step"] for row in file.rows()] == [0, 1, 2]
+
+
+def test_a_row_goes_to_the_file_at_the_path_also_after_that_was_replaced(tmp_path):
+    file = RowFile(tmp_path / "rows.jsonl")
+    for step in range(3):
+        file.append({"step": step})
+    assert file.retain(lambda row: row["step"] != 1) == 1
+    file.append({"step": 3})
+    assert [row["step"] for row in file.rows()] == [0, 2, 3]
 
 
 def test_a_full_disk_costs_no_row_and_joins_none(tmp_path):

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Awaitable, Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from anyio import to_thread
 from evsys_adapters.checkpoints.store import DamagedError, ProgressCallback, Stored, check_content
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import RetryLaterError
+from evsys_bus.files import FileLock
 
 MAX_BLOCKING_BYTES: Final = 4 << 20
 """Bytes read or hashed in one thread call; a cancellation waits for at most that."""
@@ -151,11 +151,10 @@ def remove_partials(folder: Path, exclude: Collection[Path] = ()) -> None:
     """Remove partial copies below the folder that no process is writing, except for these files."""
     for partial in folder.rglob(".*.partial"):
         if partial not in exclude and _PARTIAL.fullmatch(partial.name):
-            file = _open_locked(partial)
-            if file is not None:
-                with suppress(OSError):  # a leftover file does no harm
+            lock = _lock_partial(partial)
+            if lock is not None:
+                with lock, suppress(OSError):  # a leftover file does no harm
                     partial.unlink()
-                os.close(file)
 
 
 @contextmanager
@@ -163,16 +162,18 @@ def _open_partial(path: Path, sha256: str | None) -> Generator[tuple[int, Path]]
     """Open a partial copy for the path; it is removed on exit unless it can be resumed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path, token_hex(16)) if sha256 is None else partial_of(path, sha256)
-    file, is_resumable = _open_locked(partial, os.O_CREAT), sha256 is not None
-    if file is None:
+    lock, is_resumable = _lock_partial(partial, os.O_CREAT), sha256 is not None
+    if lock is None:
         partial, is_resumable = partial_path(path, token_hex(16)), False
-        file = _open_locked(partial, os.O_CREAT)
-    if file is None:  # locks are not supported here
-        file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        lock = _lock_partial(partial, os.O_CREAT)
     try:
-        yield file, partial
+        if lock is not None:
+            with lock:
+                yield lock.fileno(), partial
+        else:  # locks are not supported here
+            with partial.open("x+b", buffering=0) as file:
+                yield file.fileno(), partial
     finally:
-        os.close(file)
         if not is_resumable:
             partial.unlink(missing_ok=True)  # it was moved into place, unless the copy failed
 
@@ -183,23 +184,14 @@ def partial_path(path: Path, digits: str) -> Path:
     return path.with_name(f".{shown}.{digits}.partial")
 
 
-def _open_locked(partial: Path, extra_flags: int = 0) -> int | None:
-    """Open and lock the file; None if another process holds it or it cannot be opened."""
-    import fcntl  # POSIX only
-
-    file = None
-    try:
-        file = os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | extra_flags, 0o666)
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        status = os.fstat(file)
-        if stat.S_ISREG(status.st_mode) and os.path.samestat(status, partial.stat(follow_symlinks=False)):
-            return file
-    except OSError as error:
-        if file is not None and not isinstance(error, BlockingIOError) and not os.fstat(file).st_size:
-            partial.unlink(missing_ok=True)  # just created, and locks are not supported here
-    if file is not None:
-        os.close(file)
-    return None
+def _lock_partial(partial: Path, create: int = 0) -> FileLock | None:
+    """Open and lock the file; None if another copy holds it, it cannot be opened, or locks are not supported."""
+    lock = None
+    with suppress(OSError):
+        lock = FileLock.acquire_exclusive(partial, flags=os.O_RDWR | os.O_NOFOLLOW | create, disk=OsDisk())
+        if lock is not None and not lock.is_held and not partial.stat(follow_symlinks=False).st_size:
+            partial.unlink()  # just created
+    return lock if lock is not None and lock.is_held else None
 
 
 CHUNK_BYTES: Final = 1 << 20

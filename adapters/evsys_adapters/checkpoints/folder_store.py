@@ -3,9 +3,7 @@
 import errno
 import hashlib
 import os
-import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
@@ -40,10 +38,9 @@ from evsys_adapters.checkpoints.store import (
 )
 from evsys_bus.disk import OsDisk
 from evsys_bus.errors import ParkedError, RetryLaterError
-from evsys_bus.files import DamagedFileError, load_file, read_file, replace_file
+from evsys_bus.files import DamagedFileError, FileLock, load_file, read_file, replace_file
 
 _LOCK_SECONDS: Final = 30.0
-_LOCK_PAUSE_SECONDS: Final = 0.01
 
 
 class FolderStore:
@@ -166,11 +163,15 @@ class FolderStore:
     def _change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _folder_lock(path.parent) as locked, full_disk_as_retry(self.where):
+        flags = os.O_RDONLY | os.O_DIRECTORY
+        lock = FileLock.acquire_exclusive(path.parent, flags=flags, timeout_seconds=_LOCK_SECONDS, disk=OsDisk())
+        if lock is None:
+            raise RetryLaterError(f"another process has locked {path.parent} for {_LOCK_SECONDS:g} s")
+        with lock, full_disk_as_retry(self.where):
             changed = change(load_file(path, bytes, quarantine=True))
             if changed is not None:
                 replace_file(path, changed, mode=0o666)
-            return locked or changed is None
+            return lock.is_held or changed is None
 
     def _names(self, prefix: str) -> Iterator[Stored]:
         for folder, _, files in os.walk(self._directory / prefix.rpartition("/")[0]):
@@ -217,33 +218,6 @@ def _size(path: Path) -> int | None:
         if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
             return None
         raise
-
-
-@contextmanager
-def _folder_lock(folder: Path) -> Generator[bool]:
-    """Lock a folder if locks are supported; yields whether it is locked.
-
-    Raises:
-        RetryLaterError: Another process holds the lock for too long.
-    """
-    import fcntl  # POSIX only
-
-    file, deadline = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), time.monotonic() + _LOCK_SECONDS
-    locked = False
-    try:
-        while not locked:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise RetryLaterError(f"another process has locked {folder} for {_LOCK_SECONDS:g} s") from error
-                time.sleep(_LOCK_PAUSE_SECONDS)
-            except OSError:  # locks are not supported here
-                break
-        yield locked
-    finally:
-        os.close(file)
 
 
 async def _read(file: BinaryIO, size: int, on_progress: ProgressCallback | None, writer: HashingWriter) -> None:

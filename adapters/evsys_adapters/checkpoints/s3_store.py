@@ -19,7 +19,7 @@ from anyio import to_thread
 
 from evsys_adapters.checkpoints.copying import HashingWriter, copy_into
 from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection, S3ResponseError
-from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, base64_of, retrying
+from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, base64_of
 from evsys_adapters.checkpoints.store import (
     MAX_SMALL_BYTES,
     PART_BYTES,
@@ -34,6 +34,7 @@ from evsys_adapters.checkpoints.store import (
     check_key,
     check_size,
     identity_of,
+    retrying,
     too_large_error,
 )
 from evsys_bus.errors import ParkedError, RetryLaterError

@@ -20,7 +20,6 @@ from typing import Any, BinaryIO, Final, Protocol
 import anyio
 import msgspec
 from anyio import to_thread
-from tenacity import AsyncRetrying, RetryCallState, stop_after_attempt, wait_random_exponential
 
 from evsys_adapters.checkpoints.s3_connection import S3Connection, S3ResponseError
 from evsys_adapters.checkpoints.store import (
@@ -32,11 +31,10 @@ from evsys_adapters.checkpoints.store import (
     UploadLedger,
     UploadPlan,
     missing_file_error,
+    retrying,
 )
 from evsys_bus.errors import DeliveryError, RetryLaterError
 
-ATTEMPTS: Final = 4
-"""Attempts of a part or of resuming a download; then the courier retries."""
 MAX_PARTS: Final = 10_000
 """S3's limit."""
 MAX_RESTARTS: Final = 3
@@ -274,24 +272,9 @@ async def abort_uploads(connection: S3Connection, key: str) -> None:
                     raise
 
 
-def retrying() -> AsyncRetrying:
-    """Return a retry policy for temporary errors without a ``Retry-After``."""
-    return AsyncRetrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.1, max=2),
-        retry=_is_transient,
-        reraise=True,
-    )
-
-
 def base64_of(digest: str) -> str:
     """Convert a hexadecimal digest to Base64, as S3 expects it."""
     return base64.b64encode(bytes.fromhex(digest)).decode()
-
-
-def _is_transient(state: RetryCallState) -> bool:
-    error = None if state.outcome is None else state.outcome.exception()
-    return isinstance(error, RetryLaterError) and error.after_seconds is None
 
 
 def _size(plan: UploadPlan, number: int) -> int:

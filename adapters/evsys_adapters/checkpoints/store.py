@@ -21,12 +21,15 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import msgspec
 
-from evsys_bus.errors import DeliveryError
+from evsys_bus.errors import DeliveryError, RetryLaterError
 from evsys_bus.files import load_file, replace_file
+
+if TYPE_CHECKING:
+    from tenacity import AsyncRetrying, RetryCallState
 
 ProgressCallback = Callable[[int, int], None]
 """Called with the bytes done and the total bytes."""
@@ -337,3 +340,35 @@ class ObjectStore(Protocol):
     async def close(self) -> None:
         """Close connections."""
         ...
+
+
+def retrying(
+    *,
+    attempts: int = 4,
+    first_pause_seconds: float = 0.1,
+    max_pause_seconds: float = 2.0,
+    max_requested_seconds: float = 0.0,
+) -> "AsyncRetrying":
+    """Return a policy that repeats a call of a store after `RetryLaterError`, and raises the error of the last attempt.
+
+    A store that asks for a longer pause than the last parameter is not called again; the courier waits as asked.
+
+    Args:
+        attempts: Maximum number of calls.
+        first_pause_seconds: Limit of the first pause. Pauses are random up to a limit that doubles (full jitter).
+        max_pause_seconds: Limit of all pauses.
+        max_requested_seconds: The longest pause that a store may ask for.
+    """
+    from tenacity import AsyncRetrying, stop_after_attempt, wait_random_exponential  # not needed by most imports
+
+    backoff = wait_random_exponential(multiplier=first_pause_seconds, max=max_pause_seconds)
+
+    def should_retry(state: "RetryCallState") -> bool:
+        error = None if state.outcome is None else state.outcome.exception()
+        return isinstance(error, RetryLaterError) and (error.after_seconds or 0.0) <= max_requested_seconds
+
+    def pause(state: "RetryCallState") -> float:
+        error = None if state.outcome is None else state.outcome.exception()
+        return max(backoff(state), (isinstance(error, RetryLaterError) and error.after_seconds) or 0.0)
+
+    return AsyncRetrying(stop=stop_after_attempt(attempts), wait=pause, retry=should_retry, reraise=True)

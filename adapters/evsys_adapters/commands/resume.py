@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import anyio
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from evsys_adapters.checkpoints.copying import remove_partials
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.manifest import FETCHED, Manifest, checkpoint_folder, is_remote_uri
 from evsys_adapters.checkpoints.restore import fetch_checkpoint, newest_state
 from evsys_adapters.checkpoints.spool import local_path
-from evsys_adapters.checkpoints.store import StoreError
+from evsys_adapters.checkpoints.store import StoreError, retrying
 from evsys_adapters.checkpoints.store_urls import StoreOptions, url_for
 from evsys_adapters.commands.checkpoints import open_store
 from evsys_adapters.commands.fetch import describe_contents, record_checkpoint, total_bytes
@@ -181,29 +180,18 @@ async def _find_newest_remote(
     """Return the newest uploaded checkpoint by run, and the errors of unreachable destinations by URL."""
     newest: dict[str, _RemoteCheckpoint] = {}
     unreachable: dict[str, DeliveryError | OSError] = {}
+    policy = retrying(attempts=ATTEMPTS, first_pause_seconds=0.5, max_pause_seconds=5.0, max_requested_seconds=60.0)
     for source in sources:
         try:
             destination_of = await stores.enter_async_context(open_store(source.url, source.options))
             for run in runs:
-                manifest = await _newest_remote(destination_of(run.key))
+                manifest: Manifest | None = await policy(newest_state, destination_of(run.key))
                 known = newest.get(run.key)
                 if manifest is not None and (known is None or known.manifest.row.batch < manifest.row.batch):
                     newest[run.key] = _RemoteCheckpoint(source.url, destination_of(run.key), manifest)
         except (DeliveryError, OSError) as error:
             unreachable[source.url] = error
     return newest, unreachable
-
-
-async def _newest_remote(destination: Destination) -> Manifest | None:
-    async for attempt in AsyncRetrying(
-        stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_random_exponential(multiplier=0.5, max=5),
-        retry=retry_if_exception_type(RetryLaterError),
-        reraise=True,
-    ):
-        with attempt:
-            return await newest_state(destination)
-    raise AssertionError  # tenacity reraises the error of the last attempt
 
 
 async def _fetch_checkpoint(run: _UnfinishedRun, remote: _RemoteCheckpoint, on_transfer: OnTransfer) -> None:

@@ -8,9 +8,12 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from evsys_bus.cli.output.screen import printable
+
+if TYPE_CHECKING:
+    from evsys_bus.context import Spread
 
 NO_VALUE: Final = "-"
 """Shown where there is no value yet."""
@@ -87,15 +90,6 @@ def count_in_ranges(ranges: Sequence[tuple[int, int]]) -> int:
     return sum(last - first + 1 for first, last in ranges)
 
 
-class MetricSpread(NamedTuple):
-    """Mean and standard deviation of a metric over the runs of an arm."""
-
-    mean: float
-    sd: float | None
-    """None for a single run."""
-    runs: int
-
-
 def format_number(value: float) -> str:
     """Format a number with about four digits; the width depends on its magnitude only, so that columns do not move."""
     magnitude = abs(value)
@@ -108,9 +102,9 @@ def format_number(value: float) -> str:
     return f"{value:.{_decimals(magnitude)}f}"
 
 
-def format_mean_sd(spread: MetricSpread | None, *, sd: bool = True) -> str:
-    """Format mean ± standard deviation."""
-    if spread is None:
+def format_mean_sd(spread: "Spread | None", *, sd: bool = True) -> str:
+    """Format mean ± standard deviation of the finite values."""
+    if spread is None or spread.mean is None:
         return NO_VALUE
     if spread.sd is None or not sd:
         return format_number(spread.mean)
@@ -158,9 +152,11 @@ def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> lis
     available = 0 if width is None or not rows else width - max(_cell_width(name) for name, _ in rows) - len(GAP)
     if available < _MIN_WRAP_COLUMNS:
         return format_columns(rows)
-    return format_columns(
-        [[name if at == 0 else "", line] for name, text in rows for at, line in _wrap_numbered(text, available)]
-    )
+    wrapped: list[list[str]] = []
+    for name, text in rows:
+        first, *more = wrap(text, available)
+        wrapped += [[name, first], *(["", line.removeprefix(_INNER)] for line in more)]
+    return format_columns(wrapped)
 
 
 def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
@@ -183,11 +179,6 @@ def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
 def pluralize(count: int, noun: str) -> str:
     """Return ``1 arm`` or ``5 arms``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _wrap_numbered(text: str, available: int) -> list[tuple[int, str]]:
-    lines = wrap(text, available)
-    return list(enumerate([lines[0], *(line.removeprefix(_INNER) for line in lines[1:])]))
 
 
 def _pack(pairs: Sequence[str], width: int, indent: str) -> list[str]:

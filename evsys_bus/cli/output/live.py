@@ -1,8 +1,6 @@
 """Progress as a table that is redrawn in place: title, arms, failures, uploads and problems."""
 
-import math
 import shutil
-import statistics
 import sys
 import textwrap
 import time
@@ -20,7 +18,6 @@ from evsys_bus.cli.output.capture import CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import describe_counts
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
-    MetricSpread,
     format_duration,
     format_mean_sd,
     summarize_error,
@@ -29,6 +26,7 @@ from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import is_terminal, printable
 from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
 from evsys_bus.codec import to_builtins
+from evsys_bus.context import Spread, spread_of
 from evsys_bus.tasks import DeliveryStatus
 
 _HIDDEN_METRICS: Final = frozenset({"step", "epoch", "step_seconds"})
@@ -57,8 +55,8 @@ class ArmRow(NamedTuple):
     failed: int
     step: int
     num_steps: int
-    train: MetricSpread | None
-    eval: MetricSpread | None
+    train: Spread
+    eval: Spread
     eta: float | None
 
 
@@ -105,24 +103,25 @@ def _arm_row(arm: str, runs: Sequence[RunProgress], shown: ShownMetrics, now: fl
     running = [run for run in runs if run.status == "running"]
     started = [run for run in runs if run.started_at is not None and run.status != "failed"]
     measured = running or started or [run for run in runs if run.started_at is not None]
-    train = compute_spread(_numbers(run.metrics.get(shown.train) for run in started) if shown.train else ())
-    scored = compute_spread(_numbers(_eval_value(run, shown.eval) for run in started) if shown.eval else ())
+    train = spread_of(_numbers(run.metrics.get(shown.train) for run in started) if shown.train else ())
+    scored = spread_of(_numbers(_eval_value(run, shown.eval) for run in started) if shown.eval else ())
     return ArmRow(
         arm,
         runs=len(runs),
         completed=sum(run.status == "completed" for run in runs),
         running=len(running),
         failed=sum(run.status == "failed" for run in runs),
-        step=round(statistics.fmean(run.step for run in measured)) if measured else 0,
+        step=round(sum(run.step for run in measured) / len(measured)) if measured else 0,
         num_steps=max((run.num_steps for run in measured), default=0),
         train=train,
         eval=scored,
-        eta=_estimate_seconds_left(runs, running, now),
+        eta=_estimate_seconds_left(runs, now),
     )
 
 
-def _estimate_seconds_left(runs: Sequence[RunProgress], running: Sequence[RunProgress], now: float) -> float | None:
+def _estimate_seconds_left(runs: Sequence[RunProgress], now: float) -> float | None:
     """Estimate the seconds until these runs are done, at the rate of the running ones; None if none is running."""
+    running = [run for run in runs if run.status == "running"]
     rates = [rate for run in running if (rate := run.rate(now)) is not None]
     if not rates:
         return None
@@ -132,26 +131,9 @@ def _estimate_seconds_left(runs: Sequence[RunProgress], running: Sequence[RunPro
     return steps_left / sum(rates)
 
 
-def estimate_seconds_left(tracker: RunStateTracker, now: float) -> float | None:
-    """Estimate the seconds until all runs are done, at the rate of the running ones."""
-    runs = list(tracker.runs.values())
-    return _estimate_seconds_left(runs, [run for run in runs if run.status == "running"], now)
-
-
 def _eval_value(run: RunProgress, eval_metric: tuple[str, str]) -> object:
     name, metric = eval_metric
     return run.evals[name][1].get(metric) if name in run.evals else None
-
-
-def compute_spread(values: Iterable[float]) -> MetricSpread | None:
-    """Return mean and sample standard deviation; None for no values."""
-    numbers = list(values)
-    if not numbers:
-        return None
-    mean = math.fsum(numbers) / len(numbers)
-    if len(numbers) == 1 or not math.isfinite(mean):
-        return MetricSpread(mean, None, len(numbers))
-    return MetricSpread(mean, statistics.stdev(numbers), len(numbers))
 
 
 def _numbers(values: Iterable[object]) -> list[float]:
@@ -180,7 +162,7 @@ class LiveView:
         success_metric: str | None,
         color: bool,
         poll_uploads: PollUploads,
-        poll_problems: Callable[[], Sequence[DeliveryStatus]] = tuple,
+        poll_problems: Callable[[], Sequence[DeliveryStatus]],
     ) -> None:
         self._tracker = tracker
         self._poll_uploads = poll_uploads
@@ -188,12 +170,12 @@ class LiveView:
         self._title = title
         self._success_metric = success_metric
         self._buffer = LineBuffer()
-        self._streams = [CapturedStream(stream, self._buffer)]
+        self._streams = [CapturedStream(stream, self._buffer.add)]
         self._redirects = ExitStack()
         self._console = Console(file=stream, force_terminal=True, no_color=not color, highlight=False, emoji=False)
         self._redirects.enter_context(redirect_stderr(self._streams[0]))
         if is_terminal(sys.stdout):  # a redirected stdout is left as it is
-            self._streams.append(CapturedStream(sys.stdout, self._buffer))
+            self._streams.append(CapturedStream(sys.stdout, self._buffer.add))
             self._redirects.enter_context(redirect_stdout(self._streams[1]))
         self._live = Live(
             console=self._console,
@@ -296,10 +278,14 @@ def _arm_cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
         Text(printable(arm.arm), style="red" if arm.failed else ""),
         Text(f"{arm.completed}/{arm.runs}{' !' if arm.failed else ''}", style="red" if arm.failed else ""),
         Text(f"{arm.step:,}/{arm.num_steps:,}" if arm.num_steps else NO_VALUE, style=style),
-        Text(format_mean_sd(arm.train, sd=sd)),
-        Text(format_mean_sd(arm.eval, sd=sd)),
+        Text(_format_metric(arm.train, sd=sd)),
+        Text(_format_metric(arm.eval, sd=sd)),
         Text("done" if arm.completed + arm.failed == arm.runs else format_duration(arm.eta)),
     ]
+
+
+def _format_metric(spread: Spread, *, sd: bool) -> str:
+    return "nan" if spread.nonfinite else format_mean_sd(spread, sd=sd)
 
 
 def _select_arms(arms: list[ArmRow], room: int) -> list[ArmRow]:
@@ -311,14 +297,11 @@ def _select_arms(arms: list[ArmRow], room: int) -> list[ArmRow]:
     return [arm for arm in arms if arm.arm in selected]
 
 
-def format_failure(run: RunProgress) -> str:
-    """Return which run failed, at which step, and why."""
-    stage = f" {run.stage}" if run.stage else ""
-    return f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {summarize_error(run.error)}"
-
-
 def _render_failure(run: RunProgress, folder: str, width: int) -> RenderableType:
-    text = Text(format_failure(run), style="red")
+    """Return which run failed, at which step, and why, with the command that shows it."""
+    stage = f" {run.stage}" if run.stage else ""
+    failure = f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {summarize_error(run.error)}"
+    text = Text(failure, style="red")
     show = Text(f"show: evsys-bus show {printable(folder)}/{printable(run.key)}", style="dim")
     line = Text("   ").join([text, show])
     if line.cell_len <= width:
@@ -361,7 +344,7 @@ def _footer(tracker: RunStateTracker, now: float, *, hint: bool) -> str:
     runs = list(tracker.runs.values())
     finished = sum(run.status in {"completed", "failed", "cancelled"} for run in runs)
     running = sum(run.status == "running" for run in runs)
-    left = estimate_seconds_left(tracker, now)
+    left = _estimate_seconds_left(runs, now)
     parts = [
         f"{finished}/{len(runs)} runs done",
         f"{running} running",
@@ -388,7 +371,7 @@ def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, wid
     ]
     name = printable(transfer.name)
     head = [Text(label, style="dim")]
-    room = width - _total_width([*head, *figures]) - len(_GAP)
+    room = width - Text(_GAP).join([*head, *figures]).cell_len - len(_GAP)
     if room < cell_len(name):
         head = [Text(short_label, style="dim")]
         room += cell_len(label) - cell_len(short_label)
@@ -412,10 +395,6 @@ def _shorten(run: str, checkpoint: str, room: int) -> str:
     if run_room >= _MIN_RUN:
         return f"{set_cell_size(run, run_room - 1).rstrip()}…/{checkpoint}"
     return checkpoint
-
-
-def _total_width(parts: list[Text]) -> int:
-    return sum(part.cell_len for part in parts) + len(_GAP) * max(len(parts) - 1, 0)
 
 
 def _draw_bar(fraction: float, cells: int) -> Text:

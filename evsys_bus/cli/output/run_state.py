@@ -32,8 +32,6 @@ from evsys_bus.tasks import DeliveryStatus
 
 POLL_SECONDS: Final = 0.5
 """Interval between two polls, which read the journal's directory."""
-
-
 RemainingWork = tuple[int, Iterable[DeliveryStatus]]
 """The number of unfinished tasks of callbacks, and the deliveries."""
 MAX_PENDING_UPDATES: Final = 10_000
@@ -141,13 +139,11 @@ class RunProgress:
 
     __slots__ = (
         "arm",
-        "checkpoints",
         "ended_at",
         "error",
         "evals",
         "first_step",
         "key",
-        "last_checkpoint",
         "metrics",
         "num_steps",
         "seed",
@@ -167,8 +163,6 @@ class RunProgress:
         self.ended_at: float | None = None
         self.metrics: Mapping[str, Any] = {}
         self.evals: dict[str, tuple[int | None, Mapping[str, Any]]] = {}
-        self.checkpoints = 0
-        self.last_checkpoint: str | None = None
         self.error: str | None = None
 
     def rate(self, now: float) -> float | None:
@@ -259,11 +253,8 @@ class RunStateTracker(Callback):
             run.step = step_idx + 1
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Count the checkpoint."""
-        run = self._run_for_state(state)
-        run.checkpoints += 1
-        run.last_checkpoint = row.name
-        self.add_update("checkpoint", run, name=row.name, at_step=row.batch)
+        """Report the checkpoint."""
+        self.add_update("checkpoint", self._run_for_state(state), name=row.name, at_step=row.batch)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Store the latest metrics of each eval."""
