@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import msgspec
 
+from evsys_adapters._logged_values import redacted
 from evsys_adapters._step_tracker import keep_lines
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.redact import redact_key
 from evsys_bus.diagnostics import log
 from evsys_bus.files import AppendFile
 from evsys_bus.location import short_digest
@@ -41,14 +43,19 @@ _CONTROLS: Final = {code: repr(chr(code))[1:-1] for code in (*range(9), *range(1
 """Control characters that would end the line or confuse a reader, as escapes: a line break becomes ``\\n``."""
 
 
+_NUMBERS: Final = frozenset({float, int, bool})
+
+
 def cells_of(metrics: object) -> dict[str, str]:
     """Return the columns and cells of one row of metrics, copied by value; empty if ``metrics`` is not a mapping."""
-    plain = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else to_builtins(metrics)[0]
+    plain: Any = cast("dict[object, object]", metrics).copy() if type(metrics) is dict else metrics
+    if type(plain) is not dict or not _NUMBERS.issuperset(map(type, cast("dict[object, object]", plain).values())):
+        plain = redacted(to_builtins(cast("object", plain))[0])
     if not isinstance(plain, dict):
         return {}
     entries = cast("dict[object, object]", plain).items()
     return {
-        _column(name if type(name) is str else next(iter(to_builtins({name: None})[0]))): _cell(value)
+        _column(redact_key(name) if type(name) is str else next(iter(to_builtins({name: None})[0]))): _cell(value)
         for name, value in entries
     }
 

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._runs import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.redact import redact
+from evsys_bus.codec.redact import current_redaction, redact
 from evsys_bus.context import DetachedLogContext
 
 TRAIN: Final = "train"
@@ -46,7 +46,15 @@ def prefixed(stream: str, key: str) -> str:
 def values_of(metrics: object) -> dict[str, Any]:
     """Convert metrics to plain data."""
     plain, _ = to_builtins(cast("object", metrics) if isinstance(metrics, Mapping) else fields(metrics))
-    return cast("dict[str, Any]", plain) if isinstance(plain, dict) else {}
+    return redacted(plain) if isinstance(plain, dict) else {}
+
+
+def redacted(plain: Any) -> Any:
+    """Redact built-in data in place as the bus of this process does, and return it."""
+    redaction = current_redaction()
+    if redaction is not None:
+        redact(plain, redaction)
+    return plain
 
 
 def split_numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:
@@ -81,7 +89,7 @@ def config_of(ctx: object) -> dict[str, Any]:
     configs = {name: field(ctx, name) for name in ("config", "run_config")}
     plain, _ = to_builtins({name: value for name, value in configs.items() if value is not None})
     if not isinstance(ctx, DetachedLogContext):  # a journal holds what the program's bus redacts and reveals
-        redact(plain)
+        redacted(plain)
     return plain
 
 

@@ -22,7 +22,7 @@ from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.bus.watchdog import Watchdog
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
-from evsys_bus.codec.redact import Redaction
+from evsys_bus.codec.redact import Redaction, set_redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, SettingError
@@ -412,6 +412,8 @@ class EventBus:
         self._watchdog.start()
 
     def _open_journal(self) -> None:
+        if self._redaction != Redaction():
+            set_redaction(self._redaction)
         journal = self._journal or (
             self._delivery_manager.create_temporary_journal() if self._delivery_manager else None
         )

@@ -17,7 +17,7 @@ import msgspec
 
 from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds, log_replaced
 from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
-from evsys_bus.codec.redact import Redaction, redact
+from evsys_bus.codec.redact import Redaction, current_redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
 from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
@@ -262,7 +262,7 @@ def _open_event(
 _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
 
 
-def json_line(row: Mapping[str, Any], redaction: Redaction | None = None) -> bytes:
+def json_line(row: Mapping[str, Any], redaction: Redaction | msgspec.UnsetType | None = msgspec.UNSET) -> bytes:
     """Encode one row as a JSON object, without the newline. Never raises.
 
     A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
@@ -270,12 +270,15 @@ def json_line(row: Mapping[str, Any], redaction: Redaction | None = None) -> byt
 
     Args:
         row: Text keys and values of any type.
-        redaction: Redact what looks like a credential. None: as it is, for rows that come from a journal.
+        redaction: What looks like a credential is redacted. Default: as the bus of this process does it. None: nothing
+            is redacted.
 
     Example:
         >>> json_line({"step": 3, "loss": float("nan")})
         b'{"step":3,"loss":null,"nonfinite":{"loss":"nan"}}'
     """
+    if redaction is msgspec.UNSET:
+        redaction = current_redaction()
     try:
         scalars = scalar_dict(row)
         if redaction is not None:

@@ -44,6 +44,19 @@ class Redaction(msgspec.Struct, frozen=True):
         return cls(frozenset(map(_normalize_key, redact)), frozenset(map(_normalize_key, reveal)))
 
 
+_redactions: Final[list[Redaction | None]] = [Redaction()]
+
+
+def current_redaction() -> Redaction | None:
+    """Return the policy of this process; None if all its events come from a journal, which is redacted already."""
+    return _redactions[-1]
+
+
+def set_redaction(redaction: Redaction | None) -> None:
+    """Set what `current_redaction` returns, for code that writes files and has no bus at hand."""
+    _redactions[-1] = redaction
+
+
 # Names
 
 NOT_SECRET: Final = 0
@@ -198,18 +211,23 @@ def _redact_parameter(found: re.Match[str]) -> str:
     return f"{found[1]}{name}={REDACTED}" if is_secret and value != REDACTED else found[0]
 
 
-def _redact_assignment(found: re.Match[str]) -> str:
-    """Redact the value of ``KEY=value``, ``"key": "value"`` or ``--key value``."""
-    head, name, value = found["head"], found["name"], found["value"]
-    bare = value.strip("\\\"'")
-    strength = key_strength(name)
-    if strength == NOT_SECRET or _HARMLESS_VALUE.fullmatch(bare) or bare.startswith(REDACTED):
-        return found[0]
-    is_option = head.startswith("-") or (name.isupper() and "_" in name)
-    if strength == SECRET_IN_CONFIG and not (is_option or _looks_random(bare)):
-        return found[0]
-    quote = value[: len(value) - len(value.lstrip("\\\"'"))]
-    return f"{head}{quote}{REDACTED}{quote}"
+def _redact_assignments(text: str, heads: re.Pattern[str]) -> str:
+    """Redact the values of ``KEY=value``, ``"key": "value"`` or ``--key value``, of which ``heads`` finds the names."""
+    parts: list[str] = []
+    done = 0
+    for found in heads.finditer(text):
+        strength = key_strength(found[1])
+        value = _VALUE.match(text, found.end()) if strength and found.start() >= done else None
+        if value is None:
+            continue
+        bare = value[0].strip("\\\"'")
+        is_option = found[0].startswith("-") or (found[1].isupper() and "_" in found[1])
+        is_sure = strength == ALWAYS_SECRET or is_option or _looks_random(bare)
+        if is_sure and not _HARMLESS_VALUE.fullmatch(bare) and not bare.startswith(REDACTED):
+            quote = value[0][: len(value[0]) - len(value[0].lstrip("\\\"'"))]
+            parts += (text[done : found.end()], quote, REDACTED, quote)
+            done = value.end()
+    return "".join((*parts, text[done:])) if parts else text
 
 
 def _redact_header(found: re.Match[str]) -> str:
@@ -227,15 +245,16 @@ _SIGNATURE_PARAMETERS: Final = _set(
     "awsaccesskeyid sas"
 )
 _ASSIGNMENT: Final = re.compile(
-    r"""(?P<head>(?<![\w.-])-{0,2}(?P<name>[A-Za-z][\w.-]{0,80})
-        (?: \\{0,3}["']\s{0,4}[=:]\s{0,4} | [=:] (?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
-          | (?<=[a-z]):\s{1,2}(?=[^\s"']{4}) ))
-        (?P<value> \\{0,3}"(?:[^"\\\n]|\\[^"])*\\{0,3}" | \\{0,3}'(?:[^'\\\n]|\\[^'])*\\{0,3}'
-          | \[[^\]\n]*\] | \{[^}\n]*\} | [^\s"',;&)}\]]+ )""",
+    r"""(?<![\w.-])-{0,2}([A-Za-z][\w.-]{0,80})
+        (?: \\{0,3}["']\s{0,4}[=:]\s{0,4} | [=:](?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
+          | (?<=[a-z]):\s{1,2}(?=[^\s"']{4}) )""",
     re.VERBOSE,
 )
-_OPTION: Final = re.compile(
-    r"""(?P<head>(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80})\s{1,4})(?P<value>"[^"\n]*"|'[^'\n]*'|[^\s"'-][^\s"']*)"""
+_OPTION: Final = re.compile(r"(?<![\w-])--?([A-Za-z][\w.-]{0,80})\s{1,4}(?=[^\s-])")
+_VALUE: Final = re.compile(
+    r"""\\{0,3}"(?:[^"\\\n]|\\[^"]){0,1000}\\{0,3}" | \\{0,3}'(?:[^'\\\n]|\\[^']){0,1000}\\{0,3}'
+        | \[[^\]\n]{0,500}\] | \{[^}\n]{0,500}\} | (?:\\{0,3}["'])?[^\s"',;&)}\]]{1,4096}""",
+    re.VERBOSE,
 )
 
 _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]] = (
@@ -315,9 +334,9 @@ def redact_text(text: str) -> str:
                 text = _HEADER.sub(_redact_header, text)
             text = _HEADER_PAIR.sub(_redact_pair, text)
             text = _PROSE.sub(_keep_words, text)
-            text = _ASSIGNMENT.sub(_redact_assignment, text)
+            text = _redact_assignments(text, _ASSIGNMENT)
             if "-" in text:
-                text = _OPTION.sub(_redact_assignment, text)
+                text = _redact_assignments(text, _OPTION)
     return text
 
 
@@ -362,11 +381,41 @@ def redact(plain: Any, redaction: Redaction = Redaction(), path: str = "") -> di
     Returns:
         Path -> reason, in the form that `to_builtins` returns.
     """
-    if type(plain) is dict and _WITHOUT_TEXT.issuperset(map(type, plain.values())) and _harmless_keys.issuperset(plain):  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType] - untyped
+    if type(plain) is dict and not redaction.redact and path not in _CONFIG_LIKE_KEYS and _is_clean(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
         return {}
     walk = _Walk(redaction)
     walk.redact_container(plain, path, path, in_config=path in _CONFIG_LIKE_KEYS)
     return walk.replaced
+
+
+def _is_clean(entries: dict[str, Any]) -> bool:
+    """Whether all keys and texts are known to be harmless; False also for those that are new."""
+    if not _known_keys.issuperset(entries):
+        return False
+    if _WITHOUT_TEXT.issuperset(map(type, entries.values())):
+        return True
+    for key, item in entries.items():
+        kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
+        if kind is not float and kind not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
+            return False
+    return True
+
+
+def _is_clean_item(item: Any) -> bool:
+    kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
+    if kind in _WITHOUT_TEXT:
+        return True
+    if kind is str:
+        return item in _clean_texts
+    if kind is dict:
+        return _is_clean(item)
+    return kind is list and (_WITHOUT_TEXT.issuperset(map(type, item)) or all(map(_is_clean_item, item)))
+
+
+def _remember(known: set[str], texts: Iterable[str]) -> None:
+    if len(known) > _MAX_CLEAN:
+        known.clear()
+    known.update(texts)
 
 
 class _Walk:
@@ -386,19 +435,16 @@ class _Walk:
             self._redact_items(cast("list[Any]", value), path, key, in_config=in_config)
 
     def _redact_entries(self, entries: dict[str, Any], path: str, parent: str, *, in_config: bool) -> None:
-        if not _harmless_keys.issuperset(entries):
+        if not _known_keys.issuperset(entries):
             self._redact_keys(entries)
         if not in_config and _WITHOUT_TEXT.issuperset(map(type, entries.values())):
             return
         sibling = entries.get("name", entries.get("key"))  # {"name": "HF_TOKEN", "value": …}
         for key, item in entries.items():
             kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
-            if kind is str and not self._has_own_keys and len(item) <= _MAX_CACHED_CHARS and key not in _GENERAL_KEYS:
-                shown = _redact_short_text(key, item, in_config)
-                if shown is not item and shown != item:
-                    entries[key] = shown
-                    self._replace(f"{path}.{key}" if path else key)
-            elif kind not in _WITHOUT_TEXT:
+            if kind is str and not self._has_own_keys and item in _clean_texts and key in _clean_keys:
+                continue
+            if kind not in _WITHOUT_TEXT:
                 name = sibling if key == "value" and type(sibling) is str else key
                 item_path = f"{path}.{key}" if path else key
                 entries[key] = self._redact_value(item, item_path, name, parent, in_config=in_config)
@@ -407,10 +453,10 @@ class _Walk:
 
     def _redact_keys(self, entries: dict[str, Any]) -> None:
         """Redact keys that are credentials themselves; remember the others."""
-        renamed = {key: shown for key in entries if (shown := redact_text(key)) != key}
-        if len(_harmless_keys) > _MAX_HARMLESS_KEYS:
-            _harmless_keys.clear()
-        _harmless_keys.update(key for key in entries if len(key) <= _MAX_CACHED_CHARS and key not in renamed)
+        renamed = {key: shown for key in entries if (shown := redact_key(key)) != key}
+        short_keys = [key for key in entries if key not in renamed and len(key) <= _MAX_CACHED_CHARS]
+        _remember(_known_keys, short_keys)
+        _remember(_clean_keys, filter(_is_clean_key, short_keys))
         if not renamed:
             return
         copied = list(entries.items())
@@ -444,7 +490,7 @@ class _Walk:
                 for each in cast("list[Any]", item) if type(item) is list else (item,):
                     if type(each) is dict:
                         self.redact_container(each, path, "", in_config=in_config)
-                return item
+                return item  # pyright: ignore[reportUnknownVariableType] - untyped
             if name in self._redaction.redact:
                 return self._replace(path)
         if type(item) is str:
@@ -466,7 +512,7 @@ class _Walk:
         return name not in self._redaction.reveal and (is_secret or name in self._redaction.redact)
 
     def _redact_text(self, text: str, path: str) -> str:
-        shown = redact_key(text) if len(text) <= _MAX_CACHED_CHARS else redact_text(text)
+        shown = _redact_form(text)
         return text if shown == text else self._replace(path, shown)
 
     def _replace(self, path: str, shown: str = REDACTED) -> str:
@@ -479,13 +525,22 @@ class _Walk:
 _MAX_REASONS: Final = 100
 _MAX_PATH_CHARS: Final = 256
 _MAX_CACHED_CHARS: Final = 256
-_MAX_HARMLESS_KEYS: Final = 10_000
+_MAX_CLEAN: Final = 10_000
 _WITHOUT_TEXT: Final = frozenset({float, int, bool, type(None)})
 _GENERAL_KEYS: Final = frozenset({"key", "value"})
 """The name above or beside them decides."""
 _FUNCTIONAL_KEYS: Final = frozenset({"output_dir", "root", "run", "run_key", "type"})
 """Of handles and events; readers use the texts under them as they are. Passwords in URLs are redacted nevertheless."""
-_harmless_keys: Final[set[str]] = set()
+_known_keys: Final[set[str]] = set()
+"""Keys that are no credentials themselves."""
+_clean_keys: Final[set[str]] = set()
+"""Keys under which a text is judged by its form alone."""
+_clean_texts: Final[set[str]] = set()
+"""Texts without the form of a credential."""
+
+
+def _is_clean_key(key: str) -> bool:
+    return key not in _GENERAL_KEYS and key not in _CONFIG_LIKE_KEYS and key_strength(key) == NOT_SECRET
 
 
 def _is_secret(key: str, parent: str, in_config: bool) -> bool:
@@ -500,14 +555,18 @@ def _redact_value_text(key: str, parent: str, text: str, in_config: bool) -> str
             return REDACTED
     elif (strength or (in_config and key[-3:].lower() == "key")) and _looks_random(text):
         return REDACTED
-    if key in _FUNCTIONAL_KEYS and not in_config and "://" not in text:
+    shown = _redact_form(text)
+    return text if key in _FUNCTIONAL_KEYS and not in_config and "://" not in text else shown
+
+
+def _redact_form(text: str) -> str:
+    """Like `redact_text`; texts that repeat are searched once."""
+    if text in _clean_texts:
         return text
-    return redact_text(text)
-
-
-@functools.lru_cache(maxsize=8192)
-def _redact_short_text(key: str, text: str, in_config: bool) -> str:
-    return _redact_value_text(key, "", text, in_config)
+    shown = redact_text(text)
+    if shown == text and len(text) <= _MAX_CACHED_CHARS and not text.startswith("-"):
+        _remember(_clean_texts, (text,))
+    return shown
 
 
 def _is_credential(item: Any, strength: int) -> bool:

@@ -32,6 +32,8 @@ INT_MAX: Final = 2**64 - 1
 
 SCALARS: Final = frozenset({float, int, str, bool, NoneType})
 """Exact types without contained objects; encoding their values cannot run foreign code."""
+NUMBERS: Final = SCALARS - {str}
+"""Exact types of `SCALARS` that hold no text."""
 MAX_ITEMS: Final = 1_000
 """Of a container inside a row."""
 MAX_KEYS: Final = 10_000

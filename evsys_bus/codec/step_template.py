@@ -20,7 +20,7 @@ import msgspec
 
 from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row, log_replaced
 from evsys_bus.codec.redact import Redaction, redact
-from evsys_bus.codec.scalars import MAX_ITEMS, SCALARS, NeedsNormalizing, are_known_keys
+from evsys_bus.codec.scalars import MAX_ITEMS, NUMBERS, SCALARS, NeedsNormalizing, are_known_keys
 from evsys_bus.codec.wire_types import ABSENT, CONTAINERS, custom_field_names, custom_field_value, is_pinned_path
 from evsys_bus.context import DetachedLoopState, LoopState, TrainingBatch
 from evsys_bus.events import StepEnd
@@ -295,7 +295,9 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
                 row = copy_row(metrics, reasons := {}, "metrics")
                 if type(row) is not dict:
                     return encode_any(event, seq, time)
-                reasons |= redact(row, redaction, "metrics")
+                kinds = map(type, row.values())  # pyright: ignore[reportUnknownArgumentType] - untyped
+                if not NUMBERS.issuperset(kinds):  # its keys are no credentials
+                    reasons |= redact(row, redaction, "metrics")
             matcher, _, fill, a, b, c, d, fill_index, e = template
             batch_bytes, tail, tail_has_batch = _NO_BATCH, packed_row, False
             if batch is None:

@@ -19,6 +19,7 @@ from typing import Final
 
 import msgspec
 
+from evsys_bus.codec.redact import set_redaction
 from evsys_bus.config.subscription_builder import build_adapter
 from evsys_bus.delivery.courier_pool import CourierPool
 from evsys_bus.delivery.process_log import LOG_NAME, flush_log, log_to_file
@@ -53,6 +54,7 @@ def main(line: bytes) -> None:
     """Run the courier process with an encoded `CourierConfig`, and exit."""
     sigterms: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: sigterms.append(number))
+    set_redaction(None)  # the program redacts what it records, and reveals what it wants to
     config, pool = _prepare(line)
     # An adapter may block the interpreter for ever (a regular expression can), and then no Python code runs.
     hang_seconds = config.grace_seconds + GRACE_SECONDS
