@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         TrainEnd,
         TrainStart,
     )
-    from evsys_bus.sink import BatchResult, Sink
+    from evsys_bus.sink import BatchResult, RawRecord, Sink
     from evsys_bus.training import Experiment, TrainingLoop
 
 __version__: Final = "0.1.0"
@@ -93,7 +93,7 @@ _NAMES_BY_MODULE: Final = {
         "TrainEnd",
         "TrainStart",
     ),
-    "sink": ("BatchResult", "Sink"),
+    "sink": ("BatchResult", "RawRecord", "Sink"),
     "training": ("Experiment", "TrainingLoop"),
     "config": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
 }
@@ -125,6 +125,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "LoopState",
     "ManifestRow",
     "ParkedError",
+    "RawRecord",
     "Receipt",
     "RejectedError",
     "RetryLaterError",

@@ -1,7 +1,8 @@
 """Logging: structlog over the standard library's logging, with the logger ``evsys_bus``.
 
-The host program's logging configuration applies; nothing here configures output. structlog is imported when the first
-line is logged, because it would add a third to the time of ``import evsys_bus``.
+The host program's logging configuration applies; nothing here configures output. Only ``Logger.disabled`` is undone:
+``dictConfig`` sets it on every existing logger by default, and warnings of lost events would vanish. structlog is
+imported when the first line is logged, because it would add a third to the time of ``import evsys_bus``.
 """
 
 import contextlib
@@ -30,16 +31,38 @@ RECORD_FIELDS: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", 
 
 def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
     """Structlog's last processor: a readable message, with ``event`` and all facts as attributes of the log record."""
+    from evsys_bus.codec.redact import redact_text  # above this module: only here, where a line is logged
+
     phrase = facts.pop("event")
     passthrough = {key: facts.pop(key) for key in ("exc_info", "stack_info", "stacklevel") if key in facts}
     adapter = current_adapter.get()
     if adapter is not None and "adapter" not in facts:
         facts["adapter"] = adapter
+    for key, value in facts.items():
+        text = value if type(value) is str else "" if isinstance(value, int | float) else str(value)
+        redacted = redact_text(text)
+        if redacted != text:
+            facts[key] = redacted
     shown = " ".join(f"{key}={value}" for key, value in facts.items())
     # Return no args: handlers that merge args would interpret a "%" in the message.
     message = f"{phrase} {shown}".rstrip()
     extra = {f"{key}_" if key in RECORD_FIELDS else key: value for key, value in facts.items()}
     return (message,), {"extra": {"event": phrase, **extra}, **passthrough}
+
+
+def _redact_traceback(record: logging.LogRecord) -> bool:
+    """Filter of the logger: replace a traceback that shows a credential by its redacted text."""
+    if isinstance(record.exc_info, tuple):
+        from evsys_bus.codec.redact import redact_text
+
+        text = _formatter.formatException(record.exc_info)
+        redacted = redact_text(text)
+        if redacted != text:
+            record.exc_text, record.exc_info = redacted, None
+    return True
+
+
+_formatter: Final = logging.Formatter()
 
 
 @functools.cache
@@ -48,17 +71,27 @@ def log() -> "BoundLogger":
     with _without_closed_stdout():
         import structlog
 
+    logger = logging.getLogger(LOGGER_NAME)
+
     class SafeBoundLogger(structlog.stdlib.BoundLogger):
         def _proxy_to_logger(self, method_name: str, event: str | None = None, *args: Any, **facts: Any) -> Any:
             try:
+                if logger.disabled:  # the default of dictConfig and fileConfig, and seldom what a program wants
+                    logger.disabled = False
+                    fix = (
+                        f'disable_existing_loggers=False; to silence it, logging.getLogger("{LOGGER_NAME}").setLevel()'
+                    )
+                    super()._proxy_to_logger("warning", "logging.enabled", why="a logging config disabled it", fix=fix)
                 return super()._proxy_to_logger(method_name, event, *args, **facts)
             except Exception:  # a handler or filter of the host failed, which must not affect the loop
                 if logging.raiseExceptions and sys.stderr is not None:  # like the standard library's own handlers
                     traceback.print_exc()
                 return None
 
+    logger = logging.getLogger(LOGGER_NAME)
+    logger.addFilter(_redact_traceback)
     return structlog.wrap_logger(
-        logging.getLogger(LOGGER_NAME),
+        logger,
         processors=[structlog.stdlib.filter_by_level, _to_stdlib],
         wrapper_class=SafeBoundLogger,
         context_class=dict,

@@ -36,14 +36,6 @@ class Disk(Protocol):
         """Create the directory and its parents, for the owner only. It may exist, or be a link to the path."""
         ...
 
-    def link(self, path: str, target: str) -> None:
-        """Create a symbolic link to a directory. The path must not exist."""
-        ...
-
-    def local_directories(self) -> Iterable[str]:
-        """Local directories for journals whose own file system is not suitable, the best one first."""
-        ...
-
     def open_append(self, path: str) -> int:
         """Create a file for the owner only and open it for appending. It must not exist."""
         ...
@@ -166,21 +158,6 @@ class OsDisk:
         """Create the directory and its parents."""
         # Not `Path.resolve`: for a link to itself that raises RuntimeError before Python 3.13, and not OSError.
         Path(os.path.realpath(path)).mkdir(mode=mode, parents=True, exist_ok=True)
-
-    def link(self, path: str, target: str) -> None:
-        """Create a symbolic link."""
-        Path(path).symlink_to(target, target_is_directory=True)
-
-    def local_directories(self) -> Iterable[str]:
-        """The user's state directory, which survives a restart of the machine, then the temporary directory."""
-        import tempfile  # seldom needed
-
-        home = os.environ.get("HOME", "")
-        for state in (os.environ.get("XDG_STATE_HOME", ""), f"{home}/.local/state"):
-            if Path(state).is_absolute():
-                yield f"{state}/evsys-bus"
-                break
-        yield tempfile.gettempdir()
 
     def open_append(self, path: str) -> int:
         """Create a file and open it for appending."""

@@ -312,6 +312,12 @@ class CourierBusyError(EvsysBusError, RuntimeError):
     code = "EB905"
 
 
+class UntrustedFileError(EvsysBusError, PermissionError):
+    """A file that another user wrote, or may write, names code to import or files to write."""
+
+    code = "EB906"
+
+
 class TrainingError(EvsysBusError, RuntimeError):
     """The reference loop was given something it cannot train with."""
 

@@ -18,16 +18,21 @@ event should change nothing. What `write` returns or raises decides what happens
     BatchTooLargeError            halved; a single event becomes a dead letter
     anything else                 retried a few times; then halved to find the failing event, which becomes a dead
                                     letter; after three of those in a row the sink is parked until it takes an event
+
+A sink that only forwards events declares ``raw: ClassVar[bool] = True``, and its batches are of `RawRecord` instead of
+`Envelope`: nothing is decoded on the way. All of the above is the same.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType, MethodType
-from typing import Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
-from evsys_bus.adapter import Adapter, EventPublisher
+import msgspec
+
+from evsys_bus.adapter import Adapter, EventPublisher, RunResumer
 from evsys_bus.errors import NotAttachedError, SinkMethodError
-from evsys_bus.events import Envelope, Event
+from evsys_bus.events import Event
 
 
 class BatchResult(NamedTuple):
@@ -51,6 +56,16 @@ class BatchResult(NamedTuple):
         return self.delivered + len(self.rejected)
 
 
+class RawRecord(msgspec.Struct, frozen=True, gc=False):
+    """An event as it is in the journal, in a batch of a raw sink. ``(stream, sequence)`` identifies it forever."""
+
+    stream: str
+    sequence: int
+    payload: bytes
+    """The encoded envelope, its checksum verified; `evsys_bus.codec.decode` decodes it, unless a program has recorded
+    something else or a newer version wrote it."""
+
+
 class Sink(Adapter):
     """An async destination. Subclass it, and override `write`.
 
@@ -63,6 +78,8 @@ class Sink(Adapter):
         ...         self.seen += [envelope.seq for envelope in batch]
     """
 
+    raw: ClassVar[bool] = False
+    """Whether `write` takes `RawRecord` instead of `Envelope`."""
     max_batch_events: int = 500
     max_batch_bytes: int = 1 << 20
     """Size of the encoded events; a single event that is larger is a batch by itself."""
@@ -78,8 +95,12 @@ class Sink(Adapter):
     async def open(self) -> None:
         """Connect. It may raise the same errors as `write`, with the same meaning, and is then called again."""
 
-    async def write(self, batch: Sequence[Envelope]) -> int | BatchResult | None:
-        """Deliver the batch: at least one event, in the order of their streams."""
+    async def write(self, batch: Sequence[Any]) -> int | BatchResult | None:
+        """Deliver the batch: at least one event, in the order of their streams.
+
+        Args:
+            batch: Each item is an `Envelope`, or a `RawRecord` if the sink is `raw`.
+        """
         raise NotImplementedError(f"{type(self).__name__}.write")
 
     async def close(self) -> None:
@@ -120,7 +141,8 @@ def check_sink(sink: Sink | type[Sink]) -> None:
 
     Raises:
         SinkMethodError: `open`, `write` or `close` is not async, or cannot be called by a courier; `write` is missing;
-            or an error of `check_marks`.
+            ``raw`` is no bool of the class; the sink is raw and has a method that takes envelopes; or an error of
+            `check_marks`.
     """
     owner = _class_name(sink)
     write = sink.write
@@ -135,7 +157,23 @@ def check_sink(sink: Sink | type[Sink]) -> None:
             ("self", *arguments) if isinstance(sink, type) and isinstance(method, FunctionType) else arguments
         )
         _check_method(f"{owner}.{name}", method, call_arguments, f"async def {name}({', '.join(('self', *arguments))})")
+    _check_raw(sink, owner)
     check_marks(sink)
+
+
+def _check_raw(sink: Sink | type[Sink], owner: str) -> None:
+    cls = sink if isinstance(sink, type) else type(sink)
+    raw: object = sink.raw
+    if type(raw) is not bool or raw is not cls.raw:
+        raise SinkMethodError(
+            f"{owner}.raw is {raw!r:.60}, but only its class can declare it, as True or False",
+            fix="write `raw: ClassVar[bool] = True` in the class, or choose another name for what it is now",
+        )
+    if raw and isinstance(sink, RunResumer):
+        raise SinkMethodError(
+            f"{owner} has resume_runs, which takes envelopes, but it is raw: its events are not decoded",
+            fix="leave out `resume_runs`, and `write` is given these records too; or leave out `raw = True`",
+        )
 
 
 def check_marks(adapter: object) -> None:

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import uvloop
@@ -128,13 +127,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture
 def s3_bucket(s3: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
     """Create a bucket on the S3 server; returns its name and the params with which an adapter uses it."""
-    import botocore.config
-    import botocore.session
+    from support.s3_client import create_bucket
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret)
-    name = f"bucket-{uuid4().hex}"
-    path_style = botocore.config.Config(s3={"addressing_style": "path"})
-    client_options = {"endpoint_url": s3.endpoint, "region_name": s3.region, "config": path_style}
-    botocore.session.get_session().create_client("s3", **client_options).create_bucket(Bucket=name)
-    return name, {"endpoint": s3.endpoint, "region": s3.region, "path_style": True}
+    return create_bucket(s3), {"endpoint": s3.endpoint, "region": s3.region, "path_style": True}

@@ -244,7 +244,7 @@ class Scenario:
         stored = {
             (name, row["split"], row["step"], row["name"]): row["value"]
             for run, name in runs.items()
-            for row in server._get_metrics(run)
+            for row in server.get_metrics(run)
         }
         require_equal(
             "metrics", points, {key: value for key, value in stored.items() if not key[3].endswith("_seconds")}

@@ -115,7 +115,7 @@ class Process:
         self._disk = disk
         self._rng = rng
         self._failure_rate = failure_rate
-        self._death_rate = death_rate
+        self.death_rate = death_rate
         self._files = set()
 
     def __getattr__(self, name):
@@ -131,7 +131,7 @@ class Process:
             if name == "close":  # the system has closed its files
                 return None
             raise MachineStopped
-        if self._rng.random() < self._death_rate:
+        if self._rng.random() < self.death_rate:
             if name == "write":
                 self._call_ignoring_errors("write", args[0], args[1][: self._rng.randrange(len(args[1]) + 1)])
             self.kill()
@@ -356,8 +356,8 @@ class Publisher:
         self.run = f"run-{self.rank}-{self.runs}"
         ctx = LogContext(output_dir=Path("/out"), run_key=self.run)
         self.state = LoopState(step=self.step, num_steps=99_999, output_dir=Path("/out", self.run), ctx=ctx)
-        self._append(RunStart(ctx), "append_start")
-        self._append(TrainStart(self.state), "append_start")
+        self._append(RunStart(ctx), essential=True)
+        self._append(TrainStart(self.state), essential=True)
 
     def publish(self, count):
         for _ in range(count):
@@ -370,10 +370,10 @@ class Publisher:
 
     def end_run(self):
         self._append(TrainEnd(self.state, LoopArtifacts()))
-        self._append(RunEnd(self.state.ctx, RunResult(), ArmResult("arm")), "append_end")
+        self._append(RunEnd(self.state.ctx, RunResult(), ArmResult("arm")), essential=True)
 
     def close(self):
-        self.process._death_rate = 0.0  # the last maintenance runs on a thread, which must not be killed
+        self.process.death_rate = 0.0  # the last maintenance runs on a thread, which must not be killed
         self.writer.close()
         self.process.kill()
         self.writer = None
@@ -384,14 +384,14 @@ class Publisher:
             self.writer._maintenance.abandon()
             self.writer = None
 
-    def _append(self, event, method="append"):
+    def _append(self, event, *, essential=False):
         writer, scenario = self.writer, self.scenario
         if isinstance(event, StepEnd):
             scenario.numbers[scenario.number] = (writer.stream, writer.next_sequence)
         payload = encode(
             Envelope(writer.stream, writer.next_sequence, scenario.clock.wall(), event, self.run, self.rank)
         )
-        getattr(writer, method)(payload, *([self.run] if method != "append" else []))
+        writer.append(payload, essential=essential)
 
 
 class SimulatedSubscription:

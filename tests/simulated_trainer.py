@@ -133,7 +133,7 @@ class Trainer:
         if rng.random() < 0.08:
             self._append("end", run, None, None, lambda _: TrainEnd(state, LoopArtifacts()))
             ended = RunEnd(state.ctx, RunResult(), ArmResult("arm"))
-            self._append("end", run, None, None, lambda _: ended, "append_end", run)
+            self._append("end", run, None, None, lambda _: ended, essential=True)
             del self.next_steps[run], self.states[run]
 
     def flush(self):
@@ -178,12 +178,12 @@ class Trainer:
             self.next_steps[run] = self.first_steps[run] = first
             ctx = LogContext(output_dir=Path(ROOT)).for_run(run)
             state = LoopState(step=first, num_steps=99_999, output_dir=Path(ROOT, run), ctx=ctx)
-            self._append("run", run, None, None, lambda _: RunStart(ctx), "append_start", run)
-            self._append("start", run, first, None, lambda _: TrainStart(state), "append_start", run)
+            self._append("run", run, None, None, lambda _: RunStart(ctx), essential=True)
+            self._append("start", run, first, None, lambda _: TrainStart(state), essential=True)
             self.states[run] = state
         return run
 
-    def _append(self, kind, run, step, name, event, method="append", *scope):
+    def _append(self, kind, run, step, name, event, *, essential=False):
         simulation, writer = self.simulation, self.writer
         record = PublishedEvent(len(simulation.published), self.rank, run, kind, step, name)
         record.before_start = kind == "step" and step < self.first_steps[run]
@@ -199,7 +199,7 @@ class Trainer:
         payload = encode(envelope)
         body = struct.pack("<2sHIQ", b"EJ", 0, len(payload), writer.next_sequence) + payload
         record.stream, record.frame = writer.stream, struct.pack("<I", crc32(body)) + body
-        getattr(writer, method)(payload, *scope)
+        writer.append(payload, essential=essential)
         self.unacknowledged.append(record)
         self._mark_acknowledged()
 

@@ -46,7 +46,10 @@ def cells_of(metrics: object) -> dict[str, str]:
     if not isinstance(plain, dict):
         return {}
     entries = cast("dict[object, object]", plain).items()
-    return {_column(name if type(name) is str else _key(name)): _cell(value) for name, value in entries}
+    return {
+        _column(name if type(name) is str else next(iter(to_builtins({name: None})[0]))): _cell(value)
+        for name, value in entries
+    }
 
 
 def _cell(value: object) -> str:
@@ -70,10 +73,6 @@ def _column(name: str) -> str:
     if len(name) > _MAX_COLUMN:
         name = f"{name[:_MAX_COLUMN]}…{short_digest(name)}"
     return f"metrics.{name}" if name in {"", STEP_COLUMN, MORE_COLUMN} else _text(name, 2 * _MAX_COLUMN)
-
-
-def _key(name: object) -> str:
-    return next(iter(to_builtins({name: None})[0]))
 
 
 def _text(text: str, limit: int) -> str:
@@ -209,7 +208,8 @@ class CsvTable:
         if self._is_loaded:
             return
         self._file.recover()
-        header = self._read_header()
+        first_line = self._file.first_line()  # complete or torn; empty also if there is no file
+        header = self._decode_line(first_line) or ([""] if first_line else [])
         if header and (header[0] != STEP_COLUMN or MORE_COLUMN in header[:-1] or len(set(header)) < len(header)):
             path, quarantined = str(self._file.path), str(self._file.quarantine())
             log().warning("csv_metrics.file_set_aside", file=path, kept_as=quarantined, why="not a table of steps")
@@ -220,11 +220,6 @@ class CsvTable:
             for line in self._file.lines():
                 self._extra_names.update(dict.fromkeys(self._split_extra(line)[1]))
         self._is_loaded = True
-
-    def _read_header(self) -> list[str]:
-        """Return the cells of the first line, complete or torn; empty if there is no file or it is empty."""
-        line = self._file.first_line()
-        return self._decode_line(line) or ([""] if line else [])
 
     def _measure(self) -> None:
         self._has_rows = any(islice(self._file.lines(), 1, None))

@@ -7,7 +7,8 @@ from typing import Any, Final, NamedTuple, cast
 
 from evsys_adapters._runs import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.redact import redact_configs
+from evsys_bus.codec.redact import redact
+from evsys_bus.context import DetachedLogContext
 
 TRAIN: Final = "train"
 EVAL: Final = "eval/"
@@ -76,10 +77,11 @@ def stable_key(data: bytes) -> int:
 
 
 def config_of(ctx: object) -> dict[str, Any]:
-    """Return the configurations of a context with credentials redacted."""
+    """Return the configurations of a context with credentials redacted, as they are if they come from a journal."""
     configs = {name: field(ctx, name) for name in ("config", "run_config")}
     plain, _ = to_builtins({name: value for name, value in configs.items() if value is not None})
-    redact_configs(plain)
+    if not isinstance(ctx, DetachedLogContext):  # a journal holds what the program's bus redacts and reveals
+        redact(plain)
     return plain
 
 

@@ -13,8 +13,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import msgspec
-
 from evsys_adapters._runs import names_other_run, run_id
 from evsys_bus.callback import Callback, callback_name
 from evsys_bus.diagnostics import log
@@ -150,7 +148,9 @@ class OutputCandidates:
 
     def _is_subscribed(self, name: str) -> bool:
         """Whether an adapter of this name is subscribed to the same journal."""
-        checks = (getattr(each, "has_subscription", None) for each in _attached(self._callback()))
+        callback = self._callback()
+        attached = () if callback is None else callback.evsys_attached
+        checks = (getattr(each, "has_subscription", None) for each in attached)
         return any(callable(check) and check(name) for check in checks)
 
     def _previous_path(self) -> Path | None:
@@ -165,11 +165,11 @@ class OutputCandidates:
                     break
                 existing.append(each)
         marked_files = [Path(os.path.realpath(file)) for file in self._savepoints.files]
-        return next((each for each in existing if any(self._contains(each, file) for file in marked_files)), None)
-
-    def _contains(self, path: Path, file: Path) -> bool:
-        output = Path(os.path.realpath(path))
-        return output in file.parents if self._is_folder else output == file
+        for each in existing:
+            output = Path(os.path.realpath(each))
+            if any(output in file.parents if self._is_folder else output == file for file in marked_files):
+                return each
+        return None
 
     def _owner_file(self, path: Path) -> Path:
         return path / ".run" if self._is_folder else path.with_name(f".{path.name}.run")
@@ -188,14 +188,13 @@ class OutputCandidates:
 
 def has_courier(callback: Callback | None) -> bool:
     """Whether a courier delivers to the callback, so that events may be delivered twice."""
-    return any(getattr(each, "has_courier", False) for each in _attached(callback))
+    return callback is not None and any(getattr(each, "has_courier", False) for each in callback.evsys_attached)
 
 
-def without_foreign_files(mark: Mark, callback: Callback) -> Mark:
-    """Drop the files from the mark that another adapter has continued since; their earlier state is obsolete."""
+def without_foreign_files(mark: Mark, callback: Callback) -> dict[str, int]:
+    """Return the files of the mark without those that another adapter has continued since."""
     adapter_name = callback_name(callback)
-    files = {file: size for file, size in mark.files.items() if _adapter_at(Path(file)) in {"", adapter_name}}
-    return mark if len(files) == len(mark.files) else msgspec.structs.replace(mark, files=files)
+    return {file: size for file, size in mark.files.items() if _adapter_at(Path(file)) in {"", adapter_name}}
 
 
 def owner_of(handle: object) -> str:
@@ -265,10 +264,6 @@ def _refusal_reason(
     if writer and writer != adapter_name and is_subscribed is not None and is_subscribed(writer):
         return "second_follower"
     return None
-
-
-def _attached(callback: Callback | None) -> Sequence[object]:
-    return () if callback is None else callback.evsys_attached
 
 
 def _read_owner_file(owner_file: Path) -> bytes:

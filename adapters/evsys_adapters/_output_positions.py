@@ -11,7 +11,7 @@ Without a valid note, delivered rows are compared with existing ones (`evsys_ada
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -19,7 +19,10 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 
+from evsys_adapters._output_lease import without_foreign_files
+from evsys_adapters._step_tracker import StepTracker
 from evsys_bus.adapter import EventInfo
+from evsys_bus.callback import Callback
 from evsys_bus.disk import current_disk, open_binary, replace_file
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import load_file
@@ -49,7 +52,13 @@ class Position(msgspec.Struct, omit_defaults=True):
     def has(self, event: EventInfo) -> bool:
         """Whether the event was handled."""
         last = self.handled.get(event.stream)
-        return event.sequence <= last if last is not None else _is_older(event.stream, self.since)
+        if last is not None:
+            return event.sequence <= last
+        if self.since in {"", NEXT_STREAM}:
+            return False
+        start, start_since = (each.rsplit("-", 2)[-2:-1] for each in (event.stream, self.since))
+        # A new journal counts its starts from one again.
+        return stream_sort_key(event.stream) < stream_sort_key(self.since) and start <= start_since
 
     def add(self, event: EventInfo) -> None:
         """Record that the event is handled."""
@@ -183,6 +192,8 @@ class PositionWriter:
     """Takes marks of an adapter's files, and writes the notes of its outputs."""
 
     def __init__(self, savepoints: Savepoints) -> None:
+        self.has_mark = False
+        """Whether the adapter was rewound to a mark."""
         self._savepoints = savepoints
         self._pending: list[Callable[[], object]] = []
 
@@ -199,20 +210,58 @@ class PositionWriter:
         self._write()
         return mark
 
+    def rewind(
+        self,
+        callback: Callback,
+        mark: Mark,
+        runs: Collection[tuple[StepTracker, Position]],
+        position_file_for: Callable[[Path], Path],
+    ) -> None:
+        """Restore the files to their state at the mark, and the progress of the runs in them.
+
+        Files that another adapter has continued since stay as they are. Those of outputs whose note is newer than the
+        mark are left to `TrackedOutput.restore`.
+
+        Raises:
+            OSError: A note cannot be read now, or a file cannot be cut.
+        """
+        files = without_foreign_files(mark, callback)
+        newer: set[str] = set()
+        for _, each in runs:
+            if not each.output:
+                continue
+            position_file = position_file_for(Path(each.output))
+            record = _read_record(position_file)
+            if (
+                record is not None
+                and record.position.number > each.number
+                and _is_whole(record, position_file, Savepoints())
+            ):
+                newer.update(_mark_from(record, position_file).files)
+                folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
+                newer.update(file for file in files if Path(file).parent == folder)  # renamed since
+        kept = {file: size for file, size in files.items() if file not in newer}
+        self._savepoints.rewind(msgspec.structs.replace(mark, files=kept))
+        self.has_mark = True
+        for tracker, position in runs:
+            tracker.rewound = True
+            if len(files) < len(mark.files) and not position.handled:
+                tracker.position_unknown = True
+
     def _write(self) -> None:
         while self._pending:
             self._pending[0]()
             del self._pending[0]
 
 
-def is_empty(files: Iterable[Path]) -> bool:
-    """Whether all of the files are empty or missing.
+def skip_matching_if_empty(tracker: StepTracker, files: Iterable[Path]) -> None:
+    """Skip the matching of rows if all of the files are empty or missing.
 
     Raises:
         RetryLaterError: The disk cannot be read now.
     """
     try:
-        return not any(_size(str(file)) for file in files)
+        tracker.position_unknown = tracker.position_unknown and any(_size(str(file)) for file in files)
     except OSError as error:
         raise RetryLaterError(f"the output cannot be read: {error}") from error
 
@@ -225,31 +274,6 @@ def position_file_of(file: Path) -> Path:
 def position_file_in(folder: Path) -> Path:
     """Return the path of the note of an output that is a folder."""
     return folder / ".at"
-
-
-def without_newer(mark: Mark, positions: Iterable[Position], position_file_for: Callable[[Path], Path]) -> Mark:
-    """Drop the files of outputs whose note is newer from the mark; `TrackedOutput.restore` restores those.
-
-    Raises:
-        OSError: A note cannot be read now.
-    """
-    newer: set[str] = set()
-    for each in positions:
-        if not each.output:
-            continue
-        position_file = position_file_for(Path(each.output))
-        record = _read_record(position_file)
-        if (
-            record is not None
-            and record.position.number > each.number
-            and _is_whole(record, position_file, Savepoints())
-        ):
-            newer.update(_mark_from(record, position_file).files)
-            folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
-            newer.update(file for file in mark.files if Path(file).parent == folder)  # renamed since
-    if newer.isdisjoint(mark.files):
-        return mark
-    return msgspec.structs.replace(mark, files={file: at for file, at in mark.files.items() if file not in newer})
 
 
 def assign(struct: _StructT, other: _StructT) -> None:
@@ -299,11 +323,3 @@ def _tail(path: str, size: int) -> str:
     with open_binary(path, current_disk()) as file:
         file.seek(start)
         return blake2b(file.read(size - start), digest_size=16).hexdigest()
-
-
-def _is_older(stream: str, since: str) -> bool:
-    """Whether a stream is older than another of the same journal; a new journal counts from the start."""
-    if since in {"", NEXT_STREAM}:
-        return False
-    start, start_since = (each.rsplit("-", 2)[-2:-1] for each in (stream, since))
-    return stream_sort_key(stream) < stream_sort_key(since) and start <= start_since

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Final, TypeVar
 
 import msgspec
@@ -28,6 +29,16 @@ def validate_params(config: type[ConfigT], params: Mapping[str, object]) -> Conf
             f"{config.__name__.removesuffix('Config')}: {error}",
             fix=f"see the docstrings of {config.__module__}.{config.__name__}; it has: {fields}",
         ) from None
+
+
+def require_package(adapter: str, package: str, extra: str) -> None:
+    """Check that a package is installed, without importing it; ``extra`` is the extra of evsys-bus that has it.
+
+    Raises:
+        ModuleNotFoundError: It is not installed.
+    """
+    if find_spec(package) is None:
+        raise ModuleNotFoundError(f'{adapter} needs {package}; pip install "evsys-bus[{extra}]"', name=package)
 
 
 def as_list(names: Iterable[str] | None) -> object:

@@ -57,11 +57,6 @@ class RecordLog:
         """The current file; `move` changes it."""
         return self._file.path
 
-    @property
-    def waiting(self) -> int:
-        """Writes that the disk has refused so far."""
-        return self._backlog.pending
-
     def add(self, payload: bytes) -> None:
         """Add a record."""
         now = time.monotonic()

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 import msgspec
 
 from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
-from evsys_adapters._output_lease import has_courier, without_foreign_files
-from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput, without_newer
+from evsys_adapters._output_lease import has_courier
+from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._runs import (
     field,
@@ -73,12 +73,12 @@ class LoggedRunState(
 
     def start_training(self, first_step: int) -> bool:
         """Training starts at this step; returns whether it voids rows in the file."""
-        return self.tracker.start_training(first_step) and self._void_from(first_step)
+        return self.tracker.start_training() and self._void_from(first_step)
 
     def record_step(self, step: int) -> bool:
         """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
         is_late = self.last_step is not None and step < self.last_step
-        void = self.tracker.record_step(step) and self._void_from(step)
+        void = self.tracker.record_step() and self._void_from(step)
         self.needs_reorder = self.needs_reorder or (is_late and not void)
         self.last_step = step if self.last_step is None else max(step, self.last_step)
         self.largest_step = max(self.largest_step, step)
@@ -107,29 +107,6 @@ class LoggedRunState(
 
 
 StateT = TypeVar("StateT", bound=LoggedRunState)
-
-
-def encode_states(states: Mapping[str, LoggedRunState]) -> dict[str, bytes]:
-    """Encode states for a mark, which is JSON and so cannot hold NaN."""
-    return {key: msgspec.msgpack.encode(each) for key, each in states.items()}
-
-
-def encode_state(state: LoggedRunState) -> bytes:
-    """Encode a state as JSON, for the note beside the run's output."""
-    return msgspec.json.encode(msgspec.msgpack.encode(state))
-
-
-def decode_state(encoded: bytes, kind: type[StateT]) -> StateT:
-    """Decode the result of `encode_state`."""
-    return msgspec.msgpack.decode(msgspec.json.decode(encoded, type=bytes), type=kind)
-
-
-def decode_states(encoded: Mapping[str, bytes], kind: type[StateT]) -> dict[str, StateT]:
-    """Decode the result of `encode_states`; the runs count as rewound."""
-    found = {key: msgspec.msgpack.decode(each, type=kind) for key, each in encoded.items()}
-    for each in found.values():
-        each.tracker.rewound = True
-    return found
 
 
 _MAX_UNCONFIRMED_KEYS: Final = 10_000
@@ -166,10 +143,11 @@ class LoggedRun(Generic[StateT]):
     def resume(self) -> None:
         """The run's start event is repeated; its rows may be, unless the note records which are in the file."""
         with self.lock:
-            if self.output.is_known and not self.notes.tracker.position_unknown:
-                self.notes.tracker.continued()
+            tracker = self.notes.tracker
+            if self.output.is_known and not tracker.position_unknown:
+                tracker.has_started, tracker.rewound = True, False
             else:
-                self.notes.tracker.resume()
+                tracker.resume()
 
     def begin(self, first_step: int) -> None:
         """Training starts at this step: later steps in the file become void."""
@@ -220,10 +198,6 @@ class LoggedRun(Generic[StateT]):
         breakdowns = field(result, "breakdowns")
         if breakdowns:
             self._write_attachment(step, head, "breakdowns", breakdowns)
-
-    def state(self) -> bytes:
-        """Return the run's state as it is written to the note beside the file."""
-        return encode_state(self.notes)
 
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
@@ -314,7 +288,7 @@ RunT = TypeVar("RunT", bound=LoggedRun[Any])
 class _LoggerMark(msgspec.Struct, frozen=True, rename={"run_states": "runs"}):
     files: Mark
     run_states: dict[str, bytes]
-    """The encoded `LoggedRunState` of each run."""
+    """The `LoggedRunState` of each run, encoded: a mark is JSON, which has no NaN."""
     positions: dict[str, Position] = {}
 
 
@@ -324,23 +298,24 @@ class RunLogger(Callback, Generic[RunT, StateT]):
     Args:
         state_type: The type of the run's state.
         max_pred_rows: Maximum number of predictions in the table of one eval.
+        position_file_for: Returns the path of the note of an output.
     """
 
     marks_inline: ClassVar[bool] = False
     placement: ClassVar[Literal["inline", "follow"]] = "follow"
     ranks: ClassVar[Ranks | None] = "rank0"
 
-    def __init__(self, state_type: type[StateT], max_pred_rows: int) -> None:
+    def __init__(self, state_type: type[StateT], max_pred_rows: int, position_file_for: Callable[[Path], Path]) -> None:
         self._savepoints = Savepoints()
-        self._has_mark = False
         self._runs: dict[str, RunT] = {}
         self._state_type = state_type
-        self._output_notes = PositionWriter(self._savepoints)
+        self._position_writer = PositionWriter(self._savepoints)
         self._rewound: dict[str, tuple[StateT, Position]] = {}
         """States restored from the mark, of runs without an event since."""
         self._left: dict[str, RunT] = {}
         """Runs whose experiment has ended since the mark."""
         self._max_pred_rows = max_pred_rows
+        self._position_file_for = position_file_for
 
     def on_run_start(self, ctx: LogContext) -> None:
         """Write the description of the run."""
@@ -403,10 +378,12 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         written = [*self._left.values(), *self._runs.values()]
         for run in written:
             run.log.settle()
-        files = self._output_notes.take((run.output, run.state(), [run.log.path]) for run in written)
+        files = self._position_writer.take(
+            (run.output, msgspec.json.encode(msgspec.msgpack.encode(run.notes)), [run.log.path]) for run in written
+        )
         self._left = {}
         known = self._rewound | {key: (run.notes, run.output.position) for key, run in self._runs.items()}
-        states = encode_states({key: states for key, (states, _) in known.items()})
+        states = {key: msgspec.msgpack.encode(notes) for key, (notes, _) in known.items()}
         return msgspec.to_builtins(_LoggerMark(files, states, {key: position for key, (_, position) in known.items()}))
 
     def rewind(self, mark: Any) -> None:
@@ -416,14 +393,14 @@ class RunLogger(Callback, Generic[RunT, StateT]):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _LoggerMark)
-        files = without_foreign_files(saved.files, self)
-        self._savepoints.rewind(without_newer(files, saved.positions.values(), self._note_of))
-        self._has_mark = True
-        for key, notes in decode_states(saved.run_states, self._state_type).items():
+        runs: dict[str, tuple[StateT, Position]] = {}
+        for key, encoded in saved.run_states.items():
+            notes = msgspec.msgpack.decode(encoded, type=self._state_type)
             position = saved.positions.get(key) or Position(since=NEXT_STREAM if notes.tracker.has_started else "")
-            if files is not saved.files and not position.handled:
-                notes.tracker.position_unknown = True
-            self._rewound[key] = (notes, position)
+            runs[key] = (notes, position)
+        trackers = [(notes.tracker, position) for notes, position in runs.values()]
+        self._position_writer.rewind(self, saved.files, trackers, self._position_file_for)
+        self._rewound |= runs
 
     def _run(self, handle: LoopState | LogContext) -> RunT:
         key = self._key(handle)
@@ -440,8 +417,8 @@ class RunLogger(Callback, Generic[RunT, StateT]):
                 raise RetryLaterError(f"the files of {key} cannot be read: {error}") from error
             self._rewound.pop(key, None)
             self._left.pop(key, None)
-            if state is None and not output.is_known and not self._has_mark and is_followed:  # its cursor may be lost
-                run.notes.tracker.position_unknown = True
+            if state is None and not output.is_known and is_followed and not self._position_writer.has_mark:
+                run.notes.tracker.position_unknown = True  # its cursor may be lost
         run.event_time = self.event.time
         return run
 
@@ -473,21 +450,18 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         Raises:
             OSError: The disk refuses it.
         """
-        known = output.restore(place, self._note_of(place), others)
-        return None if known is None else decode_state(known, self._state_type)
+        known = output.restore(place, self._position_file_for(place), others)
+        if known is None:
+            return None
+        return msgspec.msgpack.decode(msgspec.json.decode(known, type=bytes), type=self._state_type)
 
     def _train_ends(self, run: RunT, state: LoopState) -> None:
         """The training has ended."""
         del state
-        run.notes.tracker.end_training()
+        run.notes.tracker.rewound = False
 
     def _experiment_ends(self, run: RunT, result: ExperimentResult) -> None:
         """The run's experiment has ended."""
-
-    @staticmethod
-    def _note_of(place: Path) -> Path:
-        """Return the path of the note of an output."""
-        raise NotImplementedError
 
     def _open(self, handle: LoopState | LogContext, state: StateT | None, output: TrackedOutput) -> RunT:
         """Open the run on its first event, or its first event after `rewind`, then with its state."""

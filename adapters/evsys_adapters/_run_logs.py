@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from evsys_adapters._output_lease import OutputCandidates, OutputLease
-from evsys_adapters._output_positions import TrackedOutput, assign, is_empty, position_file_in
+from evsys_adapters._output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
 from evsys_adapters._step_tracker import RowMatcher, StepTracker
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
@@ -53,7 +53,7 @@ def _key_of(line: bytes) -> RowKey | None:
 
 
 class StepRows:
-    """A file of rows that belong to steps. Only `settle` raises OSError: refused writes are kept in memory for a retry.
+    """A file of rows that belong to steps. Refused writes are kept in `backlog` for a retry.
 
     Args:
         acquire_folder: Returns the folder ``logs``; called for each row, may raise OSError.
@@ -66,17 +66,12 @@ class StepRows:
         self.name = Path(path.parent.name, path.name)
         self._savepoints = savepoints
         self._open_file: AppendFile | None = None
-        self._backlog = Backlog(str(path))
-
-    @property
-    def waiting(self) -> int:
-        """Writes that the disk has refused so far."""
-        return self._backlog.pending
+        self.backlog = Backlog(str(path))
 
     def add(self, row: Row) -> None:
         """Add one row."""
         line = json_line(row) + b"\n"
-        self._backlog.write(lambda: self._file.append(line), len(line))
+        self.backlog.write(lambda: self._file.append(line), len(line))
 
     def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
         """Drop the rows from that step on, except for the evals in ``except_keys``.
@@ -84,15 +79,11 @@ class StepRows:
         With ``row``, everything before the last row equal to it is kept.
         """
         last_line = None if row is None else json_line(row) + b"\n"
-        self._backlog.write(partial(self._cut, first_step, except_keys, last_line), 0)
-
-    def settle(self) -> None:
-        """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
-        self._backlog.drain()
+        self.backlog.write(partial(self._cut, first_step, except_keys, last_line), 0)
 
     def flush(self) -> None:
         """Retry refused writes, and close the file until the next row."""
-        self._backlog.flush()
+        self.backlog.flush()
         if self._open_file is not None:
             self._open_file.close()
 
@@ -133,11 +124,11 @@ class TrainingRows(StepRows):
 
     def resume(self, on_resumed: Callable[[], object]) -> None:
         """The training's start event is repeated."""
-        self._backlog.write(lambda: (self._matcher.resume(), on_resumed()), 0)
+        self.backlog.write(lambda: (self._matcher.resume(), on_resumed()), 0)
 
     def start_training(self, first_step: int, on_started: Callable[[bool], object]) -> None:
         """Training starts at this step. ``on_started`` receives whether to cut now; if not, the next row decides."""
-        self._backlog.write(lambda: on_started(self._matcher.start_training(first_step)), 0)
+        self.backlog.write(lambda: on_started(self._matcher.start_training(first_step)), 0)
 
     def add_unless_present(
         self, step: int, row: Row, on_start_applied: Callable[[int], object], on_row_found: Callable[[], object]
@@ -148,7 +139,7 @@ class TrainingRows(StepRows):
         must not raise OSError.
         """
         line = json_line(row) + b"\n"
-        self._backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
+        self.backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
         """See `evsys_adapters._step_tracker.RowFile.rows`."""
@@ -181,14 +172,14 @@ class TrainingRows(StepRows):
     ) -> None:
         first = self._tracker.pending_start
         is_present = self._matcher.is_present(self, hash(line), step)
-        if first is not None and not is_present and not self._matcher.is_active:
+        if first is not None and not is_present and not self._tracker.is_matching:
             on_start_applied(first)
         elif is_present:
             on_row_found()
         if not is_present:
             self._file.append(line)
             self._matcher.count_appended()
-        self._tracker.record_step(step)
+        self._tracker.record_step()
 
 
 class EvalRows(StepRows):
@@ -201,13 +192,10 @@ class EvalRows(StepRows):
         self._last_block: tuple[RowKey, int] | None = None
         """The last eval in the file and the offset of its block, if this object wrote it."""
 
-    def put(self, key: RowKey, rows: Iterable[Row], *, keep_existing: bool = False) -> None:
-        """Write the rows of an eval in place of its earlier ones; an empty ``rows`` removes them.
-
-        ``keep_existing``: earlier rows, if any, are kept unchanged.
-        """
+    def put(self, key: RowKey, rows: Iterable[Row]) -> None:
+        """Write the rows of an eval in place of its earlier ones; an empty ``rows`` removes them."""
         block = b"".join(json_line(row) + b"\n" for row in rows)
-        self._backlog.write(partial(self._put, key, block, keep_existing), len(block))
+        self.backlog.write(partial(self._put, key, block), len(block))
 
     def has_benchmark(self, benchmark: str) -> bool:
         """Whether the file has rows of this benchmark from during the training."""
@@ -233,10 +221,8 @@ class EvalRows(StepRows):
             self._cached_keys = {key for line in file.lines() if (key := _key_of(line)) is not None}
         return self._cached_keys
 
-    def _put(self, key: RowKey, block: bytes, keep_existing: bool) -> None:
+    def _put(self, key: RowKey, block: bytes) -> None:
         known = self._keys()
-        if keep_existing and key in known:
-            return
         if key not in known:
             if block:
                 self._last_block = (key, self._file.append(block))
@@ -331,7 +317,7 @@ class RunLogs:
         if self.output.behind_courier and not self._has_lease:
             try:
                 self.acquire_folder()
-                self._skip_matching_if_empty()
+                skip_matching_if_empty(self.state.tracker, self.paths())
             except OSError as error:
                 raise RetryLaterError(f"{self.logs} cannot be read: {error}") from error
         known, self._loaded_state = self._loaded_state, None
@@ -349,11 +335,6 @@ class RunLogs:
         """The current paths of the files."""
         return [self.logs / each.name for each in self._files()]
 
-    def _skip_matching_if_empty(self) -> None:
-        """Skip the matching of rows if the files are empty."""
-        if self.state.tracker.position_unknown and is_empty(self.paths()):
-            self.state.tracker.position_unknown = False
-
     @property
     def _has_lease(self) -> bool:
         return self._lease is not None and self._lease.is_held
@@ -370,7 +351,7 @@ class RunLogs:
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far."""
-        return sum(each.waiting for each in self._files())
+        return sum(each.backlog.pending for each in self._files())
 
     def resume(self) -> None:
         """The run's start event is repeated: rows that follow may be in the files."""
@@ -378,7 +359,7 @@ class RunLogs:
             self._training.resume(self._mark_unconfirmed)
         elif not self.output.is_known:
             self.state.tracker.resume()
-            self._skip_matching_if_empty()
+            skip_matching_if_empty(self.state.tracker, self.paths())
 
     def begin(self, first_step: int) -> None:
         """Drop the rows from that step on: it is run again."""
@@ -390,7 +371,7 @@ class RunLogs:
 
         if self.state.tracker.is_matching:
             self._training.start_training(first_step, on_started)
-        elif self.state.tracker.start_training(first_step):
+        elif self.state.tracker.start_training():
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
@@ -399,14 +380,14 @@ class RunLogs:
         if self.state.tracker.is_matching:
             self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
             return
-        if self.state.tracker.record_step(step):
+        if self.state.tracker.record_step():
             self._training.cut(step, row=row)
             for each in self._files()[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
     def end_training(self) -> None:
-        self.state.tracker.end_training()
+        self.state.tracker.rewound = False
         self._put_deferred(keep_existing=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
@@ -484,7 +465,7 @@ class RunLogs:
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
         for each in self._files():
-            each.settle()
+            each.backlog.drain()
 
     def flush(self) -> None:
         """Retry refused writes, and close the files until the next row."""

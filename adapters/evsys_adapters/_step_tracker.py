@@ -41,8 +41,6 @@ class StepTracker(
     omit_defaults=True,
     rename={
         "has_started": "begun",
-        "first_step": "first",
-        "largest_step": "largest",
         "position_unknown": "unplaced",
         "match_progress": "walk",
         "pending_start": "pending",
@@ -52,10 +50,6 @@ class StepTracker(
 
     has_started: bool = False
     """Whether a training has started, so that rows of steps to be run again are cut already."""
-    first_step: int | None = None
-    """The first step of the training; None outside of one."""
-    largest_step: int | None = None
-    """The largest step since."""
     rewound: bool = False
     """Whether there was no event of the run since it was rewound."""
     position_unknown: bool = False
@@ -79,37 +73,22 @@ class StepTracker(
             self.position_unknown = True
         self.has_started, self.rewound = True, False
 
-    def continued(self) -> None:
-        """The run's start is given again, and it is known what was written: nothing of it is void."""
-        self.has_started, self.rewound = True, False
-
-    def start_training(self, first_step: int) -> bool:
-        """Training starts at this step; rows from it on are void. Returns True."""
-        self.position_unknown = False
+    def start_training(self) -> bool:
+        """Training starts; returns True: rows from its first step on are void."""
+        self.has_started, self.rewound, self.position_unknown = True, False, False
         self.pending_start = None
-        self._set_start(first_step)
         return True
 
     def start_pending(self, first_step: int) -> None:
         """Training starts at this step; it is not known yet whether that was applied already."""
         self.pending_start = first_step if self.pending_start is None else min(self.pending_start, first_step)
-        self._set_start(first_step)
+        self.has_started, self.rewound = True, False
 
-    def record_step(self, step: int) -> bool:
-        """Record a step; returns True if it is the first of a training."""
+    def record_step(self) -> bool:
+        """Record that there was a step; returns True if it is the first of a training."""
         is_first = not self.has_started
         self.has_started, self.rewound = True, False
-        if self.largest_step is None or step > self.largest_step:
-            self.largest_step = step
         return is_first
-
-    def end_training(self) -> None:
-        self.first_step = self.largest_step = None
-        self.rewound = False
-
-    def _set_start(self, first_step: int) -> None:
-        self.has_started, self.rewound = True, False
-        self.first_step, self.largest_step = first_step, None
 
 
 class RowFile(Protocol):
@@ -139,11 +118,6 @@ class RowMatcher:
         """Their largest step."""
         self._indexes: dict[int, list[int]] = {}
 
-    @property
-    def is_active(self) -> bool:
-        """Whether rows that follow may be in the file."""
-        return self._tracker.is_matching
-
     def resume(self) -> None:
         """The start event is repeated."""
         self._tracker.resume()
@@ -151,8 +125,8 @@ class RowMatcher:
 
     def start_training(self, first_step: int) -> bool:
         """Training starts at this step; returns False if the next row decides whether rows are cut."""
-        if not self.is_active:
-            return self._tracker.start_training(first_step)
+        if not self._tracker.is_matching:
+            return self._tracker.start_training()
         self._tracker.start_pending(first_step)
         self._mark_unconfirmed()
         return False
@@ -163,7 +137,7 @@ class RowMatcher:
         Raises:
             OSError: The file cannot be read or changed now; ask again.
         """
-        if not self.is_active:
+        if not self._tracker.is_matching:
             return False
         progress, keys = self._load(file)
         index = self._find(key, progress, keys)

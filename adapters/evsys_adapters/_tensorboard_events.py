@@ -10,7 +10,6 @@ import struct
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, BinaryIO, Final
 
 from evsys_adapters._logged_values import EVAL
@@ -24,18 +23,6 @@ _WALL_TIME_END: Final = 9
 _MAX_STEP_BYTES: Final = 9
 """Maximum length of an encoded step that is not negative."""
 _EVAL: Final = EVAL.encode()
-
-
-def needs_tensorboardx() -> None:
-    """Check that tensorboardX is installed, without importing it.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    if find_spec("tensorboardX") is None:
-        raise ModuleNotFoundError(
-            'tensorboard_logger needs tensorboardX; pip install "evsys-bus[tensorboard]"', name="tensorboardX"
-        )
 
 
 class Events:

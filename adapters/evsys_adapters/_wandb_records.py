@@ -10,7 +10,6 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -22,16 +21,6 @@ _CHUNK_HEADER: Final = struct.Struct("<IHB")
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 _OLDEST_READER: Final = "0.40.0"
 """The oldest version of W&B that reads such records, as in files that W&B writes."""
-
-
-def needs_wandb() -> None:
-    """Check that wandb is installed, without importing it.
-
-    Raises:
-        ModuleNotFoundError: It is not installed.
-    """
-    if find_spec("wandb") is None:
-        raise ModuleNotFoundError('wandb_logger needs wandb; pip install "evsys-bus[wandb]"', name="wandb")
 
 
 _IGNORED_KEYS: Final = frozenset({"_step", "_runtime"})

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, values_of
+from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, prefixed, values_of
 from evsys_adapters._output_positions import TrackedOutput
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
@@ -135,7 +135,7 @@ class WandbRun(LoggedRun[WandbRunState]):
         self.notes.failed = None
         super().begin(first_step)
         if self.notes.ended and self.notes.tracker.pending_start is None:
-            self._reopen()
+            self._void_from(math.inf)
 
     def defer_step(self, step: int, metrics: object) -> None:
         """Record a step that is not due; `log_deferred_step` logs it if no later one follows."""
@@ -235,7 +235,8 @@ class WandbRun(LoggedRun[WandbRunState]):
             "caption": table.caption,
         }
 
-    def _void_from(self, first_step: int) -> None:
+    def _void_from(self, first_step: float) -> None:
+        """See `LoggedRun._void_from`; also removes the end of the run, because W&B reads no further."""
         self._rewrite(lambda payloads: self._records.without_steps_from(first_step, payloads))
         if self.notes.deferred_evals is not None and self.notes.deferred_evals[0] >= first_step:
             self.notes.deferred_evals = None
@@ -244,14 +245,9 @@ class WandbRun(LoggedRun[WandbRunState]):
     def _reorder(self) -> None:
         self._rewrite(self._records.without_replaced_evals)
 
-    def _reopen(self) -> None:
-        """Remove the end of the run, because W&B reads no further."""
-        self._rewrite(lambda payloads: self._records.without_steps_from(math.inf, payloads))
-        self._set_ended(ended=False)
-
     def _add(self, payload: bytes) -> None:
         if self.notes.ended:
-            self._reopen()
+            self._void_from(math.inf)
         self.log.add(payload)
 
     def _rewrite(self, change: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:
@@ -285,16 +281,9 @@ def _row(stream: str, step: int, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of one stream and its step, by their names at W&B."""
     row: dict[str, Any] = {f"{stream}/step": step}
     for key, value in values.items():
-        name = _metric_name(stream, key)
+        name = prefixed(stream, key)
         row[name if name not in row else f"{stream}/metrics.{key}"] = value
     return row
-
-
-def _metric_name(stream: str, key: str) -> str:
-    """Return the name of a metric at W&B: prefixed with the stream unless it has that or another prefix already."""
-    if key.startswith(f"{stream}/") or (stream == TRAIN and "/" in key):
-        return key
-    return f"{stream}/{key}"
 
 
 def _state_from_file(log: RecordLog, records: Records, now: float) -> WandbRunState:

@@ -232,17 +232,15 @@ class Upload:
                 self._refused_status = None
                 self._confirm_rows()
             case "api: retrying HTTP error":
-                self.set_temporary_problem(Problem(f"the server answers with errors: HTTP {entry.get('status')}"))
+                why = f"the server answers with errors: HTTP {entry.get('status')}"
+                self.problem = self.temporary_problem = Problem(why)
             case "api: retrying error":
-                self.set_temporary_problem(Problem(f"the server does not answer: {str(entry.get('error', ''))[-200:]}"))
+                why = f"the server does not answer: {str(entry.get('error', ''))[-200:]}"
+                self.problem = self.temporary_problem = Problem(why)
             case "api: HTTP error":
                 self._refused_status = int(entry.get("status", 0))
             case _:
                 pass
-
-    def set_temporary_problem(self, problem: Problem) -> None:
-        """Record a problem that the tool is retrying."""
-        self.problem = self.temporary_problem = problem
 
     @property
     def is_idle(self) -> bool:

@@ -155,7 +155,7 @@ class Uploader:
                 self.warn(each, *problem)
             self.report_pending()
             self._is_settling, self.is_finished = False, True
-        while self._has_tasks() and time.monotonic() < deadline:  # noqa: ASYNC110 # on a loop that may be closed next
+        while any(each.has_task for each in self.uploads.values()) and time.monotonic() < deadline:  # noqa: ASYNC110 # on a loop that may be closed next
             await asyncio.sleep(_POLL_SECONDS / 5)
 
     async def _upload_some(self, waiting: list[Upload], scan_file: Callable[[Upload], None]) -> bool:
@@ -212,9 +212,6 @@ class Uploader:
             each.finished = each.done and not each.has_task
         return [each for each in self.uploads.values() if not each.finished and each.events]
 
-    def _has_tasks(self) -> bool:
-        return any(each.has_task for each in self.uploads.values())
-
     async def _sleep(self, seconds: float) -> None:
         """Sleep; ends early when `upload_all` is called."""
         end = time.monotonic() + seconds
@@ -260,7 +257,7 @@ class Uploader:
     def _warn_slow_server(self, upload: Upload) -> None:
         why = "the server does not answer, or answers with errors"
         if upload.temporary_problem is None:
-            upload.set_temporary_problem(Problem(why))
+            upload.problem = upload.temporary_problem = Problem(why)
         else:
             why = f"{why} ({upload.temporary_problem.why})"
         self.warn(upload, why, "check network and base_url")

@@ -21,7 +21,6 @@ from evsys_adapters._output_lease import (
     has_courier,
     owner_of,
     relative_run_path,
-    without_foreign_files,
 )
 from evsys_adapters._output_positions import (
     NEXT_STREAM,
@@ -29,9 +28,8 @@ from evsys_adapters._output_positions import (
     PositionWriter,
     TrackedOutput,
     assign,
-    is_empty,
     position_file_of,
-    without_newer,
+    skip_matching_if_empty,
 )
 from evsys_adapters._params import check_local_path, validate_params
 from evsys_adapters._runs import (
@@ -122,7 +120,6 @@ class CsvMetricsCallback(Callback):
         self._delimiter = config.delimiter
         self._runs: dict[str, _RunTable] = {}
         self._savepoints = Savepoints()
-        self._has_mark = False
         self._position_writer = PositionWriter(self._savepoints)
         self._rewound: dict[str, tuple[StepTracker, Position]] = {}
         """Runs without an event since the mark, or whose experiment ended while rows were being matched."""
@@ -156,7 +153,7 @@ class CsvMetricsCallback(Callback):
         del artifacts
         run = self._run(state)
         if not run.output.has(self.event):
-            run.tracker.end_training()
+            run.tracker.rewound = False
         run.close()
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
@@ -199,14 +196,12 @@ class CsvMetricsCallback(Callback):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _CsvMark)
-        files = without_foreign_files(saved.files, self)
-        self._savepoints.rewind(without_newer(files, saved.positions.values(), position_file_of))
-        self._has_mark = True
-        for key, tracker in saved.trackers.items():
-            position = saved.positions.get(key) or Position(since=NEXT_STREAM if tracker.has_started else "")
-            tracker.rewound = True
-            tracker.position_unknown = tracker.position_unknown or (files is not saved.files and not position.handled)
-            self._rewound[key] = (tracker, position)
+        runs = {
+            key: (tracker, saved.positions.get(key) or Position(since=NEXT_STREAM if tracker.has_started else ""))
+            for key, tracker in saved.trackers.items()
+        }
+        self._position_writer.rewind(self, saved.files, runs.values(), position_file_of)
+        self._rewound |= runs
 
     def _run(self, state: LoopState) -> "_RunTable":
         rank = rank_of_event(self.event)
@@ -218,7 +213,7 @@ class CsvMetricsCallback(Callback):
                 self, owner_of(state), [*self._candidate_paths(state, rank)], self._savepoints, fix
             )
             behind_courier = has_courier(self)
-            may_repeat = not self._has_mark and behind_courier  # its cursor may be lost
+            may_repeat = not self._position_writer.has_mark and behind_courier  # its cursor may be lost
             tracker, position = self._rewound.get(key) or (StepTracker(position_unknown=may_repeat), Position())
             if key in self._ended_runs:
                 tracker, position = self._ended_runs[key].tracker, self._ended_runs[key].output.position
@@ -276,7 +271,7 @@ class _RunTable:
         if self.output.behind_courier and not self._has_lease:
             try:
                 self._open()
-                self._skip_matching_if_empty()
+                skip_matching_if_empty(self.tracker, [self.path])
             except OSError as error:
                 raise RetryLaterError(f"{self.path} cannot be read: {error}") from error
 
@@ -285,17 +280,17 @@ class _RunTable:
             self.backlog.write(self._matcher.resume, 0)
         elif not self.output.is_known:
             self.tracker.resume()
-            self._skip_matching_if_empty()
+            skip_matching_if_empty(self.tracker, [self.path])
 
     def begin(self, first_step: int) -> None:
         if self.tracker.is_matching:
             self.backlog.write(partial(self._begin, first_step), 0)
-        elif self.tracker.start_training(first_step):
+        elif self.tracker.start_training():
             self.backlog.write(lambda: self._open().cut(first_step), 0)
 
     def add(self, step: int, cells: dict[str, str]) -> None:
         action = self._append_unless_present if self.tracker.is_matching else self._append
-        if not self.tracker.is_matching and self.tracker.record_step(step):
+        if not self.tracker.is_matching and self.tracker.record_step():
             self.backlog.write(lambda: self._open().cut(step, cells), 0)
         self.backlog.write(partial(action, step, cells), sum(map(len, cells)) + sum(map(len, cells.values())))
 
@@ -317,7 +312,7 @@ class _RunTable:
         if not self._matcher.is_present(table, row_key(step, cells), step):
             table.append(step, cells)
             self._matcher.count_appended()
-        self.tracker.record_step(step)
+        self.tracker.record_step()
 
     def _close(self) -> None:
         """Close the file, and release it for other processes."""
@@ -336,11 +331,6 @@ class _RunTable:
             self._table = CsvTable(self.path, self._delimiter, self._savepoints)
             self._matcher.invalidate()
         return self._table
-
-    def _skip_matching_if_empty(self) -> None:
-        """Skip the matching of rows if the file is empty."""
-        if self.tracker.position_unknown and is_empty([self.path]):
-            self.tracker.position_unknown = False
 
     @property
     def _has_lease(self) -> bool:

@@ -206,20 +206,16 @@ class EarlyStoppingCallback(Callback):
             state.request_stop(self._reason(history))
 
     def _add(self, history: EvalHistory, step: int, value: float) -> None:
-        if self._insert(history, step, value):
-            self._update_best(history, step, value)
-        else:
-            self._recompute(history)
-
-    def _insert(self, history: EvalHistory, step: int, value: float) -> bool:
-        """Insert a point in step order, replacing one of the same step; returns whether it is the last."""
+        """Insert a point in step order, replacing one of the same step."""
         points = history.points
         index = bisect_left(points, step, key=itemgetter(0))
-        if index < len(points) and points[index][0] == step:
-            points[index] = (step, value)
-            return False
-        points.insert(index, (step, value))
-        return index == len(points) - 1
+        if index == len(points):
+            points.append((step, value))
+            self._update_best(history, step, value)
+        else:
+            replaced = 1 if points[index][0] == step else 0
+            points[index : index + replaced] = [(step, value)]
+            self._recompute(history)
 
     def _recompute(self, history: EvalHistory) -> OlderEvals:
         """Recompute the best value from all evals in step order; returns the summary."""

@@ -12,14 +12,13 @@ from typing import Annotated, Any, ClassVar, Final
 import msgspec
 
 from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
-from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of, without_foreign_files
+from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of
 from evsys_adapters._output_positions import (
     NEXT_STREAM,
     Position,
     PositionWriter,
     TrackedOutput,
     position_file_in,
-    without_newer,
 )
 from evsys_adapters._params import as_list, validate_params
 from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
@@ -83,6 +82,8 @@ class _RunMark(
 
 
 class _RunState(msgspec.Struct, frozen=True, rename={"logs_state": "notes", "encoded_result": "ended"}):
+    """What the note beside the run's files has of it."""
+
     logs_state: RunLogsState
     encoded_result: bytes | None
 
@@ -107,7 +108,7 @@ class LocalLoggerCallback(Callback):
 
     Results may be of any class: missing fields are omitted. Rows that the disk refuses are kept in memory, up to 16 MiB
     for each file, and retried with the next one. Behind a courier, a crash neither duplicates nor loses a row: the
-    files are rewound to the last `to_mark`.
+    files are rewound to the last `mark`.
     """
 
     marks_inline: ClassVar[bool] = False
@@ -123,7 +124,6 @@ class LocalLoggerCallback(Callback):
         self._pages = Backlog("pages of local_logger")
         self._savepoints = Savepoints()
         self._position_writer = PositionWriter(self._savepoints)
-        self._has_mark = False
         self._ended_runs: dict[str, _Run] = {}
         """Runs whose experiment has ended since the last mark."""
 
@@ -155,7 +155,11 @@ class LocalLoggerCallback(Callback):
         run.logs.add_step(step, _prefix_taken(metrics, "metrics", {"step"}))
         every, num_steps = self._config.print_every, num_steps_of(state)
         if every and ((step + 1) % every == 0 or step + 1 == num_steps):
-            self._print(run, step_label(step, num_steps), fields(metrics))
+            row = fields(metrics)
+            keys = row if self._config.keys is None else [key for key in self._config.keys if key in row]
+            names = [one_line(run.name)] if len(self._runs) > 1 else []
+            values = [f"{one_line(key)} {_format_value(row[key])}" for key in keys]
+            self._lines.print("  ".join([*names, step_label(step, num_steps), *values]))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Log the eval's metrics."""
@@ -177,7 +181,7 @@ class LocalLoggerCallback(Callback):
             value = field(eval_result, name)
             if value:
                 row[name if name not in row else f"result.{name}"] = value
-        head = _eval_head(key)
+        head = {"benchmark": key.benchmark, "step": key.step}
         rollouts = [head | _prefix_taken(each, "prediction", head) for each in list_or_empty(predictions)]
         split = "validation" if "val" in list_or_empty(field(eval_result, "tags")) else "test"
         logs.put_eval(key, row, rollouts, split)
@@ -236,9 +240,16 @@ class LocalLoggerCallback(Callback):
         written = [*self._ended_runs.values(), *self._runs.values()]
         for run in written:
             run.logs.settle()
-        files = self._position_writer.take((run.logs.output, run.encode_state(), run.logs.paths()) for run in written)
+        files = self._position_writer.take(
+            (run.logs.output, msgspec.json.encode(_RunState(run.logs.state, run.encode_result())), run.logs.paths())
+            for run in written
+        )
         self._ended_runs = {}
-        return msgspec.to_builtins(_LoggerMark(files, {key: run.to_mark() for key, run in self._runs.items()}))
+        marks: dict[str, _RunMark] = {}
+        for key, run in self._runs.items():
+            logs, result = run.logs, run.encode_result()
+            marks[key] = _RunMark(str(logs.folder), logs.state, result, logs.logs.name, logs.output.position)
+        return msgspec.to_builtins(_LoggerMark(files, marks))
 
     def rewind(self, mark: Any) -> None:
         """Restore the files to their state at the mark. Call it before any hook.
@@ -247,20 +258,15 @@ class LocalLoggerCallback(Callback):
             OSError: A file cannot be cut.
         """
         saved = msgspec.convert(mark, _LoggerMark)
-        files = without_foreign_files(saved.files, self)
-        self._savepoints.rewind(without_newer(files, [each.position for each in saved.runs.values()], position_file_in))
-        self._has_mark = True
+        runs = [(each.logs_state.tracker, each.position) for each in saved.runs.values()]
+        self._position_writer.rewind(self, saved.files, runs, position_file_in)
         for key, run_mark in saved.runs.items():
             if run_mark.logs_state.tracker.has_started and not run_mark.position.handled:
                 run_mark.position.since = NEXT_STREAM
             output = TrackedOutput(self._savepoints, run_mark.position)
             logs = RunLogs(Path(run_mark.folder, run_mark.logs_name), self._savepoints, run_mark.logs_state, output)
             run = self._runs[key] = _Run(logs)
-            run.logs.state.tracker.rewound = True
-            if files is not saved.files and not run_mark.position.handled:
-                run.logs.state.tracker.position_unknown = True
-            if run_mark.encoded_result is not None:
-                run.restore_result(run_mark.encoded_result)
+            run.restore_result(run_mark.encoded_result)
 
     def _remove_run(self, key: str) -> "_Run":
         """Remove and return the run; if its rows are being matched with its files, that state is retained."""
@@ -277,7 +283,7 @@ class LocalLoggerCallback(Callback):
         key = ranked_key(run_id(handle), rank)
         run = self._runs.get(key)
         if run is None:
-            may_repeat = not self._has_mark and has_courier(self)  # its cursor may be lost
+            may_repeat = not self._position_writer.has_mark and has_courier(self)  # its cursor may be lost
             logs_state, position = RunLogsState(tracker=StepTracker(position_unknown=may_repeat)), Position()
             if key in self._ended_runs:
                 previous_logs = self._ended_runs.pop(key).logs
@@ -291,9 +297,11 @@ class LocalLoggerCallback(Callback):
             run.logs.candidates = OutputCandidates(
                 self, owner_of(handle), [folder], self._savepoints, fix, is_folder=True
             )
-        state = run.logs.load_state()
-        if state is not None:
-            run.restore_state(state)
+        encoded = run.logs.load_state()
+        if encoded is not None:
+            state = msgspec.json.decode(encoded, type=_RunState)
+            run.logs.restore(state.logs_state)
+            run.restore_result(state.encoded_result)
         if not run.has_config:
             config = field(run_context(handle), "config")
             run.has_config = config is not None
@@ -306,14 +314,6 @@ class LocalLoggerCallback(Callback):
         text = page.encode(errors="backslashreplace")
         self._pages.write(lambda: AppendFile(acquire_folder() / name).rewrite([text]), len(text))
 
-    def _print(self, run: "_Run", head: str, metrics: dict[str, Any]) -> None:
-        """Print one line."""
-        keys = metrics if self._config.keys is None else [key for key in self._config.keys if key in metrics]
-        names = [one_line(run.name)] if len(self._runs) > 1 else []
-        self._lines.print(
-            "  ".join([*names, head, *(f"{one_line(key)} {_format_value(metrics[key])}" for key in keys)])
-        )
-
 
 class _Run:
     """State of one run."""
@@ -325,30 +325,16 @@ class _Run:
         self.result: RunResult | None = None
         self.arm: ArmResult | None = None
 
-    def to_mark(self) -> _RunMark:
-        """Return the run's part of a mark."""
-        logs = self.logs
-        return _RunMark(str(logs.folder), logs.state, self.encode_result(), logs.logs.name, logs.output.position)
-
-    def encode_state(self) -> bytes:
-        """Encode the state that is stored beside the run's files."""
-        return msgspec.json.encode(_RunState(self.logs.state, self.encode_result()))
-
-    def restore_state(self, encoded: bytes) -> None:
-        """Restore the result of `encode_state`."""
-        state = msgspec.json.decode(encoded, type=_RunState)
-        self.logs.restore(state.logs_state)
-        if state.encoded_result is not None:
-            self.restore_result(state.encoded_result)
-
     def encode_result(self) -> bytes | None:
         """Encode the run's result; None while it has not ended."""
         if self.result is None and self.arm is None:
             return None
         return msgspec.msgpack.encode(to_builtins([self.result, self.arm])[0])
 
-    def restore_result(self, encoded: bytes) -> None:
+    def restore_result(self, encoded: bytes | None) -> None:
         """Restore the result of `encode_result`; as plain data if it has another type, which the pages accept too."""
+        if encoded is None:
+            return
         try:
             self.result, self.arm = msgspec.msgpack.decode(encoded, type=tuple[RunResult | None, ArmResult | None])
         except msgspec.ValidationError:
@@ -360,13 +346,8 @@ def _format_value(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else "" if value is None else one_line(value)
 
 
-def _eval_head(row_key: RowKey) -> dict[str, Any]:
-    """Return the first fields of every row of an eval."""
-    return {"benchmark": row_key.benchmark, "step": row_key.step}
-
-
 def _eval_row(key: RowKey, metrics: object) -> dict[str, Any]:
-    head = _eval_head(key)
+    head = {"benchmark": key.benchmark, "step": key.step}
     return head | _prefix_taken(metrics, "metrics", head)
 
 

@@ -101,7 +101,7 @@ class PrintProgressCallback(Callback):
         if pace is None:  # attached during a run: the duration of this step is unknown
             pace = self._runs[run] = _Pace(self._name(state), step + 1, now)
         first = pace.last_step is None
-        pace.record_step(step)
+        pace.last_step = step if pace.last_step is None else max(pace.last_step, step)
         done = step + 1
         pace.unprinted = _Step(step, num_steps_of(state), fields(metrics), now)
         if first or done % self._every == 0 or done == pace.unprinted.num_steps:
@@ -165,11 +165,8 @@ class _Pace:
         self.first_step = first_step
         self.began = began
         self.last_step: int | None = None
+        """The largest step: late and repeated ones do not decrease the count."""
         self.unprinted: _Step | None = None
-
-    def record_step(self, step_idx: int) -> None:
-        """Record a step; late and repeated steps do not decrease the count."""
-        self.last_step = step_idx if self.last_step is None else max(self.last_step, step_idx)
 
     def format(self, num_steps: int | None, now: float) -> list[str]:
         """Format rate and remaining time, as far as they are known."""

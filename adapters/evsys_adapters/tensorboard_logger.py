@@ -34,7 +34,7 @@ from evsys_adapters._logged_values import (
 )
 from evsys_adapters._output_lease import OutputCandidates, OutputLease, is_of_run, owner_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_in
-from evsys_adapters._params import check_local_path, validate_params
+from evsys_adapters._params import check_local_path, require_package, validate_params
 from evsys_adapters._record_file import RecordLog
 from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, RunLogger
 from evsys_adapters._runs import (
@@ -46,7 +46,7 @@ from evsys_adapters._runs import (
     run_key,
     run_name,
 )
-from evsys_adapters._tensorboard_events import Events, needs_tensorboardx
+from evsys_adapters._tensorboard_events import Events
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, LoopState, RunResult
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import EvsysBusError, RetryLaterError
@@ -54,7 +54,8 @@ from evsys_bus.location import local_path, short_digest
 from evsys_bus.savepoints import Savepoints, hidden_name, names_with_versions
 
 _NAME: Final = re.compile(r"events\.out\.tfevents\.(\d+)\.evsys-bus")
-FIRST_NAME: Final = "events.out.tfevents.0.evsys-bus"
+FILE: Final = "events.out.tfevents.0.evsys-bus"
+"""The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
 _MIN_REORDER_SECONDS: Final = 1.0
 _REORDER_TIME_SHARE: Final = 100
 """At most one part in this many of the time is spent on sorting files."""
@@ -74,25 +75,22 @@ class EventFiles:
         for name in known:
             savepoints.recover(os.path.abspath(folder / name))  # noqa: PTH100  # savepoints use this form
             (folder / f"{hidden_name(name)}.new").unlink(missing_ok=True)
-        self._number = max(map(_number, known), default=0)
+        self._number = max(known.values(), default=0)
         full = [name for name in known if _size(folder / name)]
-        self.newest = folder / max(full, key=_number, default=FIRST_NAME)
+        self.newest = folder / max(full, key=known.__getitem__, default=FILE)
         """The file to be continued."""
-        self._empty = [folder / name for name in known if name not in full and name != self.newest.name]
+        self.empty = [folder / name for name in known if name not in full and name != self.newest.name]
+        """Sorted files that were undone; a loader may have read them, and reads no name twice."""
 
     @staticmethod
-    def names_in(folder: Path) -> set[str]:
-        """Return the names of existing event files, and of those with an earlier version."""
+    def names_in(folder: Path) -> dict[str, int]:
+        """Return the names of existing event files, and of those with an earlier version, with their numbers."""
         try:
             names = {each.name for each in folder.iterdir()}
         except (FileNotFoundError, NotADirectoryError):
             names = set[str]()
-        return {name for name in names | names_with_versions(folder) if _NAME.fullmatch(name)}
-
-    @property
-    def has_unfinished_reorder(self) -> bool:
-        """Whether a sorted file was undone; a loader may have read it, and reads no name twice."""
-        return bool(self._empty)
+        found = map(_NAME.fullmatch, names | names_with_versions(folder))
+        return {each[0]: int(each[1]) for each in found if each is not None}
 
     def next_name(self) -> Path:
         """Return a path that no file here has had."""
@@ -101,15 +99,10 @@ class EventFiles:
 
     def clean(self) -> None:
         """Remove the empty files whose names are no longer used."""
-        for path in self._empty:
+        for path in self.empty:
             if not _size(path):
                 path.unlink(missing_ok=True)
-        self._empty = []
-
-
-def _number(name: str) -> int:
-    found = _NAME.fullmatch(name)
-    return int(found[1]) if found else 0
+        self.empty = []
 
 
 def _size(path: Path) -> int:
@@ -144,7 +137,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self._faults = FaultLog()
         self._schedule_reorder = schedule_reorder
         self._reorder_due = 0.0
-        state.needs_reorder = state.needs_reorder or files.has_unfinished_reorder
+        state.needs_reorder = state.needs_reorder or bool(files.empty)
 
     def describe(self, ctx: LogContext | None) -> None:
         """Log configuration and hypothesis, once."""
@@ -264,10 +257,6 @@ def _as_code(value: object) -> str:
     return f"```json\n{json_of(value)}\n```"
 
 
-FILE: Final = FIRST_NAME
-"""The event file of a run, continued by every process that logs it; a file that was sorted has another number."""
-
-
 class TensorBoardLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `TensorBoardLoggerCallback`."""
 
@@ -318,14 +307,13 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         clock: Callable[[], float] | None = None,
     ) -> None:
         params = {"log_dir": None if log_dir is None else os.fspath(log_dir), "flush_secs": flush_secs}
-        root = None if log_dir is None else local_path(log_dir, "log_dir")
+        self._root = None if log_dir is None else local_path(log_dir, "log_dir")
         self._config = validate_params(TensorBoardLoggerConfig, params | {"max_pred_rows": max_pred_rows})
-        self._root = root
-        needs_tensorboardx()
+        require_package(self.name, "tensorboardX", "tensorboard")
         self._clock = clock
         self._lock = threading.RLock()
         self._reorder_scheduled = False
-        super().__init__(LoggedRunState, self._config.max_pred_rows)
+        super().__init__(LoggedRunState, self._config.max_pred_rows, position_file_in)
 
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Remember how the run ended."""
@@ -398,10 +386,6 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
     def _experiment_ends(self, run: TensorBoardRun, result: ExperimentResult) -> None:
         """Log the conclusion."""
         run.add_text(None, "conclusion", conclusion_page(result, run.name, run.result, run.arm))
-
-    @staticmethod
-    def _note_of(place: Path) -> Path:
-        return position_file_in(place)
 
     def _candidates(self, handle: LoopState | LogContext) -> OutputCandidates:
         folder = ranked_folder(self._folder(handle), self._rank())

@@ -8,7 +8,6 @@
 """
 
 import contextlib
-import operator
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +20,19 @@ import msgspec
 
 from evsys_adapters._logged_values import config_of
 from evsys_adapters._output_positions import TrackedOutput, position_file_of
-from evsys_adapters._params import validate_params
+from evsys_adapters._params import require_package, validate_params
 from evsys_adapters._run_logger import RunLogger
-from evsys_adapters._runs import field, num_steps_of, output_dir_of, ranked_folder, run_context, run_folder, run_name
-from evsys_adapters._wandb_records import Records, needs_wandb
+from evsys_adapters._runs import (
+    field,
+    num_steps_of,
+    output_dir_of,
+    ranked_folder,
+    run_context,
+    run_folder,
+    run_name,
+    step_of,
+)
+from evsys_adapters._wandb_records import Records
 from evsys_adapters._wandb_run import WandbRun, WandbRunState, random_id
 from evsys_adapters._wandb_upload_process import Upload
 from evsys_adapters._wandb_uploader import Uploader
@@ -44,7 +52,10 @@ Mode = Literal["online", "offline", "disabled"]
 class WandbLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Parameters of `WandbLoggerCallback`."""
 
-    project: Annotated[str, msgspec.Meta(min_length=1)]
+    project: Annotated[
+        str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$", examples=["my-project"])
+    ]
+    """W&B accepts up to 128 characters without ``/ \\ # ? % :``; a team is the ``entity``."""
     entity: str | None = None
     """Default: that of the login, or ``WANDB_ENTITY``."""
     name: str | None = None
@@ -107,21 +118,23 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         params = {key: value for key, value in locals().items() if key in WandbLoggerConfig.__struct_fields__}
         self._config = validate_params(WandbLoggerConfig, params)
         self._mode = _mode(self._config.mode)
-        needs_wandb()
+        require_package(self.name, "wandb", "wandb")
         self._clock = clock
         self._new_id = new_id
         self._faults = FaultLog()
         self._uploader = Uploader(self._config.base_url, self.report_owed, self._faults, patience_seconds)
         self._last_counted: dict[str, int] = {}
         """The last counted event of each stream: starts of runs are repeated after a crash."""
-        super().__init__(WandbRunState, self._config.max_pred_rows)
+        super().__init__(WandbRunState, self._config.max_pred_rows, position_file_of)
         if self._mode == "disabled":
-            _disable(self)
+            for hook in vars(Callback):  # also in place of those of a subclass: the empty ones, which no bus calls
+                if hook.startswith("on_"):
+                    setattr(self, hook, MethodType(vars(Callback)[hook], self))
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Log the step's metrics, if they are due."""
         del batch
-        step = _as_int(step_idx)
+        step = step_of(step_idx)
         run = self._run(state)
         is_due = step % self._config.log_every == 0 or step + 1 == num_steps_of(state)
         self._once(run, lambda: run.add_step(step, metrics) if is_due else run.defer_step(step, metrics))
@@ -221,10 +234,6 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         if field(run_context(state), "run_key") is None:
             run.finish()
 
-    @staticmethod
-    def _note_of(place: Path) -> Path:
-        return position_file_of(place)
-
     def _open(self, handle: LoopState | LogContext, state: WandbRunState | None, output: TrackedOutput) -> WandbRun:
         folder = ranked_folder(run_folder(handle), self._rank()) / "wandb"
         run = self._run_in(folder, state, output, self.event.time)
@@ -232,13 +241,14 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         return run
 
     def _run_in(self, folder: Path, state: WandbRunState | None, output: TrackedOutput, event_time: float) -> WandbRun:
-        known = (state, output, self._known)
         return WandbRun(
             folder,
             self._savepoints,
             self._records,
             self._config.flush_secs,
-            *known,
+            state,
+            output,
+            self._known,
             self._clock,
             self._new_id,
             event_time,
@@ -304,27 +314,9 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         return on_url
 
 
-def _disable(callback: Callback) -> None:
-    """Replace all hooks, including those of a subclass, by empty ones, which no bus calls."""
-    for hook in vars(Callback):
-        if hook.startswith("on_"):
-            setattr(callback, hook, MethodType(vars(Callback)[hook], callback))
-
-
 def _mode(mode: Mode) -> Mode:
     """Return the mode; the environment may restrict the configured one, as usual with W&B."""
     requested = os.environ.get("WANDB_MODE", "").lower()
     if mode == "disabled" or requested == "disabled":
         return "disabled"
     return "offline" if mode == "offline" or requested in {"offline", "dryrun"} else "online"
-
-
-def _as_int(step: Any) -> int:
-    """Return a step as an int; whole floats are accepted."""
-    try:
-        return operator.index(step)
-    except TypeError:
-        number = float(step)
-        if not number.is_integer():
-            raise
-        return int(number)

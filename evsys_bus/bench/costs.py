@@ -10,7 +10,7 @@ from typing import Final
 
 import anyio
 
-from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
+from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, publish
 from evsys_bus.bench.suite import Candidate, Case, Target, TimedLoop, TimedSuite
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
@@ -66,20 +66,6 @@ def _build_dicts() -> Generator[TimedLoop, None, None]:
 class _RunEndCallback(Callback):
     def on_run_end(self, ctx: LogContext, run_result: RunResult, arm: ArmResult) -> None:
         """Do nothing."""
-
-
-@contextmanager
-def _publish_to_non_listeners(k: int) -> Generator[TimedLoop, None, None]:
-    with EventBus([_RunEndCallback() for _ in range(k)]) as bus:
-
-        def run(operations: int) -> int:
-            state, batch, metrics = STATE, BATCH, METRICS
-            started = perf_counter_ns()
-            for i in range(operations):
-                bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - started
-
-        yield run
 
 
 @dataclass
@@ -191,8 +177,8 @@ COSTS: Final = TimedSuite(
         Case(
             title="publish one StepEnd to callbacks that do not listen to it",
             candidates={
-                _NO_CALLBACKS: Candidate(partial(_publish_to_non_listeners, 0), ours=True),
-                _NON_LISTENING_CALLBACKS: Candidate(partial(_publish_to_non_listeners, 8), ours=True),
+                _NO_CALLBACKS: Candidate(partial(publish, 0), ours=True),
+                _NON_LISTENING_CALLBACKS: Candidate(partial(publish, 8, _RunEndCallback), ours=True),
             },
             baseline=_NO_CALLBACKS,
             targets=(Target(candidate=_NON_LISTENING_CALLBACKS, reference=_NO_CALLBACKS, at_most=1.1),),

@@ -2,7 +2,7 @@
 
 A courier reads a journal of ``STEPS_PER_ROUND`` steps per round (150,000 by default) and delivers to a receiver that
 discards everything, so what is measured is reading, verifying, decoding and handing over. ``--rounds 5000`` makes it
-10,000,000 steps.
+10,000,000 steps. Beside it, a sink that discards everything, and one that is raw: without decoding.
 
 Courier processes outlive their bus briefly and write to its journal: `wait_for_courier_exit` waits for them.
 """
@@ -13,11 +13,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import unquote
+from typing import Any, ClassVar, Final
 
-from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, resident_megabytes, spread_of
+from evsys_bus.bench.dispatch import BATCH, METRICS, publish_steps
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, growth_table, resident_megabytes, spread_of
 from evsys_bus.bus import EventBus
 from evsys_bus.config import CallbackSpec, build_callbacks
 from evsys_bus.context import LoopState
@@ -27,10 +26,9 @@ from evsys_bus.delivery.status_files import read_status
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import OsDisk, layout
-from evsys_bus.sink import BatchResult
+from evsys_bus.sink import BatchResult, Sink
 from evsys_bus.tasks import run_in_new_loop
 
-_STATE_SUFFIX: Final = ".state.json"
 _EXIT_TIMEOUT_SECONDS: Final = 20.0
 
 
@@ -42,8 +40,9 @@ def wait_for_courier_exit(journal: Path) -> None:
 
 
 def _courier_pids(journal: Path) -> set[int]:
-    files = (journal / layout.COURIERS).glob(f"*{_STATE_SUFFIX}")
-    states = [read_status(OsDisk(), str(journal), unquote(file.name.removesuffix(_STATE_SUFFIX))) for file in files]
+    files = (journal / layout.COURIERS).glob("*.state.json")
+    names = [layout.decode_adapter_name(file.name.removesuffix(".state.json")) for file in files]
+    states = [read_status(OsDisk(), str(journal), name) for name in names]
     return {state.pid for state in states if state is not None} - {os.getpid()}
 
 
@@ -58,7 +57,6 @@ def _is_running(pid: int) -> bool:
 STEPS_PER_ROUND: Final = 1_000
 MIN_EVENTS_PER_SECOND: Final = 200_000
 """Events per second."""
-MAX_GROWTH_MB: Final = 20
 _MAX_ROUNDS: Final = 7
 _MIN_STEPS: Final = 50_000
 
@@ -97,6 +95,25 @@ class _DiscardingReceiver:
         pass
 
 
+class _DiscardingSink(Sink):
+    """A sink that accepts every batch and discards it."""
+
+    max_batch_events = _DiscardingReceiver.max_events
+    max_batch_seconds = _DiscardingReceiver.max_seconds
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    async def write(self, batch: Sequence[Any]) -> None:
+        self.received += len(batch)
+
+
+class _DiscardingRawSink(_DiscardingSink):
+    """The same, of raw records."""
+
+    raw: ClassVar[bool] = True
+
+
 class Throughput:
     """The suite ``couriers``."""
 
@@ -109,17 +126,27 @@ class Throughput:
         with tempfile.TemporaryDirectory() as directory:
             journal = Path(directory, "journal")
             with EventBus([], journal=journal) as bus:
-                for step in range(steps):
-                    bus.publish(StepEnd(STATE, step, BATCH, METRICS))
+                publish_steps(bus, steps)
             before = resident_megabytes()
-            rates = [_measure_rate(journal, steps) for _ in range(min(max(budget.process_rounds, 2), _MAX_ROUNDS))]
+            rounds = range(min(max(budget.process_rounds, 2), _MAX_ROUNDS))
+            rates = [_measure_rate(journal, steps, _DiscardingReceiver()) for _ in rounds]
             after = resident_megabytes()
+            decoded: list[float] = []
+            raw: list[float] = []
+            for _ in rounds:
+                decoded.append(_measure_rate(journal, steps, _DiscardingSink()))
+                raw.append(_measure_rate(journal, steps, _DiscardingRawSink()))
         rate = spread_of(rates)
         yield Table(
             title=f"{steps:,} events of 8 metrics, from disk to a receiver",
             unit="events/s",
             rows=[
-                Row("courier", Spread(*(float(round(each)) for each in (rate.median, rate.low, rate.high))), ours=True)
+                Row(name, Spread(*(float(round(each)) for each in (found.median, found.low, found.high))), ours=True)
+                for name, found in (
+                    ("courier", rate),
+                    ("courier, sink", spread_of(decoded)),
+                    ("courier, raw sink", spread_of(raw)),
+                )
             ],
             target_results=[
                 TargetResult(
@@ -131,18 +158,11 @@ class Throughput:
             ],
         )
         if before is not None and after is not None:
-            growth = after - before
-            promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of the courier's memory"
-            yield Table(
-                title="memory that the courier's process has grown by",
-                unit="MB",
-                rows=[Row("courier", Spread(growth, growth, growth), ours=True)],
-                target_results=[TargetResult(promise, growth, growth <= MAX_GROWTH_MB, "MB")],
-            )
+            growths = {"courier": ("the courier's memory", after - before)}
+            yield growth_table("memory that the courier's process has grown by", steps, growths)
 
 
-def _measure_rate(journal: Path, steps: int) -> float:
-    receiver = _DiscardingReceiver()
+def _measure_rate(journal: Path, steps: int, receiver: _DiscardingReceiver | _DiscardingSink) -> float:
     courier = Courier(journal, "nothing", receiver, DeliveryPolicy(), persistent=False)
     courier.finish()
     started = time.perf_counter()

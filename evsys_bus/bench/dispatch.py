@@ -4,6 +4,7 @@ All candidates call K methods of the same signature with the same four arguments
 methods, without isolation or ordering. The bus builds the event each time, as a training loop does.
 """
 
+import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -52,24 +53,28 @@ def bare_loop(k: int) -> Generator[TimedLoop, None, None]:
 
 
 @contextmanager
-def publish(k: int) -> Generator[TimedLoop, None, None]:
+def publish(k: int, callback: type[Callback] = NoOp, *, recorded: bool = False) -> Generator[TimedLoop, None, None]:
     """A bus with its default settings, without an event loop; the event is built each time."""
-    with EventBus([NoOp() for _ in range(k)]) as bus:
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        EventBus([callback() for _ in range(k)], journal=Path(directory, "journal") if recorded else None) as bus,
+    ):
+        yield partial(publish_steps, bus)
 
-        def run(operations: int) -> int:
-            state, batch, metrics = STATE, BATCH, METRICS
-            started = perf_counter_ns()
-            for i in range(operations):
-                bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - started
 
-        yield run
+def publish_steps(bus: EventBus, steps: int, first: int = 0) -> int:
+    """Publish this many steps, and return the nanoseconds taken."""
+    state, batch, metrics = STATE, BATCH, METRICS
+    started = perf_counter_ns()
+    for step in range(first, first + steps):
+        bus.publish(StepEnd(state, step, batch, metrics))
+    return perf_counter_ns() - started
 
 
 @contextmanager
 def dispatch_function(k: int) -> Generator[TimedLoop, None, None]:
     """The function `evsys_bus.dispatch`, for programs without a bus."""
-    yield _call_by_name(dispatch, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch, k)
 
 
 @contextmanager
@@ -86,10 +91,12 @@ def reference_dispatch(k: int) -> Generator[TimedLoop, None, None]:
             except Exception:
                 log().warning("hook.failed", callback=callback, hook=hook, exc_info=True)
 
-    yield _call_by_name(dispatch_by_name, [NoOp() for _ in range(k)])
+    yield _call_by_name(dispatch_by_name, k)
 
 
-def _call_by_name(call: Callable[..., None], callbacks: list[NoOp]) -> TimedLoop:
+def _call_by_name(call: Callable[..., None], k: int) -> TimedLoop:
+    callbacks = [NoOp() for _ in range(k)]
+
     def run(operations: int) -> int:
         state, batch, metrics = STATE, BATCH, METRICS
         started = perf_counter_ns()

@@ -24,7 +24,7 @@ from typing import Final
 import msgspec
 
 from evsys_bus.bench import loggers
-from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, NoOp
+from evsys_bus.bench.dispatch import BATCH, METRICS, STATE, NoOp, publish
 from evsys_bus.bench.loggers import (
     JSON_FLUSH,
     OURS,
@@ -38,8 +38,7 @@ from evsys_bus.bench.loggers import (
     RawStep,
     loggers_in,
 )
-from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Samples, Table, Target, TimedLoop, measure
-from evsys_bus.bus import EventBus
+from evsys_bus.bench.suite import Budget, Candidate, Case, Row, Samples, Table, Target, TimedLoop, measure, rotate
 from evsys_bus.events import StepEnd
 from evsys_bus.journal import frame
 
@@ -94,29 +93,12 @@ def _baseline() -> Generator[TimedLoop, None, None]:
             os.close(file)
 
 
-@contextmanager
-def _publish(*, recorded: bool) -> Generator[TimedLoop, None, None]:
-    with (
-        tempfile.TemporaryDirectory() as directory,
-        EventBus([NoOp() for _ in range(K)], journal=Path(directory, "journal") if recorded else None) as bus,
-    ):
-
-        def run(operations: int) -> int:
-            state, batch, metrics = STATE, BATCH, METRICS
-            started = perf_counter_ns()
-            for i in range(operations):
-                bus.publish(StepEnd(state, i, batch, metrics))
-            return perf_counter_ns() - started
-
-        yield run
-
-
 _BACK_TO_BACK: Final = Case(
     title=f"a step for {K} callbacks and the disk",
     candidates={
         BASELINE: Candidate(_baseline),
-        PUBLISH_RECORDED: Candidate(partial(_publish, recorded=True), ours=True),
-        PUBLISH_UNRECORDED: Candidate(partial(_publish, recorded=False), ours=True),
+        PUBLISH_RECORDED: Candidate(partial(publish, K, recorded=True), ours=True),
+        PUBLISH_UNRECORDED: Candidate(partial(publish, K), ours=True),
     },
     baseline=BASELINE,
     targets=(Target(candidate=PUBLISH_RECORDED, reference=BASELINE, at_most=MAX_RATIO_TO_BASELINE),),
@@ -145,9 +127,7 @@ class JournalSuite:
         absent: dict[str, str] = {}
         medians: dict[str, list[float]] = {name: [] for name in found}
         for turn in range(rounds):
-            names = list(found)
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+            for name in rotate(found, turn):
                 module, logger = found[name]
                 try:
                     medians[name].append(_median_call_ns(module, name))

@@ -108,22 +108,13 @@ def _count_journal(directory: Path) -> int:
 
 
 @contextmanager
-def _json(directory: Path) -> Generator[Log, None, None]:
+def _json(directory: Path, *, flush: bool) -> Generator[Log, None, None]:
     with _rows_path(directory).open("a") as file:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-
-        yield log
-
-
-@contextmanager
-def _json_flush(directory: Path) -> Generator[Log, None, None]:
-    with _rows_path(directory).open("a") as file:
-
-        def log(step: int, metrics: dict[str, float]) -> None:
-            file.write(json.dumps({"step": step, "time": time.time(), **metrics}) + "\n")
-            file.flush()
+            if flush:
+                file.flush()
 
         yield log
 
@@ -175,8 +166,8 @@ LOGGERS: Final = {
     OURS: Logger(_journal, _count_journal, ours=True),
     PACED: Logger(partial(_journal, callbacks=K), _count_journal, ours=True),
     PACED_BASELINE: Logger(_paced_baseline, _count_frames),
-    JSON_FLUSH: Logger(_json_flush, _count_rows),
-    JSON: Logger(_json, _count_rows),
+    JSON_FLUSH: Logger(partial(_json, flush=True), _count_rows),
+    JSON: Logger(partial(_json, flush=False), _count_rows),
     BASELINE: Logger(_baseline, _count_rows),
 }
 

@@ -15,11 +15,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter_ns
 from typing import Final
 
 from evsys_bus.bench.couriers import wait_for_courier_exit
-from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
+from evsys_bus.bench.dispatch import publish_steps
 from evsys_bus.bench.suite import (
     Budget,
     Candidate,
@@ -30,6 +29,7 @@ from evsys_bus.bench.suite import (
     Target,
     TargetResult,
     TimedLoop,
+    growth_table,
     measure,
     resident_megabytes,
     spread_of,
@@ -38,14 +38,13 @@ from evsys_bus.bus import EventBus
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import AdapterRef, Subscription
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.events import Envelope, StepEnd
+from evsys_bus.events import Envelope
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus
 
 STEPS_PER_ROUND: Final = 2_000
 MAX_ROUNDS: Final = 150
 """Most rounds of samples; ``--rounds`` above this only makes the run longer."""
-MAX_GROWTH_MB: Final = 20
 NEW_BUS: Final = "a bus at its first steps"
 
 
@@ -71,14 +70,7 @@ class MemoryGrowth:
         )
         yield measure(case, replace(budget, rounds=min(budget.rounds, MAX_ROUNDS)))
         if growth:
-            [megabytes] = growth
-            promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of memory"
-            yield Table(
-                title="memory that the process has grown by",
-                unit="MB",
-                rows=[Row(old_bus, Spread(megabytes, megabytes, megabytes), ours=True)],
-                target_results=[TargetResult(promise, megabytes, megabytes <= MAX_GROWTH_MB, "MB")],
-            )
+            yield growth_table("memory that the process has grown by", steps, {old_bus: ("memory", growth[0])})
 
 
 @contextmanager
@@ -87,8 +79,8 @@ def _fresh_bus() -> Generator[TimedLoop, None, None]:
 
     def run(operations: int) -> int:
         with _open_bus() as bus:
-            _publish(bus, 0, 1)
-            return _publish(bus, 1, operations)
+            publish_steps(bus, 1)
+            return publish_steps(bus, operations, 1)
 
     yield run
 
@@ -97,10 +89,10 @@ def _fresh_bus() -> Generator[TimedLoop, None, None]:
 def _long_running_bus(steps: int, growth: list[float]) -> Generator[TimedLoop, None, None]:
     """Time a bus that has published ``steps`` steps; appends the growth of memory in megabytes to ``growth``."""
     with _open_bus() as bus:
-        _publish(bus, 0, STEPS_PER_ROUND)
+        publish_steps(bus, STEPS_PER_ROUND)
         before = resident_megabytes()
         for first in range(STEPS_PER_ROUND, steps, STEPS_PER_ROUND):
-            _publish(bus, first, STEPS_PER_ROUND)
+            publish_steps(bus, STEPS_PER_ROUND, first)
         after = resident_megabytes()
         if before is not None and after is not None:
             growth.append(after - before)
@@ -108,7 +100,7 @@ def _long_running_bus(steps: int, growth: list[float]) -> Generator[TimedLoop, N
         def run(operations: int) -> int:
             nonlocal steps
             steps += operations
-            return _publish(bus, steps, operations)
+            return publish_steps(bus, operations, steps)
 
         yield run
 
@@ -117,14 +109,6 @@ def _long_running_bus(steps: int, growth: list[float]) -> Generator[TimedLoop, N
 def _open_bus() -> Generator[EventBus, None, None]:
     with tempfile.TemporaryDirectory() as directory, EventBus([], journal=Path(directory, "journal")) as bus:
         yield bus
-
-
-def _publish(bus: EventBus, first: int, steps: int) -> int:
-    state, batch, metrics = STATE, BATCH, METRICS
-    started = perf_counter_ns()
-    for step in range(first, first + steps):
-        bus.publish(StepEnd(state, step, batch, metrics))
-    return perf_counter_ns() - started
 
 
 MEMORY_GROWTH: Final = MemoryGrowth()
@@ -166,12 +150,12 @@ class BacklogMemory:
         with tempfile.TemporaryDirectory() as directory:
             journal = Path(directory, "journal")
             with EventBus([_SUBSCRIPTION], journal=journal, linger_seconds=0.0, drain_timeout=0.0) as bus:
-                _publish_steps(bus, 0, STEPS_PER_ROUND)
+                publish_steps(bus, STEPS_PER_ROUND)
                 courier = _courier_pid(journal)
                 before = resident_megabytes(), resident_megabytes(courier)
                 started = time.perf_counter()
                 for first in range(STEPS_PER_ROUND, steps, STEPS_PER_ROUND):
-                    _publish_steps(bus, first, STEPS_PER_ROUND)
+                    publish_steps(bus, STEPS_PER_ROUND, first)
                 rate = (steps - STEPS_PER_ROUND) / (time.perf_counter() - started)
                 after = resident_megabytes(), resident_megabytes(courier)
                 health = [_time_ms(bus.health) for _ in range(_HEALTH_CALLS)]
@@ -179,25 +163,21 @@ class BacklogMemory:
                 after_status = resident_megabytes()
                 megabytes = sum(path.stat().st_size for path in journal.glob("*/*.seg")) / 1e6
             wait_for_courier_exit(journal)
-        yield _memory_table(steps, rate, {"program": (before[0], after[0]), "courier process": (before[1], after[1])})
-        yield _memory_table(steps, rate, {"who asks for the status": (after[0], after_status)}, activity="asking")
+        title = "memory that they have grown by"
+        pairs = {"program": (before[0], after[0]), "courier process": (before[1], after[1])}
+        yield growth_table(f"{title}, publishing ({rate:,.0f} events/s)", steps, _growths(pairs))
+        pairs = {"who asks for the status": (after[0], after_status)}
+        yield growth_table(f"{title}, asking ({rate:,.0f} events/s)", steps, _growths(pairs))
         yield _latency_table(steps, megabytes, spread_of(health), spread_of(status))
 
 
-def _memory_table(
-    steps: int, rate: float, resident: dict[str, tuple[float | None, float | None]], activity: str = "publishing"
-) -> Table:
-    rows: list[Row] = []
-    target_results: list[TargetResult] = []
-    for name, (before, after) in resident.items():
-        if before is None or after is None:
-            continue
-        growth = round(after - before, 1)
-        rows.append(Row(name, Spread(growth, growth, growth), ours=True))
-        promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of the {name}"
-        target_results.append(TargetResult(promise, growth, growth <= MAX_GROWTH_MB, "MB"))
-    title = f"memory that they have grown by, {activity} ({rate:,.0f} events/s)"
-    return Table(title=title, unit="MB", rows=rows, target_results=target_results)
+def _growths(resident: dict[str, tuple[float | None, float | None]]) -> dict[str, tuple[str, float]]:
+    """Return the growth of each process whose resident megabytes before and after are known."""
+    return {
+        name: (f"the {name}", round(after - before, 1))
+        for name, (before, after) in resident.items()
+        if before is not None and after is not None
+    }
 
 
 def _latency_table(steps: int, megabytes: float, health: Spread, status: Spread) -> Table:
@@ -213,11 +193,6 @@ def _latency_table(steps: int, megabytes: float, health: Spread, status: Spread)
             ),
         ],
     )
-
-
-def _publish_steps(bus: EventBus, first: int, steps: int) -> None:
-    for step in range(first, first + steps):
-        bus.publish(StepEnd(STATE, step, BATCH, METRICS))
 
 
 def _courier_pid(journal: Path) -> int:

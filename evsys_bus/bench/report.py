@@ -7,7 +7,7 @@ plotting requires no package, follows the reader's light or dark setting, and is
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Final
@@ -15,7 +15,7 @@ from xml.sax.saxutils import escape
 
 import msgspec
 
-from evsys_bus.bench.suite import Result, Row, Spread, Table, TargetResult
+from evsys_bus.bench.suite import Result, Row, Table, TargetResult
 
 _PACKAGES: Final = ("evsys-bus", "msgspec", "anyio", "uvloop", "pluggy", "blinker", "pyee")
 
@@ -38,14 +38,14 @@ class Report(msgspec.Struct, frozen=True, rename={"results": "answers"}):
     results: list[Result]
 
 
-def describe_machine(packages: Iterable[str] = ()) -> Machine:
-    """Describe this machine, with the installed versions of our dependencies, the peers and ``packages``."""
+def describe_machine() -> Machine:
+    """Describe this machine, with the installed versions of our dependencies and the peers."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         python=platform.python_version(),
         cores=cores,
         platform=f"{platform.system()} {platform.machine()}",
-        packages={name: version for name in (*_PACKAGES, *packages) if (version := _version(name)) is not None},
+        packages={name: version for name in _PACKAGES if (version := _version(name)) is not None},
     )
 
 
@@ -76,44 +76,33 @@ def _format_number(value: float) -> str:
 
 def as_text(report: Report) -> str:
     """Return the report as aligned text without colour or control characters, ending with a newline."""
-    return "\n".join(
-        [*_header_lines(report.machine), *(line for result in report.results for line in _result_lines(result)), ""]
-    )
-
-
-def _header_lines(machine: Machine) -> list[str]:
-    packages = [f"{name} {version}" for name, version in machine.packages.items()]
-    return [
+    machine = report.machine
+    lines = [
         f"Python {machine.python}, {machine.platform}, {machine.cores} cores",
-        ", ".join(packages),
+        ", ".join(f"{name} {version}" for name, version in machine.packages.items()),
         "Times are medians; ratios are medians of the ratios within each round, with the quartiles.",
     ]
-
-
-def _result_lines(result: Result) -> list[str]:
-    lines = ["", f"{result.suite}   {result.promise}"]
-    for table in result.tables:
-        lines += ["", *_table_lines(table)]
-    return lines
+    for result in report.results:
+        lines += ["", f"{result.suite}   {result.promise}"]
+        for table in result.tables:
+            lines += ["", *_table_lines(table)]
+    return "\n".join([*lines, ""])
 
 
 def _table_lines(table: Table) -> list[str]:
-    rows = [
-        (row.candidate, format_value(row.value.median, table.unit), *_ratio_columns(row.ratio)) for row in table.rows
-    ]
-    name, value, ratio = (max((len(row[column]) for row in rows), default=0) for column in range(3))
+    rows: list[tuple[str, str, str, str]] = []
+    for row in table.rows:
+        ratio = row.ratio
+        median = "" if ratio is None else f"{ratio.median:.2f} x"
+        quartiles = "" if ratio is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+        rows.append((row.candidate, format_value(row.value.median, table.unit), median, quartiles))
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     return [
         f"  {table.title}" + (f", in multiples of {table.baseline}" if table.baseline else ""),
-        *(f"    {a:{name}}  {b:>{value}}  {c:>{ratio}}  {d}".rstrip() for a, b, c, d in rows),
+        *(f"    {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows),
         *(f"    {absent}: not measured, {reason}" for absent, reason in table.absent.items()),
         *(_target_line(target_result) for target_result in table.target_results),
     ]
-
-
-def _ratio_columns(ratio: Spread | None) -> tuple[str, str]:
-    if ratio is None:
-        return "", ""
-    return f"{ratio.median:.2f} x", f"{ratio.low:.2f} to {ratio.high:.2f}"
 
 
 def _target_line(target_result: TargetResult) -> str:

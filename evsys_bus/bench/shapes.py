@@ -9,7 +9,7 @@ import math
 import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns
@@ -69,22 +69,12 @@ class HostBatchWithMetrics:
     metrics: dict[str, float] = field(default_factory=lambda: {"tokens": 4096.0})
 
 
-def _make_state() -> LoopState:
-    return LoopState(0, 1_000, _ROOT / "run", ctx=LogContext(_ROOT, run_key="run"))
+_STATE: Final = LoopState(0, 1_000, _ROOT / "run", ctx=LogContext(_ROOT, run_key="run"))
 
 
-def _steps_with_state(state: Any) -> StepFactory:
-    return lambda step: StepEnd(state, step, BATCH, METRICS)
-
-
-def _steps_with_batch(batch: Any) -> StepFactory:
-    state = _make_state()
-    return lambda step: StepEnd(state, step, batch, METRICS)
-
-
-def _steps_with_metrics(metrics: dict[str, Any]) -> StepFactory:
-    state = _make_state()
-    return lambda step: StepEnd(state, step, BATCH, metrics)
+def _steps(state: Any = _STATE, batch: Any = BATCH, metrics: dict[str, Any] = METRICS) -> StepFactory:
+    """Return a factory of steps that differ from the benchmarked one in what is given here."""
+    return lambda step: StepEnd(state, step, batch, metrics)
 
 
 def _steps_with_changing_state() -> StepFactory:
@@ -98,7 +88,7 @@ def _steps_with_changing_state() -> StepFactory:
 
 
 def _stopped_state() -> LoopState:
-    state = _make_state()
+    state = replace(_STATE)
     state.request_stop("no improvement")
     return state
 
@@ -107,39 +97,39 @@ def _steps_with_numpy_metrics(kind: str) -> StepFactory:
     import numpy as np
 
     make: Callable[[float], Any] = getattr(np, kind)
-    return _steps_with_metrics({name: make(value) for name, value in METRICS.items()})
+    return _steps(metrics={name: make(value) for name, value in METRICS.items()})
 
 
 _MAX_RATIOS: Final[dict[str, tuple[Callable[[], StepFactory], float]]] = {
-    "batch None": (lambda: _steps_with_batch(None), 2),
-    "batch a dict": (lambda: _steps_with_batch({"input_ids": [1, 2], "labels": [3]}), 2),
-    "batch of the host's own": (lambda: _steps_with_batch(HostBatch()), 2),
-    "batch of the host's own, with metrics": (lambda: _steps_with_batch(HostBatchWithMetrics()), 2),
+    "batch None": (lambda: _steps(batch=None), 2),
+    "batch a dict": (lambda: _steps(batch={"input_ids": [1, 2], "labels": [3]}), 2),
+    "batch of the host's own": (lambda: _steps(batch=HostBatch()), 2),
+    "batch of the host's own, with metrics": (lambda: _steps(batch=HostBatchWithMetrics()), 2),
     "batch with metrics and loss_fn_config": (
-        lambda: _steps_with_batch(TrainingBatch(None, "grpo", {"clip": 0.2}, {"tokens": 4096.0})),
+        lambda: _steps(batch=TrainingBatch(None, "grpo", {"clip": 0.2}, {"tokens": 4096.0})),
         2,
     ),
-    "state None": (lambda: _steps_with_state(None), 2),
-    "state of the host's own": (lambda: _steps_with_state(HostState()), 2),
+    "state None": (lambda: _steps(None), 2),
+    "state of the host's own": (lambda: _steps(HostState()), 2),
     "state of the host's own, changing": (_steps_with_changing_state, 2),
-    "state a plain object": (lambda: _steps_with_state(SimpleNamespace(step=0, num_steps=9, output_dir=str(_ROOT))), 2),
+    "state a plain object": (lambda: _steps(SimpleNamespace(step=0, num_steps=9, output_dir=str(_ROOT))), 2),
     "state in a relative folder": (
-        lambda: _steps_with_state(SimpleNamespace(step=0, num_steps=9, output_dir="run")),
+        lambda: _steps(SimpleNamespace(step=0, num_steps=9, output_dir="run")),
         2,
     ),
-    "state a subclass of LoopState": (lambda: _steps_with_state(OwnLoopState(0, 1_000, _ROOT, phase="main")), 2),
-    "state with a reason to stop": (lambda: _steps_with_state(_stopped_state()), 2),
-    "num_steps None": (lambda: _steps_with_state(LoopState(0, None, _ROOT)), 2),  # pyright: ignore[reportArgumentType]
+    "state a subclass of LoopState": (lambda: _steps(OwnLoopState(0, 1_000, _ROOT, phase="main")), 2),
+    "state with a reason to stop": (lambda: _steps(_stopped_state()), 2),
+    "num_steps None": (lambda: _steps(LoopState(0, None, _ROOT)), 2),  # pyright: ignore[reportArgumentType]
     "metrics of numpy, float32": (partial(_steps_with_numpy_metrics, "float32"), 2),
     "metrics of numpy, float64": (partial(_steps_with_numpy_metrics, "float64"), 2),
     "None, NaN, a text and a bool among metrics": (
-        lambda: _steps_with_metrics({**METRICS, "none": None, "nan": math.nan, "text": "warm", "bool": True}),
+        lambda: _steps(metrics={**METRICS, "none": None, "nan": math.nan, "text": "warm", "bool": True}),
         2,
     ),
-    "a list among metrics": (lambda: _steps_with_metrics({**METRICS, "lengths": [12, 7, 31]}), 3),
-    "a dict among metrics": (lambda: _steps_with_metrics({**METRICS, "reward": {"math": 0.5, "code": 0.25}}), 3),
+    "a list among metrics": (lambda: _steps(metrics={**METRICS, "lengths": [12, 7, 31]}), 3),
+    "a dict among metrics": (lambda: _steps(metrics={**METRICS, "reward": {"math": 0.5, "code": 0.25}}), 3),
     "a dict of dicts and lists among metrics": (
-        lambda: _steps_with_metrics({**METRICS, "reward": {"math": {"easy": 0.5, "hard": 0.1}, "code": [0.25, 0.5]}}),
+        lambda: _steps(metrics={**METRICS, "reward": {"math": {"easy": 0.5, "hard": 0.1}, "code": [0.25, 0.5]}}),
         3,
     ),
 }
@@ -167,9 +157,7 @@ SHAPES: Final = TimedSuite(
     cases=(
         Case(
             title="a step on record",
-            candidates={
-                BENCHMARKED: Candidate(partial(_publish_shape, lambda: _steps_with_state(_make_state())), ours=True)
-            }
+            candidates={BENCHMARKED: Candidate(partial(_publish_shape, _steps), ours=True)}
             | {
                 name: Candidate(partial(_publish_shape, make), "numpy" if "numpy" in name else None, ours=True)
                 for name, (make, _) in _MAX_RATIOS.items()

@@ -13,7 +13,7 @@ within a round is stable even when their times are not.
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,14 +74,19 @@ def calibrate(run: TimedLoop, sample_ns: int) -> int:
 def interleave(runs: Mapping[str, TimedLoop], *, rounds: int, sample_ns: int) -> Samples:
     """Sample every candidate once per round, with the garbage collector off during each sample."""
     operations = {name: calibrate(run, sample_ns) for name, run in runs.items()}
-    names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds):
-        first = turn % max(len(names), 1)
-        for name in names[first:] + names[:first]:
+        for name in rotate(runs, turn):
             elapsed = _run_without_gc(runs[name], operations[name])
             samples[name].append(max(elapsed, 1) / operations[name])
     return Samples(samples)
+
+
+def rotate(names: Iterable[str], turn: int) -> list[str]:
+    """Return the names in order, beginning with a different one at each turn."""
+    ordered = list(names)
+    first = turn % max(len(ordered), 1)
+    return ordered[first:] + ordered[:first]
 
 
 def _run_without_gc(run: TimedLoop, operations: int) -> int:
@@ -142,12 +147,7 @@ class Result(msgspec.Struct, frozen=True, rename={"suite": "question"}):
     @property
     def missed_targets(self) -> list[TargetResult]:
         """The targets that were measured and not met."""
-        return [
-            target_result
-            for table in self.tables
-            for target_result in table.target_results
-            if target_result.met is False
-        ]
+        return [each for table in self.tables for each in table.target_results if each.met is False]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +277,28 @@ class TimedSuite:
         """Measure one case after another."""
         for case in self.cases:
             yield measure(case, budget)
+
+
+MAX_GROWTH_MB = 20
+
+
+def growth_table(title: str, steps: int, growths: Mapping[str, tuple[str, float]]) -> Table:
+    """Return how much memory grew while this many steps were published, with the bound as a target.
+
+    Args:
+        title: The title.
+        steps: The number of pending events.
+        growths: Whose memory it is, as in "of the courier", and the growth in megabytes, by the name of the row.
+    """
+    promise = f"{steps:,} pending events take at most {MAX_GROWTH_MB} MB of"
+    return Table(
+        title=title,
+        unit="MB",
+        rows=[Row(name, Spread(grown, grown, grown), ours=True) for name, (_, grown) in growths.items()],
+        target_results=[
+            TargetResult(f"{promise} {whose}", grown, grown <= MAX_GROWTH_MB, "MB") for whose, grown in growths.values()
+        ],
+    )
 
 
 def resident_megabytes(pid: int | Literal["self"] = "self") -> float | None:

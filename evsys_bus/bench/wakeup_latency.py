@@ -22,11 +22,9 @@ from typing import Final, Literal, NamedTuple
 
 from evsys_bus.bench.couriers import wait_for_courier_exit
 from evsys_bus.bench.dispatch import BATCH, METRICS, STATE
-from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult
+from evsys_bus.bench.suite import Budget, Row, Spread, Table, TargetResult, rotate
 from evsys_bus.bus import EventBus
-from evsys_bus.callback import Callback
 from evsys_bus.config import CallbackSpec, build_callbacks
-from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.events import StepEnd
 from evsys_bus.tasks import run_in_new_loop
 from evsys_bus.tasks.loops import LOOP_NAME
@@ -76,10 +74,10 @@ class WakeupLatency:
 
 def _measure_table(kind: StepKind, seconds: float, steps: int, rounds: int) -> Table:
     candidates = {
-        NO_ADAPTERS: _bus_without_adapters,
-        NO_ADAPTERS_AGAIN: _bus_without_adapters,
-        COURIER_PROCESS: partial(_bus_with_adapters, _BAD_ADAPTERS, "process"),
-        COURIER_THREADS: partial(_bus_with_adapters, _THREAD_ADAPTERS, "thread"),
+        NO_ADAPTERS: partial(_open_bus, (), "process"),
+        NO_ADAPTERS_AGAIN: partial(_open_bus, (), "process"),
+        COURIER_PROCESS: partial(_open_bus, _BAD_ADAPTERS, "process"),
+        COURIER_THREADS: partial(_open_bus, _THREAD_ADAPTERS, "thread"),
     }
     found = measure_blocks(candidates, kind, seconds, steps, rounds)
     target_results = compare_blocks(
@@ -146,9 +144,8 @@ def measure_blocks(
 ) -> dict[str, list[Block]]:
     """Measure one block per candidate and round; each round starts with a different candidate."""
     found: dict[str, list[Block]] = {name: [] for name in candidates}
-    names = list(candidates)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in rotate(candidates, turn):
             with candidates[name]() as bus:
                 found[name].append(run_in_new_loop(lambda bus=bus: measure_block(bus, kind, seconds, steps)))
     return found
@@ -172,9 +169,9 @@ async def measure_block(bus: EventBus, kind: StepKind, seconds: float, steps: in
 
 
 @contextmanager
-def _open_bus(
-    *adapters: Callback | Subscription, couriers: Literal["process", "thread"]
-) -> Generator[EventBus, None, None]:
+def _open_bus(kinds: tuple[str, ...], couriers: Literal["process", "thread"]) -> Generator[EventBus, None, None]:
+    importlib.import_module("evsys_bus.bench.bad_adapters")  # registers the adapters
+    adapters = build_callbacks([CallbackSpec(kind) for kind in kinds])
     with other_cores() as cores, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         journal = Path(folder, "journal")
         bus = EventBus(adapters, journal=journal, couriers=couriers, drain_timeout=0.0, linger_seconds=0.0)
@@ -220,17 +217,6 @@ def _pin_thread(task: int, cores: list[int]) -> None:
     if cores and hasattr(os, "sched_setaffinity"):
         with suppress(ProcessLookupError):  # it has just ended
             os.sched_setaffinity(task, set(cores))
-
-
-def _bus_without_adapters() -> AbstractContextManager[EventBus]:
-    return _open_bus(couriers="process")
-
-
-def _bus_with_adapters(
-    kinds: tuple[str, ...], couriers: Literal["process", "thread"]
-) -> AbstractContextManager[EventBus]:
-    importlib.import_module("evsys_bus.bench.bad_adapters")  # registers the adapters
-    return _open_bus(*build_callbacks([CallbackSpec(kind) for kind in kinds]), couriers=couriers)
 
 
 WAKEUP_LATENCY: Final = WakeupLatency()

@@ -35,7 +35,6 @@ from evsys_bus.tasks import Deadline, DeliveryStatus, Receipt, TaskManager
 if TYPE_CHECKING:  # at run time they are imported where something is followed
     from evsys_bus.delivery.courier_pool import CourierPool
     from evsys_bus.delivery.progress import ProgressReader
-    from evsys_bus.delivery.subscriptions import SubscriptionRecord
     from evsys_bus.delivery.supervisor import Supervisor
 
 Couriers = Literal["process", "thread"]
@@ -172,7 +171,6 @@ class DeliveryManager:
         self._progress: ProgressReader | None = None
         self._last_sequences: Callable[[], dict[str, int]] = dict[str, int]
         self._rank_subscriptions: tuple[Subscription, ...] = ()
-        self._registered: list[SubscriptionRecord] = []
         self._faults = FaultLog(every_seconds=60.0)
         self._unregistered: tuple[Subscription, ...] = ()
         """Subscriptions that the disk has not accepted yet."""
@@ -307,12 +305,10 @@ class DeliveryManager:
         if not self._subscriptions:
             return
         from evsys_bus.delivery.progress import ProgressReader
-        from evsys_bus.delivery.subscriptions import to_records
 
         directory = self._directory
         self._progress = ProgressReader(directory)
         self._last_sequences = last_sequences
-        self._registered = to_records(self._rank_subscriptions)
         locations = self.courier_locations()
         by_location = {
             location: [each for each in self._rank_subscriptions if locations[each.name] == location]
@@ -452,10 +448,6 @@ class DeliveryManager:
         closer.start(deadline)
         ended = self._wait_for_couriers(deadline, is_loop_running=is_loop_running)
         closer.join()
-        if self._directory:
-            from evsys_bus.delivery.subscriptions import restore
-
-            self._run_guarded("delivery.not_posted", lambda: restore(self._directory, self._registered))
         if self._delivery_log is not None:
             self._run_guarded("couriers.unreadable", partial(self._delivery_log.poll, final=True))
         final_receipt = self.add_deliveries(receipt)

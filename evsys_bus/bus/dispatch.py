@@ -33,7 +33,7 @@ from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 SLOW_NANOSECONDS: Final = 1_000_000
 """After a hook took this long, every call is timed, until `FAST_CALLS` calls in a row were faster."""
 FAST_CALLS: Final = 256
-"""One slow call may be the machine's fault, and timing every call makes a publish to many hooks several times dearer."""
+"""One slow call may be the machine's fault, and timing every call slows a publish to many hooks down."""
 
 
 class HookStats:

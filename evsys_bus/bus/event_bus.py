@@ -22,6 +22,7 @@ from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.bus.watchdog import Watchdog
 from evsys_bus.callback import Callback, attach, callback_name, check_hooks, detach
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import BusNotOpenError, SettingError
@@ -73,7 +74,8 @@ class EventBus:
         couriers: Deliver to these adapters from a separate process, or from threads of this one.
         linger_seconds: How long the courier process may continue after the bus is closed or the program has died.
         rank: Which of several processes this is. Default: the rank set by the launcher, else 0.
-        redact: Config keys whose text is not recorded, in addition to those that look like credentials.
+        redact: Keys whose values are not recorded, in addition to those that look like credentials.
+        reveal: Keys whose texts are recorded even if they look like credentials.
         drain_timeout: Seconds that leaving the block may take, for all tasks and deliveries. Tasks that are still
             running are then cancelled, and abandoned a second later; the receipt names them. Pending events stay in
             the journal.
@@ -103,7 +105,7 @@ class EventBus:
     __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
         *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_compiled_publish", "_delivery_manager"),
         *("_drain_timeout", "_faults", "_journal", "_lifecycle", "_loop_thread", "_publisher", "_rank", "_recorder"),
-        *("_redact", "_shutdown", "_task_manager", "_watchdog"),
+        *("_redaction", "_shutdown", "_task_manager", "_watchdog"),
     )
 
     def __init__(
@@ -116,6 +118,7 @@ class EventBus:
         linger_seconds: float = 30.0,
         rank: int | None = None,
         redact: Iterable[str] = (),
+        reveal: Iterable[str] = (),
         drain_timeout: float = 20.0,
         handle_signals: bool = True,
         blocked_hook_seconds: float = 1.0,
@@ -132,7 +135,7 @@ class EventBus:
             journal = os.fspath(local_path(journal, "journal"))
         self._journal = journal
         self._recorder: EventRecorder | None = None
-        self._redact = frozenset(key.lower() for key in redact)
+        self._redaction = Redaction.of(redact, reveal)
         self._delivery_manager = DeliveryManager(
             callbacks, sinks, couriers, _validate_seconds("linger_seconds", linger_seconds), self._rank
         )
@@ -176,6 +179,11 @@ class EventBus:
             PublishLoopError: Hooks publish inside hooks without end.
         """
         self._compiled_publish(event)
+
+    @property
+    def redaction(self) -> Redaction:
+        """Which keys are redacted and revealed; for code that writes files of its own beside the journal."""
+        return self._redaction
 
     @property
     def callbacks(self) -> tuple[object, ...]:
@@ -408,7 +416,7 @@ class EventBus:
             self._delivery_manager.create_temporary_journal() if self._delivery_manager else None
         )
         if journal is not None:
-            self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redact)
+            self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redaction)
             self._delivery_manager.register(self._recorder.writer)
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:

@@ -15,6 +15,7 @@ import msgspec
 from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.health import JournalHealth
 from evsys_bus.codec import MAX_EVENT_BYTES, RunContextNeeded, encode, event_encoder
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.codec.wire_types import (
     ABSENT,
     absolute_path,
@@ -44,8 +45,10 @@ from evsys_bus.tasks import Deadline, Receipt
 RECORDED_BEFORE_HOOKS: Final = frozenset({Checkpoint, TrainEnd, RunEnd, ExperimentEnd})
 """Event types that are recorded before their hooks run."""
 
-_START_EVENTS: Final = frozenset({ExperimentStart, GroupStart, RunStart, TrainStart})
-_END_EVENTS: Final = frozenset({TrainEnd, RunEnd, ExperimentEnd})
+_ESSENTIAL_EVENTS: Final = frozenset(
+    {ExperimentStart, GroupStart, RunStart, TrainStart, Checkpoint, TrainEnd, RunEnd, ExperimentEnd}
+)
+"""Event types that are among the last to be dropped when too many wait for the disk."""
 MIN_CLOSE_SECONDS: Final = 1.0
 """Minimum time for closing the journal, even if the tasks have used up the deadline."""
 _MIN_PAUSE_SECONDS: Final = 0.02
@@ -67,19 +70,18 @@ class EventRecorder:
     """Records the events of a bus. Called with the bus's token held, so by one thread at a time."""
 
     def __init__(
-        self, writer: JournalWriter, rank: int, raise_later: Callable[[BaseException], None], secrets: frozenset[str]
+        self, writer: JournalWriter, rank: int, raise_later: Callable[[BaseException], None], redaction: Redaction
     ) -> None:
         self.writer = writer
-        self._secrets = secrets
+        self._redaction = redaction
         self._stream = writer.stream
         self._rank = rank
         self._raise_later = raise_later
         self._faults = FaultLog()
-        self._started_scopes: set[str | None] = set()  # scopes with a RunStart: closed by RunEnd, not by TrainEnd
-        self._root_by_run: dict[str, str] = {}  # by run key: the directory of the experiment
-        self._recorded_contexts: set[tuple[str | None, str]] = (
-            set()
-        )  # runs whose context is recorded: key and directory
+        self._started_runs: set[tuple[str | None, str]] = set()
+        """Runs with a RunStart: run key and directory of the experiment."""
+        self._recorded_contexts: set[tuple[str | None, str]] = set()
+        """Runs whose context is recorded, likewise."""
 
     @classmethod
     def open(
@@ -87,7 +89,7 @@ class EventRecorder:
         journal: JournalWriter | str | os.PathLike[str],
         rank: int,
         raise_later: Callable[[BaseException], None],
-        secrets: frozenset[str],
+        redaction: Redaction,
     ) -> Self:
         """Open the journal.
 
@@ -95,7 +97,7 @@ class EventRecorder:
             journal: A directory, or a writer that is not open yet.
             rank: Rank of this process.
             raise_later: Called with errors to be raised from the current publish.
-            secrets: See `evsys_bus.codec.encode`.
+            redaction: See `evsys_bus.codec.encode`.
 
         Raises:
             JournalOpenError: The directory cannot be written.
@@ -103,7 +105,7 @@ class EventRecorder:
         writer = journal if isinstance(journal, JournalWriter) else JournalWriter(journal, rank=rank)
         writer.open()
         try:
-            recorder = cls(writer, rank, raise_later, secrets)
+            recorder = cls(writer, rank, raise_later, redaction)
             pin_relative_paths(recorder)
         except BaseException:
             writer.close(MIN_CLOSE_SECONDS)
@@ -139,14 +141,10 @@ class EventRecorder:
         get_run_key = partial(
             _run_key, next((getter for field, getter in _RUN_GETTERS.items() if field in fields), None)
         )
-        if event_type in _START_EVENTS:
-            return partial(self._record_with, get_run_key, self._append_start)
-        if event_type in _END_EVENTS:
-            return partial(self._record_with, get_run_key, self._append_end)
-        if event_type is Checkpoint:
-            return partial(self._record_with, get_run_key, self._append_retained)
+        if event_type in _ESSENTIAL_EVENTS:
+            return partial(self._record_with, get_run_key, self._append_essential)
         encode_event = event_encoder(
-            event_type, self._stream, self._rank, get_run_key, self._secrets, self._is_context_missing
+            event_type, self._stream, self._rank, get_run_key, self._redaction, self._is_context_missing
         )
         return self._fast_recorder(get_run_key, encode_event)
 
@@ -203,7 +201,7 @@ class EventRecorder:
             except MemoryError as error:
                 self._record_truncated(self._append_plain, event, now, get_run_key(event), error)
             except RunContextNeeded:
-                self._record_with(get_run_key, self._append_context, event, now)
+                self._record_with(get_run_key, self._append_essential, event, now)
 
         return record
 
@@ -229,13 +227,13 @@ class EventRecorder:
         whole_context: bool = False,
     ) -> bytes:
         envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
-        return encode(envelope, max_event_bytes=max_event_bytes, secrets=self._secrets, whole_context=whole_context)
+        return encode(envelope, max_event_bytes=max_event_bytes, redaction=self._redaction, whole_context=whole_context)
 
     def _missing_context(self, event: Event) -> tuple[str | None, str] | None:
         """Return the run whose whole context the event must carry because no recorded event has it yet."""
         context_key = _context_key(getattr(event, "state", None))
         if context_key is None or (
-            _scope_name(*context_key) in self._started_scopes
+            context_key in self._started_runs
             if isinstance(event, TrainStart)
             else context_key in self._recorded_contexts
         ):
@@ -265,40 +263,14 @@ class EventRecorder:
     def _append_plain(self, _: Event, __: str | None, payload: bytes) -> None:
         self.writer.append(payload)
 
-    def _append_retained(self, _: Event, __: str | None, payload: bytes) -> None:
+    def _append_essential(self, event: Event, run: str | None, payload: bytes) -> None:
+        if run is not None and isinstance(event, RunStart | RunEnd):
+            key = (run, _root_text(attribute_reader(event.ctx)("output_dir")))
+            for known_runs in (self._started_runs, self._recorded_contexts):
+                known_runs.discard(key)
+                if isinstance(event, RunStart):
+                    known_runs.add(key)
         self.writer.append(payload, essential=True)
-
-    def _append_context(self, event: Event, run: str | None, payload: bytes) -> None:
-        """Append like a start event: each later segment begins with it, and so with the context."""
-        self.writer.append_start(payload, self._event_scope(event, run))
-
-    def _append_start(self, event: Event, run: str | None, payload: bytes) -> None:
-        scope = self._event_scope(event, run)
-        if isinstance(event, RunStart):
-            self._started_scopes.add(scope)
-            if run is not None:
-                self._recorded_contexts.add((run, self._root_by_run.get(run, "")))
-        self.writer.append_start(payload, scope)
-
-    def _append_end(self, event: Event, run: str | None, payload: bytes) -> None:
-        scope = self._event_scope(event, run)
-        if isinstance(event, TrainEnd) and scope in self._started_scopes:
-            self.writer.append(payload, essential=True)  # the run continues: its benchmarks and its RunEnd follow
-            return
-        self._started_scopes.discard(scope)
-        if isinstance(event, RunEnd) and run is not None:
-            self._recorded_contexts.discard((run, self._root_by_run.get(run, "")))
-        self.writer.append_end(payload, scope)
-
-    def _event_scope(self, event: Any, run: str | None) -> str | None:
-        """Return what the event opens or closes: a run of one experiment, or None for the experiment."""
-        if run is None:
-            return None
-        handle = event.ctx if hasattr(event, "ctx") else attribute_reader(event.state)("ctx")
-        root = attribute_reader(handle)("output_dir")
-        if root is not None and root is not ABSENT:
-            self._root_by_run[run] = _root_text(root)
-        return _scope_name(run, self._root_by_run.get(run, ""))
 
 
 class _CachedName:
@@ -352,11 +324,7 @@ def _context_key(state: Any) -> tuple[str | None, str] | None:
 
 def _root_text(folder: object) -> str:
     """Return the directory of an experiment as text; empty if there is none."""
-    return "" if folder is None else str(absolute_path(folder))
-
-
-def _scope_name(run: str | None, root: str) -> str:
-    return f"{root}\0{run}"
+    return "" if folder is None or folder is ABSENT else str(absolute_path(folder))
 
 
 def _run_from_field(event: Any) -> object:

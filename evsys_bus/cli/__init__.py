@@ -16,26 +16,39 @@ import click
 
 from evsys_bus.cli.output.screen import Screen
 
-COMMANDS: Final[Mapping[str, str]] = {
-    "demo": "trains three small networks on handwritten digits, in seconds",
-    "run": "runs an experiment file",
-    "check": "checks an experiment file and shows what it would run; starts nothing",
-    "tail": "shows the events of a live or finished journal",
-    "follow": "runs an adapter beside a live run, in this process",
-    "replay": "delivers a recorded run to any adapter",
-    "sync": "delivers what is pending",
-    "status": "shows the streams of a journal, their writers, and the progress of each adapter",
-    "forget": "removes an adapter from a journal whose config no longer has it",
-    "journal": "verifies, repairs or exports a journal",
-    "show": "shows a run or an experiment: status, metrics, checkpoints, evals",
-    "checkpoints": "lists the checkpoints of a run, local and uploaded",
-    "fetch": "downloads a checkpoint and verifies it",
-    "adapters": "lists the kinds of callbacks; with KIND its schema, defaults and an example",
-    "doctor": "checks Python, packages, disk and environment of this machine",
-    "bench": "measures dispatch latency and costs on this machine, as a table and a plot",
-    "explain": "shows the help page of an error code",
+COMMAND_GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
+    "Train": {
+        "demo": "trains three small networks on handwritten digits, in seconds",
+        "init": "writes the files of a new experiment, or of a package with an adapter",
+        "check": "checks an experiment file and shows what it would run; starts nothing",
+        "run": "runs an experiment file",
+        "schema": "prints a JSON schema of experiment files, for editors",
+    },
+    "Look at a run": {
+        "show": "shows a run or an experiment: status, metrics, checkpoints, evals",
+        "tail": "shows the events of a live or finished journal",
+        "status": "shows the streams of a journal, their writers, and the progress of each adapter",
+        "journal": "verifies, repairs or exports a journal",
+    },
+    "Deliver": {
+        "sync": "delivers what is pending",
+        "follow": "runs an adapter beside a live run, in this process",
+        "replay": "delivers a recorded run to any adapter",
+        "forget": "removes an adapter from a journal whose config no longer has it",
+        "checkpoints": "lists the checkpoints of a run, local and uploaded",
+        "fetch": "downloads a checkpoint and verifies it",
+    },
+    "This machine": {
+        "adapters": "lists the kinds of callbacks; with KIND its schema, defaults and an example",
+        "doctor": "checks Python, packages, disk and environment of this machine",
+        "bench": "measures dispatch latency and costs on this machine, as a table and a plot",
+        "explain": "shows the help page of an error code",
+    },
 }
-"""What each command does, by name. The click command is ``command`` in ``evsys_bus.cli.<name>``."""
+"""What each command does, by group and name. The click command is ``command`` in ``evsys_bus.cli.<name>``."""
+COMMANDS: Final[Mapping[str, str]] = {
+    name: text for commands in COMMAND_GROUPS.values() for name, text in commands.items()
+}
 COMMANDS_GROUP: Final = "evsys_bus.commands"
 """The entry-point group of commands in other packages: ``name = "module:command"``."""
 _IN_ADAPTERS: Final = frozenset({"checkpoints", "fetch"})
@@ -85,11 +98,33 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list in ``--help``; click's own version would import every command for its help text."""
         del ctx
-        others = {name: f"a command of {target.partition('.')[0]}" for name, target in _installed_commands().items()}
-        with formatter.section("Commands"):
-            formatter.write_dl(
-                [*COMMANDS.items(), *((name, text) for name, text in others.items() if name not in COMMANDS)]
-            )
+        width = max(map(len, COMMANDS))
+        for group, commands in COMMAND_GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(f"{name:<{width}}", text) for name, text in commands.items()])
+        others = {name: target for name, target in _installed_commands().items() if name not in COMMANDS}
+        if others:
+            with formatter.section("Of installed packages"):
+                formatter.write_dl(
+                    [
+                        (f"{name:<{width}}", f"a command of {target.partition('.')[0]}")
+                        for name, target in others.items()
+                    ]
+                )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples; click's own epilog wraps them."""
+        del ctx
+        with formatter.section("Examples"):
+            formatter.write_dl(_EXAMPLES)
+
+
+_EXAMPLES: Final = [
+    ("evsys-bus demo", "everything once, with a live view"),
+    ("evsys-bus run sweep.yaml", "an experiment; --dry-run and --resume too"),
+    ("evsys-bus status runs/sweep", "what has arrived where"),
+    ("evsys-bus explain EB101", "what an error means"),
+]
 
 
 def _installed_commands() -> dict[str, str]:
@@ -127,7 +162,7 @@ def _print_version(ctx: click.Context, _: click.Parameter, requested: bool) -> N
         ctx.exit()
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_print_version, help="Show it.")
 def root() -> None:
     """Event bus for training loops: callbacks and loggers that never stall, kill or lose a run."""

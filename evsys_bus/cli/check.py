@@ -11,7 +11,7 @@ from typing import Any
 import click
 import msgspec
 
-from evsys_bus.cli.options import set_option
+from evsys_bus.cli.options import add_current_folder_to_path, set_option
 from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import color_option, json_option
 from evsys_bus.cli.records import load_previous_experiment
@@ -79,21 +79,27 @@ def load_plan(
 ) -> ExperimentPlan:
     """Load and validate an experiment file.
 
-    Modules next to the file can be imported, as for a script, but installed modules take precedence.
+    Modules in the current folder can be imported, as with ``python -m``, and those next to the file, after all others.
 
     Raises:
         ConfigError: The file, an override, or a requested arm or seed is invalid; several errors as `ConfigErrors`.
     """
     document = with_overrides(read_document(file), list(sets))
-    file_folder = str(file.absolute().parent)
-    if file_folder not in sys.path:
-        sys.path.append(file_folder)
+    find_modules_of(file)
     config = load_experiment(document)
     folder = (output_dir or Path(config.output_dir or Path("runs", safe_folder_name(config.name)))).expanduser()
     _check_known("arm", arms, [arm.name for arm in expand_arms(config)], "$.matrix" if config.matrix else "$.runs")
     _check_known("seed", seeds, expand_seeds(config), "$.seeds")
     sequences = run_sequences(config, folder, only_arms=arms or None, only_seeds=seeds or None)
     return ExperimentPlan(file, document, config, folder, [run for sequence in sequences for run in sequence])
+
+
+def find_modules_of(file: Path) -> None:
+    """Make modules of the current folder and of the file's folder importable, the former before all others."""
+    add_current_folder_to_path()
+    folder = str(file.absolute().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _check_known(option: str, requested: Sequence[object], known: Sequence[object], path: str) -> None:
@@ -132,7 +138,11 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
     lines += format_columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
         "  none"
     ]
-    shown = [[run.run_key, _previous_status(run, plan.folder)] for run in plan.runs]
+    previous = load_previous_experiment(plan.folder)
+    entries = {} if previous is None else previous.runs
+    shown = [
+        [key, f"{entries[key].status} already" if key in entries else ""] for key in (run.run_key for run in plan.runs)
+    ]
     return [*lines, "", "runs", *format_columns(shown, indent="  ")]
 
 
@@ -152,12 +162,6 @@ def plan_json(plan: ExperimentPlan) -> list[str]:
         }
     )
     return [json_line(row).decode() for row in rows]
-
-
-def _previous_status(run: RunPlan, folder: Path) -> str:
-    previous = load_previous_experiment(folder)
-    entry = None if previous is None else previous.runs.get(run.run_key)
-    return "" if entry is None else f"{entry.status} already"
 
 
 def format_params(params: Mapping[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """``evsys-bus doctor``: reports on this machine's Python, packages, disk and environment; secrets are never shown."""
 
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Final
 
 import click
 
+from evsys_bus.cli.output.formatting import format_columns
 from evsys_bus.cli.output.screen import Screen, color_option, json_option
 
 VARIABLES: Final = (
@@ -40,8 +43,6 @@ def command(screen: Screen, as_json: bool) -> int:
 
     Exits with 3 if something that evsys-bus needs does not work here.
     """
-    from evsys_bus.cli.output.formatting import format_columns
-
     required, extras = _requirements()
     sections = {
         "machine": _machine(),
@@ -57,7 +58,9 @@ def command(screen: Screen, as_json: bool) -> int:
         click.echo(msgspec.json.encode({**sections, "faults": faults}))
         return 3 if faults else 0
     for name, facts in sections.items():
-        note = _install_hint(name, facts)
+        extra = name.removeprefix("extra ")
+        hint = f"   install: pip install 'evsys-bus[{extra}]'   or   uv add 'evsys-bus[{extra}]'"
+        note = hint if extra != name and "missing" in facts.values() else ""
         rows = [[key, value] for key, value in facts.items()]
         click.echo("\n".join([f"{name}{note}", *format_columns(rows, indent="  "), ""]))
     for fault in faults:
@@ -68,25 +71,19 @@ def command(screen: Screen, as_json: bool) -> int:
 
 
 def _machine() -> dict[str, str]:
-    import os
+    import asyncio
     import platform
 
+    loop = asyncio.new_event_loop()
+    loop.close()
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "evsys-bus": _version("evsys-bus"),
         "python": f"{platform.python_version()} {platform.python_implementation()}   {sys.executable}",
         "platform": platform.platform(),
         "cores": f"{affinity} of {os.cpu_count()}",
-        "event loop": _event_loop(),
+        "event loop": f"{type(loop).__module__}.{type(loop).__name__}   (uvloop {_version('uvloop')})",
     }
-
-
-def _event_loop() -> str:
-    import asyncio
-
-    loop = asyncio.new_event_loop()
-    loop.close()
-    return f"{type(loop).__module__}.{type(loop).__name__}   (uvloop {_version('uvloop')})"
 
 
 def _version(package: str) -> str:
@@ -100,7 +97,6 @@ def _version(package: str) -> str:
 
 def _requirements() -> tuple[list[str], dict[str, list[str]]]:
     """Return the required packages, and those of each extra except for extras that only combine other extras."""
-    import re
     from importlib.metadata import PackageNotFoundError, requires
 
     from evsys_bus.config.registry import packages_by_extra
@@ -122,7 +118,6 @@ def _versions(packages: list[str]) -> dict[str, str]:
 
 
 def _disk(folder: Path) -> dict[str, str]:
-    import os
     import shutil
     import tempfile
 
@@ -142,8 +137,6 @@ def _disk(folder: Path) -> dict[str, str]:
 
 def _append_works(path: str) -> str:
     """Append from two descriptors in turns, as a writer and its successor do; some network file systems lose data."""
-    import os
-
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     first, second = os.open(path, flags, 0o600), os.open(path, flags, 0o600)
     try:
@@ -173,26 +166,17 @@ def _lock_works(path: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     names = sorted(name for name in os.environ if name in VARIABLES or name.startswith(_PREFIXES))
     return {name: _redacted(name, os.environ[name]) for name in names}
 
 
 def _redacted(name: str, value: str) -> str:
-    """Return the value without secrets: only its length if the name implies one, and URLs without credentials."""
-    import re
+    """Return the value without secrets: only its length if the name implies one, and texts without credentials."""
+    from evsys_bus.codec.redact import is_secret_key, redact_text
 
-    if any(word in name.upper() for word in _SECRET_WORDS):
+    if is_secret_key(name) or any(word in name.upper() for word in _SECRET_WORDS):
         return f"set ({len(value)} characters, hidden)"
-    return re.sub(r"//[^/@\s]+@", "//(hidden)@", value)
-
-
-def _install_hint(name: str, facts: dict[str, str]) -> str:
-    kind, _, extra = name.partition(" ")
-    if kind != "extra" or "missing" not in facts.values():
-        return ""
-    return f"   install: pip install 'evsys-bus[{extra}]'   or   uv add 'evsys-bus[{extra}]'"
+    return redact_text(re.sub(r"//[^/@\s]+@", "//(hidden)@", value))
 
 
 def _faults(sections: dict[str, dict[str, str]]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any, Final, Literal, cast
 import msgspec
 
 from evsys_bus.adapter import RunAnnotated
-from evsys_bus.cli.output.formatting import format_duration, pluralize
+from evsys_bus.cli.output.formatting import count_in_ranges, format_duration, pluralize
+from evsys_bus.cli.output.screen import Screen
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
 from evsys_bus.errors import CodecError
@@ -119,19 +120,20 @@ class EventReader:
         """Return the sequence of the last event that was read, by stream."""
         return {stream: tail.last_sequence for stream, tail in self._tails.items()}
 
-    def problems(self) -> list[str]:
-        """Return descriptions of missing events, damaged bytes and unreadable files."""
+    def report_problems(self, screen: Screen) -> None:
+        """Print to stderr which events are missing, bytes damaged and files unreadable of what was read, if any."""
         missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing_ranges)]
         damaged = sum(tail.corrupt_bytes for tail in self._tails.values())
         parts: list[str] = []
         if missing:
-            parts.append(f"{pluralize(sum(last - first + 1 for first, last in missing), 'event')} missing")
+            parts.append(f"{pluralize(count_in_ranges(missing), 'event')} missing")
         if damaged:
             parts.append(f"{pluralize(damaged, 'byte')} damaged")
         if self.undecodable_records:
             parts.append(f"{pluralize(self.undecodable_records, 'record')} that cannot be decoded")
         parts += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable_segments]
-        return parts
+        if parts:
+            screen.note(f"{', '.join(parts)}; see: evsys-bus journal verify {self._reader.directory}")
 
     def _streams(self) -> list[str]:
         return [stream for family in self._families for stream in self._reader.streams(family)]
@@ -237,7 +239,7 @@ def type_of(event: Event | UnknownEvent) -> str:
 def step_of(event: Event | UnknownEvent) -> int | None:
     """Return the 0-based train step of an event; None if it has none."""
     if isinstance(event, Checkpoint):
-        step = _get(event.row, "batch")
+        step = getattr(event.row, "batch", None)
     else:
         fields = fields_of(event)
         step = fields.get("step_idx", fields.get("step", fields.get("batch") if "checkpoint" in fields else None))
@@ -249,15 +251,15 @@ def metrics_of(event: Event | UnknownEvent) -> dict[str, Any]:
     if isinstance(event, Eval):
         return _prefix_names(event.eval_name, event.metrics)
     if isinstance(event, BenchmarkEval):
-        return _prefix_names(_get(event.eval_result, "name"), _get(event.eval_result, "metrics"))
+        return _prefix_names(getattr(event.eval_result, "name", None), getattr(event.eval_result, "metrics", None))
     if isinstance(event, RunEnd):
-        return _entries(_get(event.run_result, "metrics"))
+        return _entries(getattr(event.run_result, "metrics", None))
     if isinstance(event, UnknownEvent):
         return _entries(event.fields.get("metrics"))
-    return _entries(_get(event, "metrics"))
+    return _entries(getattr(event, "metrics", None))
 
 
-def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]:  # noqa: PLR0911 # one for each type
+def facts_of(event: Event | UnknownEvent, run: str | None) -> list[str]:  # noqa: PLR0911 # one for each type
     """Return further facts of an event as short texts; ``run`` is left out, because it is shown elsewhere."""
     match event:
         case StepEnd() | Eval():
@@ -265,23 +267,26 @@ def facts_of(event: Event | UnknownEvent, run: str | None = None) -> list[str]: 
         case GroupStart():
             return [str(event.group_name)]
         case TrainStart():
-            steps = _get(event.state, "num_steps")
+            steps = getattr(event.state, "num_steps", None)
             return [f"of {pluralize(steps, 'step')}"] if isinstance(steps, int) else []
         case Checkpoint():
-            return _to_lines(_get(event.row, "name"), _get(event.row, "state_path") or _get(event.row, "sampler_path"))
+            return _to_lines(
+                getattr(event.row, "name", None),
+                getattr(event.row, "state_path", None) or getattr(event.row, "sampler_path", None),
+            )
         case BenchmarkEval():
             rows = len(event.predictions) if isinstance(event.predictions, list) else 0  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
             return [pluralize(rows, "prediction")] if rows else []
         case TrainEnd():
-            seconds = _get(event.artifacts, "train_seconds")
+            seconds = getattr(event.artifacts, "train_seconds", None)
             took_text = f"after {format_duration(seconds)}" if isinstance(seconds, int | float) else None
-            error = _get(event.state, "error")
+            error = getattr(event.state, "error", None)
             return _to_lines(took_text, None if error is None else f"failed: {error}")
         case RunEnd():
-            return _to_lines(_get(event.run_result, "status"), _get(event.run_result, "error"))
+            return _to_lines(getattr(event.run_result, "status", None), getattr(event.run_result, "error", None))
         case ExperimentEnd():
-            best = _get(event.result, "best_arm")
-            return _to_lines(_get(event.result, "status"), f"best arm {best}" if best else None)
+            best = getattr(event.result, "best_arm", None)
+            return _to_lines(getattr(event.result, "status", None), f"best arm {best}" if best else None)
         case RunAnnotated():
             return _scalars(event.extras)
         case _:
@@ -296,7 +301,7 @@ def fields_of(event: Event | UnknownEvent) -> Mapping[str, Any]:
     """Return the fields of an event by name, also of a type that this process does not know."""
     if isinstance(event, UnknownEvent):
         return event.fields
-    return {name: _get(event, name) for name in event.__struct_fields__}
+    return {name: getattr(event, name, None) for name in event.__struct_fields__}
 
 
 def _scalars(fields: Mapping[str, object]) -> list[str]:
@@ -321,10 +326,6 @@ def _entries(metrics: object) -> dict[str, Any]:
         if isinstance(metrics, dict)
         else {}
     )
-
-
-def _get(thing: object, name: str, default: object = None) -> Any:
-    return getattr(thing, name, default)
 
 
 class StreamState(msgspec.Struct):

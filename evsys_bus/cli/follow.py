@@ -15,7 +15,14 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import adapter_options, load_adapter, progress_option, resolve_subscription, timeout_option
+from evsys_bus.cli.options import (
+    adapter_options,
+    load_adapter,
+    progress_option,
+    resolve_subscription,
+    run_argument,
+    timeout_option,
+)
 from evsys_bus.cli.output.capture import guard_stdout
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
@@ -49,7 +56,7 @@ STOP_SECONDS: Final = 5.0
 
 
 @click.command("follow")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @adapter_options
 @click.option("--name", help="Store a cursor under this name; the next call continues there.")
 @click.option("--from-start", is_flag=True, help="With --name: start again at the first event.")
@@ -134,7 +141,7 @@ class ResumableDelivery:
     def run(self, timeout_seconds: float, on_progress: OnProgress) -> tuple[DeliveryOutcome, bool]:
         """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         interrupted = False
-        with Interrupts(lambda _: None):
+        with Interrupts():
             self._pool.start()
             try:
                 self._poll_until_done(timeout_seconds, on_progress)
@@ -201,7 +208,7 @@ class OneOffDelivery:
         """Deliver until the run ends; return the outcome, and whether it was interrupted."""
         before, began = self._status(), time.monotonic()
         interrupted = False
-        with Interrupts(lambda _: None):
+        with Interrupts():
             delivery = self._delivery = DaemonExecutor().submit(self._deliver)
             try:
                 self._poll_until_done(delivery, timeout_seconds, on_progress)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.formatting import pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, printable
 from evsys_bus.cli.records import find_journal
@@ -14,7 +15,7 @@ from evsys_bus.errors import did_you_mean
 
 @click.command("forget")
 @click.argument("name", metavar="NAME")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--yes", "-y", "sure", is_flag=True, help="Do not ask for confirmation.")
 @color_option
 @click.pass_obj

@@ -18,9 +18,13 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Handles signals within the block; outside the main thread it does nothing."""
+    """Handles signals within the block; outside the main thread it does nothing.
 
-    def __init__(self, on_first: Callable[[signal.Signals], None]) -> None:
+    Args:
+        on_first: Called with the first signal, if that cancels a task instead of raising KeyboardInterrupt.
+    """
+
+    def __init__(self, on_first: Callable[[signal.Signals], None] = lambda _: None) -> None:
         self.received: signal.Signals | None = None
         """The first signal that was received."""
         self._on_first = on_first

@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.events import EventFilter, EventReader, metrics_of, step_of, type_of
-from evsys_bus.cli.options import event_options, no_match_message
+from evsys_bus.cli.options import event_options, no_match_message, run_argument
 from evsys_bus.cli.output.formatting import (
     count_in_ranges,
     format_columns,
@@ -41,7 +41,6 @@ from evsys_bus.journal.stream_lock import read_stream_owner
 from evsys_bus.location import encode_json
 
 _EXIT_DAMAGED: Final = 3
-_run_argument = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
 _QUARANTINE_SUFFIX: Final = ".damaged"
 _COMMON_COLUMNS: Final = ("time", "stream", "seq", "run", "rank")
 _TYPE_COLUMNS: Final = {"step_end": ("step",), "eval": ("step", "eval")}
@@ -57,7 +56,7 @@ def command() -> None:
 
 
 @command.command("verify", short_help="check every record and sequence")
-@_run_argument
+@run_argument
 @json_option
 @color_option
 @click.pass_obj
@@ -81,7 +80,7 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
 
 
 @command.command("repair", short_help="quarantine damaged segments, and rewrite them without the damage")
-@_run_argument
+@run_argument
 @click.option("--dry-run", is_flag=True, help="Only show what would be done.")
 @color_option
 @click.pass_obj
@@ -94,7 +93,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     """
     directory = find_journal(folder).directory
     report = verify_with_progress(directory, screen)
-    done = repair(directory, damaged_streams(report), dry_run=dry_run)
+    done = repair(directory, [each for each in report.streams if each.corrupt_ranges], dry_run=dry_run)
     rows = [
         [
             f"{each.segment.parent.name}/{each.segment.name}",
@@ -116,7 +115,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
 
 
 @command.command("export", short_help="the events as csv or jsonl")
-@_run_argument
+@run_argument
 @click.option(
     "--format", "kind", type=click.Choice(["csv", "jsonl"]), required=True, help="How the events are written."
 )
@@ -151,9 +150,7 @@ def export_command(
     elif out is not None:
         parts = [f"{pluralize(count, 'event' if name == 'event' else f'{name} row')}" for name, count in counts.items()]
         screen.note(f"{', '.join(parts)} in {out}")
-    problems = readers[0].problems()
-    if problems:
-        screen.note(f"{', '.join(problems)}; see: evsys-bus journal verify {journal.directory}")
+    readers[0].report_problems(screen)
 
 
 def _output_paths(types: tuple[str, ...], out: Path | None) -> dict[str, Path | None]:
@@ -193,7 +190,8 @@ def stream_lines(stream: StreamReport) -> list[str]:
     lines = ["   ".join(head)]
     lines += [f"  ! {_describe_damage(stream, each)}" for each in stream.corrupt_ranges]
     if stream.missing_ranges:
-        lines.append(f"  ! lost: {_event_noun(stream.missing_ranges)} {format_ranges(stream.missing_ranges)}")
+        noun = "event" if count_in_ranges(stream.missing_ranges) == 1 else "events"
+        lines.append(f"  ! lost: {noun} {format_ranges(stream.missing_ranges)}")
     lines += [f"  ! could not be read: {' '.join(each.split())}" for each in stream.unreadable_segments]
     if stream.removed_events:
         lines.append(f"  {pluralize(stream.removed_events, 'event')} before these removed, as by retain")
@@ -224,12 +222,7 @@ def summary(report: JournalReport) -> str:
 
 
 def _describe_damage(stream: StreamReport, damage: CorruptSegmentRange) -> str:
-    location = f"{Path(damage.segment).name} at byte {damage.offset:,}"
-    return f"{pluralize(damage.length, 'byte')} damaged in {location}; {_count_before(stream, damage)} before that"
-
-
-def _count_before(stream: StreamReport, damage: CorruptSegmentRange) -> str:
-    """Return the number of intact events of the stream before the damage."""
+    """Return the place of the damage, with the number of intact events of the stream before it."""
     segment = Path(damage.segment)
     first = int(segment.stem.partition("-")[2])
     next_sequence = first
@@ -243,11 +236,9 @@ def _count_before(stream: StreamReport, damage: CorruptSegmentRange) -> str:
     count = max(
         0, next_sequence - first_sequence - count_in_ranges([each for each in gone if each[0] >= first_sequence])
     )
-    return f"{pluralize(count, 'whole event')}"
-
-
-def _event_noun(missing: list[tuple[int, int]]) -> str:
-    return "event" if count_in_ranges(missing) == 1 else "events"
+    location = f"{segment.name} at byte {damage.offset:,}"
+    before = pluralize(count, "whole event")
+    return f"{pluralize(damage.length, 'byte')} damaged in {location}; {before} before that"
 
 
 class RepairedSegment(msgspec.Struct):
@@ -259,11 +250,6 @@ class RepairedSegment(msgspec.Struct):
     dropped_bytes: int
     quarantined: Path
     """The original segment in quarantine."""
-
-
-def damaged_streams(report: JournalReport) -> list[StreamReport]:
-    """Return the streams that have damaged segments."""
-    return [each for each in report.streams if each.corrupt_ranges]
 
 
 def repair(directory: Path, streams: Iterable[StreamReport], *, dry_run: bool) -> list[RepairedSegment]:
@@ -417,20 +403,15 @@ def _cells(envelope: Envelope) -> dict[str, Any]:
         row["step"] = step_of(event)
         row["eval"] = event.eval_name
         fields = _entries(event.metrics)
-    else:
-        fields = _flatten_event(envelope)
+    else:  # nested fields get dotted names
+        fields: dict[str, Any] = {}
+        decoded = msgspec.json.decode(to_json(envelope))
+        _collect_leaves(decoded["event"], "", fields)
+        fields.pop("type", None)
+        fields |= decoded.get("nonfinite", {})
     for name, value in fields.items():
         row[f"metrics.{name}" if name in row else name] = value
     return row
-
-
-def _flatten_event(envelope: Envelope) -> dict[str, Any]:
-    """Return the fields of any event, nested ones under dotted names."""
-    row = msgspec.json.decode(to_json(envelope))
-    leaves: dict[str, Any] = {}
-    _collect_leaves(row["event"], "", leaves)
-    leaves.pop("type", None)
-    return leaves | row.get("nonfinite", {})
 
 
 def _collect_leaves(value: object, path: str, leaves: dict[str, Any]) -> None:

@@ -26,8 +26,10 @@ PROGRESS_MODES: Final = ["auto", "live", "plain", "json", "off"]
 set_option: Final = click.option(
     "--set", "sets", multiple=True, metavar="A.B=C", help="Override a value of the file: --set run.lr=1e-3; repeatable."
 )
-
-
+run_argument: Final = click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+optional_run_argument: Final = click.argument(
+    "folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path)
+)
 progress_option: Final = click.option(
     "--progress",
     type=click.Choice(PROGRESS_MODES),
@@ -48,28 +50,36 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _SPEC_PATH: Final = "$.callbacks[0]"
 
 
-def running_options(command: _CommandT) -> _CommandT:
-    """Add the options of every command that starts an experiment."""
-    for option in (
-        color_option,
-        json_option,
-        progress_option,
-        click.option(
-            "--strict",
-            is_flag=True,
-            help="Exit with 5 if an event was not delivered, or a callback's task did not finish.",
-        ),
-        click.option(
-            "--resume",
-            is_flag=True,
-            help="Continue from the output directory, or from checkpoints that checkpoint_upload has uploaded.",
-        ),
-        set_option,
-        click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),
-        click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable."),
-    ):
-        command = option(command)
-    return command
+def _combine(*options: Callable[[Any], Any]) -> Callable[[_CommandT], _CommandT]:
+    """Return a decorator that adds these options to a command; ``--help`` shows the last one first."""
+
+    def add_options(command: _CommandT) -> _CommandT:
+        for option in options:
+            command = option(command)
+        return command
+
+    return add_options
+
+
+running_options: Final = _combine(
+    color_option,
+    json_option,
+    progress_option,
+    click.option(
+        "--strict",
+        is_flag=True,
+        help="Exit with 5 if an event was not delivered, or a callback's task did not finish.",
+    ),
+    click.option(
+        "--resume",
+        is_flag=True,
+        help="Continue from the output directory, or from checkpoints that checkpoint_upload has uploaded.",
+    ),
+    set_option,
+    click.option("--seed", "seeds", type=click.IntRange(min=0), multiple=True, help="Only this seed; repeatable."),
+    click.option("--arm", "arms", multiple=True, metavar="NAME", help="Only this arm; repeatable."),
+)
+"""The options of every command that starts an experiment."""
 
 
 def output_dir_option(help_text: str) -> Callable[[_CommandT], _CommandT]:
@@ -114,23 +124,17 @@ def _split_words(ctx: click.Context, param: click.Parameter, values: tuple[str, 
     return tuple(dict.fromkeys(word.strip() for each in values for word in each.split(",") if word.strip()))
 
 
-def event_options(command: _CommandT) -> _CommandT:
-    """Add ``--type`` (argument ``types``) and ``--run`` (``run_key``) to a command."""
-    for option in (
-        click.option("--run", "run_key", metavar="KEY", help="Only events of this run."),
-        click.option(
-            "--type",
-            "types",
-            multiple=True,
-            metavar="A,B",
-            callback=_split_words,
-            help="Only events of these types: --type eval,checkpoint.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
+event_options: Final = _combine(
+    click.option("--run", "run_key", metavar="KEY", help="Only events of this run."),
+    click.option(
+        "--type",
+        "types",
+        multiple=True,
+        metavar="A,B",
+        callback=_split_words,
+        help="Only events of these types: --type eval,checkpoint.",
+    ),
+)
 since_option: Final = click.option(
     "--since", metavar="TIME", callback=_parse_time, help="Only events since this time: 10m, 2h, 2026-01-31T12:00."
 )
@@ -153,23 +157,25 @@ def no_match_message(types: tuple[str, ...]) -> str:
     return "; ".join(["no event matches", *hints])
 
 
-def adapter_options(command: _CommandT) -> _CommandT:
-    """Add ``--to`` (argument ``kind``), ``--set`` (``sets``) and ``--plugin`` (``plugins``) to a command."""
-    for option in (
-        click.option(
-            "--plugin", "plugins", multiple=True, metavar="MODULE", help="Import this module first; it registers KIND."
-        ),
-        click.option(
-            "--set",
-            "sets",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="A param of the adapter, as YAML or text; repeatable.",
-        ),
-        click.option("--to", "kind", required=True, metavar="KIND", help="The adapter; all kinds: evsys-bus adapters."),
-    ):
-        command = option(command)
-    return command
+adapter_options: Final = _combine(
+    click.option(
+        "--plugin", "plugins", multiple=True, metavar="MODULE", help="Import this module first; it registers KIND."
+    ),
+    click.option(
+        "--set",
+        "sets",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="A param of the adapter, as YAML or text; repeatable.",
+    ),
+    click.option("--to", "kind", required=True, metavar="KIND", help="The adapter; all kinds: evsys-bus adapters."),
+)
+
+
+def add_current_folder_to_path() -> None:
+    """Make modules of the current folder importable, before all others, as ``python -m`` does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def resolve_subscription(
@@ -186,8 +192,7 @@ def resolve_subscription(
     from evsys_bus.errors import ConfigError, Location
 
     for plugin in plugins:
-        if str(Path.cwd()) not in sys.path:
-            sys.path.insert(0, str(Path.cwd()))
+        add_current_folder_to_path()
         import_module(plugin, Location("$", f"--plugin {plugin}"), "plugin")
     params = with_overrides(Document(compose("{}", "--set")), map(_quote_non_yaml, sets))
     try:

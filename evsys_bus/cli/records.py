@@ -72,7 +72,7 @@ def find_journal(requested: Path | None) -> JournalLocation:
         click.UsageError: There is none, or several match.
     """
     if requested is None:
-        newest = max(_find_below(RUNS), key=_last_write_time, default=None)
+        newest = max(_find_journals(), key=_last_write_time, default=None)
         if newest is None:
             raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
         return JournalLocation(newest)
@@ -81,19 +81,19 @@ def find_journal(requested: Path | None) -> JournalLocation:
         if journal is not None:
             return journal
 
-    named = [journal for each in find_runs(RUNS) if each.name == str(requested) and (journal := _journal_in(each))]
+    named = [journal for each in find_runs() if each.name == str(requested) and (journal := _journal_in(each))]
     if len(named) == 1:
         return named[0]
     if named:
         raise click.UsageError(f"several runs are called {requested}; name the folder of one")
     what = f"{requested} holds no journal" if requested.exists() else f"there is no run {requested}"
-    known = {str(each.parent) for each in _find_below(RUNS)} | {str(each) for each in find_runs(RUNS)}
+    known = {str(each.parent) for each in _find_journals()} | {str(each) for each in find_runs()}
     raise click.UsageError(f"{what}{suggest_run(requested, known)}")
 
 
 def list_journals_newest_first() -> list[Path]:
     """Return the journals below ``./runs``, most recently written first."""
-    return sorted(_find_below(RUNS), key=_last_write_time, reverse=True)
+    return sorted(_find_journals(), key=_last_write_time, reverse=True)
 
 
 def _journal_in(folder: Path) -> JournalLocation | None:
@@ -108,13 +108,12 @@ def _journal_in(folder: Path) -> JournalLocation | None:
 
 
 def _is_journal(directory: Path) -> bool:
-
     return layout.is_journal(OsDisk(), str(directory))
 
 
-def _find_below(root: Path) -> Iterator[Path]:
+def _find_journals() -> Iterator[Path]:
     for pattern in (JOURNAL, f"*/{JOURNAL}", f"*/*/{JOURNAL}"):
-        yield from filter(_is_journal, root.glob(pattern))
+        yield from filter(_is_journal, RUNS.glob(pattern))
 
 
 def _last_write_time(directory: Path) -> float:
@@ -203,38 +202,34 @@ def read_experiment(folder: Path) -> ExperimentRecord | None:
     path = folder / EXPERIMENT_FILE
     if not path.is_file():
         return None
-    return ExperimentRecord(
-        folder, msgspec.json.decode(read_file(path, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
-    )
+    stored = msgspec.json.decode(read_file(path, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
+    return ExperimentRecord(folder, stored)
 
 
 def load_previous_experiment(folder: Path) -> StoredExperiment | None:
     """Return the experiment recorded in this directory; None if there is none or it cannot be read."""
     try:
-        return msgspec.json.decode(read_file(folder / EXPERIMENT_FILE, max_bytes=MAX_FILE_BYTES), type=StoredExperiment)
+        record = read_experiment(folder)
     except (OSError, *DECODE_ERRORS):
         return None
+    return None if record is None else record.experiment
 
 
 def read_run(folder: Path) -> RunRecord | None:
     """Read the run in this folder; None if there is none."""
     if not any((folder / name).is_file() for name in (METRICS, CHECKPOINTS, RESULT_FILE)):
         return None
-    try:
-        experiment = read_experiment(folder.absolute().parent)
-    except (OSError, *DECODE_ERRORS):
-        experiment = None
+    experiment = load_previous_experiment(folder.absolute().parent)
     metrics: dict[str, MetricRecord] = {}
     last_step, rows = None, 0
     for row in RowFile(folder / METRICS).rows():
         rows += 1
         step = row.get("step")
         last_step = step if isinstance(step, int) and (last_step is None or step > last_step) else last_step
-        for name, value in _numbers(row):
-            metrics.setdefault(name, MetricRecord(name)).add(value, step if isinstance(step, int) else None)
+        _add_values(metrics, _numbers(row), step if isinstance(step, int) else None)
     return RunRecord(
         folder,
-        experiment.experiment.runs.get(folder.absolute().name) if experiment else None,
+        None if experiment is None else experiment.runs.get(folder.absolute().name),
         read_result(folder) if (folder / RESULT_FILE).is_file() else None,
         last_step,
         rows,
@@ -245,39 +240,40 @@ def read_run(folder: Path) -> RunRecord | None:
 
 def read_checkpoints(folder: Path) -> list[ManifestRow]:
     """Return the recorded checkpoints of the run in this folder, in order, fetched ones included."""
-    return list(_manifest_rows(RowFile(folder / CHECKPOINTS).rows()))
+    checkpoints: list[ManifestRow] = []
+    for row in RowFile(folder / CHECKPOINTS).rows():
+        with suppress(msgspec.ValidationError):
+            checkpoints.append(msgspec.convert(row, ManifestRow))
+    return checkpoints
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Return the folders of runs and experiments up to two levels below ``root``."""
-    below = [*root.glob("*/"), *root.glob("*/*/")] if root.is_dir() else []
+def find_runs() -> list[Path]:
+    """Return the folders of runs and experiments up to two levels below ``./runs``."""
+    below = [*RUNS.glob("*/"), *RUNS.glob("*/*/")] if RUNS.is_dir() else []
     return [each for each in below if any((each / name).is_file() for name in (EXPERIMENT_FILE, METRICS))]
 
 
 def _numbers(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield the metrics of a row; values that JSON cannot represent are listed in its ``nonfinite``."""
-    for name, value in row.items():
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in _NO_METRICS:
-            yield name, as_float(value)
+    yield from (each for each in _numeric_items(row) if each[0] not in _NO_METRICS)
     flags = row.get("nonfinite")
     for name in cast("dict[str, Any]", flags) if isinstance(flags, dict) else ():
         yield name, math.nan
 
 
-def as_float(value: float) -> float:
-    """Convert to float; integers beyond the range of floats become infinite."""
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
+def _numeric_items(metrics: Mapping[str, object]) -> Iterator[tuple[str, float]]:
+    """Yield the metrics that are numbers; integers beyond the range of floats become infinite."""
+    for name, value in metrics.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            try:
+                yield name, float(value)
+            except OverflowError:
+                yield name, math.inf if value > 0 else -math.inf
 
 
-def _manifest_rows(rows: Iterable[dict[str, Any]]) -> Iterator[ManifestRow]:
-    for row in rows:
-        try:
-            yield msgspec.convert(row, ManifestRow)
-        except msgspec.ValidationError:
-            continue
+def _add_values(records: dict[str, MetricRecord], values: Iterable[tuple[str, float]], step: int | None) -> None:
+    for name, value in values:
+        records.setdefault(name, MetricRecord(name)).add(value, step)
 
 
 def read_evals(folder: Path) -> list[MetricRecord]:
@@ -289,8 +285,8 @@ def read_evals(folder: Path) -> list[MetricRecord]:
     reader = EventReader(journal.directory, EventFilter(types=frozenset({"eval"}), run=journal.run))
     with suppress(JournalVersionError, OSError):  # the other facts come from the folder
         for envelope in reader.poll():
-            for name, value in _eval_numbers(envelope.event):
-                records.setdefault(name, MetricRecord(name)).add(value, step_of(envelope.event))
+            if isinstance(envelope.event, Eval):
+                _add_values(records, _numeric_items(metrics_of(envelope.event)), step_of(envelope.event))
     return list(records.values())
 
 
@@ -350,10 +346,13 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     """
     directory = journal.directory
     reader = EventReader(directory, EventFilter())
+    whole = directory.absolute()
+    default_key = (whole.parent if whole.name == JOURNAL else whole).name
     runs: dict[str, _RunBuilder] = {}
     for envelope in reader.poll():
         if isinstance(envelope.event, _RUN_EVENTS):
-            key = _event_run_key(envelope) or _name_from_path(directory)
+            run_dir = _output_dir(envelope.event)
+            key = envelope.run or (run_dir and run_dir.name) or default_key
             runs.setdefault(key, _RunBuilder(key)).add(envelope)
     page_urls = read_page_urls(directory)
     states = {each.stream: each.state for each in read_stream_states(directory)}
@@ -380,7 +379,10 @@ class _RunBuilder:
         """Add the next event."""
         event, record = envelope.event, self._record
         self._stream = envelope.stream
-        self._read_loop_state(event)
+        self._folder = _output_dir(event) or self._folder
+        num_steps = getattr(getattr(event, "state", None), "num_steps", None)
+        if isinstance(num_steps, int) and 0 < num_steps < sys.maxsize:
+            record.num_steps = num_steps
         match event:
             case RunStart():
                 self._final_status, record.error = None, None
@@ -390,8 +392,7 @@ class _RunBuilder:
             case StepEnd():
                 self._add_step(event)
             case Eval():
-                for name, value in _eval_numbers(event):
-                    self._evals.setdefault(name, MetricRecord(name)).add(value, step_of(event))
+                _add_values(self._evals, _numeric_items(metrics_of(event)), step_of(event))
             case Checkpoint() if isinstance(event.row, ManifestRow):  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
                 record.checkpoints.append(event.row)
             case BenchmarkEval() if isinstance(event.eval_result, EvalResult):  # pyright: ignore[reportUnnecessaryIsInstance] # likewise
@@ -422,17 +423,7 @@ class _RunBuilder:
         record.rows += 1
         if step is not None and (record.last_step is None or step > record.last_step):
             record.last_step = step
-        for name, value in _numeric_items(metrics_of(event)):
-            self._metrics.setdefault(name, MetricRecord(name)).add(value, step)
-
-    def _read_loop_state(self, event: Event | UnknownEvent) -> None:
-        state = getattr(event, "state", None)
-        folder = getattr(state, "output_dir", None)
-        if isinstance(folder, str | Path) and str(folder):
-            self._folder = Path(folder)
-        steps = getattr(state, "num_steps", None)
-        if isinstance(steps, int) and 0 < steps < sys.maxsize:
-            self._record.num_steps = steps
+        _add_values(self._metrics, _numeric_items(metrics_of(event)), step)
 
 
 def find_run_key(journal: JournalLocation) -> str | None:
@@ -451,34 +442,16 @@ def find_run_key(journal: JournalLocation) -> str | None:
                 continue
             if envelope.run == journal.run:
                 return journal.run
-            folder = getattr(getattr(envelope.event, "state", None), "output_dir", None)
-            if by_folder is None and isinstance(folder, str | Path) and Path(folder).name == journal.run:
+            folder = _output_dir(envelope.event)
+            if by_folder is None and folder is not None and folder.name == journal.run:
                 by_folder = envelope.run
     return by_folder or journal.run
 
 
-def _event_run_key(envelope: Envelope) -> str | None:
-    if envelope.run is not None:
-        return envelope.run
-    folder = getattr(getattr(envelope.event, "state", None), "output_dir", None)
-    return Path(folder).name or None if isinstance(folder, str | Path) else None
-
-
-def _name_from_path(directory: Path) -> str:
-    """Return the name of a run whose events carry none, from the journal's path."""
-    whole = directory.absolute()
-    return (whole.parent if whole.name == JOURNAL else whole).name
-
-
-def _numeric_items(metrics: Mapping[str, object]) -> Iterator[tuple[str, float]]:
-    for name, value in metrics.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, as_float(value)
-
-
-def _eval_numbers(event: Event | UnknownEvent) -> Iterator[tuple[str, float]]:
-    if isinstance(event, Eval):
-        yield from _numeric_items(metrics_of(event))
+def _output_dir(event: Event | UnknownEvent) -> Path | None:
+    """Return the directory of the run that an event's state names; None if it has none."""
+    folder = getattr(getattr(event, "state", None), "output_dir", None)
+    return Path(folder) if isinstance(folder, str | Path) and str(folder) else None
 
 
 def _find_journal(folder: Path) -> JournalLocation | None:

@@ -28,6 +28,7 @@ from evsys_bus.cli.options import (
     no_match_message,
     progress_option,
     resolve_subscription,
+    run_argument,
     timeout_option,
 )
 from evsys_bus.cli.output.capture import guard_stdout
@@ -198,21 +199,18 @@ class FilteredReceiver:
         return not self._types or type_of(envelope.event) in self._types
 
     def _to_batch_result(self, result: BatchResult) -> BatchResult:
-        """Translate the result for the selected events into one for the whole batch."""
-        selected = self._selected
-        done = len(self._batch) if result.handled >= len(selected) else selected[result.handled]
-        self._count(self._batch, selected[: result.handled], result, done)
+        """Translate the result for the selected events into one for the whole batch, and count them."""
+        batch, selected = self._batch, self._selected
+        done = len(batch) if result.handled >= len(selected) else selected[result.handled]
+        handled = selected[: result.handled]
         rejected = {selected[index]: why for index, why in result.rejected.items()}
-        return BatchResult(done - len(rejected), rejected)
-
-    def _count(self, batch: Sequence[Envelope], selected: Sequence[int], result: BatchResult, done: int) -> None:
-        dead = {selected[index] for index in result.rejected}
-        self.sent.update(type_of(batch[each].event) for each in selected if each not in dead)
-        self.dead += len(dead)
-        self.skipped += done - len(selected)
+        self.sent.update(type_of(batch[each].event) for each in handled if each not in rejected)
+        self.dead += len(rejected)
+        self.skipped += done - len(handled)
         self.last_sequences.update((each.stream, each.seq) for each in batch[:done])
         room = _MAX_REASONS - len(self.reasons)
-        self.reasons.extend(list(dict.fromkeys(result.rejected.values()))[: max(0, room)])
+        self.reasons.extend(list(dict.fromkeys(rejected.values()))[: max(0, room)])
+        return BatchResult(done - len(rejected), rejected)
 
     async def _wait_until_due(self, batch: Sequence[Envelope]) -> Sequence[Envelope]:
         """Wait until the first event is due, and return the events that are due by then."""
@@ -229,7 +227,7 @@ class FilteredReceiver:
 
 
 @click.command("replay")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @adapter_options
 @event_options
 @click.option("--from-seq", type=click.IntRange(min=1), default=1, metavar="N", help="Start at this sequence.")
@@ -279,14 +277,16 @@ def command(
         show_warnings(screen, as_json=progress == "json"),
     ):
         result = replay(journal.directory, subscription.name, receiver, from_seq - 1, timeout_seconds, view.update)
-    click.echo("\n".join(_json(result, dry_run=dry_run) if as_json else _lines(result, dry_run=dry_run)))
+    if as_json:
+        click.echo(encode_json({"type": "plan" if dry_run else "replay", **msgspec.to_builtins(result)}))
+    else:
+        click.echo("\n".join(_lines(result, dry_run=dry_run)))
     if not receiver.sent and not receiver.dead:
         screen.note(no_match_message(types))
     return _report_problems(result, receiver, screen)
 
 
 def _lines(result: ReplayResult, *, dry_run: bool) -> list[str]:
-
     sent = sum(result.sent.values())
     if dry_run:
         rows = [[each, f"{count:,}"] for each, count in sorted(result.sent.items())]
@@ -296,12 +296,6 @@ def _lines(result: ReplayResult, *, dry_run: bool) -> list[str]:
     if result.seconds > 0:
         counts.append(f"{sent / result.seconds:,.0f}/s")
     return format_columns([[printable(result.adapter), pluralize(sent + result.dead, "event"), *counts]])
-
-
-def _json(result: ReplayResult, *, dry_run: bool) -> list[str]:
-
-    row = {"type": "plan" if dry_run else "replay", **msgspec.to_builtins(result)}
-    return [encode_json(row).decode()]
 
 
 def _report_problems(result: ReplayResult, receiver: FilteredReceiver, screen: Screen) -> int:

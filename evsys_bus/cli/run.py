@@ -106,11 +106,11 @@ def command(
 class RunOptions(NamedTuple):
     """How to run and show the experiment."""
 
-    resume: bool = False
-    strict: bool = False
-    progress: ProgressMode = "auto"
-    as_json: bool = False
-    command: Sequence[str] = ()
+    resume: bool
+    strict: bool
+    progress: ProgressMode
+    as_json: bool
+    command: Sequence[str]
     """The command line without ``--resume``, for hints."""
 
 
@@ -124,10 +124,10 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
     if options.resume:
-        _fetch_before_resume(plan, resolve_mode(options.progress, sys.stderr), screen)
+        _fetch_before_resume(plan, resolve_mode(options.progress), screen)
     tracker = _make_tracker(plan, options)
     as_json = options.progress == "json"
-    if resolve_mode(options.progress, sys.stderr) == "plain":  # the live table shows it itself
+    if resolve_mode(options.progress) == "plain":  # the live table shows it itself
         screen.note(f"{plan.title}\nCtrl-C stops after the current step; go on with: {resume_command}")
 
     def on_signal(received: signal.Signals) -> None:
@@ -144,7 +144,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             options.progress,
             screen,
             title=plan.title,
-            success_metric=_success_metric_name(plan),
+            success_metric=plan.config.success_metric and plan.config.success_metric.name,
             poll_uploads=UploadMonitor(plan.folder / JOURNAL_DIR).poll,
             poll_problems=ProblemMonitor(plan.folder / JOURNAL_DIR).poll,
         ),
@@ -188,7 +188,13 @@ async def _train(
     tracker: RunStateTracker,
 ) -> _TrainingOutcome:
     interrupts.cancel_this_task_on_signal()
-    bus = EventBus(callbacks, journal=plan.folder / JOURNAL_DIR, drain_timeout=_DRAIN_SECONDS)
+    bus = EventBus(
+        callbacks,
+        journal=plan.folder / JOURNAL_DIR,
+        redact=plan.config.redact,
+        reveal=plan.config.reveal,
+        drain_timeout=_DRAIN_SECONDS,
+    )
     try:  # otherwise the journal would report it, as an error of its own directory
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -269,10 +275,6 @@ def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
     return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
 
 
-def _success_metric_name(plan: ExperimentPlan) -> str | None:
-    return plan.config.success_metric and plan.config.success_metric.name
-
-
 def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
     runs = list(tracker.runs.values())
     done = sum(run.status == "completed" for run in runs)
@@ -304,12 +306,11 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
     if receipt.unfinished:
         unfinished = True
         screen.note(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
-    return _report_undelivered(receipt, screen) or unfinished
+    return _report_undelivered(receipt, screen, head) or unfinished
 
 
-def _report_undelivered(receipt: Receipt, screen: Screen) -> bool:
+def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
-    head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known
         status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
@@ -321,9 +322,8 @@ def _report_undelivered(receipt: Receipt, screen: Screen) -> bool:
     if pending or unconfirmed:
         command = delivery_command(receipt)
         suffix = "" if command is None else f"; finish with: {command}"
-        what = (
-            "delivered yet" if not unconfirmed else "confirmed yet" if not pending else "delivered or not confirmed yet"
-        )
+        kinds = [*(["delivered"] if pending else []), *(["confirmed"] if unconfirmed else [])]
+        what = f"{' or not '.join(kinds)} yet"
         screen.note(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
     return not all(each.complete for each in receipt.deliveries)
 
@@ -332,8 +332,8 @@ def result_lines(
     plan: ExperimentPlan,
     result: ExperimentResult,
     seconds: float,
-    receipt: Receipt | None = None,
-    page_urls: Mapping[str, str] = {},
+    receipt: Receipt | None,
+    page_urls: Mapping[str, str],
 ) -> list[str]:
     """Return the result as text; ``page_urls`` are the known URLs of runs."""
     width = terminal_width(sys.stdout)
@@ -355,8 +355,10 @@ def result_lines(
         *([["delivery", _format_deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.display_folder],
         ["a run", f"evsys-bus show {plan.display_folder}/{plan.runs[0].run_key}"],
-        *_page_lines(page_urls),
+        *([run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]),
     ]
+    if len(page_urls) > _MAX_PAGE_URLS:
+        details.append(["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"])
     return [*lines, "", *format_facts([[name, printable(text)] for name, text in details], width)]
 
 
@@ -364,8 +366,8 @@ def result_json(
     plan: ExperimentPlan,
     result: ExperimentResult,
     seconds: float,
-    receipt: Receipt | None = None,
-    page_urls: Mapping[str, str] = {},
+    receipt: Receipt | None,
+    page_urls: Mapping[str, str],
 ) -> list[str]:
     """Return the result as JSON: a line for each run, arm and delivery, and one for the experiment."""
     rows: list[dict[str, Any]] = [
@@ -419,21 +421,11 @@ def delivery_command(receipt: Receipt) -> str | None:
 def _format_deliveries(receipt: Receipt) -> str:
     """Return ``csv_metrics ok   wandb 1,204 pending, 120 owed``."""
     ranks: RanksByAdapter = {} if receipt.journal is None else load_ranks_by_adapter(receipt.journal)
-    return GAP.join(
-        f"{each.name} {', '.join(describe_counts(each)) or _describe_complete(each, ranks)}"
-        for each in receipt.deliveries
-    )
-
-
-def _describe_complete(delivery: DeliveryStatus, ranks: RanksByAdapter) -> str:
-    return describe_state(delivery, ranks) if delivery.state == "other_rank" else "ok"
-
-
-def _page_lines(page_urls: Mapping[str, str]) -> list[list[str]]:
-    lines = [[run, f"View run at {url}"] for run, url in list(page_urls.items())[:_MAX_PAGE_URLS]]
-    return (
-        [*lines, ["", f"and {len(page_urls) - _MAX_PAGE_URLS} more runs"]] if len(page_urls) > _MAX_PAGE_URLS else lines
-    )
+    parts: list[str] = []
+    for each in receipt.deliveries:
+        complete = describe_state(each, ranks) if each.state == "other_rank" else "ok"
+        parts.append(f"{each.name} {', '.join(describe_counts(each)) or complete}")
+    return GAP.join(parts)
 
 
 def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import click
 
 from evsys_bus.cli.check import format_params
+from evsys_bus.cli.options import run_argument
 from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
@@ -22,7 +23,6 @@ from evsys_bus.cli.output.formatting import (
 from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import (
     METRICS,
-    RUNS,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
@@ -46,7 +46,7 @@ _MAX_METRICS = 3
 
 
 @click.command("show")
-@click.argument("folder", metavar="RUN", type=click.Path(path_type=Path))
+@run_argument
 @json_option
 @color_option
 def command(folder: Path, as_json: bool) -> None:
@@ -65,11 +65,10 @@ def command(folder: Path, as_json: bool) -> None:
         return
     _add_journal_facts(record)
     if as_json:
-        kind = "run" if hasattr(record, "metrics") else "experiment"
+        kind = "run" if isinstance(record, RunRecord) else "experiment"
         click.echo(json_line({"type": kind, **to_builtins(record)[0]}))
         return
-    lines = _run_lines(record) if hasattr(record, "metrics") else _experiment_lines(record)  # pyright: ignore[reportArgumentType] # distinguished by their fields
-    click.echo("\n".join(lines))
+    click.echo("\n".join(_run_lines(record) if isinstance(record, RunRecord) else _experiment_lines(record)))
 
 
 def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
@@ -104,7 +103,6 @@ def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
 
 
 def _runs_lines(directory: Path, runs: list[RunRecord]) -> list[str]:
-
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
         last = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
@@ -121,15 +119,13 @@ def _format_steps(record: RunRecord) -> str:
 
 
 def _add_journal_facts(record: ExperimentRecord | RunRecord) -> None:
-
-    if hasattr(record, "metrics"):
-        run = cast("RunRecord", record)
-        run.evals = read_evals(run.folder)
-        running = run.result is None and run.entry is not None and run.entry.status == "running"
-        if run.result is None and run.entry is None:
-            run.status = read_status(run.folder)
+    if isinstance(record, RunRecord):
+        record.evals = read_evals(record.folder)
+        running = record.result is None and record.entry is not None and record.entry.status == "running"
+        if record.result is None and record.entry is None:
+            record.status = read_status(record.folder)
     else:
-        running = cast("ExperimentRecord", record).experiment.status == "running"
+        running = record.experiment.status == "running"
     record.process_gone = running and is_abandoned(record.folder)
 
 
@@ -149,7 +145,7 @@ def _find_folder(folder: Path) -> Path:
     if folder.is_dir():
         return folder
 
-    named = [each for each in find_runs(RUNS) if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
+    named = [each for each in find_runs() if str(folder) in {each.name, f"{each.parent.name}/{each.name}"}]
     if len(named) == 1:
         return named[0]
     if named:
@@ -162,11 +158,10 @@ def _find_folder(folder: Path) -> Path:
 
 
 def _suggest(folder: Path) -> str:
-    return suggest_run(folder, {str(each) for each in find_runs(RUNS)})
+    return suggest_run(folder, {str(each) for each in find_runs()})
 
 
 def _experiment_lines(record: ExperimentRecord) -> list[str]:
-
     experiment, width = record.experiment, terminal_width(sys.stdout)
     best = NO_VALUE if experiment.best_arm is None else experiment.best_arm
     score = "" if experiment.best_score is None else f" ({format_number(experiment.best_score)})"
@@ -199,7 +194,6 @@ def _experiment_lines(record: ExperimentRecord) -> list[str]:
 
 
 def _run_lines(record: RunRecord) -> list[str]:
-
     result, entry, width = record.result, record.entry, terminal_width(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
     status = result.status if result is not None else entry.status if entry is not None else record.status or "unknown"
@@ -246,9 +240,9 @@ def _run_lines(record: RunRecord) -> list[str]:
 
 
 def _metric_row(each: MetricRecord) -> list[str]:
-
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
-    return [printable(each.name), f"{each.rows:,}{_format_nan_count(each.nonfinite)}", *map(_format_value, values)]
+    nan_count = f" ({each.nonfinite:,} NaN)" if each.nonfinite else ""
+    return [printable(each.name), f"{each.rows:,}{nan_count}", *map(_format_value, values)]
 
 
 def _relative_path(path: str | None, folder: Path) -> str:
@@ -263,7 +257,3 @@ def _format_value(value: float | None) -> str:
     if value is None:
         return NO_VALUE
     return f"{value:,}" if isinstance(value, int) else format_number(value)
-
-
-def _format_nan_count(count: int) -> str:
-    return f" ({count:,} NaN)" if count else ""

@@ -10,6 +10,7 @@ import msgspec
 
 from evsys_bus.cli.events import StreamState, read_stream_states
 from evsys_bus.cli.journal import summary, verify_with_progress
+from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.deliveries import adapter_lines, adapter_rows
 from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -23,7 +24,7 @@ from evsys_bus.tasks import DeliveryStatus
 
 
 @click.command("status")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--verify", "thoroughly", is_flag=True, help="Read the whole journal; report damaged and missing events.")
 @json_option
 @color_option
@@ -37,23 +38,20 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, as_json: bool
     states = read_stream_states(directory)
     adapters = read_progress(directory)
     uploads = read_active_uploads(directory)
-    report = None
-    if thoroughly:
-        report = verify_with_progress(directory, screen)
-    if as_json:
-        lines = _json_lines(directory, states, adapters, uploads, report)
-    else:
-        lines = [*_lines(directory, states, adapters, report), *_upload_lines(uploads)]
-    click.echo("\n".join(lines))
+    report = verify_with_progress(directory, screen) if thoroughly else None
+    format_status = _json_lines if as_json else _lines
+    click.echo("\n".join(format_status(directory, states, adapters, uploads, report)))
 
 
 def _lines(
-    directory: Path, states: list[StreamState], adapters: list[DeliveryStatus], report: JournalReport | None
+    directory: Path,
+    states: list[StreamState],
+    adapters: list[DeliveryStatus],
+    uploads: list[Transfer],
+    report: JournalReport | None,
 ) -> list[str]:
-
     width = terminal_width(sys.stdout)
-    head = ["stream", "state", "writer", "events", "segments", "size", "last event"]
-    rows = [head]
+    rows = [["stream", "state", "writer", "events", "segments", "size", "last event"]]
     for each in states:
         numbers = NO_VALUE if each.first is None or each.last is None else format_range(each.first, each.last)
         age = NO_VALUE if each.last_time is None else format_age(time.time() - each.last_time)
@@ -67,13 +65,11 @@ def _lines(
         lines += ["", summary(report)]
     if adapters:
         lines += ["", *adapter_lines(directory, adapters, width)]
+    if uploads:
+        lines.append("")
+    for each in uploads:
+        lines.append(f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}")
     return lines
-
-
-def _upload_lines(uploads: list[Transfer]) -> list[str]:
-
-    lines = [f"uploading   {printable(each.name)}  {'  '.join(format_transfer(each, time.time()))}" for each in uploads]
-    return ["", *lines] if lines else []
 
 
 def _json_lines(
@@ -83,10 +79,9 @@ def _json_lines(
     uploads: list[Transfer],
     report: JournalReport | None,
 ) -> list[str]:
-
     checked = {} if report is None else {each.stream: each for each in report.streams}
-    rows: list[dict[str, Any]] = []
-    rows += [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
+    rows: list[dict[str, Any]]
+    rows = [{"type": "stream", **msgspec.to_builtins(each), "verified": checked.get(each.stream)} for each in states]
     rows += adapter_rows(directory, adapters)
     rows += [{"type": "upload", **msgspec.to_builtins(each)} for each in uploads]
     return [encode_json(row).decode() for row in rows]

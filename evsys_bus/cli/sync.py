@@ -8,6 +8,7 @@ delivers the rest itself. The courier process of a live program is left alone.
 
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import progress_option, timeout_option
+from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -37,7 +38,7 @@ from evsys_bus.cli.output.deliveries import (
     unreadable_status_error,
 )
 from evsys_bus.cli.output.delivery_progress import OnProgress, show_deliveries
-from evsys_bus.cli.output.errors import INTERRUPTED, report
+from evsys_bus.cli.output.errors import INTERRUPTED, OK, report
 from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.progress import ProgressMode
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable
@@ -46,7 +47,7 @@ from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader, read_progress
 from evsys_bus.delivery.subscriptions import SubscriptionRecord, import_path, load_subscriptions
 from evsys_bus.delivery.supervisor import COURIER_MAIN, EXIT_DELIVERED, SYNC_MAIN, CourierConfig, CourierProcess
-from evsys_bus.errors import CourierBusyError, EvsysBusError, did_you_mean
+from evsys_bus.errors import EvsysBusError, UntrustedFileError, did_you_mean
 from evsys_bus.journal import JournalReader, OsDisk, layout
 from evsys_bus.journal.layout import LockOwner
 from evsys_bus.journal.stream_lock import read_owner, read_stream_owner
@@ -76,24 +77,29 @@ class PendingWork(NamedTuple):
     """Only the original program has the adapter."""
     unreadable: list[DeliveryStatus]
     """The files of these cannot be read now."""
+    untrusted: list[UntrustedFileError]
+    """Another user wrote, or may write, what names these adapters."""
+    trust: bool
+    """Whether to deliver to such adapters too."""
 
 
 class SyncResult(NamedTuple):
     """The result of a sync."""
 
     outcomes: list[DeliveryOutcome]
-    busy: list[CourierBusyError]
-    """Errors of adapters that another process still delivers to."""
+    refused: list[EvsysBusError]
+    """Errors of adapters that another process still delivers to, or that another user named."""
     interrupted: bool = False
     overtaken: frozenset[str] = frozenset()
     """Adapters that have all that was pending at first, where a program goes on to record more."""
 
 
 @click.command("sync")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
 @click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
+@click.option("--trust", is_flag=True, help="Also import and write what files of other users in the journal name.")
 @timeout_option
 @progress_option
 @json_option
@@ -105,6 +111,7 @@ def command(
     adapters: tuple[str, ...],
     everywhere: bool,
     dry_run: bool,
+    trust: bool,
     timeout_seconds: float,
     progress: ProgressMode,
     as_json: bool,
@@ -118,14 +125,16 @@ def command(
     """
     if everywhere and folder is not None:
         raise click.UsageError("--all means every journal below ./runs; leave RUN or --all out")
-    works = [find_work(each, adapters) for each in _journals(folder, adapters, everywhere=everywhere)]
+    works = [find_work(each, adapters, trust=trust) for each in _journals(folder, adapters, everywhere=everywhere)]
     outcomes: list[DeliveryOutcome] = []
     errors: list[EvsysBusError] = []
     overtaken: list[DeliveryOutcome] = []
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
-        errors += [*_program_only_errors(work), *_unreadable_errors(work)]
+        errors += _program_only_errors(work)
+        errors += work.untrusted
+        errors += [unreadable_status_error(work.directory, each) for each in work.unreadable]
         _report_moved(work, screen)
         if dry_run:
             click.echo("\n".join(_plan_lines(work, as_json=as_json)), nl=bool(work.deliverable))
@@ -139,7 +148,7 @@ def command(
         outcomes += result.outcomes
         passed = [each for each in result.outcomes if each.adapter in result.overtaken]
         overtaken += [each for each in passed if each.after.pending and each.after.error is None]
-        errors += result.busy
+        errors += result.refused
         if result.interrupted:
             screen.note("interrupted; the rest stays pending: run the same command again")
             return INTERRUPTED
@@ -149,11 +158,10 @@ def command(
     errors += [error for each in outcomes if each not in overtaken and (error := undelivered_error(each)) is not None]
     if not works or not (outcomes or errors or dry_run):
         screen.note("nothing is pending")
-    return _report_errors(errors, screen)
+    return report(ExceptionGroup("some events stay pending", errors), screen) if errors else OK
 
 
 def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: bool) -> list[Path]:
-
     if folder is not None:
         directory = find_journal(folder).directory
         known = [each.name for each in read_progress(directory)]
@@ -168,7 +176,6 @@ def _journals(folder: Path | None, adapters: tuple[str, ...], *, everywhere: boo
 
 
 def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
-
     rows = [status for _, status in work.deliverable]
     if as_json:
         facts = [
@@ -191,7 +198,6 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
 
 
 def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
-
     why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
     fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
     return [
@@ -202,11 +208,6 @@ def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
         )
         for each in work.program_only
     ]
-
-
-def _unreadable_errors(work: PendingWork) -> list[EvsysBusError]:
-
-    return [unreadable_status_error(work.directory, each) for each in work.unreadable]
 
 
 def _report_moved(work: PendingWork, screen: Screen) -> None:
@@ -228,7 +229,6 @@ def _report_known_problems(work: PendingWork, screen: Screen) -> list[DeliverySt
 
 
 def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
-
     for each in outcomes:
         if each.dead:
             screen.note(f"{each.adapter}: {each.dead:,} rejected; events and reasons are in {each.dead_letters}")
@@ -237,26 +237,25 @@ def _report_failures(outcomes: list[DeliveryOutcome], screen: Screen) -> None:
             screen.note(printable("\n".join(problem_lines(failures, each.journal))))
 
 
-def _report_errors(errors: list[EvsysBusError], screen: Screen) -> int:
-    if not errors:
-        return 0
-
-    return report(ExceptionGroup("some events stay pending", errors), screen)
-
-
-def unfinished_deliveries(directory: Path, only: Collection[str] = ()) -> list[DeliveryStatus]:
+def unfinished_deliveries(directory: Path, only: Collection[str]) -> list[DeliveryStatus]:
     """Return the adapters of a journal that have pending or unconfirmed events."""
     found = (each for each in read_progress(directory) if each.pending or each.owed or not each.is_known)
     return [each for each in found if not only or each.name in only or not each.is_known]
 
 
-def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
-    """Return the pending deliveries of a journal."""
+def find_work(directory: Path, only: Collection[str], *, trust: bool = False) -> PendingWork:
+    """Return the pending deliveries of a journal.
+
+    Args:
+        directory: The journal.
+        only: Names of adapters; empty for all.
+        trust: Whether to deliver to adapters although another user wrote what names them.
+    """
     try:
         known = {each.name: each for each in load_subscriptions(str(directory))}
     except OSError:  # every adapter is then reported as unreadable
         known = {}
-    work = PendingWork(directory.absolute(), [], [], [], [])
+    work = PendingWork(directory.absolute(), [], [], [], [], [], trust)
     for status in unfinished_deliveries(directory, only):
         stored = known.get(status.name)
         if not status.is_known:
@@ -264,10 +263,41 @@ def find_work(directory: Path, only: Collection[str] = ()) -> PendingWork:
         elif status.busy:
             work.busy.append(status)
         elif stored is not None and stored.adapter_ref is not None:
-            work.deliverable.append((stored, status))
+            error = None if trust else _untrusted_error(work.directory, status.name)
+            if error is None:
+                work.deliverable.append((stored, status))
+            else:
+                work.untrusted.append(error)
         elif status.pending:
             work.program_only.append(status)
     return work
+
+
+def _untrusted_error(directory: Path, name: str) -> UntrustedFileError | None:
+    """Return an error if someone else could have written the file that says how to build the adapter."""
+    path = layout.courier_path(str(directory), name, "spec.json")
+    try:
+        status = Path(path).stat()
+    except OSError as error:
+        why = str(error)
+    else:
+        is_own = status.st_uid == os.geteuid()
+        if is_own and not status.st_mode & 0o022:
+            return None
+        why = "other users may write it" if is_own else f"it belongs to {_user_name(status.st_uid)}"
+    fix = shlex.join(["evsys-bus", "sync", str(directory), "--adapter", name, "--trust"])
+    return UntrustedFileError(
+        f"{path} is not yours alone, so {name} gets nothing", why=why, fix=f"read that file; if you trust it: {fix}"
+    )
+
+
+def _user_name(uid: int) -> str:
+    import pwd  # POSIX only
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
 
 
 def deliver(
@@ -296,13 +326,18 @@ def deliver(
     outcomes = _combine_outcomes(done.outcomes, active)
     if joined.interrupted:
         return SyncResult(outcomes, [], True, done.overtaken)
-    left = find_work(work.directory, held)
+    left = find_work(work.directory, held, trust=work.trust)
     rest = _deliver_in_processes(left, timeout_seconds, on_progress)
     outcomes = _combine_outcomes(outcomes, rest.outcomes)
-    still_busy = {each.name: each for each in left.busy}
-    refused = [courier_busy_error(work.directory, name, _describe_problem(each)) for name, each in still_busy.items()]
+    still_busy = {each.name for each in left.busy}
+    refused: list[EvsysBusError] = [
+        courier_busy_error(
+            work.directory, each.name, None if each.last_error is None else f"{each.name}: {each.last_error}"
+        )
+        for each in left.busy
+    ]
     outcomes = [each for each in outcomes if each.adapter not in still_busy]
-    return SyncResult(outcomes, refused, rest.interrupted, done.overtaken | rest.overtaken)
+    return SyncResult(outcomes, [*refused, *left.untrusted], rest.interrupted, done.overtaken | rest.overtaken)
 
 
 def _combine_outcomes(first: Sequence[DeliveryOutcome], then: Sequence[DeliveryOutcome]) -> list[DeliveryOutcome]:
@@ -330,7 +365,7 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
         monitor = DeliveryMonitor(work.directory, {each.name for each in group})
         on_progress(monitor.poll(0))
         interrupted = False
-        with Interrupts(lambda _: None), _sync_process(work.directory, group) as process:
+        with Interrupts(), _sync_process(work.directory, group) as process:
             try:
                 elsewhere_since = math.inf
                 while process.exit_code is None and not monitor.is_finished(timeout_seconds, overtaken_seconds):
@@ -361,12 +396,11 @@ def _deliver_in_processes(work: PendingWork, timeout_seconds: float, on_progress
 def _are_all_held_elsewhere(directory: Path, statuses: Sequence[DeliveryStatus], pid: int) -> bool:
     """Return whether other processes deliver to all adapters that have events left."""
     left = [each for each in statuses if each.pending or each.owed]
-    return bool(left) and all(each.busy and _is_held_elsewhere(directory, each.name, pid) for each in left)
-
-
-def _is_held_elsewhere(directory: Path, name: str, pid: int) -> bool:
-    found = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
-    return found is not None and (found.pid, found.host) != (pid, os.uname().nodename)
+    for each in left:
+        owner = read_owner(OsDisk(), layout.courier_path(str(directory), each.name, "lock")) if each.busy else None
+        if owner is None or (owner.pid, owner.host) == (pid, os.uname().nodename):
+            return False
+    return bool(left)
 
 
 def _with_exit_reason(outcome: DeliveryOutcome, code: int | None, directory: Path) -> DeliveryOutcome:
@@ -388,7 +422,7 @@ def _wait_for_couriers(
     monitor = DeliveryMonitor(directory, names)
     wait = _CourierWait(directory, timeout_seconds, note)
     interrupted = False
-    with Interrupts(lambda _: None):
+    with Interrupts():
         try:
             while True:
                 statuses = monitor.poll(None)
@@ -505,10 +539,6 @@ def _parent_and_command(pid: int) -> tuple[int, str] | None:
     line = subprocess.run([ps, "-o", "ppid=,args=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S603 # from the user's PATH
     parent, _, command = line.stdout.strip().partition(" ")
     return (int(parent), command) if parent.isdecimal() else None
-
-
-def _describe_problem(status: DeliveryStatus) -> str | None:
-    return None if status.last_error is None else f"{status.name}: {status.last_error}"
 
 
 @contextmanager

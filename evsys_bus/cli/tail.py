@@ -11,7 +11,7 @@ import click
 from rich.cells import cell_len, set_cell_size
 
 from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
-from evsys_bus.cli.options import event_options, metric_option, no_match_message, since_option
+from evsys_bus.cli.options import event_options, metric_option, no_match_message, optional_run_argument, since_option
 from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import find_journal
@@ -33,7 +33,7 @@ class EventFormatter:
         columns: The width of the terminal, which no line exceeds; None for no limit.
     """
 
-    def __init__(self, *, metric: re.Pattern[str] | None = None, columns: int | None = None) -> None:
+    def __init__(self, *, metric: re.Pattern[str] | None, columns: int | None) -> None:
         self._metric = metric
         self._columns = columns
         self._widths = [0, 0, 0]
@@ -74,7 +74,7 @@ class EventFormatter:
 
 
 @click.command("tail")
-@click.argument("folder", metavar="[RUN]", required=False, type=click.Path(path_type=Path))
+@optional_run_argument
 @click.option("-n", "count", type=click.IntRange(min=0), help="Number of events; default: 20, or all with --since.")
 @click.option("-f", "--follow", is_flag=True, help="Keep showing new events, until Ctrl-C.")
 @event_options
@@ -104,44 +104,25 @@ def command(
         screen.note(str(journal.directory))
     event_filter = EventFilter(types=frozenset(types), run=run_key or journal.run, metric=metric, since=since)
     reader = EventReader(journal.directory, event_filter, include_annotations=True)
-    printer = _EventPrinter(None if as_json else EventFormatter(metric=metric, columns=terminal_width(sys.stdout)))
+    formatter = EventFormatter(metric=metric, columns=terminal_width(sys.stdout))
+    format_event = to_json if as_json else formatter.format_event
     if count is None and since is not None:
         reader.seek(since)
-        printer.print_events(reader.poll())
+        events: Iterable[Envelope] = reader.poll()
     else:
-        latest = reader.latest(_DEFAULT_COUNT if count is None else count)
-        if printer.formatter is not None:
-            printer.formatter.widen_for(latest)
-        printer.print_events(latest)
-    if follow:
-        _follow(reader, printer)
-    if not printer.printed and count != 0:
-        screen.note(no_match_message(types))
-    problems = reader.problems()
-    if problems:
-        screen.note(f"{', '.join(problems)}; see: evsys-bus journal verify {journal.directory}")
-
-
-class _EventPrinter:
-    """Prints events to stdout."""
-
-    def __init__(self, formatter: EventFormatter | None) -> None:
-        self.printed = 0
-        self.formatter = formatter
-        """None for JSON."""
-
-    def print_events(self, envelopes: Iterable[Envelope]) -> None:
-        """Print these events."""
-        for envelope in envelopes:
-            self.printed += 1
-            click.echo(to_json(envelope) if self.formatter is None else self.formatter.format_event(envelope))
-
-
-def _follow(reader: EventReader, printer: _EventPrinter) -> None:
-    """Print new events until Ctrl-C, even without a live writer: a resumed run uses the same journal."""
-    while True:
-        printer.print_events(reader.poll())
+        events = reader.latest(_DEFAULT_COUNT if count is None else count)
+        formatter.widen_for(() if as_json else events)
+    printed = 0
+    for envelope in events:
+        printed += 1
+        click.echo(format_event(envelope))
+    while follow:  # until Ctrl-C, even without a live writer: a resumed run uses the same journal
+        for envelope in reader.poll():
+            click.echo(format_event(envelope))
         time.sleep(_POLL_SECONDS)
+    if not printed and count != 0:
+        screen.note(no_match_message(types))
+    reader.report_problems(screen)
 
 
 def _cells(envelope: Envelope) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds
+from evsys_bus.codec.event_fields import HANDLE_NAMES, Reasons, event_copier, handle_kinds, log_replaced
 from evsys_bus.codec.normalize import Builtins, dict_or_empty, escape_surrogates, format_path, to_builtins
-from evsys_bus.codec.redact import redact_configs
+from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
 from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
@@ -28,6 +28,7 @@ _encode_into: Final = msgspec.msgpack.Encoder().encode_into
 _unpack: Final = msgspec.msgpack.Decoder().decode
 _to_json: Final = msgspec.json.Encoder().encode
 
+_DEFAULT_REDACTION: Final = Redaction()
 _SIZE_FRACTIONS: Final = (0.95, 0.5, 0.1, 0.01)
 """Fractions of the size limit to try for the event when it is cut; the envelope takes some bytes as well."""
 
@@ -48,6 +49,7 @@ def encode(
     envelope: Envelope,
     *,
     max_event_bytes: int = MAX_EVENT_BYTES,
+    redaction: Redaction = _DEFAULT_REDACTION,
     secrets: frozenset[str] = frozenset(),
     whole_context: bool = False,
 ) -> bytes:
@@ -56,16 +58,19 @@ def encode(
     Args:
         envelope: Its event is read, never changed; its values are copied first.
         max_event_bytes: A larger event is cut to fit, texts and long lists first; ``replaced`` lists what was cut.
-        secrets: Keys, in lower case, whose text is redacted in configs, besides keys that name a credential.
+        redaction: Which keys are redacted besides those that look like credentials, and which are not.
+        secrets: The former name of ``redaction.redact``.
         whole_context: Include the whole context of a state in the event, not just the run key.
     """
+    if secrets:
+        redaction = Redaction.of({*redaction.redact, *secrets}, redaction.reveal)
     if envelope.replaced or whole_context:
-        return _encode_normalized(envelope, max_event_bytes, secrets, whole_context=whole_context)
+        return _encode_normalized(envelope, max_event_bytes, redaction, whole_context=whole_context)
     event_type = type(envelope.event)
     if not issubclass(event_type, Event):
-        return _encode_normalized(envelope, max_event_bytes, secrets)
+        return _encode_normalized(envelope, max_event_bytes, redaction)
     return _general_encoder(
-        event_type, envelope.stream, envelope.rank, lambda _: envelope.run, secrets, max_event_bytes
+        event_type, envelope.stream, envelope.rank, lambda _: envelope.run, redaction, max_event_bytes
     )(cast("Event", envelope.event), envelope.seq, envelope.time)
 
 
@@ -74,7 +79,7 @@ def event_encoder(
     stream: str,
     rank: int,
     run_of: Callable[[Event], str | None],
-    secrets: frozenset[str] = frozenset(),
+    redaction: Redaction = _DEFAULT_REDACTION,
     needs_context: Callable[[Any], bool] | None = None,
 ) -> Callable[[Event, int, float], bytes]:
     """Return a function that encodes events of one type in one stream, given the event, its sequence number and time.
@@ -87,18 +92,20 @@ def event_encoder(
         stream: The stream of the events.
         rank: The rank of the process.
         run_of: Returns the run key of an event; it may depend only on the event's state or context.
-        secrets: Further keys to redact, see `encode`.
+        redaction: See `encode`.
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
             Called whenever a state has changed since the last step.
     """
-    encode_any = _general_encoder(event_type, stream, rank, run_of, secrets, MAX_EVENT_BYTES)
+    encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES)
     if event_type is not StepEnd:
         return (
             encode_any
             if needs_context is None or "state" not in event_type.__struct_fields__
             else _require_run_context(encode_any, needs_context)
         )
-    return cast("Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context))
+    return cast(
+        "Callable[[Event, int, float], bytes]", step_encoder(encode_any, MAX_TEXT_CHARS, needs_context, redaction)
+    )
 
 
 def _require_run_context(
@@ -117,7 +124,7 @@ def _general_encoder(
     stream: str,
     rank: int,
     run_of: Callable[[Any], str | None],
-    secrets: frozenset[str],
+    redaction: Redaction,
     max_event_bytes: int,
 ) -> Callable[[Event, int, float], bytes]:
     """Return the general encoder for one type of event, without templates."""
@@ -131,7 +138,9 @@ def _general_encoder(
             if copy is not None:
                 reasons: Reasons = {}
                 wire = _WireEnvelope(stream, seq, time, run, rank, copy(event, reasons))
+                reasons |= redact(wire.event, redaction)
                 if reasons:
+                    log_replaced(wire.event["type"], reasons)
                     wire.replaced = reasons
                 if not is_builtin_event:
                     _describe_event(wire, event)
@@ -141,7 +150,7 @@ def _general_encoder(
         except BaseException:  # it holds a configuration, or msgspec refused a value
             data = None
         if data is None or len(data) > max_bytes:
-            return _encode_normalized(Envelope(stream, seq, time, event, run, rank), max_event_bytes, secrets)
+            return _encode_normalized(Envelope(stream, seq, time, event, run, rank), max_event_bytes, redaction)
         return data
 
     return encode_event
@@ -173,7 +182,7 @@ def _paths_to_text(event: Builtins) -> None:
 
 
 def _encode_normalized(
-    envelope: Envelope, max_event_bytes: int, secrets: frozenset[str], *, whole_context: bool = False
+    envelope: Envelope, max_event_bytes: int, redaction: Redaction, *, whole_context: bool = False
 ) -> bytes:
     """Encode an event with `to_builtins`, within a size limit for the whole event."""
     read_errors: Reasons = {}
@@ -184,7 +193,8 @@ def _encode_normalized(
     for fraction in _SIZE_FRACTIONS:
         try:
             plain, reasons = to_builtins(fields, max_bytes=int(max_event_bytes * fraction))
-            reasons |= redact_configs(plain, secrets)
+            reasons |= redact(plain, redaction)
+            log_replaced(tag, read_errors | reasons)
             data = _pack_envelope(envelope, head, dict_or_empty(plain), {**envelope.replaced, **read_errors, **reasons})
         except MemoryError:
             why = "there was no memory to encode the event"
@@ -252,11 +262,15 @@ def _open_event(
 _HANDLE_TYPES: Final = {name: kind for kind, name in HANDLE_NAMES.items()}
 
 
-def json_line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any], redaction: Redaction | None = None) -> bytes:
     """Encode one row as a JSON object, without the newline. Never raises.
 
     A value that JSON cannot represent is replaced, and a ``replaced`` key says why. NaN and infinities become null, and
     a ``nonfinite`` key says which they were. Keys of these names that the row already has are not overwritten.
+
+    Args:
+        row: Text keys and values of any type.
+        redaction: Redact what looks like a credential. None: as it is, for rows that come from a journal.
 
     Example:
         >>> json_line({"step": 3, "loss": float("nan")})
@@ -264,18 +278,22 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     """
     try:
         scalars = scalar_dict(row)
+        if redaction is not None:
+            redact(scalars, redaction)
         line = _to_json(scalars)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:  # not scalars, refused by msgspec, or a value's own code raised
-        return _normalized_line(row)
+        return _normalized_line(row, redaction)
     if len(line) > MAX_TEXT_CHARS:  # a text in it may be too long
-        return _normalized_line(row)
+        return _normalized_line(row, redaction)
     return _encode_with_nonfinite(scalars) if b"null" in line else line
 
 
-def _normalized_line(row: object) -> bytes:
+def _normalized_line(row: object, redaction: Redaction | None) -> bytes:
     plain, replaced = to_builtins(row)
+    if redaction is not None:
+        replaced |= redact(plain, redaction)
     fields = dict_or_empty(plain) if type(plain) is dict else {"row": plain}
     if replaced:
         fields.setdefault("replaced", replaced)

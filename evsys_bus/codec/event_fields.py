@@ -6,10 +6,11 @@ Each field is copied on its own: common values by the fast path (`evsys_bus.code
 
 import functools
 from collections.abc import Callable
+from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from evsys_bus.codec.normalize import Builtins, to_builtins_at
-from evsys_bus.codec.redact import CONFIG_KEYS, has_config
+from evsys_bus.codec.redact import CONFIG_KEYS, REASON, has_config
 from evsys_bus.codec.scalars import (
     MAX_ITEMS,
     SCALARS,
@@ -31,12 +32,31 @@ from evsys_bus.codec.wire_types import (
     wire_parts,
 )
 from evsys_bus.context import LogContext, LoopState, TrainingBatch
+from evsys_bus.diagnostics import log
 from evsys_bus.events import Event
 
 Reasons: TypeAlias = dict[str, str]
 """Path within the event -> why a value was replaced."""
 CopyValue: TypeAlias = Callable[[Any, Reasons], Builtins]
 """Copies a value and records what it had to replace."""
+
+
+_logged_paths: Final[set[tuple[str, str]]] = set()
+_MAX_LOGGED_PATHS: Final = 1_000
+
+
+def log_replaced(event_type: str, reasons: Reasons) -> None:
+    """Log which values of an event were replaced, each path once in a process; credentials are not worth a line."""
+    if len(_logged_paths) >= _MAX_LOGGED_PATHS:
+        return
+    found = {path: why for path, why in reasons.items() if why != REASON and (event_type, path) not in _logged_paths}
+    if found:
+        _logged_paths.update((event_type, path) for path in found)
+        shown = "; ".join(f"{path}: {why}" for path, why in islice(found.items(), _MAX_SHOWN_PATHS))
+        log().warning("event.values_replaced", type=event_type, count=len(found), values=shown)
+
+
+_MAX_SHOWN_PATHS: Final = 5
 
 
 class NeedsRedaction(Exception):  # noqa: N818 - control flow, not an error

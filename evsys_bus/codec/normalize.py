@@ -6,21 +6,25 @@ and the reason is recorded; its neighbours are not affected. The result shares n
 that keeps changing the original cannot disturb the encoder.
 """
 
+import dataclasses
 import math
+import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from datetime import UTC, date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import time as time_of_day
 from enum import Enum
 from functools import lru_cache
 from itertools import islice
 from pathlib import PurePath
-from types import SimpleNamespace
-from typing import Any, Final, TypeAlias, TypeVar, cast
+from types import ModuleType
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import msgspec
 
+from evsys_bus.codec.redact import CONFIG_KEYS, REASON, REDACTED
 from evsys_bus.codec.scalars import (
     INT_MAX,
     INT_MIN,
@@ -33,7 +37,7 @@ from evsys_bus.codec.scalars import (
     MAX_TEXT_CHARS,
     TooLarge,
 )
-from evsys_bus.codec.wire_types import HANDLES, read_attributes, wire_parts
+from evsys_bus.codec.wire_types import ABSENT, HANDLES, wire_parts
 
 T = TypeVar("T")
 
@@ -41,7 +45,10 @@ _MAX_ATTEMPTS: Final = 5
 
 
 def object_fields(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0911 - one line for each kind of class
-    """Return the named fields of a value, one level deep; None if its class has none."""
+    """Return the named fields of a value, one level deep; None if its class has none.
+
+    A field whose reading raised is an `Unreadable`.
+    """
     if issubclass(kind, HANDLES):
         return wire_parts(value, kind)
     if issubclass(kind, msgspec.Struct):
@@ -49,23 +56,86 @@ def object_fields(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0
     if hasattr(kind, "_asdict"):
         return value._asdict()
     if hasattr(kind, "__dataclass_fields__"):
-        return read_attributes(value, kind.__dataclass_fields__)
+        return _read_fields(value, [each.name for each in dataclasses.fields(kind)])
     if hasattr(kind, "__attrs_attrs__"):
-        return read_attributes(value, (each.name for each in kind.__attrs_attrs__))
-    if hasattr(kind, "model_fields"):
-        return dict(value)  # pydantic: iterating a model gives its fields and extras
-    if issubclass(kind, SimpleNamespace) or (kind.__module__, kind.__name__) == ("argparse", "Namespace"):
-        return value.__dict__.copy()
-    return None
+        return _read_fields(value, [each.name for each in kind.__attrs_attrs__])
+    if _is_pydantic(kind):
+        extras: Any = getattr(value, "__pydantic_extra__", None)
+        declared = getattr(kind, "model_fields", None) or getattr(kind, "__fields__", {})
+        computed = getattr(kind, "model_computed_fields", {})
+        return _read_fields(value, [*declared, *dict_or_empty(extras), *computed])
+    return cast("dict[str, Any]", value.__dict__.copy()) if _is_namespace(kind) else None
 
 
 def has_fields(kind: Any) -> bool:
     """Whether values of this type have named fields."""
     return (
-        issubclass(kind, (*HANDLES, msgspec.Struct, SimpleNamespace))
-        or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__", "model_fields"))
-        or (kind.__module__, kind.__name__) == ("argparse", "Namespace")
+        issubclass(kind, (*HANDLES, msgspec.Struct))
+        or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__"))
+        or _is_pydantic(kind)
+        or _is_namespace(kind)
     )
+
+
+def _is_pydantic(kind: Any) -> bool:
+    return hasattr(kind, "model_fields") or hasattr(kind, "__fields_set__")
+
+
+def _is_namespace(kind: Any) -> bool:
+    """Whether a type is `SimpleNamespace`, `argparse.Namespace` or a subclass of them."""
+    return any(
+        (each.__module__, each.__name__) in {("types", "SimpleNamespace"), ("argparse", "Namespace")}
+        for each in kind.__mro__
+    )
+
+
+class Unreadable(NamedTuple):
+    """In the place of a value whose reading raised an error."""
+
+    error: str
+
+
+def _read_fields(value: object, names: Iterable[str]) -> dict[str, Any]:
+    """Return the attributes with these names that the value has."""
+    found = {name: _read(getattr, value, name, ABSENT) for name in names}
+    return {name: part for name, part in found.items() if part is not ABSENT}
+
+
+def _read(get: Callable[..., Any], *args: Any) -> Any:
+    """Call ``get``, which runs the code of a value; return an `Unreadable` if it raises."""
+    try:
+        return get(*args)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # raised by the value's own code
+        return Unreadable(type(error).__name__)
+
+
+def _is_descriptor(item: object) -> bool:
+    return hasattr(type(item), "__get__")
+
+
+def _call_method(value: object, name: str) -> Any:
+    return getattr(value, name)()
+
+
+def _public_attributes(value: Any) -> dict[str, Any]:
+    """Return the public data attributes of any object or class, inherited ones included."""
+    kinds = value.__mro__ if issubclass(type(value), type) else type(value).__mro__
+    names: dict[str, None] = {}
+    for kind in reversed(kinds[:-1]):
+        slots = kind.__dict__.get("__slots__", ())
+        names |= dict.fromkeys((slots,) if isinstance(slots, str) else slots)
+        names |= {name: None for name, item in vars(kind).items() if not _is_descriptor(item)}
+    names |= dict.fromkeys(dict_or_empty(_read(getattr, value, "__dict__", ())))
+    public = [name for name in names if type(name) is str and not name.startswith("_")]
+    attributes = _read_fields(value, public[:_MAX_ATTRIBUTES])
+    return {name: part for name, part in attributes.items() if not callable(part) and type(part) is not ModuleType}
+
+
+_MAX_ATTRIBUTES: Final = 1_000
+_AS_DICT: Final = ("to_dict", "as_dict", "flag_values_dict", "toDict", "dict")
+"""Methods by which configuration objects without public attributes give their values."""
 
 
 def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
@@ -73,7 +143,7 @@ def struct_fields(value: msgspec.Struct) -> dict[str, Any]:
     config = value.__struct_config__
     fields = zip(value.__struct_encode_fields__, value.__struct_fields__, strict=True)
     tag = {} if config.tag is None else {cast("str", config.tag_field): config.tag}
-    return tag | {encoded: getattr(value, name) for encoded, name in fields}
+    return tag | {encoded: _read(getattr, value, name) for encoded, name in fields}
 
 
 def snapshot(copy: Callable[[], T]) -> T:
@@ -107,6 +177,14 @@ Builtins: TypeAlias = Any
 """None, bool, int, float, str, bytes, datetimes with a time zone, and dicts (with text keys) and lists of these."""
 
 _MAX_INNER_BYTES: Final = 256 * 1024
+_MAX_OBJECT_BYTES: Final = 256 * 1024
+"""Of an object without declared fields in a configuration, whose attributes may lead anywhere."""
+_MAX_READ_SECONDS: Final = 0.5
+"""For a container that may read its items from a file, or compute them."""
+_MAX_LAZY_ENTRIES: Final = 20_000
+_ITEMS_BETWEEN_LOOKS: Final = 256
+MAX_ARRAY_ITEMS: Final = 128
+"""Of an array that is recorded as numbers; a larger one is described."""
 _ITEM_BYTES: Final = 10
 """Upper bound for a number, or for the header of a text or a container, in msgpack."""
 
@@ -182,6 +260,8 @@ class _Normalizer:
         kind = type(value)
         if kind is float or kind is bool or value is None:
             return value
+        if kind is Unreadable:
+            return self.replace_value("<unreadable>", f"{cast('Unreadable', value).error} when it was read")
         depth = len(self._trail)
         try:
             copy = _COPY_BY_TYPE.get(kind)
@@ -191,15 +271,15 @@ class _Normalizer:
         except BaseException as error:  # raised by the value's own code
             del self._trail[depth:]
             self._ancestors.discard(id(value))
-            return self._replace_value(short_repr(value), f"{type(error).__name__} when it was read")
+            return self.replace_value(short_repr(value), f"{type(error).__name__} when it was read")
 
     def copy_int(self, value: int) -> Builtins:
         if INT_MIN <= value <= INT_MAX:
             return value
         try:
-            return self._replace_value(float(value), "an integer beyond 64 bits, kept as a float")
+            return self.replace_value(float(value), "an integer beyond 64 bits, kept as a float")
         except OverflowError:
-            return self._replace_value(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
+            return self.replace_value(f"<integer of {value.bit_length()} bits>", "an integer beyond 64 bits")
 
     def copy_text(self, value: str) -> str:
         if len(value) > MAX_TEXT_CHARS:
@@ -264,6 +344,13 @@ class _Normalizer:
         self._ancestors.discard(id(source))
         return result
 
+    def copy_dict(self, value: dict[Any, Any]) -> Builtins:
+        limit = max(self.bytes_left, 0) // _ITEM_BYTES + 1
+        if len(value) <= limit:
+            return self.copy_mapping(value, snapshot(value.copy))
+        self._add_reason(f"cut after {limit} of {len(value)} items: the whole is too large")
+        return self.copy_mapping(value, snapshot(lambda: dict(islice(value.items(), limit))))
+
     def copy_sequence(self, source: object, items: Sequence[object]) -> Builtins:
         """Copy ``items``, which were taken from ``source`` and may change meanwhile."""
         if self._must_omit(source):
@@ -278,17 +365,76 @@ class _Normalizer:
         return result
 
     def copy_iterable(self, value: Any) -> Builtins:
-        return self.copy_sequence(
-            value, snapshot(lambda: list(islice(value, max(self.bytes_left, 0) // _ITEM_BYTES + 1)))
-        )
+        try:
+            items, total = self._read_lazily(value, lambda item: item)
+        except Exception:  # one item raised: read the others by their index
+            if not issubclass(type(value), Sequence):
+                raise
+            count = min(len(value), max(self.bytes_left, 0) // _ITEM_BYTES)
+            items, total = [(index, _read(value.__getitem__, index)) for index in range(count)], len(value)
+        if total > len(items):
+            self._add_reason(f"cut after {len(items)} of {total} items: reading all of them takes too long")
+        return self.copy_sequence(value, [item for _, item in items])
 
-    def copy_unknown(self, value: Any) -> Builtins:
-        if hasattr(type(value), "__float__"):  # pyright: ignore[reportUnknownArgumentType] - untyped
-            return self._replace_value(float.__float__(float(value)), f"a {type(value).__name__}, kept as a float")
-        return self._replace_value(short_repr(value), f"a {type(value).__name__} cannot be recorded")
+    def copy_lazy_mapping(self, value: Any) -> Builtins:
+        """Copy a mapping of any class item by item; one whose look-up raises costs only itself."""
+        limit = MAX_EVENT_BYTES if issubclass(type(value), dict) else _MAX_LAZY_ENTRIES  # pyright: ignore[reportUnknownArgumentType] - untyped
+        items, total = self._read_lazily(value, lambda key: _read(value.__getitem__, key), limit)
+        if total > len(items):
+            self._add_reason(f"cut after {len(items)} of {total} entries: reading all of them takes too long")
+        return self.copy_mapping(value, dict(items))
+
+    def _read_lazily(
+        self, value: Any, get: Callable[[Any], Any], limit: int = MAX_EVENT_BYTES
+    ) -> tuple[list[tuple[Any, Any]], int]:
+        """Read the items of a container of unknown cost, as many as there is room and time for.
+
+        Returns:
+            The items with their keys, and how many there are, as far as the container knows.
+        """
+        limit = min(limit, max(self.bytes_left, 0) // _ITEM_BYTES + 1)
+
+        def read() -> list[tuple[Any, Any]]:
+            found: list[tuple[Any, Any]] = []
+            deadline = time.monotonic() + _MAX_READ_SECONDS
+            for key in islice(iter(value), limit):
+                found.append((key, get(key)))
+                if len(found) % _ITEMS_BETWEEN_LOOKS == 0 and time.monotonic() > deadline:
+                    break
+            return found
+
+        items = snapshot(read)
+        total = _read(len, value)
+        return items, total if type(total) is int else len(items)
+
+    def copy_object(self, value: Any) -> Builtins:
+        """Copy the public attributes of an object in a configuration; replace any other object by a description."""
+        kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
+        is_described = callable(value) or issubclass(kind, ModuleType) or hasattr(kind, "__float__")
+        if not CONFIG_KEYS.isdisjoint(self._trail) and (not is_described or self._trail[-1] in CONFIG_KEYS):
+            attributes = _public_attributes(value)
+            for name in () if attributes else _AS_DICT:
+                found = _read(_call_method, value, name)
+                if isinstance(found, dict):
+                    attributes = cast("dict[str, Any]", found)
+                    break
+            if attributes:
+                return self._within(_MAX_OBJECT_BYTES, lambda: self.copy_mapping(value, attributes))
+        if hasattr(kind, "__float__"):
+            return self.replace_value(float.__float__(float(cast("Any", value))), f"a {kind.__name__}, kept as a float")
+        return self.replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+
+    def _within(self, max_bytes: int, copy: Callable[[], Builtins]) -> Builtins:
+        """Copy with at most this much of the room that is left."""
+        withheld = max(self.bytes_left - max_bytes, 0)
+        self.bytes_left -= withheld
+        try:
+            return copy()
+        finally:
+            self.bytes_left += withheld
 
     def copy_array(self, value: Any) -> Builtins:
-        """Copy a scalar of numpy, torch, jax or a similar library, or replace an array by a description."""
+        """Copy a scalar or a small array of numpy, torch, jax or a similar library; describe a larger array."""
         kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
         shape = getattr(value, "shape", ())
         count = math.prod(shape)
@@ -298,10 +444,16 @@ class _Normalizer:
                 return self.normalize(scalar)
             if hasattr(scalar, "__float__"):  # np.longdouble.item() returns another np.longdouble
                 return float.__float__(float(scalar))
-            return self._replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+            return self.replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+        if count <= MAX_ARRAY_ITEMS and hasattr(kind, "tolist"):
+            return self.normalize(value.tolist())
         dtype = _cached_str(getattr(value, "dtype", "?"))
         description = f"{kind.__name__}(shape={tuple(shape)}, dtype={dtype})"[:MAX_REPR_CHARS]
-        return self._replace_value(description, f"an array of {count} values; record numbers, or a list of a few")
+        return self.replace_value(description, f"an array of {count} values; record numbers, or a list of a few")
+
+    def copy_enum(self, value: Enum) -> Builtins:
+        """Copy the value of a member; its name if the value is an object."""
+        return self.normalize(value.value if type(value.value) in _COPY_BY_TYPE else value.name)
 
     def _key_text(self, key: Any) -> str:
         """Convert a key to text."""
@@ -329,7 +481,7 @@ class _Normalizer:
     def _omit(self, container: object) -> Builtins:
         is_circular = id(container) in self._ancestors
         why = "it contains itself" if is_circular else f"nested deeper than {MAX_DEPTH} levels"
-        return self._replace_value(f"<{type(container).__name__}>", why)
+        return self.replace_value(f"<{type(container).__name__}>", why)
 
     def _reserve_items(self, count: int) -> int:
         granted = min(count, max(self.bytes_left, 0) // _ITEM_BYTES)
@@ -338,7 +490,7 @@ class _Normalizer:
         self.bytes_left -= granted * _ITEM_BYTES
         return granted
 
-    def _replace_value(self, replacement: Builtins, why: str) -> Builtins:
+    def replace_value(self, replacement: Builtins, why: str) -> Builtins:
         if type(replacement) is str:
             self.bytes_left -= len(replacement)
         self._add_reason(why)
@@ -358,7 +510,7 @@ _COPY_BY_TYPE: Final[dict[type, Callable[[_Normalizer, Any], Builtins]]] = {
     int: _Normalizer.copy_int,
     str: _Normalizer.copy_text,
     bytes: _Normalizer.copy_bytes,
-    dict: lambda copying, value: copying.copy_mapping(value, snapshot(value.copy)),
+    dict: _Normalizer.copy_dict,
     list: lambda copying, value: copying.copy_sequence(value, value),
     tuple: lambda copying, value: copying.copy_sequence(value, value),
     set: lambda copying, value: copying.copy_sequence(value, snapshot(lambda: list(value))),
@@ -377,7 +529,7 @@ _COPY_BY_TYPE: Final[dict[type, Callable[[_Normalizer, Any], Builtins]]] = {
 
 
 @lru_cache(maxsize=256)
-def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C901, PLR0911 - one line for each kind of class
+def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C901, PLR0911, PLR0912 - one line for each kind of class
     """Return how values of a type that is not in `_COPY_BY_TYPE` are copied."""
     if issubclass(kind, float):
         return lambda _, value: float.__float__(value)
@@ -385,21 +537,27 @@ def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C
         return lambda copying, value: copying.copy_text(str.__str__(value))
     if issubclass(kind, int):
         return lambda copying, value: copying.copy_int(int.__int__(value))
-    if hasattr(kind, "item"):
-        return _Normalizer.copy_array
     if issubclass(kind, Enum):
-        return lambda copying, value: copying.normalize(value.value)
+        return _Normalizer.copy_enum
     if issubclass(kind, PurePath):
         return lambda copying, value: copying.copy_text(str(value))
+    if hasattr(kind, "get_secret_value"):  # pydantic's SecretStr and its like
+        return lambda copying, _: copying.replace_value(REDACTED, REASON)
+    if hasattr(kind, "__pydantic_root_model__") and kind.__pydantic_root_model__:
+        return lambda copying, value: copying.normalize(value.root)
     if has_fields(kind):
         return lambda copying, value: copying.copy_mapping(value, dict_or_empty(object_fields(value, kind)))
-    if issubclass(kind, Mapping):
-        return lambda copying, value: copying.copy_mapping(value, snapshot(lambda: dict(value.items())))
+    if hasattr(kind, "item") and not issubclass(kind, Mapping):
+        return _Normalizer.copy_array
+    if issubclass(kind, Mapping) or (hasattr(kind, "keys") and hasattr(kind, "__getitem__")):
+        return _Normalizer.copy_lazy_mapping
     if issubclass(kind, Sequence | AbstractSet):
         return _Normalizer.copy_iterable
-    if issubclass(kind, date | time):
+    if issubclass(kind, date | time_of_day):
         return lambda copying, value: copying.copy_text(value.isoformat())
-    return _Normalizer.copy_unknown
+    if (kind.__module__.partition(".")[0], kind.__name__) == ("ml_collections", "FieldReference"):
+        return lambda copying, value: copying.normalize(value.get())
+    return _Normalizer.copy_object
 
 
 _cached_str: Final = lru_cache(maxsize=64)(str)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import NoneType
 from typing import Any, Final
 
+from evsys_bus.codec.redact import redact_key
+
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
 """Of an event encoded as msgpack."""
 MAX_DEPTH: Final = 32
@@ -128,7 +130,7 @@ def with_text_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
     """Return the dict itself if its keys are text of limited length, else a copy with such keys.
 
     Raises:
-        NeedsNormalizing: A key is too long or not a scalar, or two keys become the same text.
+        NeedsNormalizing: A key is too long, not a scalar or a credential, or two keys become the same text.
     """
     if not all(type(key) is str for key in mapping):
         if not SCALARS.issuperset(map(type, mapping)):
@@ -136,7 +138,7 @@ def with_text_keys(mapping: dict[Any, Any]) -> dict[str, Any]:
         size, mapping = len(mapping), {str(key): value for key, value in mapping.items()}
         if len(mapping) < size:
             raise NeedsNormalizing
-    if any(len(key) > MAX_KEY_CHARS for key in mapping):
+    if any(len(key) > MAX_KEY_CHARS or redact_key(key) != key for key in mapping.keys() - _known_keys):
         raise NeedsNormalizing
     if len(_known_keys) > MAX_KEYS:
         _known_keys.clear()

@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 
-from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row
+from evsys_bus.codec.event_fields import Reasons, copy_handle, copy_row, log_replaced
+from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.codec.scalars import MAX_ITEMS, SCALARS, NeedsNormalizing, are_known_keys
 from evsys_bus.codec.wire_types import ABSENT, CONTAINERS, custom_field_names, custom_field_value, is_pinned_path
 from evsys_bus.context import DetachedLoopState, LoopState, TrainingBatch
@@ -239,7 +240,10 @@ _REPLACED_KEY: Final = b"\xa8replaced"
 
 
 def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a single frame, for speed
-    encode_any: EncodeStep, max_bytes: int, needs_context: Callable[[object], bool] | None = None
+    encode_any: EncodeStep,
+    max_bytes: int,
+    needs_context: Callable[[object], bool] | None = None,
+    redaction: Redaction = Redaction(),  # noqa: B008 - it is frozen
 ) -> EncodeStep:
     """Return a function that encodes the steps of one stream, one at a time.
 
@@ -247,6 +251,7 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
         encode_any: The general encoder, for building templates and for steps that fit none.
         max_bytes: A longer record may hold values that have to be cut, so it goes to the general encoder.
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
+        redaction: See `evsys_bus.codec.encode`.
     """
     templates = _StepTemplates(encode_any)
     packed_row = bytearray()
@@ -288,6 +293,9 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
                     row, rows_to_skip = None, _RETRY_EVERY
             if row is None:
                 row = copy_row(metrics, reasons := {}, "metrics")
+                if type(row) is not dict:
+                    return encode_any(event, seq, time)
+                reasons |= redact(row, redaction, "metrics")
             matcher, _, fill, a, b, c, d, fill_index, e = template
             batch_bytes, tail, tail_has_batch = _NO_BATCH, packed_row, False
             if batch is None:
@@ -296,8 +304,9 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
                 batch_bytes = _EMPTY_BATCH
                 _pack_into(row, packed_row)
             else:
-                tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}), True
+                tail, tail_has_batch = _encode_tail(batch, row, reasons := reasons or {}, redaction), True
             if reasons:
+                log_replaced("step_end", reasons)
                 a = _SEVEN_ENTRIES + a[1:]
                 tail = tail + _REPLACED_KEY
                 _pack_into(reasons, tail, len(tail))
@@ -319,10 +328,13 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
     return encode_step
 
 
-def _encode_tail(batch: object, row: Any, reasons: Reasons) -> bytearray:
+def _encode_tail(batch: object, row: Any, reasons: Reasons, redaction: Redaction) -> bytearray:
     """Encode the batch and the metrics."""
     tail = bytearray()
-    _pack_into({"batch": copy_handle(batch, TrainingBatch, "batch", reasons), "metrics": row}, tail)
+    plain = copy_handle(batch, TrainingBatch, "batch", reasons)
+    if plain:
+        reasons |= redact(plain, redaction, "batch")
+    _pack_into({"batch": plain, "metrics": row}, tail)
     del tail[0]  # the map header
     return tail
 

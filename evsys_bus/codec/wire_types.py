@@ -36,7 +36,7 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 
 import msgspec
 
-from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key
+from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key, redact_key
 from evsys_bus.codec.scalars import INT_MAX, INT_MIN, SCALARS, copy_small, number_converter
 from evsys_bus.context import (
     DetachedLogContext,
@@ -118,7 +118,7 @@ def custom_field_value(value: Any, name: str) -> Any:
     if kind is int:
         return value if INT_MIN <= value <= INT_MAX else ABSENT
     if kind is str:
-        return value if len(value) <= _MAX_CUSTOM_CHARS and not _is_secret(name) else ABSENT
+        return value if _is_harmless(value) and not _is_secret(name) else ABSENT
     if kind in CONTAINERS:
         return ABSENT if len(value) > _MAX_CUSTOM_ITEMS or name in CONFIG_KEYS else _container_value(value)
     number = number_converter(kind)  # not tensors: fetching one may block on a device  # pyright: ignore[reportUnknownArgumentType] - untyped
@@ -167,16 +167,21 @@ def _is_public(name: Any) -> bool:
 
 
 def _is_small(plain: Any) -> bool:
-    """Whether built-in data holds only small texts and containers, and no key that names a credential."""
+    """Whether built-in data holds only small texts and containers, and no credential."""
     if type(plain) is int:
         return INT_MIN <= plain <= INT_MAX
     if type(plain) is not dict and type(plain) is not list:
-        return type(plain) is not str or len(plain) <= _MAX_CUSTOM_CHARS
+        return type(plain) is not str or _is_harmless(plain)
     entries = cast("dict[Any, Any]", plain) if type(plain) is dict else dict(enumerate(cast("list[Any]", plain)))  # pyright: ignore[reportUnknownArgumentType] - untyped
     return len(entries) <= _MAX_CUSTOM_ITEMS and all(
         _is_small(value) and not (type(value) is str and type(key) is str and _is_secret(key))
         for key, value in entries.items()
     )
+
+
+def _is_harmless(text: str) -> bool:
+    """Whether a text is short and holds no credential."""
+    return len(text) <= _MAX_CUSTOM_CHARS and redact_key(text) == text
 
 
 HANDLES: Final = (LoopState, LogContext, TrainingBatch)
@@ -361,12 +366,6 @@ def error_text(error: object) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
-
-
-def read_attributes(value: object, names: Any) -> dict[str, Any]:
-    """Return the attributes with these names that the value has."""
-    found = ((name, getattr(value, name, ABSENT)) for name in names)
-    return {name: part for name, part in found if part is not ABSENT}
 
 
 def _read_named(read: Callable[[str], Any], names: Iterable[str]) -> dict[str, Any]:

@@ -84,7 +84,14 @@ class ExperimentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Callback specs, see `evsys_bus.config.build_callbacks`."""
     plugins: list[str] = []
     """Modules to import first, for the callbacks that they register."""
+    redact: list[str] = []
+    """Keys whose values are not recorded, in addition to those that look like credentials."""
+    reveal: list[str] = []
+    """Keys whose texts are recorded even if they look like credentials."""
 
+
+EXTENSION_PREFIX: Final = "x-"
+"""Keys with this prefix are ignored: they hold values that anchors repeat elsewhere, as in Compose files."""
 
 SINGLE_ARM_NAME: Final = "run"
 """Name of the arm in an experiment with only one."""
@@ -222,7 +229,7 @@ def import_module(name: str, where: Location, what: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # isolation: the import of a module may raise anything
         absent = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
         fix = (
-            "check the name; install its package, or start from the folder that it is in with PYTHONPATH=."
+            "check the name; install its package, or start from the folder that it is in"
             if absent
             else f'see the cause: python -c "import {name}"'
         )
@@ -322,7 +329,7 @@ def read_experiment(
     """Load an experiment from a mapping.
 
     Args:
-        value: Mapping with the keys of `ExperimentConfig`.
+        value: Mapping with the keys of `ExperimentConfig`. Keys that begin with ``x-`` are ignored.
         recipe: Replaces the recipe that ``value`` names, which then may be absent.
         registry: Where the kinds of callbacks are looked up.
 
@@ -333,7 +340,8 @@ def read_experiment(
         ConfigError: An error of a callback, see `build_callbacks`.
         ConfigErrors: Several of these.
     """
-    value = {"recipe": ""} | dict(value) if recipe is not None else dict(value)
+    value = {key: part for key, part in value.items() if not str(key).startswith(EXTENSION_PREFIX)}
+    value = {"recipe": ""} | value if recipe is not None else value
     _, issues = check_config(ExperimentConfig, value)
     context = ErrorContext("the experiment", config_schema(ExperimentConfig), "", noun="key")
     errors = param_errors(context, value, issues, lambda path: join_path("$", *path))

@@ -6,6 +6,7 @@ is text, a date is text). The nodes are built here from ruamel's events, because
 recursion nor aliases.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -240,7 +241,7 @@ class _Composer:
                 case "bool":
                     return text.lower() == "true"
                 case "float":
-                    return float(re.sub(r"\.(?=inf|nan)", "", text.replace("_", "").lower()))
+                    return _parse_float(text.replace("_", "").lower())
                 case "int":
                     return _parse_integer(text.replace("_", "").lower())
                 case _:
@@ -317,6 +318,14 @@ class _Composer:
         if "'\\t'" in (error.problem or ""):
             fix = "indent with spaces"
         return DocumentError(f"this is not YAML: {error.problem or 'it ends too early'}", where=where, why=why, fix=fix)
+
+
+def _parse_float(text: str) -> float:
+    """Raises ValueError for a number that is too large; infinity is written as ``.inf``."""
+    value = float(re.sub(r"\.(?=inf|nan)", "", text))
+    if math.isinf(value) and "inf" not in text:
+        raise ValueError
+    return value
 
 
 def _parse_integer(text: str) -> int:

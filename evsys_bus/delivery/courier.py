@@ -206,7 +206,7 @@ class Courier:
         if isinstance(adapter, Sink):
             from evsys_bus.delivery.sink_receiver import SinkReceiver
 
-            return SinkReceiver(adapter)
+            return SinkReceiver(adapter, raw=adapter.raw)
         if hasattr(adapter, "deliver"):
             return cast("Receiver", adapter)
         return CallbackReceiver(
@@ -219,6 +219,7 @@ class Courier:
             self._directory,
             store.cursor,
             ranks=self._policy.ranks,
+            raw=self._sink is not None and self._sink.raw,
             disk=self._disk,
             clock=self._clock,
             faults=self._faults,
@@ -365,7 +366,6 @@ class Courier:
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Save all recorded results, unless the last commit or failed commit was a moment ago."""
         now = self._clock.monotonic()
-        self._store.check_directory(last=last)
         if not self._store.has_changes and (not last or self._fatal_error is not None):
             return
         if now < self._commit_due and not last and (self._commit_failed or not at_once):

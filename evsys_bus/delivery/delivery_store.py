@@ -13,21 +13,21 @@ import time
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, Final
 from urllib.parse import quote
 
 import msgspec
 
-from evsys_bus.codec import to_json
+from evsys_bus.codec import decode, to_json
 from evsys_bus.delivery.source import Batch, CorruptRecord
 from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
-from evsys_bus.errors import CourierBusyError
+from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, Position, layout
-from evsys_bus.sink import BatchResult
+from evsys_bus.sink import BatchResult, RawRecord
 from evsys_bus.tasks import DeliveryStatus
 
 MAX_PENDING: Final = 1000
@@ -91,10 +91,15 @@ class DeadLetters:
             if letter.seq > cursor.position(letter.stream).sequence:
                 self._already_written.add((letter.stream, letter.seq))
 
-    def add(self, stream: str, sequence: int, why: str, source: Envelope | CorruptRecord) -> None:
-        """Add a letter; `flush` writes it to the file."""
+    def add(self, stream: str, sequence: int, why: str, source: Envelope | RawRecord | CorruptRecord) -> None:
+        """Add a letter; `flush` writes it to the file. A raw record is decoded for it, if that is possible."""
         if (stream, sequence) in self._already_written:
             return
+        if isinstance(source, RawRecord):
+            try:
+                source = decode(source.payload)
+            except CodecError:
+                source = CorruptRecord(stream, sequence, source.payload, why)
         event = msgspec.Raw(to_json(source)) if isinstance(source, Envelope) else _NO_EVENT
         record = b64encode(source.payload).decode() if isinstance(source, CorruptRecord) else None
         line = _encode(DeadLetter(stream, sequence, self._clock.wall(), why, event, record)) + b"\n"
@@ -157,8 +162,6 @@ _decode: Final = msgspec.json.Decoder(DeadLetter).decode
 _encode: Final = msgspec.json.Encoder().encode
 
 
-DIRECTORY_CHECK_SECONDS: Final = 1.0
-"""Time between two checks that the directory still exists."""
 STATUS_WRITE_SECONDS: Final = 1.0
 """Minimum time between two writes of the state file for changes that are not urgent."""
 
@@ -193,7 +196,7 @@ class DeliveryStore:
         self._unsaved_cursor: Cursor | None = None
         """The cursor as it was when its mark was taken, until it is saved."""
         self._lock: Final = CourierLock(directory, name, disk, clock)
-        self._directory_check_due = 0.0
+        self._is_removal_logged = False
         self._last_status: DeliveryStatus | None = None
         self._status_written_at = 0.0
 
@@ -245,10 +248,10 @@ class DeliveryStore:
                 stream, envelopes if number == len(envelopes) else envelopes[indices.start : indices.stop]
             )
 
-    def record_open_trainings(self, starts: Iterable[Envelope]) -> None:
+    def record_open_trainings(self, starts: Iterable[Envelope | RawRecord]) -> None:
         """Record the trainings that are open, from start events that were repeated and not delivered."""
         for each in starts:
-            if isinstance(each.event, TrainStart):
+            if isinstance(each, Envelope) and isinstance(each.event, TrainStart):
                 self._track_trainings(each.stream, each.run or "", each.event)
 
     def reject_corrupt(self, record: CorruptRecord) -> None:
@@ -273,6 +276,8 @@ class DeliveryStore:
             Exception: What ``mark`` raised; the saved cursor is unchanged.
         """
         while self._persistent and (self.has_changes or self._unsaved_cursor is not None):
+            if self._is_removed():
+                return False
             try:
                 if self._unsaved_cursor is None:
                     self._dead_letters.flush()
@@ -292,6 +297,8 @@ class DeliveryStore:
         A mark is valid until two more were taken, so no mark may be taken while this returns False.
         """
         if self._unsaved_cursor is not None:
+            if self._is_removed():
+                return False
             try:
                 self._cursors.save(self._name, self._unsaved_cursor)
             except OSError as error:
@@ -311,6 +318,7 @@ class DeliveryStore:
             not self._persistent
             or previous == status
             or not (urgent or previous is None or now - self._status_written_at >= STATUS_WRITE_SECONDS)
+            or self._is_removed()
         ):
             return
         self._status_written_at = now
@@ -322,28 +330,17 @@ class DeliveryStore:
             self._last_status = None
             self._faults.warn("courier.state_not_written", self._name, error=error, adapter=self._name)
 
-    def check_directory(self, *, last: bool = False) -> None:
-        """Check once a second whether the directory was removed, and write all files again if it was.
+    def _is_removed(self) -> bool:
+        """Whether the journal or its couriers' folder was removed. Then nothing is stored, and a warning names the fix.
 
-        Args:
-            last: Check now, and do not raise.
-
-        Raises:
-            CourierBusyError: Another courier has acquired the new lock.
+        What was delivered since the last commit is delivered again by the next courier.
         """
-        now = self._clock.monotonic()
-        if not last and now < self._directory_check_due:
-            return
-        self._directory_check_due = now + DIRECTORY_CHECK_SECONDS
-        if not self._lock.is_removed():
-            return
-        self._lock.release()
-        with suppress(CourierBusyError) if last else nullcontext():
-            self._lock.acquire()
-            with suppress(OSError):  # letters in the removed file are lost
-                self._dead_letters.close()
-            self._last_status = None
-            self.has_changes = True
+        is_removed = self._lock.is_removed()
+        if is_removed and not self._is_removal_logged:
+            fix = "leave a journal in use where it is; restart the program to begin a new one"
+            log().warning("courier.journal_removed", adapter=self._name, journal=self._directory, fix=fix)
+        self._is_removal_logged = is_removed
+        return is_removed
 
     def close(self) -> None:
         """Close the files and release the lock."""
@@ -413,10 +410,12 @@ class DeliveryStore:
         self.cursor.streams[stream] = Position(sequence, previous.delivered + delivered, previous.dead + dead)
         self.has_changes = True
 
-    def _track_steps(self, stream: str, envelopes: list[Envelope]) -> None:
-        """Record the largest step of each open training."""
+    def _track_steps(self, stream: str, envelopes: list[Envelope] | list[RawRecord]) -> None:
+        """Record the largest step of each open training; raw records do not show it, and no raw sink resumes one."""
         steps = self.cursor.steps
         for envelope in envelopes:
+            if isinstance(envelope, RawRecord):
+                return
             event = envelope.event
             if type(event) is StepEnd:
                 if steps:

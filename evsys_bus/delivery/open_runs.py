@@ -29,6 +29,7 @@ from evsys_bus.events import (
 )
 from evsys_bus.journal import Clock, Disk, JournalReader, frame, layout
 from evsys_bus.journal.frame import Frame
+from evsys_bus.journal.open_starts import OpenKey, OpenStarts, may_be_boundary, read_boundary
 from evsys_bus.journal.reader import SegmentScan
 
 POLL_SECONDS: Final = 0.2
@@ -125,12 +126,8 @@ _CONTEXT_EVENTS: Final[frozenset[type]] = frozenset(
 )
 """Events that have a ``ctx`` or change one."""
 
-_RELEVANT_TAGS: Final = (b"_start", b"n_end", b"t_end", b"learnt", b"\xa7context")
-"""Endings of the relevant event tags, and the key of a context in a state; searched before decoding. A payload that
-contains one by chance is decoded in vain."""
-
-OpenRunKey: TypeAlias = tuple[type, str, str | None]
-"""Identifies what is open: type of the start event, output directory of the experiment, name of the run or group."""
+OpenRunKey: TypeAlias = OpenKey
+"""Identifies what is open."""
 
 
 class StreamContexts:
@@ -212,7 +209,7 @@ def open_runs_at(disk: Disk, folder: str, sequence: int, contexts: StreamContext
         sequence: At least 1.
         contexts: Updated with these events.
     """
-    found: dict[OpenRunKey, Envelope] = {}
+    found = OpenStarts[Envelope]()
     try:
         names = layout.list_segments(disk, folder)
         segment = next(
@@ -224,11 +221,11 @@ def open_runs_at(disk: Disk, folder: str, sequence: int, contexts: StreamContext
             if item.sequence > sequence:
                 break
             payload = bytes(item.payload)
-            if any(tag in payload for tag in _RELEVANT_TAGS):
+            if may_be_boundary(payload) or _EVENT_TAG in payload:  # else decoding it would be in vain
                 _track_open_runs(found, contexts, payload)
     except (OSError, JournalVersionError) as error:
         log().warning("courier.starts_unreadable", stream=folder, exc_info=error)
-    return found
+    return {key: envelope for key, envelope in found.items() if key.kind != "context"}
 
 
 def set_first_steps(starts: list[Envelope], reader: JournalReader, stream: str, after: int) -> None:
@@ -276,23 +273,12 @@ _MAX_BYTES_AHEAD: Final = 256 << 20
 """How many bytes of a stream are read to find the first steps of its runs."""
 
 
-def _track_open_runs(found: dict[OpenRunKey, Envelope], contexts: StreamContexts, payload: bytes) -> None:
+def _track_open_runs(found: OpenStarts[Envelope], contexts: StreamContexts, payload: bytes) -> None:
     try:
         envelope = decode(payload, contexts.by_run)
     except CodecError:
         return  # it became a dead letter when it was delivered
-    event, run = envelope.event, envelope.run
     contexts.update(envelope)
-    ctx: Any = getattr(event, "ctx", None) or getattr(getattr(event, "state", None), "ctx", None)
-    root = str(getattr(ctx, "output_dir", ""))
-    if isinstance(event, ExperimentStart | GroupStart | RunStart | TrainStart):
-        key = (type(event), root, event.group_name if isinstance(event, GroupStart) else run)
-        found.pop(key, None)
-        found[key] = envelope
-    elif isinstance(event, TrainEnd):
-        found.pop((TrainStart, root, run), None)
-    elif isinstance(event, RunEnd):
-        found.pop((TrainStart, root, run), None)
-        found.pop((RunStart, root, run), None)
-    elif isinstance(event, ExperimentEnd):
-        found.clear()
+    boundary = read_boundary(payload)
+    if boundary is not None:
+        found.update(boundary, envelope)

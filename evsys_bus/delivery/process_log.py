@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import msgspec
 
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.diagnostics import LOGGER_NAME, RECORD_FIELDS, current_adapter
 from evsys_bus.disk import NOT_A_FILE_ERRNOS, open_regular
 from evsys_bus.files import DECODE_ERRORS
@@ -94,7 +95,7 @@ class _LogFile:
     def write(self, **line: Any) -> None:
         """Append one line with a single write. A line that cannot be written is lost: nowhere is left to log it."""
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line, "pid": os.getpid()}
-        data = json_line(row) + b"\n"
+        data = json_line(row, Redaction()) + b"\n"
         with self._lock:
             self._bytes_since_check += len(data)
             if self._bytes_since_check >= _BYTES_PER_SIZE_CHECK:

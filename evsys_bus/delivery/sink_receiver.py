@@ -31,9 +31,16 @@ from evsys_bus.adapter import Rewindable, RunResumer
 from evsys_bus.codec.wire_types import error_text
 from evsys_bus.delivery.receiver import ProblemHandler, bounded_text, confirm_deliveries
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BatchTooLargeError, EvsysBusError, ParkedError, RejectedError, RetryLaterError
+from evsys_bus.errors import (
+    BatchTooLargeError,
+    EvsysBusError,
+    ParkedError,
+    RejectedError,
+    RetryLaterError,
+    SinkMethodError,
+)
 from evsys_bus.events import Envelope
-from evsys_bus.sink import BatchResult, Sink, sink_name
+from evsys_bus.sink import BatchResult, RawRecord, Sink, sink_name
 from evsys_bus.tasks import CANCEL_GRACE_SECONDS, DeliveryStatus, Outcome, call_with_timeout, other_tasks, task_name
 
 if TYPE_CHECKING:
@@ -174,19 +181,37 @@ CLOSE_SECONDS: Final = 5.0
 class SinkReceiver:
     """The receiver of a sink; see `Receiver`.
 
+    Args:
+        sink: The sink.
+        raw: Whether the batches are of `RawRecord`.
+        sleep: Sleeps for a number of seconds.
+        random: Source of the jitter.
+        grace_seconds: How long a call may continue after its cancellation.
+        close_seconds: How long the sink's `close` may take.
+
     Attributes:
         abandoned_calls: How many calls have timed out and ignored their cancellation.
+
+    Raises:
+        SinkMethodError: The sink is raw, and the batches are not, since a filter by type or run needs decoded events.
     """
 
     def __init__(
         self,
         sink: Sink,
         *,
+        raw: bool = False,
         sleep: Sleep = asyncio.sleep,
         random: Random | None = None,
         grace_seconds: float = CANCEL_GRACE_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
+        if sink.raw and not raw:
+            raise SinkMethodError(
+                f"{sink_name(sink)} takes raw records, but here events are decoded, to count and select them",
+                why="a filter by type or run, and a pace, need what is in the events",
+                fix="deliver the whole journal: `evsys-bus follow RUN --to KIND --name NAME`, or `evsys-bus sync RUN`",
+            )
         self.max_events = max(1, sink.max_batch_events)
         self.max_bytes = max(1, sink.max_batch_bytes)
         self.max_seconds = max(0.0, sink.max_batch_seconds)
@@ -210,7 +235,7 @@ class SinkReceiver:
         self._batch_limit = self.max_events  # events per write; fewer while a failing event is searched
         self._bisect_remaining = 0  # how many of the next events the search covers
         self._consecutive_dead = 0
-        self._last_part: tuple[Envelope, ...] = ()
+        self._last_part: tuple[Envelope | RawRecord, ...] = ()
         self._returned: list[object] = []
 
     async def open(self, on_problem: ProblemHandler) -> None:
@@ -226,7 +251,7 @@ class SinkReceiver:
         if outcome.error is not None:
             raise outcome.error
 
-    async def deliver(self, batch: Sequence[Envelope], sizes: Sequence[int]) -> BatchResult:
+    async def deliver(self, batch: Sequence[Envelope | RawRecord], sizes: Sequence[int]) -> BatchResult:
         """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
         self._returned = []
         while True:
@@ -318,7 +343,7 @@ class SinkReceiver:
     def _is_breaker_open(self) -> bool:
         return self._consecutive_dead >= MAX_CONSECUTIVE_DEAD
 
-    async def _write(self, part: tuple[Envelope, ...]) -> Outcome:
+    async def _write(self, part: tuple[Envelope | RawRecord, ...]) -> Outcome:
         returned = self._returned = []  # per attempt, because an abandoned one may still append to its list
         self._last_part = part
 
@@ -335,7 +360,7 @@ class SinkReceiver:
         return outcome
 
     @staticmethod
-    def _validate(part: tuple[Envelope, ...], outcome: Outcome) -> Outcome:
+    def _validate(part: tuple[Envelope | RawRecord, ...], outcome: Outcome) -> Outcome:
         """Replace the value by a valid `BatchResult`, or by an error that is retried."""
         if outcome.error is not None:
             return outcome
@@ -372,7 +397,7 @@ class SinkReceiver:
         self.abandoned_calls += len(self._unfinished_calls - previous)
         return outcome
 
-    def _resolve(self, part: tuple[Envelope, ...], outcome: Outcome) -> BatchResult | None:
+    def _resolve(self, part: tuple[Envelope | RawRecord, ...], outcome: Outcome) -> BatchResult | None:
         """The result for these events; None if a smaller part must be tried."""
         error = outcome.error
         if error is None:

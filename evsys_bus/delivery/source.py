@@ -1,4 +1,4 @@
-"""`EventSource`: reads and decodes the events after a cursor, from every stream of a journal.
+"""`EventSource`: reads the events after a cursor, from every stream of a journal, and decodes them if requested.
 
 The order within a stream is preserved. Streams are read round-robin, batch by batch; but if the writer of a stream has
 ended and the same rank has a newer stream, the older one is read to its end first, so that a resumed run comes after
@@ -12,7 +12,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, count
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from evsys_bus.codec import decode
 from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
@@ -21,6 +21,7 @@ from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import Envelope, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import FrameRun
+from evsys_bus.sink import RawRecord
 
 MAX_READ_ATTEMPTS: Final = 60
 """How often reading a segment is retried, with a pause in between, before the segment is skipped."""
@@ -54,7 +55,8 @@ class Batch:
     """Events to deliver, in the order of their streams."""
 
     def __init__(self) -> None:
-        self.envelopes: list[Envelope] = []
+        self.envelopes: list[Any] = []
+        """Each is an `Envelope`, or a `RawRecord` if the source is raw."""
         self.sizes: list[int] = []
         """Encoded size of each event in bytes."""
         self.sequences: list[int] = []
@@ -67,8 +69,8 @@ class Batch:
         """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
-        self.starts: list[Envelope] = []
-        """Start events to repeat before the first event: of runs open there whose own starts were removed."""
+        self.starts: list[Any] = []
+        """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
         """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
@@ -94,6 +96,7 @@ class EventSource:
         directory: The journal.
         cursor: Where to start; a stream that is not in it is read from its beginning.
         ranks: The ranks whose streams are read; None for all.
+        raw: Whether the batches are of `RawRecord`, and nothing is decoded.
         disk: The file system.
         clock: The clocks.
         faults: Where read errors are logged.
@@ -105,6 +108,7 @@ class EventSource:
         cursor: Cursor,
         *,
         ranks: tuple[int, ...] | None,
+        raw: bool = False,
         disk: Disk,
         clock: Clock,
         faults: FaultLog,
@@ -112,6 +116,7 @@ class EventSource:
         self._reader: Final = JournalReader(directory, disk)
         self._cursor: Final = cursor
         self._ranks: Final = ranks
+        self._raw: Final = raw
         self._disk: Final = disk
         self._clock: Final = clock
         self._faults: Final = faults
@@ -134,11 +139,15 @@ class EventSource:
     def open_run_starts(self, steps: Mapping[str, int] | None) -> list[Envelope]:
         """The start events of everything that is open at the cursor, the newest of each kind and name, in order.
 
+        None of a raw source: only decoding shows what is open.
+
         Args:
             steps: The largest delivered step of each open training, by run; ``state.step`` is set to the step after
                 it. None if not known: ``state.step`` is then the first step that will be delivered.
         """
         found: dict[OpenRunKey, Envelope] = {}
+        if self._raw:
+            return []
         self._apply_annotations()
         self._discover_streams()
         for source in self._sources.values():
@@ -182,7 +191,8 @@ class EventSource:
         """
         if batch.is_closed or len(batch.envelopes) >= max_events:
             return "full"
-        self._apply_annotations()
+        if not self._raw:
+            self._apply_annotations()
         now = self._clock.monotonic()
         if now >= self._listing_due:
             self._discover_streams()
@@ -262,7 +272,9 @@ class EventSource:
                     continue
                 rank = self._by_rank.setdefault(rank_number, _RankStreams())
                 contexts = StreamContexts(self._annotations.extras)
-                source = _StreamSource(self._reader, name, self._cursor.position(name).sequence, rank, contexts)
+                source = _StreamSource(
+                    self._reader, name, self._cursor.position(name).sequence, rank, contexts, raw=self._raw
+                )
                 self._sources[name] = source
                 if rank.add(source):
                     self._wake_idle(math.inf)  # what the older stream still has comes first
@@ -290,6 +302,7 @@ class EventSource:
         """Add events of one stream."""
         envelopes, sizes, sequences = batch.envelopes, batch.sizes, batch.sequences
         contexts, contexts_by_run = source.contexts, source.contexts.by_run
+        raw, stream = self._raw, source.stream
         before = len(envelopes)
         room, total_bytes = max_events - before, batch.bytes
         read_result: ReadResult = "dry"
@@ -306,7 +319,7 @@ class EventSource:
                     read_result = "full"
                     break
                 try:
-                    envelope = decode(payload, contexts_by_run)
+                    envelope: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
                 except CodecError as error:
                     batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
                     total_bytes -= size
@@ -316,7 +329,9 @@ class EventSource:
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                if type(envelope.event) is not StepEnd and contexts.update(envelope):  # nearly all are steps
+                if (
+                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
+                ):  # nearly all are steps
                     batch.is_closed, read_result = True, "full"
                     break
                 if not room:
@@ -333,9 +348,7 @@ class EventSource:
         if len(envelopes) > before:
             batch.parts.append((source.stream, len(envelopes) - before))
             if source.starts:
-                starts = source.pop_starts()
-                set_first_steps(starts, self._reader, source.stream, sequences[before] - 1)
-                batch.starts += starts
+                batch.starts += source.pop_starts(sequences[before] - 1)
         batch.bytes = total_bytes
         return read_result
 
@@ -417,15 +430,16 @@ class _StreamSource:
     """One stream and its read position."""
 
     def __init__(
-        self, reader: JournalReader, stream: str, after: int, rank: _RankStreams, contexts: StreamContexts
+        self, reader: JournalReader, stream: str, after: int, rank: _RankStreams, contexts: StreamContexts, *, raw: bool
     ) -> None:
         self.stream: Final = stream
         self.order: Final = layout.stream_sort_key(stream)
         self.contexts: Final = contexts
         self.rank: Final = rank
+        self._raw: Final = raw
         self._reader: Final = reader
         self._tail: Final = reader.tail(stream, after, patience=MAX_READ_ATTEMPTS, keep_open=True)
-        self.starts: Final[dict[int, Envelope]] = {}
+        self.starts: Final[dict[int, Any]] = {}
         """Start events that the segment repeats, by sequence, for the runs that are open at the next event."""
         self._records: Iterator[tuple[int, bytes]] | None = None
         self._idle_seconds = IDLE_SECONDS
@@ -474,6 +488,9 @@ class _StreamSource:
         if not run.is_carried:
             return enumerate(run.payloads, run.first_sequence)
         for sequence, payload in enumerate(run.payloads, run.first_sequence):
+            if self._raw:
+                self.starts[sequence] = RawRecord(self.stream, sequence, payload)
+                continue
             try:
                 envelope = decode(payload, self.contexts.by_run)
             except CodecError as error:
@@ -483,10 +500,12 @@ class _StreamSource:
             self.starts[sequence] = envelope
         return ()
 
-    def pop_starts(self) -> list[Envelope]:
-        """Return and clear the stored start events; they belong to the next event."""
+    def pop_starts(self, after: int) -> list[Any]:
+        """Return and clear the stored start events; they belong to the event after this sequence."""
         starts = [*self.starts.values()]
         self.starts.clear()
+        if not self._raw:
+            set_first_steps(starts, self._reader, self.stream, after)
         return starts
 
     def push_back(self, record: tuple[int, bytes]) -> None:

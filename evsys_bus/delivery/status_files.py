@@ -141,14 +141,11 @@ class CourierLock:
         )
 
     def is_removed(self) -> bool:
-        """Whether the lock file is gone while the journal exists; False if the whole journal was removed."""
+        """Whether the lock file was removed or replaced while it was held; False if that is not known."""
         try:
-            if self._file is None or self._disk.is_at(self._path, self._file):
-                return False
-            self._disk.names(self._directory)
+            return self._file is not None and not self._disk.is_at(self._path, self._file)
         except OSError:
             return False
-        return True
 
     def release(self) -> None:
         """Release the lock."""

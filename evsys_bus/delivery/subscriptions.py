@@ -101,18 +101,6 @@ def _without_secrets(each: SubscriptionRecord) -> SubscriptionRecord:
     return msgspec.structs.replace(each, adapter_ref=None)
 
 
-def restore(directory: str, records: Iterable[SubscriptionRecord], disk: Disk | None = None) -> None:
-    """Store records again whose files were removed, so that pending events can still be delivered."""
-    disk = OsDisk() if disk is None else disk
-    for each in records:
-        path = layout.courier_path(directory, each.name, "spec.json")
-        try:
-            if not _exists(disk, path):
-                disk.replace(path, encode_json(_without_secrets(each)))
-        except (OSError, TypeError, ValueError) as error:
-            log().warning("courier.not_enlisted", journal=directory, courier=each.name, exc_info=error)
-
-
 def deregister(directory: str, active_names: Collection[str], rank: int, disk: Disk | None = None) -> None:
     """Mark registered adapters that are no longer followed and that no courier delivers to.
 

@@ -1,7 +1,7 @@
 """The directory layout of a journal: paths and names, and how they are built and parsed.
 
 journal/
-  journal.json                      identifies the directory as a journal, with the format version
+  journal.json                      identifies the directory as a journal, with the format version and its id
   r0-000007-20260131T120000-5f3a91c2/
                                     a stream of rank 0, the seventh of that rank; one or more writers in succession
   c0-000001-20260131T120001-77d0e4b9/
@@ -19,6 +19,7 @@ journal/
     csv_metrics.dead.jsonl          events that will never be delivered, with the reason
 """
 
+import errno
 import re
 import time
 from bisect import bisect_right
@@ -29,8 +30,8 @@ from uuid import uuid4
 
 import msgspec
 
-from evsys_bus.disk import Disk
-from evsys_bus.files import load_file
+from evsys_bus.disk import Disk, write_all
+from evsys_bus.files import DECODE_ERRORS, load_file
 
 CURSORS: Final = "cursors"
 COURIERS: Final = "couriers"
@@ -63,7 +64,7 @@ class SegmentName(NamedTuple):
         return f"{self.ordinal:06d}-{self.first_sequence}{_SEGMENT_SUFFIX}"
 
 
-class LockOwner(msgspec.Struct, frozen=True):
+class LockOwner(msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_live": "live"}):
     """The owner that is recorded in a lock file."""
 
     pid: int
@@ -72,6 +73,8 @@ class LockOwner(msgspec.Struct, frozen=True):
     """ISO 8601, for display."""
     boot: str = ""
     """Identifies the boot of the machine."""
+    is_live: bool = True
+    """Whether events may still come; False while a mirror has the stream open whose own writer is gone."""
 
 
 class JournalFile(msgspec.Struct, frozen=True, rename={"format_version": "evsys_bus_journal"}):
@@ -79,23 +82,62 @@ class JournalFile(msgspec.Struct, frozen=True, rename={"format_version": "evsys_
 
     format_version: int
     """The format version."""
+    id: str = ""
+    """Identifies the journal, wherever it is copied to. 0.1.0 wrote none."""
 
 
 def is_journal(disk: Disk, directory: str) -> bool:
     """Whether a directory is a journal: it has a journal file or, if 0.1.0 wrote it, a stream."""
-    return _has_journal_file(disk, directory) or any(
+    return _load_journal_file(disk, directory) is not None or any(
         _is_stream(disk, f"{directory}/{name}") for name in list_streams(disk, directory)
     )
 
 
-def mark_as_journal(disk: Disk, directory: str) -> None:
-    """Write the journal file if it is missing.
+def mark_as_journal(disk: Disk, directory: str) -> str:
+    """Write the journal file if it is missing or has no id. Returns the id; processes that do it at once agree on it.
 
     Raises:
         OSError: It cannot be written.
     """
-    if not _has_journal_file(disk, directory, quarantine=True):
-        disk.replace(f"{directory}/{JOURNAL_FILE}", msgspec.json.encode(JournalFile(FORMAT_VERSION)) + b"\n")
+    path = f"{directory}/{JOURNAL_FILE}"
+    for _ in range(_MARK_ATTEMPTS):
+        found = _load_journal_file(disk, directory, quarantine=True)
+        if found is not None and (found.id or found.format_version > FORMAT_VERSION):
+            return found.id
+        temporary_path = f"{path}.new"
+        file = disk.open_new(temporary_path)
+        if file is None:  # another process is writing it
+            time.sleep(_MARK_PAUSE_SECONDS)
+            continue
+        try:
+            found = _load_journal_file(disk, directory)  # again, because only one process at a time comes here
+            if found is not None and found.id:
+                disk.remove(temporary_path)
+                return found.id
+            new = JournalFile(FORMAT_VERSION, str(uuid4()))
+            write_all(disk, file, msgspec.json.encode(new) + b"\n")
+            disk.sync(file)
+            disk.rename(temporary_path, path)
+        finally:
+            disk.close(file)
+        disk.sync_path(directory)
+        return new.id
+    raise OSError(errno.EAGAIN, "another process has been writing it for too long", path)
+
+
+def read_journal_id(disk: Disk, directory: str) -> str:
+    """The id of a journal; empty if it has none yet."""
+    found = _load_journal_file(disk, directory)
+    return "" if found is None else found.id
+
+
+_MARK_ATTEMPTS: Final = 250
+_MARK_PAUSE_SECONDS: Final = 0.02
+
+
+def is_stream_name(name: str) -> bool:
+    """Whether a text is the name of a stream."""
+    return _STREAM_NAME.fullmatch(name) is not None
 
 
 def stream_sort_key(stream: str) -> tuple[int, str]:
@@ -195,6 +237,20 @@ def decode_adapter_name(name: str) -> str:
     return unquote(name, errors="surrogateescape")
 
 
+def read_owner(disk: Disk, path: str) -> LockOwner | None:
+    """The last owner recorded in the lock file; None if there is none or it cannot be read."""
+    try:
+        data = disk.read(path, max(0, disk.size(path) - _MAX_BYTES), _MAX_BYTES)
+    except OSError:
+        return None
+    for line in reversed(data.split(b"\n")):
+        try:
+            return _decode_owner(line)
+        except DECODE_ERRORS:
+            continue
+    return None
+
+
 def _parse_segment_name(name: str) -> SegmentName | None:
     ordinal, _, first_sequence = name.removesuffix(_SEGMENT_SUFFIX).partition("-")
     if not name.endswith(_SEGMENT_SUFFIX) or not ordinal.isdecimal() or not first_sequence.isdecimal():
@@ -202,13 +258,13 @@ def _parse_segment_name(name: str) -> SegmentName | None:
     return SegmentName(int(ordinal), int(first_sequence))
 
 
-def _has_journal_file(disk: Disk, directory: str, *, quarantine: bool = False) -> bool:
+def _load_journal_file(disk: Disk, directory: str, *, quarantine: bool = False) -> JournalFile | None:
     path = f"{directory}/{JOURNAL_FILE}"
     try:
         found = load_file(path, _decode_journal_file, quarantine=quarantine, max_bytes=_MAX_BYTES, disk=disk)
     except OSError:
-        return False
-    return found is not None and found.format_version > 0
+        return None
+    return found if found is not None and found.format_version > 0 else None
 
 
 def _is_stream(disk: Disk, folder: str) -> bool:
@@ -222,4 +278,5 @@ def _is_stream(disk: Disk, folder: str) -> bool:
 
 
 _MAX_BYTES: Final = 4096
+_decode_owner: Final = msgspec.json.Decoder(LockOwner).decode
 _decode_journal_file: Final = msgspec.json.Decoder(JournalFile).decode

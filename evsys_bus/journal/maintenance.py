@@ -5,6 +5,7 @@ segments and restores the reserve.
 """
 
 import threading
+from contextlib import AbstractContextManager
 from typing import Final
 
 from evsys_bus.journal.retention import RemovedCounts, RetentionManager, RetentionPolicy
@@ -61,6 +62,10 @@ class Maintenance:
         """Request the end of the thread without waiting, because the writer was dropped and not closed."""
         self._is_abandoned = True
         self._stop_gate.open()
+
+    def paused(self) -> AbstractContextManager[object]:
+        """Let no round run inside the block, so that the error of a sync is seen there and not in a round."""
+        return self._run_lock
 
     def run_once(self) -> None:
         """Run one round."""
@@ -170,6 +175,9 @@ class Maintenance:
         try:
             if self._sync_enabled:
                 self._slow_writer.sync_directories()
+        except FileNotFoundError as error:
+            with self._slow_writer.lock:
+                self._slow_writer.handle_removal(error)
         except OSError as error:
             self._slow_writer.log_failure("journal.not_synced", error)
             return False
@@ -182,7 +190,7 @@ class Maintenance:
             self._slow_writer.log_failure("journal.not_closed", error)
 
     def _check_segment_exists(self, segment: OpenSegment) -> bool:
-        """Whether the file still exists. If it was removed, its segment is retired and the directory created again."""
+        """Whether the file still exists. If it was removed, its segment is retired and its events are counted."""
         slow_writer = self._slow_writer
         try:
             if slow_writer.disk.is_at(segment.path, segment.file):
@@ -193,13 +201,7 @@ class Maintenance:
         with slow_writer.lock:
             if slow_writer.segment is segment:
                 slow_writer.retire_segment()
-            try:
-                slow_writer.recreate_directory()  # couriers need the directory before the next record is written
-            except OSError:
-                pass  # writing the next record reports the error
-        self._slow_writer.log_failure(
-            "journal.removed", FileNotFoundError(f"{segment.path} was removed, with its events")
-        )
+            slow_writer.handle_removal(FileNotFoundError(f"{segment.path} was removed, with its events"))
         return False
 
     def _prune_and_reserve(self, segments_created: int) -> None:

@@ -36,9 +36,7 @@ class _KeptFiles:
 
     def acquire(self) -> bool:
         """Count one more, unless they are as many as may be."""
-        import resource  # POSIX only
-
-        soft_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        soft_limit = os.sysconf("SC_OPEN_MAX")  # -1 if unlimited; no import, which could fail while a program runs
         with self._lock:
             if self._count >= (min(MAX_KEPT_FILES, soft_limit // 4) if soft_limit > 0 else MAX_KEPT_FILES):
                 return False
@@ -80,9 +78,18 @@ class JournalReader:
         """List the streams in order; none where there is no journal."""
         return layout.list_streams(self._disk, self.directory, family=family)
 
+    @property
+    def id(self) -> str:
+        """Identifies the journal, wherever it is copied to; empty if no version with ids has written it yet."""
+        return layout.read_journal_id(self._disk, self.directory)
+
     def is_live(self, stream: str) -> bool:
-        """Whether a process has the stream open for writing."""
-        return self._disk.is_locked(f"{self.directory}/{stream}/{layout.LOCK}")
+        """Whether a process has the stream open for writing, and has not declared that nothing more will come."""
+        path = f"{self.directory}/{stream}/{layout.LOCK}"
+        if not self._disk.is_locked(path):
+            return False
+        owner = layout.read_owner(self._disk, path)
+        return owner is None or owner.is_live
 
     def read(self, stream: str, after: int = 0) -> Iterator[Record]:
         """Yield the events after sequence ``after`` that the stream has now.
@@ -332,6 +339,8 @@ class TailReader:
                     (at for at, each in enumerate(names) if each.first_sequence <= self.last_sequence + 1), default=0
                 )
                 self._upcoming.extend(names[index + 1 :])
+                if self._expected_sequence is None and names[0].ordinal == 1:
+                    self._expected_sequence = 1  # nothing was removed: what is not there is missing
                 self._open_segment(names[index])
             yield from self._read_segment(is_final=False)
             next_segment = self._find_next_segment() if find_next or self._upcoming else None

@@ -18,7 +18,7 @@ from typing import Final, NamedTuple, cast
 import msgspec
 
 from evsys_bus.diagnostics import log
-from evsys_bus.disk import NO_LOCKS_ERRNOS, Disk
+from evsys_bus.disk import Disk
 from evsys_bus.errors import JournalVersionError
 from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
@@ -157,13 +157,7 @@ class RetentionManager:
             if each in previous:
                 self._older_streams[each] = previous[each]
                 continue
-            try:
-                lock = self._disk.lock(f"{self._directory}/{each}/{layout.LOCK}")
-            except OSError as error:
-                if error.errno not in NO_LOCKS_ERRNOS:
-                    raise
-                self._older_streams[each] = []  # without locks it may be in use
-                continue
+            lock = self._disk.lock(f"{self._directory}/{each}/{layout.LOCK}")
             if lock is None:
                 continue
             try:

@@ -1,6 +1,6 @@
 """`SlowWriter`: everything about writing a record beyond the plain append.
 
-It handles the start of a segment, errors of the disk and a removed directory. The record is put into the backlog, and
+It handles the start of a segment and errors of the disk. The record is put into the backlog, and
 the `Backlog` is written in order to whichever segment accepts it. All of this is under one lock. The plain append
 (`JournalWriter.append`) takes no lock and is allowed while ``is_ready`` is true.
 """
@@ -9,7 +9,7 @@ import errno
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from evsys_bus.diagnostics import FaultLog, log
@@ -19,8 +19,10 @@ from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.frame import pack
 from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.open_starts import OpenStarts, StartRecord, read_boundary
+from evsys_bus.journal.reader import Record
 from evsys_bus.journal.segment import OpenSegment, WrittenSegments
-from evsys_bus.journal.stream_lock import StreamLease, lock_stream
+from evsys_bus.journal.stream_lock import StreamLease
 
 
 class PendingRecord(NamedTuple):
@@ -161,8 +163,8 @@ class SlowWriter:
         """Synced segments that stay open for one more round: a plain append may have started before."""
         self.backlog: Final = backlog
         self.reserve = DiskReserve(disk, "", 0)
-        self.open_starts: list[tuple[str | None, int, bytes]] = []
-        """Scope, sequence and payload of the start events whose scope is still open."""
+        self.open_starts = OpenStarts[StartRecord]()
+        """The start events of what is open. Each segment begins with them."""
         self.segments_created = 0
         """How many segments were created."""
         self.written_segments: Final = WrittenSegments(disk)
@@ -175,6 +177,7 @@ class SlowWriter:
         self._sync_each_write = sync_each_write
         self.last_error: OSError | None = None
         """The last error, until the disk accepts records again."""
+        self._is_removal_logged = False
         # Used by the plain append.
         self.is_ready = False
         self.file = -1
@@ -194,6 +197,7 @@ class SlowWriter:
     def open(self, lease: StreamLease, reserve_bytes: int) -> None:
         """Start to accept records."""
         self.lease = lease
+        self.open_starts = lease.open_starts
         self.reserve = DiskReserve(self.disk, f"{self.folder}/{layout.RESERVE}", reserve_bytes)
         self.reserve.allocate()
         self.state = "open"
@@ -259,6 +263,7 @@ class SlowWriter:
             break
         if self.last_error is not None:
             self.last_error = None
+            self._is_removal_logged = False
             self._log_safely(self.faults.flush)
             self._log_safely(
                 lambda: log().info("journal.records_again", directory=self.directory, lost=self.backlog.lost)
@@ -267,13 +272,84 @@ class SlowWriter:
             self.file = self.segment.file
             self.is_ready = True
 
+    def write_batch(self, records: Sequence[Record]) -> None:
+        """Write the records, with one write to each segment, and sync them. Nothing may be pending.
+
+        Raises:
+            OSError: The disk returned an error. All of them must be written again; readers skip repeats.
+        """
+        previous_segment, segments_created = self.segment, self.segments_created
+        unsynced_segments: list[OpenSegment] = []
+        is_synced = False
+        try:
+            start = 0
+            while start < len(records):
+                start = self._write_part(records, start)
+                assert self.segment is not None
+                if self.segment not in unsynced_segments:
+                    unsynced_segments.append(self.segment)
+            for segment in unsynced_segments:
+                segment.sync()
+            if self.segments_created > segments_created:
+                self.sync_directories()
+            is_synced = True
+        finally:
+            if not is_synced and (unsynced_segments or self.segment is not previous_segment):
+                self.retire_segment()  # it is not known what of it is on disk
+        self.flush_backlog()  # the disk accepts records again
+
+    def _write_part(self, records: Sequence[Record], start: int) -> int:
+        """Write what fits into the segment, at least one record. Returns the index after it."""
+        first = records[start]
+        begins_segment = self.segment is None or self.remaining_bytes <= 0
+        boundary = read_boundary(first.payload)
+        if begins_segment and boundary is not None and not boundary.is_start:
+            self.open_starts.update(boundary, StartRecord(*first))  # the new segment need not begin with its start
+        room = self.remaining_bytes
+        if begins_segment:
+            room = self._segment_bytes - frame.SEGMENT_HEADER_BYTES - sum(map(len, self._carried_frames()))
+        frames: list[bytes] = []
+        end = start
+        while end < len(records) and (end == start or room > 0):
+            frames.append(pack(*records[end]))
+            room -= len(frames[-1])
+            end += 1
+        data = b"".join(frames)
+        if begins_segment:
+            self._begin_segment(PendingRecord(first.sequence, data, essential=True))
+        else:
+            assert self.segment is not None
+            self.segment.write(data)
+            self.remaining_bytes -= len(data)
+        for record in records[start:end]:
+            boundary = read_boundary(record.payload)
+            if boundary is not None:
+                self.open_starts.update(boundary, StartRecord(*record))
+        return end
+
     def handle_error(self, error: OSError) -> None:
         """Count and log an error of the disk. A segment that may be damaged by it is retired."""
         self.is_ready = False
         self.last_error = error
         if self.segment is not None and (not self.segment.is_clean or error.errno not in _DISK_FULL_ERRNOS):
             self.retire_segment()
-        self.log_failure("journal.unrecorded", error, waiting=len(self.backlog))
+        if isinstance(error, FileNotFoundError):
+            self.handle_removal(error)
+        else:
+            self.log_failure("journal.unrecorded", error, waiting=len(self.backlog))
+
+    def handle_removal(self, error: FileNotFoundError) -> None:
+        """Count the events in segments that another program removed, and log it once.
+
+        A removed directory is not created again. Records stay in the backlog, in case it was only moved and comes back.
+        """
+        self.written_segments.check_removed()
+        if self._is_removal_logged:
+            self.failures += 1
+            return
+        self._is_removal_logged = True
+        fix = "leave a journal in use where it is; restart the program to record into a new one"
+        self.log_failure("journal.removed", error, fix=fix)
 
     def retire_segment(self) -> None:
         """Stop writing to the current segment. The next record starts another one."""
@@ -384,11 +460,7 @@ class SlowWriter:
         self.lease.ordinal += 1
         name = SegmentName(self.lease.ordinal, pending.sequence)
         records = b"".join((*self._carried_frames(name.first_sequence), pending.data))
-        try:
-            segment = OpenSegment.create(self.disk, self.folder, name, records)
-        except FileNotFoundError:
-            self.recreate_directory()
-            segment = OpenSegment.create(self.disk, self.folder, name, records)
+        segment = OpenSegment.create(self.disk, self.folder, name, records)
         self.retire_segment()
         self.segment = segment
         self.remaining_bytes = self._segment_bytes - len(records)
@@ -412,20 +484,9 @@ class SlowWriter:
     def _carried_frames(self, before_sequence: float = math.inf) -> list[bytes]:
         return [
             pack(sequence, payload, frame.CARRIED)
-            for _, sequence, payload in self.open_starts
+            for sequence, payload in self.open_starts
             if sequence < before_sequence
         ]
-
-    def recreate_directory(self) -> None:
-        """Create and lock the stream's directory again after it was removed."""
-        self.written_segments.check_removed()
-        self.disk.make_directory(self.directory)
-        self.disk.make_directory(self.folder)
-        if self.lease.lock is not None and self.disk.is_at(f"{self.folder}/{layout.LOCK}", self.lease.lock):
-            return  # only segments were removed
-        lock, self.lease.lock = self.lease.lock, lock_stream(self.disk, self.clock, self.directory, self.lease.stream)
-        if lock is not None:
-            self.disk.close(lock)
 
     def _write_and_sync(self, file: int, record: bytes) -> int:
         written = self.disk.write(file, record)

@@ -4,10 +4,7 @@ Only the newest stream of a rank is continued, so that the order of streams stay
 and only if the machine has not been restarted since. After a power cut the newest records of a stream may be lost
 although they were delivered; their sequences must not be given to other events.
 
-A new stream is created in the journal's directory or, if its file system is not suitable, on a local disk. Network file
-systems may have no locks, or write appended data to the wrong offset. Then the stream and the couriers' lock files are
-created in a local directory, and the journal gets symbolic links to them, so that every process on this machine uses
-the same paths.
+Network file systems may have no locks, or write appended data to the wrong offset. There no stream is created.
 
 A lock file records its owner: the process that holds the lock, or held it last. Each owner appends a line and the last
 complete one counts, so a kill during the write leaves the previous owner.
@@ -16,19 +13,19 @@ complete one counts, so a kill during the write leaves the previous owner.
 import errno
 import os
 import time
-from typing import Final, Literal
+from typing import Final
 from uuid import uuid4
 
 import msgspec
 
 from evsys_bus.diagnostics import log
-from evsys_bus.disk import Disk
-from evsys_bus.errors import JournalVersionError
-from evsys_bus.files import DECODE_ERRORS
+from evsys_bus.disk import NO_LOCKS_ERRNOS, Disk
+from evsys_bus.errors import JournalOpenError, JournalVersionError
 from evsys_bus.journal import layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import CursorStore
-from evsys_bus.journal.layout import Family, LockOwner
+from evsys_bus.journal.layout import Family, LockOwner, read_owner
+from evsys_bus.journal.open_starts import OpenStarts, StartRecord, restore_open_starts
 from evsys_bus.journal.reader import read_next_sequence
 
 
@@ -37,45 +34,96 @@ class StreamLease(msgspec.Struct):
 
     stream: str
     lock: int | None
-    """The open lock file. None where the file system has no locks; the stream is then new and is never continued."""
+    """The open lock file; None before the stream is locked and after it was released."""
     ordinal: int = 0
     """The ordinal of the stream's last segment."""
     next_sequence: int = 1
     inherited_segments: list[str] = []
     """Segments of the previous writer. They may not have been synced."""
+    journal_id: str = ""
+    """The id of the journal; empty if it could not be written."""
+    is_live: bool = True
+    """Whether the writer has declared that events may still come."""
+    open_starts: OpenStarts[StartRecord] = msgspec.field(default_factory=OpenStarts[StartRecord])
+    """What is open in a stream that was opened by its name."""
 
 
 def acquire_stream(disk: Disk, clock: Clock, directory: str, rank: int, family: Family = "r") -> StreamLease:
     """Lock the newest stream of the rank, or create and lock a new one.
 
     Raises:
+        JournalOpenError: The file system has no locks, or does not append.
         OSError: The directory cannot be written.
     """
     disk.make_directory(directory)
-    _try_mark_as_journal(disk, directory)
     existing = layout.list_streams(disk, directory, rank, family)
     resumed = _try_resume(disk, clock, directory, existing[-1]) if existing else None
     if resumed is not None:
+        resumed.journal_id = _try_mark_as_journal(disk, directory)
         return resumed
     stream = layout.new_stream_name(rank, clock.wall(), family, existing)
-    create_stream_directory(disk, directory, stream)
-    return StreamLease(stream, lock_stream(disk, clock, directory, stream))
+    return _create_stream(disk, clock, directory, stream)
 
 
-def lock_stream(disk: Disk, clock: Clock, directory: str, stream: str) -> int | None:
-    """Lock a stream that this process writes.
+def acquire_named_stream(disk: Disk, clock: Clock, directory: str, stream: str) -> StreamLease:
+    """Lock the stream of this name, whichever process and boot wrote it, or create it. Everything in it is synced.
 
-    Returns None where the file system has no locks, or another process has it.
+    Raises:
+        JournalOpenError: It is no name of a stream, or another process has the stream open; or the file system has no
+            locks, or does not append.
+        JournalVersionError: A newer version wrote it.
+        OSError: The directory cannot be written or read.
     """
-    path = f"{directory}/{stream}/{layout.LOCK}"
+    if not layout.is_stream_name(stream):
+        raise JournalOpenError(f"{stream!r:.80} is not the name of a stream", fix="give a name as streams() lists them")
+    disk.make_directory(directory)
+    folder = f"{directory}/{stream}"
+    if stream not in layout.list_streams(disk, directory, family=None):
+        return _create_stream(disk, clock, directory, stream, is_mirror=True)
+    previous_owner = read_stream_owner(disk, directory, stream)
+    lock = _lock_stream(disk, directory, stream)
+    is_opened = False
     try:
-        lock = disk.lock(path)
-    except OSError as error:
-        log().warning("journal.not_lockable", path=path, exc_info=error)
-        return None
+        names = layout.list_segments(disk, folder)
+        next_sequence = max(
+            names[-1].first_sequence if names else 1,
+            *(read_next_sequence(disk, folder, name) for name in names[-1:]),
+            1,
+        )
+        for path in (*(f"{folder}/{name}" for name in names), folder):
+            disk.sync_path(path)
+        is_live = previous_owner is None or previous_owner.is_live
+        write_owner(disk, clock, lock, is_mirror=True, is_live=is_live)
+        open_starts = restore_open_starts(disk, folder, names)
+        journal_id = _try_mark_as_journal(disk, directory)
+        is_opened = True
+    finally:
+        if not is_opened:
+            disk.close(lock)
+    ordinal = names[-1].ordinal if names else 0
+    return StreamLease(
+        stream, lock, ordinal, next_sequence, journal_id=journal_id, is_live=is_live, open_starts=open_starts
+    )
+
+
+def _create_stream(disk: Disk, clock: Clock, directory: str, stream: str, *, is_mirror: bool = False) -> StreamLease:
+    check_file_system(disk, directory)
+    journal_id = _try_mark_as_journal(disk, directory)
+    disk.make_directory(f"{directory}/{stream}")
+    lock = _lock_stream(disk, directory, stream)
+    write_owner(disk, clock, lock, is_mirror=is_mirror)
+    return StreamLease(stream, lock, journal_id=journal_id)
+
+
+def _lock_stream(disk: Disk, directory: str, stream: str) -> int:
+    lock = disk.lock(f"{directory}/{stream}/{layout.LOCK}")
     if lock is not None:
-        write_owner(disk, clock, lock)
-    return lock
+        return lock
+    owner = read_stream_owner(disk, directory, stream)
+    holder = "another process" if owner is None else f"process {owner.pid} on {owner.host}, since {owner.since},"
+    raise JournalOpenError(
+        f"{holder} has the stream {stream} of {directory} open", fix="let it finish, or end it; a stream has one writer"
+    )
 
 
 def read_stream_owner(disk: Disk, directory: str, stream: str) -> LockOwner | None:
@@ -83,12 +131,13 @@ def read_stream_owner(disk: Disk, directory: str, stream: str) -> LockOwner | No
     return read_owner(disk, f"{directory}/{stream}/{layout.LOCK}")
 
 
-def _try_mark_as_journal(disk: Disk, directory: str) -> None:
-    """Write the journal file. Without it the streams still identify the directory as a journal."""
+def _try_mark_as_journal(disk: Disk, directory: str) -> str:
+    """Write the journal file and return the id. Without it the streams still identify the directory as a journal."""
     try:
-        layout.mark_as_journal(disk, directory)
+        return layout.mark_as_journal(disk, directory)
     except OSError as error:
         log().warning("journal.not_marked", directory=directory, exc_info=error)
+        return ""
 
 
 def _try_resume(disk: Disk, clock: Clock, directory: str, stream: str) -> StreamLease | None:
@@ -124,58 +173,30 @@ def _try_resume(disk: Disk, clock: Clock, directory: str, stream: str) -> Stream
 _NOT_SUPPORTED_ERRNOS: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 
 
-def create_stream_directory(disk: Disk, directory: str, stream: str) -> None:
-    """Create the directory of a new stream.
+def check_file_system(disk: Disk, directory: str) -> None:
+    """Test with a small file whether the file system of a directory has what a stream needs.
 
     Raises:
-        OSError: The journal's directory cannot be written; or its file system does not append correctly, and no local
-            directory can take the stream either.
+        JournalOpenError: It has no locks, or does not append.
+        OSError: The directory cannot be written.
     """
-    missing_feature = _find_missing_feature(disk, directory)
-    if missing_feature is not None:
-        for root in disk.local_directories():
-            local_path = f"{root}/evsys-bus-{stream}"
-            try:
-                _create_on_local_disk(disk, directory, stream, root, local_path)
-            except OSError as error:
-                log().warning(
-                    "journal.not_moved", directory=directory, to=local_path, lacks=missing_feature, exc_info=error
-                )
-            else:
-                log().warning("journal.moved", directory=directory, to=local_path, lacks=missing_feature)
-                return
-    if missing_feature == "appends":
-        raise OSError(errno.ENOTSUP, "its file system does not append, and no local directory can hold the journal")
-    disk.make_directory(f"{directory}/{stream}")
-
-
-def _create_on_local_disk(disk: Disk, directory: str, stream: str, root: str, local_path: str) -> None:
-    disk.make_directory(root)
-    missing_feature = _find_missing_feature(disk, root)
-    if missing_feature is not None:
-        raise OSError(errno.ENOTSUP, f"its file system lacks {missing_feature}", root)
-    disk.make_directory(local_path)
-    disk.sync_path(root)
-    for name in (stream, layout.COURIERS):
-        disk.make_directory(f"{local_path}/{name}")
-        try:
-            disk.link(f"{directory}/{name}", f"{local_path}/{name}")
-        except FileExistsError:
-            if name == stream:
-                raise
-
-
-def _find_missing_feature(disk: Disk, directory: str) -> Literal["locks", "appends"] | None:
-    """What the file system of a directory does not support, tested with a small file."""
     path = f"{directory}/.trial-{uuid4().hex}"
     file = disk.open_append(path)
     try:
         if not _supports_append(disk, path, file):
-            return "appends"
-        return None if _supports_locks(disk, path) else "locks"
+            missing = "does not append at the end of a file"
+        elif not _supports_locks(disk, path):
+            missing = "has no locks"
+        else:
+            return
     finally:
         disk.close(file)
         disk.remove(path)
+    raise JournalOpenError(
+        f"the journal {directory} cannot be there: its file system {missing}",
+        why="two processes could write one stream, or records could overwrite each other",
+        fix="give a directory on a local disk, for example EventBus(callbacks, journal=DIRECTORY)",
+    )
 
 
 def _supports_append(disk: Disk, path: str, file: int) -> bool:
@@ -194,39 +215,33 @@ def _supports_append(disk: Disk, path: str, file: int) -> bool:
 def _supports_locks(disk: Disk, path: str) -> bool:
     try:
         lock = disk.lock(path)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS_ERRNOS:
+            return False
+        raise
     if lock is not None:
         disk.close(lock)
     return lock is not None
 
 
-_MAX_BYTES: Final = 4096
-
-
-def write_owner(disk: Disk, clock: Clock, lock: int) -> None:
+def write_owner(disk: Disk, clock: Clock, lock: int, *, is_mirror: bool = False, is_live: bool = True) -> None:
     """Record this process as the owner in an open lock file.
+
+    Args:
+        disk: The file system.
+        clock: The clocks.
+        lock: The open lock file.
+        is_mirror: Whether the stream was opened by its name. Without a boot in the note, no bus continues it.
+        is_live: Whether events may still come.
 
     Raises:
         OSError: The disk returned an error.
     """
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.wall()))
-    disk.write(lock, b"\n" + _encode(LockOwner(os.getpid(), os.uname().nodename, since, disk.boot())))
-
-
-def read_owner(disk: Disk, path: str) -> LockOwner | None:
-    """The last owner recorded in the lock file; None if there is none or it cannot be read."""
-    try:
-        data = disk.read(path, max(0, disk.size(path) - _MAX_BYTES), _MAX_BYTES)
-    except OSError:
-        return None
-    for line in reversed(data.split(b"\n")):
-        try:
-            return _decode(line)
-        except DECODE_ERRORS:
-            continue
-    return None
+    disk.write(
+        lock,
+        b"\n" + _encode(LockOwner(os.getpid(), os.uname().nodename, since, "" if is_mirror else disk.boot(), is_live)),
+    )
 
 
 _encode: Final = msgspec.json.Encoder().encode
-_decode: Final = msgspec.json.Decoder(LockOwner).decode

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Final, Literal, Self, TypeVar
 from zlib import crc32
@@ -19,9 +20,11 @@ from evsys_bus.journal.clock import Clock, OsClock
 from evsys_bus.journal.frame import EVENT, MARKER, pack, pack_checked_header, pack_checksum
 from evsys_bus.journal.layout import Family
 from evsys_bus.journal.maintenance import Maintenance
+from evsys_bus.journal.open_starts import StartRecord, read_boundary
+from evsys_bus.journal.reader import Record
 from evsys_bus.journal.retention import RemovedCounts, RetentionPolicy
 from evsys_bus.journal.slow_writer import Backlog, PendingRecord, SlowWriter
-from evsys_bus.journal.stream_lock import acquire_stream
+from evsys_bus.journal.stream_lock import acquire_named_stream, acquire_stream, write_owner
 
 _MIN_SYNC_SECONDS: Final = 1.0
 """The minimum time for the final sync, after pending records were retried until the deadline."""
@@ -38,6 +41,8 @@ class JournalWriter:
     Args:
         directory: The journal. It is created if it is missing, accessible to its owner only.
         rank: The rank of the process. A stream is continued only by writers of the same rank.
+        stream: The name of the stream to write, for a mirror of another journal, whoever wrote it before; by default
+            the newest one of the rank, or a new one. `append_batch` then records what the other journal has.
         family: Who writes the stream: a publishing process ("r") or a courier ("c").
         flush: What a power cut may lose: with ``always`` nothing that was appended, with ``interval`` the events of
             the last ``flush_seconds``, with ``never`` what the system has not written by itself. The end of the
@@ -58,6 +63,7 @@ class JournalWriter:
         directory: str | os.PathLike[str],
         *,
         rank: int = 0,
+        stream: str | None = None,
         family: Family = "r",
         flush: FlushPolicy = "interval",
         flush_seconds: float = 1.0,
@@ -73,10 +79,13 @@ class JournalWriter:
         self.next_sequence = 1
         """The sequence of the next event. An envelope contains its own sequence, so read it before encoding."""
         self._rank = rank
+        self._stream = stream
         self._family: Family = family
         self._raise_unrecorded = on_unrecorded == "raise"
         self._reserve_bytes = reserve_bytes
         self._first_sequence = 1
+        self._skipped = 0
+        """Sequences that `append_batch` has skipped."""
         self._slow_writer: Final = SlowWriter(
             OsDisk() if disk is None else disk,
             OsClock() if clock is None else clock,
@@ -94,11 +103,17 @@ class JournalWriter:
         """Lock a stream and start the maintenance thread.
 
         Raises:
-            JournalOpenError: The directory cannot be written.
+            JournalOpenError: The directory cannot be written, or its file system has no locks or does not append; or
+                another process has the named stream open.
+            JournalVersionError: A newer version wrote the named stream.
         """
         slow_writer = self._slow_writer
         try:
-            lease = acquire_stream(slow_writer.disk, slow_writer.clock, slow_writer.directory, self._rank, self._family)
+            disk, clock, directory = slow_writer.disk, slow_writer.clock, slow_writer.directory
+            if self._stream is None:
+                lease = acquire_stream(disk, clock, directory, self._rank, self._family)
+            else:
+                lease = acquire_named_stream(disk, clock, directory, self._stream)
         except OSError as error:
             raise JournalOpenError(
                 f"the journal {slow_writer.directory} cannot be written: {error.strerror or error}",
@@ -162,7 +177,9 @@ class JournalWriter:
 
         Args:
             payload: The encoded envelope.
-            essential: Whether the event is among the last to be dropped if too many are pending.
+            essential: Whether the event is among the last to be dropped if too many are pending: starts, ends and
+                checkpoints. A start event is repeated at the beginning of each later segment until the event that ends
+                its run or experiment. For an end event on a full disk, the reserve is released.
 
         Raises:
             UnrecordedError: The disk returned an error and ``on_unrecorded`` is ``raise``; the sequence stays free.
@@ -172,43 +189,96 @@ class JournalWriter:
         """
         if not essential:
             return self._append(payload, 0.0)
-        sequence = self.next_sequence
-        record = pack(sequence, payload)
-        self.next_sequence = sequence + 1
-        self._append_slow(PendingRecord(sequence, record, essential), None)
-        return sequence
-
-    def append_start(self, payload: bytes, scope: str | None) -> int:
-        """Append a start event, and repeat it at the beginning of each later segment until its scope ends.
-
-        Args:
-            payload: The encoded envelope.
-            scope: The run; None for the experiment, which ends after all its runs.
-        """
-        sequence = self.append(payload, essential=True)
-        self._slow_writer.open_starts.append((scope, sequence, payload))
-        return sequence
-
-    def append_end(self, payload: bytes, scope: str | None) -> int:
-        """Append an end event and end its scope; None ends all scopes.
-
-        On a full disk the reserve is released for the event.
-        """
+        boundary = read_boundary(payload)
+        if boundary is None:
+            return self._append_essential(payload)
         slow_writer = self._slow_writer
-        slow_writer.open_starts[:] = [
-            each for each in slow_writer.open_starts if scope is not None and each[0] != scope
-        ]
+        if boundary.is_start:
+            sequence = self._append_essential(payload)
+            slow_writer.open_starts.update(boundary, StartRecord(sequence, payload))
+            return sequence
+        slow_writer.open_starts.update(boundary, StartRecord(self.next_sequence, payload))
         try:
-            sequence = self.append(payload, essential=True)
+            sequence = self._append_essential(payload)
         except UnrecordedError:
             if not slow_writer.reserve.release():
                 raise
-            return self.append(payload, essential=True)
+            return self._append_essential(payload)
         if slow_writer.backlog:
             with slow_writer.lock:
                 if slow_writer.backlog.bytes < slow_writer.reserve.size and slow_writer.reserve.release():
                     slow_writer.flush_backlog()
         return sequence
+
+    def _append_essential(self, payload: bytes) -> int:
+        sequence = self.next_sequence
+        record = pack(sequence, payload)
+        self.next_sequence = sequence + 1
+        self._append_slow(PendingRecord(sequence, record, essential=True), None)
+        return sequence
+
+    def append_batch(self, records: Iterable[tuple[int, bytes]]) -> int:
+        """Record events of another journal under their own sequences, and sync them, whatever ``flush`` is.
+
+        Sequences may skip ahead; readers report the gap. Those that the stream already has are skipped, so a batch may
+        be given again, for example after a kill between the sync and its acknowledgement.
+
+        Args:
+            records: Sequences and encoded envelopes, by ascending sequence.
+
+        Returns:
+            The last sequence in the stream; 0 if it has none.
+
+        Raises:
+            UnrecordedError: The disk returned an error, so give the batch again. Nothing waits in memory.
+            ForkedBusError: The process was forked from the one that opened the journal.
+            JournalClosedError: The journal is not open.
+            ValueError: The sequences do not ascend from 1 or more; nothing was recorded.
+        """
+        slow_writer = self._slow_writer
+        slow_writer.check_open()
+        given = [Record(*each) for each in records]
+        if any(later.sequence <= earlier.sequence for earlier, later in pairwise([Record(0, b""), *given])):
+            raise ValueError("the sequences of a batch must ascend from 1 or more")
+        with self._maintenance.paused(), slow_writer.lock:
+            slow_writer.check_open()
+            slow_writer.flush_backlog()
+            new = [each for each in given if each.sequence >= self.next_sequence]
+            if slow_writer.backlog:
+                raise self._unrecorded_error()
+            if new:
+                try:
+                    slow_writer.write_batch(new)
+                except OSError as error:
+                    slow_writer.handle_error(error)
+                    raise self._unrecorded_error() from error
+                self._skipped += new[-1].sequence + 1 - self.next_sequence - len(new)
+                self.next_sequence = new[-1].sequence + 1
+            return self.next_sequence - 1
+
+    def set_live(self, is_live: bool) -> None:
+        """Declare whether more events may come, for `JournalReader.is_live`. A new stream is live.
+
+        For a mirror, which keeps its streams open although their own writers may be gone. It is stored with the stream.
+
+        Raises:
+            UnrecordedError: The disk returned an error.
+            ForkedBusError: The process was forked from the one that opened the journal.
+            JournalClosedError: The journal is not open.
+        """
+        slow_writer = self._slow_writer
+        with slow_writer.lock:
+            slow_writer.check_open()
+            lease = slow_writer.lease
+            if is_live == lease.is_live or lease.lock is None:
+                return
+            try:
+                write_owner(slow_writer.disk, slow_writer.clock, lease.lock, is_mirror=True, is_live=is_live)
+                slow_writer.disk.sync(lease.lock)
+            except OSError as error:
+                slow_writer.handle_error(error)
+                raise self._unrecorded_error() from error
+            lease.is_live = is_live
 
     def skip_sequence(self) -> None:
         """Skip the next sequence, for an event that cannot be recorded. It counts as lost."""
@@ -244,7 +314,8 @@ class JournalWriter:
         deadline = slow_writer.clock.monotonic() + timeout_seconds
         min_sync_seconds = 0.0
         while slow_writer.state == "open":
-            is_last_attempt = not slow_writer.backlog or not should_retry()
+            is_removed = isinstance(slow_writer.last_error, FileNotFoundError)  # waiting for it would be in vain
+            is_last_attempt = not slow_writer.backlog or is_removed or not should_retry()
             remaining_seconds = deadline - slow_writer.clock.monotonic()
             if not slow_writer.lock.acquire(timeout=max(0.0, min(remaining_seconds, threading.TIMEOUT_MAX))):
                 return False
@@ -267,6 +338,11 @@ class JournalWriter:
         return self._slow_writer.directory
 
     @property
+    def id(self) -> str:
+        """Identifies the journal, wherever it is copied to. Empty before it was opened, or if it cannot be stored."""
+        return self._slow_writer.lease.journal_id
+
+    @property
     def stream(self) -> str:
         """The name of the stream. Empty before the journal was opened."""
         return self._slow_writer.lease.stream
@@ -274,7 +350,7 @@ class JournalWriter:
     @property
     def recorded(self) -> int:
         """How many events this writer has written to disk."""
-        return self.next_sequence - self._first_sequence - self.unrecorded - self.lost
+        return self.next_sequence - self._first_sequence - self._skipped - self.unrecorded - self.lost
 
     @property
     def unrecorded(self) -> int:
@@ -326,11 +402,15 @@ class JournalWriter:
                 return
             slow_writer.backlog.pop()
             self.next_sequence = pending.sequence
-        raise UnrecordedError(
+        raise self._unrecorded_error() from slow_writer.last_error
+
+    def _unrecorded_error(self) -> UnrecordedError:
+        slow_writer = self._slow_writer
+        return UnrecordedError(
             f"the journal {slow_writer.directory} did not take an event",
             why=str(slow_writer.last_error),
             fix='make room; or let events wait in memory with on_unrecorded="queue"',
-        ) from slow_writer.last_error
+        )
 
 
 def _already_encoded(payload: bytes, _: int, __: float) -> bytes:

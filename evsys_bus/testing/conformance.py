@@ -42,7 +42,7 @@ def conformance(
     metrics that are not numbers; late and repeated steps; two runs at once; start events that a courier repeats; the
     same files from live objects and from a record; and, with ``mark`` and ``rewind``, the same files after a crash. For
     a sink, and for the delivery half of a callback: the same events in batches, once and again, reopening after
-    closing, and the return value of `write`.
+    closing, and the return value of `write`; a raw sink is given records, one of which is not an envelope.
 
     The files of a callback are compared byte by byte, except for hidden files. If equal rows may be stored as different
     bytes, as in a database, ``contents`` returns what to compare.

@@ -17,9 +17,10 @@ from typing import Any, Final, TypeAlias, cast
 
 from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.callback import Callback, attach, check_hooks, detach, find_hook
+from evsys_bus.codec import encode
 from evsys_bus.errors import HookError, RejectedError
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent
-from evsys_bus.sink import BatchResult, Sink, check_marks, check_sink
+from evsys_bus.sink import BatchResult, RawRecord, Sink, check_marks, check_sink
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX, HookTaskAdopter, find_hook_frame, task_name
 from evsys_bus.testing.timeline import RUNS, STEPS, Timeline, as_envelopes, hostile_metrics, minimal_events
 
@@ -165,10 +166,13 @@ class SinkConformance:
                 timeline = Timeline(folder)
                 batch = [*as_envelopes([*timeline.start_events(), *timeline.step_events(0, metrics)])]
                 self._check_delivery(folder, f"metrics with {label}", [batch], may_reject=True)
+            if sink.raw:
+                damaged = RawRecord("conformance", 1, b"\xc1")
+                self._check_delivery(folder, "a record that is not an envelope", [[damaged]], may_reject=True)
             self._check_delivery(folder, "no batch at all", [])
 
     def _check_delivery(
-        self, folder: Path, label: str, batches: Sequence[Sequence[Envelope]], *, may_reject: bool = False
+        self, folder: Path, label: str, batches: Sequence[Sequence[Envelope | RawRecord]], *, may_reject: bool = False
     ) -> None:
         async def deliver() -> None:
             sink: Any = self._make(folder)  # may have `mark`, which is not part of Sink
@@ -186,8 +190,8 @@ class SinkConformance:
 
         self._failures.check(f"{self._prefix}open, write and close take", lambda: asyncio.run(deliver()), label)
 
-    async def _write(self, sink: Sink, batch: Sequence[Envelope], *, may_reject: bool) -> None:
-        remaining = batch
+    async def _write(self, sink: Sink, batch: Sequence[Envelope | RawRecord], *, may_reject: bool) -> None:
+        remaining = [_as_record(each) for each in batch] if sink.raw else batch
         while remaining:
             try:
                 result: object = await with_deadline(sink.write(remaining))
@@ -203,6 +207,10 @@ class SinkConformance:
                 self._failures.add(f"{self._prefix}{message}")
                 return
             remaining = remaining[handled:]
+
+
+def _as_record(item: Envelope | RawRecord) -> RawRecord:
+    return item if isinstance(item, RawRecord) else RawRecord(item.stream, item.seq, encode(item))
 
 
 def _check_json_round_trip(mark: object) -> None:

@@ -14,7 +14,6 @@ from typing import Final, Literal, Protocol
 from evsys_bus.disk import LOCK_FLAGS, replace_file
 
 _SECTOR: Final = 512
-_MAX_LINKS: Final = 8
 
 
 class MachineStopped(BaseException):
@@ -69,7 +68,6 @@ class SimulatedDisk:
         self.without_hard_links: set[str] = set()
         self.unreadable: set[str] = set()
         self._clock = clock
-        self._links: dict[str, str] = {}
         self._files: dict[str, _File] = {}
         self._durable: dict[str, _File] = {}
         self._changes: dict[str, list[_Entry]] = {}
@@ -162,7 +160,6 @@ class SimulatedDisk:
             del self._files[each]
             self._durable.pop(each, None)
         self._directories = {each for each in self._directories if not _is_below(each, {path})}
-        self._links = {each: target for each, target in self._links.items() if not _is_below(each, {path})}
         self._changes = {each: changes for each, changes in self._changes.items() if not _is_below(each, {path})}
 
     def set_modified(self, path: str, wall: float) -> None:
@@ -179,17 +176,6 @@ class SimulatedDisk:
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), each)
         self._directories.update([path, *_parents(path)])
 
-    def link(self, path: str, target: str) -> None:
-        """Create a symbolic link to a directory. The path must not exist."""
-        self._start_call()
-        if path in self._links or path in self._directories or path in self._files:
-            raise FileExistsError(errno.EEXIST, "exists", path)
-        self._links[path] = target
-
-    def local_directories(self) -> list[str]:
-        """Local directories for journals whose own file system is not suitable, the best one first."""
-        return ["/local/state", "/local/temporary"]
-
     def open_append(self, path: str) -> int:
         """Create a file for the owner only and open it for appending. It must not exist."""
         path = self._start_call(path)
@@ -199,10 +185,9 @@ class SimulatedDisk:
 
     def open_new(self, path: str, mode: int = 0o600) -> int | None:  # noqa: ARG002  # all files are one user's
         """Create an empty file that is locked while it is open, to be renamed to another path later."""
-        path = self._start_call(path, entry=True)
+        path = self._start_call(path)
         if path in self._directories or self._files.get(path) in self._locks.values():
             return None
-        self._links.pop(path, None)
         if path in self._files:
             self._change_entry(path, None)
         file = self._open_descriptor(path)
@@ -313,7 +298,7 @@ class SimulatedDisk:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         if path not in self._directories:
             raise FileNotFoundError(errno.ENOENT, "no such directory", path)
-        entries = [*self._files, *self._directories, *self._links]
+        entries = [*self._files, *self._directories]
         return [name.rpartition("/")[2] for name in entries if _parent(name) == path and name != path]
 
     def size(self, path: str) -> int:
@@ -331,10 +316,7 @@ class SimulatedDisk:
 
     def rename(self, path: str, to: str) -> None:
         """Rename a file, replacing an existing one. Both paths have the same parent."""
-        path, to = self._start_call(path, entry=True), self._follow_links(to, entry=True)
-        if path in self._links:
-            self._links[to] = self._links.pop(path)
-            return
+        path = self._start_call(path)
         if path in self._directories:
             self._rename_directory(path, to)
             return
@@ -342,16 +324,15 @@ class SimulatedDisk:
         if to in self._directories:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), to)
         if self._files.get(to) is not file:  # POSIX: renaming between two names of one file does nothing
-            self._links.pop(to, None)
             self._change_entry(to, file, path)
 
     def hard_link(self, path: str, to: str) -> None:
         """Create a hard link, which must not exist; OSError where the file system has none."""
-        path, to = self._start_call(path), self._follow_links(to, entry=True)
+        path = self._start_call(path)
         if _is_below(path, self.without_hard_links):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
         file = self._lookup_file(path)
-        if to in self._files or to in self._links or to in self._directories:
+        if to in self._files or to in self._directories:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), to)
         self._change_entry(to, file)
 
@@ -361,10 +342,7 @@ class SimulatedDisk:
 
     def remove(self, path: str) -> None:
         """Remove the file."""
-        path = self._start_call(path, entry=True)
-        if path in self._links:
-            del self._links[path]
-            return
+        path = self._start_call(path)
         self._lookup_file(path)
         self._change_entry(path, None)
 
@@ -374,25 +352,14 @@ class SimulatedDisk:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _start_call(self, path: str = "", *, entry: bool = False) -> str:
-        """Count the call, raise its planned fault, and return the path with links resolved."""
+    def _start_call(self, path: str = "") -> str:
+        """Count the call, raise its planned fault, and return the path."""
         if self._stopped:
             raise MachineStopped
         self.calls += 1
         if self.calls == self._fault_at:
             self._fault()
-        return self._follow_links(path, entry=entry)
-
-    def _follow_links(self, path: str, *, entry: bool = False) -> str:
-        """Resolve symbolic links in a path; with ``entry``, its last component may be a link."""
-        for _ in range(_MAX_LINKS):
-            link = next(
-                (each for each in self._links if _is_below(path, {each}) and not (entry and path == each)), None
-            )
-            if link is None:
-                return path
-            path = f"{self._links[link]}{path.removeprefix(link)}"
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        return path
 
     def _stop(self) -> None:
         self._stopped = True
@@ -457,7 +424,7 @@ class SimulatedDisk:
         """Move a directory with everything in it, durably."""
         if to in self._files:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), to)
-        if any(each.startswith(f"{to}/") for each in [*self._files, *self._directories, *self._links]):
+        if any(each.startswith(f"{to}/") for each in [*self._files, *self._directories]):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), to)
         self._refuse_unreadable(path)
 
@@ -467,7 +434,6 @@ class SimulatedDisk:
         self._directories = {move(each) for each in self._directories}
         self._files = {move(each): file for each, file in self._files.items()}
         self._durable = {move(each): file for each, file in self._durable.items()}
-        self._links = {move(each): target for each, target in self._links.items()}
         self._changes = {
             move(folder): [(move(name), file, old and move(old)) for name, file, old in changes]
             for folder, changes in self._changes.items()

@@ -36,7 +36,7 @@ class Timeline:
         return LoopState(step=step, num_steps=STEPS, output_dir=ctx.run_dir, ctx=ctx)
 
     def start_events(self, step: int = 0) -> Iterator[ev.Event]:
-        """Yield the start events; ``step_events`` is the first step, as when a courier repeats them."""
+        """Yield the start events; ``step`` is the first step, as when a courier repeats them."""
         yield ev.ExperimentStart(self.experiment)
         for run, ctx in self.contexts.items():
             yield ev.GroupStart(ctx, "arms")

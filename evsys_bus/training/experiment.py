@@ -17,6 +17,7 @@ from typing import Any
 import anyio
 
 from evsys_bus.bus import EventBus
+from evsys_bus.codec.redact import Redaction
 from evsys_bus.config.build import build_callbacks
 from evsys_bus.config.experiment import ExperimentConfig, import_module, load_recipe, read_experiment
 from evsys_bus.context import ArmResult, ExperimentResult, LogContext, Status
@@ -89,7 +90,9 @@ class Experiment:
             import_module(module, Location(f"$.plugins[{index}]"), "plugin")
         if bus is None:
             hooks = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
-            self._bus = EventBus(hooks, journal=self.output_dir / JOURNAL_DIR)
+            self._bus = EventBus(
+                hooks, journal=self.output_dir / JOURNAL_DIR, redact=self.config.redact, reveal=self.config.reveal
+            )
         else:
             self._bus = nullcontext(bus)
         self.ctx = LogContext(output_dir=self.output_dir, config=self.config)
@@ -125,8 +128,14 @@ class Experiment:
         metadata = self.config.metadata
         hypothesis = str(metadata["hypothesis"]) if metadata.get("hypothesis") else None
         with lock_folder(self.output_dir, "the experiment's directory"):
+            redaction = Redaction.of(self.config.redact, self.config.reveal)
             store = ExperimentStore(
-                self.output_dir, self.config.name, self.plans, resume=self.resume, hypothesis=hypothesis
+                self.output_dir,
+                self.config.name,
+                self.plans,
+                resume=self.resume,
+                hypothesis=hypothesis,
+                redaction=redaction,
             )
             async with self._bus as bus:
                 return await run_to_completion(self._run(bus, store, hypothesis), on_cancel=self._stop)

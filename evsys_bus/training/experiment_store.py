@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 import msgspec
 
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.context import ArmResult, ExperimentResult, Status
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
@@ -71,8 +72,16 @@ class ExperimentStore:
     """
 
     def __init__(
-        self, folder: Path, name: str, plans: Iterable[RunPlan], *, resume: bool, hypothesis: str | None = None
+        self,
+        folder: Path,
+        name: str,
+        plans: Iterable[RunPlan],
+        *,
+        resume: bool,
+        hypothesis: str | None = None,
+        redaction: Redaction = Redaction(),  # noqa: B008 - frozen
     ) -> None:
+        self._redaction = redaction
         self.path = folder / EXPERIMENT_FILE
         self.failed_writes = 0
         """Number of failed writes of the experiment file or a result."""
@@ -92,17 +101,17 @@ class ExperimentStore:
         stored.status, stored.ended, stored.hypothesis = "running", None, hypothesis
         for plan in plans:
             entry = stored.runs.setdefault(plan.run_key, RunEntry(plan.arm, plan.seed, plan.stage, plan.group_name))
-            _check_params_unchanged(plan, entry, folder)
+            _check_params_unchanged(plan, entry, folder, redaction)
         self._stored = stored
         try:
-            _replace(self.path, _encode_experiment(stored))
+            _replace(self.path, _encode_experiment(stored, redaction))
         except OSError as error:
             raise unwritable_error(folder, "the experiment's directory", error) from error
 
     def completed_result(self, plan: RunPlan) -> ArmResult | None:
         """Return the result of a run that was completed up to its current horizon; None if it has to run (on)."""
         entry = self._stored.runs[plan.run_key]
-        if entry.status != "completed" or _raised_horizons(entry.run_config, _json_run_config(plan)):
+        if entry.status != "completed" or _raised_horizons(entry.run_config, _json_run_config(plan, self._redaction)):
             return None
         return read_result(plan.run_dir)
 
@@ -117,7 +126,7 @@ class ExperimentStore:
     def mark_started(self, plan: RunPlan) -> None:
         """Record that a run was started."""
         entry = self._stored.runs[plan.run_key]
-        entry.status, entry.error, entry.run_config = "running", None, _json_run_config(plan)
+        entry.status, entry.error, entry.run_config = "running", None, _json_run_config(plan, self._redaction)
         self._write()
 
     def mark_ended(self, plan: RunPlan, arm: ArmResult) -> None:
@@ -126,7 +135,7 @@ class ExperimentStore:
         entry.status, entry.error = arm.status, arm.error
         entry.traceback = ERROR_FILE if arm.status == "failed" and (plan.run_dir / ERROR_FILE).exists() else None
         if entry.run_config:
-            self._write_file(plan.run_dir / RESULT_FILE, _encode_result(arm))
+            self._write_file(plan.run_dir / RESULT_FILE, _encode_result(arm, self._redaction))
         self._write()
 
     def mark_finished(self, result: ExperimentResult) -> None:
@@ -137,7 +146,7 @@ class ExperimentStore:
         self._write()
 
     def _write(self) -> None:
-        self._write_file(self.path, _encode_experiment(self._stored))
+        self._write_file(self.path, _encode_experiment(self._stored, self._redaction))
 
     def _write_file(self, path: Path, content: bytes) -> None:
         """Write a file; an error is only logged and counted, because the next change writes the whole file again."""
@@ -198,14 +207,17 @@ def read_result(run_dir: Path) -> ArmResult | None:
         return None
 
 
-def _encode_result(arm: ArmResult) -> bytes:
+def _encode_result(arm: ArmResult, redaction: Redaction) -> bytes:
     # Field by field, so that a field that has to be cut does not affect the others.
     fields = {name: to_builtins(getattr(arm, name))[0] for name in arm.__struct_fields__}
+    redact(fields, redaction)
     return msgspec.json.encode(_nonfinite_to_text(fields))
 
 
-def _encode_experiment(stored: StoredExperiment) -> bytes:
-    return msgspec.json.encode(to_builtins(stored, max_bytes=MAX_FILE_BYTES)[0])
+def _encode_experiment(stored: StoredExperiment, redaction: Redaction) -> bytes:
+    plain, _ = to_builtins(stored, max_bytes=MAX_FILE_BYTES)
+    redact(plain, redaction)
+    return msgspec.json.encode(plain)
 
 
 def _recorded_result(entry: RunEntry, run_dir: Path) -> ArmResult:
@@ -232,13 +244,16 @@ def _nonfinite_to_text(plain: object) -> object:
     return str(plain) if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
-def _json_run_config(plan: RunPlan) -> dict[str, Any]:
+def _json_run_config(plan: RunPlan, redaction: Redaction) -> dict[str, Any]:
     """Return the run config of a plan in the form in which it is read back from the experiment file."""
-    return msgspec.json.decode(msgspec.json.encode(to_builtins(plan.run_config)[0]), type=dict[str, Any])
+    plain, _ = to_builtins(plan.run_config)
+    redact(plain, redaction, "run_config")
+    return msgspec.json.decode(msgspec.json.encode(plain), type=dict[str, Any])
 
 
-def _check_params_unchanged(plan: RunPlan, entry: RunEntry, folder: Path) -> None:
-    current, previous = _json_run_config(plan), entry.run_config
+def _check_params_unchanged(plan: RunPlan, entry: RunEntry, folder: Path, redaction: Redaction) -> None:
+    current, previous = _json_run_config(plan, redaction), entry.run_config
+    redact(previous, redaction, "run_config")  # an earlier version may have recorded more
     raised_horizons = _raised_horizons(previous, current)
     changed = [
         key for key in {**previous, **current} if current.get(key) != previous.get(key) and key not in raised_horizons

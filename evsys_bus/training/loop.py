@@ -69,6 +69,8 @@ class TrainingLoop:
         resume: Continue the run in the directory from its last full state, or from the start if there is none. A run
             that reached its horizon continues if ``num_steps`` is larger now. A run that a callback stopped for good
             (`LoopState.request_stop`, and not ``stopped_early``) takes no further step, and ends with the same result.
+        redact: Of the loop's own bus: further keys that are not recorded, see `EventBus`.
+        reveal: Likewise: keys that are recorded even if they look like credentials.
 
     Raises:
         TrainingError: Arguments contradict each other, or ``ctx.run_key`` points outside ``ctx.output_dir``.
@@ -90,6 +92,8 @@ class TrainingLoop:
         save_every: int = 0,
         steps_per_epoch: int | None = None,
         resume: bool = False,
+        redact: Iterable[str] = (),
+        reveal: Iterable[str] = (),
     ) -> None:
         if bus is not None and callbacks is not None:
             raise TrainingError("a loop takes a bus or callbacks, not both", fix="give the callbacks to the bus")
@@ -100,7 +104,8 @@ class TrainingLoop:
         self.save_every = save_every
         self.steps_per_epoch = steps_per_epoch
         self.resume = resume
-        self.metrics = RowFile(run_dir / "metrics.jsonl")
+        used_bus = bus or EventBus(callbacks or (), journal=run_dir / JOURNAL_DIR, redact=redact, reveal=reveal)
+        self.metrics = RowFile(run_dir / "metrics.jsonl", redaction=used_bus.redaction)
         self.checkpoints = Checkpoints(backend, run_dir / "checkpoints.jsonl")
         self.state = LoopState(
             step=0,
@@ -119,9 +124,9 @@ class TrainingLoop:
         """Metrics of the last step, including those that hooks added."""
         self.artifacts: LoopArtifacts | None = None
         """What the loop produced, also if it raised; None until it has ended."""
-        self._bus = EventBus(callbacks or (), journal=run_dir / JOURNAL_DIR) if bus is None else nullcontext(bus)
+        self._bus = used_bus if bus is None else nullcontext(bus)
         self._faults = FaultLog()
-        self._completed_steps = 0  # number of completed steps, and index of the next one
+        self._done = 0  # number of steps done, and so the index of the next one
         self._started_at = 0.0
 
     async def run(self) -> LoopArtifacts:
@@ -152,12 +157,12 @@ class TrainingLoop:
             if self.resume:
                 await self._resume()
             bus.publish(TrainStart(state))
-            while self._completed_steps < state.num_steps and not state.stop_requested:
-                await self._run_step(bus, self._completed_steps)
-                self._completed_steps += 1
+            while self._done < state.num_steps and not state.stop_requested:
+                await self._run_step(bus, self._done)
+                self._done += 1
                 # A backend may never suspend; tasks of hooks and a cancellation get to run here.
                 await asyncio.sleep(0)
-            await self._save(bus, FINAL, self._completed_steps - 1, stopped=_stopped_for_good(state))
+            await self._save(bus, FINAL, self._done - 1, stopped=_stopped_for_good(state))
             remove_error_file(state.output_dir)
         except BaseException as error:
             state.error = error
@@ -229,7 +234,7 @@ class TrainingLoop:
 
     async def _resume(self) -> None:
         """Load the last full state, and remove the metrics of later steps, which will run again."""
-        self._completed_steps = self.state.step = first_step = await self.checkpoints.resume()
+        self._done = self.state.step = first_step = await self.checkpoints.resume()
         removed = self.metrics.retain(lambda row: isinstance(row.get("step"), int) and row["step"] < first_step)
         for row in self.metrics.rows():
             self.last_metrics = row

@@ -17,6 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import Redaction, redact_text
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
@@ -41,8 +42,9 @@ class RowFile:
         max_pending_bytes: Limit of the rows in memory. Further ones are dropped and counted.
     """
 
-    def __init__(self, path: Path, *, max_pending_bytes: int = 16 << 20) -> None:
+    def __init__(self, path: Path, *, max_pending_bytes: int = 16 << 20, redaction: Redaction | None = None) -> None:
         self.path = path
+        self._redaction = redaction
         self._file = AppendFile(path, make_folder=False, disk=OsDisk())
         self._backlog = Backlog(str(path), max_bytes=max_pending_bytes)
 
@@ -58,7 +60,7 @@ class RowFile:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row, with values of any type (see `evsys_bus.codec.encode`); never raises."""
-        line = json_line(row) + b"\n"
+        line = json_line(row, self._redaction) + b"\n"
         self._backlog.write(partial(self._file.append, line), len(line))
 
     def flush(self) -> None:
@@ -224,7 +226,9 @@ def write_error_file(run_dir: Path, error: BaseException) -> Path | None:
     """Write the traceback atomically and return the path; if that fails, log a warning and return None."""
     path = run_dir / ERROR_FILE
     try:
-        replace_file(path, _truncate(_format_traceback(error)).encode(errors="backslashreplace"), mode=0o666)
+        replace_file(
+            path, redact_text(_truncate(_format_traceback(error))).encode(errors="backslashreplace"), mode=0o666
+        )
     except (OSError, MemoryError) as write_error:
         log().warning("run.error_unwritten", file=str(path), error=str(write_error))
         return None

@@ -406,7 +406,7 @@ def test_train_events_alone_make_the_experiment_the_group_and_the_run(tmp_path, 
     assert (group["name"], group["experiment_id"]) == ("arm", experiment["id"])
     assert run["run_config"] == {"seed": 1, "lr": 0.5, "name": "arm-s1", "evsys_bus_run_id": ctx.ids["run_id"]}
     assert (run["group_id"], run["status"]) == (group["id"], "completed")
-    assert server._get_metrics(run["id"]) == [
+    assert server.get_metrics(run["id"]) == [
         {"step": step, "name": "loss", "value": step / 2, "split": "train"} for step in range(3)
     ]
     assert [type(each.event) for each in read_envelopes(tmp_path / "journal")][:3] == [TrainStart, EvsysRun, StepEnd]
@@ -423,7 +423,7 @@ def test_a_bare_state_and_steps_without_any_start_are_a_run_too(tmp_path, server
     runs = {row["run_config"]["name"]: row for row in server.tables["runs"].values()}
     assert {name: row["status"] for name, row in runs.items()} == {"run-7": "completed", "run-8": "running"}
     assert {row["experiment_id"] for row in runs.values()} == {experiment["id"]}
-    assert [row["step"] for row in server._get_metrics(runs["run-8"]["id"])] == [5]
+    assert [row["step"] for row in server.get_metrics(runs["run-8"]["id"])] == [5]
 
 
 def test_late_rows_and_rows_of_a_step_that_was_run_before_keep_their_step_and_the_last_one_counts(tmp_path, server):
@@ -433,7 +433,7 @@ def test_late_rows_and_rows_of_a_step_that_was_run_before_keep_their_step_and_th
         bus.publish(RunStart(ctx))
         for step, loss in ((0, 0.0), (3, 3.0), (1, 1.0), (3, 3.5), (2, 2.0), (3, 4.0)):
             bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": loss}))
-    found = {row["step"]: row["value"] for row in server._get_metrics("r3")}
+    found = {row["step"]: row["value"] for row in server.get_metrics("r3")}
     assert found == {0: 0.0, 1: 1.0, 2: 2.0, 3: 4.0}
 
 
@@ -618,7 +618,7 @@ def test_offline_sends_nothing_and_owes_nothing_and_replay_sends_it_one_day(tmp_
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     assert len(server.tables["runs"]) == 1
-    assert len(server._get_metrics("r2")) == 3
+    assert len(server.get_metrics("r2")) == 3
 
 
 def test_params_go_before_the_environment_and_the_key_is_no_param(tmp_path, server, monkeypatch):
@@ -652,7 +652,7 @@ def test_sync_from_a_shell_that_names_no_server_goes_to_the_one_that_was_used(tm
     monkeypatch.delenv("EVSYS_API_URL")
     monkeypatch.delenv("EVSYS_PROJECT_ID")
     sync(tmp_path / "journal")
-    assert len(server._get_metrics("r2")) == 3
+    assert len(server.get_metrics("r2")) == 3
     assert {each["project_id"] for each in server.tables["experiments"].values()} == {"p-of-the-program"}
     spec = (tmp_path / "journal/couriers/evsys_logger.spec.json").read_text()
     assert server.url in spec
@@ -666,7 +666,7 @@ def test_a_server_that_the_shell_of_sync_names_goes_before_the_one_that_was_used
     assert bus.receipt.deliveries[0].pending
     monkeypatch.setenv("EVSYS_API_URL", server.url)
     sync(tmp_path / "journal")
-    assert len(server._get_metrics("r2")) == 3
+    assert len(server.get_metrics("r2")) == 3
 
 
 def test_an_address_with_a_password_in_the_environment_is_not_kept(tmp_path, server, monkeypatch):

@@ -100,7 +100,7 @@ def all_there(server, predictions=3):
         (row["id"], f"t{n}") for row in server.tables["evals"].values() if "step" in row for n in range(predictions)
     )
     for run in server.tables["runs"].values():
-        points = {(row["split"], row["step"], row["name"]): row["value"] for row in server._get_metrics(run["id"])}
+        points = {(row["split"], row["step"], row["name"]): row["value"] for row in server.get_metrics(run["id"])}
         train = {("train", step, "loss"): step / 4 for step in range(STEPS)}
         assert points == train | {("val", step, "tasks/pass"): 0.5 for step in (2, 5)}
         assert run["status"] == "completed"
@@ -344,7 +344,7 @@ def test_a_row_that_is_too_large_goes_in_parts(tmp_path, server):
         bus.publish(StepEnd(state, 4, TrainingBatch(), wide))
     assert Delivery(tmp_path / "journal").run().dead == 0
     [run] = server.tables["runs"]
-    assert {row["name"]: row["value"] for row in server._get_metrics(run)} == wide
+    assert {row["name"]: row["value"] for row in server.get_metrics(run)} == wide
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
@@ -376,7 +376,7 @@ def test_one_event_that_is_refused_is_a_dead_letter_with_the_reason_and_no_other
     assert (counts.dead, counts.pending) == (4, 0)
     assert all(f"answers {status}" in str(each) and "not today" in str(each) for each in letters(journal))
     for run in server.tables["runs"]:
-        found = [row["step"] for row in server._get_metrics(run, split="train")]
+        found = [row["step"] for row in server.get_metrics(run, split="train")]
         assert sorted(found) == [0, 2, 3, 5]
 
 
@@ -388,7 +388,7 @@ def test_while_one_event_is_refused_and_the_server_goes_away_both_come_out_right
     assert (counts.dead, counts.pending) == (2, 0)
     server.fault = None
     for run in server.tables["runs"].values():
-        server._log_metrics(run["id"], 1, {"loss": 0.25}, "train")
+        server.log_metrics(run["id"], 1, {"loss": 0.25}, "train")
     all_there(server)
 
 
@@ -409,7 +409,7 @@ def test_a_run_that_is_refused_takes_its_own_events_with_it_and_no_other_runs(tm
     assert counts.dead == len(letters(journal)) == 1 + STEPS + 2 * 3 + 1 + 1
     assert all("create_run" in each["why"] and "answers 422" in each["why"] for each in letters(journal))
     [run] = server.tables["runs"].values()
-    assert (run["seed"], run["status"], len(server._get_metrics(run["id"]))) == (1, "completed", STEPS + 2)
+    assert (run["seed"], run["status"], len(server.get_metrics(run["id"]))) == (1, "completed", STEPS + 2)
 
 
 def test_a_server_without_lists_gets_everything_all_the_same(tmp_path, server, caplog):

@@ -27,7 +27,7 @@ from evsys_bus.context import (
     detached,
 )
 from evsys_bus.errors import WrongParamError
-from support.files import read_json_lines
+from support.files import open_files, read_json_lines
 
 
 @pytest.fixture
@@ -477,11 +477,13 @@ def test_a_reader_that_left_does_not_stop_the_logging(tmp_path):
 def test_the_files_are_open_only_while_the_run_goes_on(tmp_path):
     logger, ctx = LocalLoggerCallback(print_every=0), context(tmp_path)
     step(logger, ctx, 0, {"loss": 1})
-    run = logger._runs[str(tmp_path / "run")]
+    assert [each.name for each in open_files(tmp_path)] == ["metrics.jsonl"]
     dispatch([logger], "on_train_end", state_of(ctx), LoopArtifacts())
-    assert run.logs._training._file._fd is None
+    assert open_files(tmp_path) == []
+    assert str(tmp_path) in str(logger.mark())
     dispatch([logger], "on_experiment_end", LogContext(tmp_path), None)
-    assert logger._runs == {}
+    logger.mark()  # the last one with these files
+    assert str(tmp_path) not in str(logger.mark())
 
 
 def test_construction_touches_no_disk_and_print_every_is_checked(tmp_path):
@@ -502,7 +504,7 @@ def test_after_it_was_closed_a_later_hook_goes_on_without_doubling_and_the_files
         evaluate(logger, ctx, "held out", 0, {"loss": -n})  # a repeat, of a row before what was closed
         logger.close()
         logger.close()
-        assert all(each._file._fd is None for each in logger._runs[str(tmp_path / "run")].logs._files())
+        assert open_files(tmp_path) == []
         assert [row["step"] for row in rows(tmp_path / "run", "training/metrics.jsonl")] == list(range(n + 1))
         assert sorted(row["step"] for row in rows(tmp_path / "run", "validation/metrics.jsonl")) == list(range(n + 1))
     dispatch([logger], "on_run_end", ctx, RunResult(), ArmResult("run"))

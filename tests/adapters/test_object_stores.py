@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import os
 import resource
-from secrets import token_hex
 
 import anyio
 import pytest
@@ -21,6 +20,7 @@ from evsys_adapters.checkpoints import (
 from evsys_adapters.checkpoints.copying import HashingWriter, partial_of, remove_partials
 from evsys_adapters.checkpoints.store import retrying
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
+from support.s3_client import create_bucket, unfinished_uploads
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
 
@@ -45,12 +45,11 @@ async def store(request, tmp_path, monkeypatch):
         server = request.getfixturevalue("s3")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.key)
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.secret)
-        bucket = f"bucket-{token_hex(4)}"
+        bucket = create_bucket(server)
         store, prefix = open_store(
             f"s3://{bucket}/team/", endpoint=server.endpoint, region=server.region, part_bytes=PART
         )
         assert prefix == "team/"
-        await store._connection.call("create_bucket")
     await store.open()
     yield store
     await store.close()
@@ -300,7 +299,7 @@ async def test_uploads_of_files_that_are_gone_or_changed_are_abandoned(store, le
     assert await store.abort_abandoned("run/", ledger) == 0
     assert len(list((tmp_path / "uploads").iterdir())) == 1 - folder
     if not folder:
-        left = await store._connection.pages("list_multipart_uploads", "Uploads")
+        left = unfinished_uploads(store.where)
         assert [each["Key"] for each in left] == ["run/here"]
 
 

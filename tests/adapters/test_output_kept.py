@@ -59,10 +59,7 @@ class Life:
             self.at += 0.25
             run = event.state.ctx.run_key if isinstance(event, TrainStart) else "digits"
             payload = encode(Envelope(writer.stream, writer.next_sequence, self.at, event, run))
-            if isinstance(event, RunStart | TrainStart):
-                writer.append_start(payload, run)
-            else:
-                writer.append(payload)
+            writer.append(payload, essential=isinstance(event, RunStart | TrainStart))
         assert writer.close()
 
     def state(self, step: int = 0) -> LoopState:

@@ -7,7 +7,6 @@ import os
 import random
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from secrets import token_hex
 
 import anyio
 import pytest
@@ -22,6 +21,7 @@ from evsys_adapters.checkpoints import (
 from evsys_adapters.checkpoints.store import UploadedPart
 from evsys_bus.errors import ParkedError, RetryLaterError
 from evsys_bus.testing import Fault, fault_proxy, unavailable
+from support.s3_client import abort_upload, create_bucket, parse_where, put_object, unfinished_uploads
 
 # Couriers have asyncio's loop; of each kind of fault, one test is run on uvloop as well.
 pytestmark = [pytest.mark.asyncio(loop_factories=["asyncio"]), pytest.mark.servers, pytest.mark.long]
@@ -63,8 +63,7 @@ def keys(s3, tmp_path, monkeypatch):
 @pytest.fixture
 async def bucket(s3, keys):
     """The store without anything between it and the server, in a bucket of its own."""
-    store = connected(s3, s3.endpoint, f"bucket-{token_hex(4)}")
-    await store._connection.call("create_bucket")
+    store = connected(s3, s3.endpoint, create_bucket(s3))
     yield store
     await store.close()
 
@@ -77,7 +76,7 @@ def connected(s3, endpoint, bucket, **settings):
 async def through_proxy(s3, bucket, **settings):
     """A store whose way leads through a proxy that breaks connections."""
     async with fault_proxy("127.0.0.1", s3.port) as proxy:
-        name = bucket.where.split()[0].removeprefix("s3://")
+        name = bucket_name(bucket)
         store = connected(s3, f"http://127.0.0.1:{proxy.port}", name, **settings)
         try:
             yield store, proxy
@@ -89,7 +88,7 @@ async def through_proxy(s3, bucket, **settings):
 async def through_middle(s3, bucket):
     """A store whose way leads through a server that sees whole requests, and may answer them itself."""
     async with s3.behind_proxy() as middle:
-        store = connected(s3, middle.endpoint, bucket.where.split()[0].removeprefix("s3://"))
+        store = connected(s3, middle.endpoint, bucket_name(bucket))
         try:
             yield store, middle
         finally:
@@ -106,13 +105,13 @@ def completes(request):
     return request.method == "POST" and "uploadId" in request.query
 
 
-async def uploads_left(bucket):
-    return await bucket._connection.pages("list_multipart_uploads", "Uploads")
+def bucket_name(store):
+    return parse_where(store.where)[0]
 
 
 async def is_whole(bucket, key, file):
     assert await bucket.get_bytes(key) == file.read_bytes()
-    assert await uploads_left(bucket) == []
+    assert unfinished_uploads(bucket.where) == []
 
 
 # -- 29: busy, faulty, asked to wait ----------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ async def test_a_part_that_fails_in_passing_is_sent_again_at_once_and_one_that_m
 
 async def test_a_wrong_secret_parks_and_the_right_one_is_found_when_it_is_there(s3, bucket, ledger, file, keys):
     keys(secret="wrong")
-    store = connected(s3, s3.endpoint, bucket._connection.bucket)
+    store = connected(s3, s3.endpoint, bucket_name(bucket))
     for ask in (store.probe(), store.put_file("k", file, ledger=ledger)):
         with pytest.raises(ParkedError) as caught:
             await ask
@@ -180,24 +179,30 @@ async def test_a_wrong_secret_parks_and_the_right_one_is_found_when_it_is_there(
 
 
 async def test_a_key_that_is_rotated_in_the_middle_of_an_upload(s3, bucket, ledger, file, keys):
-    store = connected(s3, s3.endpoint, bucket._connection.bucket)
-    await store.probe()
-    keys(secret="not yet valid")
-    store._connection._refused = True  # as when the old key has just been refused
-    with pytest.raises(ParkedError):
+    async with through_middle(s3, bucket) as (store, middle):
+
+        async def refuse_old_key(request, body):
+            if request.method != "HEAD":  # whose response has no error code; the store then asks for it
+                middle.on_request = None
+            return middle.make_response(403, "InvalidAccessKeyId")
+
+        await store.probe()
+        keys(secret="not yet valid")
+        middle.on_request = refuse_old_key
+        for answer in ("InvalidAccessKeyId", "the secret is wrong"):
+            with pytest.raises(ParkedError, match=answer):
+                await store.put_file("k", file, ledger=ledger)
+        keys()
         await store.put_file("k", file, ledger=ledger)
-    keys()
-    await store.put_file("k", file, ledger=ledger)
-    await store.close()
     await is_whole(bucket, "k", file)
 
 
 async def test_a_missing_permission_a_missing_bucket_and_no_key_at_all_are_told_apart(s3, bucket, keys, tmp_path):
     keys(s3.limited_key, s3.limited_secret)
-    store = connected(s3, s3.endpoint, bucket._connection.bucket)
+    store = connected(s3, s3.endpoint, bucket_name(bucket))
     with pytest.raises(ParkedError, match=r"does not let the key .* do PutObject") as caught:
         await store.probe()
-    assert caught.value.fix == f"grant it s3:PutObject on '{bucket._connection.bucket}'"
+    assert caught.value.fix == f"grant it s3:PutObject on '{bucket_name(bucket)}'"
     await store.close()
     keys()
     store = connected(s3, s3.endpoint, "no-such-bucket")
@@ -205,7 +210,7 @@ async def test_a_missing_permission_a_missing_bucket_and_no_key_at_all_are_told_
         await store.probe()
     await store.close()
     (tmp_path / "credentials").write_text("")
-    store = connected(s3, s3.endpoint, bucket._connection.bucket)
+    store = connected(s3, s3.endpoint, bucket_name(bucket))
     with pytest.raises(ParkedError, match="Unable to locate credentials") as caught:
         await store.probe()
     assert "~/.aws/credentials" in caught.value.fix
@@ -270,7 +275,7 @@ async def test_resets_at_random_bytes_lose_nothing_and_confirmed_parts_are_not_s
             await store.put_file(path.name, path, ledger=ledger)
             assert proxy.sent - before <= size - max(done) + SLACK, f"seed {seed}, file {number}"
         assert await bucket.get_bytes(path.name) == path.read_bytes(), f"seed {seed}, file {number}"
-    assert await uploads_left(bucket) == []
+    assert unfinished_uploads(bucket.where) == []
 
 
 # -- 34: completed, or so it says -------------------------------------------------------------------------------------
@@ -323,8 +328,8 @@ async def test_an_upload_that_the_server_forgot_is_begun_again(s3, bucket, ledge
                 ledger=ledger,
                 on_progress=lambda done, _, w=when: done >= min(w * PART, 7 * PART) and scope.cancel(),
             )
-        for each in await uploads_left(bucket):
-            await bucket._connection.call("abort_multipart_upload", Key=each["Key"], UploadId=each["UploadId"])
+        for each in unfinished_uploads(bucket.where):
+            abort_upload(bucket.where, each["Key"], each["UploadId"])
         await bucket.put_file(f"k{when}", file, ledger=ledger)
         await is_whole(bucket, f"k{when}", file)
 
@@ -344,8 +349,7 @@ async def test_an_upload_that_is_forgotten_while_it_is_sent_is_begun_again(s3, b
         async def forget(request, body):
             if is_part(request, 5):
                 middle.on_request = None
-                upload = request.query["uploadId"]
-                await bucket._connection.call("abort_multipart_upload", Key="k", UploadId=upload)
+                abort_upload(bucket.where, "k", request.query["uploadId"])
 
         middle.on_request = forget
         with pytest.raises(RetryLaterError, match="restarted"):
@@ -363,7 +367,7 @@ async def test_a_beginning_whose_reply_is_lost_leaves_no_upload_behind(s3, bucke
         middle.should_drop_reply = lose
         with pytest.raises(RetryLaterError, match="cannot be reached"):
             await store.put_file("k", file, ledger=ledger)
-        assert len(await uploads_left(bucket)) == 1
+        assert len(unfinished_uploads(bucket.where)) == 1
         middle.should_drop_reply = None
         await store.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)
@@ -372,10 +376,10 @@ async def test_a_beginning_whose_reply_is_lost_leaves_no_upload_behind(s3, bucke
 async def test_an_upload_whose_ledger_is_lost_is_ended_when_the_file_is_sent_anew(s3, bucket, ledger, file, tmp_path):
     with anyio.CancelScope() as scope:
         await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
-    assert len(await uploads_left(bucket)) == 1
+    assert len(unfinished_uploads(bucket.where)) == 1
     await bucket.put_file("k", file, ledger=UploadLedger(tmp_path / "elsewhere"))
     await is_whole(bucket, "k", file)
-    assert await uploads_left(bucket) == []
+    assert unfinished_uploads(bucket.where) == []
 
 
 async def test_who_may_not_list_uploads_may_send_files(s3, bucket, ledger, file):
@@ -506,9 +510,9 @@ async def test_a_key_that_is_taken_while_its_object_is_sent(s3, bucket, ledger, 
 
 
 async def test_an_object_without_a_digest_is_read_to_be_compared(s3, bucket, ledger, file):
-    await bucket._connection.call("put_object", Key="k", Body=file.read_bytes())
+    put_object(bucket.where, "k", file.read_bytes())
     await bucket.put_file("k", file, ledger=ledger)
-    await bucket._connection.call("put_object", Key="l", Body=os.urandom(file.stat().st_size))
+    put_object(bucket.where, "l", os.urandom(file.stat().st_size))
     with pytest.raises(ConflictError):
         await bucket.put_file("l", file, ledger=ledger)
 
@@ -539,7 +543,7 @@ async def test_a_file_that_changes_while_it_is_sent(s3, bucket, ledger, file, wh
     await bucket.put_file("k", file, ledger=ledger, on_progress=change)
     assert changed
     assert await bucket.get_bytes("k") == (data if what == "deleted" else file.read_bytes())
-    assert await uploads_left(bucket) == []
+    assert unfinished_uploads(bucket.where) == []
 
 
 async def test_a_file_that_never_rests_is_for_later(s3, bucket, ledger, file):
@@ -550,13 +554,13 @@ async def test_a_file_that_never_rests_is_for_later(s3, bucket, ledger, file):
     with pytest.raises(RetryLaterError, match="changes while it is sent"):
         await bucket.put_file("k", file, ledger=ledger, on_progress=change)
     assert await bucket.names("") == []
-    assert await uploads_left(bucket) == []
+    assert unfinished_uploads(bucket.where) == []
 
 
 async def test_a_file_that_changed_between_two_attempts_is_a_new_upload(s3, bucket, ledger, file):
     with anyio.CancelScope() as scope:
         await bucket.put_file("k", file, ledger=ledger, on_progress=lambda done, _: done > 2 * PART and scope.cancel())
-    assert len(await uploads_left(bucket)) == 1
+    assert len(unfinished_uploads(bucket.where)) == 1
     file.write_bytes(os.urandom(PARTS * PART - 5))
     await bucket.put_file("k", file, ledger=ledger)
     await is_whole(bucket, "k", file)

@@ -11,7 +11,6 @@ import re
 import signal
 from contextlib import asynccontextmanager
 from pathlib import Path
-from secrets import token_hex
 
 import msgspec
 import pytest
@@ -22,6 +21,7 @@ from evsys_adapters.checkpoints.spool import Spool
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.testing import Fault, fault_proxy
 from support.files import small_file_system
+from support.s3_client import create_bucket, unfinished_uploads
 from support.waiting import wait_until_async
 
 # The loop of these tests carries the proxy alone: couriers have loops of their own.
@@ -146,7 +146,7 @@ class Scene:
         assert hashlib.sha256(stored).hexdigest() == self.digest
         latest = msgspec.json.decode(await self.store.get_bytes("runs/low/latest.json"), type=Latest)
         assert latest.checkpoint == "big-000009"
-        assert await self.store._connection.pages("list_multipart_uploads", "Uploads") == []
+        assert unfinished_uploads(self.store.where) == []
         assert self.spool.pending() == []
         assert list(self.spool.ledger.iterdir()) == []
 
@@ -159,8 +159,7 @@ def staged(s3, program, monkeypatch):
 
     @asynccontextmanager
     async def staged(folder, journal):
-        store, _ = open_store(f"s3://bucket-{token_hex(4)}", endpoint=s3.endpoint, region=s3.region)
-        await store._connection.call("create_bucket")
+        store, _ = open_store(f"s3://{create_bucket(s3)}", endpoint=s3.endpoint, region=s3.region)
         async with fault_proxy("127.0.0.1", s3.port) as proxy:
             scene = Scene(folder, proxy, store, program, journal)
             try:
@@ -315,7 +314,7 @@ async def test_an_upload_that_cannot_be_accounted_for_waits_for_room(staged, sma
         filler = fill(scene.folder)
         await scene.proxy.apply(Fault())
         await scene.trouble(f"no room in {scene.spool.folder}: No space left on device")
-        assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
+        assert unfinished_uploads(scene.store.where) == []
         filler.unlink()
         await wait_until_async(scene.spool.uploaded, PATIENCE_SECONDS)
         assert (await scene.end(trainer))["steps"] > 50

@@ -10,7 +10,6 @@ import resource
 import time
 from contextlib import asynccontextmanager
 from random import Random
-from secrets import token_hex
 
 import anyio
 import msgspec
@@ -36,6 +35,7 @@ from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.sink_receiver import SinkReceiver
 from evsys_bus.errors import RetryLaterError
 from support.journals import read_events
+from support.s3_client import create_bucket, unfinished_uploads
 
 pytestmark = [pytest.mark.asyncio(loop_factories=["asyncio"]), pytest.mark.servers, pytest.mark.long]
 
@@ -108,7 +108,7 @@ class Scene:
         assert (account.recorded, account.dead, account.pending) == (account.delivered, 0, 0)
         assert await self.store.get_bytes("runs/low/big-000009/state/saved") == self.content
         assert msgspec.json.decode(await self.store.get_bytes("runs/low/latest.json"))["checkpoint"] == "big-000009"
-        assert await self.store._connection.pages("list_multipart_uploads", "Uploads") == []
+        assert unfinished_uploads(self.store.where) == []
         assert len(self.learnt(CheckpointUploaded)) == 1
         assert Spool.of(self.state.output_dir, f"s3://{self.bucket}/runs").pending() == []
 
@@ -120,10 +120,9 @@ def staged(s3, tmp_path, monkeypatch):
 
     @asynccontextmanager
     async def staged():
-        bucket = f"bucket-{token_hex(4)}"
+        bucket = create_bucket(s3)
         reach = {"endpoint": s3.endpoint, "region": s3.region, "part_bytes": PART, "concurrency": 1}
         store, _ = open_store(f"s3://{bucket}", **reach)
-        await store._connection.call("create_bucket")
         async with s3.behind_proxy() as middle:
             try:
                 yield Scene(tmp_path, middle, store, bucket)
@@ -327,7 +326,7 @@ async def test_a_checkpoint_that_changes_while_it_is_sent(staged, what):
         assert (scene.account().dead, scene.account().pending) == (1, 0)
         assert "state/saved was modified after the checkpoint event" in scene.dead_letter()
         assert not [each.key for each in await scene.store.names("runs/") if each.key.endswith(".json")]
-        assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
+        assert unfinished_uploads(scene.store.where) == []
 
 
 async def test_an_upload_whose_file_is_gone_is_ended_when_the_next_one_begins(staged):
@@ -345,7 +344,7 @@ async def test_an_upload_whose_file_is_gone_is_ended_when_the_next_one_begins(st
                 on_progress=lambda done, _: scope.cancel() if done else None,
             )
         await before.close()
-        assert len(await scene.store._connection.pages("list_multipart_uploads", "Uploads")) == 1
+        assert len(unfinished_uploads(scene.store.where)) == 1
         gone.unlink()
         async with scene.bus() as bus:
             await scene.train(bus, lambda: scene.learnt(CheckpointUploaded))
@@ -454,7 +453,7 @@ async def test_a_part_that_has_no_room_in_the_ledger_ends_the_attempt_as_an_erro
             "k", scene.saved, ledger=UploadLedger(uploads), on_progress=lambda *each: done.append(each)
         )
         assert await scene.store.get_bytes("k") == scene.content
-        assert await scene.store._connection.pages("list_multipart_uploads", "Uploads") == []
+        assert unfinished_uploads(scene.store.where) == []
 
 
 async def test_an_upload_that_cannot_be_ticked_off_for_want_of_room_says_so_and_is_told_of_once(staged):

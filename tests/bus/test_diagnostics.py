@@ -98,3 +98,42 @@ def test_a_program_that_has_closed_its_standard_output_can_enter_a_bus(tmp_path,
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "Traceback" not in done.stderr
     assert "0.5" in (tmp_path / "logs/training/metrics.jsonl").read_text()
+
+
+def _run_program(code: str) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+PROGRAM = """
+    import logging, logging.config
+    from evsys_bus import Callback, EventBus, LoopState, StepEnd, TrainingBatch
+
+    class Raises(Callback):
+        def on_step_end(self, *args): raise ValueError("a bug")
+
+    {before}
+    with EventBus([Raises()]) as bus:
+        bus.publish(StepEnd(LoopState(0, 1, "r"), 0, TrainingBatch(), {{}}))
+        {within}
+        bus.publish(StepEnd(LoopState(1, 1, "r"), 1, TrainingBatch(), {{}}))
+"""
+CONFIG = (
+    'logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler"}}, '
+    '"root": {"handlers": ["h"]}})'
+)
+
+
+@pytest.mark.parametrize("where", ["before", "within"])
+def test_warnings_are_shown_after_a_logging_configuration_that_disables_existing_loggers(where):
+    program = {"before": "pass", "within": "pass"}
+    program[where] = CONFIG
+    shown = _run_program(PROGRAM.format(**program))
+    assert "hook.failed" in shown.rpartition("logging.enabled")[2]
+    if where == "within":
+        assert shown.count("logging.enabled") == shown.count("disable_existing_loggers=False") == 1
+
+
+def test_a_program_silences_the_logger_by_its_level():
+    silent = f'{CONFIG}; logging.getLogger("evsys_bus").setLevel(logging.CRITICAL)'
+    assert _run_program(PROGRAM.format(before=silent, within="pass")) == ""

@@ -10,7 +10,7 @@ import pytest
 from evsys_bus import Envelope, Event, LogContext, LoopState, TrainingBatch
 from evsys_bus.codec import RunContexts, decode, encode, to_json
 from evsys_bus.context import DetachedLogContext, DetachedLoopState, DetachedTrainingBatch
-from evsys_bus.events import UnknownEvent, _declared, declared_events
+from evsys_bus.events import UnknownEvent, declared_events
 
 LATE = """
 from __future__ import annotations
@@ -46,11 +46,6 @@ def declare():
         del sys.modules[name]
 
 
-def forgotten(kind):
-    """The tag is unknown from now on."""
-    del _declared[kind.hook.removeprefix("on_")]
-
-
 def test_an_annotation_that_cannot_be_resolved_costs_only_itself(declare, tmp_path):
     kind = declare(LATE, "GradientSeen")
     event = kind(LoopState(3, 9, tmp_path), {"norm": 0.5}, [1.0, 2.0], LoopState(4, 9, tmp_path))
@@ -80,7 +75,7 @@ def test_an_event_whose_class_is_not_known_has_its_fields_in_order_and_its_handl
     known = decode(data).event
     assert type(known) is LessonOver
     assert (type(known.loose), known.loose.step) == (DetachedLoopState, 8)
-    forgotten(LessonOver)
+    data = data.replace(b"lesson_over", b"lesson_0ver")  # no class of this process has that tag
     contexts = RunContexts()
     contexts.add("a", str(tmp_path), shared := LogContext(tmp_path, run_key="a"))
     found = decode(data, contexts).event
@@ -98,7 +93,7 @@ def test_an_event_whose_class_is_not_known_has_its_fields_in_order_and_its_handl
     assert kwargs == {"score": 0.5}
     again = decode(encode(decode(data, contexts))).event
     assert (again.handles, again.keywords, again.fields["state"].step) == (found.handles, found.keywords, 3)
-    assert b'"type":"lesson_over","name":"sums","state":{"step":3' in to_json(decode(data))
+    assert b'"type":"lesson_0ver","name":"sums","state":{"step":3' in to_json(decode(data))
 
 
 def test_what_ships_says_nothing_of_its_handles(tmp_path):

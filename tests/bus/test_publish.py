@@ -45,6 +45,18 @@ class Raises(Callback):
         raise self.error(f"step {step_idx}")
 
 
+class Blocks(Callback):
+    """Blocks in each step with the metric "blocks", until the test goes on."""
+
+    def __init__(self):
+        self.blocked, self.go_on = threading.Event(), threading.Event()
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        if "blocks" in metrics:
+            self.blocked.set()
+            self.go_on.wait(10)
+
+
 def hook_of(bus: EventBus, callback: str, hook: str = "on_step_end"):
     return next(each for each in bus.health().hooks if (each.callback, each.hook) == (callback, hook))
 
@@ -361,30 +373,34 @@ def test_hooks_never_run_side_by_side_and_no_event_is_lost_among_sixteen_threads
 
 
 def test_an_event_of_a_thread_that_waited_in_vain_is_run_by_the_thread_that_held_the_bus(step_end):
-    blocked, go_on, notes = threading.Event(), threading.Event(), Notes()
-
-    class Blocks(Callback):
-        def on_step_end(self, state, step_idx, batch, metrics):
-            if step_idx == 0:
-                blocked.set()
-                go_on.wait(10)
-
-    with EventBus([Blocks(), notes], publish_patience_seconds=0.05) as bus:
-        thread = threading.Thread(target=bus.publish, args=(step_end(0),))
+    blocks, notes = Blocks(), Notes()
+    with EventBus([blocks, notes], publish_patience_seconds=0.05) as bus:
+        thread = threading.Thread(target=bus.publish, args=(step_end(0, blocks=1.0),))
         thread.start()
-        blocked.wait(10)
+        assert blocks.blocked.wait(10)
         bus.publish(step_end(1))  # returns after its patience, though the bus is held
         assert notes.steps == []
         assert bus.health().deferred == 1
-        go_on.set()
+        blocks.go_on.set()
         thread.join()
         assert notes.steps == [0, 1]
 
 
 def test_a_token_lost_to_an_interrupt_is_restored(step_end, caplog):
+    def interrupt(frame, event, arg):
+        """Raise between taking the token and the ``try`` that returns it, as a signal handler may."""
+        if event == "c_return" and arg.__name__ == "pop" and frame.f_code.co_filename.startswith(HOOK_FILENAME_PREFIX):
+            sys.setprofile(None)
+            raise KeyboardInterrupt
+
     notes = Notes()
     with EventBus([notes]) as bus:
-        bus._publisher._tokens.clear()  # as an exception between taking it and guarding it leaves it
+        sys.setprofile(interrupt)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                bus.publish(step_end(0))
+        finally:
+            sys.setprofile(None)
         bus.publish(step_end(1))
         bus.publish(step_end(2))
     assert notes.steps == [1, 2]
@@ -449,7 +465,7 @@ def test_two_buses_in_one_hook_do_not_disturb_each_other(step_end):
     assert inner_notes.steps == outer_notes.steps == [0, 1, 2]
 
 
-def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run_at_once(step_end):
+def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run_at_once(step_end, caplog):
     inside, overlaps = [], []
 
     class Other(Callback):
@@ -470,8 +486,8 @@ def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run
         while not stop.is_set():
             bus.publish(step_end(0))
 
-    stop = threading.Event()
-    with EventBus([Changes()]) as bus:
+    stop, blocks = threading.Event(), Blocks()
+    with EventBus([Changes(), blocks]) as bus:
         threads = [threading.Thread(target=beside) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -480,31 +496,35 @@ def test_callbacks_changed_in_hooks_beside_other_threads_never_let_two_hooks_run
         stop.set()
         for thread in threads:
             thread.join()
-        assert list(bus._publisher._tokens) == [None]
+        # Still one thread at a time: an event of another thread waits for the hook that blocks.
+        deferred = bus.health().deferred
+        thread = threading.Thread(target=bus.publish, args=(step_end(0, blocks=1.0),))
+        thread.start()
+        assert blocks.blocked.wait(10)
+        bus.publish(step_end(1))
+        assert bus.health().deferred == deferred + 1
+        blocks.go_on.set()
+        thread.join()
     assert overlaps == []
+    assert "publish.token_restored" not in caplog.text
 
 
 def test_an_event_that_waits_when_the_bus_closes_is_counted_and_troubles_nobody(step_end, caplog):
-    blocked, go_on, raised = threading.Event(), threading.Event(), []
-
-    class Blocks(Callback):
-        def on_step_end(self, state, step_idx, batch, metrics):
-            blocked.set()
-            go_on.wait(10)
+    blocks, raised = Blocks(), []
 
     def publish():
         try:
-            bus.publish(step_end(0))
+            bus.publish(step_end(0, blocks=1.0))
         except BaseException as error:
             raised.append(error)
 
-    with EventBus([Blocks()], publish_patience_seconds=0.05, drain_timeout=0.1) as bus:
+    with EventBus([blocks], publish_patience_seconds=0.05, drain_timeout=0.1) as bus:
         thread = threading.Thread(target=publish)
         thread.start()
-        blocked.wait(10)
+        assert blocks.blocked.wait(10)
         bus.publish(step_end(1))
     assert (bus.receipt.dropped, bus.receipt.without_hooks) == (1, 0)
-    go_on.set()
+    blocks.go_on.set()
     thread.join()
     assert raised == []
     assert (bus.health().deferred, bus.health().dropped) == (1, 1)

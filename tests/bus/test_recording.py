@@ -33,6 +33,7 @@ from evsys_bus.errors import JournalOpenError, UnrecordedError
 from evsys_bus.events import declared_events
 from evsys_bus.journal import JournalWriter, verify
 from support.journals import read_envelopes
+from support.waiting import wait_until
 
 
 def steps(directory):
@@ -219,7 +220,7 @@ def test_a_directory_that_is_removed_costs_no_event_while_the_process_lives(tmp_
         bus.publish(step_end(0))
         shutil.rmtree(tmp_path / "journal")
         (tmp_path / "journal").write_text("in the way")
-        bus._journal and bus._recorder.writer.flush()
+        wait_until(lambda: "journal.removed" in caplog.text)
         for step in range(1, 5):
             bus.publish(step_end(step))
         (tmp_path / "journal").unlink()

@@ -191,6 +191,29 @@ def test_sync_delivers_each_pending_event_once_to_where_it_was_meant_from_wherev
     assert lines(home / "lines.txt") == [*range(1, 13)]
 
 
+@pytest.mark.parametrize("way", ["of another user", "writable by a group", "writable by all", "a link to either"])
+def test_sync_runs_nothing_that_a_file_of_others_names_unless_it_is_trusted(command, tmp_path, way):
+    journal(tmp_path)
+    followed(tmp_path)
+    spec = Path(layout.courier_path(str(tmp_path / "journal"), "wandb", "spec.json"))
+    if way == "a link to either":
+        spec.rename(tmp_path / "elsewhere.json")
+        spec.symlink_to(tmp_path / "elsewhere.json")
+    if way == "of another user" and os.geteuid() == 0:
+        os.chown(spec, 65534, 65534)
+    else:
+        spec.chmod(0o664 if way == "writable by a group" else 0o666)
+    (tmp_path / "destination.py").write_text("raise SystemExit('imported')\n" + DESTINATION)
+    code, out, err = command("sync", tmp_path)
+    assert (code, out) == (3, "")
+    assert "EB906" in err
+    assert f"evsys-bus sync {tmp_path / 'journal'} --adapter wandb --trust" in err.replace("\n", " ")
+    assert "imported" not in err
+    (tmp_path / "destination.py").write_text(DESTINATION)
+    code, out, err = command("sync", tmp_path, "--trust")
+    assert (code, out.split()[:9]) == (0, "wandb 12 events sent 12 dead 0 pending 0".split())
+
+
 def test_sync_tells_in_json_what_became_of_each_adapter(command, tmp_path):
     journal(tmp_path)
     followed(tmp_path, "a")

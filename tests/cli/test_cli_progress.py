@@ -209,7 +209,7 @@ def test_the_table_fits_the_terminal_with_a_hundred_arms_and_many_failures(clock
 
 def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
     captured = LineBuffer()
-    out, err = CapturedStream(io.StringIO(), captured), CapturedStream(io.StringIO(), captured)
+    out, err = CapturedStream(io.StringIO(), captured.add), CapturedStream(io.StringIO(), captured.add)
     print("one", file=out)
     print("half", end="", file=out, flush=True)
     print("two", file=err)
@@ -223,7 +223,7 @@ def test_captured_lines_keep_their_order_and_a_flood_is_cut_and_counted():
 
 def test_lines_of_several_threads_stay_whole_and_none_is_lost_when_the_table_goes():
     captured, terminal = LineBuffer(), io.StringIO()
-    stream = CapturedStream(terminal, captured)
+    stream = CapturedStream(terminal, captured.add)
     stream.write("step 1 of")
     other = threading.Thread(target=lambda: [stream.write("epoch "), stream.write("3\n"), stream.write("acc ")])
     other.start()

@@ -16,6 +16,7 @@ from fcntl import ioctl
 import pytest
 
 from support.files import parse_json_lines, read_json_lines
+from support.programs import EVSYS_BUS
 
 EXPERIMENT = """\
 name: sweep
@@ -318,3 +319,22 @@ def test_progress_that_cannot_be_shown_changes_nothing(folder, stderr):
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, cwd=folder, env=CLEAN)
     assert done.returncode == 0
     assert "sweep   completed in" in done.stdout
+
+
+def test_modules_are_found_in_the_current_folder_first_and_then_beside_the_file(folder):
+    (folder / "configs").mkdir()
+    (folder / "configs" / "sweep.yaml").write_text(EXPERIMENT.replace("slow_recipe:", "recipes.slow:"))
+    (folder / "configs" / "recipes").mkdir()
+    (folder / "configs" / "recipes" / "slow.py").write_text(RECIPE)
+
+    def check():
+        command = [EVSYS_BUS, "check", "configs/sweep.yaml"]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=CLEAN)
+
+    assert check().returncode == 0
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "slow.py").write_text("")
+    assert 'module "recipes.slow" has no recipe' in check().stderr
+    (folder / "recipes" / "slow.py").write_text(RECIPE)
+    (folder / "configs" / "recipes" / "slow.py").unlink()
+    assert check().returncode == 0

@@ -19,12 +19,16 @@ from evsys_bus.demo import recipe as digits
 
 def recipe(params: DigitsRun, run):
     parts = digits(params, run)
-    network, train = parts.backend, parts.backend.forward_backward
+    network, batches, steps = parts.backend, parts.step_builder, []
+    build, train = batches.build_batch, network.forward_backward
+    async def build_batch(step_idx):
+        steps.append(str(step_idx))
+        return await build(step_idx)
     async def forward_backward(batch):
-        if str(network._updates) == os.environ.get("FAIL_AT"):
+        if steps[-1] == os.environ.get("FAIL_AT"):
             raise ConnectionResetError("the node went away")
         return await train(batch)
-    network.forward_backward = forward_backward
+    batches.build_batch, network.forward_backward = build_batch, forward_backward
     return parts
 """
 

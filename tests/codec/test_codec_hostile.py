@@ -75,7 +75,7 @@ BAD = {
     "very big": lambda: 10**5000,
     "surrogate": lambda: "\udc80",
     "complex": lambda: 1j,
-    "array": lambda: np.zeros(5),
+    "array": lambda: np.zeros(500),
     "complex scalar": lambda: np.complex128(1j),
     "lock": threading.Lock,
     "ring": ring,

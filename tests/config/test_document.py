@@ -408,3 +408,10 @@ def test_all_settings_that_are_wrong_are_told_at_once(tmp_path):
     with pytest.raises(ConfigErrors) as caught:
         with_overrides(document(tmp_path), ["nope", "run.lr=1", "name.x=1"])
     assert len(caught.value.errors) == 2
+
+
+@pytest.mark.parametrize("text", ["1e400", "-12e345", "9.9E+999"])
+def test_a_number_that_is_too_large_is_an_error_and_not_infinity(text):
+    with pytest.raises(DocumentError, match="no number that can be held"):
+        compose(f"lr: {text}", "sweep.yaml")
+    assert Document(compose("lr: -.inf", "sweep.yaml")).value == {"lr": float("-inf")}

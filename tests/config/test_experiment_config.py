@@ -301,7 +301,7 @@ WRONG = {
             'error[EB107]: the recipe\'s module "my_recipez" cannot be imported\n'
             " --> sweep.yaml:2:9   $.recipe\n  |\n2 | recipe: my_recipez:train\n  |         ^^^^^^^^^^^^^^^^\n"
             "why: ModuleNotFoundError: No module named 'my_recipez'\n"
-            "fix: check the name; install its package, or start from the folder that it is in with PYTHONPATH=."
+            "fix: check the name; install its package, or start from the folder that it is in"
         ),
     ),
     "a_recipe_that_is_no_function": (
@@ -527,3 +527,11 @@ def test_any_mapping_is_an_experiment_or_a_config_error(value):
     else:
         assert expand_arms(read)
         assert expand_seeds(read)
+
+
+def test_keys_that_begin_with_x_hold_values_for_anchors(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    runs = "runs:\n  a: *wide\n  b: {<<: *wide, lr: 1}\n"
+    file.write_text("name: s\nrecipe: shutil:move\nx-wide: &wide {width: 512}\nx-unused: [1]\n" + runs)
+    config = load_experiment(read_document(file))
+    assert config.runs == {"a": {"width": 512}, "b": {"width": 512, "lr": 1}}

@@ -115,7 +115,7 @@ class Stream:
             self.add(StepEnd(self.state, step, TrainingBatch(), {"loss": 0.5}))
 
     def start(self, event, run="run-a"):
-        self.writer.append_start(self.envelope(event, run), run)
+        self.writer.append(self.envelope(event, run), essential=True)
 
     def run(self, *steps):
         self.start(RunStart(self.ctx))

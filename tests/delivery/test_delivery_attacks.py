@@ -1,6 +1,7 @@
 """What attackers found in the couriers, mended: each was seen to fail."""
 
 import asyncio
+import itertools
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from evsys_bus.journal import JournalWriter, RetentionPolicy, layout
 from evsys_bus.sink import BatchResult
 from evsys_bus.tasks import DeliveryStatus, LoopThread
 from evsys_bus.testing import FailingSink, RecordingSink
+from support.waiting import wait_until
 
 
 class Tick(Event, frozen=True):
@@ -36,23 +38,36 @@ def guard(**terms):
     return FailurePolicy([Subscription("a", policy=DeliveryPolicy(**terms))])
 
 
+def seconds_until_reason(watch, make_status):
+    """Check one status after the other until the run must stop; returns how long that took."""
+    began = time.monotonic()
+
+    def check():
+        watch.check([make_status()], gave_up=False)
+        return watch.reason
+
+    wait_until(check)
+    return time.monotonic() - began
+
+
 def test_a_delivery_that_is_never_quite_done_but_always_close_behind_is_not_stale():
-    watch = guard(max_staleness_seconds=4)
-    for second in range(100):
-        assert watch._stop_reason(account(50 * second + 25, 50 * second), float(second), gave_up=False) is None
+    watch = guard(max_staleness_seconds=0.05)
+    for number in range(100):
+        watch.check([account(50 * number + 25, 50 * number)], gave_up=False)
+        time.sleep(0.002)
+    assert watch.reason is None
 
 
 def test_a_delivery_that_stands_still_is_stale_once_its_patience_is_over():
-    watch = guard(max_staleness_seconds=4)
-    said = [watch._stop_reason(account(50 * second + 25, 10), float(second), gave_up=False) for second in range(10)]
-    assert [each is not None for each in said] == [False] * 5 + [True] * 5
+    watch = guard(max_staleness_seconds=0.1)
+    numbers = itertools.count()
+    assert seconds_until_reason(watch, lambda: account(50 * next(numbers) + 25, 10)) >= 0.1
 
 
 def test_failing_is_timed_by_our_own_clock_and_through_couriers_that_begin_anew():
-    watch = guard(stop_after_seconds=3)
-    states = [{"state": "retrying", "pid": 1, "failing_since": 1e9}, {"state": "failed", "pid": 2}] * 3
-    said = [watch._stop_reason(account(5, 0, **each), float(at), gave_up=False) for at, each in enumerate(states)]
-    assert [each is not None for each in said] == [False, False, False, False, True, True]
+    watch = guard(stop_after_seconds=0.1)
+    states = itertools.cycle([{"state": "retrying", "pid": 1, "failing_since": 1e9}, {"state": "failed", "pid": 2}])
+    assert seconds_until_reason(watch, lambda: account(5, 0, **next(states))) >= 0.1
 
 
 def test_what_was_wrong_on_another_day_is_forgotten_where_nobody_delivers(tmp_path):

@@ -52,10 +52,7 @@ def written(disk):
             writer.append(b"no envelope")
             continue
         payload = encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, "run-a"))
-        if isinstance(event, RunStart | TrainStart):
-            writer.append_start(payload, "run-a")
-        else:
-            writer.append(payload)
+        writer.append(payload, essential=isinstance(event, RunStart | TrainStart))
     writer.close()
     return writer.stream
 
@@ -323,7 +320,7 @@ def test_a_refused_cursor_is_tried_again_while_nothing_comes():
     courier = Courier(JOURNAL, "rows", Rows(disk), DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     async def scene():
-        while courier._store.cursor.position(stream).sequence < 10:
+        while courier.counts.pending:
             await asyncio.sleep(0.001)
         disk.refused = ()
         clock.advance(2)
@@ -489,7 +486,7 @@ def test_a_refused_cursor_is_saved_before_another_mark_is_asked_for():
     courier = Courier(JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     async def scene():
-        while courier._store.cursor.position(stream).sequence < 10:
+        while courier.counts.pending:
             clock.advance(2)
             await asyncio.sleep(0.001)
         disk.refused = ()
@@ -548,9 +545,8 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
 
     disk = SimulatedDisk()
     writer = JournalWriter(JOURNAL, disk=disk, flush_seconds=math.inf, reserve_bytes=0).open()
-    courier = Courier(
-        JOURNAL, "rows", Appends(disk), DeliveryPolicy(), disk=disk, clock=ManualClock(), poll_seconds=0.001
-    )
+    receiver, clock = Appends(disk), ManualClock()
+    courier = Courier(JOURNAL, "rows", receiver, DeliveryPolicy(), disk=disk, clock=clock, poll_seconds=0.001)
 
     def append(step):
         event = StepEnd(STATE, step, TrainingBatch(), {"loss": 0.5})
@@ -560,7 +556,7 @@ def test_what_comes_while_the_last_batches_are_taken_is_delivered_before_the_end
         append(0)
         while courier.counts.delivered < 1:
             await asyncio.sleep(0.001)
-        courier._receiver.taken = 0
+        receiver.taken = 0
         for step in range(8):
             append(step)
 

@@ -52,10 +52,7 @@ def write(journal):
         for event in events:
             run = None if isinstance(event, ExperimentStart) else "run-a"
             payload = encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, run))
-            if isinstance(event, ExperimentStart | RunStart | TrainStart):
-                writer.append_start(payload, run)
-            else:
-                writer.append(payload)
+            writer.append(payload, essential=isinstance(event, ExperimentStart | RunStart | TrainStart))
 
     yield append
     writer.close()

@@ -12,7 +12,7 @@ from evsys_bus.delivery.open_runs import RunAnnotations
 from evsys_bus.delivery.progress import ProgressReader
 from evsys_bus.delivery.source import Batch, EventSource
 from evsys_bus.delivery.subscription import DeliveryPolicy, Subscription
-from evsys_bus.delivery.subscriptions import deregister, load_subscriptions, register, restore
+from evsys_bus.delivery.subscriptions import deregister, load_subscriptions, register
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, RunStart, StepEnd
 from evsys_bus.journal import Cursor, CursorStore, JournalReader, JournalWriter, OsDisk, frame, verify
@@ -153,10 +153,6 @@ def follow_again(directory, disk):
     register(directory, [each.to_subscription() for each in load_subscriptions(directory)], disk)
 
 
-def post(directory, disk):
-    restore(directory, load_subscriptions(directory), disk)
-
-
 def leave(directory, disk):
     deregister(directory, set(), 0, disk)
 
@@ -164,7 +160,7 @@ def leave(directory, disk):
 READERS = [read, feed_on, feed_to_the_end, account, print_all, print_last, seek, look_for_marks, begin, check, write]
 CASES = [(shape, what) for shape in (many_segments, many_streams) for what in READERS]
 CASES.append((streams_of_couriers, listen))
-CASES += [(follow_many, what) for what in (follow_again, post, leave, account, begin, write)]
+CASES += [(follow_many, what) for what in (follow_again, leave, account, begin, write)]
 
 
 @pytest.mark.parametrize(("shape", "what"), CASES, ids=lambda each: each.__name__)

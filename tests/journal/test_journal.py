@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from evsys_bus.disk import OsDisk
@@ -24,6 +25,7 @@ from evsys_bus.journal import (
     verify,
 )
 from evsys_bus.testing import ManualClock, SimulatedDisk
+from support.journals import read_sequences
 
 NEVER = math.inf  # rounds of upkeep when the test says so
 
@@ -136,12 +138,14 @@ def test_a_segment_is_followed_when_it_is_large_and_no_record_is_in_two(tmp_path
 
 
 def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
+    def boundary(kind: str, run: str | None = None) -> bytes:
+        return msgspec.msgpack.encode({"event": {"type": kind}, "run": run})
+
     writer = JournalWriter(tmp_path, segment_bytes=400).open()
-    writer.append_start(payload(1), None)
-    writer.append_start(payload(2), "run-a")
+    writer.append(boundary("experiment_start"), essential=True)
+    writer.append(boundary("run_start", "run-a"), essential=True)
     fill(writer, 20)
-    writer.append_end(payload(writer.next_sequence), "run-a")
-    last_of_a = writer.next_sequence - 1
+    last_of_a = writer.append(boundary("run_end", "run-a"), essential=True)
     fill(writer, 20)
     writer.close()
     carried = {}
@@ -152,9 +156,12 @@ def test_each_segment_begins_with_the_starts_of_what_is_open(tmp_path):
     assert carried[1] == []
     assert {tuple(each) for first, each in carried.items() if 1 < first <= last_of_a} == {(1, 2)}
     assert {tuple(each) for first, each in carried.items() if first > last_of_a + 10} == {(1,)}
-    assert read(tmp_path) == list(range(1, writer.next_sequence))
+    assert read_sequences(tmp_path) == list(range(1, writer.next_sequence))
     segments(tmp_path)[0].unlink()
-    assert read(tmp_path)[:2] == [1, 2]  # a reader that comes too late for the first segment still learns of the runs
+    assert read_sequences(tmp_path)[:2] == [
+        1,
+        2,
+    ]  # so that a late reader knows the runs
 
 
 def test_segments_go_when_every_follower_is_done_with_them_and_not_before(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import math
 
+import msgspec
 import pytest
 
 from evsys_bus.errors import JournalOpenError, UnrecordedError
@@ -10,6 +11,10 @@ from evsys_bus.journal import JournalReader, JournalWriter, verify
 from evsys_bus.testing import MachineStopped, SimulatedDisk
 
 EVENTS = 14
+
+
+START = msgspec.msgpack.encode({"event": {"type": "run_start"}, "run": "run"})
+END = msgspec.msgpack.encode({"event": {"type": "run_end"}, "run": "run"})
 
 
 def payload(number: int) -> bytes:
@@ -34,9 +39,9 @@ class Life:
         for index in range(EVENTS):
             number = writer.next_sequence
             if index == 0:
-                writer.append_start(payload(number), "run")
+                writer.append(START, essential=True)
             elif index == EVENTS - 1:
-                writer.append_end(payload(number), "run")
+                writer.append(END, essential=True)
             else:
                 writer.append(payload(number))
             if not writer.unrecorded:
@@ -53,7 +58,7 @@ class Life:
 
 def read(disk: SimulatedDisk, stream: str) -> list[int]:
     records = list(JournalReader("/journal", disk).read(stream))
-    assert all(record.payload == payload(record.sequence) for record in records)
+    assert all(record.payload in {payload(record.sequence), START, END} for record in records)
     return [record.sequence for record in records]
 
 
@@ -219,7 +224,7 @@ def test_what_does_not_fit_in_memory_is_lost_oldest_first_and_counted_and_named(
     writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf, max_unrecorded=10, reserve_bytes=0).open()
     writer.append(payload(1))
     disk.room = 0
-    writer.append_start(payload(2), "run")
+    writer.append(START, essential=True)
     for number in range(3, 33):
         writer.append(payload(number))
     assert (writer.recorded, writer.unrecorded, writer.lost) == (1, 10, 21)
@@ -238,7 +243,7 @@ def test_the_reserve_holds_the_end_events_on_a_full_disk():
     writer.append(payload(1))
     disk.room = 0
     writer.append(payload(2))
-    writer.append_end(payload(3), "run")
+    writer.append(END, essential=True)
     assert (writer.recorded, writer.unrecorded) == (3, 0)
     assert read(disk, writer.stream) == [1, 2, 3]
     disk.room = 5000
@@ -251,10 +256,10 @@ def test_at_the_close_of_a_full_disk_the_ends_and_the_newest_fit_in_the_reserve(
     writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf, reserve_bytes=400).open()
     writer.append(payload(1))
     disk.room = 0
-    writer.append_start(payload(2), "run")
+    writer.append(START, essential=True)
     for number in range(3, 101):
         writer.append(payload(number))
-    writer.append_end(payload(101), "run")
+    writer.append(END, essential=True)
     assert writer.unrecorded == 100
     assert not writer.close()
     found = read(disk, writer.stream)
@@ -275,7 +280,7 @@ def test_told_to_raise_it_raises_and_gives_the_sequence_again():
         with pytest.raises(UnrecordedError, match="did not take an event"):
             writer.append(payload(2))
     assert (writer.next_sequence, writer.recorded, writer.unrecorded) == (2, 1, 0)
-    assert writer.append_end(payload(2), "run") == 2  # in the room of the reserve
+    assert writer.append(END, essential=True) == 2  # in the room of the reserve
     disk.room = None
     assert writer.append(payload(3)) == 3
     assert writer.close()

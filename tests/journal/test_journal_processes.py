@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from evsys_bus.journal import JournalReader, JournalWriter, verify
@@ -201,10 +202,11 @@ def test_a_disk_that_stays_full_takes_the_end_events_into_the_reserve(small_disk
     fill_up(small_disk)
     for number in range(2, 5000):
         writer.append(payload(number))
-    writer.append_end(b"the end", None)
+    end = msgspec.msgpack.encode({"event": {"type": "experiment_end"}})
+    writer.append(end, essential=True)
     assert not writer.close()
     records = list(JournalReader(small_disk / "journal").read(writer.stream))
-    assert records[-1].payload == b"the end"
+    assert records[-1].payload == end
     assert writer.recorded == len(records) > 1000
     assert writer.recorded + writer.lost == 5000
 
@@ -212,29 +214,35 @@ def test_a_disk_that_stays_full_takes_the_end_events_into_the_reserve(small_disk
 # -- 9: the directory is gone, or takes nothing -----------------------------------------------------------------------
 
 
-def test_a_journal_that_is_removed_while_it_is_written_begins_again(tmp_path, caplog):
+def test_what_is_written_after_the_directory_was_removed_waits_in_memory_and_one_warning_says_so(tmp_path, caplog):
     writer = JournalWriter(tmp_path / "journal", flush_seconds=NEVER).open()
     writer.append(payload(1))
     shutil.rmtree(tmp_path / "journal")
     writer.append(payload(2))  # into a file without a name
-    writer.flush()
-    assert "journal.removed" in caplog.text
-    writer.append(payload(3))
-    assert read_sequences(tmp_path / "journal") == [3]
-    assert JournalReader(tmp_path / "journal").is_live(writer.stream)
-    assert (writer.failures, writer.recorded, writer.lost) == (1, 1, 2)
-    (tmp_path / "journal").rename(tmp_path / "moved")
-    (tmp_path / "journal").write_text("in the way")
-    writer.flush()
-    for number in range(4, 10):
+    for number in range(3, 10):
+        writer.flush()
         assert writer.append(payload(number)) == number
-    assert writer.unrecorded == 6
-    (tmp_path / "journal").unlink()
+    assert (writer.recorded, writer.unrecorded, writer.lost) == (0, 7, 2)
+    [warning] = [each for each in caplog.records if each.levelname == "WARNING"]
+    assert "journal.removed" in warning.message
+    assert "restart the program" in warning.fix
+    assert not writer.close(60.0, lambda: pytest.fail("there is nothing to wait for"))
+    assert not (tmp_path / "journal").exists()
+
+
+def test_a_directory_that_was_moved_and_comes_back_takes_what_waited(tmp_path):
+    writer = JournalWriter(tmp_path / "journal", flush_seconds=NEVER).open()
+    writer.append(payload(1))
+    (tmp_path / "journal").rename(tmp_path / "elsewhere")  # for example a mount that is gone for a while
+    writer.flush()
+    for number in range(2, 10):
+        assert writer.append(payload(number)) == number
+    assert writer.unrecorded == 8
+    (tmp_path / "elsewhere").rename(tmp_path / "journal")
     writer.flush()
     assert writer.unrecorded == 0
-    assert read_sequences(tmp_path / "journal") == list(range(4, 10))
-    assert not writer.close()
-    assert (writer.recorded, writer.lost) == (6, 3)
+    assert read_sequences(tmp_path / "journal") == list(range(1, 10))
+    writer.close()
 
 
 READ_ONLY = """

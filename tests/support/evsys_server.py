@@ -196,7 +196,7 @@ class EvsysServer:
             if key in args and args[key] not in self.tables[table]:
                 raise RefusedError(404, f"no {key} {args[key]}")
         self.operations.append((op, args))
-        return getattr(self, f"_{op}")(**args)
+        return getattr(self, op)(**args)
 
     def _add(self, table, row):
         row = {"id": f"{table[0]}{next(self._numbers)}", **row}
@@ -209,46 +209,46 @@ class EvsysServer:
             row for row in rows if all(row.get(key) == value for key, value in filters.items() if value is not None)
         ]
 
-    def _create_experiment(self, **row):
+    def create_experiment(self, **row):
         return self._add("experiments", row)
 
-    def _update_experiment(self, experiment_id, patch):
+    def update_experiment(self, experiment_id, patch):
         self.tables["experiments"][experiment_id].update(patch)
         return self.tables["experiments"][experiment_id]
 
-    def _get_experiment(self, experiment_id):
+    def get_experiment(self, experiment_id):
         return self.tables["experiments"][experiment_id]
 
-    def _list_experiments(self, project_id=None, valid_only=False):
+    def list_experiments(self, project_id=None, valid_only=False):
         return self._select("experiments", project_id=project_id)
 
-    def _create_group(self, **row):
+    def create_group(self, **row):
         return self._add("groups", row)
 
-    def _list_groups(self, experiment_id):
+    def list_groups(self, experiment_id):
         return self._select("groups", experiment_id=experiment_id)
 
-    def _create_run(self, **row):
+    def create_run(self, **row):
         return self._add("runs", {"status": "pending", **row})
 
-    def _update_run(self, run_id, patch):
+    def update_run(self, run_id, patch):
         self.tables["runs"][run_id].update(patch)
         return self.tables["runs"][run_id]
 
-    def _get_run(self, run_id):
+    def get_run(self, run_id):
         return self.tables["runs"][run_id]
 
-    def _list_runs(self, experiment_id=None, group_id=None):
+    def list_runs(self, experiment_id=None, group_id=None):
         return self._select("runs", experiment_id=experiment_id, group_id=group_id)
 
-    def _log_metrics(self, run_id, step, metrics, split):
+    def log_metrics(self, run_id, step, metrics, split):
         if split not in {"train", "val", "test"} or type(step) is not int:
             raise RefusedError(422, f"split {split}, step {step}")
         new = [{"run_id": run_id, "step": step, "name": k, "value": v, "split": split} for k, v in metrics.items()]
         self.metrics += new
         return []
 
-    def _get_metrics(self, run_id, name=None, split=None):
+    def get_metrics(self, run_id, name=None, split=None):
         """Return the points; of several with the same split, step and name the last one counts."""
         found = {}
         for row in self.metrics:
@@ -256,24 +256,24 @@ class EvsysServer:
                 found[row["split"], row["step"], row["name"]] = {k: v for k, v in row.items() if k != "run_id"}
         return list(found.values())
 
-    def _add_checkpoint(self, **row):
+    def add_checkpoint(self, **row):
         self.checkpoints.append(row)
         return row
 
-    def _list_checkpoints(self, run_id):
+    def list_checkpoints(self, run_id):
         return [row for row in self.checkpoints if row["run_id"] == run_id]
 
-    def _create_eval(self, **row):
+    def create_eval(self, **row):
         return self._add("evals", {"metrics": {}, **row})
 
-    def _list_evals(self, run_id):
+    def list_evals(self, run_id):
         return self._select("evals", run_id=run_id)
 
-    def _add_prediction(self, **row):
+    def add_prediction(self, **row):
         self.predictions.append(row)
         return row
 
-    def _list_predictions(self, run_id, kind=None):
+    def list_predictions(self, run_id, kind=None):
         return [row for row in self.predictions if row["run_id"] == run_id and kind in {None, row["kind"]}]
 
 

@@ -33,6 +33,15 @@ def read_csv(path: str | Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def open_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that this process has open; skips the test where the system does not list them."""
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("the open files of a process are not listed here")
+    found = [each.resolve() for each in descriptors.iterdir()]
+    return sorted(each for each in found if each.is_relative_to(folder.resolve()))
+
+
 @contextlib.contextmanager
 def small_file_system(path: Path, size: str) -> Iterator[Path]:
     """Mount a file system of this size ('1m') in a new folder; skips the test where mounting is not permitted."""

@@ -242,7 +242,7 @@ class InterceptingProxy:
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
-        self.endpoint = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        self.endpoint = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with ClientSession(auto_decompress=False) as self._session:
             try:
                 yield

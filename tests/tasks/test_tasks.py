@@ -11,8 +11,9 @@ import pytest
 import stamina
 
 from evsys_bus import Callback, EventBus, RunStart, StepEnd
+from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import BusError, BusNotOpenError, NotAttachedError, SpawnError
-from evsys_bus.tasks import TaskCounts
+from evsys_bus.tasks import Job, TaskCounts, TaskManager
 
 
 class Starts(Callback):
@@ -113,7 +114,8 @@ def test_R2_without_a_loop_the_warning_says_to_use_spawn(caplog):
 
 async def test_R2_tasks_made_outside_hooks_are_neither_awaited_nor_cancelled():
     forever = asyncio.create_task(asyncio.sleep(3600))
-    async with EventBus([Starts(lambda _: None)]) as bus:
+    starts = Starts(lambda _: None)
+    async with EventBus([starts]) as bus:
         inside = asyncio.create_task(asyncio.sleep(3600))
         publish_one(bus)
         grandchild = []
@@ -121,7 +123,7 @@ async def test_R2_tasks_made_outside_hooks_are_neither_awaited_nor_cancelled():
         async def makes_one():
             grandchild.append(asyncio.create_task(asyncio.sleep(3600)))
 
-        bus._publisher.callbacks[0].start = lambda _: asyncio.create_task(makes_one())
+        starts.start = lambda _: asyncio.create_task(makes_one())
         publish_one(bus)
     for task in (forever, inside, *grandchild):
         assert not task.done()
@@ -355,12 +357,13 @@ def test_a_task_that_blocks_the_loops_thread_does_not_hold_the_exit_up(caplog):
 
 async def test_a_task_that_was_cancelled_before_its_first_step_is_counted():
     tally = Tally()
-    async with EventBus([], max_running_tasks=1) as bus:
-        for _ in range(3):
-            bus.spawn(tally.work)
-        bus._task_manager.cancel_all()
+    manager = TaskManager(asyncio.get_running_loop, FaultLog(), max_running=1)
+    for _ in range(3):
+        manager.spawn(Job(tally.work, (), owner="program", name=None, timeout=None, retry=None, lane=None))
+    manager.cancel_all()
+    receipt = await manager.drain(5, close=True)
     assert tally.began == 0
-    assert bus.receipt.tasks == TaskCounts(spawned=3, cancelled=3)
+    assert receipt.tasks == TaskCounts(spawned=3, cancelled=3)
 
 
 async def test_more_than_may_wait_are_refused_counted_and_logged(caplog):

@@ -17,7 +17,8 @@ from evsys_adapters import (
     LocalLoggerCallback,
     PrintProgressCallback,
 )
-from evsys_bus import Callback
+from evsys_bus import Callback, RawRecord
+from evsys_bus.codec import decode
 from evsys_bus.errors import RejectedError
 from evsys_bus.sink import Sink
 from evsys_bus.testing import RecordingCallback, RecordingSink, conformance
@@ -356,6 +357,36 @@ def test_a_sink_that_cannot_be_called_is_told_so_and_nothing_else():
     with pytest.raises(AssertionError, match=r"as they are declared: .*Sync.write is not async") as caught:
         conformance(lambda _: Sync())()
     assert len(str(caught.value).split("\n- ")) == 2
+
+
+class RawLines(Sink):
+    raw: ClassVar[bool] = True
+
+    def __init__(self, wrong=""):
+        self.wrong = wrong
+
+    async def write(self, batch):
+        assert all(type(each) is RawRecord for each in batch)
+        if self.wrong == "decodes":
+            assert [each.sequence for each in batch] == [decode(each.payload).seq for each in batch]
+        if self.wrong == "steps only":
+            assert all(b"step" in each.payload for each in batch)
+
+
+test_raw_sink = conformance(lambda _: RawLines())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("decodes", "open, write and close take a record that is not an envelope; it raised CodecError"),
+        ("steps only", "open, write and close take a whole experiment; it raised AssertionError"),
+    ],
+)
+def test_a_raw_sink_is_checked_with_records(wrong, sentence):
+    with pytest.raises(AssertionError) as caught:
+        conformance(lambda _: RawLines(wrong))()
+    assert sentence in str(caught.value)
 
 
 # -- with fixtures, and inside a loop ---------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 
 from evsys_bus.callback import Callback
@@ -62,10 +63,23 @@ def manifest_of(run_dir):
 
 
 class Stumbles(DigitNetwork):
+    """Fails at its update number 13, those before a resume included."""
+
+    updates = 0
+
+    async def load_state(self, path):
+        await super().load_state(path)
+        with np.load(path) as saved:
+            self.updates = int(saved["updates"])
+
     async def forward_backward(self, batch):
-        if self._updates == 13:
+        if self.updates == 13:
             raise RuntimeError("the cluster is gone")
         return await super().forward_backward(batch)
+
+    async def optim_step(self):
+        self.updates += 1
+        return await super().optim_step()
 
 
 @pytest.fixture(scope="module")

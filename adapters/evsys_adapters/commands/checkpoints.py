@@ -19,7 +19,7 @@ from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
-from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool, UploadRecord
+from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool
 from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
@@ -70,7 +70,6 @@ def store_options(command: _CommandT) -> _CommandT:
     def with_store_options(
         *args: Any, endpoint: str | None, region: str | None, path_style: bool | None, profile: str | None, **rest: Any
     ) -> object:
-
         return command(*args, reach=StoreOptions(endpoint, region, path_style, profile), **rest)
 
     wrapped: Callable[..., Any] = with_store_options
@@ -116,7 +115,6 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: StoreOpti
 
 
 def _table(states: list[CheckpointState]) -> list[str]:
-
     rows = [["run", "checkpoint", "after step", "here", "there", "size", "destination"]]
     for each in states:
         remote = each.remote[0] if each.remote else None
@@ -135,7 +133,6 @@ def _table(states: list[CheckpointState]) -> list[str]:
 
 
 def _json(state: CheckpointState) -> str:
-
     row: dict[str, Any] = {
         "type": "checkpoint",
         "checkpoint": state.name,
@@ -145,7 +142,6 @@ def _json(state: CheckpointState) -> str:
 
 
 def _show_remote(url: str, options: StoreOptions, run: str, *, as_json: bool) -> None:
-
     async def load_manifests() -> list[Manifest]:
         async with open_destination(url, options, run) as destination:
             return await destination.manifests()
@@ -240,20 +236,15 @@ def _exists(path: Path) -> bool:
 def _remote_copies(run_dir: Path, row: ManifestRow, pruned: str | None) -> Iterator[RemoteCopy]:
     for folder in sorted((run_dir / SPOOL_FOLDER).glob("*/")):
         spool = Spool(folder)
-        uploaded = [_uploaded_copy(done, pruned) for done in spool.uploaded(row)]
-        yield from uploaded
+        for done in spool.uploaded(row):
+            is_pruned = pruned is not None and pruned.startswith(done.url.rstrip("/"))
+            size = sum(file.size for file in done.manifest.files)
+            yield RemoteCopy("pruned" if is_pruned else "uploaded", done.url, done.store_options, size)
         pending = spool.pending(row)
         yield from (RemoteCopy("waiting") for _ in pending)
         if not pending:
             yield from (RemoteCopy("unknown") for _ in spool.unreadable(row))
         yield from (RemoteCopy("conflict") for _ in folder.glob(f"{checkpoint_folder(row)}@*{REFUSED_SUFFIX}"))
-
-
-def _uploaded_copy(record: UploadRecord, pruned: str | None) -> RemoteCopy:
-    manifest = record.manifest
-    is_pruned = pruned is not None and pruned.startswith(record.url.rstrip("/"))
-    state: RemoteState = "pruned" if is_pruned else "uploaded"
-    return RemoteCopy(state, record.url, record.store_options, sum(file.size for file in manifest.files))
 
 
 @asynccontextmanager

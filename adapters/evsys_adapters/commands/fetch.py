@@ -69,7 +69,6 @@ def _split_name(argument: str) -> tuple[Path, str | None]:
 
 
 def _refuse_experiment(requested: Path, folder: Path) -> None:
-
     previous = load_previous_experiment(folder)
     if previous is not None:
         known = [str(requested / key) for key in previous.runs]
@@ -102,7 +101,6 @@ def _find_upload(run: Path, name: str | None) -> tuple[str, StoreOptions, Path]:
 def _fetch_checkpoint(
     url: str, options: StoreOptions, run: str, name: str | None, folder: Path, screen: Screen
 ) -> ManifestRow:
-
     async def download() -> ManifestRow:
         async with open_destination(url, options, run) as destination:
             manifest = await choose_checkpoint(destination, name)

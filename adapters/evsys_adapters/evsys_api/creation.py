@@ -43,11 +43,6 @@ _VARIANT: Final = 2 << 62
 _RANDOM: Final = ~(0xF << 76 | 3 << 62) & ((1 << 80) - 1)
 
 
-def new_id() -> str:
-    """Return a new UUIDv7."""
-    return _uuid7(time.time(), os.urandom(10))
-
-
 def derived_id(seconds: float, *parts: str) -> str:
     """Return a deterministic UUIDv7 of a time and some texts.
 
@@ -76,7 +71,7 @@ def persistent_id(folder: Path | None, name: str) -> str:
         folder: The folder of the experiment or the run; None if there is none.
         name: One path component.
     """
-    fresh_id = new_id()
+    fresh_id = _uuid7(time.time(), os.urandom(10))
     if folder is None:
         return fresh_id
     path = folder / IDS_FOLDER / name
@@ -219,7 +214,7 @@ class KnownObjects:
         }
 
     def load(self, stored: dict[str, Any]) -> None:
-        """Add the objects returned by `stored`; unknown keys of newer versions are ignored."""
+        """Add the objects of `to_builtins`; unknown keys of newer versions are ignored."""
         for each in stored.get("experiments", ()):
             self.add_experiment(msgspec.convert(each, Experiment))
         for each in stored.get("runs", ()):
@@ -227,14 +222,7 @@ class KnownObjects:
 
 
 def _to_builtins(entry: Experiment | Run) -> dict[str, Any]:
-    return {name: _copy_containers(getattr(entry, name)) for name in entry.__slots__ if name not in _NOT_STORED}
-
-
-def _copy_containers(value: Any) -> Any:
-    """Copy containers, which may be modified later."""
-    if isinstance(value, dict):
-        return {key: _copy_containers(each) for key, each in cast("dict[str, Any]", value).items()}
-    return list(cast("list[Any]", value)) if isinstance(value, list) else value
+    return {name: value for name, value in msgspec.to_builtins(entry).items() if name not in _NOT_STORED}
 
 
 Call = Callable[[str, Args], Awaitable[Any]]
@@ -395,8 +383,11 @@ class ServerObjectCreator:
             return
 
         async def find() -> Args | None:
-            rows = await self._list("list_evals", {"run_id": run.id})
-            return next((row for row in rows if _is_same_eval(row, args) and row.get("id") not in run.claimed), None)
+            for row in await self._list("list_evals", {"run_id": run.id}):
+                is_same = all(row.get(name, args[name]) == args[name] for name in ("benchmark_id", "step", "metrics"))
+                if is_same and row.get("id") not in run.claimed:
+                    return row
+            return None
 
         pending.id, row = await self._find_or_create(key, "create_eval", args, find, is_new=run.made_here)
         pending.created, pending.doubtful = True, row is not None
@@ -504,12 +495,6 @@ def _id_in(ctx: object, name: str) -> str | None:
 
 def _has_ended(row: Args | None) -> bool:
     return row is not None and row.get("status") in {"completed", "failed", "cancelled"}
-
-
-def _is_same_eval(row: Args, args: Args) -> bool:
-    """Whether a row of the server equals the eval to be created."""
-    names = ("benchmark_id", "step", "metrics")
-    return all(row.get(name, args[name]) == args[name] for name in names)
 
 
 def _decode_object(value: Any) -> object:

@@ -159,9 +159,13 @@ class EvsysSink(Sink):
                 if time.monotonic() > deadline:
                     end = index + 1
                     break
-            await self._flush()
+            for rows in self._deferred_rows.values():
+                self._ready_rows += rows
+            self._deferred_rows = {}
+            await self._send_ready()
         except asyncio.CancelledError:
-            done = self._count_acknowledged(batch)
+            sent = (self._outcomes.get((each.stream, each.seq), "not yet") is None for each in batch)
+            done = next((index for index, each in enumerate(sent) if not each), len(batch))
             if not done:
                 raise
             return done  # so that it is not repeated by a later process
@@ -245,28 +249,6 @@ class EvsysSink(Sink):
         if rejected and done == len(keys):
             raise RejectedError(rejected)
         return None if done == len(keys) else done
-
-    def _count_acknowledged(self, batch: Sequence[Envelope]) -> int:
-        """Count the events at the front that were sent and not rejected."""
-        sent = (self._outcomes.get((each.stream, each.seq), "not yet") is None for each in batch)
-        return next((index for index, each in enumerate(sent) if not each), len(batch))
-
-    async def _flush(self) -> None:
-        """Send all waiting rows."""
-        for path in list(self._deferred_rows):
-            self._release_rows(path)
-        await self._send_ready()
-
-    def _release_rows(self, path: str) -> None:
-        """Stop waiting for further rows of that run."""
-        self._ready_rows += self._deferred_rows.pop(path, [])
-
-    def _defer_row(self, row: _Row, *, is_step: bool) -> None:
-        path = row.run.path
-        deferred = self._deferred_rows.setdefault(path, [])
-        deferred.append(row)
-        if is_step and sum(each.split == "train" for each in deferred) >= self.config.flush_every:
-            self._release_rows(path)
 
     async def _send_ready(self) -> None:
         """Send the ready rows, several concurrently; two of the same step in order."""
@@ -421,7 +403,7 @@ class EvsysSink(Sink):
         experiment.ended = True
 
     async def _end_run(self, run: Run, status: object, error: object) -> None:
-        self._release_rows(run.path)
+        self._ready_rows += self._deferred_rows.pop(run.path, [])
         await self._send_ready()
         patch: Args = {"status": _text(status)}
         if error:
@@ -440,11 +422,14 @@ class EvsysSink(Sink):
     def _add_row(self, run: Run, envelope: Envelope, step: int, metrics: object, split: str, prefix: str = "") -> None:
         numbers = numbers_of(metrics, prefix)
         key = (envelope.stream, envelope.seq)
-        if numbers.values:
-            self._defer_row(_Row(key, run, step, split, *numbers), is_step=split == "train")
-        else:
+        if not numbers.values:
             self._warn_left_out(run, numbers.left_out)
             self._outcomes[key] = None
+            return
+        deferred = self._deferred_rows.setdefault(run.path, [])
+        deferred.append(_Row(key, run, step, split, *numbers))
+        if split == "train" and sum(each.split == "train" for each in deferred) >= self.config.flush_every:
+            self._ready_rows += self._deferred_rows.pop(run.path)
 
     def _warn_left_out(self, run: Run, names: list[str]) -> None:
         if names:

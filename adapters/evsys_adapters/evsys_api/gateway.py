@@ -22,12 +22,12 @@ import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
+from evsys_adapters._params import require_package
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class EvsysLoggerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     """Maximum number of concurrent requests for rows or predictions, where their order does not matter."""
 
     def __post_init__(self) -> None:
-        if find_spec("aiohttp") is None:
-            raise ModuleNotFoundError("evsys_logger needs aiohttp", name="aiohttp")
+        require_package("evsys_logger", "aiohttp", "evsys")
 
     @staticmethod
     def from_environment() -> dict[str, str | None]:

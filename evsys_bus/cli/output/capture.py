@@ -40,28 +40,19 @@ class LineBuffer:
         return [f"({dropped:,} lines were printed too fast to show)", *lines] if dropped else lines
 
 
-class LineRelay(LineBuffer):
-    """Passes each line on at once instead of buffering it."""
-
-    def __init__(self, on_line: Callable[[str], object]) -> None:
-        super().__init__()
-        self._on_line = on_line
-
-    def add(self, lines: list[str]) -> None:
-        """Pass the lines on."""
-        for line in lines:
-            self._on_line(line)
-
-
 class CapturedStream(io.TextIOBase):
     """Replaces a terminal stream and captures its lines; size and file descriptor are still the terminal's.
 
     Lines of different threads are not mixed. After `finish`, writes go to the terminal.
+
+    Args:
+        stream: The terminal stream.
+        on_lines: Called with captured lines, by the thread that printed them.
     """
 
-    def __init__(self, stream: TextIO, buffer: LineBuffer) -> None:
+    def __init__(self, stream: TextIO, on_lines: Callable[[list[str]], object]) -> None:
         self._stream = stream
-        self._buffer = buffer
+        self._on_lines = on_lines
         self._partial_lines: dict[int, str] = {}
         """The incomplete last line of each thread."""
         self._finished = False
@@ -82,7 +73,7 @@ class CapturedStream(io.TextIOBase):
                 if partial:
                     self._partial_lines[thread] = partial[max(0, partial.rfind("\r", 0, -1) + 1) :]
                 if lines:
-                    self._buffer.add([line.removesuffix("\r").rpartition("\r")[2] for line in lines])
+                    self._on_lines([line.removesuffix("\r").rpartition("\r")[2] for line in lines])
         if finished:
             self._stream.write(text)
         return len(text)
@@ -109,7 +100,7 @@ class CapturedStream(io.TextIOBase):
         with self._lock:
             self._finished = True
             if self._partial_lines:
-                self._buffer.add(list(self._partial_lines.values()))
+                self._on_lines(list(self._partial_lines.values()))
             self._partial_lines.clear()
 
 
@@ -123,7 +114,7 @@ def guard_stdout(*, result_is_json: bool, progress_is_json: bool) -> Generator[N
         with redirect_stdout(sys.stderr):
             yield
         return
-    stream = CapturedStream(sys.stderr, LineRelay(_write_json_line))
+    stream = CapturedStream(sys.stderr, _write_json_lines)
     try:
         with redirect_stdout(stream):
             yield
@@ -131,6 +122,7 @@ def guard_stdout(*, result_is_json: bool, progress_is_json: bool) -> Generator[N
         stream.finish()
 
 
-def _write_json_line(line: str) -> None:
-    sys.stderr.write(json_line({"event": "printed", "text": line}).decode() + "\n")
-    sys.stderr.flush()
+def _write_json_lines(lines: list[str]) -> None:
+    for line in lines:
+        sys.stderr.write(json_line({"event": "printed", "text": line}).decode() + "\n")
+        sys.stderr.flush()

@@ -47,8 +47,6 @@ PROBLEM_POLL_SECONDS: Final = 1.0
 PERSISTENT_PROBLEM_SECONDS: Final = 10.0
 """A retried error is reported only after this long, because most pass by themselves."""
 _MINUTE: Final = 60
-UNKNOWN: Final = "?"
-"""Shown instead of the counts of a delivery whose files cannot be read."""
 RanksByAdapter = Mapping[str, tuple[int, ...] | None]
 """The ranks that each adapter serves; None for all."""
 
@@ -451,7 +449,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
     return rows
 
 
-def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None = None) -> list[str]:
+def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None) -> list[str]:
     """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = load_ranks_by_adapter(directory)
     has_unconfirmed = any(each.owed for each in statuses)
@@ -463,19 +461,22 @@ def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: in
             [
                 printable(each.name),
                 state,
-                *(f"{count:,}" if each.is_known else UNKNOWN for count in counts),
+                *(f"{count:,}" if each.is_known else "?" for count in counts),
                 _format_lag(directory, each),
             ]
         )
     lines = format_table(rows, width)
+    has_problems = False
     for each in statuses:
-        absent = [
-            f"{each.name}: {pluralize(each.absent, 'event')} not delivered: removed from the journal before delivery"
-        ]
-        for line in (*problem_lines(each, directory), *(absent if each.absent else [])):
+        problems = problem_lines(each, directory)
+        has_problems = has_problems or bool(problems)
+        if each.absent:
+            gone = f"{pluralize(each.absent, 'event')} not delivered: removed from the journal before delivery"
+            problems.append(f"{each.name}: {gone}")
+        for line in problems:
             lines += wrap(printable(line), width, indent="  ")
     log = directory / layout.COURIERS / LOG_NAME
-    if log.exists() and any(problem_lines(each, directory) for each in statuses):
+    if log.exists() and has_problems:
         lines.append(f"log of the couriers: {printable(str(log))}")
     reader = JournalReader(directory)
     is_live = any(map(reader.is_live, reader.streams()))  # then its own couriers deliver

@@ -7,16 +7,14 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
+from evsys_bus.cli.output.progress import PULSE_SECONDS, ProgressMode, format_json, format_plain, resolve_mode
 from evsys_bus.cli.output.screen import Screen, is_terminal, printable
+from evsys_bus.cli.output.transfers import Facts, line_facts
+from evsys_bus.tasks import DeliveryStatus
 
-if TYPE_CHECKING:
-    from evsys_bus.cli.output.progress import ProgressMode
-    from evsys_bus.tasks import DeliveryStatus
-
-
-OnProgress = Callable[[Sequence["DeliveryStatus"]], object]
+OnProgress = Callable[[Sequence[DeliveryStatus]], object]
 _MIN_WIDE_COLUMNS: Final = 80
 
 
@@ -31,7 +29,7 @@ class DeliveryView(NamedTuple):
 
 @contextmanager
 def show_deliveries(
-    mode: "ProgressMode", screen: Screen, known: Sequence["DeliveryStatus"] = ()
+    mode: ProgressMode, screen: Screen, known: Sequence[DeliveryStatus] = ()
 ) -> Generator[DeliveryView]:
     """Show the progress of deliveries on stderr within the block.
 
@@ -40,12 +38,11 @@ def show_deliveries(
         screen: The terminal.
         known: Deliveries whose errors were reported already.
     """
-    from evsys_bus.cli.output.progress import resolve_mode
 
     def note(text: str) -> None:
         screen.note(printable(text))
 
-    mode = resolve_mode(mode, sys.stderr)
+    mode = resolve_mode(mode)
     if mode == "live":
         with _show_bars(screen, {each.name: each.last_error for each in known}) as view:
             yield view
@@ -62,30 +59,26 @@ class _DeliveryRates:
         self._started_at: Final = time.monotonic()
         self._initial: Final[dict[str, int]] = {}
 
-    def done(self, status: "DeliveryStatus") -> int:
+    def done(self, status: DeliveryStatus) -> int:
         now = status.delivered + status.dead
         return now - self._initial.setdefault(status.name, now)
 
-    def rate(self, status: "DeliveryStatus") -> float:
+    def rate(self, status: DeliveryStatus) -> float:
         """Return the events per second."""
         return self.done(status) / max(time.monotonic() - self._started_at, 1e-9)
 
 
 class _LineWriter:
     def __init__(self, screen: Screen, *, as_json: bool) -> None:
-        from evsys_bus.cli.output.progress import PULSE_SECONDS, format_plain
-        from evsys_bus.cli.output.progress import format_json as json_form
-
         self._screen = screen
-        self._format_line = json_form if as_json else format_plain
-        self._pulse_seconds = PULSE_SECONDS
+        self._format_line = format_json if as_json else format_plain
         self._last_pulse = time.monotonic()
         self._rates = _DeliveryRates()
         self._states: dict[str, tuple[str | None, str | None]] = {}
 
-    def update(self, statuses: Sequence["DeliveryStatus"]) -> None:
+    def update(self, statuses: Sequence[DeliveryStatus]) -> None:
         now = time.monotonic()
-        due = now - self._last_pulse >= self._pulse_seconds
+        due = now - self._last_pulse >= PULSE_SECONDS
         self._last_pulse = now if due else self._last_pulse
         for each in statuses:
             self._rates.done(each)
@@ -95,24 +88,23 @@ class _LineWriter:
             if due or state != previous:
                 self._screen.note(self._format_line(self._facts(each)))
 
-    def _facts(self, status: "DeliveryStatus") -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "event": "delivery",
-            "adapter": status.name,
-            "state": status.state,
-            "done": self._rates.done(status),
-            "pending": status.pending if status.is_known else None,
-        }
+    def _facts(self, status: DeliveryStatus) -> Facts:
+        facts = line_facts(
+            "delivery",
+            adapter=status.name,
+            state=status.state,
+            done=self._rates.done(status),
+            pending=status.pending if status.is_known else None,
+        )
         if status.owed:
             facts["owed"] = status.owed
         rate = self._rates.rate(status)
         if rate and status.pending and status.state == "delivering":
             facts |= {"events_per_second": round(rate), "eta_seconds": round(status.pending / rate)}
         fix = status.owed_fix or status.fix
-        return (
-            facts if status.last_error is None else facts | {"error": status.last_error} | ({"fix": fix} if fix else {})
-        )
+        if status.last_error is not None:
+            facts |= {"error": status.last_error} | ({"fix": fix} if fix else {})
+        return facts
 
 
 @contextmanager
@@ -143,14 +135,13 @@ def _show_bars(screen: Screen, reported: dict[str, str | None]) -> Generator[Del
         def note(text: str) -> None:
             progress.console.print(escape(printable(text)), soft_wrap=True, highlight=False)
 
-        def update(statuses: Sequence["DeliveryStatus"]) -> None:
+        def update(statuses: Sequence[DeliveryStatus]) -> None:
             for each in statuses:
                 done = rates.done(each)
                 if each.name not in tasks:
                     tasks[each.name] = progress.add_task(escape(printable(each.name)), rate="", state="")
-                if (
-                    each.last_error is not None and reported.get(each.name) != each.last_error
-                ):  # in full, once, above the bars
+                if each.last_error is not None and reported.get(each.name) != each.last_error:
+                    # in full, once, above the bars
                     reported[each.name] = each.last_error
                     fix = each.owed_fix or each.fix
                     note(f"{each.name}: {each.last_error}{f'   fix: {fix}' if fix else ''}")
@@ -165,7 +156,7 @@ def _show_bars(screen: Screen, reported: dict[str, str | None]) -> Generator[Del
         yield DeliveryView(update, note)
 
 
-def _describe_state(status: "DeliveryStatus") -> str:
+def _describe_state(status: DeliveryStatus) -> str:
     """Return the state in one or two words; the reason is shown above the bars."""
     unconfirmed = f"{status.owed:,} owed" if status.owed else ""
     state = "" if status.state in {None, "delivering"} else str(status.state)

@@ -28,6 +28,7 @@ from evsys_bus.errors import (
     HookError,
     JournalError,
     TrainingError,
+    UntrustedFileError,
 )
 
 OK: Final = 0
@@ -47,13 +48,17 @@ def report(error: BaseException, screen: Screen) -> int:
     """Report an error on stderr, and return the exit code."""
     errors = sorted(_own_errors(error), key=_sort_key)
     if errors:
-        screen.note("\n\n".join(_colorize(each, screen) for each in errors))
+        text = printable("\n\n".join(map(str, errors)))
+        if screen.uses_color(sys.stderr):
+            text = "\n".join(map(_colorize_line, text.split("\n")))
+        screen.note(text)
         if len(errors) > 1:
             screen.note(f"\n{len(errors)} errors")
         return max(_exit_code(each) for each in errors)
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename is not None else ""
-        screen.note(f"{_head('error', screen)}: {printable(f'{error.strerror or error}{place}')}")
+        head = screen.style("error", sys.stderr, fg="red", bold=True)
+        screen.note(f"{head}: {printable(f'{error.strerror or error}{place}')}")
         return ENVIRONMENT
     screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
     return RAISED
@@ -79,20 +84,13 @@ def _sort_key(error: EvsysBusError) -> tuple[str, int, int]:
 
 
 def _exit_code(error: EvsysBusError) -> int:
-    if isinstance(error, JournalError | CourierBusyError):
+    if isinstance(error, JournalError | CourierBusyError | UntrustedFileError):
         return ENVIRONMENT
     if isinstance(error, DeliveryError):
         return REMOTE
     if isinstance(error.__cause__, OSError | ImportError) and not isinstance(error, DocumentError):
         return ENVIRONMENT
     return USAGE if isinstance(error, ConfigError | HookError | TrainingError) else RAISED
-
-
-def _colorize(error: EvsysBusError, screen: Screen) -> str:
-    text = printable(str(error))
-    if not screen.uses_color(sys.stderr):
-        return text
-    return "\n".join(map(_colorize_line, text.split("\n")))
 
 
 def _colorize_line(line: str) -> str:
@@ -109,10 +107,6 @@ def _colorize_line(line: str) -> str:
     if bar and under.strip(" ^") == "" and not gutter.strip():
         return f"{gutter}{click.style(bar, fg='blue')}{click.style(under, fg='red', bold=True)}"
     return line
-
-
-def _head(text: str, screen: Screen) -> str:
-    return screen.style(text, sys.stderr, fg="red", bold=True)
 
 
 class _WarningHandler(logging.Handler):

@@ -25,6 +25,7 @@ GAP: Final = "   "
 _INNER: Final = "  "
 _MIN_WHOLE: Final = 1000
 _TINY: Final = 1e-3
+_MAX_RANGES: Final = 10
 _MIN_WRAP_COLUMNS: Final = 20
 """Text is not wrapped into fewer columns than this."""
 
@@ -79,10 +80,12 @@ def format_range(first: int, last: int) -> str:
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
-def format_ranges(ranges: Sequence[tuple[int, int]], limit: int = 10) -> str:
-    """Return inclusive ranges as ``81 to 83, 90``."""
-    parts = [format_range(first, last) for first, last in ranges[:limit]]
-    return ", ".join([*parts, *([f"and {len(ranges) - limit:,} more ranges"] if len(ranges) > limit else [])])
+def format_ranges(ranges: Sequence[tuple[int, int]]) -> str:
+    """Return inclusive ranges as ``81 to 83, 90``; ranges after the first few are counted."""
+    parts = [format_range(first, last) for first, last in ranges[:_MAX_RANGES]]
+    if len(ranges) > _MAX_RANGES:
+        parts.append(f"and {len(ranges) - _MAX_RANGES:,} more ranges")
+    return ", ".join(parts)
 
 
 def count_in_ranges(ranges: Sequence[tuple[int, int]]) -> int:
@@ -134,16 +137,16 @@ def format_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[s
     return lines
 
 
-def format_table(rows: Sequence[Sequence[str]], width: int | None = None, *, indent: str = "") -> list[str]:
+def format_table(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
     """Return `format_columns` with a head row; if the width is too small, return each row as ``head cell`` pairs."""
-    lines = format_columns(rows, indent=indent)
+    lines = format_columns(rows)
     if width is None or all(_cell_width(line) <= width for line in lines) or not rows:
         return lines
     heads, *rest = rows
     stacked: list[str] = []
     for row in rest:
         pairs = [f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell]
-        stacked += [f"{indent}{heads[0]} {row[0]}", *_pack(pairs, width, indent + _INNER)]
+        stacked += [f"{heads[0]} {row[0]}", *_pack(pairs, width)]
     return stacked
 
 
@@ -152,9 +155,11 @@ def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> lis
     available = 0 if width is None or not rows else width - max(_cell_width(name) for name, _ in rows) - len(GAP)
     if available < _MIN_WRAP_COLUMNS:
         return format_columns(rows)
-    return format_columns(
-        [[name if at == 0 else "", line] for name, text in rows for at, line in _wrap_numbered(text, available)]
-    )
+    wrapped: list[list[str]] = []
+    for name, text in rows:
+        first, *more = wrap(text, available)
+        wrapped += [[name, first], *(["", line.removeprefix(_INNER)] for line in more)]
+    return format_columns(wrapped)
 
 
 def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
@@ -179,20 +184,15 @@ def pluralize(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def _wrap_numbered(text: str, available: int) -> list[tuple[int, str]]:
-    lines = wrap(text, available)
-    return list(enumerate([lines[0], *(line.removeprefix(_INNER) for line in lines[1:])]))
-
-
-def _pack(pairs: Sequence[str], width: int, indent: str) -> list[str]:
-    """Put as many pairs on each line as fit, at least one."""
+def _pack(pairs: Sequence[str], width: int) -> list[str]:
+    """Put as many pairs on each indented line as fit, at least one."""
     lines: list[str] = []
     for pair in pairs:
         longer = f"{lines[-1]}{GAP}{pair}" if lines else ""
         if lines and _cell_width(longer) <= width:
             lines[-1] = longer
         else:
-            lines += wrap(pair, width, indent=indent)
+            lines += wrap(pair, width, indent=_INNER)
     return lines
 
 

@@ -115,12 +115,13 @@ def _arm_row(arm: str, runs: Sequence[RunProgress], shown: ShownMetrics, now: fl
         num_steps=max((run.num_steps for run in measured), default=0),
         train=train,
         eval=scored,
-        eta=_estimate_seconds_left(runs, running, now),
+        eta=_estimate_seconds_left(runs, now),
     )
 
 
-def _estimate_seconds_left(runs: Sequence[RunProgress], running: Sequence[RunProgress], now: float) -> float | None:
+def _estimate_seconds_left(runs: Sequence[RunProgress], now: float) -> float | None:
     """Estimate the seconds until these runs are done, at the rate of the running ones; None if none is running."""
+    running = [run for run in runs if run.status == "running"]
     rates = [rate for run in running if (rate := run.rate(now)) is not None]
     if not rates:
         return None
@@ -128,12 +129,6 @@ def _estimate_seconds_left(runs: Sequence[RunProgress], running: Sequence[RunPro
     pending_runs = sum(run.status == "pending" for run in runs)
     steps_left = sum(max(run.num_steps - run.step, 0) for run in running) + pending_runs * horizon
     return steps_left / sum(rates)
-
-
-def estimate_seconds_left(tracker: RunStateTracker, now: float) -> float | None:
-    """Estimate the seconds until all runs are done, at the rate of the running ones."""
-    runs = list(tracker.runs.values())
-    return _estimate_seconds_left(runs, [run for run in runs if run.status == "running"], now)
 
 
 def _eval_value(run: RunProgress, eval_metric: tuple[str, str]) -> object:
@@ -167,7 +162,7 @@ class LiveView:
         success_metric: str | None,
         color: bool,
         poll_uploads: PollUploads,
-        poll_problems: Callable[[], Sequence[DeliveryStatus]] = tuple,
+        poll_problems: Callable[[], Sequence[DeliveryStatus]],
     ) -> None:
         self._tracker = tracker
         self._poll_uploads = poll_uploads
@@ -175,12 +170,12 @@ class LiveView:
         self._title = title
         self._success_metric = success_metric
         self._buffer = LineBuffer()
-        self._streams = [CapturedStream(stream, self._buffer)]
+        self._streams = [CapturedStream(stream, self._buffer.add)]
         self._redirects = ExitStack()
         self._console = Console(file=stream, force_terminal=True, no_color=not color, highlight=False, emoji=False)
         self._redirects.enter_context(redirect_stderr(self._streams[0]))
         if is_terminal(sys.stdout):  # a redirected stdout is left as it is
-            self._streams.append(CapturedStream(sys.stdout, self._buffer))
+            self._streams.append(CapturedStream(sys.stdout, self._buffer.add))
             self._redirects.enter_context(redirect_stdout(self._streams[1]))
         self._live = Live(
             console=self._console,
@@ -302,14 +297,11 @@ def _select_arms(arms: list[ArmRow], room: int) -> list[ArmRow]:
     return [arm for arm in arms if arm.arm in selected]
 
 
-def format_failure(run: RunProgress) -> str:
-    """Return which run failed, at which step, and why."""
-    stage = f" {run.stage}" if run.stage else ""
-    return f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {summarize_error(run.error)}"
-
-
 def _render_failure(run: RunProgress, folder: str, width: int) -> RenderableType:
-    text = Text(format_failure(run), style="red")
+    """Return which run failed, at which step, and why, with the command that shows it."""
+    stage = f" {run.stage}" if run.stage else ""
+    failure = f"! {run.arm} seed {run.seed}{stage} failed at step {run.step:,}: {summarize_error(run.error)}"
+    text = Text(failure, style="red")
     show = Text(f"show: evsys-bus show {printable(folder)}/{printable(run.key)}", style="dim")
     line = Text("   ").join([text, show])
     if line.cell_len <= width:
@@ -352,7 +344,7 @@ def _footer(tracker: RunStateTracker, now: float, *, hint: bool) -> str:
     runs = list(tracker.runs.values())
     finished = sum(run.status in {"completed", "failed", "cancelled"} for run in runs)
     running = sum(run.status == "running" for run in runs)
-    left = estimate_seconds_left(tracker, now)
+    left = _estimate_seconds_left(runs, now)
     parts = [
         f"{finished}/{len(runs)} runs done",
         f"{running} running",
@@ -379,7 +371,7 @@ def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, wid
     ]
     name = printable(transfer.name)
     head = [Text(label, style="dim")]
-    room = width - _total_width([*head, *figures]) - len(_GAP)
+    room = width - Text(_GAP).join([*head, *figures]).cell_len - len(_GAP)
     if room < cell_len(name):
         head = [Text(short_label, style="dim")]
         room += cell_len(label) - cell_len(short_label)
@@ -403,10 +395,6 @@ def _shorten(run: str, checkpoint: str, room: int) -> str:
     if run_room >= _MIN_RUN:
         return f"{set_cell_size(run, run_room - 1).rstrip()}…/{checkpoint}"
     return checkpoint
-
-
-def _total_width(parts: list[Text]) -> int:
-    return sum(part.cell_len for part in parts) + len(_GAP) * max(len(parts) - 1, 0)
 
 
 def _draw_bar(fraction: float, cells: int) -> Text:

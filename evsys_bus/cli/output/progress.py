@@ -10,19 +10,24 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Final, Literal, ParamSpec, Protocol, TextIO, TypeVar, cast
+from typing import Final, Literal, ParamSpec, Protocol, TextIO, TypeVar, cast
 
 import msgspec
 
 from evsys_bus.cli.output.run_state import ProgressUpdate, RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import Screen, is_terminal, printable
-from evsys_bus.cli.output.transfers import Facts, PollUploads, Transfer, finished_facts, no_uploads, transfer_facts
+from evsys_bus.cli.output.transfers import (
+    Facts,
+    PollUploads,
+    Transfer,
+    finished_facts,
+    line_facts,
+    no_uploads,
+    transfer_facts,
+)
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.diagnostics import log
-
-if TYPE_CHECKING:
-    from evsys_bus.tasks import DeliveryStatus
-
+from evsys_bus.tasks import DeliveryStatus
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,26 +67,32 @@ def show_progress(
     *,
     title: str,
     success_metric: str | None,
-    poll_uploads: PollUploads = no_uploads,
-    poll_problems: Callable[[], Sequence["DeliveryStatus"]] = tuple,
+    poll_uploads: PollUploads,
+    poll_problems: Callable[[], Sequence[DeliveryStatus]],
 ) -> Generator[None]:
     """Show the board, the uploads and the problems of deliveries on stderr within the block.
 
     All of them are read on the view's thread.
     """
-    view = _make_view(
-        tracker,
-        mode,
-        screen,
-        sys.stderr,
-        title=title,
-        success_metric=success_metric,
-        poll_uploads=_keep_last_result(poll_uploads, no_uploads()),
-        poll_problems=_keep_last_result(poll_problems, ()),
-    )
-    if view is None:
+    mode, stream = resolve_mode(mode), sys.stderr
+    if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
         yield
         return
+    poll_uploads = _keep_last_result(poll_uploads, no_uploads())
+    if mode == "live":
+        from evsys_bus.cli.output.live import LiveView
+
+        view: View = LiveView(
+            tracker,
+            stream,
+            title=title,
+            success_metric=success_metric,
+            color=screen.uses_color(stream),
+            poll_uploads=poll_uploads,
+            poll_problems=_keep_last_result(poll_problems, ()),
+        )
+    else:
+        view = LineView(tracker, stream, format_json if mode == "json" else format_plain, poll_uploads=poll_uploads)
     stopped = threading.Event()
     timer = threading.Thread(target=_run_view, args=(view, stopped), name="evsys-bus-progress", daemon=True)
     timer.start()
@@ -92,42 +103,11 @@ def show_progress(
         timer.join()
 
 
-def resolve_mode(mode: ProgressMode, stream: TextIO) -> ProgressMode:
-    """Resolve ``auto`` for this stream."""
+def resolve_mode(mode: ProgressMode) -> ProgressMode:
+    """Resolve ``auto`` for stderr."""
     if mode != "auto":
         return mode
-    return "live" if is_terminal(stream) else "plain"
-
-
-def _make_view(
-    tracker: RunStateTracker,
-    mode: ProgressMode,
-    screen: Screen,
-    stream: TextIO,
-    *,
-    title: str,
-    success_metric: str | None,
-    poll_uploads: PollUploads,
-    poll_problems: Callable[[], Sequence["DeliveryStatus"]],
-) -> View | None:
-    mode = resolve_mode(mode, stream)
-    if mode == "off" or stream is None:  # pyright: ignore[reportUnnecessaryComparison] # a closed stderr is None
-        return None
-    if mode == "live":
-        from evsys_bus.cli.output.live import LiveView
-
-        color = screen.uses_color(stream)
-        return LiveView(
-            tracker,
-            stream,
-            title=title,
-            success_metric=success_metric,
-            color=color,
-            poll_uploads=poll_uploads,
-            poll_problems=poll_problems,
-        )
-
-    return LineView(tracker, stream, format_json if mode == "json" else format_plain, poll_uploads=poll_uploads)
+    return "live" if is_terminal(sys.stderr) else "plain"
 
 
 def _keep_last_result(poll: Callable[P, T], first: T) -> Callable[P, T]:
@@ -164,44 +144,35 @@ class LineView:
         stream: TextIO,
         format_line: Callable[[Facts], str],
         *,
-        pulse_seconds: float = PULSE_SECONDS,
         poll_uploads: PollUploads = no_uploads,
     ) -> None:
         self._tracker = tracker
         self._stream = stream
         self._format_line = format_line
-        self._pulse_seconds = pulse_seconds
         self._last_pulse = tracker.clock()
         self._next_drain_line = SHORT_DRAIN_SECONDS
         self._dropped = 0
         self._poll_uploads = poll_uploads
 
-    def tick(self) -> None:
-        """Write new updates, and the periodic lines if they are due."""
-        self._tick()
-
     def close(self) -> None:
         """Write the remaining updates."""
-        self._tick(last=True)
+        self.tick(last=True)
 
-    def _tick(self, *, last: bool = False) -> None:
+    def tick(self, *, last: bool = False) -> None:
+        """Write new updates, and the periodic lines if they are due."""
         tracker = self._tracker
         lines: list[str] = []
         while tracker.updates:
             lines.append(self._format_line(_update_facts(tracker.updates.popleft())))
         if tracker.updates_dropped > self._dropped:
             dropped, self._dropped = tracker.updates_dropped - self._dropped, tracker.updates_dropped
-            lines.append(
-                self._format_line({"time": _format_time(time.time()), "event": "lines_dropped", "count": dropped})
-            )
+            lines.append(self._format_line(line_facts("lines_dropped", count=dropped)))
         uploads = self._poll_uploads(force=last)
         lines += [self._format_line(finished_facts(each)) for each in uploads.finished]
-        if tracker.clock() - self._last_pulse >= self._pulse_seconds:
+        if tracker.clock() - self._last_pulse >= PULSE_SECONDS:
             self._last_pulse = tracker.clock()
             lines += [
-                self._format_line(
-                    {"time": _format_time(time.time()), "event": "progress"} | run_facts(run, tracker.clock())
-                )
+                self._format_line(line_facts("progress") | _run_facts(run, tracker.clock()))
                 for run in list(tracker.runs.values())
                 if run.status == "running"
             ]
@@ -219,10 +190,10 @@ class LineView:
         if facts is None:
             return []
         self._next_drain_line = drain_status.elapsed_seconds + DRAIN_PULSE_SECONDS
-        return [self._format_line({"time": _format_time(time.time())} | facts)]
+        return [self._format_line(line_facts(**facts))]
 
 
-def run_facts(run: RunProgress, now: float) -> Facts:
+def _run_facts(run: RunProgress, now: float) -> Facts:
     """Return the progress of a run as facts of a line."""
     facts: Facts = {"run": run.key}
     if run.num_steps:
@@ -257,16 +228,12 @@ def format_json(facts: Facts) -> str:
 
 
 def _update_facts(update: ProgressUpdate) -> Facts:
-    facts: Facts = {"time": _format_time(update.time), "event": update.event}
+    facts = line_facts(update.event, update.time)
     if update.run is not None:
         facts["run"] = update.run
     if update.num_steps:
         facts["step"] = f"{update.step}/{update.num_steps}"
     return facts | {key: value for key, value in update.facts.items() if value is not None}
-
-
-def _format_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
 def _format_value(value: object) -> str:
@@ -284,7 +251,7 @@ def _quote(text: str) -> str:
 @contextmanager
 def show_fetches(mode: ProgressMode, screen: Screen) -> Generator[OnTransfer]:
     """Yield a function that shows the progress of a download; it may be called often."""
-    mode = resolve_mode(mode, sys.stderr)
+    mode = resolve_mode(mode)
     if mode == "live":
         with _show_bar(screen) as on_transfer:
             yield on_transfer

@@ -7,6 +7,7 @@ replaced as a whole and never changed in place.
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, cast
 
 import msgspec
@@ -32,8 +33,6 @@ from evsys_bus.tasks import DeliveryStatus
 
 POLL_SECONDS: Final = 0.5
 """Interval between two polls, which read the journal's directory."""
-
-
 RemainingWork = tuple[int, Iterable[DeliveryStatus]]
 """The number of unfinished tasks of callbacks, and the deliveries."""
 MAX_PENDING_UPDATES: Final = 10_000
@@ -136,40 +135,26 @@ class PlannedRun(NamedTuple):
     """``completed`` for a run that an earlier session of a resumed experiment has completed."""
 
 
+@dataclass(slots=True)
 class RunProgress:
-    """The progress of one run."""
+    """The progress of one run; the first fields are those of its `PlannedRun`."""
 
-    __slots__ = (
-        "arm",
-        "checkpoints",
-        "ended_at",
-        "error",
-        "evals",
-        "first_step",
-        "key",
-        "last_checkpoint",
-        "metrics",
-        "num_steps",
-        "seed",
-        "stage",
-        "started_at",
-        "status",
-        "step",
+    key: str
+    arm: str
+    seed: int
+    stage: str | None
+    status: Status
+    step: int = 0
+    """Number of completed steps."""
+    first_step: int = 0
+    num_steps: int = 0
+    started_at: float | None = None
+    ended_at: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    evals: dict[str, tuple[int | None, Mapping[str, Any]]] = field(
+        default_factory=dict[str, tuple[int | None, Mapping[str, Any]]]
     )
-
-    def __init__(self, plan: PlannedRun) -> None:
-        self.key, self.arm, self.seed, self.stage, self.status = plan
-        self.step = 0
-        """Number of completed steps."""
-        self.first_step = 0
-        self.num_steps = 0
-        self.started_at: float | None = None
-        self.ended_at: float | None = None
-        self.metrics: Mapping[str, Any] = {}
-        self.evals: dict[str, tuple[int | None, Mapping[str, Any]]] = {}
-        self.checkpoints = 0
-        self.last_checkpoint: str | None = None
-        self.error: str | None = None
+    error: str | None = None
 
     def rate(self, now: float) -> float | None:
         """Return the steps per second since training started; None before the first step."""
@@ -207,7 +192,7 @@ class RunStateTracker(Callback):
         clock: Callable[[], float] = time.monotonic,
         keep_updates: bool = True,
     ) -> None:
-        self.runs: dict[str, RunProgress] = {plan.key: RunProgress(plan) for plan in planned}
+        self.runs: dict[str, RunProgress] = {plan.key: RunProgress(*plan) for plan in planned}
         self.folder = folder
         """The directory of the runs, as it is shown to users."""
         self.started_at = clock()
@@ -259,11 +244,8 @@ class RunStateTracker(Callback):
             run.step = step_idx + 1
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
-        """Count the checkpoint."""
-        run = self._run_for_state(state)
-        run.checkpoints += 1
-        run.last_checkpoint = row.name
-        self.add_update("checkpoint", run, name=row.name, at_step=row.batch)
+        """Report the checkpoint."""
+        self.add_update("checkpoint", self._run_for_state(state), name=row.name, at_step=row.batch)
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
         """Store the latest metrics of each eval."""
@@ -315,7 +297,7 @@ class RunStateTracker(Callback):
         if run is None:
             arm = _config_value(run_config, "arm") or key
             seed = _config_value(run_config, "seed")
-            run = RunProgress(PlannedRun(key, str(arm), seed if isinstance(seed, int) else 0))
+            run = RunProgress(*PlannedRun(key, str(arm), seed if isinstance(seed, int) else 0))
             self.runs = {**self.runs, key: run}
         return run
 

@@ -37,10 +37,6 @@ class Transfer(msgspec.Struct, frozen=True, rename={"reported_at": "told"}):
         """The transferred part of the bytes, from 0 to 1."""
         return min(1.0, self.done_bytes / self.total_bytes) if self.total_bytes else 1.0
 
-    def is_silent(self, now: float) -> bool:
-        """Whether the last report is so old that its rate no longer counts."""
-        return now - self.reported_at >= SILENT_SECONDS
-
 
 class FinishedUpload(msgspec.Struct, frozen=True):
     """A finished upload."""
@@ -83,33 +79,37 @@ def format_transfer(transfer: Transfer, now: float) -> list[str]:
         now: Seconds since the epoch; the eta is reduced by the time since the last report.
     """
     done = format_size_progress(transfer.done_bytes, transfer.total_bytes)
-    if transfer.is_silent(now):
-        return [done, f"silent {format_duration(now - transfer.reported_at)}"]
+    silence = now - transfer.reported_at
+    if silence >= SILENT_SECONDS:
+        return [done, f"silent {format_duration(silence)}"]
     eta = transfer.eta_seconds
-    left = None if eta is None else max(0.0, eta - max(0.0, now - transfer.reported_at))
+    left = None if eta is None else max(0.0, eta - max(0.0, silence))
     return [done, format_rate(transfer.bytes_per_second), f"eta {format_duration(left)}"]
+
+
+def line_facts(event: str, at: float | None = None, **facts: Any) -> Facts:
+    """Return the facts of a line, beginning with the local time ``at``, in seconds since the epoch; None for now."""
+    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)), "event": event, **facts}
 
 
 def transfer_facts(event: str, transfer: Transfer) -> Facts:
     """Return the facts of a transfer for a line."""
     eta = transfer.eta_seconds
-    return {
-        **_common_facts(event, transfer),
-        "done_bytes": transfer.done_bytes,
-        "total_bytes": transfer.total_bytes,
-        "bytes_per_second": round(transfer.bytes_per_second),
+    return line_facts(
+        event,
+        transfer.reported_at,
+        run=transfer.run,
+        checkpoint=transfer.checkpoint,
+        done_bytes=transfer.done_bytes,
+        total_bytes=transfer.total_bytes,
+        bytes_per_second=round(transfer.bytes_per_second),
         **({} if eta is None else {"eta_seconds": round(eta)}),
-    }
+    )
 
 
 def finished_facts(upload: FinishedUpload) -> Facts:
     """Return the facts of a finished upload for a line."""
-    return {**_common_facts(upload.event, upload), **upload.facts}
-
-
-def _common_facts(event: str, transfer: Transfer | FinishedUpload) -> Facts:
-    at = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(transfer.reported_at))
-    return {"time": at, "event": event, "run": transfer.run, "checkpoint": transfer.checkpoint}
+    return line_facts(upload.event, upload.reported_at, run=upload.run, checkpoint=upload.checkpoint, **upload.facts)
 
 
 def make_byte_counter(run: str, checkpoint: str, on_transfer: Callable[[Transfer], None]) -> Callable[[int, int], None]:
