@@ -585,7 +585,7 @@ def parent_folder(path: str) -> str:
 
 
 def open_regular(path: str, flags: int, mode: int = 0o600) -> int:
-    """Open a regular file of the real file system, or a directory if the flags say so.
+    """Open a regular file of the real file system, or with ``O_DIRECTORY`` a directory.
 
     Anything else is an immediate OSError; it never blocks.
     """

@@ -10,7 +10,6 @@ import io
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,7 +21,8 @@ from weakref import WeakSet, WeakValueDictionary
 
 import msgspec
 
-from evsys_bus.diagnostics import FaultLog, log
+from evsys_bus.backlog import Backlog
+from evsys_bus.diagnostics import log
 from evsys_bus.disk import (
     BLOCK_BYTES,
     LOCK_FLAGS,
@@ -64,7 +64,6 @@ __all__ = [
     "write_into_place",
 ]
 
-_MAX_PENDING_BYTES: Final = 16 << 20
 _T = TypeVar("_T")
 _MAX_WARNED: Final = 1024
 _LOCK_POLL_SECONDS: Final = 0.01
@@ -226,12 +225,7 @@ class AppendFile:
     """
 
     def __init__(
-        self,
-        path: Path,
-        savepoints: Savepoints | None = None,
-        *,
-        make_folder: bool = True,
-        disk: Disk | None = None,
+        self, path: Path, savepoints: Savepoints | None = None, *, make_folder: bool = True, disk: Disk | None = None
     ) -> None:
         self.path = path
         self._make_folder: Final = make_folder
@@ -523,16 +517,14 @@ class FileLock:
     ) -> "FileLock | None":
         """Lock the file for the caller alone, also within this process.
 
-        Where the file system has no locks, the result is not held (`is_held`).
+        Returns None if another held it all the time. Where the file system has no locks, the result is not held
+        (`is_held`).
 
         Args:
             path: The file, or with ``O_DIRECTORY`` a directory.
             flags: How it is opened (see `os.open`); by default it is created if needed.
             timeout_seconds: How long to wait, by polling, while another holds the lock.
             disk: The file system.
-
-        Returns:
-            The lock; None if another held it all the time.
 
         Raises:
             OSError: It cannot be opened.
@@ -622,74 +614,3 @@ def _lock_at_path(path: str, lock: Callable[[], int | None], disk: Disk) -> int 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=FileLock.after_fork)
-
-
-class Backlog:
-    """Ordered writes to one file. What the disk refuses is held in memory and retried with the next write.
-
-    Beyond ``max_bytes`` the newest write is dropped. The first error is logged at once, repeated ones at most once a
-    second with their count, and so is every dropped write.
-    """
-
-    def __init__(self, file: str, *, max_bytes: int = _MAX_PENDING_BYTES) -> None:
-        self._file = file
-        self._max_bytes = max_bytes
-        self._faults = FaultLog()
-        self._pending: deque[tuple[Callable[[], object], int]] = deque()
-        self._bytes = 0
-        self.lost = 0
-        """Writes that were dropped because too many were pending."""
-
-    @property
-    def pending(self) -> int:
-        """How many writes are pending because the disk refused them."""
-        return len(self._pending)
-
-    def write(self, action: Callable[[], object], size: int) -> None:
-        """Run ``action`` after the pending ones. If it raises OSError, having done nothing, it is retried later.
-
-        ``size`` is about how many bytes it holds in memory. Any other exception is a bug and is raised.
-        """
-        had_pending = bool(self._pending)
-        self._pending.append((action, size))
-        self._bytes += size
-        self._write_pending(had_pending=had_pending)
-        if self._pending and self._bytes > self._max_bytes:
-            self._bytes -= self._pending.pop()[1]
-            self.lost += 1
-            self._faults.warn("rows.lost", "full", file=self._file, lost=self.lost, waiting=len(self._pending))
-
-    def drain(self) -> None:
-        """Retry the pending writes and raise if any are left. Call it before a mark.
-
-        Raises:
-            OSError: Writes are still pending, or some were dropped.
-        """
-        if self._pending:
-            self._write_pending(had_pending=True)
-        if self._pending or self.lost:
-            raise OSError(errno.EAGAIN, f"{len(self._pending)} writes pending, {self.lost} dropped", self._file)
-
-    def flush(self) -> None:
-        """Retry the pending writes and log how many are left."""
-        if self._pending:
-            self._write_pending(had_pending=True)
-        self._faults.flush()
-        if self._pending:
-            log().warning("rows.unwritten", file=self._file, waiting=len(self._pending), lost=self.lost)
-
-    def _write_pending(self, *, had_pending: bool) -> None:
-        while self._pending:
-            action, size = self._pending.popleft()
-            self._bytes -= size
-            try:
-                action()
-            except OSError as error:
-                self._pending.appendleft((action, size))
-                self._bytes += size
-                self._faults.warn(
-                    "rows.waiting", "refused", file=self._file, why=str(error), waiting=len(self._pending)
-                )
-                return
-        if had_pending:
-            log().info("rows.written_again", file=self._file, lost=self.lost)
