@@ -86,10 +86,7 @@ class JournalReader:
     def is_live(self, stream: str) -> bool:
         """Whether a process has the stream open for writing, and has not declared that nothing more will come."""
         path = f"{self.directory}/{stream}/{layout.LOCK}"
-        if not self._disk.is_locked(path):
-            return False
-        owner = layout.read_owner(self._disk, path)
-        return owner is None or owner.is_live
+        return self._disk.is_locked(path) and layout.is_declared_live(self._disk, path)
 
     def read(self, stream: str, after: int = 0) -> Iterator[Record]:
         """Yield the events after sequence ``after`` that the stream has now.
