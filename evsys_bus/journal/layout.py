@@ -239,27 +239,11 @@ def decode_adapter_name(name: str) -> str:
 
 def read_owner(disk: Disk, path: str) -> LockOwner | None:
     """The last owner recorded in the lock file; None if there is none or it cannot be read."""
-    return _last_owner(_read_owner_lines(disk, path))
-
-
-def is_declared_live(disk: Disk, path: str) -> bool:
-    """Whether the owner of the lock file of a stream has not declared that nothing more will come."""
-    lines = _read_owner_lines(disk, path)
-    if b'"live"' not in lines:  # the usual case, in which decoding would only take time
-        return True
-    owner = _last_owner(lines)
-    return owner is None or owner.is_live
-
-
-def _read_owner_lines(disk: Disk, path: str) -> bytes:
     try:
-        return disk.read(path, max(0, disk.size(path) - _MAX_BYTES), _MAX_BYTES)
+        data = disk.read(path, max(0, disk.size(path) - _MAX_BYTES), _MAX_BYTES)
     except OSError:
-        return b""
-
-
-def _last_owner(lines: bytes) -> LockOwner | None:
-    for line in reversed(lines.split(b"\n")):
+        return None
+    for line in reversed(data.split(b"\n")):
         try:
             return _decode_owner(line)
         except DECODE_ERRORS:
