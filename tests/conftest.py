@@ -53,6 +53,13 @@ def journal(tmp_path: Path) -> str:
 
 
 @pytest.fixture
+def quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail the test if a WARNING was logged, as for every hook that raises."""
+    yield
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+@pytest.fixture
 def step_end(state: LoopState) -> Callable[..., StepEnd]:
     def make(step_idx: int = 0, **metrics: float) -> StepEnd:
         return StepEnd(state, step_idx, TrainingBatch(), metrics)

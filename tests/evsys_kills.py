@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import collections
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -34,6 +33,8 @@ from evsys_bus.events import Eval
 from evsys_bus.journal import JournalReader
 from evsys_bus.training.plan import RunComponents
 from support.programs import EVSYS_BUS
+from support.training_parts import IndexBatches, NumberBackend
+from support.violations import Violation
 
 STEPS, STEP_SECONDS, SAVE_EVERY, EVAL_EVERY = 60, 0.005, 15, 10
 TASKS = 5
@@ -48,40 +49,12 @@ CONFIG = {
 }
 
 
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when the server's data is not as it should be."""
-
-
-class Model:
-    """A backend with one number, which grows by the rate at each step."""
-
-    def __init__(self, rate: float, folder: Path) -> None:
-        self.value, self.rate, self.folder = 0.0, rate, folder
+class Model(NumberBackend):
+    """A backend whose steps take time and have their own number as a metric."""
 
     async def forward_backward(self, batch: TrainingBatch) -> dict[str, float]:
         await asyncio.sleep(STEP_SECONDS)
-        return {"value": self.value, "n": batch.data[0]}
-
-    async def optim_step(self) -> None:
-        self.value += self.rate
-
-    async def save_state(self, name: str) -> str:
-        path = self.folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps(self.value))
-        path.with_suffix(".part").replace(path)
-        return str(path)
-
-    async def save_weights_for_sampler(self, name: str) -> None:
-        return None
-
-    async def load_state(self, path: str) -> None:
-        self.value = json.loads(Path(path).read_text())  # noqa: ASYNC240 # a small file
-
-
-class Batches:
-    async def build_batch(self, step_idx: int) -> TrainingBatch:
-        return TrainingBatch(data=[step_idx])
+        return {"n": batch.data[0], **await super().forward_backward(batch)}
 
 
 class TaskBenchmark:
@@ -101,7 +74,7 @@ class TaskBenchmark:
 
 
 def recipe(params: dict[str, float], run: object) -> RunComponents:
-    model = Model(params["lr"], run.run_dir / "saved")
+    model = Model(run.run_dir / "saved", params["lr"])
     tasks = [
         TaskBenchmark("first", "b1", model),
         TaskBenchmark("second", None, model),
@@ -109,7 +82,7 @@ def recipe(params: dict[str, float], run: object) -> RunComponents:
     ]
     return RunComponents(
         backend=model,
-        step_builder=Batches(),
+        step_builder=IndexBatches(),
         num_steps=STEPS,
         evaluators=tasks,
         benchmarks=tasks,

@@ -28,6 +28,7 @@ import msgspec
 
 from evsys_bus import EventBus, TrainingBatch, TrainingLoop
 from evsys_bus.journal import JournalReader, JournalWriter, verify
+from support.violations import Violation, require
 
 KILLS_EACH = 10
 PACES = {0: 5, 1: 1_000}
@@ -89,30 +90,30 @@ class PointBatches:
         return TrainingBatch(data=(x, 3 * x - 1))
 
 
-class AcknowledgingBus:
+class AcknowledgingBus(EventBus):
     """A bus that writes the sequence of each published event to shared memory."""
 
-    def __init__(self, bus: EventBus, writer: JournalWriter, shared: memoryview) -> None:
-        self.bus, self.writer, self.shared = bus, writer, shared
+    def __init__(self, writer: JournalWriter, shared: memoryview) -> None:
+        super().__init__([], journal=writer)
+        self.writer, self.shared = writer, shared
 
     def publish(self, event):
-        self.bus.publish(event)
+        super().publish(event)
         self.shared[LAST_INDEX] = self.writer.next_sequence - 1  # one store of eight bytes: a kill cannot tear it
 
 
 async def train(directory: Path, shared: memoryview, pace: int, segment_bytes: int) -> None:
     writer = JournalWriter(directory / "journal", segment_bytes=segment_bytes)
-    async with EventBus([], journal=writer) as bus:
+    async with AcknowledgingBus(writer, shared) as bus:
         shared[LAST_INDEX] = writer.next_sequence - 1
         shared[FIRST_INDEX] = writer.next_sequence
-        receipts = AcknowledgingBus(bus, writer, shared)
         run_dir = directory / "run"
         loop = TrainingLoop(
             LineModel(run_dir / "checkpoints"),
             PointBatches(pace),
             num_steps=10**9,
             output_dir=run_dir,
-            bus=receipts,
+            bus=bus,
             save_every=SAVE_EVERY,
             resume=True,
         )
@@ -130,10 +131,6 @@ class Totals:
 
     def __str__(self) -> str:
         return f"kills {self.kills} receipts {self.receipts:,} lost {self.lost}"
-
-
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when the journal does not keep its promises."""
 
 
 class Life:
@@ -195,7 +192,7 @@ class JournalChecker:
     def check_new_records(self, life: Life, *, by: signal.Signals) -> tuple[int, int]:
         """Return how many records are new, and how many receipts lack a record; raises `Violation` for other errors."""
         streams = JournalReader(self.journal).streams()
-        _require(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
+        require(len(streams) <= 1, f"a life did not continue the stream of the previous one: {streams}")
         if not streams:
             return 0, life.receipts
         self.tail = self.tail or JournalReader(self.journal).tail(streams[0])
@@ -206,10 +203,10 @@ class JournalChecker:
                 life.first_sequence > 0 and life.first_sequence <= record.sequence <= life.shared[LAST_INDEX]
             )
             view = self._decode(record.payload)
-            _require(view.seq == record.sequence, f"record {record.sequence} holds the event {view.seq}")
+            require(view.seq == record.sequence, f"record {record.sequence} holds the event {view.seq}")
             if view.event.type == "step_end":
                 step = _check_next_step(step, view.event.step_idx)
-        _require(
+        require(
             records - acknowledged <= 1,
             f"{records - acknowledged} records have no receipt, where only one can have been in progress",
         )
@@ -223,11 +220,11 @@ class JournalChecker:
             not (tail.missing_ranges or tail.corrupt_bytes or tail.unreadable_segments)
             and (report.last_sequence or 0) == tail.last_sequence
         )
-        _require(
+        require(
             is_intact and report.is_intact and not report.is_live,
             f"missing {tail.missing_ranges}; verify reports {report}",
         )
-        _require(
+        require(
             not has_records or report.is_closed == (by == signal.SIGTERM),
             f"ended by {by.name}; verify reports {report}",
         )
@@ -236,14 +233,9 @@ class JournalChecker:
 
 def _check_next_step(previous: int | None, step: int) -> int:
     """Return the step if it follows the previous one or, as the first of a life, a checkpoint."""
-    _require(previous is None or step == previous + 1, f"step {step} follows step {previous}")
-    _require(previous is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
+    require(previous is None or step == previous + 1, f"step {step} follows step {previous}")
+    require(previous is not None or step % SAVE_EVERY == 0, f"it resumed at step {step}, not after a checkpoint")
     return step
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise Violation(message)
 
 
 def kill_in_directory(

@@ -17,7 +17,6 @@ import asyncio
 import errno
 import logging
 import math
-import selectors
 import sys
 import time
 from collections import defaultdict
@@ -61,6 +60,8 @@ from evsys_bus.errors import (
 from evsys_bus.journal import JournalReader, JournalWriter, RetentionPolicy, layout
 from evsys_bus.sink import Sink
 from evsys_bus.testing import FailingCallback, FailingSink, MachineStopped, ManualClock, SimulatedDisk
+from support.violations import Violation, require
+from support.virtual_loop import VirtualLoop
 
 JOURNAL = "/journal"
 ROWS = "/rows"
@@ -71,37 +72,6 @@ is not tested here."""
 OPENING_ERRORS = (KeyError, RuntimeError, MemoryError, BatchTooLargeError)
 """Errors that end a courier if its adapter raises them when it is opened."""
 SETTLE_SECONDS = 100_000.0
-
-
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when a promise was not kept."""
-
-
-def _require(condition, message):
-    if not condition:
-        raise Violation(message)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting."""
-
-    def __init__(self, clock):
-        super().__init__(_JumpingSelector(clock))
-        self._clock = clock
-
-    def time(self):
-        return self._clock.monotonic()
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    def __init__(self, clock):
-        super().__init__()
-        self._clock = clock
-
-    def select(self, timeout=None):
-        if timeout:
-            self._clock.advance(timeout)
-        return super().select(None if timeout is None else 0)
 
 
 class Process:
@@ -451,9 +421,7 @@ class SimulatedSubscription:
         await asyncio.wait([self.task])
         error = None if self.task.cancelled() else self.task.exception()
         expected_errors = (MachineStopped, OSError, *OPENING_ERRORS)
-        _require(
-            error is None or isinstance(error, expected_errors), f"the courier of {self.name} ended with {error!r}"
-        )
+        require(error is None or isinstance(error, expected_errors), f"the courier of {self.name} ended with {error!r}")
         self.process.kill()
         if isinstance(self.adapter, FailingSink):
             self.adapter.release()
@@ -656,7 +624,7 @@ class Scenario:
                 tuple(row.split()) for row in self.disk.contents(f"{ROWS}/{subscription.name}").decode().splitlines()
             ]
             deliveries = [(0, stream, int(sequence)) for stream, sequence in rows]
-            _require(
+            require(
                 len(set(deliveries)) == len(deliveries),
                 f"{subscription.name} has {len(deliveries) - len(set(deliveries))} rows twice",
             )
@@ -664,11 +632,11 @@ class Scenario:
             deliveries = subscription.deliveries
         reached = {each[1:] for each in deliveries}
         required = expected - self.lost
-        _require(
+        require(
             required <= reached | dead_letters,
             f"{subscription.name} lacks {sorted(required - reached - dead_letters)[:5]} of {len(required)}",
         )
-        _require(
+        require(
             reached | dead_letters <= in_scope,
             f"{subscription.name} has unpublished events: {sorted((reached | dead_letters) - in_scope)[:5]}",
         )
@@ -677,18 +645,18 @@ class Scenario:
             orders[life, stream].append(sequence)
         for (life, stream), order in orders.items():
             misordered = next((each for each in pairwise(order) if each[0] > each[1]), None)
-            _require(
+            require(
                 misordered is None,
                 f"{subscription.name}, in life {life}, received {misordered} of {stream} in this order",
             )
         (status,) = (each for each in read_progress(JOURNAL, self.disk) if each.name == subscription.name)
-        _require(status.pending == 0 and not status.busy, f"not all was delivered: {status}")
+        require(status.pending == 0 and not status.busy, f"not all was delivered: {status}")
         minimum, maximum = len(in_scope - self.lost), len(in_scope)
         is_balanced = minimum <= status.recorded == status.delivered + status.dead <= maximum
-        _require(is_balanced, f"{status}, where {minimum} to {maximum} events are recorded")
-        _require(status.dead <= len(dead_letters), f"{status}, and {len(dead_letters)} dead letters")
+        require(is_balanced, f"{status}, where {minimum} to {maximum} events are recorded")
+        require(status.dead <= len(dead_letters), f"{status}, and {len(dead_letters)} dead letters")
         if type(subscription.adapter) is RewindableSink:
-            _require(status.delivered == len(deliveries), f"{status}, and {len(deliveries)} rows")
+            require(status.delivered == len(deliveries), f"{status}, and {len(deliveries)} rows")
         self.trace(subscription.name, status.delivered, status.dead, [(life, seq) for life, _, seq in deliveries])
 
     def _read_dead_letters(self, subscription):

@@ -7,7 +7,7 @@ import json
 import re
 from random import Random
 
-from simulated_machine import JOURNAL, NUMBER_FRACTION, ROOT, Violation
+from simulated_machine import JOURNAL, NUMBER_FRACTION, ROOT
 
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
@@ -16,6 +16,7 @@ from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.disk import use_disk
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.testing import MachineStopped
+from support.violations import Violation
 
 RESTART_SECONDS = 5.0
 """Delay before a courier restarts after its hook raised `RetryLaterError`; the same as in `CourierPool`."""

@@ -4,11 +4,9 @@ All random choices are made here and in `simulation.py` by `random.Random`; noth
 a set, or threads.
 """
 
-import asyncio
 import errno
 import os
 import random
-import selectors
 import threading
 import time
 from collections import Counter
@@ -25,10 +23,6 @@ NUMBER_FRACTION = 1 / 3
 """Added to the number of an event, so that its last bytes differ from the zeros of unwritten data."""
 CODES = (errno.EIO, errno.EMFILE)
 OPENING_CALLS = {"lock", "open_append", "open_new", "open_read", "open_file", "open_write"}
-
-
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when a promise was not kept."""
 
 
 @contextmanager
@@ -55,28 +49,6 @@ def seeded_system(rng, clock):
     finally:
         for (module, name, _), real in zip(system, originals, strict=True):
             setattr(module, name, real)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop that jumps to its next timer instead of waiting."""
-
-    def __init__(self, clock):
-        super().__init__(_JumpingSelector(clock))
-        self._clock = clock
-
-    def time(self):
-        return self._clock.monotonic()
-
-
-class _JumpingSelector(selectors.DefaultSelector):
-    def __init__(self, clock):
-        super().__init__()
-        self._clock = clock
-
-    def select(self, timeout=None):
-        if timeout:
-            self._clock.advance(timeout)
-        return super().select(None if timeout is None else 0)
 
 
 class Machine:

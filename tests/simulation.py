@@ -30,7 +30,7 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parent))
 
 from simulated_followers import KINDS, ExpectedRows, SimulatedSubscription, SubscriptionGroup
-from simulated_machine import JOURNAL, NUMBER_FRACTION, Machine, Process, Violation, VirtualLoop, seeded_system
+from simulated_machine import JOURNAL, NUMBER_FRACTION, Machine, Process, seeded_system
 from simulated_trainer import Trainer
 
 from evsys_bus.delivery.progress import read_progress
@@ -39,6 +39,8 @@ from evsys_bus.delivery.subscriptions import deregister, register
 from evsys_bus.errors import CourierBusyError, RetryLaterError
 from evsys_bus.journal import RetentionPolicy
 from evsys_bus.testing import MachineStopped
+from support.violations import Violation
+from support.virtual_loop import VirtualLoop
 
 DRAW_VERSION = 3
 """Version of how a seed is used. A seed gives the same life only with the same version, and only while the product
@@ -399,7 +401,7 @@ class Simulation:
             del disk._files[path]
             disk._durable.pop(path, None)
             if how == "directory":
-                disk._directories.add(path)
+                disk.make_directory(path)
             return
         damaged = {
             "cut": bytes(data[: rng.randint(0, max(0, len(data) - 1))]),

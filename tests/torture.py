@@ -32,8 +32,8 @@ from pathlib import Path
 from support import torture_faults as faults
 from support import torture_oracle as oracle
 from support.torture_life import Life, NotEndedError
-from support.torture_oracle import Violation, require
 from support.torture_tools import Tools
+from support.violations import Violation, require
 
 START_SECONDS = 30.0
 DRAIN_SECONDS = 3.0

@@ -14,12 +14,13 @@ import functools
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from itertools import compress, islice
+from itertools import islice
 from pathlib import Path
 from typing import Final, cast
 
 import msgspec
 
+from evsys_adapters._step_tracker import keep_lines
 from evsys_bus.codec import to_builtins
 from evsys_bus.diagnostics import log
 from evsys_bus.files import AppendFile
@@ -164,8 +165,7 @@ class CsvTable:
             step = self._step_of(line)
             return step is None or step < first_step or (last_match is not None and number < last_match)
 
-        if not all(should_keep(number, line) for number, line in enumerate(self._file.lines())):
-            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if should_keep(number, line))
+        keep_lines(self._file, should_keep)
         self._measure()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
@@ -178,11 +178,10 @@ class CsvTable:
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
         """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
         self._load()
-        retained = [
-            not number or should_keep(number - 1, self._step_of(line)) for number, line in enumerate(self._file.lines())
-        ]
+        retained = keep_lines(
+            self._file, lambda number, line: not number or should_keep(number - 1, self._step_of(line))
+        )
         if not all(retained):
-            self._file.rewrite(compress(self._file.lines(), retained))
             self._measure()
         return max(0, sum(retained) - 1)
 

@@ -71,14 +71,10 @@ class LoggedRunState(
     unconfirmed_keys: list[int] = []
     """Keys of rows that were not in the file when they were delivered; a repeated start may show that they are void."""
 
-    def start_training(self, first_step: int) -> bool:
-        """Training starts at this step; returns whether it voids rows in the file."""
-        return self.tracker.start_training() and self._void_from(first_step)
-
     def record_step(self, step: int) -> bool:
         """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
         is_late = self.last_step is not None and step < self.last_step
-        void = self.tracker.record_step() and self._void_from(step)
+        void = self.tracker.record_step() and self.void_from(step)
         self.needs_reorder = self.needs_reorder or (is_late and not void)
         self.last_step = step if self.last_step is None else max(step, self.last_step)
         self.largest_step = max(self.largest_step, step)
@@ -96,7 +92,8 @@ class LoggedRunState(
         self.largest_step = max(self.largest_step, step)
         return changed
 
-    def _void_from(self, first_step: int) -> bool:
+    def void_from(self, first_step: int) -> bool:
+        """Training starts at this step; returns whether that voids rows in the file."""
         self.last_step = first_step - 1 if first_step > 0 else None
         if first_step > self.largest_step:
             return False
@@ -204,7 +201,6 @@ class LoggedRun(Generic[StateT]):
         with self.lock:
             if self.notes.needs_reorder:
                 self._reorder()
-                self.notes.needs_reorder = False
             self.log.close(forget_file=forget)
 
     def _is_repeated(self, key: int) -> bool:
@@ -246,7 +242,7 @@ class LoggedRun(Generic[StateT]):
 
     def _apply_start(self, first_step: int) -> None:
         self._recorded_keys = None
-        if self.notes.start_training(first_step):
+        if self.notes.tracker.start_training() and self.notes.void_from(first_step):
             self._void_from(first_step)
 
     def _drop_rows(self, keys: AbstractSet[int]) -> None:
@@ -278,7 +274,7 @@ class LoggedRun(Generic[StateT]):
         raise NotImplementedError
 
     def _reorder(self) -> None:
-        """Bring the file into order."""
+        """Bring the file into order, and record that in the state."""
         raise NotImplementedError
 
 

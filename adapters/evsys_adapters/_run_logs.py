@@ -11,7 +11,7 @@ Callers choose the content of rows, except for the keys ``step`` and ``benchmark
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -19,13 +19,14 @@ import msgspec
 
 from evsys_adapters._output_lease import OutputCandidates, OutputLease
 from evsys_adapters._output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
-from evsys_adapters._step_tracker import RowMatcher, StepTracker
+from evsys_adapters._step_tracker import RowMatcher, StepTracker, keep_lines
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
 from evsys_bus.savepoints import Savepoints
 
 Split = Literal["validation", "test"]
+SPLITS: Final[tuple[Split, ...]] = ("validation", "test")
 Row = Mapping[str, Any]
 
 
@@ -44,12 +45,12 @@ _decode_deferred: Final = msgspec.msgpack.Decoder(
 _decode_key: Final = msgspec.json.Decoder(RowKey).decode
 
 
-def _key_of(line: bytes) -> RowKey | None:
-    """Return the key of a row; None for a foreign line, which is left alone."""
+def _key_of(line: bytes) -> RowKey:
+    """Return the key of a row; an empty one for a foreign line, which is left alone."""
     try:
         return _decode_key(line)
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
+        return RowKey()
 
 
 class StepRows:
@@ -106,10 +107,9 @@ class StepRows:
 
         def should_keep(number: int, line: bytes) -> bool:
             key = _key_of(line)
-            return number < keep_until or key is None or key.step is None or key.step < first_step or key in except_keys
+            return number < keep_until or key.step is None or key.step < first_step or key in except_keys
 
-        if not all(should_keep(number, line) for number, line in enumerate(self._file.lines())):
-            self._file.rewrite(line for number, line in enumerate(self._file.lines()) if should_keep(number, line))
+        keep_lines(self._file, should_keep)
 
 
 class TrainingRows(StepRows):
@@ -119,16 +119,8 @@ class TrainingRows(StepRows):
         self, acquire_folder: Callable[[], Path], path: Path, savepoints: Savepoints, tracker: StepTracker
     ) -> None:
         super().__init__(acquire_folder, path, savepoints)
-        self._matcher = RowMatcher(tracker)
+        self.matcher = RowMatcher(tracker)
         self._tracker = tracker
-
-    def resume(self, on_resumed: Callable[[], object]) -> None:
-        """The training's start event is repeated."""
-        self.backlog.write(lambda: (self._matcher.resume(), on_resumed()), 0)
-
-    def start_training(self, first_step: int, on_started: Callable[[bool], object]) -> None:
-        """Training starts at this step. ``on_started`` receives whether to cut now; if not, the next row decides."""
-        self.backlog.write(lambda: on_started(self._matcher.start_training(first_step)), 0)
 
     def add_unless_present(
         self, step: int, row: Row, on_start_applied: Callable[[int], object], on_row_found: Callable[[], object]
@@ -144,24 +136,20 @@ class TrainingRows(StepRows):
     def rows(self) -> Iterator[tuple[int, int | None]]:
         """See `evsys_adapters._step_tracker.RowFile.rows`."""
         for line in self._file.lines():
-            key = _key_of(line)
-            yield hash(line), None if key is None else key.step
+            yield hash(line), _key_of(line).step
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
         """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
-        retained = [should_keep(number, step) for number, (_, step) in enumerate(self.rows())]
-        if not all(retained):
-            self._file.rewrite(compress(self._file.lines(), retained))
-        return sum(retained)
+        return sum(keep_lines(self._file, lambda number, line: should_keep(number, _key_of(line).step)))
 
     def flush(self) -> None:
         """Retry refused writes, and close the file until the next row."""
         super().flush()
-        self._matcher.invalidate()
+        self.matcher.invalidate()
 
     def forget_contents(self) -> None:
         """See `StepRows.forget_contents`."""
-        self._matcher.invalidate()
+        self.matcher.invalidate()
 
     def drop_from_step(self, first_step: int) -> None:
         """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
@@ -171,14 +159,14 @@ class TrainingRows(StepRows):
         self, step: int, line: bytes, on_start_applied: Callable[[int], object], on_row_found: Callable[[], object]
     ) -> None:
         first = self._tracker.pending_start
-        is_present = self._matcher.is_present(self, hash(line), step)
+        is_present = self.matcher.is_present(self, hash(line), step)
         if first is not None and not is_present and not self._tracker.is_matching:
             on_start_applied(first)
         elif is_present:
             on_row_found()
         if not is_present:
             self._file.append(line)
-            self._matcher.count_appended()
+            self.matcher.count_appended()
         self._tracker.record_step()
 
 
@@ -218,7 +206,7 @@ class EvalRows(StepRows):
     def _keys(self) -> set[RowKey]:
         file = self._file
         if self._cached_keys is None:
-            self._cached_keys = {key for line in file.lines() if (key := _key_of(line)) is not None}
+            self._cached_keys = {_key_of(line) for line in file.lines()}
         return self._cached_keys
 
     def _put(self, key: RowKey, block: bytes) -> None:
@@ -276,25 +264,22 @@ class RunLogs:
         state: RunLogsState | None = None,
         output: TrackedOutput | None = None,
     ) -> None:
+        savepoints = savepoints or Savepoints()
         self.logs = logs
-        self.output = TrackedOutput(savepoints or Savepoints(), behind_courier=False) if output is None else output
+        self.output = TrackedOutput(savepoints, behind_courier=False) if output is None else output
         self.candidates: OutputCandidates | None = None
         """Candidate folders and their owner; None while the run is known from a mark only."""
         self.state = RunLogsState() if state is None else state
         self._lease: OutputLease | None = None
         self._loaded_state: bytes | None = None
-        savepoints = savepoints or Savepoints()
         self._training = TrainingRows(
             self.acquire_folder, logs / "training" / "metrics.jsonl", savepoints, self.state.tracker
         )
-        self._evals: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.acquire_folder, logs / "validation" / "metrics.jsonl", savepoints),
-            "test": EvalRows(self.acquire_folder, logs / "test" / "metrics.jsonl", savepoints),
-        }
-        self._rollouts: dict[Split, EvalRows] = {
-            "validation": EvalRows(self.acquire_folder, logs / "validation" / "rollouts.jsonl", savepoints),
-            "test": EvalRows(self.acquire_folder, logs / "test" / "rollouts.jsonl", savepoints),
-        }
+        self._evals, self._rollouts = (
+            {split: EvalRows(self.acquire_folder, logs / split / name, savepoints) for split in SPLITS}
+            for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
+        self._files: list[StepRows] = [self._training, *self._evals.values(), *self._rollouts.values()]
 
     def acquire_folder(self) -> Path:
         """Return the folder, acquired for this adapter.
@@ -328,12 +313,12 @@ class RunLogs:
         assign(self.state.tracker, state.tracker)
         state.tracker = self.state.tracker
         assign(self.state, state)
-        for each in self._files():
+        for each in self._files:
             each.forget_contents()
 
     def paths(self) -> list[Path]:
         """The current paths of the files."""
-        return [self.logs / each.name for each in self._files()]
+        return [self.logs / each.name for each in self._files]
 
     @property
     def _has_lease(self) -> bool:
@@ -351,12 +336,12 @@ class RunLogs:
     @property
     def waiting(self) -> int:
         """Writes that the disk has refused so far."""
-        return sum(each.backlog.pending for each in self._files())
+        return sum(each.backlog.pending for each in self._files)
 
     def resume(self) -> None:
         """The run's start event is repeated: rows that follow may be in the files."""
         if self.state.tracker.is_matching:
-            self._training.resume(self._mark_unconfirmed)
+            self._training.backlog.write(lambda: (self._training.matcher.resume(), self._mark_unconfirmed()), 0)
         elif not self.output.is_known:
             self.state.tracker.resume()
             skip_matching_if_empty(self.state.tracker, self.paths())
@@ -364,13 +349,14 @@ class RunLogs:
     def begin(self, first_step: int) -> None:
         """Drop the rows from that step on: it is run again."""
 
-        def on_started(cuts: bool) -> None:
+        def start() -> None:
+            is_void = self._training.matcher.start_training(first_step)  # if not, the next row decides
             self._mark_unconfirmed()
-            if cuts:
+            if is_void:
                 self._cut(first_step)
 
         if self.state.tracker.is_matching:
-            self._training.start_training(first_step, on_started)
+            self._training.backlog.write(start, 0)
         elif self.state.tracker.start_training():
             self._cut(first_step)
 
@@ -382,7 +368,7 @@ class RunLogs:
             return
         if self.state.tracker.record_step():
             self._training.cut(step, row=row)
-            for each in self._files()[1:]:
+            for each in self._files[1:]:
                 each.cut(step, except_keys=frozenset(self.state.new_evals))
         self._training.add(row)
 
@@ -429,7 +415,7 @@ class RunLogs:
 
     def _cut(self, first_step: int) -> None:
         self.state.new_evals = []
-        for each in self._files():
+        for each in self._files:
             each.cut(first_step)
 
     def _mark_unconfirmed(self) -> None:
@@ -440,7 +426,7 @@ class RunLogs:
 
     def _apply_start(self, first_step: int) -> None:
         """Apply a pending start to the eval files; the training rows were cut already."""
-        for each in self._files()[1:]:
+        for each in self._files[1:]:
             each.cut(first_step)
         self._put_deferred(keep_existing=False)
         self.state.new_evals, self.state.unconfirmed_evals = [], []
@@ -449,14 +435,14 @@ class RunLogs:
         """A training row is in the file, so the last start was applied before: evals new since are void."""
         unconfirmed, self.state.unconfirmed_evals = self.state.unconfirmed_evals, []
         for key in unconfirmed:
-            for each in (*self._evals.values(), *self._rollouts.values()):
-                each.put(key, ())
+            for split in SPLITS:
+                self._evals[split].put(key, ())
+                self._rollouts[split].put(key, ())
         self._put_deferred(keep_existing=True)
         if not self.state.tracker.is_matching:
             self.state.new_evals = []
 
     def _put_deferred(self, *, keep_existing: bool) -> None:
-        """Write the deferred evals."""
         deferred, self.state.deferred_evals = self.state.deferred_evals, []
         for each in deferred:
             key, row, rollouts, split = _decode_deferred(each)
@@ -464,13 +450,10 @@ class RunLogs:
 
     def settle(self) -> None:
         """Retry refused writes; raises OSError if the disk still refuses, or if rows were dropped."""
-        for each in self._files():
+        for each in self._files:
             each.backlog.drain()
 
     def flush(self) -> None:
         """Retry refused writes, and close the files until the next row."""
-        for each in self._files():
+        for each in self._files:
             each.flush()
-
-    def _files(self) -> list[StepRows]:
-        return [self._training, *self._evals.values(), *self._rollouts.values()]

@@ -16,9 +16,12 @@ Matching ends when the pointer reaches the end, or if the first row is newer tha
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable
+from itertools import compress
 from typing import Protocol
 
 import msgspec
+
+from evsys_bus.files import AppendFile
 
 
 class MatchProgress(
@@ -105,6 +108,17 @@ class RowFile(Protocol):
     def drop_from_step(self, first_step: int) -> None:
         """Drop the rows of that step and of later ones, as at a start."""
         ...
+
+
+def keep_lines(file: AppendFile, should_keep: Callable[[int, bytes], bool]) -> bytearray:
+    """Keep only the lines for which ``should_keep``, given number and line, is true.
+
+    Returns 1 for each line that was kept, and 0 for each other. Raises OSError if the disk refuses.
+    """
+    retained = bytearray(should_keep(number, line) for number, line in enumerate(file.lines()))
+    if not all(retained):
+        file.rewrite(compress(file.lines(), retained))
+    return retained
 
 
 class RowMatcher:

@@ -49,8 +49,6 @@ class Events:
         self._tensor: Any = import_module("tensorboardX.proto.tensor_pb2").TensorProto
         self._shape: Any = import_module("tensorboardX.proto.tensor_shape_pb2").TensorShapeProto
 
-    # -- the format ---------------------------------------------------------------------------------------------------
-
     def header(self) -> bytes:
         """Return the file's version event, for the version in which restarts are explicit events."""
         time = self._now() if self._start_time is None else self._start_time
@@ -77,8 +75,6 @@ class Events:
         for frame in frames:
             end += len(frame)
             yield frame[_LENGTHS.size : -_CHECKSUM.size], end
-
-    # -- events -------------------------------------------------------------------------------------------------------
 
     def scalars(self, step: int, values: Mapping[str, float]) -> bytes:
         """Encode an event with one point per tag."""

@@ -52,8 +52,6 @@ class Records:
         self._messages: Any = import_module("wandb.proto.wandb_internal_pb2")
         self._producer: str = import_module("wandb").__version__
 
-    # -- the format ---------------------------------------------------------------------------------------------------
-
     def header(self) -> bytes:
         """Return the file's header."""
         return _FILE_HEADER
@@ -95,8 +93,6 @@ class Records:
             if kind in {_FULL, _LAST}:
                 yield b"".join(chunks), offset
                 chunks = []
-
-    # -- records ------------------------------------------------------------------------------------------------------
 
     def version(self, run_id: str) -> bytes:
         """Encode the first record of a file."""
@@ -160,8 +156,6 @@ class Records:
             return None
         items = {item.nested_key[0]: item.value_json for item in record.history.item}
         return row_key(items), float(items.get("_timestamp") or 0.0)
-
-    # -- changing existing records ------------------------------------------------------------------------------------
 
     def without_steps_from(self, first_step: float, payloads: Iterable[bytes]) -> Iterator[bytes]:
         """Yield the records except for rows from this step on and the end of the run."""

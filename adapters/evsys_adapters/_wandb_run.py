@@ -162,12 +162,14 @@ class WandbRun(LoggedRun[WandbRunState]):
         if self.notes.failed is not None and not self.notes.ended:
             self.summarize({})
             self._add(self._records.exit(self.id, failed=self.notes.failed))
-            self._set_ended(ended=True)
+            self.notes.ended = True
+            self._update_upload()
 
     def attach_upload(self, upload: Upload) -> None:
         """Attach the file's upload, which needs the number of rows."""
         self.upload = upload
-        upload.is_tracked, upload.row_count, upload.ended = True, self.notes.row_count, self.notes.ended
+        upload.is_tracked = True
+        self._update_upload()
 
     def _write(self, stream: str, step: int, values: Mapping[str, Any]) -> None:
         """See `LoggedRun._write`; a row has the values of one stream and its own step."""
@@ -181,7 +183,8 @@ class WandbRun(LoggedRun[WandbRunState]):
         if not (self.notes.tracker.position_unknown and self._is_repeated(self._key(row, now))):
             self._add(self._records.row(self.id, self.notes.next_row, row | times))
             self.notes.next_row += 1
-            self._set_row_count(self.notes.row_count + 1)
+            self.notes.row_count += 1
+            self._update_upload()
         if stream == TRAIN and self.notes.deferred_evals is not None and step >= self.notes.deferred_evals[0]:
             self.notes.deferred_evals = None
         self.notes.summary |= row
@@ -240,10 +243,12 @@ class WandbRun(LoggedRun[WandbRunState]):
         self._rewrite(lambda payloads: self._records.without_steps_from(first_step, payloads))
         if self.notes.deferred_evals is not None and self.notes.deferred_evals[0] >= first_step:
             self.notes.deferred_evals = None
-        self._set_ended(ended=False)
+        self.notes.ended = False
+        self._update_upload()
 
     def _reorder(self) -> None:
         self._rewrite(self._records.without_replaced_evals)
+        self.notes.needs_reorder = False
 
     def _add(self, payload: bytes) -> None:
         if self.notes.ended:
@@ -258,20 +263,15 @@ class WandbRun(LoggedRun[WandbRunState]):
             for payload in change(payloads):
                 row_count += self._records.info(payload).row >= 0
                 yield payload
-            self._set_row_count(row_count)
+            self.notes.row_count = row_count
+            self._update_upload()
 
         self.log.rewrite(counted)
         Upload(self.log.path, self.id).clear_markers()
 
-    def _set_row_count(self, row_count: int) -> None:
-        self.notes.row_count = row_count
+    def _update_upload(self) -> None:
         if self.upload is not None:
-            self.upload.row_count = row_count
-
-    def _set_ended(self, *, ended: bool) -> None:
-        self.notes.ended = ended
-        if self.upload is not None:
-            self.upload.ended = ended
+            self.upload.row_count, self.upload.ended = self.notes.row_count, self.notes.ended
 
     def _now(self) -> float:
         return self.event_time if self._clock is None else self._clock()

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
@@ -118,8 +118,6 @@ class Upload:
         self._count_points: deque[tuple[int, int]] = deque()
         self._confirmed_events = 0
 
-    # -- events -------------------------------------------------------------------------------------------------------
-
     def count_event(self) -> None:
         """Count one more event; call it before its rows are added."""
         point = (self.row_count, self.events)
@@ -146,8 +144,6 @@ class Upload:
         counted = self.events_at_mark if at_mark else self.events
         remaining = max(0, counted - confirmed)
         return max(remaining, min(1, counted)) if at_end or self.ended or not self.has_task else remaining
-
-    # -- the disk -----------------------------------------------------------------------------------------------------
 
     @property
     def done(self) -> bool:
@@ -189,8 +185,6 @@ class Upload:
     @property
     def _marker(self) -> Path:
         return self.file.with_suffix(".wandb.uploaded")
-
-    # -- output of the tool -------------------------------------------------------------------------------------------
 
     def start_attempt(self) -> None:
         """Reset the state for a new process."""
@@ -323,7 +317,10 @@ class UploadProcess:
 
     def poll(self) -> None:
         """Pass on new log entries and then new output, which refers to them."""
-        for line in self._log_lines():
+        if self._log is None:
+            found = sorted(self._folder.glob("wandb/logs/debug-sync*.log"))
+            self._log = found[0].open(encoding="utf-8", errors="replace") if found else None
+        for line in [] if self._log is None else self._complete_lines(self._log):
             with contextlib.suppress(ValueError, TypeError):
                 entry = json.loads(line)
                 upload = self._uploads.get(Path(str(entry.get("sync_path"))).stem.removeprefix("run-"))
@@ -331,8 +328,8 @@ class UploadProcess:
                     upload.handle_log_entry(entry)
         for line in self._complete_lines(self._output_file):
             self.output = f"{self.output}{line}\n"[-100_000:]
-            found = _STATUS.search(line)
-            upload = self._single_upload if found is None else self._uploads.get(found[1])
+            status = _STATUS.search(line)
+            upload = self._single_upload if status is None else self._uploads.get(status[1])
             if upload is not None:
                 upload.handle_output(line)
 
@@ -348,14 +345,6 @@ class UploadProcess:
                 with contextlib.suppress(OSError):
                     shutil.copyfile(self._path, each.file.parent / LOG)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _log_lines(self) -> Iterator[str]:
-        if self._log is None:
-            found = sorted(self._folder.glob("wandb/logs/debug-sync*.log"))
-            if not found:
-                return
-            self._log = found[0].open(encoding="utf-8", errors="replace")
-        yield from self._complete_lines(self._log)
 
     def _complete_lines(self, file: TextIO) -> list[str]:
         *complete, self._partial_lines[file] = (self._partial_lines.get(file, "") + file.read()).split("\n")

@@ -205,8 +205,6 @@ class Uploader:
             pass
         return None
 
-    # -----------------------------------------------------------------------------------------------------------------
-
     def _unfinished(self) -> list[Upload]:
         for each in self.uploads.values():
             each.finished = each.done and not each.has_task

@@ -33,6 +33,7 @@ from evsys_adapters.checkpoints.store_urls import (
     StoreUrl,
     check_url,
     has_placeholders,
+    join_url,
     url_for,
 )
 from evsys_bus.context import ManifestRow
@@ -343,7 +344,7 @@ class CheckpointPrune(Sink):
                 except StoreError as error:
                     log().warning("checkpoint.not_removed", path=destination.key(folder), error=error.what)
                     continue
-            self._publish_pruned(run, manifest.row, "remote", [f"{run.url.rstrip('/')}/{run.key}/{folder}"])
+            self._publish_pruned(run, manifest.row, "remote", [join_url(run.url, run.key, folder)])
 
     def _uploading(self, run: _Run) -> list[str]:
         if self.config.url is None or self.config.dry_run:

@@ -3,6 +3,7 @@
 The inline half creates hard links; the delivery half, `UploadSink`, uploads them.
 """
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,14 +26,16 @@ from evsys_adapters.checkpoints.manifest import (
     checkpoint_folder,
     component,
 )
+from evsys_adapters.checkpoints.source_files import UnusableSourceError
 from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord
-from evsys_adapters.checkpoints.store import MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.store import MAX_KEY_BYTES, MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
 from evsys_adapters.checkpoints.store_urls import (
     StoreOptions,
     StorePool,
     StoreUrl,
     check_url,
     has_placeholders,
+    join_url,
     url_for,
 )
 from evsys_bus.callback import Callback
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from evsys_bus.config import CallbackSpec
 
 FINAL: Final = "final"
+_MAX_SHOWN_LETTERS: Final = 50
 
 
 class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,7 +58,8 @@ class CheckpointUploadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=
 
     url: StoreUrl
     """Destination: ``s3://bucket/prefix`` or ``file:///folder``; a run's checkpoints go into a folder named after
-    it. ``{experiment}`` is replaced by the name of the experiment's folder, ``{output_dir}`` by its path."""
+    it. An S3 URL may end with ``?endpoint=https://host``, and ``region``, ``path_style`` or ``profile``, instead of the
+    params below. ``{experiment}`` is replaced by the name of the experiment's folder, ``{output_dir}`` by its path."""
     checkpoints: Literal["all", "final"] | Annotated[int, msgspec.Meta(ge=1)] = "all"
     """Which checkpoints: ``all``, ``final``, or those saved after every this many steps and the final one."""
     what: Literal["state", "sampler", "both"] = "both"
@@ -235,6 +240,9 @@ class UploadSink(Sink):
             if not spool.uploaded(event.row) and not await self._is_uploaded(task):
                 self._mark_rejected(task, f"{error.filename} is missing, and was not linked while it existed")
             return
+        except UnusableSourceError as error:
+            self._mark_rejected(task, f"{error.filename} cannot be uploaded: {error.strerror}")
+            return
         if pending is None:
             return
         try:
@@ -287,15 +295,24 @@ class UploadSink(Sink):
             publish=self.publish,
         )
         files = await self._put_all(task, pending, ledger, progress)
-        changed = pending.changed_file()
-        if changed is not None:
+        changed = pending.changed_files()
+        blocking = next((file.name for file in changed if not pending.is_growing_log(file)), None)
+        if blocking is None and len(changed) == len(entry.files) and changed:
+            blocking = changed[0].name
+        if blocking is not None:
             task.spool.remove(pending)
-            self._mark_rejected(task, f"{changed} was modified after the checkpoint event")
+            self._mark_rejected(task, f"{blocking} was modified after the checkpoint event")
             return
+        grown = {file.name: "it has grown since the checkpoint event" for file in changed}
+        if grown:
+            log().warning("checkpoint.files_left_out", checkpoint=task.folder, files=len(grown), why=grown)
+            files = [file for file in files if file.name not in grown]
+        if len(files) + len(grown) != len(entry.files):
+            raise RetryLaterError(f"files of {task.folder} changed while they were sent")
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
         )
-        manifest = msgspec.structs.replace(manifest, origin=task.spool.origin)
+        manifest = msgspec.structs.replace(manifest, origin=task.spool.origin, left_out=entry.left_out | grown)
         manifest = await destination.publish(
             manifest, resumed_from=_fetched_generation(Path(task.event.state.output_dir))
         )
@@ -327,14 +344,8 @@ class UploadSink(Sink):
                 stall_scope.deadline = anyio.current_time() + STALL_SECONDS
                 progress.update(file.name, done_bytes)
 
-            uploaded = await task.destination.store.put_file(
-                task.destination.key(task.folder, file.name),
-                pending.folder / file.name,
-                ledger=ledger,
-                on_progress=on_progress,
-            )
-            assert uploaded.sha256 is not None  # known for everything that was put
-            stored.append(StoredFile(file.name, uploaded.size, uploaded.sha256))
+            found = await _put_file(task, pending, file, ledger, on_progress)
+            stored.extend([] if found is None else [found])
 
         async def work() -> None:
             for file in files:  # shared: each worker takes the next one
@@ -360,7 +371,41 @@ class UploadSink(Sink):
 
     @staticmethod
     def _url(task: _UploadTask) -> str:
-        return f"{task.url.rstrip('/')}/{task.run}/{task.folder}"
+        return join_url(task.url, task.run, task.folder)
+
+
+async def _put_file(
+    task: _UploadTask,
+    pending: PendingUpload,
+    file: SpooledFile,
+    ledger: UploadLedger,
+    on_progress: Callable[[int, int], None],
+) -> StoredFile | None:
+    """Upload one file; returns None if it is not what the event announced, which is for the caller to judge."""
+    if not pending.is_as_announced(file):
+        return None
+    key = _short_name(file.name, task.destination.key(task.folder, file.name))
+    try:
+        uploaded = await task.destination.store.put_file(
+            task.destination.key(task.folder, key or file.name),
+            pending.folder / file.name,
+            ledger=ledger,
+            on_progress=on_progress,
+        )
+    except RetryLaterError:
+        if pending.is_as_announced(file):
+            raise
+        return None
+    assert uploaded.sha256 is not None  # known for everything that was put
+    return StoredFile(file.name, uploaded.size, uploaded.sha256, key)
+
+
+def _short_name(name: str, key: str) -> str:
+    """Return a name to store the file under if its key would be too long; else an empty one."""
+    if len(key.encode()) <= MAX_KEY_BYTES:
+        return ""
+    part, base = name.partition("/")[0], name.rpartition("/")[2]
+    return f"{part}/{hashlib.sha256(name.encode()).hexdigest()[:32]}-{base[-_MAX_SHOWN_LETTERS:].lstrip('.')}"
 
 
 def _fetched_generation(run_dir: Path) -> int:

@@ -202,8 +202,16 @@ class EarlyStoppingCallback(Callback):
     def _stop(self, state: LoopState, history: EvalHistory) -> None:
         if hasattr(state, "stop_requested") and not hasattr(state, "request_stop"):  # the host's own state class
             state.stop_requested = True
+            return
+        metric = self.config.metric
+        if history.best is None:
+            reason = f"no finite value of {metric} in {history.older.evals + len(history.points)} evals"
+        elif history.evals_since_best == 0:
+            reason = f"{metric} has reached its target: best {history.best:.6g} at step {history.best_step}"
         else:
-            state.request_stop(self._reason(history))
+            reason = f"no improvement of {metric} for {history.evals_since_best} evals"
+            reason += f"; best {history.best:.6g} at step {history.best_step}"
+        state.request_stop(reason)
 
     def _add(self, history: EvalHistory, step: int, value: float) -> None:
         """Insert a point in step order, replacing one of the same step."""
@@ -232,15 +240,6 @@ class EarlyStoppingCallback(Callback):
             history.best, history.best_step, history.evals_since_best = value, step, 0
         else:
             history.evals_since_best += 1
-
-    def _reason(self, history: EvalHistory) -> str:
-        metric = self.config.metric
-        if history.best is None:
-            return f"no finite value of {metric} in {history.older.evals + len(history.points)} evals"
-        best = f"best {history.best:.6g} at step {history.best_step}"
-        if history.evals_since_best == 0:
-            return f"{metric} has reached its target: {best}"
-        return f"no improvement of {metric} for {history.evals_since_best} evals; {best}"
 
     def _warn_missing_metric(
         self, run: "_Run", state: LoopState, eval_name: str, metrics: Mapping[str, object]

@@ -139,17 +139,6 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self._reorder_due = 0.0
         state.needs_reorder = state.needs_reorder or bool(files.empty)
 
-    def describe(self, ctx: LogContext | None) -> None:
-        """Log configuration and hypothesis, once."""
-        config = config_of(ctx)
-        if self.notes.described or not config:
-            return
-        self.notes.described = True
-        hypothesis = hypothesis_of(field(ctx, "config"))
-        if hypothesis:
-            self.add_text(None, "hypothesis", hypothesis)
-        self.add_text(None, "config", _as_code(config))
-
     def add_text(self, step: int | None, tag: str, text: str) -> None:
         """Log a text; one without a step is logged at the last step."""
         with self.lock:
@@ -158,10 +147,9 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
             self._add(self._events.text(at_step or 0, tag, text))
 
     def close(self, *, forget: bool = False) -> None:
-        """Sort the file if needed, whenever that was done last, and write buffered rows."""
+        """See `LoggedRun.close`; sorts the file whenever that was done last."""
         with self.lock:
-            self._reorder()
-            self.log.close(forget_file=forget)
+            super().close(forget=forget)
             self._faults.flush()
 
     def reorder_when_due(self) -> float | None:
@@ -232,9 +220,7 @@ class TensorBoardRun(LoggedRun[LoggedRunState]):
         self.log.add(self._events.restart(first_step))
 
     def _reorder(self) -> None:
-        """Sort the file if needed; if the disk refuses that, it is tried again later."""
-        if not self.notes.needs_reorder:
-            return
+        """Sort the file; if the disk refuses that, it is tried again later."""
         start = time.monotonic()
         try:
             self.log.move(self._files.next_name(), self._events.sorted_frames)
@@ -420,7 +406,16 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         return min(waits, default=None)
 
     def _describe_run(self, run: TensorBoardRun, handle: LoopState | LogContext) -> None:
-        run.describe(run_context(handle))
+        """Log configuration and hypothesis, once."""
+        ctx = run_context(handle)
+        config = config_of(ctx)
+        if run.notes.described or not config:
+            return
+        run.notes.described = True
+        hypothesis = hypothesis_of(field(ctx, "config"))
+        if hypothesis:
+            run.add_text(None, "hypothesis", hypothesis)
+        run.add_text(None, "config", _as_code(config))
 
     def _folder(self, handle: LoopState | LogContext) -> Path:
         """Return the run's folder: TensorBoard names a run by the path of its folder."""

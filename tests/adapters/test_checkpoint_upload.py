@@ -541,7 +541,7 @@ def test_what_cannot_be_linked_is_copied_and_that_is_told(upload, tmp_path, capl
         other.unlink()
     [waiting] = upload.spool.pending()
     assert (waiting.folder / waiting.entry.state).read_bytes() == b"far away"
-    assert waiting.changed_file() is None
+    assert waiting.changed_files() == []
     assert "checkpoint.copied" in caplog.text
 
 

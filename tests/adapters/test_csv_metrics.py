@@ -55,13 +55,6 @@ def out(tmp_path):
     return tmp_path / "made" / "on demand" / "metrics.csv"
 
 
-@pytest.fixture
-def quiet(caplog):
-    """No hook raised and nothing was warned of."""
-    yield
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
-
-
 @pytest.mark.usefixtures("quiet")
 def test_R9_one_row_per_step_with_the_step_first_and_folders_made(tmp_path, out):
     table = CsvMetricsCallback(out)

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -52,16 +51,9 @@ from evsys_bus.training.plan import RunComponents
 from support import evsys_server as evsys
 from support.journals import read_envelopes
 from support.programs import EVSYS_BUS
+from support.training_parts import IndexBatches
 
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in [each for each in os.environ if each.startswith("EVSYS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
-    with evsys.EvsysServer() as server:
-        monkeypatch.setenv("EVSYS_API_URL", server.url)
-        yield server
+server = evsys.server
 
 
 def writes(server):
@@ -100,11 +92,6 @@ class Model:
         return f"tinker://weights/{name}"
 
     async def load_state(self, path): ...
-
-
-class Batches:
-    async def build_batch(self, step_idx):
-        return TrainingBatch(data=[step_idx])
 
 
 class Val:
@@ -156,7 +143,7 @@ CONFIG = {
 def recipe(params, run):
     return RunComponents(
         backend=Model(params, run.seed, run.run_dir),
-        step_builder=Batches(),
+        step_builder=IndexBatches(),
         num_steps=6,
         evaluators=[Val(), Tasks()],
         benchmarks=[Tasks()],

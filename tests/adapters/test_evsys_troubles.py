@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import time
 from collections import Counter
@@ -46,20 +45,11 @@ from evsys_bus.tasks import run_in_new_loop
 from support import evsys_server as evsys
 from support.files import read_json_lines
 
+server = evsys.server
 pytestmark = pytest.mark.long
 
 
 STEPS = 6
-
-
-@pytest.fixture
-def server(monkeypatch):
-    for name in [each for each in os.environ if each.startswith("EVSYS_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("EVSYS_API_KEY", evsys.KEY)
-    with evsys.EvsysServer() as server:
-        monkeypatch.setenv("EVSYS_API_URL", server.url)
-        yield server
 
 
 def publish_experiment(bus, folder, predictions=3, metrics=lambda step: {"loss": step / 4}):

@@ -22,6 +22,7 @@ from evsys_adapters.local_logger import LocalLoggerCallback
 from evsys_adapters.print_progress import PrintProgressCallback
 from evsys_bus.callback import dispatch
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState
+from support.foreign_values import RaisingKeyErrors
 
 
 @dataclass
@@ -49,16 +50,6 @@ class Slotted:
         self.step, self.output_dir = step, output_dir
 
 
-class Lookup:
-    """What it does not have raises another error than `getattr` expects."""
-
-    def __init__(self, **entries):
-        vars(self)["entries"] = entries
-
-    def __getattr__(self, name):
-        return self.entries[name]
-
-
 class Guarded:
     """A context whose configuration is not to be had."""
 
@@ -80,7 +71,7 @@ STATES = {
         "output_dir": folder / "x",
         "ctx": {"output_dir": str(folder), "run_key": "wide"},
     },
-    "a look-up that raises KeyError": lambda folder: Lookup(step=0, output_dir=folder / "wide"),
+    "a look-up that raises KeyError": lambda folder: RaisingKeyErrors(step=0, output_dir=folder / "wide"),
     "a context whose properties raise": lambda folder: HostState(0, folder / "x", Guarded(folder)),
     "a context of the experiment, without a run key": lambda folder: HostState(
         0, folder / "wide", HostContext(folder, None)
@@ -109,13 +100,6 @@ def train(callback, state):
         dispatch([callback], "on_step_end", state, step, None, {"loss": step / 2})
     dispatch([callback], "on_eval", state, 2, "held out", {"accuracy": 0.5})
     dispatch([callback], "on_train_end", state, LoopArtifacts())
-
-
-@pytest.fixture
-def quiet(caplog):
-    """No hook raised and nothing was warned of."""
-    yield
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
 
 
 @pytest.mark.usefixtures("quiet")

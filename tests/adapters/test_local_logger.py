@@ -30,13 +30,6 @@ from evsys_bus.errors import WrongParamError
 from support.files import open_files, read_json_lines
 
 
-@pytest.fixture
-def quiet(caplog):
-    """No hook raised and nothing was warned of."""
-    yield
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
-
-
 def rows(folder, name):
     path = folder / "logs" / name
     return read_json_lines(path) if path.exists() else []

@@ -19,7 +19,8 @@ from evsys_adapters.checkpoints import (
 )
 from evsys_adapters.checkpoints.copying import HashingWriter, partial_of, remove_partials
 from evsys_adapters.checkpoints.store import retrying
-from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
+from evsys_bus import build_callbacks
+from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError, WrongParamError
 from support.s3_client import create_bucket, unfinished_uploads
 
 pytestmark = pytest.mark.asyncio(loop_factories=["uvloop"])
@@ -328,6 +329,34 @@ async def test_what_names_no_store_is_a_config_error():
     for url in ("s3:bucket", "s3://", "/a/path", "gs://bucket/x", "file://host/x", ""):
         with pytest.raises(ConfigError):
             open_store(url)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint_upload", "checkpoint_prune"])
+@pytest.mark.parametrize(
+    ("url", "way"),
+    [
+        ("gs://bucket/x", "s3://bucket/prefix?endpoint=https://storage.googleapis.com, with an HMAC key"),
+        ("r2://bucket/x", "s3://bucket/prefix?endpoint=https://ACCOUNT.r2.cloudflarestorage.com"),
+        ("https://s3.example.org/bucket", "s3://bucket/prefix?endpoint=https://HOST"),
+        ("az://container/x", "mount the container"),
+        ("abfs://container@account/x", "mount the container"),
+        ("hf://me/repo", "hf upload-large-folder"),
+        ("memory://x", "write file:///"),
+        ("file://host/x", "write file:///a/folder"),
+        ("/a/folder", "with an absolute path"),
+        ("s3a://bucket/x", "write s3://bucket/prefix"),
+        ("s3://bucket/x?endpont=http://h", "endpoint, region, path_style, profile, and not endpont"),
+    ],
+)
+async def test_a_url_that_names_no_store_says_what_there_is_and_the_way(url, way, kind):
+    params = {"url": url} | ({"local": {"keep_last": 1}} if kind == "checkpoint_prune" else {})
+    with pytest.raises(WrongParamError) as caught:
+        build_callbacks([{"kind": kind, "params": params}])
+    assert "s3:// for every store with the S3 API, and file:// for folders" in str(caught.value)
+    assert way in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        open_store(url)
+    assert way in caught.value.fix
 
 
 async def test_a_torn_ledger_forgets_a_part_and_an_unreadable_one_the_upload(tmp_path, caplog):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -164,18 +163,13 @@ def test_an_outage_in_the_middle_is_owed_without_a_fix_and_passes_by_itself(tmp_
     assert server.line_counts[wandb.run_id_of(file)] == STEPS
 
 
-def nowhere():
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        return f"http://127.0.0.1:{gone.getsockname()[1]}"
-
-
 @pytest.mark.parametrize("silent", [True, False], ids=["no answer", "refused"])
 def test_without_a_network_settling_ends_at_its_deadline_and_says_why(tmp_path, server, monkeypatch, silent):
     logged_in(monkeypatch)
     if silent:
         server.listens.clear()
     else:
-        monkeypatch.setenv("WANDB_BASE_URL", nowhere())
+        monkeypatch.setenv("WANDB_BASE_URL", wandb.unused_url())
 
     async def day():
         logger = WandbLoggerCallback("p", patience_seconds=0.5)

@@ -1,7 +1,5 @@
 """wandb_logger online, where the server answers with errors or not at all: a warning with the fix, nothing lost."""
 
-import socket
-
 import pytest
 
 from evsys_bus import EventBus
@@ -10,12 +8,6 @@ from support.waiting import wait_until
 
 server, login = wandb.server, wandb.login
 pytestmark = pytest.mark.servers
-
-
-def nowhere():
-    """A server that is there no more: connections are refused."""
-    with socket.create_server(("127.0.0.1", 0)) as gone:
-        return f"http://127.0.0.1:{gone.getsockname()[1]}"
 
 
 def meets_silence(folder, caplog, **params):
@@ -47,7 +39,9 @@ def test_a_server_that_answers_500_is_a_warning_and_the_command_finishes_it(tmp_
     assert wandb.metric_series(server.rows(wandb.run_id_of(file)), "train")["loss"] == [(0, 1.0), (1, 2.0)]
 
 
-@pytest.mark.parametrize("url", [nowhere, lambda: "http://no-such-host.invalid"], ids=["refused", "no such name"])
+@pytest.mark.parametrize(
+    "url", [wandb.unused_url, lambda: "http://no-such-host.invalid"], ids=["refused", "no such name"]
+)
 def test_without_a_network_the_run_goes_on_and_sync_sends_it_once_there_is_one(tmp_path, server, login, caplog, url):
     file = meets_silence(tmp_path, caplog, base_url=url())
     assert not server.request_count

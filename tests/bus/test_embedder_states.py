@@ -35,6 +35,7 @@ from evsys_bus.context import DetachedLoopState
 from evsys_bus.delivery.open_runs import StreamContexts, open_runs_at
 from evsys_bus.errors import DetachedError, SettingError
 from evsys_bus.journal import JournalWriter, OsDisk
+from support.foreign_values import RaisingKeyErrors
 from support.journals import read_envelopes, read_records
 
 HALF = np.float32(0.5)
@@ -385,17 +386,7 @@ def test_a_program_that_changes_its_folder_while_a_bus_records_does_not_move_its
     assert read_envelopes(tmp_path / "later")[0].event.state.output_dir == tmp_path / "scratch/alone"
 
 
-class Lookup:
-    """A host's own: what it does not have raises another error than `getattr` expects."""
-
-    def __init__(self, **entries):
-        vars(self)["entries"] = entries
-
-    def __getattr__(self, name):
-        return self.entries[name]
-
-
-@pytest.mark.parametrize("make", [Lookup, dict])
+@pytest.mark.parametrize("make", [RaisingKeyErrors, dict])
 def test_a_state_whose_look_up_raises_makes_no_publish_raise(tmp_path, make):
     with EventBus([], journal=tmp_path / "journal") as bus:
         for state in (make(step=0, output_dir=tmp_path / "a"), make(ctx=make(run_key="b", output_dir=tmp_path))):

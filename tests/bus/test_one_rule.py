@@ -44,35 +44,7 @@ from evsys_bus.errors import AsyncHookError, SettingError
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.plan import RunComponents
 from support import wandb_server
-
-
-class Model:
-    """One number that grows by a half at each step."""
-
-    def __init__(self, folder):
-        self.value, self.folder = 0.0, folder
-
-    async def forward_backward(self, batch):
-        return {"value": self.value}
-
-    async def optim_step(self):
-        self.value += 0.5
-
-    async def save_state(self, name):
-        path = self.folder / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.value))
-        return str(path)
-
-    async def save_weights_for_sampler(self, name):
-        return None
-
-    async def load_state(self, path): ...
-
-
-class Batches:
-    async def build_batch(self, step_idx):
-        return TrainingBatch(data=[step_idx])
+from support.training_parts import IndexBatches, NumberBackend
 
 
 class Score:
@@ -102,8 +74,8 @@ def specs(folder):
 
 def parts(folder):
     return {
-        "backend": Model(folder / "saved"),
-        "step_builder": Batches(),
+        "backend": NumberBackend(folder / "saved"),
+        "step_builder": IndexBatches(),
         "num_steps": 7,
         "save_every": 3,
         "evaluators": [Score()],

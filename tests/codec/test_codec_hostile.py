@@ -10,42 +10,17 @@ from evsys_bus import Checkpoint, Envelope, Eval, LogContext, LoopState, Manifes
 from evsys_bus.codec import MAX_EVENT_BYTES, decode, encode, event_encoder, to_json
 from evsys_bus.codec.scalars import MAX_DEPTH, MAX_KEY_CHARS, MAX_TEXT_CHARS
 from evsys_bus.events import BenchmarkEval, UnknownEvent
+from support.foreign_values import Interrupt, Raising, RaisingAttributes, RaisingClass
 
 GOOD = {"loss": 0.5, "acc": 0.25}
 
 
-class Raising:
-    def item(self):
-        raise ValueError("no item")
-
-    def __float__(self):
-        raise OSError("no float")
-
-    def __repr__(self):
-        raise RuntimeError("no repr")
-
-
-class RaisingAttributes:
-    def __getattribute__(self, name):
-        raise RuntimeError(name)
-
-
-class Rebel(BaseException):
-    pass
-
-
 class Rebellious:
     def item(self):
-        raise Rebel
+        raise Interrupt
 
     def __getattr__(self, name):
-        raise Rebel
-
-
-class Liar:
-    @property
-    def __class__(self):
-        raise RuntimeError("no class")
+        raise Interrupt
 
 
 def step(metrics, state=None, batch=None, step_idx=3):
@@ -70,7 +45,7 @@ BAD = {
     "raising": Raising,
     "raising attributes": RaisingAttributes,
     "rebellious": Rebellious,
-    "liar": Liar,
+    "liar": RaisingClass,
     "big": lambda: 2**70,
     "very big": lambda: 10**5000,
     "surrogate": lambda: "\udc80",
@@ -113,7 +88,7 @@ STRANGERS = {
     "raising": Raising,
     "raising attributes": RaisingAttributes,
     "rebellious": Rebellious,
-    "liar": Liar,
+    "liar": RaisingClass,
 }
 
 

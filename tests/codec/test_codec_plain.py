@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from evsys_bus import LogContext, LoopState
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.scalars import MAX_DEPTH, MAX_KEY_CHARS, MAX_REASONS, MAX_TEXT_CHARS
+from support.foreign_values import Interrupt, Raising, RaisingAttributes, RaisingClass
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.integers(-(2**63), 2**64 - 1) | st.text() | st.binary(),
@@ -44,38 +45,12 @@ class Tensor:
         raise AssertionError("item() is the one way that waits for the device once")
 
 
-class Raising:
-    def item(self):
-        raise ValueError("no item")
-
-    def __float__(self):
-        raise OSError("no float")
-
-    def __repr__(self):
-        raise RuntimeError("no repr")
-
-
-class RaisingAttributes:
-    def __getattribute__(self, name):
-        raise RuntimeError(name)
-
-
-class Liar:
-    @property
-    def __class__(self):
-        raise RuntimeError("no class")
-
-
-class Rebel(BaseException):
-    pass
-
-
 class RaisingBaseException:
     def item(self):
-        raise Rebel
+        raise Interrupt
 
     def __repr__(self):
-        raise Rebel
+        raise Interrupt
 
 
 class Endless:
@@ -243,10 +218,10 @@ def test_a_handle_anywhere_becomes_its_scalars_and_never_its_live_parts(tmp_path
         (Point, f"{__name__}.Point", "cannot be recorded"),
         (Raising(), "<Raising>", "ValueError when it was read"),
         (RaisingAttributes(), "<RaisingAttributes>", "cannot be recorded"),
-        (RaisingBaseException(), "<RaisingBaseException>", "Rebel when it was read"),
+        (RaisingBaseException(), "<RaisingBaseException>", "Interrupt when it was read"),
         (RaisingMapping(), None, "when it was read"),
         (Endless(), None, "a Endless cannot be recorded"),
-        (Liar(), None, "a Liar cannot be recorded"),
+        (RaisingClass(), None, "a RaisingClass cannot be recorded"),
         (threading.Lock(), None, "a lock cannot be recorded"),
         (iter([1]), None, "a list_iterator cannot be recorded"),
     ],

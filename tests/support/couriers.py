@@ -1,7 +1,6 @@
 """Running couriers in tests, and reading what they left on disk."""
 
 import asyncio
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.tasks import DeliveryStatus
 from support.files import read_json_lines
+from support.programs import running_processes
 
 
 async def deliver(journal: str | Path, adapter: Any, policy: DeliveryPolicy | None = None, **options: Any) -> Courier:
@@ -39,7 +39,5 @@ def read_dead_letters(journal: str | Path, name: str = "it") -> list[Any]:
 
 
 def courier_processes(journal: str | Path) -> list[int]:
-    """Return the pids of a journal's courier processes, found by their command line; zombies do not count."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
-    return [int(pid) for pid, stat, line in rows if "courier_main" in line and str(journal) in line and "Z" not in stat]
+    """Return the pids of a journal's courier processes, found by their command line."""
+    return [pid for pid, command in running_processes() if "courier_main" in command and str(journal) in command]

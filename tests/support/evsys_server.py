@@ -9,11 +9,13 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import socket
 import sys
 import threading
 import time
 
+import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -284,6 +286,17 @@ class _TruncatedResponse(Response):
         headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b'{"resu', "more_body": False})
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Run a server, and replace the EvSys settings of the user who runs the test."""
+    for name in [each for each in os.environ if each.startswith("EVSYS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("EVSYS_API_KEY", KEY)
+    with EvsysServer() as server:
+        monkeypatch.setenv("EVSYS_API_URL", server.url)
+        yield server
 
 
 def html_response(status=200):

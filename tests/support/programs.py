@@ -19,5 +19,12 @@ def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.C
     return _run_command([sys.executable, "-c", source, *map(str, arguments)], options)
 
 
+def running_processes() -> list[tuple[int, str]]:
+    """Return the pid and the command line of every process of this machine; zombies do not count."""
+    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
+    rows = [line.split(maxsplit=2) for line in listing.stdout.splitlines()]
+    return [(int(row[0]), row[2]) for row in rows if "Z" not in row[1]]
+
+
 def _run_command(command: list[str], options: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, **{"capture_output": True, "text": True, **options})  # noqa: PLW1510  # options may contain check

@@ -16,20 +16,12 @@ from evsys_bus.codec import decode
 from evsys_bus.journal import JournalReader
 from support.files import read_json_lines
 from support.programs import EVSYS_BUS
+from support.violations import Violation, require
 
 NUM_STEPS_BASE = 1_000_000
 COMMAND_SECONDS = 60.0
 TRACEBACK_EXIT_CODE = 1
 """Exit code of `evsys-bus` after an unexpected exception."""
-
-
-class Violation(Exception):  # noqa: N818 - names what was found, not an error of this program
-    """Raised when a promise was not kept."""
-
-
-def require(condition, message):
-    if not condition:
-        raise Violation(message)
 
 
 def oldest_sequence(journal, stream):

@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from evsys_bus.diagnostics import FaultLog
 from evsys_bus.events import Envelope, StepEnd
 from evsys_bus.journal import JournalReader
 from support import loggers
+from support.programs import running_processes
 
 KEY = "a" * 40
 
@@ -222,9 +224,10 @@ def is_same_series(one, other):
 
 def records_in(file):
     """Return the records of a file with our own reader, which other tests compare with W&B's."""
-    records = Records()
+    from wandb.proto.wandb_internal_pb2 import Record
+
     with file.open("rb") as opened:
-        return [records._messages.Record.FromString(payload) for payload, _ in records.scan(opened)]
+        return [Record.FromString(payload) for payload, _ in Records().scan(opened)]
 
 
 def rows_in(file):
@@ -294,6 +297,12 @@ class LoggerDelivery:
         return time.monotonic() - started
 
 
+def unused_url():
+    """Return the URL of a server that is gone: connections are refused."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        return f"http://127.0.0.1:{gone.getsockname()[1]}"
+
+
 def drain_logger(logger, seconds=30.0):
     """Close the logger as at the end of a bus."""
     logger.close()
@@ -307,11 +316,8 @@ def publish_all(bus, *events):
 
 
 def find_wandb_processes(folder):
-    """Return the W&B processes that work on files in the folder or were started for one."""
-    listing = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,stat=,args="], capture_output=True, text=True, check=True)
-    return [
-        line for line in listing.stdout.splitlines() if "wandb" in line and str(folder) in line and " Z" not in line
-    ]
+    """Return the command lines of the W&B processes that work on files in the folder or were started for one."""
+    return [command for _, command in running_processes() if "wandb" in command and str(folder) in command]
 
 
 def find_wandb_services():

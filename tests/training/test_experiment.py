@@ -14,13 +14,14 @@ import pytest
 from evsys_bus.bus import EventBus
 from evsys_bus.callback import Callback
 from evsys_bus.config.experiment import ExperimentConfig, Stage, SuccessMetric
-from evsys_bus.context import EvalResult, TrainingBatch
+from evsys_bus.context import EvalResult
 from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import read_result
 from evsys_bus.training.plan import RunComponents, run_sequences
 from evsys_bus.training.protocols import Benchmark
 from support.files import read_experiment, read_json_lines
+from support.training_parts import IndexBatches
 
 
 class Weight:
@@ -54,11 +55,6 @@ class Weight:
         self.value, self.steps = saved["value"], saved["steps"]
 
 
-class Batches:
-    async def build_batch(self, step_idx):
-        return TrainingBatch(data=[step_idx])
-
-
 class Score:
     """A benchmark: how large the weight has become."""
 
@@ -75,7 +71,7 @@ class Score:
 def recipe(params, run):
     return RunComponents(
         backend=Weight(run.run_dir / "states", params.get("lr", 1.0), params.get("raises_at")),
-        step_builder=Batches(),
+        step_builder=IndexBatches(),
         num_steps=params.get("steps", 3),
         evaluators=[Score("val", tag="val", every=2)],
         benchmarks=[Score(value=params.get("score"))],
@@ -329,7 +325,7 @@ async def test_a_benchmark_may_return_plain_metrics(tmp_path):
         tmp_path,
         told,
         using=lambda params, run: RunComponents(
-            backend=Weight(run.run_dir), step_builder=Batches(), num_steps=1, benchmarks=[Plain()]
+            backend=Weight(run.run_dir), step_builder=IndexBatches(), num_steps=1, benchmarks=[Plain()]
         ),
     )
     assert result.arms[0].eval_metrics == {"plain/acc": 0.5}
@@ -465,7 +461,9 @@ async def test_a_disk_that_refuses_the_ledger_and_the_results_ends_no_run(tmp_pa
         result = await experiment(
             tmp_path,
             Full(),
-            using=lambda params, run: RunComponents(backend=Nowhere(run.run_dir), step_builder=Batches(), num_steps=3),
+            using=lambda params, run: RunComponents(
+                backend=Nowhere(run.run_dir), step_builder=IndexBatches(), num_steps=3
+            ),
             runs={"a": {}, "b": {}},
         )
     finally:
@@ -681,7 +679,7 @@ async def test_a_second_cancellation_ends_a_step_that_never_ends(tmp_path):
             return await super().forward_backward(batch)
 
     def hangs(params, run):
-        return RunComponents(backend=Hangs(run.run_dir), step_builder=Batches(), num_steps=5)
+        return RunComponents(backend=Hangs(run.run_dir), step_builder=IndexBatches(), num_steps=5)
 
     hanging = asyncio.Event()
     told = Told()

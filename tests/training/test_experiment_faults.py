@@ -11,6 +11,7 @@ from evsys_bus.training.experiment_store import read_result
 from evsys_bus.training.plan import RunComponents
 from evsys_bus.training.protocols import Benchmark
 from support.files import read_experiment
+from support.training_parts import FixedEvaluator
 
 
 class Steps:
@@ -37,20 +38,6 @@ class Steps:
 
     async def load_state(self, path):
         pass
-
-
-class Returns:
-    """A benchmark that returns what it was given; an exception is raised."""
-
-    name = "t"
-
-    def __init__(self, score) -> None:
-        self.score = score
-
-    async def evaluate(self, state):
-        if isinstance(self.score, BaseException):
-            raise self.score
-        return self.score
 
 
 class Told(Callback):
@@ -80,8 +67,10 @@ def made_of(steps=None, score=None, close=None):
 
     def recipe(params, run):
         if run.arm == "b":
-            return RunComponents(backend=Steps(), step_builder=Steps(), num_steps=2, benchmarks=[Returns({"acc": 0.5})])
-        benchmarks = [] if score is None else [Returns(score)]
+            return RunComponents(
+                backend=Steps(), step_builder=Steps(), num_steps=2, benchmarks=[FixedEvaluator("t", 0, {"acc": 0.5})]
+            )
+        benchmarks = [] if score is None else [FixedEvaluator("t", 0, score)]
         parts = steps or Steps()
         return RunComponents(backend=parts, step_builder=parts, num_steps=2, benchmarks=benchmarks, close=close)
 

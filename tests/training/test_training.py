@@ -7,6 +7,7 @@ from evsys_bus.callback import Callback
 from evsys_bus.context import EvalResult, TrainingBatch
 from evsys_bus.training import Benchmark, TrainingLoop
 from support.files import read_json_lines
+from support.training_parts import FixedEvaluator
 
 
 class ToyBackend:
@@ -43,18 +44,6 @@ class ToyBatches:
         if step_idx in self.empty:
             return None if step_idx % 2 else TrainingBatch(data=[])
         return TrainingBatch(data=[step_idx], metrics={"tokens": 7})
-
-
-class Scores:
-    """An evaluator that plays back what it was given; an exception is raised."""
-
-    def __init__(self, name, every, score) -> None:
-        self.name, self.every, self.score = name, every, score
-
-    async def evaluate(self, state):
-        if isinstance(self.score, BaseException):
-            raise self.score
-        return self.score
 
 
 class Recorder(Callback):
@@ -114,7 +103,7 @@ async def train(tmp_path, *, recorder=None, backend=None, num_steps=4, batches=N
 
 
 async def test_hooks_fire_at_their_moments_and_in_their_order(tmp_path):
-    evaluator = Scores("val", 2, {"acc": 0.5})
+    evaluator = FixedEvaluator("val", 2, {"acc": 0.5})
     _, recorder, artifacts = await train(tmp_path, evaluators=[evaluator], save_every=3)
     assert recorder.seen == [
         ("train_start", 0),
@@ -154,7 +143,7 @@ async def test_R10_rows_are_on_disk_before_the_hook_fires(tmp_path, caplog):
 @pytest.mark.parametrize("hook", ["step_end", "checkpoint", "eval"])
 async def test_R5_a_stop_lets_the_step_finish_its_saves_and_evals_then_final_then_train_end(tmp_path, hook):
     recorder = Recorder(on=stop_at(hook, 1))
-    evaluators = [Scores("first", 2, {"a": 1}), Scores("second", 2, {"b": 2})]
+    evaluators = [FixedEvaluator("first", 2, {"a": 1}), FixedEvaluator("second", 2, {"b": 2})]
     loop, _, artifacts = await train(tmp_path, recorder=recorder, evaluators=evaluators, save_every=2)
     assert hooks(recorder)[1:] == ["step_end", "step_end", "checkpoint", "eval", "eval", "checkpoint", "train_end"]
     assert recorder.seen[-2] == ("checkpoint", "final", 1)
@@ -193,7 +182,7 @@ async def test_R11_a_hook_that_leaves_the_program_reaches_the_caller_after_train
 async def test_R12_a_benchmark_fires_eval_then_benchmark_eval_with_the_0_based_step(tmp_path):
     rows = [{"task_id": "a", "reward": 1.0}]
     benchmark = Benchmark(EvalResult(name="digits", metrics={"acc": 1.0}, tags=["val"]), rows)
-    _, recorder, _ = await train(tmp_path, num_steps=2, evaluators=[Scores("digits", 2, benchmark)])
+    _, recorder, _ = await train(tmp_path, num_steps=2, evaluators=[FixedEvaluator("digits", 2, benchmark)])
     at = hooks(recorder).index("eval")
     assert recorder.seen[at : at + 2] == [
         ("eval", 1, "digits", {"acc": 1.0}),
@@ -209,7 +198,7 @@ class PanicException(BaseException):
     "fault", [ValueError("bad"), asyncio.CancelledError(), PanicException("unwrap"), "not a score", None]
 )
 async def test_R3_a_failing_evaluator_is_logged_by_name_and_the_others_and_the_loop_go_on(tmp_path, caplog, fault):
-    evaluators = [Scores("broken", 1, fault), Scores("sound", 4, {"acc": 1.0})]
+    evaluators = [FixedEvaluator("broken", 1, fault), FixedEvaluator("sound", 4, {"acc": 1.0})]
     loop, recorder, _ = await train(tmp_path, evaluators=evaluators)
     assert ("eval", 3, "sound", {"acc": 1.0}) in recorder.seen
     assert recorder.seen[-1] == ("train_end",)
@@ -224,7 +213,7 @@ async def test_R3_a_failing_evaluator_is_logged_by_name_and_the_others_and_the_l
 async def test_an_evaluator_that_wants_to_leave_the_program_is_let_go_after_train_end(tmp_path, leave):
     recorder = Recorder()
     with pytest.raises(leave):
-        await train(tmp_path, recorder=recorder, evaluators=[Scores("leaves", 1, leave())])
+        await train(tmp_path, recorder=recorder, evaluators=[FixedEvaluator("leaves", 1, leave())])
     assert hooks(recorder) == ["train_start", "step_end", "train_end"]
 
 

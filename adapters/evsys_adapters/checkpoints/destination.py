@@ -117,8 +117,8 @@ class Destination:
         await self.store.delete(self.key(folder, MANIFEST))
         self._cached_manifests.pop(folder, None)
         for file in manifest.files:
-            if safe_relative_path(file.name) is not None:
-                await self.store.delete(self.key(folder, file.name))
+            if safe_relative_path(file.object_name) is not None:
+                await self.store.delete(self.key(folder, file.object_name))
 
     async def _existing_latest(self) -> Latest | None:
         """Return `latest`, rebuilt from the manifests if missing, damaged or of 0.1.0; None without checkpoints."""

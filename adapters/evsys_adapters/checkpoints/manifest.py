@@ -41,6 +41,13 @@ class StoredFile(msgspec.Struct, frozen=True):
     size: int
     sha256: str
     """In hexadecimal."""
+    key: str = ""
+    """Key of the object below the checkpoint's folder; empty if it is the name, which can be too long for a key."""
+
+    @property
+    def object_name(self) -> str:
+        """The last part of the object's key, below the checkpoint's folder."""
+        return self.key or self.name
 
 
 class Manifest(msgspec.Struct, frozen=True, rename={"generation": "life"}):
@@ -62,6 +69,8 @@ class Manifest(msgspec.Struct, frozen=True, rename={"generation": "life"}):
     0.1.0, and in those that arrived late, after checkpoints of another machine with more steps."""
     origin: str = ""
     """Identifies the spool that it came from; streams of one spool are ordered by their counters."""
+    left_out: dict[str, str] = {}
+    """Files that could not be uploaded, such as sockets and links that lead to nothing, with the reasons."""
 
     @property
     def sort_key(self) -> SortKey:

@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from evsys_adapters.checkpoints.manifest import is_remote_uri
-from evsys_adapters.checkpoints.spool import SPOOL_FOLDER, local_path
+from evsys_adapters.checkpoints.source_files import OWN_NAMES, RUN_FILES, RUN_RECORD, SPOOL_FOLDER, local_path
 from evsys_bus.context import ManifestRow
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import layout
 
-RUN_RECORD: Final = "checkpoints.jsonl"
-_RUN_FILES: Final = (RUN_RECORD, SPOOL_FOLDER, "metrics.jsonl", "metrics.csv", "result.json", "fetched")
-"""A run's folder contains at least one of these."""
-_OWN_NAMES: Final = frozenset({*_RUN_FILES, "journal", "error.txt", "experiment.json"})
-"""Names that we create in a run's or an experiment's folder."""
 _OUTSIDE: Final = "it lies outside the folders of the run and of its experiment"
 
 
@@ -104,7 +99,7 @@ class RemovalBounds:
         with suppress(OSError):
             if Path.cwd().is_relative_to(path):
                 yield SkippedPath(path, "it holds the current directory")
-        if path.parent in self.protected and path.name in _OWN_NAMES:
+        if path.parent in self.protected and path.name in OWN_NAMES:
             yield SkippedPath(path, "evsys-bus keeps it")
         yield from (
             SkippedPath(path, f"{other} is the folder of another run")
@@ -118,7 +113,7 @@ class RemovalBounds:
 
     def _foreign_around(self, path: Path, root: Path | None) -> Iterator[Path]:
         """Yield the path and its parents that belong to a journal, a spool or another run."""
-        marker_names = _RUN_FILES if self.protected[0] not in path.parents else (RUN_RECORD,)
+        marker_names = RUN_FILES if self.protected[0] not in path.parents else (RUN_RECORD,)
         for above in (path, *path.parents):
             if any(folder.is_relative_to(above) for folder in self.protected) or above == root:
                 break

@@ -118,7 +118,7 @@ async def fetch_checkpoint(
 
     async def work() -> None:
         for file in files:  # shared: each worker takes the next one
-            path, key = paths[file.name], destination.key(folder, file.name)
+            path, key = paths[file.name], destination.key(folder, file.object_name)
 
             def on_file_progress(count: int, _: int, name: str = file.name) -> None:
                 nonlocal fetched_bytes
@@ -180,7 +180,7 @@ async def _compare_sizes(destination: Destination, manifest: Manifest) -> None:
     except ParkedError:  # without permission to list, each object is requested
         return
     for file in manifest.files:
-        key = destination.key(folder, file.name)
+        key = destination.key(folder, file.object_name)
         if key not in sizes:
             raise MissingError(f"{key} is not in {store.where}", fix="fetch another checkpoint: this one is incomplete")
         check_size(key, sizes[key], Stored(key, file.size, file.sha256), store.where)

@@ -6,8 +6,10 @@ rejects the credentials the client is recreated and reads the keys again, so tha
 
 import asyncio
 import importlib
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +28,8 @@ class ErrorResponse(msgspec.Struct, frozen=True):
     """The error code; the status for responses without one, as to HEAD."""
     message: str = ""
     retry_after: str | None = None
+    date: str | None = None
+    """The server's time, an HTTP date."""
 
 
 class KeyOrigin(msgspec.Struct, frozen=True):
@@ -39,6 +43,12 @@ class KeyOrigin(msgspec.Struct, frozen=True):
         return f"key {self.key} ({self.origin})"
 
 
+_FIXES: Final = {
+    "EntityTooSmall": "set `part_bytes` to at least the size that the server asks for; it is 5 MiB with most",
+    "KeyTooLongError": "use a shorter prefix; keys have at most 1024 bytes",
+}
+
+
 class S3ResponseError(RefusedError):
     """An error response whose meaning depends on the request, so that the caller interprets it."""
 
@@ -46,22 +56,45 @@ class S3ResponseError(RefusedError):
         super().__init__(
             f"{where} refuses {response.operation}: {response.error_code}, status {response.status}; "
             f"{response.message}",
-            fix="look up the error code in the server's documentation; the file is still here",
+            fix=_FIXES.get(
+                response.error_code, "look up the error code in the server's documentation; the file is still here"
+            ),
         )
         self.error_code = response.error_code
         self.status = response.status
 
 
 _WRONG_SECRET: Final = frozenset({"SignatureDoesNotMatch"})
-_UNKNOWN_KEY: Final = frozenset({"InvalidAccessKeyId", "NotSignedUp"})
+_UNKNOWN_KEY: Final = frozenset({"InvalidAccessKeyId", "InvalidSecurity", "NotSignedUp", "Unauthorized"})
 _EXPIRED: Final = frozenset({"ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired"})
+_CLOCK: Final = frozenset({"RequestTimeTooSkewed", "RequestExpired", "ExpiredRequest"})
+_MAX_SKEW_SECONDS: Final = 900
+"""S3's limit."""
 _NO_BUCKET: Final = frozenset({"NoSuchBucket", "InvalidBucketName"})
 _REGION: Final = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
-_FULL: Final = frozenset({"QuotaExceeded", "EntityTooLarge", "InsufficientStorage", "XMinioStorageFull"})
-"""Parts are never too large for S3; with other servers these codes mean that the bucket's quota is used up."""
-_TRANSIENT: Final = frozenset(
+_FULL: Final = frozenset(
     {
-        "BadDigest",
+        "EntityTooLarge",
+        "InsufficientStorage",
+        "QuotaExceeded",
+        "StorageCapExceeded",
+        "TransactionCapExceeded",
+        "XMinioAdminBucketQuotaExceeded",
+        "XMinioStorageFull",
+    }
+)
+"""Parts are never too large for S3; with other servers these codes mean that the bucket's quota is used up."""
+DIGEST_ERRORS: Final = frozenset(
+    {"BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "XAmzContentSHA256Mismatch"}
+)
+"""Codes of servers that compared the digest of a body with the one announced."""
+DENIED: Final = ("AccessDenied", "AccessForbidden", "Forbidden", "403")
+"""Codes for a missing permission; HEAD has no code but its status."""
+UNSUPPORTED_STATUSES: Final = frozenset({400, 405, 501})
+"""Statuses of servers that do not know an operation or a header."""
+_TRANSIENT: Final = DIGEST_ERRORS | frozenset(
+    {
+        "ClientDisconnect",
         "ConditionalRequestConflict",
         "IncompleteBody",
         "InternalError",
@@ -71,7 +104,7 @@ _TRANSIENT: Final = frozenset(
         "SlowDown",
         "Throttling",
         "ThrottlingException",
-        "XAmzContentSHA256Mismatch",
+        "TooManyRequests",
     }
 )
 _ACTIONS: Final = {
@@ -98,6 +131,13 @@ def delivery_error_for(  # noqa: PLR0911 # a table
             after_seconds=_seconds(response.retry_after),
         )
     retry_hint = "it is read again at the next attempt"
+    skew = _skew(response.date) if error_code in _CLOCK or response.status == 403 else 0.0  # noqa: PLR2004
+    if error_code in _CLOCK or abs(skew) > _MAX_SKEW_SECONDS:
+        how = f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}" if skew else "wrong"
+        return ParkedError(
+            f"{where} refuses requests: this machine's clock is {how} ({error_code})",
+            fix="set the clock, as with `timedatectl set-ntp true`; a container has the clock of its host",
+        )
     if error_code in _WRONG_SECRET:
         return ParkedError(
             f"{where} refuses the {key}: the secret is wrong ({error_code})",
@@ -109,8 +149,6 @@ def delivery_error_for(  # noqa: PLR0911 # a table
         )
     if error_code in _EXPIRED:
         return ParkedError(f"{where} refuses the {key}: it has expired ({error_code})", fix=f"renew it; {retry_hint}")
-    if error_code == "RequestTimeTooSkewed":
-        return ParkedError(f"{where} refuses requests: this machine's clock is wrong", fix="set the clock")
     if error_code in _NO_BUCKET:
         return ParkedError(
             f"there is no bucket {bucket!r} at {where}", fix="create it, or correct the URL in the adapter's params"
@@ -133,13 +171,21 @@ def delivery_error_for(  # noqa: PLR0911 # a table
     return S3ResponseError(response, where)
 
 
+def _skew(date: str | None) -> float:
+    """Return how many seconds the local clock is ahead of an HTTP date; 0 if there is none."""
+    try:
+        return 0.0 if date is None else time.time() - parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return 0.0
+
+
 def _seconds(retry_after: str | None) -> float | None:
     return float(retry_after) if retry_after is not None and retry_after.strip().isdecimal() else None
 
 
 CONNECT_SECONDS: Final = 10.0
 REPLY_SECONDS: Final = 60.0
-LISTING_SECONDS: Final = 600.0
+_ENTRY_IDS: Final = ("Key", "UploadId", "PartNumber")
 
 _ORIGINS: Final = {
     "env": "from the environment, AWS_ACCESS_KEY_ID",
@@ -150,11 +196,25 @@ _ORIGINS: Final = {
 }
 
 
+class S3Features(msgspec.Struct, frozen=True):
+    """What a server and the permissions of a key allow, as found by `s3_probe`."""
+
+    checks_digests: bool = True
+    """Whether a body is compared with ``x-amz-checksum-sha256``. Otherwise that is not sent, and bodies are signed."""
+    create_conditions: bool = True
+    """Whether ``If-None-Match: *`` is honoured."""
+    replace_conditions: bool = True
+    """Whether ``If-Match`` is honoured."""
+    may_delete: bool = True
+    hides_missing: bool = False
+    """Whether a missing object is answered with 403, as S3 does for keys that may not list the bucket."""
+
+
 class S3Connection:
     """A connection to one bucket; it belongs to one event loop.
 
     Attributes:
-        signs_payload: Whether the content of bodies is signed; unnecessary if the server checks digests.
+        features: What the server can do; set by the store once it is known.
     """
 
     def __init__(
@@ -169,11 +229,12 @@ class S3Connection:
     ) -> None:
         self.where = f"s3://{bucket} at {endpoint}" if endpoint else f"s3://{bucket}"
         self.concurrency = concurrency
-        self.signs_payload = False
+        self.features = S3Features()
         self.bucket = bucket
         self._profile = profile
         self._settings = {"endpoint_url": endpoint, "region_name": region}
-        self._style = "path" if path_style else "auto"
+        # "auto" means "path" for another endpoint than Amazon's
+        self._style = "path" if path_style else "auto" if endpoint is None else "virtual"
         self._key = KeyOrigin("?", "from nowhere")
         self._client: Any = None  # the class is generated at run time
         self._stack = AsyncExitStack()
@@ -201,13 +262,31 @@ class S3Connection:
         async with self.requesting(_operation_name(operation), seconds=seconds, expect=expect) as client:
             return await getattr(client, operation)(Bucket=self.bucket, **params)
 
-    async def pages(self, operation: str, key: str, **params: Any) -> list[dict[str, Any]]:
-        """Return the entries of all pages of a listing."""
-        found: list[dict[str, Any]] = []
-        async with self.requesting(_operation_name(operation), seconds=LISTING_SECONDS) as client:
-            async for page in client.get_paginator(operation).paginate(Bucket=self.bucket, **params):
-                found += page.get(key, ())
-        return found
+    async def pages(
+        self, operation: str, key: str, *, expect: Sequence[str] = (), **params: Any
+    ) -> list[dict[str, Any]]:
+        """Return the entries of all pages of a listing, each once.
+
+        Servers differ in how they name the next page, so the last entry of a page replaces a missing marker.
+        """
+        found: dict[tuple[Any, ...], dict[str, Any]] = {}
+        while True:
+            try:
+                page = await self.call(operation, expect=expect, **params)
+            except S3ResponseError as error:
+                if operation != "list_objects_v2" or error.status not in UNSUPPORTED_STATUSES:
+                    raise
+                operation = "list_objects"
+                continue
+            entries: list[dict[str, Any]] = page.get(key) or []
+            count = len(found)
+            found.update({tuple(each.get(name) for name in _ENTRY_IDS): each for each in entries})
+            if not page.get("IsTruncated"):
+                return list(found.values())
+            operation, marker = _next_page(operation, page, entries)
+            if not marker or (len(found) == count and marker.items() <= params.items()):
+                raise RetryLaterError(f"{self.where} lists one page of {key} again and again")
+            params = {name: value for name, value in params.items() if name != "ContinuationToken"} | marker
 
     @asynccontextmanager
     async def requesting(
@@ -263,7 +342,7 @@ class S3Connection:
             read_timeout=REPLY_SECONDS,
             max_pool_connections=self.concurrency + 4,
             retries={"total_max_attempts": 1},
-            s3={"addressing_style": self._style, "payload_signing_enabled": self.signs_payload},
+            s3={"addressing_style": self._style, "payload_signing_enabled": not self.features.checks_digests},
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
@@ -286,6 +365,22 @@ def _operation_name(operation: str) -> str:
     return operation.title().replace("_", "")
 
 
+def _next_page(operation: str, page: dict[str, Any], entries: Sequence[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """Return the operation for the next page of a listing, and its params; without params if the page names none."""
+    if operation == "list_objects_v2" and page.get("NextContinuationToken"):
+        return operation, {"ContinuationToken": page["NextContinuationToken"]}
+    if operation in {"list_objects_v2", "list_objects"}:  # a server without version 2 ignores that it was asked for
+        last = page.get("NextMarker") or (entries[-1]["Key"] if entries else None)
+        return "list_objects", {"Marker": last} if last else {}
+    last_entry = entries[-1] if entries else {}
+    if operation == "list_parts":
+        number = page.get("NextPartNumberMarker") or last_entry.get("PartNumber")
+        return operation, {"PartNumberMarker": number} if number else {}
+    key = page.get("NextKeyMarker") or last_entry.get("Key")
+    upload = page.get("NextUploadIdMarker") or last_entry.get("UploadId")
+    return operation, {"KeyMarker": key, "UploadIdMarker": upload} if key and upload else {}
+
+
 def _response_of(operation: str, error: Any) -> ErrorResponse:
     """Extract the error response from a client exception."""
     details, metadata = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
@@ -296,6 +391,7 @@ def _response_of(operation: str, error: Any) -> ErrorResponse:
         str(details.get("Code") or status),
         str(details.get("Message", "")),
         metadata.get("HTTPHeaders", {}).get("retry-after"),
+        metadata.get("HTTPHeaders", {}).get("date"),
     )
 
 

@@ -3,8 +3,9 @@
 Single requests and downloads are here; `s3_upload` sends files in parts over an `s3_connection`. Temporary errors are
 raised as RetryLaterError and retried by the courier; only parts and downloads are retried here.
 
-Integrity does not depend on the connection: uploads carry their SHA-256, which the server verifies. `probe` tests
-whether it does; for a server that does not, the payload is signed, which every server verifies.
+Integrity does not depend on the connection: uploads carry their SHA-256, which the server verifies. `s3_probe` finds
+out whether it does; for a server that does not, the payload is signed. Likewise a server without conditional writes is
+asked for the key before it is written.
 """
 
 import asyncio
@@ -12,13 +13,21 @@ import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, Final
 
+import msgspec
 from anyio import to_thread
 
 from evsys_adapters.checkpoints.copying import HashingWriter, copy_into
-from evsys_adapters.checkpoints.s3_connection import REPLY_SECONDS, S3Connection, S3ResponseError
+from evsys_adapters.checkpoints.s3_connection import (
+    DENIED,
+    REPLY_SECONDS,
+    UNSUPPORTED_STATUSES,
+    S3Connection,
+    S3Features,
+    S3ResponseError,
+)
+from evsys_adapters.checkpoints.s3_probe import find_features, log_limits
 from evsys_adapters.checkpoints.s3_upload import FileUpload, abort_uploads, base64_of
 from evsys_adapters.checkpoints.store import (
     MAX_SMALL_BYTES,
@@ -71,7 +80,8 @@ class S3Store:
         )
         self.where = self._connection.where
         self._probed = False
-        self._supports_conditions = True
+        self._probe_lock = asyncio.Lock()
+        self._logged_features: S3Features | None = None
 
     async def open(self) -> None:
         """See `ObjectStore.open`."""
@@ -83,33 +93,24 @@ class S3Store:
 
     async def probe(self) -> None:
         """See `ObjectStore.probe`."""
-        key, data = f"{self._prefix}.evsys-bus-probe-{token_hex(4)}", b"evsys-bus was here"
-        other = base64_of(hashlib.sha256(b"something else").hexdigest())
-        try:
-            await self._connection.call("put_object", expect=["BadDigest"], Key=key, Body=data, ChecksumSHA256=other)
-        except S3ResponseError as error:
-            if error.status != 400:  # noqa: PLR2004
-                raise
-        else:
-            if not self._connection.signs_payload:
-                self._connection.signs_payload = True
-                await self._connection.close()
-        await self._connection.call("put_object", Key=key, Body=data)
-        await self._connection.call("delete_object", Key=key)
+        features = await find_features(self._connection, self._prefix)
         self._probed = True
+        if features != self._logged_features:
+            log_limits(self.where, features)
+            self._logged_features = features
 
     async def put_file(
         self, key: str, path: Path, *, ledger: UploadLedger, on_progress: ProgressCallback | None = None
     ) -> Stored:
         """See `ObjectStore.put_file`."""
         check_key(key)
-        if not self._probed:
-            await self.probe()
+        await self._ensure_probed()
         return await FileUpload(self, self._connection, key, path, ledger, on_progress).run()
 
     async def put_bytes(self, key: str, data: bytes, *, replace: bool = False) -> Stored:
         """See `ObjectStore.put_bytes`."""
         check_key(key)
+        await self._ensure_probed()
         expected = Stored(key, len(data), hashlib.sha256(data).hexdigest())
         return await self.put_whole(expected, data, replace=replace)
 
@@ -118,7 +119,7 @@ class S3Store:
     ) -> Stored:
         """See `ObjectStore.get_file`. An interrupted download is resumed, even by another process."""
         head = await self._head(key)
-        remote = Stored(key, head["ContentLength"], head["Metadata"].get("sha256"))
+        remote = Stored(key, head["ContentLength"], _digest_of(head))
         check_size(key, remote.size, stored, self.where)
         return await copy_into(
             path, remote, stored, self.where, on_progress, partial(self._read, key, head, on_progress)
@@ -127,6 +128,7 @@ class S3Store:
     async def change_bytes(self, key: str, change: Callable[[bytes | None], bytes | None]) -> bool:
         """See `ObjectStore.change_bytes`. Uses ``If-Match`` and ``If-None-Match`` if the server supports them."""
         check_key(key)
+        await self._ensure_probed()
         for _ in range(_MAX_CHANGE_ATTEMPTS):
             data, tag = None, None
             try:
@@ -138,17 +140,19 @@ class S3Store:
             changed = change(data)
             if changed is None:
                 return True
+            features = self._connection.features
             condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+            is_supported = features.create_conditions if tag is None else features.replace_conditions
             try:
-                await self._put(key, changed, condition if self._supports_conditions else {})
+                await self._put(key, changed, condition if is_supported else {})
             except S3ResponseError as error:
                 if error.error_code == "PreconditionFailed" or (tag is not None and error.status == 404):  # noqa: PLR2004
                     continue
-                if error.status not in {400, 501} or not self._supports_conditions:
+                if error.status not in UNSUPPORTED_STATUSES or not is_supported:
                     raise
-                self._supports_conditions = False
+                self._connection.features = msgspec.structs.replace(features, replace_conditions=False)
             else:
-                return self._supports_conditions
+                return is_supported
         raise RetryLaterError(f"{key} in {self.where} is changed by other processes all the time")
 
     async def get_bytes(self, key: str, *, max_bytes: int = MAX_SMALL_BYTES) -> bytes:
@@ -158,7 +162,7 @@ class S3Store:
     async def _get(self, key: str, max_bytes: int) -> tuple[bytes, str]:
         """Return a small object and its ETag."""
         try:
-            async with self._connection.requesting("GetObject") as client:
+            async with self._connection.requesting("GetObject", expect=self._missing_codes) as client:
                 reply = await client.get_object(Bucket=self._connection.bucket, Key=key)
                 async with reply["Body"] as body:
                     if int(reply.get("ContentLength") or 0) > max_bytes:
@@ -167,8 +171,8 @@ class S3Store:
         except S3ResponseError as error:
             raise self._missing_error(key, error) from error
         actual = Stored(key, len(data), hashlib.sha256(data).hexdigest())
-        check_content(actual, Stored(key, len(data), reply["Metadata"].get("sha256")), self.where)
-        return data, reply["ETag"]
+        check_content(actual, Stored(key, len(data), _digest_of(reply)), self.where)
+        return data, reply.get("ETag", "")
 
     async def names(self, prefix: str) -> list[Stored]:
         """See `ObjectStore.names`."""
@@ -185,15 +189,18 @@ class S3Store:
         for plan in await to_thread.run_sync(ledger.uploads_under, self.where, prefix):
             if await to_thread.run_sync(identity_of, plan.path) == plan.source:
                 continue
-            await abort_uploads(self._connection, plan.key)
+            await abort_uploads(self._connection, plan.key, plan.upload_id)
             await to_thread.run_sync(ledger.remove, self.where, plan.key)
             ended += 1
         return ended
 
     async def put_whole(self, expected: Stored, data: bytes, *, replace: bool = False) -> Stored:
         """Send a small object in one request."""
+        condition = {"IfNoneMatch": "*"} if self._connection.features.create_conditions and not replace else {}
+        if not condition and not replace and await self.existing(expected) is not None:
+            return expected
         try:
-            await self._put(expected.key, data, {} if replace else {"IfNoneMatch": "*"})
+            await self._put(expected.key, data, condition)
         except S3ResponseError as error:
             if error.error_code != "PreconditionFailed":
                 raise
@@ -204,14 +211,15 @@ class S3Store:
     async def _put(self, key: str, data: bytes, condition: dict[str, Any]) -> None:
         """Send the data in one request."""
         sha256 = hashlib.sha256(data).hexdigest()
+        checksum = {"ChecksumSHA256": base64_of(sha256)} if self._connection.features.checks_digests else {}
         await self._connection.call(
-            "put_object",
-            Key=key,
-            Body=data,
-            ChecksumSHA256=base64_of(sha256),
-            Metadata={"sha256": sha256},
-            **condition,
+            "put_object", Key=key, Body=data, Metadata={"sha256": sha256}, **checksum, **condition
         )
+
+    async def _ensure_probed(self) -> None:
+        async with self._probe_lock:
+            if not self._probed:
+                await self.probe()
 
     async def existing(self, expected: Stored, *, assume_missing: bool = False) -> Stored | None:
         """Return the object if it has the expected content, None if there is none.
@@ -232,7 +240,7 @@ class S3Store:
             if assume_missing:
                 return None
             raise
-        size, sha256 = head["ContentLength"], head["Metadata"].get("sha256")
+        size, sha256 = head["ContentLength"], _digest_of(head)
         if size == expected.size and sha256 is None:  # it was not stored by us
             writer = HashingWriter()
             await self._read(expected.key, head, None, writer)
@@ -247,13 +255,18 @@ class S3Store:
 
     async def _head(self, key: str) -> dict[str, Any]:
         try:
-            return await self._connection.call("head_object", Key=key)
+            return await self._connection.call("head_object", expect=self._missing_codes, Key=key)
         except S3ResponseError as error:
             raise self._missing_error(key, error) from error
 
+    @property
+    def _missing_codes(self) -> tuple[str, ...]:
+        """The codes for a missing object, beside status 404."""
+        return DENIED if self._connection.features.hides_missing else ()
+
     def _missing_error(self, key: str, error: S3ResponseError) -> StoreError:
         """Convert an error response of a read to an error about the object."""
-        if error.status != 404:  # noqa: PLR2004
+        if error.status != 404 and error.error_code not in self._missing_codes:  # noqa: PLR2004
             return error
         return MissingError(f"{key} is not in {self.where}", fix="see what is stored: evsys-bus checkpoints RUN")
 
@@ -288,3 +301,10 @@ class S3Store:
             if error.error_code not in {"PreconditionFailed", "NoSuchKey"}:
                 raise
             raise DamagedError(f"{key} in {self.where} was replaced while it was fetched", fix="fetch again") from error
+
+
+def _digest_of(head: dict[str, Any]) -> str | None:
+    """Return the SHA-256 digest that was stored with an object; Google's servers may name it in their own way."""
+    metadata = {name.lower(): value for name, value in head.get("Metadata", {}).items()}
+    headers = head.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    return metadata.get("sha256") or headers.get("x-goog-meta-sha256")

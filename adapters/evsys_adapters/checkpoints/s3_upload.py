@@ -21,7 +21,12 @@ import anyio
 import msgspec
 from anyio import to_thread
 
-from evsys_adapters.checkpoints.s3_connection import S3Connection, S3ResponseError
+from evsys_adapters.checkpoints.s3_connection import (
+    DENIED,
+    UNSUPPORTED_STATUSES,
+    S3Connection,
+    S3ResponseError,
+)
 from evsys_adapters.checkpoints.store import (
     ConflictError,
     FileIdentity,
@@ -33,6 +38,7 @@ from evsys_adapters.checkpoints.store import (
     missing_file_error,
     retrying,
 )
+from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, RetryLaterError
 
 MAX_PARTS: Final = 10_000
@@ -41,6 +47,8 @@ MAX_RESTARTS: Final = 3
 """How often an upload is restarted because its file changes."""
 COMPLETE_SECONDS: Final = 600.0
 """Servers may take minutes to assemble a large object."""
+_ANSWERS_TO_COMPLETE: Final = frozenset({"EntityTooSmall", "InvalidPart", "InvalidPartOrder", "MalformedXML"})
+"""Codes about the parts, and not about the condition."""
 MIN_BYTES_PER_SECOND: Final = 50_000
 """A slower upload of a part times out."""
 
@@ -150,22 +158,28 @@ class FileUpload:
     ) -> dict[int, UploadedPart] | None:
         """Return the parts of the ledger that the server confirms; None if it does not know the upload."""
         try:
-            server_parts = await self._connection.pages("list_parts", "Parts", Key=self._key, UploadId=plan.upload_id)
+            server_parts = await self._connection.pages(
+                "list_parts", "Parts", expect=DENIED, Key=self._key, UploadId=plan.upload_id
+            )
         except S3ResponseError as error:
+            if error.error_code in DENIED or error.status in UNSUPPORTED_STATUSES:
+                return parts  # it confirmed each of them; if one is missing, it refuses to complete the upload
             if error.error_code != "NoSuchUpload":
                 raise
             return None
-        sizes = {part["PartNumber"]: (part["ETag"], part["Size"]) for part in server_parts}
-        return {number: part for number, part in parts.items() if sizes.get(number) == (part.tag, _size(plan, number))}
+        sizes = {part["PartNumber"]: (_bare_tag(part["ETag"]), part["Size"]) for part in server_parts}
+        return {
+            number: part
+            for number, part in parts.items()
+            if sizes.get(number) == (_bare_tag(part.tag), _size(plan, number))
+        }
 
     async def _start_upload(self, plan: UploadPlan) -> UploadPlan:
         await to_thread.run_sync(self._ledger.begin, plan)
-        reply = await self._connection.call(
-            "create_multipart_upload",
-            Key=self._key,
-            Metadata={"sha256": plan.sha256},
-            ChecksumAlgorithm="SHA256",
-        )
+        params: dict[str, Any] = {"Metadata": {"sha256": plan.sha256}}
+        if self._connection.features.checks_digests:
+            params["ChecksumAlgorithm"] = "SHA256"
+        reply = await self._connection.call("create_multipart_upload", Key=self._key, **params)
         plan = msgspec.structs.replace(plan, upload_id=reply["UploadId"])
         await to_thread.run_sync(self._ledger.begin, plan)
         return plan
@@ -210,7 +224,7 @@ class FileUpload:
             PartNumber=number,
             Body=PartBody(file, (number - 1) * plan.part_bytes, size),
             ContentLength=size,
-            ChecksumSHA256=base64_of(plan.digests[number - 1]),
+            **self._checksum(plan, number),
             seconds=60 + size / MIN_BYTES_PER_SECOND,
         )
         part = UploadedPart(number, reply["ETag"])
@@ -220,26 +234,45 @@ class FileUpload:
     async def _complete(self, plan: UploadPlan, parts: dict[int, UploadedPart]) -> bool:
         """Complete the upload; returns False if the object has to be checked instead."""
         listed = [
-            {"PartNumber": number, "ETag": part.tag, "ChecksumSHA256": base64_of(plan.digests[number - 1])}
+            {"PartNumber": number, "ETag": part.tag, **self._checksum(plan, number)}
             for number, part in sorted(parts.items())
         ]
-        try:
+
+        async def complete(**condition: Any) -> None:
             await self._connection.call(
                 "complete_multipart_upload",
                 Key=self._key,
                 UploadId=plan.upload_id,
-                IfNoneMatch="*",
                 MultipartUpload={"Parts": listed},
                 seconds=COMPLETE_SECONDS,
+                **condition,
             )
+
+        try:
+            if self._connection.features.create_conditions:
+                try:
+                    return await complete(IfNoneMatch="*") is None
+                except S3ResponseError as error:
+                    if error.status not in UNSUPPORTED_STATUSES or error.error_code in _ANSWERS_TO_COMPLETE:
+                        raise
+            if await self._bucket.existing(Stored(self._key, plan.source.size, plan.sha256)) is not None:
+                return False
+            await complete()
         except S3ResponseError as error:
             if error.error_code not in {"NoSuchUpload", "PreconditionFailed", "InvalidPart"}:
                 raise
             return False
         return True
 
+    def _checksum(self, plan: UploadPlan, number: int) -> dict[str, Any]:
+        """Return the digest of a part as a param of a request, if the server knows digests."""
+        if not self._connection.features.checks_digests:
+            return {}
+        return {"ChecksumSHA256": base64_of(plan.digests[number - 1])}
+
     async def _abort(self) -> None:
-        await abort_uploads(self._connection, self._key)
+        found = await to_thread.run_sync(self._ledger.find, self._connection.where, self._key)
+        await abort_uploads(self._connection, self._key, found and found[0].upload_id)
         await to_thread.run_sync(self._ledger.remove, self._connection.where, self._key)
 
     def _open(self) -> BinaryIO:
@@ -261,20 +294,46 @@ class FileUpload:
             self._on_progress(done, size)
 
 
-async def abort_uploads(connection: S3Connection, key: str) -> None:
-    """Abort all uploads to exactly this key that the server lists; a checkpoint's key has one writer."""
-    for upload in await connection.pages("list_multipart_uploads", "Uploads", Prefix=key):
-        if upload["Key"] == key:
-            try:
-                await connection.call("abort_multipart_upload", Key=key, UploadId=upload["UploadId"])
-            except S3ResponseError as error:
-                if error.error_code != "NoSuchUpload":
-                    raise
+async def abort_uploads(connection: S3Connection, key: str, upload_id: str | None = None) -> None:
+    """Abort all uploads to exactly this key that the server lists; a checkpoint's key has one writer.
+
+    A missing permission is logged, and the parts stay until a rule of the bucket removes them.
+
+    Args:
+        connection: The connection.
+        key: The key.
+        upload_id: An upload that is known; all that is aborted if the server does not list uploads.
+    """
+    upload_ids = [] if upload_id is None else [upload_id]
+    try:
+        listed = await connection.pages("list_multipart_uploads", "Uploads", expect=DENIED, Prefix=key)
+        upload_ids += [each["UploadId"] for each in listed if each["Key"] == key]
+    except S3ResponseError as error:
+        if error.error_code not in DENIED and error.status not in UNSUPPORTED_STATUSES:
+            raise
+    for each in dict.fromkeys(upload_ids):
+        try:
+            await connection.call("abort_multipart_upload", expect=DENIED, Key=key, UploadId=each)
+        except S3ResponseError as error:
+            if error.error_code == "NoSuchUpload":
+                continue
+            log().warning(
+                "checkpoint.upload_not_aborted",
+                key=key,
+                where=connection.where,
+                error=error.error_code,
+                fix="grant s3:AbortMultipartUpload, or let a lifecycle rule of the bucket remove incomplete uploads",
+            )
 
 
 def base64_of(digest: str) -> str:
     """Convert a hexadecimal digest to Base64, as S3 expects it."""
     return base64.b64encode(bytes.fromhex(digest)).decode()
+
+
+def _bare_tag(tag: str) -> str:
+    """Return an ETag without its quotes, which some servers leave out of listings."""
+    return tag.strip('"')
 
 
 def _size(plan: UploadPlan, number: int) -> int:

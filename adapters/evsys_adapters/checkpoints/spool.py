@@ -15,6 +15,7 @@ halves of the adapter create entries: the courier may receive the event before t
 
 import errno
 import os
+import re
 import shutil
 import stat
 import time
@@ -23,13 +24,13 @@ from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Final, NamedTuple, Self
-from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
 import msgspec
 
 from evsys_adapters._runs import safe_name
-from evsys_adapters.checkpoints.manifest import Manifest, PartName, checkpoint_folder, component, is_remote_uri
+from evsys_adapters.checkpoints.manifest import PARTS, Manifest, PartName, checkpoint_folder, is_remote_uri
+from evsys_adapters.checkpoints.source_files import SPOOL_FOLDER, SourceFile, UnusableSourceError, files_of, local_path
 from evsys_adapters.checkpoints.store_urls import StoreOptions
 from evsys_bus import location
 from evsys_bus.codec import to_builtins
@@ -38,14 +39,18 @@ from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
 from evsys_bus.files import load_file, replace_file
 
-SPOOL_FOLDER: Final = "spool"
 ENTRY_NAME: Final = "entry.json"
 RECORD_SUFFIX: Final = ".done.json"
 REFUSED_SUFFIX: Final = ".refused"
 _ORIGIN: Final = "origin.json"
 _MAX_BYTES: Final = 256 << 20
 """Maximum size of an entry or a marker; enough for the names of a million files."""
+_LOG_NAME: Final = re.compile(r"\.(log|jsonl|csv|tsv|txt|out|err|wandb)$|tfevents")
+_ATTEMPTS: Final = 3
+"""Attempts to list and link files while the trainer removes some."""
+_MAX_SHOWN: Final = 5
 STALE_SECONDS: Final = 3600.0
+_UNREADABLE: Final = {errno.EACCES, errno.EPERM}
 _NO_LINKS: Final = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS}
 
 
@@ -68,6 +73,8 @@ class SpoolEntry(msgspec.Struct, frozen=True):
     sampler: str | None = None
     number: int = 0
     """Counts the pending entries of one checkpoint; greater is later."""
+    left_out: dict[str, str] = {}
+    """See `Manifest`."""
 
 
 class UploadRecord(msgspec.Struct, frozen=True, rename={"store_options": "reach"}):
@@ -86,10 +93,21 @@ class PendingUpload(NamedTuple):
     entry: SpoolEntry | None
     """None if its ``entry.json`` is missing or damaged; `Spool.repair` rebuilds it."""
 
-    def changed_file(self) -> str | None:
-        """Return a file that has changed since the event: writing to a file changes all its hard links."""
+    def changed_files(self) -> list[SpooledFile]:
+        """Return the files that have changed since the event: writing to a file changes all its hard links."""
         files = () if self.entry is None else self.entry.files
-        return next((file.name for file in files if not _is_as_announced(self.folder / file.name, file)), None)
+        return [file for file in files if not self.is_as_announced(file)]
+
+    def is_as_announced(self, file: SpooledFile) -> bool:
+        """Whether a file is unchanged since the event."""
+        return _is_as_announced(self.folder / file.name, file)
+
+    def is_growing_log(self, file: SpooledFile) -> bool:
+        """Whether a changed file is one of a directory, has the name of a log, and has only grown."""
+        with suppress(OSError):
+            is_longer = (self.folder / file.name).stat().st_size > file.size
+            return is_longer and file.name.count("/") > 1 and _LOG_NAME.search(file.name) is not None
+        return False
 
 
 class Spool:
@@ -122,9 +140,20 @@ class Spool:
         """Link the checkpoint's files into the spool; returns None if exactly these were uploaded already.
 
         Raises:
-            OSError: A file is missing, or cannot be linked.
+            FileNotFoundError: A file is missing.
+            UnusableSourceError: The checkpoint cannot be read.
+            OSError: The spool cannot be written.
         """
-        sources, entry = _collect_files(row, parts)
+        for attempt in range(_ATTEMPTS):
+            try:
+                return self._add(row, parts)
+            except FileNotFoundError:  # a temporary file of the trainer, or the whole checkpoint
+                if attempt + 1 == _ATTEMPTS:
+                    raise
+        raise AssertionError
+
+    def _add(self, row: ManifestRow, parts: Iterable[PartName]) -> PendingUpload | None:
+        sources, entry = _collect_files(row, parts, self._run_dir)
         folder = self.folder / f"{checkpoint_folder(entry.row)}@{_fingerprint(sources, entry)}"
         if not folder.is_dir() and not self._is_uploaded(folder):
             numbers = [each.entry.number for each in self.pending(row) if each.entry is not None]
@@ -159,7 +188,7 @@ class Spool:
         """
         folder, entry = pending
         if entry is None:
-            entry = _rebuild_entry(folder, row, tuple(parts))
+            entry = _rebuild_entry(folder, row, tuple(parts), self._run_dir)
             if entry is None:
                 what = f"{ENTRY_NAME} is damaged, and the remaining files differ from those of the checkpoint event"
                 raise FileNotFoundError(errno.ENOENT, what, str(folder / ENTRY_NAME))
@@ -214,6 +243,10 @@ class Spool:
         with suppress(FileNotFoundError):  # it was removed meanwhile
             pending.folder.rename(quarantined)
 
+    @property
+    def _run_dir(self) -> Path:
+        return self.folder.parent.parent
+
     def _marker(self, folder: Path) -> Path:
         return folder.with_name(f"{folder.name}{RECORD_SUFFIX}")
 
@@ -226,20 +259,28 @@ class Spool:
             if requested in {None, path.name.rpartition("@")[0]}:
                 yield path
 
-    def _make_entry(self, folder: Path, sources: "list[_SourceFile]", entry: SpoolEntry) -> None:
+    def _make_entry(self, folder: Path, sources: list[SourceFile], entry: SpoolEntry) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         temporary = self.folder / f".{uuid4().hex}"
         start, copied = time.monotonic(), 0
         made: set[str] = set()
         try:
             temporary.mkdir(mode=0o700)
+            linked: list[SpooledFile] = []
             for source, file in zip(sources, entry.files, strict=True):
                 target = f"{temporary}/{file.name}"
                 parent = target.rpartition("/")[0]
                 if parent not in made:
-                    os.makedirs(parent, exist_ok=True)  # noqa: PTH103 # as in `_files`
+                    os.makedirs(parent, exist_ok=True)  # noqa: PTH103 # as in `files_of`
                     made.add(parent)
-                copied += 0 if _link_or_copy(source.path, target) else file.size
+                try:
+                    copied += 0 if _link_or_copy(source.path, target) else file.size
+                    linked.append(file)
+                except OSError as error:
+                    if error.errno not in _UNREADABLE or error.filename != source.path:
+                        raise
+                    entry.left_out[file.name] = str(error.strerror)
+            entry = msgspec.structs.replace(entry, files=linked)
             replace_file(temporary / ENTRY_NAME, msgspec.json.encode(entry))
             temporary.rename(folder)
             OsDisk().sync_path(str(self.folder))
@@ -247,6 +288,14 @@ class Spool:
             shutil.rmtree(temporary, ignore_errors=True)
             if not folder.is_dir():  # unless the other half created it meanwhile
                 raise
+        if entry.left_out:
+            log().warning(
+                "checkpoint.files_left_out",
+                checkpoint=folder.name,
+                files=len(entry.left_out),
+                why=dict(list(entry.left_out.items())[:_MAX_SHOWN]),
+                fix="save only files that can be read; the others are uploaded",
+            )
         if copied:
             log().warning(
                 "checkpoint.copied",
@@ -258,26 +307,16 @@ class Spool:
             )
 
 
-class _SourceFile(NamedTuple):
-    path: str
-    """Resolved path, without symbolic links."""
-    status: os.stat_result
-
-
-def local_path(path: str) -> Path:
-    """Return the local path of a path or ``file://`` URI."""
-    return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path)
-
-
-def _collect_files(row: ManifestRow, parts: Iterable[PartName]) -> tuple[list[_SourceFile], SpoolEntry]:
+def _collect_files(row: ManifestRow, parts: Iterable[PartName], run_dir: Path) -> tuple[list[SourceFile], SpoolEntry]:
     """Collect the files of a checkpoint and their names in the spool."""
     journaled = _as_journaled(row)
-    sources: list[_SourceFile] = []
+    sources: list[SourceFile] = []
     files: list[SpooledFile] = []
     names: dict[str, str] = {}
     placed_names: dict[str, str] = {}
+    left_out: dict[str, str] = {}
     for part in parts:
-        path = row.state_path if part == "state" else row.sampler_path
+        path = _path_of(row, part)
         if path is None:
             continue
         if path not in placed_names:
@@ -286,50 +325,29 @@ def _collect_files(row: ManifestRow, parts: Iterable[PartName]) -> tuple[list[_S
             else:
                 root = local_path(path)
                 placed_names[path] = f"{part}/{safe_name(root.name)}"
-                for relative, source in _files(root):
-                    sources.append(source)
+                for relative, found in files_of(root, run_dir):
                     name = f"{placed_names[path]}/{relative}" if relative else placed_names[path]
-                    files.append(SpooledFile(name, source.status.st_size, source.status.st_mtime_ns))
+                    if isinstance(found, str):
+                        left_out[name] = found
+                        continue
+                    sources.append(found)
+                    files.append(SpooledFile(name, found.status.st_size, found.status.st_mtime_ns))
         names[part] = placed_names[path]
-    return sources, SpoolEntry(journaled, files, names.get("state"), names.get("sampler"))
+    if left_out and not files:
+        name, why = next(iter(left_out.items()))
+        raise UnusableSourceError(0, f"none of its files can be uploaded, as {name}: {why}", journaled.name)
+    return sources, SpoolEntry(journaled, files, names.get("state"), names.get("sampler"), left_out=left_out)
+
+
+def _path_of(row: ManifestRow, part: PartName) -> str | None:
+    """Return the path of a part; a trainer may give an object for it."""
+    path: str | os.PathLike[str] | None = row.state_path if part == "state" else row.sampler_path
+    return None if path is None else os.fsdecode(path)
 
 
 def _as_journaled(row: ManifestRow) -> ManifestRow:
     """Return the row as decoded from the journal, so that both halves use the same names."""
     return msgspec.convert(to_builtins(row)[0], ManifestRow)
-
-
-def _files(root: Path) -> Iterator[tuple[str, _SourceFile]]:
-    """Yield the files below a directory with their relative names; for a file, itself with an empty name."""
-    status = os.stat(root)  # noqa: PTH116 # strings from here on: for many files, a Path costs more than its link
-    if stat.S_ISDIR(status.st_mode):
-        yield from _files_below(os.fspath(root), "", ((status.st_dev, status.st_ino),))
-    else:
-        yield "", _source_file(os.path.realpath(root), status)
-
-
-def _files_below(folder: str, names: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, _SourceFile]]:
-    with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
-    for entry in entries:
-        path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path  # os.link would link the link
-        status, name = os.stat(path), f"{names}{_safe_file_name(entry.name)}"  # noqa: PTH116 # as above
-        if not stat.S_ISDIR(status.st_mode):
-            yield name, _source_file(path, status)
-        elif (status.st_dev, status.st_ino) not in ancestors:  # else a link leads back up
-            yield from _files_below(path, f"{name}/", (*ancestors, (status.st_dev, status.st_ino)))
-
-
-def _source_file(path: str, status: os.stat_result) -> _SourceFile:
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file", path)
-    return _SourceFile(path, status)
-
-
-def _safe_file_name(name: str) -> str:
-    """Return a file's name as one component of a key; hidden files keep their name."""
-    bare = name.removeprefix(".")
-    return name if safe_name(bare) == bare else component(name)
 
 
 def _link_or_copy(source: str, target: str) -> bool:
@@ -338,7 +356,7 @@ def _link_or_copy(source: str, target: str) -> bool:
         try:
             os.link(source, target)
         except FileNotFoundError:
-            os.makedirs(target.rpartition("/")[0], exist_ok=True)  # noqa: PTH103 # as in `_files`
+            os.makedirs(target.rpartition("/")[0], exist_ok=True)  # noqa: PTH103 # as in `files_of`
             os.link(source, target)
     except OSError as error:
         if error.errno not in _NO_LINKS:
@@ -363,7 +381,7 @@ def _load_record(marker: Path, *, quarantine: bool = False) -> UploadRecord | No
 
 def _is_as_announced(path: str | Path, file: SpooledFile) -> bool:
     try:
-        now = os.stat(path)  # noqa: PTH116 # as in `_files`
+        now = os.stat(path)  # noqa: PTH116 # as in `files_of`
     except (FileNotFoundError, NotADirectoryError):
         return False
     return stat.S_ISREG(now.st_mode) and (now.st_size, now.st_mtime_ns) == (file.size, file.mtime_ns)
@@ -371,7 +389,8 @@ def _is_as_announced(path: str | Path, file: SpooledFile) -> bool:
 
 def _find_source(row: ManifestRow, file: SpooledFile) -> str | None:
     """Return the original path of an entry's file if it is unchanged."""
-    for part, path in (("state", row.state_path), ("sampler", row.sampler_path)):
+    for part in PARTS:
+        path = _path_of(row, part)
         if path is None or is_remote_uri(path):
             continue
         root = local_path(path)
@@ -381,11 +400,11 @@ def _find_source(row: ManifestRow, file: SpooledFile) -> str | None:
     return None
 
 
-def _rebuild_entry(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> SpoolEntry | None:
+def _rebuild_entry(folder: Path, row: ManifestRow, parts: tuple[PartName, ...], run_dir: Path) -> SpoolEntry | None:
     """Rebuild an entry from the original files, or from those in the entry, if the fingerprint matches."""
     for found in (row, _row_in_spool(folder, row, parts)):
         with suppress(OSError):
-            sources, entry = _collect_files(found, parts)
+            sources, entry = _collect_files(found, parts, run_dir)
             if folder.name.endswith(f"@{_fingerprint(sources, entry)}"):
                 return msgspec.structs.replace(entry, row=_as_journaled(row))
     return None
@@ -393,7 +412,7 @@ def _rebuild_entry(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) 
 
 def _row_in_spool(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -> ManifestRow:
     """Return the row with the paths of the files in an entry."""
-    state, sampler = row.state_path, row.sampler_path
+    state, sampler = _path_of(row, "state"), _path_of(row, "sampler")
     here: dict[str, str] = {}
     for part, path in (("state", state), ("sampler", sampler)):
         if path is not None and part in parts and not is_remote_uri(path):
@@ -402,7 +421,7 @@ def _row_in_spool(folder: Path, row: ManifestRow, parts: tuple[PartName, ...]) -
     return msgspec.structs.replace(row, state_path=paths[0], sampler_path=paths[1])
 
 
-def _fingerprint(sources: list[_SourceFile], entry: SpoolEntry) -> str:
+def _fingerprint(sources: list[SourceFile], entry: SpoolEntry) -> str:
     known = [
         (file.name, file.size, file.mtime_ns, source.status.st_ino)
         for file, source in zip(entry.files, sources, strict=True)

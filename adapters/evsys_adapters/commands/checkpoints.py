@@ -20,7 +20,7 @@ from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import Manifest, checkpoint_folder, component
 from evsys_adapters.checkpoints.removal import local_paths
 from evsys_adapters.checkpoints.spool import REFUSED_SUFFIX, SPOOL_FOLDER, Spool
-from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool
+from evsys_adapters.checkpoints.store_urls import StoreOptions, StorePool, join_url
 from evsys_bus.cli.events import EventFilter, EventReader
 from evsys_bus.cli.output.formatting import NO_VALUE, format_size, format_table
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
@@ -110,8 +110,12 @@ def command(screen: Screen, asked: str | None, url: str | None, reach: StoreOpti
     if not states:
         screen.note("no checkpoint is recorded")
         return
-    lines = [_json(each) for each in states] if as_json else _table(states)
-    click.echo("\n".join(lines))
+    if as_json:
+        for each in states:
+            row = {"type": "checkpoint", "checkpoint": each.name} | msgspec.to_builtins(each, enc_hook=str)
+            click.echo(msgspec.json.encode(row).decode())
+        return
+    click.echo("\n".join(_table(states)))
 
 
 def _table(states: list[CheckpointState]) -> list[str]:
@@ -130,15 +134,6 @@ def _table(states: list[CheckpointState]) -> list[str]:
             ]
         )
     return format_table([[printable(cell) for cell in row] for row in rows], terminal_width(sys.stdout))
-
-
-def _json(state: CheckpointState) -> str:
-    row: dict[str, Any] = {
-        "type": "checkpoint",
-        "checkpoint": state.name,
-        **msgspec.to_builtins(state, enc_hook=str),
-    }
-    return msgspec.json.encode(row).decode()
 
 
 def _show_remote(url: str, options: StoreOptions, run: str, *, as_json: bool) -> None:
@@ -237,7 +232,7 @@ def _remote_copies(run_dir: Path, row: ManifestRow, pruned: str | None) -> Itera
     for folder in sorted((run_dir / SPOOL_FOLDER).glob("*/")):
         spool = Spool(folder)
         for done in spool.uploaded(row):
-            is_pruned = pruned is not None and pruned.startswith(done.url.rstrip("/"))
+            is_pruned = pruned is not None and pruned.startswith(join_url(done.url))
             size = sum(file.size for file in done.manifest.files)
             yield RemoteCopy("pruned" if is_pruned else "uploaded", done.url, done.store_options, size)
         pending = spool.pending(row)

@@ -148,18 +148,6 @@ class Run:
     checkpoints: set[tuple[Any, Any, Any]] | None = None
     """Stored checkpoints by label, step and URI; None if unknown."""
 
-    def record_eval(self, name: str, slot: int, eval_id: ServerId | None) -> None:
-        """Record an eval once all its predictions are stored; earlier, it would be duplicated after a crash."""
-        self.evals.setdefault(name, []).append(slot)
-        if eval_id is not None:
-            self.claimed = [*self.claimed, eval_id][-MAX_EVAL_IDS:]
-
-    def count_left_out(self, names: list[str]) -> None:
-        """Count omitted values."""
-        for name in names:
-            if name in self.left_out or len(self.left_out) < MAX_NAMES:
-                self.left_out[name] = self.left_out.get(name, 0) + 1
-
 
 _NOT_STORED: Final = frozenset({"refused", "made_here", "checkpoints"})
 
@@ -270,8 +258,6 @@ class ServerObjectCreator:
         forgotten_times = [created_at for our_id in self.known.prune() if (created_at := id_time(our_id)) is not None]
         self._start_time = max(self._start_time, *forgotten_times) if forgotten_times else self._start_time
 
-    # -- lookup of the experiment and run of an event ------------------------------------------------------------------
-
     def experiment_of(self, handle: object, envelope: Envelope) -> Experiment:
         """Return the experiment that a context or a state belongs to."""
         ctx = run_context(handle)
@@ -296,8 +282,6 @@ class ServerObjectCreator:
             known = self.known.add_run(Run(our_id, path, self.experiment_of(handle, envelope).our_id))
         self.known.run_at[path] = known  # its folder may have been moved
         return known
-
-    # -- creations ----------------------------------------------------------------------------------------------------
 
     async def ensure_experiment(self, experiment: Experiment, handle: object, project: str | None) -> None:
         """Create the experiment at the server unless it exists.
@@ -411,8 +395,6 @@ class ServerObjectCreator:
             await self._call_once((run.our_id, *key), "add_checkpoint", {"run_id": run.id, **args})
             run.checkpoints.add(key)
         self._uncertain.discard((run.our_id, *key))
-
-    # -----------------------------------------------------------------------------------------------------------------
 
     async def _find_or_create(
         self,

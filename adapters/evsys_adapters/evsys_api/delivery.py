@@ -24,7 +24,7 @@ import anyio
 from evsys_adapters._params import validate_params
 from evsys_adapters._runs import field as field_of
 from evsys_adapters._runs import list_or_empty, run_id, step_of
-from evsys_adapters.evsys_api.creation import PendingEval, Run, ServerObjectCreator
+from evsys_adapters.evsys_api.creation import MAX_EVAL_IDS, MAX_NAMES, PendingEval, Run, ServerObjectCreator
 from evsys_adapters.evsys_api.gateway import (
     DEFAULT_URL,
     EvsysLoggerConfig,
@@ -130,8 +130,6 @@ class EvsysSink(Sink):
             ExperimentEnd: self._on_experiment_end,
         }
 
-    # -- called by the courier ----------------------------------------------------------------------------------------
-
     async def open(self) -> None:
         """Check that there is an API key, or that none is needed.
 
@@ -209,8 +207,6 @@ class EvsysSink(Sink):
         for each in starts:
             if isinstance(each.event, RunStart | EvsysRun):
                 self._contexts[run_id(each.event.ctx)] = each.event.ctx
-
-    # -- batches ------------------------------------------------------------------------------------------------------
 
     async def _handle(self, envelope: Envelope) -> None:
         key = (envelope.stream, envelope.seq)
@@ -312,8 +308,6 @@ class EvsysSink(Sink):
             for half in (names[: len(names) // 2], names[len(names) // 2 :]):
                 await self._log(row, {name: metrics[name] for name in half})
 
-    # -- hooks --------------------------------------------------------------------------------------------------------
-
     async def _on_experiment_start(self, event: ExperimentStart, envelope: Envelope) -> None:
         experiment = self._creator.experiment_of(event.ctx, envelope)
         await self._creator.ensure_experiment(experiment, event.ctx, self._project())
@@ -369,7 +363,9 @@ class EvsysSink(Sink):
         await self._creator.ensure_eval(run, pending, key, args)
         await self._send_predictions(run, pending, list_or_empty(event.predictions), step)
         del self._pending_evals[key]
-        run.record_eval(name, slot, pending.id)
+        run.evals.setdefault(name, []).append(slot)  # not before all is stored: a crash would leave the eval without it
+        if pending.id is not None:
+            run.claimed = [*run.claimed, pending.id][-MAX_EVAL_IDS:]
         left_out = list_or_empty(field_of(args["breakdowns"], LEFT_OUT))
         self._warn_left_out(run, [f"{name}/{each}" for each in left_out])
         if pending.refused:
@@ -378,19 +374,17 @@ class EvsysSink(Sink):
             raise OperationRefusedError(f"{number}, the first {first}: {why}")
 
     async def _on_train_end(self, event: TrainEnd, envelope: Envelope) -> None:
+        del envelope
         run = self._known.run_at.get(run_id(event.state))
         if run is not None and run.id is not None and not run.announced:
             error = getattr(event.state, "error", None)
             stopped = getattr(event.state, "stop_reason", None) == "cancelled"
             await self._end_run(run, "failed" if error else "cancelled" if stopped else "completed", error)
-            self._contexts.pop(run.path, None)
-        del envelope
 
     async def _on_run_end(self, event: RunEnd, envelope: Envelope) -> None:
         run = await self._run_of(event.ctx, envelope)
         status, error = (field_of(event.run_result, name) or field_of(event.arm, name) for name in ("status", "error"))
         await self._end_run(run, status, error)
-        self._contexts.pop(run.path, None)
 
     async def _on_experiment_end(self, event: ExperimentEnd, envelope: Envelope) -> None:
         experiment = self._creator.experiment_of(event.ctx, envelope)
@@ -412,6 +406,7 @@ class EvsysSink(Sink):
             patch["summary"] = {LEFT_OUT: dict(run.left_out)}
         await self._call("update_run", {"run_id": run.id, "patch": patch})
         run.ended = True
+        self._contexts.pop(run.path, None)
 
     async def _resume_run(self, run: Run) -> None:
         """Mark a run that had ended as running again."""
@@ -433,7 +428,9 @@ class EvsysSink(Sink):
 
     def _warn_left_out(self, run: Run, names: list[str]) -> None:
         if names:
-            run.count_left_out(names)
+            for name in names:
+                if name in run.left_out or len(run.left_out) < MAX_NAMES:
+                    run.left_out[name] = run.left_out.get(name, 0) + 1
             self._faults.warn(
                 "evsys.values_left_out",
                 run.path,
