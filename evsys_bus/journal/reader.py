@@ -73,6 +73,8 @@ class JournalReader:
     def __init__(self, directory: str | os.PathLike[str], disk: Disk | None = None) -> None:
         self.directory: Final = os.fspath(directory)
         self._disk = OsDisk() if disk is None else disk
+        self._declared_live: dict[str, tuple[int, bool]] = {}
+        """By lock file: its size, and what its owner has declared."""
 
     def streams(self, family: Family = "r") -> list[str]:
         """List the streams in order; none where there is no journal."""
@@ -86,10 +88,20 @@ class JournalReader:
     def is_live(self, stream: str) -> bool:
         """Whether a process has the stream open for writing, and has not declared that nothing more will come."""
         path = f"{self.directory}/{stream}/{layout.LOCK}"
-        if not self._disk.is_locked(path):
-            return False
-        owner = layout.read_owner(self._disk, path)
-        return owner is None or owner.is_live
+        return self._disk.is_locked(path) and self._is_declared_live(path)
+
+    def _is_declared_live(self, path: str) -> bool:
+        """Whether the owner of a lock file has not declared that nothing more will come. The file only grows."""
+        try:
+            size = self._disk.size(path)
+        except OSError:
+            return True
+        known_size, is_live = self._declared_live.get(path, (-1, True))
+        if size != known_size:
+            owner = layout.read_owner(self._disk, path)
+            is_live = owner is None or owner.is_live
+            self._declared_live[path] = size, is_live
+        return is_live
 
     def read(self, stream: str, after: int = 0) -> Iterator[Record]:
         """Yield the events after sequence ``after`` that the stream has now.
