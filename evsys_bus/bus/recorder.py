@@ -227,7 +227,13 @@ class EventRecorder:
         whole_context: bool = False,
     ) -> bytes:
         envelope = Envelope(self._stream, self.writer.next_sequence, now, event, run, self._rank)
-        return encode(envelope, max_event_bytes=max_event_bytes, redaction=self._redaction, whole_context=whole_context)
+        return encode(
+            envelope,
+            max_event_bytes=max_event_bytes,
+            redaction=self._redaction,
+            whole_context=whole_context,
+            log_replacements=True,
+        )
 
     def _missing_context(self, event: Event) -> tuple[str | None, str] | None:
         """Return the run whose whole context the event must carry because no recorded event has it yet."""

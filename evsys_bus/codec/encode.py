@@ -52,6 +52,7 @@ def encode(
     redaction: Redaction = _DEFAULT_REDACTION,
     secrets: frozenset[str] = frozenset(),
     whole_context: bool = False,
+    log_replacements: bool = False,
 ) -> bytes:
     """Encode an envelope as msgpack. Never raises; a value that cannot be encoded does not affect the others.
 
@@ -61,16 +62,25 @@ def encode(
         redaction: Which keys are redacted besides those that look like credentials, and which are not.
         secrets: The former name of ``redaction.redact``.
         whole_context: Include the whole context of a state in the event, not just the run key.
+        log_replacements: Log what was replaced, once for each path; `event_encoder` always does.
     """
     if secrets:
         redaction = Redaction.of({*redaction.redact, *secrets}, redaction.reveal)
     if envelope.replaced or whole_context:
-        return _encode_normalized(envelope, max_event_bytes, redaction, whole_context=whole_context)
+        return _encode_normalized(
+            envelope, max_event_bytes, redaction, whole_context=whole_context, log_replacements=log_replacements
+        )
     event_type = type(envelope.event)
     if not issubclass(event_type, Event):
-        return _encode_normalized(envelope, max_event_bytes, redaction)
+        return _encode_normalized(envelope, max_event_bytes, redaction, log_replacements=log_replacements)
     return _general_encoder(
-        event_type, envelope.stream, envelope.rank, lambda _: envelope.run, redaction, max_event_bytes
+        event_type,
+        envelope.stream,
+        envelope.rank,
+        lambda _: envelope.run,
+        redaction,
+        max_event_bytes,
+        log_replacements=log_replacements,
     )(cast("Event", envelope.event), envelope.seq, envelope.time)
 
 
@@ -96,7 +106,7 @@ def event_encoder(
         needs_context: Whether the context of a state's run is not recorded yet; then `RunContextNeeded` is raised.
             Called whenever a state has changed since the last step.
     """
-    encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES)
+    encode_any = _general_encoder(event_type, stream, rank, run_of, redaction, MAX_EVENT_BYTES, log_replacements=True)
     if event_type is not StepEnd:
         return (
             encode_any
@@ -126,6 +136,8 @@ def _general_encoder(
     run_of: Callable[[Any], str | None],
     redaction: Redaction,
     max_event_bytes: int,
+    *,
+    log_replacements: bool,
 ) -> Callable[[Event, int, float], bytes]:
     """Return the general encoder for one type of event, without templates."""
     copy = _cached_event_copier(event_type)
@@ -139,8 +151,9 @@ def _general_encoder(
                 reasons: Reasons = {}
                 wire = _WireEnvelope(stream, seq, time, run, rank, copy(event, reasons))
                 reasons |= redact(wire.event, redaction)
-                if reasons:
+                if reasons and log_replacements:
                     log_replaced(wire.event["type"], reasons)
+                if reasons:
                     wire.replaced = reasons
                 if not is_builtin_event:
                     _describe_event(wire, event)
@@ -150,7 +163,8 @@ def _general_encoder(
         except BaseException:  # it holds a configuration, or msgspec refused a value
             data = None
         if data is None or len(data) > max_bytes:
-            return _encode_normalized(Envelope(stream, seq, time, event, run, rank), max_event_bytes, redaction)
+            envelope = Envelope(stream, seq, time, event, run, rank)
+            return _encode_normalized(envelope, max_event_bytes, redaction, log_replacements=log_replacements)
         return data
 
     return encode_event
@@ -182,7 +196,12 @@ def _paths_to_text(event: Builtins) -> None:
 
 
 def _encode_normalized(
-    envelope: Envelope, max_event_bytes: int, redaction: Redaction, *, whole_context: bool = False
+    envelope: Envelope,
+    max_event_bytes: int,
+    redaction: Redaction,
+    *,
+    whole_context: bool = False,
+    log_replacements: bool = False,
 ) -> bytes:
     """Encode an event with `to_builtins`, within a size limit for the whole event."""
     read_errors: Reasons = {}
@@ -194,7 +213,8 @@ def _encode_normalized(
         try:
             plain, reasons = to_builtins(fields, max_bytes=int(max_event_bytes * fraction))
             reasons |= redact(plain, redaction)
-            log_replaced(tag, read_errors | reasons)
+            if log_replacements:
+                log_replaced(tag, read_errors | reasons)
             data = _pack_envelope(envelope, head, dict_or_empty(plain), {**envelope.replaced, **read_errors, **reasons})
         except MemoryError:
             why = "there was no memory to encode the event"
