@@ -28,7 +28,14 @@ from evsys_adapters.checkpoints.manifest import (
 )
 from evsys_adapters.checkpoints.source_files import UnusableSourceError
 from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord
-from evsys_adapters.checkpoints.store import MAX_KEY_BYTES, MAX_SMALL_BYTES, ConflictError, StoreError, UploadLedger
+from evsys_adapters.checkpoints.store import (
+    MAX_KEY_BYTES,
+    MAX_SMALL_BYTES,
+    ConflictError,
+    RefusedError,
+    StoreError,
+    UploadLedger,
+)
 from evsys_adapters.checkpoints.store_urls import (
     StoreOptions,
     StorePool,
@@ -307,7 +314,10 @@ class UploadSink(Sink):
         if grown:
             log().warning("checkpoint.files_left_out", checkpoint=task.folder, files=len(grown), why=grown)
             files = [file for file in files if file.name not in grown]
-        if len(files) + len(grown) != len(entry.files):
+        unreadable = [file for file in entry.files if file.name in entry.left_out]
+        if unreadable and not files:
+            raise RefusedError(f"none of its files can be read, as {unreadable[0].name}", fix="save readable files")
+        if len(files) + len(grown) + len(unreadable) != len(entry.files):
             raise RetryLaterError(f"files of {task.folder} changed while they were sent")
         manifest = Manifest(
             task.run, entry.row, task.envelope.stream, task.envelope.seq, files, entry.state, entry.sampler
@@ -395,6 +405,11 @@ async def _put_file(
     except RetryLaterError:
         if pending.is_as_announced(file):
             raise
+        return None
+    except PermissionError as error:
+        if pending.entry is None or error.filename != str(pending.folder / file.name):
+            raise
+        pending.entry.left_out[file.name] = str(error.strerror)
         return None
     assert uploaded.sha256 is not None  # known for everything that was put
     return StoredFile(file.name, uploaded.size, uploaded.sha256, key)

@@ -5,6 +5,7 @@ What a real server does is in test_object_stores.py and test_s3_faults.py.
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -220,6 +221,25 @@ async def test_what_is_weaker_is_logged_once(dialect, server, caplog):
     logged = [record.getMessage() for record in caplog.records if "store_limits" in record.getMessage()]
     assert len(logged) == (dialect in {"b2", "ceph", "gcs"})
     assert server.objects == {}
+
+
+@pytest.mark.parametrize("status", [400, 403, 415, 500, 501, 503])
+async def test_a_store_that_refuses_digests_in_any_way_gets_signed_bodies(server, store, ledger, tmp_path, status):
+    server.dialect = replace(server.dialect, digests=(status, "NotImplemented" if status != 503 else "Odd"))
+    file = made(tmp_path / "file", SIZES["three parts"])
+    await store.put_file("team/k", file, ledger=ledger)
+    assert server.objects["team/k"][0] == file.read_bytes()
+    assert not store._connection.features.checks_digests
+
+
+@pytest.mark.parametrize("answer", [(404, "NoSuchKey"), (405, "MethodNotAllowed"), (500, "NotImplemented")])
+async def test_a_store_that_refuses_conditions_in_any_way_is_asked_before_a_write(server, store, tmp_path, answer):
+    server.dialect = replace(server.dialect, create=answer, replace=answer)
+    await store.put_bytes("team/k", b"one")
+    with pytest.raises(ConflictError):
+        await store.put_bytes("team/k", b"two")
+    assert not await store.change_bytes("team/latest", lambda _: b"new")
+    assert server.objects["team/latest"][0] == b"new"
 
 
 # -- permissions ------------------------------------------------------------------------------------------------------

@@ -124,7 +124,9 @@ def delivery_error_for(  # noqa: PLR0911 # a table
 ) -> DeliveryError:
     """Return the delivery error for the response, with a fix for the user."""
     error_code = response.error_code
-    is_server_error = response.status >= 500 and response.status not in {501, 507}  # noqa: PLR2004
+    is_server_error = (
+        response.status >= 500 and response.status not in {501, 507} and error_code != "NotImplemented"  # noqa: PLR2004
+    )
     if error_code in _TRANSIENT or response.status in _BUSY or is_server_error:
         return RetryLaterError(
             f"{where} is busy or faulty: {response.operation} got {error_code}, status {response.status}",

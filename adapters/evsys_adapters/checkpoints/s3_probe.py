@@ -20,14 +20,13 @@ from typing import Any, Final
 from evsys_adapters.checkpoints.s3_connection import (
     DENIED,
     DIGEST_ERRORS,
-    UNSUPPORTED_STATUSES,
     S3Connection,
     S3Features,
     S3ResponseError,
 )
 from evsys_adapters.checkpoints.s3_upload import base64_of
 from evsys_bus.diagnostics import log
-from evsys_bus.errors import RetryLaterError
+from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
 
 _DATA: Final = b"evsys-bus was here"
 _OTHER_DIGEST: Final = base64_of(hashlib.sha256(b"something else").hexdigest())
@@ -91,16 +90,19 @@ def log_limits(where: str, features: S3Features) -> None:
 
 async def _checks_digests(connection: S3Connection, key: str) -> bool | None:
     """Return whether the server compares digests: False if it refuses them, None if it ignores them."""
-    try:
-        await connection.call(
-            "put_object", expect=tuple(DIGEST_ERRORS), Key=key, Body=_DATA, ChecksumSHA256=_OTHER_DIGEST
-        )
-    except S3ResponseError as error:
-        if error.error_code in DIGEST_ERRORS:
-            return True
-        if error.status not in UNSUPPORTED_STATUSES:
-            raise
-        return False
+    for attempt in range(2):
+        try:
+            await connection.call(
+                "put_object", expect=tuple(DIGEST_ERRORS), Key=key, Body=_DATA, ChecksumSHA256=_OTHER_DIGEST
+            )
+        except S3ResponseError as error:
+            return error.error_code in DIGEST_ERRORS
+        except (RetryLaterError, ParkedError):  # for any write, or only for one with a digest?
+            await connection.call("put_object", Key=key, Body=_DATA)
+            if attempt:
+                break
+        else:
+            break
     return None
 
 
@@ -108,9 +110,7 @@ async def _create_conditions(connection: S3Connection, key: str) -> bool:
     """Write the object, and return whether ``If-None-Match`` is honoured."""
     try:
         await _put(connection, key, IfNoneMatch="*")
-    except S3ResponseError as error:
-        if error.status not in UNSUPPORTED_STATUSES:
-            raise
+    except S3ResponseError:
         await _put(connection, key)
         return False
     try:
@@ -124,10 +124,7 @@ async def _is_refused(connection: S3Connection, key: str, **condition: Any) -> b
     try:
         await _put(connection, key, **condition)
     except S3ResponseError as error:
-        if error.status in {_FAILED_CONDITION, _NOT_FOUND}:
-            return True
-        if error.status not in UNSUPPORTED_STATUSES:
-            raise
+        return error.status in {_FAILED_CONDITION, _NOT_FOUND}
     return False
 
 
@@ -140,8 +137,8 @@ async def _put(connection: S3Connection, key: str, **condition: Any) -> None:
 
 async def _hides_missing(connection: S3Connection, key: str) -> bool:
     """Return whether the key may read objects, and is denied those that do not exist."""
-    await connection.call("head_object", Key=key)
     try:
+        await connection.call("head_object", Key=key)
         await connection.call("head_object", expect=DENIED, Key=f"{key}-missing")
     except S3ResponseError as error:
         return error.error_code in DENIED
@@ -152,7 +149,9 @@ async def _may_delete(connection: S3Connection, keys: list[str]) -> bool:
     """Remove what the probe wrote; returns whether that was possible."""
     try:
         for key in keys:
-            await connection.call("delete_object", expect=[*DENIED, "ObjectLockedByBucketPolicy"], Key=key)
-    except S3ResponseError:
+            await connection.call("delete_object", expect=DENIED, Key=key)
+    except RetryLaterError:  # not worth to wait for
+        return True
+    except DeliveryError:
         return False
     return True

@@ -112,6 +112,8 @@ class S3Store:
         check_key(key)
         await self._ensure_probed()
         expected = Stored(key, len(data), hashlib.sha256(data).hexdigest())
+        if not replace and not self._connection.features.create_conditions and await self.existing(expected):
+            return expected
         return await self.put_whole(expected, data, replace=replace)
 
     async def get_file(
@@ -195,10 +197,8 @@ class S3Store:
         return ended
 
     async def put_whole(self, expected: Stored, data: bytes, *, replace: bool = False) -> Stored:
-        """Send a small object in one request."""
+        """Send a small object in one request. Without conditions, the caller has looked the key up before."""
         condition = {"IfNoneMatch": "*"} if self._connection.features.create_conditions and not replace else {}
-        if not condition and not replace and await self.existing(expected) is not None:
-            return expected
         try:
             await self._put(expected.key, data, condition)
         except S3ResponseError as error:
