@@ -274,7 +274,7 @@ def find_work(directory: Path, only: Collection[str], *, trust: bool = False) ->
 
 
 def _untrusted_error(directory: Path, name: str) -> UntrustedFileError | None:
-    """Return an error if someone else could have written the file that says how to build the adapter."""
+    """Return an error if someone else could have written the file that describes how to build the adapter."""
     path = layout.courier_path(str(directory), name, "spec.json")
     try:
         status = Path(path).stat()
