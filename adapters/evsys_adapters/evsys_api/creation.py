@@ -210,7 +210,7 @@ class KnownObjects:
 
 
 def _to_builtins(entry: Experiment | Run) -> dict[str, Any]:
-    return {name: value for name, value in msgspec.to_builtins(entry).items() if name not in _NOT_STORED}
+    return msgspec.to_builtins({name: getattr(entry, name) for name in entry.__slots__ if name not in _NOT_STORED})
 
 
 Call = Callable[[str, Args], Awaitable[Any]]
