@@ -482,22 +482,6 @@ class TailReader:
         self._expected_sequence = max(self._expected_sequence or sequence, sequence)
 
 
-def read_next_sequence(disk: Disk, folder: str, name: SegmentName) -> int:
-    """The sequence after the last complete event of a segment; 0 if it has none.
-
-    Raises:
-        JournalVersionError: A newer version wrote it.
-        OSError: It cannot be read.
-    """
-    next_sequence = 0
-    for item in SegmentScan(disk, f"{folder}/{name}").items(name.first_sequence, count_only=True):
-        if isinstance(item, FrameRun):
-            next_sequence = item.first_sequence + item.length
-        elif isinstance(item, Frame) and item.kind == frame.EVENT:
-            next_sequence = max(next_sequence, item.sequence + 1)
-    return next_sequence
-
-
 def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Record]:
     """Yield the intact events of a stream, newest first, from the ends of its segments.
 

@@ -24,8 +24,7 @@ from evsys_bus.journal import frame, layout
 from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import Cursor, CursorStore, SpecSummary
 from evsys_bus.journal.layout import Family, SegmentName
-from evsys_bus.journal.reader import read_next_sequence
-from evsys_bus.journal.segment import OpenSegment
+from evsys_bus.journal.segment import OpenSegment, read_next_sequence
 
 LOG_SECONDS: Final = 60.0
 """Between two log lines about removed segments."""

@@ -9,7 +9,9 @@ from typing import Final, Self
 
 from evsys_bus.disk import Disk
 from evsys_bus.journal import frame
+from evsys_bus.journal.frame import Frame, FrameRun
 from evsys_bus.journal.layout import SegmentName
+from evsys_bus.journal.reader import SegmentScan
 
 
 class OpenSegment:
@@ -116,3 +118,19 @@ class WrittenSegments:
         except OSError:
             pass
         return False
+
+
+def read_next_sequence(disk: Disk, folder: str, name: SegmentName) -> int:
+    """The sequence after the last complete event of a segment; 0 if it has none.
+
+    Raises:
+        JournalVersionError: A newer version wrote it.
+        OSError: It cannot be read.
+    """
+    next_sequence = 0
+    for item in SegmentScan(disk, f"{folder}/{name}").items(name.first_sequence, count_only=True):
+        if isinstance(item, FrameRun):
+            next_sequence = item.first_sequence + item.length
+        elif isinstance(item, Frame) and item.kind == frame.EVENT:
+            next_sequence = max(next_sequence, item.sequence + 1)
+    return next_sequence

@@ -26,7 +26,7 @@ from evsys_bus.journal.clock import Clock
 from evsys_bus.journal.cursor import CursorStore
 from evsys_bus.journal.layout import Family, LockOwner, read_owner
 from evsys_bus.journal.open_starts import OpenStarts, StartRecord, restore_open_starts
-from evsys_bus.journal.reader import read_next_sequence
+from evsys_bus.journal.segment import read_next_sequence
 
 
 class StreamLease(msgspec.Struct):
