@@ -46,8 +46,8 @@ _ORIGIN: Final = "origin.json"
 _MAX_BYTES: Final = 256 << 20
 """Maximum size of an entry or a marker; enough for the names of a million files."""
 _LOG_NAME: Final = re.compile(r"\.(log|jsonl|csv|tsv|txt|out|err|wandb)$|tfevents")
-_ATTEMPTS: Final = 3
-"""Attempts to list and link files while the trainer removes some."""
+_RETRIES: Final = 2
+"""If the trainer removes a file while they are listed and linked."""
 _MAX_SHOWN: Final = 5
 STALE_SECONDS: Final = 3600.0
 _UNREADABLE: Final = {errno.EACCES, errno.EPERM}
@@ -144,13 +144,10 @@ class Spool:
             UnusableSourceError: The checkpoint cannot be read.
             OSError: The spool cannot be written.
         """
-        for attempt in range(_ATTEMPTS):
-            try:
+        for _ in range(_RETRIES):
+            with suppress(FileNotFoundError):  # a temporary file of the trainer, or the whole checkpoint
                 return self._add(row, parts)
-            except FileNotFoundError:  # a temporary file of the trainer, or the whole checkpoint
-                if attempt + 1 == _ATTEMPTS:
-                    raise
-        raise AssertionError
+        return self._add(row, parts)
 
     def _add(self, row: ManifestRow, parts: Iterable[PartName]) -> PendingUpload | None:
         sources, entry = _collect_files(row, parts, self._run_dir)
