@@ -349,13 +349,15 @@ redact_key: Final = functools.lru_cache(maxsize=4096)(redact_text)
 
 
 def has_credential(params: object) -> bool:
-    """Whether built-in data has a text under a key that surely names a credential."""
+    """Whether built-in data holds a credential, by a name or by the form of a text."""
     if isinstance(params, dict):
         return any(
             (key_strength(key) > NOT_SECRET and _is_credential(value, SECRET_IN_CONFIG)) or has_credential(value)
             for key, value in cast("dict[str, object]", params).items()
         )
-    return isinstance(params, list) and any(map(has_credential, cast("list[object]", params)))
+    if isinstance(params, list):
+        return any(map(has_credential, cast("list[object]", params)))
+    return isinstance(params, str) and redact_text(params) != params
 
 
 def has_config(plain: Any) -> bool:

@@ -255,3 +255,24 @@ def test_reveal_reaches_the_journal_and_the_loggers(tmp_path):
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard" / "a").iterdir())
     assert b"hello" in written
     assert b"S3CRET" not in written
+
+
+class FailingFollower(Callback):
+    """Fails at every step, with a credential in the message."""
+
+    placement = "follow"
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        raise ValueError("401 for https://me:S3CRET@host/v1?api_key=S3CRET")
+
+
+def test_errors_of_deliveries_are_stored_and_logged_without_credentials(tmp_path, caplog):
+    state = LoopState(0, 1, tmp_path / "a", ctx=LogContext(tmp_path).for_run("a"))
+    bus = EventBus([FailingFollower()], journal=tmp_path / "journal", couriers="threads")
+    with bus:
+        bus.publish(TrainStart(state))
+        bus.publish(StepEnd(state, 0, TrainingBatch(), {"loss": 0.5}))
+    assert "<redacted>" in str(bus.receipt.deliveries[0].last_failure or bus.receipt.deliveries[0].last_error)
+    assert "S3CRET" not in repr(bus.receipt)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"S3CRET" in path.read_bytes()] == []
+    assert "S3CRET" not in caplog.text
