@@ -99,7 +99,9 @@ _ALWAYS: Final = re.compile(
     r"|_(?:secret|authorization|cookie|dsn|credential|cred)_$|^_secret_(?!santa)"
 )
 """Anywhere in a name, unless it ends in a word of `_DESCRIBING_WORDS`; of the last line at its end."""
-_IN_CONFIG: Final = re.compile(r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature)_$|[a-z]_pwd_$|^_token_")
+_IN_CONFIG: Final = re.compile(
+    r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature|pw|pwd|pin_code)_$" r"|^_pass_$|^_token_"
+)
 _TOKENIZER_WORDS: Final = _set(
     "pad eos bos unk mask cls sep image img video audio vision special extra additional added start end begin stop "
     "think thinking reasoning eot eom eoh im fim prefix suffix middle next previous prev prompt input output first "
@@ -179,7 +181,7 @@ _HARMLESS_VALUE: Final = re.compile(
     r"|(?i:none|null|auto|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
 )
 """Placeholders, special tokens, references to the environment and words that are no credential under any name."""
-_HARMLESS_IN_CONFIG: Final = re.compile(r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}", re.DOTALL)
+_HARMLESS_IN_CONFIG: Final = re.compile(r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}|(?:~?/|[A-Z]:\\).*", re.DOTALL)
 _RANDOM_PIECE: Final = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9+]{20,}={0,2}(?![A-Za-z0-9])")
 
 
@@ -304,6 +306,7 @@ _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[r
         ),
         REDACTED,
     ),
+    (("curl ",), re.compile(r"(\s(?:-u|--user)\s{1,4}[^\s:]{1,100}:)\S+"), rf"\1{REDACTED}"),
     (("wandb_v1_", "local-"), re.compile(r"\b(?:wandb_v1_\w{10,}|local-[a-f0-9]{40})"), REDACTED),
     (("=",), re.compile(r"([?&;])([A-Za-z][\w.-]{0,60})=([^&\s\"'<>#;]+)"), _redact_parameter),
 )
