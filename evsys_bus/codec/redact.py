@@ -100,7 +100,7 @@ _ALWAYS: Final = re.compile(
 )
 """Anywhere in a name, unless it ends in a word of `_DESCRIBING_WORDS`; of the last line at its end."""
 _IN_CONFIG: Final = re.compile(
-    r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature|pw|pwd|pin_code)_$" r"|^_pass_$|^_token_"
+    r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature|pw|pwd|pin_code)_$|^_pass_$|^_token_"
 )
 _TOKENIZER_WORDS: Final = _set(
     "pad eos bos unk mask cls sep image img video audio vision special extra additional added start end begin stop "
@@ -397,11 +397,10 @@ def _is_clean(entries: dict[str, Any]) -> bool:
     """Whether all keys and texts are known to be harmless; False also for those that are new."""
     if not _known_keys.issuperset(entries):
         return False
-    if _WITHOUT_TEXT.issuperset(map(type, entries.values())):
-        return True
     for key, item in entries.items():
-        kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
-        if kind is not float and kind not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
+        if type(item) is float:
+            continue
+        if type(item) not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
             return False
     return True
 
