@@ -99,7 +99,9 @@ _ALWAYS: Final = re.compile(
     r"|_(?:secret|authorization|cookie|dsn|credential|cred)_$|^_secret_(?!santa)"
 )
 """Anywhere in a name, unless it ends in a word of `_DESCRIBING_WORDS`; of the last line at its end."""
-_IN_CONFIG: Final = re.compile(r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature)_$|[a-z]_pwd_$|^_token_")
+_IN_CONFIG: Final = re.compile(
+    r"_(?:token|auth|jwt|bearer|oauth|otp|totp|sas|pat|signature|pw|pwd|pin_code)_$|^_pass_$|^_token_"
+)
 _TOKENIZER_WORDS: Final = _set(
     "pad eos bos unk mask cls sep image img video audio vision special extra additional added start end begin stop "
     "think thinking reasoning eot eom eoh im fim prefix suffix middle next previous prev prompt input output first "
@@ -179,7 +181,7 @@ _HARMLESS_VALUE: Final = re.compile(
     r"|(?i:none|null|auto|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
 )
 """Placeholders, special tokens, references to the environment and words that are no credential under any name."""
-_HARMLESS_IN_CONFIG: Final = re.compile(r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}", re.DOTALL)
+_HARMLESS_IN_CONFIG: Final = re.compile(r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}|(?:~?/|[A-Z]:\\).*", re.DOTALL)
 _RANDOM_PIECE: Final = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9+]{20,}={0,2}(?![A-Za-z0-9])")
 
 
@@ -304,6 +306,7 @@ _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[r
         ),
         REDACTED,
     ),
+    (("curl ",), re.compile(r"(\s(?:-u|--user)\s{1,4}[^\s:]{1,100}:)\S+"), rf"\1{REDACTED}"),
     (("wandb_v1_", "local-"), re.compile(r"\b(?:wandb_v1_\w{10,}|local-[a-f0-9]{40})"), REDACTED),
     (("=",), re.compile(r"([?&;])([A-Za-z][\w.-]{0,60})=([^&\s\"'<>#;]+)"), _redact_parameter),
 )
@@ -349,13 +352,15 @@ redact_key: Final = functools.lru_cache(maxsize=4096)(redact_text)
 
 
 def has_credential(params: object) -> bool:
-    """Whether built-in data has a text under a key that surely names a credential."""
+    """Whether built-in data holds a credential, by a name or by the form of a text."""
     if isinstance(params, dict):
         return any(
             (key_strength(key) > NOT_SECRET and _is_credential(value, SECRET_IN_CONFIG)) or has_credential(value)
             for key, value in cast("dict[str, object]", params).items()
         )
-    return isinstance(params, list) and any(map(has_credential, cast("list[object]", params)))
+    if isinstance(params, list):
+        return any(map(has_credential, cast("list[object]", params)))
+    return isinstance(params, str) and redact_text(params) != params
 
 
 def has_config(plain: Any) -> bool:
@@ -392,11 +397,10 @@ def _is_clean(entries: dict[str, Any]) -> bool:
     """Whether all keys and texts are known to be harmless; False also for those that are new."""
     if not _known_keys.issuperset(entries):
         return False
-    if _WITHOUT_TEXT.issuperset(map(type, entries.values())):
-        return True
     for key, item in entries.items():
-        kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
-        if kind is not float and kind not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
+        if type(item) is float:
+            continue
+        if type(item) not in _WITHOUT_TEXT and not (key in _clean_keys and _is_clean_item(item)):
             return False
     return True
 

@@ -36,7 +36,7 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 
 import msgspec
 
-from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key, redact_key
+from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key, redact_key, redact_text
 from evsys_bus.codec.scalars import INT_MAX, INT_MIN, SCALARS, copy_small, number_converter
 from evsys_bus.context import (
     DetachedLogContext,
@@ -359,11 +359,9 @@ def ancestor(folder: str, levels: int) -> str:
 
 
 def error_text(error: object) -> str:
-    """Format an exception as its type and message; return text, which detached states have, unchanged."""
-    if type(error) is str:
-        return error
+    """Format an exception as its type and message, without credentials; detached states have text already."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return redact_text(error if type(error) is str else f"{type(error).__name__}: {error}")
     except Exception:
         return type(error).__name__
 

@@ -151,7 +151,7 @@ def _is_transient(error: BaseException) -> bool:
 def describe_error(error: Exception) -> str:
     """The type and message of an error, shortened and safe to encode; for an EvsysBusError on one line."""
     message = text_attribute(error, "what")
-    text = error_text(error) if message is None else f"{type(error).__name__}: {message}"
+    text = error_text(error if message is None else f"{type(error).__name__}: {message}")
     return bounded_text(text)
 
 

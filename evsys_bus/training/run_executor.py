@@ -23,6 +23,7 @@ import msgspec
 from evsys_bus.bus import EventBus
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.normalize import dict_or_empty
+from evsys_bus.codec.redact import redact_text
 from evsys_bus.config.experiment import Recipe
 from evsys_bus.context import ArmResult, EvalResult, LogContext, RunResult, Status
 from evsys_bus.diagnostics import log
@@ -226,7 +227,7 @@ def _error_message(error: BaseException) -> str:
     except Exception:  # raised by the error's own code
         message = ""
     text, _ = to_builtins(f"{type(error).__name__}: {message}".rstrip(": ")[:_MAX_ERROR_CHARS])
-    return text
+    return redact_text(text)
 
 
 def _normalized_result(result: EvalResult, name: str) -> EvalResult:

@@ -39,7 +39,7 @@ HARMLESS_NAMES = """
     num_key_value_heads primary_key key keys monkey keyboard keypoints secretary password_policy password_min_length
     author authority cookie_cutter token_type token_url pad_token_id max_new_tokens stop_tokens train_tokens pass_rate
     pass_at_1 forward_pass compass passage attn_key rng_key credential_path api_key_env private_key_path auth_method
-    session_id loss_per_token first_token_latency PWD
+    session_id loss_per_token first_token_latency
 """.split()
 FORMS = [
     "Bearer S3CRET4",
@@ -150,6 +150,9 @@ def test_a_container_under_the_name_of_a_credential_is_redacted_whole_and_number
             "raw_headers": [["X-Api-Key", "S3CRET"], ["Accept", "text/html"]],
             "wandb": {"key": "S3CRET"},
             "pin": {"passcode": 12345678},
+            "login": {"user": "u", "pass": "S3CRET"},
+            "command": "curl -u me:S3CRET https://x",
+            "environment": {"PWD": "/home/me"},
             "budget": {"tokens": 1000, "train_tokens": "1B", "auth": None, "token": ""},
         }
     }
@@ -158,6 +161,7 @@ def test_a_container_under_the_name_of_a_credential_is_redacted_whole_and_number
     assert "12345678" not in str(plain)
     assert plain["config"]["argv"] == ["train.py", "--api-key", "<redacted>", "--lr", "0.1"]
     assert plain["config"]["raw_headers"][1] == ["Accept", "text/html"]
+    assert plain["config"]["environment"] == {"PWD": "/home/me"}
     assert plain["config"]["budget"] == {"tokens": 1000, "train_tokens": "1B", "auth": None, "token": ""}
 
 
@@ -195,7 +199,7 @@ class HostState(LoopState):
 
 def test_no_credential_reaches_any_file_or_log_line(tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
-    harmless = {name: "prompt" for name in HARMLESS_NAMES if name != "PWD"}
+    harmless = dict.fromkeys(HARMLESS_NAMES, "prompt")
     config = {
         **dict.fromkeys([*SURE_NAMES, *NAMES_IN_CONFIGS], "S3CRET"),
         "texts": FORMS,
@@ -255,3 +259,24 @@ def test_reveal_reaches_the_journal_and_the_loggers(tmp_path):
     written = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard" / "a").iterdir())
     assert b"hello" in written
     assert b"S3CRET" not in written
+
+
+class FailingFollower(Callback):
+    """Fails at every step, with a credential in the message."""
+
+    placement = "follow"
+
+    def on_step_end(self, state, step_idx, batch, metrics):
+        raise ValueError("401 for https://me:S3CRET@host/v1?api_key=S3CRET")
+
+
+def test_errors_of_deliveries_are_stored_and_logged_without_credentials(tmp_path, caplog):
+    state = LoopState(0, 1, tmp_path / "a", ctx=LogContext(tmp_path).for_run("a"))
+    bus = EventBus([FailingFollower()], journal=tmp_path / "journal", couriers="threads")
+    with bus:
+        bus.publish(TrainStart(state))
+        bus.publish(StepEnd(state, 0, TrainingBatch(), {"loss": 0.5}))
+    assert "<redacted>" in str(bus.receipt.deliveries[0].last_failure or bus.receipt.deliveries[0].last_error)
+    assert "S3CRET" not in repr(bus.receipt)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and b"S3CRET" in path.read_bytes()] == []
+    assert "S3CRET" not in caplog.text
