@@ -16,6 +16,7 @@ from evsys_adapters._params import as_list, validate_params
 from evsys_adapters._runs import (
     fields,
     first_step_of,
+    is_repeated_start,
     num_steps_of,
     rank_of_event,
     ranked_key,
@@ -88,9 +89,9 @@ class PrintProgressCallback(Callback):
         self._show_run_name = True
 
     def on_train_start(self, state: LoopState) -> None:
-        """Start the clock of the run."""
+        """Start the clock of the run; after a repeated start, the first step does: the time before it is not its own."""
         first = first_step_of(state)
-        if first is not None:
+        if first is not None and not is_repeated_start(self.event):
             self._runs[self._key(state)] = _Pace(self._name(state), first, self._now())
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evsys_adapters.print_progress import PrintProgressCallback, PrintProgressConfig
+from evsys_bus.adapter import EventInfo
 from evsys_bus.callback import dispatch
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.errors import WrongParamError
@@ -298,6 +299,23 @@ def test_rate_and_eta_are_those_of_the_events_however_late_they_are_delivered(tm
     assert capsys.readouterr().out.splitlines() == [
         "step 1/10  4 s/step  eta 0:00:36",
         "step 2/10  4 s/step  eta 0:00:32",
+    ]
+
+
+def test_a_courier_that_starts_again_during_a_run_prints_the_rate_of_the_steps_it_sees(tmp_path, capsys):
+    progress, run = PrintProgressCallback(), state(tmp_path, num_steps=1000, step=900)
+
+    def deliver(time, hook, *args, carried=False):
+        progress.event = EventInfo(time, "r0-20260131T120000-5f3a91c2", 1, carried=carried)
+        dispatch([progress], hook, run, *args)
+
+    deliver(1_700_000_000.0, "on_train_start", carried=True)
+    for offset in range(3):
+        deliver(1_700_003_600.0 + 4 * offset, "on_step_end", 900 + offset, TrainingBatch(), {})
+    assert capsys.readouterr().out.splitlines() == [
+        "step 901/1000",
+        "step 902/1000  4 s/step  eta 0:06:32",
+        "step 903/1000  4 s/step  eta 0:06:28",
     ]
 
 
