@@ -297,12 +297,12 @@ class EventBus:
         preload_wait_imports()
         return self._enter()
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, error_type: type[BaseException] | None = None, *_: object) -> None:
         if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit():
             return
         deadline = Deadline(self._drain_timeout)
         try:
-            cancelled = await self._exit_on_loop(deadline)
+            cancelled = await self._exit_on_loop(deadline, error_type)
         except BaseException:  # Ctrl-C between two statements
             self._exit_blocking(deadline, immediately=True)
             raise
@@ -311,14 +311,18 @@ class EventBus:
         if cancelled is not None:
             raise asyncio.CancelledError if isinstance(cancelled, asyncio.CancelledError) else cancelled
 
-    async def _exit_on_loop(self, deadline: Deadline) -> BaseException | None:
+    async def _exit_on_loop(
+        self, deadline: Deadline, error_type: type[BaseException] | None
+    ) -> BaseException | None:
         """Leave without blocking the loop; return the cancellation or interrupt that arrived meanwhile, if any."""
         drain_future = self._task_manager.drain(self._drain_timeout, close=True)
         max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
         cancelled = await wait_shielded(drain_future, seconds=max_seconds)
         self.receipt = drain_future.result() if drain_future.done() else self._task_manager.close_now()
-        # Undelivered events are safe in the journal, so a second cancellation (Ctrl-C twice) ends the wait for them.
-        max_cancellations = 1 if cancelled else 2
+        # Undelivered events are safe in the journal, so a second cancellation (Ctrl-C twice) ends the wait for them;
+        # the first one may have ended the body of the block.
+        interrupted = error_type is not None and issubclass(error_type, asyncio.CancelledError | KeyboardInterrupt)
+        max_cancellations = 1 if cancelled or interrupted else 2
         self._shutdown = shutdown = UninterruptibleCall(partial(self._shut_down, deadline), _EXIT_THREAD_NAME)
         shutdown.start()
         cancelled_again = await wait_shielded(

@@ -253,15 +253,17 @@ TWICE = """
         async with EventBus(sinks=[FailingSink(["hang"])], journal=sys.argv[1], drain_timeout=60) as bus:
             bus.publish(Tick(1))
             print("leaving", flush=True)
+            AWAIT
 
     asyncio.run(main())
 """
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_ctrl_c_twice_ends_the_wait_for_deliveries_at_once(tmp_path):
+@pytest.mark.parametrize("body", ["pass", "await asyncio.sleep(3600)"])
+def test_ctrl_c_twice_ends_the_wait_for_deliveries_at_once(tmp_path, body):
     script = tmp_path / "twice.py"
-    script.write_text(textwrap.dedent(TWICE))
+    script.write_text(textwrap.dedent(TWICE).replace("AWAIT", body))
     process = subprocess.Popen(
         [sys.executable, script, tmp_path / "journal"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
