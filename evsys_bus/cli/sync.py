@@ -55,14 +55,13 @@ from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 
 _END_SECONDS: Final = 5.0
+"""A process that was asked to end is killed after this long."""
 STUCK_SECONDS: Final = 10.0
 """A courier process of an ended program is terminated after this long without progress."""
 _LOCK_SIGNED_SECONDS: Final = 1.0
 """The owner of a lock is written a moment after the lock was taken."""
 _OVERTAKEN_SECONDS: Final = 5.0
 """How long to continue past what was pending at first, where programs record more than adapters take."""
-_SIGNAL_SECONDS: Final = 1.0
-"""Interval between two signals to the same process."""
 
 
 class PendingWork(NamedTuple):
@@ -448,7 +447,7 @@ class _CourierWait:
         self._statuses: list[DeliveryStatus] = []
         self._last_progress: dict[str, tuple[tuple[int, ...], float]] = {}
         self._noted: set[str] = set()
-        self._signalled: dict[int, float] = {}
+        self._signalled_at: dict[int, float] = {}
 
     def should_continue(self, held: Sequence[DeliveryStatus]) -> bool:
         """Return whether to keep waiting for these adapters; ends stuck processes."""
@@ -483,7 +482,7 @@ class _CourierWait:
     def _end_if_stuck(self, name: str) -> None:
         """End the process that delivers to this adapter if its program has ended and no adapter of it progresses."""
         pid = _orphaned_courier(self._directory, name)
-        if pid is None or time.monotonic() - self._signalled.get(pid, 0.0) < _SIGNAL_SECONDS:
+        if pid is None:
             return
         allowed_seconds = min(STUCK_SECONDS, self._timeout_seconds / 2)
         for each in self._statuses:
@@ -491,11 +490,16 @@ class _CourierWait:
                 waits_for_a_person = each.state in {"parked", "failed"} or (not each.pending and bool(each.owed_fix))
                 if not waits_for_a_person and self._idle_seconds(each.name) < allowed_seconds:
                     return
-        if pid not in self._signalled:
+        if pid not in self._signalled_at:
             self._note(f"{name}: the courier process {pid} of a program that has ended is stuck; taking over from it")
-        self._signalled[pid] = time.monotonic()
+            number = signal.SIGTERM
+        elif time.monotonic() - self._signalled_at[pid] >= _END_SECONDS:
+            number = signal.SIGKILL  # it is stopped, or its adapter lets no handler run; cursors survive a kill
+        else:
+            return
+        self._signalled_at[pid] = time.monotonic()
         with suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, number)
 
 
 def _live_program(directory: Path, name: str, ranks: RanksByAdapter) -> LockOwner | None:

@@ -509,6 +509,19 @@ def test_sync_takes_over_from_couriers_of_a_dead_program_that_wait_for_a_person(
     assert busy_accounts(tmp_path) == []
 
 
+def test_sync_takes_over_from_a_courier_process_of_a_dead_program_that_ignores_signals(command, trainer, tmp_path):
+    trainer("key", 20)
+    wait_until(
+        lambda: [each.state for each in read_progress(tmp_path / "journal")] == ["parked"], message="it is parked"
+    )
+    [lock] = (tmp_path / "journal/couriers").glob("*.lock")
+    os.kill(read_owner(OsDisk(), str(lock)).pid, signal.SIGSTOP)
+    (tmp_path / "key").touch()
+    code, _, err = command("sync", tmp_path, "--timeout", "12")
+    assert code == 0, err
+    assert lines(tmp_path / "lines.txt") == [*range(1, 21)]
+
+
 def test_sync_leaves_the_couriers_of_a_live_program_alone_and_says_whose_they_are(command, trainer, tmp_path):
     process = trainer("key", 20, "stay")
     wait_until(
