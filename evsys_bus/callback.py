@@ -104,7 +104,7 @@ class Callback(Adapter):
         """Fires per run, before training; ``ctx.run_config`` is set. Write ``ctx.ids["run_id"]`` here."""
 
     def on_train_start(self, state: LoopState) -> None:
-        """Fires once before the first step; ``state.instruction`` is that step."""
+        """Fires once before the first step; ``state.step`` is that step."""
 
     def on_step_end(self, state: LoopState, step_idx: int, batch: TrainingBatch, metrics: dict[str, float]) -> None:
         """Fires after every step's metrics row is written; keys added to ``metrics`` reach later callbacks."""
@@ -118,7 +118,7 @@ class Callback(Adapter):
     def on_benchmark_eval(
         self, ctx: LogContext, eval_result: EvalResult, predictions: list[Prediction], *, step: int | None = None
     ) -> None:
-        """Fires per benchmark scored: in-loop (``instruction`` = the train step) or after training (``step=None``)."""
+        """Fires per benchmark scored: in-loop (``step`` = the train step) or after training (``step=None``)."""
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Fires once after the loop, the final checkpoint's save included; also when it raised (``state.error``)."""
