@@ -64,7 +64,7 @@ class SegmentName(NamedTuple):
         return f"{self.ordinal:06d}-{self.first_sequence}{_SEGMENT_SUFFIX}"
 
 
-class LockOwner(msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_live": "live"}):
+class LockOwner(msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_live": "live", "synced_ordinal": "synced"}):
     """The owner that is recorded in a lock file."""
 
     pid: int
@@ -75,6 +75,8 @@ class LockOwner(msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_liv
     """Identifies the boot of the machine."""
     is_live: bool = True
     """Whether events may still come; False while a mirror has the stream open whose own writer is gone."""
+    synced_ordinal: int = 0
+    """The stream's segments up to this ordinal have been synced since the machine was started."""
 
 
 class JournalFile(msgspec.Struct, frozen=True, rename={"format_version": "evsys_bus_journal"}):

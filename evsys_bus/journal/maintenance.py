@@ -5,12 +5,13 @@ segments and restores the reserve.
 """
 
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Final
 
 from evsys_bus.journal.retention import RemovedCounts, RetentionManager, RetentionPolicy
 from evsys_bus.journal.segment import OpenSegment
 from evsys_bus.journal.slow_writer import SlowWriter
+from evsys_bus.journal.stream_lock import record_inherited_synced
 from evsys_bus.tasks import Gate, start_thread
 
 
@@ -161,15 +162,21 @@ class Maintenance:
             self._slow_writer.log_failure("journal.not_synced", error)
 
     def _sync_inherited(self) -> None:
-        """Sync the segments of the previous writer, which may have crashed before it synced them."""
-        inherited_segments = self._slow_writer.lease.inherited_segments
-        while inherited_segments:
+        """Sync the segments of previous writers, which may have crashed before they synced them; each only once."""
+        slow_writer, lease = self._slow_writer, self._slow_writer.lease
+        if not lease.inherited_segments:
+            return
+        while lease.inherited_segments:
             try:
                 if self._sync_enabled:
-                    self._slow_writer.disk.sync_path(inherited_segments[-1])
+                    slow_writer.disk.sync_path(lease.inherited_segments[-1])
             except OSError as error:
-                self._slow_writer.log_failure("journal.not_synced", error)
-            inherited_segments.pop()
+                lease.inherited_ordinal = 0  # the next writer tries again
+                slow_writer.log_failure("journal.not_synced", error)
+            lease.inherited_segments.pop()
+        if self._sync_enabled and lease.inherited_ordinal:
+            with suppress(OSError):  # the next writer syncs them again
+                record_inherited_synced(slow_writer.disk, slow_writer.directory, lease)
 
     def _sync_directories(self) -> bool:
         try:

@@ -39,7 +39,9 @@ class StreamLease(msgspec.Struct):
     """The ordinal of the stream's last segment."""
     next_sequence: int = 1
     inherited_segments: list[str] = []
-    """Segments of the previous writer. They may not have been synced."""
+    """Segments of previous writers. They may not have been synced."""
+    inherited_ordinal: int = 0
+    """The ordinal of the last one of them."""
     journal_id: str = ""
     """The id of the journal; empty if it could not be written."""
     is_live: bool = True
@@ -160,14 +162,26 @@ def _try_resume(disk: Disk, clock: Clock, directory: str, stream: str) -> Stream
             names[-1].first_sequence if names else 1, CursorStore(directory, disk).max_acknowledged_sequence(stream) + 1
         )
         next_sequence = max(min_sequence, *(read_next_sequence(disk, folder, name) for name in names[-1:]), 1)
-        write_owner(disk, clock, lock)
+        write_owner(disk, clock, lock, synced_ordinal=previous_owner.synced_ordinal)
     except (OSError, JournalVersionError) as error:
         log().warning("journal.not_continued", stream=stream, exc_info=error)
         if lock is not None:
             disk.close(lock)
         return None
-    inherited_segments = [f"{folder}/{name}" for name in names]
-    return StreamLease(stream, lock, names[-1].ordinal if names else 0, next_sequence, inherited_segments)
+    inherited_segments = [f"{folder}/{name}" for name in names if name.ordinal > previous_owner.synced_ordinal]
+    ordinal = names[-1].ordinal if names else 0
+    return StreamLease(stream, lock, ordinal, next_sequence, inherited_segments, ordinal)
+
+
+def record_inherited_synced(disk: Disk, directory: str, lease: StreamLease) -> None:
+    """Record in the lock file that the inherited segments have been synced, so that the next writer need not do it.
+
+    Raises:
+        OSError: The disk returned an error.
+    """
+    owner = read_stream_owner(disk, directory, lease.stream)
+    if owner is not None and lease.lock is not None:
+        disk.write(lease.lock, b"\n" + _encode(msgspec.structs.replace(owner, synced_ordinal=lease.inherited_ordinal)))
 
 
 _NOT_SUPPORTED_ERRNOS: Final = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
@@ -224,7 +238,9 @@ def _supports_locks(disk: Disk, path: str) -> bool:
     return lock is not None
 
 
-def write_owner(disk: Disk, clock: Clock, lock: int, *, is_mirror: bool = False, is_live: bool = True) -> None:
+def write_owner(
+    disk: Disk, clock: Clock, lock: int, *, is_mirror: bool = False, is_live: bool = True, synced_ordinal: int = 0
+) -> None:
     """Record this process as the owner in an open lock file.
 
     Args:
@@ -233,15 +249,15 @@ def write_owner(disk: Disk, clock: Clock, lock: int, *, is_mirror: bool = False,
         lock: The open lock file.
         is_mirror: Whether the stream was opened by its name. Without a boot in the note, no bus continues it.
         is_live: Whether events may still come.
+        synced_ordinal: The last segment that is known to have been synced.
 
     Raises:
         OSError: The disk returned an error.
     """
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock.wall()))
-    disk.write(
-        lock,
-        b"\n" + _encode(LockOwner(os.getpid(), os.uname().nodename, since, "" if is_mirror else disk.boot(), is_live)),
-    )
+    boot = "" if is_mirror else disk.boot()
+    owner = LockOwner(os.getpid(), os.uname().nodename, since, boot, is_live, synced_ordinal)
+    disk.write(lock, b"\n" + _encode(owner))
 
 
 _encode: Final = msgspec.json.Encoder().encode

@@ -122,6 +122,34 @@ class InterruptedDisk(SimulatedDisk):
         super().sync_path(path)
 
 
+class CountingDisk(SimulatedDisk):
+    """Counts the syncs of closed segments."""
+
+    count = 0
+
+    def sync_path(self, path: str) -> None:
+        self.count += path.endswith(".seg")
+        super().sync_path(path)
+
+
+@pytest.mark.parametrize("ending", ["closed", "killed"])
+def test_a_writer_syncs_what_the_previous_one_left_and_not_every_segment_of_the_stream_again(ending):
+    disk, counts = CountingDisk(), []
+    for life in range(20):
+        disk.count = 0
+        writer = JournalWriter("/journal", disk=disk, flush_seconds=math.inf).open()
+        writer.append(payload(life + 1))
+        writer.flush()
+        counts.append(disk.count)
+        if ending == "closed":
+            writer.close()
+        else:
+            disk.restart("kill")
+    assert counts == [0] + 19 * [1]
+    disk.restart("power", keep=0.0)
+    assert read(disk, writer.stream) == [*range(1, 21)]
+
+
 def test_a_flush_behind_one_that_was_interrupted_syncs_what_that_one_had_not():
     number, interrupted = 0, True
     while interrupted:
