@@ -42,11 +42,14 @@ def journal_directory(folder: Path) -> Path:
     """
     folder = folder.absolute()
     own, substitute = folder / JOURNAL_DIR, Path(layout.local_substitute(str(folder / JOURNAL_DIR)))
-    for directory in (own, substitute):
-        if layout.is_journal(OsDisk(), str(directory)):
-            return directory
-    existing = next((each for each in (folder, *folder.parents) if each.is_dir()), folder)
-    return own if _can_hold_journal(existing, folder, substitute) else substitute
+    with suppress(OSError, ValueError):  # opening the journal reports it
+        for directory in (own, substitute):
+            if layout.is_journal(OsDisk(), str(directory)):
+                return directory
+        existing = next(each for each in (folder, *folder.parents) if each.is_dir())
+        if not _can_hold_journal(existing, folder, substitute):
+            return substitute
+    return own
 
 
 @functools.cache
@@ -57,8 +60,6 @@ def _can_hold_journal(existing: Path, folder: Path, substitute: Path) -> bool:
     except JournalOpenError as error:
         log().warning("journal.elsewhere", folder=str(folder), journal=str(substitute), why=error.what)
         return False
-    except OSError:  # opening the journal reports it
-        return True
     return True
 
 
