@@ -89,7 +89,7 @@ class PrintProgressCallback(Callback):
         self._show_run_name = True
 
     def on_train_start(self, state: LoopState) -> None:
-        """Start the clock of the run; after a repeated start, the first step does: the time before it is not its own."""
+        """Start the clock of the run; after a repeated start, its first step does."""
         first = first_step_of(state)
         if first is not None and not is_repeated_start(self.event):
             self._runs[self._key(state)] = _Pace(self._name(state), first, self._now())

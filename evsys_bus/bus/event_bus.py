@@ -311,9 +311,7 @@ class EventBus:
         if cancelled is not None:
             raise asyncio.CancelledError if isinstance(cancelled, asyncio.CancelledError) else cancelled
 
-    async def _exit_on_loop(
-        self, deadline: Deadline, error_type: type[BaseException] | None
-    ) -> BaseException | None:
+    async def _exit_on_loop(self, deadline: Deadline, error_type: type[BaseException] | None) -> BaseException | None:
         """Leave without blocking the loop; return the cancellation or interrupt that arrived meanwhile, if any."""
         drain_future = self._task_manager.drain(self._drain_timeout, close=True)
         max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS

@@ -66,7 +66,9 @@ class SegmentName(NamedTuple):
         return f"{self.ordinal:06d}-{self.first_sequence}{_SEGMENT_SUFFIX}"
 
 
-class LockOwner(msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_live": "live", "synced_ordinal": "synced"}):
+class LockOwner(
+    msgspec.Struct, frozen=True, omit_defaults=True, rename={"is_live": "live", "synced_ordinal": "synced"}
+):
     """The owner that is recorded in a lock file."""
 
     pid: int
