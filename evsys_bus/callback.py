@@ -291,7 +291,7 @@ def check_return_value(callback: object, hook: str, value: object) -> None:
         AsyncHookError: It is a coroutine or a generator, which would never run.
     """
     kind = type(value)
-    if value is None or not issubclass(kind, Awaitable | Generator | AsyncGenerator):
+    if value is None or not issubclass(kind, _UNSTARTED):
         return
     import asyncio  # loaded already if there is an awaitable
 
@@ -334,6 +334,8 @@ def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object
 
 
 _PLACEHOLDER: Final = object()
+_UNSTARTED: Final = (Awaitable, Generator, AsyncGenerator, ContextDecorator, AsyncContextDecorator)
+"""What a call may return without having run a line; the last two are what `contextlib.contextmanager` returns."""
 _GENERATOR_OR_ASYNC: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -367,9 +369,11 @@ def check_hooks(callback: object) -> None:
         _check_sync(owner, "close", callback.close, fix)
     for hook in sorted(names):
         method = get_attribute(callback, hook)
-        if not callable(method):
-            continue
         event = events.get(hook)
+        if not callable(method):
+            if event is not None and isinstance(callback, Callback):
+                _raise_not_callable(callback, hook)
+            continue
         if event is not None:
             _check_hook(owner, hook, method, event)
             continue
@@ -382,6 +386,19 @@ def check_hooks(callback: object) -> None:
         if hook.startswith("on_"):
             suggestion = {} if closest is None else {"nearly": closest}
             log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
+
+
+def _raise_not_callable(callback: Callback, hook: str) -> NoReturn:
+    owner, cause = type(callback).__name__, None
+    try:
+        why = f"it is {getattr(callback, hook)!r:.80}"
+    except Exception as error:  # a property of the callback
+        why, cause = f"reading it raised {type(error).__name__}: {error}", error
+    raise HookSignatureError(
+        f"{owner}.{hook} is not a method, so it would never be called",
+        why=why,
+        fix=f"write `def {hook}(self, ...)`, or leave it out",
+    ) from cause
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
