@@ -7,6 +7,7 @@ hooks by itself, faster, with the same isolation (`isolate`).
 import inspect
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from contextlib import AsyncContextDecorator, ContextDecorator
 from types import FunctionType
 from typing import Any, ClassVar, Final, Literal, Self, cast, overload
 
@@ -243,9 +244,15 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
     Callbacks without that hook are skipped. KeyboardInterrupt and SystemExit are raised after the remaining callbacks
     ran. Hooks run inline, whatever their class declares: there is no bus, and so no journal, no tasks and no delivery;
     a callback that needs them is logged once.
+
+    Raises:
+        NotACallbackError: An item is a spec or a class.
     """
+    callbacks = list(callbacks or ())
+    for callback in callbacks:
+        _check_instance(callback)
     exit_error: BaseException | None = None
-    for callback in callbacks or ():
+    for callback in callbacks:
         if get_attribute(callback, "delivery") is not None:
             _warn_not_delivered(callback)
         try:
@@ -256,6 +263,31 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
             exit_error = isolate(callback, hook, error) or exit_error
     if exit_error is not None:
         raise exit_error
+
+
+def _check_instance(callback: object) -> None:
+    """Refuse what is given in place of a callback and has no hook at all.
+
+    Raises:
+        NotACallbackError: It is a class, a name or a spec.
+    """
+    if isinstance(callback, type):
+        raise NotACallbackError(
+            f"{callback.__name__} is a class; a bus calls the hooks of an instance",
+            fix=f"give {callback.__name__}(...)",
+        )
+    is_spec = isinstance(callback, msgspec.Struct) and hasattr(callback, "kind") and hasattr(callback, "params")
+    if isinstance(callback, dict | str) or (
+        is_spec and not any(hasattr(callback, each.hook) for each in declared_events().values())
+    ):
+        raise _no_hook(callback)
+
+
+def _no_hook(callback: object) -> NotACallbackError:
+    return NotACallbackError(
+        f"a {type(callback).__name__} has no hook, so nothing would ever be called",
+        fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
+    )
 
 
 def _warn_not_delivered(callback: object) -> None:
@@ -351,17 +383,10 @@ def check_hooks(callback: object) -> None:
         MisspeltHookError: A method's name is nearly that of a hook.
         NotACallbackError: It has no hook at all: a spec, a class, a plain function.
     """
-    if isinstance(callback, type):
-        raise NotACallbackError(
-            f"{callback.__name__} is a class; a bus calls the hooks of an instance",
-            fix=f"give {callback.__name__}(...)",
-        )
+    _check_instance(callback)
     names = [each for each in dir(callback) if each.startswith("on")]
     if not isinstance(callback, Callback) and not any(callable(get_attribute(callback, each)) for each in names):
-        raise NotACallbackError(
-            f"a {type(callback).__name__} has no hook, so nothing would ever be called",
-            fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
-        )
+        raise _no_hook(callback)
     events = {event.hook: event for event in declared_events().values()}
     owner = type(callback).__name__
     if isinstance(callback, Callback) and not _is_inherited_from_foreign_class(callback, "close"):
@@ -372,7 +397,7 @@ def check_hooks(callback: object) -> None:
         event = events.get(hook)
         if not callable(method):
             if event is not None and isinstance(callback, Callback):
-                _raise_not_callable(callback, hook)
+                _check_disabled(callback, hook)
             continue
         if event is not None:
             _check_hook(owner, hook, method, event)
@@ -388,17 +413,21 @@ def check_hooks(callback: object) -> None:
             log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
 
 
-def _raise_not_callable(callback: Callback, hook: str) -> NoReturn:
-    owner, cause = type(callback).__name__, None
+def _check_disabled(callback: Callback, hook: str) -> None:
+    """Raise unless the hook, which cannot be called, is None: that disables an inherited one."""
+    cause = None
     try:
-        why = f"it is {getattr(callback, hook)!r:.80}"
+        value = getattr(callback, hook)
+        why = f"it is a {type(value).__name__}"
     except Exception as error:  # a property of the callback
-        why, cause = f"reading it raised {type(error).__name__}: {error}", error
-    raise HookSignatureError(
-        f"{owner}.{hook} is not a method, so it would never be called",
-        why=why,
-        fix=f"write `def {hook}(self, ...)`, or leave it out",
-    ) from cause
+        value, cause = callback, error
+        why = f"reading it raised {type(error).__name__}: {error}"
+    if value is not None:
+        raise HookSignatureError(
+            f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
+            why=why,
+            fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
+        ) from cause
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
