@@ -277,10 +277,9 @@ def _check_instance(callback: object) -> None:
             fix=f"give {callback.__name__}(...)",
         )
     is_spec = isinstance(callback, msgspec.Struct) and hasattr(callback, "kind") and hasattr(callback, "params")
-    if isinstance(callback, dict | str) or (
-        is_spec and not any(hasattr(callback, each.hook) for each in declared_events().values())
-    ):
-        raise _no_hook(callback)
+    hooks = (each.hook for each in declared_events().values())
+    if isinstance(callback, dict | str) or (is_spec and not any(hasattr(callback, each) for each in hooks)):
+        raise _no_hook(cast("object", callback))
 
 
 def _no_hook(callback: object) -> NotACallbackError:

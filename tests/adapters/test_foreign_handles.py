@@ -196,7 +196,7 @@ def test_a_followed_logger_writes_no_file_of_a_run_whose_state_names_no_folder(t
     with EventBus(followed, journal=tmp_path / "journal", couriers="thread") as bus:
         bus.publish(StepEnd(SimpleNamespace(step=0), 0, TrainingBatch(), {"loss": 0.5}))
     assert [each.hook_failures for each in bus.receipt.deliveries] == [1, 1]
-    assert os.listdir(tmp_path) == ["journal"]
+    assert [each.name for each in tmp_path.iterdir()] == ["journal"]
 
 
 def test_a_relative_output_dir_is_where_it_was_when_the_run_was_first_seen(tmp_path, monkeypatch, capsys):
