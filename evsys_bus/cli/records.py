@@ -486,7 +486,7 @@ def _output_dir(event: Event | UnknownEvent) -> Path | None:
 
 
 def _run_root(event: Event | UnknownEvent) -> Path | None:
-    """Return the directory of the run, which tells runs of one key apart; None if the event names none."""
+    """Return the directory of the run, by which runs of one key differ; None if the event names none."""
     ctx = getattr(event, "ctx", None)
     if ctx is None:
         return _output_dir(event)

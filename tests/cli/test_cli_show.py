@@ -220,7 +220,7 @@ def test_show_takes_the_state_of_a_run_that_has_only_metrics_from_its_journal(ev
 
 
 @pytest.mark.parametrize("has_ctx", [True, False])
-def test_show_tells_runs_of_one_name_in_two_folders_apart_and_follows_one_that_was_moved(evsys_bus, tmp_path, has_ctx):
+def test_show_lists_runs_of_one_name_in_two_folders_as_two_and_one_that_was_moved_as_one(evsys_bus, tmp_path, has_ctx):
     folders = [tmp_path / each / "digits" for each in ("first", "second", "gone")]
     with EventBus([], journal=tmp_path / "journal") as bus:
         for steps, folder in enumerate(folders, start=1):
