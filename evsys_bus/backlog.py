@@ -53,6 +53,14 @@ class Backlog:
         """
         if self._pending:
             self._write_pending(had_pending=True)
+        self.check_written()
+
+    def check_written(self) -> None:
+        """Raise if anything is not in the file, without another try.
+
+        Raises:
+            OSError: Writes are still pending, or some were dropped.
+        """
         if self._pending or self.lost:
             raise OSError(errno.EAGAIN, f"{len(self._pending)} writes pending, {self.lost} dropped", self._file)
 

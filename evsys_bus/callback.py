@@ -7,6 +7,7 @@ hooks by itself, faster, with the same isolation (`isolate`).
 import inspect
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from contextlib import AsyncContextDecorator, ContextDecorator
 from types import FunctionType
 from typing import Any, ClassVar, Final, Literal, Self, cast, overload
 
@@ -243,9 +244,15 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
     Callbacks without that hook are skipped. KeyboardInterrupt and SystemExit are raised after the remaining callbacks
     ran. Hooks run inline, whatever their class declares: there is no bus, and so no journal, no tasks and no delivery;
     a callback that needs them is logged once.
+
+    Raises:
+        NotACallbackError: An item is a spec or a class.
     """
+    callbacks = list(callbacks or ())
+    for callback in callbacks:
+        _check_instance(callback)
     exit_error: BaseException | None = None
-    for callback in callbacks or ():
+    for callback in callbacks:
         if get_attribute(callback, "delivery") is not None:
             _warn_not_delivered(callback)
         try:
@@ -256,6 +263,30 @@ def dispatch(callbacks: Iterable[object] | None, hook: str, *args: Any, **kwargs
             exit_error = isolate(callback, hook, error) or exit_error
     if exit_error is not None:
         raise exit_error
+
+
+def _check_instance(callback: object) -> None:
+    """Refuse what is given in place of a callback and has no hook at all.
+
+    Raises:
+        NotACallbackError: It is a class, a name or a spec.
+    """
+    if isinstance(callback, type):
+        raise NotACallbackError(
+            f"{callback.__name__} is a class; a bus calls the hooks of an instance",
+            fix=f"give {callback.__name__}(...)",
+        )
+    is_spec = isinstance(callback, msgspec.Struct) and hasattr(callback, "kind") and hasattr(callback, "params")
+    hooks = (each.hook for each in declared_events().values())
+    if isinstance(callback, dict | str) or (is_spec and not any(hasattr(callback, each) for each in hooks)):
+        raise _no_hook(cast("object", callback))
+
+
+def _no_hook(callback: object) -> NotACallbackError:
+    return NotACallbackError(
+        f"a {type(callback).__name__} has no hook, so nothing would ever be called",
+        fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
+    )
 
 
 def _warn_not_delivered(callback: object) -> None:
@@ -291,7 +322,7 @@ def check_return_value(callback: object, hook: str, value: object) -> None:
         AsyncHookError: It is a coroutine or a generator, which would never run.
     """
     kind = type(value)
-    if value is None or not issubclass(kind, Awaitable | Generator | AsyncGenerator):
+    if value is None or not issubclass(kind, _UNSTARTED):
         return
     import asyncio  # loaded already if there is an awaitable
 
@@ -334,6 +365,8 @@ def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object
 
 
 _PLACEHOLDER: Final = object()
+_UNSTARTED: Final = (Awaitable, Generator, AsyncGenerator, ContextDecorator, AsyncContextDecorator)
+"""What a call may return without having run a line; the last two are what `contextlib.contextmanager` returns."""
 _GENERATOR_OR_ASYNC: Final = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
@@ -349,17 +382,10 @@ def check_hooks(callback: object) -> None:
         MisspeltHookError: A method's name is nearly that of a hook.
         NotACallbackError: It has no hook at all: a spec, a class, a plain function.
     """
-    if isinstance(callback, type):
-        raise NotACallbackError(
-            f"{callback.__name__} is a class; a bus calls the hooks of an instance",
-            fix=f"give {callback.__name__}(...)",
-        )
+    _check_instance(callback)
     names = [each for each in dir(callback) if each.startswith("on")]
     if not isinstance(callback, Callback) and not any(callable(get_attribute(callback, each)) for each in names):
-        raise NotACallbackError(
-            f"a {type(callback).__name__} has no hook, so nothing would ever be called",
-            fix="give an object with hooks (see Callback); a spec is built first: build_callbacks([spec])",
-        )
+        raise _no_hook(callback)
     events = {event.hook: event for event in declared_events().values()}
     owner = type(callback).__name__
     if isinstance(callback, Callback) and not _is_inherited_from_foreign_class(callback, "close"):
@@ -367,9 +393,11 @@ def check_hooks(callback: object) -> None:
         _check_sync(owner, "close", callback.close, fix)
     for hook in sorted(names):
         method = get_attribute(callback, hook)
-        if not callable(method):
-            continue
         event = events.get(hook)
+        if not callable(method):
+            if event is not None and isinstance(callback, Callback):
+                _check_disabled(callback, hook)
+            continue
         if event is not None:
             _check_hook(owner, hook, method, event)
             continue
@@ -382,6 +410,23 @@ def check_hooks(callback: object) -> None:
         if hook.startswith("on_"):
             suggestion = {} if closest is None else {"nearly": closest}
             log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
+
+
+def _check_disabled(callback: Callback, hook: str) -> None:
+    """Raise unless the hook, which cannot be called, is None: that disables an inherited one."""
+    cause = None
+    try:
+        value = getattr(callback, hook)
+        why = f"it is a {type(value).__name__}"
+    except Exception as error:  # a property of the callback
+        value, cause = callback, error
+        why = f"reading it raised {type(error).__name__}: {error}"
+    if value is not None:
+        raise HookSignatureError(
+            f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
+            why=why,
+            fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
+        ) from cause
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:

@@ -12,11 +12,13 @@ The status words are always: pending, running, completed, failed, cancelled.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NoReturn, TypeVar, cast
 
 import msgspec
 
@@ -256,6 +258,16 @@ def detached_factory(kind: type[HandleT]) -> Callable[[Mapping[str, Any]], Handl
     return create
 
 
+def to_int(value: Any) -> int:
+    """Return a whole number as an int: an integral float, a numpy integer, a tensor with one number.
+
+    Raises:
+        TypeError: It is no whole number; or another error that its own code raises.
+    """
+    scalar: object = value.item() if hasattr(value, "item") else value
+    return int(scalar) if isinstance(scalar, float) and scalar.is_integer() else operator.index(cast("Any", scalar))
+
+
 class ManifestRow(msgspec.Struct, frozen=True):
     """One row of ``checkpoints.jsonl``."""
 
@@ -272,6 +284,16 @@ class ManifestRow(msgspec.Struct, frozen=True):
     stopped: str | None = None
     """Of a ``final`` row: why the run ended for good before its last requested step. None if a resume continues after
     it."""
+
+    def __post_init__(self) -> None:
+        """Make ints of whole numbers of other types and a text of a number as name; None counts as not given."""
+        for field_name in ("batch", "epoch"):
+            value: object = getattr(self, field_name)
+            if type(value) is not int:
+                with suppress(Exception):  # what is no number is left for the receiver to reject
+                    msgspec.structs.force_setattr(self, field_name, 0 if value is None else to_int(value))
+        if isinstance(cast("object", self.name), int):
+            msgspec.structs.force_setattr(self, "name", str(self.name))
 
 
 class LoopArtifacts(msgspec.Struct, frozen=True):

@@ -26,10 +26,9 @@ Example:
     'on_rollout_end'
 """
 
-import operator
 import re
 from keyword import iskeyword
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 import msgspec
 
@@ -44,6 +43,7 @@ from evsys_bus.context import (
     Prediction,
     RunResult,
     TrainingBatch,
+    to_int,
 )
 from evsys_bus.errors import EventError
 
@@ -223,8 +223,7 @@ def with_int_step(event: Event) -> Event:
     if value is None and isinstance(event, BenchmarkEval):
         return event
     try:
-        scalar: object = cast("Any", value).item() if hasattr(value, "item") else value
-        step = int(scalar) if isinstance(scalar, float) and scalar.is_integer() else operator.index(cast("Any", scalar))
+        step = to_int(value)
     except Exception as error:
         raise EventError(
             f"{name} of a {type(event).__name__} is {value!r:.80}, which is no whole number",

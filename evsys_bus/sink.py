@@ -32,7 +32,7 @@ import msgspec
 
 from evsys_bus.adapter import Adapter, EventPublisher, RunResumer
 from evsys_bus.errors import NotAttachedError, SinkMethodError
-from evsys_bus.events import Event
+from evsys_bus.events import Event, declared_events
 
 
 class BatchResult(NamedTuple):
@@ -141,8 +141,8 @@ def check_sink(sink: Sink | type[Sink]) -> None:
 
     Raises:
         SinkMethodError: `open`, `write` or `close` is not async, or cannot be called by a courier; `write` is missing;
-            ``raw`` is no bool of the class; the sink is raw and has a method that takes envelopes; or an error of
-            `check_marks`.
+            ``raw`` is no bool of the class; it has a hook; the sink is raw and has a method that takes envelopes; or
+            an error of `check_marks`.
     """
     owner = _class_name(sink)
     write = sink.write
@@ -158,7 +158,20 @@ def check_sink(sink: Sink | type[Sink]) -> None:
         )
         _check_method(f"{owner}.{name}", method, call_arguments, f"async def {name}({', '.join(('self', *arguments))})")
     _check_raw(sink, owner)
+    _check_no_hooks(sink, owner)
     check_marks(sink)
+
+
+def _check_no_hooks(sink: Sink | type[Sink], owner: str) -> None:
+    cls = sink if isinstance(sink, type) else type(sink)
+    own_names = {name for each in cls.__mro__ if issubclass(each, Sink) for name in vars(each)}
+    hook = next((event.hook for event in declared_events().values() if event.hook in own_names), None)
+    if hook is not None:
+        raise SinkMethodError(
+            f"{owner} is a sink, and its method {hook} would never be called",
+            why="a sink gets every event by `write`; hooks are methods of a callback",
+            fix="handle the event in `write`, or write a Callback whose `delivery` is the sink",
+        )
 
 
 def _check_raw(sink: Sink | type[Sink], owner: str) -> None:

@@ -79,6 +79,10 @@ class RecordLog:
         self.flush()
         self._backlog.drain()
 
+    def check_written(self) -> None:
+        """Raises OSError if a record is not in the file."""
+        self._backlog.check_written()
+
     def close(self, *, forget_file: bool = False) -> None:
         """Write buffered records and close the file until the next one; ``forget_file`` removes it from marks."""
         self.flush()

@@ -361,9 +361,19 @@ class RunLogger(Callback, Generic[RunT, StateT]):
             run.close(forget=True)
 
     def close(self) -> None:
-        """Bring every file into order, write buffered rows and close it; a later hook continues."""
+        """Bring every file into order, write buffered rows and close it; a later hook continues.
+
+        Raises:
+            OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
+        """
         for run in [*self._runs.values()]:
             run.close()
+        self._check_written()
+
+    def _check_written(self) -> None:
+        if not has_courier(self):
+            for run in [*self._left.values(), *self._runs.values()]:
+                run.log.check_written()
 
     def mark(self) -> Any:
         """Return the position of all files as plain data; their rows are synced to disk first.

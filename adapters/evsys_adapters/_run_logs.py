@@ -453,6 +453,11 @@ class RunLogs:
         for each in self._files:
             each.backlog.drain()
 
+    def check_written(self) -> None:
+        """Raises OSError if a row is not in its file."""
+        for each in self._files:
+            each.backlog.check_written()
+
     def flush(self) -> None:
         """Retry refused writes, and close the files until the next row."""
         for each in self._files:

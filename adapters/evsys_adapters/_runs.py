@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 from evsys_bus.adapter import EventInfo
 from evsys_bus.bus.recorder import rank_from_environment
 from evsys_bus.codec import to_builtins
-from evsys_bus.context import LogContext
+from evsys_bus.context import DetachedLogContext, DetachedLoopState, LogContext
 from evsys_bus.diagnostics import log
 from evsys_bus.location import local_path, short_digest
 
@@ -54,6 +54,7 @@ _STEP_BITS: Final = 63
 """What event files can store, besides the sign."""
 _STREAM_RANK: Final = re.compile(r"[a-z]+(\d+)-")
 _ABSENT: Final = object()
+_DETACHED: Final = (DetachedLoopState, DetachedLogContext)
 
 
 def run_context(handle: object) -> LogContext | None:
@@ -216,7 +217,7 @@ def safe_name(text: str) -> str:
 def output_dir_of(handle: object) -> str:
     """Return the handle's ``output_dir`` as text, unchanged; empty if there is none."""
     folder: object = field(handle, "output_dir")
-    if folder is None:
+    if folder is None or (folder == Path() and isinstance(handle, _DETACHED)):  # what a detached one lacks is empty
         return ""
     try:
         return os.fsdecode(os.fspath(cast("os.PathLike[str]", folder)))

@@ -27,7 +27,7 @@ from evsys_adapters.checkpoints.manifest import (
     component,
 )
 from evsys_adapters.checkpoints.source_files import UnusableSourceError
-from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord
+from evsys_adapters.checkpoints.spool import PendingUpload, Spool, SpooledFile, UploadRecord, as_manifest_row
 from evsys_adapters.checkpoints.store import (
     MAX_KEY_BYTES,
     MAX_SMALL_BYTES,
@@ -455,6 +455,8 @@ class CheckpointUploadCallback(Callback):
 
     def on_checkpoint(self, state: LoopState, row: ManifestRow) -> None:
         """Link the checkpoint's files before the trainer can remove them."""
+        if not isinstance(row, ManifestRow):  # pyright: ignore[reportUnnecessaryIsInstance] # a host's own
+            row = as_manifest_row(row)
         if not self.config.wants(row):
             return
         try:

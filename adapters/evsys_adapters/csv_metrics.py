@@ -168,9 +168,16 @@ class CsvMetricsCallback(Callback):
         }
 
     def close(self) -> None:
-        """Write buffered rows and close the files; a later hook opens them again and continues."""
+        """Write buffered rows and close the files; a later hook opens them again and continues.
+
+        Raises:
+            OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
+        """
         for run in self._runs.values():
             run.close()
+        if not has_courier(self):
+            for run in [*self._ended_runs.values(), *self._runs.values()]:
+                run.backlog.check_written()
 
     def mark(self) -> Any:
         """Return the position of all files as plain data; their rows are synced to disk first.

@@ -223,12 +223,20 @@ class LocalLoggerCallback(Callback):
         self._pages.flush()
 
     def close(self) -> None:
-        """Write buffered rows and close the files; a later hook opens them again and continues."""
+        """Write buffered rows and close the files; a later hook opens them again and continues.
+
+        Raises:
+            OSError: Inline, the disk has refused rows, which are lost; in a courier they stay pending.
+        """
         for run in self._runs.values():
             run.logs.flush()
             run.logs.release()
         self._pages.flush()
         self._lines.flush()
+        if not has_courier(self):
+            for run in [*self._ended_runs.values(), *self._runs.values()]:
+                run.logs.check_written()
+            self._pages.check_written()
 
     def mark(self) -> Any:
         """Return the position of all files as plain data; their rows are synced to disk first.

@@ -154,7 +154,15 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
         run.close()
 
     def close(self) -> None:
-        """Complete every file; a run whose training has ended counts as ended even without a RunEnd."""
+        """Complete every file; a run whose training has ended counts as ended even without a RunEnd.
+
+        Raises:
+            OSError: See `RunLogger.close`.
+        """
+        self._complete_files()
+        self._check_written()
+
+    def _complete_files(self) -> None:
         for run in self._runs.values():
             run.finish()
             run.close()
@@ -173,7 +181,7 @@ class WandbLoggerCallback(RunLogger[WandbRun, WandbRunState]):
     async def settle_owed(self, deadline: float) -> None:
         """Upload what the server does not have, including earlier runs that are in the mark."""
         if self._mode == "online":
-            self.close()
+            self._complete_files()
             await self._uploader.upload_all(deadline, lambda upload: upload.scan_file(self._records))
 
     def mark(self) -> Any:

@@ -355,23 +355,42 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     reader = EventReader(directory, EventFilter())
     whole = directory.absolute()
     default_key = (whole.parent if whole.name == JOURNAL else whole).name
-    runs: dict[str, _RunBuilder] = {}
+    runs: list[_RunBuilder] = []
     for envelope in reader.poll():
         if isinstance(envelope.event, _RUN_EVENTS):
             run_dir = _output_dir(envelope.event)
             key = envelope.run or (run_dir and run_dir.name) or default_key
-            runs.setdefault(key, _RunBuilder(key)).add(envelope)
+            _find_builder(runs, key, _run_root(envelope.event)).add(envelope)
     page_urls = read_page_urls(directory)
     states = {each.stream: each.state for each in read_stream_states(directory)}
-    records = [each.build(directory, states, page_urls.get(each.key)) for each in runs.values()]
+    records = [each.build(directory, states, page_urls.get(each.key)) for each in runs]
     if journal.run is None:
         return records
     named = [each for each in records if each.name == journal.run]
     return named or [each for each in records if each.folder.name == journal.run]
 
 
+def _find_builder(runs: list["_RunBuilder"], key: str, root: Path | None) -> "_RunBuilder":
+    """Return the builder of a run, a new one if there is none.
+
+    Runs of one key in two folders are two runs, unless the first folder is gone: then the run was moved.
+    """
+    same_key = [each for each in runs if each.key == key]
+    found = next((each for each in same_key if each.is_in(root)), None)
+    if found is None and same_key and not any(each.root and each.root.is_dir() for each in same_key):
+        found = same_key[-1]
+    if found is None:
+        found = _RunBuilder(key)
+        runs.append(found)
+    found.root = root or found.root
+    return found
+
+
 class _RunBuilder:
     """Builds the record of a run from its events."""
+
+    root: Path | None = None
+    """See `_run_root`."""
 
     def __init__(self, key: str) -> None:
         self.key: Final = key
@@ -381,6 +400,11 @@ class _RunBuilder:
         self._record: Final = RunRecord(Path(), None, None, None, 0, [], [], [], name=key)
         self._metrics: Final[dict[str, MetricRecord]] = {}
         self._evals: Final[dict[str, MetricRecord]] = {}
+
+    def is_in(self, root: Path | None) -> bool:
+        """Whether the run is in this directory; the state of a host may name the experiment's instead."""
+        known = self.root
+        return root is None or known is None or root in {known, known / self.key} or known == root / self.key
 
     def add(self, envelope: Envelope) -> None:
         """Add the next event."""
@@ -458,7 +482,18 @@ def find_run_key(journal: JournalLocation) -> str | None:
 def _output_dir(event: Event | UnknownEvent) -> Path | None:
     """Return the directory of the run that an event's state names; None if it has none."""
     folder = getattr(getattr(event, "state", None), "output_dir", None)
-    return Path(folder) if isinstance(folder, str | Path) and str(folder) else None
+    return Path(folder) if isinstance(folder, str | Path) and Path(folder) != Path() else None
+
+
+def _run_root(event: Event | UnknownEvent) -> Path | None:
+    """Return the directory of the run, by which runs of one key differ; None if the event names none."""
+    ctx = getattr(event, "ctx", None)
+    if ctx is None:
+        return _output_dir(event)
+    folder, key = getattr(ctx, "output_dir", None), getattr(ctx, "run_key", None)
+    if not isinstance(folder, str | Path) or Path(folder) == Path():
+        return None
+    return Path(folder, key) if isinstance(key, str) else Path(folder)
 
 
 def _find_journal(folder: Path) -> JournalLocation | None:

@@ -20,6 +20,7 @@ from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.debug_logger import DebugLoggerCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
 from evsys_adapters.print_progress import PrintProgressCallback
+from evsys_bus import EventBus, StepEnd, TrainingBatch, follow
 from evsys_bus.callback import dispatch
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState
 from support.foreign_values import RaisingKeyErrors
@@ -185,6 +186,17 @@ def test_a_folder_for_the_files_of_no_run_is_refused_in_words(tmp_path, monkeypa
     dispatch([LocalLoggerCallback(print_every=0)], "on_step_end", None, 0, None, {"loss": 0.5})
     assert list(tmp_path.iterdir()) == []
     assert "without output_dir names no folder" in caplog.text
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_followed_logger_writes_no_file_of_a_run_whose_state_names_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    callbacks = [CsvMetricsCallback("{run_dir}/m.csv"), LocalLoggerCallback(print_every=0)]
+    followed = [follow(each, each.name) for each in callbacks]
+    with EventBus(followed, journal=tmp_path / "journal", couriers="thread") as bus:
+        bus.publish(StepEnd(SimpleNamespace(step=0), 0, TrainingBatch(), {"loss": 0.5}))
+    assert [each.hook_failures for each in bus.receipt.deliveries] == [1, 1]
+    assert [each.name for each in tmp_path.iterdir()] == ["journal"]
 
 
 def test_a_relative_output_dir_is_where_it_was_when_the_run_was_first_seen(tmp_path, monkeypatch, capsys):

@@ -6,8 +6,11 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import anyio
+import numpy as np
 import pytest
 
 from evsys_adapters.checkpoint_upload import CheckpointUploadCallback, UploadSink
@@ -191,6 +194,43 @@ async def test_a_path_that_is_an_object_or_has_dots_arrives(run):
     assert (await run.upload(run.saved))[0] == {"model.pt": b"weights"}
     assert (await run.upload(f"{run.folder}/saved/../saved", batch=19))[0] == {"model.pt": b"weights"}
     assert (await run.upload(f"{run.saved}/.", batch=29))[0] == {"model.pt": b"weights"}
+
+
+async def test_a_path_below_the_home_directory_arrives(run, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.folder))
+    run.saved.mkdir()
+    (run.saved / "weights").write_bytes(b"weights")
+    files, _ = await run.upload("~/saved")
+    assert files == {"weights": b"weights"}
+
+
+class NamedRow(NamedTuple):
+    name: str
+    batch: int
+    state_path: str
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: ManifestRow("step-9", batch=9.0, epoch=None, state_path=path),
+        lambda path: ManifestRow("step-9", batch=np.int64(9), state_path=path),
+        lambda path: {"name": "step-9", "batch": 9.0, "state_path": path, "loss": 0.5},
+        lambda path: NamedRow("step-9", 9, path),
+        lambda path: SimpleNamespace(name="step-9", batch=np.float32(9), state_path=path),
+    ],
+    ids=["float", "numpy", "dict", "named-tuple", "object"],
+)
+async def test_a_row_of_any_class_and_with_whole_numbers_of_any_type_arrives(run, make):
+    run.saved.mkdir()
+    (run.saved / "weights").write_bytes(b"weights")
+    row = make(str(run.saved))
+    run.hook.on_checkpoint(run.state, row)
+    stream = "r0-20260131T120000-aaaaaaaa"
+    await run.sink.write([decode(encode(Envelope(stream, 1, 0.0, Checkpoint(run.state, row), run="low")))])
+    files, manifest = await run.fetched(9)
+    assert files == {"weights": b"weights"}
+    assert (manifest.row.batch, manifest.row.epoch) == (9, 0)
 
 
 async def test_a_folder_without_files_arrives(run):

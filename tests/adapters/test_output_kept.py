@@ -8,6 +8,8 @@ import asyncio
 import json
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -1048,3 +1050,40 @@ def test_of_many_new_followers_that_race_for_one_output_one_gets_it(tmp_path):
         each.join()
     (winner,) = [each for each in got if each not in {"in_use", "second_follower"}]
     assert writer_of(note, run) == winner
+
+
+FULL_DISK_PROGRAM = """
+import resource, sys
+from pathlib import Path
+from evsys_adapters.{module} import {logger}
+from evsys_bus import EventBus, LoopState, StepEnd, TrainEnd, TrainingBatch
+from evsys_bus.context import LoopArtifacts
+folder = Path(sys.argv[1])
+logger = {logger}({arguments})
+logger.placement = "inline"
+state = LoopState(0, 500, folder / "run")
+with EventBus([logger]) as bus:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    for step in range(500):
+        bus.publish(StepEnd(state, step, TrainingBatch(), {{"loss": 0.5}}))
+    bus.publish(TrainEnd(state, LoopArtifacts()))
+print([(hook.failures) for hook in bus.health().hooks if hook.hook == "close"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "logger", "arguments"),
+    [
+        ("csv_metrics", "CsvMetricsCallback", 'folder / "metrics.csv"'),
+        ("local_logger", "LocalLoggerCallback", ""),
+        ("tensorboard_logger", "TensorBoardLoggerCallback", ""),
+        ("wandb_logger", "WandbLoggerCallback", '"p", mode="offline"'),
+    ],
+)
+def test_rows_that_an_inline_logger_could_not_write_until_the_end_are_a_failure_of_its_close(
+    tmp_path, module, logger, arguments
+):
+    program = FULL_DISK_PROGRAM.format(module=module, logger=logger, arguments=arguments)
+    command = [sys.executable, "-B", "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["[1]"], done.stdout[-300:] + done.stderr[-2000:]

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import inspect
 import logging
 from pathlib import Path
@@ -7,6 +8,8 @@ import pytest
 
 from evsys_bus import (
     Callback,
+    CallbackSpec,
+    Eval,
     EvalResult,
     EventBus,
     LogContext,
@@ -20,7 +23,14 @@ from evsys_bus import (
 )
 from evsys_bus.callback import check_hooks
 from evsys_bus.context import ArmResult, ExperimentResult
-from evsys_bus.errors import AsyncHookError, HookError, HookSignatureError, MisspeltHookError, NotAttachedError
+from evsys_bus.errors import (
+    AsyncHookError,
+    HookError,
+    HookSignatureError,
+    MisspeltHookError,
+    NotACallbackError,
+    NotAttachedError,
+)
 
 HOOKS = {
     "on_experiment_start": ["ctx"],
@@ -183,6 +193,47 @@ def test_an_async_hook_is_refused_with_the_remedy():
         "fix: write `def on_step_end(...)` and start the async part inside it: "
         "self.spawn(coroutine_function, *args)"
     )
+
+
+def test_a_hook_under_contextmanager_which_runs_no_line_counts_as_failed():
+    class Timed(Callback):
+        @contextlib.contextmanager
+        def on_step_end(self, state, step_idx, batch, metrics):
+            yield
+
+        @contextlib.asynccontextmanager
+        async def on_eval(self, state, step_idx, eval_name, metrics):
+            yield
+
+    with EventBus([Timed()]) as bus:
+        bus.publish(StepEnd(None, 0, TrainingBatch(), {}))
+        bus.publish(Eval(None, 0, "val", {}))
+    assert {each.hook: each.failures for each in bus.health().hooks} == {"on_step_end": 1, "on_eval": 1}
+
+
+def test_a_hook_that_is_no_method_is_refused_and_none_disables_one():
+    class Tuple(Callback):
+        on_step_end = (print,)
+
+    class Broken(Callback):
+        @property
+        def on_step_end(self):
+            raise AttributeError("not set up")
+
+    for callback, why in ((Tuple(), "it is a tuple"), (Broken(), "AttributeError: not set up")):
+        with pytest.raises(HookSignatureError, match=why):
+            EventBus([callback])
+
+    class Quiet(Notes):
+        on_step_end = None
+
+    EventBus([Quiet()])
+
+
+@pytest.mark.parametrize("given", [{"kind": "csv_metrics"}, CallbackSpec(kind="csv_metrics"), "csv_metrics", Notes])
+def test_dispatch_refuses_what_is_no_callback(given):
+    with pytest.raises(NotACallbackError):
+        dispatch([given], "on_step_end", None, 0, TrainingBatch(), {})
 
 
 def test_a_hook_that_cannot_take_the_arguments_is_refused_with_the_signature_to_write():

@@ -99,6 +99,12 @@ class AsyncMark(RewindOnly):
     async def mark(self): ...
 
 
+class WithHook(Sink):
+    async def write(self, batch): ...
+
+    def on_eval(self, state, step_idx, eval_name, metrics): ...
+
+
 WRONG = [
     (Sync, "Sync.write is not async"),
     (SyncOpen, "SyncOpen.open is not async"),
@@ -107,6 +113,7 @@ WRONG = [
     (MarkOnly, "MarkOnly has `mark` and no `rewind`"),
     (RewindOnly, "RewindOnly has `rewind` and no `mark`"),
     (AsyncMark, "AsyncMark.mark is async"),
+    (WithHook, "WithHook is a sink, and its method on_eval would never be called"),
 ]
 
 

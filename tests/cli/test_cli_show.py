@@ -217,3 +217,35 @@ def test_show_takes_the_state_of_a_run_that_has_only_metrics_from_its_journal(ev
         steps_of(bus, state_of(folder, "ppo"), 1)
         assert "running" in evsys_bus("show", folder).stdout
     assert "ended" in evsys_bus("show", folder).stdout
+
+
+@pytest.mark.parametrize("has_ctx", [True, False])
+def test_show_lists_runs_of_one_name_in_two_folders_as_two_and_one_that_was_moved_as_one(evsys_bus, tmp_path, has_ctx):
+    folders = [tmp_path / each / "digits" for each in ("first", "second", "gone")]
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        for steps, folder in enumerate(folders, start=1):
+            ctx = LogContext(folder.parent, run_key="digits") if has_ctx else None
+            state = LoopState(0, 3, folder, ctx=ctx)
+            folder.mkdir(parents=True)
+            for step in range(steps):
+                bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 0.5}))
+
+    def shown_rows():
+        shown = evsys_bus("show", tmp_path / "journal", "--json").stdout
+        return [json.loads(line)["rows"] for line in shown.splitlines()]
+
+    assert shown_rows() == [1, 2, 3]
+    for each in folders[:2]:
+        each.rmdir()
+    assert shown_rows() == [6]
+
+
+def test_show_takes_a_run_whose_state_names_the_experiments_folder_for_one(evsys_bus, tmp_path):
+    ctx = LogContext(tmp_path / "sweep", run_key="low", run_config={"lr": 1})
+    ctx.run_dir.mkdir(parents=True)
+    state = LoopState(0, 1, ctx.output_dir, ctx=ctx)
+    with EventBus([], journal=tmp_path / "journal") as bus:
+        for event in (RunStart(ctx), StepEnd(state, 0, TrainingBatch(), {"loss": 0.5})):
+            bus.publish(event)
+    shown = json.loads(evsys_bus("show", tmp_path / "journal", "--json").stdout)
+    assert (shown["rows"], shown["config"]) == (1, {"lr": 1})

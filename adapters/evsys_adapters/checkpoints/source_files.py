@@ -57,8 +57,10 @@ class _Entry(NamedTuple):
 
 
 def local_path(path: str) -> Path:
-    """Return the local path of a path or ``file://`` URI."""
-    return Path(unquote(urlsplit(path).path)) if path.startswith("file://") else Path(path)
+    """Return the local path of a path, in which ``~`` is the home directory, or of a ``file://`` URI."""
+    if path.startswith("file://"):
+        return Path(unquote(urlsplit(path).path))
+    return Path(os.path.expanduser(path))  # noqa: PTH111 # pathlib raises for a folder called ~name
 
 
 def files_of(root: Path, run_dir: Path) -> Iterator[tuple[str, SourceFile | str]]:

@@ -34,6 +34,7 @@ from evsys_adapters.checkpoints.source_files import SPOOL_FOLDER, SourceFile, Un
 from evsys_adapters.checkpoints.store_urls import StoreOptions
 from evsys_bus import location
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.decode import convert_value
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
@@ -251,7 +252,7 @@ class Spool:
         return _load_record(self._marker(folder), quarantine=True) is not None
 
     def _entries(self, row: ManifestRow | None, suffix: str) -> Iterator[Path]:
-        requested = None if row is None else checkpoint_folder(_as_journaled(row))
+        requested = None if row is None else checkpoint_folder(as_manifest_row(row))
         for path in sorted(self.folder.glob(f"[!.]*@????????{suffix}")):
             if requested in {None, path.name.rpartition("@")[0]}:
                 yield path
@@ -306,7 +307,7 @@ class Spool:
 
 def _collect_files(row: ManifestRow, parts: Iterable[PartName], run_dir: Path) -> tuple[list[SourceFile], SpoolEntry]:
     """Collect the files of a checkpoint and their names in the spool."""
-    journaled = _as_journaled(row)
+    journaled = as_manifest_row(row)
     sources: list[SourceFile] = []
     files: list[SpooledFile] = []
     names: dict[str, str] = {}
@@ -342,9 +343,9 @@ def _path_of(row: ManifestRow, part: PartName) -> str | None:
     return None if path is None else os.fsdecode(path)
 
 
-def _as_journaled(row: ManifestRow) -> ManifestRow:
-    """Return the row as decoded from the journal, so that both halves use the same names."""
-    return msgspec.convert(to_builtins(row)[0], ManifestRow)
+def as_manifest_row(row: ManifestRow) -> ManifestRow:
+    """Return the row, of any class, as decoded from the journal, so that both halves use the same names."""
+    return convert_value(to_builtins(row)[0], ManifestRow)
 
 
 def _link_or_copy(source: str, target: str) -> bool:
@@ -403,7 +404,7 @@ def _rebuild_entry(folder: Path, row: ManifestRow, parts: tuple[PartName, ...], 
         with suppress(OSError):
             sources, entry = _collect_files(found, parts, run_dir)
             if folder.name.endswith(f"@{_fingerprint(sources, entry)}"):
-                return msgspec.structs.replace(entry, row=_as_journaled(row))
+                return msgspec.structs.replace(entry, row=as_manifest_row(row))
     return None
 
 
