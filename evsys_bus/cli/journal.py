@@ -26,6 +26,7 @@ from evsys_bus.cli.output.formatting import (
     format_range,
     format_ranges,
     format_size,
+    format_time,
     pluralize,
 )
 from evsys_bus.cli.output.screen import Screen, color_option, is_terminal, json_option, printable
@@ -313,7 +314,7 @@ def _free_name(segment: Path) -> Path:
 
 def _in_use_error(directory: Path, stream: str) -> JournalInUseError:
     writer = read_stream_owner(OsDisk(), str(directory), stream)
-    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {writer.since},"
+    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {format_time(writer.since)},"
     return JournalInUseError(
         f"{by} writes {directory}/{stream}; nothing was repaired",
         why="a segment that is being written cannot be replaced",

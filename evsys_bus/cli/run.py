@@ -39,12 +39,13 @@ from evsys_bus.cli.output.formatting import (
     format_facts,
     format_mean_sd,
     format_table,
+    format_time,
     pluralize,
     summarize_error,
 )
 from evsys_bus.cli.output.progress import ProgressMode, resolve_mode, show_progress
 from evsys_bus.cli.output.run_state import DrainStatus, PlannedRun, RunStateTracker
-from evsys_bus.cli.output.screen import Screen, printable, terminal_width
+from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment, read_page_urls
 from evsys_bus.cli.uploads import UploadMonitor
 from evsys_bus.codec import json_line
@@ -161,8 +162,8 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     seconds = time.monotonic() - began
     page_urls = read_page_urls(plan.folder / JOURNAL_DIR, inline="learnt" in outcome.health.published)
     page_urls = {run.run_key: page_urls[run.run_key] for run in plan.runs if run.run_key in page_urls}
-    format_result = result_json if options.as_json else result_lines
-    lines = format_result(plan, outcome.result, seconds, outcome.receipt, page_urls)
+    facts = (plan, outcome.result, seconds, outcome.receipt, page_urls)
+    lines = result_json(*facts) if options.as_json else result_lines(*facts, screen)
     with suppress(BrokenPipeError):  # stdout is closed; the exit code is still that of the training
         click.echo("\n".join(lines))
     unfinished = _report_problems(outcome, screen)
@@ -235,7 +236,11 @@ def _check_unused(plan: ExperimentPlan, options: RunOptions, resume_command: str
     """Refuse a directory that holds an experiment, with the command line that continues it."""
     if not options.resume and (plan.folder / EXPERIMENT_FILE).exists():
         previous = load_previous_experiment(plan.folder)
-        why = None if previous is None else f'it is "{previous.name}", {previous.status}, started {previous.started}'
+        why = (
+            None
+            if previous is None
+            else f'it is "{previous.name}", {previous.status}, started {format_time(previous.started)}'
+        )
         raise TrainingError(
             f"{plan.display_folder} holds an experiment already",
             why=why,
@@ -334,6 +339,7 @@ def result_lines(
     seconds: float,
     receipt: Receipt | None,
     page_urls: Mapping[str, str],
+    screen: Screen,
 ) -> list[str]:
     """Return the result as text; ``page_urls`` are the known URLs of runs."""
     width = terminal_width(sys.stdout)
@@ -343,10 +349,16 @@ def result_lines(
     ]
     shown = metrics[:_MAX_METRICS]
     head = ["arm", "runs", *map(printable, shown)]
-    rows = [head, *(_row(arm, shown, result.best_arm) for arm in arms)]
-    lines = [f"{result.name}   {result.status} in {format_duration(seconds)}", "", *format_table(rows, width)]
+    rows = [head, *(_row(arm, shown, result.best_arm, screen) for arm in arms)]
+    lines = [
+        f"{printable(result.name)}   {screen.style_state(result.status, sys.stdout)} in {format_duration(seconds)}",
+        "",
+        *format_table(rows, width),
+    ]
     failed = [(run, arm) for run, arm in _pair_runs(plan, result) if arm.status == "failed"]
-    lines += ["", *(_format_failure(run, arm, plan) for run, arm in failed[:_MAX_FAILURES])] if failed else []
+    lines += [""] if failed else []
+    for run, arm in failed[:_MAX_FAILURES]:
+        lines += wrap(_format_failure(run, arm, plan), width)
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
@@ -428,9 +440,11 @@ def _format_deliveries(receipt: Receipt) -> str:
     return GAP.join(parts)
 
 
-def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
+def _row(arm: ArmSummary, metrics: list[str], best: str | None, screen: Screen) -> list[str]:
     mark = "!" if arm.failed else "*" if arm.name == best else " "
     seeds = f"{arm.completed}/{arm.runs} {mark}".rstrip()
+    if arm.failed:
+        seeds = screen.style(seeds, sys.stdout, fg="red")
     return [printable(arm.name), seeds, *(_format_spread(arm.metrics.get(name)) for name in metrics)]
 
 
@@ -443,7 +457,7 @@ def _format_spread(spread: Spread | None) -> str:
 
 def _format_failure(run: RunPlan, arm: ArmResult, plan: ExperimentPlan) -> str:
     name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
-    show = f"show: evsys-bus show {plan.display_folder}/{run.run_key}"
+    show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
     return f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}"
 
 

@@ -252,7 +252,7 @@ def test_without_a_run_the_newest_journal_below_runs_is_meant(evsys_bus, mixed, 
 def test_a_run_that_is_not_there_is_told_with_the_nearest_and_exits_2(evsys_bus, mixed, command):
     code, out, err = evsys_bus(*command, "runs/mixd")
     assert (code, out) == (2, "")
-    assert "Error: there is no run runs/mixd; did you mean runs/mixed?" in err
+    assert "error: there is no run runs/mixd\nfix: did you mean runs/mixed?" in err
 
 
 def test_a_folder_without_a_journal_and_no_run_at_all_exit_2(evsys_bus, tmp_path):

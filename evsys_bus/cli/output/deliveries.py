@@ -5,6 +5,7 @@ This module does not deliver anything itself.
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ from evsys_bus.cli.output.formatting import (
     format_columns,
     format_duration,
     format_table,
+    format_time,
     pluralize,
-    wrap,
 )
-from evsys_bus.cli.output.screen import printable
+from evsys_bus.cli.output.screen import Screen, printable, wrap
 from evsys_bus.codec import decode
 from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader
@@ -309,7 +310,11 @@ def sync_command(directory: str | Path, *names: str) -> str:
 def courier_busy_error(directory: Path, name: str, why: str | None = None) -> CourierBusyError:
     """Return the error for an adapter that another process delivers to."""
     owner = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host}, since {owner.since},"
+    who = (
+        "another process"
+        if owner is None
+        else f"process {owner.pid} on {owner.host}, since {format_time(owner.since)},"
+    )
     fix = f"let it finish, or end it; check its progress: evsys-bus status {directory}"
     return CourierBusyError(f"{who} delivers {directory} to {name}", why=why, fix=fix)
 
@@ -449,7 +454,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
     return rows
 
 
-def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None) -> list[str]:
+def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], screen: Screen, width: int | None) -> list[str]:
     """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = load_ranks_by_adapter(directory)
     has_unconfirmed = any(each.owed for each in statuses)
@@ -460,7 +465,7 @@ def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: in
         rows.append(
             [
                 printable(each.name),
-                state,
+                screen.style_state(state, sys.stdout),
                 *(f"{count:,}" if each.is_known else "?" for count in counts),
                 _format_lag(directory, each),
             ]

@@ -6,6 +6,7 @@ rest.
 """
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Generator, Iterator
@@ -16,7 +17,7 @@ from typing import Any, Final, cast
 import click
 
 import evsys_bus
-from evsys_bus.cli.output.screen import Screen, printable
+from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.codec import json_line
 from evsys_bus.errors import (
     ConfigError,
@@ -41,6 +42,7 @@ INTERRUPTED: Final = 130
 _KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
 _TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
+_HINT: Final = re.compile(r"; (?=did you mean|known: )")
 _PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
@@ -62,6 +64,33 @@ def report(error: BaseException, screen: Screen) -> int:
         return ENVIRONMENT
     screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
     return RAISED
+
+
+def report_usage(error: click.ClickException, screen: Screen) -> int:
+    """Report an error of the command line on stderr, with its fix, and return the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()  # the help itself
+        return error.exit_code
+    what, _, hint = _HINT.sub("\n", error.message).partition("\n")
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        hint = f"did you mean {' or '.join(error.possibilities)}?"
+    elif not hint:
+        what = error.format_message()
+    what = what.rstrip(".")
+    what = what if what[:2].isupper() else f"{what[:1].lower()}{what[1:]}"
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    fixes = [hint] if hint else []
+    if context is not None:
+        usage = context.command.get_usage(context).partition(": ")[2]
+        fixes += [usage] if isinstance(error, click.MissingParameter) else []
+        noun = "commands" if isinstance(context.command, click.Group) else "options"
+        fixes.append(f"all {noun}: {context.command_path} --help")
+    head = screen.style("error", sys.stderr, fg="red", bold=True)
+    text = "".join(
+        f"\n{screen.style('fix:', sys.stderr, fg='green', bold=True)} {fix}" for fix in ["   ".join(fixes)] if fix
+    )
+    screen.note(f"{head}: {printable(what)}{text}")
+    return error.exit_code
 
 
 def _own_errors(error: BaseException) -> Iterator[EvsysBusError]:
@@ -161,8 +190,11 @@ class _WarningHandler(logging.Handler):
         level = record.levelname.lower()
         head = self._screen.style(f"{level}:", sys.stderr, fg="yellow" if level == "warning" else "red", bold=True)
         first, *more = message.splitlines() or [""]
-        below = "".join(f"\n  {line}" for line in [*more, *trace.splitlines()])
-        return f"{head} {printable(first + below)}\n"
+        width = terminal_width(sys.stderr)
+        lines = wrap(f"{head} {printable(first)}", width)
+        for line in map(printable, [*more, *trace.splitlines()]):
+            lines += [f"  {line}"] if line.startswith(" ") else wrap(line, width, indent="  ")
+        return "".join(f"{line}\n" for line in lines)
 
     def _json(self, record: logging.LogRecord, message: str, trace: str) -> str:
         facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": message}
