@@ -4,11 +4,12 @@ Progress goes to stderr. The result on stdout is a table of arms, the conclusion
 """
 
 import asyncio
+import logging
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -89,19 +90,26 @@ def command(
     strict: bool,
     progress: ProgressMode,
     as_json: bool,
+    log_level: int | None,
 ) -> int:
     """Run the experiment that FILE describes.
 
     Progress goes to stderr, the result to stdout. The first Ctrl-C stops the runs after the current step, with a
     checkpoint; --resume continues from there.
-    """
+
+    \b
+    Examples:
+      evsys-bus run sweep.yaml --dry-run
+      evsys-bus run sweep.yaml --arm low --seed 0 --set run.steps=10 --output-dir /tmp/try
+      evsys-bus run sweep.yaml --resume
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     plan = load_plan(file, sets=sets, arms=arms, seeds=seeds, output_dir=output_dir)
     if dry_run:
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
 
     resume_command = build_command_line("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command), screen)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
 
 
 class RunOptions(NamedTuple):
@@ -113,6 +121,8 @@ class RunOptions(NamedTuple):
     as_json: bool
     command: Sequence[str]
     """The command line without ``--resume``, for hints."""
+    log_level: int | None = None
+    """The least level of log records that are shown; WARNING if None. From ERROR on there is no progress either."""
 
 
 def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
@@ -121,6 +131,9 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     Raises:
         EvsysBusError: The experiment could not be started.
     """
+    level = logging.WARNING if options.log_level is None else options.log_level
+    if level >= logging.ERROR:
+        options = options._replace(progress="off")
     resume_command = shlex.join([*options.command, "--resume"])
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
@@ -149,7 +162,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             poll_uploads=UploadMonitor(plan.folder / JOURNAL_DIR).poll,
             poll_problems=ProblemMonitor(plan.folder / JOURNAL_DIR).poll,
         ),
-        show_warnings(screen, as_json=as_json),
+        show_warnings(screen, as_json=as_json, level=level),
     ):
         try:
             outcome = anyio.run(_train, plan, options, [*callbacks, tracker], interrupts, tracker)
@@ -166,7 +179,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     lines = result_json(*facts) if options.as_json else result_lines(*facts, screen)
     with suppress(BrokenPipeError):  # stdout is closed; the exit code is still that of the training
         click.echo("\n".join(lines))
-    unfinished = _report_problems(outcome, screen)
+    unfinished = _report_problems(outcome, screen, quiet=level >= logging.ERROR)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
     if outcome.result.status == "cancelled":  # by a required delivery
@@ -291,14 +304,15 @@ def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_c
     screen.note(f"go on with: {resume_command}")
 
 
-def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
+def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) -> bool:
     """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    warn: Callable[[str], None] = (lambda _: None) if quiet else screen.note
     unfinished = False
     for hook in outcome.health.hooks:
         if hook.failures:
             unfinished = True
-            screen.note(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
+            warn(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
     receipt = outcome.receipt
     if receipt is None:
         return unfinished
@@ -307,20 +321,20 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
         parts = [f"{count:,} {word}" for count, word in counts if count]
         if parts:
             unfinished = True
-            screen.note(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
+            warn(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
     if receipt.unfinished:
         unfinished = True
-        screen.note(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
-    return _report_undelivered(receipt, screen, head) or unfinished
+        warn(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
+    return _report_undelivered(receipt, warn, head) or unfinished
 
 
-def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
+def _report_undelivered(receipt: Receipt, warn: Callable[[str], None], head: str) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known
         status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
         for line in problem_lines(status, receipt.journal, show_since=False):
-            screen.note(f"{head} {printable(line)}")
+            warn(f"{head} {printable(line)}")
     pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
     pending += [f"{printable(each.name)} unknown" for each in receipt.deliveries if not each.is_known]
     unconfirmed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
@@ -329,7 +343,7 @@ def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
         suffix = "" if command is None else f"; finish with: {command}"
         kinds = [*(["delivered"] if pending else []), *(["confirmed"] if unconfirmed else [])]
         what = f"{' or not '.join(kinds)} yet"
-        screen.note(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
+        warn(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
     return not all(each.complete for each in receipt.deliveries)
 
 

@@ -292,7 +292,7 @@ def test_show_suggests_the_nearest_name_below_runs(evsys_bus, tmp_path):
         (tmp_path / "runs" / "digits" / name / "metrics.jsonl").write_text("")
     done = evsys_bus("show", "wied-s0", cwd=tmp_path)
     assert done.returncode == 2
-    assert "there is no run wied-s0; did you mean wide-s0?" in done.stderr
+    assert "error: there is no run wied-s0\nfix: did you mean wide-s0?" in done.stderr
     assert evsys_bus("show", "digits/wide-s0", cwd=tmp_path).returncode == 0
 
 

@@ -65,7 +65,7 @@ def same_as_golden(name, text, tmp_path):
     text = re.sub(r"r0-\d{6}-\d{8}T\d{6}-[0-9a-f]{8}", "<stream>", text)
     text = re.sub(r"process \d+ on \S+", "process <pid> on <host>,", text)
     text = re.sub(r"\d+@\S+ ", "<pid>@<host> ", text)
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", "<time>", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d([+-]\d\d:\d\d)?", "<time>", text)
     text = re.sub(r"^\d\d-\d\d \d\d:\d\d:\d\d", "<time>", text, flags=re.MULTILINE)
     text = re.sub(r"\d+ s( ago)?$", "<age>", text, flags=re.MULTILINE)
     text = re.sub(r"\b[\d,.]+ (B|kB|bytes damaged)\b", r"<size> \1", text)  # which paths are in the events decides
@@ -357,7 +357,8 @@ def test_on_a_terminal_no_line_is_wider_than_it(tmp_path):
     first, second = os.read(end, 10_000).decode().splitlines()
     os.close(end)
     os.close(other)
-    assert (len(first), first[-1]) == (50, "…")
+    assert len(first) <= 50
+    assert first.endswith("  (+9)")
     assert second.endswith("loss 1.000")
 
 

@@ -19,6 +19,7 @@ import click
 import evsys_bus
 from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.codec import json_line
+from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.errors import (
     ConfigError,
     ConfigErrors,
@@ -141,8 +142,8 @@ def _colorize_line(line: str) -> str:
 class _WarningHandler(logging.Handler):
     """Writes to the current ``sys.stderr``, which is redirected while a table is shown."""
 
-    def __init__(self, screen: Screen, *, as_json: bool) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, screen: Screen, level: int, *, as_json: bool) -> None:
+        super().__init__(level)
         self._screen = screen
         self._as_json = as_json
         self._shown_kinds: set[tuple[object, ...]] = set()
@@ -211,12 +212,17 @@ def _outside_traceback(error: BaseException) -> traceback.TracebackException:
 
 
 @contextmanager
-def show_warnings(screen: Screen, *, as_json: bool = False) -> Generator[None]:
-    """Print WARNING and higher log records to stderr within the block."""
-    lines = _WarningHandler(screen, as_json=as_json)
-    root = logging.getLogger()
+def show_warnings(screen: Screen, *, as_json: bool = False, level: int = logging.WARNING) -> Generator[None]:
+    """Print log records of this level and higher to stderr within the block."""
+    lines = _WarningHandler(screen, level, as_json=as_json)
+    root, own = logging.getLogger(), logging.getLogger(LOGGER_NAME)
+    levels = [(each, each.level) for each in (root, own)] if level < logging.WARNING else []
+    for each, _ in levels:
+        each.setLevel(level)
     root.addHandler(lines)
     try:
         yield
     finally:
         root.removeHandler(lines)
+        for each, before in levels:
+            each.setLevel(before)

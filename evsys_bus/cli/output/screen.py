@@ -22,6 +22,7 @@ _WORDS: Final = re.compile(r"(\s*)(evsys-bus (?:(?!  |;|$).)+|\S+)")
 _SOURCE_LINE: Final = re.compile(r"\s|\d+ +\|")
 """The beginning of a line that is shown as it is: an indented one, or one of a file."""
 _INDENT: Final = "  "
+_PART_GAP: Final = "   "
 _MIN_WRAP_COLUMNS: Final = 20
 """Text is not wrapped into fewer columns than this."""
 _STATE_COLORS: Final = {
@@ -106,15 +107,23 @@ def cell_width(text: str) -> int:
 
 
 def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
-    """Return the text wrapped at words, with further lines indented; longer words and commands stay whole."""
+    """Return the text wrapped to the width, with further lines indented.
+
+    Lines end between parts, which three blanks separate, or else between words. Longer words and commands stay whole.
+    """
     if width is None or cell_width(text) + len(indent) <= width or width < _MIN_WRAP_COLUMNS:
         return [f"{indent}{text}"]
     lines = [indent]
-    for gap, word in _WORDS.findall(text):
-        if lines[-1].strip() and cell_width(f"{lines[-1]}{gap}{word}") > width:
-            lines.append(f"{indent}{_INDENT}{word}")
-        else:
-            lines[-1] += f"{gap}{word}"
+    for number, part in enumerate(text.split(_PART_GAP)):
+        if number and cell_width(f"{lines[-1]}{_PART_GAP}{part}") > width:
+            lines.append(f"{indent}{_INDENT}")
+        elif number:
+            lines[-1] += _PART_GAP
+        for gap, word in _WORDS.findall(part):
+            if lines[-1].strip() and cell_width(f"{lines[-1]}{gap}{word}") > width:
+                lines.append(f"{indent}{_INDENT}{word}")
+            else:
+                lines[-1] += f"{gap}{word}"
     return lines
 
 
