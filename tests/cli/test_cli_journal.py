@@ -479,6 +479,19 @@ def test_repair_keeps_every_whole_record_and_the_damaged_segment_beside(evsys_bu
     assert segment.with_name(f"{segment.name}.damaged-2").exists()
 
 
+def test_verify_is_content_after_a_repair_until_there_is_new_damage(evsys_bus, tmp_path):
+    directory = journal(tmp_path)
+    damage(directory, 4, 8)
+    assert evsys_bus("journal", "verify", tmp_path)[0] == 3
+    evsys_bus("journal", "repair", tmp_path)
+    code, out, _ = evsys_bus("journal", "verify", tmp_path)
+    assert (code, out.splitlines()[-1]) == (0, "repaired: 2 events lost before that; all others are whole")
+    assert "lost before a repair, which kept the damaged segment: events 4, 8" in out
+    damage(directory, 2)
+    code, out, _ = evsys_bus("journal", "verify", tmp_path)
+    assert (code, "! lost: event 2" in out or "damaged:" in out) == (3, True)
+
+
 def test_the_next_writer_goes_on_behind_a_repaired_segment(evsys_bus, tmp_path):
     directory = journal(tmp_path)
     damage(directory, 4)
