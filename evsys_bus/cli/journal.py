@@ -65,8 +65,8 @@ def command() -> None:
 def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     """Check the checksum of every record of RUN, and that no sequence is missing.
 
-    Exits with 3 if recorded events are lost, and with 0 again once a repair has quarantined the damage. A write that was
-    cut short by a kill is no loss: it was never acknowledged. Nothing is changed.
+    Exits with 3 if recorded events are lost, and with 0 again once a repair has quarantined the damage. A write that
+    was cut short by a kill is no loss: it was never acknowledged. Nothing is changed.
     """
     directory = find_journal(folder).directory
     report = verify_with_progress(directory, screen)

@@ -19,7 +19,7 @@ import click
 import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
-from evsys_bus.cli.check import ExperimentPlan, load_plan, plan_json, plan_lines
+from evsys_bus.cli.check import ExperimentPlan, check_resume, load_plan, plan_json, plan_lines, warn_about_metric
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
 from evsys_bus.cli.output.capture import guard_stdout
@@ -104,6 +104,9 @@ def command(
     """  # noqa: D301 # click reads the backspace as: do not wrap
     plan = load_plan(file, sets=sets, arms=arms, seeds=seeds, output_dir=output_dir)
     if dry_run:
+        if resume:
+            check_resume(plan)
+        warn_about_metric(plan, screen)
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
 

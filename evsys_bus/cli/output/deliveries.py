@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from evsys_bus.cli.output.formatting import (
+    GAP,
     NO_VALUE,
     format_age,
     format_columns,
@@ -22,7 +23,7 @@ from evsys_bus.cli.output.formatting import (
     format_time,
     pluralize,
 )
-from evsys_bus.cli.output.screen import Screen, printable, wrap
+from evsys_bus.cli.output.screen import Screen, cell_width, printable, terminal_width, wrap
 from evsys_bus.codec import decode
 from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader
@@ -322,27 +323,29 @@ def courier_busy_error(directory: Path, name: str, why: str | None = None) -> Co
 def outcome_lines(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
     """Return the table of outcomes."""
     has_unconfirmed = any(each.before.owed or each.after.owed for each in outcomes)
-    return format_columns(
+    rows = [
         [
-            [
-                each.adapter,
-                *(
-                    (
-                        pluralize(each.events, "event"),
-                        f"sent {each.sent:,}",
-                        f"dead {each.dead:,}",
-                        f"pending {each.after.pending:,}",
-                    )
-                    if each.is_known
-                    else ("? events", "sent ?", "dead ?", "pending ?")
-                ),
-                *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
-                *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
-                f"{each.seconds:.1f}s",
-            ]
-            for each in outcomes
+            each.adapter,
+            *(
+                (
+                    pluralize(each.events, "event"),
+                    f"sent {each.sent:,}",
+                    f"dead {each.dead:,}",
+                    f"pending {each.after.pending:,}",
+                )
+                if each.is_known
+                else ("? events", "sent ?", "dead ?", "pending ?")
+            ),
+            *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
+            *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
+            f"{each.seconds:.1f}s",
         ]
-    )
+        for each in outcomes
+    ]
+    width = terminal_width(sys.stdout)
+    lines = format_columns(rows)
+    fits = width is None or all(cell_width(line) <= width for line in lines)
+    return lines if fits else [part for row in rows for part in wrap(GAP.join(row), width)]
 
 
 def outcome_json(outcomes: Sequence[DeliveryOutcome]) -> list[str]:

@@ -17,7 +17,7 @@ _DEFAULT_COLUMNS: Final = 80
 
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _STYLE: Final = re.compile(r"\x1b\[[0-9;]*m")
-_WORDS: Final = re.compile(r"(\s*)(evsys-bus (?:(?!  |;|$).)+|\S+)")
+_WORDS: Final = re.compile(r"(\s*)((?:\S+=)?evsys-bus (?:(?!  |;|$).)+|\S+)")
 """A gap and a word. A command is one word, because only a line that the terminal itself wraps is copied as one."""
 _SOURCE_LINE: Final = re.compile(r"\s|\d+ +\|")
 """The beginning of a line that is shown as it is: an indented one, or one of a file."""
@@ -109,13 +109,15 @@ def cell_width(text: str) -> int:
 def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
     """Return the text wrapped to the width, with further lines indented.
 
-    Lines end between parts, which three blanks separate, or else between words. Longer words and commands stay whole.
+    Lines end between parts, which three blanks separate, or else between words. A longer word stays whole, and so does
+    a command.
     """
     if width is None or cell_width(text) + len(indent) <= width or width < _MIN_WRAP_COLUMNS:
         return [f"{indent}{text}"]
     lines = [indent]
     for number, part in enumerate(text.split(_PART_GAP)):
-        if number and cell_width(f"{lines[-1]}{_PART_GAP}{part}") > width:
+        fits = cell_width(f"{indent}{_INDENT}{part}") <= width
+        if number and fits and cell_width(f"{lines[-1]}{_PART_GAP}{part}") > width:
             lines.append(f"{indent}{_INDENT}")
         elif number:
             lines[-1] += _PART_GAP
@@ -131,6 +133,7 @@ def _set_color_mode(ctx: click.Context, _: click.Parameter, mode: ColorMode) -> 
     screen = ctx.find_object(Screen)
     if screen is not None:
         screen.color_mode = mode
+        ctx.color = True  # only what `Screen` allows is styled, and click shall not remove that
 
 
 color_option: Final = click.option(
