@@ -13,7 +13,7 @@ import msgspec
 
 from evsys_bus.cli.options import add_current_folder_to_path, output_dir_option, set_option
 from evsys_bus.cli.output.formatting import format_columns, pluralize
-from evsys_bus.cli.output.screen import Screen, color_option, json_option
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.codec.redact import Redaction
@@ -76,7 +76,9 @@ class ExperimentPlan(msgspec.Struct, frozen=True):
         size = f"{pluralize(arms, 'arm')} x {pluralize(seeds, 'seed')}"
         if stages > 1:
             size += f" x {pluralize(stages, 'stage')}"
-        return f"{self.config.name}   {size} = {pluralize(len(self.runs), 'run')}   data: {self.display_folder}"
+        return (
+            f"{printable(self.config.name)}   {size} = {pluralize(len(self.runs), 'run')}   data: {self.display_folder}"
+        )
 
     @property
     def display_folder(self) -> str:
@@ -187,7 +189,7 @@ def _check_known(option: str, requested: Sequence[object], known: Sequence[objec
 
 def plan_lines(plan: ExperimentPlan) -> list[str]:
     """Return the plan as text."""
-    config = plan.config
+    config, width = plan.config, terminal_width(sys.stdout)
     lines = [plan.title, ""]
     metric = config.success_metric
     facts = [
@@ -196,21 +198,21 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
         ["at a time", pluralize(config.max_concurrent_runs, "run")],
         *([["plugins", ", ".join(config.plugins)]] if config.plugins else []),
     ]
-    lines += format_columns(facts)
+    lines += _columns(facts)
     lines += ["", "arms"]
     by_arm = {run.arm: run for run in reversed(plan.runs)}
     arm_names = list(dict.fromkeys(run.arm for run in plan.runs))
     stages = list(dict.fromkeys(run.stage for run in plan.runs))
     if stages == [None]:
-        lines += format_columns([[arm, format_params(by_arm[arm].params)] for arm in arm_names], indent="  ")
+        lines += _columns([[arm, format_params(by_arm[arm].params)] for arm in arm_names], indent="  ")
     else:
         first = {(run.arm, run.stage): run for run in reversed(plan.runs)}
         rows = [[arm, stage or "", format_params(first[arm, stage].params)] for arm in arm_names for stage in stages]
-        lines += format_columns(rows, indent="  ")
+        lines += _columns(rows, indent="  ")
     seeds = dict.fromkeys(run.seed for run in plan.runs)
     lines += ["", f"seeds   {', '.join(map(str, seeds))}", "", "callbacks"]
     specs = [read_spec(item, "$.callbacks") for item in config.callbacks]
-    lines += format_columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
+    lines += _columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
         "  none"
     ]
     previous = load_previous_experiment(plan.folder)
@@ -218,7 +220,17 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
     shown = [
         [key, f"{entries[key].status} already" if key in entries else ""] for key in (run.run_key for run in plan.runs)
     ]
-    return [*lines, "", "runs", *format_columns(shown, indent="  ")]
+    lines += ["", "runs", *_columns(shown, indent="  ")]
+    return [part for line in lines for part in _fit(line, width)]
+
+
+def _columns(rows: Sequence[Sequence[str]], indent: str = "") -> list[str]:
+    return format_columns([[printable(cell) for cell in row] for row in rows], indent=indent)
+
+
+def _fit(line: str, width: int | None) -> list[str]:
+    text = line.lstrip()
+    return wrap(text, width, indent=" " * (len(line) - len(text)))
 
 
 def plan_json(plan: ExperimentPlan) -> list[str]:

@@ -138,7 +138,12 @@ def export_command(
 
     jsonl: one object per event, as in `tail --json`. csv: one table per type of event, step_end if no type is given,
     with a column for each metric or field; the tables of several types are written into the folder --out.
-    """
+
+    \b
+    Examples:
+      evsys-bus journal export runs/sweep --format csv --out metrics.csv
+      evsys-bus journal export runs/sweep --format jsonl --type eval,checkpoint
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     journal = find_journal(folder)
     named = types or (("step_end",) if kind == "csv" else ())
     outputs = _output_paths(named, out) if kind == "csv" else {}

@@ -62,7 +62,12 @@ def command(screen: Screen, folder: Path | None, as_json: bool) -> None:
 
     Every metric is shown with its first and last value, and the least and greatest with their steps. A run of your own
     training loop, which has only a journal, is shown from that.
-    """
+
+    \b
+    Examples:
+      evsys-bus show runs/sweep
+      evsys-bus show runs/sweep/low-s0 --json
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     if folder is None:
         folder = find_newest()
         screen.note(str(folder))

@@ -49,7 +49,12 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, watch: bool, 
     """Show the streams of RUN and its adapters; without RUN, of the newest journal below ./runs.
 
     A stream is live while a process writes it, closed if its last writer closed it, dead if that was killed.
-    """
+
+    \b
+    Examples:
+      evsys-bus status runs/sweep --watch
+      evsys-bus status --json | jq 'select(.type == "adapter") | .pending'
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     if watch and thoroughly:
         raise click.UsageError("--verify reads the whole journal, once; leave --watch or --verify out")
     directory = find_journal(folder).directory

@@ -125,7 +125,7 @@ def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
             if lines[-1].strip() and cell_width(f"{lines[-1]}{gap}{word}") > width:
                 lines.append(f"{indent}{_INDENT}{word}")
             else:
-                lines[-1] += f"{gap}{word}"
+                lines[-1] += word if len(lines) > 1 and not lines[-1].strip() else f"{gap}{word}"
     return lines
 
 
