@@ -139,7 +139,9 @@ def format_mean_sd(spread: "Spread | None", *, sd: bool = True) -> str:
 
 
 def _decimals(magnitude: float) -> int:
-    return 4 if magnitude < 0.1 else 3 if magnitude < 10 else 2 if magnitude < 100 else 1  # noqa: PLR2004 # four digits in all
+    if magnitude < 0.1:  # noqa: PLR2004 # as below
+        return 5 if magnitude >= 0.01 else 6  # noqa: PLR2004 # as below
+    return 3 if magnitude < 10 else 2 if magnitude < 100 else 1  # noqa: PLR2004 # four digits in all
 
 
 def summarize_error(error: str | None) -> str:
