@@ -69,7 +69,7 @@ def _publish_steps(placement: Placement) -> Generator[TimedLoop, None, None]:
 
 ALL_LOGGERS: Final = TimedSuite(
     name="all-loggers",
-    promise="P3: five loggers that are followed cost the loop at most a fiftieth of what they cost it inline",
+    promise="five loggers that are followed cost the loop at most a fiftieth of what they cost it inline",
     cases=(
         Case(
             title="a step of 8 metrics: progress, CSV, local files, TensorBoard, W&B offline",

@@ -118,7 +118,7 @@ class Throughput:
     """The suite ``couriers``."""
 
     name = "couriers"
-    promise = "P6: a courier that is behind catches up at 200,000 events a second, in memory that does not grow"
+    promise = "a courier that is behind catches up at 200,000 events a second, in memory that does not grow"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure the rate, then the memory."""
@@ -193,7 +193,7 @@ class ExitLatency:
     """The suite ``leaving``."""
 
     name = "leaving"
-    promise = "P13: a bus whose adapters are idle is left in under a second"
+    promise = "a bus whose adapters are idle is left in under a second"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure each adapter alone, then all of them."""

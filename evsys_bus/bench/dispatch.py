@@ -217,7 +217,7 @@ def dispatch_suite(peers: Mapping[str, Peer], min_ratios: Mapping[str, float]) -
     below_reference = Target(candidate=OURS, reference=REFERENCE, at_most=1.0)
     return TimedSuite(
         name="dispatch",
-        promise="P1: a step event reaches K callbacks, isolated and counted, for about the cost of calling them",
+        promise="a step event reaches K callbacks, isolated and counted, for about the cost of calling them",
         cases=(
             case(1, Target(candidate=OURS, reference=REFERENCE, at_most=1.2)),
             case(4, below_reference, compared_peers={}),

@@ -50,7 +50,7 @@ def python_process(*arguments: str) -> Generator[TimedLoop, None, None]:
 
 IMPORTS: Final = TimedSuite(
     name="imports",
-    promise="P10: the import and the command line start about as fast as their dependencies",
+    promise="the import and the command line start about as fast as their dependencies",
     cases=(
         Case(
             title="processes, start to end",

@@ -115,7 +115,7 @@ class JournalSuite:
     """The least ratio of each logger's time to ours."""
 
     name = "journal"
-    promise = "P2: on record before publish returns, for about the cost of writing it"
+    promise = "on record before publish returns, for about the cost of writing it"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure back to back, then at 1,000 steps a second."""

@@ -30,7 +30,7 @@ class KillsSuite:
     """Modules with ``LOGGERS``, the candidates, that a new process can import."""
 
     name = "kills"
-    promise = "P5: no step that was logged is lost to SIGKILL"
+    promise = "no step that was logged is lost to SIGKILL"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:  # noqa: ARG002 - counts do not depend on it
         """Count the lost steps at each rate."""

@@ -52,7 +52,7 @@ class MemoryGrowth:
     """The suite ``growth``."""
 
     name = "growth"
-    promise = "P7: the ten-millionth publish costs what the first one does, and memory stays flat"
+    promise = "the ten-millionth publish costs what the first one does, and memory stays flat"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure the times, then the memory."""
@@ -142,7 +142,7 @@ class BacklogMemory:
     """The suite ``lag``."""
 
     name = "lag"
-    promise = "P7: a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
+    promise = "a destination that accepts nothing costs no memory, however much is pending; its lag is read fast"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure the memory, then the times."""

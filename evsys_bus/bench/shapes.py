@@ -153,7 +153,7 @@ def _publish_shape(make: Callable[[], StepFactory]) -> Generator[TimedLoop, None
 
 SHAPES: Final = TimedSuite(
     name="shapes",
-    promise="P11: a step of any shape is on record for about the cost of the benchmarked one",
+    promise="a step of any shape is on record for about the cost of the benchmarked one",
     cases=(
         Case(
             title="a step on record",

@@ -61,7 +61,7 @@ class WakeupLatency:
     """The suite ``lateness``."""
 
     name = "lateness"
-    promise = "P4: whatever the couriers go through, the training loop's steps take as long as without them"
+    promise = "whatever the couriers go through, the training loop's steps take as long as without them"
 
     def measure_tables(self, budget: Budget) -> Iterator[Table]:
         """Measure each kind and length of step."""

@@ -27,6 +27,7 @@ COMMAND_GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
     "Look at a run": {
         "show": "shows a run or an experiment: status, metrics, checkpoints, evals",
         "tail": "shows the events of a live or finished journal",
+        "logs": "shows the tracebacks of failed runs, and the warnings of couriers",
         "status": "shows the streams of a journal, their writers, and the progress of each adapter",
         "journal": "verifies, repairs or exports a journal",
     },
@@ -174,8 +175,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         outcome = root.main(list(arguments), prog_name="evsys-bus", standalone_mode=False, obj=screen)
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        from evsys_bus.cli.output.errors import report_usage
+
+        return report_usage(error, screen)
     except _StdoutClosed:
         outcome = 0
     except (click.Abort, KeyboardInterrupt):

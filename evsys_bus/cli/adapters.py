@@ -1,10 +1,12 @@
 """``evsys-bus adapters``: lists the kinds of callbacks and their params."""
 
+import sys
 from typing import Any
 
 import click
 
-from evsys_bus.cli.output.screen import color_option
+from evsys_bus.cli.output.formatting import format_facts
+from evsys_bus.cli.output.screen import color_option, terminal_width
 
 
 @click.command("adapters")
@@ -45,14 +47,13 @@ def _list_kinds() -> list[dict[str, Any]]:
 
 def _entry_lines(entries: list[dict[str, Any]]) -> list[str]:
     """Return the list as text, with missing packages below each kind."""
-    width = max((len(entry["kind"]) for entry in entries), default=0)
-    lines: list[str] = []
+    rows: list[list[str]] = []
     for entry in entries:
         summary = entry.get("summary") or f"cannot be loaded: {entry.get('error', '')}"
-        lines.append(f"{entry['kind']:<{width}}  {summary}")
+        rows.append([entry["kind"], summary])
         if "missing" in entry:
-            lines.append(f"{'':<{width}}  ! not installed: {entry['missing']}   {entry.get('fix', '')}")
-    return lines
+            rows.append(["", f"! not installed: {entry['missing']}   {entry.get('fix', '')}"])
+    return format_facts(rows, terminal_width(sys.stdout))
 
 
 def _load_details(kind: str) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def _summary(kind: str) -> str:
     from evsys_bus.config.registry import REGISTRY
 
     cls = REGISTRY.find(kind)
-    return inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__).partition("\n")[0]
+    return inspect.cleandoc(cls.__dict__.get("__doc__") or cls.__name__).partition("\n")[0].replace("`", "")
 
 
 def _json(value: object) -> str:

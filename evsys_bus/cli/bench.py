@@ -1,4 +1,4 @@
-"""``evsys-bus bench``: prints a table to stdout and progress to stderr, and writes a plot."""
+"""``evsys-bus bench``: prints a table to stdout and progress to stderr, and writes a plot if asked."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,11 +24,11 @@ def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str)
     @click.argument("names", metavar="[SUITE]...", nargs=-1)
     @click.option("--rounds", type=click.IntRange(min=2), help="Rounds of samples; more rounds, steadier medians.")
     @click.option("--quick", is_flag=True, help="A fraction of the time; too inaccurate for quoting.")
-    @click.option("--svg", type=_FILE, default="bench.svg", show_default=True, help="File to write the plot to.")
+    @click.option("--svg", type=_FILE, help="File to write a plot to.")
     @click.option("--json", "json_path", type=_FILE, help="File to write all measurements to.")
     @click.option("--strict", is_flag=True, help="Exit with 1 if a target is missed.")
     def bench(
-        names: tuple[str, ...], rounds: int | None, quick: bool, svg: Path, json_path: Path | None, strict: bool
+        names: tuple[str, ...], rounds: int | None, quick: bool, svg: Path | None, json_path: Path | None, strict: bool
     ) -> None:
         import msgspec
 
@@ -39,11 +39,13 @@ def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str)
         budget = _make_budget(rounds, quick)
         results = [run_suite(suite, budget, lambda text: click.echo(text, err=True)) for suite in suites]
         report = Report(describe_machine(), results)
-        svg.write_text(as_svg(report), encoding="utf-8")
+        if svg is not None:
+            svg.write_text(as_svg(report), encoding="utf-8")
         if json_path is not None:
             json_path.write_bytes(msgspec.json.format(msgspec.json.encode(report)) + b"\n")
         click.echo(as_text(report))
-        click.echo(f"plot: {svg.resolve()}")
+        if svg is not None:
+            click.echo(f"plot: {svg.resolve()}")
         if strict and any(result.missed_targets for result in results):
             raise click.exceptions.Exit(1)
 

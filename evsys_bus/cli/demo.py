@@ -27,6 +27,7 @@ def command(
     strict: bool,
     progress: ProgressMode,
     as_json: bool,
+    log_level: int | None,
 ) -> int:
     """Train small networks on scikit-learn's handwritten digits: several arms, two seeds each, in seconds.
 
@@ -40,4 +41,4 @@ def command(
     folder = output_dir or Path("runs", time.strftime("demo-%Y%m%d-%H%M%S"))
     plan = load_plan(DEMO_FILE, sets=sets, arms=arms, seeds=seeds, output_dir=folder)
     resume_command = build_command_line("demo", output_dir=folder, set=sets, arm=arms, seed=seeds)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command), screen)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)

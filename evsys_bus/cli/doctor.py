@@ -8,8 +8,8 @@ from typing import Final
 
 import click
 
-from evsys_bus.cli.output.formatting import format_columns
-from evsys_bus.cli.output.screen import Screen, color_option, json_option
+from evsys_bus.cli.output.formatting import format_facts
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, terminal_width, wrap
 
 VARIABLES: Final = (
     "PYTHONPATH",
@@ -57,12 +57,17 @@ def command(screen: Screen, as_json: bool) -> int:
 
         click.echo(msgspec.json.encode({**sections, "faults": faults}))
         return 3 if faults else 0
+    width = terminal_width(sys.stdout)
     for name, facts in sections.items():
         extra = name.removeprefix("extra ")
         hint = f"   install: pip install 'evsys-bus[{extra}]'   or   uv add 'evsys-bus[{extra}]'"
         note = hint if extra != name and "missing" in facts.values() else ""
         rows = [[key, value] for key, value in facts.items()]
-        click.echo("\n".join([f"{name}{note}", *format_columns(rows, indent="  "), ""]))
+        click.echo(
+            "\n".join(
+                [*wrap(f"{name}{note}", width), *(f"  {line}" for line in format_facts(rows, width and width - 2)), ""]
+            )
+        )
     for fault in faults:
         click.echo(f"{screen.style('!', sys.stdout, fg='red', bold=True)} {fault}")
     if not faults:

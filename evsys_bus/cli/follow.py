@@ -82,7 +82,12 @@ def command(
     Delivery begins at the first event, and leaves nothing in the journal. With --name the adapter has a cursor like
     those of the run: it continues where it stopped the last time, and `status` and `sync` include it. If the run has
     ended already, its events are delivered and the command ends.
-    """
+
+    \b
+    Examples:
+      evsys-bus follow runs/sweep --to print_progress
+      evsys-bus follow runs/sweep --to csv_metrics --set out_path=live.csv --name live
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     journal = find_journal(folder)
     subscription = resolve_subscription(kind, sets, plugins, name)
     if name is not None:

@@ -6,6 +6,7 @@ quarantines damaged segments and rewrites them with their intact records only.
 
 import csv
 import errno
+import glob
 import io
 import os
 import shutil
@@ -26,9 +27,10 @@ from evsys_bus.cli.output.formatting import (
     format_range,
     format_ranges,
     format_size,
+    format_time,
     pluralize,
 )
-from evsys_bus.cli.output.screen import Screen, color_option, is_terminal, json_option, printable
+from evsys_bus.cli.output.screen import Screen, color_option, is_terminal, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import find_journal, find_run_key
 from evsys_bus.codec import to_json
 from evsys_bus.errors import JournalInUseError
@@ -63,20 +65,24 @@ def command() -> None:
 def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
     """Check the checksum of every record of RUN, and that no sequence is missing.
 
-    Exits with 3 if recorded events are lost. A write that was cut short by a kill is no loss: it was never
-    acknowledged. Nothing is changed.
+    Exits with 3 if recorded events are lost, and with 0 again once a repair has quarantined the damage. A write that
+    was cut short by a kill is no loss: it was never acknowledged. Nothing is changed.
     """
     directory = find_journal(folder).directory
     report = verify_with_progress(directory, screen)
     if as_json:
         for each in report.streams:
-            row = {"type": "stream", **msgspec.to_builtins(each), "whole": each.is_intact}
+            repaired = find_repaired_ranges(directory, each)
+            row = {"type": "stream", **msgspec.to_builtins(each), "whole": each.is_intact, "repaired": repaired}
             click.echo(encode_json(row))
-        return 0 if report.is_intact else _EXIT_DAMAGED
-    lines = [line for each in report.streams for line in stream_lines(each)]
+        return _exit_code(report)
+    width = terminal_width(sys.stdout)
+    lines = [printable(line) for each in report.streams for line in stream_lines(directory, each)]
+    lines = [part for line in lines for part in wrap(line.lstrip(), width, indent=line[: -len(line.lstrip())])]
     head = f"{directory}   {pluralize(len(report.streams), 'stream')}"
-    click.echo("\n".join([printable(head), "", *map(printable, lines), "", summary(report)]))
-    return 0 if report.is_intact else _EXIT_DAMAGED
+    word, colon, rest = summary(report).partition(":")
+    click.echo("\n".join([printable(head), "", *lines, "", f"{screen.style_state(word, sys.stdout)}{colon}{rest}"]))
+    return _exit_code(report)
 
 
 @command.command("repair", short_help="quarantine damaged segments, and rewrite them without the damage")
@@ -132,7 +138,12 @@ def export_command(
 
     jsonl: one object per event, as in `tail --json`. csv: one table per type of event, step_end if no type is given,
     with a column for each metric or field; the tables of several types are written into the folder --out.
-    """
+
+    \b
+    Examples:
+      evsys-bus journal export runs/sweep --format csv --out metrics.csv
+      evsys-bus journal export runs/sweep --format jsonl --type eval,checkpoint
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     journal = find_journal(folder)
     named = types or (("step_end",) if kind == "csv" else ())
     outputs = _output_paths(named, out) if kind == "csv" else {}
@@ -171,8 +182,10 @@ def verify_with_progress(directory: Path, screen: Screen) -> JournalReport:
         return verify(directory, disk)
 
 
-def stream_lines(stream: StreamReport) -> list[str]:
+def stream_lines(directory: Path, stream: StreamReport) -> list[str]:
     """Return a line for the stream, and one for each problem."""
+    repaired = find_repaired_ranges(directory, stream)
+    lost = [each for each in stream.missing_ranges if each not in repaired]
     state = "live" if stream.is_live else "closed" if stream.is_closed else "not closed"
     numbers = (
         ""
@@ -185,13 +198,14 @@ def stream_lines(stream: StreamReport) -> list[str]:
         f"{pluralize(stream.records, 'event')}{numbers}",
         pluralize(stream.segments, "segment"),
         format_size(stream.bytes),
-        "whole" if stream.is_intact else "damaged",
+        "whole" if stream.is_intact else "repaired" if _is_repaired(stream, repaired) else "damaged",
     ]
     lines = ["   ".join(head)]
     lines += [f"  ! {_describe_damage(stream, each)}" for each in stream.corrupt_ranges]
-    if stream.missing_ranges:
-        noun = "event" if count_in_ranges(stream.missing_ranges) == 1 else "events"
-        lines.append(f"  ! lost: {noun} {format_ranges(stream.missing_ranges)}")
+    for ranges, what in ((lost, "! lost"), (repaired, "lost before a repair, which kept the damaged segment")):
+        if ranges:
+            noun = "event" if count_in_ranges(ranges) == 1 else "events"
+            lines.append(f"  {what}: {noun} {format_ranges(ranges)}")
     lines += [f"  ! could not be read: {' '.join(each.split())}" for each in stream.unreadable_segments]
     if stream.removed_events:
         lines.append(f"  {pluralize(stream.removed_events, 'event')} before these removed, as by retain")
@@ -210,6 +224,8 @@ def summary(report: JournalReport) -> str:
     if report.is_intact:
         return "whole: no recorded event is missing"
     lost = sum(count_in_ranges(each.missing_ranges) for each in report.streams)
+    if _exit_code(report) == 0:
+        return f"repaired: {pluralize(lost, 'event')} lost before that; all others are whole"
     quarantined = sum(damage.length for each in report.streams for damage in each.corrupt_ranges)
     unread = sum(len(each.unreadable_segments) for each in report.streams)
     facts = [
@@ -219,6 +235,31 @@ def summary(report: JournalReport) -> str:
     ]
     readable = sum(each.records for each in report.streams)
     return f"damaged: {', '.join(facts)}; {pluralize(readable, 'event')} can be read"
+
+
+def find_repaired_ranges(directory: Path, stream: StreamReport) -> list[tuple[int, int]]:
+    """Return the missing ranges in segments that a repair has rewritten, and whose originals are in quarantine."""
+    folder = directory / stream.stream
+    names = layout.list_segments(OsDisk(), str(folder))
+    ends = [*(name.first_sequence for name in names[1:]), sys.maxsize]
+    spans = [
+        (name.first_sequence, end)
+        for name, end in zip(names, ends, strict=True)
+        if any(folder.glob(f"{glob.escape(str(name))}{_QUARANTINE_SUFFIX}*"))
+    ]
+    return [
+        (first, last) for first, last in stream.missing_ranges if any(low <= first and last < end for low, end in spans)
+    ]
+
+
+def _is_repaired(stream: StreamReport, repaired: list[tuple[int, int]]) -> bool:
+    return not stream.corrupt_ranges and not stream.unreadable_segments and repaired == stream.missing_ranges
+
+
+def _exit_code(report: JournalReport) -> int:
+    directory = Path(report.directory)
+    repaired = all(_is_repaired(each, find_repaired_ranges(directory, each)) for each in report.streams)
+    return 0 if repaired else _EXIT_DAMAGED
 
 
 def _describe_damage(stream: StreamReport, damage: CorruptSegmentRange) -> str:
@@ -313,7 +354,7 @@ def _free_name(segment: Path) -> Path:
 
 def _in_use_error(directory: Path, stream: str) -> JournalInUseError:
     writer = read_stream_owner(OsDisk(), str(directory), stream)
-    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {writer.since},"
+    by = "a process" if writer is None else f"process {writer.pid} on {writer.host}, since {format_time(writer.since)},"
     return JournalInUseError(
         f"{by} writes {directory}/{stream}; nothing was repaired",
         why="a segment that is being written cannot be replaced",

@@ -1,5 +1,6 @@
 """Options shared by several commands, and what they select: events, an adapter, a way to show progress."""
 
+import logging
 import re
 import sys
 import time
@@ -63,6 +64,22 @@ def _combine(*options: Callable[[Any], Any]) -> Callable[[_CommandT], _CommandT]
 
 running_options: Final = _combine(
     color_option,
+    click.option(
+        "-q",
+        "--quiet",
+        "log_level",
+        flag_value=logging.ERROR,
+        type=int,
+        help="No progress and no warnings; errors are shown.",
+    ),
+    click.option(
+        "-v",
+        "--verbose",
+        "log_level",
+        flag_value=logging.INFO,
+        type=int,
+        help="Show log records from INFO on, not only warnings.",
+    ),
     json_option,
     progress_option,
     click.option(

@@ -72,7 +72,7 @@ def find_journal(requested: Path | None) -> JournalLocation:
         click.UsageError: There is none, or several match.
     """
     if requested is None:
-        newest = max(_find_journals(), key=_last_write_time, default=None)
+        newest = max(_find_journals(), key=last_write_time, default=None)
         if newest is None:
             raise click.UsageError(f"there is no journal below {RUNS.absolute()}; name a run")
         return JournalLocation(newest)
@@ -93,7 +93,7 @@ def find_journal(requested: Path | None) -> JournalLocation:
 
 def list_journals_newest_first() -> list[Path]:
     """Return the journals below ``./runs``, most recently written first."""
-    return sorted(_find_journals(), key=_last_write_time, reverse=True)
+    return sorted(_find_journals(), key=last_write_time, reverse=True)
 
 
 def _journal_in(folder: Path) -> JournalLocation | None:
@@ -123,9 +123,12 @@ def _find_journals() -> Iterator[Path]:
         yield from filter(_is_journal, RUNS.glob(pattern))
 
 
-def _last_write_time(directory: Path) -> float:
-    """Return the time of the last append."""
-    return max((each.stat().st_mtime for each in directory.glob("*/*.seg")), default=directory.stat().st_mtime)
+def last_write_time(folder: Path) -> float:
+    """Return when a journal, or the folder of a run or experiment, was last written."""
+    files = [
+        each for pattern in ("*/*.seg", f"{JOURNAL}/*/*.seg", METRICS, EXPERIMENT_FILE) for each in folder.glob(pattern)
+    ]
+    return max((each.stat().st_mtime for each in files), default=folder.stat().st_mtime)
 
 
 def suggest_run(requested: Path, known: set[str]) -> str:

@@ -262,7 +262,12 @@ def command(
     """Deliver the recorded events of RUN to an adapter, any number of times: no cursor is read or moved.
 
     If RUN is one run of an experiment, the events are those of this run and of the experiment as a whole.
-    """
+
+    \b
+    Examples:
+      evsys-bus replay runs/sweep --to csv_metrics --set out_path=again.csv
+      evsys-bus replay runs/sweep/low-s0 --to wandb_logger --set project=again
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     journal = find_journal(folder)
     subscription = resolve_subscription(kind, sets, plugins)
     receiver = FilteredReceiver(

@@ -4,11 +4,12 @@ Progress goes to stderr. The result on stdout is a table of arms, the conclusion
 """
 
 import asyncio
+import logging
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -18,7 +19,7 @@ import click
 import msgspec
 
 from evsys_bus.bus import EventBus, Health, Receipt
-from evsys_bus.cli.check import ExperimentPlan, load_plan, plan_json, plan_lines
+from evsys_bus.cli.check import ExperimentPlan, check_resume, load_plan, plan_json, plan_lines, warn_about_metric
 from evsys_bus.cli.interrupts import Interrupts
 from evsys_bus.cli.options import build_command_line, output_dir_option, running_options
 from evsys_bus.cli.output.capture import guard_stdout
@@ -39,12 +40,13 @@ from evsys_bus.cli.output.formatting import (
     format_facts,
     format_mean_sd,
     format_table,
+    format_time,
     pluralize,
     summarize_error,
 )
 from evsys_bus.cli.output.progress import ProgressMode, resolve_mode, show_progress
 from evsys_bus.cli.output.run_state import DrainStatus, PlannedRun, RunStateTracker
-from evsys_bus.cli.output.screen import Screen, printable, terminal_width
+from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment, read_page_urls
 from evsys_bus.cli.uploads import UploadMonitor
 from evsys_bus.codec import json_line
@@ -87,19 +89,29 @@ def command(
     strict: bool,
     progress: ProgressMode,
     as_json: bool,
+    log_level: int | None,
 ) -> int:
     """Run the experiment that FILE describes.
 
     Progress goes to stderr, the result to stdout. The first Ctrl-C stops the runs after the current step, with a
     checkpoint; --resume continues from there.
-    """
+
+    \b
+    Examples:
+      evsys-bus run sweep.yaml --dry-run
+      evsys-bus run sweep.yaml --arm low --seed 0 --set run.steps=10 --output-dir /tmp/try
+      evsys-bus run sweep.yaml --resume
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     plan = load_plan(file, sets=sets, arms=arms, seeds=seeds, output_dir=output_dir)
     if dry_run:
+        if resume:
+            check_resume(plan)
+        warn_about_metric(plan, screen)
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
 
     resume_command = build_command_line("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
-    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command), screen)
+    return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
 
 
 class RunOptions(NamedTuple):
@@ -111,6 +123,8 @@ class RunOptions(NamedTuple):
     as_json: bool
     command: Sequence[str]
     """The command line without ``--resume``, for hints."""
+    log_level: int | None = None
+    """The least level of log records that are shown; WARNING if None. From ERROR on there is no progress either."""
 
 
 def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
@@ -119,6 +133,9 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     Raises:
         EvsysBusError: The experiment could not be started.
     """
+    level = logging.WARNING if options.log_level is None else options.log_level
+    if level >= logging.ERROR:
+        options = options._replace(progress="off")
     resume_command = shlex.join([*options.command, "--resume"])
     _check_unused(plan, options, resume_command)
     callbacks = _build_callbacks(plan)
@@ -147,7 +164,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             poll_uploads=UploadMonitor(journal_directory(plan.folder)).poll,
             poll_problems=ProblemMonitor(journal_directory(plan.folder)).poll,
         ),
-        show_warnings(screen, as_json=as_json),
+        show_warnings(screen, as_json=as_json, level=level),
     ):
         try:
             outcome = anyio.run(_train, plan, options, [*callbacks, tracker], interrupts, tracker)
@@ -160,11 +177,11 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
     seconds = time.monotonic() - began
     page_urls = read_page_urls(journal_directory(plan.folder), inline="learnt" in outcome.health.published)
     page_urls = {run.run_key: page_urls[run.run_key] for run in plan.runs if run.run_key in page_urls}
-    format_result = result_json if options.as_json else result_lines
-    lines = format_result(plan, outcome.result, seconds, outcome.receipt, page_urls)
+    facts = (plan, outcome.result, seconds, outcome.receipt, page_urls)
+    lines = result_json(*facts) if options.as_json else result_lines(*facts, screen)
     with suppress(BrokenPipeError):  # stdout is closed; the exit code is still that of the training
         click.echo("\n".join(lines))
-    unfinished = _report_problems(outcome, screen)
+    unfinished = _report_problems(outcome, screen, quiet=level >= logging.ERROR)
     if outcome.result.status == "failed" or any(run.status == "failed" for run in outcome.result.arms):
         return RAISED
     if outcome.result.status == "cancelled":  # by a required delivery
@@ -234,7 +251,11 @@ def _check_unused(plan: ExperimentPlan, options: RunOptions, resume_command: str
     """Refuse a directory that holds an experiment, with the command line that continues it."""
     if not options.resume and (plan.folder / EXPERIMENT_FILE).exists():
         previous = load_previous_experiment(plan.folder)
-        why = None if previous is None else f'it is "{previous.name}", {previous.status}, started {previous.started}'
+        why = (
+            None
+            if previous is None
+            else f'it is "{previous.name}", {previous.status}, started {format_time(previous.started)}'
+        )
         raise TrainingError(
             f"{plan.display_folder} holds an experiment already",
             why=why,
@@ -285,14 +306,15 @@ def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_c
     screen.note(f"go on with: {resume_command}")
 
 
-def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
+def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) -> bool:
     """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
+    warn: Callable[[str], None] = (lambda _: None) if quiet else screen.note
     unfinished = False
     for hook in outcome.health.hooks:
         if hook.failures:
             unfinished = True
-            screen.note(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
+            warn(f"{head} {hook.callback}.{hook.hook} raised in {hook.failures:,} of {hook.calls:,} calls")
     receipt = outcome.receipt
     if receipt is None:
         return unfinished
@@ -301,20 +323,20 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen) -> bool:
         parts = [f"{count:,} {word}" for count, word in counts if count]
         if parts:
             unfinished = True
-            screen.note(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
+            warn(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
     if receipt.unfinished:
         unfinished = True
-        screen.note(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
-    return _report_undelivered(receipt, screen, head) or unfinished
+        warn(f"{head} still running at the end: {', '.join(receipt.unfinished)}")
+    return _report_undelivered(receipt, warn, head) or unfinished
 
 
-def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
+def _report_undelivered(receipt: Receipt, warn: Callable[[str], None], head: str) -> bool:
     """Report problems of deliveries, ending with the command that finishes them."""
     for each in receipt.deliveries:
         unfinished = each.pending or each.owed or not each.is_known
         status = each if unfinished or each.state == "failed" else msgspec.structs.replace(each, error=None)
         for line in problem_lines(status, receipt.journal, show_since=False):
-            screen.note(f"{head} {printable(line)}")
+            warn(f"{head} {printable(line)}")
     pending = [f"{printable(each.name)} {each.pending:,}" for each in receipt.deliveries if each.pending]
     pending += [f"{printable(each.name)} unknown" for each in receipt.deliveries if not each.is_known]
     unconfirmed = [f"{printable(each.name)} {each.owed:,} owed" for each in receipt.deliveries if each.owed]
@@ -323,7 +345,7 @@ def _report_undelivered(receipt: Receipt, screen: Screen, head: str) -> bool:
         suffix = "" if command is None else f"; finish with: {command}"
         kinds = [*(["delivered"] if pending else []), *(["confirmed"] if unconfirmed else [])]
         what = f"{' or not '.join(kinds)} yet"
-        screen.note(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
+        warn(f"{head} events not {what}: {', '.join([*pending, *unconfirmed])}{suffix}")
     return not all(each.complete for each in receipt.deliveries)
 
 
@@ -333,6 +355,7 @@ def result_lines(
     seconds: float,
     receipt: Receipt | None,
     page_urls: Mapping[str, str],
+    screen: Screen,
 ) -> list[str]:
     """Return the result as text; ``page_urls`` are the known URLs of runs."""
     width = terminal_width(sys.stdout)
@@ -342,10 +365,16 @@ def result_lines(
     ]
     shown = metrics[:_MAX_METRICS]
     head = ["arm", "runs", *map(printable, shown)]
-    rows = [head, *(_row(arm, shown, result.best_arm) for arm in arms)]
-    lines = [f"{result.name}   {result.status} in {format_duration(seconds)}", "", *format_table(rows, width)]
+    rows = [head, *(_row(arm, shown, result.best_arm, screen) for arm in arms)]
+    lines = [
+        f"{printable(result.name)}   {screen.style_state(result.status, sys.stdout)} in {format_duration(seconds)}",
+        "",
+        *format_table(rows, width),
+    ]
     failed = [(run, arm) for run, arm in _pair_runs(plan, result) if arm.status == "failed"]
-    lines += ["", *(_format_failure(run, arm, plan) for run, arm in failed[:_MAX_FAILURES])] if failed else []
+    lines += [""] if failed else []
+    for run, arm in failed[:_MAX_FAILURES]:
+        lines += wrap(_format_failure(run, arm, plan), width)
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
@@ -427,9 +456,11 @@ def _format_deliveries(receipt: Receipt) -> str:
     return GAP.join(parts)
 
 
-def _row(arm: ArmSummary, metrics: list[str], best: str | None) -> list[str]:
+def _row(arm: ArmSummary, metrics: list[str], best: str | None, screen: Screen) -> list[str]:
     mark = "!" if arm.failed else "*" if arm.name == best else " "
     seeds = f"{arm.completed}/{arm.runs} {mark}".rstrip()
+    if arm.failed:
+        seeds = screen.style(seeds, sys.stdout, fg="red")
     return [printable(arm.name), seeds, *(_format_spread(arm.metrics.get(name)) for name in metrics)]
 
 
@@ -442,7 +473,7 @@ def _format_spread(spread: Spread | None) -> str:
 
 def _format_failure(run: RunPlan, arm: ArmResult, plan: ExperimentPlan) -> str:
     name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
-    show = f"show: evsys-bus show {plan.display_folder}/{run.run_key}"
+    show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
     return f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}"
 
 

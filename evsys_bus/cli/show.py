@@ -9,7 +9,7 @@ from typing import Any, cast
 import click
 
 from evsys_bus.cli.check import format_params
-from evsys_bus.cli.options import run_argument
+from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.deliveries import adapter_rows, describe_counts, describe_state, load_ranks_by_adapter
 from evsys_bus.cli.output.formatting import (
     NO_VALUE,
@@ -17,18 +17,23 @@ from evsys_bus.cli.output.formatting import (
     format_facts,
     format_number,
     format_table,
+    format_time,
     pluralize,
     summarize_error,
 )
-from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import (
+    JOURNAL,
     METRICS,
+    RUNS,
     ExperimentRecord,
     MetricRecord,
     RunRecord,
     find_journal,
     find_runs,
     is_abandoned,
+    last_write_time,
+    list_journals_newest_first,
     read_evals,
     read_experiment,
     read_run,
@@ -39,39 +44,51 @@ from evsys_bus.cli.records import (
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.files import DECODE_ERRORS
-from evsys_bus.training.experiment_store import read_result
+from evsys_bus.training.experiment_store import EXPERIMENT_FILE, read_result
 
 _MAX_CHECKPOINTS = 10
 _MAX_METRICS = 3
 
 
 @click.command("show")
-@run_argument
+@optional_run_argument
 @json_option
 @color_option
-def command(folder: Path, as_json: bool) -> None:
+@click.pass_obj
+def command(screen: Screen, folder: Path | None, as_json: bool) -> None:
     """Show the records of RUN: the folder of a run or of an experiment, its name below ./runs, or a journal.
+
+    Without it, the newest experiment or journal below ./runs.
 
     Every metric is shown with its first and last value, and the least and greatest with their steps. A run of your own
     training loop, which has only a journal, is shown from that.
-    """
-    requested, folder = folder, _find_folder(folder)
+
+    \b
+    Examples:
+      evsys-bus show runs/sweep
+      evsys-bus show runs/sweep/low-s0 --json
+    """  # noqa: D301 # click reads the backspace as: do not wrap
+    if folder is None:
+        folder = find_newest()
+        screen.note(str(folder))
+    requested, folder = folder, find_folder(folder)
     try:
         record = read_experiment(folder) or read_run(folder)
     except DECODE_ERRORS as error:
         raise click.ClickException(f"{folder / 'experiment.json'} is damaged: {error}") from error
     if record is None:
-        _show_journal(requested, folder, as_json=as_json)
+        _show_journal(requested, folder, screen, as_json=as_json)
         return
     _add_journal_facts(record)
     if as_json:
         kind = "run" if isinstance(record, RunRecord) else "experiment"
         click.echo(json_line({"type": kind, **to_builtins(record)[0]}))
         return
-    click.echo("\n".join(_run_lines(record) if isinstance(record, RunRecord) else _experiment_lines(record)))
+    lines = _run_lines(record, screen) if isinstance(record, RunRecord) else _experiment_lines(record, screen)
+    click.echo("\n".join(lines))
 
 
-def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
+def _show_journal(requested: Path, folder: Path, screen: Screen, *, as_json: bool) -> None:
     """Show the runs of a journal and their deliveries."""
     try:
         journal = find_journal(requested)
@@ -95,20 +112,21 @@ def _show_journal(requested: Path, folder: Path, *, as_json: bool) -> None:
         *([["delivery", "   ".join(deliveries_text)]] if deliveries_text else []),
     ]
     width = terminal_width(sys.stdout)
-    lines = _run_lines(runs[0]) if len(runs) == 1 else _runs_lines(journal.directory, runs)
+    lines = _run_lines(runs[0], screen) if len(runs) == 1 else _runs_lines(journal.directory, runs, screen)
     lines += ["", *format_facts([[name, printable(text)] for name, text in known], width)]
     if not all(each.complete for each in deliveries):
         lines.append(printable(f"for the reasons: evsys-bus status {shlex.quote(str(journal.directory))}"))
     click.echo("\n".join(lines))
 
 
-def _runs_lines(directory: Path, runs: list[RunRecord]) -> list[str]:
+def _runs_lines(directory: Path, runs: list[RunRecord], screen: Screen) -> list[str]:
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
         last = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
         evals = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
-        row = [each.name or NO_VALUE, each.status or NO_VALUE, _format_steps(each), last or NO_VALUE, evals or NO_VALUE]
-        rows.append([printable(cell) for cell in [*row, f"{len(each.checkpoints):,}", str(each.folder)]])
+        status = screen.style_state(printable(each.status or NO_VALUE), sys.stdout)
+        cells = [_format_steps(each), last or NO_VALUE, evals or NO_VALUE, f"{len(each.checkpoints):,}"]
+        rows.append([printable(each.name or NO_VALUE), status, *map(printable, [*cells, str(each.folder)])])
     head = f"{directory}   {pluralize(len(runs), 'run')}"
     return [printable(head), *(["", *format_table(rows, terminal_width(sys.stdout))] if runs else [])]
 
@@ -140,7 +158,16 @@ def _parent(folder: Path) -> Path:
     return (folder if folder.name else folder.absolute()).parent
 
 
-def _find_folder(folder: Path) -> Path:
+def find_newest() -> Path:
+    """Return the newest folder of an experiment or journal below ``./runs``; a run of an experiment is not one."""
+    journals = {each.parent if each.name == JOURNAL else each for each in list_journals_newest_first()}
+    found = journals | {each for each in find_runs() if not (each.parent / EXPERIMENT_FILE).is_file()}
+    if not found:
+        raise click.UsageError(f"there is no run below {RUNS.absolute()}; name one")
+    return max(found, key=last_write_time)
+
+
+def find_folder(folder: Path) -> Path:
     """Return the folder itself, or the one of this name below ``./runs``."""
     if folder.is_dir():
         return folder
@@ -161,14 +188,14 @@ def _suggest(folder: Path) -> str:
     return suggest_run(folder, {str(each) for each in find_runs()})
 
 
-def _experiment_lines(record: ExperimentRecord) -> list[str]:
+def _experiment_lines(record: ExperimentRecord, screen: Screen) -> list[str]:
     experiment, width = record.experiment, terminal_width(sys.stdout)
     best = NO_VALUE if experiment.best_arm is None else experiment.best_arm
     score = "" if experiment.best_score is None else f" ({format_number(experiment.best_score)})"
     known = [
         ["status", f"{experiment.status}{_process_gone_text(record.folder) if record.process_gone else ''}"],
-        ["started", experiment.started],
-        *([["ended", experiment.ended]] if experiment.ended else []),
+        ["started", format_time(experiment.started)],
+        *([["ended", format_time(experiment.ended)]] if experiment.ended else []),
         *([["hypothesis", experiment.hypothesis]] if experiment.hypothesis else []),
         *([["best arm", f"{best}{score}"]] if experiment.best_arm else []),
         *([["conclusion", experiment.conclusion]] if experiment.conclusion else []),
@@ -181,19 +208,18 @@ def _experiment_lines(record: ExperimentRecord) -> list[str]:
         scores = {} if result is None else result.eval_metrics or result.metrics
         scores_text = "  ".join(f"{name} {format_number(value)}" for name, value in list(scores.items())[:3])
         status = "process gone" if record.process_gone and entry.status == "running" else entry.status
-        rows.append(
-            [key, status, printable(scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE))]
-        )
+        evaluation = scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE)
+        rows.append([printable(key), screen.style_state(status, sys.stdout), printable(evaluation)])
     return [
-        experiment.name,
+        printable(experiment.name),
         "",
-        *format_facts([[name, printable(text)] for name, text in known], width),
+        *format_facts([[name, _style(name, printable(text), screen)] for name, text in known], width),
         "",
         *format_table(rows, width),
     ]
 
 
-def _run_lines(record: RunRecord) -> list[str]:
+def _run_lines(record: RunRecord, screen: Screen) -> list[str]:
     result, entry, width = record.result, record.entry, terminal_width(sys.stdout)
     artifacts = result.run_result.artifacts if result is not None and result.run_result is not None else None
     status = result.status if result is not None else entry.status if entry is not None else record.status or "unknown"
@@ -213,7 +239,7 @@ def _run_lines(record: RunRecord) -> list[str]:
     lines = [
         printable(record.name or record.folder.name),
         "",
-        *format_facts([[name, printable(text)] for name, text in known], width),
+        *format_facts([[name, _style(name, printable(text), screen)] for name, text in known], width),
     ]
     for head, found in (("metric", record.metrics), ("eval while it trained", record.evals)):
         if found:
@@ -237,6 +263,10 @@ def _run_lines(record: RunRecord) -> list[str]:
             rows.append([scored.name, ",".join(scored.tags) or NO_VALUE, metrics_text])
         lines += ["", *format_table([[printable(cell) for cell in row] for row in rows], width)]
     return lines
+
+
+def _style(name: str, text: str, screen: Screen) -> str:
+    return screen.style_state(text, sys.stdout) if name == "status" else text
 
 
 def _metric_row(each: MetricRecord) -> list[str]:

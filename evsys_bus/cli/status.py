@@ -15,7 +15,15 @@ from evsys_bus.cli.events import StreamState, read_stream_states
 from evsys_bus.cli.journal import summary, verify_with_progress
 from evsys_bus.cli.options import optional_run_argument
 from evsys_bus.cli.output.deliveries import adapter_lines, adapter_rows
-from evsys_bus.cli.output.formatting import NO_VALUE, format_age, format_range, format_size, format_table, pluralize
+from evsys_bus.cli.output.formatting import (
+    NO_VALUE,
+    format_age,
+    format_range,
+    format_size,
+    format_table,
+    format_time,
+    pluralize,
+)
 from evsys_bus.cli.output.screen import Screen, color_option, is_terminal, json_option, printable, terminal_width
 from evsys_bus.cli.output.transfers import Transfer, format_transfer
 from evsys_bus.cli.records import find_journal
@@ -41,16 +49,21 @@ def command(screen: Screen, folder: Path | None, thoroughly: bool, watch: bool, 
     """Show the streams of RUN and its adapters; without RUN, of the newest journal below ./runs.
 
     A stream is live while a process writes it, closed if its last writer closed it, dead if that was killed.
-    """
+
+    \b
+    Examples:
+      evsys-bus status runs/sweep --watch
+      evsys-bus status --json | jq 'select(.type == "adapter") | .pending'
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     if watch and thoroughly:
         raise click.UsageError("--verify reads the whole journal, once; leave --watch or --verify out")
     directory = find_journal(folder).directory
     report = verify_with_progress(directory, screen) if thoroughly else None
-    format_status = _json_lines if as_json else _lines
 
     def read() -> str:
         states, adapters = read_stream_states(directory), read_progress(directory)
-        return "\n".join(format_status(directory, states, adapters, read_active_uploads(directory), report))
+        facts = (directory, states, adapters, read_active_uploads(directory), report)
+        return "\n".join(_json_lines(*facts) if as_json else _lines(*facts, screen))
 
     if not watch:
         click.echo(read())
@@ -85,22 +98,28 @@ def _lines(
     adapters: list[DeliveryStatus],
     uploads: list[Transfer],
     report: JournalReport | None,
+    screen: Screen,
 ) -> list[str]:
     width = terminal_width(sys.stdout)
     rows = [["stream", "state", "writer", "events", "segments", "size", "last event"]]
     for each in states:
         numbers = NO_VALUE if each.first is None or each.last is None else format_range(each.first, each.last)
         age = NO_VALUE if each.last_time is None else format_age(time.time() - each.last_time)
-        writer = NO_VALUE if each.owner is None else f"{each.owner.pid}@{each.owner.host} since {each.owner.since}"
+        writer = (
+            NO_VALUE
+            if each.owner is None
+            else f"{each.owner.pid}@{each.owner.host} since {format_time(each.owner.since)}"
+        )
+        state = screen.style_state(each.state, sys.stdout)
         rows.append(
-            [each.stream, each.state, printable(writer), numbers, f"{each.segments:,}", format_size(each.bytes), age]
+            [each.stream, state, printable(writer), numbers, f"{each.segments:,}", format_size(each.bytes), age]
         )
     total = sum(each.bytes for each in states)
     lines = [f"{directory}   {pluralize(len(states), 'stream')}   {format_size(total)}", "", *format_table(rows, width)]
     if report is not None:
         lines += ["", summary(report)]
     if adapters:
-        lines += ["", *adapter_lines(directory, adapters, width)]
+        lines += ["", *adapter_lines(directory, adapters, screen, width)]
     if uploads:
         lines.append("")
     for each in uploads:

@@ -121,7 +121,12 @@ def command(
     program that has ended still deliver, the command waits for them, and takes over if they are stuck. Exits with 4 if
     events stay pending or owed because a destination rejects them or is unavailable, with 3 if another process keeps
     delivering, such as a program that still runs. What a program records meanwhile need not be delivered.
-    """
+
+    \b
+    Examples:
+      evsys-bus sync                                 the newest journal with something pending
+      evsys-bus sync runs/sweep --adapter wandb_logger
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     if everywhere and folder is not None:
         raise click.UsageError("--all means every journal below ./runs; leave RUN or --all out")
     works = [find_work(each, adapters, trust=trust) for each in _journals(folder, adapters, everywhere=everywhere)]

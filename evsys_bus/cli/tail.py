@@ -12,7 +12,7 @@ from rich.cells import cell_len, set_cell_size
 
 from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
 from evsys_bus.cli.options import event_options, metric_option, no_match_message, optional_run_argument, since_option
-from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number
+from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number, format_short_time
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
 from evsys_bus.cli.records import find_journal
 from evsys_bus.codec import to_json
@@ -20,8 +20,10 @@ from evsys_bus.events import Envelope
 
 _DEFAULT_COUNT: Final = 20
 _POLL_SECONDS: Final = 0.2
-_MAX_METRICS: Final = 6
-_HIDDEN_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
+_SEPARATOR: Final = "  "
+_NARROW_COLUMNS: Final = 100
+"""On a narrower terminal, columns are closer together."""
+_LAST_METRICS: Final = frozenset({"epoch", "step_seconds", "grad_norm"})
 _MAX_CHARS: Final = 160
 
 
@@ -29,8 +31,8 @@ class EventFormatter:
     """Formats events as lines.
 
     Args:
-        metric: Show all metrics whose names match; None shows the first few.
-        columns: The width of the terminal, which no line exceeds; None for no limit.
+        metric: Show the metrics whose names match; None for all.
+        columns: The width of the terminal: metrics that do not fit in a line are counted. None for no limit.
     """
 
     def __init__(self, *, metric: re.Pattern[str] | None, columns: int | None) -> None:
@@ -47,30 +49,50 @@ class EventFormatter:
         """Return the line of one event."""
         cells = _cells(envelope)
         self._widen(cells)
-        when = time.strftime("%m-%d %H:%M:%S", time.localtime(envelope.time))
         padded = [set_cell_size(cell, width) for cell, width in zip(cells, self._widths, strict=True)]
-        line = GAP.join([when, *padded, "  ".join(self._details(envelope))]).rstrip()
-        if self._columns is None or cell_len(line) <= self._columns:
-            return line
-        return f"{set_cell_size(line, self._columns - 1).rstrip()}…"
+        gap = _SEPARATOR if self._columns is not None and self._columns < _NARROW_COLUMNS else GAP
+        line = gap.join([format_short_time(envelope.time), *padded]) + gap
+        facts, metrics = self._details(envelope)
+        if self._columns is None:
+            return f"{line}{_SEPARATOR.join([*facts, *metrics])}".rstrip()
+        return self._fit(line, facts, metrics)
+
+    def _fit(self, line: str, facts: list[str], metrics: list[str]) -> str:
+        """Add what fits in the width: whole metrics, and the number of the others; a fact may be cut short."""
+        assert self._columns is not None
+        left = len(metrics)
+        for number, text in enumerate([*facts, *metrics]):
+            is_metric = number >= len(facts)
+            left -= is_metric
+            suffix = f"{_SEPARATOR}(+{left})" if left else ""
+            longer = f"{line}{'' if number == 0 else _SEPARATOR}{text}"
+            if cell_len(longer + suffix) <= self._columns:
+                line = longer
+            elif is_metric and number == 0 and cell_len(longer) <= self._columns:
+                return longer
+            elif is_metric:
+                return f"{line}{'' if number == 0 else _SEPARATOR}(+{left + 1})"
+            else:
+                return f"{set_cell_size(longer, self._columns - 1).rstrip()}…"
+        return line.rstrip()
 
     def _widen(self, cells: list[str]) -> None:
         self._widths = [max(width, cell_len(cell)) for width, cell in zip(self._widths, cells, strict=True)]
 
-    def _details(self, envelope: Envelope) -> list[str]:
+    def _details(self, envelope: Envelope) -> tuple[list[str], list[str]]:
+        """Return the facts and the metrics, the less interesting ones last."""
         metrics = metrics_of(envelope.event)
-        shown = (
-            [name for name in metrics if name not in _HIDDEN_METRICS][:_MAX_METRICS]
-            if self._metric is None
-            else [name for name in metrics if self._metric.search(name)]
-        )
-        details = [
-            *facts_of(envelope.event, envelope.run),
-            *(f"{name} {_format_value(metrics[name])}" for name in shown),
+        names = sorted(metrics, key=_LAST_METRICS.__contains__)
+        if self._metric is not None:
+            names = [name for name in names if self._metric.search(name)]
+        facts = facts_of(envelope.event, envelope.run)
+        return [_shorten(each) for each in facts], [
+            _shorten(f"{name} {_format_value(metrics[name])}") for name in names
         ]
-        left = len(metrics) - len(shown)
-        details += [f"(+{left})"] if left and self._metric is None else []
-        return [printable(each if len(each) <= _MAX_CHARS else f"{each[:_MAX_CHARS]}…") for each in details]
+
+
+def _shorten(text: str) -> str:
+    return printable(text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…")
 
 
 @click.command("tail")
@@ -96,9 +118,16 @@ def command(
 ) -> None:
     """Show the last events of RUN: a run, an experiment or a journal; without it, of the newest one below ./runs.
 
-    One line each: time, run, type, step, metrics. Events of several processes are merged by time; facts that couriers
-    have added, such as the URL of a run at W&B, are included.
-    """
+    One line each: local time, run, type, step, metrics; on a terminal, metrics that do not fit are counted. Events
+    of several processes are merged by time; facts that couriers have added, such as the URL of a run at W&B, are
+    included.
+
+    \b
+    Examples:
+      evsys-bus tail -f                                   the newest run, until Ctrl-C
+      evsys-bus tail runs/sweep --type eval,checkpoint
+      evsys-bus tail runs/sweep --metric '^val/' --since 2h
+    """  # noqa: D301 # click reads the backspace as: do not wrap
     journal = find_journal(folder)
     if folder is None:
         screen.note(str(journal.directory))

@@ -30,7 +30,15 @@ from evsys_bus.config.registry import REGISTRY, Registry
 from evsys_bus.config.spec import CallbackSpec, PathPart, combine_errors, individual_errors, join_path, split_path
 from evsys_bus.config.validate import ErrorContext, check_config, param_errors
 from evsys_bus.config.yaml_nodes import Document
-from evsys_bus.errors import BadSpecError, ConfigError, DocumentError, Location, UnknownParamError, did_you_mean
+from evsys_bus.errors import (
+    BadSpecError,
+    ConfigError,
+    DocumentError,
+    Location,
+    UnknownKindError,
+    UnknownParamError,
+    did_you_mean,
+)
 
 Params = dict[str, Any]
 """Parameters of a run; the recipe defines them."""
@@ -349,17 +357,21 @@ def read_experiment(
     invalid_keys = {issue.path[0] for issue in issues}
     valid = {key: part for key, part in value.items() if key not in invalid_keys}
     config, _ = check_config(ExperimentConfig, {"name": "unknown", "recipe": ""} | valid)
-    for check in (_check_names, _check_arms, _check_seeds, _check_stages, _check_plugins):
+    for check in (_check_names, _check_arms, _check_seeds, _check_stages):
         errors += check(config)
+    plugin_errors = list(_check_plugins(config))
+    errors += plugin_errors
     if "n_repeats" not in value and config.seeds is not None and len(config.seeds) > 1:
         what = f"{len(config.seeds)} seeds, but n_repeats is not given, so only the first would be used"
         errors.append(DocumentError(what, where=Location("$.seeds"), fix=f"add n_repeats: {len(config.seeds)}"))
     try:
         check_callbacks(config.callbacks, registry=registry)
     except ConfigError as error:
-        errors += individual_errors(error)
+        of_plugins = UnknownKindError if plugin_errors else ()  # which registered none of their kinds
+        errors += [each for each in individual_errors(error) if not isinstance(each, of_plugins)]
     if recipe is not None or "recipe" in valid:
-        errors += _check_recipe(config, recipe or config.recipe)
+        causes = {each.why for each in plugin_errors}  # the recipe's module may be one of them
+        errors += [each for each in _check_recipe(config, recipe or config.recipe) if each.why not in causes]
     if errors:
         raise combine_errors(errors)
     return config

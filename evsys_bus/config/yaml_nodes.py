@@ -100,31 +100,35 @@ MAX_NODES: Final = 100_000
 """Number of values in one document, with aliases expanded."""
 MAX_DEPTH: Final = 50
 """Depth of nested mappings and lists."""
+_MAX_MISTAKES: Final = 20
+"""After so many, composing a document ends."""
 _BASES: Final = {"0b": 2, "0o": 8, "0x": 16}
 
 _Path = tuple[PathPart, ...]
 
 
-def compose(text: str, name: str, *, single_value: bool = False) -> Node:
+def compose(text: str, name: str, *, single_value: bool = False, mistakes: list[DocumentError] | None = None) -> Node:
     """Parse one YAML document to nodes; an empty document is null.
 
     Args:
         text: The document.
         name: Its name in errors.
         single_value: Whether the text is a single value, not a file; then errors show only its name, no line.
+        mistakes: Gets the errors of single keys and values, which then do not keep the rest from being composed: a
+            duplicate key is left out, a value that cannot be held is null. None to raise the first.
 
     Raises:
         DocumentError: The text is not YAML, or has tags, several documents, a duplicate key, a key that is not a
             scalar, or more nodes or depth than the limits allow.
     """
     source = Source(name, None if single_value else tuple(re.split(r"\r\n|\r|\n", text)))
-    return _Composer(source, text).compose_document()
+    return _Composer(source, text, mistakes).compose_document()
 
 
 class _Composer:
     """Builds nodes from the events of ruamel.yaml, which are untyped."""
 
-    def __init__(self, source: Source, text: str) -> None:
+    def __init__(self, source: Source, text: str, mistakes: list[DocumentError] | None) -> None:
         from ruamel.yaml import YAML
 
         yaml = YAML(typ="safe", pure=True)
@@ -134,6 +138,7 @@ class _Composer:
         self._events = self._parse_events(yaml)
         self._anchors: dict[str, Node] = {}
         self._node_count = 0
+        self._mistakes = mistakes
 
     def compose_document(self) -> Node:
         node: Node | None = None
@@ -161,7 +166,7 @@ class _Composer:
         self._count_nodes(1, event, path)
         if event.tag is not None:
             fix = "remove the tag: text, numbers, true, false, null, lists and mappings need none"
-            self._raise_error(f"tags are refused: {str(event.tag)!r:.60}", event, path, fix=fix)
+            self._add_mistake(f"tags are refused: {str(event.tag)!r:.60}", event, path, fix=fix)
         if kind == "ScalarEvent":
             node = Node(self._token(event), self._scalar_value(event, path))
         elif kind == "SequenceStartEvent":
@@ -190,7 +195,7 @@ class _Composer:
             elif key in entries:
                 lines = f"lines {entries[key].key.line + 1} and {token.line + 1}"
                 what = f'the key "{key:.60}" is twice in one mapping' + (f": {lines}" if self._source.lines else "")
-                self._raise_error(what, event, (*path, key), fix="remove one of them, or rename it")
+                self._add_mistake(what, event, (*path, key), fix="remove one of them, or rename it")
             else:
                 entries[key] = Entry(token, node)
         for node in merged_nodes:
@@ -216,7 +221,8 @@ class _Composer:
         if node is None:
             what = f'nothing before this is anchored as "&{event.anchor:.60}"'
             fix = "anchor the value first, and never within itself; or write it out; or quote text that begins with *"
-            self._raise_error(what, event, path, fix=fix)
+            self._add_mistake(what, event, path, fix=fix)
+            return Node(self._token(event), None)
         if depth + node.height - 1 > MAX_DEPTH:
             self._raise_too_deep(event, path)
         self._count_nodes(node.size, event, path)
@@ -226,8 +232,8 @@ class _Composer:
         nodes = list(node.content) if isinstance(node.content, tuple) else [node]
         if not all(isinstance(each.content, dict) for each in nodes):
             fix = "write <<: *anchor, where the anchor is on a mapping"
-            self._raise_error('"<<" merges mappings, and this is none', event, path, fix=fix)
-        return nodes
+            self._add_mistake('"<<" merges mappings, and this is none', event, path, fix=fix)
+        return [each for each in nodes if isinstance(each.content, dict)]
 
     def _scalar_value(self, event: Any, path: _Path) -> Scalar:
         from ruamel.yaml.nodes import ScalarNode
@@ -248,7 +254,8 @@ class _Composer:
                     return text
         except ValueError:
             fix = "write a number that fits in 64 bits, or quote it if it is text"
-            self._raise_error(f"{text!r:.60} is no number that can be held", event, path, fix=fix)
+            self._add_mistake(f"{text!r:.60} is no number that can be held", event, path, fix=fix)
+            return None
 
     def _scalar_text(self, event: Any, path: _Path) -> str:
         """Return the text of a scalar; surrogate pairs, which JSON escapes produce, are joined to one character."""
@@ -280,6 +287,13 @@ class _Composer:
     def _raise_too_deep(self, event: Any, path: _Path) -> NoReturn:
         what = f"more than {MAX_DEPTH} lists and mappings within each other"
         self._raise_error(what, event, path, fix="make it flatter", show_path=False)
+
+    def _add_mistake(self, what: str, event: Any, path: _Path, *, fix: str) -> None:
+        """Add an error that does not keep the rest of the document from being composed."""
+        error = DocumentError(what, where=self._token(event).where(join_path("$", *path)), fix=fix)
+        if self._mistakes is None or len(self._mistakes) >= _MAX_MISTAKES:
+            raise error
+        self._mistakes.append(error)
 
     def _raise_error(self, what: str, event: Any, path: _Path, *, fix: str, show_path: bool = True) -> NoReturn:
         token = self._token(event)
@@ -377,8 +391,12 @@ class Document(msgspec.Struct, frozen=True):
         return (token if at_key else node.token).where(path)
 
 
-def read_document(path: str | Path) -> Document:
+def read_document(path: str | Path, *, mistakes: list[DocumentError] | None = None) -> Document:
     """Read a file.
+
+    Args:
+        path: The file.
+        mistakes: Gets the errors of single keys and values, as with `compose`; None to raise the first.
 
     Raises:
         DocumentError: The file cannot be read, is larger than `MAX_BYTES`, is not UTF-8 or not YAML, has something that
@@ -404,7 +422,7 @@ def read_document(path: str | Path) -> Document:
         where = Source(str(path), lines).where("$", len(lines) - 1, len(lines[-1]))
         what = f"the file is not UTF-8: byte 0x{read[error.start]:02X}"
         raise DocumentError(what, where=where, fix="save it as UTF-8") from None
-    root = compose(text, str(path))
+    root = compose(text, str(path), mistakes=mistakes)
     if not isinstance(root.content, dict):
         what = f"an experiment file must hold a mapping, not {_type_name(root)}"
         raise DocumentError(what, where=root.token.where("$"), fix='begin it with a line like "name: my-experiment"')

@@ -101,7 +101,7 @@ class ExperimentStore:
         stored.status, stored.ended, stored.hypothesis = "running", None, hypothesis
         for plan in plans:
             entry = stored.runs.setdefault(plan.run_key, RunEntry(plan.arm, plan.seed, plan.stage, plan.group_name))
-            _check_params_unchanged(plan, entry, folder, redaction)
+            check_params_unchanged(plan, entry, folder, redaction)
         self._stored = stored
         try:
             _replace(self.path, _encode_experiment(stored, redaction))
@@ -251,7 +251,12 @@ def _json_run_config(plan: RunPlan, redaction: Redaction) -> dict[str, Any]:
     return msgspec.json.decode(msgspec.json.encode(plain), type=dict[str, Any])
 
 
-def _check_params_unchanged(plan: RunPlan, entry: RunEntry, folder: Path, redaction: Redaction) -> None:
+def check_params_unchanged(plan: RunPlan, entry: RunEntry, folder: Path, redaction: Redaction) -> None:
+    """Check that a run may be resumed with the parameters of this plan; those of its horizon may be raised.
+
+    Raises:
+        TrainingError: It was started with other parameters.
+    """
     current, previous = _json_run_config(plan, redaction), entry.run_config
     redact(previous, redaction, "run_config")  # an earlier version may have recorded more
     raised_horizons = _raised_horizons(previous, current)

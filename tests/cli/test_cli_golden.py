@@ -84,7 +84,7 @@ def evsys_bus(tmp_path):
 
 def same_as_golden(name, text, tmp_path):
     text = text.replace(str(tmp_path), "<here>")
-    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\+00:00)?", "<time>", text)
+    text = re.sub(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d([+-]\d\d:\d\d)?", "<time>", text)
     text = re.sub(r"^step_seconds .*$", "step_seconds <seconds>", text, flags=re.MULTILINE)
     path = GOLDEN / f"{name}.txt"
     if os.environ.get("EVSYS_GOLDEN") == "write":

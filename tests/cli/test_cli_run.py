@@ -108,9 +108,12 @@ def evsys_bus(folder):
 def test_a_failed_run_among_others_is_told_everywhere_and_exits_1(evsys_bus, folder):
     done = evsys_bus("run", "sweep.yaml")
     assert done.returncode == 1
-    assert "! wild seed 1 failed: ArithmeticError: loss is NaN   show: evsys-bus show runs/sweep/wild-s1" in done.stdout
-    assert re.search(r"^calm +2/2 +0\.0250 ± 0\.0000$", done.stdout, re.MULTILINE)
-    assert re.search(r"^wild +1/2 ! +0\.0250$", done.stdout, re.MULTILINE)
+    assert (
+        "! wild seed 1 failed: ArithmeticError: loss is NaN   traceback: evsys-bus logs runs/sweep/wild-s1"
+        in done.stdout
+    )
+    assert re.search(r"^calm +2/2 +0\.02500 ± 0\.00000$", done.stdout, re.MULTILINE)
+    assert re.search(r"^wild +1/2 ! +0\.02500$", done.stdout, re.MULTILINE)
     assert "warning: run.failed run=wild-s1" in done.stderr
     assert "slow_recipe.py" in done.stderr, "the traceback of the training code"
     assert "event=run_ended run=wild-s1 step=11/40 status=failed error=" in done.stderr

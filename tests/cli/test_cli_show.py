@@ -74,7 +74,7 @@ def test_show_has_the_evals_that_were_made_while_a_run_trained(evsys_bus, digits
         pass
     out = evsys_bus("show", "wide-s0").stdout
     [row] = [line.split() for line in out.splitlines() if line.startswith("val/acc")]
-    assert row == ["val/acc", "2", "0.0400", "0.0900", "0.0400", "4", "0.0900", "9"]
+    assert row == ["val/acc", "2", "0.04000", "0.09000", "0.04000", "4", "0.09000", "9"]
     [found] = json.loads(evsys_bus("show", "deep-s0", "--json").stdout)["evals"]
     assert (found["name"], found["rows"], found["last"], found["greatest_step"]) == ("val/acc", 2, 0.59, 9)
 

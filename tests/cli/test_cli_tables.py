@@ -40,10 +40,10 @@ def test_paths_and_commands_stay_whole():
     path = "/a/folder/with/a/name/that/is/longer/than/the/terminal/is-wide"
     command = f"deliver what is pending: evsys-bus sync {path}"
     assert format_facts([["data", path]], 40) == [f"data   {path}"]
-    assert wrap(command, 40) == [command]
+    assert wrap(command, 40) == ["deliver what is pending:", f"  evsys-bus sync {path}"]
 
 
 def test_a_cell_that_is_too_long_for_a_line_goes_on_at_a_word():
     lines = format_table([["run", "evaluation"], ["low", TEXT]], 40)
     assert max(map(len, lines)) <= 40
-    assert " ".join(line.strip() for line in lines[1:]) == f"evaluation {TEXT}"
+    assert " ".join(line.strip() for line in lines[1:]) == f"low  {TEXT}"

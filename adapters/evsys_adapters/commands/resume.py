@@ -4,7 +4,6 @@ A run continues from the checkpoint of the latest step; if a local and a remote 
 one. Fetched checkpoints are added to the run's record, where the loop finds them. Nothing is written to a destination.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack
 from pathlib import Path
@@ -25,7 +24,7 @@ from evsys_bus.cli.output.errors import show_warnings
 from evsys_bus.cli.output.formatting import pluralize
 from evsys_bus.cli.output.progress import Facts, OnTransfer, ProgressMode, format_json, format_plain, show_fetches
 from evsys_bus.cli.output.screen import Screen, printable
-from evsys_bus.cli.output.transfers import make_byte_counter
+from evsys_bus.cli.output.transfers import line_facts, make_byte_counter
 from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log
@@ -95,7 +94,7 @@ class ResumeReporter:
         if self._format_line is None:
             self._screen.note(printable(text))
         else:
-            self._screen.note(self._format_line({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "event": event} | facts))
+            self._screen.note(self._format_line(line_facts(event) | facts), wrapped=False)
 
 
 def fetch_newest(

@@ -5,6 +5,7 @@ This module does not deliver anything itself.
 
 import math
 import shlex
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,15 +14,16 @@ from typing import Any, Final
 import msgspec
 
 from evsys_bus.cli.output.formatting import (
+    GAP,
     NO_VALUE,
     format_age,
     format_columns,
     format_duration,
     format_table,
+    format_time,
     pluralize,
-    wrap,
 )
-from evsys_bus.cli.output.screen import printable
+from evsys_bus.cli.output.screen import Screen, cell_width, printable, terminal_width, wrap
 from evsys_bus.codec import decode
 from evsys_bus.delivery.process_log import LOG_NAME
 from evsys_bus.delivery.progress import ProgressReader
@@ -309,7 +311,11 @@ def sync_command(directory: str | Path, *names: str) -> str:
 def courier_busy_error(directory: Path, name: str, why: str | None = None) -> CourierBusyError:
     """Return the error for an adapter that another process delivers to."""
     owner = read_owner(OsDisk(), layout.courier_path(str(directory), name, "lock"))
-    who = "another process" if owner is None else f"process {owner.pid} on {owner.host}, since {owner.since},"
+    who = (
+        "another process"
+        if owner is None
+        else f"process {owner.pid} on {owner.host}, since {format_time(owner.since)},"
+    )
     fix = f"let it finish, or end it; check its progress: evsys-bus status {directory}"
     return CourierBusyError(f"{who} delivers {directory} to {name}", why=why, fix=fix)
 
@@ -317,27 +323,29 @@ def courier_busy_error(directory: Path, name: str, why: str | None = None) -> Co
 def outcome_lines(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
     """Return the table of outcomes."""
     has_unconfirmed = any(each.before.owed or each.after.owed for each in outcomes)
-    return format_columns(
+    rows = [
         [
-            [
-                each.adapter,
-                *(
-                    (
-                        pluralize(each.events, "event"),
-                        f"sent {each.sent:,}",
-                        f"dead {each.dead:,}",
-                        f"pending {each.after.pending:,}",
-                    )
-                    if each.is_known
-                    else ("? events", "sent ?", "dead ?", "pending ?")
-                ),
-                *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
-                *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
-                f"{each.seconds:.1f}s",
-            ]
-            for each in outcomes
+            each.adapter,
+            *(
+                (
+                    pluralize(each.events, "event"),
+                    f"sent {each.sent:,}",
+                    f"dead {each.dead:,}",
+                    f"pending {each.after.pending:,}",
+                )
+                if each.is_known
+                else ("? events", "sent ?", "dead ?", "pending ?")
+            ),
+            *([f"confirmed {max(0, each.before.owed - each.after.owed):,}"] if has_unconfirmed else []),
+            *([f"owed {each.after.owed:,}"] if has_unconfirmed else []),
+            f"{each.seconds:.1f}s",
         ]
-    )
+        for each in outcomes
+    ]
+    width = terminal_width(sys.stdout)
+    lines = format_columns(rows)
+    fits = width is None or all(cell_width(line) <= width for line in lines)
+    return lines if fits else [part for row in rows for part in wrap(GAP.join(row), width)]
 
 
 def outcome_json(outcomes: Sequence[DeliveryOutcome]) -> list[str]:
@@ -449,7 +457,7 @@ def adapter_rows(directory: Path, statuses: Sequence[DeliveryStatus]) -> list[di
     return rows
 
 
-def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: int | None) -> list[str]:
+def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], screen: Screen, width: int | None) -> list[str]:
     """Return the table of adapters, followed by their problems and the command that resolves them."""
     ranks = load_ranks_by_adapter(directory)
     has_unconfirmed = any(each.owed for each in statuses)
@@ -460,7 +468,7 @@ def adapter_lines(directory: Path, statuses: Sequence[DeliveryStatus], width: in
         rows.append(
             [
                 printable(each.name),
-                state,
+                screen.style_state(state, sys.stdout),
                 *(f"{count:,}" if each.is_known else "?" for count in counts),
                 _format_lag(directory, each),
             ]

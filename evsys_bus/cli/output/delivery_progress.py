@@ -86,7 +86,7 @@ class _LineWriter:
             previous = self._states.setdefault(each.name, ("delivering", None))
             self._states[each.name] = state
             if due or state != previous:
-                self._screen.note(self._format_line(self._facts(each)))
+                self._screen.note(self._format_line(self._facts(each)), wrapped=False)
 
     def _facts(self, status: DeliveryStatus) -> Facts:
         facts = line_facts(

@@ -6,6 +6,7 @@ rest.
 """
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Generator, Iterator
@@ -16,8 +17,9 @@ from typing import Any, Final, cast
 import click
 
 import evsys_bus
-from evsys_bus.cli.output.screen import Screen, printable
+from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.codec import json_line
+from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.errors import (
     ConfigError,
     ConfigErrors,
@@ -41,6 +43,7 @@ INTERRUPTED: Final = 130
 _KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", "task", "run")
 _TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
+_HINT: Final = re.compile(r"; (?=did you mean|known: )")
 _PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
@@ -62,6 +65,33 @@ def report(error: BaseException, screen: Screen) -> int:
         return ENVIRONMENT
     screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
     return RAISED
+
+
+def report_usage(error: click.ClickException, screen: Screen) -> int:
+    """Report an error of the command line on stderr, with its fix, and return the exit code."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()  # the help itself
+        return error.exit_code
+    what, _, hint = _HINT.sub("\n", error.message).partition("\n")
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        hint = f"did you mean {' or '.join(error.possibilities)}?"
+    elif not hint:
+        what = error.format_message()
+    what = what.rstrip(".")
+    what = what if what[:2].isupper() else f"{what[:1].lower()}{what[1:]}"
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    fixes = [hint] if hint else []
+    if context is not None:
+        usage = context.command.get_usage(context).partition(": ")[2]
+        fixes += [usage] if isinstance(error, click.MissingParameter) else []
+        noun = "commands" if isinstance(context.command, click.Group) else "options"
+        fixes.append(f"all {noun}: {context.command_path} --help")
+    head = screen.style("error", sys.stderr, fg="red", bold=True)
+    text = "".join(
+        f"\n{screen.style('fix:', sys.stderr, fg='green', bold=True)} {fix}" for fix in ["   ".join(fixes)] if fix
+    )
+    screen.note(f"{head}: {printable(what)}{text}")
+    return error.exit_code
 
 
 def _own_errors(error: BaseException) -> Iterator[EvsysBusError]:
@@ -112,8 +142,8 @@ def _colorize_line(line: str) -> str:
 class _WarningHandler(logging.Handler):
     """Writes to the current ``sys.stderr``, which is redirected while a table is shown."""
 
-    def __init__(self, screen: Screen, *, as_json: bool) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, screen: Screen, level: int, *, as_json: bool) -> None:
+        super().__init__(level)
         self._screen = screen
         self._as_json = as_json
         self._shown_kinds: set[tuple[object, ...]] = set()
@@ -161,8 +191,11 @@ class _WarningHandler(logging.Handler):
         level = record.levelname.lower()
         head = self._screen.style(f"{level}:", sys.stderr, fg="yellow" if level == "warning" else "red", bold=True)
         first, *more = message.splitlines() or [""]
-        below = "".join(f"\n  {line}" for line in [*more, *trace.splitlines()])
-        return f"{head} {printable(first + below)}\n"
+        width = terminal_width(sys.stderr)
+        lines = wrap(f"{head} {printable(first)}", width)
+        for line in map(printable, [*more, *trace.splitlines()]):
+            lines += [f"  {line}"] if line.startswith(" ") else wrap(line, width, indent="  ")
+        return "".join(f"{line}\n" for line in lines)
 
     def _json(self, record: logging.LogRecord, message: str, trace: str) -> str:
         facts: dict[str, Any] = {"event": "log", "level": record.levelname.lower(), "message": message}
@@ -179,12 +212,17 @@ def _outside_traceback(error: BaseException) -> traceback.TracebackException:
 
 
 @contextmanager
-def show_warnings(screen: Screen, *, as_json: bool = False) -> Generator[None]:
-    """Print WARNING and higher log records to stderr within the block."""
-    lines = _WarningHandler(screen, as_json=as_json)
-    root = logging.getLogger()
+def show_warnings(screen: Screen, *, as_json: bool = False, level: int = logging.WARNING) -> Generator[None]:
+    """Print log records of this level and higher to stderr within the block."""
+    lines = _WarningHandler(screen, level, as_json=as_json)
+    root, own = logging.getLogger(), logging.getLogger(LOGGER_NAME)
+    levels = [(each, each.level) for each in (root, own)] if level < logging.WARNING else []
+    for each, _ in levels:
+        each.setLevel(level)
     root.addHandler(lines)
     try:
         yield
     finally:
         root.removeHandler(lines)
+        for each, before in levels:
+            each.setLevel(before)

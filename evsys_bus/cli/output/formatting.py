@@ -5,12 +5,12 @@ differently, so that no word is broken.
 """
 
 import math
-import textwrap
-import unicodedata
+import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Final
 
-from evsys_bus.cli.output.screen import printable
+from evsys_bus.cli.output.screen import cell_width, printable, wrap
 
 if TYPE_CHECKING:
     from evsys_bus.context import Spread
@@ -23,11 +23,14 @@ _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 _MIN_WHOLE_RATE: Final = 10
 GAP: Final = "   "
 _INNER: Final = "  "
+_NARROW_GAP: Final = "  "
+_MIN_LAST_COLUMNS: Final = 30
+"""The last column of a table is not made narrower than this."""
 _MIN_WHOLE: Final = 1000
 _TINY: Final = 1e-3
 _MAX_RANGES: Final = 10
 _MIN_WRAP_COLUMNS: Final = 20
-"""Text is not wrapped into fewer columns than this."""
+"""A column of text is not made narrower than this."""
 
 
 def format_size(count: int) -> str:
@@ -75,6 +78,24 @@ def format_age(seconds: float) -> str:
     return f"{whole} s ago" if whole < _MINUTE else f"{format_duration(whole)} ago"
 
 
+def format_time(at: float | str) -> str:
+    """Return a time as ``2026-11-30T13:31:16+01:00``: local, with its offset from UTC.
+
+    Args:
+        at: Seconds since the epoch, or an ISO 8601 time; a text that is none is returned as it is.
+    """
+    try:
+        moment = datetime.fromisoformat(at) if isinstance(at, str) else datetime.fromtimestamp(at)  # noqa: DTZ006 # made local below
+    except (ValueError, OverflowError, OSError):
+        return str(at)
+    return moment.astimezone().isoformat(timespec="seconds")
+
+
+def format_short_time(at: float) -> str:
+    """Return a time as ``11-30 13:31:16``, local: for lists that are as long as a journal or a log."""
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(at))
+
+
 def format_range(first: int, last: int) -> str:
     """Return an inclusive range as ``81`` or ``81 to 83``."""
     return f"{first:,}" if first == last else f"{first:,} to {last:,}"
@@ -118,7 +139,9 @@ def format_mean_sd(spread: "Spread | None", *, sd: bool = True) -> str:
 
 
 def _decimals(magnitude: float) -> int:
-    return 4 if magnitude < 0.1 else 3 if magnitude < 10 else 2 if magnitude < 100 else 1  # noqa: PLR2004 # four digits in all
+    if magnitude < 0.1:  # noqa: PLR2004 # as below
+        return 5 if magnitude >= 0.01 else 6  # noqa: PLR2004 # as below
+    return 3 if magnitude < 10 else 2 if magnitude < 100 else 1  # noqa: PLR2004 # four digits in all
 
 
 def summarize_error(error: str | None) -> str:
@@ -127,32 +150,52 @@ def summarize_error(error: str | None) -> str:
     return printable(lines[-1] if lines[0].startswith("Traceback") else lines[0])
 
 
-def format_columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> list[str]:
+def format_columns(rows: Sequence[Sequence[str]], *, indent: str = "", gap: str = GAP) -> list[str]:
     """Return one line per row; every column but the last is as wide as its widest cell."""
-    widths = [max(map(_cell_width, column)) for column in zip(*rows, strict=True)] if rows else []
+    widths = [max(map(cell_width, column)) for column in zip(*rows, strict=True)] if rows else []
     lines: list[str] = []
     for row in rows:
-        cells = [cell + " " * (width - _cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
-        lines.append((indent + GAP.join(cells)).rstrip())
+        cells = [cell + " " * (width - cell_width(cell)) for cell, width in zip(row, widths, strict=True)]
+        lines.append((indent + gap.join(cells)).rstrip())
     return lines
 
 
 def format_table(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
-    """Return `format_columns` with a head row; if the width is too small, return each row as ``head cell`` pairs."""
-    lines = format_columns(rows)
-    if width is None or all(_cell_width(line) <= width for line in lines) or not rows:
-        return lines
+    """Return `format_columns` with a head row.
+
+    If the width is too small, columns move together, then texts in the last one are wrapped, and at last each row is
+    returned as ``head cell`` pairs.
+    """
+    wrapped = rows
+    if width is not None and rows:
+        taken = sum(max(map(cell_width, column)) for column in list(zip(*rows, strict=True))[:-1])
+        available = max(_MIN_LAST_COLUMNS, width - taken - len(_NARROW_GAP) * (len(rows[0]) - 1))
+        wrapped = [line for row in rows for line in _wrap_last_cell(row, available)]
+    for lines in (
+        format_columns(rows),
+        format_columns(rows, gap=_NARROW_GAP),
+        format_columns(wrapped, gap=_NARROW_GAP),
+    ):
+        if width is None or not rows or all(cell_width(line) <= width for line in lines):
+            return lines
     heads, *rest = rows
     stacked: list[str] = []
     for row in rest:
         pairs = [f"{head} {cell}" for head, cell in zip(heads[1:], row[1:], strict=True) if cell]
-        stacked += [f"{heads[0]} {row[0]}", *_pack(pairs, width)]
+        stacked += [f"{heads[0]} {row[0]}", *_pack(pairs, width or 0)]
     return stacked
+
+
+def _wrap_last_cell(row: Sequence[str], width: int) -> list[list[str]]:
+    """Return the row, and rows with the rest of its last cell."""
+    *cells, last = row
+    first, *more = wrap(last, width)
+    return [[*cells, first], *([*("" for _ in cells), line.removeprefix(_INNER)] for line in more)]
 
 
 def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
     """Return `format_columns` of names and texts; long texts are wrapped in their column."""
-    available = 0 if width is None or not rows else width - max(_cell_width(name) for name, _ in rows) - len(GAP)
+    available = 0 if width is None or not rows else width - max(cell_width(name) for name, _ in rows) - len(GAP)
     if available < _MIN_WRAP_COLUMNS:
         return format_columns(rows)
     wrapped: list[list[str]] = []
@@ -160,23 +203,6 @@ def format_facts(rows: Sequence[Sequence[str]], width: int | None = None) -> lis
         first, *more = wrap(text, available)
         wrapped += [[name, first], *(["", line.removeprefix(_INNER)] for line in more)]
     return format_columns(wrapped)
-
-
-def wrap(text: str, width: int | None = None, *, indent: str = "") -> list[str]:
-    """Return the text wrapped to the width, with further lines indented.
-
-    A command stays in one line, because a line that the terminal wraps can be copied as one.
-    """
-    if width is None or _cell_width(text) + len(indent) <= width or "evsys-bus " in text or width < _MIN_WRAP_COLUMNS:
-        return [f"{indent}{text}"]
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=indent,
-        subsequent_indent=indent + _INNER,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
 
 
 def pluralize(count: int, noun: str) -> str:
@@ -189,14 +215,8 @@ def _pack(pairs: Sequence[str], width: int) -> list[str]:
     lines: list[str] = []
     for pair in pairs:
         longer = f"{lines[-1]}{GAP}{pair}" if lines else ""
-        if lines and _cell_width(longer) <= width:
+        if lines and cell_width(longer) <= width:
             lines[-1] = longer
         else:
             lines += wrap(pair, width, indent=_INNER)
     return lines
-
-
-def _cell_width(text: str) -> int:
-    """Return the width in cells of a terminal."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) + wide - sum(unicodedata.combining(letter) > 0 for letter in text)

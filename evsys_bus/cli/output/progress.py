@@ -263,7 +263,7 @@ def show_fetches(mode: ProgressMode, screen: Screen) -> Generator[OnTransfer]:
         nonlocal last_line_at
         if mode != "off" and time.monotonic() - last_line_at >= LINE_SECONDS:
             last_line_at = time.monotonic()
-            screen.note(format_line(transfer_facts("fetching", transfer)))
+            screen.note(format_line(transfer_facts("fetching", transfer)), wrapped=False)
 
     yield report_periodically
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
-from evsys_bus.cli.output.formatting import format_duration, format_rate, format_size_progress
+from evsys_bus.cli.output.formatting import format_duration, format_rate, format_size_progress, format_time
 
 Facts = dict[str, Any]
 """The keys and values of one line."""
@@ -89,7 +89,7 @@ def format_transfer(transfer: Transfer, now: float) -> list[str]:
 
 def line_facts(event: str, at: float | None = None, **facts: Any) -> Facts:
     """Return the facts of a line, beginning with the local time ``at``, in seconds since the epoch; None for now."""
-    return {"time": time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)), "event": event, **facts}
+    return {"time": format_time(time.time() if at is None else at), "event": event, **facts}
 
 
 def transfer_facts(event: str, transfer: Transfer) -> Facts:

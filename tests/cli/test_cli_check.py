@@ -1,0 +1,158 @@
+"""What ``check`` finds before anything is started, and the forms of errors, times and colours on all screens."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from evsys_bus.cli.output.formatting import format_table, format_time
+
+EXPERIMENT = """\
+name: sweep
+recipe: descent:recipe
+run: {steps: 2, lr: 0.5}
+runs:
+  low: {lr: 0.1}
+  high: {}
+success_metric: {name: test/score}
+callbacks: []
+"""
+
+RECIPE = """\
+from evsys_bus import EvalResult, TrainingBatch
+from evsys_bus.training.plan import RunComponents
+from evsys_bus.training.protocols import Benchmark
+
+class Descent:
+    def __init__(self, run):
+        self.run = run
+    async def forward_backward(self, batch):
+        if self.run.arm == "broken":
+            raise ArithmeticError("the loss is NaN")
+        return {"loss": 1.0}
+    async def optim_step(self): ...
+    async def save_state(self, name):
+        path = self.run.run_dir / name
+        path.write_text("{}")
+        return str(path)
+    save_weights_for_sampler = save_state
+    async def load_state(self, path): ...
+
+class Steps:
+    async def build_batch(self, step_idx):
+        return TrainingBatch(data=[step_idx])
+
+class Test:
+    name = "test"
+    async def evaluate(self, state):
+        return Benchmark(EvalResult("test", metrics={"score": 1.0}, tags=[]), [])
+
+def recipe(params, run):
+    return RunComponents(backend=Descent(run), step_builder=Steps(), num_steps=params["steps"], benchmarks=[Test()])
+"""
+
+
+@pytest.fixture
+def evsys_bus(tmp_path):
+    """The command, in a folder with an experiment and its recipe."""
+    (tmp_path / "sweep.yaml").write_text(EXPERIMENT)
+    (tmp_path / "descent.py").write_text(RECIPE)
+
+    def command(*arguments, **options):
+        program = [sys.executable, "-c", "from evsys_bus.cli import main; main()", *map(str, arguments)]
+        return subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path, **options)
+
+    return command
+
+
+def test_mistakes_of_yaml_are_found_together_with_all_others_and_each_is_one_error(evsys_bus, tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        "name: sweep\nrecipe: descent:recip\nrun: {steps: 12e999, lr: !!str 5}\n"
+        "runs:\n  low: {lr: 0.1}\n  low: {lr: 0.2}\n  high: *nowhere\n"
+        "n_repeats: two\ncallbacks:\n  - kind: csv_metric\n"
+    )
+    done = evsys_bus("check", "bad.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert [int(line) for line in re.findall(r"bad.yaml:(\d+):", done.stderr)] == [2, 3, 3, 6, 7, 8, 10]
+    assert done.stderr.endswith("\n7 errors\n")
+
+
+def test_a_plugin_that_cannot_be_imported_is_one_error(evsys_bus, tmp_path):
+    text = EXPERIMENT.replace("descent:recipe", "descend:recipe").replace("[]", "[{kind: mine}]")
+    (tmp_path / "bad.yaml").write_text(f"{text}plugins: [descend]\n")
+    done = evsys_bus("check", "bad.yaml")
+    assert done.returncode == 2
+    assert done.stderr.count("error[") == 1
+    assert 'plugin "descend" cannot be imported' in done.stderr
+
+
+def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
+    assert evsys_bus("check", "sweep.yaml", "--resume").returncode == 0
+    assert evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.steps=9").returncode == 0
+    done = evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.lr=0.7")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "run high-s0 in runs/sweep was started with other parameters: lr was 0.5, now 0.7" in done.stderr
+    assert evsys_bus("run", "sweep.yaml", "--resume", "--dry-run", "--set", "run.lr=0.7").returncode == 2
+
+
+def test_check_warns_of_a_success_metric_that_no_completed_run_has(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
+    assert evsys_bus("check", "sweep.yaml").stderr == ""
+    done = evsys_bus("check", "sweep.yaml", "--set", "success_metric.name=test/scor")
+    assert done.returncode == 0
+    assert done.stderr == (
+        'warning: no completed run has the success_metric "test/scor"   fix: did you mean "test/score"?\n'
+    )
+
+
+def test_quiet_shows_the_result_and_errors_only(evsys_bus, tmp_path):
+    (tmp_path / "broken.yaml").write_text(EXPERIMENT.replace("low:", "broken:"))
+    done = evsys_bus("run", "broken.yaml", "-q")
+    assert done.returncode == 1
+    assert "traceback: evsys-bus logs runs/sweep/broken-s0" in done.stdout
+    assert "warning" not in done.stderr
+    assert "event=" not in done.stderr
+
+
+def test_verbose_shows_what_is_less_than_a_warning(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
+    again = evsys_bus("run", "sweep.yaml", "--resume", "--set", "run.steps=3", "-v")
+    assert "info: training.resumed" in again.stderr
+    more = evsys_bus("run", "sweep.yaml", "--resume", "--set", "run.steps=4")
+    assert "training.resumed" not in more.stderr
+
+
+def test_show_without_a_run_shows_the_newest_experiment(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
+    done = evsys_bus("show")
+    assert (done.returncode, done.stderr) == (0, "runs/sweep\n")
+    assert done.stdout.startswith("sweep\n")
+
+
+def test_without_any_run_show_says_where_it_looked(evsys_bus):
+    done = evsys_bus("show")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: there is no run below ")
+
+
+def test_words_of_state_have_a_colour_only_where_colours_are_wanted(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
+    assert "\x1b[32mcompleted\x1b[0m" in evsys_bus("show", "runs/sweep", "--color", "always").stdout
+    assert "\x1b[32mclosed" not in evsys_bus("status", "runs/sweep", "--color", "never").stdout
+    assert "\x1b" not in evsys_bus("show", "runs/sweep").stdout
+
+
+def test_times_are_local_with_their_offset(evsys_bus):
+    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
+    shown = evsys_bus("show", "runs/sweep", env={"TZ": "Asia/Kolkata", "PATH": ""}).stdout
+    assert re.search(r"started +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+05:30\n", shown)
+    assert format_time("no time at all") == "no time at all"
+
+
+@pytest.mark.parametrize(("width", "gap"), [(31, "   "), (29, "  ")])
+def test_columns_move_together_before_a_table_is_laid_out_differently(width, gap):
+    rows = [["run", "status", "evaluation"], ["low-s0", "completed", "0.5"]]
+    lines = format_table(rows, width)
+    assert lines[0] == f"run   {gap}status   {gap}evaluation".rstrip()
