@@ -20,7 +20,7 @@ from evsys_bus.cli.output.formatting import (
     pluralize,
     summarize_error,
 )
-from evsys_bus.cli.output.screen import color_option, json_option, printable, terminal_width
+from evsys_bus.cli.output.screen import color_option, json_option, printable, printable_name, terminal_width
 from evsys_bus.cli.records import (
     METRICS,
     ExperimentRecord,
@@ -182,10 +182,14 @@ def _experiment_lines(record: ExperimentRecord) -> list[str]:
         scores_text = "  ".join(f"{name} {format_number(value)}" for name, value in list(scores.items())[:3])
         status = "process gone" if record.process_gone and entry.status == "running" else entry.status
         rows.append(
-            [key, status, printable(scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE))]
+            [
+                printable(key),
+                status,
+                printable(scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE)),
+            ]
         )
     return [
-        experiment.name,
+        printable_name(experiment.name),
         "",
         *format_facts([[name, printable(text)] for name, text in known], width),
         "",
@@ -211,7 +215,7 @@ def _run_lines(record: RunRecord) -> list[str]:
         *([["page", f"View run at {record.page_url}"]] if record.page_url else []),
     ]
     lines = [
-        printable(record.name or record.folder.name),
+        printable_name(record.name or record.folder.name),
         "",
         *format_facts([[name, printable(text)] for name, text in known], width),
     ]

@@ -4,15 +4,14 @@ This module decides about colour; what is printed, and to which stream, is up to
 """
 
 import os
-import re
 from contextlib import suppress
 from typing import Final, Literal, TextIO
 
 import click
 
-ColorMode = Literal["auto", "always", "never"]
+from evsys_bus.location import printable
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+ColorMode = Literal["auto", "always", "never"]
 
 
 class Screen:
@@ -56,9 +55,9 @@ def terminal_width(stream: TextIO) -> int | None:
     return shutil.get_terminal_size().columns if is_terminal(stream) else None
 
 
-def printable(text: str) -> str:
-    """Return the text with control characters escaped: text of files and errors must not control the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+def printable_name(text: str) -> str:
+    """Return `printable` text on one line: a name with a line break must not look like two."""
+    return printable(text).replace("\n", "\\n")
 
 
 def _set_color_mode(ctx: click.Context, _: click.Parameter, mode: ColorMode) -> None:
