@@ -589,7 +589,7 @@ def parent_folder(path: str) -> str:
 def is_foreign_link(path: str) -> bool:
     """Whether the path is a link that another user made, other than root: it may point to a file of this user."""
     try:
-        found = os.lstat(path)  # noqa: PTH116  # as text
+        found = os.lstat(path)
     except OSError:
         return False
     return stat.S_ISLNK(found.st_mode) and found.st_uid not in {0, os.geteuid()}

@@ -340,7 +340,7 @@ def test_a_folder_that_is_a_link_to_itself_is_an_error_of_the_disk(tmp_path):
     "write",
     [
         lambda path: AppendFile(path).append(b"row\n"),
-        lambda path: FileLock.acquire(path),
+        FileLock.acquire,
         lambda path: replace_file(path, b"row\n", follow_link=True),
     ],
     ids=["append", "lock", "replace"],
