@@ -613,9 +613,10 @@ def main():
     started = time.monotonic()
     seeds = range(args.first, args.first + args.seeds)
     parts = [seeds[start : start + 20] for start in range(0, len(seeds), 20)]
+    done = 0
     faults, lives, published, inspections, failures = Counter(), 0, 0, 0, []
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for part in pool.imap(partial(_run_seeds, without=args.without), parts):
+        for seeds_of_part, part in zip(parts, pool.imap(partial(_run_seeds, without=args.without), parts), strict=True):
             faults += part[0]
             lives += part[1]
             published += part[2]
@@ -623,6 +624,9 @@ def main():
             failures += part[4]
             for seed, why, _ in part[4]:
                 print(f"seed {seed}: {why[:600]}", flush=True)
+            done += len(seeds_of_part)
+            if done % 100 == 0:
+                print(f"{done} seeds, {len(failures)} failed, {time.monotonic() - started:.0f} s", file=sys.stderr)
     print(f"{len(seeds)} seeds, {lives} lives, {published} events, {inspections} inspections of all files")
     print("faults:", ", ".join(f"{kind} {count}" for kind, count in sorted(faults.items())))
     print(f"{len(failures)} seeds failed, {time.monotonic() - started:.0f} s")

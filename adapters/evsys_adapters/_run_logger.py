@@ -425,6 +425,11 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         """Rank of the process that published the event: each rank has its own files."""
         return rank_of_event(self.event)
 
+    def _restored_runs(self, ctx: LogContext) -> list[str]:
+        """Return the runs of an experiment, of the event's rank, that `rewind` has restored and that had no event."""
+        runs = (key.partition("\0")[0] for key in self._rewound if is_run_of(key, ctx))
+        return [run for run in dict.fromkeys(runs) if ranked_key(run, self._rank()) in self._rewound]
+
     def _remove_runs(self, ctx: LogContext) -> Iterator[RunT]:
         """Yield the runs of an experiment while removing them from the registry."""
         self._rewound = {key: state for key, state in self._rewound.items() if not is_run_of(key, ctx)}

@@ -40,6 +40,7 @@ from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState, 
 from evsys_adapters._runs import (
     experiment_folder,
     field,
+    output_dir_of,
     ranked_folder,
     run_context,
     run_folder,
@@ -306,6 +307,13 @@ class TensorBoardLoggerCallback(RunLogger[TensorBoardRun, LoggedRunState]):
         run = self._run(ctx)
         run.result, run.arm = run_result, arm
         run.close()
+
+    def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
+        """Log the conclusion in every run, also in those that ended before this process was started."""
+        root = output_dir_of(ctx)
+        for run in self._restored_runs(ctx):
+            self._run(LogContext(Path(root), run_key=os.path.relpath(run, root)))
+        super().on_experiment_end(ctx, result)
 
     def close(self) -> None:
         """Sort every file if needed, write buffered rows, and close it; a later hook continues."""

@@ -99,12 +99,19 @@ def list_journals_newest_first() -> list[Path]:
 def _journal_in(folder: Path) -> JournalLocation | None:
     if _is_journal(folder):
         return JournalLocation(folder)
-    if _is_journal(folder / JOURNAL):
-        return JournalLocation(folder / JOURNAL)
+    own = _journal_below(folder)
+    if own is not None:
+        return JournalLocation(own)
     parent = folder.resolve().parent if folder.name in {"", ".."} else folder.parent
-    if folder.is_dir() and folder.name != JOURNAL and _is_journal(parent / JOURNAL):
-        return JournalLocation(parent / JOURNAL, folder.resolve().name)
-    return None
+    shared = _journal_below(parent) if folder.is_dir() and folder.name != JOURNAL else None
+    return None if shared is None else JournalLocation(shared, folder.resolve().name)
+
+
+def _journal_below(folder: Path) -> Path | None:
+    """Return the journal of a folder's runs: in it, or on a local disk if the folder's file system cannot hold one."""
+    own = folder / JOURNAL
+    substitute = Path(layout.local_substitute(str(own.absolute())))
+    return next(filter(_is_journal, (own, substitute)), None)
 
 
 def _is_journal(directory: Path) -> bool:

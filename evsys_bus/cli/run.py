@@ -56,9 +56,8 @@ from evsys_bus.errors import ConfigError, TrainingError
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE
-from evsys_bus.training.loop import JOURNAL_DIR
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import unwritable_error
+from evsys_bus.training.run_files import journal_directory, unwritable_error
 from evsys_bus.training.summary import ArmSummary, Spread, summarise
 
 _MAX_STOPPED: Final = 4
@@ -145,8 +144,8 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             screen,
             title=plan.title,
             success_metric=plan.config.success_metric and plan.config.success_metric.name,
-            poll_uploads=UploadMonitor(plan.folder / JOURNAL_DIR).poll,
-            poll_problems=ProblemMonitor(plan.folder / JOURNAL_DIR).poll,
+            poll_uploads=UploadMonitor(journal_directory(plan.folder)).poll,
+            poll_problems=ProblemMonitor(journal_directory(plan.folder)).poll,
         ),
         show_warnings(screen, as_json=as_json),
     ):
@@ -159,7 +158,7 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
         _report_interrupted(tracker, plan, resume_command, screen)
         return INTERRUPTED
     seconds = time.monotonic() - began
-    page_urls = read_page_urls(plan.folder / JOURNAL_DIR, inline="learnt" in outcome.health.published)
+    page_urls = read_page_urls(journal_directory(plan.folder), inline="learnt" in outcome.health.published)
     page_urls = {run.run_key: page_urls[run.run_key] for run in plan.runs if run.run_key in page_urls}
     format_result = result_json if options.as_json else result_lines
     lines = format_result(plan, outcome.result, seconds, outcome.receipt, page_urls)
@@ -190,7 +189,7 @@ async def _train(
     interrupts.cancel_this_task_on_signal()
     bus = EventBus(
         callbacks,
-        journal=plan.folder / JOURNAL_DIR,
+        journal=journal_directory(plan.folder),
         redact=plan.config.redact,
         reveal=plan.config.reveal,
         drain_timeout=_DRAIN_SECONDS,

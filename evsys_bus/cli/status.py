@@ -26,7 +26,7 @@ from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 
 _WATCH_SECONDS: Final = 1.0
-_AGES: Final = re.compile(r"\d+ (?:s|min|h|d) ago|\"at\":[\d.]+")
+_AGES: Final = re.compile(r"[\d:]+(?: s)? ago|\"at\":[\d.]+")
 """What changes although nothing happens."""
 
 

@@ -161,7 +161,7 @@ def describe(part: Schema, root: Schema) -> str:
         noun += f" with {', '.join(part['properties'])}"
     ranges = [f"{sign} {part[key]}" for key, sign in _BOUNDS if key in part]
     lengths = [f"of length {sign} {part[key]}" for key, sign in _LENGTHS if key in part]
-    pattern = [f"matching {part['pattern']}"] if "pattern" in part else []
+    pattern = [f'matching "{part["pattern"]}"'] if "pattern" in part else []
     return " ".join([noun, " and ".join(ranges), *lengths, *pattern]).replace("  ", " ").strip()
 
 

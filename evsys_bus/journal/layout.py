@@ -20,6 +20,7 @@ journal/
 """
 
 import errno
+import os
 import re
 import time
 from bisect import bisect_right
@@ -32,6 +33,7 @@ import msgspec
 
 from evsys_bus.disk import Disk, write_all
 from evsys_bus.files import DECODE_ERRORS, load_file
+from evsys_bus.location import short_digest
 
 CURSORS: Final = "cursors"
 COURIERS: Final = "couriers"
@@ -91,6 +93,15 @@ def is_journal(disk: Disk, directory: str) -> bool:
     return _load_journal_file(disk, directory) is not None or any(
         _is_stream(disk, f"{directory}/{name}") for name in list_streams(disk, directory)
     )
+
+
+def local_substitute(directory: str) -> str:
+    """Return where a journal is whose own file system cannot hold one: in the user's state directory."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    if not os.path.isabs(state):  # noqa: PTH117 # strings, as in the whole module
+        state = os.path.expanduser("~/.local/state")  # noqa: PTH111
+    name = os.path.basename(os.path.dirname(directory))  # noqa: PTH119, PTH120
+    return f"{state}/evsys-bus/journals/{name}-{short_digest(directory)}"
 
 
 def mark_as_journal(disk: Disk, directory: str) -> str:

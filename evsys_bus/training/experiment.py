@@ -27,10 +27,10 @@ from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.location import local_path
 from evsys_bus.tasks import run_to_completion
 from evsys_bus.training.experiment_store import ExperimentStore
-from evsys_bus.training.loop import EXIT, JOURNAL_DIR
+from evsys_bus.training.loop import EXIT
 from evsys_bus.training.plan import RecipeFunction, RunPlan, run_sequences, safe_folder_name
 from evsys_bus.training.run_executor import RunExecutor, final_state_path, id_text, skipped_result
-from evsys_bus.training.run_files import lock_folder
+from evsys_bus.training.run_files import journal_directory, lock_folder
 from evsys_bus.training.summary import conclude, summarise
 
 
@@ -91,7 +91,7 @@ class Experiment:
         if bus is None:
             hooks = build_callbacks(self.config.callbacks) if callbacks is None else callbacks
             self._bus = EventBus(
-                hooks, journal=self.output_dir / JOURNAL_DIR, redact=self.config.redact, reveal=self.config.reveal
+                hooks, journal=journal_directory(self.output_dir), redact=self.config.redact, reveal=self.config.reveal
             )
         else:
             self._bus = nullcontext(bus)

@@ -34,13 +34,13 @@ from evsys_bus.training.run_files import (
     FINAL,
     Checkpoints,
     RowFile,
+    journal_directory,
     lock_folder,
     remove_error_file,
     unwritable_error,
     write_error_file,
 )
 
-JOURNAL_DIR: Final = "journal"
 """Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
 
 
@@ -104,7 +104,7 @@ class TrainingLoop:
         self.save_every = save_every
         self.steps_per_epoch = steps_per_epoch
         self.resume = resume
-        used_bus = bus or EventBus(callbacks or (), journal=run_dir / JOURNAL_DIR, redact=redact, reveal=reveal)
+        used_bus = bus or EventBus(callbacks or (), journal=journal_directory(run_dir), redact=redact, reveal=reveal)
         self.metrics = RowFile(run_dir / "metrics.jsonl", redaction=used_bus.redaction)
         self.checkpoints = Checkpoints(backend, run_dir / "checkpoints.jsonl")
         self.state = LoopState(

@@ -5,6 +5,7 @@ logged.
 """
 
 import errno
+import functools
 import os
 import platform
 import traceback
@@ -21,12 +22,46 @@ from evsys_bus.codec.redact import Redaction, redact_text
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
-from evsys_bus.errors import TrainingError
+from evsys_bus.errors import JournalOpenError, TrainingError
 from evsys_bus.files import DECODE_ERRORS, AppendFile, Backlog, FileLock, open_binary, replace_file
+from evsys_bus.journal import layout
+from evsys_bus.journal.stream_lock import check_file_system
 from evsys_bus.training.protocols import Backend
 
 Row = dict[str, Any]
 """One row."""
+
+JOURNAL_DIR: Final = "journal"
+
+
+def journal_directory(folder: Path) -> Path:
+    """Return where the runs of a folder are recorded: in the folder itself, if its file system can hold a journal.
+
+    Otherwise, as on a network file system without locks, on a local disk, with one WARNING. The folder need not exist;
+    then the nearest folder above it is tried.
+    """
+    folder = folder.absolute()
+    own, substitute = folder / JOURNAL_DIR, Path(layout.local_substitute(str(folder / JOURNAL_DIR)))
+    with suppress(OSError, ValueError):  # opening the journal reports it
+        for directory in (own, substitute):
+            if layout.is_journal(OsDisk(), str(directory)):
+                return directory
+        existing = next(each for each in (folder, *folder.parents) if each.is_dir())
+        if not _can_hold_journal(existing, folder, substitute):
+            return substitute
+    return own
+
+
+@functools.cache
+def _can_hold_journal(existing: Path, folder: Path, substitute: Path) -> bool:
+    """Return whether the file system of an existing directory can hold the journal of a folder; the WARNING if not."""
+    try:
+        check_file_system(OsDisk(), str(existing))
+    except JournalOpenError as error:
+        log().warning("journal.elsewhere", folder=str(folder), journal=str(substitute), why=error.what)
+        return False
+    return True
+
 
 _decode = msgspec.json.Decoder(Row).decode
 

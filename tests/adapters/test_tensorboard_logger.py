@@ -245,6 +245,21 @@ def test_the_config_is_redacted_and_the_hypothesis_and_the_conclusion_are_there(
     assert "It did." in texts["conclusion"][0][1]
 
 
+def test_the_conclusion_reaches_runs_that_ended_before_the_process_was_started_again(run, tmp_path):
+    run.start()
+    run.step(0, loss=1.0)
+    loggers.Run.end(run)
+    saved = run.logger.mark()
+    run.logger.close()
+    again = Run(tmp_path)
+    again.logger.rewind(saved)
+    again.logger.on_experiment_end(run.ctx, ExperimentResult("trial", conclusion="It did."))
+    scalars, texts = read(run.folder)
+    assert "It did." in texts["conclusion"][0][1]
+    assert scalars["train/loss"] == [(0, 1.0)]
+    assert [each.name for each in (tmp_path / "tensorboard").iterdir()] == ["run"]
+
+
 def test_runs_side_by_side_and_of_other_experiments_keep_to_their_own_folders(tmp_path):
     logger = TensorBoardLoggerCallback(tmp_path / "all")
     runs = [Run(tmp_path / folder, key, logger) for folder, key in (("one", "a"), ("one", "b"), ("two", "a"))]

@@ -1011,3 +1011,22 @@ def test_a_run_that_was_interrupted_still_tells_that_it_waits_and_goes_on_by_res
     _, err = run.communicate(timeout=15)
     assert run.returncode == 130
     assert err.splitlines()[-1].startswith("go on with: evsys-bus run sweep.yaml")
+
+
+def test_status_that_watches_a_pipe_prints_what_has_changed_until_it_is_interrupted(command, tmp_path):
+    directory = journal(tmp_path)
+    followed(tmp_path)
+    watching = command.start("status", "--watch", "--json", tmp_path)
+
+    def next_pending():
+        rows = iter(lambda: json.loads(watching.stdout.readline()), None)
+        return next(row for row in rows if row["type"] == "adapter")["pending"]
+
+    assert next_pending() == 12
+    assert command("sync", directory)[0] == 0
+    pending = 12
+    while pending:  # what it has shown meanwhile depends on when it looked
+        pending = next_pending()
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(timeout=10) == 0
+    assert command("status", "--watch", "--verify", tmp_path)[0] == 2

@@ -87,15 +87,15 @@ def record_experiment(journal, rank=0, *, ended=True, steps=40):
     def encoded(event, run="run"):
         return encode(Envelope(writer.stream, writer.next_sequence, 1.0, event, run, rank))
 
-    writer.append_start(encoded(ExperimentStart(context), None), None)
-    writer.append_start(encoded(RunStart(context)), "run")
-    writer.append_start(encoded(TrainStart(state)), "run")
+    writer.append(encoded(ExperimentStart(context), None), essential=True)
+    writer.append(encoded(RunStart(context)), essential=True)
+    writer.append(encoded(TrainStart(state)), essential=True)
     for step in range(steps):
         state.step = step
         writer.append(encoded(StepEnd(state, step, TrainingBatch(), {"loss": 1 / (step + 1)})))
     if ended:
         writer.append(encoded(TrainEnd(state, LoopArtifacts())))
-        writer.append_end(encoded(ExperimentEnd(context, ExperimentResult("exp")), None), None)
+        writer.append(encoded(ExperimentEnd(context, ExperimentResult("exp")), None), essential=True)
     writer.close()
     return writer.stream
 
