@@ -226,8 +226,8 @@ def _redact_assignments(text: str, heads: re.Pattern[str]) -> str:
             continue
         bare = value[0].strip("\\\"'")
         is_option = found[0].startswith("-") or (found[1].isupper() and "_" in found[1])
-        is_long = len(bare) >= 8 and any(map(str.isdigit, bare))  # noqa: PLR2004 - "oauth2" is shorter
-        is_sure = strength == ALWAYS_SECRET or is_option or (is_long and "=" in found[0]) or _looks_random(bare)
+        is_long = len(bare) >= 8 and "=" in found[0] and any(map(str.isdigit, bare))  # noqa: PLR2004 - not "oauth2"
+        is_sure = strength == ALWAYS_SECRET or is_option or is_long or _looks_random(bare)
         if is_sure and not _HARMLESS_VALUE.fullmatch(bare) and not bare.startswith(REDACTED):
             quote = value[0][: len(value[0]) - len(value[0].lstrip("\\\"'"))]
             parts += (text[done : found.end()], quote, REDACTED, quote)
@@ -271,10 +271,12 @@ _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[r
         ),
         REDACTED,
     ),
-    (("://",), re.compile(r"(://[^/\s:@'\"?#<>]{0,256}:)(?!<redacted>@)[^/\s'\"?#<>]{1,512}@"), rf"\1{REDACTED}@"),
     (
         ("://",),
-        re.compile(r"(://[^/\s:@'\"?#<>]{0,256}:)(?!\d{0,5}[/?#]|[$<{])(?:(?!://)[^\s@'\"<>,]){1,512}@"),
+        re.compile(
+            r"(://[^/\s:@'\"?#<>]{0,256}:)(?!<redacted>@)"
+            r"(?:[^/\s'\"?#<>]{1,512}|(?!\d{0,5}[/?#]|[$<{])(?:(?!://)[^\s@'\"<>,]){1,512})@"
+        ),
         rf"\1{REDACTED}@",
     ),
     (("://",), re.compile(r"(://)[^/\s:@'\"?#<>]{20,512}@"), rf"\1{REDACTED}@"),
@@ -385,18 +387,6 @@ def has_credential(params: object) -> bool:
     if isinstance(params, list):
         return any(map(has_credential, cast("list[object]", params)))
     return isinstance(params, str) and redact_text(params) != params
-
-
-def has_config(plain: Any) -> bool:
-    """Whether built-in data holds a configuration for `redact_configs` to search."""
-    values = plain
-    if type(plain) is dict:
-        if not CONFIG_KEYS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
-            return True
-        values = cast("dict[str, Any]", plain).values()
-    elif type(plain) is not list:
-        return False
-    return any((type(each) is dict or type(each) is list) and has_config(each) for each in values)
 
 
 def redact(plain: Any, redaction: Redaction = Redaction(), path: str = "") -> dict[str, str]:  # noqa: B008 - frozen
@@ -569,13 +559,8 @@ _clean_texts: Final[set[str]] = set()
 
 
 def _is_clean_key(key: str) -> bool:
-    is_general = key in _GENERAL_KEYS or key in _CONFIG_LIKE_KEYS or _is_key_of_something(key)
+    is_general = key in _GENERAL_KEYS or key in _CONFIG_LIKE_KEYS or key[-3:].lower() == "key"
     return not is_general and key_strength(key) == NOT_SECRET
-
-
-def _is_key_of_something(name: str) -> bool:
-    """Whether a name ends in ``key``: a random text under it is a credential, a word is not."""
-    return name[-3:].lower() == "key"
 
 
 def _is_secret(key: str, parent: str, in_config: bool) -> bool:
@@ -588,7 +573,7 @@ def _redact_value_text(key: str, parent: str, text: str, in_config: bool) -> str
     if strength >= (SECRET_IN_CONFIG if in_config else ALWAYS_SECRET):
         if _is_credential(text, strength):
             return REDACTED
-    elif (strength or (in_config and _is_key_of_something(key))) and _looks_random(text):
+    elif (strength or (in_config and key[-3:].lower() == "key")) and _looks_random(text):
         return REDACTED
     shown = _redact_form(text)
     return text if key in _FUNCTIONAL_KEYS and not in_config and "://" not in text else shown
