@@ -18,6 +18,8 @@ from collections.abc import Callable, Generator, Hashable, MutableMapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
+from evsys_bus.location import printable
+
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
 
@@ -45,18 +47,18 @@ def _to_stdlib(_: Any, __: str, facts: MutableMapping[str, Any]) -> tuple[tuple[
             facts[key] = redacted
     shown = " ".join(f"{key}={value}" for key, value in facts.items())
     # Return no args: handlers that merge args would interpret a "%" in the message.
-    message = f"{phrase} {shown}".rstrip()
+    message = printable(f"{phrase} {shown}".rstrip())
     extra = {f"{key}_" if key in RECORD_FIELDS else key: value for key, value in facts.items()}
     return (message,), {"extra": {"event": phrase, **extra}, **passthrough}
 
 
 def _redact_traceback(record: logging.LogRecord) -> bool:
-    """Filter of the logger: replace a traceback that shows a credential by its redacted text."""
+    """Filter of the logger: replace a traceback that shows a credential, or controls a terminal, by a safe text."""
     if isinstance(record.exc_info, tuple):
         from evsys_bus.codec.redact import redact_text
 
         text = _formatter.formatException(record.exc_info)
-        redacted = redact_text(text)
+        redacted = printable(redact_text(text))
         if redacted != text:
             record.exc_text, record.exc_info = redacted, None
     return True

@@ -290,7 +290,9 @@ class OsDisk:
         os.link(path, to)  # as text
 
     def resolve(self, path: str) -> str:
-        """The path with all links resolved."""
+        """The path with all links resolved, but not a file's own link if another user made it."""
+        if is_foreign_link(path):
+            return os.path.join(os.path.realpath(parent_folder(path)), os.path.basename(path))  # noqa: PTH118, PTH119  # as text
         return os.path.realpath(path)
 
     def remove(self, path: str) -> None:
@@ -584,12 +586,24 @@ def parent_folder(path: str) -> str:
     return os.path.dirname(path) or "."  # noqa: PTH120  # as text
 
 
+def is_foreign_link(path: str) -> bool:
+    """Whether the path is a link that another user made, other than root: it may point to a file of this user."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISLNK(found.st_mode) and found.st_uid not in {0, os.geteuid()}
+
+
 def open_regular(path: str, flags: int, mode: int = 0o600) -> int:
     """Open a regular file of the real file system, or with ``O_DIRECTORY`` a directory.
 
-    Anything else is an immediate OSError; it never blocks.
+    Anything else is an immediate OSError; it never blocks. A file to write is not opened through another user's link.
     """
-    file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    flags |= os.O_NONBLOCK | os.O_CLOEXEC
+    if flags & (os.O_WRONLY | os.O_RDWR) and is_foreign_link(path):
+        raise PermissionError(errno.EPERM, "another user's link, which is not followed", path)
+    file = os.open(path, flags, mode)
     kind = os.fstat(file).st_mode
     if stat.S_ISREG(kind) or flags & os.O_DIRECTORY:
         return file

@@ -21,7 +21,14 @@ from evsys_bus.cli.output.formatting import (
     pluralize,
     summarize_error,
 )
-from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
+from evsys_bus.cli.output.screen import (
+    Screen,
+    color_option,
+    json_option,
+    printable,
+    printable_name,
+    terminal_width,
+)
 from evsys_bus.cli.records import (
     JOURNAL,
     METRICS,
@@ -211,7 +218,7 @@ def _experiment_lines(record: ExperimentRecord, screen: Screen) -> list[str]:
         evaluation = scores_text or (summarize_error(entry.error) if entry.error else NO_VALUE)
         rows.append([printable(key), screen.style_state(status, sys.stdout), printable(evaluation)])
     return [
-        printable(experiment.name),
+        printable_name(experiment.name),
         "",
         *format_facts([[name, _style(name, printable(text), screen)] for name, text in known], width),
         "",
@@ -237,7 +244,7 @@ def _run_lines(record: RunRecord, screen: Screen) -> list[str]:
         *([["page", f"View run at {record.page_url}"]] if record.page_url else []),
     ]
     lines = [
-        printable(record.name or record.folder.name),
+        printable_name(record.name or record.folder.name),
         "",
         *format_facts([[name, _style(name, printable(text), screen)] for name, text in known], width),
     ]

@@ -13,7 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from evsys_bus.cli.events import EventFilter, EventReader, facts_of, metrics_of, step_of, type_of
 from evsys_bus.cli.options import event_options, metric_option, no_match_message, optional_run_argument, since_option
 from evsys_bus.cli.output.formatting import GAP, NO_VALUE, format_number, format_short_time
-from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width
+from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, printable_name, terminal_width
 from evsys_bus.cli.records import find_journal
 from evsys_bus.codec import to_json
 from evsys_bus.events import Envelope
@@ -92,7 +92,7 @@ class EventFormatter:
 
 
 def _shorten(text: str) -> str:
-    return printable(text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…")
+    return printable_name(text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}…")
 
 
 @click.command("tail")
@@ -157,7 +157,7 @@ def command(
 def _cells(envelope: Envelope) -> list[str]:
     """Return run, type and step."""
     step = step_of(envelope.event)
-    run = NO_VALUE if envelope.run is None else printable(envelope.run)
+    run = NO_VALUE if envelope.run is None else printable_name(envelope.run)
     run = f"{run} rank {envelope.rank}" if envelope.rank else run
     return [run, printable(type_of(envelope.event)), NO_VALUE if step is None else f"{step:,}"]
 

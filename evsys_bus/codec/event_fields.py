@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any, Final, TypeAlias
 
 from evsys_bus.codec.normalize import Builtins, to_builtins_at
-from evsys_bus.codec.redact import CONFIG_KEYS, REASON, has_config
+from evsys_bus.codec.redact import CONFIG_KEYS, REASON
 from evsys_bus.codec.scalars import (
     MAX_ITEMS,
     SCALARS,
@@ -28,6 +28,7 @@ from evsys_bus.codec.wire_types import (
     batch_wire_parts,
     field_annotations,
     handle_class,
+    has_config,
     is_builtin,
     wire_parts,
 )

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from datetime import UTC, date, datetime, timedelta, timezone
 from datetime import time as time_of_day
@@ -53,7 +53,7 @@ def object_fields(value: Any, kind: Any) -> dict[str, Any] | None:  # noqa: PLR0
         return wire_parts(value, kind)
     if issubclass(kind, msgspec.Struct):
         return struct_fields(value)
-    if hasattr(kind, "_asdict"):
+    if _is_named_tuple(kind):
         return value._asdict()
     if hasattr(kind, "__dataclass_fields__"):
         return _read_fields(value, [each.name for each in dataclasses.fields(kind)])
@@ -71,14 +71,20 @@ def has_fields(kind: Any) -> bool:
     """Whether values of this type have named fields."""
     return (
         issubclass(kind, (*HANDLES, msgspec.Struct))
-        or any(hasattr(kind, name) for name in ("_asdict", "__dataclass_fields__", "__attrs_attrs__"))
+        or _is_named_tuple(kind)
+        or hasattr(kind, "__dataclass_fields__")
+        or hasattr(kind, "__attrs_attrs__")
         or _is_pydantic(kind)
         or _is_namespace(kind)
     )
 
 
+def _is_named_tuple(kind: Any) -> bool:
+    return callable(getattr(kind, "_asdict", None))
+
+
 def _is_pydantic(kind: Any) -> bool:
-    return hasattr(kind, "model_fields") or hasattr(kind, "__fields_set__")
+    return hasattr(kind, "__pydantic_validator__") or hasattr(kind, "__fields_set__")
 
 
 def _is_namespace(kind: Any) -> bool:
@@ -181,8 +187,9 @@ _MAX_OBJECT_BYTES: Final = 256 * 1024
 """Of an object without declared fields in a configuration, whose attributes may lead anywhere."""
 _MAX_READ_SECONDS: Final = 0.5
 """For a container that may read its items from a file, or compute them."""
+_MAX_LAZY_SECONDS: Final = 2.0
+"""For all such containers of one value, which may contain each other."""
 _MAX_LAZY_ENTRIES: Final = 20_000
-_ITEMS_BETWEEN_LOOKS: Final = 256
 MAX_ARRAY_ITEMS: Final = 128
 """Of an array that is recorded as numbers; a larger one is described."""
 _ITEM_BYTES: Final = 10
@@ -243,7 +250,7 @@ def dict_or_empty(plain: Builtins) -> dict[str, Builtins]:
 class _Normalizer:
     """The state of one copy: the current path, the bytes left, and what was replaced."""
 
-    __slots__ = ("_ancestors", "_base_path", "_trail", "bytes_left", "omitted_count", "reasons")
+    __slots__ = ("_ancestors", "_base_path", "_lazy_seconds", "_trail", "bytes_left", "omitted_count", "reasons")
 
     def __init__(
         self, path: str, max_bytes: int, trail: Iterable[str | int] = (), reasons: dict[str, str] | None = None
@@ -251,6 +258,7 @@ class _Normalizer:
         self._base_path = path
         self._trail: list[str | int] = [*trail]
         self._ancestors: set[int] = set()
+        self._lazy_seconds = _MAX_LAZY_SECONDS
         self.bytes_left = max_bytes
         self.reasons: dict[str, str] = {} if reasons is None else reasons
         self.omitted_count = 0
@@ -366,52 +374,66 @@ class _Normalizer:
 
     def copy_iterable(self, value: Any) -> Builtins:
         try:
-            items, total = self._read_lazily(value, lambda item: item)
+            items = self._read_lazily(lambda: iter(value), lambda item: item)
         except Exception:  # one item raised: read the others by their index
             if not issubclass(type(value), Sequence):
                 raise
             count = min(len(value), max(self.bytes_left, 0) // _ITEM_BYTES)
-            items, total = [(index, _read(value.__getitem__, index)) for index in range(count)], len(value)
-        if total > len(items):
-            self._add_reason(f"cut after {len(items)} of {total} items: reading all of them takes too long")
+            items = [(index, _read(value.__getitem__, index)) for index in range(count)]
+        self._report_cut(value, items)
         return self.copy_sequence(value, [item for _, item in items])
 
     def copy_lazy_mapping(self, value: Any) -> Builtins:
         """Copy a mapping of any class item by item; one whose look-up raises costs only itself."""
         limit = MAX_EVENT_BYTES if issubclass(type(value), dict) else _MAX_LAZY_ENTRIES  # pyright: ignore[reportUnknownArgumentType] - untyped
-        items, total = self._read_lazily(value, lambda key: _read(value.__getitem__, key), limit)
-        if total > len(items):
-            self._add_reason(f"cut after {len(items)} of {total} entries: reading all of them takes too long")
+        items: list[tuple[Any, Any]] = []
+        try:
+            keys = value.__iter__ if hasattr(type(value), "__iter__") else lambda: iter(value.keys())  # pyright: ignore[reportUnknownArgumentType] - untyped
+            self._read_lazily(keys, lambda key: _read(value.__getitem__, key), limit, items)
+        except Exception as error:  # raised by the iteration: keep what came before
+            if not items:
+                raise
+            self._add_reason(f"{type(error).__name__} after {len(items)} entries")
+        else:
+            self._report_cut(value, items)
         return self.copy_mapping(value, dict(items))
 
     def _read_lazily(
-        self, value: Any, get: Callable[[Any], Any], limit: int = MAX_EVENT_BYTES
-    ) -> tuple[list[tuple[Any, Any]], int]:
-        """Read the items of a container of unknown cost, as many as there is room and time for.
-
-        Returns:
-            The items with their keys, and how many there are, as far as the container knows.
-        """
+        self,
+        keys: Callable[[], Iterator[Any]],
+        get: Callable[[Any], Any],
+        limit: int = MAX_EVENT_BYTES,
+        items: list[tuple[Any, Any]] | None = None,
+    ) -> list[tuple[Any, Any]]:
+        """Read the items of a container of unknown cost, with their keys, as many as there is room and time for."""
+        found = [] if items is None else items
         limit = min(limit, max(self.bytes_left, 0) // _ITEM_BYTES + 1)
+        began = time.monotonic()
+        deadline = began + min(_MAX_READ_SECONDS, self._lazy_seconds)
 
-        def read() -> list[tuple[Any, Any]]:
-            found: list[tuple[Any, Any]] = []
-            deadline = time.monotonic() + _MAX_READ_SECONDS
-            for key in islice(iter(value), limit):
+        def read() -> None:
+            found.clear()
+            for key in islice(keys(), limit):
                 found.append((key, get(key)))
-                if len(found) % _ITEMS_BETWEEN_LOOKS == 0 and time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     break
-            return found
 
-        items = snapshot(read)
+        try:
+            snapshot(read)
+        finally:
+            self._lazy_seconds -= time.monotonic() - began
+        return found
+
+    def _report_cut(self, value: Any, items: list[tuple[Any, Any]]) -> None:
         total = _read(len, value)
-        return items, total if type(total) is int else len(items)
+        if type(total) is int and total > len(items):
+            self._add_reason(f"cut after {len(items)} of {total} entries: reading all of them takes too long")
 
     def copy_object(self, value: Any) -> Builtins:
         """Copy the public attributes of an object in a configuration; replace any other object by a description."""
         kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
         is_described = callable(value) or issubclass(kind, ModuleType) or hasattr(kind, "__float__")
-        if not CONFIG_KEYS.isdisjoint(self._trail) and (not is_described or self._trail[-1] in CONFIG_KEYS):
+        if self._is_in_config() and (not is_described or self._trail[-1] in CONFIG_KEYS):
             attributes = _public_attributes(value)
             for name in () if attributes else _AS_DICT:
                 found = _read(_call_method, value, name)
@@ -423,6 +445,9 @@ class _Normalizer:
         if hasattr(kind, "__float__"):
             return self.replace_value(float.__float__(float(cast("Any", value))), f"a {kind.__name__}, kept as a float")
         return self.replace_value(short_repr(value), f"a {kind.__name__} cannot be recorded")
+
+    def _is_in_config(self) -> bool:
+        return not CONFIG_KEYS.isdisjoint(self._trail)
 
     def _within(self, max_bytes: int, copy: Callable[[], Builtins]) -> Builtins:
         """Copy with at most this much of the room that is left."""
@@ -436,6 +461,8 @@ class _Normalizer:
     def copy_array(self, value: Any) -> Builtins:
         """Copy a scalar or a small array of numpy, torch, jax or a similar library; describe a larger array."""
         kind: Any = type(value)  # pyright: ignore[reportUnknownVariableType] - untyped
+        if self._is_in_config() and not hasattr(kind, "dtype"):  # a class with a field of the name "item"
+            return self.copy_object(value)
         shape = getattr(value, "shape", ())
         count = math.prod(shape)
         if count == 1:
@@ -549,7 +576,7 @@ def _copier_for(kind: Any) -> Callable[[_Normalizer, Any], Builtins]:  # noqa: C
         return lambda copying, value: copying.copy_mapping(value, dict_or_empty(object_fields(value, kind)))
     if hasattr(kind, "item") and not issubclass(kind, Mapping):
         return _Normalizer.copy_array
-    if issubclass(kind, Mapping) or (hasattr(kind, "keys") and hasattr(kind, "__getitem__")):
+    if issubclass(kind, Mapping) or (callable(getattr(kind, "keys", None)) and hasattr(kind, "__getitem__")):
         return _Normalizer.copy_lazy_mapping
     if issubclass(kind, Sequence | AbstractSet):
         return _Normalizer.copy_iterable

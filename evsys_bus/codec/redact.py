@@ -95,7 +95,7 @@ _ALWAYS: Final = re.compile(
     r"|(?:access|auth|api|bearer|refresh|session|security|oauth|bot|deploy|secret|csrf|xsrf|sas"
     r"|hf|hugging_face|huggingface|github|gitlab|slack|wandb|discord|telegram|npm|pypi)_token"
     r"|(?:db|database|user|smtp|ftp|admin|root|mail|email|proxy|redis|mysql|postgres|pg|mongo|http|basic)_(?:pass|pwd)"
-    r"|client_secret|connection_string|conn_str|webhook(?:_url)?)_"
+    r"|client_secret|connection_string|conn_str|webhook(?:_url)?|psk|passkey|(?:recovery|backup)_code)_"
     r"|_(?:secret|authorization|cookie|dsn|credential|cred)_$|^_secret_(?!santa)"
 )
 """Anywhere in a name, unless it ends in a word of `_DESCRIBING_WORDS`; of the last line at its end."""
@@ -109,7 +109,7 @@ _TOKENIZER_WORDS: Final = _set(
     "label class box object time timestamp lang language system tool pattern word sub subword vocab vocabulary "
     "train training eval validation val warmup seen consumed trained budget limit batch sequence seq context answer "
     "query doc document soft virtual learnable register cache cached draft routed dropped expert max min n num "
-    "number total new"
+    "number total new trigger initializer placeholder concept instance rare"
 )
 _KEY_OWNERS: Final = _set(
     "api openai anthropic claude aws azure gcp google gemini cohere mistral groq together fireworks replicate "
@@ -178,10 +178,12 @@ def _normalize_key(key: object) -> str:
 
 _HARMLESS_VALUE: Final = re.compile(
     r"\s*|<\|?[^<>]{0,60}\|?>|\[[A-Z_0-9]{1,30}\]|\*+|\$\{[^{}]*\}?|\$[A-Z]+(?:_[A-Z0-9]+)+|\{\{.*\}\}|env:\w+|\?\?\?"
-    r"|(?i:none|null|auto|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
+    r"|(?i:none|null|auto|empty|dummy|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
 )
 """Placeholders, special tokens, references to the environment and words that are no credential under any name."""
-_HARMLESS_IN_CONFIG: Final = re.compile(r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}|(?:~?/|[A-Z]:\\).*", re.DOTALL)
+_HARMLESS_IN_CONFIG: Final = re.compile(
+    r"[\d.,_]+\s*[kKmMbBtTgG]?|.{1,2}|(?:~?/|[A-Z]:\\).*|[^->]+ -> [^->]+", re.DOTALL
+)
 _RANDOM_PIECE: Final = re.compile(r"(?<![A-Za-z0-9])[A-Za-z0-9+]{20,}={0,2}(?![A-Za-z0-9])")
 
 
@@ -224,7 +226,8 @@ def _redact_assignments(text: str, heads: re.Pattern[str]) -> str:
             continue
         bare = value[0].strip("\\\"'")
         is_option = found[0].startswith("-") or (found[1].isupper() and "_" in found[1])
-        is_sure = strength == ALWAYS_SECRET or is_option or _looks_random(bare)
+        is_long = len(bare) >= 8 and "=" in found[0] and any(map(str.isdigit, bare))  # noqa: PLR2004 - not "oauth2"
+        is_sure = strength == ALWAYS_SECRET or is_option or is_long or _looks_random(bare)
         if is_sure and not _HARMLESS_VALUE.fullmatch(bare) and not bare.startswith(REDACTED):
             quote = value[0][: len(value[0]) - len(value[0].lstrip("\\\"'"))]
             parts += (text[done : found.end()], quote, REDACTED, quote)
@@ -248,7 +251,7 @@ _SIGNATURE_PARAMETERS: Final = _set(
 )
 _ASSIGNMENT: Final = re.compile(
     r"""(?<![\w.-])-{0,2}([A-Za-z][\w.-]{0,80})
-        (?: \\{0,3}["']\s{0,4}[=:]\s{0,4} | [=:](?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
+        (?: \\{0,3}["']\]?\s{0,4}[=:]\s{0,4} | [=:](?=\S) | \s{0,2}[=:]\s{1,4}(?=\\{0,3}["'])
           | (?<=[a-z]):\s{1,2}(?=[^\s"']{4}) )""",
     re.VERBOSE,
 )
@@ -268,7 +271,14 @@ _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[r
         ),
         REDACTED,
     ),
-    (("://",), re.compile(r"(://[^/\s:@'\"?#<>]{0,256}:)(?!<redacted>@)[^/\s'\"?#<>]{1,512}@"), rf"\1{REDACTED}@"),
+    (
+        ("://",),
+        re.compile(
+            r"(://[^/\s:@'\"?#<>]{0,256}:)(?!<redacted>@)"
+            r"(?:[^/\s'\"?#<>]{1,512}|(?!\d{0,5}[/?#]|[$<{])(?:(?!://)[^\s@'\"<>,]){1,512})@"
+        ),
+        rf"\1{REDACTED}@",
+    ),
     (("://",), re.compile(r"(://)[^/\s:@'\"?#<>]{20,512}@"), rf"\1{REDACTED}@"),
     (("hooks.slack.com/",), re.compile(r"(hooks\.slack\.com/)[^\s'\"<>]+"), rf"\1{REDACTED}"),
     (("/api/webhooks/",), re.compile(r"(/api/webhooks/)[^\s'\"<>]+"), rf"\1{REDACTED}"),
@@ -282,9 +292,25 @@ _PATTERNS: Final[tuple[tuple[tuple[str, ...], re.Pattern[str], str | Callable[[r
         _keep_words,
     ),
     (
-        ("sk-", "sk_", "hf_", "gsk_", "r8_", "nvapi-", "pplx-", "xai-", "npm_", "pypi-", "whsec_", "rk_live", "tvly-"),
+        (
+            "sk-",
+            "sk_",
+            "hf_",
+            "gsk_",
+            "r8_",
+            "nvapi-",
+            "pplx-",
+            "xai-",
+            "npm_",
+            "pypi-",
+            "whsec_",
+            "rk_live",
+            "tvly-",
+            "tml-",
+            "fw_",
+        ),
         re.compile(
-            r"(?<![A-Za-z0-9_])((?:sk-|[sr]k_(?:live|test)_|hf_|gsk_|r8_|nvapi-|pplx-|xai-|npm_|pypi-|whsec_|tvly-))"
+            r"(?<![A-Za-z0-9_])((?:c?sk-|[sr]k_(?:live|test)_|hf_|gsk_|r8_|nvapi-|pplx-|xai-|npm_|pypi-|whsec_|tvly-|tml-|fw_))"
             r"([A-Za-z0-9_*-]{8,})"
         ),
         lambda found: REDACTED if _is_mixed(found[2]) else found[0],
@@ -363,18 +389,6 @@ def has_credential(params: object) -> bool:
     return isinstance(params, str) and redact_text(params) != params
 
 
-def has_config(plain: Any) -> bool:
-    """Whether built-in data holds a configuration for `redact_configs` to search."""
-    values = plain
-    if type(plain) is dict:
-        if not CONFIG_KEYS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
-            return True
-        values = cast("dict[str, Any]", plain).values()
-    elif type(plain) is not list:
-        return False
-    return any((type(each) is dict or type(each) is list) and has_config(each) for each in values)
-
-
 def redact(plain: Any, redaction: Redaction = Redaction(), path: str = "") -> dict[str, str]:  # noqa: B008 - frozen
     """Redact what looks like a credential, in place, by the names and the texts in built-in data.
 
@@ -443,13 +457,13 @@ class _Walk:
             self._redact_keys(entries)
         if not in_config and _WITHOUT_TEXT.issuperset(map(type, entries.values())):
             return
-        sibling = entries.get("name", entries.get("key"))  # {"name": "HF_TOKEN", "value": …}
+        sibling = entries.get("name", entries.get("key", entries.get("Name")))  # {"name": "HF_TOKEN", "value": …}
         for key, item in entries.items():
             kind: type = type(item)  # pyright: ignore[reportUnknownVariableType] - untyped
             if kind is str and not self._has_own_keys and item in _clean_texts and key in _clean_keys:
                 continue
             if kind not in _WITHOUT_TEXT:
-                name = sibling if key == "value" and type(sibling) is str else key
+                name = sibling if key in _VALUE_KEYS and type(sibling) is str else key
                 item_path = f"{path}.{key}" if path else key
                 entries[key] = self._redact_value(item, item_path, name, parent, in_config=in_config)
             elif kind is int and in_config and self._is_secret_number(key, item):
@@ -531,7 +545,8 @@ _MAX_PATH_CHARS: Final = 256
 _MAX_CACHED_CHARS: Final = 256
 _MAX_CLEAN: Final = 10_000
 _WITHOUT_TEXT: Final = frozenset({float, int, bool, type(None)})
-_GENERAL_KEYS: Final = frozenset({"key", "value"})
+_VALUE_KEYS: Final = frozenset({"value", "Value", "val"})
+_GENERAL_KEYS: Final = _VALUE_KEYS | {"key"}
 """The name above or beside them decides."""
 _FUNCTIONAL_KEYS: Final = frozenset({"output_dir", "root", "run", "run_key", "type"})
 """Of handles and events; readers use the texts under them as they are. Passwords in URLs are redacted nevertheless."""
@@ -544,7 +559,8 @@ _clean_texts: Final[set[str]] = set()
 
 
 def _is_clean_key(key: str) -> bool:
-    return key not in _GENERAL_KEYS and key not in _CONFIG_LIKE_KEYS and key_strength(key) == NOT_SECRET
+    is_general = key in _GENERAL_KEYS or key in _CONFIG_LIKE_KEYS or key[-3:].lower() == "key"
+    return not is_general and key_strength(key) == NOT_SECRET
 
 
 def _is_secret(key: str, parent: str, in_config: bool) -> bool:

@@ -36,7 +36,7 @@ from typing import Any, Final, Literal, Union, cast, get_args, get_origin, get_t
 
 import msgspec
 
-from evsys_bus.codec.redact import CONFIG_KEYS, has_config, is_secret_key, redact_key, redact_text
+from evsys_bus.codec.redact import CONFIG_KEYS, is_secret_key, redact_key, redact_text
 from evsys_bus.codec.scalars import INT_MAX, INT_MIN, SCALARS, copy_small, number_converter
 from evsys_bus.context import (
     DetachedLogContext,
@@ -520,3 +520,15 @@ def is_builtin(annotation: Any) -> bool:
 
 def _union_members(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+
+
+def has_config(plain: Any) -> bool:
+    """Whether built-in data holds a configuration for `redact` to search."""
+    values = plain
+    if type(plain) is dict:
+        if not CONFIG_KEYS.isdisjoint(plain):  # pyright: ignore[reportUnknownArgumentType] - untyped
+            return True
+        values = cast("dict[str, Any]", plain).values()
+    elif type(plain) is not list:
+        return False
+    return any((type(each) is dict or type(each) is list) and has_config(each) for each in values)

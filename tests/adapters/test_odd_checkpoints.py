@@ -134,6 +134,20 @@ async def test_a_checkpoint_that_is_no_file_is_a_dead_letter_and_the_next_one_ar
     assert found == {} or list(found.values()) == [b"weights"]
 
 
+async def test_what_lies_within_more_folders_than_can_be_fetched_is_left_out_and_named(run):
+    run.saved.mkdir()
+    (run.saved / "model.pt").write_bytes(b"weights")
+    path = run.saved
+    for _ in range(450):
+        path /= "d"
+        path.mkdir()
+    (path / "model.pt").write_bytes(b"weights")
+    found, manifest = await run.upload(str(run.saved))
+    assert found == {"model.pt": b"weights"}
+    [why] = manifest.left_out.values()
+    assert why == "it is within 395 folders"
+
+
 async def test_a_folder_in_which_nothing_can_be_uploaded_is_a_dead_letter(run):
     run.saved.mkdir()
     os.mkfifo(run.saved / "odd")

@@ -77,6 +77,13 @@ def test_lines_of_a_courier_name_its_adapter(caplog):
     assert [vars(each).get("adapter") for each in caplog.records] == ["plots", "another", None]
 
 
+def test_no_line_and_no_traceback_controls_the_terminal(faults, caplog):
+    evil = "\x1b[2J\x9b2J\u202e"
+    faults.warn("hook.failed", "on_eval", hook=evil, error=ValueError(evil))
+    assert not {"\x1b", "\x9b", "\u202e"} & set(caplog.text)
+    assert "ValueError: \\x1b[2J\\x9b2J\\u202e" in caplog.text
+
+
 BARE = "sys.stdout = type('Out', (), {'write': lambda self, text: None, 'flush': lambda self: None})()"
 """A stream that cannot be asked whether it is a terminal."""
 

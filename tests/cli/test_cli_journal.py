@@ -281,13 +281,19 @@ def test_a_type_that_nobody_knows_is_told_with_the_nearest(evsys_bus, mixed):
     assert 'no event matches; "step_ends" is not a known type of event; did you mean "step_end"?' in err
 
 
+EVIL = "\x1b]0;evil\x07\x9b2J\u202e\u2028"
+
+
 def test_what_came_from_a_program_cannot_steer_the_terminal(evsys_bus, tmp_path):
     with EventBus([], journal=tmp_path / "journal") as bus:
-        bus.publish(step(tmp_path, 0, run="\x1b[2Jlow", **{"\x1b]0;evil\x07": 1.0}))
-    for command in ("tail", "status"):
-        _, out, _ = evsys_bus(command, tmp_path)
-        assert "\x1b" not in out
-    assert "\\x1b]0;evil\\x07 1.000" in evsys_bus("tail", tmp_path)[1]
+        bus.publish(step(tmp_path, 0, run=f"low\n{EVIL}", **{EVIL: 1.0}))
+    for command in (["tail"], ["status"], ["show"], ["tail", "--json"], ["status", "--json"]):
+        code, out, _ = evsys_bus(*command, tmp_path)
+        assert code == 0
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\u2028"} & set(out)
+    [line] = evsys_bus("tail", tmp_path)[1].splitlines()
+    assert "low\\n" in line
+    assert "\\x1b]0;evil\\x07\\x9b2J\\u202e\\u2028 1.000" in line
 
 
 def test_a_whole_record_that_is_no_envelope_is_passed_over_and_told(evsys_bus, tmp_path):

@@ -81,6 +81,7 @@ WRONG = {
     "our own name": lambda each: each["files"][0].update(name="manifest.json"),
     "NUL": lambda each: each["files"][0].update(name="state/a\0b"),
     "absolute": lambda each: each["files"][0].update(name="/etc/evsys"),
+    "two thousand folders": lambda each: each["files"][0].update(name="state/" + "d/" * 2000 + "f"),
     "dots": lambda each: each["files"][0].update(name="state/../../../x"),
     "a place that leads out": lambda each: each.update(state="../../x"),
     "a size that is no number": lambda each: each["files"][0].update(size="10"),
@@ -112,7 +113,7 @@ def test_a_checkpoint_that_has_no_room_here_is_refused_before_it_is_copied(evsys
     assert copied(low) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null", b'{"a":' * 50_000])
 def test_a_damaged_manifest_is_said_to_be(evsys_bus, tmp_path, low, content):
     (there(tmp_path) / "manifest.json").write_bytes(content)
     code, _, err = evsys_bus("fetch", f"{low}@step-000029")
@@ -122,7 +123,7 @@ def test_a_damaged_manifest_is_said_to_be(evsys_bus, tmp_path, low, content):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "latest.json"])
-@pytest.mark.parametrize("kind", ["fifo", "directory", "huge"])
+@pytest.mark.parametrize("kind", ["fifo", "directory", "huge", "nested"])
 def test_small_objects_that_are_none_are_not_waited_for_nor_read(evsys_bus, tmp_path, low, name, kind):
     path = there(tmp_path) / name if name == "manifest.json" else there(tmp_path).parent / name
     path.unlink()
@@ -130,6 +131,8 @@ def test_small_objects_that_are_none_are_not_waited_for_nor_read(evsys_bus, tmp_
         os.mkfifo(path)
     elif kind == "directory":
         path.mkdir()
+    elif kind == "nested":
+        path.write_bytes(b'{"a":' * 50_000)
     else:
         with path.open("wb") as file:
             file.truncate(1 << 36)

@@ -110,6 +110,35 @@ class ClassConfig:
     def method(self): ...
 
 
+class ItemOfAClass:
+    item = "book"
+    model_fields = ("a", "b")
+
+
+class ItemMethod:
+    def __init__(self):
+        self.lr = 0.1
+
+    def item(self): ...
+
+
+@dataclasses.dataclass
+class OddNames:
+    lr: float = 0.1
+    _asdict: int = 1
+    model_fields: int = 2
+
+
+class KeysOnly:
+    """Has what ``dict()`` asks for, and no ``__iter__``."""
+
+    def keys(self):
+        return ["lr"]
+
+    def __getitem__(self, name):
+        return {"lr": 0.1}[name]
+
+
 def jsonargparsed():
     parser = jsonargparse.ArgumentParser()
     parser.add_argument("--opt.lr", type=float, default=0.1)
@@ -142,6 +171,10 @@ OPTIMIZER = {"lr": 0.1, "item": "book", "betas": [0.9, 0.99]}
         ({"a": np.array([0.25, 0.5]), "b": np.float32(0.5)}, {"a": [0.25, 0.5], "b": 0.5}),
         (Plain(), {"lr": 0.1, "inner": {"depth": 2}}),
         (ClassConfig, {"lr": 0.1, "level": "high"}),
+        (ItemOfAClass(), {"item": "book", "model_fields": ["a", "b"]}),
+        (ItemMethod(), {"lr": 0.1}),
+        (OddNames(), {"lr": 0.1, "_asdict": 1, "model_fields": 2}),
+        (KeysOnly(), {"lr": 0.1}),
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
@@ -213,3 +246,40 @@ def test_of_a_lazy_mapping_the_first_entries_are_read_and_the_others_counted(rec
     assert found["lr"] == 0.1
     assert 0 < len(found["data"]) <= 20_000
     assert "of 100000000 entries" in replaced["ctx.run_config.data"]
+
+
+class Cut(Store):
+    def __len__(self):
+        return 3
+
+    def __iter__(self):
+        yield "lr"
+        raise OSError
+
+
+def test_a_mapping_whose_iteration_fails_keeps_the_entries_before(record):
+    found, replaced = record({"data": Cut()})
+    assert found == {"data": {"lr": 1.0}}
+    assert replaced["ctx.run_config.data"].startswith("OSError after 1")
+
+
+class Tree(Store):
+    """Has another tree under each of its names."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter("ab")
+
+    def __getitem__(self, key):
+        time.sleep(0.001)
+        return Tree()
+
+
+def test_lazy_mappings_within_lazy_mappings_have_one_limit_of_time(record):
+    began = time.monotonic()
+    found, _ = record({"data": Tree(), "lr": 0.1})
+    assert time.monotonic() - began < 10
+    assert found["lr"] == 0.1
+    assert found["data"]["a"]["a"]

@@ -30,7 +30,8 @@ SURE_NAMES = """
     X-Api-Key dsn connection_string webhook_url password db_password userPassword PGPASSWORD secretKey secretAccessKey
     authToken hf_token HF_TOKEN WANDB_API_KEY api_key_v2 APIKEY accesskey secret credentials slack_webhook_url
     SENTRY_DSN ssh_key refreshToken session_token proxy-authorization x-auth-token smtp_pass db_pwd client_secret_prod
-    password_postgres secret_id private_keys wandbApiKey signing_secret account_key sas_token
+    password_postgres secret_id private_keys wandbApiKey signing_secret account_key sas_token wifi_psk passkey
+    recoveryCodes
 """.split()
 NAMES_IN_CONFIGS = ["token", "auth", "tokens", "OPENAI_KEY", "bearer", "jwt", "id_token", "my_auth", "token_prod"]
 HARMLESS_NAMES = """
@@ -39,7 +40,7 @@ HARMLESS_NAMES = """
     num_key_value_heads primary_key key keys monkey keyboard keypoints secretary password_policy password_min_length
     author authority cookie_cutter token_type token_url pad_token_id max_new_tokens stop_tokens train_tokens pass_rate
     pass_at_1 forward_pass compass passage attn_key rng_key credential_path api_key_env private_key_path auth_method
-    session_id loss_per_token first_token_latency
+    session_id loss_per_token first_token_latency trigger_token initializer_token
 """.split()
 FORMS = [
     "Bearer S3CRET4",
@@ -76,6 +77,12 @@ FORMS = [
     "Server=h;User Id=u;Password=S3CRET;",
     "AccountName=x;AccountKey=S3CRETabc==;EndpointSuffix=y",
     "[('X-Api-Key', 'S3CRET')]",
+    "http://me:S3CRET/with#signs?@proxy:8080",
+    "os.environ['HF_TOKEN'] = 'S3CRET'",
+    "Client(token='S3CRETabc12', lr=1)",
+    "tml-S3CRETabcdefghijk",
+    "fw_S3CRETabcdefghijk",
+    "csk-S3CRETabcdefghijk",
 ]
 HARMLESS_TEXTS = [
     "a basic understanding of things",
@@ -85,6 +92,10 @@ HARMLESS_TEXTS = [
     "http://host:8000/path?email=a@b",
     "https://user@host/x",
     "ssh://git@github.com/x",
+    "http://host:8000/models/a@b and http://host:1/x",
+    "https://h:443#a@b",
+    "see http://host:${PORT} or mail a@b",
+    "token='first' auth=oauth2",
     "https://x/y?key=prompt&page=2",
     "tokens=5000 pad_token='<pad>'",
     "--num-tokens 100 --tokenizer gpt2 --sort-key length",
@@ -145,7 +156,11 @@ def test_a_container_under_the_name_of_a_credential_is_redacted_whole_and_number
             "api_keys": ["S3CRET"],
             "password": {"value": "S3CRET"},
             "auth": {"user": "S3CRET", "how": ["S3CRET"]},
-            "env": [{"name": "HF_TOKEN", "value": "S3CRET"}],
+            "env": [
+                {"name": "HF_TOKEN", "value": "S3CRET"},
+                {"Name": "API_KEY", "Value": "S3CRET"},
+                {"key": "DB_PASSWORD", "val": "S3CRET"},
+            ],
             "argv": ["train.py", "--api-key", "S3CRET", "--lr", "0.1"],
             "raw_headers": [["X-Api-Key", "S3CRET"], ["Accept", "text/html"]],
             "wandb": {"key": "S3CRET"},
@@ -163,6 +178,18 @@ def test_a_container_under_the_name_of_a_credential_is_redacted_whole_and_number
     assert plain["config"]["raw_headers"][1] == ["Accept", "text/html"]
     assert plain["config"]["environment"] == {"PWD": "/home/me"}
     assert plain["config"]["budget"] == {"tokens": 1000, "train_tokens": "1B", "auth": None, "token": ""}
+
+
+def test_what_a_text_is_under_one_name_does_not_depend_on_an_earlier_one():
+    random = "S3CRET8f3Kq92LmZx71Ab"
+    redact({"config": {"commit": random, "tls_key": "a"}})
+    redact(plain := {"config": {"tls_key": random, "commit": random}})
+    assert plain == {"config": {"tls_key": "<redacted>", "commit": random}}
+
+
+def test_placeholders_and_signatures_of_programs_stay():
+    plain = {"config": {"api_key": "EMPTY", "signature": "question, context -> answer"}}
+    assert redact(plain) == {}
 
 
 def test_a_program_may_redact_more_keys_and_reveal_others():

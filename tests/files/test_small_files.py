@@ -13,6 +13,7 @@ from evsys_bus.disk import OsDisk
 from evsys_bus.files import (
     AppendFile,
     DamagedFileError,
+    FileLock,
     create_file,
     load_file,
     read_file,
@@ -332,3 +333,34 @@ def test_a_folder_that_is_a_link_to_itself_is_an_error_of_the_disk(tmp_path):
     (tmp_path / "couriers").symlink_to("couriers")
     with pytest.raises(OSError, match="couriers"):
         OsDisk().make_directory(str(tmp_path / "couriers"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes another user's link")
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: AppendFile(path).append(b"row\n"),
+        FileLock.acquire,
+        lambda path: replace_file(path, b"row\n", follow_link=True),
+    ],
+    ids=["append", "lock", "replace"],
+)
+def test_nothing_is_written_through_a_link_that_another_user_made(tmp_path, write):
+    target, link = tmp_path / "mine", tmp_path / "link"
+    target.write_text("kept")
+    link.symlink_to(target)
+    os.chown(link, 65534, 65534, follow_symlinks=False)
+    with suppress(OSError):
+        write(link)
+    assert target.read_text() == "kept"
+
+
+def test_a_link_of_the_same_user_is_written_through(tmp_path):
+    target, link = tmp_path / "mine", tmp_path / "link"
+    target.write_text("kept\n")
+    link.symlink_to(target)
+    AppendFile(link).append(b"row\n")
+    assert target.read_text() == "kept\nrow\n"
+    replace_file(link, b"other\n", follow_link=True)
+    assert target.read_text() == "other\n"
+    assert link.is_symlink()

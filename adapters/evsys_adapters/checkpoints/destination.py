@@ -26,6 +26,7 @@ from evsys_adapters.checkpoints.manifest import (
 )
 from evsys_adapters.checkpoints.store import ConflictError, DamagedError, MissingError, ObjectStore
 from evsys_bus.errors import ParkedError, RetryLaterError
+from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal.layout import stream_sort_key
 
 _T = TypeVar("_T")
@@ -214,5 +215,5 @@ def _updated_latest(latest: Latest | None, manifest: Manifest) -> Latest:
 def _decode_or_none(decoder: "msgspec.json.Decoder[_T]", content: bytes | None) -> "_T | None":
     try:
         return None if content is None else decoder.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except DECODE_ERRORS:
         return None

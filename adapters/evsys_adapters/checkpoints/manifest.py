@@ -31,6 +31,8 @@ SortKey = tuple[int, tuple[int, str], int]
 
 _URI: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _MAX_NAME_BYTES: Final = 255
+MAX_FOLDERS: Final = 400
+"""Folders within each other, at most; Python creates and removes them recursively."""
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -139,7 +141,7 @@ def join_key(*parts: str) -> str:
 def safe_relative_path(name: str) -> PurePosixPath | None:
     """Return a name from a manifest as a path below its folder; None for a name that could escape it on any system."""
     parts = name.split("/")
-    is_safe = all(
+    is_safe = len(parts) <= MAX_FOLDERS and all(
         part not in {"", ".", ".."}
         and part.isprintable()
         and not set(part) & set('\\:*?"<>|')

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from evsys_adapters._runs import safe_name
+from evsys_adapters.checkpoints.manifest import MAX_FOLDERS
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import layout
 from evsys_bus.location import short_digest
@@ -119,6 +120,8 @@ def _files_below(folder: str, run_dir: Path) -> Iterator[tuple[str, SourceFile |
                 yield name, _file_or_reason(path, status)
             elif (status.st_dev, status.st_ino) in ancestors:  # a link leads back up
                 continue
+            elif len(ancestors) >= MAX_FOLDERS - 5:  # some are above the checkpoint's folder
+                yield name, f"it is within {len(ancestors)} folders"
             elif is_link and (links > _MAX_NESTED_LINKS or root.is_relative_to(path)):
                 yield name, f"it leads to {path}, around the checkpoint or through too many links"
             else:

@@ -152,6 +152,7 @@ def summarize_error(error: str | None) -> str:
 
 def format_columns(rows: Sequence[Sequence[str]], *, indent: str = "", gap: str = GAP) -> list[str]:
     """Return one line per row; every column but the last is as wide as its widest cell."""
+    rows = [[cell.replace("\n", "\\n") for cell in row] for row in rows]
     widths = [max(map(cell_width, column)) for column in zip(*rows, strict=True)] if rows else []
     lines: list[str] = []
     for row in rows:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, Literal, ParamSpec, Protocol, TextIO, TypeVar, cast
 
-import msgspec
-
 from evsys_bus.cli.output.run_state import ProgressUpdate, RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import Screen, is_terminal, printable
 from evsys_bus.cli.output.transfers import (
@@ -27,6 +25,7 @@ from evsys_bus.cli.output.transfers import (
 )
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.diagnostics import log
+from evsys_bus.location import encode_json
 from evsys_bus.tasks import DeliveryStatus
 
 P = ParamSpec("P")
@@ -245,7 +244,7 @@ def _quote(text: str) -> str:
     """Quote the text if it contains a blank or another character that would split the pair."""
     if _UNQUOTED.fullmatch(text):
         return printable(text)
-    return msgspec.json.encode(text).decode()
+    return encode_json(text).decode()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import msgspec
 from evsys_bus.callback import Callback
 from evsys_bus.cli.output.deliveries import describe_counts
 from evsys_bus.cli.output.formatting import pluralize
-from evsys_bus.cli.output.screen import printable
+from evsys_bus.cli.output.screen import printable, printable_name
 from evsys_bus.context import (
     ArmResult,
     EvalResult,
@@ -71,7 +71,7 @@ class DrainStatus:
         parts = [pluralize(self._tasks, "task")] if self._tasks else []
         parts += map(_format_delivery, self._unfinished)
         others = [each for each in self._deliveries if each not in self._unfinished and describe_counts(each)]
-        failed = "".join(f"; {printable(each.name)}: {', '.join(describe_counts(each))}" for each in others)
+        failed = "".join(f"; {printable_name(each.name)}: {', '.join(describe_counts(each))}" for each in others)
         return f"waiting for {', '.join(parts)}, at most {self._seconds_left} s more; {self._hint}{failed}"
 
     def facts(self) -> dict[str, Any] | None:

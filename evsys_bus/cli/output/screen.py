@@ -12,10 +12,11 @@ from typing import Final, Literal, TextIO
 
 import click
 
+from evsys_bus.location import printable
+
 ColorMode = Literal["auto", "always", "never"]
 _DEFAULT_COLUMNS: Final = 80
 
-_CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _STYLE: Final = re.compile(r"\x1b\[[0-9;]*m")
 _WORDS: Final = re.compile(r"(\s*)((?:\S+=)?evsys-bus (?:(?!  |;|$).)+|\S+)")
 """A gap and a word. A command is one word, because only a line that the terminal itself wraps is copied as one."""
@@ -94,9 +95,9 @@ def terminal_width(stream: TextIO) -> int | None:
         return _DEFAULT_COLUMNS
 
 
-def printable(text: str) -> str:
-    """Return the text with control characters escaped: text of files and errors must not control the terminal."""
-    return _CONTROL.sub(lambda found: f"\\x{ord(found.group()):02x}", text)
+def printable_name(text: str) -> str:
+    """Return `printable` text on one line: a name with a line break must not look like two."""
+    return printable(text).replace("\n", "\\n")
 
 
 def cell_width(text: str) -> int:
