@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Hashable, MutableMapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Final
 
-from evsys_bus.location import printable
+from evsys_bus.printable import printable
 
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger

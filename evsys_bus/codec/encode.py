@@ -22,7 +22,7 @@ from evsys_bus.codec.scalars import MAX_EVENT_BYTES, MAX_TEXT_CHARS, scalar_dict
 from evsys_bus.codec.step_template import RunContextNeeded, step_encoder
 from evsys_bus.codec.wire_types import HANDLES, field_annotations, handle_class, wire_parts
 from evsys_bus.events import Envelope, Event, StepEnd, UnknownEvent, is_shipped
-from evsys_bus.location import escape_controls
+from evsys_bus.printable import escape_controls
 
 # Never use enc_hook: msgspec reads containers while the hook runs, and can crash when they change meanwhile.
 _encode_into: Final = msgspec.msgpack.Encoder().encode_into

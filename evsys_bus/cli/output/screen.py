@@ -12,7 +12,7 @@ from typing import Final, Literal, TextIO
 
 import click
 
-from evsys_bus.location import printable
+from evsys_bus.printable import printable
 
 ColorMode = Literal["auto", "always", "never"]
 _DEFAULT_COLUMNS: Final = 80
