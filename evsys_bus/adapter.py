@@ -200,3 +200,7 @@ class Spawner(EventPublisher, Protocol):
     def publishes_here(self) -> bool:
         """Return whether this thread is inside a hook that this bus or courier called."""
         ...
+
+    def may_call_hooks(self) -> bool:
+        """Return whether it may still call hooks."""
+        ...

@@ -94,6 +94,8 @@ class Callback(Adapter):
     """How it is delivered to; set by `build_callbacks`."""
     evsys_attached: ClassVar[tuple[Spawner, ...]] = ()
     """The open buses that hold it, or its courier; set by them on the instance."""
+    evsys_left_open: ClassVar[bool] = False
+    """Whether a bus that called its hooks was left while another one held it, which then closes it."""
 
     def on_experiment_start(self, ctx: LogContext) -> None:
         """Fires once at the start of an experiment, before any arm. Write ``ctx.ids["experiment_id"]`` here."""
@@ -171,7 +173,8 @@ class Callback(Adapter):
         """Flush and release what the hooks opened. Not a hook: called once by each bus or courier that called hooks.
 
         It is called after the last hook and the last task, or when the callback is removed; on any thread, and within
-        the deadline of the shutdown. A hook that is called later must reopen what it needs.
+        the deadline of the shutdown. Of several open buses that share the callback, the last one calls it. A hook that
+        is called later must reopen what it needs.
         """
 
     def report_owed(self, events: int, why: str | None = None, fix: str | None = None) -> None:

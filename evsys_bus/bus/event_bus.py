@@ -17,7 +17,14 @@ from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.bus.callback_marks import add_mark_callbacks
 from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
 from evsys_bus.bus.health import Health
-from evsys_bus.bus.lifecycle import BusLifecycle, CallbackCloser, close_callback, has_cleanup
+from evsys_bus.bus.lifecycle import (
+    BusLifecycle,
+    CallbackCloser,
+    close_callback,
+    has_cleanup,
+    may_close,
+    shared_callbacks_lock,
+)
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
 from evsys_bus.bus.watchdog import Watchdog
@@ -103,8 +110,18 @@ class EventBus:
     """
 
     __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
-        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_compiled_publish", "_delivery_manager"),
-        *("_drain_timeout", "_faults", "_journal", "_lifecycle", "_loop_thread", "_publisher", "_rank", "_recorder"),
+        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_closes_callbacks", "_compiled_publish"),
+        *(
+            "_delivery_manager",
+            "_drain_timeout",
+            "_faults",
+            "_journal",
+            "_lifecycle",
+            "_loop_thread",
+            "_publisher",
+            "_rank",
+            "_recorder",
+        ),
         *("_redaction", "_shutdown", "_task_manager", "_watchdog"),
     )
 
@@ -150,6 +167,7 @@ class EventBus:
             self._get_loop, self._faults, max_running=max_running_tasks, max_waiting=max_waiting_tasks
         )
         self._bare_tasks = HookTaskAdopter(self._publisher.is_publishing, self._owner_at, self._task_manager.adopt)
+        self._closes_callbacks = False  # set once no hook is called any more
         self._watchdog = Watchdog(
             self._publisher.current_hook,
             self._publisher.report_blocked,
@@ -219,7 +237,9 @@ class EventBus:
         )
 
     def _close_removed(self, callback: object) -> None:
-        if self._publisher.dispatches.has_called(callback):
+        with shared_callbacks_lock:
+            closes = may_close(callback, self, has_called=self._publisher.dispatches.has_called(callback))
+        if closes:
             close_callback(callback, self._publisher.dispatches.count_failed_close)
         detach(callback, self)
 
@@ -289,6 +309,10 @@ class EventBus:
     def publishes_here(self) -> bool:
         """Return whether the calling code runs inside a hook that this bus called."""
         return self._owner_at(inspect.currentframe()) is not None
+
+    def may_call_hooks(self) -> bool:
+        """Return whether this bus is open in this process and has not begun to close its callbacks."""
+        return self._publisher.state == "open" and not self._closes_callbacks
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
 
@@ -483,7 +507,13 @@ class EventBus:
 
     def _finish_deliveries(self, receipt: Receipt, deadline: Deadline) -> Receipt:
         has_called = self._publisher.dispatches.has_called
-        closing_callbacks = [each for each in self._publisher.callbacks if has_cleanup(each) and has_called(each)]
+        with shared_callbacks_lock:
+            self._closes_callbacks = True
+            closing_callbacks = [
+                each
+                for each in self._publisher.callbacks
+                if has_cleanup(each) and may_close(each, self, has_called=has_called(each))
+            ]
         if not (self._delivery_manager or closing_callbacks or self._delivery_manager.has_unconfirmed):
             return receipt
         loop = self._lifecycle.loop

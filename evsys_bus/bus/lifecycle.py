@@ -215,6 +215,26 @@ def has_cleanup(callback: object) -> bool:
     return callback_class.close is not Callback.close or callback_class.settle_owed is not Adapter.settle_owed
 
 
+shared_callbacks_lock: Final = threading.RLock()
+"""Held while a bus decides which of its callbacks it closes, so that of several buses only the last one does."""
+
+
+def may_close(callback: object, bus: object, *, has_called: bool) -> bool:
+    """Whether a bus that is being left may close a callback: not while another bus or a courier may call its hooks.
+
+    Args:
+        callback: The callback.
+        bus: The bus.
+        has_called: Whether the bus called hooks of it.
+    """
+    if not isinstance(callback, Callback):
+        return False
+    is_needed = has_called or callback.evsys_left_open
+    is_shared = any(each is not bus and each.may_call_hooks() for each in callback.evsys_attached)
+    object.__setattr__(callback, "evsys_left_open", is_needed and is_shared)  # it may be a frozen dataclass
+    return is_needed and not is_shared
+
+
 def close_callback(callback: object, on_failure: Callable[[object], None]) -> None:
     """Call the callback's `close`; an exception is logged and counted."""
     if isinstance(callback, Callback) and type(callback).close is not Callback.close:

@@ -272,6 +272,10 @@ class CallbackReceiver:
         has_subscription = getattr(self._courier, "has_subscription", None)
         return callable(has_subscription) and bool(has_subscription(name))
 
+    def may_call_hooks(self) -> bool:
+        """Return True: it is attached for as long as it calls hooks."""
+        return True
+
     def publishes_here(self) -> bool:
         """Whether this thread is inside a hook that this receiver called."""
         frame = inspect.currentframe()

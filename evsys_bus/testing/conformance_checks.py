@@ -464,3 +464,7 @@ class _TaskCollector(NullPublisher):
     def publishes_here(self) -> bool:
         """Return True: there is only this one."""
         return True
+
+    def may_call_hooks(self) -> bool:
+        """Return True: the check calls them."""
+        return True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from evsys_adapters.print_progress import PrintProgressCallback, PrintProgressConfig
+from evsys_bus import EventBus, StepEnd
 from evsys_bus.adapter import EventInfo
 from evsys_bus.callback import dispatch
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
@@ -363,3 +364,15 @@ def test_two_runs_whose_states_have_one_folder_keep_their_own_pace(tmp_path, cap
     progress.on_train_start(b)
     steps(progress, b, [0], 1, clock)
     assert capsys.readouterr().out == "b  step 1/10  1 steps/s  eta 0:00:09\n"
+
+
+def test_texts_among_the_metrics_are_printed_without_credentials(tmp_path, capsys):
+    with EventBus([PrintProgressCallback()]) as bus:
+        state = LoopState(0, 1, tmp_path / "run")
+        metrics = {"loss": 1.5, "note": "failed: https://me:hunter2@host/x", "api_key": "plain-as-day", "word": "up"}
+        bus.publish(StepEnd(state, 0, None, metrics))
+    printed = capsys.readouterr().out
+    assert "hunter2" not in printed
+    assert "plain-as-day" not in printed
+    assert "loss 1.5" in printed
+    assert "word up" in printed

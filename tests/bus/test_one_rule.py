@@ -794,3 +794,47 @@ def test_every_rank_that_an_adapter_serves_has_files_of_its_own(tmp_path, place)
         assert [each.value for each in read.Scalars("train/loss")] == losses
         [file] = (tmp_path / "a" / own).glob("wandb/*/*.wandb")
         assert [row["train/loss"] for row in wandb_server.rows_in(file)] == losses
+
+
+@pytest.mark.parametrize("first_to_leave", ["calls hooks", "calls none"])
+def test_a_callback_of_two_buses_is_closed_once_by_the_one_that_is_left_last(step_end, first_to_leave):
+    closed = []
+
+    class Holds(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            assert not closed
+
+        def close(self):
+            closed.append(threading.get_ident())
+
+    shared = Holds()
+    one, other = EventBus([shared]), EventBus([shared])
+    with one:
+        with other:
+            (other if first_to_leave == "calls hooks" else one).publish(step_end(0))
+        assert closed == []
+        one.remove(shared) if first_to_leave == "calls none" else None
+    assert len(closed) == 1
+    assert other.receipt is not None
+
+
+def test_files_of_a_callback_that_buses_on_many_threads_share_have_every_row(tmp_path, step_end):
+    # A bus that was left closed the files that another thread was writing: rows were lost or came twice.
+    table = CsvMetricsCallback("{run_dir}/m.csv")
+
+    def train(name):
+        state = LoopState(0, 30, tmp_path / name / "run", ctx=LogContext(tmp_path / name, run_key="run"))
+        with EventBus([table]) as bus:
+            bus.publish(TrainStart(state))
+            for step in range(30 * (1 + int(name) % 3)):
+                bus.publish(StepEnd(state, step, None, {"loss": float(name)}))
+
+    for _ in range(5):
+        threads = [threading.Thread(target=train, args=(str(number),)) for number in range(8)]
+        for each in threads:
+            each.start()
+        for each in threads:
+            each.join()
+        for number in range(8):
+            rows = (tmp_path / str(number) / "run" / "m.csv").read_text().split()[1:]
+            assert rows == [f"{step},{float(number)}" for step in range(30 * (1 + number % 3))]
