@@ -6,7 +6,7 @@ their journal.
 
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple, cast
@@ -358,12 +358,13 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     reader = EventReader(directory, EventFilter())
     whole = directory.absolute()
     default_key = (whole.parent if whole.name == JOURNAL else whole).name
+    first_steps = _read_first_steps(directory)
     runs: list[_RunBuilder] = []
     for envelope in reader.poll():
         if isinstance(envelope.event, _RUN_EVENTS):
             run_dir = _output_dir(envelope.event)
             key = envelope.run or (run_dir and run_dir.name) or default_key
-            _find_builder(runs, key, _run_root(envelope.event)).add(envelope)
+            _find_builder(runs, key, _run_root(envelope.event), first_steps).add(envelope)
     page_urls = read_page_urls(directory)
     states = {each.stream: each.state for each in read_stream_states(directory)}
     records = [each.build(directory, states, page_urls.get(each.key)) for each in runs]
@@ -373,7 +374,32 @@ def read_runs(journal: JournalLocation) -> list[RunRecord]:
     return named or [each for each in records if each.folder.name == journal.run]
 
 
-def _find_builder(runs: list["_RunBuilder"], key: str, root: Path | None) -> "_RunBuilder":
+def _read_first_steps(directory: Path) -> dict[tuple[str | None, Path | None], list[int]]:
+    """Return the first steps of all trainings of each run, by key and root, in the order of their times.
+
+    A training that begins at a step takes the place of the rows from that step on.
+    """
+    starts: list[Envelope] = []
+    reader = JournalReader(directory)
+    for stream in reader.streams("r"):
+        for record in reader.read(stream):
+            if b"train_start" in record.payload:  # few are, so few are decoded
+                with suppress(CodecError):
+                    starts.append(decode(record.payload))
+    found: dict[tuple[str | None, Path | None], list[int]] = {}
+    for envelope in sorted(starts, key=lambda envelope: envelope.time):
+        step = getattr(getattr(envelope.event, "state", None), "step", None)
+        if isinstance(envelope.event, TrainStart) and isinstance(step, int):
+            found.setdefault((envelope.run, _run_root(envelope.event)), []).append(step)
+    return found
+
+
+def _find_builder(
+    runs: list["_RunBuilder"],
+    key: str,
+    root: Path | None,
+    first_steps: Mapping[tuple[str | None, Path | None], list[int]],
+) -> "_RunBuilder":
     """Return the builder of a run, a new one if there is none.
 
     Runs of one key in two folders are two runs, unless the first folder is gone: then the run was moved.
@@ -383,7 +409,7 @@ def _find_builder(runs: list["_RunBuilder"], key: str, root: Path | None) -> "_R
     if found is None and same_key and not any(each.root and each.root.is_dir() for each in same_key):
         found = same_key[-1]
     if found is None:
-        found = _RunBuilder(key)
+        found = _RunBuilder(key, first_steps.get((key, root), ()))
         runs.append(found)
     found.root = root or found.root
     return found
@@ -395,8 +421,9 @@ class _RunBuilder:
     root: Path | None = None
     """See `_run_root`."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, first_steps: Sequence[int]) -> None:
         self.key: Final = key
+        self._later_first_steps = list(first_steps)  # of trainings that are still to come
         self._folder: Path | None = None
         self._stream = ""
         self._final_status: str | None = None
@@ -423,9 +450,10 @@ class _RunBuilder:
                 record.config = getattr(event.ctx, "run_config", None)
             case TrainStart():
                 self._final_status, record.error = None, None
-            case StepEnd():
+                del self._later_first_steps[:1]
+            case StepEnd() if not self._is_replaced(step_of(event)):
                 self._add_step(event)
-            case Eval():
+            case Eval() if not self._is_replaced(step_of(event)):
                 _add_values(self._evals, _numeric_items(metrics_of(event)), step_of(event))
             case Checkpoint() if isinstance(event.row, ManifestRow):  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
                 record.checkpoints.append(event.row)
@@ -451,6 +479,10 @@ class _RunBuilder:
         record.evals = list(self._evals.values())
         record.page_url = page_url
         return record
+
+    def _is_replaced(self, step: int | None) -> bool:
+        """Whether a later training begins at this step or before, and has the row of the step anew."""
+        return step is not None and step >= min(self._later_first_steps, default=sys.maxsize)
 
     def _add_step(self, event: StepEnd) -> None:
         record, step = self._record, step_of(event)

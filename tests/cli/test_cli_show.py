@@ -249,3 +249,16 @@ def test_show_takes_a_run_whose_state_names_the_experiments_folder_for_one(evsys
             bus.publish(event)
     shown = json.loads(evsys_bus("show", tmp_path / "journal", "--json").stdout)
     assert (shown["rows"], shown["config"]) == (1, {"lr": 1})
+
+
+def test_show_counts_a_step_once_that_a_resumed_training_made_anew(evsys_bus, tmp_path):
+    for first, last, loss in ((0, 12, 9.0), (8, 10, 5.0), (5, 15, 1.0)):  # two resumes, each from an earlier step
+        with EventBus(journal=tmp_path / "journal") as bus:
+            state = LoopState(first, 15, tmp_path / "low", ctx=LogContext(tmp_path, run_key="low"))
+            bus.publish(TrainStart(state))
+            for step in range(first, last):
+                bus.publish(StepEnd(state, step, None, {"loss": loss}))
+    done = evsys_bus("show", tmp_path / "journal", "--json")
+    shown = json.loads(done.stdout.splitlines()[0])
+    assert (shown["rows"], shown["last_step"]) == (15, 14), done.stdout
+    assert next(each for each in shown["metrics"] if each["name"] == "loss")["rows"] == 15
