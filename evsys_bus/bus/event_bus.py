@@ -311,7 +311,7 @@ class EventBus:
         return self._owner_at(inspect.currentframe()) is not None
 
     def may_call_hooks(self) -> bool:
-        """Return whether this bus is open in this process and has not begun to close its callbacks."""
+        """Return whether this bus is open in this process and has not started to close its callbacks."""
         return self._publisher.state == "open" and not self._closes_callbacks
 
     # -- entering and leaving -----------------------------------------------------------------------------------------
