@@ -52,7 +52,7 @@ def lightning(k: int) -> Generator[TimedLoop, None, None]:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             """Do nothing."""
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR_FILE)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     quiet_options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = pl.Trainer(max_epochs=1, enable_model_summary=False, accelerator="cpu", **quiet_options)
     trainer.callbacks = [NoOp() for _ in range(k)]

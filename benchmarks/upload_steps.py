@@ -84,7 +84,7 @@ class UploadSteps:
             return
         kinds: tuple[StepKind, ...] = ("waits", "computes")
         logging.getLogger(LOGGER_NAME).setLevel(
-            logging.ERROR_FILE
+            logging.ERROR
         )  # else it logs the unfinished upload after each block
         with tempfile.TemporaryDirectory() as folder, _s3_servers(Path(folder)) as (direct, stalling):
             checkpoint_file = Path(folder, "saved")
