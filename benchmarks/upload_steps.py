@@ -83,9 +83,7 @@ class UploadSteps:
             yield Table(title="steps", unit="ns", rows=[], absent={STALLED: "swift, the server, is not installed"})
             return
         kinds: tuple[StepKind, ...] = ("waits", "computes")
-        logging.getLogger(LOGGER_NAME).setLevel(
-            logging.ERROR
-        )  # else it logs the unfinished upload after each block
+        logging.getLogger(LOGGER_NAME).setLevel(logging.ERROR)  # else it logs the unfinished upload after each block
         with tempfile.TemporaryDirectory() as folder, _s3_servers(Path(folder)) as (direct, stalling):
             checkpoint_file = Path(folder, "saved")
             checkpoint_file.write_bytes(b"".join(os.urandom(1 << 20) for _ in range(BYTES >> 20)))
