@@ -1,4 +1,4 @@
-"""The contract for callback authors: `Callback`, its eleven hooks, and what happens when one raises.
+"""The contract for callback authors: `Callback`, its hooks, and what happens when one raises.
 
 This module contains the contract, its checks, and `dispatch`, which calls one hook on many callbacks. The bus calls
 hooks by itself, faster, with the same isolation (`isolate`).
@@ -6,7 +6,7 @@ hooks by itself, faster, with the same isolation (`isolate`).
 
 import inspect
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from contextlib import AsyncContextDecorator, ContextDecorator
 from types import FunctionType
 from typing import Any, ClassVar, Final, Literal, Self, cast, overload
@@ -16,6 +16,7 @@ import msgspec
 from evsys_bus.adapter import Adapter, EventInfo, RetryPolicy, Spawner
 from evsys_bus.context import (
     ArmResult,
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -29,13 +30,14 @@ from evsys_bus.context import (
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import (
     AsyncHookError,
+    HookError,
     HookSignatureError,
     MisspeltHookError,
     NotACallbackError,
     NotAttachedError,
     closest_word,
 )
-from evsys_bus.events import Event, declared_events
+from evsys_bus.events import Event, declared_events, is_newer
 
 
 class _CurrentEvent:
@@ -131,6 +133,37 @@ class Callback(Adapter):
 
     def on_experiment_end(self, ctx: LogContext, result: ExperimentResult) -> None:
         """Fires once at the end of the experiment."""
+
+    # Hooks since 0.2. A callback that uses one of these names otherwise goes on working: its method is not called.
+
+    def on_metrics(self, state: LoopState, step_idx: int, metrics: dict[str, Any]) -> None:
+        """Fires for each part of a step's row, as it is logged; the whole row follows with `on_step_end`."""
+
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+        """Fires after each pass over the data."""
+
+    def on_rollout(
+        self, state: LoopState, step_idx: int, rollouts: list[Any], rollout_items: Sequence[Any] = ()
+    ) -> None:
+        """Fires after a step has sampled trajectories."""
+
+    def on_train_data(self, ctx: LogContext, rows: list[Any]) -> None:
+        """Fires once per run with the examples as they are rendered for training."""
+
+    def on_environment(self, ctx: LogContext, facts: dict[str, Any]) -> None:
+        """Fires once per start of a run, with the commit, command line, packages, host and GPUs."""
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Fires when keys of the run's configuration were added or changed; ``config`` has only these."""
+
+    def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
+        """Fires when values that describe the run as a whole were set; ``values`` has only these."""
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Fires after a text, picture, table, file or the like was stored in the run's directory."""
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Fires for something that a person should see; ``level`` is ``info``, ``warning`` or ``error``."""
 
     def spawn(
         self,
@@ -364,6 +397,8 @@ def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object
     inherited = getattr(Callback, event_type.hook, None)
     if not callable(method) or (inherited is not None and getattr(method, "__func__", None) is inherited):
         return None
+    if is_newer(event_type) and _hook_error(type(callback).__name__, method, event_type) is not None:
+        return None  # an older callback's own method of that name
     return method
 
 
@@ -402,10 +437,15 @@ def check_hooks(callback: object) -> None:
                 _check_disabled(callback, hook)
             continue
         if event is not None:
-            _check_hook(owner, hook, method, event)
+            error = _hook_error(owner, method, event)
+            if error is not None and not is_newer(event):
+                raise error
+            if error is not None:
+                log().warning("callback.hook_not_called", callback=owner, hook=hook, why=error.what, fix=error.fix)
             continue
         closest = _closest_hook(hook, events)
-        if closest is not None and not _is_inherited_from_foreign_class(callback, hook):
+        is_mistake = closest is not None and not is_newer(events[closest])
+        if is_mistake and not _is_inherited_from_foreign_class(callback, hook):
             raise MisspeltHookError(
                 f"{owner}.{hook} is not a hook, so it would never be called",
                 fix=f'did you mean "{closest}"? If it is not meant as a hook, choose a name that is further from it',
@@ -447,14 +487,19 @@ def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) 
         )
 
 
-def _check_hook(owner: str, hook: str, method: Callable[..., object], event: type[Event]) -> None:
+def _hook_error(owner: str, method: Callable[..., object], event: type[Event]) -> HookError | None:
+    """Return the error of a method that cannot be called as the event's hook."""
+    hook = event.hook
     fix = f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)"
-    _check_sync(owner, hook, method, fix)
+    try:
+        _check_sync(owner, hook, method, fix)
+    except AsyncHookError as error:
+        return error
     positional = [name for name in event.__struct_fields__ if name not in event.keywords]
     try:
         signature = inspect.signature(method)
     except (TypeError, ValueError):
-        return  # a callable written in C may have no signature
+        return None  # a callable written in C may have no signature
     try:
         signature.bind(*(_PLACEHOLDER for _ in positional), **dict.fromkeys(event.keywords, _PLACEHOLDER))
     except TypeError as error:
@@ -462,11 +507,12 @@ def _check_hook(owner: str, hook: str, method: Callable[..., object], event: typ
             f"{field.name}=..." for field in msgspec.structs.fields(event) if field.name in event.keywords
         ]
         arguments = ", ".join([*positional, *(["*", *keyword_arguments] if keyword_arguments else [])])
-        raise HookSignatureError(
+        return HookSignatureError(
             f"{owner}.{hook}{signature} cannot be called with the event's arguments",
             why=str(error),
             fix=f"write `def {hook}(self, {arguments})`; the names of positional arguments are free, *args works too",
-        ) from None
+        )
+    return None
 
 
 def _is_inherited_from_foreign_class(callback: object, method: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from evsys_bus.bus.health import HookHealth
 from evsys_bus.callback import callback_name, can_return_value, check_return_value, find_hook
-from evsys_bus.events import Event, step_field, with_int_step
+from evsys_bus.events import Event, event_tag, step_field, with_int_step
 from evsys_bus.tasks import HOOK_FILENAME_PREFIX
 
 SLOW_NANOSECONDS: Final = 1_000_000
@@ -168,7 +168,7 @@ class CompiledDispatch:
         **template_globals: Any,
     ) -> None:
         """Compile. ``template_globals`` are further globals of the template, given by the publisher."""
-        self.tag = event_type.hook.removeprefix("on_")
+        self.tag = event_tag(event_type)
         self.record_first = record_first
         self.hook_stats = tuple(hook_stats)
         self.filename = f"{prefix}{next(_serial_numbers)}>: {event_type.__name__}"

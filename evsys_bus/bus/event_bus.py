@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import msgspec
 
 from evsys_bus.adapter import Adapter, EventInfo
 from evsys_bus.bus.callback_marks import add_mark_callbacks
 from evsys_bus.bus.delivery_manager import Couriers, DeliveryManager, placement_of
+from evsys_bus.bus.handle import add_open_bus, find_bus, remove_open_bus
 from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import (
     BusLifecycle,
@@ -53,6 +54,11 @@ from evsys_bus.tasks import (
     running_loop,
     wait_shielded,
 )
+
+if TYPE_CHECKING:
+    from evsys_bus.front.resume import Resume
+    from evsys_bus.front.rows import RowMerger
+    from evsys_bus.front.run import Run
 
 T = TypeVar("T")
 
@@ -110,7 +116,16 @@ class EventBus:
     """
 
     __slots__ = (  # so that `__dict__`, where each publish looks, holds the compiled `publish` alone
-        *("__dict__", "__weakref__", "receipt", "_bare_tasks", "_closes_callbacks", "_compiled_publish"),
+        *(
+            "__dict__",
+            "__weakref__",
+            "receipt",
+            "row_merger",
+            "runs",
+            "_bare_tasks",
+            "_closes_callbacks",
+            "_compiled_publish",
+        ),
         *(
             "_delivery_manager",
             "_drain_timeout",
@@ -144,6 +159,9 @@ class EventBus:
         max_waiting_tasks: int = 10_000,
     ) -> None:
         self.receipt: Receipt | None = None
+        self.runs: list[Run] = []
+        """The open runs; see `run`."""
+        self.row_merger: RowMerger | None = None
         self._shutdown: UninterruptibleCall[None] | None = None
         self._drain_timeout = _validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
@@ -208,6 +226,25 @@ class EventBus:
         """The callbacks, in the order in which they are called."""
         return self._publisher.callbacks
 
+    @property
+    def rank(self) -> int:
+        """Which of several processes this is."""
+        return self._rank
+
+    def run(self, path: str | os.PathLike[str], *, resume: "Resume" = "auto", **options: Any) -> "Run":
+        """Open one of several runs on this bus: ``with bus.run("runs/a", config=...) as run:``.
+
+        Args:
+            path: The run's directory; its last part is the name of the run.
+            resume: As of `evsys_bus.run`, like the further options, from ``config`` to ``output``.
+
+        Raises:
+            TrainingError: The directory cannot be written or is in use, or ``resume`` forbids it.
+        """
+        from evsys_bus.front.run import open_run  # circular
+
+        return open_run(self, path, resume=resume, **options)
+
     def add(self, callback: object) -> None:
         """Add a callback after the others; called from inside a hook, it takes effect with the next publish.
 
@@ -222,6 +259,12 @@ class EventBus:
             log().warning("callback.runs_inline", callback=callback_name(callback), why="it was added later", fix=fix)
         attach(callback, self)
         self._publisher.change_callbacks(lambda callbacks: (*callbacks, callback))
+
+    def add_first(self, callback: object) -> None:
+        """Add a callback before the others; see `add`."""
+        check_hooks(callback)
+        attach(callback, self)
+        self._publisher.change_callbacks(lambda callbacks: (callback, *callbacks))
 
     def remove(self, callback: object) -> None:
         """Remove a callback; called from inside a hook, it takes effect with the next publish.
@@ -321,7 +364,10 @@ class EventBus:
         preload_wait_imports()
         return self._enter()
 
-    async def __aexit__(self, error_type: type[BaseException] | None = None, *_: object) -> None:
+    async def __aexit__(
+        self, error_type: type[BaseException] | None = None, error: BaseException | None = None, _: object = None
+    ) -> None:
+        self._end_open_runs(error)
         if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit():
             return
         deadline = Deadline(self._drain_timeout)
@@ -356,10 +402,15 @@ class EventBus:
             self.receipt = self._delivery_manager.add_deliveries(self.receipt)
         return cancelled or cancelled_again
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a handle, which finds the open bus of the process that it lands in; see `find_bus`."""
+        return find_bus, (os.getpid(), id(self))
+
     def __enter__(self) -> Self:
         return self._enter()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object = None, error: BaseException | None = None, __: object = None) -> None:
+        self._end_open_runs(error)
         max_seconds = self._drain_timeout + CANCEL_GRACE_SECONDS + STOP_SECONDS
         if self._publisher.state == "forked" or not self._lifecycle.try_begin_exit(max_seconds):
             return
@@ -385,6 +436,11 @@ class EventBus:
             )
         shutdown.run(deadline.cut_short)
 
+    def _end_open_runs(self, error: BaseException | None) -> None:
+        """End the runs that the program has left open, by the error with which it leaves the bus."""
+        for each in reversed(self.runs):
+            self._run_step("runs", None, partial(each.end_implied, error))
+
     def _complete_exit(self) -> None:
         if self._shutdown is not None and self._shutdown.done():
             self._lifecycle.complete_exit()
@@ -401,6 +457,7 @@ class EventBus:
             opening.run(_noop)
             self._bare_tasks.adopt_on_running_loop()
             self._lifecycle.install_exit_handlers(self.__exit__)
+            add_open_bus(self)
             return self  # noqa: TRY300 # an interrupt on this very line is undone too
         except BaseException as error:
             try:
@@ -493,6 +550,7 @@ class EventBus:
         self.receipt = msgspec.structs.replace(receipt, tasks=total, tasks_by_owner=by_owner, seconds=seconds)
         self._run_step("watchdog", None, self._watchdog.stop)
         self._run_step("tasks", None, self._bare_tasks.close)
+        remove_open_bus(self)
         for callback in self._publisher.callbacks:
             self._run_step("callbacks", None, partial(detach, callback, self))
         self._faults.flush()

@@ -35,6 +35,7 @@ from evsys_bus.events import (
     TrainEnd,
     TrainStart,
     UnknownEvent,
+    event_tag,
 )
 from evsys_bus.journal import Disk, JournalReader, OsDisk, Record, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
@@ -233,7 +234,7 @@ def _with_times(envelopes: Iterable[Envelope]) -> Iterator[tuple[float, Envelope
 
 def type_of(event: Event | UnknownEvent) -> str:
     """Return the type of an event as journals record it: ``step_end``."""
-    return event.type if isinstance(event, UnknownEvent) else event.hook.removeprefix("on_")
+    return event.type if isinstance(event, UnknownEvent) else event_tag(type(event))
 
 
 def step_of(event: Event | UnknownEvent) -> int | None:

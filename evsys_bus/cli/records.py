@@ -31,6 +31,7 @@ from evsys_bus.events import (
     TrainEnd,
     TrainStart,
     UnknownEvent,
+    event_tag,
 )
 from evsys_bus.files import DECODE_ERRORS, read_file
 from evsys_bus.journal import JournalReader, OsDisk, layout
@@ -52,7 +53,7 @@ METRICS: Final = "metrics.jsonl"
 CHECKPOINTS: Final = "checkpoints.jsonl"
 _NO_METRICS: Final = frozenset({"step", "nonfinite", "replaced"})
 _PAGE_URL_KEY: Final = "wandb_url"
-_ANNOTATION_TAG: Final = RunAnnotated.hook.removeprefix("on_").encode()
+_ANNOTATION_TAG: Final = event_tag(RunAnnotated).encode()
 _RUN_EVENTS: Final = (RunStart, TrainStart, StepEnd, Eval, Checkpoint, BenchmarkEval, TrainEnd, RunEnd)
 _STATUS: Final = {"live": "running", "closed": "ended", "dead": "killed"}
 

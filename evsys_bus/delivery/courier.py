@@ -26,7 +26,7 @@ from evsys_bus.delivery.subscription import DeliveryPolicy, adapter_kind
 from evsys_bus.delivery.subscriptions import is_subscribed
 from evsys_bus.diagnostics import FaultLog
 from evsys_bus.errors import RetryLaterError
-from evsys_bus.events import Event
+from evsys_bus.events import Envelope, Event
 from evsys_bus.journal import Clock, Disk, OsClock, OsDisk
 from evsys_bus.sink import Sink
 from evsys_bus.tasks import DeliveryStatus, running_loop
@@ -271,7 +271,7 @@ class Courier:
         )
         while not self._stopping:
             include_idle = self._finishing
-            if not batch.envelopes:
+            if batch.is_empty():
                 began = clock.monotonic()
             read_result = source.read_batch(
                 batch,
@@ -280,7 +280,7 @@ class Courier:
                 slice_seconds=self._slice_seconds,
                 include_idle=include_idle,
             )
-            if read_result == "dry" and not batch.envelopes:
+            if read_result == "dry" and batch.is_empty():
                 self._commit(at_once=True)
                 self._write_status("idle")
                 if include_idle and was_exhausted:
@@ -299,10 +299,12 @@ class Courier:
             is_closed = batch.is_closed
             if batch.envelopes:
                 await self._deliver_batch(batch)
+            if batch.ended_streams and not batch.envelopes:
+                await self._deliver_open_rows(batch)
             if batch.corrupt_record is not None and not batch.envelopes:
                 store.reject_corrupt(batch.corrupt_record)
                 batch = Batch()
-            self._commit(at_once=is_closed and not batch.envelopes)
+            self._commit(at_once=is_closed and batch.is_empty())
             self._write_status("delivering")
             while (store.is_full or self._failed_marks) and not self._stopping:
                 await asyncio.sleep(self._poll_seconds)
@@ -317,13 +319,7 @@ class Courier:
         try:
             self._is_delivering = True
             if getattr(self._receiver, "needs_starts_as_events", False):
-                offset = 0
-                while offset < len(starts):
-                    part = starts[offset : offset + self._receiver.max_events]
-                    result = await self._receiver.deliver(part, [0] * len(part))
-                    for why in result.rejected.values():
-                        self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
-                    offset += max(1, result.handled)
+                await self._deliver_uncounted(starts)
             else:
                 self._receiver.resume_runs(starts)
             self._is_delivering = False
@@ -362,6 +358,35 @@ class Courier:
             self._set_problem(None)
             return
         self._store.acknowledge(batch, result)
+
+    async def _deliver_open_rows(self, batch: Batch) -> None:
+        """Deliver the rows that were logged in parts, and whose program ended before they were complete."""
+        streams, batch.ended_streams, batch.is_closed = batch.ended_streams, [], False
+        rows = self._store.rows
+        try:
+            self._is_delivering = True
+            await self._deliver_uncounted([row for stream in streams for row in rows.of(stream)])
+            self._is_delivering = False
+        except RetryLaterError as error:
+            self._fatal_error = error
+            raise
+        except Exception as error:  # isolation: the rows remain, for the next courier
+            self._is_delivering = False
+            self._faults.warn("courier.receiver_failed", self.name, error=error, adapter=self.name)
+        else:
+            for stream in streams:
+                rows.remove(stream)
+            self._store.has_changes = True
+
+    async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
+        """Deliver events that stand for others, which are counted; a rejected one is logged."""
+        offset = 0
+        while offset < len(envelopes):
+            part = envelopes[offset : offset + self._receiver.max_events]
+            result = await self._receiver.deliver(part, [0] * len(part))
+            for why in result.rejected.values():
+                self._faults.warn("courier.start_not_taken", self.name, adapter=self.name, why=why)
+            offset += max(1, result.handled)
 
     def _commit(self, *, at_once: bool = False, last: bool = False) -> None:
         """Save all recorded results, unless the last commit or failed commit was a moment ago."""

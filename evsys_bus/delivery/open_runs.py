@@ -26,6 +26,7 @@ from evsys_bus.events import (
     StepEnd,
     TrainEnd,
     TrainStart,
+    event_tag,
 )
 from evsys_bus.journal import Clock, Disk, JournalReader, frame, layout
 from evsys_bus.journal.frame import Frame
@@ -37,7 +38,7 @@ POLL_SECONDS: Final = 0.2
 MAX_IDLE_SECONDS: Final = 60.0
 """The longest such pause for a stream that has no writer and is not the newest; each pause is four times as long."""
 
-_EVENT_TAG: Final = RunAnnotated.hook.removeprefix("on_").encode()
+_EVENT_TAG: Final = event_tag(RunAnnotated).encode()
 """The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 
 
@@ -267,7 +268,7 @@ def _record_first_step(payload: bytes, requested: set[str | None], first_steps: 
         first_steps[run] = event.step_idx
 
 
-_STEP_TAG: Final = StepEnd.hook.removeprefix("on_").encode()
+_STEP_TAG: Final = event_tag(StepEnd).encode()
 """The tag of the event, searched before decoding; a payload that contains it by chance is decoded in vain."""
 _MAX_BYTES_AHEAD: Final = 256 << 20
 """How many bytes of a stream are read to find the first steps of its runs."""

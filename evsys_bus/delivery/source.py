@@ -18,7 +18,7 @@ from evsys_bus.codec import decode
 from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Envelope, StepEnd, TrainStart
+from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import FrameRun
 from evsys_bus.sink import RawRecord
@@ -69,8 +69,14 @@ class Batch:
         """Whether nothing may be added: the last event is a start or an end, or a corrupt record follows."""
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
+        self.ended_streams: list[str] = []
+        """Streams with rows in parts whose last event is in this batch or an earlier one, and whose writer has ended."""
         self.starts: list[Any] = []
         """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to deliver."""
+        return not (self.envelopes or self.ended_streams)
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
         """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
@@ -273,7 +279,13 @@ class EventSource:
                 rank = self._by_rank.setdefault(rank_number, _RankStreams())
                 contexts = StreamContexts(self._annotations.extras)
                 source = _StreamSource(
-                    self._reader, name, self._cursor.position(name).sequence, rank, contexts, raw=self._raw
+                    self._reader,
+                    name,
+                    self._cursor.position(name).sequence,
+                    rank,
+                    contexts,
+                    raw=self._raw,
+                    has_parts=name in self._cursor.rows,
                 )
                 self._sources[name] = source
                 if rank.add(source):
@@ -329,11 +341,11 @@ class EventSource:
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                if (
-                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
-                ):  # nearly all are steps
-                    batch.is_closed, read_result = True, "full"
-                    break
+                if not raw and type(envelope.event) is not StepEnd:  # nearly all are steps
+                    source.has_parts = source.has_parts or type(envelope.event) is Metrics
+                    if contexts.update(envelope):
+                        batch.is_closed, read_result = True, "full"
+                        break
                 if not room:
                     read_result = "full"
                     break
@@ -342,6 +354,10 @@ class EventSource:
                     break
             else:
                 source.set_exhausted(self._clock.monotonic(), found=len(envelopes) > before)
+                if source.has_parts and source.is_finished:
+                    source.has_parts = False
+                    batch.ended_streams.append(stream)
+                    batch.is_closed, read_result = True, "full"
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
             source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
@@ -430,7 +446,15 @@ class _StreamSource:
     """One stream and its read position."""
 
     def __init__(
-        self, reader: JournalReader, stream: str, after: int, rank: _RankStreams, contexts: StreamContexts, *, raw: bool
+        self,
+        reader: JournalReader,
+        stream: str,
+        after: int,
+        rank: _RankStreams,
+        contexts: StreamContexts,
+        *,
+        raw: bool,
+        has_parts: bool,
     ) -> None:
         self.stream: Final = stream
         self.order: Final = layout.stream_sort_key(stream)
@@ -450,7 +474,9 @@ class _StreamSource:
         self._last_found = -math.inf
         """When the stream last had new events; at first when it was first read."""
         self.is_exhausted = False
-        self._is_finished = False
+        self.has_parts = has_parts
+        """Whether rows of the stream were logged in parts, so that the last one may be incomplete at its end."""
+        self.is_finished = False
         """Whether it was read to its end after its writer had ended."""
         self._read_failures = 0
         """How often in a row it could not be read."""
@@ -516,7 +542,7 @@ class _StreamSource:
         """Record that the end was reached."""
         self._records = None
         self.is_exhausted = True
-        self._is_finished = not self.is_live
+        self.is_finished = not self.is_live
         self._read_failures = 0
         if found or self._last_found < 0:
             self._last_found = now
@@ -539,5 +565,5 @@ class _StreamSource:
         """Pause after a read error. Newer streams wait as long as the error may pass, since their events come later."""
         self._records = None
         self._read_failures += 1
-        self.is_exhausted = is_permanent or self._is_finished or self._read_failures >= MAX_READ_ATTEMPTS
+        self.is_exhausted = is_permanent or self.is_finished or self._read_failures >= MAX_READ_ATTEMPTS
         self.idle_until = now + IDLE_SECONDS
