@@ -296,6 +296,31 @@ class ManifestRow(msgspec.Struct, frozen=True):
             msgspec.structs.force_setattr(self, "name", str(self.name))
 
 
+ContentKind = Literal["text", "table", "histogram", "image", "audio", "video", "figure", "html", "artifact"]
+"""What a `ContentItem` shows."""
+
+
+class ContentItem(msgspec.Struct, frozen=True):
+    """Content that a run recorded beside its metrics; the content itself is a file in the run's directory."""
+
+    kind: ContentKind
+    name: str
+    path: str | None = None
+    """Relative to the run's directory: ``media/<digest><ext>``; ``media/<digest>/`` for a directory. None for a
+    histogram."""
+    digest: str = ""
+    """SHA-256 of the content, in hex."""
+    media_type: str = ""
+    size: int = 0
+    """In bytes."""
+    caption: str | None = None
+    artifact_type: str | None = None
+    """What an artifact is, in the program's words: ``dataset``, ``model``."""
+    data: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
+    """The small part that can be shown without the file: ``edges`` and ``counts`` of a histogram; ``text`` if it is
+    short; ``columns``, the first ``rows`` and ``row_count`` of a table."""
+
+
 class LoopArtifacts(msgspec.Struct, frozen=True):
     """What a training loop leaves behind."""
 
