@@ -442,7 +442,8 @@ def check_hooks(callback: object) -> None:
                 raise error
             if error is not None:
                 log().warning("callback.hook_not_called", callback=owner, hook=hook, why=error.what, fix=error.fix)
-            continue
+            if event is not None:
+                continue
         closest = _closest_hook(hook, events)
         is_mistake = closest is not None and not is_newer(events[closest])
         if is_mistake and not _is_inherited_from_foreign_class(callback, hook):

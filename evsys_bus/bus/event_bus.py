@@ -3,7 +3,6 @@
 import asyncio
 import inspect
 import os
-import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from contextlib import suppress
@@ -21,10 +20,12 @@ from evsys_bus.bus.health import Health
 from evsys_bus.bus.lifecycle import (
     BusLifecycle,
     CallbackCloser,
+    check_threads_are_real,
     close_callback,
     has_cleanup,
     may_close,
     shared_callbacks_lock,
+    validate_seconds,
 )
 from evsys_bus.bus.publisher import Publisher
 from evsys_bus.bus.recorder import EventRecorder, rank_from_environment
@@ -33,7 +34,7 @@ from evsys_bus.callback import Callback, attach, callback_name, check_hooks, det
 from evsys_bus.codec.redact import Redaction, set_redaction
 from evsys_bus.delivery.subscription import Subscription
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import BusNotOpenError, SettingError
+from evsys_bus.errors import BusNotOpenError
 from evsys_bus.events import Event
 from evsys_bus.journal import JournalWriter
 from evsys_bus.location import local_path
@@ -57,13 +58,10 @@ from evsys_bus.tasks import (
 
 if TYPE_CHECKING:
     from evsys_bus.front.resume import Resume
-    from evsys_bus.front.rows import RowMerger
     from evsys_bus.front.run import Run
 
 T = TypeVar("T")
 
-_MAX_SECONDS: Final = 1e8
-"""Three years; system calls accept no longer timeouts."""
 _EXIT_THREAD_NAME: Final = "evsys-bus-exit"
 _POLL_SECONDS: Final = 0.1
 """Interval of checks whether an interrupt has cut the deadline short."""
@@ -161,9 +159,10 @@ class EventBus:
         self.receipt: Receipt | None = None
         self.runs: list[Run] = []
         """The open runs; see `run`."""
-        self.row_merger: RowMerger | None = None
+        self.row_merger: Any = None
+        """Completes rows that a run has logged in parts."""
         self._shutdown: UninterruptibleCall[None] | None = None
-        self._drain_timeout = _validate_seconds("drain_timeout", drain_timeout)
+        self._drain_timeout = validate_seconds("drain_timeout", drain_timeout)
         self._faults = FaultLog()
         self._rank = rank_from_environment() if rank is None else rank
         if journal is not None and not isinstance(journal, JournalWriter):
@@ -172,12 +171,12 @@ class EventBus:
         self._recorder: EventRecorder | None = None
         self._redaction = Redaction.of(redact, reveal)
         self._delivery_manager = DeliveryManager(
-            callbacks, sinks, couriers, _validate_seconds("linger_seconds", linger_seconds), self._rank
+            callbacks, sinks, couriers, validate_seconds("linger_seconds", linger_seconds), self._rank
         )
         self._publisher = Publisher(
             add_mark_callbacks(self._delivery_manager.inline, self._journal, self._rank),
             self._faults,
-            patience_seconds=_validate_seconds("publish_patience_seconds", publish_patience_seconds),
+            patience_seconds=validate_seconds("publish_patience_seconds", publish_patience_seconds),
             set_publish=self._set_publish,
             before_event=lambda _: self._bare_tasks.adopt_on_running_loop(),  # its thread may run a new event loop
         )
@@ -194,7 +193,7 @@ class EventBus:
                 self._bare_tasks.check_task_factories,
                 self._delivery_manager.run_checks,
             ),
-            blocked_seconds=_validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
+            blocked_seconds=validate_seconds("blocked_hook_seconds", blocked_hook_seconds, minimum=0.01),
         )
         self._loop_thread = LoopThread()
         self._lifecycle = BusLifecycle(handles_signals=handle_signals)
@@ -241,7 +240,7 @@ class EventBus:
         Raises:
             TrainingError: The directory cannot be written or is in use, or ``resume`` forbids it.
         """
-        from evsys_bus.front.run import open_run  # circular
+        from evsys_bus.front.open import open_run  # a floor above, so imported when it is called
 
         return open_run(self, path, resume=resume, **options)
 
@@ -450,7 +449,7 @@ class EventBus:
             raise BusNotOpenError(
                 "a bus is entered once; this one was entered before", fix="make an EventBus for each block"
             )
-        _check_threads_are_real()
+        check_threads_are_real()
         log()  # the first warning must not import structlog in the middle of a step
         opening = UninterruptibleCall(self._open_components, "evsys-bus-entry")
         try:
@@ -602,25 +601,3 @@ class EventBus:
 
 def _noop() -> None:
     """Ignore the interrupt: nothing here can be cut short."""
-
-
-def _check_threads_are_real() -> None:
-    """Refuse green threads, as gevent's monkey patch installs them: they would wait for each other forever."""
-    patch = sys.modules.get("gevent.monkey")
-    if patch is not None and patch.is_module_patched("threading"):
-        raise SettingError(
-            "gevent has replaced the threads of this process, and a bus needs real ones",
-            why="its event loop and its deadlines run on threads beside the program's",
-            fix="do not patch them: gevent.monkey.patch_all(thread=False, threading=False)",
-        )
-
-
-def _validate_seconds(name: str, value: float, minimum: float = 0.0) -> float:
-    """Return a valid duration; infinity becomes three years.
-
-    Raises:
-        SettingError: It is less than ``minimum``, or not a number.
-    """
-    if not value >= minimum:  # NaN too
-        raise SettingError(f"{name} is {value!r}", fix=f"give it seconds, at least {minimum:g}")
-    return min(float(value), _MAX_SECONDS)

@@ -379,7 +379,7 @@ class Courier:
             self._store.has_changes = True
 
     async def _deliver_uncounted(self, envelopes: list[Envelope]) -> None:
-        """Deliver events that stand for others, which are counted; a rejected one is logged."""
+        """Deliver events that are not counted, because they repeat or complete others; a rejected one is logged."""
         offset = 0
         while offset < len(envelopes):
             part = envelopes[offset : offset + self._receiver.max_events]

@@ -20,11 +20,11 @@ from urllib.parse import quote
 import msgspec
 
 from evsys_bus.codec import decode, to_json
+from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.delivery.source import Batch, CorruptRecord
 from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CodecError
-from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.events import Envelope, ExperimentEnd, Metrics, RunEnd, StepEnd, TrainEnd, TrainStart
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import Clock, Cursor, CursorStore, Disk, JournalReader, Position, layout

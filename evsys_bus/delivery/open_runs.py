@@ -16,14 +16,20 @@ from evsys_bus.context import LogContext
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
 from evsys_bus.events import (
+    Alert,
     BenchmarkEval,
+    ConfigUpdate,
     Envelope,
+    Environment,
     ExperimentEnd,
     ExperimentStart,
     GroupStart,
+    Metrics,
     RunEnd,
     RunStart,
     StepEnd,
+    Summary,
+    TrainData,
     TrainEnd,
     TrainStart,
     event_tag,
@@ -123,7 +129,10 @@ _BATCH_BOUNDARIES: Final[frozenset[type]] = frozenset(
 )
 """A batch ends after one of these, so that the cursor can be right after it."""
 _CONTEXT_EVENTS: Final[frozenset[type]] = frozenset(
-    {ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, RunAnnotated}
+    {
+        *(ExperimentStart, GroupStart, RunStart, BenchmarkEval, RunEnd, ExperimentEnd, RunAnnotated),
+        *(ConfigUpdate, Environment, Summary, Alert, TrainData),
+    }
 )
 """Events that have a ``ctx`` or change one."""
 
@@ -136,12 +145,15 @@ class StreamContexts:
 
     Args:
         annotations: Annotations of runs by couriers; they are in the context of a run from its start.
+        has_parts: Whether a row of the stream is open at the cursor.
 
     Attributes:
         by_run: Contexts of the open runs, by run key; `decode` attaches them to detached states.
+        has_parts: Whether rows of the stream were logged in parts, so that its last one may be incomplete.
     """
 
-    def __init__(self, annotations: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, annotations: Mapping[str, Mapping[str, Any]], *, has_parts: bool = False) -> None:
+        self.has_parts = has_parts
         self.by_run: Final = RunContexts(self._inherit)
         self._annotations: Final = annotations
         self._experiment_context: LogContext | None = None
@@ -149,7 +161,9 @@ class StreamContexts:
     def update(self, envelope: Envelope) -> bool:
         """Update contexts from the event, and its own context from earlier ones; return whether a batch ends here."""
         kind = type(envelope.event)
-        if kind in _CONTEXT_EVENTS:
+        if kind is Metrics:
+            self.has_parts = True
+        elif kind in _CONTEXT_EVENTS:
             self._update_contexts(envelope)
         return kind in _BATCH_BOUNDARIES
 
@@ -166,6 +180,8 @@ class StreamContexts:
         if known is None:
             self._inherit(run, ctx)
         else:
+            if isinstance(event, ConfigUpdate):
+                _add_extras(known, ctx.extras)
             _copy_ids_and_extras(ctx, known)
         if isinstance(event, ExperimentEnd):
             self._experiment_context = None

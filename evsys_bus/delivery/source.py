@@ -18,7 +18,7 @@ from evsys_bus.codec import decode
 from evsys_bus.delivery.open_runs import OpenRunKey, RunAnnotations, StreamContexts, open_runs_at, set_first_steps
 from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import CodecError, JournalVersionError
-from evsys_bus.events import Envelope, Metrics, StepEnd, TrainStart
+from evsys_bus.events import Envelope, StepEnd, TrainStart
 from evsys_bus.journal import Clock, Cursor, Disk, JournalReader, layout
 from evsys_bus.journal.frame import FrameRun
 from evsys_bus.sink import RawRecord
@@ -70,13 +70,22 @@ class Batch:
         self.corrupt_record: CorruptRecord | None = None
         """The corrupt record after the last event."""
         self.ended_streams: list[str] = []
-        """Streams with rows in parts whose last event is in this batch or an earlier one, and whose writer has ended."""
+        """Streams with rows in parts whose last event was read, and whose writer has ended."""
         self.starts: list[Any] = []
         """Start events to repeat before the first event: of runs open there whose own starts were removed. Likewise."""
 
     def is_empty(self) -> bool:
         """Whether there is nothing to deliver."""
         return not (self.envelopes or self.ended_streams)
+
+    def end(self, source: "_StreamSource") -> ReadResult:
+        """Take note that a stream was read to its end, which matters if its writer has ended in the middle of a row."""
+        if not (source.contexts.has_parts and source.is_finished):
+            return "dry"
+        source.contexts.has_parts = False
+        self.ended_streams.append(source.stream)
+        self.is_closed = True
+        return "full"
 
     def drop(self, count: int) -> list[tuple[str, int, int]]:
         """Remove ``count`` events from the front; return stream, number and last sequence of each part."""
@@ -277,7 +286,7 @@ class EventSource:
                 if self._ranks is not None and rank_number not in self._ranks:
                     continue
                 rank = self._by_rank.setdefault(rank_number, _RankStreams())
-                contexts = StreamContexts(self._annotations.extras)
+                contexts = StreamContexts(self._annotations.extras, has_parts=name in self._cursor.rows)
                 source = _StreamSource(
                     self._reader,
                     name,
@@ -285,7 +294,6 @@ class EventSource:
                     rank,
                     contexts,
                     raw=self._raw,
-                    has_parts=name in self._cursor.rows,
                 )
                 self._sources[name] = source
                 if rank.add(source):
@@ -341,11 +349,11 @@ class EventSource:
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                if not raw and type(envelope.event) is not StepEnd:  # nearly all are steps
-                    source.has_parts = source.has_parts or type(envelope.event) is Metrics
-                    if contexts.update(envelope):
-                        batch.is_closed, read_result = True, "full"
-                        break
+                if (
+                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
+                ):  # nearly all are steps
+                    batch.is_closed, read_result = True, "full"
+                    break
                 if not room:
                     read_result = "full"
                     break
@@ -354,10 +362,7 @@ class EventSource:
                     break
             else:
                 source.set_exhausted(self._clock.monotonic(), found=len(envelopes) > before)
-                if source.has_parts and source.is_finished:
-                    source.has_parts = False
-                    batch.ended_streams.append(stream)
-                    batch.is_closed, read_result = True, "full"
+                read_result = batch.end(source)
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
             source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
@@ -454,7 +459,6 @@ class _StreamSource:
         contexts: StreamContexts,
         *,
         raw: bool,
-        has_parts: bool,
     ) -> None:
         self.stream: Final = stream
         self.order: Final = layout.stream_sort_key(stream)
@@ -474,8 +478,6 @@ class _StreamSource:
         self._last_found = -math.inf
         """When the stream last had new events; at first when it was first read."""
         self.is_exhausted = False
-        self.has_parts = has_parts
-        """Whether rows of the stream were logged in parts, so that the last one may be incomplete at its end."""
         self.is_finished = False
         """Whether it was read to its end after its writer had ended."""
         self._read_failures = 0

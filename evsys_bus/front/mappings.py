@@ -22,7 +22,7 @@ class RunSummary(dict[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
-    def update(self, values: Mapping[str, Any] = {}, /, **more: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # noqa: B006 # not changed
+    def update(self, values: Mapping[str, Any] = {}, /, **more: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] # not changed
         """Set several at once, as one event."""
         changed = {**values, **more}
         super().update(changed)

@@ -1,4 +1,4 @@
-"""What a run's directory says of earlier attempts: whether one goes on, and from which checkpoint."""
+"""Decides from a run's directory whether an earlier attempt continues, and from which checkpoint."""
 
 import time
 from pathlib import Path
@@ -65,7 +65,7 @@ def choose_directory(run_dir: Path, resume: Resume) -> tuple[Path, RunFile | Non
     while (earlier := RunFile.load(_numbered(run_dir, number))) is not None and earlier.status == FINISHED:
         number += 1
     chosen = _numbered(run_dir, number)
-    log().info("run.starts_beside", run=str(chosen), complete=str(run_dir))
+    log().warning("run.starts_beside", run=str(chosen), complete=str(run_dir))
     return chosen, earlier
 
 

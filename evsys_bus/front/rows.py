@@ -54,7 +54,7 @@ class OpenRow:
 
 
 class RowMerger:
-    """Adds the open row of a run to a `StepEnd` that somebody else publishes for the same step, before other hooks."""
+    """Adds the open row of a run to a `StepEnd` of the same step that other code publishes, before other hooks."""
 
     def __init__(self) -> None:
         self.rows: Final[dict[str, OpenRow]] = {}

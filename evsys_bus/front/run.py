@@ -1,4 +1,4 @@
-"""`run` opens a run and returns it as one object; `Run` is that object.
+"""`Run`: one run as an object that logs metrics, evals, checkpoints and content to a bus.
 
 Every method publishes one event, which is on record when the method returns.
 """
@@ -6,7 +6,7 @@ Every method publishes one event, which is on record when the method returns.
 import itertools
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -17,9 +17,6 @@ from evsys_bus.bus import EventBus
 from evsys_bus.codec import error_text
 from evsys_bus.context import (
     ArmResult,
-    ContentItem,
-    ContentKind,
-    LogContext,
     LoopArtifacts,
     LoopState,
     ManifestRow,
@@ -29,12 +26,11 @@ from evsys_bus.context import (
     to_int,
 )
 from evsys_bus.diagnostics import FaultLog, log
-from evsys_bus.errors import TrainingError
+from evsys_bus.errors import EvsysBusError, TrainingError
 from evsys_bus.events import (
     Alert,
     Checkpoint,
     ConfigUpdate,
-    Content,
     Environment,
     EpochEnd,
     Eval,
@@ -47,117 +43,21 @@ from evsys_bus.events import (
     TrainEnd,
     TrainStart,
 )
+from evsys_bus.front.content import PLAIN, ContentLogger
 from evsys_bus.front.current import activated, add_open, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
-from evsys_bus.front.media import store_content, summarize_value
-from evsys_bus.front.resume import MANIFEST, Resume, RunFile, choose_directory, newest_checkpoint, now
+from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
 from evsys_bus.front.rows import OpenRow, Row, RowMerger
-from evsys_bus.location import local_path
-from evsys_bus.training.run_files import RowFile, journal_directory, lock_folder, remove_error_file, write_error_file
+from evsys_bus.training.run_files import RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
 _NO_BATCH: Final = TrainingBatch()
-_PLAIN: Final = frozenset({float, int, bool, str, type(None)})
 _ENVIRONMENT_SECONDS: Final = 2.0
 _EXIT_WAIT_SECONDS: Final = 0.5
 """How long leaving waits for the environment of a run that was shorter than its collection."""
 
 
-def run(
-    path: str | os.PathLike[str],
-    *,
-    config: Any = None,
-    callbacks: Iterable[object] = (),
-    tags: Iterable[str] = (),
-    notes: str | None = None,
-    num_steps: int | None = None,
-    unit: str = "steps",
-    first_step: int | None = None,
-    resume: Resume = "auto",
-    environment: bool = True,
-    output: bool = True,
-    **bus_options: Any,
-) -> "Run":
-    """Open a run with a bus of its own, which records into ``<path>/journal``.
-
-        with evsys_bus.run("runs/ppo-7", config=cfg, callbacks=[...]) as run:
-            for step in run.steps(1000):
-                run.log({"loss": loss}, step=step)
-
-    Use ``async with`` where an event loop runs. A program that was killed and is started again goes on with its run:
-    `Run.steps` begins behind the newest checkpoint whose files exist. A run that is complete is left alone, and a new
-    one starts beside it, as ``ppo-7-2``.
-
-    Args:
-        path: The run's directory; its last part is the name of the run.
-        config: The configuration, of any type that holds settings; recorded without credentials.
-        callbacks: Callbacks of the bus.
-        tags: Short words to find the run by.
-        notes: A text about the run.
-        num_steps: How many steps the run is to have in all; None if that is not known.
-        unit: What a step counts: ``steps``, ``env_steps``, ``tokens``, ``epochs``.
-        first_step: Where the program begins, if it resumes by its own means; rows from there on are cut.
-        resume: ``auto`` as above; ``must`` and ``never`` raise if there is nothing, or something, to go on with.
-        environment: Record commit, command line, packages, host and GPUs.
-        output: Copy what the program prints into ``<path>/output.log``; off in notebooks.
-        bus_options: Further arguments of `EventBus`.
-
-    Raises:
-        TrainingError: The directory cannot be written or is in use, or ``resume`` forbids it.
-        SettingError: The path is a URL.
-    """
-    return open_run(
-        lambda run_dir: EventBus(callbacks, journal=journal_directory(run_dir), **bus_options),
-        path,
-        config=config,
-        tags=tags,
-        notes=notes,
-        num_steps=num_steps,
-        unit=unit,
-        first_step=first_step,
-        resume=resume,
-        environment=environment,
-        output=output,
-    )
-
-
-def open_run(
-    bus: EventBus | Callable[[Path], EventBus],
-    path: str | os.PathLike[str],
-    *,
-    config: Any = None,
-    tags: Iterable[str] = (),
-    notes: str | None = None,
-    num_steps: int | None = None,
-    unit: str = "steps",
-    first_step: int | None = None,
-    resume: Resume = "auto",
-    environment: bool = True,
-    output: bool = True,
-) -> "Run":
-    """Return a run on this bus, or on one that the function makes for the run's directory; see `run`."""
-    run_dir, previous = choose_directory(local_path(path, "path"), resume)
-    extras: dict[str, Any] = {}
-    if tags := [*tags]:
-        extras["tags"] = tags
-    if notes is not None:
-        extras["notes"] = notes
-    if unit != "steps":
-        extras["unit"] = unit
-    ctx = LogContext(run_dir.parent, config=config, run_key=run_dir.name, run_config=config, extras=extras)
-    state = LoopState(step=0, num_steps=num_steps, output_dir=run_dir, ctx=ctx)  # pyright: ignore[reportArgumentType] # None: not known
-    return Run(
-        bus if isinstance(bus, EventBus) else bus(run_dir),
-        state,
-        owns_bus=not isinstance(bus, EventBus),
-        first_step=first_step,
-        environment=environment,
-        output=output,
-        previous=previous,
-    )
-
-
-class Run:
+class Run(ContentLogger):
     """One run on a bus. Made by `evsys_bus.run` and `EventBus.run`; used as a context manager.
 
     All methods may be called from any thread. In a forked child they do nothing.
@@ -228,7 +128,7 @@ class Run:
         if not (self.is_open or self._is_usable()):
             return
         part: Row = {**metrics}
-        if not _PLAIN.issuperset(map(type, part.values())):
+        if not PLAIN.issuperset(map(type, part.values())):
             part = self._plain_part(part, step)
         if step is None:
             step = self._loop_step
@@ -296,54 +196,6 @@ class Run:
         """Publish an event of your own, or one that has no method here."""
         self._publish(event)
 
-    # -- content ------------------------------------------------------------------------------------------------------
-
-    def text(self, name: str, text: str, *, step: int | None = None) -> ContentItem:
-        """Store a text."""
-        return self._store("text", name, text, step)
-
-    def table(
-        self, name: str, rows: Any = None, *, columns: Iterable[str] | None = None, step: int | None = None
-    ) -> ContentItem:
-        """Store a table: rows with the names of their columns, a list of dicts, or a data frame."""
-        return self._store("table", name, rows, step, columns=None if columns is None else [*columns])
-
-    def histogram(self, name: str, values: Any, *, bins: int = 64, step: int | None = None) -> ContentItem:
-        """Store the distribution of values, or one as ``(counts, edges)``."""
-        return self._store("histogram", name, values, step, bins=bins)
-
-    def image(self, name: str, image: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
-        """Store an image: a path, the bytes of a file, a Pillow image, or an array (HW, HWC or CHW; uint8 or 0..1)."""
-        return self._store("image", name, image, step, caption=caption)
-
-    def audio(
-        self,
-        name: str,
-        audio: Any,
-        *,
-        sample_rate: int | None = None,
-        caption: str | None = None,
-        step: int | None = None,
-    ) -> ContentItem:
-        """Store a sound: a path, the bytes of a file, or an array with its sample rate in Hz."""
-        return self._store("audio", name, audio, step, caption=caption, sample_rate=sample_rate)
-
-    def video(self, name: str, video: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
-        """Store a video: a path, or the bytes of a file."""
-        return self._store("video", name, video, step, caption=caption)
-
-    def figure(self, name: str, figure: Any, *, caption: str | None = None, step: int | None = None) -> ContentItem:
-        """Store a figure of matplotlib, as PNG, or of plotly, as HTML."""
-        return self._store("figure", name, figure, step, caption=caption)
-
-    def html(self, name: str, html: str | os.PathLike[str], *, step: int | None = None) -> ContentItem:
-        """Store HTML: a text, or the path of a file."""
-        return self._store("html", name, html, step)
-
-    def artifact(self, name: str, path: str | os.PathLike[str], *, type: str | None = None) -> ContentItem:  # noqa: A002 # the field's word
-        """Store a copy of a file or a directory, such as a data set."""
-        return self._store("artifact", name, path, None, artifact_type=type)
-
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def steps(self, num_steps: int | None = None) -> Generator[int]:
@@ -368,7 +220,7 @@ class Run:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether somebody has requested that the run stops: `request_stop`, or a callback."""
+        """Whether a stop was requested, by `request_stop` or a callback."""
         return self.state.stop_requested
 
     def request_stop(self, reason: str | None = None) -> None:
@@ -583,30 +435,6 @@ class Run:
             return _whole(step)
         return self._loop_step if self._loop_step is not None else max(self._next_step - 1, 0)
 
-    def _plain_part(self, part: Row, step: int | None) -> Row:
-        """Return the part with numbers in place of arrays; large ones are stored as histograms."""
-        plain: Row = {}
-        for name, value in part.items():
-            if type(value) in _PLAIN:
-                plain[name] = value
-                continue
-            summary = summarize_value(value)
-            if isinstance(summary, ContentItem):
-                self._publish(Content(self.state, self._step_of(step), msgspec.structs.replace(summary, name=name)))
-            else:
-                plain[name] = summary
-        return plain
-
-    def _store(
-        self, kind: ContentKind, name: str, value: Any, step: int | None, caption: str | None = None, **options: Any
-    ) -> ContentItem:
-        if not self._is_usable():
-            return ContentItem(kind, name)
-        item = store_content(self.path, kind, name, value, caption=caption, redaction=self.bus.redaction, **options)
-        number = None if kind == "artifact" else self._step_of(step)
-        self._publish(Content(self.state, number, item))
-        return item
-
     def _update_config(self, changed: dict[str, Any]) -> None:
         if self.is_open:
             self._publish(ConfigUpdate(self.ctx, changed))
@@ -631,7 +459,7 @@ class Run:
                 (self.path / "diff.patch").write_text(diff, encoding="utf-8", errors="replace")
             if self.is_open:
                 self.bus.publish(Environment(self.ctx, facts))
-        except Exception as error:  # isolated: the run goes on without it
+        except (OSError, EvsysBusError) as error:
             log().warning("run.environment_not_recorded", run=self.name, error=error_text(error))
 
     def _join_background(self) -> None:
