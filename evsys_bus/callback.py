@@ -397,7 +397,7 @@ def find_hook(callback: object, event_type: type[Event]) -> Callable[..., object
     inherited = getattr(Callback, event_type.hook, None)
     if not callable(method) or (inherited is not None and getattr(method, "__func__", None) is inherited):
         return None
-    if is_newer(event_type) and _hook_error(type(callback).__name__, method, event_type) is not None:
+    if is_newer(event_type) and _hook_error(callback, method, event_type) is not None:
         return None  # an older callback's own method of that name
     return method
 
@@ -432,18 +432,15 @@ def check_hooks(callback: object) -> None:
     for hook in sorted(names):
         method = get_attribute(callback, hook)
         event = events.get(hook)
-        if not callable(method):
-            if event is not None and isinstance(callback, Callback):
-                _check_disabled(callback, hook)
-            continue
         if event is not None:
-            error = _hook_error(owner, method, event)
+            error = _hook_error(callback, method, event)
             if error is not None and not is_newer(event):
                 raise error
             if error is not None:
                 log().warning("callback.hook_not_called", callback=owner, hook=hook, why=error.what, fix=error.fix)
-            if event is not None:
-                continue
+            continue
+        if not callable(method):
+            continue
         closest = _closest_hook(hook, events)
         is_mistake = closest is not None and not is_newer(events[closest])
         if is_mistake and not _is_inherited_from_foreign_class(callback, hook):
@@ -456,8 +453,8 @@ def check_hooks(callback: object) -> None:
             log().warning("callback.unknown_hook", callback=owner, hook=hook, **suggestion, known=", ".join(events))
 
 
-def _check_disabled(callback: Callback, hook: str) -> None:
-    """Raise unless the hook, which cannot be called, is None: that disables an inherited one."""
+def _disabled_error(callback: object, hook: str) -> HookError | None:
+    """Return the error of a hook that cannot be called, unless it is None: that disables an inherited one."""
     cause = None
     try:
         value = getattr(callback, hook)
@@ -465,12 +462,15 @@ def _check_disabled(callback: Callback, hook: str) -> None:
     except Exception as error:  # a property of the callback
         value, cause = callback, error
         why = f"reading it raised {type(error).__name__}: {error}"
-    if value is not None:
-        raise HookSignatureError(
-            f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
-            why=why,
-            fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
-        ) from cause
+    if value is None:
+        return None
+    error = HookSignatureError(
+        f"{type(callback).__name__}.{hook} is not a method, so it would never be called",
+        why=why,
+        fix=f"write `def {hook}(self, ...)`; None disables an inherited hook",
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) -> None:
@@ -488,9 +488,13 @@ def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) 
         )
 
 
-def _hook_error(owner: str, method: Callable[..., object], event: type[Event]) -> HookError | None:
-    """Return the error of a method that cannot be called as the event's hook."""
-    hook = event.hook
+def _hook_error(callback: object, method: Any, event: type[Event]) -> HookError | None:
+    """Return the error of an attribute that has the name of the event's hook and cannot be called as such."""
+    owner, hook = type(callback).__name__, event.hook
+    if not callable(method):
+        return _disabled_error(callback, hook) if isinstance(callback, Callback) else None
+    if getattr(method, "__func__", None) is getattr(Callback, hook, ...):
+        return None  # the inherited no-op
     fix = f"write `def {hook}(...)` and start the async part inside it: self.spawn(coroutine_function, *args)"
     try:
         _check_sync(owner, hook, method, fix)

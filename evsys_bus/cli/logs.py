@@ -26,7 +26,7 @@ from evsys_bus.delivery.process_log import LOG_NAME, MAX_LOG_BYTES, LogLine, Log
 from evsys_bus.disk import open_regular
 from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import layout
-from evsys_bus.training.run_files import ERROR_FILE
+from evsys_bus.run_files import ERROR_FILE
 
 _DEFAULT_COUNT: Final = 100
 _MAX_FILE_BYTES: Final = MAX_LOG_BYTES

@@ -36,6 +36,7 @@ from evsys_bus.events import (
 from evsys_bus.files import DECODE_ERRORS, read_file
 from evsys_bus.journal import JournalReader, OsDisk, layout
 from evsys_bus.journal.layout import Family
+from evsys_bus.run_files import RowFile
 from evsys_bus.training.experiment_store import (
     EXPERIMENT_FILE,
     MAX_FILE_BYTES,
@@ -44,7 +45,6 @@ from evsys_bus.training.experiment_store import (
     StoredExperiment,
     read_result,
 )
-from evsys_bus.training.run_files import RowFile
 
 RUNS: Final = Path("runs")
 JOURNAL: Final = "journal"

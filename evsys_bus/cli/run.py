@@ -55,11 +55,11 @@ from evsys_bus.config.registry import REGISTRY
 from evsys_bus.config.spec import read_spec
 from evsys_bus.context import ArmResult, ExperimentResult
 from evsys_bus.errors import ConfigError, TrainingError
+from evsys_bus.run_files import journal_directory, unwritable_error
 from evsys_bus.tasks import DeliveryStatus
 from evsys_bus.training.experiment import Experiment
 from evsys_bus.training.experiment_store import EXPERIMENT_FILE
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import journal_directory, unwritable_error
 from evsys_bus.training.summary import ArmSummary, Spread, summarise
 
 _MAX_STOPPED: Final = 4

@@ -269,7 +269,8 @@ def step_encoder(  # noqa: C901, PLR0915 - the returned function must be a singl
         try:
             state: Any = event.state  # a program may have published None, here and in the next line
             batch: Any = event.batch if has_batch else None
-            index, metrics = event.step_idx, event.metrics
+            index: Any = event.step_idx
+            metrics: dict[str, Any] = event.metrics
             if not matches(state):
                 template, matches = None, _matches_nothing  # reset first, in case of a Ctrl-C in between
                 found = templates.recent.get(id(state))  # runs that publish alternately

@@ -297,10 +297,8 @@ class Courier:
                 )
                 continue
             is_closed = batch.is_closed
-            if batch.envelopes:
+            if not batch.is_empty():
                 await self._deliver_batch(batch)
-            if batch.ended_streams and not batch.envelopes:
-                await self._deliver_open_rows(batch)
             if batch.corrupt_record is not None and not batch.envelopes:
                 store.reject_corrupt(batch.corrupt_record)
                 batch = Batch()
@@ -335,6 +333,9 @@ class Courier:
         """Deliver the front of the batch. If that is cancelled, record the part that is known to be delivered."""
         if batch.starts:
             await self._resume_runs(batch)
+        if not batch.envelopes:
+            await self._deliver_open_rows(batch)
+            return
         try:
             self._is_delivering = True
             result = await self._receiver.deliver(batch.envelopes, batch.sizes)

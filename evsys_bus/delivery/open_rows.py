@@ -78,5 +78,5 @@ class _OpenRow:
         self.last_part = first_part
 
     def to_envelope(self) -> Envelope:
-        state = self.last_part.event.state  # pyright: ignore[reportAttributeAccessIssue, reportUnknownVariableType] # of a `Metrics`
-        return msgspec.structs.replace(self.last_part, event=StepEnd(state, self.step, metrics=self.metrics))
+        part: Any = self.last_part.event
+        return msgspec.structs.replace(self.last_part, event=StepEnd(part.state, self.step, metrics=self.metrics))

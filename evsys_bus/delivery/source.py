@@ -100,7 +100,7 @@ class Batch:
             dropped.append((stream, removed, self.sequences[offset - 1]))
         self.bytes -= sum(self.sizes[:count])
         del self.envelopes[:count], self.sizes[:count], self.sequences[:count]
-        self.is_closed = self.is_closed and bool(self.envelopes or self.corrupt_record)
+        self.is_closed = self.is_closed and bool(self.envelopes or self.corrupt_record or self.ended_streams)
         return dropped
 
 

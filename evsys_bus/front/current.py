@@ -22,7 +22,7 @@ def current_run() -> "Run":
         TrainingError: No run is open, or several are and none is active here.
     """
     active = _active.get()
-    if active is not None and (active.is_open or active.is_forked or not _open_runs):
+    if active is not None and (active.is_open or active.is_forked):
         return active
     if len(_open_runs) == 1:
         return next(iter(_open_runs.values()))

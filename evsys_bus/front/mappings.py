@@ -39,7 +39,7 @@ class RunConfig(RunSummary):
 
     def __init__(self, record: Record, config: Any) -> None:
         super().__init__(record)
-        plain = None if config is None else to_builtins(config)[0]
+        plain: Any = None if config is None else to_builtins(config)[0]
         if isinstance(plain, dict):
             dict[str, Any].update(self, plain)
 
@@ -51,5 +51,5 @@ class RunConfig(RunSummary):
 
     def update(self, values: Any = {}, /, **more: Any) -> None:  # noqa: B006 # not changed
         """Add or change keys, from a mapping or any object that holds settings."""
-        plain = values if isinstance(values, Mapping) else to_builtins(values)[0]
+        plain: Any = values if isinstance(values, Mapping) else to_builtins(values)[0]
         super().update(plain, **more)

@@ -10,7 +10,7 @@ from evsys_bus.context import LogContext, LoopState
 from evsys_bus.front.resume import Resume, choose_directory
 from evsys_bus.front.run import Run
 from evsys_bus.location import local_path
-from evsys_bus.training.run_files import journal_directory
+from evsys_bus.run_files import journal_directory
 
 
 def run(

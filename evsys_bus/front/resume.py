@@ -11,7 +11,7 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import TrainingError
 from evsys_bus.files import load_file, replace_file
 from evsys_bus.location import decode_json, encode_json
-from evsys_bus.training.run_files import RowFile
+from evsys_bus.run_files import RowFile
 
 Resume: TypeAlias = Literal["auto", "must", "never"]
 RUN_FILE: Final = "run.json"
@@ -20,7 +20,7 @@ FINISHED: Final = "completed"
 
 
 class RunFile(msgspec.Struct):
-    """The file ``run.json``: how the newest attempt at a run stands."""
+    """The file ``run.json``: the state of the newest attempt at a run."""
 
     status: str = "running"
     """``running``, also of a process that was killed; then the status of the RunEnd."""

@@ -48,7 +48,7 @@ from evsys_bus.front.current import activated, add_open, remove_open
 from evsys_bus.front.mappings import RunConfig, RunSummary
 from evsys_bus.front.resume import MANIFEST, RunFile, newest_checkpoint, now
 from evsys_bus.front.rows import OpenRow, Row, RowMerger
-from evsys_bus.training.run_files import RowFile, lock_folder, remove_error_file, write_error_file
+from evsys_bus.run_files import RowFile, lock_folder, remove_error_file, write_error_file
 
 Capture = Literal["auto", True, False]
 _NO_BATCH: Final = TrainingBatch()
@@ -78,11 +78,11 @@ class Run(ContentLogger):
         previous: RunFile | None = None,
     ) -> None:
         assert state.ctx is not None
-        self.bus: Final = bus
-        self.state: Final = state
+        self.bus = bus
+        self.state = state
         """Passed to hooks; ``state.step`` is the current step."""
         self.ctx: Final = state.ctx
-        self.path: Final = state.output_dir
+        self.path = state.output_dir
         """The run's directory, absolute."""
         self.resumed: ManifestRow | None = None
         """The newest recorded checkpoint whose files exist, if an earlier attempt goes on."""
@@ -388,7 +388,10 @@ class Run(ContentLogger):
 
     def end_implied(self, error: BaseException | None) -> None:
         """End the run because its bus is left."""
-        self.finish(_status_of(error), error, implied=True)
+        try:
+            self.finish(_status_of(error), error, implied=True)
+        finally:
+            self._stack.close()
 
     def _save_end(self, status: Status, error: BaseException | None) -> None:
         if status == "failed" and error is not None:
@@ -424,11 +427,12 @@ class Run(ContentLogger):
 
     def _merge_rows_of_others(self) -> None:
         """Have the open row added to a StepEnd that another part of the program publishes."""
-        if self.bus.row_merger is None:
-            self.bus.row_merger = RowMerger()
-            self.bus.add_first(self.bus.row_merger)
-        self._row_merger = self.bus.row_merger
-        self._row_merger.rows[self.name] = self._row
+        merger = self.bus.row_merger
+        if merger is None:
+            merger = self.bus.row_merger = RowMerger()
+            self.bus.add_first(merger)
+        merger.rows[self.name] = self._row
+        self._row_merger = merger
 
     def _step_of(self, step: int | None) -> int:
         if step is not None:

@@ -25,12 +25,12 @@ from evsys_bus.diagnostics import log
 from evsys_bus.errors import Location, TrainingError
 from evsys_bus.events import ExperimentEnd, ExperimentStart, GroupStart
 from evsys_bus.location import local_path
+from evsys_bus.run_files import journal_directory, lock_folder
 from evsys_bus.tasks import run_to_completion
 from evsys_bus.training.experiment_store import ExperimentStore
 from evsys_bus.training.loop import EXIT
 from evsys_bus.training.plan import RecipeFunction, RunPlan, run_sequences, safe_folder_name
 from evsys_bus.training.run_executor import RunExecutor, final_state_path, id_text, skipped_result
-from evsys_bus.training.run_files import journal_directory, lock_folder
 from evsys_bus.training.summary import conclude, summarise
 
 

@@ -28,11 +28,7 @@ from evsys_bus.diagnostics import FaultLog, log
 from evsys_bus.errors import TrainingError
 from evsys_bus.events import BenchmarkEval, Checkpoint, Eval, Event, StepEnd, TrainEnd, TrainStart
 from evsys_bus.location import local_path
-from evsys_bus.tasks import run_to_completion
-from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
-from evsys_bus.training.run_files import (
-    FINAL,
-    Checkpoints,
+from evsys_bus.run_files import (
     RowFile,
     journal_directory,
     lock_folder,
@@ -40,9 +36,9 @@ from evsys_bus.training.run_files import (
     unwritable_error,
     write_error_file,
 )
-
-"""Name of the journal directory, inside that of a run or an experiment with a bus of its own."""
-
+from evsys_bus.tasks import run_to_completion
+from evsys_bus.training.checkpoints import FINAL, Checkpoints
+from evsys_bus.training.protocols import Backend, Benchmark, Evaluator, StepBuilder
 
 _CANCELLED: Final = "cancelled"
 _TRAIN_ON_FIX: Final = (

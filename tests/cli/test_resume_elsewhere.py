@@ -292,7 +292,7 @@ def test_programs_are_told_as_json_and_logs_as_key_and_value(machine, first, arc
 
 
 def test_while_somebody_trains_in_the_directory_nothing_is_put_there(machine, first):
-    from evsys_bus.training.run_files import lock_folder
+    from evsys_bus.run_files import lock_folder
 
     second = machine("second")
     with lock_folder(second.run_dir.parent, "the experiment's directory"):

@@ -11,10 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evsys_bus import (
+    Alert,
     ArmResult,
     BenchmarkEval,
     Checkpoint,
+    ConfigUpdate,
+    Content,
+    ContentItem,
     Envelope,
+    Environment,
+    EpochEnd,
     Eval,
     EvalResult,
     ExperimentEnd,
@@ -25,14 +31,18 @@ from evsys_bus import (
     LoopArtifacts,
     LoopState,
     ManifestRow,
+    Metrics,
     RunEnd,
     RunResult,
     RunStart,
     StepEnd,
+    Summary,
+    TrainData,
     TrainEnd,
-    TrainingBatch,
     TrainStart,
+    TrainingBatch,
 )
+from evsys_bus import events
 from evsys_bus.codec import decode, encode, event_encoder, to_json
 from evsys_bus.codec.redact import is_secret_key
 from evsys_bus.codec.wire_types import run_and_root
@@ -120,6 +130,8 @@ ARMS = st.builds(
     run_result=st.none() | RUNS,
 )
 EXPERIMENTS = st.builds(ExperimentResult, NAMES, STATUSES, st.lists(ARMS, max_size=1), MAYBE, st.none() | SECONDS)
+ITEMS = st.builds(ContentItem, st.sampled_from(["text", "image", "artifact"]), NAMES, MAYBE, data=METRICS)
+
 EVENTS = {
     ExperimentStart: st.builds(ExperimentStart, CONTEXTS),
     GroupStart: st.builds(GroupStart, CONTEXTS, NAMES),
@@ -132,6 +144,15 @@ EVENTS = {
     TrainEnd: st.builds(TrainEnd, STATES, ARTIFACTS),
     RunEnd: st.builds(RunEnd, CONTEXTS, RUNS, ARMS),
     ExperimentEnd: st.builds(ExperimentEnd, CONTEXTS, EXPERIMENTS),
+    Metrics: st.builds(Metrics, STATES, COUNTS, METRICS),
+    EpochEnd: st.builds(EpochEnd, STATES, COUNTS, METRICS),
+    events.Rollout: st.builds(events.Rollout, STATES, COUNTS, st.lists(METRICS, max_size=2)),
+    TrainData: st.builds(TrainData, CONTEXTS, st.lists(METRICS, max_size=2)),
+    Environment: st.builds(Environment, CONTEXTS, METRICS),
+    ConfigUpdate: st.builds(ConfigUpdate, CONTEXTS, METRICS),
+    Summary: st.builds(Summary, CONTEXTS, METRICS),
+    Content: st.builds(Content, STATES, st.none() | COUNTS, ITEMS),
+    Alert: st.builds(Alert, CONTEXTS, NAMES, NAMES, st.sampled_from(["info", "warning", "error"])),
     CodecRolloutEnd: st.builds(
         CodecRolloutEnd,
         reward=st.floats(allow_nan=False),

@@ -15,11 +15,12 @@ from support import ROOT
 SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
 
 PUBLIC = """
-    ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint DeliveryError Envelope
-    Eval EvalResult Event EventBus EvsysBusError Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart
-    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError RawRecord Receipt RejectedError RetryLaterError
-    Rewindable RunAnnotated RunEnd RunResult RunResumer RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
-    TrainingLoop build_callbacks dispatch follow register_callback register_sink
+    Alert ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint ConfigUpdate Content
+    ContentItem DeliveryError Envelope Environment EpochEnd Eval EvalResult Event EventBus EvsysBusError Experiment
+    ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts LoopState ManifestRow
+    Metrics ParkedError RawRecord Receipt RejectedError RetryLaterError Rewindable Rollout Run RunAnnotated RunEnd
+    RunResult RunResumer RunStart Sink StepEnd Summary TrainData TrainEnd TrainStart TrainingBatch TrainingLoop
+    build_callbacks current_run dispatch follow register_callback register_sink run
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
@@ -29,6 +30,9 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/journal/maintenance.py": "a round of upkeep; the next one tries again",
     "evsys_bus/adapter.py": "copying what an adapter was constructed with",
     "evsys_bus/events.py": "the code of a step that is no int",
+    "evsys_bus/front/environment.py": "the collection of a part; drivers",
+    "evsys_bus/front/output.py": "a program's streams",
+    "evsys_bus/front/run.py": "the code of a step that is no int; entering, raised again",
     "evsys_bus/bus/event_bus.py": "the steps of the end: the next one follows; entering, raised again",
     "evsys_bus/bus/publisher.py": "an interrupt, raised once all is settled; recording behind a publish",
     "evsys_bus/bus/lifecycle.py": "Ctrl-C while signals are let go, raised again; close and settle_owed of callbacks",
@@ -54,7 +58,7 @@ WALLS = {  # where `except Exception`, or wider, stands, and what is behind it
     "evsys_bus/codec/wire_types.py": "code of a host's handles and state, and in annotations; a stranger's str",
     "evsys_bus/codec/decode.py": "code of the types that values are decoded to",
     "evsys_bus/codec/step_template.py": "code of values",
-    "evsys_bus/training/run_files.py": "the text of a stranger's exception",
+    "evsys_bus/run_files.py": "the text of a stranger's exception",
     "evsys_bus/training/run_executor.py": "a run of an experiment; benchmarks after training; its close",
     "evsys_bus/training/loop.py": "evaluators; and TrainEnd also when the loop raised",
     "evsys_bus/delivery/courier_pool.py": "building an adapter; a delivery that broke down; writing that down",

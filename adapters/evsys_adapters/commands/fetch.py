@@ -19,7 +19,7 @@ from evsys_bus.cli.output.transfers import make_byte_counter
 from evsys_bus.cli.records import CHECKPOINTS, RUNS, load_previous_experiment
 from evsys_bus.context import ManifestRow
 from evsys_bus.errors import did_you_mean
-from evsys_bus.training.run_files import Row, RowFile
+from evsys_bus.run_files import Row, RowFile
 
 _MAX_NAMED: Final = 3
 

@@ -29,8 +29,8 @@ from evsys_bus.cli.records import load_previous_experiment, read_checkpoints
 from evsys_bus.context import LogContext, ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import DeliveryError, ParkedError, RetryLaterError
+from evsys_bus.run_files import lock_folder
 from evsys_bus.training.plan import RunPlan
-from evsys_bus.training.run_files import lock_folder
 
 ATTEMPTS: Final = 3
 """Attempts to query a destination: a short outage should not end a job that a scheduler has restarted."""
