@@ -129,36 +129,38 @@ def test_the_index_is_not_written(repository):
     assert index.read_bytes() == before
 
 
-@pytest.mark.parametrize("attack", ["fsmonitor", "filter", "process filter", "textconv", "external diff", "submodule"])
-def test_no_setting_of_a_repository_runs_code(repository, tmp_path, attack):
+@pytest.mark.parametrize(
+    ("setting", "attribute"),
+    [
+        ("core.fsmonitor", ""),
+        ("filter.evil.clean", "filter=evil"),
+        ("filter.evil.process", "filter=evil"),
+        ("diff.evil.textconv", "diff=evil"),
+        ("diff.evil.command", "diff=evil"),
+        ("diff.external", ""),
+    ],
+)
+@pytest.mark.parametrize("place", ["repository", "submodule"])
+def test_no_setting_of_a_repository_runs_code(repository, tmp_path, setting, attribute, place):
     marker = tmp_path / "it ran"
     program = install(tmp_path, "attack.sh", f"touch {shlex.quote(str(marker))}; cat")
     attacked = repository
-    if attack == "submodule":
+    if place == "submodule":
         attacked = repository / "inner"
-        attacked.mkdir()
-        git(attacked, "init", "-q")
-        git(attacked, "commit", "-q", "--allow-empty", "-m", "inner")
+        git(repository, "init", "-q", "inner")
+        (attacked / "train.py").write_text("lr = 1\n")
+        git(attacked, "add", ".")
+        git(attacked, "commit", "-q", "-m", "inner")
         git(repository, "add", "inner")
         git(repository, "commit", "-q", "-m", "with inner")
-    settings = {
-        "fsmonitor": ("core.fsmonitor", ""),
-        "submodule": ("core.fsmonitor", ""),
-        "filter": ("filter.a b.clean", "filter=a"),
-        "process filter": ("filter.evil.process", "filter=evil"),
-        "textconv": ("diff.evil.textconv", "diff=evil"),
-        "external diff": ("diff.evil.command", "diff=evil"),
-    }
-    setting, attribute = settings[attack]
-    if attack == "filter":
-        setting = "filter.a.clean"
     git(attacked, "config", setting, str(program))
     if attribute:
-        (repository / ".gitattributes").write_text(f"* {attribute}\n")
+        (attacked / ".gitattributes").write_text(f"* {attribute}\n")
     (repository / "train.py").write_text("lr = 3\n")
+    (attacked / "train.py").write_text("lr = 3\n")
     subprocess.run(["git", "diff", "HEAD"], cwd=repository, capture_output=True, check=False)
-    assert marker.exists()  # git itself runs it
-    marker.unlink()
+    assert marker.exists() or place == "submodule"  # git itself runs it
+    marker.unlink(missing_ok=True)
     facts = collect_environment(folder=repository, timeout=10)
     assert not marker.exists()
     assert facts["git"]["dirty"] is True

@@ -454,7 +454,12 @@ def test_what_is_too_large_is_refused_before_it_is_copied(tmp_path):
     huge.parent.mkdir()
     with huge.open("wb") as file:
         file.truncate(MAX_CONTENT_BYTES + 1)
-    for value in (huge, huge.parent):
+    halves = tmp_path / "halves"
+    halves.mkdir()
+    for name in "ab":
+        with (halves / name).open("wb") as file:
+            file.truncate(MAX_CONTENT_BYTES // 2 + 1)
+    for value in (huge, huge.parent, halves):
         with pytest.raises(EventError, match="checkpoint_upload"):
             store_content(tmp_path, "artifact", "huge", value)
     assert not (tmp_path / "media").exists()
@@ -555,14 +560,14 @@ def test_nothing_is_written_through_a_link(tmp_path):
             store_content(run_dir, kind, "x", value)
     (run_dir / "media").unlink()
     victim = elsewhere / "victim"
-    victim.write_bytes(b"untouched")
+    victim.write_bytes(b"victim!")
     digest = hashlib.sha256(b"content").hexdigest()
     (run_dir / "media").mkdir()
     for name in (f"{digest}.txt", f"{digest}.bin", f"{digest}.txt.new", "incoming.new"):
         (run_dir / "media" / name).symlink_to(victim)
     store_content(run_dir, "text", "x", "content")
     store_content(run_dir, "artifact", "x", source)
-    assert victim.read_bytes() == b"untouched"
+    assert victim.read_bytes() == b"victim!"
     for name in (f"{digest}.txt", f"{digest}.bin"):
         assert not (run_dir / "media" / name).is_symlink()
         assert (run_dir / "media" / name).read_bytes() == b"content"
