@@ -1,7 +1,7 @@
 """`RunConfig` and `RunSummary`: dicts of a run whose changes are recorded."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from evsys_bus.codec import to_builtins
 
@@ -40,8 +40,8 @@ class RunConfig(RunSummary):
     def __init__(self, record: Record, config: Any) -> None:
         super().__init__(record)
         plain: Any = None if config is None else to_builtins(config)[0]
-        if isinstance(plain, dict):
-            dict[str, Any].update(self, plain)
+        if type(plain) is dict:
+            dict[str, Any].update(self, cast("dict[str, Any]", plain))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -51,5 +51,5 @@ class RunConfig(RunSummary):
 
     def update(self, values: Any = {}, /, **more: Any) -> None:  # noqa: B006 # not changed
         """Add or change keys, from a mapping or any object that holds settings."""
-        plain: Any = values if isinstance(values, Mapping) else to_builtins(values)[0]
-        super().update(plain, **more)
+        plain: object = values if isinstance(values, Mapping) else to_builtins(values)[0]
+        super().update(cast("Mapping[str, Any]", plain), **more)

@@ -39,10 +39,10 @@ from evsys_bus import (
     Summary,
     TrainData,
     TrainEnd,
-    TrainStart,
     TrainingBatch,
+    TrainStart,
+    events,
 )
-from evsys_bus import events
 from evsys_bus.codec import decode, encode, event_encoder, to_json
 from evsys_bus.codec.redact import is_secret_key
 from evsys_bus.codec.wire_types import run_and_root

@@ -303,18 +303,12 @@ def test_other_threads_go_on_while_it_is_collected():
     assert min(longest_pause() for _ in range(3)) < 0.2  # generous: other programs pause this one too
 
 
-def test_the_import_costs_less_than_a_millisecond():
+def test_its_import_loads_no_large_module():
     source = """
-import time
-from evsys_bus import EventBus, TrainingLoop
-started = time.thread_time()
-import evsys_bus.front.environment
-print(time.thread_time() - started)
 import sys
+from evsys_bus import EventBus, TrainingLoop
+before = set(sys.modules)
+import evsys_bus.front.environment
 assert not {"subprocess", "importlib.metadata", "platform"} & set(sys.modules) - before
-""".replace("started =", "import sys; before = set(sys.modules); started =")
-    seconds = [
-        float(subprocess.run([sys.executable, "-c", source], check=True, capture_output=True, text=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(seconds) < 0.002
+"""
+    subprocess.run([sys.executable, "-c", source], check=True)
