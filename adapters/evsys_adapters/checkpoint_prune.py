@@ -12,8 +12,6 @@ from typing import Annotated, Any, ClassVar, Final, Literal, TypeGuard
 
 import msgspec
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import output_dir_of, run_context, run_folder
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointPruned
 from evsys_adapters.checkpoints.manifest import checkpoint_folder, component
@@ -36,6 +34,8 @@ from evsys_adapters.checkpoints.store_urls import (
     join_url,
     url_for,
 )
+from evsys_adapters.common.hook_arguments import output_dir_of, run_context, run_folder
+from evsys_adapters.common.params import validate_params
 from evsys_bus.context import ManifestRow
 from evsys_bus.diagnostics import log
 from evsys_bus.errors import RetryLaterError

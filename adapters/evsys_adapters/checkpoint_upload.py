@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Name
 import anyio
 import msgspec
 
-from evsys_adapters._params import validate_params
 from evsys_adapters.checkpoints.copying import full_disk_as_retry
 from evsys_adapters.checkpoints.destination import Destination
 from evsys_adapters.checkpoints.events import CheckpointConflict, CheckpointUploaded, UploadProgress
@@ -45,6 +44,7 @@ from evsys_adapters.checkpoints.store_urls import (
     join_url,
     url_for,
 )
+from evsys_adapters.common.params import validate_params
 from evsys_bus.callback import Callback
 from evsys_bus.context import LoopState, ManifestRow
 from evsys_bus.diagnostics import log

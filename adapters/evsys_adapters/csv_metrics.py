@@ -14,25 +14,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._csv_table import CsvTable, cells_of, row_key
-from evsys_adapters._output_lease import (
-    OutputCandidates,
-    OutputLease,
-    has_courier,
-    owner_of,
-    relative_run_path,
-)
-from evsys_adapters._output_positions import (
-    NEXT_STREAM,
-    Position,
-    PositionWriter,
-    TrackedOutput,
-    assign,
-    position_file_of,
-    skip_matching_if_empty,
-)
-from evsys_adapters._params import check_local_path, validate_params
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     first_step_of,
     is_repeated_start,
     is_run_of,
@@ -43,7 +25,25 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._step_tracker import RowMatcher, StepTracker
+from evsys_adapters.common.params import check_local_path, validate_params
+from evsys_adapters.output_files.csv_table import CsvTable, cells_of, row_key
+from evsys_adapters.output_files.output_lease import (
+    OutputCandidates,
+    OutputLease,
+    has_courier,
+    owner_of,
+    relative_run_path,
+)
+from evsys_adapters.output_files.output_positions import (
+    NEXT_STREAM,
+    Position,
+    PositionWriter,
+    TrackedOutput,
+    assign,
+    position_file_of,
+    skip_matching_if_empty,
+)
+from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker
 from evsys_bus.callback import Callback
 from evsys_bus.context import ExperimentResult, LogContext, LoopArtifacts, LoopState, TrainingBatch
 from evsys_bus.diagnostics import log

@@ -8,8 +8,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from evsys_adapters._params import validate_params
-from evsys_adapters._runs import is_run_of, output_dir_of, run_context, run_folder, run_id, run_key, safe_name
+from evsys_adapters.common.hook_arguments import (
+    is_run_of,
+    output_dir_of,
+    run_context,
+    run_folder,
+    run_id,
+    run_key,
+    safe_name,
+)
+from evsys_adapters.common.params import validate_params
 from evsys_adapters.evsys_api.creation import persistent_id
 from evsys_adapters.evsys_api.delivery import EvsysRun, EvsysSink
 from evsys_adapters.evsys_api.gateway import EvsysLoggerConfig, is_offline

@@ -1,7 +1,7 @@
 """`LocalLoggerCallback`: an experiment as a folder of files that people and scripts can read without tools.
 
 <output_dir>/experiment.md                       comparison of the arms, once the experiment has ended
-<output_dir>/<run_key>/logs/                     see `evsys_adapters._run_logs`
+<output_dir>/<run_key>/logs/                     see `evsys_adapters.output_files.run_logs`
 """
 
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -11,18 +11,7 @@ from typing import Annotated, Any, ClassVar, Final
 
 import msgspec
 
-from evsys_adapters._experiment_pages import conclusion_page, experiment_page, hypothesis_of
-from evsys_adapters._output_lease import OutputCandidates, has_courier, owner_of
-from evsys_adapters._output_positions import (
-    NEXT_STREAM,
-    Position,
-    PositionWriter,
-    TrackedOutput,
-    position_file_in,
-)
-from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._run_logs import RowKey, RunLogs, RunLogsState
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     experiment_folder,
     field,
     fields,
@@ -39,8 +28,19 @@ from evsys_adapters._runs import (
     run_id,
     step_of,
 )
-from evsys_adapters._step_tracker import StepTracker
-from evsys_adapters._terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.params import as_list, validate_params
+from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
+from evsys_adapters.output_files.experiment_pages import conclusion_page, experiment_page, hypothesis_of
+from evsys_adapters.output_files.output_lease import OutputCandidates, has_courier, owner_of
+from evsys_adapters.output_files.output_positions import (
+    NEXT_STREAM,
+    Position,
+    PositionWriter,
+    TrackedOutput,
+    position_file_in,
+)
+from evsys_adapters.output_files.run_logs import RowKey, RunLogs, RunLogsState
+from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_bus.callback import Callback
 from evsys_bus.codec import to_builtins
 from evsys_bus.context import (

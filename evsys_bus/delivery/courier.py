@@ -200,6 +200,11 @@ class Courier:
         recorded = delivered + dead + pending
         return DeliveryStatus(self.name, recorded=recorded, delivered=delivered, dead=dead, pending=pending)
 
+    @property
+    def failure_counts(self) -> HasFailureCounts | None:
+        """Failures of the adapter in this courier; None if its receiver does not count them."""
+        return self._receiver if isinstance(self._receiver, HasFailureCounts) else None
+
     # -- on the courier's loop ----------------------------------------------------------------------------------------
 
     def _make_receiver(self, adapter: Callback | Sink | Receiver) -> Receiver:
@@ -390,9 +395,9 @@ class Courier:
 
     def _save_failure_counts(self) -> None:
         """Write failure counts before the cursor moves: after a kill in between they are counted twice, not lost."""
-        receiver = self._receiver
-        if isinstance(receiver, HasFailureCounts):
-            failures = receiver.failures, receiver.task_failures
+        counts = self.failure_counts
+        if counts is not None:
+            failures = counts.failures, counts.task_failures
             if failures != self._saved_failures:
                 self._saved_failures = failures
                 self._write_status("delivering", urgent=True)
@@ -413,11 +418,9 @@ class Courier:
         unconfirmed, previous = self._unconfirmed, self._previous_status
         # A problem of the delivery comes before the reason for unconfirmed events.
         shown = unconfirmed if problem is None else problem
-        receiver = self._receiver
+        counts = self.failure_counts
         failures, task_failures, last_failure = (
-            (receiver.failures, receiver.task_failures, receiver.last_failure)
-            if isinstance(receiver, HasFailureCounts)
-            else (0, 0, None)
+            (0, 0, None) if counts is None else (counts.failures, counts.task_failures, counts.last_failure)
         )
         status = DeliveryStatus(
             state=state if problem is None or state in {"ended", "failed"} else problem.state,

@@ -332,6 +332,14 @@ class JournalWriter:
         is_finished = self._maintenance.stop(max(min_sync_seconds, deadline - slow_writer.clock.monotonic()))
         return is_finished and not self.unrecorded and not self.lost
 
+    def abandon(self, timeout_seconds: float = 0.0) -> None:
+        """Stop without writing or syncing anything more, as a kill of the process would; for simulations of one.
+
+        Args:
+            timeout_seconds: How long to wait for the maintenance thread, which releases the stream at its end.
+        """
+        self._maintenance.abandon(timeout_seconds)
+
     @property
     def directory(self) -> str:
         """The path of the journal."""

@@ -91,7 +91,7 @@ async def by_bus_of_objects(folder):
 async def by_loop_of_objects(folder):
     loop = TrainingLoop(**parts(folder), output_dir=folder / "run", callbacks=objects(folder))
     await loop.run()
-    return loop._bus
+    return loop
 
 
 async def by_specs(folder):
@@ -112,7 +112,7 @@ async def by_file(folder):
     experiment = Experiment(config, recipe=module.recipe, output_dir=folder)
     result = await experiment.run()
     assert result.status == "completed", result
-    return experiment._bus
+    return experiment
 
 
 WAYS = (by_bus_of_objects, by_loop_of_objects, by_specs, by_file)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from evsys_adapters._runs import safe_name
 from evsys_adapters.checkpoints.manifest import MAX_FOLDERS
+from evsys_adapters.common.hook_arguments import safe_name
 from evsys_bus.disk import OsDisk
 from evsys_bus.journal import layout
 from evsys_bus.location import short_digest

@@ -9,10 +9,10 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import anyio
 import msgspec
 
-from evsys_adapters._params import check_placeholders
-from evsys_adapters._runs import experiment_folder
 from evsys_adapters.checkpoints.manifest import component
 from evsys_adapters.checkpoints.store import PART_BYTES, ObjectStore
+from evsys_adapters.common.hook_arguments import experiment_folder
+from evsys_adapters.common.params import check_placeholders
 from evsys_bus.errors import ConfigError
 
 OPEN_SECONDS: Final = 60.0

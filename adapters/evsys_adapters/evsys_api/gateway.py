@@ -27,7 +27,7 @@ from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
-from evsys_adapters._params import require_package
+from evsys_adapters.common.params import require_package
 from evsys_bus.errors import BatchTooLargeError, ParkedError, RetryLaterError
 
 if TYPE_CHECKING:

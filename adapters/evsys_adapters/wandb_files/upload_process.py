@@ -7,8 +7,8 @@ W&B's marker ``.synced`` does not prove that the server has the file: the tool c
 the tool's log is read while it runs, for the rows that the server has confirmed and the requests that it rejected. Once
 the server has all of a file, ``.uploaded`` beside it contains the file's size.
 
-Run as a module, this is the process: ``python -m evsys_adapters._wandb_upload_process FILE…``. It ends when its stdin
-is closed, however its parent ended, and W&B's service ends with it.
+Run as a module, this is the process: ``python -m evsys_adapters.wandb_files.upload_process FILE…``. It ends when its
+stdin is closed, however its parent ended, and W&B's service ends with it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
-from evsys_adapters._wandb_records import Records
+from evsys_adapters.wandb_files.records import Records
 from evsys_bus.files import load_file, replace_file
 
 LOG: Final = "upload.log"

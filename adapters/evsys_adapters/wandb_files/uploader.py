@@ -11,7 +11,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 
-from evsys_adapters._wandb_upload_process import LOG, LOGIN_FIX, Problem, Upload, UploadProcess
+from evsys_adapters.wandb_files.upload_process import LOG, LOGIN_FIX, Problem, Upload, UploadProcess
 from evsys_bus.diagnostics import FaultLog
 
 _PAUSES: Final = (1.0, 5.0, 15.0, 60.0)

@@ -27,7 +27,7 @@ from evsys_bus.files import AppendFile
 class MatchProgress(
     msgspec.Struct, omit_defaults=True, rename={"existing": "stood", "pointer": "passed", "unconfirmed": "doubtful"}
 ):
-    """Progress of matching delivered rows with those in a file; see `evsys_adapters._step_tracker`."""
+    """Progress of matching delivered rows with those in a file; see `evsys_adapters.output_files.step_tracker`."""
 
     existing: int
     """Rows in the file when matching began."""

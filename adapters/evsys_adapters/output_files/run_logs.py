@@ -4,7 +4,7 @@
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
-    <run>/logs/.run                                          the owner, see `evsys_adapters._output_lease`
+    <run>/logs/.run                                          the owner, see `evsys_adapters.output_files.output_lease`
 
 Callers choose the content of rows, except for the keys ``step`` and ``benchmark``.
 """
@@ -17,9 +17,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from evsys_adapters._output_lease import OutputCandidates, OutputLease
-from evsys_adapters._output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
-from evsys_adapters._step_tracker import RowMatcher, StepTracker, keep_lines
+from evsys_adapters.output_files.output_lease import OutputCandidates, OutputLease
+from evsys_adapters.output_files.output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
+from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker, keep_lines
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
@@ -134,12 +134,12 @@ class TrainingRows(StepRows):
         self.backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._step_tracker.RowFile.rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.rows`."""
         for line in self._file.lines():
             yield hash(line), _key_of(line).step
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.keep_rows`."""
         return sum(keep_lines(self._file, lambda number, line: should_keep(number, _key_of(line).step)))
 
     def flush(self) -> None:
@@ -152,7 +152,7 @@ class TrainingRows(StepRows):
         self.matcher.invalidate()
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.drop_from_step`."""
         self._cut(first_step, frozenset(), None)
 
     def _add_unless_present(
@@ -373,6 +373,7 @@ class RunLogs:
         self._training.add(row)
 
     def end_training(self) -> None:
+        """Write the rows that wait for their step, at the end of the training."""
         self.state.tracker.rewound = False
         self._put_deferred(keep_existing=False)
 

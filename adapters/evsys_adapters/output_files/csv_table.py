@@ -20,8 +20,8 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._logged_values import redacted
-from evsys_adapters._step_tracker import keep_lines
+from evsys_adapters.common.logged_values import redacted
+from evsys_adapters.output_files.step_tracker import keep_lines
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import redact_key
 from evsys_bus.diagnostics import log
@@ -176,14 +176,14 @@ class CsvTable:
         self._measure()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._step_tracker.RowFile.rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.rows`."""
         self._load()
         for line in islice(self._file.lines(), 1, None):
             row = self._parse_row(line)
             yield hash(frozenset(row.items())), self._step_of(line)
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.keep_rows`."""
         self._load()
         retained = keep_lines(
             self._file, lambda number, line: not number or should_keep(number - 1, self._step_of(line))
@@ -193,7 +193,7 @@ class CsvTable:
         return max(0, sum(retained) - 1)
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.drop_from_step`."""
         self.cut(first_step)
 
     def close(self) -> None:
