@@ -36,6 +36,7 @@ from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.output.formatting import (
     GAP,
     NO_VALUE,
+    format_counts,
     format_duration,
     format_facts,
     format_mean_sd,
@@ -320,7 +321,7 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) 
         return unfinished
     for owner, tasks in receipt.tasks_by_owner.items():
         counts = ((tasks.failed, "failed"), (tasks.cancelled, "cancelled"), (tasks.refused, "refused"))
-        parts = [f"{count:,} {word}" for count, word in counts if count]
+        parts = format_counts(counts)
         if parts:
             unfinished = True
             warn(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")

@@ -22,7 +22,13 @@ import click
 import msgspec
 
 from evsys_bus.cli.interrupts import Interrupts
-from evsys_bus.cli.options import optional_run_argument, progress_option, timeout_option
+from evsys_bus.cli.options import (
+    adapters_option,
+    dry_run_option,
+    optional_run_argument,
+    progress_option,
+    timeout_option,
+)
 from evsys_bus.cli.output.deliveries import (
     POLL_SECONDS,
     DeliveryMonitor,
@@ -95,9 +101,9 @@ class SyncResult(NamedTuple):
 
 @click.command("sync")
 @optional_run_argument
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME", help="Only to this one; repeatable.")
+@adapters_option("Only to this one")
 @click.option("--all", "everywhere", is_flag=True, help="Every journal below ./runs.")
-@click.option("--dry-run", is_flag=True, help="Show what would be delivered, and deliver nothing.")
+@dry_run_option
 @click.option("--trust", is_flag=True, help="Also import and write what files of other users in the journal name.")
 @timeout_option
 @progress_option

@@ -276,7 +276,7 @@ class Courier:
         )
         while not self._stopping:
             include_idle = self._finishing
-            if not batch.envelopes:
+            if not batch.items:
                 began = clock.monotonic()
             read_result = source.read_batch(
                 batch,
@@ -285,7 +285,7 @@ class Courier:
                 slice_seconds=self._slice_seconds,
                 include_idle=include_idle,
             )
-            if read_result == "dry" and not batch.envelopes:
+            if read_result == "dry" and not batch.items:
                 self._commit(at_once=True)
                 self._write_status("idle")
                 if include_idle and was_exhausted:
@@ -302,12 +302,12 @@ class Courier:
                 )
                 continue
             is_closed = batch.is_closed
-            if batch.envelopes:
+            if batch.items:
                 await self._deliver_batch(batch)
-            if batch.corrupt_record is not None and not batch.envelopes:
+            if batch.corrupt_record is not None and not batch.items:
                 store.reject_corrupt(batch.corrupt_record)
                 batch = Batch()
-            self._commit(at_once=is_closed and not batch.envelopes)
+            self._commit(at_once=is_closed and not batch.items)
             self._write_status("delivering")
             while (store.is_full or self._failed_marks) and not self._stopping:
                 await asyncio.sleep(self._poll_seconds)
@@ -346,10 +346,10 @@ class Courier:
             await self._resume_runs(batch)
         try:
             self._is_delivering = True
-            result = await self._receiver.deliver(batch.envelopes, batch.sizes)
+            result = await self._receiver.deliver(batch.items, batch.sizes)
             self._is_delivering = False
-            if not 0 < result.handled <= len(batch.envelopes):
-                raise ValueError(f"a receiver took {result.handled} of {len(batch.envelopes)} events")  # noqa: TRY301
+            if not 0 < result.handled <= len(batch.items):
+                raise ValueError(f"a receiver took {result.handled} of {len(batch.items)} events")  # noqa: TRY301
         except asyncio.CancelledError:
             partial_result = self._receiver.interrupted_result()
             if partial_result is not None:

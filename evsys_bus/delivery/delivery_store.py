@@ -234,7 +234,7 @@ class DeliveryStore:
 
     def acknowledge(self, batch: Batch, result: BatchResult) -> None:
         """Record the result for the front of a batch and remove those events from it."""
-        envelopes, sequences = batch.envelopes[: result.handled], batch.sequences[: result.handled]
+        envelopes, sequences = batch.items[: result.handled], batch.sequences[: result.handled]
         offset = 0
         for stream, number, last in batch.drop(result.handled):
             indices = range(offset, offset + number)

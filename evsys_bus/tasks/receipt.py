@@ -101,6 +101,11 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         return None if self.state in {None, "delivering", "idle", "waiting", "other_rank"} else self.error
 
     @property
+    def suggested_fix(self) -> str | None:
+        """What to do about `last_error`: what confirms the unconfirmed events comes first."""
+        return self.owed_fix or self.fix
+
+    @property
     def is_known(self) -> bool:
         """Whether the counts are valid; False if the files could not be read."""
         return self.state != "unknown"

@@ -20,6 +20,7 @@ from evsys_bus.cli.output.formatting import (
     NO_VALUE,
     format_duration,
     format_mean_sd,
+    format_progress,
     summarize_error,
 )
 from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
@@ -277,7 +278,7 @@ def _arm_cells(arm: ArmRow, *, sd: bool) -> list[RenderableType]:
     return [
         Text(printable(arm.arm), style="red" if arm.failed else ""),
         Text(f"{arm.completed}/{arm.runs}{' !' if arm.failed else ''}", style="red" if arm.failed else ""),
-        Text(f"{arm.step:,}/{arm.num_steps:,}" if arm.num_steps else NO_VALUE, style=style),
+        Text(format_progress(arm.step, arm.num_steps) if arm.num_steps else NO_VALUE, style=style),
         Text(_format_metric(arm.train, sd=sd)),
         Text(_format_metric(arm.eval, sd=sd)),
         Text("done" if arm.completed + arm.failed == arm.runs else format_duration(arm.eta)),
@@ -326,7 +327,7 @@ def _problem_lines(problems: Sequence[DeliveryStatus], width: int, room: int) ->
     for number, each in enumerate(problems):
         state = f"{each.state}: " if each.state in {"parked", "failed", "retrying"} else ""
         why = "" if each.last_error is None else f"{state}{each.last_error}"
-        fix = each.owed_fix or each.fix
+        fix = each.suggested_fix
         parts = (each.name, ", ".join(describe_counts(each)), why, f"fix: {fix}" if fix and why else "")
         texts = textwrap.wrap(printable("   ".join(filter(None, parts))), max(width, 1), subsequent_indent="  ")
         if len(lines) + len(texts) + (number + 1 < len(problems)) > room:
