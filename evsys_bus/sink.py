@@ -224,7 +224,7 @@ def _check_method(label: str, method: Callable[..., object], arguments: Sequence
         raise SinkMethodError(
             f"{label} is not async, but couriers await it",
             why="what it returns could not be awaited, so each call would count as failed",
-            fix=f"write `{declaration}`; what blocks goes to a thread: await asyncio.to_thread(...)",
+            fix=f"write `{declaration}`; run blocking code on a thread: await asyncio.to_thread(...)",
         )
     try:
         signature = inspect.signature(method)

@@ -93,7 +93,7 @@ class CsvMetricsCallback(Callback):
     ``<stem>-2<suffix>``, also in later processes. An adapter with a new name continues the file of one that is no
     longer subscribed.
 
-    Rows that the disk refuses are kept in memory, up to 16 MiB, and retried with the next one. Behind a courier, a
+    Rows that the disk refuses stay in memory, up to 16 MiB, and retried with the next one. Behind a courier, a
     crash neither duplicates nor loses a row: the file is rewound to the last `mark`.
 
     Example:
@@ -128,7 +128,7 @@ class CsvMetricsCallback(Callback):
 
     @property
     def waiting(self) -> int:
-        """Rows that the disk has refused so far and that are kept in memory."""
+        """Rows that the disk has refused so far and that are in memory."""
         return sum(run.backlog.pending for run in self._runs.values())
 
     def on_train_start(self, state: LoopState) -> None:

@@ -77,7 +77,7 @@ class EventBus:
         journal: A directory, or a `JournalWriter` that is not open yet. Every event is recorded there before `publish`
             returns, and survives the end of the process. None records nothing.
         sinks: Delivered to off the loop, from the journal, like followed callbacks (see `follow`). Without a journal,
-            from a temporary one, which is kept while anything is undelivered.
+            from a temporary one, which is not removed while anything is undelivered.
         couriers: Deliver to these adapters from a separate process, or from threads of this one.
         linger_seconds: How long the courier process may continue after the bus is closed or the program has died.
         rank: Which of several processes this is. Default: the rank set by the launcher, else 0.
@@ -188,7 +188,7 @@ class EventBus:
 
         Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
         remaining hooks ran. An event published from inside a hook is dispatched after the current one, before the
-        outermost publish returns. A subclass may override it; what hooks publish goes through the override too.
+        outermost publish returns. A subclass may override it; what hooks publish is passed to the override too.
 
         Raises:
             BusNotOpenError: The bus was not entered yet, or is closed.

@@ -93,7 +93,7 @@ def verify_command(screen: Screen, folder: Path, as_json: bool) -> int:
 def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     """Quarantine the damaged segments of RUN, and rewrite them with their intact records only.
 
-    Reading does not need a repair: damage is skipped. Lost events stay lost. Each damaged segment is kept next to the
+    Reading does not need a repair: damage is skipped. Lost events stay lost. Each damaged segment remains next to the
     new one, with the suffix ".damaged". Do not follow or sync the run at the same time. Exits with 3 if a segment
     cannot be read at all.
     """
@@ -103,7 +103,7 @@ def repair_command(screen: Screen, folder: Path, dry_run: bool) -> int:
     rows = [
         [
             f"{each.segment.parent.name}/{each.segment.name}",
-            f"{pluralize(each.events, 'event')} kept",
+            f"{pluralize(each.events, 'event')} retained",
             f"{format_size(each.dropped_bytes)} dropped",
             f"original: {each.quarantined.name}",
         ]
@@ -202,7 +202,7 @@ def stream_lines(directory: Path, stream: StreamReport) -> list[str]:
     ]
     lines = ["   ".join(head)]
     lines += [f"  ! {_describe_damage(stream, each)}" for each in stream.corrupt_ranges]
-    for ranges, what in ((lost, "! lost"), (repaired, "lost before a repair, which kept the damaged segment")):
+    for ranges, what in ((lost, "! lost"), (repaired, "lost before a repair, which retained the damaged segment")):
         if ranges:
             noun = "event" if count_in_ranges(ranges) == 1 else "events"
             lines.append(f"  {what}: {noun} {format_ranges(ranges)}")

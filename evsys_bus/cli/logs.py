@@ -1,6 +1,6 @@
 """``evsys-bus logs``: shows what a run has left to read: tracebacks of failed runs, and the log of its couriers.
 
-Logs are text that nobody has validated, so each file is read from its end, up to a limit, and control characters are
+Logs are text that was never validated, so each file is read from its end, up to a limit, and control characters are
 escaped.
 """
 

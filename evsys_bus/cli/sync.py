@@ -96,7 +96,7 @@ class SyncResult(NamedTuple):
     """Errors of adapters that another process still delivers to, or that another user named."""
     interrupted: bool = False
     overtaken: frozenset[str] = frozenset()
-    """Adapters that have all that was pending at first, where a program goes on to record more."""
+    """Adapters that have all that was pending at first, where a program continues to record."""
 
 
 @click.command("sync")

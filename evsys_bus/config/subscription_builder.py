@@ -113,8 +113,8 @@ def check_placement(spec: CallbackSpec, cls: AdapterClass, path: str) -> list[Co
             fix = "leave placement out, or write placement: inline"
             return [BadSpecError(what, where=Location(join_path(path, "placement")), why=_MUST_RUN_INLINE, fix=fix)]
         if issubclass(cls, Sink) and spec.on_failure != "count":
-            what = f'"on_failure" says what a hook that raises means, and sink "{spec.kind}" has no hooks'
-            fix = "leave it out: what `write` raises says what becomes of the batch"
+            what = f'"on_failure" is about hooks that raise, and sink "{spec.kind}" has no hooks'
+            fix = "leave it out: the error that `write` raises decides what becomes of the batch"
             return [BadSpecError(what, where=Location(join_path(path, "on_failure")), fix=fix)]
         return _mark_errors(cls, path)
     return [

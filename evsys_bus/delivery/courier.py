@@ -4,7 +4,7 @@
                                      └──────────── until finished or stopped ────────────────────┘
 
 The cursor moves only after the receiver has acknowledged the events. A commit writes the dead letters, then takes the
-receiver's mark, then writes one cursor file with both. What the adapter raises goes to the state file and the log.
+receiver's mark, then writes one cursor file with both. What the adapter raises is written to the state file and the log.
 """
 
 import asyncio
@@ -272,7 +272,7 @@ class Courier:
         batch = Batch()
         began = 0.0
         was_exhausted = (
-            False  # by a thorough read; finish only after two, since one may have begun before the last event came
+            False  # by a thorough read; finish only after two, since one may have started before the last event came
         )
         while not self._stopping:
             include_idle = self._finishing
@@ -381,7 +381,7 @@ class Courier:
             self._save_failure_counts()
             committed = self._store.commit(self._receiver.mark)
             if last and committed:
-                self._receiver.mark()  # lets the adapter delete what it kept for the mark before the last one
+                self._receiver.mark()  # lets the adapter delete what it needed for the mark before the last one
             self._failed_marks = 0
         except Exception as error:  # isolation: without the adapter's mark the cursor must not move
             self._faults.warn("courier.not_marked", self.name, error=error, adapter=self.name)

@@ -14,7 +14,7 @@ sink fails with an unknown error, is split in halves until the failing event is 
 
 Circuit breaker: an outage that the sink does not report as one (its client raises its own exceptions) looks like one
 bad event after another. After `MAX_CONSECUTIVE_DEAD` consecutive events were dead-lettered for unknown exceptions, the
-next failing event is kept and the sink is parked until it accepts an event or is rebuilt.
+next failing event stays pending and the sink is parked until it accepts an event or is rebuilt.
 """
 
 import asyncio

@@ -132,7 +132,7 @@ class EventSource:
         self._annotations: Final = RunAnnotations(self._reader, clock, faults)
 
     def close(self) -> None:
-        """Close the segments that were kept open."""
+        """Close the open segments."""
         for source in self._sources.values():
             source.close()
 
@@ -459,7 +459,7 @@ class _StreamSource:
         return not (self.is_exhausted or self.is_live)
 
     def close(self) -> None:
-        """Close the segment that was kept open."""
+        """Close the open segment."""
         self._tail.close()
 
     def records(self) -> Iterator[tuple[int, bytes]]:

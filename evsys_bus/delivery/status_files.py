@@ -42,7 +42,7 @@ def write_status(disk: Disk, directory: str, name: str, status: DeliveryStatus) 
 def write_status_if_idle(disk: Disk, directory: str, name: str, status: DeliveryStatus) -> None:
     """Write the final state of a courier that has ended, unless another courier delivers now.
 
-    Failure counts and unconfirmed events are kept from the existing file.
+    Failure counts and unconfirmed events are copied from the existing file.
 
     Raises:
         OSError: The file cannot be written.

@@ -146,7 +146,7 @@ def deregister(directory: str, active_names: Collection[str], rank: int, disk: D
 
 
 def forget(directory: str, name: str, disk: Disk | None = None) -> None:
-    """Delete the spec, cursor and state of an adapter; its dead letters are kept.
+    """Delete the spec, cursor and state of an adapter; its dead letters remain.
 
     Retention no longer waits for it. If it is followed again, it starts with the oldest event in the journal.
 

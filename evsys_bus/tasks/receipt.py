@@ -133,7 +133,7 @@ class Receipt(msgspec.Struct, frozen=True):
     unrecorded: int = 0
     """Events that could not be written to the journal and are lost when the process ends."""
     dropped: int = 0
-    """Events whose `publish` returned but that reached no hook and are not in the journal; the log says why."""
+    """Events whose `publish` returned but that reached no hook and are not in the journal; the reason is in the log."""
     without_hooks: int = 0
     """Events that are in the journal but reached no hook: a hook on another thread blocked the bus until the end."""
     journal: str | None = None

@@ -161,4 +161,4 @@ def _check_delivery_half(adapter: Callback, delivery: AdapterFactory | None, fai
         SinkConformance(delivery, failures, "its delivery half: ").run()
     elif delivery_class is not None:
         fix = f"conformance(make, delivery=lambda folder: {delivery_class.__name__}(...))"
-        failures.add(f"its delivery half is tried as well; say how it is made: {fix}")
+        failures.add(f"its delivery half is tried as well; give a function that makes it: {fix}")

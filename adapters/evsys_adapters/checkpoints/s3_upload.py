@@ -1,7 +1,7 @@
 """Multipart uploads to S3: resumable by any process with the ledger, and atomic.
 
     planned    the file's digests are in the ledger
-    begun      the server's upload ID is in the ledger
+    started    the server's upload ID is in the ledger
     sent       each part confirmed by the server is in the ledger before the next one is sent in its place
     completed  on condition that the key is unused; then size and digest are verified
 

@@ -77,7 +77,7 @@ class ResumeReporter:
         """Report that the run continues from this checkpoint."""
         row, name = manifest.row, checkpoint_folder(manifest.row)
         contents = describe_contents(manifest)
-        text = f"{run} goes on after step {row.batch:,}, from {name}: {contents}, fetched from {url}, verified"
+        text = f"{run} continues after step {row.batch:,}, from {name}: {contents}, fetched from {url}, verified"
         facts = {"run": run, "checkpoint": name, "batch": row.batch, "files": len(manifest.files)}
         self._report(text, "fetched", facts | {"bytes": total_bytes(manifest), "url": url})
 

@@ -240,8 +240,8 @@ class PositionWriter:
                 newer.update(_mark_from(record, position_file).files)
                 folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
                 newer.update(file for file in files if Path(file).parent == folder)  # renamed since
-        kept = {file: size for file, size in files.items() if file not in newer}
-        self._savepoints.rewind(msgspec.structs.replace(mark, files=kept))
+        remaining = {file: size for file, size in files.items() if file not in newer}
+        self._savepoints.rewind(msgspec.structs.replace(mark, files=remaining))
         self.has_mark = True
         for tracker, position in runs:
             tracker.rewound = True

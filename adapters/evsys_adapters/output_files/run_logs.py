@@ -54,7 +54,7 @@ def _key_of(line: bytes) -> RowKey:
 
 
 class StepRows:
-    """A file of rows that belong to steps. Refused writes are kept in `backlog` for a retry.
+    """A file of rows that belong to steps. Refused writes wait in `backlog` for a retry.
 
     Args:
         acquire_folder: Returns the folder ``logs``; called for each row, may raise OSError.
@@ -77,7 +77,7 @@ class StepRows:
     def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
         """Drop the rows from that step on, except for the evals in ``except_keys``.
 
-        With ``row``, everything before the last row equal to it is kept.
+        With ``row``, everything before the last row equal to it remains.
         """
         last_line = None if row is None else json_line(row) + b"\n"
         self.backlog.write(partial(self._cut, first_step, except_keys, last_line), 0)
@@ -361,7 +361,7 @@ class RunLogs:
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
-        """Add a training row. Without `begin`, the first step acts as the start, but earlier evals are kept."""
+        """Add a training row. Without `begin`, the first step acts as the start, but earlier evals remain."""
         row = {"step": step, **row}
         if self.state.tracker.is_matching:
             self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
@@ -380,7 +380,7 @@ class RunLogs:
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
         """Write the row of an eval, and its predictions.
 
-        ``rollouts`` and ``split`` are None if only the metrics are known: predictions are kept, and the row goes to the
+        ``rollouts`` and ``split`` are None if only the metrics are known: predictions remain, and the row goes to the
         split of earlier evals with that name, or else to validation.
         """
         tracker = self.state.tracker
