@@ -436,7 +436,7 @@ def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) 
     if inspect.isgeneratorfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} has a `yield` in it, so calling it would run none of its lines",
-            why="a function with a `yield` is a generator: it runs only when it is iterated over, and nothing does that",
+            why="a function with a `yield` is a generator: it runs only when iterated over, and nothing does that",
             fix="take the `yield` out, or move it into a function that the hook calls",
         )
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):

@@ -93,7 +93,7 @@ class CsvMetricsCallback(Callback):
     ``<stem>-2<suffix>``, also in later processes. An adapter with a new name continues the file of one that is no
     longer subscribed.
 
-    Rows that the disk refuses stay in memory, up to 16 MiB, and retried with the next one. Behind a courier, a
+    Rows that the disk refuses wait in memory, up to 16 MiB, and are retried with the next one. Behind a courier, a
     crash neither duplicates nor loses a row: the file is rewound to the last `mark`.
 
     Example:

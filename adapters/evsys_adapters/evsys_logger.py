@@ -34,7 +34,7 @@ class EvsysLoggerCallback(Callback):
 
     The IDs that later callbacks read (``ctx.ids["experiment_id"]``, ``["group:<name>"]``, ``["run_id"]``) are created
     immediately, as UUIDv7, and stored in ``.evsys_ids/`` in the folder of their object: a resumed run has the same IDs,
-    and is the same run for EvSys. Existing IDs are not replaced. The server assigns its own IDs; ours is in an experiment's
+    and is the same run for EvSys. Existing IDs remain. The server assigns its own IDs; ours is in an experiment's
     ``tags`` and in a run's ``run_config``.
 
     The API key is read from the environment (``EVSYS_API_KEY``) and is never a parameter. Without one nothing is sent,

@@ -97,7 +97,7 @@ class LocalLoggerCallback(Callback):
     """Logs training, evals, predictions, hypothesis and conclusion to files in the experiment's folder.
 
     Every row of an eval has the name of its benchmark. There is one row per (name, step), and one set of predictions: a
-    repeated eval replaces them. A benchmark tagged ``val`` counts as validation, any other as test; an eval that is not a
+    repeated eval replaces them. A benchmark tagged ``val`` counts as validation, any other as test; an eval that is no
     benchmark counts as validation. Logs of ranks above 0 go to ``<run_key>/rank<rank>/``. A resumed run continues its
     files: rows from its first step on are cut, evals after training remain. Without ``on_train_start`` the first step
     that is logged is the first.

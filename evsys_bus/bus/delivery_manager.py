@@ -116,7 +116,7 @@ class FailurePolicy(Callback):
         return None
 
     def _failing_seconds(self, name: str, now: float, is_failing: bool) -> float:
-        """Return for how many seconds it has failed, by the clock of this process: wall clocks may be set, and couriers restart."""
+        """Return for how many seconds it has failed, by this process's clock: others may be set, or restart."""
         if not is_failing:
             self._failing_since.pop(name, None)
             return 0.0

@@ -4,7 +4,7 @@
                                      └──────────── until finished or stopped ────────────────────┘
 
 The cursor moves only after the receiver has acknowledged the events. A commit writes the dead letters, then takes the
-receiver's mark, then writes one cursor file with both. What the adapter raises is written to the state file and the log.
+receiver's mark, then writes one cursor file with both. Errors of the adapter are written to the state file and the log.
 """
 
 import asyncio

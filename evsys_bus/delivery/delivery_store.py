@@ -366,7 +366,7 @@ class DeliveryStore:
     def _reset_if_other_kind(self, cursor: Cursor) -> Cursor:
         """Return the cursor, or a new one if it belongs to another kind of adapter that had this name.
 
-        That is a new destination, which has received no events yet. The files of the other one are renamed, not removed.
+        That is a new destination, which has received no events yet. The files of the other one are renamed.
 
         Raises:
             OSError: The files cannot be renamed.
