@@ -429,15 +429,6 @@ class EventBus:
     # -- on a separate thread, where no KeyboardInterrupt is raised ---------------------------------------------------
 
     def _open_components(self) -> None:
-        self._open_journal()
-        for callback in self._publisher.callbacks:
-            attach(callback, self)
-        self._publisher.open(self._recorder)
-        if self._recorder is not None:
-            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
-        self._watchdog.start()
-
-    def _open_journal(self) -> None:
         if self._redaction != Redaction():
             set_redaction(self._redaction)
         journal = self._journal or (
@@ -446,6 +437,12 @@ class EventBus:
         if journal is not None:
             self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redaction)
             self._delivery_manager.register(self._recorder.writer)
+        for callback in self._publisher.callbacks:
+            attach(callback, self)
+        self._publisher.open(self._recorder)
+        if self._recorder is not None:
+            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
+        self._watchdog.start()
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:
         """Shut down without a loop to wait on; tasks of ``blocked_loop``, which cannot run, are only listed."""

@@ -375,7 +375,9 @@ def result_lines(
     failed = [(run, arm) for run, arm in _pair_runs(plan, result) if arm.status == "failed"]
     lines += [""] if failed else []
     for run, arm in failed[:_MAX_FAILURES]:
-        lines += wrap(_format_failure(run, arm, plan), width)
+        name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
+        show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
+        lines += wrap(f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}", width)
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
@@ -470,12 +472,6 @@ def _format_spread(spread: Spread | None) -> str:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
     text = format_mean_sd(spread)
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
-
-
-def _format_failure(run: RunPlan, arm: ArmResult, plan: ExperimentPlan) -> str:
-    name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
-    show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
-    return f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}"
 
 
 def _pair_runs(plan: ExperimentPlan, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:

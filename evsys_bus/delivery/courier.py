@@ -378,7 +378,13 @@ class Courier:
         try:
             if last and self._is_delivering and (not self._store.save_cursor() or self._receiver.mark() is not None):
                 return  # stopped in the middle of a batch: the mark may cover rows that are not recorded yet
-            self._save_failure_counts()
+            # Before the cursor moves: after a kill in between, failures are counted twice, not lost.
+            counts = self.failure_counts
+            if counts is not None:
+                failures = counts.failures, counts.task_failures
+                if failures != self._saved_failures:
+                    self._saved_failures = failures
+                    self._write_status("delivering", urgent=True)
             committed = self._store.commit(self._receiver.mark)
             if last and committed:
                 self._receiver.mark()  # lets the adapter delete what it needed for the mark before the last one
@@ -392,15 +398,6 @@ class Courier:
                 raise
         self._commit_failed = not committed
         self._commit_due = now + (COMMIT_SECONDS if committed else self._retry_seconds)
-
-    def _save_failure_counts(self) -> None:
-        """Write failure counts before the cursor moves: after a kill in between they are counted twice, not lost."""
-        counts = self.failure_counts
-        if counts is not None:
-            failures = counts.failures, counts.task_failures
-            if failures != self._saved_failures:
-                self._saved_failures = failures
-                self._write_status("delivering", urgent=True)
 
     def _set_problem(self, problem: DeliveryStatus | None) -> None:
         """Store and write the problem that the receiver reports; None when it has ended."""

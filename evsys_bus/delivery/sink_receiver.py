@@ -255,7 +255,8 @@ class SinkReceiver:
         """Deliver the batch, or its first part if it must be split; see `Receiver.deliver`."""
         self._returned = []
         while True:
-            part = tuple(batch[: self._fitting_count(sizes)])
+            limit = 1 if self._is_breaker_open() else self._batch_limit
+            part = tuple(batch[: max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))])
             is_bisecting = self._bisect_remaining > 0 and len(part) > 1
             attempts = 1 if is_bisecting else UNKNOWN_ERROR_ATTEMPTS
             outcome = await self._retry(partial(self._write, part), attempts=attempts, park=self._is_breaker_open())
@@ -334,11 +335,6 @@ class SinkReceiver:
             error = None if task in late else task.exception()
             fix = "await it in write, which returns when the destination has the batch"
             log().warning("sink.task_failed", sink=self._name, task=task_name(task), why=why, fix=fix, exc_info=error)
-
-    def _fitting_count(self, sizes: Sequence[int]) -> int:
-        """How many events of the batch to pass to one write: at least one."""
-        limit = 1 if self._is_breaker_open() else self._batch_limit
-        return max(1, bisect_right(list(accumulate(sizes[:limit])), self.max_bytes))
 
     def _is_breaker_open(self) -> bool:
         return self._consecutive_dead >= MAX_CONSECUTIVE_DEAD

@@ -120,17 +120,6 @@ def fetch_newest(
         OSError: The local disk failed.
     """
     sources = [_Source(url_for(url, LogContext(folder)), options) for url, options in uploads]
-    unfinished = _unfinished_runs(runs, folder)
-    if not sources or not unfinished:
-        return
-    with (
-        lock_folder(folder.absolute(), "the experiment's directory"),
-        show_warnings(screen, as_json=mode == "json"),
-    ):
-        anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
-
-
-def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedRun]:
     previous = load_previous_experiment(folder)
     entries = {} if previous is None else previous.runs
     found: list[_UnfinishedRun] = []
@@ -138,7 +127,14 @@ def _unfinished_runs(runs: Sequence[RunPlan], folder: Path) -> list[_UnfinishedR
         entry = entries.get(run.run_key)
         if entry is None or entry.status != "completed":
             found.append(_UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending"))
-    return found
+    unfinished = found
+    if not sources or not unfinished:
+        return
+    with (
+        lock_folder(folder.absolute(), "the experiment's directory"),
+        show_warnings(screen, as_json=mode == "json"),
+    ):
+        anyio.run(_fetch_missing, sources, unfinished, lambda: show_fetches(mode, screen), ResumeReporter(mode, screen))
 
 
 def _newest_local(run_dir: Path) -> ManifestRow | None:

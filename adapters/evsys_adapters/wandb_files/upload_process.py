@@ -335,7 +335,13 @@ class UploadProcess:
 
     def stop(self) -> None:
         """Kill it and W&B's service, and save its output beside the files that are not done."""
-        _kill(self._process)
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # all of them have ended
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
         self.poll()
         for file in (self._output_file, self._log):
             if file is not None:
@@ -349,17 +355,6 @@ class UploadProcess:
     def _complete_lines(self, file: TextIO) -> list[str]:
         *complete, self._partial_lines[file] = (self._partial_lines.get(file, "") + file.read()).split("\n")
         return complete
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill the process and W&B's service, which is in its session."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # all of them have ended
-    if process.stdin is not None:
-        process.stdin.close()
-    process.wait()
 
 
 def _main(files: list[str]) -> None:

@@ -146,19 +146,14 @@ def _show_bars(screen: Screen, reported: dict[str, str | None]) -> Generator[Del
                     reported[each.name] = each.last_error
                     fix = each.suggested_fix
                     note(f"{each.name}: {each.last_error}{f'   fix: {fix}' if fix else ''}")
+                unconfirmed = f"{each.owed:,} owed" if each.owed else ""
+                state = "" if each.state in {None, "delivering"} else str(each.state)
                 progress.update(
                     tasks[each.name],
                     completed=done,
                     total=done + each.pending,
                     rate=format_event_rate(rates.rate(each)),
-                    state=_describe_state(each),
+                    state=" ".join(filter(None, (state, unconfirmed))),
                 )
 
         yield DeliveryView(update, note)
-
-
-def _describe_state(status: DeliveryStatus) -> str:
-    """Return the state in one or two words; the reason is shown above the bars."""
-    unconfirmed = f"{status.owed:,} owed" if status.owed else ""
-    state = "" if status.state in {None, "delivering"} else str(status.state)
-    return " ".join(filter(None, (state, unconfirmed)))

@@ -230,7 +230,12 @@ def render(
 ) -> RenderableType:
     """Return the table for a terminal of this size, followed by active uploads and problems of deliveries."""
     now = tracker.clock()
-    below = _upload_lines(uploads, width)
+    lines = [
+        format_transfer_bar("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]
+    ]
+    if len(uploads) > _MAX_UPLOADS:
+        lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
+    below = lines
     if tracker.drain_status is None:  # the drain's text includes them
         below += _problem_lines(problems, width, max(0, height - _OVERHEAD - 1 - len(below)))
     notices = _notices(tracker, width)
@@ -312,15 +317,6 @@ def _render_failure(run: RunProgress, folder: str, width: int) -> RenderableType
     return Group(text, Text("  ", no_wrap=True, overflow="ellipsis") + show)
 
 
-def _upload_lines(uploads: Sequence[Transfer], width: int) -> list[Text]:
-    lines = [
-        format_transfer_bar("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]
-    ]
-    if len(uploads) > _MAX_UPLOADS:
-        lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
-    return lines
-
-
 def _problem_lines(problems: Sequence[DeliveryStatus], width: int, room: int) -> list[Text]:
     """Return the problems in full, each with its fix; those that do not fit are counted."""
     lines: list[Text] = []
@@ -380,7 +376,9 @@ def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, wid
         room += figures.pop().cell_len + len(_GAP)
     spare = room - cell_len(name) - len(_GAP)
     if spare >= _MIN_BAR:
-        figures.insert(0, _draw_bar(transfer.fraction, min(spare, _MAX_BAR)))
+        halves = int(transfer.fraction * min(spare, _MAX_BAR) * 2)
+        done = "━" * (halves // 2) + "╸" * (halves % 2)
+        figures.insert(0, Text.assemble((done, "cyan"), ("━" * (min(spare, _MAX_BAR) - len(done)), "bright_black")))
     shown = Text(_shorten(printable(transfer.run), printable(transfer.checkpoint), room))
     line = Text(_GAP).join([*head, shown, *figures])
     line.truncate(width, overflow="ellipsis")
@@ -396,10 +394,3 @@ def _shorten(run: str, checkpoint: str, room: int) -> str:
     if run_room >= _MIN_RUN:
         return f"{set_cell_size(run, run_room - 1).rstrip()}…/{checkpoint}"
     return checkpoint
-
-
-def _draw_bar(fraction: float, cells: int) -> Text:
-    """Draw a bar with a resolution of half a cell."""
-    halves = int(fraction * cells * 2)
-    done = "━" * (halves // 2) + "╸" * (halves % 2)
-    return Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black"))
