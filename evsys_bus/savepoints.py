@@ -78,7 +78,8 @@ class Savepoints:
                 self._remove(path)
         self._previous_versions = [each for each in self._previous_versions if each[0] == last_mark.number]
         for file in self._changed_files:
-            for each in (self._disk.resolve(file), parent_folder(self._disk.resolve(file))):
+            path = self._disk.resolve(file)
+            for each in (path, parent_folder(path)):
                 try:
                     self._disk.sync_path(each)
                 except FileNotFoundError:  # it was removed; the next row creates it again

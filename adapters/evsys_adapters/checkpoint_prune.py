@@ -266,11 +266,7 @@ class CheckpointPrune(Sink):
                 value = None if best is None else event.metrics.get(best.metric)
                 if best is not None and best.eval_name in {None, event.eval_name} and _is_finite(value):
                     scores[event.step_idx] = float(value)
-                    if len(scores) > 2 * MAX_SCORES:
-                        ranked = sorted(scores, key=lambda step: scores[step], reverse=best.mode == "max")
-                        retained = {*ranked[:MAX_SCORES], *sorted(scores)[-MAX_SCORES:]}
-                        for step in set(scores) - retained:
-                            del scores[step]
+                    _trim_scores(scores, best)
 
     def _prune_local(self, run: _Run) -> None:
         rows = [each.row for each in run.checkpoints]
@@ -365,6 +361,15 @@ def _try_remove(each: RemovablePath) -> bool:
         log().warning("checkpoint.not_removed", path=str(each.path), error=str(error))
         return False
     return True
+
+
+def _trim_scores(scores: dict[int, float], best: BestCheckpoints) -> None:
+    """Reduce a large number of scores to the best and the latest ones."""
+    if len(scores) > 2 * MAX_SCORES:
+        ranked = sorted(scores, key=lambda step: scores[step], reverse=best.mode == "max")
+        retained = {*ranked[:MAX_SCORES], *sorted(scores)[-MAX_SCORES:]}
+        for step in set(scores) - retained:
+            del scores[step]
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -36,10 +36,11 @@ def bench_command(load_suites: "Callable[[], Mapping[str, Suite]]", *, doc: str)
         from evsys_bus.bench.suite import run_suite
         from evsys_bus.errors import did_you_mean
 
+        known = load_suites()
         for name in names:
-            if name not in load_suites():
-                raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, load_suites())}')
-        suites = [load_suites()[name] for name in names or load_suites()]
+            if name not in known:
+                raise click.UsageError(f'there is no suite "{name}"; {did_you_mean(name, known)}')
+        suites = [known[name] for name in names or known]
         budget = _make_budget(rounds, quick)
         results = [run_suite(suite, budget, lambda text: click.echo(text, err=True)) for suite in suites]
         report = Report(describe_machine(), results)

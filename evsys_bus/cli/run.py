@@ -173,7 +173,14 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             if interrupts.received is None:
                 raise
     if outcome is None:
-        _report_interrupted(tracker, plan, resume_command, screen)
+        runs = list(tracker.runs.values())
+        done = sum(run.status == "completed" for run in runs)
+        stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
+        at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
+        more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
+        screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
+        screen.note(f"data: {plan.display_folder}")
+        screen.note(f"go on with: {resume_command}")
         return INTERRUPTED
     seconds = time.monotonic() - began
     page_urls = read_page_urls(journal_directory(plan.folder), inline="learnt" in outcome.health.published)
@@ -294,17 +301,6 @@ def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
         for run in plan.runs
     ]
     return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
-
-
-def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
-    runs = list(tracker.runs.values())
-    done = sum(run.status == "completed" for run in runs)
-    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
-    at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
-    more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
-    screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
-    screen.note(f"data: {plan.display_folder}")
-    screen.note(f"go on with: {resume_command}")
 
 
 def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) -> bool:

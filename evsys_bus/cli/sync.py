@@ -142,7 +142,16 @@ def command(
     for work in works:
         if folder is None and not as_json:
             screen.note(str(work.directory))
-        errors += _program_only_errors(work)
+        why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
+        fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
+        errors += [
+            broken_adapter_error(
+                f"{pluralize(each.pending, 'event')} for {each.name} can only be delivered by its own program",
+                why,
+                fix,
+            )
+            for each in work.program_only
+        ]
         errors += work.untrusted
         errors += [unreadable_status_error(work.directory, each) for each in work.unreadable]
         _report_moved(work, screen)
@@ -205,19 +214,6 @@ def _plan_lines(work: PendingWork, *, as_json: bool) -> list[str]:
             for each in rows
         ]
     )
-
-
-def _program_only_errors(work: PendingWork) -> list[EvsysBusError]:
-    why = "it is a live object, or cannot be imported elsewhere: the journal has no description to rebuild it from"
-    fix = "resume that program; or deliver the run to an adapter of a kind: evsys-bus replay RUN --to KIND"
-    return [
-        broken_adapter_error(
-            f"{pluralize(each.pending, 'event')} for {each.name} can only be delivered by its own program",
-            why,
-            fix,
-        )
-        for each in work.program_only
-    ]
 
 
 def _report_moved(work: PendingWork, screen: Screen) -> None:

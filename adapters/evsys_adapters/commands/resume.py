@@ -122,12 +122,13 @@ def fetch_newest(
     sources = [_Source(url_for(url, LogContext(folder)), options) for url, options in uploads]
     previous = load_previous_experiment(folder)
     entries = {} if previous is None else previous.runs
-    found: list[_UnfinishedRun] = []
+    unfinished: list[_UnfinishedRun] = []
     for run in runs:
         entry = entries.get(run.run_key)
         if entry is None or entry.status != "completed":
-            found.append(_UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending"))
-    unfinished = found
+            unfinished.append(
+                _UnfinishedRun(run, _newest_local(run.run_dir), entry is None or entry.status != "pending")
+            )
     if not sources or not unfinished:
         return
     with (

@@ -243,12 +243,12 @@ class Uploader:
                 elif patience > 0:
                     patience -= _POLL_SECONDS
                     if patience <= 0:
-                        why = "the server does not answer, or answers with errors"
-                        if slow_uploads[0].temporary_problem is None:
-                            slow_uploads[0].problem = slow_uploads[0].temporary_problem = Problem(why)
+                        slow, why = slow_uploads[0], "the server does not answer, or answers with errors"
+                        if slow.temporary_problem is None:
+                            slow.problem = slow.temporary_problem = Problem(why)
                         else:
-                            why = f"{why} ({slow_uploads[0].temporary_problem.why})"
-                        self.warn(slow_uploads[0], why, "check network and base_url")
+                            why = f"{why} ({slow.temporary_problem.why})"
+                        self.warn(slow, why, "check network and base_url")
                 self.report_pending()
         finally:
             by_itself = not process.is_running

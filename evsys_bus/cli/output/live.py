@@ -230,12 +230,11 @@ def render(
 ) -> RenderableType:
     """Return the table for a terminal of this size, followed by active uploads and problems of deliveries."""
     now = tracker.clock()
-    lines = [
+    below = [
         format_transfer_bar("checkpoints", "↑", each, width=width, now=time.time()) for each in uploads[:_MAX_UPLOADS]
     ]
     if len(uploads) > _MAX_UPLOADS:
-        lines.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
-    below = lines
+        below.append(_dim_line(f"… and {len(uploads) - _MAX_UPLOADS} more uploads"))
     if tracker.drain_status is None:  # the drain's text includes them
         below += _problem_lines(problems, width, max(0, height - _OVERHEAD - 1 - len(below)))
     notices = _notices(tracker, width)
@@ -376,9 +375,10 @@ def format_transfer_bar(label: str, short_label: str, transfer: Transfer, *, wid
         room += figures.pop().cell_len + len(_GAP)
     spare = room - cell_len(name) - len(_GAP)
     if spare >= _MIN_BAR:
-        halves = int(transfer.fraction * min(spare, _MAX_BAR) * 2)
+        cells = min(spare, _MAX_BAR)
+        halves = int(transfer.fraction * cells * 2)  # a bar with a resolution of half a cell
         done = "━" * (halves // 2) + "╸" * (halves % 2)
-        figures.insert(0, Text.assemble((done, "cyan"), ("━" * (min(spare, _MAX_BAR) - len(done)), "bright_black")))
+        figures.insert(0, Text.assemble((done, "cyan"), ("━" * (cells - len(done)), "bright_black")))
     shown = Text(_shorten(printable(transfer.run), printable(transfer.checkpoint), room))
     line = Text(_GAP).join([*head, shown, *figures])
     line.truncate(width, overflow="ellipsis")
