@@ -21,7 +21,7 @@ import msgspec
 
 from evsys_bus.codec import decode, to_json
 from evsys_bus.delivery.source import Batch, CorruptRecord
-from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
+from evsys_bus.delivery.status_files import CourierLock, read_status, status_for_next_courier, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, ExperimentEnd, RunEnd, StepEnd, TrainEnd, TrainStart
@@ -224,8 +224,9 @@ class DeliveryStore:
         return bool(self.cursor.streams)
 
     def previous_status(self) -> DeliveryStatus:
-        """The part of the previous courier's state that is still valid; see `kept`."""
-        return carried_over(read_status(self._disk, self._directory, self._name) if self._persistent else None)
+        """The part of the previous courier's state that is still valid; see `status_for_next_courier`."""
+        stored = read_status(self._disk, self._directory, self._name) if self._persistent else None
+        return status_for_next_courier(stored)
 
     def start_after(self, sequences: Mapping[str, int]) -> None:
         """Set the cursor to just after these sequences, by stream."""

@@ -397,19 +397,20 @@ class SinkReceiver:
         """The result for these events; None if a smaller part must be tried."""
         error = outcome.error
         if error is None:
-            return self._finish_batch(outcome.value)
+            return self._reset_after_batch(outcome.value)
         if isinstance(error, RejectedError):
             rejected = self._rejected_events(error, len(part))
-            return self._finish_batch(BatchResult(len(part) - len(rejected), rejected))
+            return self._reset_after_batch(BatchResult(len(part) - len(rejected), rejected))
         if len(part) > 1:
             self._batch_limit = len(part) // 2
             self._bisect_remaining = max(self._bisect_remaining, len(part))
             return None
         consecutive_dead = 0 if isinstance(error, BatchTooLargeError) else self._consecutive_dead + 1
         self._bisect_remaining = 0  # the failing event is found
-        return self._finish_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
+        return self._reset_after_batch(BatchResult(0, {0: describe_error(error)}, {0: error}), consecutive_dead)
 
-    def _finish_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
+    def _reset_after_batch(self, result: BatchResult, consecutive_dead: int = 0) -> BatchResult:
+        """Set the counters that the next batch starts with; return the result."""
         self._consecutive_dead = consecutive_dead
         self._bisect_remaining = max(0, self._bisect_remaining - result.handled)
         if not self._bisect_remaining:

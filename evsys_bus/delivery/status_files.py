@@ -48,7 +48,7 @@ def write_status_if_idle(disk: Disk, directory: str, name: str, status: Delivery
         OSError: The file cannot be written.
     """
     if not is_delivering(disk, directory, name):
-        previous = carried_over(read_status(disk, directory, name))
+        previous = status_for_next_courier(read_status(disk, directory, name))
         write_status(
             disk,
             directory,
@@ -65,7 +65,7 @@ def write_status_if_idle(disk: Disk, directory: str, name: str, status: Delivery
         )
 
 
-def carried_over(status: DeliveryStatus | None) -> DeliveryStatus:
+def status_for_next_courier(status: DeliveryStatus | None) -> DeliveryStatus:
     """The part of a state that is still valid for the next courier: failure counts and unconfirmed events."""
     if status is None:
         return DeliveryStatus()

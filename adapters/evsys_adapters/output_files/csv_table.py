@@ -220,7 +220,7 @@ class CsvTable:
             path, quarantined = str(self._file.path), str(self._file.quarantine())
             log().warning("csv_metrics.file_set_aside", file=path, kept_as=quarantined, why="not a table of steps")
             header = []
-        self._set_columns(header)
+        self._remember_columns(header)
         self._measure()
         if MORE_COLUMN in self._known:
             for line in self._file.lines():
@@ -235,8 +235,8 @@ class CsvTable:
         """Add columns for new metrics, or make sure that they fit into ``more_metrics``."""
         if not self._has_rows:  # `cut` left a header without rows; it is replaced with them
             self._extra_names = {}
-            self._set_columns([STEP_COLUMN])
-            self._set_columns(self._columns_with(names))
+            self._remember_columns([STEP_COLUMN])
+            self._remember_columns(self._columns_with(names))
             return
         affordable = self._size <= max(self._cheap_bytes, self._max_copies * self._appended_bytes)
         if MORE_COLUMN in self._known and not affordable:
@@ -265,7 +265,7 @@ class CsvTable:
         except OSError as error:
             self._rewrite_error = (error, _ROWS_BETWEEN_TRIES)
             raise
-        self._set_columns(columns)
+        self._remember_columns(columns)
         self._rewrite_error = None
         self._appended_bytes = 0
 
@@ -322,7 +322,7 @@ class CsvTable:
             self._extra_names.update(dict.fromkeys(more))
         return [row.get(name, "") for name in columns]
 
-    def _set_columns(self, columns: list[str]) -> None:
+    def _remember_columns(self, columns: list[str]) -> None:
         self._columns = columns
         self._known = frozenset(columns)
 
