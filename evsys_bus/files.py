@@ -389,14 +389,7 @@ class AppendFile:
             self._disk.make_directory(parent_folder(path), 0o777)
             fd = self._disk.open_file(path)
         try:
-            size = start = self._disk.length(fd)
-            newline = -1
-            while start and newline < 0:
-                end, start = start, max(0, start - BLOCK_BYTES)
-                newline = self._disk.pread(fd, end - start, start).rfind(b"\n")
-            intact_bytes = start + newline + 1
-            if intact_bytes < size:
-                self._disk.truncate(fd, intact_bytes)
+            self._truncate_torn_end(fd)
         except OSError:
             self._disk.close(fd)
             raise
@@ -419,6 +412,17 @@ class AppendFile:
                 replace_file_by_blocks(quarantine_path, self._read_head(size), mode=0o666, disk=self._disk)
             self._replace(target, self._read_head(intact_bytes))
             log().warning("file.torn", file=str(self.path), kept_bytes=intact_bytes, aside=quarantine_path)
+
+    def _truncate_torn_end(self, fd: int) -> None:
+        """Remove an incomplete last line; subclasses with other records override it."""
+        size = start = self._disk.length(fd)
+        newline = -1
+        while start and newline < 0:
+            end, start = start, max(0, start - BLOCK_BYTES)
+            newline = self._disk.pread(fd, end - start, start).rfind(b"\n")
+        intact_bytes = start + newline + 1
+        if intact_bytes < size:
+            self._disk.truncate(fd, intact_bytes)
 
     def _read_head(self, size: int) -> Iterator[bytes]:
         """Yield the first bytes of the file."""
