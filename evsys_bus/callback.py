@@ -218,7 +218,7 @@ class Callback(Adapter):
     def publish(self, event: Event) -> None:
         """Record an event, such as a result of one of the callback's tasks.
 
-        In a followed callback it goes into the couriers' own stream of the journal, which adapters are not given,
+        In a followed callback it is recorded in the couriers' own stream of the journal, which adapters are not given,
         except for `RunAnnotated`. Inline it is an ordinary event, with its hooks.
 
         Raises:
@@ -367,7 +367,7 @@ def check_return_value(callback: object, hook: str, value: object) -> None:
     if issubclass(kind, Coroutine):
         cast("Coroutine[Any, Any, Any]", value).close()  # avoids the warning "was never awaited"
     raise AsyncHookError(
-        f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nobody runs it",
+        f"{type(callback).__name__}.{hook} returned a {kind.__name__}, and nothing runs it",
         why="hooks are sync: the loop never waits for a callback",
         fix="start it inside the hook: self.spawn(coroutine_function, *args); a decorator must call what it wraps",
     )
@@ -477,13 +477,13 @@ def _check_sync(owner: str, hook: str, method: Callable[..., object], fix: str) 
     if inspect.isgeneratorfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} has a `yield` in it, so calling it would run none of its lines",
-            why="a function with a `yield` is a generator: it runs when somebody iterates over it, and nobody does",
+            why="a function with a `yield` is a generator: it runs only when iterated over, and nothing does that",
             fix="take the `yield` out, or move it into a function that the hook calls",
         )
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise AsyncHookError(
             f"{owner}.{hook} is async, but hooks are sync",
-            why="the loop never waits for a callback, so nobody would await it",
+            why="the loop never waits for a callback, so nothing would await it",
             fix=fix,
         )
 

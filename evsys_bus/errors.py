@@ -121,7 +121,7 @@ class DocumentError(ConfigError):
     code = "EB107"
 
 
-class ConfigErrors(ConfigError):  # noqa: N818 # several errors, and the name says so
+class ConfigErrors(ConfigError):  # noqa: N818 # several errors, as the name shows
     """Several config errors, found in one pass, in the order of the file."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:

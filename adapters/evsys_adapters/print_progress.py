@@ -12,9 +12,7 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple, SupportsFloat, T
 
 import msgspec
 
-from evsys_adapters._logged_values import redacted
-from evsys_adapters._params import as_list, validate_params
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     fields,
     first_step_of,
     is_repeated_start,
@@ -26,7 +24,9 @@ from evsys_adapters._runs import (
     run_name,
     step_of,
 )
-from evsys_adapters._terminal import LinePrinter, one_line, step_label
+from evsys_adapters.common.logged_values import redacted
+from evsys_adapters.common.params import as_list, validate_params
+from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
 from evsys_bus.callback import Callback
 from evsys_bus.context import LogContext, LoopArtifacts, LoopState, TrainingBatch
 

@@ -8,7 +8,7 @@ calls are inlined in `publish` itself, so that one publish is one Python frame a
 
 The token serializes publishes (a lock costs five times as much). Counts are exact: `ticks` is an iterator that lasts
 until the next call to be timed, and its remaining length gives the count. Times are sampled: the first call of a unit
-and then every 64th goes through `timed`, which reads the clock between the hooks; every call while a hook is slow. The
+and then every 64th is made by `timed`, which reads the clock between the hooks; every call while a hook is slow. The
 names that the code uses are its globals, because a closure would copy each of them into every call's frame. The
 watchdog and the adoption of tasks need no marker: the line number of the frame identifies the hook.
 """

@@ -81,7 +81,7 @@ class EventBus:
         journal: A directory, or a `JournalWriter` that is not open yet. Every event is recorded there before `publish`
             returns, and survives the end of the process. None records nothing.
         sinks: Delivered to off the loop, from the journal, like followed callbacks (see `follow`). Without a journal,
-            from a temporary one, which is kept while anything is undelivered.
+            from a temporary one, which is not removed while anything is undelivered.
         couriers: Deliver to these adapters from a separate process, or from threads of this one.
         linger_seconds: How long the courier process may continue after the bus is closed or the program has died.
         rank: Which of several processes this is. Default: the rank set by the launcher, else 0.
@@ -205,7 +205,7 @@ class EventBus:
 
         Exceptions of a hook are logged and isolated; KeyboardInterrupt and SystemExit are raised here after the
         remaining hooks ran. An event published from inside a hook is dispatched after the current one, before the
-        outermost publish returns. A subclass may override it; what hooks publish goes through the override too.
+        outermost publish returns. A subclass may override it; what hooks publish is passed to the override too.
 
         Raises:
             BusNotOpenError: The bus was not entered yet, or is closed.
@@ -485,15 +485,6 @@ class EventBus:
     # -- on a separate thread, where no KeyboardInterrupt is raised ---------------------------------------------------
 
     def _open_components(self) -> None:
-        self._open_journal()
-        for callback in self._publisher.callbacks:
-            attach(callback, self)
-        self._publisher.open(self._recorder)
-        if self._recorder is not None:
-            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
-        self._watchdog.start()
-
-    def _open_journal(self) -> None:
         if self._redaction != Redaction():
             set_redaction(self._redaction)
         journal = self._journal or (
@@ -502,6 +493,12 @@ class EventBus:
         if journal is not None:
             self._recorder = EventRecorder.open(journal, self._rank, self._publisher.raise_later, self._redaction)
             self._delivery_manager.register(self._recorder.writer)
+        for callback in self._publisher.callbacks:
+            attach(callback, self)
+        self._publisher.open(self._recorder)
+        if self._recorder is not None:
+            self._delivery_manager.start(self._recorder.last_sequences, self._task_manager)
+        self._watchdog.start()
 
     def _drain_and_shut_down(self, deadline: Deadline, blocked_loop: asyncio.AbstractEventLoop | None) -> None:
         """Shut down without a loop to wait on; tasks of ``blocked_loop``, which cannot run, are only listed."""

@@ -220,7 +220,7 @@ _CONTEXTS: Final = _RunKeyContexts()
 
 
 def _merge_by_time(streams: Iterable[Iterable[Envelope]]) -> Iterator[Envelope]:
-    """Merge by time; the order within a stream is kept even if its clock jumped."""
+    """Merge by time; the order within a stream remains even if its clock jumped."""
     for _, envelope in heapq.merge(*map(_with_times, streams), key=itemgetter(0)):
         yield envelope
 

@@ -36,6 +36,7 @@ from evsys_bus.cli.output.errors import INTERRUPTED, OK, PENDING, RAISED, REMOTE
 from evsys_bus.cli.output.formatting import (
     GAP,
     NO_VALUE,
+    format_counts,
     format_duration,
     format_facts,
     format_mean_sd,
@@ -172,7 +173,14 @@ def train(plan: ExperimentPlan, options: RunOptions, screen: Screen) -> int:
             if interrupts.received is None:
                 raise
     if outcome is None:
-        _report_interrupted(tracker, plan, resume_command, screen)
+        runs = list(tracker.runs.values())
+        done = sum(run.status == "completed" for run in runs)
+        stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
+        at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
+        more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
+        screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
+        screen.note(f"data: {plan.display_folder}")
+        screen.note(f"go on with: {resume_command}")
         return INTERRUPTED
     seconds = time.monotonic() - began
     page_urls = read_page_urls(journal_directory(plan.folder), inline="learnt" in outcome.health.published)
@@ -295,17 +303,6 @@ def _make_tracker(plan: ExperimentPlan, options: RunOptions) -> RunStateTracker:
     return RunStateTracker(runs, folder=plan.display_folder, keep_updates=options.progress != "off")
 
 
-def _report_interrupted(tracker: RunStateTracker, plan: ExperimentPlan, resume_command: str, screen: Screen) -> None:
-    runs = list(tracker.runs.values())
-    done = sum(run.status == "completed" for run in runs)
-    stopped = [run for run in runs if run.status in {"cancelled", "running"} and run.started_at is not None]
-    at = ", ".join(f"{run.key} at step {run.step:,}" for run in stopped[:_MAX_STOPPED])
-    more = f" and {len(stopped) - _MAX_STOPPED} more" if len(stopped) > _MAX_STOPPED else ""
-    screen.note(f"interrupted: {done} of {pluralize(len(runs), 'run')} done{f'; stopped {at}{more}' if at else ''}")
-    screen.note(f"data: {plan.display_folder}")
-    screen.note(f"go on with: {resume_command}")
-
-
 def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) -> bool:
     """Report failed hooks, tasks and deliveries, and return whether anything is unfinished."""
     head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
@@ -320,7 +317,7 @@ def _report_problems(outcome: _TrainingOutcome, screen: Screen, *, quiet: bool) 
         return unfinished
     for owner, tasks in receipt.tasks_by_owner.items():
         counts = ((tasks.failed, "failed"), (tasks.cancelled, "cancelled"), (tasks.refused, "refused"))
-        parts = [f"{count:,} {word}" for count, word in counts if count]
+        parts = format_counts(counts)
         if parts:
             unfinished = True
             warn(f"{head} tasks of {owner}: {', '.join(parts)} of {tasks.spawned + tasks.adopted:,}")
@@ -374,7 +371,9 @@ def result_lines(
     failed = [(run, arm) for run, arm in _pair_runs(plan, result) if arm.status == "failed"]
     lines += [""] if failed else []
     for run, arm in failed[:_MAX_FAILURES]:
-        lines += wrap(_format_failure(run, arm, plan), width)
+        name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
+        show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
+        lines += wrap(f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}", width)
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
@@ -469,12 +468,6 @@ def _format_spread(spread: Spread | None) -> str:
         return "NaN" if spread is not None and spread.nonfinite else NO_VALUE
     text = format_mean_sd(spread)
     return f"{text} ({spread.nonfinite} NaN)" if spread.nonfinite else text
-
-
-def _format_failure(run: RunPlan, arm: ArmResult, plan: ExperimentPlan) -> str:
-    name = " ".join([run.arm, f"seed {run.seed}", *([run.stage] if run.stage else [])])
-    show = f"traceback: evsys-bus logs {plan.display_folder}/{run.run_key}"
-    return f"! {printable(name)} failed: {summarize_error(arm.error)}   {show}"
 
 
 def _pair_runs(plan: ExperimentPlan, result: ExperimentResult) -> list[tuple[RunPlan, ArmResult]]:

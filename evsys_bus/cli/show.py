@@ -16,8 +16,10 @@ from evsys_bus.cli.output.formatting import (
     format_duration,
     format_facts,
     format_number,
+    format_progress,
     format_table,
     format_time,
+    format_value,
     pluralize,
     summarize_error,
 )
@@ -129,8 +131,8 @@ def _show_journal(requested: Path, folder: Path, screen: Screen, *, as_json: boo
 def _runs_lines(directory: Path, runs: list[RunRecord], screen: Screen) -> list[str]:
     rows = [["run", "status", "steps", "last metrics", "evals", "checkpoints", "data"]]
     for each in runs:
-        last = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
-        evals = "  ".join(f"{metric.name} {_format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
+        last = "  ".join(f"{metric.name} {format_value(metric.last)}" for metric in each.metrics[:_MAX_METRICS])
+        evals = "  ".join(f"{metric.name} {format_value(metric.last)}" for metric in each.evals[:_MAX_METRICS])
         status = screen.style_state(printable(each.status or NO_VALUE), sys.stdout)
         cells = [_format_steps(each), last or NO_VALUE, evals or NO_VALUE, f"{len(each.checkpoints):,}"]
         rows.append([printable(each.name or NO_VALUE), status, *map(printable, [*cells, str(each.folder)])])
@@ -140,7 +142,7 @@ def _runs_lines(directory: Path, runs: list[RunRecord], screen: Screen) -> list[
 
 def _format_steps(record: RunRecord) -> str:
     done = 0 if record.last_step is None else record.last_step + 1
-    return f"{done:,}" if record.num_steps is None else f"{done:,} of {record.num_steps:,}"
+    return format_progress(done, record.num_steps, " of ")
 
 
 def _add_journal_facts(record: ExperimentRecord | RunRecord) -> None:
@@ -279,7 +281,7 @@ def _style(name: str, text: str, screen: Screen) -> str:
 def _metric_row(each: MetricRecord) -> list[str]:
     values = (each.first, each.last, each.least, each.least_step, each.greatest, each.greatest_step)
     nan_count = f" ({each.nonfinite:,} NaN)" if each.nonfinite else ""
-    return [printable(each.name), f"{each.rows:,}{nan_count}", *map(_format_value, values)]
+    return [printable(each.name), f"{each.rows:,}{nan_count}", *map(format_value, values)]
 
 
 def _relative_path(path: str | None, folder: Path) -> str:
@@ -287,10 +289,3 @@ def _relative_path(path: str | None, folder: Path) -> str:
     if path is None:
         return "-"
     return path.removeprefix(f"{folder.absolute()}/")
-
-
-def _format_value(value: float | None) -> str:
-
-    if value is None:
-        return NO_VALUE
-    return f"{value:,}" if isinstance(value, int) else format_number(value)

@@ -4,7 +4,7 @@ A name decides about the value under it. ``apiKeys``, ``AWS_SECRET_ACCESS_KEY`` 
 words. Some names are certain and count everywhere (``password``, ``access_token``); others have everyday meanings too
 and count in configurations only (``token``, ``auth``). ``pad_token`` and ``sort_key`` name no credential.
 
-A text with the form of a credential counts wherever it stands (``hf_…``, a URL with a password, ``--api-key …``); only
+A text with the form of a credential counts at any position (``hf_…``, a URL with a password, ``--api-key …``); only
 that part of it is replaced.
 """
 
@@ -34,9 +34,9 @@ class Redaction(msgspec.Struct, frozen=True):
     """
 
     redact: frozenset[str] = frozenset()
-    """Everything under these keys is replaced; outside configurations, numbers are kept."""
+    """Everything under these keys is replaced; outside configurations, numbers are recorded."""
     reveal: frozenset[str] = frozenset()
-    """Texts directly under these keys, or in lists there, are kept whatever they look like."""
+    """Texts directly under these keys, or in lists there, are recorded whatever they look like."""
 
     @classmethod
     def of(cls, redact: Iterable[str] = (), reveal: Iterable[str] = ()) -> "Redaction":

@@ -22,7 +22,7 @@ import msgspec
 from evsys_bus.codec import decode, to_json
 from evsys_bus.delivery.open_rows import OpenRows
 from evsys_bus.delivery.source import Batch, CorruptRecord
-from evsys_bus.delivery.status_files import CourierLock, carried_over, read_status, write_status
+from evsys_bus.delivery.status_files import CourierLock, read_status, status_for_next_courier, write_status
 from evsys_bus.diagnostics import FaultLog, log, message_shape
 from evsys_bus.errors import CodecError
 from evsys_bus.events import Envelope, ExperimentEnd, Metrics, RunEnd, StepEnd, TrainEnd, TrainStart
@@ -230,8 +230,9 @@ class DeliveryStore:
         return bool(self.cursor.streams)
 
     def previous_status(self) -> DeliveryStatus:
-        """The part of the previous courier's state that is still valid; see `kept`."""
-        return carried_over(read_status(self._disk, self._directory, self._name) if self._persistent else None)
+        """The part of the previous courier's state that is still valid; see `status_for_next_courier`."""
+        stored = read_status(self._disk, self._directory, self._name) if self._persistent else None
+        return status_for_next_courier(stored)
 
     def start_after(self, sequences: Mapping[str, int]) -> None:
         """Set the cursor to just after these sequences, by stream."""
@@ -240,7 +241,7 @@ class DeliveryStore:
 
     def acknowledge(self, batch: Batch, result: BatchResult) -> None:
         """Record the result for the front of a batch and remove those events from it."""
-        envelopes, sequences = batch.envelopes[: result.handled], batch.sequences[: result.handled]
+        envelopes, sequences = batch.items[: result.handled], batch.sequences[: result.handled]
         offset = 0
         for stream, number, last in batch.drop(result.handled):
             indices = range(offset, offset + number)
@@ -374,7 +375,7 @@ class DeliveryStore:
     def _reset_if_other_kind(self, cursor: Cursor) -> Cursor:
         """Return the cursor, or a new one if it belongs to another kind of adapter that had this name.
 
-        That is a new destination, which has received no events yet. The files of the other one are renamed and kept.
+        That is a new destination, which has received no events yet. The files of the other one are renamed.
 
         Raises:
             OSError: The files cannot be renamed.

@@ -55,7 +55,7 @@ class Batch:
     """Events to deliver, in the order of their streams."""
 
     def __init__(self) -> None:
-        self.envelopes: list[Any] = []
+        self.items: list[Any] = []
         """Each is an `Envelope`, or a `RawRecord` if the source is raw."""
         self.sizes: list[int] = []
         """Encoded size of each event in bytes."""
@@ -76,7 +76,7 @@ class Batch:
 
     def is_empty(self) -> bool:
         """Whether there is nothing to deliver."""
-        return not (self.envelopes or self.ended_streams)
+        return not (self.items or self.ended_streams)
 
     def end(self, source: "_StreamSource") -> ReadResult:
         """Take note that a stream was read to its end, which matters if its writer has ended in the middle of a row."""
@@ -99,8 +99,8 @@ class Batch:
             offset += removed
             dropped.append((stream, removed, self.sequences[offset - 1]))
         self.bytes -= sum(self.sizes[:count])
-        del self.envelopes[:count], self.sizes[:count], self.sequences[:count]
-        self.is_closed = self.is_closed and bool(self.envelopes or self.corrupt_record or self.ended_streams)
+        del self.items[:count], self.sizes[:count], self.sequences[:count]
+        self.is_closed = self.is_closed and bool(self.items or self.corrupt_record or self.ended_streams)
         return dropped
 
 
@@ -147,7 +147,7 @@ class EventSource:
         self._annotations: Final = RunAnnotations(self._reader, clock, faults)
 
     def close(self) -> None:
-        """Close the segments that were kept open."""
+        """Close the open segments."""
         for source in self._sources.values():
             source.close()
 
@@ -204,7 +204,7 @@ class EventSource:
         Returns:
             ``full`` if the batch is complete, ``slice`` if the time is up, ``dry`` if no event is available now.
         """
-        if batch.is_closed or len(batch.envelopes) >= max_events:
+        if batch.is_closed or len(batch.items) >= max_events:
             return "full"
         if not self._raw:
             self._apply_annotations()
@@ -320,10 +320,10 @@ class EventSource:
         self, source: "_StreamSource", batch: Batch, max_events: int, max_bytes: int, deadline: float | None
     ) -> ReadResult:
         """Add events of one stream."""
-        envelopes, sizes, sequences = batch.envelopes, batch.sizes, batch.sequences
+        items, sizes, sequences = batch.items, batch.sizes, batch.sequences
         contexts, contexts_by_run = source.contexts, source.contexts.by_run
         raw, stream = self._raw, source.stream
-        before = len(envelopes)
+        before = len(items)
         room, total_bytes = max_events - before, batch.bytes
         read_result: ReadResult = "dry"
         try:
@@ -331,27 +331,23 @@ class EventSource:
                 sequence, payload = record
                 size = len(payload)
                 total_bytes += size
-                if (
-                    total_bytes > max_bytes or source.starts
-                ) and envelopes:  # starts go before the first event of a batch
+                if (total_bytes > max_bytes or source.starts) and items:  # starts go before the first event of a batch
                     source.push_back(record)
                     total_bytes -= size
                     read_result = "full"
                     break
                 try:
-                    envelope: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
+                    item: Any = RawRecord(stream, sequence, payload) if raw else decode(payload, contexts_by_run)
                 except CodecError as error:
                     batch.corrupt_record = CorruptRecord(source.stream, sequence, payload, str(error.why or error.what))
                     total_bytes -= size
                     batch.is_closed, read_result = True, "full"
                     break
-                envelopes.append(envelope)
+                items.append(item)
                 sizes.append(size)
                 sequences.append(sequence)
                 room -= 1
-                if (
-                    not raw and type(envelope.event) is not StepEnd and contexts.update(envelope)
-                ):  # nearly all are steps
+                if not raw and type(item.event) is not StepEnd and contexts.update(item):  # nearly all are steps
                     batch.is_closed, read_result = True, "full"
                     break
                 if not room:
@@ -361,13 +357,13 @@ class EventSource:
                     read_result = "slice"
                     break
             else:
-                source.set_exhausted(self._clock.monotonic(), found=len(envelopes) > before)
+                source.set_exhausted(self._clock.monotonic(), found=len(items) > before)
                 read_result = batch.end(source)
         except (OSError, JournalVersionError) as error:
             self._faults.warn("courier.unreadable", source.stream, error=error, stream=source.stream)
             source.back_off(self._clock.monotonic(), is_permanent=isinstance(error, JournalVersionError))
-        if len(envelopes) > before:
-            batch.parts.append((source.stream, len(envelopes) - before))
+        if len(items) > before:
+            batch.parts.append((source.stream, len(items) - before))
             if source.starts:
                 batch.starts += source.pop_starts(sequences[before] - 1)
         batch.bytes = total_bytes
@@ -491,7 +487,7 @@ class _StreamSource:
         return not (self.is_exhausted or self.is_live)
 
     def close(self) -> None:
-        """Close the segment that was kept open."""
+        """Close the open segment."""
         self._tail.close()
 
     def records(self) -> Iterator[tuple[int, bytes]]:

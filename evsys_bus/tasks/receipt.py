@@ -101,6 +101,11 @@ class DeliveryStatus(msgspec.Struct, frozen=True):
         return None if self.state in {None, "delivering", "idle", "waiting", "other_rank"} else self.error
 
     @property
+    def suggested_fix(self) -> str | None:
+        """What to do about `last_error`: what confirms the unconfirmed events comes first."""
+        return self.owed_fix or self.fix
+
+    @property
     def is_known(self) -> bool:
         """Whether the counts are valid; False if the files could not be read."""
         return self.state != "unknown"
@@ -128,7 +133,7 @@ class Receipt(msgspec.Struct, frozen=True):
     unrecorded: int = 0
     """Events that could not be written to the journal and are lost when the process ends."""
     dropped: int = 0
-    """Events whose `publish` returned but that reached no hook and are not in the journal; the log says why."""
+    """Events whose `publish` returned but that reached no hook and are not in the journal; the reason is in the log."""
     without_hooks: int = 0
     """Events that are in the journal but reached no hook: a hook on another thread blocked the bus until the end."""
     journal: str | None = None

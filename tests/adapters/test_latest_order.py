@@ -28,7 +28,7 @@ async def destination(request, tmp_path):
     else:
         name, reach = request.getfixturevalue("s3_bucket")
         places, url = (
-            StorePool(StoreOptions(reach["endpoint"], reach["region"], reach["path_style"])),
+            StorePool(StoreOptions(**{name: reach[name] for name in ("endpoint", "region", "path_style")})),
             f"s3://{name}/prefix",
         )
     place = await places.get(url)

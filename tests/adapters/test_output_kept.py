@@ -20,12 +20,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from evsys_adapters._output_lease import OutputLease, writer_of
-from evsys_adapters._record_file import RecordLog
-from evsys_adapters._wandb_records import Records
 from evsys_adapters.csv_metrics import CsvMetricsCallback
 from evsys_adapters.local_logger import LocalLoggerCallback
+from evsys_adapters.output_files.output_lease import OutputLease, writer_of
+from evsys_adapters.output_files.record_file import RecordLog
 from evsys_adapters.tensorboard_logger import TensorBoardLoggerCallback
+from evsys_adapters.wandb_files.records import Records
 from evsys_adapters.wandb_logger import WandbLoggerCallback
 from evsys_bus import Callback, EventBus, LogContext, LoopState, RunStart, StepEnd, TrainEnd, TrainingBatch, TrainStart
 from evsys_bus.adapter import EventInfo

@@ -1,12 +1,12 @@
 """What ``check`` finds before anything is started, and the forms of errors, times and colours on all screens."""
 
 import re
-import subprocess
-import sys
+from functools import partial
 
 import pytest
 
 from evsys_bus.cli.output.formatting import format_table, format_time
+from support.programs import run_evsys_bus
 
 EXPERIMENT = """\
 name: sweep
@@ -59,11 +59,7 @@ def evsys_bus(tmp_path):
     (tmp_path / "sweep.yaml").write_text(EXPERIMENT)
     (tmp_path / "descent.py").write_text(RECIPE)
 
-    def command(*arguments, **options):
-        program = [sys.executable, "-c", "from evsys_bus.cli import main; main()", *map(str, arguments)]
-        return subprocess.run(program, capture_output=True, text=True, check=False, cwd=tmp_path, **options)
-
-    return command
+    return partial(run_evsys_bus, cwd=tmp_path)
 
 
 def test_mistakes_of_yaml_are_found_together_with_all_others_and_each_is_one_error(evsys_bus, tmp_path):

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import subprocess
 import time
 
 import pytest
@@ -26,22 +25,16 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.cli import run
 from evsys_bus.codec import encode
 from evsys_bus.journal import JournalWriter
 from evsys_bus.testing import RecordingSink
+from support.programs import command_in
 
 
 @pytest.fixture
 def evsys_bus(capsys, tmp_path):
     """The command line in this process and in tmp_path."""
-
-    def command(*arguments):
-        with contextlib.chdir(tmp_path):
-            code = run([str(each) for each in arguments])
-        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
-
-    return command
+    return command_in(tmp_path, capsys)
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class Follower:
         self.clock.advance(seconds)
         batch = Batch()
         self.source.read_batch(batch, 500, 1 << 20)
-        return [each.event.number for each in batch.envelopes]
+        return [each.event.number for each in batch.items]
 
     def rest(self, seconds=300):
         for _ in range(seconds * 2):

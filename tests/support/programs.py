@@ -1,9 +1,15 @@
 """Running the installed command, or Python source, in a process of its own."""
 
+import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from evsys_bus.cli import run
 
 EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
 """The installed command."""
@@ -12,6 +18,17 @@ EVSYS_BUS = str(Path(sys.executable).with_name("evsys-bus"))
 def run_evsys_bus(*arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run the installed command to its end; ``options`` go to `subprocess.run`."""
     return _run_command([EVSYS_BUS, *map(str, arguments)], options)
+
+
+def command_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> "Callable[..., subprocess.CompletedProcess[str]]":
+    """Return a function that runs the command line in this process, with this current folder."""
+
+    def command(*arguments: object) -> "subprocess.CompletedProcess[str]":
+        with contextlib.chdir(folder):
+            code = run([str(each) for each in arguments])
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return command
 
 
 def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from evsys_adapters import WandbLoggerCallback
-from evsys_adapters._wandb_records import Records
+from evsys_adapters.wandb_files.records import Records
 from evsys_bus.codec import decode
 from evsys_bus.delivery.callback_receiver import CallbackReceiver
 from evsys_bus.diagnostics import FaultLog
@@ -268,7 +268,6 @@ class LoggerDelivery:
         return self
 
     async def __aexit__(self, *exc):
-        self.receiver._task_manager.cancel_background()
         await self.receiver.close()
         await asyncio.sleep(0.2)
 

@@ -70,7 +70,8 @@ def store_options(command: _CommandT) -> _CommandT:
     def with_store_options(
         *args: Any, endpoint: str | None, region: str | None, path_style: bool | None, profile: str | None, **rest: Any
     ) -> object:
-        return command(*args, reach=StoreOptions(endpoint, region, path_style, profile), **rest)
+        options = StoreOptions(endpoint=endpoint, region=region, path_style=path_style, profile=profile)
+        return command(*args, reach=options, **rest)
 
     wrapped: Callable[..., Any] = with_store_options
     for option in (

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._runs import field, fields, list_or_empty
+from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import current_redaction, redact
 from evsys_bus.context import DetachedLogContext
