@@ -1,10 +1,10 @@
 """P4 with S3: how the upload of a checkpoint affects a training loop, to a stalling bucket and at full speed.
 
-Buses alternate: without adapters, twice per round, to know how much two equal runs differ; while the courier process
-uploads through a proxy that delays every chunk by half a second; and while it uploads at full speed. Each measures a
-block of every kind and length of step, because an upload takes seconds to start. The proxy stalls only from then on.
-The trainer runs on the first core; courier, proxy and server share the others. Another table shows how late the loop
-wakes while it uploads through that proxy itself, with ``placement: inline``.
+Buses alternate: without adapters, twice per round, to know how much two equal runs differ; and one whose courier
+process uploads through a proxy, which first delays every chunk by half a second, and then lets it upload at full speed.
+Each measures a block of every kind and length of step, because an upload takes seconds to start; the proxy stalls only
+from then on. The trainer runs on the first core; courier, proxy and server share the others. Another table shows how
+late the loop wakes while it uploads through that stalling proxy itself, with ``placement: inline``.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ from evsys_bus.bench.wakeup_latency import (
 from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.tasks import run_in_new_loop
 
-STEPS: Final[dict[float, int]] = {0.002: 200, 0.02: 30}
+STEPS: Final[dict[float, int]] = {0.002: 150, 0.02: 25}
 """Number of steps in a block, by their length in seconds."""
 KINDS: Final[tuple[StepKind, ...]] = ("waits", "computes")
 STALLED: Final = "an upload to an S3 that stalls 500 ms"
@@ -54,7 +54,7 @@ INLINE: Final = "an upload on the loop itself, to that S3"
 FULL_SPEED: Final = "an upload at full speed"
 """Has no target, because a training node does not run the S3 server."""
 STALL_SECONDS: Final = 0.5
-BYTES: Final = 300_000_000
+BYTES: Final = 250_000_000
 BUCKET: Final = "steps"
 _MAX_ROUNDS: Final = 12
 _TIMEOUT_SECONDS: Final = 60.0
@@ -131,21 +131,28 @@ class UploadSteps:
 
 def _measure_beside_courier(checkpoint_file: Path, direct: str, proxy: StallingProxy, rounds: int) -> Iterator[Table]:
     """Measure how long steps take while the courier process uploads."""
-    candidates = {
-        NO_ADAPTERS: _bus_without_adapters,
-        NO_ADAPTERS_AGAIN: _bus_without_adapters,
-        STALLED: partial(_bus_uploading, checkpoint_file, direct, proxy),
-        FULL_SPEED: partial(_bus_uploading, checkpoint_file, direct, None),
-    }
     found: dict[tuple[StepKind, float], dict[str, list[Block]]] = {
-        (kind, seconds): {name: [] for name in candidates} for kind in KINDS for seconds in STEPS
+        (kind, seconds): {name: [] for name in (NO_ADAPTERS, NO_ADAPTERS_AGAIN, STALLED, FULL_SPEED)}
+        for kind in KINDS
+        for seconds in STEPS
     }
+
+    def measure_blocks(bus: EventBus, name: str) -> None:
+        for (kind, seconds), blocks in found.items():
+            blocks[name].append(run_in_new_loop(partial(measure_block, bus, kind, seconds, STEPS[seconds])))
+
     for turn in range(rounds):
-        for name in rotate(candidates, turn):
+        for name in rotate((NO_ADAPTERS, NO_ADAPTERS_AGAIN, STALLED), turn):
             _print_progress(f"round {turn + 1} of {rounds}: {name}")
-            with candidates[name]() as bus:
-                for (kind, seconds), blocks in found.items():
-                    blocks[name].append(run_in_new_loop(partial(measure_block, bus, kind, seconds, STEPS[seconds])))
+            if name == STALLED:
+                with _bus_uploading(checkpoint_file, direct, proxy) as bus:
+                    with proxy.stalled():
+                        measure_blocks(bus, STALLED)
+                    _print_progress(f"round {turn + 1} of {rounds}: {FULL_SPEED}")
+                    measure_blocks(bus, FULL_SPEED)
+            else:
+                with tempfile.TemporaryDirectory() as folder, _open_bus([], Path(folder)) as bus:
+                    measure_blocks(bus, name)
     for (kind, seconds), blocks in found.items():
         yield Table(
             title=f"steps of {seconds * 1e3:g} ms that {kind.removesuffix('s')}: median, to p99",
@@ -209,17 +216,10 @@ async def _measure_while_uploading(upload_by: StallingProxy | None, checkpoint_f
 
 
 @contextmanager
-def _bus_without_adapters() -> Generator[EventBus, None, None]:
-    with tempfile.TemporaryDirectory() as folder, _open_bus([], Path(folder)) as bus:
-        yield bus
-
-
-@contextmanager
-def _bus_uploading(checkpoint_file: Path, direct: str, proxy: StallingProxy | None) -> Generator[EventBus, None, None]:
-    """Open a bus whose courier process uploads during the whole block, through a stalling proxy if one is given."""
+def _bus_uploading(checkpoint_file: Path, direct: str, proxy: StallingProxy) -> Generator[EventBus, None, None]:
+    """Open a bus whose courier process uploads through the proxy during the whole block."""
     url = f"s3://{BUCKET}/{time.monotonic_ns()}"
-    endpoint = direct if proxy is None else proxy.endpoint
-    spec = {"kind": "checkpoint_upload", "params": {"url": url, "endpoint": endpoint, "region": "us-east-1"}}
+    spec = {"kind": "checkpoint_upload", "params": {"url": url, "endpoint": proxy.endpoint, "region": "us-east-1"}}
     # In the directory of the checkpoint, because hard links cannot cross file systems.
     with tempfile.TemporaryDirectory(dir=checkpoint_file.parent, ignore_cleanup_errors=True) as folder:
         state = LoopState(0, 1, Path(folder, "run"), ctx=LogContext(Path(folder), run_key="run"))
@@ -227,8 +227,7 @@ def _bus_uploading(checkpoint_file: Path, direct: str, proxy: StallingProxy | No
         with _open_bus(build_callbacks([spec]), Path(folder)) as bus:
             bus.publish(Checkpoint(state, ManifestRow("big", batch=0, state_path=str(checkpoint_file))))
             _wait_for_upload(spool)
-            with nullcontext() if proxy is None else proxy.stalled():
-                yield bus
+            yield bus
             _check_unfinished(spool)
     _abort_all(direct)
 
