@@ -5,6 +5,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
-from evsys_bus.codec.redact import Redaction
+from evsys_bus.codec.redact import Redaction, redact
 from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import combine_errors, individual_errors, read_spec
 from evsys_bus.config.yaml_nodes import Document, read_document, with_overrides
@@ -190,6 +191,7 @@ def _check_known(option: str, requested: Sequence[object], known: Sequence[objec
 def plan_lines(plan: ExperimentPlan) -> list[str]:
     """Return the plan as text."""
     config, width = plan.config, terminal_width(sys.stdout)
+    shown = partial(format_params, redaction=Redaction.of(config.redact, config.reveal))
     lines = [plan.title, ""]
     metric = config.success_metric
     facts = [
@@ -204,17 +206,15 @@ def plan_lines(plan: ExperimentPlan) -> list[str]:
     arm_names = list(dict.fromkeys(run.arm for run in plan.runs))
     stages = list(dict.fromkeys(run.stage for run in plan.runs))
     if stages == [None]:
-        lines += _columns([[arm, format_params(by_arm[arm].params)] for arm in arm_names], indent="  ")
+        lines += _columns([[arm, shown(by_arm[arm].params)] for arm in arm_names], indent="  ")
     else:
         first = {(run.arm, run.stage): run for run in reversed(plan.runs)}
-        rows = [[arm, stage or "", format_params(first[arm, stage].params)] for arm in arm_names for stage in stages]
+        rows = [[arm, stage or "", shown(first[arm, stage].params)] for arm in arm_names for stage in stages]
         lines += _columns(rows, indent="  ")
     seeds = dict.fromkeys(run.seed for run in plan.runs)
     lines += ["", f"seeds   {', '.join(map(str, seeds))}", "", "callbacks"]
     specs = [read_spec(item, "$.callbacks") for item in config.callbacks]
-    lines += _columns([[spec.label, spec.kind, format_params(spec.params)] for spec in specs], indent="  ") or [
-        "  none"
-    ]
+    lines += _columns([[spec.label, spec.kind, shown(spec.params)] for spec in specs], indent="  ") or ["  none"]
     previous = load_previous_experiment(plan.folder)
     entries = {} if previous is None else previous.runs
     shown = [
@@ -248,14 +248,17 @@ def plan_json(plan: ExperimentPlan) -> list[str]:
             "config": msgspec.to_builtins(plan.config, enc_hook=lambda value: to_builtins(value)[0]),
         }
     )
-    return [json_line(row).decode() for row in rows]
+    redaction = Redaction.of(plan.config.redact, plan.config.reveal)
+    return [json_line(row, redaction).decode() for row in rows]
 
 
-def format_params(params: Mapping[str, Any]) -> str:
-    """Return parameters on one line."""
-    return "  ".join(f"{key}={_format_value(value)}" for key, value in params.items())
+def format_params(params: Mapping[str, Any], redaction: Redaction = Redaction()) -> str:  # noqa: B008 - frozen
+    """Return parameters on one line, without credentials."""
+    plain: Any = to_builtins(params)[0]
+    redact(plain, redaction, "config")
+    return "  ".join(f"{key}={_format_value(value)}" for key, value in plain.items())
 
 
 def _format_value(value: object) -> str:
-    text = value if isinstance(value, str) else json_line({"": value}).decode()[4:-1]
+    text = value if isinstance(value, str) else json_line({"": value}, None).decode()[4:-1]
     return text if len(text) <= _MAX_VALUE_CHARS else f"{text[: _MAX_VALUE_CHARS - 1]}…"

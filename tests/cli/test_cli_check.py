@@ -107,6 +107,18 @@ def test_check_warns_of_a_success_metric_that_no_completed_run_has(evsys_bus):
     )
 
 
+def test_check_shows_no_credentials_of_the_file_in_its_plan_and_its_errors(evsys_bus, tmp_path):
+    params = "{steps: 2, api_key: S3CRETa1, hub: {token: S3CRETa2}, url: 'https://me:S3CRETa3@h', max_tokens: 5}"
+    (tmp_path / "sweep.yaml").write_text(EXPERIMENT.replace("{steps: 2, lr: 0.5}", params) + "reveal: [api_key]\n")
+    for form in ([], ["--json"]):
+        shown = evsys_bus("check", "sweep.yaml", *form)
+        assert set(re.findall(r"S3CRET\w+", shown.stdout)) == {"S3CRETa1"}
+        assert "max_tokens" in shown.stdout
+    error = evsys_bus("check", "sweep.yaml", "--set", "run.nowhere.auth_token=S3CRETa4")
+    assert error.returncode == 2
+    assert "--set run.nowhere.auth_token=<redacted>" in error.stderr
+
+
 def test_quiet_shows_the_result_and_errors_only(evsys_bus, tmp_path):
     (tmp_path / "broken.yaml").write_text(EXPERIMENT.replace("low:", "broken:"))
     done = evsys_bus("run", "broken.yaml", "-q")

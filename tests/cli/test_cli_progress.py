@@ -274,6 +274,24 @@ def test_a_courier_s_warning_has_its_facts_on_one_line_and_its_traceback_below(c
     )
 
 
+def test_a_warning_whose_error_shows_a_credential_has_its_redacted_traceback_the_first_time(capsys):
+    with show_warnings(Screen()):
+        for _ in range(2):
+            try:
+                raise ValueError("401 for https://me:S3CRET@host/v1")
+            except ValueError:
+                log().warning("hook.failed", callback="mine", exc_info=True)
+    first, second = capsys.readouterr().err.split("warning: hook.failed callback=mine\n")[1:]
+    assert first.startswith("  Traceback (most recent call last):\n")
+    assert first.endswith("  ValueError: 401 for https://me:<redacted>@host/v1\n")
+    assert second == "  ValueError: 401 for https://me:<redacted>@host/v1\n"
+
+
+def test_plain_lines_have_no_credentials_in_names_and_texts():
+    facts = {"event": "eval", "eval": "held_out", "metrics": {"hf_S3CRETabcdefghij1": 1.0, "url": "redis://:S3CRET@h"}}
+    assert format_plain(facts) == "event=eval eval=held_out <redacted>=1 url=redis://:<redacted>@h"
+
+
 def test_a_checkpoint_and_a_stop_are_news(board, tmp_path):
     state = begin(board, tmp_path, "calm-s0")
     board.on_checkpoint(state, ManifestRow("final", 9))

@@ -19,6 +19,7 @@ import click
 import evsys_bus
 from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import redact_text
 from evsys_bus.diagnostics import LOGGER_NAME
 from evsys_bus.errors import (
     ConfigError,
@@ -51,7 +52,7 @@ def report(error: BaseException, screen: Screen) -> int:
     """Report an error on stderr, and return the exit code."""
     errors = sorted(_own_errors(error), key=_sort_key)
     if errors:
-        text = printable("\n\n".join(map(str, errors)))
+        text = printable(redact_text("\n\n".join(map(str, errors))))
         if screen.uses_color(sys.stderr):
             text = "\n".join(map(_colorize_line, text.split("\n")))
         screen.note(text)
@@ -61,9 +62,9 @@ def report(error: BaseException, screen: Screen) -> int:
     if isinstance(error, OSError):
         place = f": {error.filename}" if error.filename is not None else ""
         head = screen.style("error", sys.stderr, fg="red", bold=True)
-        screen.note(f"{head}: {printable(f'{error.strerror or error}{place}')}")
+        screen.note(f"{head}: {printable(redact_text(f'{error.strerror or error}{place}'))}")
         return ENVIRONMENT
-    screen.note(printable("".join(traceback.format_exception(error)).rstrip()))
+    screen.note(printable(redact_text("".join(traceback.format_exception(error)).rstrip())))
     return RAISED
 
 
@@ -90,7 +91,7 @@ def report_usage(error: click.ClickException, screen: Screen) -> int:
     text = "".join(
         f"\n{screen.style('fix:', sys.stderr, fg='green', bold=True)} {fix}" for fix in ["   ".join(fixes)] if fix
     )
-    screen.note(f"{head}: {printable(what)}{text}")
+    screen.note(f"{head}: {printable(redact_text(what))}{text}")
     return error.exit_code
 
 
@@ -168,7 +169,9 @@ class _WarningHandler(logging.Handler):
             repeated = self._is_repeated(record, type(error))
             lines = traceback.format_exception_only(error) if repeated else _outside_traceback(error).format()
             return message, "".join(lines).rstrip()
-        if isinstance(trace, str):
+        if record.exc_text:  # in place of the exception, which shows a credential
+            trace = record.exc_text
+        elif isinstance(trace, str):
             message = message.replace(f" traceback={trace}", "").rstrip()
         else:
             message, head, below = message.partition(f"\n{_TRACEBACK_HEAD}")
