@@ -65,7 +65,7 @@ def redacted_page(page: str) -> str:
 def redacted_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a row for printing, without credentials in its keys and texts."""
     shown = {
-        str(key): to_builtins(value)[0] if isinstance(value, Mapping | list | tuple) else value
+        str(key): to_builtins(cast("object", value))[0] if isinstance(value, Mapping | list | tuple) else value
         for key, value in row.items()
     }
     return redacted(shown)
