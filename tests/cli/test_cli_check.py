@@ -1,6 +1,7 @@
 """What ``check`` finds before anything is started, and the forms of errors, times and colours on all screens."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -87,8 +88,25 @@ def test_a_plugin_that_cannot_be_imported_is_one_error(evsys_bus, tmp_path):
     assert 'plugin "descend" cannot be imported' in done.stderr
 
 
+@pytest.fixture(scope="module")
+def completed_runs(tmp_path_factory):
+    """A folder ``runs`` with the experiment, completed."""
+    folder = tmp_path_factory.mktemp("completed")
+    (folder / "sweep.yaml").write_text(EXPERIMENT)
+    (folder / "descent.py").write_text(RECIPE)
+    program = [sys.executable, "-c", "from evsys_bus.cli import main; main()", "run", "sweep.yaml", "--quiet"]
+    subprocess.run(program, capture_output=True, check=True, cwd=folder)
+    return folder / "runs"
+
+
+@pytest.fixture
+def completed(completed_runs, tmp_path):
+    """A copy of the completed experiment, in the folder of the command."""
+    shutil.copytree(completed_runs, tmp_path / "runs")
+
+
+@pytest.mark.usefixtures("completed")
 def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
     assert evsys_bus("check", "sweep.yaml", "--resume").returncode == 0
     assert evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.steps=9").returncode == 0
     done = evsys_bus("check", "sweep.yaml", "--resume", "--set", "run.lr=0.7")
@@ -97,8 +115,8 @@ def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsy
     assert evsys_bus("run", "sweep.yaml", "--resume", "--dry-run", "--set", "run.lr=0.7").returncode == 2
 
 
+@pytest.mark.usefixtures("completed")
 def test_check_warns_of_a_success_metric_that_no_completed_run_has(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "--quiet").returncode == 0
     assert evsys_bus("check", "sweep.yaml").stderr == ""
     done = evsys_bus("check", "sweep.yaml", "--set", "success_metric.name=test/scor")
     assert done.returncode == 0
@@ -136,8 +154,8 @@ def test_verbose_shows_what_is_less_than_a_warning(evsys_bus):
     assert "training.resumed" not in more.stderr
 
 
+@pytest.mark.usefixtures("completed")
 def test_show_without_a_run_shows_the_newest_experiment(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     done = evsys_bus("show")
     assert (done.returncode, done.stderr) == (0, "runs/sweep\n")
     assert done.stdout.startswith("sweep\n")
@@ -149,15 +167,15 @@ def test_without_any_run_show_says_where_it_looked(evsys_bus):
     assert done.stderr.startswith("error: there is no run below ")
 
 
+@pytest.mark.usefixtures("completed")
 def test_words_of_state_have_a_colour_only_where_colours_are_wanted(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     assert "\x1b[32mcompleted\x1b[0m" in evsys_bus("show", "runs/sweep", "--color", "always").stdout
     assert "\x1b[32mclosed" not in evsys_bus("status", "runs/sweep", "--color", "never").stdout
     assert "\x1b" not in evsys_bus("show", "runs/sweep").stdout
 
 
+@pytest.mark.usefixtures("completed")
 def test_times_are_local_with_their_offset(evsys_bus):
-    assert evsys_bus("run", "sweep.yaml", "-q").returncode == 0
     shown = evsys_bus("show", "runs/sweep", env={"TZ": "Asia/Kolkata", "PATH": ""}).stdout
     assert re.search(r"started +\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+05:30\n", shown)
     assert format_time("no time at all") == "no time at all"

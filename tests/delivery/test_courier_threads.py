@@ -41,7 +41,7 @@ BLOCKS = """
 """
 
 
-@pytest.mark.parametrize("library", ["asyncio", "anyio"])
+@pytest.mark.parametrize("library", ["asyncio", pytest.param("anyio", marks=pytest.mark.long)])
 def test_a_blocking_call_on_a_thread_of_its_own_keeps_no_program_from_ending(program, library):
     began = time.monotonic()
     process = program(BLOCKS, library)
