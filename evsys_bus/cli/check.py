@@ -17,17 +17,19 @@ from evsys_bus.cli.output.formatting import format_columns, pluralize
 from evsys_bus.cli.output.screen import Screen, color_option, json_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment
 from evsys_bus.codec import json_line, to_builtins
-from evsys_bus.codec.redact import Redaction, redact
+from evsys_bus.codec.redact import Redaction, redact, redact_key
 from evsys_bus.config.experiment import ExperimentConfig, expand_arms, expand_seeds, load_experiment
 from evsys_bus.config.spec import combine_errors, individual_errors, read_spec
 from evsys_bus.config.yaml_nodes import Document, read_document, with_overrides
-from evsys_bus.errors import ConfigError, DocumentError, Location, TrainingError, did_you_mean
+from evsys_bus.errors import ConfigError, DocumentError, Location, TrainingError, closest_word, did_you_mean
 from evsys_bus.training.experiment_store import check_params_unchanged, read_result
 from evsys_bus.training.plan import RunPlan, run_sequences, safe_folder_name
 
 _MAX_VALUE_CHARS = 60
 _MAX_RESULTS = 10
 """How many results are read for the names of their metrics."""
+_MAX_METRICS = 12
+"""How many names of metrics are listed."""
 
 
 @click.command("check")
@@ -156,13 +158,18 @@ def warn_about_metric(plan: ExperimentPlan, screen: Screen) -> None:
         return
     completed = [key for key, entry in previous.runs.items() if entry.status == "completed"][:_MAX_RESULTS]
     results = [result for key in completed if (result := read_result(plan.folder / key)) is not None]
-    known = {name for result in results for name in [*result.eval_metrics, *result.metrics]}
-    if known and metric.name not in known:
+    seen = sorted({name for result in results for name in [*result.eval_metrics, *result.metrics]})
+    if seen and metric.name not in seen:
         head = screen.style("warning:", sys.stderr, fg="yellow", bold=True)
         where = plan.document.where("$.success_metric.name")
         place = "" if where.line is None else f"{where.file}:{where.line}: "
-        hint = did_you_mean(metric.name, known)
-        screen.note(f'{head} {place}no completed run has the success_metric "{metric.name}"   fix: {hint}')
+        same = [name for name in seen if name.rpartition("/")[2] == metric.name]  # without its benchmark
+        near = same[0] if same else closest_word(metric.name, seen)
+        fix = "choose one of them" if near is None else f'did you mean "{near}"?'
+        more = f" and {len(seen) - _MAX_METRICS} more" if len(seen) > _MAX_METRICS else ""
+        names = f"{', '.join(map(redact_key, seen[:_MAX_METRICS]))}{more}"
+        what = f'no completed run has the success_metric "{metric.name}"; they have {names}'
+        screen.note(f"{head} {place}{printable(f'{what}   fix: {fix}')}")
 
 
 def _is_within(error: ConfigError, mistakes: Sequence[DocumentError]) -> bool:

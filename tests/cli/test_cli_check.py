@@ -118,11 +118,15 @@ def test_check_with_resume_refuses_changed_parameters_and_allows_more_steps(evsy
 @pytest.mark.usefixtures("completed")
 def test_check_warns_of_a_success_metric_that_no_completed_run_has(evsys_bus):
     assert evsys_bus("check", "sweep.yaml").stderr == ""
-    done = evsys_bus("check", "sweep.yaml", "--set", "success_metric.name=test/scor")
-    assert done.returncode == 0
-    assert done.stderr == (
-        'warning: no completed run has the success_metric "test/scor"   fix: did you mean "test/score"?\n'
-    )
+    for name, fix in {
+        "test/scor": 'did you mean "test/score"?',
+        "score": 'did you mean "test/score"?',
+        "reward_per_episode": "choose one of them",
+    }.items():
+        done = evsys_bus("check", "sweep.yaml", "--set", f"success_metric.name={name}")
+        assert done.returncode == 0
+        what = f'no completed run has the success_metric "{name}"; they have loss, step_seconds, test/score'
+        assert done.stderr == f"warning: {what}   fix: {fix}\n"
 
 
 def test_check_shows_no_credentials_of_the_file_in_its_plan_and_its_errors(evsys_bus, tmp_path):
