@@ -1,5 +1,6 @@
 """The board and the views that read it, without a terminal."""
 
+import contextlib
 import io
 import json
 import logging
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evsys_bus import ArmResult, LogContext, LoopArtifacts, LoopState, ManifestRow, RunResult, TrainingBatch
+from evsys_bus import (
+    ArmResult,
+    Callback,
+    EventBus,
+    LogContext,
+    LoopArtifacts,
+    LoopState,
+    ManifestRow,
+    RunResult,
+    TrainingBatch,
+)
 from evsys_bus.cli.output.capture import MAX_LINES, CapturedStream, LineBuffer
 from evsys_bus.cli.output.deliveries import ProblemMonitor
 from evsys_bus.cli.output.errors import show_warnings
@@ -285,6 +296,38 @@ def test_a_warning_whose_error_shows_a_credential_has_its_redacted_traceback_the
     assert first.startswith("  Traceback (most recent call last):\n")
     assert first.endswith("  ValueError: 401 for https://me:<redacted>@host/v1\n")
     assert second == "  ValueError: 401 for https://me:<redacted>@host/v1\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_marks_below_a_line_of_source_are_left_out_where_the_terminal_would_break_them(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    with contextlib.redirect_stderr(Terminal()) as terminal, show_warnings(Screen()):
+        try:
+            _ = ["a long line of source, wider than a narrow terminal", 1 / 0]
+        except ArithmeticError:
+            log().warning("run.failed", run="a", exc_info=True)
+    lines = terminal.getvalue().splitlines()
+    assert any("a long line" in line for line in lines)
+    assert any(set(line) <= set(" ~^") for line in lines) == (columns == 200)
+
+
+def test_frames_between_publish_and_a_hook_are_not_shown(capsys, step_end):
+    class Raises(Callback):
+        def on_step_end(self, state, step_idx, batch, metrics):
+            raise KeyError("reward")
+
+    with show_warnings(Screen()), EventBus([Raises()]) as bus:
+        bus.publish(step_end(0))
+    shown = capsys.readouterr().err
+    assert "in on_step_end" in shown
+    assert "<evsys-bus" not in shown
 
 
 def test_plain_lines_have_no_credentials_in_names_and_texts():

@@ -33,6 +33,7 @@ from evsys_bus.errors import (
     TrainingError,
     UntrustedFileError,
 )
+from evsys_bus.tasks.adoption import HOOK_FILENAME_PREFIX
 
 OK: Final = 0
 RAISED: Final = 1
@@ -45,6 +46,8 @@ _KINDS: Final = ("adapter", "courier", "callback", "hook", "evaluator", "file", 
 _TRACEBACK_HEAD: Final = "Traceback (most recent call last):"
 _MAX_KINDS: Final = 1000
 _HINT: Final = re.compile(r"; (?=did you mean|known: )")
+_MARKS: Final = re.compile(r"[ ~^]+")
+"""A line of a traceback that marks a part of the line above."""
 _PACKAGE_DIR: Final = Path(evsys_bus.__file__).parent
 
 
@@ -197,6 +200,8 @@ class _WarningHandler(logging.Handler):
         width = terminal_width(sys.stderr)
         lines = wrap(f"{head} {printable(first)}", width)
         for line in map(printable, [*more, *trace.splitlines()]):
+            if width is not None and len(line) + 2 > width and _MARKS.fullmatch(line):
+                continue  # the terminal would wrap them, away from what they mark
             lines += [f"  {line}"] if line.startswith(" ") else wrap(line, width, indent="  ")
         return "".join(f"{line}\n" for line in lines)
 
@@ -208,7 +213,11 @@ class _WarningHandler(logging.Handler):
 def _outside_traceback(error: BaseException) -> traceback.TracebackException:
     """Return the traceback without frames of evsys-bus, unless there are no others."""
     trace = traceback.TracebackException.from_exception(error)
-    foreign = [frame for frame in trace.stack if not Path(frame.filename).is_relative_to(_PACKAGE_DIR)]
+    foreign = [
+        frame
+        for frame in trace.stack
+        if not frame.filename.startswith(HOOK_FILENAME_PREFIX) and not Path(frame.filename).is_relative_to(_PACKAGE_DIR)
+    ]
     if foreign:
         trace.stack = traceback.StackSummary.from_list(foreign)
     return trace
