@@ -1,6 +1,7 @@
 """How a receipt is shown: on one line, on a few, and as a table of a notebook."""
 
 from html.parser import HTMLParser
+from operator import methodcaller
 
 from evsys_bus import Callback, EventBus, Receipt
 from evsys_bus.tasks import DeliveryStatus, TaskCounts
@@ -60,6 +61,10 @@ class Table(HTMLParser):
             self.text.append(data)
 
 
+notebook_page = methodcaller("_repr_html_")
+"""What a notebook shows, which looks for a method of this name."""
+
+
 def test_a_receipt_is_one_short_line_with_the_command_that_delivers_the_rest():
     assert repr(RECEIPT) == (
         "<Receipt: 100 pending, 30 owed, 1 dead, 3 failed, 5 lost, 1 of 4 adapters not known; "
@@ -83,7 +88,7 @@ def test_a_printed_receipt_has_a_line_for_each_adapter_the_losses_the_tasks_and_
 
 
 def test_a_notebook_shows_a_table_that_is_escaped_and_has_the_colours_of_the_page():
-    page = RECEIPT._repr_html_()
+    page = notebook_page(RECEIPT)
     table = Table(page)
     assert table.open == []
     assert table.rows == [
@@ -95,7 +100,7 @@ def test_a_notebook_shows_a_table_that_is_escaped_and_has_the_colours_of_the_pag
     ]
     assert "evsys-bus sync 'runs/<x>'" in table.text
     assert not any("background" in style or "#" in style for style in table.styles)
-    assert "<table" not in Receipt(TaskCounts(), {})._repr_html_()
+    assert "<table" not in notebook_page(Receipt(TaskCounts(), {}))
 
 
 class Follower(Callback):
