@@ -307,10 +307,10 @@ def test_no_credential_of_a_training_reaches_a_server_a_file_or_a_screen(tmp_pat
     to_wandb = without_own_login(wandb.received, CREDENTIALS["WANDB_API_KEY"])
     to_evsys = without_own_login(evsys.received, CREDENTIALS["EVSYS_API_KEY"])
 
-    assert "ValueError: 401 for https://me:<redacted>@host" in output
-    assert leaks_in(output.encode()) == set()
     assert leaks_in(to_wandb) == set()
     assert leaks_in(to_evsys) == set()
+    assert "ValueError: 401 for https://me:<redacted>@host" in output
+    assert leaks_in(output.encode()) == set()
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path not in given and path.suffix != ".pyc"]
     leaks = {str(path.relative_to(tmp_path)): leaks_in(path.read_bytes()) for path in files}
     leaking = {path: found for path, found in leaks.items() if found}
