@@ -47,7 +47,7 @@ def command(folder, *arguments):
 @pytest.mark.parametrize(
     ("name", "patience"),
     [
-        pytest.param(name, patience, marks=[pytest.mark.long] * (number > 1))
+        pytest.param(name, patience, marks=[pytest.mark.long] * (number > 0))
         for number, (name, patience) in enumerate(zip(NAMES, ["20", "0", "20", "0", "0"], strict=True))
     ],
 )
