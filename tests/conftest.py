@@ -33,9 +33,15 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Define the classes of docstring examples in ``__main__``: an event of an example belongs to no package."""
+    """Make `long` what is on uvloop only; define the classes of docstring examples in ``__main__``.
+
+    There, an event of an example belongs to no package.
+    """
     for item in items:
+        if "[uvloop" in item.name and item.get_closest_marker("long_on_uvloop"):
+            item.add_marker(pytest.mark.long)
         if isinstance(item, pytest.DoctestItem) and item.dtest is not None:
             item.dtest.globs["__name__"] = "__main__"
 

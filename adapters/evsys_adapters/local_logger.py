@@ -28,6 +28,7 @@ from evsys_adapters.common.hook_arguments import (
     run_id,
     step_of,
 )
+from evsys_adapters.common.logged_values import redacted_page, redacted_row
 from evsys_adapters.common.params import as_list, validate_params
 from evsys_adapters.common.terminal import LinePrinter, one_line, step_label
 from evsys_adapters.output_files.experiment_pages import conclusion_page, experiment_page, hypothesis_of
@@ -158,7 +159,8 @@ class LocalLoggerCallback(Callback):
             row = fields(metrics)
             keys = row if self._config.keys is None else [key for key in self._config.keys if key in row]
             names = [one_line(run.name)] if len(self._runs) > 1 else []
-            values = [f"{one_line(key)} {_format_value(row[key])}" for key in keys]
+            shown = redacted_row({key: row[key] for key in keys})
+            values = [f"{one_line(key)} {_format_value(value)}" for key, value in shown.items()]
             self._lines.print("  ".join([*names, step_label(step, num_steps), *values]))
 
     def on_eval(self, state: LoopState, step_idx: int, eval_name: str, metrics: dict[str, float]) -> None:
@@ -319,7 +321,7 @@ class LocalLoggerCallback(Callback):
         return run
 
     def _write_page(self, acquire_folder: Callable[[], Path], name: str, page: str) -> None:
-        text = page.encode(errors="backslashreplace")
+        text = redacted_page(page).encode(errors="backslashreplace")
         self._pages.write(lambda: AppendFile(acquire_folder() / name).rewrite([text]), len(text))
 
 

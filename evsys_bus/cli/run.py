@@ -51,6 +51,7 @@ from evsys_bus.cli.output.screen import Screen, printable, terminal_width, wrap
 from evsys_bus.cli.records import load_previous_experiment, read_page_urls
 from evsys_bus.cli.uploads import UploadMonitor
 from evsys_bus.codec import json_line
+from evsys_bus.codec.redact import redact_key, redact_text
 from evsys_bus.config import build_callbacks
 from evsys_bus.config.registry import REGISTRY
 from evsys_bus.config.spec import read_spec
@@ -111,7 +112,8 @@ def command(
         click.echo("\n".join(plan_json(plan) if as_json else plan_lines(plan)))
         return 0
 
-    resume_command = build_command_line("run", file, set=sets, arm=arms, seed=seeds, output_dir=output_dir)
+    shown_sets = tuple(map(redact_text, sets))
+    resume_command = build_command_line("run", file, set=shown_sets, arm=arms, seed=seeds, output_dir=output_dir)
     return train(plan, RunOptions(resume, strict, progress, as_json, resume_command, log_level), screen)
 
 
@@ -361,7 +363,7 @@ def result_lines(
         name for name in dict.fromkeys(name for arm in arms for name in arm.metrics) if name not in _HIDDEN_METRICS
     ]
     shown = metrics[:_MAX_METRICS]
-    head = ["arm", "runs", *map(printable, shown)]
+    head = ["arm", "runs", *(printable(redact_key(name)) for name in shown)]
     rows = [head, *(_row(arm, shown, result.best_arm, screen) for arm in arms)]
     lines = [
         f"{printable(result.name)}   {screen.style_state(result.status, sys.stdout)} in {format_duration(seconds)}",
@@ -377,8 +379,8 @@ def result_lines(
     if len(failed) > _MAX_FAILURES:
         lines.append(f"! and {len(failed) - _MAX_FAILURES} more failed runs")
     details = [
-        *([["hypothesis", result.hypothesis]] if result.hypothesis else []),
-        *([["conclusion", result.conclusion]] if result.conclusion else []),
+        *([["hypothesis", redact_text(result.hypothesis)]] if result.hypothesis else []),
+        *([["conclusion", redact_text(result.conclusion)]] if result.conclusion else []),
         *([["delivery", _format_deliveries(receipt)]] if receipt and receipt.deliveries else []),
         ["data", plan.display_folder],
         ["a run", f"evsys-bus show {plan.display_folder}/{plan.runs[0].run_key}"],

@@ -177,7 +177,7 @@ def _normalize_key(key: object) -> str:
 # Texts
 
 _HARMLESS_VALUE: Final = re.compile(
-    r"\s*|<\|?[^<>]{0,60}\|?>|\[[A-Z_0-9]{1,30}\]|\*+|\$\{[^{}]*\}?|\$[A-Z]+(?:_[A-Z0-9]+)+|\{\{.*\}\}|env:\w+|\?\?\?"
+    r"\s*|<\|?[^<>]{0,60}\|?>|\[[A-Z_0-9]{1,30}\]|\*+|\.{3}|…|\$\{[^{}]*\}?|\$[A-Z]+(?:_[A-Z0-9]+)+|\{\{.*\}\}|env:\w+|\?\?\?"
     r"|(?i:none|null|auto|empty|dummy|true|false|required|optional|enabled|disabled|default|basic|bearer|oauth2?|anonymous|iam|tls)"
 )
 """Placeholders, special tokens, references to the environment and words that are no credential under any name."""

@@ -144,6 +144,7 @@ def uploaded(folder):
     return {name: data if name.endswith("/state") else None for name, data in found.items()}
 
 
+@pytest.mark.long_on_uvloop
 @pytest.mark.timeout(90)
 async def test_four_ways_to_the_bus_give_equal_deliveries_and_equal_files_value_by_value(tmp_path):
     seen = []
@@ -615,7 +616,7 @@ def test_a_close_that_raises_or_hangs_ends_nothing(tmp_path, caplog):
     assert failed == {"Raises": 1, "Hangs": 1}
 
 
-@pytest.mark.parametrize("couriers", ["process", "thread"])
+@pytest.mark.parametrize("couriers", ["process", pytest.param("thread", marks=pytest.mark.long)])
 def test_a_close_that_hangs_in_a_courier_is_no_ok(tmp_path, caplog, couriers, monkeypatch):
     source = """
         import threading

@@ -112,6 +112,7 @@ def left_at(step, machine, monkeypatch):
     return machine
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_elsewhere_ends_as_one_that_goes_on_where_it_was(machine, bucket, monkeypatch):
     first = left_at("25", machine("first", bucket), monkeypatch)
     second = machine("second", bucket)

@@ -152,6 +152,7 @@ print(errors)
 """
 
 
+@pytest.mark.long
 def test_the_first_readers_of_a_process_may_come_at_once_from_many_threads(tmp_path):
     writer = JournalWriter(tmp_path).open()
     writer.append(b"an event")

@@ -27,6 +27,7 @@ from evsys_bus.cli.output.run_state import RunProgress, RunStateTracker
 from evsys_bus.cli.output.screen import is_terminal, printable
 from evsys_bus.cli.output.transfers import PollUploads, Transfer, format_transfer
 from evsys_bus.codec import to_builtins
+from evsys_bus.codec.redact import redact_key
 from evsys_bus.context import Spread, spread_of
 from evsys_bus.tasks import DeliveryStatus
 
@@ -253,9 +254,11 @@ def render(
     table.add_column("step", no_wrap=True)
     glue = "/" if width >= _MIN_WIDE_COLUMNS else "/\n"
     table.add_column(
-        f"train{glue}{printable(shown_metrics.train or NO_VALUE)}" if shown_metrics.train else "train", no_wrap=True
+        f"train{glue}{_printable_metric(shown_metrics.train)}" if shown_metrics.train else "train", no_wrap=True
     )
-    table.add_column(glue.join(map(printable, shown_metrics.eval)) if shown_metrics.eval else "eval", no_wrap=True)
+    table.add_column(
+        glue.join(map(_printable_metric, shown_metrics.eval)) if shown_metrics.eval else "eval", no_wrap=True
+    )
     table.add_column("eta", no_wrap=True)
     for arm in shown_arms:
         table.add_row(*_arm_cells(arm, sd=width >= _MIN_FULL_COLUMNS))
@@ -267,6 +270,10 @@ def render(
         parts.append(Text(f"! and {len(failures) - len(shown_failures)} more failed runs", style="red"))
     parts += [Text(""), *below, _dim_line(_footer(tracker, now, hint=width >= _MIN_FULL_COLUMNS))]
     return Group(*parts, *notices)
+
+
+def _printable_metric(name: str) -> str:
+    return printable(redact_key(name))
 
 
 def _notices(tracker: RunStateTracker, width: int) -> list[Text]:
