@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         ParkedError,
         RejectedError,
         RetryLaterError,
+        RunNotFoundError,
     )
     from evsys_bus.events import (
         BenchmarkEval,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         TrainEnd,
         TrainStart,
     )
+    from evsys_bus.reading import RecordedRun, read, read_runs
     from evsys_bus.sink import BatchResult, RawRecord, Sink
     from evsys_bus.training import Experiment, TrainingLoop
 
@@ -77,6 +79,7 @@ _NAMES_BY_MODULE: Final = {
         "ParkedError",
         "RejectedError",
         "RetryLaterError",
+        "RunNotFoundError",
     ),
     "events": (
         "BenchmarkEval",
@@ -93,6 +96,7 @@ _NAMES_BY_MODULE: Final = {
         "TrainEnd",
         "TrainStart",
     ),
+    "reading": ("RecordedRun", "read", "read_runs"),
     "sink": ("BatchResult", "RawRecord", "Sink"),
     "training": ("Experiment", "TrainingLoop"),
     "config": ("CallbackSpec", "build_callbacks", "follow", "register_callback", "register_sink"),
@@ -127,11 +131,13 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "ParkedError",
     "RawRecord",
     "Receipt",
+    "RecordedRun",
     "RejectedError",
     "RetryLaterError",
     "Rewindable",
     "RunAnnotated",
     "RunEnd",
+    "RunNotFoundError",
     "RunResult",
     "RunResumer",
     "RunStart",
@@ -144,6 +150,8 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "build_callbacks",
     "dispatch",
     "follow",
+    "read",
+    "read_runs",
     "register_callback",
     "register_sink",
 ]

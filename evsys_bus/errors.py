@@ -261,6 +261,12 @@ class JournalInUseError(JournalError):
     code = "EB805"
 
 
+class RunNotFoundError(JournalError, FileNotFoundError):
+    """There is no recorded run in a folder, or there are several where one is to be read."""
+
+    code = "EB806"
+
+
 class DeliveryError(EvsysBusError):
     """Raised by a sink to decide what happens to the batch; ``fix`` is shown to people who look at the adapter."""
 
