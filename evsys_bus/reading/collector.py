@@ -110,10 +110,10 @@ class _Column:
     def sort(self) -> None:
         """Sort by step; of several values of one step the last one stays."""
         if not self.is_sorted:
-            by_step = dict(zip(self.steps, self.values, strict=True))
-            self.steps = array("q", sorted(by_step))
-            self.values = array("d", map(by_step.__getitem__, self.steps))
-            self.is_sorted = True
+            steps, values = self.steps, self.values
+            self.steps, self.values, self.is_sorted = array("q"), array("d"), True
+            for position in sorted(range(len(steps)), key=steps.__getitem__):  # stable: the last one comes last
+                self.add(steps[position], values[position])
 
     def series(self) -> MetricSeries:
         self.sort()
