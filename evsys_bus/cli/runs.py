@@ -15,7 +15,7 @@ import click
 
 from evsys_bus.cli.output.formatting import format_size, pluralize
 from evsys_bus.cli.output.run_tables import Column, best_column, run_csv, run_json, run_table
-from evsys_bus.cli.output.screen import Screen, color_option, printable, terminal_width
+from evsys_bus.cli.output.screen import Screen, color_option, printable, terminal_width, wrap
 from evsys_bus.cli.records import RUNS
 from evsys_bus.codec import json_line
 from evsys_bus.disk import OsDisk
@@ -58,7 +58,9 @@ def _compile_metric(ctx: click.Context, param: click.Parameter, text: str | None
     callback=_parse_filter_option,
     help="Only runs that match all terms: text, /regex/, arm:baseline, state:failed, lr>1e-4, age<2h, -term.",
 )
-@click.option("--sort", metavar="[-]COLUMN", default="-started", show_default=True, help="Sort; with - the largest first.")
+@click.option(
+    "--sort", metavar="[-]COLUMN", default="-started", show_default=True, help="Sort; with - the largest first."
+)
 @click.option("--columns", metavar="A,B", help="Only these columns: fields, config keys, metrics, 'best loss'.")
 @click.option("--metric", metavar="REGEX", callback=_compile_metric, help="Show the metrics whose names match.")
 @click.option("--best/--no-best", default=None, help="Read all events for best values; by default up to 128 MB.")
@@ -74,7 +76,7 @@ def _compile_metric(ctx: click.Context, param: click.Parameter, text: str | None
 @click.option("--json", "output_format", flag_value="json", help="The same as --format json.")
 @color_option
 @click.pass_obj
-def command(  # noqa: PLR0913 # one for each option
+def command(  # one for each option
     screen: Screen,
     folders: tuple[Path, ...],
     run_filter: Filter,
@@ -127,12 +129,12 @@ def command(  # noqa: PLR0913 # one for each option
         return
     width = terminal_width(sys.stdout)
     place = ", ".join(map(str, folders))
-    click.echo(printable(f"{place}   {_count_text(found, len(shown))}"))
+    click.echo("\n".join(wrap(printable(f"{place}   {_count_text(found, len(shown))}"), width)))
     if shown:
         lines, left_out = run_table(shown, selected, width, lambda text: screen.style_state(text, sys.stdout))
         click.echo("\n".join(["", *lines]))
         if left_out:
-            screen.note(f"left out on {width} columns: {', '.join(left_out)}   all of them: --columns, or a pipe")
+            screen.note(f"not shown, for lack of width: {', '.join(left_out)}   all of them: --columns, or a pipe")
     if any(not each.run.is_whole for each in shown) and not names:
         screen.note(f"best values take reading {format_size(size)}: add --best")
 
@@ -181,7 +183,12 @@ def _check_column(name: str, runs: Sequence[RunFields]) -> None:
     if not runs or name in RUN_FIELDS or any(each.field(name) is not None for each in runs):
         return
     metrics = metric_names(runs)
-    known = {*RUN_FIELDS, *metrics, *(f"{BEST}{each}" for each in metrics), *(key for each in runs for key in each.config)}
+    known = {
+        *RUN_FIELDS,
+        *metrics,
+        *(f"{BEST}{each}" for each in metrics),
+        *(key for each in runs for key in each.config),
+    }
     if name not in known:
         near = closest_word(name, known)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known)[:_MAX_KNOWN])}"
@@ -199,7 +206,9 @@ def _default_columns(runs: Sequence[RunFields], metric: re.Pattern[str] | None, 
     keys = differing_keys(runs)
     short = Counter(key.rpartition(".")[2] for key in {key for each in runs for key in each.config})
     columns = [Column("run"), Column("state")]
-    columns += [Column(name, priority=5) for name in ("arm", "seed") if any(each.field(name) is not None for each in runs)]
+    columns += [
+        Column(name, priority=5) for name in ("arm", "seed") if any(each.field(name) is not None for each in runs)
+    ]
     columns += [Column("age", priority=9), Column("duration", priority=8), Column("steps", priority=2)]
     for number, key in enumerate(keys[:_MAX_CONFIG_COLUMNS]):
         last = key.rpartition(".")[2]

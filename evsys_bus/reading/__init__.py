@@ -24,6 +24,7 @@ from evsys_bus.reading.recorded_run import (
     RecordedStep,
     State,
     better_mode,
+    eval_series,
     flatten_config,
     summarize_series,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "State",
     "better_mode",
     "describe_damage",
+    "eval_series",
     "find_journals",
     "flatten_config",
     "is_journal",

@@ -7,8 +7,6 @@ each metric counts. Events may come from other programs and versions, so the typ
 
 import itertools
 import math
-from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +36,8 @@ from evsys_bus.files import DECODE_ERRORS
 from evsys_bus.journal import JournalReader, OsDisk, TailReader, frame, layout
 from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first
-from evsys_bus.reading.recorded_run import MetricSeries, RecordedAlert, RecordedEval, RecordedRun, State, to_datetime
+from evsys_bus.reading.recorded_run import RecordedAlert, RecordedEval, RecordedRun, State, to_datetime, to_mapping
+from evsys_bus.reading.rows import MAX_STEPS, MetricColumn, RankRecord, is_step, to_step
 
 JOURNAL: Final = "journal"
 """The usual name of a journal's directory; it is no name of a run."""
@@ -47,8 +46,6 @@ _SMALL_BYTES: Final = 2 << 20
 _HEAD_EVENTS: Final = 100
 _TAIL_FRAMES: Final = 200
 _TAIL_WINDOW_BYTES: Final = 64 << 10
-_MAX_STEPS: Final = 1 << 62
-"""A number of steps from here on is no request, but stands for no end."""
 _ANNOTATION_TAG: Final = RunAnnotated.hook.removeprefix("on_").encode()
 _STATUSES: Final[dict[object, State]] = {"completed": "completed", "failed": "failed", "cancelled": "cancelled"}
 _INTERRUPTIONS: Final = ("KeyboardInterrupt", "CancelledError", "SystemExit", "GeneratorExit")
@@ -81,85 +78,6 @@ _decode_step: Final = msgspec.msgpack.Decoder(_StepEnvelope).decode
 """Decodes what nearly all records are, and no more of it than is needed. It refuses all others."""
 
 
-class _Column:
-    """The values of one metric by step; one of a step that comes again replaces the earlier one."""
-
-    __slots__ = ("is_sorted", "steps", "values")
-
-    def __init__(self) -> None:
-        self.steps = array("q")
-        self.values = array("d")
-        self.is_sorted = True
-
-    def add(self, step: int, value: float) -> None:
-        steps = self.steps
-        if steps and step <= steps[-1]:
-            if step == steps[-1]:
-                self.values[-1] = value
-                return
-            self.is_sorted = False
-        steps.append(step)
-        self.values.append(value)
-
-    def cut(self, first_step: int) -> None:
-        """Drop the values from this step on."""
-        self.sort()
-        position = bisect_left(self.steps, first_step)
-        del self.steps[position:], self.values[position:]
-
-    def sort(self) -> None:
-        """Sort by step; of several values of one step the last one stays."""
-        if not self.is_sorted:
-            steps, values = self.steps, self.values
-            self.steps, self.values, self.is_sorted = array("q"), array("d"), True
-            for position in sorted(range(len(steps)), key=steps.__getitem__):  # stable: the last one comes last
-                self.add(steps[position], values[position])
-
-    def series(self) -> MetricSeries:
-        self.sort()
-        return MetricSeries(self.steps, self.values)
-
-
-class _RankRecord:
-    """What the processes of one rank have recorded about a run."""
-
-    def __init__(self) -> None:
-        self.times: Final = _Column()
-        self.metrics: Final[dict[str, _Column]] = {}
-        self.evals: list[RecordedEval] = []
-        self.benchmarks: list[EvalResult] = []
-        self.checkpoints: list[ManifestRow] = []
-        self.streams: Final[dict[str, None]] = {}
-        """In order."""
-        self.trains = False
-        """Whether it has steps, or start or end events: a process that only evaluates has none."""
-        self.status: State | None = None
-        """By its end event."""
-        self.is_train_ended = False
-        self.error: str | None = None
-
-    def add_row(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
-        """Add a row, or a part of one."""
-        self.times.add(step, time)
-        for name, value in metrics.items():
-            column = self.metrics.get(name)
-            if column is None:
-                column = self.metrics[name] = _Column()
-            column.add(step, value)
-
-    def reopen(self) -> None:
-        """Forget how an earlier training ended."""
-        self.status, self.error, self.is_train_ended = None, None, False
-
-    def cut(self, first_step: int) -> None:
-        """Drop what an earlier training has from this step on: the one that starts makes it anew."""
-        for column in (self.times, *self.metrics.values()):
-            column.cut(first_step)
-        self.evals = [each for each in self.evals if each.step is not None and each.step < first_step]
-        self.benchmarks = [each for each in self.benchmarks if each.step is not None and each.step < first_step]
-        self.checkpoints = [each for each in self.checkpoints if _to_step(each.batch, 0) < first_step]
-
-
 class _RunCollector:
     """Collects the events of one run."""
 
@@ -171,11 +89,11 @@ class _RunCollector:
         self.first_time = math.inf
         self.last_time = -math.inf
         self._record: Final = RecordedRun(id=key, directory=Path(), folder=Path())
-        self._ranks: Final[dict[int, _RankRecord]] = {}
+        self._ranks: Final[dict[int, RankRecord]] = {}
 
-    def rank(self, rank: int) -> _RankRecord:
+    def rank(self, rank: int) -> RankRecord:
         """Return what this rank has recorded."""
-        return self._ranks.setdefault(rank, _RankRecord())
+        return self._ranks.setdefault(rank, RankRecord())
 
     def is_in(self, root: Path | None) -> bool:
         """Whether the run is in this directory; the state of a host may name the experiment's instead."""
@@ -191,53 +109,61 @@ class _RunCollector:
         self.last_time = max(self.last_time, envelope.time)
         state: Any = getattr(event, "state", None)
         num_steps = getattr(state, "num_steps", None)
-        if 0 < _to_step(num_steps, 0) < _MAX_STEPS:
+        if 0 < to_step(num_steps, 0) < MAX_STEPS:
             record.num_steps = num_steps
-        self._add_context(getattr(event, "ctx", None) or getattr(state, "ctx", None), replace=isinstance(event, RunStart))
+        self._add_context(
+            getattr(event, "ctx", None) or getattr(state, "ctx", None), replace=isinstance(event, RunStart)
+        )
         match event:
             case RunStart():
                 rank.reopen()
             case TrainStart():
                 rank.reopen()
-                rank.cut(_to_step(getattr(state, "step", None), _MAX_STEPS))
-            case StepEnd() if _is_step(event.step_idx):
+                rank.cut(to_step(getattr(state, "step", None), MAX_STEPS))
+            case StepEnd() if is_step(event.step_idx):
                 rank.add_row(event.step_idx, envelope.time, _numbers(event.metrics))
-            case Eval() if _is_step(event.step_idx):
+            case Eval() if is_step(event.step_idx):
                 metrics = _numbers(event.metrics)
                 rank.evals.append(RecordedEval(event.step_idx, str(event.eval_name), metrics, envelope.time))
             case BenchmarkEval() if isinstance(event.eval_result, EvalResult):  # pyright: ignore[reportUnnecessaryIsInstance] # what was read may be anything
-                result, step = event.eval_result, event.step if _is_step(event.step) else None
+                result, step = event.eval_result, event.step if is_step(event.step) else None
                 rank.benchmarks.append(result)
-                rank.evals.append(RecordedEval(step, str(result.name), _numbers(result.metrics), envelope.time))
+                metrics = _numbers(result.metrics)
+                rank.evals.append(RecordedEval(step, str(result.name), metrics, envelope.time, is_benchmark=True))
             case Checkpoint() if isinstance(event.row, ManifestRow):  # pyright: ignore[reportUnnecessaryIsInstance] # likewise
                 rank.checkpoints.append(event.row)
-            case TrainEnd():
-                error = getattr(state, "error", None)
-                rank.is_train_ended, rank.error = True, None if error is None else str(error)
-                if rank.error is not None:
-                    rank.status = "cancelled" if rank.error.startswith(_INTERRUPTIONS) else "failed"
-                elif getattr(state, "stopped_early", False):
-                    rank.status = "cancelled"
-            case RunEnd():
-                rank.status = _STATUSES.get(getattr(event.run_result, "status", None), "completed")
-                rank.error = getattr(event.run_result, "error", None)
-                record.summary = {**_numbers(getattr(event.run_result, "metrics", None)), **record.summary}
-                record.arm = record.arm or _text(getattr(event.arm, "name", None))
+            case TrainEnd() | RunEnd():
+                self._add_end(event, rank)
             case _:
                 self._add_other(envelope, rank)
 
-    def _add_other(self, envelope: Envelope, rank: _RankRecord) -> None:
+    def _add_end(self, event: TrainEnd | RunEnd, rank: RankRecord) -> None:
+        record = self._record
+        if isinstance(event, TrainEnd):
+            error = getattr(event.state, "error", None)
+            rank.end_event, rank.error = "TrainEnd", None if error is None else str(error)
+            if rank.error is not None:
+                rank.status = "cancelled" if rank.error.startswith(_INTERRUPTIONS) else "failed"
+            elif getattr(event.state, "stopped_early", False):
+                rank.status = "cancelled"
+            return
+        rank.end_event, rank.error = "RunEnd", getattr(event.run_result, "error", None)
+        rank.status = _STATUSES.get(getattr(event.run_result, "status", None), "completed")
+        record.summary = {**_numbers(getattr(event.run_result, "metrics", None)), **record.summary}
+        record.arm = record.arm or _text(getattr(event.arm, "name", None))
+
+    def _add_other(self, envelope: Envelope, rank: RankRecord) -> None:
         """Add an event that later versions than 0.1 have; this process may not know its class."""
         record, event = self._record, envelope.event
-        fields: Mapping[str, Any]
+        fields: dict[str, Any]
         if isinstance(event, UnknownEvent):
             tag, fields = event.type, event.fields
         else:
             tag, fields = event.hook, {name: getattr(event, name, None) for name in event.__struct_fields__}
         match tag.removeprefix("on_").removeprefix("run.").removeprefix("run_"):
-            case "metrics" if _is_step(step := fields.get("step_idx")):
+            case "metrics" if is_step(fields.get("step_idx")):  # a part of a row
                 rank.trains = True
-                rank.add_row(step, envelope.time, _numbers(fields.get("metrics")))
+                rank.add_row(fields["step_idx"], envelope.time, _numbers(fields.get("metrics")))
             case "config_update":
                 record.config = _merge(record.config, to_mapping(fields.get("config")))
             case "summary":
@@ -254,7 +180,11 @@ class _RunCollector:
         """Add what a context has of the run; ``replace``: the run starts, maybe again with another config."""
         if ctx is None:
             return
-        record, config, extras = self._record, to_mapping(getattr(ctx, "run_config", None)), getattr(ctx, "extras", None)
+        record, config, extras = (
+            self._record,
+            to_mapping(getattr(ctx, "run_config", None)),
+            getattr(ctx, "extras", None),
+        )
         record.config = config if config and (replace or not record.config) else record.config
         record.group = record.group or _text(getattr(ctx, "group_name", None))
         tags, notes = (to_mapping(extras).get(name) for name in ("tags", "notes"))
@@ -276,9 +206,9 @@ class _RunCollector:
         record.folder = sibling or directory if moved else self.folder or directory
         record.arm = _text(record.config.get("arm")) or record.arm
         seed = record.config.get("seed")
-        record.seed = seed if _is_step(seed) else None
+        record.seed = seed if is_step(seed) else None
         ranks = [rank for _, rank in sorted(self._ranks.items())]
-        times = _Column()
+        times = MetricColumn()
         for rank in ranks:
             for name, column in rank.metrics.items():
                 if column.steps:
@@ -293,18 +223,18 @@ class _RunCollector:
             record.checkpoints += rank.checkpoints
         record.times = times.series()
         main = next((rank for rank in ranks if rank.trains), ranks[0])
-        record.error = _text(main.error)
+        record.error, record.end_event = _text(main.error), main.end_event
         record.state = self._state(main, [stream_states.get(each, "dead") for each in main.streams])
         record.started, record.last_time = to_datetime(self.first_time), to_datetime(self.last_time)
         record.ended = None if record.state == "running" else record.last_time
         return record
 
-    def _state(self, rank: _RankRecord, stream_states: list[str]) -> State:
+    def _state(self, rank: RankRecord, stream_states: list[str]) -> State:
         if rank.status is not None:
             return rank.status
         if "live" in stream_states:
             return "running"
-        if rank.is_train_ended:
+        if rank.end_event is not None:
             return "completed"
         if stream_states[-1] != "closed":
             return "killed"
@@ -355,7 +285,7 @@ class JournalCollector:
             if self._size(streams) <= _SMALL_BYTES:
                 return False
             self._read_annotations()
-            is_readable = all([self._read_ends_of(stream) for stream in streams])
+            is_readable = all(self._read_ends_of(stream) for stream in streams)
         except OSError:  # reading all of it names the problem
             return False
         return is_readable and self._experiment is None and len(self._runs) == 1 and not self._undecodable_records
@@ -363,7 +293,9 @@ class JournalCollector:
     def _size(self, streams: Iterable[str]) -> int:
         folders = [f"{self._directory}/{stream}" for stream in streams]
         return sum(
-            self._disk.size(f"{folder}/{name}") for folder in folders for name in layout.list_segments(self._disk, folder)
+            self._disk.size(f"{folder}/{name}")
+            for folder in folders
+            for name in layout.list_segments(self._disk, folder)
         )
 
     def _read_ends_of(self, stream: str) -> bool:
@@ -479,7 +411,7 @@ class _StreamEvents:
         self._journal: Final = journal
         self._stream: Final = stream
         self._contexts: Final = RunContexts()
-        self._known: Final[dict[tuple[Any, Any, Any], tuple[_RunCollector, _RankRecord]]] = {}
+        self._known: Final[dict[tuple[Any, Any, Any], tuple[_RunCollector, RankRecord]]] = {}
         """By what a step has of its run."""
 
     def add(self, payloads: Iterable[bytes]) -> None:
@@ -497,8 +429,7 @@ class _StreamEvents:
                 self._add_any(payload, key)
                 continue
             run, rank = known
-            if step.time > run.last_time:
-                run.last_time = step.time
+            run.last_time = max(run.last_time, step.time)
             rank.add_row(event.step_idx, step.time, event.metrics)
 
     def _add_any(self, payload: bytes, step_key: tuple[Any, Any, Any] | None) -> None:
@@ -535,30 +466,34 @@ class _Problems:
         return isinstance(error, OSError)
 
 
-def describe_damage(tails: Iterable[TailReader], undecodable_records: int = 0) -> list[str]:
-    """Return which events are missing, bytes damaged and files unreadable of what was read: one short text for each."""
+def describe_damage(
+    tails: Iterable[TailReader], undecodable_records: int = 0, other_missing: Iterable[tuple[int, int]] = ()
+) -> list[str]:
+    """Return which events are missing, bytes damaged and files unreadable of what was read: one short text for each.
+
+    Args:
+        tails: What has been read.
+        undecodable_records: How many intact records could not be decoded.
+        other_missing: Further ranges of missing sequences.
+    """
     tails = [*tails]
-    missing = sum(last - first + 1 for tail in tails for first, last in tail.missing_ranges)
+    unreadable = [each for tail in tails for each in tail.unreadable_segments.items()]
+    missing_ranges = [*other_missing, *(each for tail in tails for each in tail.missing_ranges)]
+    missing = sum(last - first + 1 for first, last in missing_ranges)
     counts = (
         (missing, "event", "missing"),
         (sum(tail.corrupt_bytes for tail in tails), "byte", "damaged"),
         (undecodable_records, "record", "that cannot be decoded"),
     )
     parts = [f"{count:,} {noun}{'s' if count != 1 else ''} {what}" for count, noun, what in counts if count]
-    return parts + [f"{path} could not be read" for tail in tails for path in tail.unreadable_segments]
-
-
-def to_mapping(value: object) -> dict[str, Any]:
-    """Return a mapping with text keys; an empty one if the value is none."""
-    return {str(key): each for key, each in cast("dict[object, Any]", value).items()} if isinstance(value, dict) else {}
+    return parts + [f"{path} could not be read: {getattr(error, 'what', error)}" for path, error in unreadable]
 
 
 def _merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(config)
     for name, value in changes.items():
-        before = merged.get(name)
-        both = isinstance(before, dict) and isinstance(value, dict)
-        merged[name] = _merge(to_mapping(before), to_mapping(value)) if both else value
+        before, after = to_mapping(merged.get(name)), to_mapping(value)
+        merged[name] = _merge(before, after) if before and after else value
     return merged
 
 
@@ -572,14 +507,6 @@ def _numbers(metrics: object) -> dict[str, float]:
             except OverflowError:
                 found[name] = math.inf if value > 0 else -math.inf
     return found
-
-
-def _is_step(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MAX_STEPS
-
-
-def _to_step(value: object, default: int) -> int:
-    return value if isinstance(value, int) else default
 
 
 def _text(value: object) -> str | None:

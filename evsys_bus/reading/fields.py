@@ -80,7 +80,7 @@ class RunFields:
         same = [key for key in self.config if key.rpartition(".")[2] == name]
         return same[0] if len(same) == 1 else None
 
-    def _own_field(self, name: str) -> object:
+    def _own_field(self, name: str) -> object:  # noqa: PLR0911 # one for each field
         run = self.run
         match name:
             case "run":

@@ -9,21 +9,23 @@ import math
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from evsys_bus.context import EvalResult, ManifestRow
 
 State = Literal["running", "completed", "failed", "cancelled", "killed"]
 Mode = Literal["min", "max"]
 MICROSECONDS: Final = 1_000_000
-_SMALLER_IS_BETTER: Final = frozenset(
-    "loss losses error errors err nll ppl perplexity mse mae rmse mape wer cer bpb bpc kl regret latency seconds".split()
-)
+_SMALLER_IS_BETTER: Final = {
+    *("loss", "losses", "error", "errors", "err", "nll", "ppl", "perplexity", "mse", "mae", "rmse", "mape"),
+    *("wer", "cer", "bpb", "bpc", "kl", "regret", "latency", "seconds"),
+}
+"""Words in names of metrics of which smaller values are better."""
 _MAX_HTML_METRICS: Final = 20
 
 
@@ -65,6 +67,7 @@ class RecordedEval(NamedTuple):
     name: str
     metrics: dict[str, float]
     time: float
+    is_benchmark: bool = False
 
 
 class RecordedAlert(NamedTuple):
@@ -95,6 +98,8 @@ class RecordedRun:
     """Without an end event: running if a process writes the journal; killed if its writer did not close it; else
     completed, or cancelled if steps are missing."""
     error: str | None = None
+    end_event: Literal["RunEnd", "TrainEnd"] | None = None
+    """The event by which the run has ended; None if it has none."""
     config: dict[str, Any] = field(default_factory=dict[str, Any])
     """With all later changes."""
     tags: list[str] = field(default_factory=list[str])
@@ -144,16 +149,7 @@ class RecordedRun:
     @cached_property
     def eval_metrics(self) -> dict[str, MetricSeries]:
         """The metrics of evals and benchmarks by step, named ``val/acc``; a benchmark after training counts as last."""
-        after_training = max(self.last_step or 0, *(each.step or 0 for each in self.evals), 0)
-        found: dict[str, dict[int, float]] = {}
-        for each in self.evals:
-            for name, value in each.metrics.items():
-                step = after_training if each.step is None else each.step
-                found.setdefault(f"{each.name}/{name}", {})[step] = value
-        return {
-            name: MetricSeries(array("q", sorted(values)), array("d", [values[step] for step in sorted(values)]))
-            for name, values in found.items()
-        }
+        return eval_series(self.evals, self.last_step or 0)
 
     def series(self, name: str) -> MetricSeries | None:
         """Return a metric of the steps, or one of the evals (``val/acc``); None if the run has none of this name."""
@@ -227,7 +223,10 @@ class RecordedRun:
         pandas = _import_package("pandas")
         columns = self.columns()
         return pandas.DataFrame(
-            {name: pandas.Series(values, dtype=None if name == "step" else "float64") for name, values in columns.items()}
+            {
+                name: pandas.Series(values, dtype=None if name == "step" else "float64")
+                for name, values in columns.items()
+            }
         ).assign(time=pandas.to_datetime(pandas.Series(columns["time"], dtype="float64"), unit="s", utc=True))
 
     def to_polars(self) -> Any:
@@ -293,6 +292,21 @@ class RecordedRun:
         return f"<div><b>{_escape(self.id)}</b><table>{''.join(rows)}</table>{table}{more}</div>"
 
 
+def eval_series(evals: Iterable[RecordedEval], last_step: int = 0) -> dict[str, MetricSeries]:
+    """Return the metrics of evals by step, named ``val/acc``; those without a step come at the last one."""
+    found: dict[str, dict[int, float]] = {}
+    evals = [*evals]
+    last_step = max((last_step, *(each.step for each in evals if each.step is not None)))
+    for each in evals:
+        for name, value in each.metrics.items():
+            found.setdefault(f"{each.name}/{name}", {})[last_step if each.step is None else each.step] = value
+    by_name = {name: sorted(values.items()) for name, values in found.items()}
+    return {
+        name: MetricSeries(array("q", [step for step, _ in rows]), array("d", [value for _, value in rows]))
+        for name, rows in by_name.items()
+    }
+
+
 def better_mode(name: str) -> Mode:
     """Return which values of a metric are better, by its name: ``min`` for losses, errors and times, else ``max``."""
     words = set(re.findall(r"[a-z]+", name.lower()))
@@ -327,12 +341,14 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config without nested mappings: ``{"optimizer": {"lr": 1}}`` becomes ``{"optimizer.lr": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            inner: Mapping[Any, Any] = value
-            flat |= {f"{name}.{key}": each for key, each in flatten_config({str(k): v for k, v in inner.items()}).items()}
-        else:
-            flat[str(name)] = value
+        inner = to_mapping(value)
+        flat |= {f"{name}.{key}": each for key, each in flatten_config(inner).items()} if inner else {name: value}
     return flat
+
+
+def to_mapping(value: object) -> dict[str, Any]:
+    """Return a mapping with text keys; an empty one if the value is no dict."""
+    return {str(key): each for key, each in cast("dict[object, Any]", value).items()} if isinstance(value, dict) else {}
 
 
 def to_datetime(seconds: float) -> datetime | None:
@@ -373,4 +389,6 @@ def _import_package(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise ModuleNotFoundError(f"RecordedRun.to_{name.removeprefix('py')} needs {name}; pip install {name}", name=name) from None
+        raise ModuleNotFoundError(
+            f"RecordedRun.to_{name.removeprefix('py')} needs {name}; pip install {name}", name=name
+        ) from None

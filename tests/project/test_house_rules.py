@@ -17,9 +17,9 @@ SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for
 PUBLIC = """
     ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint DeliveryError Envelope
     Eval EvalResult Event EventBus EvsysBusError Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart
-    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError RawRecord Receipt RejectedError RetryLaterError
-    Rewindable RunAnnotated RunEnd RunResult RunResumer RunStart Sink StepEnd TrainEnd TrainStart TrainingBatch
-    TrainingLoop build_callbacks dispatch follow register_callback register_sink
+    Health LogContext LoopArtifacts LoopState ManifestRow ParkedError RawRecord Receipt RecordedRun RejectedError
+    RetryLaterError Rewindable RunAnnotated RunEnd RunNotFoundError RunResult RunResumer RunStart Sink StepEnd TrainEnd
+    TrainStart TrainingBatch TrainingLoop build_callbacks dispatch follow read read_runs register_callback register_sink
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it

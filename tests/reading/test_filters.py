@@ -1,5 +1,7 @@
 """The filter language: what matches, and what each mistake is reported as."""
 
+from typing import ClassVar
+
 import pytest
 
 from evsys_bus.filters import parse_filter, parse_number
@@ -7,7 +9,7 @@ from evsys_bus.filters import parse_filter, parse_number
 
 class Run:
     texts = ("sweep/low-s0", "Baseline", "first try", "ppo")
-    fields = {
+    fields: ClassVar = {
         "lr": 3e-4,
         "optimizer.lr": 1,
         "state": "failed",

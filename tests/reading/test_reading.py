@@ -29,6 +29,7 @@ from evsys_bus import (
     TrainStart,
 )
 from evsys_bus.context import LoopArtifacts
+from evsys_bus.journal import frame
 from evsys_bus.reading import better_mode, flatten_config
 from support import TESTS
 from support.recorded_runs import KILLED, record_run
@@ -106,7 +107,14 @@ def test_rows_that_a_later_start_makes_anew_are_gone_and_so_are_their_evals_and_
 
 def test_parts_of_one_step_make_one_row_and_rows_out_of_order_are_sorted(tmp_path):
     state = LoopState(0, 9, tmp_path / "run")
-    rows = [(0, {"a": 1.0}), (0, {"b": 2.0}), (3, {"a": 3.0}), (1, {"a": 4.0}), (3, {"a": 5.0, "b": 6.0}), (1, {"a": 7})]
+    rows = [
+        (0, {"a": 1.0}),
+        (0, {"b": 2.0}),
+        (3, {"a": 3.0}),
+        (1, {"a": 4.0}),
+        (3, {"a": 5.0, "b": 6.0}),
+        (1, {"a": 7}),
+    ]
     with EventBus([], journal=tmp_path / "journal") as bus:
         for step, metrics in rows:
             bus.publish(StepEnd(state, step, TrainingBatch(), metrics))
@@ -258,8 +266,6 @@ def test_a_journal_of_a_newer_version_and_one_of_noise_are_runs_with_a_problem(t
     for name, damage in (("newer", None), ("noise", b"\x00\x01EJ" * 1000)):
         [segment] = segments(record_run(tmp_path / name))
         if damage is None:
-            from evsys_bus.journal import frame  # noqa: PLC0415
-
             segment.write_bytes(frame.pack_segment_header(99) + segment.read_bytes()[frame.SEGMENT_HEADER_BYTES :])
         else:
             segment.write_bytes(damage)
@@ -306,7 +312,12 @@ def test_to_pandas_has_a_row_for_each_step(sparse):
     pandas = pytest.importorskip("pandas")
     frame = sparse.to_pandas()
     assert list(frame.columns) == ["step", "time", "loss", "acc", "metric/time"]
-    assert (list(frame.step), list(frame.loss), pandas.isna(frame.acc[0]), frame.acc[1]) == ([0, 2], [1, 0.5], True, 0.25)
+    assert (list(frame.step), list(frame.loss), pandas.isna(frame.acc[0]), frame.acc[1]) == (
+        [0, 2],
+        [1, 0.5],
+        True,
+        0.25,
+    )
     assert str(frame.time.dt.tz) == "UTC"
     assert (str(frame.step.dtype), str(frame.acc.dtype)) == ("int64", "float64")
 

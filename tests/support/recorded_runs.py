@@ -41,7 +41,7 @@ KILLED = """
 """A program that records 12 steps of the run in a folder, and kills itself; with another argument it waits before."""
 
 
-def record_run(  # noqa: PLR0913 # the facts of a run
+def record_run(
     folder: Path,
     losses: Iterable[float] = (3.0, 1.0, 2.0),
     *,

@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -15,6 +15,7 @@ from evsys_bus.cli.output.formatting import (
     format_columns,
     format_duration,
     format_number,
+    format_short_time,
     format_table,
     format_time,
     pluralize,
@@ -26,8 +27,7 @@ from evsys_bus.reading.fields import BEST, RUN_FIELDS, RunFields, differing_keys
 
 _NARROW_GAP: Final = "  "
 _MAX_VALUE_CELLS: Final = 40
-"""A longer value of a config is cut in tables."""
-_STEP_TEXT: Final = " at step "
+"""A longer value of a config, and any longer text of a comparison, is cut."""
 
 StyleState = Callable[[str], str]
 """Colours the state of a run."""
@@ -52,7 +52,7 @@ class Column:
         return format_field(fields, self.name)
 
 
-def format_field(fields: RunFields, name: str) -> str:
+def format_field(fields: RunFields, name: str) -> str:  # noqa: PLR0911 # one for each kind of field
     """Return the value of a field as text for people."""
     value = fields.field(name)
     if value is None or value in ([], ""):
@@ -80,19 +80,20 @@ def format_value(value: object, *, is_setting: bool = False) -> str:
         return str(value) if is_setting else f"{value:,}"
     if isinstance(value, float):
         return f"{value:g}" if is_setting else format_number(value)
-    texts = isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-    text = ",".join(map(str, value)) if texts else value if isinstance(value, str) else _json_text(value)
+    text = value if isinstance(value, str) else _list_text(value)
     text = printable(text).replace("\n", "\\n")
-    return text if len(text) <= _MAX_VALUE_CELLS or not is_setting else f"{text[: _MAX_VALUE_CELLS - 3]}..."
+    return _cut(text) if is_setting else text
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_VALUE_CELLS else f"{text[: _MAX_VALUE_CELLS - 3]}..."
 
 
 def run_table(
     runs: Sequence[RunFields], columns: Sequence[Column], width: int | None, style_state: StyleState
 ) -> tuple[list[str], list[str]]:
     """Return the lines of the table, and the heads of the columns that were left out because it is too narrow."""
-    cells = {
-        column.name: [column.head, *(_cell(column, each, style_state) for each in runs)] for column in columns
-    }
+    cells = {column.name: [column.head, *(_cell(column, each, style_state) for each in runs)] for column in columns}
     shown = [*columns]
     left_out: list[str] = []
     while width is not None and _table_width([cells[each.name] for each in shown]) > width:
@@ -128,8 +129,7 @@ def run_csv(runs: Sequence[RunFields], columns: Sequence[Column]) -> str:
 def _csv_value(value: object) -> object:
     if value is None or isinstance(value, int | float | str):
         return value
-    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    return ",".join(value) if texts else _json_text(value)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] # checked
+    return _list_text(value)
 
 
 def run_json(fields: RunFields) -> dict[str, Any]:
@@ -164,7 +164,9 @@ def run_json(fields: RunFields) -> dict[str, Any]:
     }
 
 
-def comparison_lines(runs: Sequence[RunFields], metrics: Sequence[str], width: int | None, style_state: StyleState) -> list[str]:
+def comparison_lines(
+    runs: Sequence[RunFields], metrics: Sequence[str], width: int | None, style_state: StyleState
+) -> list[str]:
     """Return a comparison: facts, differing config keys and metrics, with a column for each run.
 
     Numbers of metrics have the difference from the first run beside them.
@@ -173,7 +175,12 @@ def comparison_lines(runs: Sequence[RunFields], metrics: Sequence[str], width: i
     facts = ("state", "error", "experiment", "arm", "seed", "tags", "notes", "started", "duration", "steps", "problems")
     rows = [["run", *names]]
     for name in facts:
-        cells = [format_field(each, name) for each in runs]
+        cells = [_cut(format_field(each, name)) for each in runs]
+        if name == "started":
+            cells = [
+                NO_VALUE if each.run.started is None else format_short_time(each.run.started.timestamp())
+                for each in runs
+            ]
         if any(cell != NO_VALUE for cell in cells):
             rows.append([name, *(map(style_state, cells) if name == "state" else cells)])
     blocks = [rows]
@@ -186,7 +193,7 @@ def comparison_lines(runs: Sequence[RunFields], metrics: Sequence[str], width: i
     best_rows = [[name, *_best_cells(runs, name)] for name in metrics]
     best_rows = [row for row in best_rows if any(cell != NO_VALUE for cell in row[1:])]
     if best_rows:
-        blocks.append([["best", *names], *best_rows])
+        blocks.append([["best, at step", *names], *best_rows])
     lines = _side_by_side(blocks, width)
     same = len({key for each in runs for key in each.config}) - len(differing)
     if same:
@@ -204,7 +211,10 @@ def comparison_json(runs: Sequence[RunFields]) -> dict[str, Any]:
 def _unique_names(runs: Sequence[RunFields]) -> list[str]:
     """Return the ids of the runs, or their longer names if ids are the same."""
     ids = [each.run.id for each in runs]
-    return [printable(name).replace("\n", "\\n") for name in (ids if len({*ids}) == len(ids) else [each.name for each in runs])]
+    return [
+        printable(name).replace("\n", "\\n")
+        for name in (ids if len({*ids}) == len(ids) else [each.name for each in runs])
+    ]
 
 
 def _config_cell(fields: RunFields, key: str) -> str:
@@ -225,7 +235,7 @@ def _with_differences(values: Sequence[float | None]) -> list[str]:
 def _best_cells(runs: Sequence[RunFields], name: str) -> list[str]:
     texts = _with_differences([each.run.best(name) for each in runs])
     steps = [each.run.best_step(name) for each in runs]
-    return [text if step is None else f"{text}{_STEP_TEXT}{step:,}" for text, step in zip(texts, steps, strict=True)]
+    return [text if step is None else f"{text} at {step:,}" for text, step in zip(texts, steps, strict=True)]
 
 
 def _side_by_side(blocks: Sequence[Sequence[Sequence[str]]], width: int | None) -> list[str]:
@@ -243,12 +253,20 @@ def _side_by_side(blocks: Sequence[Sequence[Sequence[str]]], width: int | None) 
         for name, *cells in facts if head != "run" else [["", *names], *facts]:
             pairs = [[f"  {run}", cell] for run, cell in zip(names, cells, strict=True)]
             stacked += [f" {name}"] if name else []
-            stacked += [part for line in format_columns(pairs if name else [[f"  {run}", ""] for run in names]) for part in wrap(line, width)]
+            stacked += [
+                part
+                for line in format_columns(pairs if name else [[f"  {run}", ""] for run in names])
+                for part in wrap(line, width)
+            ]
     return stacked
 
 
-def _json_text(value: object) -> str:
-    return msgspec.json.encode(to_builtins(value)[0]).decode()
+def _list_text(value: object) -> str:
+    """Return texts with commas between them, and anything else as JSON."""
+    plain, _ = to_builtins(value)
+    items = cast("list[object]", plain) if isinstance(plain, list) else []
+    texts = [each for each in items if isinstance(each, str)]
+    return ",".join(texts) if isinstance(plain, list) and len(texts) == len(items) else msgspec.json.encode(plain).decode()
 
 
 def best_column(metric: str, priority: int = 0) -> Column:
