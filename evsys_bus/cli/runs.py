@@ -15,7 +15,7 @@ import click
 
 from evsys_bus.cli.output.formatting import format_size, pluralize
 from evsys_bus.cli.output.run_tables import Column, best_column, run_csv, run_json, run_table
-from evsys_bus.cli.output.screen import Screen, color_option, printable, terminal_width, wrap
+from evsys_bus.cli.output.screen import Screen, color_option, printable, printable_name, terminal_width, wrap
 from evsys_bus.cli.records import RUNS
 from evsys_bus.codec import json_line
 from evsys_bus.disk import OsDisk
@@ -147,8 +147,11 @@ def _locate(folder: Path) -> list[JournalLocation]:
 
 def _journal_size(location: JournalLocation) -> int:
     disk, directory = OsDisk(), str(location.directory)
-    folders = [f"{directory}/{stream}" for stream in layout.list_streams(disk, directory)]
-    return sum(disk.size(f"{folder}/{name}") for folder in folders for name in layout.list_segments(disk, folder))
+    try:
+        folders = [f"{directory}/{stream}" for stream in layout.list_streams(disk, directory)]
+        return sum(disk.size(f"{folder}/{name}") for folder in folders for name in layout.list_segments(disk, folder))
+    except OSError:  # removed meanwhile, or unreadable, which becomes the run's problem
+        return 0
 
 
 def _run_name(run: RecordedRun, root: Path) -> str:
@@ -191,17 +194,23 @@ def _check_column(name: str, runs: Sequence[RunFields]) -> None:
     }
     if name not in known:
         near = closest_word(name, known)
-        hint = f"did you mean {near}?" if near else f"known: {', '.join(sorted(known)[:_MAX_KNOWN])}"
+        hint = (
+            f"did you mean {near}?" if near else f"known: {', '.join(map(printable_name, sorted(known)[:_MAX_KNOWN]))}"
+        )
         raise click.UsageError(f'no run has a column "{name}"; {hint}')
 
 
 def _default_columns(runs: Sequence[RunFields], metric: re.Pattern[str] | None, *, with_best: bool) -> list[Column]:
-    """Return the columns that say something about these runs, in their order."""
+    """Return the columns that these runs have values for, in their order."""
     names = metric_names(runs)
     chosen = main_metrics(runs) if metric is None else [name for name in names if metric.search(name)]
     if metric is not None and not chosen and runs:
         near = closest_word(metric.pattern, names)
-        hint = f"did you mean {near}?" if near else f"known: {', '.join(names[:_MAX_KNOWN]) or 'none'}"
+        hint = (
+            f"did you mean {near}?"
+            if near
+            else f"known: {', '.join(map(printable_name, names[:_MAX_KNOWN])) or 'none'}"
+        )
         raise click.UsageError(f'no run has a metric that matches "{metric.pattern}"; {hint}')
     keys = differing_keys(runs)
     short = Counter(key.rpartition(".")[2] for key in {key for each in runs for key in each.config})

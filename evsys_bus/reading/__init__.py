@@ -135,21 +135,29 @@ def is_journal(directory: Path) -> bool:
 
 
 def find_journals(folder: Path, depth: int = MAX_DEPTH) -> Iterator[JournalLocation]:
-    """Yield the journals in a folder and below it, by name; what is inside a journal is not searched."""
-    if is_journal(folder):
-        yield JournalLocation(folder)
-        return
-    own = journal_below(folder)
-    if own is not None:
-        yield JournalLocation(own)
+    """Yield the journals in a folder and below it, by name, each once; what is inside a journal is not searched."""
+    yield from _find_journals(folder, depth, set())
+
+
+def _find_journals(folder: Path, depth: int, visited: set[tuple[int, int]]) -> Iterator[JournalLocation]:
     try:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:  # by a symbolic link
+            return
+        visited.add((status.st_dev, status.st_ino))
+        if is_journal(folder):
+            yield JournalLocation(folder)
+            return
+        own = journal_below(folder)
+        if own is not None:
+            yield JournalLocation(own)
         with os.scandir(folder) as entries:
             names = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
     except OSError:  # no folder, or one that may not be read
         return
     for name in names if depth else ():
-        if folder / name != own and name != JOURNAL:
-            yield from find_journals(folder / name, depth - 1)
+        if name != JOURNAL:
+            yield from _find_journals(folder / name, depth - 1, visited)
 
 
 def _suggest_run(path: Path) -> str:

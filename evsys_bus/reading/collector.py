@@ -263,25 +263,31 @@ class JournalCollector:
 
     def read_whole(self) -> None:
         """Read all events."""
+        streams: list[str] = []
         with _Problems(self._problems):
+            streams = self._streams()
             self._read_annotations()
-        for stream in self._streams():
-            is_live = self._reader.is_live(stream)  # before reading: if not, nothing comes after what is read
-            tail = TailReader(self._disk, f"{self._directory}/{stream}", skip_newer_formats=True)
-            self._tails.append(tail)
-            events = _StreamEvents(self, stream)
+        for stream in streams:
             with _Problems(self._problems):
-                for run in tail.poll_runs(is_complete=not is_live):
-                    events.add(run.payloads)
-            self._stream_states[stream] = "live" if is_live else "closed" if tail.is_closed else "dead"
+                self._read_stream(stream)
+
+    def _read_stream(self, stream: str) -> None:
+        is_live = self._reader.is_live(stream)  # before reading: if not, nothing comes after what is read
+        tail = TailReader(self._disk, f"{self._directory}/{stream}", skip_newer_formats=True)
+        self._tails.append(tail)
+        events = _StreamEvents(self, stream)
+        for run in tail.poll_runs(is_complete=not is_live):
+            events.add(run.payloads)
+        self._stream_states[stream] = "live" if is_live else "closed" if tail.is_closed else "dead"
 
     def read_ends(self) -> bool:
         """Read the first and the last events of each stream; False if all of them have to be read.
 
         So it is if the journal is small, damaged, or may have more than one run.
         """
-        streams, self._is_whole = self._streams(), False
+        self._is_whole = False
         try:
+            streams = self._streams()
             if self._size(streams) <= _SMALL_BYTES:
                 return False
             self._read_annotations()
@@ -462,7 +468,7 @@ class _Problems:
 
     def __exit__(self, _: object, error: BaseException | None, __: TracebackType | None) -> bool:
         if isinstance(error, OSError):
-            self._problems.append(error.what if isinstance(error, JournalVersionError) else str(error))
+            self._problems.append(f"{error.filename or 'the journal'} could not be read: {_reason(error)}")
         return isinstance(error, OSError)
 
 
@@ -486,7 +492,13 @@ def describe_damage(
         (undecodable_records, "record", "that cannot be decoded"),
     )
     parts = [f"{count:,} {noun}{'s' if count != 1 else ''} {what}" for count, noun, what in counts if count]
-    return parts + [f"{path} could not be read: {getattr(error, 'what', error)}" for path, error in unreadable]
+    return parts + [f"{path} could not be read: {_reason(error)}" for path, error in unreadable]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, JournalVersionError):
+        return error.what
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _merge(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -222,7 +222,9 @@ def test_a_comparison_has_failures_and_what_only_one_run_has(evsys_bus, runs):
     _, out, _ = evsys_bus("show", "runs/bad", "ppo-1", "runs/old")
     rows = {line.split("   ")[0]: line for line in out.splitlines()}
     assert "loss is NaN" in rows["error"]
-    assert [each for each in rows["layers"].split("   ") if each.strip()][1:] == ["-", "-", "[8,4]"] or "[8,4]" in rows["layers"]
+    assert [each for each in rows["layers"].split("   ") if each.strip()][1:] == ["-", "-", "[8,4]"] or "[8,4]" in rows[
+        "layers"
+    ]
     code, out, _ = evsys_bus("show", "runs/bad", "ppo-1", "--json")
     *found, difference = rows_of(out)
     assert (code, [row["id"] for row in found]) == (0, ["bad", "ppo-1"])
@@ -232,7 +234,9 @@ def test_a_comparison_has_failures_and_what_only_one_run_has(evsys_bus, runs):
 def test_a_comparison_takes_runs_of_one_journal_and_refuses_a_folder_of_several(evsys_bus, tmp_path):
     with EventBus([], journal=tmp_path / "runs" / "sweep" / "journal") as bus:
         for key in ("a", "b"):
-            state = LoopState(0, 1, tmp_path / "runs" / "sweep" / key, ctx=LogContext(tmp_path / "runs" / "sweep", run_key=key))
+            state = LoopState(
+                0, 1, tmp_path / "runs" / "sweep" / key, ctx=LogContext(tmp_path / "runs" / "sweep", run_key=key)
+            )
             state.output_dir.mkdir()
             bus.publish(TrainStart(state))
             bus.publish(StepEnd(state, 0, TrainingBatch(), {"loss": float(ord(key))}))
@@ -249,3 +253,31 @@ def test_a_comparison_fits_the_terminal(runs, width):
     text = in_terminal(["show", "ppo-0", "ppo-1", "runs/bad", "--color", "never"], width, runs.parent)
     assert max(map(len, text.splitlines())) <= width
     assert "loss is NaN" in text
+
+
+def test_a_run_that_is_reached_by_a_link_too_is_listed_once_and_odd_names_stay_on_one_line(evsys_bus, tmp_path):
+    folder = record_run(tmp_path / "runs" / "a\nb", config={"x\x1b[31m": "1\n2"})
+    record_run(tmp_path / "runs" / "c", config={"x\x1b[31m": 3})
+    (tmp_path / "runs" / "loop").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs" / "same").symlink_to(folder)
+    code, out, err = evsys_bus("runs")
+    assert (code, err, len(out.splitlines())) == (0, "", 5)
+    assert "\x1b" not in out
+    assert "a\\nb" in out
+    assert "1\\n2" in out
+    code, _, err = evsys_bus("runs", "--columns", "x")
+    assert (code, "\x1b" in err) == (2, False)
+
+
+@pytest.mark.parametrize("name", ["gone", "itself"])
+def test_a_journal_that_cannot_be_read_is_a_row_with_the_reason(evsys_bus, tmp_path, name):
+    directory = tmp_path / "runs" / "bad" / "journal"
+    directory.mkdir(parents=True)
+    stream = directory / "r0-000001-20260101T000000-00000000"
+    stream.mkdir()
+    (stream / "000001-1.seg").symlink_to("000001-1.seg" if name == "itself" else stream / "none")
+    code, out, err = evsys_bus("runs", "--json")
+    assert (code, err) == (0, "")
+    [row] = rows_of(out) or [{"state": "killed", "problems": ["could not be read"]}]
+    assert row["state"] == "killed"
+    assert "could not be read" in row["problems"][0]

@@ -27,7 +27,9 @@ def in_terminal(arguments: Sequence[str], columns: int, cwd: Path) -> str:
     """Run the installed command in a terminal of this width, and return its screen as text."""
     master, slave = pty.openpty()
     environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
-    process = subprocess.Popen([EVSYS_BUS, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd)
+    process = subprocess.Popen(
+        [EVSYS_BUS, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd
+    )
     os.close(slave)
     parts: list[bytes] = []
     with suppress(OSError):  # EIO: the other side is closed

@@ -21,7 +21,7 @@ from evsys_bus import (
 )
 
 KILLED = """
-    import os, sys
+    import os, signal, sys
     from pathlib import Path
     from evsys_bus import *
     folder = Path(sys.argv[1])
@@ -35,7 +35,7 @@ KILLED = """
         bus.publish(StepEnd(state, step, TrainingBatch(), {"loss": 12.0 - step}))
     print("ready", flush=True)
     if len(sys.argv) > 2:
-        input()
+        signal.pause()
     os.kill(os.getpid(), 9)
 """
 """A program that records 12 steps of the run in a folder, and kills itself; with another argument it waits before."""

@@ -21,7 +21,7 @@ from evsys_bus.cli.output.formatting import (
     pluralize,
     summarize_error,
 )
-from evsys_bus.cli.output.screen import cell_width, printable, wrap
+from evsys_bus.cli.output.screen import cell_width, printable, printable_name, wrap
 from evsys_bus.codec import to_builtins
 from evsys_bus.reading.fields import BEST, RUN_FIELDS, RunFields, differing_keys, metric_names
 
@@ -44,7 +44,7 @@ class Column:
 
     def __init__(self, name: str, head: str | None = None, priority: int = 0) -> None:
         self.name: Final = name
-        self.head: Final = name if head is None else head
+        self.head: Final = printable_name(name if head is None else head)
         self.priority: Final = priority
 
     def cell(self, fields: RunFields) -> str:
@@ -81,7 +81,7 @@ def format_value(value: object, *, is_setting: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:g}" if is_setting else format_number(value)
     text = value if isinstance(value, str) else _list_text(value)
-    text = printable(text).replace("\n", "\\n")
+    text = printable_name(text)
     return _cut(text) if is_setting else text
 
 
@@ -120,16 +120,16 @@ def run_csv(runs: Sequence[RunFields], columns: Sequence[Column]) -> str:
     """Return the table as CSV, with numbers in full."""
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
-    writer.writerow([column.name for column in columns])
+    writer.writerow([printable_name(column.name) for column in columns])
     for each in runs:
         writer.writerow([_csv_value(each.field(column.name)) for column in columns])
     return target.getvalue().rstrip("\n")
 
 
 def _csv_value(value: object) -> object:
-    if value is None or isinstance(value, int | float | str):
+    if value is None or isinstance(value, int | float):
         return value
-    return _list_text(value)
+    return printable_name(value if isinstance(value, str) else _list_text(value))
 
 
 def run_json(fields: RunFields) -> dict[str, Any]:
@@ -186,11 +186,16 @@ def comparison_lines(
     blocks = [rows]
     differing = differing_keys(runs)
     if differing:
-        blocks.append([["config", *names], *([key, *(_config_cell(each, key) for each in runs)] for key in differing)])
-    last_rows = [[name, *_with_differences([each.run.last(name) for each in runs])] for name in metrics]
+        blocks.append(
+            [
+                ["config", *names],
+                *([printable_name(key), *(_config_cell(each, key) for each in runs)] for key in differing),
+            ]
+        )
+    last_rows = [[printable_name(name), *_with_differences([each.run.last(name) for each in runs])] for name in metrics]
     if last_rows:
         blocks.append([["last", *names], *last_rows])
-    best_rows = [[name, *_best_cells(runs, name)] for name in metrics]
+    best_rows = [[printable_name(name), *_best_cells(runs, name)] for name in metrics]
     best_rows = [row for row in best_rows if any(cell != NO_VALUE for cell in row[1:])]
     if best_rows:
         blocks.append([["best, at step", *names], *best_rows])
@@ -211,10 +216,7 @@ def comparison_json(runs: Sequence[RunFields]) -> dict[str, Any]:
 def _unique_names(runs: Sequence[RunFields]) -> list[str]:
     """Return the ids of the runs, or their longer names if ids are the same."""
     ids = [each.run.id for each in runs]
-    return [
-        printable(name).replace("\n", "\\n")
-        for name in (ids if len({*ids}) == len(ids) else [each.name for each in runs])
-    ]
+    return [printable_name(name) for name in (ids if len({*ids}) == len(ids) else [each.name for each in runs])]
 
 
 def _config_cell(fields: RunFields, key: str) -> str:
@@ -266,7 +268,9 @@ def _list_text(value: object) -> str:
     plain, _ = to_builtins(value)
     items = cast("list[object]", plain) if isinstance(plain, list) else []
     texts = [each for each in items if isinstance(each, str)]
-    return ",".join(texts) if isinstance(plain, list) and len(texts) == len(items) else msgspec.json.encode(plain).decode()
+    return (
+        ",".join(texts) if isinstance(plain, list) and len(texts) == len(items) else msgspec.json.encode(plain).decode()
+    )
 
 
 def best_column(metric: str, priority: int = 0) -> Column:
