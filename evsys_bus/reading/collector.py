@@ -62,7 +62,7 @@ class _StepState(msgspec.Struct, gc=False):
 
 
 class _StepEvent(msgspec.Struct, gc=False):
-    type: Literal["step_end", "metrics", "run.metrics"]
+    type: Literal["step_end", "run.metrics"]
     step_idx: int
     metrics: dict[str, float]
     state: _StepState | None = None
@@ -159,19 +159,22 @@ class _RunCollector:
         if isinstance(event, UnknownEvent):
             tag, fields = event.type, event.fields
         else:
-            tag, fields = event.hook, {name: getattr(event, name, None) for name in event.__struct_fields__}
-        match tag.removeprefix("on_").removeprefix("run.").removeprefix("run_"):
-            case "metrics" if is_step(fields.get("step_idx")):  # a part of a row
+            tag = str(event.__struct_config__.tag)
+            fields = {name: getattr(event, name, None) for name in event.__struct_fields__}
+        match tag:
+            case "run.metrics" if is_step(fields.get("step_idx")):  # a part of a row
                 rank.trains = True
                 rank.add_row(fields["step_idx"], envelope.time, _numbers(fields.get("metrics")))
-            case "config_update":
+            case "run.config_update":
                 record.config = _merge(record.config, to_mapping(fields.get("config")))
-            case "summary":
+            case "run.summary":
                 record.summary = {**record.summary, **to_mapping(fields.get("values"))}
-            case "alert":
+            case "run.alert":
                 title, text, level = (str(fields.get(name) or "") for name in ("title", "text", "level"))
                 record.alerts.append(RecordedAlert(title, text, level or "warning", envelope.time))
-            case "content":
+            case "run.environment":
+                record.environment = to_mapping(fields.get("facts"))
+            case "run.content":
                 record.contents.append(event)
             case _:
                 pass
@@ -452,10 +455,10 @@ class _StreamEvents:
             return  # of the whole experiment
         run = journal.find_run(envelope)
         run.add(envelope, self._stream)
-        if step_key is None:
-            self._known.clear()  # the event may have introduced another run
-        else:
+        if step_key is not None:
             self._known[step_key] = (run, run.rank(layout.rank_of(self._stream)))
+        elif isinstance(event, RunStart | TrainStart):
+            self._known.clear()  # another run of the same key may begin
 
 
 class _Problems:

@@ -124,6 +124,8 @@ class RecordedRun:
     alerts: list[RecordedAlert] = field(default_factory=list[RecordedAlert])
     contents: list[Any] = field(default_factory=list[Any])
     """Recorded texts, tables, images and so on: the events, in order."""
+    environment: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Where it ran, last: commit, command line, packages, host."""
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     """What loggers have published about the run, such as ``wandb_url``."""
     success_metric: str | None = None
