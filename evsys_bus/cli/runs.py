@@ -114,7 +114,7 @@ def command(  # one for each option
     if best is None:
         best = size <= _WHOLE_BYTES or any(BEST in each for each in (*names, sort, run_filter.text))
     found = [
-        RunFields(run, _run_name(run, folder if len(folders) == 1 else Path()))
+        RunFields(run, _run_name(run, folder, with_folder=len(folders) > 1))
         for folder, location in locations
         for run in read_journal(location, whole=best)
     ]
@@ -154,14 +154,15 @@ def _journal_size(location: JournalLocation) -> int:
         return 0
 
 
-def _run_name(run: RecordedRun, root: Path) -> str:
-    """Return the name of a run in the list: the folder that holds its journal, from the root on, and its key."""
-    folder = run.directory.parent if run.directory.name == JOURNAL else run.directory
+def _run_name(run: RecordedRun, folder: Path, *, with_folder: bool) -> str:
+    """Return the name of a run in the list: the folder that holds its journal, from this folder on, and its key."""
+    own = run.directory.parent if run.directory.name == JOURNAL else run.directory
     try:
-        parts = folder.relative_to(root).parts
+        inner = own.relative_to(folder)
     except ValueError:  # on a local disk, because the file system of the runs cannot hold a journal
-        parts = ()
-    return "/".join(parts if parts and parts[-1] == run.id else [*parts, run.id])
+        inner = Path()
+    path = folder / inner if with_folder else inner
+    return str(path if path.name == run.id else path / run.id)
 
 
 def _known_folders(missing: Path) -> str:

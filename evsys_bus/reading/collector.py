@@ -150,7 +150,8 @@ class _RunCollector:
         rank.end_event, rank.error = "RunEnd", getattr(event.run_result, "error", None)
         rank.status = _STATUSES.get(getattr(event.run_result, "status", None), "completed")
         record.summary = {**_numbers(getattr(event.run_result, "metrics", None)), **record.summary}
-        record.arm = record.arm or _text(getattr(event.arm, "name", None))
+        name = _text(getattr(event.arm, "name", None))
+        record.arm = record.arm or (None if name == self.key else name)  # a lone run is an arm of its own name
 
     def _add_other(self, envelope: Envelope, rank: RankRecord) -> None:
         """Add an event that later versions than 0.1 have; this process may not know its class."""

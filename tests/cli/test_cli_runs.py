@@ -169,6 +169,10 @@ def test_runs_of_one_journal_have_their_folder_in_their_names(evsys_bus, tmp_pat
             bus.publish(StepEnd(LoopState(0, 1, ctx.run_dir, ctx=ctx), 0, TrainingBatch(), {"loss": 1.0}))
     assert names_of(evsys_bus, "--sort", "run") == ["sweep/high-s0", "sweep/low-s0"]
     assert names_of(evsys_bus, "runs/sweep", "--sort", "run") == ["high-s0", "low-s0"]
+    folders = ["runs/sweep/low-s0", f"{tmp_path}/runs/sweep/high-s0"]
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+    assert names_of(evsys_bus, *folders, "--sort", "started") == folders
 
 
 def test_a_long_journal_is_read_at_its_ends_unless_best_values_are_requested(evsys_bus, tmp_path):
