@@ -63,7 +63,11 @@ def _compile_metric(ctx: click.Context, param: click.Parameter, text: str | None
 )
 @click.option("--columns", metavar="A,B", help="Only these columns: fields, config keys, metrics, 'best loss'.")
 @click.option("--metric", metavar="REGEX", callback=_compile_metric, help="Show the metrics whose names match.")
-@click.option("--best/--no-best", default=None, help="Read all events for best values; by default up to 128 MB.")
+@click.option(
+    "--best/--no-best",
+    default=None,
+    help="Show best values, which takes reading all events; by default if the journals have up to 128 MB.",
+)
 @click.option("--limit", metavar="N", type=click.IntRange(min=1), help="Show only the first N.")
 @click.option(
     "--format",

@@ -29,6 +29,7 @@ RUN_FIELDS: Final = (
     "problems",
     "folder",
 )
+_NO_GOALS: Final = frozenset({"epoch", "step_seconds", "grad_norm", "lr", "learning_rate"})
 _SYNONYMS: Final = {"name": "run", "id": "run", "status": "state", "tag": "tags", "step": "steps", "data": "folder"}
 
 
@@ -118,6 +119,11 @@ def metric_names(runs: Iterable[RunFields]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def is_goal(metric: str) -> bool:
+    """Return whether a metric is one to optimize, by its name: a schedule or a duration is not."""
+    return metric.rpartition("/")[2] not in _NO_GOALS
+
+
 def main_metrics(runs: Iterable[RunFields]) -> list[str]:
     """Return the one or two metrics to show first: the success metric or an eval's, and a loss or the first metric."""
     found = [*runs]
@@ -126,5 +132,6 @@ def main_metrics(runs: Iterable[RunFields]) -> list[str]:
     successes = [each.run.success_metric for each in found if each.run.success_metric in names]
     evals = [name for name, _ in counts.most_common() if any(name in each.run.eval_metrics for each in found)]
     losses = ["loss"] if "loss" in names else [name for name, _ in counts.most_common() if "loss" in name.lower()]
-    chosen = (next(iter(each), None) for each in ([*successes, *evals], [*losses, *names]))
+    others = [name for name in names if is_goal(name)]
+    chosen = (next(iter(each), None) for each in ([*successes, *evals], [*losses, *others, *names]))
     return list(dict.fromkeys(each for each in chosen if each is not None))

@@ -23,7 +23,7 @@ from evsys_bus.cli.output.formatting import (
 )
 from evsys_bus.cli.output.screen import cell_width, printable, printable_name, wrap
 from evsys_bus.codec import to_builtins
-from evsys_bus.reading.fields import BEST, RUN_FIELDS, RunFields, differing_keys, metric_names
+from evsys_bus.reading.fields import BEST, RUN_FIELDS, RunFields, differing_keys, is_goal, metric_names
 
 _NARROW_GAP: Final = "  "
 _MAX_VALUE_CELLS: Final = 40
@@ -195,7 +195,8 @@ def comparison_lines(
     last_rows = [[printable_name(name), *_with_differences([each.run.last(name) for each in runs])] for name in metrics]
     if last_rows:
         blocks.append([["last", *names], *last_rows])
-    best_rows = [[printable_name(name), *_best_cells(runs, name)] for name in metrics]
+    goals = [name for name in metrics if is_goal(name)]
+    best_rows = [[printable_name(name), *_best_cells(runs, name)] for name in goals]
     best_rows = [row for row in best_rows if any(cell != NO_VALUE for cell in row[1:])]
     if best_rows:
         blocks.append([["best, at step", *names], *best_rows])
