@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ParkedError,
         RejectedError,
         RetryLaterError,
+        RunNotFoundError,
     )
     from evsys_bus.events import (
         Alert,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         TrainStart,
     )
     from evsys_bus.front import Run, current_run, run
+    from evsys_bus.reading import RecordedRun, read, read_runs
     from evsys_bus.sink import BatchResult, RawRecord, Sink
     from evsys_bus.training import Experiment, TrainingLoop
 
@@ -89,6 +91,7 @@ _NAMES_BY_MODULE: Final = {
         "ParkedError",
         "RejectedError",
         "RetryLaterError",
+        "RunNotFoundError",
     ),
     "events": (
         "Alert",
@@ -114,6 +117,7 @@ _NAMES_BY_MODULE: Final = {
         "TrainEnd",
         "TrainStart",
     ),
+    "reading": ("RecordedRun", "read", "read_runs"),
     "sink": ("BatchResult", "RawRecord", "Sink"),
     "training": ("Experiment", "TrainingLoop"),
     "front": ("Run", "current_run", "run"),
@@ -156,6 +160,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "ParkedError",
     "RawRecord",
     "Receipt",
+    "RecordedRun",
     "RejectedError",
     "RetryLaterError",
     "Rewindable",
@@ -163,6 +168,7 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "Run",
     "RunAnnotated",
     "RunEnd",
+    "RunNotFoundError",
     "RunResult",
     "RunResumer",
     "RunStart",
@@ -178,6 +184,8 @@ __all__ = [  # spelt out: type checkers do not follow the table
     "current_run",
     "dispatch",
     "follow",
+    "read",
+    "read_runs",
     "register_callback",
     "register_sink",
     "run",

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal, cast
 import msgspec
 
 from evsys_bus.adapter import RunAnnotated
-from evsys_bus.cli.output.formatting import count_in_ranges, format_duration, pluralize
+from evsys_bus.cli.output.formatting import format_duration, pluralize
 from evsys_bus.cli.output.screen import Screen
 from evsys_bus.codec import decode
 from evsys_bus.context import LogContext, detached
@@ -42,6 +42,7 @@ from evsys_bus.journal.frame import Frame
 from evsys_bus.journal.layout import Family, LockOwner
 from evsys_bus.journal.reader import SegmentScan, read_frames_newest_first, read_newest_first
 from evsys_bus.journal.stream_lock import read_stream_owner
+from evsys_bus.reading import describe_damage
 
 
 class EventFilter(msgspec.Struct, frozen=True):
@@ -123,16 +124,7 @@ class EventReader:
 
     def report_problems(self, screen: Screen) -> None:
         """Print to stderr which events are missing, bytes damaged and files unreadable of what was read, if any."""
-        missing = [*self._missing, *(gap for tail in self._tails.values() for gap in tail.missing_ranges)]
-        damaged = sum(tail.corrupt_bytes for tail in self._tails.values())
-        parts: list[str] = []
-        if missing:
-            parts.append(f"{pluralize(count_in_ranges(missing), 'event')} missing")
-        if damaged:
-            parts.append(f"{pluralize(damaged, 'byte')} damaged")
-        if self.undecodable_records:
-            parts.append(f"{pluralize(self.undecodable_records, 'record')} that cannot be decoded")
-        parts += [f"{path} could not be read" for tail in self._tails.values() for path in tail.unreadable_segments]
+        parts = describe_damage(self._tails.values(), self.undecodable_records, self._missing)
         if parts:
             screen.note(f"{', '.join(parts)}; see: evsys-bus journal verify {self._reader.directory}")
 

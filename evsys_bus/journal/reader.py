@@ -503,14 +503,19 @@ def read_newest_first(disk: Disk, directory: str, stream: str) -> Iterator[Recor
                 yield Record(each.sequence, bytes(each.payload))
 
 
-def read_frames_newest_first(disk: Disk, path: str) -> Iterator[Frame]:
+def read_frames_newest_first(disk: Disk, path: str, window_bytes: int = _CHUNK_BYTES) -> Iterator[Frame]:
     """Yield the intact frames of one segment, newest first, of all kinds.
+
+    Args:
+        disk: The file system.
+        path: The segment.
+        window_bytes: How much is read at a time: less is faster where only a few frames are needed.
 
     Raises:
         JournalVersionError: A newer version of evsys-bus wrote it.
     """
     next(SegmentScan(disk, path).frames(), None)  # checks the format version
-    end, window = disk.size(path), _CHUNK_BYTES
+    end, window = disk.size(path), window_bytes
     while end > 0:
         start = max(0, end - window)
         # The window may begin in the middle of a frame, which the scan treats as damage and skips.
@@ -519,7 +524,7 @@ def read_frames_newest_first(disk: Disk, path: str) -> Iterator[Frame]:
         if start == 0:
             return
         if frames:
-            end, window = start + frames[0].end - len(frames[0].payload) - frame.FRAME_HEADER_BYTES, _CHUNK_BYTES
+            end, window = start + frames[0].end - len(frames[0].payload) - frame.FRAME_HEADER_BYTES, window_bytes
         else:
             window *= 2  # a record, or a damaged range, is larger than the window
 

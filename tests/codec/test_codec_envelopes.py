@@ -47,7 +47,7 @@ from evsys_bus.codec import decode, encode, event_encoder, to_json
 from evsys_bus.codec.redact import is_secret_key
 from evsys_bus.codec.wire_types import run_and_root
 from evsys_bus.errors import DetachedError
-from evsys_bus.events import Event, declared_events
+from evsys_bus.events import Event, declared_events, event_tag
 
 
 class Rollout(msgspec.Struct, frozen=True):
@@ -225,7 +225,7 @@ def test_an_envelope_that_was_read_can_be_written_again(envelope):
 def test_the_json_of_an_envelope_has_its_shape_and_no_nan(envelope):
     row = json.loads(to_json(envelope), parse_constant=pytest.fail)
     assert list(row)[:6] == ["stream", "seq", "time", "run", "rank", "event"]
-    assert row["event"]["type"] == envelope.event.hook.removeprefix("on_")
+    assert row["event"]["type"] == event_tag(type(envelope.event))
     assert set(row["event"]) == {"type", *envelope.event.__struct_fields__}
     assert row.get("replaced", {}) == envelope.replaced
 

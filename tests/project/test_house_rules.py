@@ -15,12 +15,13 @@ from support import ROOT
 SOURCES = sorted(path for folder in ("evsys_bus", "adapters/evsys_adapters") for path in (ROOT / folder).rglob("*.py"))
 
 PUBLIC = """
-    Alert ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint ConfigUpdate Content
-    ContentItem DeliveryError Envelope Environment EpochEnd Eval EvalResult Event EventBus EvsysBusError Experiment
-    ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts LoopState ManifestRow
-    Metrics ParkedError RawRecord Receipt RejectedError RetryLaterError Rewindable Rollout Run RunAnnotated RunEnd
-    RunResult RunResumer RunStart Sink StepEnd Summary TrainData TrainEnd TrainStart TrainingBatch TrainingLoop
-    build_callbacks current_run dispatch follow register_callback register_sink run
+    Alert ArmResult BatchResult BatchTooLargeError BenchmarkEval Callback CallbackSpec Checkpoint ConfigUpdate
+    Content ContentItem DeliveryError Envelope Environment EpochEnd Eval EvalResult Event EventBus EvsysBusError
+    Experiment ExperimentEnd ExperimentResult ExperimentStart GroupStart Health LogContext LoopArtifacts LoopState
+    ManifestRow Metrics ParkedError RawRecord Receipt RecordedRun RejectedError RetryLaterError Rewindable Rollout
+    Run RunAnnotated RunEnd RunNotFoundError RunResult RunResumer RunStart Sink StepEnd Summary TrainData TrainEnd
+    TrainStart TrainingBatch TrainingLoop build_callbacks current_run dispatch follow read read_runs
+    register_callback register_sink run
 """.split()
 
 WALLS = {  # where `except Exception`, or wider, stands, and what is behind it

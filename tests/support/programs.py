@@ -1,9 +1,12 @@
 """Running the installed command, or Python source, in a process of its own."""
 
 import contextlib
+import os
+import pty
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,23 @@ def command_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> "Callable[..
 def run_python(source: str, *arguments: object, **options: Any) -> "subprocess.CompletedProcess[str]":
     """Run Python source to its end; ``options`` go to `subprocess.run`."""
     return _run_command([sys.executable, "-c", source, *map(str, arguments)], options)
+
+
+def in_terminal(arguments: Sequence[str], columns: int, cwd: Path) -> str:
+    """Run the installed command in a terminal of this width, and return its screen as text."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "COLUMNS": str(columns), "TERM": "xterm"}
+    process = subprocess.Popen(
+        [EVSYS_BUS, *arguments], stdin=slave, stdout=slave, stderr=slave, env=environment, cwd=cwd
+    )
+    os.close(slave)
+    parts: list[bytes] = []
+    with suppress(OSError):  # EIO: the other side is closed
+        while part := os.read(master, 1 << 16):
+            parts.append(part)
+    os.close(master)
+    assert process.wait() == 0, b"".join(parts)
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def running_processes() -> list[tuple[int, str]]:
