@@ -243,8 +243,9 @@ class MlflowSink(Sink):
         handle, is_run_start = _handle_of(event), field(event, "hook") == "on_run_start"
         known = self._runs.get(run_id(handle))
         run = self._run(handle, envelope)
-        if run is known and is_run_start:
+        if run is known and is_run_start:  # a resumed run, or one with samples of the machine before this event
             self._log_params(run, _merged_config(run_context(handle)), is_new=False)
+            self._tags.setdefault(run.key, {}).update(self._run_tags(handle))
         run.announced = run.announced or is_run_start
         if run.ended:
             self._client.set_status(run.id, "RUNNING")
@@ -293,8 +294,10 @@ class MlflowSink(Sink):
         self._add(run, envelope, max(run.last_step, 0), "summary", event.values)
 
     def _on_system_metrics(self, event: Any, envelope: Envelope) -> None:
-        run = self._run(event.ctx, envelope)
-        self._add(run, envelope, max(run.last_step, 0), "system", event.values)
+        step = field(event, "step")
+        self._add(
+            self._run(event.ctx, envelope), envelope, 0 if step is None else step_of(step), "system", event.values
+        )
 
     def _on_content(self, event: Any, envelope: Envelope) -> None:
         run, item = self._run(event.state, envelope), event.item
@@ -354,21 +357,22 @@ class MlflowSink(Sink):
             return run
         handle = self._contexts.get(path, handle)
         ctx, name = run_context(handle), run_name(handle)
-        tags = {"evsys_bus.run_key": name, **self.config.tags}
-        group = field(ctx, "group_name")
-        if group is not None:
-            tags["group"] = str(group)
         opened = self._client.open_run(
             self._experiment(handle),
             name if self.config.name is None else f"{self.config.name}-{name}",
             f"{envelope.stream}/{envelope.seq}",
-            tags,
+            self._run_tags(handle),
             envelope.time,
         )
         run = self._runs[path] = _Run(opened.id, opened.experiment_id, path, checked=True)
         self._opened.append((envelope.run or name, opened))
         self._log_params(run, _merged_config(ctx), is_new=opened.is_new)
         return run
+
+    def _run_tags(self, handle: object) -> dict[str, str]:
+        group = field(run_context(handle), "group_name")
+        tags = {"evsys_bus.run_key": run_name(handle), **self.config.tags}
+        return tags if group is None else tags | {"group": str(group)}
 
     def _experiment(self, handle: object) -> str:
         named = self.config.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")

@@ -43,7 +43,7 @@ class JournalWriter:
         rank: The rank of the process. A stream is continued only by writers of the same rank.
         stream: The name of the stream to write, for a mirror of another journal, whoever wrote it before; by default
             the newest one of the rank, or a new one. `append_batch` then records what the other journal has.
-        family: Who writes the stream: a publishing process ("r") or a courier ("c").
+        family: Who writes the stream: a publishing process ("r"), a courier ("c") or a sampler ("s").
         flush: What a power cut may lose: with ``always`` nothing that was appended, with ``interval`` the events of
             the last ``flush_seconds``, with ``never`` what the system has not written by itself. The end of the
             process loses nothing in any case.

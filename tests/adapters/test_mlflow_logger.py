@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from evsys_adapters import MlflowLoggerCallback
+from evsys_adapters import MlflowLoggerCallback, SystemMetricsCallback
 from evsys_adapters.mlflow_logger import MlflowSink
 from evsys_bus import (
     ArmResult,
@@ -41,6 +41,7 @@ from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
 from evsys_bus.events import Eval
+from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver
 from support.journals import read_envelopes
@@ -251,6 +252,29 @@ async def test_steps_may_be_thinned(store, tmp_path, journal):
     record(journal, [StepEnd(state, step, TrainingBatch(), {"loss": step}) for step in range(10)])
     await deliver(journal, sink(store, log_every=4))
     assert [step for step, _ in history(store, only_run(store), "train/loss")] == [0, 4, 8, 9]
+
+
+def test_a_courier_process_sends_samples_of_the_machine_apart_from_the_training(store, tmp_path):
+    callbacks = [MlflowLoggerCallback("lab", store), SystemMetricsCallback(0.05)]
+    with EventBus(callbacks, journal=tmp_path / "journal", drain_timeout=90) as bus:
+        for event in training(tmp_path):
+            bus.publish(event)
+            if isinstance(event, StepEnd) and event.step_idx == 2:
+                event.state.step = 2
+                until = time.monotonic() + 20
+                while not samples(tmp_path / "journal"):
+                    assert time.monotonic() < until
+                    time.sleep(0.01)
+    run = only_run(store)
+    assert [step for step, _ in history(store, run, "train/loss")] == [0, 1, 2]
+    assert run.data.metrics["system/memory/percent"] > 0
+    assert run.data.params["seed"] == "7"
+    assert run.data.tags["group"] == "seeds"
+
+
+def samples(journal):
+    reader = JournalReader(journal)
+    return [record for stream in reader.streams("s") for record in reader.read(stream)]
 
 
 async def test_a_run_that_was_deleted_is_created_anew(store, tmp_path, journal):
