@@ -117,6 +117,7 @@ class TrackingClient:
     def __init__(self, uri: str | None) -> None:
         self._uri = uri
         self._client: Any = None
+        self._errors: tuple[type[Exception], ...] = (OSError,)
         self._experiment_ids: dict[str, str] = {}
         self._is_file_store = False
         self._confirmed: set[str] = set()
@@ -229,7 +230,7 @@ class TrackingClient:
         if found is None:
             try:
                 experiment_id = client.create_experiment(name)
-            except Exception as error:
+            except self._errors as error:
                 if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
                     raise
                 experiment_id = client.get_experiment_by_name(name).experiment_id  # created by another run meanwhile
@@ -260,6 +261,7 @@ class TrackingClient:
                 for name, value in _PROCESS_SETTINGS.items():
                     os.environ.setdefault(name, value)
             mlflow: Any = importlib.import_module("mlflow")
+            self._errors = (mlflow.exceptions.MlflowException, OSError)  # those of requests are OSErrors
             self._uri = self._uri or str(mlflow.get_tracking_uri())
             self._is_file_store = urlsplit(self._uri).scheme in {"", "file"}
             if self._is_file_store:
@@ -282,7 +284,7 @@ class TrackingClient:
         except ImportError as error:
             fix = "pip install mlflow (the extra has the client for servers; a database needs sqlalchemy and alembic)"
             raise ParkedError(f"{self.host} needs the package {error.name}", fix=fix) from error
-        except Exception as error:
+        except self._errors as error:
             code = str(getattr(error, "error_code", ""))
             shown = cut(redact_text(" ".join(str(error).split())), _MAX_SHOWN)
             what = f"{self.host}: {type(error).__name__}: {shown}"

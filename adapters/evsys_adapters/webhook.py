@@ -11,7 +11,7 @@ What the receiver answers decides what happens:
     2xx                              delivered
     408, 425, 429, 5xx, no answer    tried again, after ``Retry-After`` if given
     another 4xx                      a dead letter: the receiver refuses this message
-    a redirect                       parked: the message would go to an address that nobody configured
+    a redirect                       parked: the message would go to another address than the configured one
 """
 
 import asyncio
@@ -104,6 +104,7 @@ class WebhookSink(Sink):
         self.config = validate_params(WebhookConfig, {"webhook_url": webhook_url, **params})
         self._notes: dict[str, _RunNotes] = {}
         self._session: Any = None
+        self._errors: tuple[type[Exception], ...] = ()
 
     async def open(self) -> None:
         """Check that there is a URL.
@@ -236,6 +237,7 @@ class WebhookSink(Sink):
         if self._session is None:
             # On a thread: the loop may be the program's own, and the import takes a quarter of a second.
             aiohttp: Any = await asyncio.to_thread(importlib.import_module, "aiohttp")
+            self._errors = (aiohttp.ClientError, OSError, ValueError)
             timeout = aiohttp.ClientTimeout(total=self.config.timeout_seconds)
             self._session = aiohttp.ClientSession(timeout=timeout, trust_env=True)
         body = msgspec.json.encode(_FORMATS[self.config.format](message))
@@ -247,9 +249,7 @@ class WebhookSink(Sink):
         except TimeoutError:
             what = f"{host} did not answer within {self.config.timeout_seconds:g} s"
             raise RetryLaterError(what) from None
-        except Exception as error:
-            if not isinstance(error, OSError | ValueError) and not _is_client_error(error):
-                raise
+        except self._errors as error:
             # Without the cause: its text may contain the URL.
             raise RetryLaterError(f"{host} cannot be reached: {type(error).__name__}") from None
         if status < HTTPStatus.MULTIPLE_CHOICES:
@@ -264,11 +264,6 @@ class WebhookSink(Sink):
 
 
 _NAMES: Final[Mapping[type, str]] = {RunStart: "run_start", RunEnd: "run_end", TrainEnd: "run_end"}
-
-
-def _is_client_error(error: Exception) -> bool:
-    """Whether it is an error of aiohttp's client, which is not imported before the first request."""
-    return any(each.__name__ == "ClientError" for each in type(error).__mro__)
 
 
 def _fix(status: int, config: WebhookConfig) -> str:
@@ -340,12 +335,12 @@ def _slack(message: Message) -> Message:
 
 
 def _escaped(text: str) -> str:
-    """Return the text so that Slack shows it as it is, and mentions nobody."""
+    """Return the text so that Slack shows it as it is, without mentions."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _discord(message: Message) -> Message:
-    """Return Discord's form; it mentions nobody."""
+    """Return Discord's form, whose mentions notify no member."""
     content = _cut("\n".join([f"**{_title(message)}**", *_details(message)]), _MAX_DISCORD_TEXT)
     return {"content": content, "allowed_mentions": {"parse": []}}
 

@@ -29,6 +29,7 @@ from evsys_bus.errors import ConfigError, ParkedError
 from evsys_bus.events import declared_events
 from evsys_bus.testing import conformance
 from support.couriers import counted, deliver, read_dead_letters, read_status
+from support.journals import read_envelopes
 
 PATH = "/services/T0/B0/nobody-may-see-this"
 
@@ -203,11 +204,13 @@ async def test_what_the_receiver_refuses_is_a_dead_letter_with_the_fix_and_the_n
     assert "nobody-may-see-this" not in str(letter)
 
 
-async def test_a_redirect_is_not_followed(receiver, tmp_path):
+async def test_a_redirect_is_not_followed(receiver, tmp_path, journal):
     receiver.answers = [(302, {"Location": "http://127.0.0.1:1/"})]
+    record(journal, failing_run(tmp_path))
     sink = WebhookSink(receiver.url)
+    await sink.open()
     with pytest.raises(ParkedError, match="answers 302"):
-        await sink._post({"event": "run_start", "id": "r/1", "run": "x"})
+        await sink.write(read_envelopes(journal)[-1:])
     await sink.close()
 
 
