@@ -90,7 +90,7 @@ class EventReader:
         self._disk = OsDisk() if disk is None else disk
         self._reader = JournalReader(directory, self._disk)
         self._filter = event_filter
-        self._families: tuple[Family, ...] = ("r", "c") if include_annotations else ("r",)
+        self._families: tuple[Family, ...] = ("r", "s", "c") if include_annotations else ("r", "s")
         self._tails: dict[str, TailReader] = {}
         self._missing: list[tuple[int, int]] = []
 

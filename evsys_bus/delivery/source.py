@@ -136,7 +136,8 @@ class EventSource:
         self._clock: Final = clock
         self._faults: Final = faults
         self._sources: dict[str, _StreamSource] = {}
-        self._by_rank: dict[int, _RankStreams] = {}
+        self._by_rank: dict[tuple[str, int], _RankStreams] = {}
+        """By family and rank: a sampler writes at the same time as its loop, so neither waits for the other."""
         self._active: deque[_StreamSource] = deque()
         """The streams that are polled, next one first."""
         self._idle: list[tuple[float, int, _StreamSource]] = []
@@ -279,13 +280,13 @@ class EventSource:
         self._listing_due = self._listed_at + MAX_LISTING_SECONDS
         before = len(self._sources)
         try:
-            for name in self._reader.streams():
+            for name in self._reader.delivered_streams():
                 if name in self._sources:
                     continue
                 rank_number = layout.rank_of(name)
                 if self._ranks is not None and rank_number not in self._ranks:
                     continue
-                rank = self._by_rank.setdefault(rank_number, _RankStreams())
+                rank = self._by_rank.setdefault((name[0], rank_number), _RankStreams())
                 contexts = StreamContexts(self._annotations.extras, has_parts=name in self._cursor.rows)
                 source = _StreamSource(
                     self._reader,

@@ -80,6 +80,10 @@ class JournalReader:
         """List the streams in order; none where there is no journal."""
         return layout.list_streams(self._disk, self.directory, family=family)
 
+    def delivered_streams(self) -> list[str]:
+        """List the streams that adapters are given, those of publishing processes first."""
+        return layout.list_delivered_streams(self._disk, self.directory)
+
     @property
     def id(self) -> str:
         """Identifies the journal, wherever it is copied to; empty if no version with ids has written it yet."""
@@ -589,7 +593,8 @@ def verify(directory: str | os.PathLike[str], disk: Disk | None = None) -> Journ
     """Read a whole journal. A segment of a newer format counts as unreadable."""
     reader = JournalReader(directory, disk)
     file_system: Disk = OsDisk() if disk is None else disk
-    return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in reader.streams()])
+    streams = reader.delivered_streams()
+    return JournalReport(reader.directory, [_verify_stream(file_system, reader, stream) for stream in streams])
 
 
 def _verify_stream(disk: Disk, reader: JournalReader, stream: str) -> StreamReport:

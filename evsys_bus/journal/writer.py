@@ -41,9 +41,9 @@ class JournalWriter:
     Args:
         directory: The journal. It is created if it is missing, accessible to its owner only.
         rank: The rank of the process. A stream is continued only by writers of the same rank.
-        stream: The name of the stream to write, also one of another process: for a mirror of another journal, whose
+        stream: The name of the stream to write, also of another process: for a mirror of another journal, whose
             events `append_batch` records. By default the newest stream of the rank, or a new one.
-        family: Who writes the stream: a publishing process ("r") or a courier ("c").
+        family: Who writes the stream: a publishing process ("r"), a courier ("c") or a sampler ("s").
         flush: What a power cut may lose: with ``always`` nothing that was appended, with ``interval`` the events of
             the last ``flush_seconds``, with ``never`` what the system has not written by itself. The end of the
             process loses nothing in any case.

@@ -93,6 +93,7 @@ def test_R13_a_side_eval_comes_back_as_an_eval_of_its_own_step(tmp_path):
         ("docs/callbacks.md", 6),
         ("docs/checkpoints.md", 1),
         ("docs/delivery.md", 1),
+        ("docs/destinations.md", 1),
         ("docs/embedding.md", 6),
         ("docs/experiments.md", 1),
         ("docs/files.md", 2),

@@ -231,7 +231,7 @@ class Gateway:
         if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             raise BatchTooLargeError(what)
         if status in _BUSY or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-            after = _seconds(headers.get("Retry-After"))
+            after = retry_after_seconds(headers.get("Retry-After"))
             if after is not None:
                 self._paused_until = time.monotonic() + after
             raise RetryLaterError(what, after_seconds=after)
@@ -246,7 +246,7 @@ def _text(data: bytes) -> str:
     return " ".join(data.decode("utf-8", "replace").split())[:_MAX_SHOWN_CHARS]
 
 
-def _seconds(text: str | None) -> float | None:
+def retry_after_seconds(text: str | None) -> float | None:
     """Parse a Retry-After header: seconds, or a date."""
     if text is None:
         return None
