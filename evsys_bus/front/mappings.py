@@ -51,5 +51,5 @@ class RunConfig(RunSummary):
 
     def update(self, values: Any = {}, /, **more: Any) -> None:  # noqa: B006 # not changed
         """Add or change keys, from a mapping or any object that holds settings."""
-        plain: object = values if isinstance(values, Mapping) else to_builtins(values)[0]
-        super().update(cast("Mapping[str, Any]", plain), **more)
+        is_mapping = isinstance(values, Mapping)
+        super().update(cast("Mapping[str, Any]", values if is_mapping else to_builtins(values)[0]), **more)
