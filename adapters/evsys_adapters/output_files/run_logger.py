@@ -27,6 +27,7 @@ from evsys_adapters.common.hook_arguments import (
     run_id,
     step_of,
 )
+from evsys_adapters.common.logged_content import Content
 from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, table_of, values_of
 from evsys_adapters.output_files.output_lease import has_courier
 from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
@@ -35,6 +36,7 @@ from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.context import (
+    ContentItem,
     EvalResult,
     ExperimentResult,
     LogContext,
@@ -91,6 +93,11 @@ class LoggedRunState(
             self.evals[name] = (step, {**logged, **values})
         self.largest_step = max(self.largest_step, step)
         return changed
+
+    def record_content(self, step: int) -> None:
+        """Record that something other than a row of metrics was logged at a step."""
+        self.needs_reorder = self.needs_reorder or (self.last_step is not None and step < self.last_step)
+        self.largest_step = max(self.largest_step, step)
 
     def void_from(self, first_step: int) -> bool:
         """Training starts at this step; returns whether that voids rows in the file."""
@@ -196,6 +203,26 @@ class LoggedRun(Generic[StateT]):
         if breakdowns:
             self._write_attachment(step, head, "breakdowns", breakdowns)
 
+    def add_content(self, step: int | None, content: Content) -> None:
+        """Log a content; one without a step belongs to the last step."""
+        with self.lock:
+            at_step = (self.notes.last_step or 0) if step is None else step
+            self.notes.record_content(at_step)
+            self._write_content(at_step, content)
+
+    def add_epoch(self, epoch: int, step: int | None, metrics: object) -> None:
+        """Log an epoch's metrics at the step after which it ended; epochs that are run again are void like its rows."""
+        with self.lock:
+            at_step = max(self.notes.last_step or 0, step or 0)
+            self.notes.record_content(at_step)
+            values = values_of(metrics)
+            self._write("epoch", at_step, values if "epoch" in values else {"epoch": epoch, **values})
+
+    def add_summary(self, values: object) -> None:
+        """Log values of the run as a whole."""
+        with self.lock:
+            self._write_final_scores("summary", values_of(values))
+
     def close(self, *, forget: bool = False) -> None:
         """Bring the file into order and write buffered rows; the next row opens it again."""
         with self.lock:
@@ -267,6 +294,18 @@ class LoggedRun(Generic[StateT]):
 
     def _write_attachment(self, step: int | None, head: str, kind: str, content: Table | object) -> None:
         """Log what a benchmark has besides numbers."""
+        raise NotImplementedError
+
+    def _write_content(self, step: int, content: Content) -> None:
+        """Log a text, image, table or the like."""
+        raise NotImplementedError
+
+    def add_alert(self, title: str, text: str, level: str) -> None:
+        """Log an alert."""
+        raise NotImplementedError
+
+    def add_config(self, changed: Mapping[str, Any], ctx: object) -> None:
+        """Log changed keys of the configuration, none if tags, notes or axes of the context have changed."""
         raise NotImplementedError
 
     def _void_from(self, first_step: int) -> None:
@@ -346,6 +385,32 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         known = None if at is None else step_of(at)
         run = self._run(ctx)
         self._once(run, lambda: run.add_benchmark(known, eval_result, predictions, self._max_pred_rows))
+
+    def on_epoch_end(self, state: LoopState, epoch: int, metrics: dict[str, float]) -> None:
+        """Log the epoch's metrics."""
+        run = self._run(state)
+        self._once(run, lambda: run.add_epoch(step_of(epoch), first_step_of(state), metrics))
+
+    def on_content(self, state: LoopState, step_idx: int | None, item: ContentItem) -> None:
+        """Log a text, image, table or the like."""
+        run = self._run(state)
+        step = None if step_idx is None else step_of(step_idx)
+        self._once(run, lambda: run.add_content(step, Content(state, item)))
+
+    def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
+        """Log values of the run as a whole."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_summary(values))
+
+    def on_config_update(self, ctx: LogContext, config: dict[str, Any]) -> None:
+        """Log what has changed in the run's configuration."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_config(config, ctx))
+
+    def on_alert(self, ctx: LogContext, title: str, text: str, level: str) -> None:
+        """Log an alert."""
+        run = self._run(ctx)
+        self._once(run, lambda: run.add_alert(title, text, level))
 
     def on_train_end(self, state: LoopState, artifacts: LoopArtifacts) -> None:
         """Bring the file into order and close it."""
