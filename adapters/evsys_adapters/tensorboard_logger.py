@@ -311,7 +311,8 @@ class TensorBoardRun(LoggedRun[TensorBoardRunState]):
 
     def _void_from(self, first_step: int) -> None:
         self._events.event_time = self.event_time
-        self.log.add(self._events.restart(first_step))
+        for _ in range(2):  # the slower loader takes the first of a run for its start, which voids nothing
+            self.log.add(self._events.restart(first_step))
         self.notes.has_hparams = False
 
     def _reorder(self) -> None:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboard.util import tensor_util
@@ -179,6 +180,25 @@ def test_content_of_steps_that_are_run_again_is_there_once(run):
         run.step(step, loss=1.0)
     found = [(each.step, each.width) for each in run.read().Images("image/samples")]
     assert found == [(0, 4), (1, 5), (2, 16), (3, 17)]
+
+
+def test_the_slower_loader_shows_what_is_run_again_once_too(run):
+    for step in range(4):
+        run.step(step, loss=1.0)
+        run.content("text", "story", f"old {step}", step)
+        run.content("histogram", "weights", ([step, 1], [0.0, 1.0, 2.0]), step)
+    run.start(2)
+    for step in (2, 3):
+        run.step(step, loss=1.0)
+        run.content("text", "story", f"new {step}", step)
+        run.content("histogram", "weights", ([step + 10, 1], [0.0, 1.0, 2.0]), step)
+    run.logger.close()
+    found = plugin_event_accumulator.EventAccumulator(str(run.folder), size_guidance={"tensors": 0}).Reload()
+    texts = [(each.step, each.tensor_proto.string_val[0].decode()) for each in found.Tensors("text/story")]
+    assert texts == [(0, "old 0"), (1, "old 1"), (2, "new 2"), (3, "new 3")]
+    counts = [tensor_util.make_ndarray(each.tensor_proto)[0, 2] for each in found.Tensors("histogram/weights")]
+    assert counts == [0, 1, 12, 13]
+    assert [each.step for each in found.Tensors("train/loss")] == [0, 1, 2, 3]
 
 
 def test_a_missing_file_is_named(run):

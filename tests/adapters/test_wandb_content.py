@@ -112,14 +112,14 @@ def test_an_artifact_is_among_the_files_of_the_run(run, tmp_path):
     assert [path.split("/")[-1] for path in paths] == ["weights.bin", "part.txt"]
     files = [(run.file.parent / "files" / path).read_bytes() for path in paths]
     assert files == [bytes(1000), b"part"]
-    assert json.loads(run.media()["weights"][0][1])["type"] == "model"
+    assert json.loads(run.media()["artifact/weights"][0][1])["type"] == "model"
 
 
 def test_a_missing_file_is_named(run):
     item = store_content(run.path, "html", "page", "<p>hello</p>")
     (run.path / item.path).unlink()
     run.logger.on_content(run.state, 1, item)
-    [(_, value)] = run.media()["page"]
+    [(_, value)] = run.media()["html/page"]
     assert "missing" in value
     assert item.path in value
 

@@ -73,6 +73,9 @@ class LoggedRunState(
     unconfirmed_keys: list[int] = []
     """Keys of rows that were not in the file when they were delivered; a repeated start may show that they are void."""
 
+    stepless: dict[str, tuple[int, str]] = {}
+    """The newest artifact of each name, which a resumed program stores again: its step and digest."""
+
     def record_step(self, step: int) -> bool:
         """Record a step; returns whether it is the first of a training and voids rows in the file from it on."""
         is_late = self.last_step is not None and step < self.last_step
@@ -106,6 +109,7 @@ class LoggedRunState(
             return False
         self.largest_step = first_step - 1
         self.evals = {name: entry for name, entry in self.evals.items() if entry[0] < first_step}
+        self.stepless = {name: entry for name, entry in self.stepless.items() if entry[0] < first_step}
         self.described = False
         return True
 
@@ -115,6 +119,7 @@ StateT = TypeVar("StateT", bound=LoggedRunState)
 
 _MAX_UNCONFIRMED_KEYS: Final = 10_000
 """Every mark carries them."""
+_MAX_STEPLESS: Final = 1_000
 
 
 class LoggedRun(Generic[StateT]):
@@ -203,10 +208,18 @@ class LoggedRun(Generic[StateT]):
         if breakdowns:
             self._write_attachment(step, head, "breakdowns", breakdowns)
 
-    def add_content(self, step: int | None, content: Content) -> None:
-        """Log a content; one without a step belongs to the last step."""
+    def add_content(self, step: int | None, content: Content, state_step: int | None) -> None:
+        """Log a content; one without a step is logged at the current step, unless it was logged before."""
         with self.lock:
-            at_step = (self.notes.last_step or 0) if step is None else step
+            at_step = max(self.notes.last_step or 0, state_step or 0) if step is None else step
+            name = f"{content.kind}/{content.name}"
+            if step is None and content.digest:
+                if self.notes.stepless.get(name, (0, ""))[1] == content.digest:
+                    return
+                self.notes.stepless.pop(name, None)
+                if len(self.notes.stepless) >= _MAX_STEPLESS:
+                    del self.notes.stepless[next(iter(self.notes.stepless))]
+                self.notes.stepless[name] = (at_step, content.digest)
             self.notes.record_content(at_step)
             self._write_content(at_step, content)
 
@@ -395,7 +408,7 @@ class RunLogger(Callback, Generic[RunT, StateT]):
         """Log a text, image, table or the like."""
         run = self._run(state)
         step = None if step_idx is None else step_of(step_idx)
-        self._once(run, lambda: run.add_content(step, Content(state, item)))
+        self._once(run, lambda: run.add_content(step, Content(state, item), first_step_of(state)))
 
     def on_summary(self, ctx: LogContext, values: dict[str, Any]) -> None:
         """Log values of the run as a whole."""

@@ -270,7 +270,8 @@ class WandbRun(LoggedRun[WandbRunState]):
     def _write_content(self, step: int, content: Content) -> None:
         """See `LoggedRun._write_content`; a row of the stream ``media``, and the files that it refers to."""
         found = media_of(self._media_root, step, content)
-        values = {content.name: found.value}
+        name = content.name if isinstance(found.value, dict) else f"{content.kind}/{content.name}"  # one type per name
+        values = {name: found.value}
         if self.notes.tracker.pending_start is not None:
             self._resolve_pending_start(is_logged=self._has_row(MEDIA, step, values))
         if found.remark and found.remark not in self.notes.remarks:
