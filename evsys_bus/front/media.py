@@ -477,7 +477,8 @@ def _frame(value: Any) -> tuple[Iterable[Any], Iterable[Any]] | None:
     if hasattr(value, "columns") and callable(getattr(value, "rows", None)):  # polars
         return value.columns, value.rows()
     if hasattr(value, "columns") and callable(getattr(value, "to_dict", None)):  # pandas
-        split = value.to_dict("split")
+        has_named_index = any(name is not None for name in getattr(getattr(value, "index", None), "names", ()))
+        split = (value.reset_index() if has_named_index else value).to_dict("split")
         return split["columns"], split["data"]
     return None
 
