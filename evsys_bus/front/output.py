@@ -22,6 +22,7 @@ from evsys_bus.files import AppendFile, open_binary
 from evsys_bus.training.run_files import write_error_file
 
 MAX_OUTPUT_BYTES: Final = 64 << 20
+_MIN_OUTPUT_BYTES: Final = 4096
 _MAX_LINE_CHARS: Final = 1 << 20
 _MAX_PIECE_CHARS: Final = 1 << 14
 _MAX_PIECES: Final = 256
@@ -61,8 +62,8 @@ class OutputCapture:
         self.path: Final = path
         self.lost_bytes = 0
         """How much could not be written."""
-        self._quarter: Final = max_bytes // 4
-        self._max_bytes: Final = max_bytes
+        self._max_bytes: Final = max(max_bytes, _MIN_OUTPUT_BYTES)
+        self._quarter: Final = self._max_bytes // 4
         self._file: Final = AppendFile(path, make_folder=False, disk=OsDisk())
         self._lock = threading.Lock()
         self._waiting: deque[tuple[_Key, str]] = deque()
