@@ -297,28 +297,28 @@ class ManifestRow(msgspec.Struct, frozen=True):
 
 
 ContentKind = Literal["text", "table", "histogram", "image", "audio", "video", "figure", "html", "artifact"]
-"""What a `ContentItem` shows."""
 
 
 class ContentItem(msgspec.Struct, frozen=True):
-    """Content that a run recorded beside its metrics; the content itself is a file in the run's directory."""
+    """A text, picture, table, file or the like that a run has stored, by reference."""
 
     kind: ContentKind
     name: str
+    """Chosen by the program; the same name at several steps is one series."""
     path: str | None = None
-    """Relative to the run's directory: ``media/<digest><ext>``; ``media/<digest>/`` for a directory. None for a
-    histogram."""
+    """Relative to the run's directory: ``media/<digest>.<suffix>``, or a directory there. None if `data` holds all."""
     digest: str = ""
-    """SHA-256 of the content, in hex."""
+    """SHA-256 of the file in hexadecimal; of a directory, that of its manifest."""
     media_type: str = ""
+    """As in HTTP: ``image/png``."""
     size: int = 0
     """In bytes."""
     caption: str | None = None
     artifact_type: str | None = None
-    """What an artifact is, in the program's words: ``dataset``, ``model``."""
+    """Of an artifact: what it is used for, such as ``dataset``."""
     data: dict[str, Any] = msgspec.field(default_factory=dict[str, Any])
-    """The small part that can be shown without the file: ``edges`` and ``counts`` of a histogram; ``text`` if it is
-    short; ``columns``, the first ``rows`` and ``row_count`` of a table."""
+    """The small part: ``{"text"}`` of a short text; ``{"edges", "counts"}`` of a histogram, with one edge more than
+    counts; ``{"columns", "rows", "row_count"}`` with the first rows of a table."""
 
 
 class LoopArtifacts(msgspec.Struct, frozen=True):
@@ -359,6 +359,8 @@ class RunResult(msgspec.Struct, frozen=True):
     artifacts: LoopArtifacts | None = None
     error: str | None = None
     """The exception as text, if the run failed."""
+    implied: bool = False
+    """Whether the program left without ending the run, so that its bus did."""
 
 
 class ArmResult(msgspec.Struct, frozen=True):

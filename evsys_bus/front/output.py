@@ -19,7 +19,7 @@ from evsys_bus.codec.redact import REDACTED, redact_text
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import OsDisk
 from evsys_bus.files import AppendFile, open_binary
-from evsys_bus.training.run_files import write_error_file
+from evsys_bus.run_files import write_error_file
 
 MAX_OUTPUT_BYTES: Final = 64 << 20
 _MIN_OUTPUT_BYTES: Final = 4096
