@@ -227,9 +227,7 @@ class _RunCollector:
         """
         record = self._record
         record.directory = directory
-        sibling = None if self.folder is None else directory.parent / self.folder.name
-        moved = self.folder is None or (not self.folder.is_dir() and sibling is not None and sibling.is_dir())
-        record.folder = sibling or directory if moved else self.folder or directory
+        record.folder = self._find_folder(directory)
         record.arm = _text(record.config.get("arm")) or record.arm
         seed = record.config.get("seed")
         record.seed = seed if is_step(seed) else None
@@ -254,6 +252,17 @@ class _RunCollector:
         record.started, record.last_time = to_datetime(self.first_time), to_datetime(self.last_time)
         record.ended = None if record.state == "running" else record.last_time
         return record
+
+    def _find_folder(self, directory: Path) -> Path:
+        """Return the run's directory; if the run was moved, it is beside the journal, or around it."""
+        if self.folder is not None and self.folder.is_dir():
+            return self.folder
+        name, around = self.folder.name if self.folder is not None else self.key, directory.absolute().parent
+        if (directory.parent / name).is_dir():
+            return directory.parent / name
+        if around.name == name:
+            return directory.parent
+        return directory if self.folder is None else self.folder
 
     def _state(self, rank: RankRecord, stream_states: list[str]) -> State:
         if rank.status is not None:

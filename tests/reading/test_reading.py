@@ -392,6 +392,7 @@ def test_a_long_run_needs_little_memory(tmp_path):
 
 def test_a_run_that_was_moved_is_in_its_new_folder(tmp_path):
     record_run(tmp_path / "runs" / "ppo")
-    shutil.move(tmp_path / "runs" / "ppo", tmp_path / "elsewhere")
-    run = evsys_bus.read(tmp_path / "elsewhere")
-    assert (run.id, run.directory) == ("ppo", tmp_path / "elsewhere" / "journal")
+    shutil.move(tmp_path / "runs", tmp_path / "elsewhere")
+    run = evsys_bus.read(tmp_path / "elsewhere" / "ppo")
+    folder = tmp_path / "elsewhere" / "ppo"
+    assert (run.id, run.folder, run.directory) == ("ppo", folder, folder / "journal")
