@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, cast
+from typing import Annotated, Any, Final, Literal, cast
 
 import msgspec
 
@@ -65,15 +65,14 @@ _NO_STEP: Final = (*DECODE_ERRORS, BufferError)
 class _StepState(msgspec.Struct, gc=False):
     """What a step's state has of its run."""
 
-    output_dir: Any = None
-    run: Any = None
-    root: Any = None
+    output_dir: str | None = None
+    root: str | None = None
     context: Any = None
 
 
 class _StepEvent(msgspec.Struct, gc=False):
     type: Literal["step_end", "run.metrics"]
-    step_idx: int
+    step_idx: Annotated[int, msgspec.Meta(gt=-MAX_STEPS, lt=MAX_STEPS)]
     metrics: dict[str, float]
     state: _StepState | None = None
 
