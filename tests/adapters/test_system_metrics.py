@@ -7,8 +7,14 @@ import threading
 import time
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from evsys_adapters import CsvMetricsCallback, SystemMetricsCallback
+from evsys_adapters import (
+    CsvMetricsCallback,
+    SystemMetricsCallback,
+    TensorBoardLoggerCallback,
+    WandbLoggerCallback,
+)
 from evsys_adapters.system_metrics import Machine, SystemMetrics
 from evsys_bus import (
     Callback,
@@ -27,6 +33,7 @@ from evsys_bus.context import ArmResult, LoopArtifacts
 from evsys_bus.errors import ConfigError
 from evsys_bus.journal import JournalReader, verify
 from evsys_bus.testing import RecordingSink, conformance
+from support import wandb_server as wandb
 from support.couriers import counted, deliver
 
 THREAD = "evsys-bus:system_metrics"
@@ -125,6 +132,28 @@ async def test_the_rows_of_a_table_stay_as_they_are(tmp_path, journal):
     assert samples(journal)
     await deliver(journal, CsvMetricsCallback(tmp_path / "rows.csv"))
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["step,loss", "0,1.0", "1,1.0", "2,1.0"]
+
+
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+async def test_dashboards_show_the_samples_apart_from_the_training(tmp_path, journal, kind):
+    with EventBus([SystemMetricsCallback(0.05)], journal=journal) as bus:
+        train(bus, tmp_path, samples_at=[1, 2], journal=journal)
+    logger = TensorBoardLoggerCallback() if kind == "tensorboard" else WandbLoggerCallback("p", mode="offline")
+    assert counted(await deliver(journal, logger))[1:] == (0, 0)
+    if kind == "tensorboard":
+        found = EventAccumulator(str(tmp_path / "tensorboard" / "ppo"), size_guidance={"scalars": 0})
+        found.Reload()
+        loss, memory = (found.Scalars(tag) for tag in ("train/loss", "system/memory/percent"))
+        assert [each.step for each in loss] == [0, 1, 2]
+        steps, values = [each.step for each in memory], [each.value for each in memory]
+    else:
+        [file] = wandb.wandb_files_of(tmp_path)
+        rows = wandb.rows_in(file)
+        assert wandb.metric_series(rows, "train")["loss"] == [(0, 1.0), (1, 1.0), (2, 1.0)]
+        series = wandb.metric_series(rows, "system")["memory/percent"]
+        steps, values = [step for step, _ in series], [value for _, value in series]
+    assert {1, 2} <= set(steps)
+    assert all(value > 0 for value in values)
 
 
 def test_the_thread_runs_while_a_run_is_open_and_ends_with_it(tmp_path, journal):
