@@ -19,18 +19,7 @@ from typing import Annotated, Any, ClassVar, Final, TypeVar, cast
 
 import msgspec
 
-from evsys_adapters._logged_values import EVAL, TRAIN, config_of, json_of, prefixed, table_of, text_of, values_of
-from evsys_adapters._mlflow_tracking import (
-    MetricPoint,
-    OpenedRun,
-    TrackingClient,
-    TrackingRefusedError,
-    absolute_uri,
-    finite_or_nan,
-    safe_key,
-)
-from evsys_adapters._params import require_package, validate_params
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     field,
     list_or_empty,
     num_steps_of,
@@ -42,6 +31,17 @@ from evsys_adapters._runs import (
     safe_name,
     step_of,
 )
+from evsys_adapters.common.logged_values import EVAL, TRAIN, config_of, json_of, prefixed, table_of, text_of, values_of
+from evsys_adapters.common.mlflow_tracking import (
+    MetricPoint,
+    OpenedRun,
+    TrackingClient,
+    TrackingRefusedError,
+    absolute_uri,
+    finite_or_nan,
+    safe_key,
+)
+from evsys_adapters.common.params import require_package, validate_params
 from evsys_bus.adapter import Ranks, RunAnnotated
 from evsys_bus.callback import Callback
 from evsys_bus.diagnostics import FaultLog

@@ -23,8 +23,16 @@ from typing import Annotated, Any, ClassVar, Final, NamedTuple
 
 import msgspec
 
-from evsys_adapters._params import require_package, validate_params
-from evsys_adapters._runs import field, output_dir_of, rank_of_event, run_context, run_id, run_key, run_name
+from evsys_adapters.common.hook_arguments import (
+    field,
+    output_dir_of,
+    rank_of_event,
+    run_context,
+    run_id,
+    run_key,
+    run_name,
+)
+from evsys_adapters.common.params import require_package, validate_params
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback
 from evsys_bus.codec import encode

@@ -27,9 +27,9 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from evsys_adapters._logged_values import text_of, values_of
-from evsys_adapters._params import require_package, validate_params
-from evsys_adapters._runs import field, run_id, run_key, run_name, step_of
+from evsys_adapters.common.hook_arguments import field, run_id, run_key, run_name, step_of
+from evsys_adapters.common.logged_values import text_of, values_of
+from evsys_adapters.common.params import require_package, validate_params
 from evsys_adapters.evsys_api.gateway import retry_after_seconds
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback

@@ -3,8 +3,9 @@
     hooks ── the run of the event ── `LoggedRunState`: what is void, late or new ── rows: stream, step, values
 
 The streams are ``train``, ``eval/<name>`` and ``system``. Subclasses define how a row is encoded and what else is
-logged of a run. A note beside the file records which events it has the rows of (`evsys_adapters._output_positions`); without one, as
-beside files of 0.1.0, rows that may be delivered again are compared with the existing ones.
+logged of a run. A note beside the file records which events it has the rows of
+(`evsys_adapters.output_files.output_positions`); without one, as beside files of 0.1.0, rows that may be delivered
+again are compared with the existing ones.
 """
 
 import threading
@@ -16,11 +17,7 @@ from typing import Any, ClassVar, Final, Generic, Literal, TypeVar
 
 import msgspec
 
-from evsys_adapters._logged_values import EVAL, TRAIN, Table, table_of, values_of
-from evsys_adapters._output_lease import has_courier
-from evsys_adapters._output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
-from evsys_adapters._record_file import RecordLog
-from evsys_adapters._runs import (
+from evsys_adapters.common.hook_arguments import (
     field,
     first_step_of,
     is_repeated_start,
@@ -31,7 +28,11 @@ from evsys_adapters._runs import (
     run_id,
     step_of,
 )
-from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, table_of, values_of
+from evsys_adapters.output_files.output_lease import has_courier
+from evsys_adapters.output_files.output_positions import NEXT_STREAM, Position, PositionWriter, TrackedOutput
+from evsys_adapters.output_files.record_file import RecordLog
+from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_adapters.system_metrics import SystemMetrics
 from evsys_bus.adapter import Ranks
 from evsys_bus.callback import Callback

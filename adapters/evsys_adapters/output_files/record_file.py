@@ -34,7 +34,7 @@ class RecordFormat(Protocol):
 
 
 class RecordLog:
-    """The records of one file. Only `settle`, `records` and `move` raise OSError: refused writes are kept for a retry.
+    """The records of one file. Only `settle`, `records` and `move` raise OSError: refused writes are retried.
 
     Args:
         path: The file; created with the first record.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote
 
-from evsys_adapters._runs import field, fields, list_or_empty
+from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
 from evsys_bus.context import spread_of
 
 _MAX_COLUMNS: Final = 6

@@ -7,7 +7,7 @@ An output with a note shows for each event whether it was handled, even if the a
 name. The note contains the last event of each stream, the sizes of the files, and the writer's state of the run. It is
 written with every mark, and synced before the cursor of that mark is saved: if the two differ, the note is the newer
 one and is used. It is invalid if anything but its writer has changed or removed the files. Outputs of 0.1.0 have none.
-Without a valid note, delivered rows are compared with existing ones (`evsys_adapters._step_tracker`).
+Without a valid note, delivered rows are compared with existing ones (`evsys_adapters.output_files.step_tracker`).
 """
 
 import os
@@ -19,8 +19,8 @@ from typing import Final, Literal, TypeVar
 
 import msgspec
 
-from evsys_adapters._output_lease import without_foreign_files
-from evsys_adapters._step_tracker import StepTracker
+from evsys_adapters.output_files.output_lease import without_foreign_files
+from evsys_adapters.output_files.step_tracker import StepTracker
 from evsys_bus.adapter import EventInfo
 from evsys_bus.callback import Callback
 from evsys_bus.disk import current_disk, open_binary, replace_file
@@ -240,8 +240,8 @@ class PositionWriter:
                 newer.update(_mark_from(record, position_file).files)
                 folder = Path(os.path.abspath(each.output))  # noqa: PTH100 # the form that marks use
                 newer.update(file for file in files if Path(file).parent == folder)  # renamed since
-        kept = {file: size for file, size in files.items() if file not in newer}
-        self._savepoints.rewind(msgspec.structs.replace(mark, files=kept))
+        remaining = {file: size for file, size in files.items() if file not in newer}
+        self._savepoints.rewind(msgspec.structs.replace(mark, files=remaining))
         self.has_mark = True
         for tracker, position in runs:
             tracker.rewound = True

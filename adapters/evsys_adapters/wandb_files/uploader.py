@@ -11,7 +11,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Final
 
-from evsys_adapters._wandb_upload_process import LOG, LOGIN_FIX, Problem, Upload, UploadProcess
+from evsys_adapters.wandb_files.upload_process import LOG, LOGIN_FIX, Problem, Upload, UploadProcess
 from evsys_bus.diagnostics import FaultLog
 
 _PAUSES: Final = (1.0, 5.0, 15.0, 60.0)
@@ -243,7 +243,12 @@ class Uploader:
                 elif patience > 0:
                     patience -= _POLL_SECONDS
                     if patience <= 0:
-                        self._warn_slow_server(slow_uploads[0])
+                        slow, why = slow_uploads[0], "the server does not answer, or answers with errors"
+                        if slow.temporary_problem is None:
+                            slow.problem = slow.temporary_problem = Problem(why)
+                        else:
+                            why = f"{why} ({slow.temporary_problem.why})"
+                        self.warn(slow, why, "check network and base_url")
                 self.report_pending()
         finally:
             by_itself = not process.is_running
@@ -251,14 +256,6 @@ class Uploader:
             for each in uploads:
                 self._finish_attempt(each, process.output if by_itself or each.fatal else None, renewed=renewed)
         return renewed
-
-    def _warn_slow_server(self, upload: Upload) -> None:
-        why = "the server does not answer, or answers with errors"
-        if upload.temporary_problem is None:
-            upload.problem = upload.temporary_problem = Problem(why)
-        else:
-            why = f"{why} ({upload.temporary_problem.why})"
-        self.warn(upload, why, "check network and base_url")
 
     def _is_complete(self, uploads: Iterable[Upload]) -> bool:
         """Whether the process cannot do any more."""

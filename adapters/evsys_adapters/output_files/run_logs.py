@@ -4,7 +4,7 @@
     <run>/logs/validation/metrics.jsonl, rollouts.jsonl      one row per (benchmark, step), and its predictions
     <run>/logs/test/metrics.jsonl, rollouts.jsonl            the same, for benchmarks that are not tagged ``val``
     <run>/logs/hypothesis.md, conclusion.md                  what was expected, what came out
-    <run>/logs/.run                                          the owner, see `evsys_adapters._output_lease`
+    <run>/logs/.run                                          the owner, see `evsys_adapters.output_files.output_lease`
 
 Callers choose the content of rows, except for the keys ``step`` and ``benchmark``.
 """
@@ -17,9 +17,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from evsys_adapters._output_lease import OutputCandidates, OutputLease
-from evsys_adapters._output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
-from evsys_adapters._step_tracker import RowMatcher, StepTracker, keep_lines
+from evsys_adapters.output_files.output_lease import OutputCandidates, OutputLease
+from evsys_adapters.output_files.output_positions import TrackedOutput, assign, position_file_in, skip_matching_if_empty
+from evsys_adapters.output_files.step_tracker import RowMatcher, StepTracker, keep_lines
 from evsys_bus.codec import json_line, to_builtins
 from evsys_bus.errors import RetryLaterError
 from evsys_bus.files import AppendFile, Backlog
@@ -54,7 +54,7 @@ def _key_of(line: bytes) -> RowKey:
 
 
 class StepRows:
-    """A file of rows that belong to steps. Refused writes are kept in `backlog` for a retry.
+    """A file of rows that belong to steps. Refused writes wait in `backlog` for a retry.
 
     Args:
         acquire_folder: Returns the folder ``logs``; called for each row, may raise OSError.
@@ -77,7 +77,7 @@ class StepRows:
     def cut(self, first_step: int, *, except_keys: frozenset[RowKey] = frozenset(), row: Row | None = None) -> None:
         """Drop the rows from that step on, except for the evals in ``except_keys``.
 
-        With ``row``, everything before the last row equal to it is kept.
+        With ``row``, everything before the last row equal to it remains.
         """
         last_line = None if row is None else json_line(row) + b"\n"
         self.backlog.write(partial(self._cut, first_step, except_keys, last_line), 0)
@@ -134,12 +134,12 @@ class TrainingRows(StepRows):
         self.backlog.write(partial(self._add_unless_present, step, line, on_start_applied, on_row_found), len(line))
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._step_tracker.RowFile.rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.rows`."""
         for line in self._file.lines():
             yield hash(line), _key_of(line).step
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.keep_rows`."""
         return sum(keep_lines(self._file, lambda number, line: should_keep(number, _key_of(line).step)))
 
     def flush(self) -> None:
@@ -152,7 +152,7 @@ class TrainingRows(StepRows):
         self.matcher.invalidate()
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.drop_from_step`."""
         self._cut(first_step, frozenset(), None)
 
     def _add_unless_present(
@@ -361,7 +361,7 @@ class RunLogs:
             self._cut(first_step)
 
     def add_step(self, step: int, row: Row) -> None:
-        """Add a training row. Without `begin`, the first step acts as the start, but earlier evals are kept."""
+        """Add a training row. Without `begin`, the first step acts as the start, but earlier evals remain."""
         row = {"step": step, **row}
         if self.state.tracker.is_matching:
             self._training.add_unless_present(step, row, self._apply_start, self._confirm_start)
@@ -373,13 +373,14 @@ class RunLogs:
         self._training.add(row)
 
     def end_training(self) -> None:
+        """Write the rows that wait for their step, at the end of the training."""
         self.state.tracker.rewound = False
         self._put_deferred(keep_existing=False)
 
     def put_eval(self, key: RowKey, row: Row, rollouts: Iterable[Row] | None, split: Split | None) -> None:
         """Write the row of an eval, and its predictions.
 
-        ``rollouts`` and ``split`` are None if only the metrics are known: predictions are kept, and the row goes to the
+        ``rollouts`` and ``split`` are None if only the metrics are known: predictions remain, and the row goes to the
         split of earlier evals with that name, or else to validation.
         """
         tracker = self.state.tracker

@@ -7,8 +7,8 @@ W&B's marker ``.synced`` does not prove that the server has the file: the tool c
 the tool's log is read while it runs, for the rows that the server has confirmed and the requests that it rejected. Once
 the server has all of a file, ``.uploaded`` beside it contains the file's size.
 
-Run as a module, this is the process: ``python -m evsys_adapters._wandb_upload_process FILE…``. It ends when its stdin
-is closed, however its parent ended, and W&B's service ends with it.
+Run as a module, this is the process: ``python -m evsys_adapters.wandb_files.upload_process FILE…``. It ends when its
+stdin is closed, however its parent ended, and W&B's service ends with it.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TextIO
 
-from evsys_adapters._wandb_records import Records
+from evsys_adapters.wandb_files.records import Records
 from evsys_bus.files import load_file, replace_file
 
 LOG: Final = "upload.log"
@@ -335,7 +335,13 @@ class UploadProcess:
 
     def stop(self) -> None:
         """Kill it and W&B's service, and save its output beside the files that are not done."""
-        _kill(self._process)
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # all of them have ended
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
         self.poll()
         for file in (self._output_file, self._log):
             if file is not None:
@@ -349,17 +355,6 @@ class UploadProcess:
     def _complete_lines(self, file: TextIO) -> list[str]:
         *complete, self._partial_lines[file] = (self._partial_lines.get(file, "") + file.read()).split("\n")
         return complete
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Kill the process and W&B's service, which is in its session."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # all of them have ended
-    if process.stdin is not None:
-        process.stdin.close()
-    process.wait()
 
 
 def _main(files: list[str]) -> None:

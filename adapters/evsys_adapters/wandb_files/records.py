@@ -13,7 +13,7 @@ from importlib import import_module
 from itertools import chain
 from typing import Any, BinaryIO, Final, NamedTuple
 
-from evsys_adapters._logged_values import json_of, stable_key
+from evsys_adapters.common.logged_values import json_of, stable_key
 
 _FILE_HEADER: Final = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
 _BLOCK_BYTES: Final = 1 << 15

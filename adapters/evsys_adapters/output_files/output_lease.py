@@ -13,7 +13,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from evsys_adapters._runs import names_other_run, run_id
+from evsys_adapters.common.hook_arguments import names_other_run, run_id
 from evsys_bus.callback import Callback, callback_name
 from evsys_bus.diagnostics import log
 from evsys_bus.disk import current_disk

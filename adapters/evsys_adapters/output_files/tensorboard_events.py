@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from typing import Any, BinaryIO, Final
 
-from evsys_adapters._logged_values import EVAL
+from evsys_adapters.common.logged_values import EVAL
 
 _LENGTHS: Final = struct.Struct("<QI")
 _TIME: Final = struct.Struct("<d")

@@ -20,8 +20,8 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._logged_values import redacted
-from evsys_adapters._step_tracker import keep_lines
+from evsys_adapters.common.logged_values import redacted
+from evsys_adapters.output_files.step_tracker import keep_lines
 from evsys_bus.codec import to_builtins
 from evsys_bus.codec.redact import redact_key
 from evsys_bus.diagnostics import log
@@ -176,14 +176,14 @@ class CsvTable:
         self._measure()
 
     def rows(self) -> Iterator[tuple[int, int | None]]:
-        """See `evsys_adapters._step_tracker.RowFile.rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.rows`."""
         self._load()
         for line in islice(self._file.lines(), 1, None):
             row = self._parse_row(line)
             yield hash(frozenset(row.items())), self._step_of(line)
 
     def keep_rows(self, should_keep: Callable[[int, int | None], bool]) -> int:
-        """See `evsys_adapters._step_tracker.RowFile.keep_rows`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.keep_rows`."""
         self._load()
         retained = keep_lines(
             self._file, lambda number, line: not number or should_keep(number - 1, self._step_of(line))
@@ -193,7 +193,7 @@ class CsvTable:
         return max(0, sum(retained) - 1)
 
     def drop_from_step(self, first_step: int) -> None:
-        """See `evsys_adapters._step_tracker.RowFile.drop_from_step`."""
+        """See `evsys_adapters.output_files.step_tracker.RowFile.drop_from_step`."""
         self.cut(first_step)
 
     def close(self) -> None:
@@ -220,7 +220,7 @@ class CsvTable:
             path, quarantined = str(self._file.path), str(self._file.quarantine())
             log().warning("csv_metrics.file_set_aside", file=path, kept_as=quarantined, why="not a table of steps")
             header = []
-        self._set_columns(header)
+        self._remember_columns(header)
         self._measure()
         if MORE_COLUMN in self._known:
             for line in self._file.lines():
@@ -235,8 +235,8 @@ class CsvTable:
         """Add columns for new metrics, or make sure that they fit into ``more_metrics``."""
         if not self._has_rows:  # `cut` left a header without rows; it is replaced with them
             self._extra_names = {}
-            self._set_columns([STEP_COLUMN])
-            self._set_columns(self._columns_with(names))
+            self._remember_columns([STEP_COLUMN])
+            self._remember_columns(self._columns_with(names))
             return
         affordable = self._size <= max(self._cheap_bytes, self._max_copies * self._appended_bytes)
         if MORE_COLUMN in self._known and not affordable:
@@ -265,7 +265,7 @@ class CsvTable:
         except OSError as error:
             self._rewrite_error = (error, _ROWS_BETWEEN_TRIES)
             raise
-        self._set_columns(columns)
+        self._remember_columns(columns)
         self._rewrite_error = None
         self._appended_bytes = 0
 
@@ -322,7 +322,7 @@ class CsvTable:
             self._extra_names.update(dict.fromkeys(more))
         return [row.get(name, "") for name in columns]
 
-    def _set_columns(self, columns: list[str]) -> None:
+    def _remember_columns(self, columns: list[str]) -> None:
         self._columns = columns
         self._known = frozenset(columns)
 

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from typing import Any, Final, NamedTuple, cast
 
-from evsys_adapters._runs import field, fields, list_or_empty
+from evsys_adapters.common.hook_arguments import field, fields, list_or_empty
 from evsys_bus.codec import to_builtins
-from evsys_bus.codec.redact import current_redaction, redact
+from evsys_bus.codec.redact import current_redaction, redact, redact_text
 from evsys_bus.context import DetachedLogContext
 
 TRAIN: Final = "train"
@@ -55,6 +55,20 @@ def redacted(plain: Any) -> Any:
     if redaction is not None:
         redact(plain, redaction)
     return plain
+
+
+def redacted_page(page: str) -> str:
+    """Return a page without credentials."""
+    return page if current_redaction() is None else redact_text(page)
+
+
+def redacted_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a row for printing, without credentials in its keys and texts."""
+    shown = {
+        str(key): to_builtins(cast("object", value))[0] if isinstance(value, Mapping | list | tuple) else value
+        for key, value in row.items()
+    }
+    return redacted(shown)
 
 
 def split_numbers(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, str]]:

@@ -12,14 +12,14 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from evsys_adapters._experiment_pages import hypothesis_of
-from evsys_adapters._logged_values import EVAL, TRAIN, Table, json_of, prefixed, values_of
-from evsys_adapters._output_positions import TrackedOutput
-from evsys_adapters._record_file import RecordLog
-from evsys_adapters._run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
-from evsys_adapters._runs import safe_name
-from evsys_adapters._wandb_records import Records, row_key
-from evsys_adapters._wandb_upload_process import Upload
+from evsys_adapters.common.hook_arguments import safe_name
+from evsys_adapters.common.logged_values import EVAL, TRAIN, Table, json_of, prefixed, values_of
+from evsys_adapters.output_files.experiment_pages import hypothesis_of
+from evsys_adapters.output_files.output_positions import TrackedOutput
+from evsys_adapters.output_files.record_file import RecordLog
+from evsys_adapters.output_files.run_logger import UNKNOWN_STEP, LoggedRun, LoggedRunState
+from evsys_adapters.wandb_files.records import Records, row_key
+from evsys_adapters.wandb_files.upload_process import Upload
 from evsys_bus.files import replace_file
 from evsys_bus.location import short_digest
 from evsys_bus.savepoints import Savepoints

@@ -27,7 +27,7 @@ from evsys_bus.files import AppendFile
 class MatchProgress(
     msgspec.Struct, omit_defaults=True, rename={"existing": "stood", "pointer": "passed", "unconfirmed": "doubtful"}
 ):
-    """Progress of matching delivered rows with those in a file; see `evsys_adapters._step_tracker`."""
+    """Progress of matching delivered rows with those in a file; see `evsys_adapters.output_files.step_tracker`."""
 
     existing: int
     """Rows in the file when matching began."""
@@ -113,7 +113,7 @@ class RowFile(Protocol):
 def keep_lines(file: AppendFile, should_keep: Callable[[int, bytes], bool]) -> bytearray:
     """Keep only the lines for which ``should_keep``, given number and line, is true.
 
-    Returns 1 for each line that was kept, and 0 for each other. Raises OSError if the disk refuses.
+    Returns 1 for each line that remains, and 0 for each other. Raises OSError if the disk refuses.
     """
     retained = bytearray(should_keep(number, line) for number, line in enumerate(file.lines()))
     if not all(retained):
