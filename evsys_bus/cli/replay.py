@@ -334,7 +334,7 @@ def replay(
     policy = DeliveryPolicy()
     streams = [
         each
-        for each in JournalReader(directory).delivered_streams()
+        for each in JournalReader(directory).streams(*layout.DELIVERED_FAMILIES)
         if policy.ranks and layout.rank_of(each) in policy.ranks
     ]
     start_sequences = dict.fromkeys(streams, after)
