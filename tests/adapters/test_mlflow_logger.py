@@ -36,15 +36,15 @@ from evsys_bus import (
     TrainingBatch,
     TrainStart,
 )
-from evsys_bus.context import LoopArtifacts
+from evsys_bus.context import ContentItem, LoopArtifacts
 from evsys_bus.delivery.courier import Courier
 from evsys_bus.delivery.progress import read_progress
 from evsys_bus.delivery.subscription import DeliveryPolicy
 from evsys_bus.errors import ConfigError, ParkedError, RetryLaterError
-from evsys_bus.events import Environment, Eval
+from evsys_bus.events import Content, Environment, Eval
 from evsys_bus.journal import JournalReader
 from evsys_bus.testing import conformance
-from support.couriers import counted, deliver
+from support.couriers import counted, deliver, read_dead_letters
 from support.journals import read_envelopes
 
 pytestmark = [
@@ -321,6 +321,31 @@ def test_a_courier_process_sends_samples_of_the_machine_apart_from_the_training(
     assert run.data.metrics["system/memory/percent"] > 0
     assert run.data.params["seed"] == "7"
     assert run.data.tags["group"] == "seeds"
+    reader = JournalReader(tmp_path / "journal")
+    published = b"".join(each.payload for stream in reader.streams("c") for each in reader.read(stream))
+    assert b"mlflow_run_id" in published
+    assert run.info.run_id.encode() in published
+
+
+async def test_content_whose_file_is_gone_is_a_dead_letter_and_the_rest_arrives(store, tmp_path, journal):
+    _, state = contexts(tmp_path)
+    item = ContentItem("image", "sample", "media/gone.png")
+    events = [*training(tmp_path)]
+    record(journal, [*events[:4], Content(state, 0, item), *events[4:]])
+    assert counted(await deliver(journal, sink(store))) == (11, 1, 0)
+    assert "gone.png is missing" in str(read_dead_letters(journal))
+    assert history(store, only_run(store), "train/loss") == [(0, 1.0), (1, 0.5), (2, 1 / 3)]
+
+
+async def test_errors_show_no_password_of_a_uri(tmp_path, journal, monkeypatch, store):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:hunter2hunter2@127.0.0.1:1")
+    record(journal, training(tmp_path))
+    logger = MlflowSink("lab")
+    await logger.open()
+    with pytest.raises(RetryLaterError) as caught:
+        await logger.write(read_envelopes(journal))
+    assert "MLflow at 127.0.0.1" in str(caught.value)
+    assert "hunter2" not in str(caught.value)
 
 
 def samples(journal):

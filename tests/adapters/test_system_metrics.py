@@ -5,7 +5,9 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
+import pynvml
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,7 +17,7 @@ from evsys_adapters import (
     TensorBoardLoggerCallback,
     WandbLoggerCallback,
 )
-from evsys_adapters.system_metrics import Machine, SystemMetrics
+from evsys_adapters.system_metrics import Machine, SystemMetrics, open_nvml
 from evsys_bus import (
     Callback,
     EventBus,
@@ -71,7 +73,7 @@ def train(bus, folder, *, steps=3, samples_at=(), journal=None):
 
 
 def test_the_machine_and_the_process_are_sampled(tmp_path):
-    machine = Machine(gpus=False)
+    machine = Machine()
     until = time.monotonic() + 0.1
     while time.monotonic() < until:  # so that percentages have something to count
         pass
@@ -85,11 +87,54 @@ def test_the_machine_and_the_process_are_sampled(tmp_path):
     machine.close()
 
 
-def test_without_a_gpu_nothing_of_gpus_is_sampled_and_nothing_fails(tmp_path):
-    machine = Machine(gpus=True)
+def test_a_machine_with_or_without_gpus_is_sampled():
+    machine = Machine(open_nvml())
     assert all(isinstance(each, float) for each in machine.sample().values())
     machine.close()
     machine.close()
+
+
+class TwoGpus:
+    """NVML of a machine with two GPUs, whose second one has no power sensor."""
+
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    NVMLError = pynvml.NVMLError
+    is_open = True
+
+    def nvmlDeviceGetCount(self):
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index):
+        return index
+
+    def nvmlDeviceGetUtilizationRates(self, gpu):
+        return SimpleNamespace(gpu=50 + gpu, memory=1)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu):
+        return SimpleNamespace(total=200, used=50, free=150)
+
+    def nvmlDeviceGetTemperature(self, gpu, sensor):
+        return 60
+
+    def nvmlDeviceGetPowerUsage(self, gpu):
+        if gpu:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 250_500
+
+    def nvmlShutdown(self):
+        self.is_open = False
+
+
+def test_gpus_are_sampled_and_what_one_lacks_is_left_out():
+    nvml = TwoGpus()
+    assert all(hasattr(pynvml, name) for name in vars(TwoGpus) if name.startswith("nvml"))
+    machine = Machine(nvml)
+    gpus = {name: value for name, value in machine.sample().items() if name.startswith("gpu/")}
+    each = {"memory_percent": 25.0, "memory_used_bytes": 50.0, "celsius": 60.0}
+    expected = {f"gpu/{index}/{name}": value for index in (0, 1) for name, value in each.items()}
+    assert gpus == expected | {"gpu/0/percent": 50.0, "gpu/1/percent": 51.0, "gpu/0/watts": 250.5}
+    machine.close()
+    assert not nvml.is_open
 
 
 async def test_samples_reach_other_adapters_with_time_and_step_and_are_no_training_rows(tmp_path, journal):
