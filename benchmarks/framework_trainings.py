@@ -60,7 +60,10 @@ class Training:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments of a bridge."""
-        loggers = [CsvMetricsCallback("{run_dir}/metrics.csv"), TensorBoardLoggerCallback(str(self.folder / "tensorboard"))]
+        loggers = [
+            CsvMetricsCallback("{run_dir}/metrics.csv"),
+            TensorBoardLoggerCallback(str(self.folder / "tensorboard")),
+        ]
         return {"path": self.folder / "run", "callbacks": [self.killer, *loggers]}
 
     def time(self, logger: Any, method: str, *, label: str, step_of: Callable[..., int | None] | None = None) -> None:
@@ -209,7 +212,9 @@ def accelerate(training: Training) -> None:
 
     register()
     options = training.options
-    project = ProjectConfiguration(str(training.folder), str(options.pop("path").parent), automatic_checkpoint_naming=True)
+    project = ProjectConfiguration(
+        str(training.folder), str(options.pop("path").parent), automatic_checkpoint_naming=True
+    )
     accelerator = Accelerator(cpu=True, log_with=["evsys_bus", "tensorboard"], project_config=project)
     accelerator.init_trackers("run", {"lr": 0.01}, init_kwargs={"evsys_bus": options})
     ours, own = accelerator.trackers
@@ -260,7 +265,7 @@ def keras(training: Training) -> None:
     x = np.ones((4 * SAVE_EVERY, 4), "float32")
     ours = EvsysBusCallback(**training.options)
     own = keras.callbacks.CSVLogger(training.folder / "keras.csv", append=True)
-    training.time(ours, "on_train_batch_end", label="EvsysBusCallback", step_of=lambda *_, **__: ours._step)
+    training.time(ours, "on_train_batch_end", label="EvsysBusCallback", step_of=lambda *_, **__: ours.step)
     training.time(own, "on_epoch_end", label="CSVLogger (an epoch)")
     backup = keras.callbacks.BackupAndRestore(training.folder / "out", delete_checkpoint=False)
     # Ours is last: a row counts once the framework has done with its step.

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
 import evsys_bus
-from evsys_adapters._runs import rank_from_environment
+from evsys_adapters._runs import fields, rank_from_environment
 from evsys_bus.context import Status
 from evsys_bus.diagnostics import log
 from evsys_bus.location import local_path
@@ -76,8 +76,8 @@ class RunBridge:
         self.is_training = False
         """Whether a training was started and has not ended."""
         self._path = path or os.environ.get(RUN_DIR_VARIABLE)
+        self._config = fields(options.pop("config", None))
         self._options = options
-        self._config: dict[str, Any] = {}
         self._start_options: dict[str, Any] = {}
         self._is_borrowed = run is not None
         self._is_eval_only = False
@@ -199,8 +199,7 @@ class RunBridge:
 
     def _open(self, first_step: int | None) -> None:
         path = self.path.with_name(f"{self.path.name}-eval") if self._is_eval_only else self.path
-        config = {**(self._options.get("config") or {}), **self._config}
-        options = self._options | self._start_options | {"config": config}
+        options = self._options | self._start_options | {"config": self._config}
         self._has_failed_to_open = True  # so that not every row tries again
         self.run = evsys_bus.run(path, first_step=first_step, **options).start()
         self._has_failed_to_open, self._pid = False, os.getpid()

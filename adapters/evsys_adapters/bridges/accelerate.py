@@ -1,9 +1,12 @@
 """`EvsysBusTracker`: Hugging Face's Accelerator on the bus.
 
-    register()
-    accelerator = Accelerator(log_with="evsys_bus", project_dir="runs")
-    accelerator.init_trackers("first", config, init_kwargs={"evsys_bus": {"callbacks": [...]}})
+register()
+accelerator = Accelerator(log_with="evsys_bus", project_dir="runs")
+accelerator.init_trackers("first", config, init_kwargs={"evsys_bus": {"callbacks": [...]}})
 """
+
+# The checks run without the framework, whose types are unknown then.
+# pyright: basic, reportMissingImports=false
 
 from pathlib import Path
 from typing import Any

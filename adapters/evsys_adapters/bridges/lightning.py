@@ -7,6 +7,9 @@ The callback adds what loggers are not called for: the first step of a resumed t
 that is requested, the exception that ends a training.
 """
 
+# The checks run without the framework, whose types are unknown then.
+# pyright: basic, reportMissingImports=false
+
 import math
 import os
 import sys

@@ -6,6 +6,9 @@ The callback adds a writer to the model's logger. A logger of your own takes one
 ``logger.output_formats.append(EvsysBusWriter("runs/first"))``.
 """
 
+# The checks run without the framework, whose types are unknown then.
+# pyright: basic, reportMissingImports=false
+
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback

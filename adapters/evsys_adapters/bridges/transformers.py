@@ -1,7 +1,10 @@
 """`EvsysBusCallback`: Hugging Face's Trainer on the bus, and what is built on it: trl, sentence-transformers, axolotl.
 
-    trainer = Trainer(..., callbacks=[EvsysBusCallback("runs/first", callbacks=[WandbLoggerCallback("project")])])
+trainer = Trainer(..., callbacks=[EvsysBusCallback("runs/first", callbacks=[WandbLoggerCallback("project")])])
 """
+
+# The checks run without the framework, whose types are unknown then.
+# pyright: basic, reportMissingImports=false
 
 from pathlib import Path
 from typing import Any
