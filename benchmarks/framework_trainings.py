@@ -85,9 +85,11 @@ class Training:
         setattr(logger, method, timed)
 
     def check_fault(self, step: int) -> None:
-        """Raise in the middle of the training, if that is requested."""
-        if self.fault == "raise" and step == self.steps // 2:
+        """Raise or be terminated in the middle of the training, if that is requested."""
+        if step == self.steps // 2 and self.fault == "raise":
             raise ArithmeticError("the loss is not a number")
+        if step == self.steps // 2 and self.fault == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def transformers(training: Training) -> None:
@@ -240,9 +242,8 @@ def accelerate(training: Training) -> None:
         optimizer.zero_grad()
         accelerator.log({"loss": loss.item()}, step=step)
         if (step + 1) % SAVE_EVERY == 0:
-            path = accelerator.save_state()
-            accelerator.get_tracker("evsys_bus").bridge.checkpoint(path, step)
-        if accelerator.get_tracker("evsys_bus").bridge.stop_requested:
+            ours.checkpoint(accelerator.save_state(), step)
+        if ours.bridge.stop_requested:
             break
     accelerator.end_training()
 
@@ -334,7 +335,7 @@ def main() -> None:
     parser.add_argument("--stop-at", type=int)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--fault", choices=["raise"])
+    parser.add_argument("--fault", choices=["raise", "terminate"])
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     training = Training(

@@ -20,7 +20,7 @@ from evsys_adapters.bridges._base import RunBridge, isolated
 class EvsysBusTracker(GeneralTracker):
     """Writes what an Accelerator logs to a run, in ``<logging_dir>/<run_name>``.
 
-    ``accelerator.get_tracker("evsys_bus", unwrap=True)`` returns the run, for checkpoints, tables and images.
+    ``accelerator.get_tracker("evsys_bus", unwrap=True)`` returns the run, for tables, images and artifacts.
     """
 
     name = "evsys_bus"
@@ -45,6 +45,11 @@ class EvsysBusTracker(GeneralTracker):
     @isolated
     def log(self, values: dict[str, Any], step: int | None = None, *, commit: bool = False, **kwargs: Any) -> None:
         self.bridge.log(values, step, commit=commit)
+
+    @isolated
+    def checkpoint(self, path: Any, step: int) -> None:
+        """Record a checkpoint that ``accelerator.save_state`` wrote after this step."""
+        self.bridge.checkpoint(path, step)
 
     @isolated
     def finish(self) -> None:
