@@ -6,10 +6,11 @@ import os
 import pickle
 
 import pytest
-from evsys_adapters.bridges._base import RunBridge, isolated
 
+from evsys_adapters.bridges._base import RunBridge, isolated
 from evsys_bus import Checkpoint, ConfigUpdate, Eval, RunEnd, RunStart, StepEnd, TrainStart
 from support.journals import read_events
+from support.programs import run_python
 
 OPTIONS = {"environment": False, "output": False}
 
@@ -54,7 +55,10 @@ def test_a_training_is_a_run_with_its_config_rows_evals_and_checkpoints(bridge, 
     bridge.end()
     bridge.finish()
     assert events_of(run_dir, RunStart)[0].ctx.run_config == {"lr": 0.1}
-    assert [(each.step_idx, each.metrics) for each in events_of(run_dir, StepEnd)] == [(0, {"loss": 1.0}), (1, {"loss": 0.5})]
+    assert [(each.step_idx, each.metrics) for each in events_of(run_dir, StepEnd)] == [
+        (0, {"loss": 1.0}),
+        (1, {"loss": 0.5}),
+    ]
     assert [(each.eval_name, each.metrics) for each in events_of(run_dir, Eval)] == [("eval", {"loss": 2.0})]
     assert [each.row.name for each in events_of(run_dir, Checkpoint)] == ["checkpoint-1"]
     assert [each.run_result.status for each in events_of(run_dir, RunEnd)] == ["completed"]
@@ -65,7 +69,9 @@ def test_what_comes_with_the_metrics_of_an_eval_is_no_row(bridge, run_dir):
     bridge.log({"val/acc": 0.9, "epoch": 1.0}, 7)
     bridge.finish()
     assert events_of(run_dir, StepEnd) == []
-    assert [(each.eval_name, each.step_idx, each.metrics) for each in events_of(run_dir, Eval)] == [("val", 7, {"acc": 0.9})]
+    assert [(each.eval_name, each.step_idx, each.metrics) for each in events_of(run_dir, Eval)] == [
+        ("val", 7, {"acc": 0.9})
+    ]
 
 
 def test_a_start_without_a_step_begins_at_the_first_row(bridge, run_dir):
@@ -194,7 +200,12 @@ def test_a_pickled_copy_has_no_run(bridge):
 
 @pytest.mark.parametrize(
     ("end", "status"),
-    [("", "cancelled"), ("raise ValueError('nan')", "failed"), ("raise SystemExit(1)", "cancelled"), ("bridge.end()", "completed")],
+    [
+        ("", "cancelled"),
+        ("raise ValueError('nan')", "failed"),
+        ("raise SystemExit(1)", "cancelled"),
+        ("bridge.end()", "completed"),
+    ],
 )
 def test_a_program_that_ends_without_a_hook_ends_its_run(program, tmp_path, end, status):
     done = program(f"""
@@ -226,3 +237,23 @@ def test_a_killed_training_that_its_framework_resumes_is_one_run(program, tmp_pa
     program(source, "4", "9").communicate(timeout=20)
     assert status_of(tmp_path / "run") == "completed"
     assert [each.state.step for each in events_of(tmp_path / "run", TrainStart)] == [0, 4]
+
+
+def test_metrics_of_any_shape_do_not_cost_the_row(bridge, run_dir):
+    bridge.start(0)
+    bridge.log({"loss": 1.0, "by_task": {"a": 1, "b": {"c": 2}}, "names": ["x"], "object": {1}.__class__}, 0)
+    bridge.finish()
+    assert events_of(run_dir, StepEnd)[0].metrics == {
+        "loss": 1.0,
+        "by_task/a": 1,
+        "by_task/b/c": 2,
+        "names": "['x']",
+        "object": "<class 'set'>",
+    }
+
+
+def test_the_package_of_the_bridges_imports_no_framework():
+    done = run_python(
+        "import sys, evsys_adapters.bridges; print([m for m in ('torch', 'keras', 'ray') if m in sys.modules])"
+    )
+    assert done.stdout == "[]\n"

@@ -15,10 +15,10 @@ import atexit
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
 import evsys_bus
 from evsys_adapters._runs import fields, rank_from_environment
@@ -57,6 +57,20 @@ def split_evals(metrics: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, d
     return training, evals
 
 
+def _plain_items(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield metrics as a run takes them: nested ones by path, and what is no number, array or text as its text."""
+    for key, value in metrics.items():
+        if value is None or isinstance(value, int | float | str) or hasattr(value, "shape"):
+            yield key, value
+        elif isinstance(value, Mapping):
+            nested = cast("Mapping[str, Any]", value)
+            yield from _plain_items({f"{key}/{name}": each for name, each in nested.items()})
+        elif isinstance(value, list) and all(isinstance(each, int | float) for each in cast("list[Any]", value)):
+            yield key, cast("object", value)
+        else:
+            yield key, str(cast("object", value))
+
+
 class RunBridge:
     """One run, opened and ended as a framework's hooks are called. Its methods raise; hooks are `isolated`.
 
@@ -75,6 +89,8 @@ class RunBridge:
         """How many calls of hooks failed; the first one is in the log."""
         self.is_training = False
         """Whether a training was started and has not ended."""
+        self.default_path: str | os.PathLike[str] = _DEFAULT_RUN_DIR
+        """The run's directory where none was given: the framework's output directory."""
         self._path = path or os.environ.get(RUN_DIR_VARIABLE)
         self._config = fields(options.pop("config", None))
         self._options = options
@@ -88,7 +104,7 @@ class RunBridge:
     @property
     def path(self) -> Path:
         """The run's directory as requested; a run beside a complete one has another, see ``run.path``."""
-        return local_path(self._path or _DEFAULT_RUN_DIR, "path")
+        return local_path(self._path or self.default_path, "path")
 
     @property
     def writes(self) -> bool:
@@ -108,7 +124,6 @@ class RunBridge:
         config: Mapping[str, Any] | None = None,
         num_steps: int | None = None,
         unit: str = "steps",
-        path: str | os.PathLike[str] | None = None,
         is_rank_zero: bool = True,
     ) -> None:
         """Start a training. The run of an earlier one is closed, as cancelled if that had not ended.
@@ -119,7 +134,6 @@ class RunBridge:
             config: Settings that the framework knows at the start.
             num_steps: The requested number of steps; None if it is not known.
             unit: What a step counts, as of `evsys_bus.run`.
-            path: The framework's output directory.
             is_rank_zero: Whether the framework logs from this process.
         """
         self._is_rank_zero = self._is_rank_zero and is_rank_zero
@@ -127,7 +141,6 @@ class RunBridge:
         if not self.writes:
             return
         self.finish()
-        self._path = self._path or path
         self._start_options = {"num_steps": num_steps, "unit": unit}
         self.is_training = True
         self.update_config(config or {})
@@ -150,17 +163,17 @@ class RunBridge:
         """
         training, evals = split_evals(metrics)
         if training:
-            self._run_at(step).log(training, step, commit=commit)
+            self._run_at(step).log(dict(_plain_items(training)), step, commit=commit)
         for name, values in evals.items():
-            self.eval(name, values, step)
+            self.eval(name, dict(_plain_items(values)), step)
 
     def eval(self, name: str, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Record the metrics of an eval."""
         self._run_at(step, is_eval=True).eval(name, metrics, step=step)
 
-    def checkpoint(self, path: str | os.PathLike[str], step: int) -> None:
-        """Record a checkpoint from which the framework can resume; its name is that of the file or folder."""
-        self._run_at(step).checkpoint(Path(path).stem, state_path=path, step=step)
+    def checkpoint(self, path: str | os.PathLike[str], step: int, *, name: str | None = None) -> None:
+        """Record a checkpoint from which the framework can resume; its name is that of the file, without suffix."""
+        self._run_at(step).checkpoint(name or Path(path).stem, state_path=path, step=step)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the training: completed, or by this error, which closes the run."""
@@ -184,7 +197,7 @@ class RunBridge:
         self.failures += 1
         if self.failures == 1:
             why = "the training goes on; further failures are counted, not logged"
-            log().warning("bridge.failed", hook=hook, path=str(self._path), why=why, exc_info=error)
+            log().warning("bridge.failed", hook=hook, path=str(self.path), why=why, exc_info=error)
 
     def _run_at(self, step: int | None, *, is_eval: bool = False) -> "evsys_bus.Run":
         """Return the run, opened at this step if it is not open yet."""

@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -29,6 +30,7 @@ class EvsysBusLogger(Logger):
     def __init__(self, path: Any = None, **options: Any) -> None:
         super().__init__()
         self.bridge = RunBridge(path, **options)
+        self._saved_steps: int | None = None
 
     @property
     def name(self) -> str:
@@ -61,8 +63,11 @@ class EvsysBusLogger(Logger):
     @isolated
     @rank_zero_only
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        path = checkpoint_callback._last_checkpoint_saved or checkpoint_callback.last_model_path  # noqa: SLF001
-        self.bridge.checkpoint(path, max(checkpoint_callback._last_global_step_saved - 1, 0))  # noqa: SLF001
+        path, steps = checkpoint_callback._last_checkpoint_saved, checkpoint_callback._last_global_step_saved  # noqa: SLF001 # no public names
+        if steps != self._saved_steps:  # else it is another file of the same state, such as `last.ckpt`
+            self._saved_steps = steps
+            name = Path(path).stem
+            self.bridge.checkpoint(path, max(steps - 1, 0), name=f"{name}-{steps}" if name == "last" else None)
 
     @isolated
     @rank_zero_only

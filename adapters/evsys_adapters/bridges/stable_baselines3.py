@@ -12,13 +12,13 @@ The callback adds a writer to the model's logger. A logger of your own takes one
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import Figure, HParam, Image, KVWriter, Video
 
 from evsys_adapters.bridges._base import RunBridge, isolated
 
 
 class EvsysBusWriter(KVWriter):
-    """Writes what a logger dumps to a run."""
+    """Writes what a logger dumps to a run; videos, which are arrays without a format, are left out."""
 
     def __init__(self, path: Any = None, *, bridge: RunBridge | None = None, **options: Any) -> None:
         self.bridge = bridge or RunBridge(path, **options)
@@ -26,7 +26,16 @@ class EvsysBusWriter(KVWriter):
     @isolated
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, Any], step: int = 0) -> None:
         values = {key: value for key, value in key_values.items() if "evsys_bus" not in (key_excluded.get(key) or ())}
+        objects = {
+            key: values.pop(key) for key in [*values] if isinstance(values[key], Figure | HParam | Image | Video)
+        }
         self.bridge.log(values, step, commit=True)
+        for key, value in objects.items():
+            if isinstance(value, HParam):
+                self.bridge.update_config(value.hparam_dict)
+            elif isinstance(value, Figure | Image) and self.bridge.run is not None:
+                content = value.figure if isinstance(value, Figure) else value.image
+                getattr(self.bridge.run, type(value).__name__.lower())(key, content, step=step)
 
     @isolated
     def close(self) -> None:

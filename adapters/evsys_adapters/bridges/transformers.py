@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from evsys_adapters.bridges._base import RunBridge, isolated
 
@@ -23,8 +24,12 @@ class EvsysBusCallback(TrainerCallback):
     def __init__(self, path: Any = None, **options: Any) -> None:
         self.bridge = RunBridge(path, **options)
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bridge.default_path = args.output_dir
+
     @isolated
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.bridge.default_path = Path(args.output_dir, state.trial_name or "")
         config = args.to_sanitized_dict()
         if getattr(model, "config", None) is not None:
             config["model"] = model.config.to_dict()
@@ -32,7 +37,6 @@ class EvsysBusCallback(TrainerCallback):
             state.global_step + 1 if state.global_step else 0,
             config=config,
             num_steps=state.max_steps,
-            path=Path(args.output_dir, state.trial_name or ""),
             is_rank_zero=state.is_world_process_zero,
         )
 
@@ -59,3 +63,8 @@ class EvsysBusCallback(TrainerCallback):
     @isolated
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bridge.end()
+
+
+def register() -> None:
+    """Make ``report_to="evsys_bus"`` known to the Trainer, for programs that cannot be given callbacks."""
+    integration_utils.INTEGRATION_TO_CALLBACK["evsys_bus"] = EvsysBusCallback
