@@ -220,6 +220,25 @@ def test_a_program_that_ends_without_a_hook_ends_its_run(program, tmp_path, end,
     assert "never_left" not in err
 
 
+def test_a_process_of_multiprocessing_ends_its_run(program, tmp_path):
+    done = program("""
+        import multiprocessing
+        from evsys_adapters.bridges import RunBridge
+
+        def train():
+            bridge = RunBridge("run", environment=False, output=False)
+            bridge.start(0)
+            bridge.end()
+
+        for method in ("fork", "spawn") if __name__ == "__main__" else ():
+            process = multiprocessing.get_context(method).Process(target=train)
+            process.start()
+            process.join()
+    """)
+    _, err = done.communicate(timeout=20)
+    assert status_of(tmp_path / "run") == status_of(tmp_path / "run-2") == "completed", err
+
+
 def test_a_killed_training_that_its_framework_resumes_is_one_run(program, tmp_path):
     source = """
         import os, signal, sys

@@ -12,11 +12,13 @@ follows from that is decided here, once, for all bridges:
 """
 
 import atexit
+import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar, cast
 
@@ -217,6 +219,8 @@ class RunBridge:
         self.run = evsys_bus.run(path, first_step=first_step, **options).start()
         self._has_failed_to_open, self._pid = False, os.getpid()
         atexit.register(self._finish_at_exit)  # behind the exit handler of the bus, so that it is called before
+        if multiprocessing.parent_process() is not None:  # such a process may end without its exit handlers
+            Finalize(None, self._finish_at_exit, exitpriority=0)
 
     def _finish_at_exit(self) -> None:
         """Close the run at the end of the program, which may have failed outside the framework's hooks."""
