@@ -118,12 +118,16 @@ def test_evals_after_the_training_are_in_its_run(bridge, run_dir):
 
 
 def test_evals_without_a_training_leave_a_killed_run_as_it_is(bridge, run_dir):
-    bridge.log({"eval_acc": 1.0}, 0)
-    assert not run_dir.exists()
-    bridge.log({"loss": 1.0}, 0)
-    bridge.finish()
+    for start in (lambda: None, lambda: bridge.start(0)):
+        bridge.log({"eval_acc": 1.0}, 0)
+        assert not run_dir.exists() or len(events_of(run_dir, StepEnd)) == 1
+        start()
+        bridge.log({"loss": 1.0}, 0)
+        bridge.finish()
     assert len(events_of(run_dir.with_name("run-eval"), Eval)) == 1
-    assert len(events_of(run_dir, StepEnd)) == 1
+    assert len(events_of(run_dir.with_name("run-eval-2"), Eval)) == 1
+    assert status_of(run_dir) == "cancelled"  # the training has not ended
+    assert [each.state.step for each in events_of(run_dir, TrainStart)] == [0, 0]
 
 
 def test_an_error_fails_the_run_and_an_interrupt_cancels_it(run_dir):

@@ -187,7 +187,7 @@ class RunBridge:
     def finish(self, error: BaseException | None = None) -> None:
         """Close the run: failed by an error, cancelled if its training has not ended, else completed."""
         run, self.run = self.run, self.run if self._is_borrowed else None
-        was_training, self.is_training = self.is_training, False
+        was_training, self.is_training, self._is_eval_only = self.is_training, False, False
         if run is None or self._is_borrowed:
             return
         atexit.unregister(self._finish_at_exit)
