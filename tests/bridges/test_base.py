@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 
-from evsys_adapters.bridges._base import RunBridge, isolated
+from evsys_adapters.bridges import RunBridge, isolated
 from evsys_bus import Checkpoint, ConfigUpdate, Eval, RunEnd, RunStart, StepEnd, TrainStart
 from support.journals import read_events
 from support.programs import run_python
@@ -213,7 +213,7 @@ def test_a_pickled_copy_has_no_run(bridge):
 )
 def test_a_program_that_ends_without_a_hook_ends_its_run(program, tmp_path, end, status):
     done = program(f"""
-        from evsys_adapters.bridges._base import RunBridge
+        from evsys_adapters.bridges import RunBridge
         bridge = RunBridge("run", environment=False, output=False)
         bridge.start(0)
         bridge.log({{"loss": 1.0}}, 0)
@@ -246,7 +246,7 @@ def test_a_process_of_multiprocessing_ends_its_run(program, tmp_path):
 def test_a_killed_training_that_its_framework_resumes_is_one_run(program, tmp_path):
     source = """
         import os, signal, sys
-        from evsys_adapters.bridges._base import RunBridge
+        from evsys_adapters.bridges import RunBridge
         bridge = RunBridge("run", environment=False, output=False)
         first, last = map(int, sys.argv[1:])
         bridge.start()
